@@ -1,0 +1,45 @@
+# `make test` and `make demo` need nothing but python3: they make an environment and install into it.
+
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PYTHON3 ?= python3
+
+ENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(ENV)/bin/python
+INSTALLED := $(ENV)/.seqbuild-installed
+
+.DEFAULT_GOAL := test
+.PHONY: demo test bench lint venv
+
+demo: venv
+	$(PYTHON) demo/demo.py
+
+test: lint
+	$(PYTHON) -m pytest -n $(WORKERS)
+
+lint: venv
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy --strict seqbuild runtime
+
+bench: venv
+	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+venv: $(INSTALLED)
+
+# An environment may have been filled from another checkout: then its stamp does not count.
+ifneq ($(shell cat '$(INSTALLED)' 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+
+# torch goes first and pinned: as a dependency of the rest pip would take the newest build, which brings
+# gigabytes of CUDA libraries.
+$(INSTALLED): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip --upgrade
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet '$(TORCH)'
+	$(PYTHON) -m pip install --quiet --editable '.[dev]'
+	echo '$(CURDIR)' > $@
+
+$(PYTHON):
+	$(PYTHON3) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "python 3.10 or newer is needed")'
+	$(PYTHON3) -m venv '$(ENV)'
