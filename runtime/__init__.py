@@ -1,0 +1,74 @@
+"""The host's part of seqbuild: check an artifact, run it, calibrate, quantize, evaluate. It never traces."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import (
+    ArtifactError,
+    DataError,
+    DeviceError,
+    ModelError,
+    OutputError,
+    QuantizationError,
+    RecipeError,
+    SeqbuildError,
+    TargetError,
+    TraceError,
+    UsageError,
+    VersionError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact, load
+    from runtime.calibrate import calibrate
+    from runtime.data import batches, load_tokens
+    from runtime.dispatch import dispatch_for_sequential
+    from runtime.evaluate import evaluate
+    from runtime.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "DataError",
+    "DeviceError",
+    "ModelError",
+    "OutputError",
+    "QuantizationError",
+    "Recipe",
+    "RecipeError",
+    "SeqbuildError",
+    "TargetError",
+    "TraceError",
+    "UsageError",
+    "VersionError",
+    "WeightsError",
+    "batches",
+    "calibrate",
+    "dispatch_for_sequential",
+    "evaluate",
+    "load",
+    "load_tokens",
+]
+
+_HOMES = {
+    "Artifact": "runtime.artifact",
+    "Recipe": "runtime.recipe",
+    "batches": "runtime.data",
+    "calibrate": "runtime.calibrate",
+    "dispatch_for_sequential": "runtime.dispatch",
+    "evaluate": "runtime.evaluate",
+    "load": "runtime.artifact",
+    "load_tokens": "runtime.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch only when something that needs it is asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

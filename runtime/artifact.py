@@ -1,0 +1,285 @@
+"""Read an artifact: check everything, then compile, and never trace.
+
+The order is the point: manifest, then the digest of every file, then the grammar of every program, and only then is
+code compiled (docs/format.md, "What a reader must do").
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ArtifactError, VersionError
+from runtime.grammar import Allowed, check_program
+from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.program import Program, Run
+
+CONSTANTS_NAME = "constants.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSubgraph:
+    """One step of the chain, compiled from the artifact's code."""
+
+    entry: SubgraphEntry
+    source: str
+    _artifact: Artifact = field(repr=False)
+    _program: Program = field(repr=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What `forward` takes, in the order of the generated signature."""
+        return self.entry.input_names
+
+    @property
+    def consumed_names(self) -> tuple[str, ...]:
+        """The inputs that no later subgraph takes, so that they can be freed afterwards."""
+        return self.entry.consumed_names
+
+    def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        """Execute the subgraph with the weights of `model`.
+
+        Args:
+            model: the artifact's module tree (see `Artifact.empty_model`) with at least this subgraph's parameters
+                loaded.
+            inputs: a value for each of `input_names`, on the device to run on.
+
+        Returns:
+            Output names to values; from the last subgraph, the fields of the model's output.
+        """
+        from runtime.program import run_device, run_dtype
+
+        run = self._artifact.run(run_device(inputs, model), run_dtype(model))
+        return self._program(model, **inputs, run=run)
+
+    def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
+        """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
+        called = [model.get_submodule(name) for name in self.entry.submodules]
+        modules = [inner for module in called for inner in module.modules()] if recurse else called
+        return list(dict.fromkeys(modules))
+
+
+@dataclass(kw_only=True)
+class Artifact:
+    """A checked artifact.
+
+    Attributes:
+        path: its directory.
+        manifest: its table of contents.
+        subgraphs: the compiled chain, in order of execution.
+    """
+
+    path: Path
+    manifest: Manifest
+    subgraphs: tuple[LoadedSubgraph, ...] = ()
+    conversions: tuple[Program, ...] = field(default=(), repr=False)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
+
+    def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model's module tree with every parameter on the meta device, in eval mode.
+
+        Args:
+            dtype: of the floating point parameters; None takes the dtype of the manifest.
+
+        Raises:
+            ModelError: when the installed transformers does not have the model's class.
+        """
+        from runtime.skeleton import build_skeleton
+
+        return build_skeleton(self.path, self.manifest, dtype)
+
+    def run(self, device: torch.device, dtype: torch.dtype) -> Run:
+        """What generated code is given on `device` with weights of `dtype`; constants are moved there once."""
+        from runtime.program import Run
+        from runtime.skeleton import resolve_opaque
+
+        key = (str(device), str(dtype))
+        if key not in self._runs:
+            paths = dict.fromkeys(path for entry in self.manifest.subgraphs for path in entry.opaque)
+            self._runs[key] = Run(
+                device=device,
+                dtype=dtype,
+                constants={name: tensor.to(device) for name, tensor in self.constants.items()},
+                opaque={path: resolve_opaque(path) for path in paths},
+            )
+        return self._runs[key]
+
+
+def load(path: str | os.PathLike[str], *, allow_version_skew: bool = False) -> Artifact:
+    """Check an artifact and compile its code.
+
+    Args:
+        path: the artifact's directory.
+        allow_version_skew: go on when the installed transformers is not the version it was compiled with.
+
+    Raises:
+        ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
+        VersionError: when the installed transformers is another version.
+    """
+    root = Path(path)
+    manifest, sources = check(root)
+    check_versions(manifest, allow_version_skew=allow_version_skew)
+    return _compile(root, manifest, sources)
+
+
+def check(root: Path) -> tuple[Manifest, dict[str, str]]:
+    """Check an artifact without executing or importing anything of it.
+
+    Returns:
+        The manifest and the source of every program, by file path.
+
+    Raises:
+        ArtifactError: naming the file and what is wrong with it.
+    """
+    manifest = read_manifest(root)
+    contents = _check_files(root, manifest)
+    operators: dict[str, str] = {}
+    programs: tuple[SubgraphEntry | ConversionEntry, ...] = (*manifest.subgraphs, *manifest.conversions)
+    for entry in programs:
+        if entry.file not in contents:
+            raise ArtifactError(f"{entry.file} is named as a program but not listed among the files of {root}")
+        for operator in check_program(contents[entry.file], _allowed(entry), entry.file):
+            operators.setdefault(operator, entry.file)
+    _check_names(manifest)
+    _check_operators(operators)
+    return manifest, {path: content.decode("ascii") for path, content in contents.items() if path.endswith(".py")}
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check the manifest alone.
+
+    Raises:
+        ArtifactError: when there is none, or it is not well-formed.
+    """
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise ArtifactError(f"{root} is not a directory", hint="an artifact is a directory that seqbuild compile wrote")
+    if not path.is_file() or path.is_symlink():
+        raise ArtifactError(f"{root} is not an artifact: it has no {MANIFEST_NAME}")
+    return Manifest.from_bytes(path.read_bytes(), str(path))
+
+
+def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
+    """Compare the installed transformers with the one that the artifact was compiled with.
+
+    Raises:
+        VersionError: when they differ and that is not allowed.
+    """
+    wanted, found = manifest.versions.get("transformers", ""), importlib.metadata.version("transformers")
+    if wanted != found and not allow_version_skew:
+        raise VersionError(
+            f"the artifact was compiled with transformers {wanted}, this host has {found}",
+            hint="layers are called as modules of transformers, so another version may compute something else: "
+            f"install transformers=={wanted}, compile again, or accept it with --allow-version-skew",
+        )
+
+
+def _allowed(entry: SubgraphEntry | ConversionEntry) -> Allowed:
+    if isinstance(entry, ConversionEntry):
+        names = [f"source_{index}" for index in range(entry.num_sources)]
+        return Allowed(input_names=names, output_names=["value"])
+    kinds = ("submodules", "attributes", "objects", "constants", "opaque", "input_names", "output_names")
+    return Allowed(**{kind: getattr(entry, kind) for kind in kinds})
+
+
+def _check_files(root: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Compare every file with its entry; return what the listed text files hold."""
+    listed: dict[str, FileEntry] = {}
+    for entry in manifest.files:
+        parts = PurePosixPath(entry.path).parts
+        is_plain = parts and all(
+            part not in ("..", ".", "/") and "\\" not in part and "\0" not in part for part in parts
+        )
+        if not is_plain or "/".join(parts) != entry.path or entry.path == MANIFEST_NAME:
+            raise ArtifactError(f"{root} lists a file with the path {entry.path!r}, which leaves it or is not plain")
+        if entry.path in listed:
+            raise ArtifactError(f"{root} lists {entry.path} twice")
+        listed[entry.path] = entry
+    present = _present_files(root)
+    for name in present:
+        if name != MANIFEST_NAME and name not in listed:
+            raise ArtifactError(f"{root} holds {name}, which its manifest does not list", hint="remove it")
+    contents = {}
+    for name, entry in listed.items():
+        if name not in present:
+            raise ArtifactError(f"{root} has lost {name}", hint="copy or compile it again")
+        data = (root / name).read_bytes()
+        if len(data) != entry.bytes or sha256(data) != entry.sha256:
+            raise ArtifactError(
+                f"{root / name} is damaged: its content does not match the manifest",
+                hint="copy or compile it again; nothing of it was executed",
+            )
+        contents[name] = data
+    return contents
+
+
+def _present_files(root: Path) -> dict[str, None]:
+    present: dict[str, None] = {}
+    for folder, directories, names in os.walk(root):
+        for name in sorted((*directories, *names)):
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise ArtifactError(f"{path} is not a plain file", hint="artifacts hold no links or devices")
+            if path.is_file():
+                present[path.relative_to(root).as_posix()] = None
+    return present
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuse tables that contradict each other."""
+    for entry in manifest.subgraphs:
+        missing = [name for name in entry.parameters if name not in manifest.parameters]
+        missing += [name for name in entry.constants if name not in manifest.constants]
+        missing += [name for name in entry.consumed_names if name not in entry.input_names]
+        if missing:
+            raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
+    for name, parameter in manifest.parameters.items():
+        if not -1 <= parameter.conversion < len(manifest.conversions):
+            raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
+
+
+def _check_operators(operators: dict[str, str]) -> None:
+    import torch
+
+    for operator, file in operators.items():
+        name, _, overload = operator.partition(".")
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is None or overload not in packet.overloads():
+            raise ArtifactError(
+                f"{file} calls torch.ops.aten.{operator}, which torch {torch.__version__} does not have",
+                hint="install the torch version that the artifact was compiled with",
+            )
+
+
+def _compile(root: Path, manifest: Manifest, sources: dict[str, str]) -> Artifact:
+    from safetensors.torch import load_file
+
+    from runtime.program import compile_program
+
+    artifact = Artifact(path=root, manifest=manifest)
+    if manifest.constants:
+        artifact.constants = load_file(root / CONSTANTS_NAME)
+        if sorted(artifact.constants) != sorted(manifest.constants):
+            raise ArtifactError(f"{root / CONSTANTS_NAME} holds other tensors than the manifest states")
+    artifact.subgraphs = tuple(
+        LoadedSubgraph(
+            entry=entry,
+            source=sources[entry.file],
+            _artifact=artifact,
+            _program=compile_program(sources[entry.file], str(root / entry.file)),
+        )
+        for entry in manifest.subgraphs
+    )
+    artifact.conversions = tuple(
+        compile_program(sources[entry.file], str(root / entry.file)) for entry in manifest.conversions
+    )
+    return artifact

@@ -1,0 +1,306 @@
+"""The small part of Python that an artifact's code may use. This file is the definition; what it does not list is
+refused.
+
+A program is one function, `forward(self, <inputs>, *, run)`, of assignments, deletions and one return of a dict (see
+docs/format.md). The check walks the syntax tree and accepts node by node; it never executes or imports anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from runtime.errors import ArtifactError
+
+SOURCE_LIMIT_BYTES = 4 * 2**20
+NESTING_LIMIT = 32
+_INT_LIMIT = 2**63
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
+_OPERATOR = re.compile(r"(__[a-z]+__|_?[a-zA-Z][A-Za-z0-9_]*)\Z")  # aten has __and__, __or__ and their kin
+_RESERVED = ("self", "run", "torch", "slice")
+_TORCH_VALUES = frozenset(
+    (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
+        *("strided", "contiguous_format", "preserve_format", "channels_last", "channels_last_3d"),
+        *("inf", "nan"),
+    )
+)
+_TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
+_RUN_VALUES = frozenset(("device", "dtype", "lowest"))
+# Operators of aten that reach outside of tensors, or at memory that is not theirs.
+_REFUSED_OPERATORS = frozenset(("from_file", "save", "set_", "record_stream"))
+_BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
+_COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allowed:
+    """The names that one program may use, as its manifest entry states them."""
+
+    input_names: Collection[str]
+    output_names: Collection[str]
+    submodules: Collection[str] = ()
+    attributes: Collection[str] = ()
+    objects: Collection[str] = ()
+    constants: Collection[str] = ()
+    opaque: Collection[str] = ()
+
+
+def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ...]:
+    """Check one program.
+
+    Args:
+        source: the file's content.
+        allowed: what the manifest says it uses; the code must use exactly that.
+        origin: the file's name in messages.
+
+    Returns:
+        The operators it calls, as `operator.overload`, each once, for a check that they exist.
+
+    Raises:
+        ArtifactError: naming file, line and what is not allowed.
+    """
+    if len(source) > SOURCE_LIMIT_BYTES:
+        raise ArtifactError(f"{origin} has {len(source)} bytes, more than the {SOURCE_LIMIT_BYTES} allowed")
+    try:
+        text = source.decode("ascii")
+        if "\0" in text or "\r" in text or "\f" in text:
+            raise ValueError("control characters")
+        if re.search(r"^[ \t]*#.*coding[:=]", text, re.MULTILINE):
+            raise ValueError("an encoding declaration")
+        tree = ast.parse(text, filename=origin)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
+    checker = _Checker(allowed=allowed, origin=origin)
+    checker.module(tree)
+    return tuple(checker.operators)
+
+
+@dataclass
+class _Checker:
+    allowed: Allowed
+    origin: str
+    operators: dict[str, None] = field(default_factory=dict)
+    used: dict[str, dict[str, None]] = field(default_factory=dict)
+    defined: dict[str, None] = field(default_factory=dict)
+
+    def refuse(self, node: ast.AST, what: str) -> ArtifactError:
+        line = getattr(node, "lineno", 1)
+        return ArtifactError(f"{self.origin}, line {line}: {what} is not allowed in an artifact's code")
+
+    def module(self, tree: ast.Module) -> None:
+        if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+            raise self.refuse(tree, "anything but one function")
+        function = tree.body[0]
+        self._signature(function)
+        *statements, last = function.body
+        for statement in statements:
+            self._statement(statement)
+        self._return(last)
+        for kind in ("submodules", "attributes", "objects", "constants", "opaque"):
+            stated, used = sorted(set(getattr(self.allowed, kind))), sorted(self.used.get(kind, ()))
+            if stated != used:
+                raise ArtifactError(f"{self.origin} uses other {kind} than its manifest states")
+
+    def _signature(self, function: ast.FunctionDef) -> None:
+        arguments = function.args
+        is_plain = (
+            function.name == "forward"
+            and not function.decorator_list
+            and function.returns is None
+            and not getattr(function, "type_params", [])
+            and not arguments.posonlyargs
+            and not arguments.defaults
+            and arguments.vararg is None
+            and arguments.kwarg is None
+            and arguments.kw_defaults == [None]
+            and [argument.arg for argument in arguments.kwonlyargs] == ["run"]
+            and all(argument.annotation is None for argument in (*arguments.args, *arguments.kwonlyargs))
+        )
+        names = [argument.arg for argument in arguments.args]
+        if not is_plain or names != ["self", *self.allowed.input_names]:
+            raise self.refuse(function, "a signature other than the manifest's")
+        for name in names[1:]:
+            self._define(function, name)
+
+    def _statement(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.Assign):
+            if len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
+                raise self.refuse(node, "assignment to anything but one name")
+            self._expression(node.value, 0)
+            self._define(node, node.targets[0].id)
+        elif isinstance(node, ast.Delete):
+            for target in node.targets:
+                if not isinstance(target, ast.Name) or target.id not in self.defined:
+                    raise self.refuse(node, "deletion of anything but a value")
+                del self.defined[target.id]
+        else:
+            raise self.refuse(node, f"a statement of kind {type(node).__name__}")
+
+    def _return(self, node: ast.stmt) -> None:
+        if not isinstance(node, ast.Return) or not isinstance(node.value, ast.Dict):
+            raise self.refuse(node, "an end other than the return of a dict")
+        keys = [key.value if isinstance(key, ast.Constant) else None for key in node.value.keys]
+        if keys != list(self.allowed.output_names):
+            raise self.refuse(node, "a result other than the manifest's")
+        for value in node.value.values:
+            self._expression(value, 0)
+
+    def _define(self, node: ast.AST, name: str) -> None:
+        if not _NAME.match(name) or name.startswith("__") or name in _RESERVED:
+            raise self.refuse(node, f"the name {name!r}")
+        self.defined[name] = None
+
+    def _expression(self, node: ast.expr, depth: int) -> None:
+        if depth > NESTING_LIMIT:
+            raise self.refuse(node, f"nesting deeper than {NESTING_LIMIT}")
+        rule = _RULES.get(type(node))
+        if rule is None:
+            raise self.refuse(node, f"an expression of kind {type(node).__name__}")
+        rule(self, node, depth + 1)
+
+    def constant(self, node: ast.Constant, depth: int) -> None:
+        value = node.value
+        is_plain = value is None or type(value) in (bool, float, str)
+        if not is_plain and not (type(value) is int and abs(value) <= _INT_LIMIT):
+            raise self.refuse(node, f"a literal of type {type(value).__name__}, or of that size,")
+
+    def name(self, node: ast.Name, depth: int) -> None:
+        if node.id not in self.defined:
+            raise self.refuse(node, f"the name {node.id!r}, which is not defined there,")
+
+    def sequence(self, node: ast.Tuple | ast.List, depth: int) -> None:
+        for item in node.elts:
+            self._expression(item, depth)
+
+    def dictionary(self, node: ast.Dict, depth: int) -> None:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant) or type(key.value) not in (str, int, bool):
+                raise self.refuse(node, "a dict whose keys are not literals")
+            self._expression(value, depth)
+
+    def arithmetic(self, node: ast.BinOp, depth: int) -> None:
+        if not isinstance(node.op, _BINARY):
+            raise self.refuse(node, f"the operator {type(node.op).__name__}")
+        for operand in (node.left, node.right):
+            if isinstance(operand, ast.Constant) and type(operand.value) not in (int, float, bool):
+                raise self.refuse(node, "arithmetic on anything but numbers")
+            if isinstance(operand, (ast.List, ast.Tuple, ast.Dict)):
+                raise self.refuse(node, "arithmetic on anything but numbers")
+            self._expression(operand, depth)
+
+    def negation(self, node: ast.UnaryOp, depth: int) -> None:
+        if not isinstance(node.op, ast.USub):
+            raise self.refuse(node, f"the operator {type(node.op).__name__}")
+        self._expression(node.operand, depth)
+
+    def comparison(self, node: ast.Compare, depth: int) -> None:
+        if len(node.ops) != 1 or not isinstance(node.ops[0], _COMPARE):
+            raise self.refuse(node, "this comparison")
+        self._expression(node.left, depth)
+        self._expression(node.comparators[0], depth)
+
+    def subscript(self, node: ast.Subscript, depth: int) -> None:
+        self._expression(node.value, depth)
+        self._expression(node.slice, depth)
+
+    def attribute(self, node: ast.Attribute, depth: int) -> None:
+        owner = node.value
+        if isinstance(owner, ast.Name) and owner.id == "torch":
+            if node.attr not in _TORCH_VALUES:
+                raise self.refuse(node, f"torch.{node.attr}")
+        elif isinstance(owner, ast.Name) and owner.id == "run":
+            if node.attr not in _RUN_VALUES:
+                raise self.refuse(node, f"run.{node.attr}")
+        elif _is_lookup(owner):
+            assert isinstance(owner, ast.Call)
+            module = self._text(owner, "objects", is_recorded=False)
+            name = f"{module}.{node.attr}" if module else node.attr
+            self._use(node, "objects", name)
+        elif isinstance(owner, ast.Name) and not node.attr.startswith("_"):
+            self.name(owner, depth)
+        else:
+            raise self.refuse(node, f"the attribute {node.attr!r}")
+
+    def call(self, node: ast.Call, depth: int) -> None:
+        self._callee(node, depth)
+        for argument in node.args:
+            if isinstance(argument, ast.Starred):
+                raise self.refuse(node, "an unpacked argument")
+            self._expression(argument, depth)
+        names = [keyword.arg for keyword in node.keywords]
+        if len(set(names)) != len(names) or any(name is None or name.startswith("__") for name in names):
+            raise self.refuse(node, "this keyword")
+        for keyword in node.keywords:
+            self._expression(keyword.value, depth)
+
+    def _callee(self, node: ast.Call, depth: int) -> None:
+        path = _dotted(node.func)
+        if path[:3] == ["torch", "ops", "aten"] and len(path) == 5:
+            if path[3] in _REFUSED_OPERATORS or not _OPERATOR.match(path[3]) or not _NAME.match(path[4]):
+                raise self.refuse(node, f"the operator {path[3]}")
+            self.operators[f"{path[3]}.{path[4]}"] = None
+        elif len(path) == 2 and path[0] == "torch" and path[1] in _TORCH_FUNCTIONS:
+            pass
+        elif path in (["self", "get_parameter"], ["self", "get_buffer"]):
+            self._text(node, "attributes")
+        elif path == ["self", "get_submodule"]:
+            self._text(node, "objects")
+        elif path == ["run", "constant"]:
+            self._text(node, "constants")
+        elif _is_lookup(node.func):
+            assert isinstance(node.func, ast.Call)
+            self._text(node.func, "submodules")
+        elif isinstance(node.func, ast.Subscript) and _dotted(node.func.value) == ["run", "opaque"]:
+            if not isinstance(node.func.slice, ast.Constant):
+                raise self.refuse(node, "an opaque step that is not named")
+            self._use(node, "opaque", node.func.slice.value)
+        elif isinstance(node.func, ast.Name) and node.func.id == "slice":
+            pass  # a name that no program can define
+        else:
+            raise self.refuse(node, f"a call of {'.'.join(path) or type(node.func).__name__}")
+
+    def _text(self, node: ast.Call, kind: str, *, is_recorded: bool = True) -> str:
+        """The one literal name that a lookup takes."""
+        if len(node.args) != 1 or node.keywords or not isinstance(node.args[0], ast.Constant):
+            raise self.refuse(node, "a lookup of anything but one literal name")
+        name = node.args[0].value
+        if is_recorded:
+            self._use(node, kind, name)
+        return str(name)
+
+    def _use(self, node: ast.AST, kind: str, name: object) -> None:
+        if not isinstance(name, str) or name not in getattr(self.allowed, kind):
+            raise self.refuse(node, f"{name!r}, which the manifest does not list among {kind},")
+        self.used.setdefault(kind, {})[name] = None
+
+
+def _is_lookup(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and _dotted(node.func) == ["self", "get_submodule"]
+
+
+def _dotted(node: ast.expr) -> list[str]:
+    """The parts of `a.b.c`, or nothing when it is something else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+
+
+_RULES: dict[type[ast.expr], Callable[..., None]] = {
+    ast.Constant: _Checker.constant,
+    ast.Name: _Checker.name,
+    ast.Tuple: _Checker.sequence,
+    ast.List: _Checker.sequence,
+    ast.Dict: _Checker.dictionary,
+    ast.BinOp: _Checker.arithmetic,
+    ast.UnaryOp: _Checker.negation,
+    ast.Compare: _Checker.comparison,
+    ast.Subscript: _Checker.subscript,
+    ast.Attribute: _Checker.attribute,
+    ast.Call: _Checker.call,
+}

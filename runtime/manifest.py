@@ -1,0 +1,255 @@
+"""The artifact's table of contents: schema, canonical encoding, and nothing that needs torch.
+
+docs/format.md is the specification. Reading is strict: unknown major version, wrong type, missing key, wrong digest
+or a non-canonical encoding is an ArtifactError that names what is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import msgpack
+
+from runtime.errors import ArtifactError
+
+FORMAT = "seqbuild-artifact"
+FORMAT_VERSION = (1, 0)
+MANIFEST_NAME = "manifest.msgpack"
+MANIFEST_LIMIT_BYTES = 256 * 2**20
+UNBOUNDED = -1
+
+Shape = tuple[int | str, ...]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEntry:
+    """Which model the artifact was made from.
+
+    `dtype` is the weights' dtype by default, torch's name for it; `ignored_keys` are regular expressions for
+    checkpoint tensors that the model does not use.
+    """
+
+    class_name: str
+    module: str
+    model_type: str
+    dtype: str
+    attn_implementation: str
+    num_parameters: int
+    base_model_prefix: str
+    ignored_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """Dtype (`"model"` for the run's) and shape of a value; the shape mixes integers and expressions over dims."""
+
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputEntry:
+    """An input of the model."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DimEntry:
+    """A symbolic size and the range in which the trace holds; `max` is -1 without a bound."""
+
+    name: str
+    min: int
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubgraphEntry:
+    """One step of the chain, see docs/format.md."""
+
+    file: str
+    input_names: tuple[str, ...]
+    consumed_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    submodules: tuple[str, ...]
+    attributes: tuple[str, ...]
+    objects: tuple[str, ...]
+    constants: tuple[str, ...]
+    opaque: tuple[str, ...]
+    targets: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterEntry:
+    """A parameter or persistent buffer, and the checkpoint tensors it is made from."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sources: tuple[str, ...]
+    conversion: int
+    tied_to: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionEntry:
+    """A program that makes a parameter from several checkpoint tensors."""
+
+    file: str
+    num_sources: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """A file of the artifact: relative path, size in bytes, sha256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The whole table of contents, see docs/format.md."""
+
+    input_key: str
+    ingredients: Mapping[str, str]
+    model: ModelEntry
+    versions: Mapping[str, str]
+    targets: tuple[str, ...]
+    target_patterns: tuple[str, ...]
+    ignore: tuple[str, ...]
+    targets_per_subgraph: int
+    inputs: tuple[InputEntry, ...]
+    dims: tuple[DimEntry, ...]
+    subgraphs: tuple[SubgraphEntry, ...]
+    parameters: Mapping[str, ParameterEntry]
+    conversions: tuple[ConversionEntry, ...]
+    values: Mapping[str, TensorEntry]
+    constants: tuple[str, ...]
+    files: tuple[FileEntry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The canonical encoding, digest included."""
+        plain = _to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)}
+        return canonical(plain | {"digest": sha256(canonical(plain))})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Manifest:
+        """Decode and check; `origin` is the file's name in messages.
+
+        Raises:
+            ArtifactError: for anything that docs/format.md does not allow.
+        """
+        plain = _decode(data, origin)
+        if plain.get("format") != FORMAT:
+            raise ArtifactError(f"{origin} is not the manifest of a seqbuild artifact")
+        version = plain.get("format_version")
+        if not (isinstance(version, list) and len(version) == 2 and all(type(part) is int for part in version)):
+            raise ArtifactError(f"{origin} states no format version")
+        if version[0] != FORMAT_VERSION[0]:
+            raise ArtifactError(
+                f"{origin} has format version {version[0]}.{version[1]}, this runtime reads {FORMAT_VERSION[0]}.x",
+                hint="compile the model again, or use the runtime that belongs to the artifact",
+            )
+        if canonical(plain) != data:
+            raise ArtifactError(f"{origin} is damaged: its encoding is not canonical")
+        digest = plain.pop("digest", None)
+        if digest != sha256(canonical(plain)):
+            raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
+        known = {field.name for field in dataclasses.fields(cls)} | {"format", "format_version"}
+        unknown = [key for key in plain if key not in known]
+        if unknown and version[1] <= FORMAT_VERSION[1]:
+            raise ArtifactError(f"{origin} has an unknown entry {unknown[0]!r}")
+        manifest: Manifest = _from_plain(cls, {k: v for k, v in plain.items() if k in known}, origin, is_root=True)
+        return manifest
+
+
+def sha256(data: bytes) -> str:
+    """The digest in lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(plain: Any) -> bytes:
+    """MessagePack with sorted keys; refuses what the format has no place for."""
+    encoded: bytes = msgpack.packb(_sorted(plain), use_bin_type=True)
+    return encoded
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value, key=lambda key: str(key).encode())}
+    if isinstance(value, (list, tuple)):
+        return [_sorted(item) for item in value]
+    if value is None or type(value) in (str, int, bool):
+        return value
+    raise TypeError(f"a manifest cannot hold {type(value).__name__}")
+
+
+def _decode(data: bytes, origin: str) -> dict[str, Any]:
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise ArtifactError(f"{origin} has {len(data)} bytes, more than the {MANIFEST_LIMIT_BYTES} allowed")
+    try:
+        plain = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0, max_bin_len=0)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ArtifactError(f"{origin} is damaged: {error or type(error).__name__}") from error
+    if not isinstance(plain, dict):
+        raise ArtifactError(f"{origin} is damaged: it holds no table")
+    try:
+        canonical(plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{origin} is damaged: {error}") from error
+    return plain
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(item) for item in value]
+    return value
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _from_plain(kind: Any, value: Any, where: str, is_root: bool = False) -> Any:
+    """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or say where it does not fit."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{where} is not a table")
+        names = [field.name for field in dataclasses.fields(kind)]
+        odd = [name for name in names if name not in value] or [name for name in value if name not in names]
+        if odd and not (is_root and all(name in value for name in names)):
+            raise ArtifactError(f"{where} has a missing or unknown entry {odd[0]!r}")
+        hints = _hints(kind)  # type: ignore[arg-type]
+        return kind(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in names})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ArtifactError(f"{where} is not a list")
+        return tuple(_from_plain(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{where} is not a table")
+        return {key: _from_plain(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    allowed = arguments if origin in (typing.Union, types.UnionType) else (kind,)
+    if type(value) not in allowed:
+        expected = " or ".join(option.__name__ for option in allowed)
+        raise ArtifactError(f"{where} is {type(value).__name__}, not {expected}")
+    return value

@@ -1,0 +1,79 @@
+"""Turn a subgraph's source into a function, and say what that function may rely on.
+
+Generated code is one function, `forward(self, <inputs>, *, run)`. `self` is the model, `run` the `Run` below: the only
+things that a run may choose, so that the same bytes serve every device and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Program = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What generated code takes from the run that executes it.
+
+    Attributes:
+        device: where new tensors are made.
+        dtype: the floating point dtype of the model's weights in this run.
+        constants: tensors that the artifact brings, by name.
+        opaque: functions that are called whole, by path.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    opaque: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def lowest(self) -> float:
+        """The most negative finite number of `dtype`: what masks are filled with."""
+        import torch
+
+        return torch.finfo(self.dtype).min
+
+    def constant(self, name: str) -> torch.Tensor:
+        """The constant `name`, on the run's device."""
+        return self.constants[name].to(self.device)
+
+
+def compile_program(source: str, filename: str) -> Program:
+    """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach."""
+    import torch
+
+    namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice}
+    exec(compile(source, filename, "exec", dont_inherit=True), namespace)
+    program: Program = namespace["forward"]
+    return program
+
+
+def run_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model's floating point parameters have: that of the first, as transformers defines it."""
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def run_device(inputs: Mapping[str, Any], model: nn.Module) -> torch.device:
+    """The device of the first tensor among the inputs, else of the model's first parameter that has a real one."""
+    import torch
+
+    for tensor in (*_tensors(inputs), *model.parameters()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))

@@ -1,0 +1,138 @@
+"""Make a directory or file appear under its name only when it is whole.
+
+Everything is written beside its final place under a temporary name, flushed to disk, and renamed. A crash leaves at
+most a directory whose name begins with a dot and ends in `.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtime.errors import OutputError, SeqbuildError
+
+_PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new directory that becomes `path` when the block ends without an exception.
+
+    Args:
+        path: the final name. An empty directory there is replaced.
+        replace: replace a directory that is not empty, too; it stays in place until the new one is whole.
+
+    Raises:
+        OutputError: when `path` is taken, or cannot be written.
+    """
+    require_free(path, replace=replace)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+    try:
+        with disk_errors(path):
+            yield partial
+            partial.chmod(0o777 & ~_umask())
+            _flush(partial)
+            _put(partial, path, replace=replace)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(path: Path, *, replace: bool = False) -> None:
+    """Refuse a path at which something is that must not be lost.
+
+    Raises:
+        OutputError: naming the path.
+    """
+    with disk_errors(path):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise OutputError(f"{path} exists and is not a directory", hint="choose another output")
+        if path.is_dir() and any(path.iterdir()) and not replace:
+            raise OutputError(f"output directory {path} is not empty", hint="choose another, or remove it")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that `path` never holds half of it.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def _put(partial: Path, path: Path, *, replace: bool) -> None:
+    if path.is_dir():
+        if any(path.iterdir()) and not replace:
+            raise OutputError(f"output directory {path} was filled by somebody else", hint="choose another")
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(partial, path)
+    _flush_one(path.parent)
+
+
+def _flush(directory: Path) -> None:
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _flush_one(Path(folder, name))
+        _flush_one(Path(folder))
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk answers into one clear error."""
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
+        errno.ENOTDIR: "part of the path is not a directory",
+        errno.ENAMETOOLONG: "the name is too long",
+    }
+    try:
+        yield
+    except SeqbuildError:
+        raise
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise OutputError(f"cannot write {path}: {reasons[error.errno]}", hint="nothing was left behind") from error

@@ -1,0 +1,98 @@
+"""The module tree of an artifact's model, without weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ArtifactError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.manifest import Manifest
+
+
+def build_skeleton(path: Path, manifest: Manifest, dtype: torch.dtype | None) -> nn.Module:
+    """Build the model with parameters on the meta device; buffers that are computed, not loaded, are real.
+
+    Args:
+        path: the artifact's directory, for config.json.
+        manifest: names the class.
+        dtype: of floating point parameters, None for the manifest's.
+
+    Raises:
+        ModelError: when the installed transformers lacks the class, or cannot build it from the config.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    entry = manifest.model
+    cls = _model_class(entry.module, entry.class_name)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = cls._from_config(config, dtype=dtype, attn_implementation=entry.attn_implementation)
+    except Exception as error:
+        raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error
+    _apply_dtypes(model, manifest, dtype)
+    return model.eval()
+
+
+def resolve_opaque(path: str) -> Callable[..., Any]:
+    """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers.
+
+    Raises:
+        ArtifactError: when the path leads elsewhere, or to nothing.
+    """
+    module_name, _, qualified = path.partition(":")
+    parts = qualified.split(".")
+    is_plain = all(part.isidentifier() and not part.startswith("__") for part in (*module_name.split("."), *parts))
+    if module_name.split(".")[0] != "transformers" or not is_plain:
+        raise ArtifactError(f"opaque step {path!r} is not a function of transformers", hint="it will not be called")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in parts:
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise ArtifactError(f"opaque step {path!r} does not exist on this host") from error
+    if not callable(value) or not str(getattr(value, "__module__", "")).startswith("transformers"):
+        raise ArtifactError(f"opaque step {path!r} is not a function of transformers")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _model_class(module_name: str, class_name: str) -> Any:
+    from transformers import PreTrainedModel
+
+    if module_name.split(".")[0] != "transformers":
+        raise ArtifactError(f"the model's class is {module_name}.{class_name}, which is not part of transformers")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"the installed transformers has no {module_name}.{class_name}",
+            hint="install the version that the artifact was compiled with",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ArtifactError(f"{module_name}.{class_name} is not a model class")
+    return cls
+
+
+def _apply_dtypes(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
+    """Give parameters that keep a dtype of their own (float32 routers, for instance) that dtype."""
+    import torch
+    from torch import nn
+
+    for name, parameter in model.named_parameters():
+        entry = manifest.parameters.get(name)
+        wanted = dtype if entry is None or entry.dtype == "model" else getattr(torch, entry.dtype)
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(parameter.to(wanted), requires_grad=False)
