@@ -1,0 +1,62 @@
+"""seqbuild: compile a model once into a chain of subgraphs, for calibration and quantization anywhere."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqbuild.build import compile_model
+    from seqbuild.partition import (
+        find_target_nodes,
+        graph_is_well_formed,
+        partition_graph,
+        topological_partition,
+        trace_consumed_names,
+    )
+    from seqbuild.sample import populate_concrete_args
+    from seqbuild.subgraph import Subgraph
+    from seqbuild.targets import get_sequential_ancestors, get_sequential_targets, match_modules
+    from seqbuild.trace import trace_subgraphs
+    from seqbuild.tracer import SequentialTracer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SequentialTracer",
+    "Subgraph",
+    "compile_model",
+    "find_target_nodes",
+    "get_sequential_ancestors",
+    "get_sequential_targets",
+    "graph_is_well_formed",
+    "match_modules",
+    "partition_graph",
+    "populate_concrete_args",
+    "topological_partition",
+    "trace_consumed_names",
+    "trace_subgraphs",
+]
+
+_HOMES = {
+    "SequentialTracer": "seqbuild.tracer",
+    "Subgraph": "seqbuild.subgraph",
+    "compile_model": "seqbuild.build",
+    "find_target_nodes": "seqbuild.partition",
+    "get_sequential_ancestors": "seqbuild.targets",
+    "get_sequential_targets": "seqbuild.targets",
+    "graph_is_well_formed": "seqbuild.partition",
+    "match_modules": "seqbuild.targets",
+    "partition_graph": "seqbuild.partition",
+    "populate_concrete_args": "seqbuild.sample",
+    "topological_partition": "seqbuild.partition",
+    "trace_consumed_names": "seqbuild.partition",
+    "trace_subgraphs": "seqbuild.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch only when something that needs it is asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,10 @@
+"""`python -m seqbuild`."""
+
+from __future__ import annotations
+
+import sys
+
+from seqbuild.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Compile a model: the passes, in order.
+
+source      what the user named: hub id, directory or config            seqbuild.source
+model       its module tree without weights                             seqbuild.model
+targets     where to cut                                                seqbuild.targets
+key         is it there already?                                        seqbuild.cache
+trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
+keys        which checkpoint tensors make which parameter               seqbuild.checkpoint_keys
+emit        source code, one file a subgraph                            seqbuild.emit
+describe    the manifest                                                seqbuild.describe
+publish     all of it appears under its name at once                    runtime.publish
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from runtime.artifact import CONSTANTS_NAME, check, read_manifest
+from runtime.errors import TargetError
+from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, ModelEntry, sha256
+from runtime.publish import disk_errors, publish_directory
+from seqbuild import cache, describe
+from seqbuild.checkpoint_keys import KeyTable, key_table
+from seqbuild.model import TRACE_DTYPE, build_weightless, default_dtype
+from seqbuild.sample import default_sample
+from seqbuild.source import Source, resolve_source
+from seqbuild.targets import infer_targets
+from seqbuild.trace import Trace, trace_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_OUT = Path("artifacts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compiled:
+    """What a compilation did.
+
+    Attributes:
+        path: the artifact.
+        manifest: its table of contents.
+        is_cached: whether it was there already.
+        seconds: how long it took.
+    """
+
+    path: Path
+    manifest: Manifest
+    is_cached: bool
+    seconds: float
+
+
+def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> Path:
+    """Compile a model to an artifact and return the artifact's directory.
+
+    Args:
+        model_id_or_path: hub id in the local cache, model directory, or config.json.
+        options: those of `build`.
+
+    Raises:
+        ModelError, TargetError, TraceError, OutputError: see their docstrings; nothing half-written is left behind.
+    """
+    return build(model_id_or_path, **options).path
+
+
+def build(
+    model_id_or_path: str | os.PathLike[str],
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    targets_per_subgraph: int = 1,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    out: str | os.PathLike[str] = DEFAULT_OUT,
+    force: bool = False,
+) -> Compiled:
+    """Compile a model, or find that it has been.
+
+    Args:
+        model_id_or_path: hub id in the local cache, model directory, or config.json.
+        targets: patterns of the modules to cut at; None takes the model's own no-split classes.
+        ignore: functions to record as one opaque step each.
+        targets_per_subgraph: how many targets share a subgraph.
+        revision: branch, tag or commit of a hub id.
+        attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
+        out: the directory under which the artifact's own directory is put.
+        force: compile again even when the same artifact is there.
+    """
+    start = time.perf_counter()
+    source = resolve_source(os.fspath(model_id_or_path), revision=revision)
+    model = build_weightless(source, attn_implementation=attn_implementation)
+    sample = default_sample(model)
+    patterns = tuple(targets or infer_targets(model))
+    parts = cache.ingredients(
+        source, model, target_patterns=patterns, ignore=ignore, targets_per_subgraph=targets_per_subgraph, sample=sample
+    )
+    key = cache.input_key(parts)
+    path = Path(out) / f"{source.name}-{key[:12]}"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock", mode=0o666)
+    with lock:
+        is_cached = not force and cache.find_artifact(path, key)
+        if not is_cached:
+            trace = trace_model(
+                model,
+                sample,
+                patterns,
+                ignore=ignore,
+                targets_per_subgraph=targets_per_subgraph,
+                dtype=TRACE_DTYPE,
+                drop_uncalled=targets is None,
+            )
+            _require_matched(trace)
+            keys = key_table(model, source.checkpoint_shapes())
+            files, manifest = _assemble(source, model, trace, keys, parts, patterns)
+            _write(path, files, manifest)
+    return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
+
+
+def _require_matched(trace: Trace) -> None:
+    if trace.tracer.unmatched_ignore:
+        raise TargetError(
+            f"--ignore {trace.tracer.unmatched_ignore[0]} fits no function of the model",
+            hint="write it as function, Class.method or module.path.function",
+        )
+
+
+def _assemble(
+    source: Source,
+    model: nn.Module,
+    trace: Trace,
+    keys: KeyTable,
+    parts: Mapping[str, str],
+    patterns: Sequence[str],
+) -> tuple[dict[str, bytes], Manifest]:
+    """All files of the artifact but the manifest, and the manifest that lists them."""
+    names = describe.target_names(trace, model)
+    files = {"config.json": source.config_file.read_bytes(), **source.companions()}
+    entries = []
+    for index, subgraph in enumerate(trace.subgraphs):
+        code = subgraph.emit(TRACE_DTYPE)
+        file = f"subgraphs/{index:03d}.py"
+        entries.append(describe.describe_subgraph(subgraph, code, model, names, file))
+        title = f"# subgraph {index + 1} of {len(trace.subgraphs)}: {', '.join(entries[-1].targets) or 'no target'}\n"
+        files[file] = (title + code.source).encode("ascii")
+    for index, program in enumerate(keys.programs):
+        files[f"conversions/{index:03d}.py"] = program.encode("ascii")
+    constants = dict(trace.tracer.constants)
+    if constants:
+        from safetensors.torch import save
+
+        files[CONSTANTS_NAME] = save(constants)
+    symbols = describe.Symbols(trace)
+    dtype = default_dtype(source)
+    config: Any = model.config
+    manifest = Manifest(
+        input_key=cache.input_key(parts),
+        ingredients=dict(parts),
+        model=ModelEntry(
+            class_name=type(model).__name__,
+            module=type(model).__module__,
+            model_type=str(config.model_type),
+            dtype=dtype,
+            attn_implementation=str(config._attn_implementation),
+            num_parameters=describe.num_parameters(model),
+            base_model_prefix=str(getattr(model, "base_model_prefix", "")),
+            ignored_keys=describe.ignored_keys(model),
+        ),
+        versions=cache.versions(),
+        targets=tuple(names),
+        target_patterns=tuple(patterns),
+        ignore=trace.tracer.ignore,
+        targets_per_subgraph=int(parts["targets_per_subgraph"]),
+        inputs=describe.describe_inputs(trace, symbols),
+        dims=symbols.dims(),
+        subgraphs=tuple(entries),
+        parameters=describe.describe_parameters(model, keys, dtype),
+        conversions=tuple(
+            ConversionEntry(file=f"conversions/{index:03d}.py", num_sources=count)
+            for index, count in enumerate(keys.num_sources)
+        ),
+        values=describe.describe_values(trace, symbols),
+        constants=tuple(constants),
+        files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
+    )
+    return files, manifest
+
+
+def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> None:
+    """Publish the artifact, after checking it as a host will."""
+    with publish_directory(path, replace=True) as partial:
+        for name, data in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(data)
+        (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        check(partial)

@@ -1,0 +1,95 @@
+"""The input key: a hash over everything that determines an artifact, each ingredient by name.
+
+Left out on purpose, because none of it changes a byte of the artifact: where the model and the artifact lie, the time,
+the user, the machine, and the values of the sample input (only shapes and dtypes are looked at).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.artifact import check
+from runtime.errors import ArtifactError
+from runtime.manifest import FORMAT_VERSION, canonical, sha256
+from seqbuild.source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a compilation."""
+    return {name: importlib.metadata.version(name) for name in ("seqbuild", "torch", "transformers")}
+
+
+def ingredients(
+    source: Source,
+    model: nn.Module,
+    *,
+    target_patterns: Sequence[str],
+    ignore: Sequence[str],
+    targets_per_subgraph: int,
+    sample: Mapping[str, Any],
+) -> dict[str, str]:
+    """Everything that the input key is made of: name to a short value or the digest of a long one."""
+    checkpoint = source.checkpoint_shapes()
+    config: Any = getattr(model, "config", None)
+    parts = {
+        "format": ".".join(map(str, FORMAT_VERSION)),
+        "config": sha256(source.config_file.read_bytes()),
+        "companions": _digest({name: sha256(data) for name, data in source.companions().items()}),
+        "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model_source": _digest(source_digests(model)),
+        "attn_implementation": str(getattr(config, "_attn_implementation", "")),
+        "targets": json.dumps(list(target_patterns)),
+        "ignore": json.dumps(list(ignore)),
+        "targets_per_subgraph": str(targets_per_subgraph),
+        "sample": json.dumps({name: _signature(value) for name, value in sample.items()}),
+    }
+    return parts | {f"version_{name}": version for name, version in versions().items()}
+
+
+def input_key(parts: Mapping[str, str]) -> str:
+    """sha256, hex, of the canonical encoding of the ingredients."""
+    return sha256(canonical(dict(parts)))
+
+
+def find_artifact(path: Path, key: str) -> bool:
+    """Whether a whole and undamaged artifact with this key is at `path`."""
+    if not path.is_dir():
+        return False
+    try:
+        manifest, _ = check(path)
+    except ArtifactError:
+        return False
+    return manifest.input_key == key
+
+
+def source_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of each source file that defines a class of the model's modules, by module name; torch's own are left
+    to its version.
+    """
+    names = dict.fromkeys(cls.__module__ for module in model.modules() for cls in type(module).__mro__)
+    digests: dict[str, str] = {}
+    for name in sorted(names):
+        file = inspect.getsourcefile(sys.modules[name]) if name.split(".")[0] not in ("torch", "builtins") else None
+        if file is not None:
+            digests[name] = sha256(Path(file).read_bytes())
+    return digests
+
+
+def _signature(value: torch.Tensor | Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"{value.dtype}{list(shape)}"
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return sha256(canonical(dict(value)))

@@ -1,0 +1,129 @@
+"""The command line: `seqbuild compile|inspect|data`.
+
+Only typer is imported up here; torch and transformers wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.console import human_bytes, run_app, say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
+    epilog="--debug anywhere shows the traceback of an error.",
+)
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
+
+
+@app.command("compile")
+def compile_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hub id in the local cache, directory or config.json.")
+    ],
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--targets", "-t", help="Where to cut: class name, module name or re:pattern; may be repeated."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Function, Class.method or module.path.function to call whole; may be repeated."),
+    ] = None,
+    targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets that share a subgraph.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="eager or sdpa; by default the model's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = Path(
+        "artifacts"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Trace a model once, cut it at its layers, and save each part's code."""
+    from seqbuild.build import build
+
+    done = build(
+        source,
+        targets=targets or None,
+        ignore=ignore or (),
+        targets_per_subgraph=targets_per_subgraph,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        out=out,
+        force=force,
+    )
+    manifest = done.manifest
+    num_bytes = sum(entry.bytes for entry in manifest.files)
+    if as_json:
+        facts = {
+            "path": str(done.path),
+            "cached": done.is_cached,
+            "input_key": manifest.input_key,
+            "targets": len(manifest.targets),
+            "subgraphs": len(manifest.subgraphs),
+            "parameters": manifest.model.num_parameters,
+            "bytes": num_bytes,
+            "seconds": done.seconds,
+        }
+        say(json.dumps(facts))
+        return
+    say(
+        f"{manifest.model.class_name}: {len(manifest.targets)} layers by {', '.join(manifest.target_patterns)}, "
+        f"{len(manifest.subgraphs)} subgraphs, {manifest.model.num_parameters:,} parameters"
+    )
+    opaque = list(dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque))
+    if opaque:
+        say(f"called whole: {', '.join(opaque)}")
+    verb = "is there already, nothing was traced" if done.is_cached else f"{human_bytes(num_bytes)}"
+    say(f"{done.path}: {verb}; {done.seconds:.1f} s")
+
+
+@app.command()
+def inspect(
+    artifact: ArtifactPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    code: Annotated[int | None, typer.Option("--code", min=0, metavar="N", help="Print subgraph N's source.")] = None,
+) -> None:
+    """Show an artifact's manifest, or the code of one subgraph."""
+    from runtime.artifact import check
+    from runtime.errors import UsageError
+    from seqbuild.show import as_plain, print_table
+
+    manifest, sources = check(artifact)
+    if code is not None:
+        if code >= len(manifest.subgraphs):
+            raise UsageError(f"there is no subgraph {code}", hint=f"they are 0 to {len(manifest.subgraphs) - 1}")
+        say(sources[manifest.subgraphs[code].file].rstrip("\n"))
+    elif as_json:
+        say(json.dumps(as_plain(manifest), indent=2))
+    else:
+        print_table(manifest)
+
+
+@app.command()
+def data(
+    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="How many samples; by default all.")] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sample.")] = 2048,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one each.")] = True,
+) -> None:
+    """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
+    from seqbuild.data import tokenize_files
+
+    made = tokenize_files(tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out)
+    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_app(app, "seqbuild", argv)

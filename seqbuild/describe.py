@@ -1,0 +1,178 @@
+"""From a trace to the manifest: names, shapes and bytes of everything that a run will need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from runtime.manifest import UNBOUNDED, DimEntry, InputEntry, ParameterEntry, Shape, SubgraphEntry, TensorEntry
+from seqbuild.emit import EmittedCode
+from seqbuild.model import TRACE_DTYPE
+from seqbuild.weightless import kept_in_float32
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from seqbuild.checkpoint_keys import KeyTable
+    from seqbuild.subgraph import Subgraph
+    from seqbuild.trace import Trace
+
+
+class Symbols:
+    """Names for the trace's symbolic sizes: `batch` and `sequence` where they are that, else `<input>_<axis>`."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.shape_env = trace.tracer.shape_env
+        self.names: dict[sympy.Symbol, str] = {}
+        self.fixed: dict[str, int] = {}
+        for node in trace.graph.find_nodes(op="placeholder"):
+            for axis, size in enumerate(node.meta["val"].shape):
+                expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+                self._name(str(node.target), axis, expression)
+
+    def _name(self, name: str, axis: int, expression: sympy.Expr) -> None:
+        usual = ("batch", "sequence")[axis] if axis < 2 else ""
+        label = usual if usual and usual not in (*self.names.values(), *self.fixed) else f"{name}_{axis}"
+        if isinstance(expression, sympy.Symbol):
+            self.names.setdefault(expression, label)
+        elif expression.is_Integer and usual and usual not in self.names.values():
+            self.fixed.setdefault(usual, int(expression))
+
+    def shape(self, tensor: torch.Tensor) -> Shape:
+        """A shape with the sizes that depend on data written as expressions."""
+        return tuple(self._size(size) for size in tensor.shape)
+
+    def _size(self, size: int | torch.SymInt) -> int | str:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = self.shape_env.replace(size.node.expr)
+        if expression.is_Integer:
+            return int(expression)
+        names = {symbol: sympy.Symbol(self.names.get(symbol, str(symbol))) for symbol in expression.free_symbols}
+        return str(expression.xreplace(names))
+
+    def dims(self) -> tuple[DimEntry, ...]:
+        """The ranges in which the trace holds. Tracing assumes sizes above one; one is the broadcasting that every
+        operator does by itself.
+        """
+        entries = [DimEntry(name=name, min=size, max=size) for name, size in self.fixed.items()]
+        for symbol, name in self.names.items():
+            bounds = self.shape_env.var_to_range[symbol]
+            lower, upper = bounds.lower, bounds.upper
+            entries.append(
+                DimEntry(
+                    name=name,
+                    min=1 if int(lower) <= 2 else int(lower),
+                    max=int(upper) if upper.is_Integer and int(upper) < 2**62 else UNBOUNDED,
+                )
+            )
+        return tuple(entries)
+
+
+def describe_inputs(trace: Trace, symbols: Symbols) -> tuple[InputEntry, ...]:
+    """The model's inputs, in the order of the sample."""
+    return tuple(
+        InputEntry(
+            name=str(node.target), dtype=_dtype_name(node.meta["val"].dtype), shape=symbols.shape(node.meta["val"])
+        )
+        for node in trace.graph.find_nodes(op="placeholder")
+    )
+
+
+def describe_values(trace: Trace, symbols: Symbols) -> dict[str, TensorEntry]:
+    """Everything that crosses a boundary between subgraphs, and the fields of the model's output."""
+    values: dict[str, TensorEntry] = {}
+    for subgraph in trace.subgraphs:
+        (output,) = subgraph.graph.find_nodes(op="output")
+        for name, node in output.args[0].items():
+            values[name] = _describe_value(node, symbols)
+    return values
+
+
+def _describe_value(node: fx.Node | Any, symbols: Symbols) -> TensorEntry:
+    value = getattr(node, "meta", {}).get("val")
+    if isinstance(value, torch.Tensor):
+        return TensorEntry(dtype=_dtype_name(value.dtype), shape=symbols.shape(value))
+    return TensorEntry(dtype="", shape=())
+
+
+def describe_subgraph(
+    subgraph: Subgraph, code: EmittedCode, model: nn.Module, target_names: list[str], file: str
+) -> SubgraphEntry:
+    """One subgraph's entry."""
+    return SubgraphEntry(
+        file=file,
+        input_names=tuple(subgraph.input_names),
+        consumed_names=tuple(subgraph.consumed_names),
+        output_names=code.output_names,
+        submodules=code.submodules,
+        attributes=code.attributes,
+        objects=code.objects,
+        constants=code.constants,
+        opaque=code.opaque,
+        targets=tuple(name for name in code.submodules if name in target_names),
+        parameters=tuple(dict.fromkeys(_needed(model, code))),
+    )
+
+
+def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
+    """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
+    stored = model.state_dict(keep_vars=True)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in (*code.submodules, *(name for name in code.objects if name in modules)):
+        prefix = f"{name}." if name else ""
+        yield from (key for key in stored if key.startswith(prefix))
+    yield from (name for name in code.attributes if name in stored)
+
+
+def describe_parameters(model: nn.Module, keys: KeyTable, default_dtype: str) -> dict[str, ParameterEntry]:
+    """Every parameter and persistent buffer; those that share memory name the first of them."""
+    entries: dict[str, ParameterEntry] = {}
+    first: dict[int, str] = {}
+    keep = kept_in_float32(model)
+    model_bytes = getattr(torch, default_dtype).itemsize
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied_to = first.setdefault(id(tensor), name)
+        dtype = "float32" if tensor.is_floating_point() and any(part in name for part in keep) else ""
+        dtype = dtype or _dtype_name(tensor.dtype)
+        itemsize = model_bytes if dtype == "model" else getattr(torch, dtype).itemsize
+        source = name if name in keys.sources or tied_to == name else tied_to
+        entries[name] = ParameterEntry(
+            shape=tuple(tensor.shape),
+            dtype=dtype,
+            bytes=tensor.numel() * itemsize,
+            sources=keys.sources.get(source, (source,)),
+            conversion=keys.conversion.get(source, -1),
+            tied_to="" if tied_to == name else tied_to,
+        )
+    return entries
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers the model has, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def ignored_keys(model: nn.Module) -> tuple[str, ...]:
+    """Checkpoint tensors that transformers passes over for this model, as regular expressions; computed rotary
+    tables that old checkpoints carry are always among them.
+    """
+    stated: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    computed = [name for name, _ in model.named_buffers() if name not in model.state_dict(keep_vars=True)]
+    return tuple(sorted({*stated, r"rotary_emb\.inv_freq$", *(re.escape(name) + "$" for name in computed)}))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return "model" if dtype == TRACE_DTYPE else str(dtype).removeprefix("torch.")
+
+
+def target_names(trace: Trace, model: nn.Module) -> list[str]:
+    """Dotted names of the targets, in order of execution."""
+    names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    called = [str(node.target) for node in trace.graph.find_nodes(op="call_module")]
+    wanted = {names[target] for target in trace.targets}
+    return [name for name in dict.fromkeys(called) if name in wanted]

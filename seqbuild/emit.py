@@ -1,0 +1,259 @@
+"""From a graph to readable, deterministic Python source: what an artifact stores and a host executes.
+
+Every statement is one of
+
+    name = torch.ops.aten.op.overload(arguments)      an operator
+    name = self.get_submodule("dotted.name")(...)     a leaf module
+    name = self.get_parameter("dotted.name")          a parameter or buffer that the glue uses
+    name = run.constant("constant_0")                 a tensor that the artifact brings
+    name = run.opaque["module:function"](...)         a step that is called whole
+    name = other[0]   name = a * b + 1                unpacking, arithmetic on sizes
+    del name                                          after the last use, so that memory is freed as it is in the model
+
+`runtime.grammar` accepts just this; `run.device`, `run.dtype` and `run.lowest` stand where the trace had its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from runtime.errors import TraceError
+
+_INFIX: dict[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+    operator.mod: "%",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+    operator.and_: "&",
+    operator.or_: "|",
+}
+_FUNCTIONS: dict[Any, str] = {
+    torch.sym_max: "torch.sym_max",
+    torch.sym_min: "torch.sym_min",
+    torch.sym_int: "torch.sym_int",
+    torch.sym_float: "torch.sym_float",
+    torch.sym_not: "torch.sym_not",
+    torch.sym_ite: "torch.sym_ite",
+    math.trunc: "torch.sym_int",
+}
+_RESERVED = ("self", "run", "torch", "slice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmittedCode:
+    """Source of one subgraph and everything that it refers to, each in order of first use.
+
+    Attributes:
+        source: a module with one function, `forward(self, <inputs>, *, run)`.
+        submodules: dotted names of the modules it calls.
+        attributes: dotted names of the parameters and buffers it reads directly.
+        objects: dotted names of modules or configs that are handed whole to opaque steps.
+        constants: names of the artifact's tensors.
+        opaque: paths of the functions called whole.
+        output_names: keys of the returned dict.
+    """
+
+    source: str
+    submodules: tuple[str, ...]
+    attributes: tuple[str, ...]
+    objects: tuple[str, ...]
+    constants: tuple[str, ...]
+    opaque: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+def emit(graph: fx.Graph, *, title: str = "", traced_dtype: torch.dtype | None = None) -> EmittedCode:
+    """Generate the source of a subgraph.
+
+    Args:
+        graph: its placeholders are the inputs, its output a dict; `owning_module` resolves attribute names.
+        title: a comment for the first line.
+        traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes as they are.
+
+    Raises:
+        TraceError: for a value or function that generated code cannot contain.
+    """
+    return _Emitter(graph, traced_dtype).emit(title)
+
+
+@dataclass
+class _Emitter:
+    graph: fx.Graph
+    traced_dtype: torch.dtype | None
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    references: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def emit(self, title: str) -> EmittedCode:
+        inputs = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
+        for name in inputs:
+            if name in _RESERVED:
+                raise TraceError(f"an input of the model is called {name!r}, which generated code needs for itself")
+        lines = [f"# {title}"] if title else []
+        lines.append(f"def forward({', '.join(['self', *inputs])}, *, run):")
+        last_use = self._last_uses()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self.names[node] = str(node.target)
+            elif node.op == "output":
+                lines.extend(self._return(node.args[0]))
+            else:
+                self.names[node] = node.name
+                lines.append(f"    {node.name} = {self._expression(node)}")
+                finished = [self.names[source] for source in last_use.get(node, ())]
+                if finished:
+                    lines.append(f"    del {', '.join(finished)}")
+        (output,) = self.graph.find_nodes(op="output")
+        return EmittedCode(
+            source="\n".join(lines) + "\n",
+            output_names=tuple(output.args[0]),
+            **{kind: tuple(self.references.get(kind, ())) for kind in _REFERENCE_KINDS},
+        )
+
+    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each node, the values that are no longer needed after it."""
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                last[node] = node  # a result that nothing uses goes at once
+            for source in node.all_input_nodes:
+                last[source] = node
+        ends: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            ends.setdefault(node, []).append(source)
+        return ends
+
+    def _return(self, fields: dict[str, Any]) -> list[str]:
+        items = [f"        {name!r}: {self._value(value)},".replace("'", '"') for name, value in fields.items()]
+        return ["    return {", *items, "    }"] if items else ["    return {}"]
+
+    def _expression(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return f"{self._submodule(str(node.target))}({self._arguments(node)})"
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if "opaque" in node.meta:
+            path = self._refer("opaque", node.meta["opaque"])
+            return f"run.opaque[{_text(path)}]({self._arguments(node)})"
+        if isinstance(node.target, torch._ops.OpOverload):
+            return f"torch.ops.{node.target}({self._arguments(node)})"
+        return self._python(node)
+
+    def _python(self, node: fx.Node) -> str:
+        target: Any = node.target
+        operands = [self._value(argument) for argument in node.args]
+        if target is operator.getitem:
+            return f"{operands[0]}[{operands[1]}]"
+        if target is getattr and str(node.args[1]).isidentifier() and not str(node.args[1]).startswith("_"):
+            return f"{operands[0]}.{node.args[1]}"
+        if target is operator.neg:
+            return f"-{operands[0]}"
+        if target in _INFIX and len(operands) == 2:
+            return f"{operands[0]} {_INFIX[target]} {operands[1]}"
+        if target in _FUNCTIONS and not node.kwargs:
+            return f"{_FUNCTIONS[target]}({', '.join(operands)})"
+        raise TraceError(
+            f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)} on sizes cannot be saved",
+            hint="make the function that computes it one opaque step with --ignore NAME",
+        )
+
+    def _attribute(self, node: fx.Node) -> str:
+        name = str(node.target)
+        if node.meta.get("constant"):
+            return f"run.constant({_text(self._refer('constants', name))})"
+        value = _lookup(self.graph.owning_module, name)
+        if isinstance(value, nn.Module):
+            self._refer("objects", name)
+            return self._submodule(name, is_called=False)
+        if not isinstance(value, torch.Tensor):
+            self._refer("objects", name)
+            owner, _, attribute = name.rpartition(".")
+            return f"{self._submodule(owner, is_called=False)}.{attribute}"
+        kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
+        return f"self.get_{kind}({_text(self._refer('attributes', name))})"
+
+    def _submodule(self, name: str, is_called: bool = True) -> str:
+        if is_called:
+            self._refer("submodules", name)
+        return f"self.get_submodule({_text(name)})"
+
+    def _refer(self, kind: str, name: str) -> str:
+        self.references.setdefault(kind, {})[name] = None
+        return name
+
+    def _arguments(self, node: fx.Node) -> str:
+        positional = [self._value(argument) for argument in node.args]
+        named = [f"{name}={self._value(argument)}" for name, argument in node.kwargs.items()]
+        return ", ".join([*positional, *named])
+
+    def _value(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.names[value]
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return f"slice({', '.join(self._value(part) for part in parts)})"
+        if isinstance(value, tuple):
+            return _tuple([self._value(item) for item in value])
+        if isinstance(value, (list, fx.immutable_collections.immutable_list)):
+            return f"[{', '.join(self._value(item) for item in value)}]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{self._value(key)}: {self._value(item)}" for key, item in value.items()) + "}"
+        return self._literal(value)
+
+    def _literal(self, value: Any) -> str:
+        if isinstance(value, torch.device):
+            return "run.device"
+        if isinstance(value, torch.dtype):
+            return "run.dtype" if value == self.traced_dtype else str(value)
+        if isinstance(value, (torch.layout, torch.memory_format)):
+            return str(value)
+        if isinstance(value, str):
+            return _text(value)
+        if value is None or isinstance(value, (bool, int)):
+            return repr(value)
+        if isinstance(value, float):
+            return self._float(value)
+        raise TraceError(f"a value of type {type(value).__qualname__} cannot be written into generated code")
+
+    def _float(self, value: float) -> str:
+        if self.traced_dtype is not None and value == torch.finfo(self.traced_dtype).min:
+            return "run.lowest"
+        if math.isnan(value):
+            return "torch.nan"
+        if math.isinf(value):
+            return "torch.inf" if value > 0 else "-torch.inf"
+        return repr(value)
+
+
+_REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "constants", "opaque")
+
+
+def _lookup(root: Any, name: str) -> Any:
+    """The parameter, buffer, module or config of a dotted name."""
+    value = root
+    for part in name.split(".") if name else ():
+        value = getattr(value, part)
+    return value
+
+
+def _tuple(items: list[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+
+
+def _text(text: str) -> str:
+    """A double-quoted ASCII literal."""
+    return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'

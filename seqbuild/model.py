@@ -1,0 +1,99 @@
+"""Build a model from its config alone: right class, no weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import ModelError
+from seqbuild.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The dtype that models are traced in: code that names it means "the dtype of the weights" (see seqbuild.emit).
+TRACE_DTYPE = torch.bfloat16
+
+
+def build_weightless(source: Source, *, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model of `source` with parameters on the meta device, in `TRACE_DTYPE` and eval mode.
+
+    The class is the one that config.json names under `architectures`, else the causal language model of its type, else
+    its base model.
+
+    Args:
+        source: where the config is.
+        attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
+
+    Raises:
+        ModelError: when transformers does not know the model, or it cannot be built.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    if source.config.get("auto_map"):
+        raise ModelError(
+            f"{source.name} brings its own code ({', '.join(map(str, source.config['auto_map'].values()))})",
+            hint="only architectures that are part of transformers can be compiled",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source.config_file, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"{source.config_file} does not describe a model that transformers knows: {_first_line(error)}"
+        ) from error
+    cls = _model_class(source, config)
+    try:
+        with init_empty_weights(include_buffers=False), _quiet():
+            model: PreTrainedModel = cls._from_config(
+                config, dtype=TRACE_DTYPE, attn_implementation=attn_implementation
+            )
+    except Exception as error:
+        raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_first_line(error)}") from error
+    model.train(False)
+    return model
+
+
+def _model_class(source: Source, config: Any) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    for name in source.config.get("architectures") or ():
+        cls = getattr(transformers, str(name), None)
+        if cls is not None and hasattr(cls, "_from_config"):
+            return cls
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ModelError(f"{source.name}: transformers has no model class for config type {type(config).__name__}")
+
+
+def default_dtype(source: Source) -> str:
+    """The dtype of the weights that the config states, as torch names it; float32 when it states none."""
+    for config in (source.config, source.config.get("text_config") or {}):
+        name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        if name in ("float32", "float16", "bfloat16"):
+            return name
+    return "float32"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' remarks on generation configs and the like out of the output."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

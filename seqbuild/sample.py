@@ -1,0 +1,91 @@
+"""Sample inputs: the default one for a model, and the same with symbolic sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from runtime.errors import TraceError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Sizes that no model has, so that a size of the data is never taken for one of the model's own.
+SAMPLE_BATCH, SAMPLE_SEQUENCE = 3, 37
+
+
+def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for the arguments of `model.forward` that the sample does not give.
+
+    Args:
+        model: the model whose forward's signature is read (through its decorators).
+        sample_input: the named inputs that are given.
+
+    Returns:
+        Name to default value, in the order of the signature; `[]` and `{}` for variadic arguments, False for
+        `use_cache`, `inspect.Parameter.empty` for a required argument that the sample lacks.
+    """
+    concrete: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name in sample_input:
+            continue
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            concrete[name] = []
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            concrete[name] = {}
+        else:
+            concrete[name] = False if name == "use_cache" else parameter.default
+    return concrete
+
+
+def default_sample(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A token batch that fits the model's signature: int64 [batch, sequence] each, on the meta device.
+
+    Raises:
+        TraceError: when the model's forward takes no `input_ids`.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise TraceError(
+            f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
+            hint="only text models can be compiled without a sample input",
+        )
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in parameters]
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        names += [name for name in ("decoder_input_ids", "decoder_attention_mask") if name in parameters]
+    shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
+    return {name: torch.ones(shape, dtype=torch.int64, device="meta") for name in names}
+
+
+def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) -> dict[str, Any]:
+    """Fake tensors of symbolic size for the sample's tensors; anything else is returned as it is.
+
+    Token inputs (integers, [batch, sequence]) share one symbol for the batch; every other size has its own, until the
+    model's code shows that two must be equal. A leading size of one would be burnt in, so a batch of one is traced as
+    a batch of `SAMPLE_BATCH`: only shapes matter, the values are never looked at.
+    """
+    result: dict[str, Any] = {}
+    tensors = {name: value for name, value in sample_input.items() if isinstance(value, torch.Tensor)}
+    is_single = all(value.dim() > 0 and value.shape[0] == 1 for value in tensors.values())
+    for name, value in sample_input.items():
+        if not isinstance(value, torch.Tensor):
+            result[name] = value
+            continue
+        shape = list(value.shape)
+        if is_single:
+            shape[0] = SAMPLE_BATCH + (1 if SAMPLE_BATCH in shape else 0)
+        template = torch.empty(shape, dtype=value.dtype, device="meta")
+        sizes = [DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in shape]
+        if len(shape) == 2 and shape[0] > 1 and not value.is_floating_point():
+            sizes[0] = DimDynamic.DUCK  # equal hints, one symbol
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * len(shape))
+        fake = fake_mode.from_tensor(template, symbolic_context=context)
+        with fake_mode:
+            result[name] = torch.empty_like(fake, device="cpu")
+    return result

@@ -1,0 +1,90 @@
+"""Show what is in an artifact, to people and to programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from runtime.console import human_bytes
+from runtime.manifest import UNBOUNDED, Manifest, SubgraphEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NAMES_SHOWN = 4
+
+
+def as_plain(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain values, ready for `json.dumps`."""
+    return dataclasses.asdict(manifest)
+
+
+def summary(manifest: Manifest) -> Iterator[str]:
+    """The manifest's facts, a line each."""
+    model = manifest.model
+    yield f"model          {model.class_name} ({model.model_type}), {model.num_parameters:,} parameters, {model.dtype}"
+    yield f"attention      {model.attn_implementation}"
+    yield f"compiled with  {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
+    yield f"input key      {manifest.input_key}"
+    yield f"targets        {len(manifest.targets)} by {', '.join(manifest.target_patterns)}"
+    yield f"inputs         {', '.join(f'{entry.name} {_shape(entry.shape)}' for entry in manifest.inputs)}"
+    ranges = [_range(dim.name, dim.min, dim.max) for dim in manifest.dims]
+    yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
+    opaque = dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque)
+    yield f"opaque steps   {', '.join(opaque) or 'none'}"
+    yield f"files          {len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}"
+
+
+def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    """One row a subgraph, under `HEADINGS`."""
+    for index, entry in enumerate(manifest.subgraphs):
+        num_bytes = sum(manifest.parameters[name].bytes for name in entry.parameters)
+        yield (
+            str(index),
+            ", ".join(entry.targets) or "-",
+            _some(entry.submodules),
+            human_bytes(num_bytes),
+            _some(entry.input_names),
+            _some(entry.consumed_names),
+            _outputs(manifest, entry),
+        )
+
+
+HEADINGS = ("subgraph", "targets", "calls", "weights", "takes", "frees", "returns")
+
+
+def print_table(manifest: Manifest) -> None:
+    """The summary and the subgraphs as a table, on standard output."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=False)
+    for line in summary(manifest):
+        console.print(line, markup=False, soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD)
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for row in rows(manifest):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+def _outputs(manifest: Manifest, entry: SubgraphEntry) -> str:
+    shapes = {name: manifest.values[name].shape for name in entry.output_names if name in manifest.values}
+    return _some([f"{name} {_shape(shapes.get(name, ()))}" for name in entry.output_names])
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _range(name: str, low: int, high: int) -> str:
+    if low == high:
+        return f"{name} = {low}"
+    return f"{name} >= {low}" if high == UNBOUNDED else f"{low} <= {name} <= {high}"

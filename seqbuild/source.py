@@ -1,0 +1,136 @@
+"""Find what SOURCE means: a model in the local Hugging Face cache, a model directory, or a bare config.json."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ModelError, WeightsError
+
+# What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEADER_LIMIT_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model's description on disk.
+
+    Attributes:
+        name: what the artifact is called after.
+        directory: where the files are.
+        config_file: the config.json.
+        config: its content.
+    """
+
+    name: str
+    directory: Path
+    config_file: Path
+    config: Mapping[str, Any]
+
+    def companions(self) -> dict[str, bytes]:
+        """The files that travel along, by name, besides the config."""
+        if self.config_file.name != "config.json":
+            return {}
+        found = ((name, self.directory / name) for name in COMPANIONS)
+        return {name: path.read_bytes() for name, path in found if path.is_file()}
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there."""
+        index = self.directory / _INDEX
+        if index.is_file():
+            try:
+                shards = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
+        else:
+            shards = [_SINGLE]
+        paths = [self.directory / str(shard) for shard in sorted(shards)]
+        if not all(path.is_file() for path in paths):
+            return None
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            shapes.update(_header_shapes(path))
+        return dict(sorted(shapes.items()))
+
+
+def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _HEADER_LIMIT_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+
+
+def resolve_source(source: str, *, revision: str | None = None) -> Source:
+    """Find the model's files without a network.
+
+    Args:
+        source: a directory with a config.json, a config file, or a hub id whose files are in the local cache.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: when there is no such model, or it has no config.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_file(path.resolve().name, path / "config.json", source)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise ModelError(f"{source} is neither a model directory nor a config.json")
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return _from_file(name, path, source)
+    return _from_cache(source, revision)
+
+
+def _from_cache(source: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".json"):
+        raise ModelError(f"there is no model at {source}", hint="name a directory, a config.json or a hub id")
+    try:
+        folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"there is no model {source!r}{at}: no such directory, and nothing of that id in the local cache",
+            hint="download it first on a machine with a network, or name a directory or config.json",
+        ) from error
+    return _from_file(source.rsplit("/", 1)[-1], folder / "config.json", source)
+
+
+def _from_file(name: str, config_file: Path, source: str) -> Source:
+    if not config_file.is_file():
+        raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{config_file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} holds no model config")
+    return Source(name=name, directory=config_file.parent, config_file=config_file, config=config)

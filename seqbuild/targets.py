@@ -1,0 +1,143 @@
+"""Which modules are sequential targets, and which contain one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.Module]:
+    """The modules that any of the patterns fits, in the order of the module tree, each once.
+
+    Args:
+        model: the module tree.
+        target_names: class names (of the module or of a base class), dotted module names, or `re:` followed by a
+            regular expression that the dotted name must match from its start.
+
+    Returns:
+        An ordered set.
+    """
+    return dict.fromkeys(
+        module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(_fits(pattern, name, module) for pattern in target_names)
+    ).keys()
+
+
+def _fits(pattern: str, name: str, module: nn.Module) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from error
+    return pattern == name or any(pattern == cls.__name__ for cls in type(module).__mro__)
+
+
+def get_sequential_ancestors(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.Module]:
+    """The modules that contain a target, in the order of the module tree; a target itself is none.
+
+    Returns:
+        An ordered set.
+    """
+    ancestors: dict[nn.Module, None] = {}
+    contains: dict[nn.Module, bool] = {}
+    for module in reversed(list(model.modules())):  # children come after their parents
+        contains[module] = any(child in targets or contains[child] for child in module.children())
+    for module in model.modules():
+        if contains[module] and module not in targets:
+            ancestors[module] = None
+    return ancestors.keys()
+
+
+def outermost(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.Module]:
+    """The targets that lie inside no other target: a step cannot be cut again."""
+    inner: dict[nn.Module, None] = {}
+    for target in targets:
+        inner.update(dict.fromkeys(module for module in target.modules() if module is not target))
+    return dict.fromkeys(target for target in targets if target not in inner).keys()
+
+
+def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Module]:
+    """The outermost modules that `names` fit.
+
+    Raises:
+        TargetError: when a name fits nothing, saying which classes exist.
+    """
+    for name in names:
+        if not match_modules(model, [name]):
+            classes = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
+            close = difflib.get_close_matches(name, classes, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise TargetError(
+                f"target {name!r} fits no module of {type(model).__name__}",
+                hint=f"{hint}its classes are {', '.join(classes)}",
+            )
+    return outermost(model, match_modules(model, names))
+
+
+def infer_targets(model: nn.Module) -> tuple[str, ...]:
+    """The class names to cut at when nobody says: the model's no-split classes that exist in it, else the class of
+    its longest ModuleList.
+
+    Raises:
+        TargetError: when the model has neither.
+    """
+    from torch import nn
+
+    no_split = getattr(model, "_no_split_modules", None) or ()
+    existing = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
+    names = tuple(name for name in existing if name in no_split)
+    if names:
+        targets = outermost(model, match_modules(model, names))
+        return tuple(dict.fromkeys(type(target).__name__ for target in targets))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    if not lists:
+        raise TargetError(
+            f"{type(model).__name__} names no layer classes and has no list of layers",
+            hint="name the modules to cut at with --targets",
+        )
+    longest = max(lists, key=len)
+    return tuple(dict.fromkeys(type(module).__name__ for module in longest))
+
+
+def get_sequential_targets(
+    modifiers: Iterable[Any], model: nn.Module, args: Mapping[str, Any] | Any | None = None
+) -> list[str]:
+    """Decide the sequential targets: what the modifiers ask for, else what the arguments say, else the model's own.
+
+    Args:
+        modifiers: objects whose `sequential_targets` may be None, one pattern or several.
+        model: asked for its no-split classes when nobody else says anything.
+        args: a mapping or object whose `sequential_targets` may be None, one pattern or several.
+
+    Raises:
+        TargetError: when two modifiers, or a modifier and the arguments, ask for different targets.
+    """
+    requests: dict[tuple[str, ...], str] = {}
+    for modifier in modifiers:
+        wish = _as_names(getattr(modifier, "sequential_targets", None))
+        if wish:
+            requests.setdefault(wish, type(modifier).__name__)
+    from_args = (
+        args.get("sequential_targets") if isinstance(args, Mapping) else getattr(args, "sequential_targets", None)
+    )
+    wish = _as_names(from_args)
+    if wish:
+        requests.setdefault(wish, "the arguments")
+    if len(requests) > 1:
+        wishes = "; ".join(f"{who} for {', '.join(names)}" for names, who in requests.items())
+        raise TargetError(f"conflicting sequential targets are asked for: {wishes}", hint="make them agree")
+    return list(next(iter(requests)) if requests else infer_targets(model))
+
+
+def _as_names(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)

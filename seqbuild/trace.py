@@ -1,0 +1,128 @@
+"""Trace an in-memory model into a chain of subgraphs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import TargetError
+from seqbuild.partition import find_target_nodes, partition_graph, topological_partition, trace_consumed_names
+from seqbuild.sample import populate_concrete_args
+from seqbuild.subgraph import Subgraph
+from seqbuild.targets import get_sequential_ancestors, require_targets
+from seqbuild.tracer import SequentialTracer
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        graph: the whole forward.
+        targets: the modules that were cut at, outermost only, in the order of the module tree.
+        subgraphs: the chain.
+        tracer: what it learned: symbols, constants, names that fitted nothing.
+    """
+
+    graph: fx.Graph
+    targets: tuple[nn.Module, ...]
+    subgraphs: tuple[Subgraph, ...]
+    tracer: SequentialTracer
+
+
+def trace_subgraphs(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    sequential_targets: Sequence[str],
+    ignore: Sequence[str] = (),
+    targets_per_subgraph: int = 1,
+) -> list[Subgraph]:
+    """Trace a model and cut it so that each sequential target lies in exactly one subgraph.
+
+    Running the subgraphs in order, each fed from the model's inputs and the outputs of those before it, equals
+    running the model.
+
+    Args:
+        model: real, on the meta device or offloaded; left as it was found, also when this fails.
+        sample_input: named inputs; of tensors only shape and dtype matter.
+        sequential_targets: class names, module names or `re:` patterns, see `match_modules`.
+        ignore: functions to record as one opaque step each: `function`, `Class.method`, `module.path.function`.
+            Names that fit nothing are passed over.
+        targets_per_subgraph: how many targets share a subgraph.
+
+    Raises:
+        TargetError: a target that fits nothing or is never called.
+        TraceError: code that cannot be recorded, naming function, file and line.
+        UsageError: `targets_per_subgraph` below one.
+    """
+    trace = trace_model(
+        model, sample_input, sequential_targets, ignore=ignore, targets_per_subgraph=targets_per_subgraph
+    )
+    return list(trace.subgraphs)
+
+
+def trace_model(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    sequential_targets: Sequence[str],
+    *,
+    ignore: Sequence[str] = (),
+    targets_per_subgraph: int = 1,
+    dtype: torch.dtype | None = None,
+    drop_uncalled: bool = False,
+) -> Trace:
+    """As `trace_subgraphs`, with all that was learned.
+
+    Args:
+        model: as for `trace_subgraphs`.
+        sample_input: likewise.
+        sequential_targets: likewise.
+        ignore: likewise.
+        targets_per_subgraph: likewise.
+        dtype: as for `SequentialTracer`.
+        drop_uncalled: pass over targets that the sample does not reach, instead of refusing them.
+    """
+    targets = require_targets(model, sequential_targets)
+    ancestors = get_sequential_ancestors(model, targets)
+    tracer = SequentialTracer(list(ancestors), _offloaded(model, ancestors), ignore=ignore, dtype=dtype)
+    concrete = populate_concrete_args(model, sample_input)
+    arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
+    was_training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        graph = tracer.trace(model, sample_input, arguments)
+    finally:
+        for module in was_training:
+            module.training = True
+    called = _called(graph, model, targets)
+    if len(called) < len(targets) and not (drop_uncalled and called):
+        raise _uncalled(model, targets, called)
+    partitions = topological_partition(graph, called, targets_per_subgraph)
+    subgraphs = partition_graph(model, partitions)
+    trace_consumed_names(subgraphs)
+    for subgraph in subgraphs:
+        subgraph.constants = tracer.constants
+    return Trace(graph=graph, targets=tuple(called), subgraphs=tuple(subgraphs), tracer=tracer)
+
+
+def _called(graph: fx.Graph, model: nn.Module, targets: Collection[nn.Module]) -> list[nn.Module]:
+    return list(dict.fromkeys(model.get_submodule(str(node.target)) for node in find_target_nodes(graph, targets)))
+
+
+def _uncalled(model: nn.Module, targets: Collection[nn.Module], called: Collection[nn.Module]) -> TargetError:
+    silent = [name for name, module in model.named_modules() if module in targets and module not in called]
+    return TargetError(
+        f"target {silent[0]!r} is never called by {type(model).__name__}.forward with this sample input",
+        hint=f"{len(silent)} of {len(targets)} targets are not; name only those that take part",
+    )
+
+
+def _offloaded(model: nn.Module, ancestors: Any) -> list[nn.Module]:
+    """Modules other than ancestors whose own parameters accelerate keeps elsewhere."""
+    return [module for module in model.modules() if hasattr(module, "_hf_hook") and module not in ancestors]
