@@ -1,0 +1,1 @@
+"""One algorithm, one file: pure functions of tensors."""

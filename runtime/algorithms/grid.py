@@ -1,0 +1,187 @@
+"""The grid a weight is rounded to: scales and zero points from minimum and maximum, and the rounding.
+
+A grid point is `(q - zero_point) * scale` with q an integer of `num_bits` bits, or a float8 number. How many
+weights share a scale is the strategy's matter. All four strategies cut the weight into tiles with one scale
+each, so that [O, I] is seen as [R, h, C, w] and there is one code for all:
+
+    strategy   h, w         R, C
+    tensor     O, I         1, 1
+    channel    1, I         O, 1
+    group      1, g         O, I/g
+    block      b, c         ceil(O/b), ceil(I/c)      (the last tiles are filled up with zeros)
+
+Scales are rounded to the dtype that the checkpoint stores *before* anything is rounded with them: what is
+optimized here is what a reader multiplies later.
+
+Shapes: O out features, I in features, R and C rows and columns of tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from compressed_tensors.quantization.utils import calculate_qparams
+
+from runtime.errors import QuantizationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """One scale, and for an asymmetric grid one int8 zero point, for each tile."""
+
+    scale_RC: torch.Tensor
+    zero_point_RC: torch.Tensor | None
+
+
+def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tuple[str, ...]) -> None:
+    """Refuse a weight or a scheme that cannot be worked with.
+
+    Args:
+        weight_OI: the weight.
+        args: the weight's half of a quantization scheme.
+        offered: the strategies that the calling algorithm knows.
+
+    Raises:
+        QuantizationError: for a strategy, type or shape that is not offered, and for numbers not finite.
+    """
+    strategy = strategy_of(args)
+    if strategy not in offered:
+        raise QuantizationError(
+            f"weight strategy {strategy!r} is not offered here", hint=f"offered are {', '.join(offered)}"
+        )
+    is_int = args.type == QuantizationType.INT and 2 <= args.num_bits <= 8
+    is_float8 = args.type == QuantizationType.FLOAT and args.num_bits == 8 and args.symmetric
+    if not (is_int or is_float8) or args.dynamic or args.scale_dtype is not None:
+        raise QuantizationError(
+            f"a weight cannot be quantized to {args.num_bits} bit {QuantizationType(args.type).value}"
+            f" (symmetric={args.symmetric}, dynamic={args.dynamic}, scale_dtype={args.scale_dtype})",
+            hint="offered are static int of 2 to 8 bits and symmetric 8 bit float, with unquantized scales",
+        )
+    shape = list(weight_OI.shape)
+    if weight_OI.ndim != 2 or weight_OI.numel() == 0:
+        raise QuantizationError(f"a weight must have the shape [O, I], not {shape}")
+    if strategy == "group" and shape[1] % args.group_size:
+        raise QuantizationError(
+            f"a weight of shape {shape} cannot be cut into groups of {args.group_size} columns",
+            hint="choose a group size that divides the number of columns, or ignore this module",
+        )
+    if not weight_OI.is_floating_point() or not torch.isfinite(weight_OI).all():
+        raise QuantizationError(f"a weight of shape {shape} holds numbers that are not finite floats")
+
+
+def strategy_of(args: QuantizationArgs) -> str:
+    """The strategy's plain name; the field holds an enum member or a string, by how it was made."""
+    return str(QuantizationStrategy(args.strategy).value)
+
+
+def work_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 where an input has it."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def tile(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """Cut a weight into the tiles that share a scale.
+
+    Returns:
+        [R, h, C, w]; a view of the weight unless it had to be filled up with zeros.
+    """
+    num_out, num_in = weight_OI.shape
+    heights_widths = {
+        "tensor": (num_out, num_in),
+        "channel": (1, num_in),
+        "group": (1, args.group_size),
+        "block": tuple(args.block_structure or ()),
+    }
+    height, width = heights_widths[strategy_of(args)]
+    missing = (0, -num_in % width, 0, -num_out % height)
+    if any(missing):
+        weight_OI = torch.nn.functional.pad(weight_OI, missing)
+    num_out, num_in = weight_OI.shape
+    return weight_OI.reshape(num_out // height, height, num_in // width, width)
+
+
+def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
+    """Put tiles together again, without what `tile` filled up."""
+    return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
+
+
+def min_max_grid(weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype) -> Grid:
+    """The grid that spans each tile from its smallest to its largest weight.
+
+    Minimum and maximum are handed on in the weight's own dtype, so that a bf16 weight gets the scales that
+    compressed-tensors computes for it, bit for bit.
+
+    Raises:
+        QuantizationError: when a scale cannot be represented in `scale_dtype`.
+    """
+    tiles_RhCw = tile(weight_OI, args)
+    scale_RC, zero_point_RC = fit(
+        tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3)), args, scale_dtype=scale_dtype
+    )
+    return Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC)
+
+
+def fit(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales in `scale_dtype`, and int8 zero points or `None`, that span the given ranges.
+
+    Args:
+        minimum: smallest values, any shape.
+        maximum: largest values, in the same shape.
+        args: the weight's half of a quantization scheme.
+        scale_dtype: the dtype that the checkpoint stores scales in.
+
+    Raises:
+        QuantizationError: when a scale cannot be represented in `scale_dtype`.
+    """
+    scale, zero_point = calculate_qparams(minimum, maximum, args)
+    scale = scale.to(scale_dtype)
+    if not torch.isfinite(scale).all():
+        raise QuantizationError(f"a scale for weights up to {float(maximum.max()):g} overflows {scale_dtype}")
+    # A scale that the narrower dtype rounds to nothing gets what calculate_qparams gives to a scale of zero.
+    scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
+    if args.symmetric:
+        return scale, None
+    # For a range of nothing but zeros calculate_qparams divides 0 by 0, and NaN as int8 may be anything.
+    zero_point = zero_point.masked_fill((minimum >= 0) & (maximum <= 0), 0)
+    return scale, zero_point
+
+
+def snap_(
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, args: QuantizationArgs
+) -> torch.Tensor:
+    """Replace each value by its nearest grid point, dequantized, in place.
+
+    Args:
+        values: float32 or float64; overwritten.
+        scale: in the values' dtype, broadcast against them.
+        zero_point: likewise, or `None`.
+        args: the weight's half of a quantization scheme.
+
+    Returns:
+        The values.
+    """
+    values.div_(scale)
+    if zero_point is not None:
+        values.add_(zero_point)
+    if args.type == QuantizationType.FLOAT:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        values.clamp_(-largest, largest).copy_(values.to(torch.float8_e4m3fn))
+    else:
+        half = 2 ** (args.num_bits - 1)
+        # Added to 1.5 * 2^23, a number of this size loses exactly its fraction, rounded half to even. That is
+        # torch.round, which though wakes all threads for 2049 numbers and takes milliseconds where the cores
+        # are shared; here it would run once for each column.
+        shift = 1.5 * 2.0 ** (52 if values.dtype == torch.float64 else 23)
+        values.clamp_(-half, half - 1).add_(shift).sub_(shift)
+    if zero_point is not None:
+        values.sub_(zero_point)
+    return values.mul_(scale)
+
+
+def stored(tensor_RC: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """A scale or zero point in the shape that compressed-tensors stores for the strategy."""
+    return tensor_RC.reshape(1) if strategy_of(args) == "tensor" else tensor_RC.contiguous()

@@ -1,0 +1,63 @@
+"""Round-to-nearest: each weight goes to the nearest point of a grid spanned from minimum to maximum.
+
+No paper: the baseline that papers measure against (RTN in the tables of GPTQ, arXiv 2210.17323).
+
+    s = (max - min) / (2^b - 1)       symmetric: 2 max|w| / (2^b - 1),    float8: max|w| / 448
+    z = round(-2^(b-1) - min / s)     symmetric: 0
+    q = clamp(round(w / s + z))       half to even, to -2^(b-1) .. 2^(b-1) - 1
+    Q = (q - z) s
+
+Layout: weight_OI is [O, I] as in `torch.nn.Linear`; one s and z for each tile of it (see `grid`).
+Shapes: O out features, I in features, R and C rows and columns of tiles, h and w a tile's height and width.
+
+Left out on purpose: observers that search for a better range than minimum to maximum.
+"""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+
+from runtime.algorithms import grid
+from runtime.algorithms.result import QuantizedWeight
+
+STRATEGIES = ("tensor", "channel", "group", "block")
+
+
+def quantize_rtn(weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Round a weight to the nearest points of its min-max grid.
+
+    Args:
+        weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
+        args: strategy, bits and symmetry.
+        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
+
+    Returns:
+        The dequantized weight with its scales; `loss` is the sum of (W-Q)^2.
+
+    Raises:
+        QuantizationError: for a strategy, type, shape or numbers that cannot be worked with.
+    """
+    weight_OI = weight_OI.detach()
+    grid.check_weight(weight_OI, args, offered=STRATEGIES)
+    found = grid.min_max_grid(weight_OI, args, scale_dtype=scale_dtype)
+    dtype = grid.work_dtype(weight_OI)
+
+    def spread(tensor_RC: torch.Tensor) -> torch.Tensor:
+        return tensor_RC.to(dtype)[:, None, :, None]
+
+    zero_point_RC = found.zero_point_RC
+    tiles_RhCw = grid.snap_(
+        grid.tile(weight_OI.to(dtype, copy=True), args),
+        spread(found.scale_RC),
+        None if zero_point_RC is None else spread(zero_point_RC),
+        args,
+    )
+    quantized_OI = grid.untile(tiles_RhCw, shape=(weight_OI.shape[0], weight_OI.shape[1]))
+    return QuantizedWeight(
+        weight_OI=quantized_OI.to(torch.float32),
+        scale=grid.stored(found.scale_RC, args),
+        zero_point=None if zero_point_RC is None else grid.stored(zero_point_RC, args),
+        loss=float((weight_OI.to(dtype) - quantized_OI).square().sum(dtype=torch.float64)),
+        damping=0.0,
+    )

@@ -1,0 +1,300 @@
+"""Calibrate and quantize, subgraph by subgraph.
+
+check       artifact, recipe, weights, data and output, before anything runs
+for each subgraph
+    load        its weights, and no others
+    measure     what its Linear modules see, over all batches
+    quantize    them, and let the subgraph go on with the quantized weights
+    propagate   all batches through it, free what nobody needs any more
+    write       its tensors, drop its weights
+finish      config, tokenizer, index; the output appears under its name
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runtime.activations import Activations, cloned
+from runtime.algorithms.result import QuantizedWeight
+from runtime.checkpoint import Checkpoint
+from runtime.errors import QuantizationError, RecipeError
+from runtime.finish import write_companions
+from runtime.publish import publish_directory, require_free
+from runtime.quantized import input_quantization
+from runtime.recipe import Assignment, Recipe
+from runtime.statistics import collect_hessians
+from runtime.weights import Weights, assign, unload
+from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter
+
+if TYPE_CHECKING:
+    from runtime.algorithms.gptq import HessianAccumulator
+    from runtime.artifact import Artifact, LoadedSubgraph
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleReport:
+    """What happened to one module: `loss` as in `QuantizedWeight`, `num_tokens` its Hessian's."""
+
+    name: str
+    algorithm: str
+    loss: float
+    damping: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The result of a run: the checkpoint's directory, its size, the modules in order, and the time it took."""
+
+    path: Path
+    num_bytes: int
+    modules: tuple[ModuleReport, ...]
+    seconds: float
+
+
+def calibrate(
+    artifact: Artifact,
+    *,
+    weights: str | os.PathLike[str],
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    out: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = lambda line: None,
+) -> Calibration:
+    """Quantize a model by a recipe and write the checkpoint.
+
+    Args:
+        artifact: the compiled model.
+        weights: directory of its safetensors checkpoint.
+        recipe: what to quantize, and how.
+        batches: the model's inputs, one mapping a batch, on the CPU; may be empty when the recipe measures nothing.
+        out: a directory that does not exist or is empty; it appears when it is whole.
+        device: where subgraphs run and weights are solved.
+        dtype: of the weights and activations in the run; None for the model's own.
+        max_shard_bytes: the most a shard of the checkpoint holds.
+        progress: called with one line for each subgraph.
+
+    Raises:
+        WeightsError, RecipeError, OutputError: before anything has run.
+        QuantizationError: when a module's numbers cannot be worked with.
+    """
+    start = time.perf_counter()
+    path = Path(out)
+    require_free(path)
+    run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
+    model = artifact.empty_model(run_dtype)
+    source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
+    if source.schemes:
+        raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
+    jobs = _assign_modules(artifact, model, source, recipe)
+    with publish_directory(path) as partial, torch.no_grad():
+        run = _Run(
+            artifact=artifact,
+            model=model,
+            source=source,
+            jobs=jobs,
+            activations=Activations(batches, torch.device(device)),
+            writer=ShardWriter(partial, max_shard_bytes),
+            device=torch.device(device),
+            progress=progress,
+        )
+        run.execute()
+        write_companions(partial, artifact, source.checkpoint, run.quantization_config(recipe))
+    return Calibration(
+        path=path,
+        num_bytes=run.writer.total_bytes,
+        modules=tuple(run.reports),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _assign_modules(artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe) -> dict[str, Assignment]:
+    """What the recipe wants done, by module name; only modules that some subgraph runs can be quantized."""
+    linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    jobs = recipe.assign(linears)
+    for name in jobs:
+        if source.plain_key(f"{name}.weight") is None:
+            raise RecipeError(
+                f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
+                "quantized under the checkpoint's names",
+                hint=f"add {name} to ignore",
+            )
+        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
+        if tied and source.plain_key(tied) == source.plain_key(f"{name}.weight"):
+            raise RecipeError(
+                f"{recipe.source}: {name} shares its weight with {tied.removesuffix('.weight')}",
+                hint=f"add {name} to ignore",
+            )
+    return jobs
+
+
+def _tied_by(artifact: Artifact, name: str) -> str:
+    parameters = artifact.manifest.parameters.items()
+    return next((other for other, entry in parameters if entry.tied_to == name), "")
+
+
+@dataclass(kw_only=True)
+class _Run:
+    artifact: Artifact
+    model: nn.Module
+    source: Weights
+    jobs: dict[str, Assignment]
+    activations: Activations
+    writer: ShardWriter
+    device: torch.device
+    progress: Progress
+    reports: list[ModuleReport] = field(default_factory=list)
+    done: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def execute(self) -> None:
+        """All subgraphs, then whatever of the checkpoint no subgraph uses."""
+        subgraphs = self.artifact.subgraphs
+        last_measured = max((i for i, s in enumerate(subgraphs) if self._measured(s)), default=-1)
+        if last_measured >= 0 and not len(self.activations):
+            raise QuantizationError("the recipe needs calibration data, and there is none")
+        for index, subgraph in enumerate(subgraphs):
+            begin = time.perf_counter()
+            self.source.load(self.model, subgraph.entry.parameters, self.device)
+            self._restore_quantized(subgraph)
+            hessians = self._measure(subgraph)
+            modules = self._modules_of(subgraph)
+            for name in modules:
+                self._quantize(name, hessians.get(name))
+            del hessians
+            if index < last_measured:
+                self._propagate(subgraph)
+            self._write(subgraph)
+            unload(self.model, subgraph.entry.parameters)
+            label = ", ".join(subgraph.entry.targets) or "no target"
+            seconds = time.perf_counter() - begin
+            self.progress(f"[{index + 1}/{len(subgraphs)}] {label}: {len(modules)} modules, {seconds:.1f} s")
+        for key in self.source.checkpoint:
+            self._pass_through(key)
+        self.writer.finish()
+
+    def quantization_config(self, recipe: Recipe) -> dict[str, Any]:
+        """The entry for config.json."""
+        from runtime.schemes import quantization_config
+
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return quantization_config(
+            [group.scheme for group in recipe.groups], [name for name in linears if name not in self.jobs]
+        )
+
+    def _modules_of(self, subgraph: LoadedSubgraph) -> list[str]:
+        """The modules to be quantized that this subgraph is the first to use, in its order."""
+        weights = [name.removesuffix(".weight") for name in subgraph.entry.parameters if name.endswith(".weight")]
+        return [name for name in weights if name in self.jobs and name not in self.done]
+
+    def _measured(self, subgraph: LoadedSubgraph) -> list[str]:
+        return [name for name in self._modules_of(subgraph) if self.jobs[name].algorithm == "gptq"]
+
+    def _measure(self, subgraph: LoadedSubgraph) -> dict[str, HessianAccumulator]:
+        names = self._measured(subgraph)
+        if not names:
+            return {}
+
+        def run_batches() -> None:
+            for batch in range(len(self.activations)):
+                inputs = cloned(self.activations.fetch(batch, subgraph.input_names))
+                subgraph.forward(self.model, **inputs)
+
+        return collect_hessians({name: self.model.get_submodule(name) for name in names}, run_batches, self.device)
+
+    def _quantize(self, name: str, hessian: HessianAccumulator | None) -> None:
+        from runtime.schemes import compress_module, decompress_module
+
+        job = self.jobs[name]
+        weight = self.model.get_submodule(name).get_parameter("weight")
+        key = self.source.plain_key(f"{name}.weight")
+        assert key is not None, f"{name} was let through without a tensor of its own"
+        try:
+            result = _solve(weight, job, hessian, self.source.checkpoint.read(key).dtype)
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error.message}", hint=error.hint) from error
+        tensors = compress_module(name, result.weight_OI, result.scale, result.zero_point, job.scheme)
+        dense = decompress_module(tensors, job.scheme).to(weight.dtype)
+        assign(self.model, f"{name}.weight", dense)
+        self.done[name] = dense if self._is_reused(name) else torch.empty(0)
+        for suffix, tensor in tensors.items():
+            self.writer.add(f"{key.removesuffix('weight')}{suffix}", tensor)
+        self.reports.append(
+            ModuleReport(
+                name=name,
+                algorithm=job.algorithm,
+                loss=result.loss,
+                damping=result.damping,
+                num_tokens=hessian.num_tokens if hessian is not None else 0,
+            )
+        )
+
+    def _is_reused(self, name: str) -> bool:
+        """Whether several subgraphs use the module, so that its quantized weight must be kept."""
+        return sum(f"{name}.weight" in s.entry.parameters for s in self.artifact.subgraphs) > 1
+
+    def _restore_quantized(self, subgraph: LoadedSubgraph) -> None:
+        for name in self.done:
+            if f"{name}.weight" in subgraph.entry.parameters:
+                assign(self.model, f"{name}.weight", self.done[name])
+
+    def _propagate(self, subgraph: LoadedSubgraph) -> None:
+        schemes = {name: job.scheme for name, job in self.jobs.items()}
+        with input_quantization(self.model, schemes):
+            for batch in range(len(self.activations)):
+                inputs = self.activations.fetch(batch, subgraph.input_names)
+                outputs = subgraph.forward(self.model, **inputs)
+                del inputs
+                self.activations.drop(batch, subgraph.consumed_names)
+                self.activations.store(batch, outputs)
+
+    def _write(self, subgraph: LoadedSubgraph) -> None:
+        for name in subgraph.entry.parameters:
+            for key in self.source.origins[name].keys:
+                self._pass_through(key)
+
+    def _pass_through(self, key: str) -> None:
+        """Write a tensor as it was read, unless it was quantized or is written already."""
+        if key not in self.writer and key not in self._replaced():
+            self.writer.add(key, self.source.checkpoint.read(key))
+
+    def _replaced(self) -> Mapping[str, None]:
+        keys = (self.source.plain_key(f"{name}.weight") for name in self.jobs)
+        return dict.fromkeys(key for key in keys if key is not None)
+
+
+def _solve(
+    weight: torch.Tensor, job: Assignment, hessian: HessianAccumulator | None, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    from runtime.algorithms.gptq import quantize_gptq
+    from runtime.algorithms.rtn import quantize_rtn
+
+    if job.algorithm == "rtn":
+        return quantize_rtn(weight, job.scheme.weights, scale_dtype=scale_dtype)
+    if hessian is None:
+        raise QuantizationError(
+            "GPTQ was asked for, but no calibration batch reached the module",
+            hint="add it to ignore, or quantize it with QuantizationModifier",
+        )
+    assert job.options is not None, "GPTQ comes with options"
+    return quantize_gptq(
+        weight,
+        hessian.hessian_II,
+        job.scheme.weights,
+        scale_dtype=scale_dtype,
+        dampening_frac=job.options.dampening_frac,
+        block_size=job.options.block_size,
+        actorder=job.options.actorder,
+    )

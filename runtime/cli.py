@@ -1,0 +1,218 @@
+"""The host's command line: `python -m runtime calibrate|evaluate|check`.
+
+Only typer is imported up here; torch and transformers wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from runtime.console import human_bytes, run_app, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.artifact import Artifact
+
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_BATCH_SIZE = 128, 2048, 8
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Run, calibrate and evaluate compiled models. It never traces, and needs no network.",
+    epilog="--debug anywhere shows the traceback of an error.",
+)
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
+WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
+DataPath = Annotated[Path, typer.Option("--data", help=".txt, .jsonl, .parquet, or .safetensors from seqbuild data.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu or auto.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples that run at a time.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of a sample.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many samples to use.")]
+Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
+Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
+Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with another transformers version.")]
+
+
+@app.command()
+def calibrate(
+    artifact: ArtifactPath,
+    weights: WeightsPath,
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML, in llm-compressor's dialect.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="As for evaluate; not needed by a recipe without statistics.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    pack: Pack = True,
+    tokenizer: Tokenizer = None,
+    max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, help="GB of a shard.")] = 2.0,
+    allow_version_skew: Skew = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Quantize a model by a recipe, one subgraph in memory at a time."""
+    from runtime.publish import require_free
+    from runtime.recipe import Recipe
+
+    require_free(out)
+    parsed = Recipe.from_file(recipe)
+    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew)
+    batches: list[dict[str, torch.Tensor]] = []
+    if data is not None:
+        batches = _batches(
+            loaded, data, tokenizer, weights, samples, DEFAULT_SAMPLES, seq_len, batch_size=batch_size, pack=pack
+        )
+    from runtime.calibrate import calibrate as run
+
+    result = run(
+        loaded,
+        weights=weights,
+        recipe=parsed,
+        batches=batches,
+        out=out,
+        device=run_device,
+        dtype=run_dtype,
+        max_shard_bytes=int(max_shard_size * 1e9),
+        progress=(lambda line: None) if as_json else say,
+    )
+    if as_json:
+        modules = [
+            {"name": m.name, "algorithm": m.algorithm, "loss": m.loss, "damping": m.damping} for m in result.modules
+        ]
+        say(json.dumps({"path": str(out), "bytes": result.num_bytes, "seconds": result.seconds, "modules": modules}))
+    else:
+        say(
+            f"{len(result.modules)} modules quantized in {result.seconds:.1f} s; {human_bytes(result.num_bytes)} in "
+            f"{out}"
+        )
+
+
+@app.command()
+def evaluate(
+    artifact: ArtifactPath,
+    weights: WeightsPath,
+    data: DataPath,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    pack: Pack = True,
+    tokenizer: Tokenizer = None,
+    allow_version_skew: Skew = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
+    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew)
+    batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
+    from runtime.evaluate import evaluate as run
+
+    result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
+    if as_json:
+        say(
+            json.dumps(
+                {
+                    "perplexity": result.perplexity,
+                    "tokens": result.num_tokens,
+                    "bytes": result.num_bytes,
+                    "seconds": result.seconds,
+                }
+            )
+        )
+    else:
+        say(f"perplexity {result.perplexity:.4f} over {result.num_tokens} tokens, {result.seconds:.1f} s")
+
+
+@app.command()
+def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
+    """Check an artifact without executing anything of it."""
+    from runtime.artifact import check as run
+    from runtime.artifact import check_versions
+
+    manifest, sources = run(artifact)
+    check_versions(manifest, allow_version_skew=allow_version_skew)
+    opaque = list(dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque))
+    say(f"{artifact}: {len(manifest.files)} files and {len(sources)} programs are as the manifest states")
+    say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
+    say(f"input key {manifest.input_key}")
+    say(f"opaque steps: {', '.join(opaque) or 'none'}")
+
+
+def _prepare(
+    path: Path, device: str, dtype: str, allow_version_skew: bool
+) -> tuple[Artifact, torch.device, torch.dtype | None]:
+    """Load the artifact and resolve the names of device and dtype."""
+    from runtime.errors import UsageError
+
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(dtypes)}")
+    from runtime.artifact import load
+    from runtime.devices import resolve_device
+
+    run_device = resolve_device(device)
+    loaded = load(path, allow_version_skew=allow_version_skew)
+    import torch
+
+    return loaded, run_device, None if dtype == "auto" else getattr(torch, dtype)
+
+
+def _batches(
+    artifact: Artifact,
+    data: Path,
+    tokenizer: Path | None,
+    weights: Path,
+    samples: int | None,
+    default_samples: int | None,
+    seq_len: int | None,
+    *,
+    batch_size: int,
+    pack: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """The model's inputs for a data file, refused where the artifact does not hold for them."""
+    from runtime.data import batches, load_tokens
+    from runtime.inputs import model_inputs, require_in_range, text_config
+
+    config = text_config(artifact)
+    if seq_len is None and data.suffix != ".safetensors":
+        seq_len = min(DEFAULT_SEQ_LEN, _positive(config.get("max_position_embeddings")) or DEFAULT_SEQ_LEN)
+    tokens = load_tokens(
+        data,
+        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact.path),
+        num_samples=samples,
+        seq_len=seq_len,
+        pack=pack,
+        vocab_size=_positive(config.get("vocab_size")),
+    )
+    chosen = tokens.samples
+    if samples is None and default_samples is not None and len(chosen) > default_samples:
+        chosen = tuple(chosen[index * len(chosen) // default_samples] for index in range(default_samples))
+    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size)]
+    require_in_range(artifact.manifest, made)
+    return made
+
+
+def _tokenizer_directory(weights: Path, artifact: Path) -> Path:
+    """The weights' own tokenizer, else the one that travels with the artifact."""
+    return weights if (weights / "tokenizer_config.json").is_file() else artifact
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_app(app, "runtime", argv)

@@ -1,0 +1,312 @@
+"""Calibration and evaluation data: token ids, cut into samples.
+
+**What can be read.** Text with a tokenizer (`runtime.documents`: `.txt`, `.jsonl`, `.parquet`), or a token
+file (`runtime.token_file`: `.safetensors`), which needs none and loads none, so that the calibration host can
+do without the tokenizer and its libraries.
+
+**How documents become samples.** Packed, the ids of all documents are joined in order and cut into windows of
+`seq_len` that do not overlap; what is left at the end is dropped. Not packed, each document is one sample,
+cut at `seq_len`. Where there are more samples than asked for, those with index `i * total // num_samples` are
+taken: the same ones every time, spread over the whole text.
+
+**Special tokens.** A document gets those that its tokenizer adds by default, a conversation those that its
+template writes and no others, a window none of its own. So a text in one `.txt` starts with one BOS and its
+later windows start in the middle of the text. That is how the perplexity of GPTQ and those who followed it is
+measured (WikiText-2 joined to one string, tokenized once, cut into windows), so figures can be compared.
+A model that is lost without a BOS in sight (gemma) is better measured on documents that are not packed.
+
+Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from runtime.documents import Document, read_documents, require_file
+from runtime.errors import DataError, UsageError
+from runtime.token_file import SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Origin",
+    "TokenData",
+    "batches",
+    "load_tokens",
+    "require_place",
+    "save_tokens",
+    "tokenize_documents",
+]
+
+_T = TypeVar("_T")
+_NO_TOKENIZER = "give the tokenizer's directory, or a token file made by `seqbuild data`, which needs none"
+
+
+def load_tokens(
+    path: str | Path,
+    *,
+    tokenizer_dir: Path | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    pack: bool = True,
+    vocab_size: int | None = None,
+) -> TokenData:
+    """Read samples from a text or a token file.
+
+    A token file was cut when it was made: `pack` means nothing to it, and `seq_len` can only cut its samples
+    shorter, each at its end.
+
+    Args:
+        path: `.txt`, `.jsonl`, `.parquet` or `.safetensors`.
+        tokenizer_dir: a directory with the tokenizer's files; text needs it, a token file never looks at it.
+        num_samples: how many; None for all there are.
+        seq_len: tokens of a window, or the most a sample may have; None where nothing is to be cut.
+        pack: join the documents and cut windows, instead of one sample a document.
+        vocab_size: refuse ids that a model with so many embeddings does not have.
+
+    Raises:
+        DataError: the file cannot be read, does not hold what it should, or too little of it.
+        UsageError: a number that is not positive, or text to be packed without `seq_len`.
+    """
+    path = Path(path)
+    if path.suffix == SUFFIX:
+        _require_positive(num_samples=num_samples, seq_len=seq_len)
+        data = _shortened(read_token_file(path), num_samples, seq_len)
+    elif tokenizer_dir is None:
+        require_file(path)
+        raise DataError(f"{path} is text, and there is no tokenizer to read it with", hint=_NO_TOKENIZER)
+    else:
+        samples, origin = tokenize_documents([path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack)
+        digest = origin.sources[0][1]
+        data = TokenData(samples=samples, path=path, digest=digest, seq_len=seq_len, origin=origin)
+    if vocab_size is not None:
+        _require_known_ids(data, vocab_size)
+    return data
+
+
+def tokenize_documents(
+    paths: Sequence[Path],
+    tokenizer_dir: Path,
+    *,
+    num_samples: int | None,
+    seq_len: int | None,
+    pack: bool,
+    tokenizer_name: str = "",
+) -> tuple[tuple[Tensor, ...], Origin]:
+    """Make samples from the documents of several files, in the order given.
+
+    Args:
+        paths: `.txt`, `.jsonl` or `.parquet`.
+        tokenizer_dir: a directory with the tokenizer's files.
+        num_samples: as for `load_tokens`, of all files together.
+        seq_len: as for `load_tokens`.
+        pack: as for `load_tokens`.
+        tokenizer_name: what the origin calls the tokenizer; by default its directory's name.
+
+    Returns:
+        The samples, tensors [S] int64, and what they were made from.
+
+    Raises:
+        DataError: as for `load_tokens`.
+        UsageError: as for `load_tokens`.
+    """
+    _require_positive(num_samples=num_samples, seq_len=seq_len)
+    if pack and seq_len is None:
+        raise UsageError("packing needs the length of a window", hint="say how many tokens a sample has")
+    what = ", ".join(str(path) for path in paths)
+    documents = [document for path in paths for document in read_documents(path)]
+    if not documents:
+        raise DataError(f"{what} holds no text but white space")
+    tokenizer = _load_tokenizer(tokenizer_dir)
+    if pack and seq_len is not None:
+        samples = _windows(tokenizer, documents, num_samples, seq_len, what)
+    else:
+        chosen = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
+        samples = tuple(_token_ids(tokenizer, document, seq_len) for document in chosen)
+    origin = Origin(
+        tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
+        tokenizer_digest=_tokenizer_digest(tokenizer, tokenizer_dir),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        sources=tuple((path.name, _file_digest(path)) for path in paths),
+    )
+    return samples, origin
+
+
+def batches(samples: Sequence[Tensor], batch_size: int) -> list[dict[str, Tensor]]:
+    """Stack samples of equal length, so that nothing is ever padded: padding would enter the statistics.
+
+    The longest samples come first, so that a batch too large for the memory fails at once. Samples of equal
+    length stay in order; the last batch of each length may be smaller.
+
+    Args:
+        samples: tensors [S] int64.
+        batch_size: the most samples of a batch.
+
+    Returns:
+        `{"input_ids": [B, S], "attention_mask": [B, S]}` for each batch, int64, the mask all ones.
+
+    Raises:
+        UsageError: `batch_size` is not positive.
+    """
+    import torch
+
+    _require_positive(batch_size=batch_size)
+    by_length: dict[int, list[Tensor]] = {}
+    for sample in samples:
+        by_length.setdefault(len(sample), []).append(sample)
+    result = []
+    for length in sorted(by_length, reverse=True):
+        equals = by_length[length]
+        for start in range(0, len(equals), batch_size):
+            ids_BS = torch.stack(equals[start : start + batch_size])
+            result.append({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)})
+    return result
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    num_samples: int | None,
+    seq_len: int,
+    what: str,
+) -> tuple[Tensor, ...]:
+    import torch
+
+    ids_T = torch.cat([_token_ids(tokenizer, document, None) for document in documents])
+    num_windows = len(ids_T) // seq_len
+    gives = f"{what} gives {num_windows} windows of {seq_len} tokens ({len(ids_T)} tokens in all)"
+    if num_windows == 0:
+        raise DataError(gives, hint="give more text or ask for shorter windows")
+    starts = _spread(range(0, num_windows * seq_len, seq_len), num_samples, gives)
+    return tuple(ids_T[start : start + seq_len].clone() for start in starts)
+
+
+def _spread(items: Sequence[_T], count: int | None, there_are: str) -> Sequence[_T]:
+    """`count` items, evenly spaced from the first on; all of them for None."""
+    if count is None:
+        return items
+    if count > len(items):
+        raise DataError(f"{there_are}, and {count} were asked for", hint="ask for fewer or give more")
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) -> TokenData:
+    if seq_len is None:
+        seq_len = data.seq_len
+    elif data.seq_len is not None and seq_len > data.seq_len:
+        raise DataError(
+            f"{data.path} was cut at {data.seq_len} tokens, and samples of {seq_len} were asked for",
+            hint=f"ask for at most {data.seq_len}, or make the file again with `seqbuild data`",
+        )
+    chosen = _spread(data.samples, num_samples, f"{data.path} holds {len(data.samples)} samples")
+    samples = tuple(sample[:seq_len] for sample in chosen)
+    return TokenData(samples=samples, path=data.path, digest=data.digest, seq_len=seq_len, origin=data.origin)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
+    """The ids [S] of one document. Where it is too long, the tokenizer keeps room for its special tokens."""
+    import torch
+
+    is_text = isinstance(document.content, str)
+    text = document.content if isinstance(document.content, str) else _rendered(tokenizer, document)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{document.where} has half of a surrogate pair, which is no character") from error
+    encoding: dict[str, Any] = tokenizer(
+        text,
+        add_special_tokens=is_text,
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+    )
+    # A length with no room for anything but special tokens is not kept by every tokenizer.
+    ids_S = torch.tensor(encoding["input_ids"][:max_length], dtype=torch.int64)
+    if not len(ids_S):
+        raise DataError(f"{document.where} gives no tokens", hint="take it out")
+    return ids_S
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{document.where} has messages, and the tokenizer has no chat template",
+            hint="take an instruction-tuned model's tokenizer, or give the conversations as text",
+        )
+    messages: Any = document.content
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program and may raise anything
+        raise DataError(f"{document.where} does not fit the chat template: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not directory.is_dir():
+        raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
+    try:
+        # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain `Exception`
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{directory} holds no tokenizer that loads: {why}", hint=_NO_TOKENIZER) from error
+    # Given a config alone, transformers makes tokenizers without a vocabulary and does not complain.
+    if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
+        raise DataError(f"{directory} holds no tokenizer, only its config", hint=_NO_TOKENIZER)
+    return tokenizer
+
+
+def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str:
+    """Over the names and contents of those files of the directory that determine what the tokenizer does."""
+    settings = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ]
+    digest = hashlib.sha256()
+    for name in [*_vocabulary_files(tokenizer), *settings]:
+        if (directory / name).is_file():
+            digest.update(f"{name} {_file_digest(directory / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _require_known_ids(data: TokenData, vocab_size: int) -> None:
+    largest = max(int(sample.max()) for sample in data.samples)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{data.path} gives token id {largest}, and the model's vocabulary has {vocab_size} entries",
+            hint="take the model's own tokenizer",
+        )
+
+
+def _require_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}", hint="it must be at least 1")

@@ -1,0 +1,122 @@
+"""Text files as documents: `.txt` is one, `.jsonl` and `.parquet` hold one a line or row.
+
+A record has `text`, or `messages` for a chat template; `text` counts where it has both. Text is UTF-8, with
+or without a byte order mark. Documents of nothing but white space are skipped. Nothing here knows tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text or a conversation.
+
+    Attributes:
+        where: the place it was read from, for error messages.
+        content: a text, or the messages of a conversation, each with what the chat template wants to see.
+    """
+
+    where: str
+    content: str | list[dict[str, Any]]
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of one file, in order.
+
+    Raises:
+        DataError: the file is missing, empty, of an unknown kind or damaged, or a record holds no document.
+    """
+    require_file(path)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path} is of an unknown kind: {path.suffix or 'no extension'}",
+            hint="known are .txt, .jsonl, .parquet and .safetensors",
+        )
+    for document in readers[path.suffix](path):
+        if not isinstance(document.content, str) or document.content.strip():
+            yield document
+
+
+def require_file(path: Path) -> None:
+    """Raise a `DataError` unless `path` is a file that can be opened and is not empty."""
+    try:
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if is_empty:
+        raise DataError(f"{path} is empty")
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
+    yield Document(str(path), _decoded(path.read_bytes(), str(path)))
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"line {number} of {path}"
+            text = _decoded(line, where)
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is no JSON object but of type {type(record).__name__}")
+            yield _as_document(record, where)
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise DataError(f"reading {path} needs pyarrow", hint="pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in ("text", "messages") if name in names]
+            if not columns:
+                raise DataError(f"{path} has no column text or messages", hint=f"its columns are {names}")
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _as_document(record, f"row {number} of {path}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no intact parquet file: {error}") from error
+
+
+def _as_document(record: Mapping[str, Any], where: str) -> Document:
+    text, messages = record.get("text"), record.get("messages")
+    if isinstance(text, str):
+        return Document(where, text)
+    if text is not None:
+        raise DataError(f"{where} has a text of type {type(text).__name__} instead of a string")
+    if messages is None:
+        raise DataError(f"{where} has neither text nor messages", hint=f"its fields are {list(record)}")
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
+        raise DataError(
+            f"{where} has messages that are no list of objects",
+            hint='each message looks like {"role": "user", "content": "..."}',
+        )
+    return Document(where, messages)
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte {content[error.start]:#04x} at position {error.start}"
+        raise DataError(f"{where} is not UTF-8: {byte}", hint="convert it to UTF-8") from error

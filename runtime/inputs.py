@@ -1,0 +1,72 @@
+"""From token batches to a model's inputs, and the check that the artifact holds for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import DataError
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
+
+
+def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs that the artifact's model takes, from a batch of tokens.
+
+    Args:
+        manifest: names the inputs.
+        batch: `input_ids` and `attention_mask`, int64 [B, S].
+
+    Returns:
+        Those, and as the model asks for them: `token_type_ids` of zeros, and for encoder-decoder models the same
+        tokens as `decoder_input_ids`.
+
+    Raises:
+        DataError: when the model takes an input that text cannot give.
+    """
+    known = {
+        **batch,
+        "decoder_input_ids": batch["input_ids"],
+        "decoder_attention_mask": batch["attention_mask"],
+        "token_type_ids": torch.zeros_like(batch["input_ids"]),
+    }
+    for entry in manifest.inputs:
+        if entry.name not in known:
+            raise DataError(f"the model takes an input {entry.name!r}, which text data cannot give")
+    return {entry.name: known[entry.name] for entry in manifest.inputs}
+
+
+def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse batches of sizes for which the trace does not hold.
+
+    Raises:
+        DataError: naming the size and the range.
+    """
+    dims = {dim.name: dim for dim in manifest.dims}
+    for batch in batches:
+        for entry in manifest.inputs:
+            for symbol, size in zip(entry.shape, batch[entry.name].shape, strict=True):
+                dim = dims.get(symbol) if isinstance(symbol, str) else None
+                if dim is None:
+                    is_inside = isinstance(symbol, str) or symbol == size
+                    bounds = str(symbol)
+                else:
+                    is_inside = dim.min <= size and (dim.max < 0 or size <= dim.max)
+                    bounds = f"{dim.min} to {dim.max}" if dim.max >= 0 else f"{dim.min} or more"
+                if not is_inside:
+                    raise DataError(
+                        f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but the artifact "
+                        f"holds for a {symbol} of {bounds}"
+                    )
+
+
+def text_config(artifact: Artifact) -> dict[str, Any]:
+    """The language model's part of the artifact's config.json: vocabulary size, longest sequence."""
+    config: dict[str, Any] = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    nested = config.get("text_config")
+    return config | nested if isinstance(nested, dict) else config

@@ -1,0 +1,343 @@
+"""The recipe's dialect: what llm-compressor's modifiers accept, read with the line of every value.
+
+What this project does not do is never skipped in silence: each field of the peer's two modifiers is either
+obeyed, or accepted because its value changes nothing, or refused by name with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.errors import RecipeError
+from runtime.yaml_lines import Value
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+Algorithm = Literal["rtn", "gptq"]
+
+ALGORITHMS: dict[str, Algorithm] = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq"}
+
+# The peer's other modifiers, to tell what is not there yet from what is misspelt.
+FOREIGN_MODIFIERS = (
+    "AWQModifier",
+    "AutoRoundModifier",
+    "ConstantPruningModifier",
+    "IMatrixGatherer",
+    "LogarithmicEqualizationModifier",
+    "MagnitudePruningModifier",
+    "QuIPModifier",
+    "SmoothQuantModifier",
+    "SparseGPTModifier",
+    "SpinQuantModifier",
+    "WandaPruningModifier",
+)
+
+FIELDS = ("targets", "scheme", "config_groups", "ignore", "sequential_targets")
+GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder")
+GROUP_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
+DEFAULT_TARGETS = ("Linear",)
+
+# compressed-tensors would take "4" for 4 and 1 for true.
+ARGS_TYPES: dict[str, type] = {
+    "num_bits": int,
+    "type": str,
+    "symmetric": bool,
+    "strategy": str,
+    "group_size": int,
+    "observer": str,
+}
+
+_TRAINING = "schedules belong to training"
+_STATE = "it is a modifier's state, not a setting"
+_STATIC = "static activation quantization is not offered yet"
+_OBSERVER = "weights are observed by minimum and maximum alone"
+_MIN_MAX = ("minmax", "memoryless_minmax", "static_minmax")
+
+# Fields of the peer's modifiers that are not implemented: the values that change nothing, and the reason.
+NO_OPS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "kv_cache_scheme": ((None,), "quantizing the key-value cache is not offered yet"),
+    "weight_observer": ((None, *_MIN_MAX), _OBSERVER),
+    "observer": ((None, *({"weights": name} for name in _MIN_MAX)), _OBSERVER),
+    "input_observer": ((None,), _STATIC),
+    "output_observer": ((None,), _STATIC),
+    "bypass_divisibility_checks": ((False,), "a weight whose last group is not full cannot be packed"),
+    "requires_calibration_data": ((True, False), "it must be true or false, and follows from the algorithm"),
+    "index": ((None,), _TRAINING),
+    "group": ((None,), _TRAINING),
+    "start": ((None,), _TRAINING),
+    "end": ((None,), _TRAINING),
+    "update": ((None,), _TRAINING),
+    "initialized_": ((False,), _STATE),
+    "finalized_": ((False,), _STATE),
+    "started_": ((False,), _STATE),
+    "ended_": ((False,), _STATE),
+}
+GPTQ_NO_OPS = {"batched_quantization": ((None, "auto"), "weights are solved one by one")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """A target: a module's name, `re:` with a regular expression, or a class; and its line."""
+
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqOptions:
+    """What GPTQ is run with; the names are those of `quantize_gptq`."""
+
+    dampening_frac: float
+    block_size: int
+    actorder: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Targets that share a scheme. `options` is `None` for an algorithm without any."""
+
+    scheme: QuantizationScheme
+    targets: tuple[Pattern, ...]
+    options: GptqOptions | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modifier:
+    """An algorithm with its groups of targets, and patterns of modules that it leaves alone."""
+
+    algorithm: Algorithm
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    sequential_targets: tuple[str, ...]
+    name: str
+    line: int
+
+
+def read_modifiers(root: Value) -> tuple[Modifier, ...]:
+    """All modifiers of a recipe, in the file's order.
+
+    Raises:
+        RecipeError: for anything that cannot be obeyed, with its line.
+    """
+    modifiers = tuple(_read_modifier(value) for value in _find_modifiers(root))
+    if not modifiers:
+        raise root.error("the recipe names no modifier", hint=f"offered are {', '.join(ALGORITHMS)}")
+    return modifiers
+
+
+def _find_modifiers(root: Value) -> Iterator[Value]:
+    """The modifiers at the top of the file and in its stages."""
+    for value in root.mapping().values():
+        if value.name.endswith("_stage"):
+            yield from _find_in_stage(value)
+        elif value.name == "args":
+            if value.plain():
+                raise value.error("args are not offered", hint="write the values where they are used")
+        elif _is_modifier(value, other=("*_stage", "args")):
+            yield value
+
+
+def _find_in_stage(stage: Value) -> Iterator[Value]:
+    for value in stage.mapping().values():
+        if value.name.endswith("_modifiers"):
+            yield from (entry for entry in value.mapping().values() if _is_modifier(entry))
+        elif value.name == "run_type":
+            if value.plain() != "oneshot":
+                raise value.error(f"run_type {value.plain()!r} is not offered", hint="recipes run as oneshot")
+        else:
+            raise value.unknown("key", ("*_modifiers", "run_type"))
+
+
+def _is_modifier(value: Value, *, other: tuple[str, ...] = ()) -> bool:
+    if value.name in ALGORITHMS:
+        return True
+    if value.name in FOREIGN_MODIFIERS:
+        raise value.error(f"{value.name} is not offered yet", hint=f"offered are {', '.join(ALGORITHMS)}")
+    raise value.unknown("key" if other else "modifier", (*ALGORITHMS, *other))
+
+
+def _read_modifier(value: Value) -> Modifier:
+    algorithm = ALGORITHMS[value.name]
+    is_gptq = algorithm == "gptq"
+    fields = value.mapping()
+    _check_fields(value.name, fields, is_gptq=is_gptq)
+    groups = []
+    for origin, scheme, targets in _read_schemes(value, fields):
+        options = None
+        if is_gptq:
+            scheme, options = _read_options(origin, fields, scheme)
+        groups.append(Group(scheme=scheme, targets=targets, options=options))
+    return Modifier(
+        algorithm=algorithm,
+        groups=tuple(groups),
+        ignore=tuple(pattern.text for pattern in _read_patterns(fields.get("ignore"))),
+        sequential_targets=tuple(pattern.text for pattern in _read_patterns(fields.get("sequential_targets"))),
+        name=value.name,
+        line=value.line,
+    )
+
+
+def _check_fields(modifier: str, fields: Mapping[str, Value], *, is_gptq: bool) -> None:
+    known = FIELDS + (GPTQ_FIELDS if is_gptq else ())
+    no_ops = NO_OPS | (GPTQ_NO_OPS if is_gptq else {})
+    for name, field in fields.items():
+        if name in no_ops:
+            harmless, reason = no_ops[name]
+            value = field.plain()
+            # The type, because in Python 0 is False.
+            if not any(value == other and type(value) is type(other) for other in harmless):
+                raise field.error(f"{name} {value!r} cannot be obeyed: {reason}", hint="leave it out")
+        elif name not in known:
+            raise field.unknown(f"key of {modifier}", known)
+
+
+def _read_patterns(value: Value | None) -> tuple[Pattern, ...]:
+    items = [] if value is None else value.items()
+    return tuple(Pattern(text=item.pattern(), line=item.line) for item in items)
+
+
+def _read_targets(value: Value) -> tuple[Pattern, ...]:
+    targets = _read_patterns(value)
+    if not targets:
+        raise value.error("targets must name at least one module")
+    return targets
+
+
+_Schemed = tuple[Value, "QuantizationScheme", tuple[Pattern, ...]]
+
+
+def _read_schemes(modifier: Value, fields: Mapping[str, Value]) -> list[_Schemed]:
+    """The schemes of a modifier, with their targets and the value that an error about them points to."""
+    given = [fields[n] for n in ("scheme", "config_groups") if n in fields and fields[n].plain() is not None]
+    if len(given) != 1:
+        found = "both scheme and config_groups" if given else "neither scheme nor config_groups"
+        raise modifier.error(f"{modifier.name} has {found}", hint="give one of them")
+    value = given[0]
+    targets = _read_targets(fields["targets"]) if "targets" in fields else ()
+    if value.name == "scheme" and isinstance(value.plain(), str):
+        default = tuple(Pattern(text=text, line=modifier.line) for text in DEFAULT_TARGETS)
+        return [_read_preset(value, value.text(), targets or default)]
+    # The peer writes the default into every recipe that it saves, and ignores it here.
+    if tuple(pattern.text for pattern in targets) not in ((), DEFAULT_TARGETS):
+        raise fields["targets"].error(f"targets stand inside {value.name} already", hint="leave them out here")
+    entries = value.mapping().values()
+    if not entries:
+        raise value.error(f"{value.name} is empty")
+    if value.name == "scheme":
+        return [_read_preset(entry, entry.name, _read_targets(entry)) for entry in entries]
+    return [_read_group(entry) for entry in entries]
+
+
+def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Schemed:
+    from runtime.schemes import scheme_from_preset
+
+    try:
+        return value, scheme_from_preset(name, [pattern.text for pattern in targets]), targets
+    except RecipeError as error:
+        raise value.error(error.message, hint=error.hint) from error
+
+
+def _read_group(value: Value) -> _Schemed:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from runtime.schemes import checked
+
+    fields = value.mapping()
+    for name, field in fields.items():
+        if name not in GROUP_FIELDS:
+            raise field.unknown(f"key of {value.name}", GROUP_FIELDS)
+    if "targets" not in fields:
+        raise value.error(f"{value.name} has no targets")
+    targets = _read_targets(fields["targets"])
+    content: dict[str, Any] = {"targets": [pattern.text for pattern in targets]}
+    for name in GROUP_FIELDS[1:-1]:
+        if name in fields and fields[name].plain() is not None:
+            content[name] = _read_args(fields[name])
+    if "format" in fields:
+        content["format"] = fields["format"].plain()
+    try:
+        return value, checked(QuantizationScheme(**content)), targets
+    except RecipeError as error:
+        raise value.error(error.message, hint=error.hint) from error
+    except (ValueError, NotImplementedError) as error:
+        raise value.error(f"{value.name} is no scheme: {_reason(error)}") from error
+
+
+def _read_args(value: Value) -> QuantizationArgs:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    fields = value.mapping()
+    for name, field in fields.items():
+        if name not in QuantizationArgs.model_fields:
+            raise field.unknown(f"key of {value.name}", QuantizationArgs.model_fields)
+        plain = field.plain()
+        if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
+            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {plain!r}")
+    try:
+        return QuantizationArgs(**{name: field.plain() for name, field in fields.items()})
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise _culprit(value, fields, error).error(f"{value.name}: {_reason(error)}") from error
+
+
+def _culprit(value: Value, fields: Mapping[str, Value], error: Exception) -> Value:
+    """The field that compressed-tensors' complaint is about, or the whole mapping."""
+    errors = error.errors() if hasattr(error, "errors") else []
+    location = errors[0]["loc"] if errors else ()
+    return fields.get(location[0], value) if location else value
+
+
+def _reason(error: Exception) -> str:
+    message = str(error.errors()[0]["msg"] if hasattr(error, "errors") else error)
+    return message.removeprefix("Value error, ").splitlines()[0]
+
+
+def _read_options(
+    origin: Value, fields: Mapping[str, Value], scheme: QuantizationScheme
+) -> tuple[QuantizationScheme, GptqOptions]:
+    """GPTQ's options, and the scheme with the order of columns noted in it."""
+    dampening_frac, block_size = 0.01, 128
+    if "dampening_frac" in fields:
+        dampening_frac = _number(fields["dampening_frac"].plain())
+        if type(dampening_frac) not in (int, float) or not 0 < dampening_frac <= 1:
+            raise fields["dampening_frac"].error(
+                f"dampening_frac must be a number above 0 and at most 1, not {dampening_frac!r}"
+            )
+    if "block_size" in fields:
+        block_size = fields["block_size"].plain()
+        if type(block_size) is not int or block_size < 1:
+            raise fields["block_size"].error(f"block_size must be a positive integer, not {block_size!r}")
+    actorder = _read_actorder(origin, fields.get("actorder"), scheme)
+    weights = scheme.weights.model_copy(update={"actorder": actorder})
+    return scheme.model_copy(update={"weights": weights}), GptqOptions(
+        dampening_frac=float(dampening_frac), block_size=block_size, actorder=actorder
+    )
+
+
+def _number(value: Any) -> Any:
+    """The value, as a number where it can be one: to YAML 1.1, 1e-2 without a point is a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _read_actorder(origin: Value, field: Value | None, scheme: QuantizationScheme) -> str | None:
+    """The order of columns: the modifier's, or the scheme's, or static; the first two may not contradict."""
+    noted = scheme.weights.actorder
+    existing = None if noted is None else str(getattr(noted, "value", noted))
+    if field is None:
+        return existing or "static"
+    actorder = field.plain()
+    if actorder in ("group", "dynamic"):
+        raise field.error(
+            f"actorder {actorder!r} is gone from the checkpoint's format",
+            hint="use static, which needs no g_idx",
+        )
+    if actorder not in (None, "static", "weight"):
+        raise field.error(f"actorder must be static, weight or null, not {actorder!r}")
+    if existing is not None and (actorder is None) is not (existing is None):
+        raise field.error(f"actorder {actorder!r} contradicts {existing!r} in {origin.name}")
+    return None if actorder is None else str(actorder)

@@ -1,0 +1,222 @@
+"""The token file: samples of token ids that need no tokenizer any more. Format version 1.0.
+
+A safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
+`offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets
+start at 0, grow strictly and end at the number of tokens; every id lies in `[0, vocab_size)`.
+
+Its metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
+
+    version             "1.0"
+    tokenizer           its name, for people
+    tokenizer_digest    over the names and contents of its files
+    vocab_size          one more than the largest id it can give
+    seq_len             no sample is longer; null where nothing was cut
+    sources             [[file name, digest], ...] of the texts, in the order in which they were read
+
+It is one key because safetensors writes several in an order that changes from process to process, and equal
+samples must give equal bytes. Only names of files are kept, never folders, for the same reason. Digests are
+sha256 in hexadecimal. A reader refuses another major version; it ignores tensors and keys it does not know,
+which is what a later minor version may add. A file that breaks any of this is refused whole.
+
+Shapes: S tokens of a sample, T tokens of all samples, N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.documents import require_file
+from runtime.errors import DataError, OutputError, UsageError
+from runtime.publish import write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".safetensors"
+VERSION = "1.0"
+METADATA_KEY = "seqbuild_tokens"
+_MAKE_ANEW = "make it again with `seqbuild data`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What token ids were made from.
+
+    Attributes:
+        tokenizer: its name, for people.
+        tokenizer_digest: over the names and contents of its files.
+        vocab_size: one more than the largest id it can give.
+        sources: name and digest of each text file, in the order in which they were read.
+    """
+
+    tokenizer: str
+    tokenizer_digest: str
+    vocab_size: int
+    sources: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenData:
+    """Samples, and the file they come from.
+
+    Attributes:
+        samples: N tensors [S] int64 on the CPU; their lengths differ unless they were packed.
+        path: the text or token file that was read, or the token file that was written.
+        digest: of that file.
+        seq_len: no sample is longer; None where nothing was cut.
+        origin: the tokenizer and the texts.
+    """
+
+    samples: tuple[Tensor, ...]
+    path: Path
+    digest: str
+    seq_len: int | None
+    origin: Origin
+
+
+def save_tokens(path: Path, samples: Sequence[Tensor], *, seq_len: int | None, origin: Origin) -> TokenData:
+    """Write samples as a token file, whole or not at all. A file of that name is replaced.
+
+    Args:
+        path: where to; ends in `.safetensors`.
+        samples: one or more tensors [S] of ids, none empty.
+        seq_len: no sample is longer; None where nothing was cut.
+        origin: what the ids were made from.
+
+    Raises:
+        OutputError: the place cannot be written to.
+        UsageError: another file extension.
+    """
+    import torch
+    from safetensors.torch import save
+
+    require_place(path)
+    tokens_T = torch.cat(list(samples)).to(torch.int64)
+    dtype = torch.int32 if origin.vocab_size <= 2**31 else torch.int64
+    offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
+    metadata = {"version": VERSION, "seq_len": seq_len, **asdict(origin)}
+    content = save(
+        {"tokens": tokens_T.to(dtype), "offsets": offsets},
+        metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))},
+    )
+    write_file(path, content)
+    return TokenData(samples=tuple(samples), path=path, digest=_sha256(content), seq_len=seq_len, origin=origin)
+
+
+def require_place(path: Path) -> None:
+    """Raise at once what `save_tokens` would find wrong with the name after all the work."""
+    if path.suffix != SUFFIX:
+        raise UsageError(f"{path} is no name for a token file", hint=f"let it end in {SUFFIX}")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory", hint="name a file in it")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is no directory", hint="choose another place")
+
+
+def read_token_file(path: Path) -> TokenData:
+    """Read a token file and check all that its format promises.
+
+    Raises:
+        DataError: the file is missing, of another version, damaged, or breaks the format.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    require_file(path)
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no intact safetensors file: {error}", hint=_MAKE_ANEW) from error
+    seq_len, origin = _read_metadata(_metadata_of(content), path)
+    tokens_T = _tensor(tensors, "tokens", (torch.int32, torch.int64), path).to(torch.int64)
+    offsets = _tensor(tensors, "offsets", (torch.int64,), path)
+    if (
+        len(offsets) < 2
+        or int(offsets[0]) != 0
+        or int(offsets[-1]) != len(tokens_T)
+        or not bool((offsets[1:] > offsets[:-1]).all())
+    ):
+        raise _broken(path, f"its offsets do not grow from 0 to the {len(tokens_T)} tokens")
+    lengths = offsets.diff()
+    if seq_len is not None and int(lengths.max()) > seq_len:
+        raise _broken(path, f"a sample has {int(lengths.max())} tokens and seq_len is {seq_len}")
+    for wrong in (int(tokens_T.min()), int(tokens_T.max())):
+        if not 0 <= wrong < origin.vocab_size:
+            raise _broken(path, f"token id {wrong} is outside its vocabulary of {origin.vocab_size}")
+    samples = tuple(tokens_T[start:end] for start, end in pairwise(offsets.tolist()))
+    return TokenData(samples=samples, path=path, digest=_sha256(content), seq_len=seq_len, origin=origin)
+
+
+def _metadata_of(content: bytes) -> Mapping[str, str]:
+    """The metadata of safetensors bytes whose header has been checked: 8 bytes of its size, then JSON."""
+    size = int.from_bytes(content[:8], "little")
+    metadata: Mapping[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return metadata
+
+
+def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, Origin]:
+    if METADATA_KEY not in metadata:
+        raise DataError(f"{path} is a safetensors file but no token file", hint=_MAKE_ANEW)
+    try:
+        fields = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its metadata is not JSON: {error}") from error
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if not isinstance(version, str):
+        raise _broken(path, "its metadata names no version")
+    if version.partition(".")[0] != VERSION.partition(".")[0]:
+        raise DataError(f"{path} is of token file version {version}, and this release reads {VERSION}")
+    seq_len = fields.get("seq_len")
+    if seq_len is not None and not _is_count(seq_len):
+        raise _broken(path, f"seq_len is {seq_len!r}")
+    return seq_len, _as_origin(fields, path)
+
+
+def _as_origin(fields: Mapping[str, Any], path: Path) -> Origin:
+    sources = fields.get("sources")
+    if not isinstance(sources, list) or not all(_is_pair_of_strings(source) for source in sources):
+        raise _broken(path, "sources is no list of pairs of name and digest")
+    for name in ("tokenizer", "tokenizer_digest"):
+        if not isinstance(fields.get(name), str):
+            raise _broken(path, f"{name} is no string")
+    if not _is_count(fields.get("vocab_size")):
+        raise _broken(path, f"vocab_size is {fields.get('vocab_size')!r}")
+    return Origin(
+        tokenizer=fields["tokenizer"],
+        tokenizer_digest=fields["tokenizer_digest"],
+        vocab_size=fields["vocab_size"],
+        sources=tuple((name, digest) for name, digest in sources),
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_pair_of_strings(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, dtypes: tuple[object, ...], path: Path) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise _broken(path, f"it has no tensor {name}")
+    if tensor.dtype not in dtypes or tensor.dim() != 1:
+        raise _broken(path, f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _broken(path: Path, why: str) -> DataError:
+    return DataError(f"{path} is a broken token file: {why}", hint=_MAKE_ANEW)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,214 @@
+"""Stream weights into a module tree, one subgraph at a time.
+
+The artifact's parameter table says which checkpoint tensors make each parameter. Everything is compared before
+anything is loaded; the first tensor that is missing, left over or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runtime.checkpoint import Checkpoint
+from runtime.errors import WeightsError
+from runtime.program import Run
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from runtime.artifact import Artifact
+    from runtime.manifest import ParameterEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a parameter comes from in one checkpoint.
+
+    Attributes:
+        keys: its tensors, by the checkpoint's names.
+        conversion: index of the program that makes the parameter from them, or -1.
+        packed: the scheme under which the tensors are compressed; `keys` then are all of the module's tensors.
+    """
+
+    keys: tuple[str, ...]
+    conversion: int
+    packed: QuantizationScheme | None = None
+
+
+class Weights:
+    """A checkpoint, seen through an artifact's parameter table.
+
+    Args:
+        artifact: names the parameters.
+        checkpoint: holds the tensors; plain, or compressed by compressed-tensors.
+        dtype: of the floating point parameters that follow the run.
+        model: the artifact's module tree, to find the classes of compressed modules.
+
+    Raises:
+        WeightsError: naming the first tensor that does not fit.
+    """
+
+    def __init__(self, artifact: Artifact, checkpoint: Checkpoint, dtype: torch.dtype, model: nn.Module) -> None:
+        self.artifact = artifact
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
+        self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
+        self._require_no_leftovers()
+        for name in self.origins:
+            self._require_shape(name)
+
+    def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+        """Put parameters into the module tree, on `device` and in the run's dtype."""
+        for name in names:
+            assign(model, name, self.read(name, device))
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        """One parameter as the model uses it, [shape of the manifest's table]."""
+        value = self._make(name, [self.checkpoint.read(key) for key in self.origins[name].keys])
+        entry = self.artifact.manifest.parameters[name]
+        if value.is_floating_point():
+            value = value.to(self.dtype if entry.dtype == "model" else getattr(torch, entry.dtype))
+        return value.to(device)
+
+    def plain_key(self, name: str) -> str | None:
+        """The one checkpoint tensor that is the parameter as it stands, or None where something must be computed."""
+        origin = self.origins[name]
+        return origin.keys[0] if len(origin.keys) == 1 and origin.conversion < 0 and origin.packed is None else None
+
+    def _make(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+        origin = self.origins[name]
+        if origin.packed is not None:
+            from runtime.schemes import decompress_module
+
+            prefix = _module_key(origin.keys[0])
+            parts = {key.removeprefix(f"{prefix}."): value for key, value in zip(origin.keys, tensors, strict=True)}
+            return decompress_module(parts, origin.packed)
+        if origin.conversion < 0:
+            return tensors[0]
+        program = self.artifact.conversions[origin.conversion]
+        run = Run(device=tensors[0].device, dtype=tensors[0].dtype)
+        sources = {f"source_{index}": tensor for index, tensor in enumerate(tensors)}
+        value: torch.Tensor = program(None, **sources, run=run)["value"]
+        return value
+
+    def _compressed_modules(self, model: nn.Module) -> dict[str, QuantizationScheme]:
+        config = self.checkpoint.config.get("quantization_config")
+        if not config:
+            return {}
+        from runtime.schemes import CheckpointSchemes
+
+        schemes = CheckpointSchemes.from_config(config)
+        found = {
+            name: schemes.find(name, type(module))
+            for name, module in model.named_modules()
+            if f"{name}.weight" in self.artifact.manifest.parameters
+        }
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+    def _origin(self, name: str) -> Origin:
+        entry = self.artifact.manifest.parameters[name]
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self.schemes:
+            return self._packed_origin(name, entry, self.schemes[module])
+        own = self._present((name,))  # a tied parameter may have been saved under its own name
+        keys = self._present(entry.sources) or (own if entry.tied_to or entry.conversion < 0 else None)
+        if keys is None:
+            missing = next(key for key in entry.sources if self._present((key,)) is None)
+            raise WeightsError(
+                f"{self.checkpoint.directory} lacks tensor {missing!r}, which parameter {name} is made from",
+                hint="is it the checkpoint of the model that was compiled?",
+            )
+        if own is not None and entry.tied_to:
+            return Origin(keys=own, conversion=-1)
+        return Origin(keys=keys, conversion=entry.conversion)
+
+    def _packed_origin(self, name: str, entry: ParameterEntry, scheme: QuantizationScheme) -> Origin:
+        for source in (*entry.sources, name):
+            for key in self._spellings(source):
+                prefix = _module_key(key)
+                keys = [k for k in self._by_module().get(prefix, ()) if not k.endswith(".bias")]
+                if any(k in (f"{prefix}.weight_scale", f"{prefix}.weight_packed") for k in keys):
+                    return Origin(keys=tuple(keys), conversion=-1, packed=scheme)
+        raise WeightsError(f"{self.checkpoint.directory} lacks the compressed tensors of {name}")
+
+    def _by_module(self) -> Mapping[str, list[str]]:
+        if not hasattr(self, "_modules"):
+            self._modules: dict[str, list[str]] = {}
+            for key in self.checkpoint:
+                self._modules.setdefault(_module_key(key), []).append(key)
+        return self._modules
+
+    def _present(self, keys: tuple[str, ...]) -> tuple[str, ...] | None:
+        """The keys as this checkpoint spells them, or None unless all are there."""
+        found = []
+        for key in keys:
+            spelling = next((option for option in self._spellings(key) if option in self.checkpoint), None)
+            if spelling is None:
+                return None
+            found.append(spelling)
+        return tuple(found)
+
+    def _spellings(self, key: str) -> tuple[str, ...]:
+        """A key, and the same with the base model's prefix added or taken away, as transformers tolerates."""
+        prefix = self.artifact.manifest.model.base_model_prefix
+        if not prefix:
+            return (key,)
+        return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
+
+    def _require_no_leftovers(self) -> None:
+        used = {key for origin in self.origins.values() for key in origin.keys}
+        ignored = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
+        for key in self.checkpoint:
+            if key not in used and not any(pattern.search(key) for pattern in ignored):
+                raise WeightsError(
+                    f"{self.checkpoint.directory} holds tensor {key!r}, which the artifact does not know",
+                    hint="is it the checkpoint of the model that was compiled?",
+                )
+
+    def _require_shape(self, name: str) -> None:
+        origin, expected = self.origins[name], self.artifact.manifest.parameters[name].shape
+        if origin.packed is not None:
+            return  # compressed-tensors checks its own shapes when it unpacks
+        shapes = [self.checkpoint.shape(key) for key in origin.keys]
+        try:
+            made = self._make(name, [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes])
+            found: Any = tuple(made.shape)
+        except (RuntimeError, IndexError):
+            found = shapes
+        if found != expected:
+            raise WeightsError(
+                f"tensor {origin.keys[0]!r} of {self.checkpoint.directory} has shape {list(found)}, "
+                f"the artifact expects {list(expected)} for parameter {name}",
+                hint="is it the checkpoint of the model that was compiled?",
+            )
+
+
+def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the parameter or buffer of that dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def unload(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the memory of parameters back: they go to the meta device."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        current = module._parameters.get(leaf)
+        tensor = current if current is not None else module._buffers[leaf]
+        assert tensor is not None, f"{name} is listed as a parameter and is None"
+        assign(model, name, torch.empty_like(tensor, device="meta"))
+
+
+def _module_key(key: str) -> str:
+    return key.rpartition(".")[0]
