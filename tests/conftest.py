@@ -1,0 +1,94 @@
+"""What holds for every test: offline libraries, no sockets, one thread per worker, one small tokenizer."""
+
+from __future__ import annotations
+
+import os
+
+# Read by the libraries when they are imported, and inherited by the processes that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+collect_ignore = ["bench"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_internet() -> Iterator[None]:
+    """Fail a test that opens an internet connection; sockets of the file system stay allowed."""
+    real = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
+
+    def guarded(name: str) -> Any:
+        def call(self: socket.socket, *args: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                self.close()
+                _refuse(args[-1])
+            return real[name](self, *args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(socket.socket, name, guarded(name))
+        yield
+
+
+def _refuse(address: object) -> NoReturn:
+    # `Failed` is no `Exception`, so code that falls back when the network is down cannot swallow it.
+    pytest.fail(f"a test opened an internet connection to {address}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer without merges: `<bos>` is 0, `<eos>` is 1, byte b of the text is 2 + b.
+
+    Texts begin with `<bos>`. The chat template writes `u:hello<eos>` for a user's message.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    # Byte-level BPE writes a byte as the character of its number where that is printable, else from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    vocabulary = {"<bos>": 0, "<eos>": 1} | {characters[byte]: 2 + byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{% if message.role not in ['user', 'assistant'] %}"
+        "{{ raise_exception('unknown role ' + message.role) }}"
+        "{% endif %}"
+        "{{ message.role[0] }}:{{ message.content }}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    directory = tmp_path_factory.mktemp("byte-tokenizer")
+    tokenizer.save_pretrained(directory)
+    return directory
