@@ -13,9 +13,10 @@ publish     all of it appears under its name at once                    runtime.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,10 +104,7 @@ def build(
     )
     key = cache.input_key(parts)
     path = Path(out) / f"{source.name}-{key[:12]}"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / f".{path.name}.lock", mode=0o666)
-    with lock:
+    with _locked(path):
         is_cached = not force and cache.find_artifact(path, key)
         if not is_cached:
             trace = trace_model(
@@ -119,10 +117,24 @@ def build(
                 drop_uncalled=targets is None,
             )
             _require_matched(trace)
+            trace.tracer.require_free_sizes(is_batch_only=False)  # those of the default sample are our invention
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, model, trace, keys, parts, patterns)
             _write(path, files, manifest)
     return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time make the artifact at `path`."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock", mode=0o666)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _require_matched(trace: Trace) -> None:

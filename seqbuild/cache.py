@@ -48,6 +48,7 @@ def ingredients(
         "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "model_source": _digest(source_digests(model)),
+        "seqbuild_source": _digest(_own_digests()),
         "attn_implementation": str(getattr(config, "_attn_implementation", "")),
         "targets": json.dumps(list(target_patterns)),
         "ignore": json.dumps(list(ignore)),
@@ -84,6 +85,11 @@ def source_digests(model: nn.Module) -> dict[str, str]:
         if file is not None:
             digests[name] = sha256(Path(file).read_bytes())
     return digests
+
+
+def _own_digests() -> dict[str, str]:
+    """sha256 of each file of the compiler itself: a version number does not change with every commit."""
+    return {path.name: sha256(path.read_bytes()) for path in sorted(Path(__file__).resolve().parent.glob("*.py"))}
 
 
 def _signature(value: torch.Tensor | Any) -> str:

@@ -15,7 +15,6 @@ from runtime.console import human_bytes, run_app, say
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",

@@ -138,7 +138,7 @@ class _Emitter:
         return ends
 
     def _return(self, fields: dict[str, Any]) -> list[str]:
-        items = [f"        {name!r}: {self._value(value)},".replace("'", '"') for name, value in fields.items()]
+        items = [f"        {_text(name)}: {self._value(value)}," for name, value in fields.items()]
         return ["    return {", *items, "    }"] if items else ["    return {}"]
 
     def _expression(self, node: fx.Node) -> str:
@@ -164,6 +164,8 @@ class _Emitter:
             return f"-{operands[0]}"
         if target in _INFIX and len(operands) == 2:
             return f"{operands[0]} {_INFIX[target]} {operands[1]}"
+        if target is operator.pow and node.args[1] in (2, 3, 4):
+            return " * ".join([operands[0]] * int(operands[1]))
         if target in _FUNCTIONS and not node.kwargs:
             return f"{_FUNCTIONS[target]}({', '.join(operands)})"
         raise TraceError(

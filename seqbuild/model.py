@@ -44,7 +44,7 @@ def build_weightless(source: Source, *, attn_implementation: str | None = None) 
         config = AutoConfig.from_pretrained(source.config_file, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"{source.config_file} does not describe a model that transformers knows: {_first_line(error)}"
+            f"{source.config_file} does not describe a model that transformers knows: {_reason(error)}"
         ) from error
     cls = _model_class(source, config)
     try:
@@ -53,7 +53,8 @@ def build_weightless(source: Source, *, attn_implementation: str | None = None) 
                 config, dtype=TRACE_DTYPE, attn_implementation=attn_implementation
             )
     except Exception as error:
-        raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_first_line(error)}") from error
+        raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_reason(error)}") from error
+    model.tie_weights()  # building on the meta device makes shared parameters anew, and so apart
     model.train(False)
     return model
 
@@ -82,8 +83,9 @@ def default_dtype(source: Source) -> str:
     return "float32"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[:2])
 
 
 @contextlib.contextmanager

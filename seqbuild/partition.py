@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import operator
+from collections import UserDict
 from collections.abc import Collection, KeysView
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,8 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
     copies: dict[fx.Node, fx.Node] = {}
     body = [node for node in nodes if node.op not in ("placeholder", "output")]
     output = next((node for node in nodes if node.op == "output"), None)
-    sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
+    unused = [node for node in nodes if node.op == "placeholder" and not node.users]  # taken so that it is consumed
+    sources = dict.fromkeys([*unused, *(source for node in nodes for source in node.all_input_nodes)])
     outside = [
         source
         for source in sources
@@ -144,9 +146,7 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
         if node.op != "get_attr" and any(owner[user] != index for user in node.users)
     }
     if output is not None:
-        fields = fx.node.map_arg(output.args[0], lambda source: copies[source])
-        assert isinstance(fields, dict), "a trace's output is a dict"
-        results.update(fields)
+        results.update(fx.node.map_arg(named_output(output.args[0]), lambda source: copies[source]))
     graph.output(results)
     graph.owning_module = model  # type: ignore[assignment]
     return Subgraph(graph=graph, input_names=[str(node.target) for node in graph.find_nodes(op="placeholder")])
@@ -160,8 +160,19 @@ def trace_consumed_names(subgraphs: list[Subgraph]) -> None:
         needed_later.update(dict.fromkeys(subgraph.input_names))
 
 
+def named_output(output: Any) -> dict[str, Any]:
+    """A model's output as a dict: a ModelOutput's fields, or `output`, `output_0`, ... for bare values."""
+    if isinstance(output, (dict, UserDict)):
+        return {str(name): value for name, value in output.items() if value is not None}
+    if isinstance(output, (tuple, list)):
+        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
+    return {"output": output}
+
+
 def _is_unpacking(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (operator.getitem, getattr)
+    """Whether a node takes a fixed part of one other node's result."""
+    is_access = node.op == "call_function" and node.target in (operator.getitem, getattr)
+    return is_access and len(node.all_input_nodes) == 1
 
 
 def _graph_and_root(graph: fx.GraphModule | fx.Graph) -> tuple[fx.Graph, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,18 +69,20 @@ def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) 
 
     Token inputs (integers, [batch, sequence]) share one symbol for the batch; every other size has its own, until the
     model's code shows that two must be equal. A leading size of one would be burnt in, so a batch of one is traced as
-    a batch of `SAMPLE_BATCH`: only shapes matter, the values are never looked at.
+    a larger one: only shapes matter, the values are never looked at.
     """
     result: dict[str, Any] = {}
     tensors = {name: value for name, value in sample_input.items() if isinstance(value, torch.Tensor)}
     is_single = all(value.dim() > 0 and value.shape[0] == 1 for value in tensors.values())
+    taken = [size for value in tensors.values() for size in value.shape]
+    batch = next(size for size in itertools.count(SAMPLE_BATCH) if size not in taken)
     for name, value in sample_input.items():
         if not isinstance(value, torch.Tensor):
             result[name] = value
             continue
         shape = list(value.shape)
         if is_single:
-            shape[0] = SAMPLE_BATCH + (1 if SAMPLE_BATCH in shape else 0)
+            shape[0] = batch
         template = torch.empty(shape, dtype=value.dtype, device="meta")
         sizes = [DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in shape]
         if len(shape) == 2 and shape[0] > 1 and not value.is_floating_point():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NAMES_SHOWN = 4
+_FILE_WIDTH = 240  # into a file or pipe nothing is folded
 
 
 def as_plain(manifest: Manifest) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def print_table(manifest: Manifest) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     for line in summary(manifest):
         console.print(line, markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD)

@@ -61,7 +61,7 @@ class Source:
         if index.is_file():
             try:
                 shards = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
         else:
             shards = [_SINGLE]
@@ -82,7 +82,7 @@ def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise WeightsError(f"{path} is not a safetensors file: {error}") from error
 
 
@@ -96,6 +96,8 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
     Raises:
         ModelError: when there is no such model, or it has no config.
     """
+    if not source:
+        raise ModelError("no model is named", hint="name a directory, a config.json or a hub id")
     path = Path(source)
     if path.is_dir():
         return _from_file(path.resolve().name, path / "config.json", source)
@@ -129,7 +131,7 @@ def _from_file(name: str, config_file: Path, source: str) -> Source:
         raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no model config")

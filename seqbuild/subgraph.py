@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Subgraph:
     """A part of a model's graph that can be executed by itself.
 

@@ -46,14 +46,16 @@ def get_sequential_ancestors(model: nn.Module, targets: Collection[nn.Module]) -
     Returns:
         An ordered set.
     """
-    ancestors: dict[nn.Module, None] = {}
     contains: dict[nn.Module, bool] = {}
-    for module in reversed(list(model.modules())):  # children come after their parents
-        contains[module] = any(child in targets or contains[child] for child in module.children())
-    for module in model.modules():
-        if contains[module] and module not in targets:
-            ancestors[module] = None
-    return ancestors.keys()
+
+    def is_or_contains(module: nn.Module) -> bool:
+        if module not in contains:
+            inside = [is_or_contains(child) for child in module.children()]  # all of them: each is to be remembered
+            contains[module] = any(inside)
+        return contains[module] or module in targets
+
+    is_or_contains(model)
+    return dict.fromkeys(module for module in model.modules() if contains[module] and module not in targets).keys()
 
 
 def outermost(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.Module]:

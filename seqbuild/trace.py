@@ -100,6 +100,7 @@ def trace_model(
     finally:
         for module in was_training:
             module.training = True
+    tracer.require_free_sizes(is_batch_only=True)
     called = _called(graph, model, targets)
     if len(called) < len(targets) and not (drop_uncalled and called):
         raise _uncalled(model, targets, called)

@@ -17,7 +17,7 @@ import logging
 import operator
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -34,13 +34,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import blame
+from seqbuild.blame import Culprit, blame, burnt_in, find_culprit
 from seqbuild.opaque import OpaqueStep, find_opaque_steps
+from seqbuild.partition import named_output
+from seqbuild.rehearse import NEEDS_VALUES, rehearse, sample_sizes
 from seqbuild.sample import symbolic_inputs
-from seqbuild.weightless import fake_friendly_experts, fake_parameters
-
-if TYPE_CHECKING:
-    from torch.types import Number
+from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -75,7 +74,8 @@ class SequentialTracer(PythonKeyTracer):
         self.dtype = dtype
         self.constants: dict[str, torch.Tensor] = {}
         self.unmatched_ignore: tuple[str, ...] = ()
-        self.shape_env = ShapeEnv()
+        self.shape_env = _WatchedSizes()
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
@@ -103,18 +103,19 @@ class SequentialTracer(PythonKeyTracer):
         """
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
-        fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         steps, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
-        inputs = symbolic_inputs(sample_input, fake_mode)
+        inputs = symbolic_inputs(sample_input, self.fake_mode)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(fake_parameters(root, fake_mode, self.dtype))
-            stack.enter_context(fake_friendly_experts(root))
-            stack.enter_context(_silent_fakes())
+            stack.enter_context(kept_as_found(root))
+            stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
+            stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
+            stack.enter_context(tracing_configs(root))
+            stack.enter_context(_quiet_logs())
             self._name_objects(root)
             stack.enter_context(self._leaves_recorded(root))
             for step in steps:
                 stack.enter_context(step.replaced(self._opaque_call))
-            for context in (torch.no_grad(), enable_python_dispatcher(), fake_mode, _LiteralTensors(self)):
+            for context in (torch.no_grad(), enable_python_dispatcher(), self.fake_mode, _LiteralTensors(self.dtype)):
                 stack.enter_context(context)
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
@@ -125,14 +126,38 @@ class SequentialTracer(PythonKeyTracer):
             except SeqbuildError:
                 raise
             except Exception as error:
-                raise blame(error, root) from error
-            self.graph.output(self.create_arg(_named_output(output)))
+                raise blame(error, self.ancestors) from error
+            self.graph.output(self.create_arg(named_output(output)))
         self._kept_alive.clear()
         _drop_dead_code(self.graph)
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
+        self.constants = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.constants.items()
+            if name in used
+        }
         self.graph.owning_module = root  # type: ignore[assignment]
         return self.graph
+
+    def require_free_sizes(self, *, is_batch_only: bool) -> None:
+        """Refuse a trace that holds for one size of an input only.
+
+        Args:
+            is_batch_only: look at the batch alone (the first of several axes): the other sizes of a sample that
+                somebody brings may be the model's own, an image's for instance.
+
+        Raises:
+            TraceError: naming the input and the line of the model's code that decided by its size.
+        """
+        for node in self.graph.find_nodes(op="placeholder"):
+            shape = node.meta["val"].shape
+            for axis, size in enumerate(shape):
+                expression = size.node.expr if isinstance(size, torch.SymInt) else None
+                is_meant = not is_batch_only or (axis == 0 and len(shape) > 1)
+                if expression is not None and expression.is_number and is_meant:
+                    symbol = size.node._expr
+                    what = f"the size of {node.target} along axis {axis} ({expression} in the sample)"
+                    raise burnt_in(what, self.shape_env.culprits.get(symbol))
 
     def create_arg(self, a: Any) -> Any:
         """Turn a Python value into something a node can hold; names the type when it cannot."""
@@ -191,8 +216,14 @@ class SequentialTracer(PythonKeyTracer):
                 f"the model uses a tensor of shape {tuple(tensor.shape)} that is neither parameter, buffer nor result",
                 hint="its value is not known without weights; register it as a buffer of its module",
             )
+        if tensor.dtype == self.dtype:
+            raise TraceError(
+                f"the model uses a tensor of shape {tuple(tensor.shape)} in the dtype of the weights, which is neither "
+                "parameter nor buffer",
+                hint="its digits are rounded for the trace; register it as a buffer of its module",
+            )
         name = f"constant_{len(self.constants)}"
-        self.constants[name] = tensor.detach().cpu().contiguous()
+        self.constants[name] = tensor  # copied when no mode is active any more, or the copy would be a fake
         self._tensor_names[id(tensor)] = name
         self._kept_alive.append(tensor)
         node = self._attribute(name)
@@ -215,19 +246,21 @@ class SequentialTracer(PythonKeyTracer):
         """Replace the forward of every leaf by one that records a single step."""
         with contextlib.ExitStack() as stack:
             for name, module in root.named_modules():
-                if module is not root and self.is_leaf_module(module, name):
+                if self._is_step(root, name, module):
                     own = module.__dict__.get("forward")
-                    module.forward = self._leaf_call(name, module.forward)
+                    module.forward = self._leaf_call(name, module, module.forward)
                     stack.callback(_put_back, module, "forward", own)
             yield
 
-    def _leaf_call(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _is_step(self, root: nn.Module, name: str, module: nn.Module) -> bool:
+        return module is not root and self.is_leaf_module(module, name)
+
+    def _leaf_call(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if get_proxy_mode() is None:  # already inside another leaf
                 return forward(*args, **kwargs)
             node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-            with disable_proxy_modes_tracing():
-                output = forward(*args, **kwargs)
+            output = self._unrecorded(forward, args, kwargs, [module])
             node = self.create_node("call_module", name, node_args, node_kwargs, name.replace(".", "_"))
             return self._track(output, fx.Proxy(node, self))
 
@@ -237,11 +270,27 @@ class SequentialTracer(PythonKeyTracer):
         if get_proxy_mode() is None:
             return step.function(*args, **kwargs)
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-        with disable_proxy_modes_tracing():
-            output = step.function(*args, **kwargs)
+        modules = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        output = self._unrecorded(step.function, args, kwargs, modules)
         node = self.create_node("call_function", step.function, node_args, node_kwargs, step.function.__name__)
         node.meta["opaque"] = step.path
         return self._track(output, fx.Proxy(node, self))
+
+    def _unrecorded(
+        self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], modules: Sequence[nn.Module]
+    ) -> Any:
+        """Call a step for the structure of its result: on fake tensors, or else for real on small values."""
+        with disable_proxy_modes_tracing(), self.shape_env.ignore_fresh_unbacked_symbols():
+            try:
+                with self.shape_env.sizes_kept_free():
+                    return function(*args, **kwargs)
+            except NEEDS_VALUES:
+                return rehearse(function, args, kwargs, modules=modules, fake_mode=self.fake_mode)
+            except SizeBurntInError:  # by a loop over it, which can be rehearsed, or because the step allows no other
+                try:
+                    return rehearse(function, args, kwargs, modules=modules, fake_mode=self.fake_mode)
+                except Exception:
+                    return function(*args, **kwargs)
 
     def _track(self, value: Any, proxy: fx.Proxy) -> Any:
         """Tie every tensor and symbol inside `value` to its place in the result of `proxy`'s node.
@@ -277,52 +326,94 @@ class SequentialTracer(PythonKeyTracer):
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
 
 
+class SizeBurntInError(RuntimeError):
+    """A symbol is about to become a number."""
+
+
+class _WatchedSizes(ShapeEnv):
+    """Remembers which line of the model's code turned a symbol into a number, or does not let it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.culprits: dict[Any, Culprit | None] = {}
+        self.is_strict = False
+
+    @contextlib.contextmanager
+    def sizes_kept_free(self) -> Iterator[None]:
+        """Raise `SizeBurntInError` where an input's size would become a number, and forget what led to it."""
+        before, self.is_strict = self.is_strict, True
+        ranges, num_guards = dict(self.var_to_range), len(self.guards)
+        try:
+            yield
+        except SizeBurntInError:
+            self.var_to_range.update(ranges)
+            del self.guards[num_guards:]
+            self._version_counter += 1  # drops what torch has remembered of answers about sizes
+            raise
+        finally:
+            self.is_strict = before
+
+    def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
+        if tgt.is_number and a in sample_sizes(self):
+            if self.is_strict:
+                raise SizeBurntInError(msg)
+            self.culprits.setdefault(a, find_culprit())
+        super()._set_replacement(a, tgt, msg)
+
+
 class _LiteralTensors(TorchFunctionMode):
-    """Record `torch.tensor(0.5, dtype=...)` with the number as it is written.
+    """Record numbers that the model's code makes tensors of as they are written: `torch.tensor(0.1, dtype=...)`,
+    `torch.tensor([0.1, 0.2], dtype=...)`, `x[mask] = 0.1`.
 
     The dispatcher sees only the finished tensor, rounded to the dtype of the trace; a run in another dtype needs the
     number itself.
     """
 
-    def __init__(self, tracer: SequentialTracer) -> None:
+    def __init__(self, weights_dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.tracer = tracer
+        self.weights_dtype = weights_dtype
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        number: Number | None = args[0] if args else kwargs.get("data")
-        if func is not torch.tensor or type(number) not in (int, float) or get_proxy_mode() is None:
-            return result
-        tracked = self.tracer.unwrap_proxy(result)
-        if isinstance(tracked, fx.Proxy):
-            node = tracked.node
-            node.target = torch.ops.aten.scalar_tensor.default
-            node.args, node.kwargs = (number,), {"dtype": result.dtype, "device": result.device}
-        return result
+        if get_proxy_mode() is not None:
+            if func in (torch.tensor, torch.as_tensor):
+                return self._tensor(func, *args, **kwargs)
+            if func is torch.Tensor.__setitem__ and type(args[2]) in (int, float):
+                return func(args[0], args[1], _scalar(args[2], args[0].dtype, args[0].device))
+        return func(*args, **kwargs)
+
+    def _tensor(self, func: Callable[..., Any], data: Any, **options: Any) -> Any:
+        dtype = options.get("dtype")
+        if type(data) in (int, float):
+            usual = torch.int64 if type(data) is int else torch.get_default_dtype()
+            return _scalar(data, dtype or usual, options.get("device"))
+        if isinstance(data, (list, tuple)) and dtype is not None and dtype == self.weights_dtype:
+            return func(data, **{**options, "dtype": torch.float64}).to(dtype)
+        return func(data, **options)
+
+
+def _scalar(number: float, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
+    place = torch.device("cpu") if device is None else torch.device(device)
+    scalar: torch.Tensor = torch.ops.aten.scalar_tensor.default(number, dtype=dtype, device=place)
+    return scalar
 
 
 @contextlib.contextmanager
-def _silent_fakes() -> Iterator[None]:
-    """Fake tensors log a traceback for each operator that fails; ours is the one report a user sees."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _quiet_logs() -> Iterator[None]:
+    """Torch logs whatever fails under fake tensors; ours is the one report a user sees."""
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
-
-
-def _named_output(output: Any) -> dict[str, Any]:
-    """The model's output as a dict: a ModelOutput's fields, or `output`, `output_0`, ... for bare values."""
-    if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if value is not None}
-    if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
-    return {"output": output}
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _plain_key(key: Any) -> Any:

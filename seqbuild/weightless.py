@@ -1,9 +1,13 @@
-"""A model without its weights: every parameter and buffer a fake tensor, for as long as a trace takes."""
+"""A model without its weights: every parameter and buffer a fake tensor, for as long as a trace takes.
+
+Everything here is put back afterwards, also when the trace fails.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +15,77 @@ from torch import nn
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@contextlib.contextmanager
+def kept_as_found(model: nn.Module) -> Iterator[None]:
+    """Put back every attribute of every module afterwards, whoever has set or added it meanwhile: the model's own
+    code, too, may keep a mask or a flag in `self`, and it would be made of fake tensors.
+    """
+    found = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in found:
+            for name in [name for name in module.__dict__ if name not in attributes]:
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def hooks_set_aside(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> Iterator[None]:
+    """Hooks on a leaf belong to the leaf: they run whenever the recorded step is executed, not while it is recorded.
+
+    Those by which transformers collects hidden states stay: what they do is part of the forward around the leaf.
+    Every module gets dictionaries of its own, so that hooks added meanwhile go when the trace ends.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            for kind in _HOOKS:
+                hooks = module.__dict__[kind]
+                stack.callback(module.__dict__.__setitem__, kind, hooks)
+                if is_leaf(name, module) and kind in ("_forward_hooks", "_forward_pre_hooks"):
+                    hooks = {key: hook for key, hook in hooks.items() if _is_collector(hook)}
+                module.__dict__[kind] = OrderedDict(hooks)
+        yield
+
+
+def _is_collector(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+@contextlib.contextmanager
+def small_real_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give these modules, and those inside them, real tensors: small random numbers, and zero for integers."""
+    generator = torch.Generator().manual_seed(0)
+    reals: dict[int, torch.Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for module in dict.fromkeys(inner for outer in modules for inner in outer.modules()):
+            for kind in ("_parameters", "_buffers"):
+                tensors = module.__dict__[kind]
+                stack.callback(module.__dict__.__setitem__, kind, tensors)
+                module.__dict__[kind] = {
+                    name: tensor if tensor is None else reals.setdefault(id(tensor), small_tensor(tensor, generator))
+                    for name, tensor in tensors.items()
+                }
+        yield
+
+
+def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A real tensor on the CPU with the dtype of `like`, and its shape where none is given."""
+    sizes = tuple(like.shape) if shape is None else tuple(shape)
+    if not like.is_floating_point():
+        return torch.zeros(sizes, dtype=like.dtype)
+    return (torch.rand(sizes, generator=generator) * 0.1).to(like.dtype)
 
 
 @contextlib.contextmanager
@@ -63,16 +138,21 @@ def _resting(tensors: Mapping[str, torch.Tensor | None]) -> Mapping[str, torch.T
     return resting if isinstance(resting, Mapping) else tensors
 
 
+# What a trace needs of a config, where it has such a thing. Caches are for generating text. The grouped kernel for
+# fused experts refuses fake float32 tensors and the eager loop depends on data; only the shape of their output counts.
+_TRACING_CONFIG = {"use_cache": False, "_experts_implementation": "batched_mm"}
+
+
 @contextlib.contextmanager
-def fake_friendly_experts(model: nn.Module) -> Iterator[None]:
-    """Let fused experts run as one batched product meanwhile: the grouped kernel refuses fake float32 tensors, and
-    the eager loop depends on data. Only the shape of their output is looked at.
-    """
+def tracing_configs(model: nn.Module) -> Iterator[None]:
+    """Switch off in every config of the model what cannot be traced, and put it back afterwards."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     with contextlib.ExitStack() as stack:
-        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
-            if hasattr(config, "_experts_implementation"):
-                stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
-                config._experts_implementation = "batched_mm"
+        for config in configs.values():
+            for name, value in _TRACING_CONFIG.items():
+                if hasattr(config, name):
+                    stack.callback(setattr, config, name, getattr(config, name))
+                    setattr(config, name, value)
         yield
 
 
