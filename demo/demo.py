@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import runtime
-from runtime.calibrate import calibrate
-from runtime.evaluate import evaluate
+from runtime.calibration import calibrate
+from runtime.evaluation import evaluate
 from runtime.inputs import model_inputs
 from seqbuild.build import build
 

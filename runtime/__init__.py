@@ -23,10 +23,10 @@ from runtime.errors import (
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact, load
-    from runtime.calibrate import calibrate
+    from runtime.calibration import calibrate
     from runtime.data import batches, load_tokens
     from runtime.dispatch import dispatch_for_sequential
-    from runtime.evaluate import evaluate
+    from runtime.evaluation import evaluate
     from runtime.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -59,9 +59,9 @@ _HOMES = {
     "Artifact": "runtime.artifact",
     "Recipe": "runtime.recipe",
     "batches": "runtime.data",
-    "calibrate": "runtime.calibrate",
+    "calibrate": "runtime.calibration",
     "dispatch_for_sequential": "runtime.dispatch",
-    "evaluate": "runtime.evaluate",
+    "evaluate": "runtime.evaluation",
     "load": "runtime.artifact",
     "load_tokens": "runtime.data",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -143,15 +144,20 @@ def check(root: Path) -> tuple[Manifest, dict[str, str]]:
     manifest = read_manifest(root)
     contents = _check_files(root, manifest)
     operators: dict[str, str] = {}
+    sources: dict[str, str] = {}
     programs: tuple[SubgraphEntry | ConversionEntry, ...] = (*manifest.subgraphs, *manifest.conversions)
     for entry in programs:
         if entry.file not in contents:
             raise ArtifactError(f"{entry.file} is named as a program but not listed among the files of {root}")
         for operator in check_program(contents[entry.file], _allowed(entry), entry.file):
             operators.setdefault(operator, entry.file)
+        sources[entry.file] = contents[entry.file].decode("ascii")
+    unnamed = [path for path in contents if path.endswith(".py") and path not in sources]
+    if unnamed:
+        raise ArtifactError(f"{unnamed[0]} is code that {root / MANIFEST_NAME} names as no program")
     _check_names(manifest)
     _check_operators(operators)
-    return manifest, {path: content.decode("ascii") for path, content in contents.items() if path.endswith(".py")}
+    return manifest, sources
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -247,27 +253,44 @@ def _check_names(manifest: Manifest) -> None:
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
 
 
+# What operators may take and return. Storages, streams, remote references and the like reach outside of tensors.
+_OPERATOR_TYPES = re.compile(
+    r"((Optional|List)\[)*(Tensor|int|float|bool|complex|number|str|SymInt|Device|Layout|MemoryFormat|ScalarType"
+    r"|Generator|t|t1|t2)\]*\Z"
+)
+
+
 def _check_operators(operators: dict[str, str]) -> None:
     import torch
 
     for operator, file in operators.items():
         name, _, overload = operator.partition(".")
         packet = getattr(torch.ops.aten, name, None)
-        if packet is None or overload not in packet.overloads():
+        overloads: list[str] = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []  # type: ignore[no-untyped-call]
+        if overload not in overloads:
             raise ArtifactError(
                 f"{file} calls torch.ops.aten.{operator}, which torch {torch.__version__} does not have",
                 hint="install the torch version that the artifact was compiled with",
             )
+        schema = getattr(packet, overload)._schema
+        kinds = [str(item.type) for item in (*schema.arguments, *schema.returns)]
+        odd = [kind for kind in kinds if not _OPERATOR_TYPES.match(kind)]
+        if odd:
+            raise ArtifactError(f"{file} calls torch.ops.aten.{operator}, which deals in {odd[0]}")
 
 
 def _compile(root: Path, manifest: Manifest, sources: dict[str, str]) -> Artifact:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from runtime.program import compile_program
 
     artifact = Artifact(path=root, manifest=manifest)
     if manifest.constants:
-        artifact.constants = load_file(root / CONSTANTS_NAME)
+        try:
+            artifact.constants = load_file(root / CONSTANTS_NAME)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{root / CONSTANTS_NAME} cannot be read: {error}") from error
         if sorted(artifact.constants) != sorted(manifest.constants):
             raise ArtifactError(f"{root / CONSTANTS_NAME} holds other tensors than the manifest states")
     artifact.subgraphs = tuple(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,13 @@ class Checkpoint:
         """The shape of a tensor, from its shard's header."""
         return tuple(self._file(key).get_slice(key).get_shape())
 
+    def num_bytes(self, key: str, *, bits: int | None = None) -> int:
+        """The size of a tensor, or the size that it would have with so many bits a number."""
+        view = self._file(key).get_slice(key)
+        width = re.search(r"\d+", view.get_dtype())  # F32, BF16, F8_E4M3, I64; BOOL has none and takes a byte
+        numbers = math.prod(int(size) for size in view.get_shape())
+        return numbers * (bits or (int(width[0]) if width else 8)) // 8
+
     def read(self, key: str) -> torch.Tensor:
         """A tensor as it is on disk, on the CPU."""
         try:
@@ -58,30 +67,22 @@ class Checkpoint:
         return sum((self.directory / name).stat().st_size for name in dict.fromkeys(self._file_of.values()))
 
     def _file(self, key: str) -> Any:
-        from safetensors import safe_open
-
-        name = self._file_of[key]
-        if name not in self._files:
-            path = self.directory / name
-            try:
-                self._files[name] = safe_open(path, framework="pt")
-            except Exception as error:
-                raise WeightsError(f"{path} is not a safetensors file: {error}") from error
-        return self._files[name]
+        return self._files[self._file_of[key]]
 
     def _read_index(self) -> dict[str, str]:
         if not self.directory.is_dir():
             raise WeightsError(f"there is no checkpoint directory {self.directory}")
         index = self.directory / INDEX_NAME
         if index.is_file():
-            try:
-                found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                file_of = {str(key): str(found[key]) for key in sorted(found)}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
+            found = _read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not found:
+                raise WeightsError(f"{index} is not an index of a checkpoint: it has no weight_map")
+            file_of = {key: str(found[key]) for key in sorted(found)}
             for key, name in file_of.items():
                 if "/" in name or not (self.directory / name).is_file():
-                    raise WeightsError(f"{index} puts {key} into {name}, which is not there")
+                    raise WeightsError(
+                        f"{index} puts {key} into {name}, which is not there", hint="copy the checkpoint again"
+                    )
             return self._with_headers(dict.fromkeys(file_of.values()), file_of)
         if not (self.directory / SINGLE_NAME).is_file():
             others = [path.name for path in sorted(self.directory.glob("pytorch_model*.bin"))]
@@ -98,7 +99,10 @@ class Checkpoint:
             try:
                 self._files[name] = safe_open(self.directory / name, framework="pt")
             except Exception as error:
-                raise WeightsError(f"{self.directory / name} is not a safetensors file: {error}") from error
+                raise WeightsError(
+                    f"{self.directory / name} is damaged, or no safetensors file: {error}",
+                    hint="copy the checkpoint again",
+                ) from error
             found.update(dict.fromkeys(self._files[name].keys(), name))
         for key, name in (stated or {}).items():
             if found.get(key) != name:
@@ -107,8 +111,14 @@ class Checkpoint:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.directory / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise WeightsError(f"{path} cannot be read: {error}") from error
-        return config if isinstance(config, dict) else {}
+        return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds no JSON object")
+    return value

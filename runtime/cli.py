@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,6 @@ DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_BATCH_SIZE = 128, 2048, 8
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Run, calibrate and evaluate compiled models. It never traces, and needs no network.",
@@ -74,7 +73,7 @@ def calibrate(
         batches = _batches(
             loaded, data, tokenizer, weights, samples, DEFAULT_SAMPLES, seq_len, batch_size=batch_size, pack=pack
         )
-    from runtime.calibrate import calibrate as run
+    from runtime.calibration import calibrate as run
 
     result = run(
         loaded,
@@ -91,7 +90,17 @@ def calibrate(
         modules = [
             {"name": m.name, "algorithm": m.algorithm, "loss": m.loss, "damping": m.damping} for m in result.modules
         ]
-        say(json.dumps({"path": str(out), "bytes": result.num_bytes, "seconds": result.seconds, "modules": modules}))
+        say(
+            json.dumps(
+                {
+                    "path": str(out),
+                    "bytes": result.num_bytes,
+                    "seconds": result.seconds,
+                    "modules": modules,
+                    "unreached": list(result.unreached),
+                }
+            )
+        )
     else:
         say(
             f"{len(result.modules)} modules quantized in {result.seconds:.1f} s; {human_bytes(result.num_bytes)} in "
@@ -117,7 +126,7 @@ def evaluate(
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
     loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew)
     batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
-    from runtime.evaluate import evaluate as run
+    from runtime.evaluation import evaluate as run
 
     result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
     if as_json:
@@ -183,22 +192,24 @@ def _batches(
 ) -> list[dict[str, torch.Tensor]]:
     """The model's inputs for a data file, refused where the artifact does not hold for them."""
     from runtime.data import batches, load_tokens
-    from runtime.inputs import model_inputs, require_in_range, text_config
+    from runtime.inputs import model_inputs, require_in_range, require_length
+    from runtime.model_config import text_limits
 
-    config = text_config(artifact)
+    vocab_size, longest = text_limits(artifact)
     if seq_len is None and data.suffix != ".safetensors":
-        seq_len = min(DEFAULT_SEQ_LEN, _positive(config.get("max_position_embeddings")) or DEFAULT_SEQ_LEN)
+        seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     tokens = load_tokens(
         data,
         tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact.path),
         num_samples=samples,
         seq_len=seq_len,
         pack=pack,
-        vocab_size=_positive(config.get("vocab_size")),
+        vocab_size=vocab_size,
     )
     chosen = tokens.samples
     if samples is None and default_samples is not None and len(chosen) > default_samples:
         chosen = tuple(chosen[index * len(chosen) // default_samples] for index in range(default_samples))
+    require_length(chosen, longest)
     made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size)]
     require_in_range(artifact.manifest, made)
     return made
@@ -207,10 +218,6 @@ def _batches(
 def _tokenizer_directory(weights: Path, artifact: Path) -> Path:
     """The weights' own tokenizer, else the one that travels with the artifact."""
     return weights if (weights / "tokenizer_config.json").is_file() else artifact
-
-
-def _positive(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
 
 
 def main(argv: list[str] | None = None) -> int:

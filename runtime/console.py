@@ -2,44 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from runtime.errors import SeqbuildError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
-    `--debug`, anywhere on the command line, shows the traceback of an error.
+    `--debug`, anywhere on the command line, shows the traceback of an error. Without arguments there is the help.
     """
+    from typer import Abort
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        result = app(args=arguments, prog_name=program, standalone_mode=True)
-    except SeqbuildError as error:
-        return _report(program, str(error), is_debug)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing half-written was left behind", file=sys.stderr)
-        return INTERRUPTED
+        with _terminable():
+            result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BrokenPipeError:
-        return 1
-    return int(result or 0)
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except (KeyboardInterrupt, Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        message = _user_error(error)
+        if message is None:
+            raise  # a bug of ours
+        if is_debug:
+            import traceback
+
+            traceback.print_exc()
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        return USER_ERROR
+    else:
+        code = int(result or 0) if arguments else USER_ERROR
+    if code in (INTERRUPTED, TERMINATED):
+        word = "interrupted" if code == INTERRUPTED else "terminated"
+        print(f"{program}: {word}; nothing half-written was left behind", file=sys.stderr)
+    return code
 
 
-def _report(program: str, message: str, is_debug: bool) -> int:
-    if is_debug:
-        import traceback
+def _user_error(error: Exception) -> str | None:
+    """What to say about an error that is not ours: a mistake of the user's, or something the machine lacks."""
+    if isinstance(error, SeqbuildError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
+        command = getattr(getattr(error, "ctx", None), "command_path", "")
+        hint = f" ({command} --help shows what it takes)" if command else ""
+        return str(error.format_message()).rstrip(".") + hint
+    is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_full or "can't allocate memory" in str(error):
+        what = str(error).partition(". ")[0] or "the machine has no more"
+        return f"out of memory: {what} (lower --batch-size or --seq-len)"
+    return None
 
-        traceback.print_exc()
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    return USER_ERROR
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half-written is taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str = "") -> None:

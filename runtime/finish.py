@@ -1,16 +1,22 @@
-"""The files of a checkpoint besides its tensors."""
+"""The files of a checkpoint besides its tensors, and what its config says is not quantized."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from runtime.grammar import SOURCE_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.checkpoint import Checkpoint
+    from runtime.weights import Weights
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".index.json")
 
@@ -45,3 +51,38 @@ def _is_companion(path: Path, is_artifact: bool) -> bool:
         return path.suffix != ".safetensors"
     kinds = (".json", ".jinja", ".txt", ".model", ".tiktoken")
     return path.suffix in kinds and path.stat().st_size <= 32 * SOURCE_LIMIT_BYTES
+
+
+def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) -> list[str]:
+    """Patterns for everything that a reader could take for a quantized Linear and that is none.
+
+    Those are the Linear modules that were left as they are, and what is one or more Linear modules to readers with
+    other classes than ours: routers, and experts, whose weights are single matrices in the checkpoint and one stack
+    here.
+
+    Args:
+        model: the module tree.
+        source: says which tensors make which parameter.
+        quantized: names of the modules that were quantized.
+    """
+    modules = dict(model.named_modules())
+    found = {name: None for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
+    for name, origin in source.origins.items():
+        owner = modules.get(name.rpartition(".")[0])
+        if origin.conversion >= 0:
+            found.update(dict.fromkeys(_stacked(origin.keys)))
+        elif name.endswith(".weight") and not isinstance(owner, (nn.Linear, nn.Embedding)):
+            matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
+            found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
+    return list(found)
+
+
+def _stacked(keys: tuple[str, ...]) -> Iterator[str]:
+    """The modules of several tensors: one regular expression where they are the members of a list."""
+    parts = [key.split(".")[:-1] for key in keys]
+    columns = zip(*parts, strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    if len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts):
+        yield "re:" + re.escape(".".join(parts[0][:depth])) + r"\.\d+\."
+    else:
+        yield from (".".join(part) for part in parts)

@@ -18,7 +18,7 @@ SOURCE_LIMIT_BYTES = 4 * 2**20
 NESTING_LIMIT = 32
 _INT_LIMIT = 2**63
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
-_OPERATOR = re.compile(r"(__[a-z]+__|_?[a-zA-Z][A-Za-z0-9_]*)\Z")  # aten has __and__, __or__ and their kin
+_OPERATOR = re.compile(r"(__i?(and|or|xor|lshift|rshift)__|_?[a-zA-Z][A-Za-z0-9_]*)\Z")
 _RESERVED = ("self", "run", "torch", "slice")
 _TORCH_VALUES = frozenset(
     (
@@ -32,6 +32,14 @@ _TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym
 _RUN_VALUES = frozenset(("device", "dtype", "lowest"))
 # Operators of aten that reach outside of tensors, or at memory that is not theirs.
 _REFUSED_OPERATORS = frozenset(("from_file", "save", "set_", "record_stream"))
+# Where opaque steps may lie, and what of it they may not be.
+_OPAQUE = re.compile(
+    r"transformers\.(models\.[a-z0-9_]+\.modeling_[a-z0-9_]+|masking_utils|modeling_attn_mask_utils|modeling_rope_utils"
+    r"|modeling_layers|pytorch_utils|activations|cache_utils|integrations\.(sdpa_attention|moe))"
+    r":_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*\Z"
+)
+_REACHES_FILES = re.compile(r"pretrained|load|save|push|fetch|import|register|apply_chunking", re.IGNORECASE)
+_RESULTS = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
 _BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
@@ -86,6 +94,7 @@ class _Checker:
     operators: dict[str, None] = field(default_factory=dict)
     used: dict[str, dict[str, None]] = field(default_factory=dict)
     defined: dict[str, None] = field(default_factory=dict)
+    objects: dict[str, None] = field(default_factory=dict)  # names that stand for whole modules and configs
 
     def refuse(self, node: ast.AST, what: str) -> ArtifactError:
         line = getattr(node, "lineno", 1)
@@ -130,8 +139,12 @@ class _Checker:
         if isinstance(node, ast.Assign):
             if len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
                 raise self.refuse(node, "assignment to anything but one name")
+            if not isinstance(node.value, _RESULTS):
+                raise self.refuse(node, "assignment of anything but a result")
             self._expression(node.value, 0)
             self._define(node, node.targets[0].id)
+            if _is_object(node.value):
+                self.objects[node.targets[0].id] = None
         elif isinstance(node, ast.Delete):
             for target in node.targets:
                 if not isinstance(target, ast.Name) or target.id not in self.defined:
@@ -153,6 +166,7 @@ class _Checker:
         if not _NAME.match(name) or name.startswith("__") or name in _RESERVED:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
+        self.objects.pop(name, None)
 
     def _expression(self, node: ast.expr, depth: int) -> None:
         if depth > NESTING_LIMIT:
@@ -204,6 +218,7 @@ class _Checker:
         self._expression(node.comparators[0], depth)
 
     def subscript(self, node: ast.Subscript, depth: int) -> None:
+        self._require_result(node.value)
         self._expression(node.value, depth)
         self._expression(node.slice, depth)
 
@@ -215,15 +230,21 @@ class _Checker:
         elif isinstance(owner, ast.Name) and owner.id == "run":
             if node.attr not in _RUN_VALUES:
                 raise self.refuse(node, f"run.{node.attr}")
-        elif _is_lookup(owner):
+        elif _is_lookup(owner) and node.attr == "config":
             assert isinstance(owner, ast.Call)
             module = self._text(owner, "objects", is_recorded=False)
             name = f"{module}.{node.attr}" if module else node.attr
             self._use(node, "objects", name)
         elif isinstance(owner, ast.Name) and not node.attr.startswith("_"):
+            self._require_result(owner)
             self.name(owner, depth)
         else:
             raise self.refuse(node, f"the attribute {node.attr!r}")
+
+    def _require_result(self, node: ast.expr) -> None:
+        """Modules and configs are for opaque steps: nothing of theirs may be taken out."""
+        if _is_object(node) or (isinstance(node, ast.Name) and node.id in self.objects):
+            raise self.refuse(node, "access to the inside of a module or config")
 
     def call(self, node: ast.Call, depth: int) -> None:
         self._callee(node, depth)
@@ -255,9 +276,10 @@ class _Checker:
             assert isinstance(node.func, ast.Call)
             self._text(node.func, "submodules")
         elif isinstance(node.func, ast.Subscript) and _dotted(node.func.value) == ["run", "opaque"]:
-            if not isinstance(node.func.slice, ast.Constant):
-                raise self.refuse(node, "an opaque step that is not named")
-            self._use(node, "opaque", node.func.slice.value)
+            step = node.func.slice.value if isinstance(node.func.slice, ast.Constant) else None
+            if not isinstance(step, str) or not is_opaque_path(step):
+                raise self.refuse(node, f"the opaque step {step!r}")
+            self._use(node, "opaque", step)
         elif isinstance(node.func, ast.Name) and node.func.id == "slice":
             pass  # a name that no program can define
         else:
@@ -276,6 +298,17 @@ class _Checker:
         if not isinstance(name, str) or name not in getattr(self.allowed, kind):
             raise self.refuse(node, f"{name!r}, which the manifest does not list among {kind},")
         self.used.setdefault(kind, {})[name] = None
+
+
+def is_opaque_path(path: str) -> bool:
+    """Whether `module:function` or `module:Class.method` may name an opaque step: it lies where transformers keeps
+    what models calculate, and not among the functions that read, write or fetch files.
+    """
+    return _OPAQUE.match(path) is not None and _REACHES_FILES.search(path.partition(":")[2]) is None
+
+
+def _is_object(node: ast.expr) -> bool:
+    return _is_lookup(node) or (isinstance(node, ast.Attribute) and _is_lookup(node.value))
 
 
 def _is_lookup(node: ast.expr) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
     from runtime.manifest import Manifest
 
 
@@ -41,6 +39,20 @@ def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[
     return {entry.name: known[entry.name] for entry in manifest.inputs}
 
 
+def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None:
+    """Refuse samples that are longer than the model's positions reach.
+
+    Raises:
+        DataError: stating both lengths.
+    """
+    found = max((len(sample) for sample in samples), default=0)
+    if longest is not None and found > longest:
+        raise DataError(
+            f"a sample has {found} tokens, and the model's config allows {longest} (max_position_embeddings)",
+            hint=f"give --seq-len {longest} or less",
+        )
+
+
 def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> None:
     """Refuse batches of sizes for which the trace does not hold.
 
@@ -63,10 +75,3 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
                         f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but the artifact "
                         f"holds for a {symbol} of {bounds}"
                     )
-
-
-def text_config(artifact: Artifact) -> dict[str, Any]:
-    """The language model's part of the artifact's config.json: vocabulary size, longest sequence."""
-    config: dict[str, Any] = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
-    nested = config.get("text_config")
-    return config | nested if isinstance(nested, dict) else config

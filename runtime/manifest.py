@@ -168,11 +168,8 @@ class Manifest:
         digest = plain.pop("digest", None)
         if digest != sha256(canonical(plain)):
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
-        known = {field.name for field in dataclasses.fields(cls)} | {"format", "format_version"}
-        unknown = [key for key in plain if key not in known]
-        if unknown and version[1] <= FORMAT_VERSION[1]:
-            raise ArtifactError(f"{origin} has an unknown entry {unknown[0]!r}")
-        manifest: Manifest = _from_plain(cls, {k: v for k, v in plain.items() if k in known}, origin, is_root=True)
+        entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
+        manifest: Manifest = _from_plain(cls, entries, origin, is_newer=version[1] > FORMAT_VERSION[1])
         return manifest
 
 
@@ -189,7 +186,9 @@ def canonical(plain: Any) -> bytes:
 
 def _sorted(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value, key=lambda key: str(key).encode())}
+        if any(type(key) is not str for key in value):
+            raise TypeError("a manifest's keys are text")
+        return {key: _sorted(value[key]) for key in sorted(value, key=str.encode)}
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     if value is None or type(value) in (str, int, bool):
@@ -228,26 +227,33 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _from_plain(kind: Any, value: Any, where: str, is_root: bool = False) -> Any:
-    """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or say where it does not fit."""
+def _from_plain(kind: Any, value: Any, where: str, *, is_newer: bool) -> Any:
+    """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or say where it does not fit.
+
+    Entries of a newer minor version that this one does not know are passed over.
+    """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where} is not a table")
         names = [field.name for field in dataclasses.fields(kind)]
-        odd = [name for name in names if name not in value] or [name for name in value if name not in names]
-        if odd and not (is_root and all(name in value for name in names)):
-            raise ArtifactError(f"{where} has a missing or unknown entry {odd[0]!r}")
+        missing = [name for name in names if name not in value]
+        unknown = [name for name in value if name not in names and not is_newer]
+        if missing or unknown:
+            what = "no" if missing else "an unknown"
+            raise ArtifactError(f"{where} has {what} entry {(missing + unknown)[0]!r}")
         hints = _hints(kind)  # type: ignore[arg-type]
-        return kind(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in names})  # type: ignore[operator]
+        fields = {name: _from_plain(hints[name], value[name], f"{where}: {name}", is_newer=is_newer) for name in names}
+        return kind(**fields)  # type: ignore[operator]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list):
             raise ArtifactError(f"{where} is not a list")
-        return tuple(_from_plain(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        item_kind = arguments[0]
+        return tuple(_from_plain(item_kind, item, f"{where}[{i}]", is_newer=is_newer) for i, item in enumerate(value))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where} is not a table")
-        return {key: _from_plain(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {k: _from_plain(arguments[1], v, f"{where}[{k!r}]", is_newer=is_newer) for k, v in value.items()}
     allowed = arguments if origin in (typing.Union, types.UnionType) else (kind,)
     if type(value) not in allowed:
         expected = " or ".join(option.__name__ for option in allowed)

@@ -71,7 +71,7 @@ def write_file(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
+            make_readable(Path(name))
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -110,6 +110,11 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_readable(file: Path) -> None:
+    """Give a file that was made for its owner alone the permissions that any new file has."""
+    file.chmod(0o666 & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -126,6 +131,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
         errno.ENOTDIR: "part of the path is not a directory",
+        errno.EEXIST: "part of the path is not a directory",
         errno.ENAMETOOLONG: "the name is too long",
     }
     try:

@@ -17,6 +17,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,22 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         )
     weight_OI: torch.Tensor = compressor.decompress(dict(tensors), scheme)["weight"]
     return weight_OI
+
+
+def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint holds for a weight.
+
+    Args:
+        shape: of the dense weight, [O, I].
+        scheme: with its format.
+    """
+    weight_OI = torch.empty(shape, device="meta")
+    num_rows, *rest = _scale_shape(weight_OI, scheme.weights)
+    state = {"weight": weight_OI, "weight_scale": torch.empty(num_rows, *rest, device="meta")}
+    found = {name: tuple(tensor.shape) for name, tensor in _compressor(scheme).compress(state, scheme).items()}
+    if not scheme.weights.symmetric:  # packed along the rows, which `compress` does for real tensors only
+        found["weight_zero_point"] = (math.ceil(num_rows * scheme.weights.num_bits / 32), *rest)
+    return found
 
 
 def _compressor(scheme: QuantizationScheme) -> Any:

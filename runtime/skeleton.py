@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, ModelError
+from runtime.grammar import is_opaque_path
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,12 @@ def build_skeleton(path: Path, manifest: Manifest, dtype: torch.dtype | None) ->
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
+
+    from runtime.model_config import read_config
 
     entry = manifest.model
     cls = _model_class(entry.module, entry.class_name)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = read_config(path)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
         with init_empty_weights(include_buffers=False):
@@ -48,21 +50,19 @@ def resolve_opaque(path: str) -> Callable[..., Any]:
     """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers.
 
     Raises:
-        ArtifactError: when the path leads elsewhere, or to nothing.
+        ArtifactError: when the path leads elsewhere (see `runtime.grammar.is_opaque_path`), or to nothing.
     """
+    if not is_opaque_path(path):
+        raise ArtifactError(f"opaque step {path!r} is not part of a model's forward", hint="it will not be called")
     module_name, _, qualified = path.partition(":")
-    parts = qualified.split(".")
-    is_plain = all(part.isidentifier() and not part.startswith("__") for part in (*module_name.split("."), *parts))
-    if module_name.split(".")[0] != "transformers" or not is_plain:
-        raise ArtifactError(f"opaque step {path!r} is not a function of transformers", hint="it will not be called")
     try:
         value: Any = importlib.import_module(module_name)
-        for part in parts:
+        for part in qualified.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         raise ArtifactError(f"opaque step {path!r} does not exist on this host") from error
-    if not callable(value) or not str(getattr(value, "__module__", "")).startswith("transformers"):
-        raise ArtifactError(f"opaque step {path!r} is not a function of transformers")
+    if not callable(value) or isinstance(value, type) or getattr(value, "__module__", "") != module_name:
+        raise ArtifactError(f"opaque step {path!r} is not a function that {module_name} defines")
     function: Callable[..., Any] = value
     return function
 

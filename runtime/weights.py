@@ -7,7 +7,7 @@ anything is loaded; the first tensor that is missing, left over or of another sh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from runtime.checkpoint import Checkpoint
 from runtime.errors import WeightsError
+from runtime.model_config import require_same_model
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
     from runtime.manifest import ParameterEntry
+
+
+_OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +61,7 @@ class Weights:
         self.artifact = artifact
         self.checkpoint = checkpoint
         self.dtype = dtype
+        require_same_model(artifact, checkpoint.directory)
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
         self._require_no_leftovers()
@@ -122,27 +127,37 @@ class Weights:
             missing = next(key for key in entry.sources if self._present((key,)) is None)
             raise WeightsError(
                 f"{self.checkpoint.directory} lacks tensor {missing!r}, which parameter {name} is made from",
-                hint="is it the checkpoint of the model that was compiled?",
+                hint=_OTHER_MODEL,
             )
         if own is not None and entry.tied_to:
             return Origin(keys=own, conversion=-1)
         return Origin(keys=keys, conversion=entry.conversion)
 
     def _packed_origin(self, name: str, entry: ParameterEntry, scheme: QuantizationScheme) -> Origin:
-        for source in (*entry.sources, name):
-            for key in self._spellings(source):
-                prefix = _module_key(key)
-                keys = [k for k in self._by_module().get(prefix, ()) if not k.endswith(".bias")]
-                if any(k in (f"{prefix}.weight_scale", f"{prefix}.weight_packed") for k in keys):
-                    return Origin(keys=tuple(keys), conversion=-1, packed=scheme)
-        raise WeightsError(f"{self.checkpoint.directory} lacks the compressed tensors of {name}")
+        from runtime.schemes import stored_shapes
 
-    def _by_module(self) -> Mapping[str, list[str]]:
-        if not hasattr(self, "_modules"):
-            self._modules: dict[str, list[str]] = {}
-            for key in self.checkpoint:
-                self._modules.setdefault(_module_key(key), []).append(key)
-        return self._modules
+        spellings = (_module_key(key) for source in (*entry.sources, name) for key in self._spellings(source))
+        marks = ("weight_scale", "weight_packed")
+        prefix = next((p for p in spellings if any(f"{p}.{mark}" in self.checkpoint for mark in marks)), None)
+        if prefix is None:
+            raise WeightsError(
+                f"{self.checkpoint.directory} lacks the compressed tensors of {name}",
+                hint="its config.json says that the module is quantized",
+            )
+        keys = []
+        for suffix, expected in stored_shapes(entry.shape, scheme).items():
+            key = f"{prefix}.{suffix}"
+            if key not in self.checkpoint:
+                raise WeightsError(
+                    f"{self.checkpoint.directory} lacks tensor {key!r}, without which {name} is no weight"
+                )
+            found: tuple[int, ...] = self.checkpoint.shape(key)
+            if suffix == "weight_shape" and found == expected:
+                found, expected = tuple(self.checkpoint.read(key).tolist()), entry.shape
+            if found != expected:
+                raise WeightsError(self._misfit(key, found, expected, name), hint=_OTHER_MODEL)
+            keys.append(key)
+        return Origin(keys=tuple(keys), conversion=-1, packed=scheme)
 
     def _present(self, keys: tuple[str, ...]) -> tuple[str, ...] | None:
         """The keys as this checkpoint spells them, or None unless all are there."""
@@ -168,13 +183,13 @@ class Weights:
             if key not in used and not any(pattern.search(key) for pattern in ignored):
                 raise WeightsError(
                     f"{self.checkpoint.directory} holds tensor {key!r}, which the artifact does not know",
-                    hint="is it the checkpoint of the model that was compiled?",
+                    hint=_OTHER_MODEL,
                 )
 
     def _require_shape(self, name: str) -> None:
         origin, expected = self.origins[name], self.artifact.manifest.parameters[name].shape
         if origin.packed is not None:
-            return  # compressed-tensors checks its own shapes when it unpacks
+            return  # `_packed_origin` has compared its tensors
         shapes = [self.checkpoint.shape(key) for key in origin.keys]
         try:
             made = self._make(name, [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes])
@@ -182,11 +197,13 @@ class Weights:
         except (RuntimeError, IndexError):
             found = shapes
         if found != expected:
-            raise WeightsError(
-                f"tensor {origin.keys[0]!r} of {self.checkpoint.directory} has shape {list(found)}, "
-                f"the artifact expects {list(expected)} for parameter {name}",
-                hint="is it the checkpoint of the model that was compiled?",
-            )
+            raise WeightsError(self._misfit(origin.keys[0], found, expected, name), hint=_OTHER_MODEL)
+
+    def _misfit(self, key: str, found: Iterable[Any], expected: Iterable[int], name: str) -> str:
+        return (
+            f"tensor {key!r} of {self.checkpoint.directory} has shape {list(found)}, the artifact expects "
+            f"{list(expected)} for parameter {name}"
+        )
 
 
 def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -197,6 +214,14 @@ def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that are computed, not loaded (rotary tables, for instance), to the run's device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def unload(model: nn.Module, names: Iterable[str]) -> None:

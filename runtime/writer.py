@@ -7,11 +7,16 @@ index is written at the end, when the number of shards is known.
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint import INDEX_NAME, SINGLE_NAME
+from runtime.console import human_bytes
 from runtime.errors import OutputError
+from runtime.publish import make_readable
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +48,8 @@ class ShardWriter:
         """Take a tensor; it goes to disk with its shard.
 
         Raises:
-            OutputError: when the disk is full.
+            OutputError: when the shard cannot be written.
+            OSError: likewise, where the operating system says why.
         """
         assert name not in self._written, f"tensor {name} is written twice"
         num_bytes = tensor.numel() * tensor.element_size()
@@ -73,12 +79,36 @@ class ShardWriter:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        path = self._partial(len(self._shards))
         try:
-            save_file(self._pending, self._partial(len(self._shards)), metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps what the operating system said
-            raise OutputError(f"cannot write {self.directory}: {error}", hint="is the disk full?") from error
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))  # it wraps what the operating system said
+            if number is not None:
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise OutputError(f"cannot write {path}: {error}") from error
+        make_readable(path)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def _partial(self, number: int) -> Path:
         return self.directory / f"shard-{number:05d}.safetensors"
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        path: where the checkpoint will be; it and its parents need not exist.
+        num_bytes: what it takes at least.
+
+    Raises:
+        OutputError: stating both numbers.
+    """
+    place = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise OutputError(
+            f"{path} takes {human_bytes(num_bytes)} at least, and its disk has {human_bytes(free)} left",
+            hint="make room, or choose another place",
+        )

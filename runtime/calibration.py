@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,14 @@ from torch import nn
 from runtime.activations import Activations, cloned
 from runtime.algorithms.result import QuantizedWeight
 from runtime.checkpoint import Checkpoint
-from runtime.errors import QuantizationError, RecipeError
-from runtime.finish import write_companions
+from runtime.errors import DataError, QuantizationError, RecipeError
+from runtime.finish import not_quantized, write_companions
 from runtime.publish import publish_directory, require_free
 from runtime.quantized import input_quantization
 from runtime.recipe import Assignment, Recipe
 from runtime.statistics import collect_hessians
-from runtime.weights import Weights, assign, unload
-from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter
+from runtime.weights import Weights, assign, place_buffers, unload
+from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 
 if TYPE_CHECKING:
     from runtime.algorithms.gptq import HessianAccumulator
@@ -54,11 +54,20 @@ class ModuleReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The result of a run: the checkpoint's directory, its size, the modules in order, and the time it took."""
+    """The result of a run.
+
+    Attributes:
+        path: the checkpoint's directory.
+        num_bytes: size of its tensors.
+        modules: those that were quantized, in order.
+        unreached: modules that the recipe targets and the model's forward never comes to, so they stay as they are.
+        seconds: the time it took.
+    """
 
     path: Path
     num_bytes: int
     modules: tuple[ModuleReport, ...]
+    unreached: tuple[str, ...]
     seconds: float
 
 
@@ -88,7 +97,7 @@ def calibrate(
         progress: called with one line for each subgraph.
 
     Raises:
-        WeightsError, RecipeError, OutputError: before anything has run.
+        WeightsError, RecipeError, DataError, OutputError: before anything has run.
         QuantizationError: when a module's numbers cannot be worked with.
     """
     start = time.perf_counter()
@@ -96,10 +105,18 @@ def calibrate(
     require_free(path)
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     model = artifact.empty_model(run_dtype)
+    place_buffers(model, torch.device(device))
     source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
     if source.schemes:
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
-    jobs = _assign_modules(artifact, model, source, recipe)
+    assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
+    jobs, unreached = _split_reached(artifact, recipe, assigned)
+    _require_possible(artifact, model, source, recipe, jobs)
+    if not batches and any(job.algorithm == "gptq" for job in jobs.values()):
+        raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
+    require_space(path, _least_bytes(source, jobs))
+    if unreached:
+        progress(f"left as they are, for the model never calls them: {_some(unreached)}")
     with publish_directory(path) as partial, torch.no_grad():
         run = _Run(
             artifact=artifact,
@@ -112,33 +129,71 @@ def calibrate(
             progress=progress,
         )
         run.execute()
-        write_companions(partial, artifact, source.checkpoint, run.quantization_config(recipe))
+        write_companions(partial, artifact, source.checkpoint, _quantization_config(recipe, run))
     return Calibration(
         path=path,
         num_bytes=run.writer.total_bytes,
         modules=tuple(run.reports),
+        unreached=tuple(unreached),
         seconds=time.perf_counter() - start,
     )
 
 
-def _assign_modules(artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe) -> dict[str, Assignment]:
-    """What the recipe wants done, by module name; only modules that some subgraph runs can be quantized."""
-    linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    jobs = recipe.assign(linears)
-    for name in jobs:
+def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def _split_reached(
+    artifact: Artifact, recipe: Recipe, assigned: Mapping[str, Assignment]
+) -> tuple[dict[str, Assignment], list[str]]:
+    """What is to be done to modules that some subgraph uses, and the names of the others.
+
+    Raises:
+        RecipeError: when nothing is left to do.
+    """
+    used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
+    jobs = {name: job for name, job in assigned.items() if f"{name}.weight" in used}
+    unreached = [name for name in assigned if name not in jobs]
+    if not jobs:
+        raise RecipeError(
+            f"{recipe.source}: the model never calls any module that the recipe targets: {_some(unreached)}",
+            hint="target the layers that the artifact's subgraphs run; seqbuild inspect shows them",
+        )
+    return jobs, unreached
+
+
+def _require_possible(
+    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]
+) -> None:
+    """Refuse now what could not be quantized when its turn comes."""
+    for name, job in jobs.items():
+        ignore = f"add {name} to ignore"
+        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
+        if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
+            owner = tied.removesuffix(".weight")
+            raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
         if source.plain_key(f"{name}.weight") is None:
             raise RecipeError(
                 f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
                 "quantized under the checkpoint's names",
-                hint=f"add {name} to ignore",
+                hint=ignore,
             )
-        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
-        if tied and source.plain_key(tied) == source.plain_key(f"{name}.weight"):
+        num_in, group_size = model.get_submodule(name).get_parameter("weight").shape[1], job.scheme.weights.group_size
+        if job.scheme.weights.strategy == "group" and num_in % group_size:
             raise RecipeError(
-                f"{recipe.source}: {name} shares its weight with {tied.removesuffix('.weight')}",
-                hint=f"add {name} to ignore",
+                f"{recipe.source}: {name} has {num_in} input features, which groups of {group_size} do not divide",
+                hint=f"{ignore}, or choose another group_size",
             )
-    return jobs
+
+
+def _least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
+    """What the checkpoint takes on disk, without scales and headers."""
+    bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
+    return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tied_by(artifact: Artifact, name: str) -> str:
@@ -158,13 +213,15 @@ class _Run:
     progress: Progress
     reports: list[ModuleReport] = field(default_factory=list)
     done: dict[str, torch.Tensor] = field(default_factory=dict)
+    replaced: dict[str | None, None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replaced = dict.fromkeys(self.source.plain_key(f"{name}.weight") for name in self.jobs)
 
     def execute(self) -> None:
         """All subgraphs, then whatever of the checkpoint no subgraph uses."""
         subgraphs = self.artifact.subgraphs
         last_measured = max((i for i, s in enumerate(subgraphs) if self._measured(s)), default=-1)
-        if last_measured >= 0 and not len(self.activations):
-            raise QuantizationError("the recipe needs calibration data, and there is none")
         for index, subgraph in enumerate(subgraphs):
             begin = time.perf_counter()
             self.source.load(self.model, subgraph.entry.parameters, self.device)
@@ -184,15 +241,6 @@ class _Run:
         for key in self.source.checkpoint:
             self._pass_through(key)
         self.writer.finish()
-
-    def quantization_config(self, recipe: Recipe) -> dict[str, Any]:
-        """The entry for config.json."""
-        from runtime.schemes import quantization_config
-
-        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        return quantization_config(
-            [group.scheme for group in recipe.groups], [name for name in linears if name not in self.jobs]
-        )
 
     def _modules_of(self, subgraph: LoadedSubgraph) -> list[str]:
         """The modules to be quantized that this subgraph is the first to use, in its order."""
@@ -267,12 +315,17 @@ class _Run:
 
     def _pass_through(self, key: str) -> None:
         """Write a tensor as it was read, unless it was quantized or is written already."""
-        if key not in self.writer and key not in self._replaced():
+        if key not in self.writer and key not in self.replaced:
             self.writer.add(key, self.source.checkpoint.read(key))
 
-    def _replaced(self) -> Mapping[str, None]:
-        keys = (self.source.plain_key(f"{name}.weight") for name in self.jobs)
-        return dict.fromkeys(key for key in keys if key is not None)
+
+def _quantization_config(recipe: Recipe, run: _Run) -> dict[str, Any]:
+    """The entry for config.json."""
+    from runtime.schemes import quantization_config
+
+    return quantization_config(
+        [group.scheme for group in recipe.groups], not_quantized(run.model, run.source, run.jobs)
+    )
 
 
 def _solve(

@@ -19,14 +19,16 @@ import torch
 
 from runtime.activations import Activations
 from runtime.checkpoint import Checkpoint
-from runtime.errors import DataError
+from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.quantized import input_quantization
-from runtime.weights import Weights, unload
+from runtime.weights import Weights, place_buffers, unload
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
 
 LOGITS = "logits"
+_LARGEST_LOSS = 700.0  # its exponential is still a float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,20 +62,22 @@ def evaluate(
 
     Raises:
         WeightsError: when the checkpoint does not fit the artifact.
-        DataError: when the model has no logits, or no sample has two tokens.
+        ModelError: when the model does not predict the next token.
+        DataError: when no sample has two tokens.
+        QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
     last = artifact.subgraphs[-1]
-    if LOGITS not in last.entry.output_names:
-        raise DataError(
-            f"{artifact.manifest.model.class_name} returns {', '.join(last.entry.output_names)} and no logits",
-            hint="perplexity is for language models",
-        )
+    _require_causal(artifact.manifest)
+    num_tokens = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    if not num_tokens:
+        raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     model = artifact.empty_model(run_dtype)
+    place_buffers(model, torch.device(device))
     source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
     activations = Activations(batches, torch.device(device))
-    total, num_tokens = 0.0, 0
+    total = 0.0
     with torch.no_grad(), input_quantization(model, source.schemes):
         for index, subgraph in enumerate(artifact.subgraphs):
             source.load(model, subgraph.entry.parameters, torch.device(device))
@@ -81,14 +85,16 @@ def evaluate(
                 outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
                 activations.drop(batch, subgraph.consumed_names)
                 if subgraph is last:
-                    loss, count = _loss(outputs[LOGITS], batches[batch]["input_ids"])
-                    total, num_tokens = total + loss, num_tokens + count
+                    total += _loss(outputs[LOGITS], batches[batch]["input_ids"])
                 else:
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
             progress(f"[{index + 1}/{len(artifact.subgraphs)}] {', '.join(subgraph.entry.targets) or 'no target'}")
-    if not num_tokens:
-        raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
+    if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
+        raise QuantizationError(
+            f"the mean loss is {total / num_tokens}, so there is no perplexity",
+            hint="a wider --dtype may help; otherwise the weights are broken",
+        )
     return Evaluation(
         perplexity=math.exp(total / num_tokens),
         num_tokens=num_tokens,
@@ -97,9 +103,26 @@ def evaluate(
     )
 
 
-def _loss(logits_BSV: torch.Tensor, tokens_BS: torch.Tensor) -> tuple[float, int]:
-    """Summed negative log-likelihood in nats, and how many tokens were predicted."""
-    predicted_TV = logits_BSV[:, :-1].float().flatten(0, 1)
-    targets_T = tokens_BS[:, 1:].to(logits_BSV.device).flatten()
-    loss = torch.nn.functional.cross_entropy(predicted_TV, targets_T, reduction="none")
-    return float(loss.sum(dtype=torch.float64)), targets_T.numel()
+def _require_causal(manifest: Manifest) -> None:
+    """Refuse what has no perplexity: a model that does not predict each token from those before it."""
+    logits = manifest.values.get(LOGITS)
+    inputs = {entry.name: entry.shape for entry in manifest.inputs}
+    name = manifest.model.class_name
+    if logits is None:
+        why = f"{name} returns {', '.join(manifest.subgraphs[-1].output_names)} and no logits"
+    elif "decoder_input_ids" in inputs or name.endswith("ForMaskedLM"):
+        why = f"{name} does not predict each token from those before it alone"
+    elif logits.shape[:-1] != inputs.get("input_ids"):
+        why = f"the logits of {name} have the shape {list(logits.shape)}, which is not one for each token"
+    else:
+        return
+    raise ModelError(why, hint="perplexity is for causal language models")
+
+
+def _loss(logits_BSV: torch.Tensor, tokens_BS: torch.Tensor) -> float:
+    """Summed negative log-likelihood in nats; sample by sample, for the vocabulary makes this the largest tensor."""
+    losses = [
+        torch.nn.functional.cross_entropy(logits_SV[:-1].float(), tokens_S[1:].to(logits_SV.device), reduction="none")
+        for logits_SV, tokens_S in zip(logits_BSV, tokens_BS, strict=True)
+    ]
+    return float(torch.stack(losses).sum(dtype=torch.float64))
