@@ -60,9 +60,7 @@ def test_a_tokenizer_is_found_in_the_local_hub_cache(
     (model / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    data = tokenize_files(
-        "someone/tiny", texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors"
-    )
+    data = tokenize_files("someone/tiny", texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")
 
     assert [sample.tolist() for sample in data.samples] == [[0, 99]]
     assert data.origin.tokenizer == "someone/tiny"

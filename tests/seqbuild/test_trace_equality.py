@@ -1,0 +1,228 @@
+"""The chain equals the model: traced in memory, compiled and loaded, in other shapes, dtypes and paddings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+import runtime.artifact
+from runtime.artifact import Artifact
+from seqbuild import compile_model, match_modules, trace_subgraphs
+from seqbuild.targets import infer_targets
+from tests.tiny_models import (
+    TEXT_MODELS,
+    ZOO,
+    assert_near,
+    assert_same,
+    make_inputs,
+    minilm_directory,
+    randomize,
+    run_chain,
+    run_model,
+    save_config,
+    tiny_model,
+)
+
+SAMPLE = (2, 12)
+# (batch, length, padding): the sample's own shape, then everything else
+CASES = [(2, 12, ""), (2, 12, "left"), (1, 7, "right"), (4, 31, "left"), (3, 3, ""), (12, 12, "right")]
+
+
+def check_cases(subgraphs: object, model: PreTrainedModel, *, near: bool = False) -> None:
+    for seed, (batch, length, padding) in enumerate(CASES):
+        inputs = make_inputs(model, batch, length, padding, seed=seed)
+        expected = run_model(model, inputs)
+        got = run_chain(subgraphs, model, inputs)  # type: ignore[arg-type]
+        (assert_near if near else assert_same)(got, expected)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_pretrained(minilm_directory(), attn_implementation="eager")
+    return model.float().eval()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_in_memory_equals_the_model(name: str) -> None:
+    model = tiny_model(name)
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    check_cases(subgraphs, model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "t5"])
+def test_in_memory_sdpa_equals_the_model(name: str) -> None:
+    model = tiny_model(name, attention="sdpa")
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    check_cases(subgraphs, model, near=True)
+
+
+def test_real_bert_in_memory(minilm: PreTrainedModel) -> None:
+    subgraphs = trace_subgraphs(minilm, make_inputs(minilm, *SAMPLE), ["BertLayer"])
+    assert sum(len(subgraph.submodules(minilm, recurse=False)) for subgraph in subgraphs) >= 6
+    check_cases(subgraphs, minilm)
+
+
+def test_real_bert_compiled(minilm: PreTrainedModel, tmp_path: Path) -> None:
+    path = compile_model(minilm_directory(), attn_implementation="eager", out=tmp_path)
+    artifact = runtime.artifact.load(path)
+    check_cases(artifact.subgraphs, minilm)
+
+
+Compile = Callable[[str, str], Artifact]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compile a model of the zoo from nothing but its config on disk, each once."""
+    root = tmp_path_factory.mktemp("compiled")
+
+    @cache
+    def compile_once(name: str, attention: str) -> Artifact:
+        source = save_config(name, root / attention / name)
+        return runtime.artifact.load(compile_model(source, attn_implementation=attention, out=root / "out"))
+
+    return compile_once
+
+
+def filled(artifact: Artifact, reference: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The artifact's own module tree with the reference's weights in it."""
+    model = artifact.empty_model(dtype)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(reference.state_dict(), assign=True)
+    if reference.config.tie_word_embeddings:
+        model.tie_weights()
+    return model  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_compiled_equals_the_model_in_float32(name: str, compiled: Compile) -> None:
+    artifact, reference = compiled(name, "eager"), tiny_model(name)
+    model = filled(artifact, reference, torch.float32)
+    for seed, (batch, length, padding) in enumerate(CASES):
+        inputs = make_inputs(reference, batch, length, padding, seed=seed)
+        assert_same(run_chain(artifact.subgraphs, model, inputs), run_model(reference, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_same_artifact_equals_the_model_in_half_precision(name: str, dtype: torch.dtype, compiled: Compile) -> None:
+    artifact, reference = compiled(name, "eager"), tiny_model(name, dtype=dtype)
+    model = filled(artifact, reference, dtype)
+    assert next(model.parameters()).dtype == dtype
+    for seed, (batch, length, padding) in enumerate(CASES):
+        inputs = make_inputs(reference, batch, length, padding, seed=seed)
+        assert_same(run_chain(artifact.subgraphs, model, inputs), run_model(reference, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_sdpa_equals_the_model(name: str, compiled: Compile) -> None:
+    artifact, reference = compiled(name, "sdpa"), tiny_model(name, attention="sdpa")
+    model = filled(artifact, reference, torch.float32)
+    assert model.config._attn_implementation == "sdpa"
+    for seed, (batch, length, padding) in enumerate(CASES):
+        inputs = make_inputs(reference, batch, length, padding, seed=seed)
+        assert_near(run_chain(artifact.subgraphs, model, inputs), run_model(reference, inputs))
+
+
+def test_code_names_neither_device_nor_weight_dtype(compiled: Compile) -> None:
+    for name in ZOO:
+        for subgraph in compiled(name, "eager").subgraphs:
+            assert "cpu" not in subgraph.source
+            assert "bfloat16" not in subgraph.source
+            assert repr(torch.finfo(torch.bfloat16).min) not in subgraph.source
+    gemma2 = compiled("gemma2", "eager")
+    assert "scalar_tensor.default(0.0, dtype=run.dtype, device=run.device)" in gemma2.subgraphs[0].source
+    assert "run.lowest" in gemma2.subgraphs[0].source
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("targets_per_subgraph", [1, 2])
+def test_each_target_lies_in_exactly_one_subgraph(name: str, targets_per_subgraph: int) -> None:
+    model = tiny_model(name)
+    patterns = infer_targets(model)
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), patterns, targets_per_subgraph=targets_per_subgraph)
+    places = Counter(module for subgraph in subgraphs for module in subgraph.submodules(model, recurse=False))
+    targets = match_modules(model, patterns)
+    assert len(targets) >= 2
+    assert {module: places[module] for module in targets} == dict.fromkeys(targets, 1)
+    for subgraph in subgraphs:
+        assert sum(module in targets for module in subgraph.submodules(model, recurse=False)) <= targets_per_subgraph
+    if targets_per_subgraph == 2:
+        assert_same(
+            run_chain(subgraphs, model, make_inputs(model, 3, 5, "left")),
+            run_model(model, make_inputs(model, 3, 5, "left")),
+        )
+
+
+def test_llama_is_cut_as_written_here() -> None:
+    model = tiny_model("llama")
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), ["LlamaDecoderLayer"])
+    called = [[model_name(model, module) for module in s.submodules(model, recurse=False)] for s in subgraphs]
+    assert called == [
+        ["model.embed_tokens", "model.rotary_emb", "model.layers.0"],
+        ["model.layers.1"],
+        ["model.layers.2"],
+        ["model.norm", "lm_head"],
+    ]
+    assert subgraphs[0].input_names == ["input_ids", "attention_mask"]
+    assert subgraphs[0].consumed_names == ["input_ids", "attention_mask"]
+    shared = ["where", "getitem", "getitem_1", "unsqueeze"]  # mask, cosine, sine, positions
+    assert subgraphs[1].input_names == ["model_layers_0", *shared]
+    assert subgraphs[1].consumed_names == ["model_layers_0"]
+    assert subgraphs[2].input_names == [*shared, "model_layers_1"]  # what is older comes first
+    assert subgraphs[2].consumed_names == [*shared, "model_layers_1"]
+    assert subgraphs[3].input_names == subgraphs[3].consumed_names == ["model_layers_2"]
+
+
+def model_name(model: PreTrainedModel, module: object) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+def test_code_does_not_depend_on_weights_or_on_their_kind() -> None:
+    def sources(seed: int, batch: int) -> list[str]:
+        model = randomize(tiny_model("llama"), seed)
+        sample = make_inputs(model, batch, 9, seed=seed)
+        return [s.code.source for s in trace_subgraphs(model, sample, ["LlamaDecoderLayer"])]
+
+    assert sources(1, 2) == sources(2, 5)
+
+
+def test_an_opaque_step_survives_the_artifact(tmp_path: Path) -> None:
+    source = save_config("llama", tmp_path / "llama")
+    path = compile_model(source, attn_implementation="eager", ignore=["create_causal_mask"], out=tmp_path / "out")
+    artifact = runtime.artifact.load(path)
+    assert artifact.manifest.subgraphs[0].opaque == ("transformers.masking_utils:create_causal_mask",)
+    assert artifact.manifest.subgraphs[0].objects == ("config",)
+    assert 'self.get_submodule("").config' in artifact.subgraphs[0].source
+    reference = tiny_model("llama")
+    model = filled(artifact, reference, torch.float32)
+    for batch, length, padding in CASES:
+        inputs = make_inputs(reference, batch, length, padding)
+        assert_same(run_chain(artifact.subgraphs, model, inputs), run_model(reference, inputs))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_and_decoder_lengths_are_independent(name: str, compiled: Compile) -> None:
+    artifact, reference = compiled(name, "eager"), tiny_model(name)
+    model = filled(artifact, reference, torch.float32)
+    traced = trace_subgraphs(reference, make_inputs(reference, *SAMPLE), infer_targets(reference))
+    for encoder_length, decoder_length in [(9, 4), (5, 11)]:
+        inputs = make_inputs(reference, 2, encoder_length, "left")
+        decoder = make_inputs(reference, 2, decoder_length, "right")
+        inputs |= {key: value for key, value in decoder.items() if key.startswith("decoder")}
+        assert_same(run_chain(artifact.subgraphs, model, inputs), run_model(reference, inputs))
+        assert_same(run_chain(traced, reference, inputs), run_model(reference, inputs))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (2, 2), (4, 4), (3, 3), (32, 8)])
+def test_the_sample_shape_leaves_no_trace(shape: tuple[int, int]) -> None:
+    """A batch of one, a square batch, sizes that the model has itself: the chain serves other shapes all the same."""
+    model = tiny_model("llama")
+    subgraphs = trace_subgraphs(model, make_inputs(model, *shape), ["LlamaDecoderLayer"])
+    check_cases(subgraphs, model)
