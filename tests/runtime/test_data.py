@@ -126,9 +126,7 @@ def test_parquet_holds_texts_or_conversations(tmp_path: Path, byte_tokenizer_dir
     assert as_lists(from_chats) == [[*ids("u:hi"), EOS]]
 
 
-def test_an_encoder_keeps_its_last_token_when_a_document_is_cut(
-    tmp_path: Path, minilm_tokenizer_dir: Path
-) -> None:
+def test_an_encoder_keeps_its_last_token_when_a_document_is_cut(tmp_path: Path, minilm_tokenizer_dir: Path) -> None:
     path = text_file(tmp_path / "x.txt", "hello " * 600)
 
     cut = load_tokens(path, tokenizer_dir=minilm_tokenizer_dir, seq_len=4, pack=False)
@@ -153,9 +151,7 @@ def test_the_source_is_named(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     assert data.origin.tokenizer == byte_tokenizer_dir.name
 
 
-def test_the_tokenizers_digest_follows_its_files_not_its_place(
-    tmp_path: Path, byte_tokenizer_dir: Path
-) -> None:
+def test_the_tokenizers_digest_follows_its_files_not_its_place(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     text = text_file(tmp_path / "x.txt", "abcdef")
     same, other = tmp_path / "same", tmp_path / "other"
     for copy in (same, other):

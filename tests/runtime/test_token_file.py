@@ -114,9 +114,7 @@ def test_int64_tokens_unknown_keys_and_later_minor_versions_are_read(tmp_path: P
         ({"num_samples": 1, "seq_len": 1, "vocab_size": 10}, [[1]]),
     ],
 )
-def test_samples_can_be_fewer_and_shorter(
-    tmp_path: Path, arguments: dict[str, Any], expected: list[list[int]]
-) -> None:
+def test_samples_can_be_fewer_and_shorter(tmp_path: Path, arguments: dict[str, Any], expected: list[list[int]]) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(expected_bytes())
     assert [sample.tolist() for sample in load_tokens(path, **arguments).samples] == expected
@@ -187,9 +185,7 @@ def test_tensors_that_break_the_format_are_refused(
         ({"sources": [["a", 1]]}, "sources is no list of pairs"),
     ],
 )
-def test_metadata_that_breaks_the_format_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_metadata_that_breaks_the_format_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_file(tmp_path / "x.safetensors", **changes)
     with pytest.raises(DataError, match=message):
         read_token_file(path)

@@ -1,0 +1,151 @@
+"""Small models on disk with their artifacts, and what tests do with them again and again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+import runtime
+from runtime.calibration import Calibration
+from runtime.checkpoint import Checkpoint
+from runtime.quantized import input_quantization
+from runtime.token_file import Origin, save_tokens
+from runtime.weights import Weights
+from seqbuild.build import build
+from tests.tiny_models import randomize
+
+VOCABULARY = 258  # that of the byte tokenizer
+WIDTHS = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+NARROW = {**WIDTHS, "hidden_size": 32, "intermediate_size": 48}
+EXPERTS = {**NARROW, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model directory, weights and tokenizer included, and its artifact."""
+
+    weights: Path
+    artifact: Path
+
+    def load(self) -> runtime.Artifact:
+        return runtime.load(self.artifact)
+
+
+def save_model(model: Any, directory: Path, tokenizer: Path | None = None, **options: Any) -> Path:
+    """Save a model with random weights, and a tokenizer beside it."""
+    randomize(model).save_pretrained(directory, **options)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+    return directory
+
+
+def make_small(
+    root: Path, class_name: str, config_class: str, sizes: Mapping[str, Any], tokenizer: Path | None = None, **save: Any
+) -> Small:
+    """Build, save and compile a model under `root`."""
+    dtype = save.pop("dtype", torch.float32)
+    config = getattr(transformers, config_class)(**sizes)
+    config.dtype = dtype
+    model = getattr(transformers, class_name)(config).to(dtype)
+    directory = save_model(model, root / "model", tokenizer, **save)
+    return Small(weights=directory, artifact=build(directory, out=root / "artifacts").path)
+
+
+def recipe(text: str, *, modifier: str = "QuantizationModifier") -> runtime.Recipe:
+    """A recipe of one modifier, from the inside of its braces."""
+    return runtime.Recipe.from_text(f"{modifier}: {{{text}}}", "recipe.yaml")
+
+
+def token_batches(
+    sizes: Iterable[tuple[int, int]] = ((4, 40), (4, 40), (2, 23)), seed: int = 1
+) -> list[dict[str, Any]]:
+    """Random token ids of the given [batch, sequence] sizes, as the runtime makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for size in sizes:
+        ids_BS = torch.randint(2, VOCABULARY, size, generator=generator)
+        batches.append({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)})
+    return batches
+
+
+def write_token_file(path: Path, num_samples: int = 6, length: int = 40, largest: int = VOCABULARY - 1) -> Path:
+    """A file of random token ids; the last one is `largest`."""
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(2, VOCABULARY, (length,), generator=generator) for _ in range(num_samples)]
+    samples[-1][-1] = largest
+    origin = Origin(tokenizer="bytes", tokenizer_digest="", vocab_size=largest + 1, sources=())
+    save_tokens(path, samples, seq_len=length, origin=origin)
+    return path
+
+
+def calibrate(small: Small, plan: runtime.Recipe, out: Path, **options: Any) -> Calibration:
+    """Calibrate on the usual tokens."""
+    return runtime.calibrate(
+        small.load(), weights=small.weights, recipe=plan, out=out, **{"batches": token_batches(), **options}
+    )
+
+
+def run_weights(small: Small, weights: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runtime computes with the weights of a checkpoint, all loaded at once."""
+    artifact = small.load()
+    model = artifact.empty_model()
+    dtype = getattr(torch, artifact.manifest.model.dtype)
+    source = Weights(artifact, Checkpoint(weights), dtype, model)
+    source.load(model, artifact.manifest.parameters, torch.device("cpu"))
+    values, outputs = dict(inputs), {}
+    with torch.no_grad(), input_quantization(model, source.schemes):
+        for subgraph in artifact.subgraphs:
+            outputs = subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
+            values.update(outputs)
+    return outputs
+
+
+def run_transformers(weights: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The logits of the model that transformers loads."""
+    with torch.no_grad():
+        logits: torch.Tensor = load_transformers(weights)(**inputs, use_cache=False).logits
+    return logits
+
+
+def load_transformers(weights: Path) -> PreTrainedModel:
+    """The model as anybody would load it, with the checkpoint's dtype."""
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype="auto").eval()
+    return model
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by plain safetensors."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's memory."""
+    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def directory_bytes(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.activations import Activations, cloned
+from runtime.errors import DataError
+from runtime.inputs import model_inputs, require_in_range, require_length
+from runtime.manifest import DimEntry, InputEntry
+
+BATCH = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+
+
+class Inputs:
+    """The part of a manifest that is looked at."""
+
+    def __init__(self, shapes: dict[str, tuple[int | str, ...]], dims: tuple[DimEntry, ...] = ()) -> None:
+        self.inputs = tuple(InputEntry(name=name, dtype="int64", shape=shape) for name, shape in shapes.items())
+        self.dims = dims
+
+
+def make(*names: str) -> Any:
+    return Inputs({name: ("batch", "sequence") for name in names})
+
+
+def test_inputs_come_in_the_order_of_the_model() -> None:
+    made = model_inputs(make("attention_mask", "input_ids"), BATCH)
+    assert list(made) == ["attention_mask", "input_ids"]
+    assert made["input_ids"] is BATCH["input_ids"]
+
+
+def test_what_text_does_not_state_is_filled_in() -> None:
+    names = ("input_ids", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+    made = model_inputs(make(*names), BATCH)
+    assert {name: tensor.tolist() for name, tensor in made.items()} == {
+        "input_ids": [[5, 6, 7]],
+        "token_type_ids": [[0, 0, 0]],
+        "decoder_input_ids": [[5, 6, 7]],
+        "decoder_attention_mask": [[1, 1, 1]],
+    }
+
+
+def test_an_input_that_is_no_text() -> None:
+    with pytest.raises(DataError, match="'pixel_values', which text data cannot give"):
+        model_inputs(make("input_ids", "pixel_values"), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape", "message"),
+    [
+        ([("sequence", 1, 512)], (2, 513), "a sequence of 1 to 512"),
+        ([("sequence", 4, -1)], (2, 3), "a sequence of 4 or more"),
+        ([("batch", 1, 1)], (2, 3), "a batch of 1 to 1"),
+        ([("sequence", 1, 512), ("batch", 1, -1)], (9, 512), ""),
+        ([], (9, 512), ""),
+    ],
+)
+def test_sizes_for_which_the_trace_holds(
+    dims: list[tuple[str, int, int]], shape: tuple[int, int], message: str
+) -> None:
+    entries = tuple(DimEntry(name=name, min=low, max=high) for name, low, high in dims)
+    manifest: Any = Inputs({"input_ids": ("batch", "sequence")}, entries)
+    batches = [{"input_ids": torch.zeros(shape, dtype=torch.int64)}]
+    if message:
+        with pytest.raises(DataError) as caught:
+            require_in_range(manifest, batches)
+        assert str(list(shape)) in str(caught.value)
+        assert message in str(caught.value)
+    else:
+        require_in_range(manifest, batches)
+
+
+def test_a_size_that_the_trace_fixed() -> None:
+    manifest: Any = Inputs({"input_ids": ("batch", 16)})
+    require_in_range(manifest, [{"input_ids": torch.zeros(3, 16)}])
+    with pytest.raises(DataError, match=r"shape \[3, 17\]"):
+        require_in_range(manifest, [{"input_ids": torch.zeros(3, 17)}])
+
+
+def test_longest_sample() -> None:
+    samples = [torch.zeros(5), torch.zeros(9)]
+    require_length(samples, None)
+    require_length(samples, 9)
+    with pytest.raises(DataError, match=r"has 9 tokens, and the model's config allows 8 .*--seq-len 8 or less"):
+        require_length(samples, 8)
+
+
+# The values between subgraphs.
+
+
+def test_activations_keep_each_batch_apart_and_forget_what_is_dropped() -> None:
+    activations = Activations([{"x": torch.tensor([1])}, {"x": torch.tensor([2])}], torch.device("cpu"))
+    activations.store(0, {"y": (torch.tensor([3]), "text", None)})
+    assert len(activations) == 2
+    assert activations.fetch(1, ["x"])["x"].tolist() == [2]
+    assert activations.fetch(0, ["y"])["y"][1:] == ("text", None)
+    activations.drop(0, ["x"])
+    with pytest.raises(KeyError):
+        activations.fetch(0, ["x"])
+    with pytest.raises(KeyError):
+        activations.fetch(1, ["y"])
+
+
+def test_activations_leave_the_callers_batches_alone() -> None:
+    batch = {"x": torch.tensor([1])}
+    activations = Activations([batch], torch.device("cpu"))
+    activations.store(0, {"y": torch.tensor([2])})
+    activations.drop(0, ["x"])
+    assert list(batch) == ["x"]
+
+
+def test_copies_reach_into_containers() -> None:
+    original = {"a": torch.tensor([1]), "b": [torch.tensor([2]), "text", (torch.tensor([3]),)]}
+    copy: Any = cloned(original)
+    copy["a"].add_(1)
+    copy["b"][0].add_(1)
+    copy["b"][2][0].add_(1)
+    assert original["a"].tolist() == [1]
+    assert original["b"][0].tolist() == [2]
+    assert original["b"][2][0].tolist() == [3]
+    assert copy["b"][1] == "text"

@@ -1,0 +1,122 @@
+"""The host's part runs where there is no compiler, no tracing and no network, and gives the same bytes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.small import Small, directory_bytes, write_token_file
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "GPTQModifier: {targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]}\n"
+
+WALLS = """
+import builtins, importlib.abc, socket, sys
+
+class NoCompiler(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "seqbuild":
+            raise AssertionError("the compiler was imported: " + name)
+
+sys.meta_path.insert(0, NoCompiler())
+
+def forbid(owner, name):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"{owner.__name__}.{name} was called")
+    setattr(owner, name, refuse)
+
+for name in ("connect", "connect_ex", "bind", "listen", "sendto"):
+    forbid(socket.socket, name)
+for name in ("create_connection", "create_server", "getaddrinfo", "gethostbyname"):
+    forbid(socket, name)
+
+import torch
+import torch._dynamo
+import torch._dynamo.convert_frame
+import torch.export
+import torch.fx
+import torch.jit
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental import proxy_tensor
+
+forbid(torch.fx.Tracer, "trace")
+forbid(torch.fx.Tracer, "create_node")
+forbid(torch.fx, "symbolic_trace")
+forbid(proxy_tensor, "make_fx")
+forbid(proxy_tensor.ProxyTorchDispatchMode, "__enter__")
+forbid(proxy_tensor.PythonKeyTracer, "create_proxy")
+forbid(torch, "compile")
+forbid(torch.jit, "trace")
+forbid(torch.export, "export")
+forbid(torch._dynamo, "optimize")
+"""
+
+CHECK_THE_WALLS = """
+for attempt in (
+    lambda: __import__("seqbuild"),
+    lambda: torch.fx.Tracer().trace(torch.nn.ReLU()),
+    lambda: proxy_tensor.make_fx(torch.relu)(torch.ones(1)),
+    lambda: proxy_tensor.ProxyTorchDispatchMode(None, "fake").__enter__(),
+    lambda: socket.socket().connect(("127.0.0.1", 9)),
+):
+    try:
+        attempt()
+    except AssertionError:
+        continue
+    sys.exit("a wall has a hole")
+"""
+
+RUN = """
+from runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(code: str, *arguments: str | Path) -> str:
+    """Run Python code in another process and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_walled_in_run_gives_the_same_bytes(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
+    small: Small = request.getfixturevalue(name)
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE if name == "llama" else RECIPE.replace("W4A16_ASYM", "W8A8")
+    recipe.write_text(text)
+    data = write_token_file(tmp_path / "tokens.safetensors")
+    perplexities = []
+    for code, out in (("import sys" + RUN, "free"), (WALLS + CHECK_THE_WALLS + RUN, "walled")):
+        common = (small.artifact, "--data", data, "--weights")
+        run(code, "calibrate", *common, small.weights, "--recipe", recipe, "-o", tmp_path / out)
+        perplexities.append(run(code, "evaluate", *common, tmp_path / out).partition(",")[0])
+    assert directory_bytes(tmp_path / "free") == directory_bytes(tmp_path / "walled")
+    assert perplexities[0] == perplexities[1]
+
+
+def imported_names(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime").rglob("*.py")), ids=lambda path: path.name)
+def test_no_file_of_the_runtime_imports_the_compiler_or_tracing(path: Path) -> None:
+    forbidden = ("seqbuild", "torch.fx", "torch.export", "torch.jit", "torch._dynamo", "torch._subclasses")
+    assert [name for name in imported_names(path) if name.startswith(forbidden)] == []

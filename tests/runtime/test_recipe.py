@@ -1,0 +1,385 @@
+"""Recipes: llm-compressor's dialect, what each module is assigned, and errors that say where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.errors import RecipeError
+from runtime.recipe import Assignment, GptqOptions, Recipe
+from runtime.schemes import scheme_from_preset
+
+LINEARS = {
+    "model.layers.0.self_attn.q_proj": "Linear",
+    "model.layers.0.mlp.down_proj": "Linear",
+    "model.layers.1.self_attn.q_proj": "Linear",
+    "model.layers.1.mlp.down_proj": "Linear",
+    "lm_head": "Linear",
+}
+DECODER = tuple(LINEARS)[:-1]
+
+
+def read(text: str) -> Recipe:
+    return Recipe.from_text(text, "recipe.yaml")
+
+
+def summary(recipe: Recipe) -> dict[str, tuple[str, int, int]]:
+    """What each module is assigned: algorithm, bits, group."""
+    assigned = recipe.assign(LINEARS)
+    return {name: (a.algorithm, a.scheme.weights.num_bits, a.group) for name, a in assigned.items()}
+
+
+ONE_LINE = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head], dampening_frac: 0.02}"
+STAGED = """
+quant_stage:
+  quant_modifiers:
+    GPTQModifier:
+      targets: [Linear]
+      scheme: w4a16
+      ignore: ["lm_head"]
+      dampening_frac: 0.02
+"""
+DEFAULT_STAGE = """
+DEFAULT_stage:
+  run_type: oneshot
+  DEFAULT_modifiers:
+    GPTQModifier:
+      targets: Linear
+      scheme: {W4A16: [Linear]}
+      ignore: lm_head
+      dampening_frac: 2e-2
+      block_size: 128
+      actorder: static
+      batched_quantization: auto
+      bypass_divisibility_checks: false
+      requires_calibration_data: true
+      kv_cache_scheme: null
+      weight_observer: minmax
+"""
+CONFIG_GROUPS = """
+quant_stage:
+  quant_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      dampening_frac: 0.02
+      config_groups:
+        group_0:
+          targets: ["Linear"]
+          input_activations: null
+          output_activations: null
+          weights:
+            num_bits: 4
+            type: "int"
+            symmetric: true
+            strategy: group
+            group_size: 128
+"""
+ANCHORED = """
+defaults_stage:
+  first_modifiers:
+    GPTQModifier:
+      <<: {scheme: {W8A16: nothing}, ignore: [lm_head]}
+      scheme: {<<: {W4A16: nothing}, W4A16: Linear}
+      dampening_frac: 0.02
+"""
+JSON = (
+    '{"a_stage": {"b_modifiers": {"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"], "dampening_frac": 0.02}}}}'
+)
+
+
+@pytest.mark.parametrize("text", [ONE_LINE, STAGED, DEFAULT_STAGE, CONFIG_GROUPS, ANCHORED, JSON])
+def test_all_forms_say_the_same(text: str) -> None:
+    scheme = scheme_from_preset("W4A16", ["Linear"])
+    scheme.weights.actorder = "static"
+    expected = Assignment(
+        scheme=scheme,
+        algorithm="gptq",
+        options=GptqOptions(dampening_frac=0.02, block_size=128, actorder="static"),
+        group=0,
+    )
+    assigned = read(text).assign(LINEARS)
+    assert tuple(assigned) == DECODER
+    for assignment in assigned.values():
+        assert assignment.options == expected.options
+        assert assignment.algorithm == "gptq"
+        assert assignment.group == 0
+        assert assignment.scheme.model_dump(mode="json") == expected.scheme.model_dump(mode="json")
+
+
+def test_reads_a_file_and_keeps_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(ONE_LINE)
+    recipe = Recipe.from_file(path)
+    assert recipe.source == str(path)
+    assert recipe.text == ONE_LINE
+    assert recipe.modifiers == read(ONE_LINE).modifiers
+    assert [modifier.line for modifier in recipe.modifiers] == [1]
+
+
+def test_round_to_nearest_has_no_options() -> None:
+    recipe = read("QuantizationModifier: {scheme: FP8_dynamic, ignore: ['re:.*lm_head']}")
+    assert summary(recipe) == dict.fromkeys(DECODER, ("rtn", 8, 0))
+    assert [group.options for group in recipe.groups] == [None]
+    assert recipe.groups[0].scheme.input_activations.dynamic is True
+
+
+@pytest.mark.parametrize(
+    ("options", "actorder"),
+    [
+        ("", "static"),
+        ("actorder: static", "static"),
+        ("actorder: weight", "weight"),
+        ("actorder: null", None),
+    ],
+)
+def test_the_order_of_columns_is_noted_in_the_scheme(options: str, actorder: str | None) -> None:
+    group = read(f"GPTQModifier: {{scheme: W4A16, {options}}}").groups[0]
+    assert group.options == GptqOptions(dampening_frac=0.01, block_size=128, actorder=actorder)
+    assert group.scheme.weights.actorder == actorder
+
+
+WEIGHTS = "num_bits: 3, type: int, symmetric: false, strategy: group, group_size: 64"
+
+
+def test_the_order_may_stand_in_the_scheme() -> None:
+    text = f"GPTQModifier: {{config_groups: {{g: {{targets: Linear, weights: {{{WEIGHTS}, actorder: weight}}}}}}}}"
+    recipe = read(text)
+    assert recipe.groups[0].options == GptqOptions(dampening_frac=0.01, block_size=128, actorder="weight")
+    weights = recipe.groups[0].scheme.weights
+    assert (weights.num_bits, weights.group_size, weights.symmetric) == (3, 64, False)
+    assert recipe.groups[0].scheme.format == "pack-quantized"
+
+
+def test_names_go_before_classes_and_groups_are_numbered_over_modifiers() -> None:
+    recipe = read("""
+a_stage:
+  rtn_modifiers:
+    QuantizationModifier:
+      scheme: {W8A8: ["re:.*layers.1.mlp"], W4A16: [lm_head]}
+b_stage:
+  gptq_modifiers:
+    GPTQModifier:
+      targets: Linear
+      scheme: W4A16_ASYM
+      ignore: ["re:.*layers[.]1[.]mlp", lm_head]
+""")
+    assert summary(recipe) == {
+        "model.layers.0.self_attn.q_proj": ("gptq", 4, 2),
+        "model.layers.0.mlp.down_proj": ("gptq", 4, 2),
+        "model.layers.1.self_attn.q_proj": ("gptq", 4, 2),
+        "model.layers.1.mlp.down_proj": ("rtn", 8, 0),
+        "lm_head": ("rtn", 4, 1),
+    }
+    assert [group.targets[0].line for group in recipe.groups] == [5, 5, 9]
+
+
+def test_a_class_stands_for_those_derived_from_it() -> None:
+    class Special(torch.nn.Linear):
+        pass
+
+    recipe = read("QuantizationModifier: {scheme: W8A16, ignore: [Special]}")
+    assert list(recipe.assign({"a": Special, "b": torch.nn.Linear})) == ["b"]
+    recipe = read("QuantizationModifier: {scheme: W8A16}")
+    assert list(recipe.assign({"a": Special, "b": torch.nn.Linear})) == ["a", "b"]
+
+
+def test_sequential_targets_are_kept() -> None:
+    recipe = read("""
+a_stage:
+  x_modifiers:
+    QuantizationModifier: {scheme: {W8A8: lm_head}, sequential_targets: [B, A]}
+    GPTQModifier: {scheme: W4A16, ignore: [lm_head], sequential_targets: A}
+""")
+    assert recipe.sequential_targets == ("B", "A")
+    assert [modifier.sequential_targets for modifier in recipe.modifiers] == [("B", "A"), ("A",)]
+
+
+def gptq(fields: str) -> str:
+    return f"# a comment\nGPTQModifier:\n  scheme: W4A16\n  {fields}\n"
+
+
+GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\n      "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # no recipe
+        ("", "recipe.yaml: the file is empty"),
+        ("# nothing\n", "recipe.yaml: the file is empty"),
+        ("- a\n", "recipe.yaml:1: the file must be a mapping, not a list"),
+        ("W4A16", "recipe.yaml:1: the file must be a mapping, not 'W4A16'"),
+        ("{}", "recipe.yaml:1: the recipe names no modifier"),
+        ("a_stage: {}", "recipe.yaml:1: the recipe names no modifier"),
+        ("a: b: c", "recipe.yaml:1: not valid YAML: mapping values are not allowed here"),
+        ("\na: [1,\nb: }", "recipe.yaml:3: not valid YAML: "),
+        ("a: 1\n---\nb: 2", "recipe.yaml:2: not valid YAML: but found another document"),
+        ("GPTQModifier: !!python/object:os.system {}", "recipe.yaml:1: "),
+        ("1: {}", "recipe.yaml:1: a key must be a string, not 1"),
+        # stages and modifiers
+        ("quant_stge: {}", "recipe.yaml:1: unknown key 'quant_stge' (did you mean *_stage?)"),
+        ("a_stage:\n  b_modifier: {}", "recipe.yaml:2: unknown key 'b_modifier' (did you mean *_modifiers?)"),
+        ("a_stage:\n  run_type: train", "recipe.yaml:2: run_type 'train' is not offered"),
+        ("args: {a: 1}", "recipe.yaml:1: args are not offered"),
+        ("GPTQModfier: {}", "recipe.yaml:1: unknown key 'GPTQModfier' (did you mean GPTQModifier?)"),
+        ("a_stage:\n b_modifiers:\n  GPTQ: {}", "recipe.yaml:3: unknown modifier 'GPTQ' (did you mean GPTQModifier?)"),
+        ("a_stage:\n b_modifiers:\n  AWQModifier: {}", "recipe.yaml:3: AWQModifier is not offered yet (offered are"),
+        ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier is not offered yet"),
+        ("\nGPTQModifier:", "recipe.yaml:2: GPTQModifier must be a mapping, not ''"),
+        # fields
+        (
+            gptq("dampning_frac: 0.1"),
+            "recipe.yaml:4: unknown key of GPTQModifier 'dampning_frac' (did you mean dampening_frac?)",
+        ),
+        (
+            "QuantizationModifier: {scheme: W4A16, block_size: 1}",
+            "recipe.yaml:1: unknown key of QuantizationModifier 'block_size'",
+        ),
+        (gptq("scheme: W8A16"), "recipe.yaml:4: 'scheme' is here twice, first on line 3"),
+        (
+            gptq("dampening_frac: high"),
+            "recipe.yaml:4: dampening_frac must be a number above 0 and at most 1, not 'high'",
+        ),
+        (gptq("dampening_frac: 0"), "recipe.yaml:4: dampening_frac must be a number above 0 and at most 1, not 0"),
+        (gptq("dampening_frac: .nan"), "recipe.yaml:4: dampening_frac must be a number above 0 and at most 1, not nan"),
+        (
+            gptq("dampening_frac: true"),
+            "recipe.yaml:4: dampening_frac must be a number above 0 and at most 1, not True",
+        ),
+        (gptq("block_size: 12.5"), "recipe.yaml:4: block_size must be a positive integer, not 12.5"),
+        (gptq("block_size: -1"), "recipe.yaml:4: block_size must be a positive integer, not -1"),
+        (gptq("actorder: group"), "recipe.yaml:4: actorder 'group' is gone from the checkpoint's format (use static"),
+        (gptq("actorder: true"), "recipe.yaml:4: actorder must be static, weight or null, not True"),
+        (gptq("targets: 3"), "recipe.yaml:4: targets must be a string, not 3"),
+        (gptq("targets: [Linear, 3]"), "recipe.yaml:4: an element of targets must be a string, not 3"),
+        (gptq("targets: []"), "recipe.yaml:4: targets must name at least one module"),
+        (gptq("targets: {a: b}"), "recipe.yaml:4: targets must be a string, not {'a': 'b'}"),
+        (gptq("targets: 're:*'"), "recipe.yaml:4: 're:*' is no regular expression: nothing to repeat at position 0"),
+        (gptq("ignore:\n  - lm_head\n  - 're:('"), "recipe.yaml:6: 're:(' is no regular expression"),
+        (gptq("ignore: ['']"), "recipe.yaml:4: an element of ignore is an empty pattern"),
+        # fields of the peer that are not implemented
+        (
+            gptq("kv_cache_scheme: {num_bits: 8}"),
+            "recipe.yaml:4: kv_cache_scheme {'num_bits': 8} cannot be obeyed: quantizing the key-value cache",
+        ),
+        (
+            gptq("weight_observer: mse"),
+            "recipe.yaml:4: weight_observer 'mse' cannot be obeyed: weights are observed by",
+        ),
+        (gptq("observer: {weights: MSE}"), "recipe.yaml:4: observer {'weights': 'MSE'} cannot be obeyed"),
+        (gptq("input_observer: minmax"), "recipe.yaml:4: input_observer 'minmax' cannot be obeyed: static activation"),
+        (gptq("output_observer: minmax"), "recipe.yaml:4: output_observer 'minmax' cannot be obeyed: static"),
+        (gptq("bypass_divisibility_checks: true"), "recipe.yaml:4: bypass_divisibility_checks True cannot be obeyed"),
+        (gptq("bypass_divisibility_checks: 0"), "recipe.yaml:4: bypass_divisibility_checks 0 cannot be obeyed"),
+        (gptq("batched_quantization: 8"), "recipe.yaml:4: batched_quantization 8 cannot be obeyed"),
+        (gptq("start: 0.0"), "recipe.yaml:4: start 0.0 cannot be obeyed: schedules belong to training"),
+        (gptq("initialized_: true"), "recipe.yaml:4: initialized_ True cannot be obeyed: it is a modifier's state"),
+        # schemes
+        ("GPTQModifier: {ignore: [a]}", "recipe.yaml:1: GPTQModifier has neither scheme nor config_groups (give one"),
+        (gptq("config_groups: {g: {}}"), "recipe.yaml:2: GPTQModifier has both scheme and config_groups"),
+        (
+            "\nGPTQModifier:\n  scheme: W4A61",
+            "recipe.yaml:3: there is no scheme 'W4A61' (nearest is W4A16; offered are",
+        ),
+        ("\nGPTQModifier:\n  scheme: NVFP4", "recipe.yaml:3: the scheme NVFP4 is not offered yet"),
+        ("\nGPTQModifier:\n  scheme:\n    FP8: Linear", "recipe.yaml:4: the scheme FP8 is not offered yet"),
+        ("\nGPTQModifier:\n  scheme: 4", "recipe.yaml:3: scheme must be a mapping, not '4'"),
+        ("\nGPTQModifier:\n  scheme: {}", "recipe.yaml:3: scheme is empty"),
+        ("GPTQModifier:\n  scheme: {W4A16: a}\n  targets: b", "recipe.yaml:3: targets stand inside scheme already"),
+        ("QuantizationModifier:\n  config_groups:\n    g: {weights: {}}", "recipe.yaml:3: g has no targets"),
+        (GROUP + "wieghts: {}", "recipe.yaml:5: unknown key of g 'wieghts' (did you mean weights?)"),
+        (GROUP + "weights: 4", "recipe.yaml:5: weights must be a mapping, not '4'"),
+        (GROUP + "weights: {}\n      output_activations: {}", "recipe.yaml:3: output_activations are not offered"),
+        (
+            GROUP + "weights:\n        numbits: 4",
+            "recipe.yaml:6: unknown key of weights 'numbits' (did you mean num_bits?)",
+        ),
+        (GROUP + "weights:\n        num_bits: '4'", "recipe.yaml:6: num_bits must be int, not '4'"),
+        (GROUP + "weights:\n        symmetric: 1", "recipe.yaml:6: symmetric must be bool, not 1"),
+        (
+            GROUP + "weights:\n        num_bits: 4\n        strategy: grop",
+            "recipe.yaml:7: weights: 'grop' is not a valid",
+        ),
+        (GROUP + "weights:\n        num_bits: 4\n        strategy: group", "recipe.yaml:5: weights: strategy"),
+        (
+            GROUP + "weights:\n        num_bits: 4\n        actorder: group",
+            "recipe.yaml:7: weights: actorder='group' has been removed",
+        ),
+        (GROUP + "weights:\n        num_bits: 6\n        type: float", "recipe.yaml:5: weights: "),
+        (GROUP + "weights: {num_bits: 8}\n      input_activations: {num_bits: 8}", "recipe.yaml:3: static activation"),
+        (
+            GROUP + "weights: {num_bits: 4, group_size: 32}\n      format: tar",
+            "recipe.yaml:3: g is no scheme: Input should be",
+        ),
+        (
+            f"GPTQModifier:\n  config_groups:\n    g: {{targets: Linear, weights: {{{WEIGHTS}, actorder: static}}}}\n"
+            "  actorder: null",
+            "recipe.yaml:4: actorder None contradicts 'static' in g",
+        ),
+    ],
+)
+def test_errors_say_where_and_what(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(text)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"missing\.yaml' cannot be read: .*No such file"):
+        Recipe.from_file(tmp_path / "missing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RecipeError, match=r"binary\.yaml' cannot be read: "):
+        Recipe.from_file(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "GPTQModifier:\n  scheme: W4A16\n  targets:\n    - Linear\n    - Conv1D\n",
+            "recipe.yaml:5: the target 'Conv1D' matches no module (the model has model.layers.0.self_attn.q_proj, "
+            "model.layers.0.mlp.down_proj, model.layers.1.self_attn.q_proj and 2 more)",
+        ),
+        ("GPTQModifier: {scheme: W4A16, targets: 're:q_proj'}", "recipe.yaml:1: the target 're:q_proj' matches no"),
+        ("GPTQModifier: {scheme: W4A16, ignore: [Linear]}", "recipe.yaml: the recipe ignores every module"),
+        (
+            "QuantizationModifier:\n  scheme: W8A8\n  targets: 're:.*mlp'\nGPTQModifier:\n  scheme: W4A16\n",
+            "recipe.yaml:4: GPTQModifier claims model.layers.0.mlp.down_proj, and so does the QuantizationModifier"
+            " on line 1 (let one of them ignore it)",
+        ),
+        (
+            "GPTQModifier:\n  scheme:\n    W4A16: 're:.*mlp'\n    W8A16: 're:.*down'\n",
+            "recipe.yaml:4: model.layers.0.mlp.down_proj falls to this group and to the one on line 3",
+        ),
+        (
+            "GPTQModifier:\n  scheme: W4A16\n  ignore: ['re:.*mlp']\nQuantizationModifier:\n  scheme: W8A8\n"
+            "  ignore: ['re:.*attn', lm_head]\n",
+            "recipe.yaml:4: model.layers.0.self_attn.q_proj falls to this group and to the one on line 1",
+        ),
+        (
+            "GPTQModifier:\n  scheme: W4A16\n  targets: 're:.*mlp'\n  ignore: ['re:.*0.mlp']\nQuantizationModifier:\n"
+            "  scheme: W8A8\n  ignore: ['re:.*attn', lm_head, 're:.*1.mlp']\n",
+            "recipe.yaml:5: readers of the checkpoint would take model.layers.0.mlp.down_proj for the group on line 3",
+        ),
+    ],
+)
+def test_assignments_that_cannot_be(text: str, message: str) -> None:
+    recipe = read(text)
+    with pytest.raises(RecipeError) as caught:
+        recipe.assign(LINEARS)
+    assert message in str(caught.value)
+
+
+def test_an_ignore_pattern_without_match_is_fine() -> None:
+    assert summary(read("QuantizationModifier: {scheme: W8A16, ignore: [lm_head, nothing]}")) == dict.fromkeys(
+        DECODER, ("rtn", 8, 0)
+    )
+
+
+def test_importing_does_not_load_torch() -> None:
+    code = "import sys, runtime.recipe; sys.exit('torch' in sys.modules or 'compressed_tensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

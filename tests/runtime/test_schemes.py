@@ -1,0 +1,343 @@
+"""Schemes: what is stored reads back as it was, and transformers sees the same model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
+
+from runtime.algorithms.rtn import quantize_rtn
+from runtime.errors import QuantizationError, RecipeError, WeightsError
+from runtime.schemes import (
+    PRESETS,
+    CheckpointSchemes,
+    checked,
+    compress_module,
+    decompress_module,
+    quantization_config,
+    quantize_activation,
+    scheme_from_preset,
+)
+
+LINEAR = ["Linear"]
+
+
+def weight_only(num_bits: int, symmetric: bool = True, **strategy: Any) -> QuantizationScheme:
+    strategy = strategy or {"strategy": "group", "group_size": 32}
+    args = QuantizationArgs(num_bits=num_bits, type="int", symmetric=symmetric, **strategy)
+    return checked(QuantizationScheme(targets=LINEAR, weights=args))
+
+
+def with_inputs(kind: str, strategy: str, *, symmetric_inputs: bool = True) -> QuantizationScheme:
+    weights = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy=strategy)
+    inputs = QuantizationArgs(num_bits=8, type=kind, symmetric=symmetric_inputs, strategy="token", dynamic=True)
+    return checked(QuantizationScheme(targets=LINEAR, weights=weights, input_activations=inputs))
+
+
+OFFERED = {
+    **{name: scheme_from_preset(name, LINEAR) for name in PRESETS},
+    **{
+        f"int{bits}-{'sym' if symmetric else 'asym'}-{strategy}": weight_only(
+            bits, symmetric, strategy=strategy, group_size=32 if strategy == "group" else None
+        )
+        for bits in range(2, 9)
+        for symmetric in (True, False)
+        for strategy in ("group", "channel")
+    },
+    "W8A8-tensor": with_inputs("int", "tensor"),
+    "W8A8-asymmetric-inputs": with_inputs("int", "channel", symmetric_inputs=False),
+    "FP8-tensor": with_inputs("float", "tensor"),
+}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OFFERED)
+def test_compress_and_decompress_give_the_weight_back(name: str, dtype: torch.dtype) -> None:
+    scheme = OFFERED[name]
+    # 50 rows and 384 columns: neither the packed words of zero points nor those of 3 bit weights come out even.
+    got = quantize_rtn(random(50, 384, dtype=dtype), scheme.weights, scale_dtype=dtype)
+    tensors = compress_module("m", got.weight_OI, got.scale, got.zero_point, scheme)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    weight_OI = decompress_module(tensors, scheme)
+    assert weight_OI.dtype == dtype
+    assert torch.equal(weight_OI, got.weight_OI.to(dtype))
+
+
+def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int]]]:
+    return {key: (tensor.dtype, list(tensor.shape)) for key, tensor in sorted(tensors.items())}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "W4A16",
+            {
+                "weight_packed": (torch.int32, [64, 32]),
+                "weight_scale": (torch.bfloat16, [64, 2]),
+                "weight_shape": (torch.int64, [2]),
+            },
+        ),
+        (
+            "W4A16_ASYM",
+            {
+                "weight_packed": (torch.int32, [64, 32]),
+                "weight_scale": (torch.bfloat16, [64, 2]),
+                "weight_shape": (torch.int64, [2]),
+                "weight_zero_point": (torch.int32, [8, 2]),
+            },
+        ),
+        ("W8A8", {"weight": (torch.int8, [64, 256]), "weight_scale": (torch.bfloat16, [64, 1])}),
+        (
+            "FP8_DYNAMIC",
+            {"weight": (torch.float8_e4m3fn, [64, 256]), "weight_scale": (torch.bfloat16, [64, 1])},
+        ),
+    ],
+)
+def test_what_is_stored(name: str, expected: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    got = quantize_rtn(random(64, 256), OFFERED[name].weights, scale_dtype=torch.bfloat16)
+    tensors = compress_module("m", got.weight_OI, got.scale, got.zero_point, OFFERED[name])
+    assert described(tensors) == expected
+
+
+def test_four_bit_words_hold_eight_weights_lowest_first() -> None:
+    scheme = weight_only(4, strategy="channel")
+    integers = torch.tensor([[-8.0, -7, 0, 1, 2, 3, 6, 7]])
+    tensors = compress_module("m", integers, torch.ones(1, 1), None, scheme)
+    words = [f"{word & 0xFFFFFFFF:08x}" for word in tensors["weight_packed"][0].tolist()]
+    assert words == ["feba9810"]
+
+
+def test_compress_refuses_what_does_not_fit_and_names_the_module() -> None:
+    weight = torch.zeros(4, 64)
+    with pytest.raises(QuantizationError, match=r"layers\.0\.q: a scale of shape \[4, 1\] .* needs \[4, 2\]"):
+        compress_module("layers.0.q", weight, torch.ones(4, 1), None, weight_only(4))
+    with pytest.raises(QuantizationError, match=r"layers\.0\.q: an asymmetric scheme needs a zero point"):
+        compress_module("layers.0.q", weight, torch.ones(4, 2), None, weight_only(4, False))
+
+
+def test_decompress_names_what_is_missing() -> None:
+    with pytest.raises(WeightsError, match=r"pack-quantized module lacks weight_shape .*weight_packed, weight_scale"):
+        decompress_module({"weight_packed": torch.zeros(1), "weight_scale": torch.ones(1)}, weight_only(4))
+
+
+def test_presets_are_found_in_any_case() -> None:
+    assert scheme_from_preset("w4a16_asym", ["a", "b"]).targets == ["a", "b"]
+    assert not scheme_from_preset("w4a16_asym", LINEAR).weights.symmetric
+    assert scheme_from_preset("int8", LINEAR) == scheme_from_preset("W8A8", LINEAR)
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "NVFP4A16", "MXFP4", "MXFP8", "FP8", "FP8_BLOCK", "W4A8", "W3A16"])
+def test_presets_not_offered_yet_are_refused_by_name(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"the scheme {name} is not offered yet .*W4A16, W4A16_ASYM"):
+        scheme_from_preset(name, LINEAR)
+
+
+def test_a_misspelt_preset_is_told_its_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"there is no scheme 'W4A61' .*nearest is W4A16; offered are W4A16"):
+        scheme_from_preset("W4A61", LINEAR)
+
+
+INT8 = {"num_bits": 8, "type": "int"}
+TOKEN = {**INT8, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({}, "without weights"),
+        ({"weights": INT8, "output_activations": TOKEN}, "output_activations"),
+        ({"weights": {**INT8, "strategy": "tensor"}}, "alone with strategy tensor"),
+        ({"weights": {"num_bits": 1, "strategy": "channel"}}, "1 bit"),
+        ({"weights": {"num_bits": 16, "strategy": "channel"}}, "16 bit"),
+        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}, "float weights without"),
+        (
+            {
+                "weights": {
+                    "num_bits": 4,
+                    "type": "float",
+                    "group_size": 16,
+                    "scale_dtype": "uint8",
+                    "zp_dtype": "uint8",
+                }
+            },
+            "MXFP4",
+        ),
+        ({"weights": {**INT8, "group_size": 32, "scale_dtype": "uint8"}}, "scale_dtype torch.uint8"),
+        ({"weights": {**INT8, "dynamic": True}}, "weights cannot be dynamic"),
+        ({"weights": {**INT8, "strategy": "channel", "observer": "mse"}}, "observer 'mse'"),
+        ({"weights": {**INT8, "strategy": "channel", "observer_kwargs": {"a": 1}}}, "observer_kwargs"),
+        ({"weights": {**INT8, "strategy": "channel"}, "input_activations": INT8}, "static activation"),
+        (
+            {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**TOKEN, "num_bits": 4}},
+            "4 bit input_act",
+        ),
+        (
+            {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**TOKEN, "strategy": "tensor"}},
+            "by tensor",
+        ),
+        ({"weights": {**INT8, "strategy": "channel", "symmetric": False}, "input_activations": TOKEN}, "symmetric"),
+        ({"weights": {**INT8, "group_size": 32}, "input_activations": TOKEN}, "strategy group"),
+        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "input_activations": TOKEN}, "same type"),
+        ({"weights": {**INT8, "strategy": "channel"}, "format": "int-quantized"}, "its format is pack-quantized"),
+    ],
+)
+def test_schemes_that_are_not_offered(scheme: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        checked(QuantizationScheme(targets=LINEAR, **scheme))
+
+
+def test_the_config_is_that_of_the_format_specification() -> None:
+    config = quantization_config([OFFERED["W4A16"]], ["lm_head"])
+    assert sorted(config) == [
+        "config_groups",
+        "format",
+        "global_compression_ratio",
+        "ignore",
+        "kv_cache_scheme",
+        "quant_method",
+        "quantization_status",
+        "sparsity_config",
+        "transform_config",
+        "version",
+    ]
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["quantization_status"] == "compressed"
+    assert config["format"] == "pack-quantized"
+    assert config["ignore"] == ["lm_head"]
+    group = config["config_groups"]["group_0"]
+    assert sorted(group) == ["format", "input_activations", "output_activations", "targets", "weights"]
+    assert group["format"] == "pack-quantized"
+    assert group["targets"] == ["Linear"]
+    weights = {key: group["weights"][key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size")}
+    assert weights == {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_several_formats_are_mixed_precision() -> None:
+    config = quantization_config([OFFERED["W4A16"], OFFERED["W8A16"]], [])
+    assert config["format"] == "pack-quantized"
+    config = quantization_config([OFFERED["W4A16"], OFFERED["W8A8"]], [])
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+
+
+def test_schemes_are_found_again_in_the_config() -> None:
+    groups = [
+        scheme_from_preset("W4A16", ["Linear"]),
+        scheme_from_preset("W8A8", [r"re:.*down_proj$"]),
+        scheme_from_preset("FP8_DYNAMIC", ["layers.0.down_proj"]),
+    ]
+    config = quantization_config(groups, ["lm_head", "re:.*router", "Gate"])
+    schemes = CheckpointSchemes.from_config(json.loads(json.dumps(config)))
+    assert list(schemes.groups) == groups
+    assert schemes.find("layers.0.q_proj", "Linear") == groups[0]
+    assert schemes.find("layers.0.q_proj", torch.nn.Linear) == groups[0]
+    assert schemes.find("layers.1.down_proj", "Linear") == groups[1]
+    assert schemes.find("layers.0.down_proj", "Linear") == groups[2]
+    assert schemes.find("lm_head", "Linear") is None
+    assert schemes.find("layers.0.router.proj", "Linear") is None
+    assert schemes.find("layers.0.gate", "Gate") is None
+    assert schemes.find("embed", "Embedding") is None
+
+
+def test_a_group_without_format_has_the_config_s() -> None:
+    config = quantization_config([OFFERED["W4A16"]], [])
+    config["config_groups"]["group_0"]["format"] = None
+    assert CheckpointSchemes.from_config(config).groups == (OFFERED["W4A16"],)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quantized by 'gptq'"),
+        ({"quantization_status": "frozen"}, "frozen, not compressed"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "key-value cache"),
+        ({"config_groups": {"group_0": {"targets": "Linear"}}}, "cannot be read"),
+        ({"config_groups": {"NVFP4A16": ["Linear"]}}, "4 bit float weights"),
+    ],
+)
+def test_configs_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        CheckpointSchemes.from_config(quantization_config([OFFERED["W4A16"]], []) | change)
+
+
+def test_activations_by_hand() -> None:
+    args = OFFERED["W8A8"].input_activations
+    inputs = torch.tensor([[[127.5, 1.4, -2.6], [0.0, 0.0, 0.0]]])
+    assert quantize_activation(inputs, args).tolist() == [[[127.0, 1.0, -3.0], [0.0, 0.0, 0.0]]]
+    assert quantize_activation(torch.empty(1, 0, 3), args).shape == (1, 0, 3)
+
+
+def test_activations_of_two_dimensions_share_one_scale() -> None:
+    inputs = random(5, 16)
+    got = quantize_activation(inputs, OFFERED["W8A8"].input_activations)
+    assert torch.equal(
+        got, quantize_activation(inputs.reshape(1, 1, -1), OFFERED["W8A8"].input_activations).reshape(5, 16)
+    )
+
+
+def save_checkpoint(model: Any, scheme: QuantizationScheme, folder: Path) -> dict[str, torch.Tensor]:
+    """Write the model with its decoder's Linears quantized; return their dense weights."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    dense = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            got = quantize_rtn(module.weight, scheme.weights, scale_dtype=torch.bfloat16)
+            tensors = compress_module(name, got.weight_OI, got.scale, got.zero_point, scheme)
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+            dense[name] = decompress_module(tensors, scheme)
+    config = model.config.to_dict() | {"quantization_config": quantization_config([scheme], ["lm_head"])}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return dense
+
+
+@pytest.mark.parametrize(
+    "name", ["W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "int3-sym-group", "W8A8-asymmetric-inputs"]
+)
+def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    scheme = OFFERED[name]
+    dense = save_checkpoint(model, scheme, tmp_path)
+    for module_name, weight_OI in dense.items():
+        module = model.get_submodule(module_name)
+        module.weight.data = weight_OI
+        if scheme.input_activations is not None:
+            module.register_forward_pre_hook(
+                lambda _, inputs: (quantize_activation(inputs[0], scheme.input_activations),)
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    for module_name, weight_OI in dense.items():
+        assert torch.equal(loaded.get_submodule(module_name).weight, weight_OI)

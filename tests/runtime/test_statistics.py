@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.statistics import collect_hessians
+
+CPU = torch.device("cpu")
+
+
+def linears(*names: str, width: int = 2) -> dict[str, nn.Linear]:
+    return {name: nn.Linear(width, 3, bias=False) for name in names}
+
+
+def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Sums of products of small integers are exact in float32."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def gram(parts: Iterable[torch.Tensor]) -> list[list[float]]:
+    """The sum of x x^T in plain Python."""
+    rows = [row for part in parts for row in part.flatten(0, -2).tolist()]
+    width = len(rows[0])
+    return [[sum(row[i] * row[j] for row in rows) for j in range(width)] for i in range(width)]
+
+
+class Chain:
+    """Calls modules as told, and counts how often all batches ran."""
+
+    def __init__(self, calls: Callable[[], None]) -> None:
+        self.calls = calls
+        self.num_runs = 0
+
+    def __call__(self) -> None:
+        self.num_runs += 1
+        self.calls()
+
+
+def test_known_numbers() -> None:
+    modules = linears("a")
+    inputs_BSI = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, -1.0], [5.0, 0.0]]])
+    found = collect_hessians(modules, lambda: modules["a"](inputs_BSI), CPU)
+    assert found["a"].hessian_II.tolist() == [[35.0, 14.0], [14.0, 21.0]]
+    assert found["a"].num_tokens == 4
+
+
+def test_modules_that_are_handed_one_tensor_share_one_sum() -> None:
+    modules = linears("q", "k", "v", "o")
+    batches = [whole_numbers(2, 3, 2, seed=seed) for seed in (1, 2)]
+    others = [whole_numbers(2, 3, 2, seed=seed) for seed in (3, 4)]
+
+    def calls() -> None:
+        for batch, other in zip(batches, others, strict=True):
+            for name in "qkv":
+                modules[name](batch)
+            modules["o"](other)
+
+    chain = Chain(calls)
+    found = collect_hessians(modules, chain, CPU)
+    assert found["q"] is found["k"] is found["v"]
+    assert found["o"] is not found["q"]
+    assert found["q"].hessian_II.tolist() == gram(batches)
+    assert found["o"].hessian_II.tolist() == gram(others)
+    assert found["q"].num_tokens == found["o"].num_tokens == 12
+    assert chain.num_runs == 1
+
+
+def test_equal_numbers_in_two_tensors_are_not_shared() -> None:
+    modules = linears("a", "b")
+    batch = whole_numbers(2, 3, 2)
+
+    def calls() -> None:
+        modules["a"](batch)
+        modules["b"](batch.clone())
+
+    found = collect_hessians(modules, calls, CPU)
+    assert found["a"] is not found["b"]
+    assert found["a"].hessian_II.tolist() == found["b"].hessian_II.tolist() == gram([batch])
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_one() -> None:
+    modules = linears("a", "b")
+    batches = [whole_numbers(2, 3, 2, seed=seed) for seed in (1, 2)]
+
+    def calls() -> None:
+        for original in batches:
+            batch = original.clone()
+            modules["a"](batch)
+            modules["b"](batch.mul_(2))
+
+    found = collect_hessians(modules, calls, CPU)
+    assert found["a"].hessian_II.tolist() == gram(batches)
+    assert found["b"].hessian_II.tolist() == gram([2 * batch for batch in batches])
+
+
+def part_in_the_second_batch(modules: dict[str, nn.Linear], parts: dict[str, list[torch.Tensor]]) -> None:
+    modules["a"](parts["a"][0])
+    modules["b"](parts["a"][0])
+    modules["a"](parts["a"][1])
+    modules["b"](parts["b"][1])
+
+
+def call_the_follower_once_more(modules: dict[str, nn.Linear], parts: dict[str, list[torch.Tensor]]) -> None:
+    modules["a"](parts["a"][0])
+    modules["b"](parts["a"][0])
+    modules["a"](parts["a"][1])
+    modules["b"](parts["a"][1])
+    modules["b"](parts["a"][1])
+
+
+def leave_the_follower_out(modules: dict[str, nn.Linear], parts: dict[str, list[torch.Tensor]]) -> None:
+    modules["a"](parts["a"][0])
+    modules["b"](parts["a"][0])
+    modules["a"](parts["a"][1])
+
+
+def call_the_leader_twice(modules: dict[str, nn.Linear], parts: dict[str, list[torch.Tensor]]) -> None:
+    modules["a"](parts["a"][0])
+    modules["b"](parts["a"][0])
+    modules["a"](parts["a"][1])
+    modules["a"](parts["b"][1])
+    modules["b"](parts["b"][1])
+
+
+def change_the_order(modules: dict[str, nn.Linear], parts: dict[str, list[torch.Tensor]]) -> None:
+    modules["a"](parts["a"][0])
+    modules["b"](parts["a"][0])
+    modules["b"](parts["a"][1])
+    modules["a"](parts["a"][1])
+
+
+@pytest.mark.parametrize(
+    ("calls", "seen_by_a", "seen_by_b"),
+    [
+        (part_in_the_second_batch, ["a0", "a1"], ["a0", "b1"]),
+        (call_the_follower_once_more, ["a0", "a1"], ["a0", "a1", "a1"]),
+        (leave_the_follower_out, ["a0", "a1"], ["a0"]),
+        (call_the_leader_twice, ["a0", "a1", "b1"], ["a0", "b1"]),
+        (change_the_order, ["a0", "a1"], ["a0", "a1"]),
+    ],
+)
+def test_sharing_that_breaks_falls_back_to_a_sum_each(
+    calls: Callable[..., None], seen_by_a: list[str], seen_by_b: list[str]
+) -> None:
+    modules = linears("a", "b")
+    parts = {name: [whole_numbers(2, 3, 2, seed=ord(name) + index) for index in (0, 1)] for name in "ab"}
+    chain = Chain(lambda: calls(modules, parts))
+    found = collect_hessians(modules, chain, CPU)
+    for name, seen in (("a", seen_by_a), ("b", seen_by_b)):
+        expected = [parts[key[0]][int(key[1])] for key in seen]
+        assert found[name].hessian_II.tolist() == gram(expected)
+        assert found[name].num_tokens == 6 * len(seen)
+    assert chain.num_runs == 2
+
+
+def test_a_late_module_does_not_follow_one_that_saw_more_before() -> None:
+    """As an expert that is called for the first time in the second batch."""
+    modules = linears("a", "b")
+    batches = [whole_numbers(2, 3, 2, seed=seed) for seed in (1, 2)]
+
+    def calls() -> None:
+        modules["a"](batches[0])
+        modules["a"](batches[1])
+        modules["b"](batches[1])
+
+    found = collect_hessians(modules, calls, CPU)
+    assert found["a"].hessian_II.tolist() == gram(batches)
+    assert found["b"].hessian_II.tolist() == gram(batches[1:])
+
+
+def test_a_module_that_is_never_called_is_left_out() -> None:
+    modules = linears("a", "b")
+    assert list(collect_hessians(modules, lambda: modules["a"](whole_numbers(4, 2)), CPU)) == ["a"]
+
+
+def test_no_tokens_at_all_count_as_none() -> None:
+    modules = linears("a")
+    found = collect_hessians(modules, lambda: modules["a"](torch.empty(0, 2)), CPU)
+    assert found["a"].num_tokens == 0
+    assert found["a"].hessian_II.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_an_input_given_by_name_is_seen() -> None:
+    modules = linears("a")
+    batch = whole_numbers(3, 2)
+    found = collect_hessians(modules, lambda: modules["a"](input=batch), CPU)
+    assert found["a"].hessian_II.tolist() == gram([batch])
+
+
+def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
+    modules = linears("a")
+
+    def fail() -> None:
+        modules["a"](whole_numbers(3, 2))
+        raise RuntimeError("the model failed")
+
+    with pytest.raises(RuntimeError, match="the model failed"):
+        collect_hessians(modules, fail, CPU)
+    collect_hessians(modules, lambda: modules["a"](whole_numbers(3, 2)), CPU)
+    assert not modules["a"]._forward_pre_hooks
+
+
+def test_half_precision_is_summed_up_exactly_in_float32() -> None:
+    modules = {"a": nn.Linear(2, 2, bias=False).bfloat16()}
+    batch = torch.tensor([[1.0, 1.0]] * 600, dtype=torch.bfloat16)  # bfloat16 would stop counting at 256
+    found = collect_hessians(modules, lambda: modules["a"](batch), CPU)
+    assert found["a"].hessian_II.tolist() == [[600.0, 600.0], [600.0, 600.0]]
+    assert found["a"].hessian_II.dtype == torch.float32
