@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.checkpoint import Checkpoint
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.finish import not_quantized, write_companions
+from runtime.jobs import assign_jobs, least_bytes, remarks
 from runtime.publish import publish_directory, require_free
 from runtime.quantized import input_quantization
 from runtime.recipe import Assignment, Recipe
@@ -109,15 +110,14 @@ def calibrate(
     source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
     if source.schemes:
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
-    assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
-    jobs, unreached = _split_reached(artifact, recipe, assigned)
-    _require_possible(artifact, model, source, recipe, jobs)
+    jobs, unreached = assign_jobs(artifact, model, source, recipe)
     if not batches and any(job.algorithm == "gptq" for job in jobs.values()):
         raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
-    require_space(path, _least_bytes(source, jobs))
-    if unreached:
-        progress(f"left as they are, for the model never calls them: {_some(unreached)}")
-    with publish_directory(path) as partial, torch.no_grad():
+    require_space(path, least_bytes(source, jobs))
+    for remark in remarks(artifact, jobs, unreached):
+        progress(remark)
+    # Statistics look at versions of tensors, which a caller's inference mode would take away.
+    with publish_directory(path) as partial, torch.inference_mode(False), torch.no_grad():
         run = _Run(
             artifact=artifact,
             model=model,
@@ -137,68 +137,6 @@ def calibrate(
         unreached=tuple(unreached),
         seconds=time.perf_counter() - start,
     )
-
-
-def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-
-
-def _split_reached(
-    artifact: Artifact, recipe: Recipe, assigned: Mapping[str, Assignment]
-) -> tuple[dict[str, Assignment], list[str]]:
-    """What is to be done to modules that some subgraph uses, and the names of the others.
-
-    Raises:
-        RecipeError: when nothing is left to do.
-    """
-    used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
-    jobs = {name: job for name, job in assigned.items() if f"{name}.weight" in used}
-    unreached = [name for name in assigned if name not in jobs]
-    if not jobs:
-        raise RecipeError(
-            f"{recipe.source}: the model never calls any module that the recipe targets: {_some(unreached)}",
-            hint="target the layers that the artifact's subgraphs run; seqbuild inspect shows them",
-        )
-    return jobs, unreached
-
-
-def _require_possible(
-    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]
-) -> None:
-    """Refuse now what could not be quantized when its turn comes."""
-    for name, job in jobs.items():
-        ignore = f"add {name} to ignore"
-        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
-        if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
-            owner = tied.removesuffix(".weight")
-            raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
-        if source.plain_key(f"{name}.weight") is None:
-            raise RecipeError(
-                f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
-                "quantized under the checkpoint's names",
-                hint=ignore,
-            )
-        num_in, group_size = model.get_submodule(name).get_parameter("weight").shape[1], job.scheme.weights.group_size
-        if job.scheme.weights.strategy == "group" and num_in % group_size:
-            raise RecipeError(
-                f"{recipe.source}: {name} has {num_in} input features, which groups of {group_size} do not divide",
-                hint=f"{ignore}, or choose another group_size",
-            )
-
-
-def _least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
-    """What the checkpoint takes on disk, without scales and headers."""
-    bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
-    return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _tied_by(artifact: Artifact, name: str) -> str:
-    parameters = artifact.manifest.parameters.items()
-    return next((other for other, entry in parameters if entry.tied_to == name), "")
 
 
 @dataclass(kw_only=True)

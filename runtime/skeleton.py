@@ -29,8 +29,8 @@ def build_skeleton(path: Path, manifest: Manifest, dtype: torch.dtype | None) ->
         ModelError: when the installed transformers lacks the class, or cannot build it from the config.
     """
     import torch
-    from accelerate import init_empty_weights
 
+    from runtime.construct import without_weights
     from runtime.model_config import read_config
 
     entry = manifest.model
@@ -38,7 +38,7 @@ def build_skeleton(path: Path, manifest: Manifest, dtype: torch.dtype | None) ->
     config = read_config(path)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             model: nn.Module = cls._from_config(config, dtype=dtype, attn_implementation=entry.attn_implementation)
     except Exception as error:
         raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error

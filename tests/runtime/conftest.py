@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import runtime.cli
+from tests.runtime.place import Place, Run
 from tests.runtime.small import EXPERTS, NARROW, WIDTHS, Small, make_small
 
 
@@ -60,3 +62,21 @@ def qwen3_moe(small: Callable[..., Small]) -> Small:
 def mixtral(small: Callable[..., Small]) -> Small:
     """Experts under another name in the checkpoint than in the model."""
     return small("MixtralForCausalLM", "MixtralConfig", {**EXPERTS, "num_local_experts": 4})
+
+
+@pytest.fixture
+def place(tmp_path: Path, llama: Small) -> Place:
+    (tmp_path / "place").mkdir()
+    return Place(tmp_path / "place", llama)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: exit code, what it printed, what it complained about."""
+
+    def call(arguments: list[str], main: Callable[[list[str]], int] = runtime.cli.main) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(arguments)
+        return code, *capfd.readouterr()
+
+    return call

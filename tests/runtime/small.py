@@ -38,6 +38,19 @@ WIDTHS = {
 NARROW = {**WIDTHS, "hidden_size": 32, "intermediate_size": 48}
 EXPERTS = {**NARROW, "num_experts_per_tok": 2}
 
+# Insides of recipes.
+_GROUPS_OF_16 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}"
+NARROW_W4 = f"config_groups: {{a: {{targets: [Linear], weights: {_GROUPS_OF_16}}}}}, ignore: [lm_head]"
+_W3 = "{num_bits: 3, type: int, symmetric: true, strategy: group, group_size: 64}"
+RECIPES = {
+    "W4A16": "targets: Linear, scheme: W4A16, ignore: [lm_head]",
+    "W4A16_ASYM": "targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]",
+    "W8A8": "targets: Linear, scheme: W8A8, ignore: [lm_head]",
+    "FP8_DYNAMIC": "targets: Linear, scheme: FP8_DYNAMIC, ignore: [lm_head]",
+    "W3": f"config_groups: {{a: {{targets: [Linear], weights: {_W3}}}}}, ignore: [lm_head]",
+    "with head": "targets: Linear, scheme: W4A16",
+}
+
 
 @dataclass(frozen=True)
 class Small:
@@ -149,3 +162,11 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 def directory_bytes(directory: Path) -> dict[str, bytes]:
     """Every file of a directory."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def unpacked(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    """A 4 bit weight, taken apart by hand: eight numbers in an int32, the first lowest, each with 8 added."""
+    packed, scale = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"]
+    rows, columns = tensors[f"{module}.weight_shape"].tolist()
+    integers = torch.stack([(packed >> (4 * place)) & 15 for place in range(8)], dim=-1).reshape(rows, -1) - 8
+    return integers[:, :columns] * scale.repeat_interleave(columns // scale.shape[1], dim=1)

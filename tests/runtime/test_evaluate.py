@@ -12,8 +12,7 @@ import transformers
 import runtime
 import seqbuild.build
 from runtime.artifact import LoadedSubgraph
-from tests.runtime.small import NARROW, Small, calibrate, load_transformers, recipe, token_batches
-from tests.runtime.test_calibrate import RECIPES
+from tests.runtime.small import NARROW, RECIPES, Small, calibrate, load_transformers, recipe, token_batches
 from tests.tiny_models import minilm_directory
 
 BATCHES = token_batches([(3, 33), (2, 33), (1, 7), (2, 1)], seed=9)

@@ -22,7 +22,7 @@ class Inputs:
 
 
 def make(*names: str) -> Any:
-    return Inputs({name: ("batch", "sequence") for name in names})
+    return Inputs(dict.fromkeys(names, ("batch", "sequence")))
 
 
 def test_inputs_come_in_the_order_of_the_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import runtime
 from tests.runtime.small import Small, directory_bytes, write_token_file
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "GPTQModifier: {targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]}\n"
 
 WALLS = """
-import builtins, importlib.abc, socket, sys
+import importlib.abc, socket, sys
 
 class NoCompiler(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -73,37 +74,38 @@ for attempt in (
 
 RUN = """
 from runtime.cli import main
-sys.exit(main(sys.argv[1:]))
+artifact, data, weights, recipe, out = sys.argv[1:]
+common = [artifact, "--data", data, "--weights"]
+code = main(["calibrate", *common, weights, "--recipe", recipe, "-o", out, "--json"])
+sys.exit(code or main(["evaluate", *common, out, "--json"]))
 """
 
 
-def run(code: str, *arguments: str | Path) -> str:
-    """Run Python code in another process and return what it printed."""
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "W4A16_ASYM"), ("qwen3_moe", "W8A8")])
+def test_a_walled_in_run_gives_the_same_bytes(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, scheme: str
+) -> None:
+    small: Small = request.getfixturevalue(name)
+    text = f"GPTQModifier: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    data = write_token_file(tmp_path / "tokens.safetensors")
+    paths = [small.artifact, data, small.weights, tmp_path / "recipe.yaml", tmp_path / "walled"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", WALLS + CHECK_THE_WALLS + RUN, *map(str, paths)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
 
-
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_a_walled_in_run_gives_the_same_bytes(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
-    small: Small = request.getfixturevalue(name)
-    recipe = tmp_path / "recipe.yaml"
-    text = RECIPE if name == "llama" else RECIPE.replace("W4A16_ASYM", "W8A8")
-    recipe.write_text(text)
-    data = write_token_file(tmp_path / "tokens.safetensors")
-    perplexities = []
-    for code, out in (("import sys" + RUN, "free"), (WALLS + CHECK_THE_WALLS + RUN, "walled")):
-        common = (small.artifact, "--data", data, "--weights")
-        run(code, "calibrate", *common, small.weights, "--recipe", recipe, "-o", tmp_path / out)
-        perplexities.append(run(code, "evaluate", *common, tmp_path / out).partition(",")[0])
+    batches = runtime.batches(runtime.load_tokens(data).samples, 8)
+    plan = runtime.Recipe.from_file(tmp_path / "recipe.yaml")
+    artifact = small.load()
+    runtime.calibrate(artifact, weights=small.weights, recipe=plan, batches=batches, out=tmp_path / "free")
     assert directory_bytes(tmp_path / "free") == directory_bytes(tmp_path / "walled")
-    assert perplexities[0] == perplexities[1]
+    result = runtime.evaluate(artifact, weights=tmp_path / "free", batches=batches)
+    assert json.loads(done.stdout.splitlines()[1])["perplexity"] == result.perplexity
 
 
 def imported_names(path: Path) -> list[str]:

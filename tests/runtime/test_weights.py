@@ -77,7 +77,7 @@ def test_loading_and_unloading_a_subgraph(llama: Small) -> None:
 
 
 def test_dtype_of_the_run(sharded_llama: Small) -> None:
-    source, model = open_weights(sharded_llama, sharded_llama.weights, torch.float32)
+    source, _ = open_weights(sharded_llama, sharded_llama.weights, torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
     assert source.read(name, CPU).dtype == torch.float32
     assert torch.equal(source.read(name, CPU), read_tensors(sharded_llama.weights)[name].float())
@@ -312,7 +312,7 @@ def test_checkpoint_lists_shapes_and_bytes(tmp_path: Path) -> None:
 
 
 def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(runtime.WeightsError, match="there is no checkpoint directory .*nowhere"):
+    with pytest.raises(runtime.WeightsError, match=r"there is no checkpoint directory .*nowhere"):
         Checkpoint(tmp_path / "nowhere")
     with pytest.raises(runtime.WeightsError, match=r"holds no safetensors checkpoint \(it has no model.safetensors\)"):
         Checkpoint(tmp_path)

@@ -1,0 +1,41 @@
+"""Build a model's module tree without memory for its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# No table that a model calculates is as large; fused experts are.
+_LARGE_ELEMENTS = 2**24
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Parameters go to the meta device, buffers are real: they are calculated, not loaded.
+
+    accelerate moves a parameter there when it is registered, by then it has been made once: the experts of one layer
+    may be 40 GB. So large tensors without content of their own are made on the meta device in the first place.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from torch.overrides import TorchFunctionMode
+
+    makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    class LargeOnMeta(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in makers and kwargs.get("out") is None:
+                shape_only: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
+                if shape_only.numel() > _LARGE_ELEMENTS:
+                    return shape_only
+            return func(*args, **kwargs)
+
+    with init_empty_weights(include_buffers=False), LargeOnMeta():
+        yield

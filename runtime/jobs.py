@@ -1,0 +1,123 @@
+"""What a recipe comes to for one model: which module gets which scheme, and whether that can be done.
+
+Whatever could go wrong when a module's turn comes is looked for here, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from runtime.errors import RecipeError
+from runtime.recipe import Assignment, Recipe
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.weights import Weights
+
+
+def assign_jobs(
+    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe
+) -> tuple[dict[str, Assignment], list[str]]:
+    """Decide what is done to each module.
+
+    Args:
+        artifact: says which modules its subgraphs use.
+        model: its module tree; weights are not looked at.
+        source: the checkpoint.
+        recipe: says what is wanted.
+
+    Returns:
+        Jobs by module name, and the names of modules that the recipe targets and no subgraph uses.
+
+    Raises:
+        RecipeError: naming the module that cannot be quantized as asked, and why.
+    """
+    wanted, compiled = recipe.sequential_targets, artifact.manifest.target_patterns
+    if wanted and sorted(wanted) != sorted(compiled):
+        raise RecipeError(
+            f"{recipe.source} asks for the sequential targets {', '.join(wanted)}, "
+            f"and the artifact was cut at {', '.join(compiled)}",
+            hint="compile with --targets, or leave sequential_targets out",
+        )
+    assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
+    jobs, unreached = _split_reached(artifact, recipe, assigned)
+    _require_possible(artifact, model, source, recipe, jobs)
+    return jobs, unreached
+
+
+def remarks(artifact: Artifact, jobs: Mapping[str, Assignment], unreached: Sequence[str]) -> Iterator[str]:
+    """What a user should know about the result before it is made, a line each."""
+    if unreached:
+        yield f"left as they are, for the model never calls them: {_some(unreached)}"
+    parameters = artifact.manifest.parameters.items()
+    fused = [name for name, entry in parameters if len(entry.sources) > 1 and "expert" in name]
+    if fused and any(job.scheme.weights.type == "int" for job in jobs.values()):
+        yield (
+            f"warning: {len(fused)} fused expert weights stay as they are, and transformers does not load such experts "
+            "beside integer layers (5.17 starts them at random, 5.23 refuses)"
+        )
+
+
+def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def _split_reached(
+    artifact: Artifact, recipe: Recipe, assigned: Mapping[str, Assignment]
+) -> tuple[dict[str, Assignment], list[str]]:
+    """What is to be done to modules that some subgraph uses, and the names of the others.
+
+    Raises:
+        RecipeError: when nothing is left to do.
+    """
+    used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
+    jobs = {name: job for name, job in assigned.items() if f"{name}.weight" in used}
+    unreached = [name for name in assigned if name not in jobs]
+    if not jobs:
+        raise RecipeError(
+            f"{recipe.source}: the model never calls any module that the recipe targets: {_some(unreached)}",
+            hint="target the layers that the artifact's subgraphs run; seqbuild inspect shows them",
+        )
+    return jobs, unreached
+
+
+def _require_possible(
+    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]
+) -> None:
+    """Refuse now what could not be quantized when its turn comes."""
+    for name, job in jobs.items():
+        ignore = f"add {name} to ignore"
+        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
+        if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
+            owner = tied.removesuffix(".weight")
+            raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
+        if source.plain_key(f"{name}.weight") is None:
+            raise RecipeError(
+                f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
+                "quantized under the checkpoint's names",
+                hint=ignore,
+            )
+        num_in, group_size = model.get_submodule(name).get_parameter("weight").shape[1], job.scheme.weights.group_size
+        if job.scheme.weights.strategy == "group" and num_in % group_size:
+            raise RecipeError(
+                f"{recipe.source}: {name} has {num_in} input features, which groups of {group_size} do not divide",
+                hint=f"{ignore}, or choose another group_size",
+            )
+
+
+def least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
+    """What the checkpoint takes on disk, without scales and headers."""
+    bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
+    return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _tied_by(artifact: Artifact, name: str) -> str:
+    parameters = artifact.manifest.parameters.items()
+    return next((other for other, entry in parameters if entry.tied_to == name), "")

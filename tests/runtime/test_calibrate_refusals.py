@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+import runtime
+import seqbuild.build
+from runtime.artifact import LoadedSubgraph
+from tests.runtime.small import (
+    NARROW,
+    NARROW_W4,
+    RECIPES,
+    Small,
+    calibrate,
+    load_transformers,
+    read_tensors,
+    recipe,
+    save_model,
+    token_batches,
+)
+
+# What is refused before anything runs, and what is left behind then: nothing.
+
+
+@pytest.fixture
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        raise AssertionError("ran before everything was checked")
+
+    monkeypatch.setattr(LoadedSubgraph, "forward", forward)
+
+
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("targets: Linear, scheme: W4A16", runtime.RecipeError, "lm_head shares its weight with model.embed_tokens"),
+        ("targets: lm_head, scheme: W4A16", runtime.RecipeError, "lm_head shares its weight with model.embed_tokens"),
+        (
+            "config_groups: {a: {targets: [Linear], weights: {num_bits: 4, type: int, symmetric: true, "
+            "strategy: group, group_size: 96}}}, ignore: [lm_head]",
+            runtime.RecipeError,
+            "model.layers.0.self_attn.q_proj has 128 input features, which groups of 96 do not divide",
+        ),
+    ],
+)
+def test_recipes_that_the_model_cannot_follow(
+    sharded_llama: Small, tmp_path: Path, text: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        calibrate(sharded_llama, recipe(text, modifier="GPTQModifier"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_is_tied_by_config_is_refused_even_if_the_checkpoint_holds_both(tmp_path: Path) -> None:
+    """Transformers then cannot load it: it ties by the config, and there is no weight to tie to."""
+    config = transformers.LlamaConfig(**NARROW, tie_word_embeddings=True)
+    weights = save_model(transformers.LlamaForCausalLM(config), tmp_path / "model")
+    tensors = read_tensors(weights)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    safetensors.torch.save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+    small = Small(weights=weights, artifact=seqbuild.build.build(weights, out=tmp_path).path)
+    with pytest.raises(runtime.RecipeError, match="lm_head shares its weight"):
+        calibrate(small, recipe(NARROW_W4.replace("ignore: [lm_head]", "ignore: []")), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_gptq_without_data_is_refused(llama: Small, tmp_path: Path) -> None:
+    with pytest.raises(runtime.DataError, match="asks for GPTQ, which measures calibration data"):
+        calibrate(llama, recipe(RECIPES["W4A16"], modifier="GPTQModifier"), tmp_path / "out", batches=[])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_not_finite_name_the_module_and_leave_nothing(narrow_llama: Small, tmp_path: Path) -> None:
+    model = load_transformers(narrow_llama.weights)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").get_parameter("weight")[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(runtime.QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj: .* not finite"):
+        runtime.calibrate(
+            narrow_llama.load(),
+            weights=tmp_path / "broken",
+            recipe=recipe(NARROW_W4, modifier="GPTQModifier"),
+            batches=token_batches(),
+            out=tmp_path / "out",
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_disk_that_is_full_at_the_third_shard(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, paths = safetensors.torch.save_file, []
+
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
+        paths.append(path)
+        if len(paths) == 3:
+            path.write_bytes(b"half")
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(runtime.OutputError, match=r"cannot write .*out: the disk is full \(nothing was left behind\)"):
+        calibrate(narrow_llama, recipe(NARROW_W4), tmp_path / "out", max_shard_bytes=10_000)
+    assert len(paths) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_is_loaded_but_never_called_cannot_be_measured(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = narrow_llama.load()
+    model = artifact.empty_model()
+    mlp: Any = model.get_submodule("model.layers.1.mlp")
+
+    def without_down_proj(hidden: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+        return product @ mlp.down_proj.weight.T
+
+    monkeypatch.setattr(mlp, "forward", without_down_proj)
+    monkeypatch.setattr(artifact, "empty_model", lambda dtype: model)
+    with pytest.raises(runtime.QuantizationError, match=r"model\.layers\.1\.mlp\.down_proj: .* no calibration batch"):
+        runtime.calibrate(
+            artifact,
+            weights=narrow_llama.weights,
+            recipe=recipe(NARROW_W4, modifier="GPTQModifier"),
+            batches=token_batches(),
+            out=tmp_path / "out",
+        )
+    assert list(tmp_path.iterdir()) == []

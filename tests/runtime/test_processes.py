@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.runtime.place import ROOT, Place, Run
+
+SLOW = """
+import sys, time
+from runtime.artifact import LoadedSubgraph
+real = LoadedSubgraph.forward
+def forward(self, model, **inputs):
+    print("step", flush=True)
+    time.sleep(0.2)
+    return real(self, model, **inputs)
+LoadedSubgraph.forward = forward
+from runtime.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    yield {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_run_that_is_stopped_leaves_nothing_and_the_next_one_works(
+    place: Place, run: Run, environment: dict[str, str], number: int, code: int, word: str
+) -> None:
+    before = place.tree()
+    command = [sys.executable, "-c", SLOW, *place.calibrate("--batch-size", "1")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while process.stdout.readline() != "step\n":
+            assert process.poll() is None, process.stderr.read()
+        assert len(list(place.folder.glob(".out.*.partial"))) == 1
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert process.stderr.read() == f"runtime: {word}; nothing half-written was left behind\n"
+    assert place.tree() == before
+    assert run(place.calibrate())[0] == 0
+
+
+def test_what_a_killed_run_leaves_is_hidden_and_in_nobodys_way(
+    place: Place, run: Run, environment: dict[str, str]
+) -> None:
+    command = [sys.executable, "-c", SLOW, *place.calibrate()]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "step\n":
+            assert process.poll() is None
+        process.kill()
+    assert not place.out.exists()
+    assert run(place.calibrate())[0] == 0
+    assert (place.out / "config.json").is_file()
+
+
+def test_a_closed_pipe_is_no_traceback(place: Place, environment: dict[str, str]) -> None:
+    for module, arguments in (("runtime", "check"), ("seqbuild", "inspect --json")):
+        done = subprocess.run(
+            f"{sys.executable} -m {module} {arguments} {place.artifact} | true",
+            shell=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["runtime", "seqbuild"])
+def test_help_is_quick_and_loads_no_torch(module: str, environment: dict[str, str]) -> None:
+    code = f"""
+import sys
+from {module}.cli import main
+assert main(["--help"]) == 0
+heavy = [name for name in ("torch", "transformers", "compressed_tensors", "numpy") if name in sys.modules]
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+    times = []
+    for _ in range(7):  # the quickest tells what it costs; the others, how busy the machine is
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", module, "--help"], check=True, env=environment, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize("package", ["runtime", "seqbuild"])
+def test_public_names_are_not_hidden_by_modules_of_the_same_name(package: str, environment: dict[str, str]) -> None:
+    code = f"""
+import pkgutil, importlib, types
+import {package}
+modules = [module.name for module in pkgutil.iter_modules({package}.__path__) if module.name != "__main__"]
+for name in modules:
+    importlib.import_module("{package}." + name)
+for name in {package}.__all__:
+    assert not isinstance(getattr({package}, name), types.ModuleType), name
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
