@@ -30,7 +30,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # transformers validates with many kinds of exceptions

@@ -55,6 +55,10 @@ def require_free(path: Path, *, replace: bool = False) -> None:
             raise OutputError(f"{path} exists and is not a directory", hint="choose another output")
         if path.is_dir() and any(path.iterdir()) and not replace:
             raise OutputError(f"output directory {path} is not empty", hint="choose another, or remove it")
+        if path.is_dir() and (os.path.ismount(path) or path.resolve() in (Path.cwd(), *Path.cwd().parents)):
+            # Publishing renames: a mount point does not allow it, and a shell that stands there would lose its place.
+            hint = f"name a directory in it, such as {path / 'out'}"
+            raise OutputError(f"{path} is a mount point or the current directory and cannot be replaced", hint=hint)
 
 
 def write_file(path: Path, data: bytes) -> None:

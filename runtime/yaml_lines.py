@@ -43,6 +43,8 @@ class Value:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
             raise _from_yaml(error, origin) from error
+        except RecursionError as error:
+            raise RecipeError(f"{origin}: not valid YAML: it is nested too deeply") from error
         if node is None:
             raise RecipeError(f"{origin}: the file is empty")
         return cls(node=node, line=node.start_mark.line + 1, origin=origin, name="the file")
@@ -89,6 +91,8 @@ class Value:
             return yaml.SafeLoader("").construct_document(copy.deepcopy(self.node))
         except yaml.YAMLError as error:
             raise _from_yaml(error, self.origin) from error
+        except (ValueError, RecursionError) as error:  # a date that is none, an integer of thousands of digits
+            raise self.error(f"{self.name} cannot be read: {error}") from error
 
     def text(self) -> str:
         """The value, which must be a string.

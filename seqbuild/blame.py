@@ -48,11 +48,21 @@ def burnt_in(size: str, culprit: Culprit | None) -> TraceError:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Culprit:
-    """A line of the model's code: its function as `--ignore` wants it, and the object whose method that is."""
+    """A line of the model's code.
+
+    Attributes:
+        name: its function.
+        file: where it is.
+        line: likewise.
+        ignorable: the innermost function around it that `--ignore` can name.
+        owner: the object whose method that is, or None.
+        is_forward: whether that is a module's forward.
+    """
 
     name: str
     file: str
     line: int
+    ignorable: str
     owner: Any
     is_forward: bool
 
@@ -67,23 +77,36 @@ def _innermost(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
     if not frames:
         return None
     frame, line = frames[-1]
-    code = frame.f_code
-    owner = frame.f_locals.get("self")
-    module = inspect.getmodule(code)
-    prefix = f"{type(owner).__name__}." if owner is not None else f"{module.__name__}." if module is not None else ""
+    nameable = next((outer for outer, _ in reversed(frames) if _can_be_named(outer)), frame)
     return Culprit(
-        name=prefix + code.co_name,
-        file=code.co_filename,
+        name=_name(frame),
+        file=frame.f_code.co_filename,
         line=line,
-        owner=owner,
-        is_forward=code.co_name == "forward",
+        ignorable=_name(nameable),
+        owner=nameable.f_locals.get("self"),
+        is_forward=nameable.f_code.co_name == "forward",
     )
+
+
+def _name(frame: FrameType) -> str:
+    """`Class.method` or `module.path.function`, as `--ignore` takes it."""
+    owner, module = frame.f_locals.get("self"), inspect.getmodule(frame.f_code)
+    prefix = f"{type(owner).__name__}." if owner is not None else f"{module.__name__}." if module is not None else ""
+    return prefix + frame.f_code.co_name
+
+
+def _can_be_named(frame: FrameType) -> bool:
+    """Whether the function is found under its name: one that was made inside another is not."""
+    owner = frame.f_locals.get("self")
+    home = type(owner) if owner is not None else inspect.getmodule(frame.f_code)
+    found = inspect.unwrap(getattr(home, frame.f_code.co_name, None) or _name)
+    return getattr(found, "__code__", None) is frame.f_code
 
 
 def _advice(culprit: Culprit, is_ancestor: bool) -> str:
     if is_ancestor:
         return "move that line into a function of its own and name it with --ignore"
-    return f"make it one opaque step with --ignore {culprit.name}"
+    return f"make it one opaque step with --ignore {culprit.ignorable}"
 
 
 def _is_models(filename: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.construct import without_weights
 from runtime.errors import ModelError
 from seqbuild.source import Source
 
@@ -32,7 +33,6 @@ def build_weightless(source: Source, *, attn_implementation: str | None = None) 
     Raises:
         ModelError: when transformers does not know the model, or it cannot be built.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     if source.config.get("auto_map"):
@@ -48,7 +48,7 @@ def build_weightless(source: Source, *, attn_implementation: str | None = None) 
         ) from error
     cls = _model_class(source, config)
     try:
-        with init_empty_weights(include_buffers=False), _quiet():
+        with without_weights(), _quiet():
             model: PreTrainedModel = cls._from_config(
                 config, dtype=TRACE_DTYPE, attn_implementation=attn_implementation
             )

@@ -1,4 +1,4 @@
-"""Rehearse a step that cannot run on fake tensors: run it for real on small random values, to learn the shape of
+"""Rehearse a step that fails on fake tensors: run it for real on small random values, to learn the shape of
 its result.
 
 A function that loops over what `nonzero` found, or asks `.item()` and decides, needs values. It is run by itself, once
@@ -10,6 +10,7 @@ values, so it becomes a symbol without a value: the trace can calculate with it,
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 from collections import UserDict
@@ -20,15 +21,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.errors import TraceError
@@ -37,14 +30,10 @@ from seqbuild.weightless import small_real_parameters, small_tensor
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-# What fake tensors raise when a function needs values.
-NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+# A step with more weights than this is not run for real: compiling is to stay a laptop's work.
+LIMIT_BYTES = 4 * 2**30
+
+Memory = dict[Any, tuple[Any, Any]]
 
 
 def rehearse(
@@ -54,6 +43,7 @@ def rehearse(
     *,
     modules: Sequence[nn.Module],
     fake_mode: FakeTensorMode,
+    memory: Memory,
 ) -> Any:
     """The result of `function(*args, **kwargs)` in fake tensors, learned from two real runs.
 
@@ -63,26 +53,67 @@ def rehearse(
         kwargs: likewise.
         modules: those whose parameters the function uses.
         fake_mode: owns the fake tensors of the result.
+        memory: results of earlier rehearsals; a model's layers differ in nothing that is looked at here.
 
     Raises:
-        TraceError: when the shape of the result follows from values.
+        TraceError: when the shape of the result follows from values, or the step is too large to be run.
     """
     shape_env = fake_mode.shape_env
     assert shape_env is not None
     sizes = _sizes((args, kwargs))
-    results = []
-    for enlarge in (1, 2):
-        stage = _Stage(shape_env=shape_env, enlarge=enlarge)
-        with contextlib.ExitStack() as stack:
-            for context in (_disable_current_modes(), unset_fake_temporarily(), torch.random.fork_rng(devices=[])):
-                stack.enter_context(context)
-            stack.enter_context(small_real_parameters(modules))
-            results.append(function(*stage.real(list(args)), **stage.real(dict(kwargs))))
+    key = (getattr(function, "__qualname__", ""), _signature(modules), _signature(args), _signature(kwargs))
+    if key not in memory:
+        _require_small(modules)
+        stages = (_Stage(shape_env=shape_env, enlarge=1), _Stage(shape_env=shape_env, enlarge=2))
+        small, large = (_run(function, args, kwargs, modules, stage) for stage in stages)
+        memory[key] = small, large
     products = [one * two for one, two in itertools.combinations_with_replacement(sizes, 2)]  # tokens of a batch
     known = {
         tuple(_value(size, shape_env, enlarge) for enlarge in (1, 2)): size for size in reversed([*sizes, *products])
     }
-    return _Learner(fake_mode=fake_mode, known=known).learn(*results)
+    with _for_real():
+        small, large = copy.deepcopy(memory[key])  # what is learned is written into it
+    return _Learner(fake_mode=fake_mode, known=known).learn(small, large)
+
+
+def _run(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    modules: Sequence[nn.Module],
+    stage: _Stage,
+) -> Any:
+    with _for_real(), small_real_parameters(modules):
+        return function(*stage.real(list(args)), **stage.real(dict(kwargs)))
+
+
+@contextlib.contextmanager
+def _for_real() -> Iterator[None]:
+    """No mode that records or fakes is active, and random numbers that are drawn are nobody else's."""
+    with _disable_current_modes(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _require_small(modules: Sequence[nn.Module]) -> None:
+    num_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    if num_bytes > LIMIT_BYTES:
+        raise TraceError(
+            f"a step with {num_bytes / 2**30:.0f} GiB of weights depends on values, and is too large to be run for its "
+            "shape"
+        )
+
+
+def _signature(value: Any) -> Any:
+    """What of a step's arguments and modules decides the structure of its result, to compare."""
+    if isinstance(value, nn.Module):
+        return type(value), tuple((name, tuple(p.shape)) for name, p in value.named_parameters())
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(map(str, value.shape))
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    if isinstance(value, (dict, UserDict)):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    return str(value) if isinstance(value, (str, int, float, bool, torch.SymInt, type(None))) else id(value)
 
 
 def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
@@ -135,6 +166,8 @@ class _Stage:
             return small_tensor(value, self.generator, [self.size(size) for size in value.shape])
         if isinstance(value, torch.SymInt):
             return self.size(value)
+        if isinstance(value, (torch.SymBool, torch.SymFloat)):
+            return False if isinstance(value, torch.SymBool) else 0.5
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self.real(item) for item in value))
         if isinstance(value, (tuple, list)):

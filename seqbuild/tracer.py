@@ -30,15 +30,15 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor_tree,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.overrides import TorchFunctionMode
 
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import Culprit, blame, burnt_in, find_culprit
+from seqbuild.blame import blame, burnt_in
+from seqbuild.literals import LiteralTensors
 from seqbuild.opaque import OpaqueStep, find_opaque_steps
 from seqbuild.partition import named_output
-from seqbuild.rehearse import NEEDS_VALUES, rehearse, sample_sizes
+from seqbuild.rehearse import Memory, rehearse
 from seqbuild.sample import symbolic_inputs
+from seqbuild.sizes import SizeBurntInError, WatchedSizes
 from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -74,12 +74,13 @@ class SequentialTracer(PythonKeyTracer):
         self.dtype = dtype
         self.constants: dict[str, torch.Tensor] = {}
         self.unmatched_ignore: tuple[str, ...] = ()
-        self.shape_env = _WatchedSizes()
+        self.shape_env = WatchedSizes()
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
         self._kept_alive: list[object] = []
+        self._rehearsals: Memory = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` is recorded as one step: it is no ancestor of a target, or its parameters are elsewhere."""
@@ -115,7 +116,7 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(self._leaves_recorded(root))
             for step in steps:
                 stack.enter_context(step.replaced(self._opaque_call))
-            for context in (torch.no_grad(), enable_python_dispatcher(), self.fake_mode, _LiteralTensors(self.dtype)):
+            for context in (torch.no_grad(), enable_python_dispatcher(), self.fake_mode, LiteralTensors(self.dtype)):
                 stack.enter_context(context)
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
@@ -129,6 +130,7 @@ class SequentialTracer(PythonKeyTracer):
                 raise blame(error, self.ancestors) from error
             self.graph.output(self.create_arg(named_output(output)))
         self._kept_alive.clear()
+        self._rehearsals.clear()
         _drop_dead_code(self.graph)
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
@@ -152,12 +154,10 @@ class SequentialTracer(PythonKeyTracer):
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             for axis, size in enumerate(shape):
-                expression = size.node.expr if isinstance(size, torch.SymInt) else None
                 is_meant = not is_batch_only or (axis == 0 and len(shape) > 1)
-                if expression is not None and expression.is_number and is_meant:
-                    symbol = size.node._expr
-                    what = f"the size of {node.target} along axis {axis} ({expression} in the sample)"
-                    raise burnt_in(what, self.shape_env.culprits.get(symbol))
+                if isinstance(size, torch.SymInt) and is_meant and self.shape_env.is_fixed(size):
+                    what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
+                    raise burnt_in(what, self.shape_env.culprits.get(size.node._expr))
 
     def create_arg(self, a: Any) -> Any:
         """Turn a Python value into something a node can hold; names the type when it cannot."""
@@ -284,13 +284,22 @@ class SequentialTracer(PythonKeyTracer):
             try:
                 with self.shape_env.sizes_kept_free():
                     return function(*args, **kwargs)
-            except NEEDS_VALUES:
-                return rehearse(function, args, kwargs, modules=modules, fake_mode=self.fake_mode)
-            except SizeBurntInError:  # by a loop over it, which can be rehearsed, or because the step allows no other
+            except SeqbuildError:
+                raise
+            except Exception as error:
                 try:
-                    return rehearse(function, args, kwargs, modules=modules, fake_mode=self.fake_mode)
-                except Exception:
-                    return function(*args, **kwargs)
+                    return rehearse(
+                        function,
+                        args,
+                        kwargs,
+                        modules=modules,
+                        fake_mode=self.fake_mode,
+                        memory=self._rehearsals,
+                    )
+                except Exception as second:
+                    if isinstance(error, SizeBurntInError):  # not by a loop over it: the step allows no other size
+                        return function(*args, **kwargs)
+                    raise second if isinstance(second, TraceError) else error from None
 
     def _track(self, value: Any, proxy: fx.Proxy) -> Any:
         """Tie every tensor and symbol inside `value` to its place in the result of `proxy`'s node.
@@ -324,80 +333,6 @@ class SequentialTracer(PythonKeyTracer):
 
     def _item(self, proxy: fx.Proxy, key: Any) -> fx.Proxy:
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
-
-
-class SizeBurntInError(RuntimeError):
-    """A symbol is about to become a number."""
-
-
-class _WatchedSizes(ShapeEnv):
-    """Remembers which line of the model's code turned a symbol into a number, or does not let it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.culprits: dict[Any, Culprit | None] = {}
-        self.is_strict = False
-
-    @contextlib.contextmanager
-    def sizes_kept_free(self) -> Iterator[None]:
-        """Raise `SizeBurntInError` where an input's size would become a number, and forget what led to it."""
-        before, self.is_strict = self.is_strict, True
-        ranges, num_guards = dict(self.var_to_range), len(self.guards)
-        try:
-            yield
-        except SizeBurntInError:
-            self.var_to_range.update(ranges)
-            del self.guards[num_guards:]
-            self._version_counter += 1  # drops what torch has remembered of answers about sizes
-            raise
-        finally:
-            self.is_strict = before
-
-    def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
-        if tgt.is_number and a in sample_sizes(self):
-            if self.is_strict:
-                raise SizeBurntInError(msg)
-            self.culprits.setdefault(a, find_culprit())
-        super()._set_replacement(a, tgt, msg)
-
-
-class _LiteralTensors(TorchFunctionMode):
-    """Record numbers that the model's code makes tensors of as they are written: `torch.tensor(0.1, dtype=...)`,
-    `torch.tensor([0.1, 0.2], dtype=...)`, `x[mask] = 0.1`.
-
-    The dispatcher sees only the finished tensor, rounded to the dtype of the trace; a run in another dtype needs the
-    number itself.
-    """
-
-    def __init__(self, weights_dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.weights_dtype = weights_dtype
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if get_proxy_mode() is not None:
-            if func in (torch.tensor, torch.as_tensor):
-                return self._tensor(func, *args, **kwargs)
-            if func is torch.Tensor.__setitem__ and type(args[2]) in (int, float):
-                return func(args[0], args[1], _scalar(args[2], args[0].dtype, args[0].device))
-        return func(*args, **kwargs)
-
-    def _tensor(self, func: Callable[..., Any], data: Any, **options: Any) -> Any:
-        dtype = options.get("dtype")
-        if type(data) in (int, float):
-            usual = torch.int64 if type(data) is int else torch.get_default_dtype()
-            return _scalar(data, dtype or usual, options.get("device"))
-        if isinstance(data, (list, tuple)) and dtype is not None and dtype == self.weights_dtype:
-            return func(data, **{**options, "dtype": torch.float64}).to(dtype)
-        return func(data, **options)
-
-
-def _scalar(number: float, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-    place = torch.device("cpu") if device is None else torch.device(device)
-    scalar: torch.Tensor = torch.ops.aten.scalar_tensor.default(number, dtype=dtype, device=place)
-    return scalar
 
 
 @contextlib.contextmanager

@@ -68,15 +68,21 @@ def small_real_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give these modules, and those inside them, real tensors: small random numbers, and zero for integers."""
     generator = torch.Generator().manual_seed(0)
     reals: dict[int, torch.Tensor] = {}
+
+    def real(tensor: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in reals:
+            value = small_tensor(tensor, generator)
+            reals[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        return reals[id(tensor)]
+
     with contextlib.ExitStack() as stack:
         for module in dict.fromkeys(inner for outer in modules for inner in outer.modules()):
             for kind in ("_parameters", "_buffers"):
                 tensors = module.__dict__[kind]
                 stack.callback(module.__dict__.__setitem__, kind, tensors)
-                module.__dict__[kind] = {
-                    name: tensor if tensor is None else reals.setdefault(id(tensor), small_tensor(tensor, generator))
-                    for name, tensor in tensors.items()
-                }
+                module.__dict__[kind] = {name: real(tensor, kind == "_parameters") for name, tensor in tensors.items()}
         yield
 
 
@@ -85,7 +91,7 @@ def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence
     sizes = tuple(like.shape) if shape is None else tuple(shape)
     if not like.is_floating_point():
         return torch.zeros(sizes, dtype=like.dtype)
-    return (torch.rand(sizes, generator=generator) * 0.1).to(like.dtype)
+    return torch.empty(sizes, dtype=like.dtype).uniform_(0, 0.1, generator=generator)
 
 
 @contextlib.contextmanager

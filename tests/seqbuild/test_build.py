@@ -194,11 +194,10 @@ print(compile_model(sys.argv[1], out=sys.argv[2], targets_per_subgraph=2))
 """
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
-def test_two_processes_write_identical_bytes(name: str, tmp_path: Path) -> None:
+def test_two_processes_write_identical_bytes(tmp_path: Path) -> None:
     results = []
     for index, seed in enumerate(("1", "99")):
-        source = save_config(name, tmp_path / f"somewhere{index}" / "deeper" / "model")
+        source = save_config("qwen3_moe", tmp_path / f"somewhere{index}" / "deeper" / "model")
         working, out = tmp_path / f"cwd{index}", tmp_path / f"out{index}"
         working.mkdir()
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "TZ": f"UTC+{index}", "USER": seed}

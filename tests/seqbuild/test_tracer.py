@@ -422,6 +422,31 @@ class TestIgnore:
         assert snapshot(model) == before
         assert not re.search(r"\b(5|10)\b", trace(model)[1].code.source)
 
+    def test_layers_that_look_the_same_are_tried_once(self) -> None:
+        class Twin(toys.DataDependentLeaf):
+            def __init__(self) -> None:
+                super().__init__()
+                self.twin = toys.Loop()
+
+            def glue(self, x: torch.Tensor) -> torch.Tensor:
+                return self.twin(super().glue(x))[0]
+
+        runs = []
+        model = randomize(Twin()).eval()
+        for loop in (model.leaf, model.twin):
+            forward = loop.forward
+            loop.forward = lambda x, forward=forward: runs.append(x.shape) or forward(x)
+        subgraphs = trace(model)
+        assert [list(shape) for shape in runs if type(shape[0]) is int] == [[2, 5, 4], [4, 10, 4]]
+        assert_same(run_chain(subgraphs, model, {"x": values(3, 6)}), run_model(model, {"x": values(3, 6)}))
+
+    def test_a_leaf_that_is_too_large_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("seqbuild.rehearse.LIMIT_BYTES", 79)  # its matrix and vector have 80
+        with pytest.raises(TraceError, match="too large to be run for its shape"):
+            trace(toys.DataDependentLeaf())
+        monkeypatch.setattr("seqbuild.rehearse.LIMIT_BYTES", 80)
+        check(randomize(toys.DataDependentLeaf()).eval())
+
     def test_a_result_whose_size_follows_from_values_is_refused(self) -> None:
         class Picks(toys.Toy):
             def glue(self, x: torch.Tensor) -> torch.Tensor:
