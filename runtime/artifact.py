@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
+from runtime.manifest import (
+    ATTENTIONS,
+    DTYPES,
+    MANIFEST_NAME,
+    ConversionEntry,
+    FileEntry,
+    Manifest,
+    SubgraphEntry,
+    sha256,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -251,13 +260,17 @@ def _check_names(manifest: Manifest) -> None:
     for name, parameter in manifest.parameters.items():
         if not -1 <= parameter.conversion < len(manifest.conversions):
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
-
-
-# What operators may take and return. Storages, streams, remote references and the like reach outside of tensors.
-_OPERATOR_TYPES = re.compile(
-    r"((Optional|List)\[)*(Tensor|int|float|bool|complex|number|str|SymInt|Device|Layout|MemoryFormat|ScalarType"
-    r"|Generator|t|t1|t2)\]*\Z"
-)
+        if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
+            raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
+    if manifest.model.dtype not in ("float32", "float16", "bfloat16"):
+        raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
+    if manifest.model.attn_implementation not in ATTENTIONS:
+        raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
+    for pattern in manifest.model.ignored_keys:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_operators(operators: dict[str, str]) -> None:
@@ -272,11 +285,6 @@ def _check_operators(operators: dict[str, str]) -> None:
                 f"{file} calls torch.ops.aten.{operator}, which torch {torch.__version__} does not have",
                 hint="install the torch version that the artifact was compiled with",
             )
-        schema = getattr(packet, overload)._schema
-        kinds = [str(item.type) for item in (*schema.arguments, *schema.returns)]
-        odd = [kind for kind in kinds if not _OPERATOR_TYPES.match(kind)]
-        if odd:
-            raise ArtifactError(f"{file} calls torch.ops.aten.{operator}, which deals in {odd[0]}")
 
 
 def _compile(root: Path, manifest: Manifest, sources: dict[str, str]) -> Artifact:

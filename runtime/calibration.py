@@ -28,7 +28,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.jobs import assign_jobs, least_bytes, remarks
-from runtime.publish import publish_directory, require_free
+from runtime.publish import publish_directory, require_free, require_outside
 from runtime.quantized import input_quantization
 from runtime.recipe import Assignment, Recipe
 from runtime.statistics import collect_hessians
@@ -104,6 +104,7 @@ def calibrate(
     start = time.perf_counter()
     path = Path(out)
     require_free(path)
+    require_outside(path, artifact.path, Path(weights))
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     model = artifact.empty_model(run_dtype)
     place_buffers(model, torch.device(device))

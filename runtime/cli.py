@@ -57,7 +57,7 @@ def calibrate(
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     pack: Pack = True,
     tokenizer: Tokenizer = None,
-    max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, help="GB of a shard.")] = 2.0,
+    max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
     allow_version_skew: Skew = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

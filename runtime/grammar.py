@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
+from runtime.operators import is_allowed
 
 SOURCE_LIMIT_BYTES = 4 * 2**20
 NESTING_LIMIT = 32
 _INT_LIMIT = 2**63
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
-_OPERATOR = re.compile(r"(__i?(and|or|xor|lshift|rshift)__|_?[a-zA-Z][A-Za-z0-9_]*)\Z")
 _RESERVED = ("self", "run", "torch", "slice")
 _TORCH_VALUES = frozenset(
     (
@@ -30,8 +30,6 @@ _TORCH_VALUES = frozenset(
 )
 _TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
 _RUN_VALUES = frozenset(("device", "dtype", "lowest"))
-# Operators of aten that reach outside of tensors, or at memory that is not theirs.
-_REFUSED_OPERATORS = frozenset(("from_file", "save", "set_", "record_stream"))
 # Where opaque steps may lie, and what of it they may not be.
 _OPAQUE = re.compile(
     r"transformers\.(models\.[a-z0-9_]+\.modeling_[a-z0-9_]+|masking_utils|modeling_attn_mask_utils|modeling_rope_utils"
@@ -261,7 +259,7 @@ class _Checker:
     def _callee(self, node: ast.Call, depth: int) -> None:
         path = _dotted(node.func)
         if path[:3] == ["torch", "ops", "aten"] and len(path) == 5:
-            if path[3] in _REFUSED_OPERATORS or not _OPERATOR.match(path[3]) or not _NAME.match(path[4]):
+            if not is_allowed(path[3], path[4]) or not _NAME.match(path[4]):
                 raise self.refuse(node, f"the operator {path[3]}")
             self.operators[f"{path[3]}.{path[4]}"] = None
         elif len(path) == 2 and path[0] == "torch" and path[1] in _TORCH_FUNCTIONS:

@@ -24,6 +24,12 @@ FORMAT_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 256 * 2**20
 UNBOUNDED = -1
+DTYPES = (
+    *("bool", "uint8", "int8", "int16", "int32", "int64"),
+    *("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64"),
+)
+# Those that are part of torch: any other name makes transformers look for a kernel elsewhere, on the hub even.
+ATTENTIONS = ("eager", "sdpa", "None", "")
 
 Shape = tuple[int | str, ...]
 _T = TypeVar("_T")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError, WeightsError
+from runtime.manifest import ATTENTIONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,7 +38,20 @@ def read_config(directory: Path) -> PretrainedConfig:
     except Exception as error:  # transformers validates with many kinds of exceptions
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{directory / 'config.json'} describes no model that transformers knows: {why}") from error
+    require_plain_attention(config, directory)
     return config
+
+
+def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
+    """Refuse a config that asks for an attention outside of torch; transformers would fetch its kernel from the hub.
+
+    Raises:
+        ModelError: naming the attention.
+    """
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        wanted = str(getattr(part, "_attn_implementation", ""))
+        if wanted not in ATTENTIONS:
+            raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
 
 
 def text_limits(artifact: Artifact) -> tuple[int | None, int | None]:

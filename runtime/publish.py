@@ -61,6 +61,17 @@ def require_free(path: Path, *, replace: bool = False) -> None:
             raise OutputError(f"{path} is a mount point or the current directory and cannot be replaced", hint=hint)
 
 
+def require_outside(path: Path, *sources: Path) -> None:
+    """Refuse an output inside a directory that the run reads: it would no longer be what it was.
+
+    Raises:
+        OutputError: naming both.
+    """
+    for source in sources:
+        if path.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"output directory {path} is inside {source}, which is read", hint="choose another")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that `path` never holds half of it.
 

@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from runtime.errors import TraceError
+from runtime.operators import is_allowed
 
 _INFIX: dict[Any, str] = {
     operator.add: "+",
@@ -150,8 +151,17 @@ class _Emitter:
             path = self._refer("opaque", node.meta["opaque"])
             return f"run.opaque[{_text(path)}]({self._arguments(node)})"
         if isinstance(node.target, torch._ops.OpOverload):
-            return f"torch.ops.{node.target}({self._arguments(node)})"
+            return self._operator(node, node.target)
         return self._python(node)
+
+    def _operator(self, node: fx.Node, operator_: torch._ops.OpOverload) -> str:
+        namespace, name, overload = str(operator_).split(".")
+        if namespace != "aten" or not is_allowed(name, overload):
+            raise TraceError(
+                f"the model's code calls torch.ops.{operator_}, which is not among the operators of an artifact",
+                hint="make the function that calls it one opaque step with --ignore NAME",
+            )
+        return f"torch.ops.{operator_}({self._arguments(node)})"
 
     def _python(self, node: fx.Node) -> str:
         target: Any = node.target

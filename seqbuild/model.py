@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.construct import without_weights
-from runtime.errors import ModelError
+from runtime.errors import ModelError, UsageError
+from runtime.manifest import ATTENTIONS
+from runtime.model_config import require_plain_attention
 from seqbuild.source import Source
 
 if TYPE_CHECKING:
@@ -41,11 +43,14 @@ def build_weightless(source: Source, *, attn_implementation: str | None = None) 
             hint="only architectures that are part of transformers can be compiled",
         )
     try:
-        config = AutoConfig.from_pretrained(source.config_file, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.config_file, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"{source.config_file} does not describe a model that transformers knows: {_reason(error)}"
         ) from error
+    require_plain_attention(config, source.config_file)
+    if attn_implementation is not None and attn_implementation not in ATTENTIONS:
+        raise UsageError(f"the attention is {attn_implementation!r}", hint="it can be eager or sdpa")
     cls = _model_class(source, config)
     try:
         with without_weights(), _quiet():

@@ -27,17 +27,18 @@ class WatchedSizes(ShapeEnv):
 
     @contextlib.contextmanager
     def sizes_kept_free(self) -> Iterator[None]:
-        """Raise `SizeBurntInError` where an input's size would become a number; forget what a failed step assumed."""
+        """Raise `SizeBurntInError` where an input's size would become a number, and forget what a step assumed.
+
+        Its branches on sizes are its own affair: a step is executed again in every run, and decides anew.
+        """
         before, self.is_strict = self.is_strict, True
         ranges, num_guards = dict(self.var_to_range), len(self.guards)
         try:
             yield
-        except Exception:  # ours may have been wrapped in another on its way
+        finally:
             self.var_to_range.update(ranges)
             del self.guards[num_guards:]
             self._version_counter += 1  # drops what torch has remembered of answers about sizes
-            raise
-        finally:
             self.is_strict = before
 
     def is_fixed(self, size: torch.SymInt) -> bool:

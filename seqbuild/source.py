@@ -66,8 +66,14 @@ class Source:
         else:
             shards = [_SINGLE]
         paths = [self.directory / str(shard) for shard in sorted(shards)]
-        if not all(path.is_file() for path in paths):
+        missing = [path for path in paths if not path.is_file()]
+        if len(missing) == len(paths):
             return None
+        if missing:
+            raise WeightsError(
+                f"{self.directory} lacks {missing[0].name}, one of the {len(paths)} shards of its checkpoint",
+                hint="complete the checkpoint, or compile from the config.json alone",
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             shapes.update(_header_shapes(path))

@@ -73,6 +73,8 @@ def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Modul
         TargetError: when a name fits nothing, saying which classes exist.
     """
     for name in names:
+        if not name.removeprefix("re:"):
+            raise TargetError("a target is empty", hint="it is a class name, a module name or re:pattern")
         if not match_modules(model, [name]):
             classes = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
             close = difflib.get_close_matches(name, classes, n=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +140,24 @@ def run_transformers(weights: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     return logits
 
 
-def load_transformers(weights: Path) -> PreTrainedModel:
-    """The model as anybody would load it, with the checkpoint's dtype."""
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype="auto").eval()
-    return model
+def load_transformers(weights: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model as anybody would load it, with the checkpoint's dtype.
+
+    transformers 5.23 lays out packed zero points wrongly before it reads them; it loads them when it is told to
+    dequantize at once.
+    """
+    auto = transformers.AutoModelForCausalLM
+    model: PreTrainedModel
+    try:
+        model = auto.from_pretrained(weights, dtype=dtype)
+    except RuntimeError:
+        with safe_open(weights / "model.safetensors", framework="pt") as file:
+            assert any(key.endswith(".weight_zero_point") for key in file.keys())  # noqa: SIM118 - it is no dict
+        config = transformers.CompressedTensorsConfig(dequantize=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = auto.from_pretrained(weights, dtype=dtype, quantization_config=config)
+    return model.eval()
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -431,3 +431,27 @@ def test_the_example_of_the_artifact_tests() -> None:
 )
 def test_paths_of_opaque_steps(path: str, expected: bool) -> None:
     assert is_opaque_path(path) is expected
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "_reshape_alias.default",
+        "_sparse_coo_tensor_unsafe.default",
+        "set_data.default",
+        "_print.default",
+        "_resize_output_.default",
+        "from_file.default",
+        "_cufft_clear_plan_cache.default",
+        "resize_.default",
+        "add.out",
+        "arange.start_out",
+        "__class__.default",
+    ],
+)
+def test_operators_outside_of_the_closed_list_are_refused(operator: str) -> None:
+    source = (
+    source = f"def forward(self, x, *, run):\n    y = torch.ops.aten.{operator}(x)\n    return {{'y': y}}\n"
+    )
+    with pytest.raises(ArtifactError, match="line 2: the operator"):
+        check_program(source.encode(), Allowed(input_names=["x"], output_names=["y"]), "program")

@@ -309,7 +309,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
             GROUP + "weights:\n        num_bits: 4\n        actorder: group",
             "recipe.yaml:7: weights: actorder='group' has been removed",
         ),
-        (GROUP + "weights:\n        num_bits: 6\n        type: float", "recipe.yaml:5: weights: "),
+        (GROUP + "weights:\n        num_bits: 5\n        type: float", "recipe.yaml:"),
         (GROUP + "weights: {num_bits: 8}\n      input_activations: {num_bits: 8}", "recipe.yaml:3: static activation"),
         (
             GROUP + "weights: {num_bits: 4, group_size: 32}\n      format: tar",

@@ -24,6 +24,7 @@ from runtime.schemes import (
     quantize_activation,
     scheme_from_preset,
 )
+from tests.runtime.small import load_transformers
 
 LINEAR = ["Linear"]
 
@@ -199,7 +200,8 @@ def test_schemes_that_are_not_offered(scheme: dict[str, Any], message: str) -> N
 
 def test_the_config_is_that_of_the_format_specification() -> None:
     config = quantization_config([OFFERED["W4A16"]], ["lm_head"])
-    assert sorted(config) == [
+    keys = [key for key in config if key != "moe_sparsity_config"]  # new in compressed-tensors 0.20
+    assert sorted(keys) == [
         "config_groups",
         "format",
         "global_compression_ratio",
@@ -335,7 +337,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        loaded = load_transformers(tmp_path, torch.bfloat16)
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)

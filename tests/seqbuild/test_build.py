@@ -351,7 +351,7 @@ class TestErrors:
             compile_model(llama, out=out, targets_per_subgraph=number)
 
     def test_an_attention_that_does_not_exist(self, llama: Path, out: Path) -> None:
-        with self.refused(ModelError, "cannot be built", out):
+        with self.refused(UsageError, "it can be eager or sdpa", out):
             compile_model(llama, out=out, attn_implementation="psychic")
 
     def test_an_output_that_is_a_file(self, llama: Path, tmp_path: Path) -> None:
