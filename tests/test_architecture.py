@@ -17,11 +17,6 @@ ROOT = Path(__file__).parents[1]
 # What the compiler may use of the host's part: what both have to agree on, and nothing that runs a model.
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file"}
 SHARED |= {"console", "construct", "model_config", "operators"}
-    "console",
-    "construct",
-    "model_config",
-    "operators",
-}  # how both command lines speak; a module tree without weights
 
 
 def imports(path: Path) -> set[str]:

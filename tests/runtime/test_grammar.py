@@ -450,8 +450,6 @@ def test_paths_of_opaque_steps(path: str, expected: bool) -> None:
     ],
 )
 def test_operators_outside_of_the_closed_list_are_refused(operator: str) -> None:
-    source = (
     source = f"def forward(self, x, *, run):\n    y = torch.ops.aten.{operator}(x)\n    return {{'y': y}}\n"
-    )
     with pytest.raises(ArtifactError, match="line 2: the operator"):
         check_program(source.encode(), Allowed(input_names=["x"], output_names=["y"]), "program")
