@@ -27,7 +27,7 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.checkpoint import Checkpoint
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.finish import not_quantized, write_companions
-from runtime.jobs import assign_jobs, least_bytes, remarks
+from runtime.jobs import assign_jobs, least_bytes, make_remarks
 from runtime.publish import publish_directory, require_free, require_outside
 from runtime.quantized import input_quantization
 from runtime.recipe import Assignment, Recipe
@@ -62,6 +62,7 @@ class Calibration:
         num_bytes: size of its tensors.
         modules: those that were quantized, in order.
         unreached: modules that the recipe targets and the model's forward never comes to, so they stay as they are.
+        remarks: what a user should know about the result, a line each.
         seconds: the time it took.
     """
 
@@ -69,6 +70,7 @@ class Calibration:
     num_bytes: int
     modules: tuple[ModuleReport, ...]
     unreached: tuple[str, ...]
+    remarks: tuple[str, ...]
     seconds: float
 
 
@@ -112,10 +114,9 @@ def calibrate(
     if source.schemes:
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
-    if not batches and any(job.algorithm == "gptq" for job in jobs.values()):
-        raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
-    require_space(path, least_bytes(source, jobs))
-    for remark in remarks(artifact, jobs, unreached):
+    _require_means(path, source, recipe, jobs, batches)
+    remarks = tuple(make_remarks(artifact, jobs, unreached))
+    for remark in remarks:
         progress(remark)
     # Statistics look at versions of tensors, which a caller's inference mode would take away.
     with publish_directory(path) as partial, torch.inference_mode(False), torch.no_grad():
@@ -136,8 +137,18 @@ def calibrate(
         num_bytes=run.writer.total_bytes,
         modules=tuple(run.reports),
         unreached=tuple(unreached),
+        remarks=remarks,
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_means(
+    path: Path, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment], batches: Sequence[Any]
+) -> None:
+    """Refuse a run that lacks data or disk."""
+    if not batches and any(job.algorithm == "gptq" for job in jobs.values()):
+        raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
+    require_space(path, least_bytes(source, jobs))
 
 
 @dataclass(kw_only=True)

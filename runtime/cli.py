@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.artifact import Artifact
+    from runtime.calibration import Calibration
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_BATCH_SIZE = 128, 2048, 8
 
@@ -86,26 +87,25 @@ def calibrate(
         max_shard_bytes=int(max_shard_size * 1e9),
         progress=(lambda line: None) if as_json else say,
     )
-    if as_json:
-        modules = [
-            {"name": m.name, "algorithm": m.algorithm, "loss": m.loss, "damping": m.damping} for m in result.modules
-        ]
-        say(
-            json.dumps(
-                {
-                    "path": str(out),
-                    "bytes": result.num_bytes,
-                    "seconds": result.seconds,
-                    "modules": modules,
-                    "unreached": list(result.unreached),
-                }
-            )
-        )
-    else:
-        say(
-            f"{len(result.modules)} modules quantized in {result.seconds:.1f} s; {human_bytes(result.num_bytes)} in "
-            f"{out}"
-        )
+    _report(result, as_json)
+
+
+def _report(result: Calibration, as_json: bool) -> None:
+    """The summary of a calibration."""
+    if not as_json:
+        size = human_bytes(result.num_bytes)
+        say(f"{len(result.modules)} modules quantized in {result.seconds:.1f} s; {size} in {result.path}")
+        return
+    fields = ("name", "algorithm", "loss", "damping", "num_tokens")
+    facts = {
+        "path": str(result.path),
+        "bytes": result.num_bytes,
+        "seconds": result.seconds,
+        "modules": [{field: getattr(module, field) for field in fields} for module in result.modules],
+        "unreached": list(result.unreached),
+        "remarks": list(result.remarks),
+    }
+    say(json.dumps(facts))
 
 
 @app.command()

@@ -48,7 +48,7 @@ def assign_jobs(
     return jobs, unreached
 
 
-def remarks(artifact: Artifact, jobs: Mapping[str, Assignment], unreached: Sequence[str]) -> Iterator[str]:
+def make_remarks(artifact: Artifact, jobs: Mapping[str, Assignment], unreached: Sequence[str]) -> Iterator[str]:
     """What a user should know about the result before it is made, a line each."""
     if unreached:
         yield f"left as they are, for the model never calls them: {_some(unreached)}"

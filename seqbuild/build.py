@@ -32,7 +32,7 @@ from seqbuild.checkpoint_keys import KeyTable, key_table
 from seqbuild.model import TRACE_DTYPE, build_weightless, default_dtype
 from seqbuild.sample import default_sample
 from seqbuild.source import Source, resolve_source
-from seqbuild.targets import infer_targets
+from seqbuild.targets import as_names, infer_targets
 from seqbuild.trace import Trace, trace_model
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> P
 def build(
     model_id_or_path: str | os.PathLike[str],
     *,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    targets: Sequence[str] | str | None = None,
+    ignore: Sequence[str] | str = (),
     targets_per_subgraph: int = 1,
     revision: str | None = None,
     attn_implementation: str | None = None,
@@ -98,7 +98,8 @@ def build(
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
     model = build_weightless(source, attn_implementation=attn_implementation)
     sample = default_sample(model)
-    patterns = tuple(targets or infer_targets(model))
+    ignore = as_names(ignore)
+    patterns = as_names(targets) or infer_targets(model)
     parts = cache.ingredients(
         source, model, target_patterns=patterns, ignore=ignore, targets_per_subgraph=targets_per_subgraph, sample=sample
     )

@@ -126,13 +126,13 @@ def get_sequential_targets(
     """
     requests: dict[tuple[str, ...], str] = {}
     for modifier in modifiers:
-        wish = _as_names(getattr(modifier, "sequential_targets", None))
+        wish = as_names(getattr(modifier, "sequential_targets", None))
         if wish:
             requests.setdefault(wish, type(modifier).__name__)
     from_args = (
         args.get("sequential_targets") if isinstance(args, Mapping) else getattr(args, "sequential_targets", None)
     )
-    wish = _as_names(from_args)
+    wish = as_names(from_args)
     if wish:
         requests.setdefault(wish, "the arguments")
     if len(requests) > 1:
@@ -141,7 +141,8 @@ def get_sequential_targets(
     return list(next(iter(requests)) if requests else infer_targets(model))
 
 
-def _as_names(value: Any) -> tuple[str, ...]:
+def as_names(value: Any) -> tuple[str, ...]:
+    """Names, whether one, several or none were given."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)

@@ -12,7 +12,7 @@ from runtime.errors import TargetError
 from seqbuild.partition import find_target_nodes, partition_graph, topological_partition, trace_consumed_names
 from seqbuild.sample import populate_concrete_args
 from seqbuild.subgraph import Subgraph
-from seqbuild.targets import get_sequential_ancestors, require_targets
+from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
 from seqbuild.tracer import SequentialTracer
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ def trace_model(
         dtype: as for `SequentialTracer`.
         drop_uncalled: pass over targets that the sample does not reach, instead of refusing them.
     """
-    targets = require_targets(model, sequential_targets)
+    targets = require_targets(model, as_names(sequential_targets))
     ancestors = get_sequential_ancestors(model, targets)
-    tracer = SequentialTracer(list(ancestors), _offloaded(model, ancestors), ignore=ignore, dtype=dtype)
+    tracer = SequentialTracer(list(ancestors), _offloaded(model, ancestors), ignore=as_names(ignore), dtype=dtype)
     concrete = populate_concrete_args(model, sample_input)
     arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
     was_training = [module for module in model.modules() if module.training]

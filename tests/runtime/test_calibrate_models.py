@@ -184,3 +184,11 @@ def test_a_recipe_for_nothing_but_unreached_modules_is_refused(llava: Small, tmp
     with pytest.raises(runtime.RecipeError, match="the model never calls any module that the recipe targets"):
         calibrate(llava, plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llama: Small, tmp_path: Path) -> None:
+    moe = calibrate(qwen3_moe, recipe(NARROW_W4), tmp_path / "moe")
+    assert len(moe.remarks) == 1
+    assert "fused expert weights stay as they are" in moe.remarks[0]
+    assert calibrate(qwen3_moe, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "fp8").remarks == ()
+    assert calibrate(llama, recipe(NARROW_W4), tmp_path / "llama").remarks == ()

@@ -134,3 +134,20 @@ def test_a_module_that_is_loaded_but_never_called_cannot_be_measured(
             out=tmp_path / "out",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_other_sequential_targets_than_the_artifact_was_cut_at_are_refused(llama: Small, tmp_path: Path) -> None:
+    text = f"{NARROW_W4}, sequential_targets: [LlamaMLP]"
+    with pytest.raises(runtime.RecipeError, match=r"asks for the sequential targets LlamaMLP, .* at LlamaDecoderLayer"):
+        calibrate(llama, recipe(text), tmp_path / "out")
+    calibrate(llama, recipe(f"{NARROW_W4}, sequential_targets: [LlamaDecoderLayer]"), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_an_output_inside_what_is_read_is_refused(llama: Small) -> None:
+    for source in (llama.weights, llama.artifact):
+        before = sorted(source.rglob("*"))
+        with pytest.raises(runtime.OutputError, match=r"is inside .*, which is read"):
+            calibrate(llama, recipe(NARROW_W4), source / "out")
+        assert sorted(source.rglob("*")) == before

@@ -57,7 +57,8 @@ def test_json(place: Place, run: Run) -> None:
     facts = json.loads(printed)
     assert (facts["path"], len(facts["modules"]), facts["unreached"]) == (str(place.out), 21, [])
     assert facts["bytes"] == sum(tensor.nbytes for tensor in read_tensors(place.out).values())
-    assert list(facts["modules"][0]) == ["name", "algorithm", "loss", "damping"]
+    assert list(facts["modules"][0]) == ["name", "algorithm", "loss", "damping", "num_tokens"]
+    assert facts["remarks"] == []
 
     code, printed, complaint = run(place.evaluate("--json"))
     assert (code, complaint) == (0, "")

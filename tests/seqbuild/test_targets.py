@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.errors import TargetError, TraceError
 from seqbuild import get_sequential_ancestors, get_sequential_targets, match_modules, trace_subgraphs
-from seqbuild.targets import infer_targets, outermost, require_targets
+from seqbuild.targets import as_names, infer_targets, outermost, require_targets
 from tests.seqbuild import toys
 from tests.tiny_models import make_inputs, tiny_model
 
@@ -170,3 +170,9 @@ def test_traces_at_modules_by_name_and_pattern() -> None:
     by_pattern = trace_subgraphs(model, inputs, ["re:model\\.layers\\.\\d+\\.mlp$"])
     assert [s.code.submodules[-1] for s in by_pattern] == [*(f"model.layers.{i}.mlp" for i in range(3)), "lm_head"]
     assert "model.layers.1.self_attn" in by_pattern[1].code.submodules
+
+
+def test_one_name_may_be_given_as_it_is() -> None:
+    assert as_names("LlamaDecoderLayer") == ("LlamaDecoderLayer",)
+    assert as_names(["a", "b"]) == ("a", "b")
+    assert as_names(None) == ()
