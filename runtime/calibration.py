@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,8 +165,10 @@ class _Run:
     reports: list[ModuleReport] = field(default_factory=list)
     done: dict[str, torch.Tensor] = field(default_factory=dict)
     replaced: dict[str | None, None] = field(init=False)
+    uses: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.uses = Counter(name for subgraph in self.artifact.subgraphs for name in subgraph.entry.parameters)
         self.replaced = dict.fromkeys(self.source.plain_key(f"{name}.weight") for name in self.jobs)
 
     def execute(self) -> None:
@@ -241,7 +244,7 @@ class _Run:
 
     def _is_reused(self, name: str) -> bool:
         """Whether several subgraphs use the module, so that its quantized weight must be kept."""
-        return sum(f"{name}.weight" in s.entry.parameters for s in self.artifact.subgraphs) > 1
+        return self.uses[f"{name}.weight"] > 1
 
     def _restore_quantized(self, subgraph: LoadedSubgraph) -> None:
         for name in self.done:

@@ -19,7 +19,7 @@ SOURCE_LIMIT_BYTES = 4 * 2**20
 NESTING_LIMIT = 32
 _INT_LIMIT = 2**63
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
-_RESERVED = ("self", "run", "torch", "slice")
+RESERVED = ("self", "run", "torch", "slice")
 _TORCH_VALUES = frozenset(
     (
         *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -161,7 +161,7 @@ class _Checker:
             self._expression(value, 0)
 
     def _define(self, node: ast.AST, name: str) -> None:
-        if not _NAME.match(name) or name.startswith("__") or name in _RESERVED:
+        if not _NAME.match(name) or name.startswith("__") or name in RESERVED:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
         self.objects.pop(name, None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from runtime.errors import RecipeError
-from runtime.recipe import Assignment, Recipe
+from runtime.recipe import Assignment, Recipe, some
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -51,7 +51,7 @@ def assign_jobs(
 def make_remarks(artifact: Artifact, jobs: Mapping[str, Assignment], unreached: Sequence[str]) -> Iterator[str]:
     """What a user should know about the result before it is made, a line each."""
     if unreached:
-        yield f"left as they are, for the model never calls them: {_some(unreached)}"
+        yield f"left as they are, for the model never calls them: {some(unreached)}"
     parameters = artifact.manifest.parameters.items()
     fused = [name for name, entry in parameters if len(entry.sources) > 1 and "expert" in name]
     if fused and any(job.scheme.weights.type == "int" for job in jobs.values()):
@@ -78,7 +78,7 @@ def _split_reached(
     unreached = [name for name in assigned if name not in jobs]
     if not jobs:
         raise RecipeError(
-            f"{recipe.source}: the model never calls any module that the recipe targets: {_some(unreached)}",
+            f"{recipe.source}: the model never calls any module that the recipe targets: {some(unreached)}",
             hint="target the layers that the artifact's subgraphs run; seqbuild inspect shows them",
         )
     return jobs, unreached
@@ -112,10 +112,6 @@ def least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
     """What the checkpoint takes on disk, without scales and headers."""
     bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
     return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tied_by(artifact: Artifact, name: str) -> str:

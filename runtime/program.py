@@ -6,6 +6,7 @@ things that a run may choose, so that the same bytes serve every device and dtyp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def run_device(inputs: Mapping[str, Any], model: nn.Module) -> torch.device:
     """The device of the first tensor among the inputs, else of the model's first parameter that has a real one."""
     import torch
 
-    for tensor in (*_tensors(inputs), *model.parameters()):
+    for tensor in itertools.chain(_tensors(inputs), model.parameters()):
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")

@@ -111,7 +111,7 @@ class Recipe:
         for pattern in unmatched:
             raise RecipeError(
                 f"{self.source}:{pattern.line}: the target {pattern.text!r} matches no module",
-                hint=f"the model has {_some(linears)}",
+                hint=f"the model has {some(linears)}",
             )
         if not assigned:
             raise RecipeError(f"{self.source}: the recipe ignores every module that it targets")
@@ -182,6 +182,7 @@ def _match(name: str, module_class: type | str, owned: list[tuple[Modifier, Grou
     return _Match(patterns=tuple(patterns), seen=tuple(by_name or by_class), claims=tuple(claims))
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names of a list that may be long, for a message."""
     listed = list(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

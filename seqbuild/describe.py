@@ -121,12 +121,13 @@ def describe_subgraph(
 
 def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
     """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
-    stored = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in (*code.submodules, *(name for name in code.objects if name in modules)):
-        prefix = f"{name}." if name else ""
-        yield from (key for key in stored if key.startswith(prefix))
-    yield from (name for name in code.attributes if name in stored)
+        yield from modules[name].state_dict(prefix=f"{name}." if name else "", keep_vars=True)
+    for name in code.attributes:
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in modules[owner]._non_persistent_buffers_set:
+            yield name
 
 
 def describe_parameters(model: nn.Module, keys: KeyTable, default_dtype: str) -> dict[str, ParameterEntry]:
@@ -162,7 +163,8 @@ def ignored_keys(model: nn.Module) -> tuple[str, ...]:
     tables that old checkpoints carry are always among them.
     """
     stated: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    computed = [name for name, _ in model.named_buffers() if name not in model.state_dict(keep_vars=True)]
+    stored = model.state_dict(keep_vars=True)
+    computed = [name for name, _ in model.named_buffers() if name not in stored]
     return tuple(sorted({*stated, r"rotary_emb\.inv_freq$", *(re.escape(name) + "$" for name in computed)}))
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from runtime.errors import TraceError
+from runtime.grammar import RESERVED
 from runtime.operators import is_allowed
 
 _INFIX: dict[Any, str] = {
@@ -52,7 +53,6 @@ _FUNCTIONS: dict[Any, str] = {
     torch.sym_ite: "torch.sym_ite",
     math.trunc: "torch.sym_int",
 }
-_RESERVED = ("self", "run", "torch", "slice")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class _Emitter:
     def emit(self, title: str) -> EmittedCode:
         inputs = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         for name in inputs:
-            if name in _RESERVED:
+            if name in RESERVED:
                 raise TraceError(f"an input of the model is called {name!r}, which generated code needs for itself")
         lines = [f"# {title}"] if title else []
         lines.append(f"def forward({', '.join(['self', *inputs])}, *, run):")
