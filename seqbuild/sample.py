@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Sizes that no model has, so that a size of the data is never taken for one of the model's own.
-SAMPLE_BATCH, SAMPLE_SEQUENCE = 3, 37
+SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_SHORTER = 3, 37, 6
+_FIRST_PLAIN_TOKEN = 10
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,24 +47,75 @@ def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) ->
     return concrete
 
 
-def default_sample(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A token batch that fits the model's signature: int64 [batch, sequence] each, on the meta device.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleShape:
+    """How a made-up sample shall look.
+
+    Attributes:
+        batch: rows of text.
+        sequence: tokens of a row, besides those that stand for images and sounds.
+        padding: `left`, `right` or nothing; row i of the first three is padded by three tokens less i.
+        images: how many images (or sounds) each row has, where a model takes them by row.
+        scale: which of the sizes that the model allows for images and sounds; 0 is the smallest, and where it allows
+            one only, all are the same.
+        seed: of token ids, pixels and the like.
+    """
+
+    batch: int = SAMPLE_BATCH
+    sequence: int = SAMPLE_SEQUENCE
+    padding: str = ""
+    images: int = 1
+    scale: int = 0
+    seed: int = 0
+
+
+def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[str, torch.Tensor]:
+    """Inputs that fit the model's signature and config, on the CPU.
 
     Raises:
-        TraceError: when the model's forward takes no `input_ids`.
+        TraceError: when the model's forward takes nothing that is known.
     """
+    shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
         raise TraceError(
             f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
-            hint="only text models can be compiled without a sample input",
+            hint="bring a sample of its inputs with --sample",
         )
-    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in parameters]
+    generator = torch.Generator().manual_seed(shape.seed)
     config = getattr(model, "config", None)
+    sample = _text(parameters, "", shape, _vocabulary(config), generator)
     if getattr(config, "is_encoder_decoder", False):
-        names += [name for name in ("decoder_input_ids", "decoder_attention_mask") if name in parameters]
-    shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
-    return {name: torch.ones(shape, dtype=torch.int64, device="meta") for name in names}
+        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
+        sample |= _text(parameters, "decoder_", shorter, _vocabulary(config), generator)
+    return sample
+
+
+def _text(
+    parameters: Mapping[str, Any], prefix: str, shape: SampleShape, vocabulary: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Token ids, int64 [batch, sequence], and the masks and types that go with them."""
+    size = (shape.batch, shape.sequence)
+    mask = torch.ones(size, dtype=torch.int64)
+    for row in range(min(shape.batch, 3)):
+        padded = min(3 - row, shape.sequence - 1)
+        if shape.padding == "left":
+            mask[row, :padded] = 0
+        elif shape.padding == "right":
+            mask[row, shape.sequence - padded :] = 0
+    low = min(_FIRST_PLAIN_TOKEN, vocabulary - 1)
+    high = max(low + 1, vocabulary // 2)  # special tokens tend to lie at either end
+    made = {
+        "input_ids": torch.randint(low, high, size, generator=generator),
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros(size, dtype=torch.int64),
+    }
+    return {prefix + name: value for name, value in made.items() if prefix + name in parameters}
+
+
+def _vocabulary(config: Any) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", None) or 128)
 
 
 def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Every architecture of transformers as a small random model: what `make coverage` and the suite run on.
+
+A case is a model type of one of transformers' auto mappings and the class it maps to. Its config is the type's default
+one, shrunken by `seqbuild.shrink`; EXCEPTIONS says what a default config leaves unsaid or states inconsistently.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from seqbuild.shrink import shrink_table
+from tests.zoo_exceptions import EXCEPTIONS
+
+MAPPINGS = {
+    "causal LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "speech seq2seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "masked LM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "text encoder": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    "image encoder": modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One row of the coverage table."""
+
+    mapping: str
+    model_type: str
+    class_name: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.mapping}/{self.model_type}"
+
+
+def cases() -> Iterator[Case]:
+    """Each class once, under the first mapping that has it."""
+    seen: set[str] = set()
+    for mapping, table in MAPPINGS.items():
+        for model_type, names in table.items():
+            class_name = names if isinstance(names, str) else names[0]
+            if class_name not in seen:
+                seen.add(class_name)
+                yield Case(mapping=mapping, model_type=model_type, class_name=class_name)
+
+
+def small_config(case: Case) -> PretrainedConfig:
+    """The case's config, shrunken; `architectures` is filled in, as a saved model's is."""
+    cls, changes = getattr(transformers, case.class_name), EXCEPTIONS.get(case.model_type, {})
+    full = CONFIG_MAPPING[case.model_type]()
+    part = _part_for(full, cls.config_class)
+    table = _changed(shrink_table(part.to_dict()), changes)
+    config = type(part).from_dict(table)
+    config.architectures = [case.class_name]
+    return config
+
+
+def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
+    """The case's model with random weights, in eval mode."""
+    cls, config = getattr(transformers, case.class_name), small_config(case)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model: PreTrainedModel = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return _with_weights(model).eval()
+
+
+def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.dim() > 1:
+                    parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
+                else:
+                    parameter.add_(noise * 0.05)
+    return model
+
+
+def _part_for(config: PretrainedConfig, wanted: type) -> PretrainedConfig:
+    """The config itself, or the part of it that the class takes (the text model of a multimodal type)."""
+    if isinstance(config, wanted):
+        return config
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((part for part in parts if isinstance(part, wanted)), config)
+
+
+def _changed(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for path, value in changes.items():
+        *owners, key = path.split(".")
+        place = table
+        for owner in owners:
+            place = place.setdefault(owner, {})
+        place[key] = value
+    return table
