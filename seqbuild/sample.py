@@ -69,6 +69,14 @@ class SampleShape:
     seed: int = 0
 
 
+# What steps that need values are rehearsed on: the sample, and others whose sizes differ from it and among each other.
+REHEARSAL_SHAPES = (
+    SampleShape(),
+    SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=2, scale=1, seed=1),
+    SampleShape(batch=SAMPLE_BATCH - 1, sequence=SAMPLE_SEQUENCE + 4, scale=2, seed=2),
+)
+
+
 def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[str, torch.Tensor]:
     """Inputs that fit the model's signature and config, on the CPU.
 
@@ -116,6 +124,43 @@ def _text(
 def _vocabulary(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "vocab_size", None) or 128)
+
+
+def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sample with real values, and larger ones that belong together as its own do: all rows twice, token inputs longer
+    by their last column, and so are sequences of vectors where there are no tokens.
+
+    Tensors without values (meta or fake) become zeros.
+    """
+    real = {name: _with_values(value) for name, value in sample_input.items()}
+    tokens = [value for value in real.values() if _is_tokens(value)]
+    width = tokens[0].shape[1] if tokens else 0
+
+    def larger(rows: int, columns: int) -> dict[str, Any]:
+        made = {}
+        for name, value in real.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                value = torch.cat([value] * rows)
+                is_sequence = value.shape[1] == width if _is_tokens(value) else not tokens and value.dim() == 3
+                if is_sequence:
+                    last = value[:, -1:]
+                    value = torch.cat([value, last.expand(-1, columns, *last.shape[2:])], dim=1)
+            made[name] = value
+        return made
+
+    return [real, larger(2, 3), larger(3, 10)]
+
+
+def _with_values(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_meta or isinstance(value, torch._subclasses.FakeTensor):
+        return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype)
+    return value.detach().cpu()
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) -> dict[str, Any]:
