@@ -28,6 +28,8 @@ _TOKEN = re.compile(r".*(token_ids?|token_index|token_indices|_id|tokens_ids)")
 _HEADS = re.compile(r"(.*_)?(num_(attention|attn)_heads|n_heads?|num_heads|attention_heads)(_.*)?|attn_heads")
 _HEAD_DIMS = (HEAD_WIDTH, 24, 32, 48, 64)
 
+# What sounds must look like.
+_GEOMETRY = re.compile(r"(.*_)?input_dim|(.*_)?num_mel_bins|feature_size|input_feat_(size|per_channel)")
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
 # (names, limit): the first row that fits a key whole decides.
@@ -37,7 +39,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"codebook_size", 256),
         (r"(.*_)?(vocab_size|n_vocab)(_.*)?|n_tokens|.*_vocab", VOCABULARY),
         (
-            r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|seq_length"
+            r"max_position_embeddings|n_positions|n_ctx|max_target_positions|max_seq_len|seq_length"
             r"|max_sequence_length|model_max_length|original_max_position_embeddings",
             POSITIONS,
         ),
@@ -68,7 +70,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
             r"intra_bottleneck_size|d_latents|(.*_)?conv_channels|ext_pw_out_channel|depthwise_separable_out_channel",
             WIDTH,
         ),
-        (r"num_filters|n_filters", 8),
+        (r"num_filters|n_filters", 4),
         (r"conv_dim", 32),
         (r"(.*_)?(lora_rank|lowrank|adapter_rank)", 32),
         (r"(.*_)?(num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|experts_per_tok(en)?)", CHOSEN),
@@ -123,7 +125,7 @@ class _Shrinker:
         return self._number(key, value) if changed is value or changed == value else changed
 
     def _number(self, key: str, value: Any, largest: int = 0) -> Any:
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or value <= 0 or _GEOMETRY.fullmatch(key):
             return value
         if _PERIOD.fullmatch(key) or _OFFSET.fullmatch(key):
             return min(value, 2 if _PERIOD.fullmatch(key) else 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BY_LAYER = ("per_layer_config",)
-_FEWEST, _WITH_TWO_KINDS, _MOST = 3, 4, 8
+_FEWEST, _WITH_TWO_KINDS, _MOST = 3, 4, 9
 
 _DEPTH = re.compile(
     r"(.*_)?(num_hidden_layers|n_layers?|num_layers|num_layers_per_stack|depth|(en|de)coder_layers|num_(en|de)coder_layers"
@@ -44,6 +44,7 @@ class Layers:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Layers:
+        """The choice for `table`, whose sequences are lists."""
         depths = {key: value for key, value in table.items() if _is_depth(key, value)}
         main = next((value for key, value in depths.items() if _MAIN_DEPTH.fullmatch(key)), 0)
         return cls(kept={depth: _chosen(table, depth, depth == main) for depth in depths.values()}, main=main)
@@ -61,8 +62,6 @@ class Layers:
             return sum(index < value for index in kept)
         if _LAST.fullmatch(key):
             return sum(index >= self.main - value for index in kept)
-        if key in _PARTS:
-            return value  # set by `parts`, which sees them all
         return value
 
     def _list(self, key: str, items: list[Any]) -> list[Any]:
@@ -76,6 +75,7 @@ class Layers:
         )
 
     def is_by_layer(self, items: Sequence[Any]) -> bool:
+        """Whether a list has one entry for each layer."""
         return len(items) in self.kept
 
     def by_layer(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,19 +116,22 @@ def _is_depth(key: str, value: Any) -> bool:
 
 
 def _chosen(table: Mapping[str, Any], depth: int, is_main: bool) -> list[int]:
+    """The layers that stay of `depth`, ascending; where every second one is a layer's other half, pairs of them."""
     labels = _labels(table, depth, is_main)
+    stride = 2 if any(set(label[1::2]) == {"mlp"} and "mlp" not in label[::2] for label in labels) else 1
     kinds: dict[tuple[str, ...], list[int]] = {}
-    for index in range(depth):
-        kinds.setdefault(tuple(label[index] for label in labels), []).append(index)
+    for index in range(depth // stride):
+        kind = tuple(label[index * stride + part] for label in labels for part in range(stride))
+        kinds.setdefault(kind, []).append(index)
     kept = sorted(indices[0] for indices in kinds.values())[:_MOST]
-    wanted = min(depth, _FEWEST if len(kinds) == 1 else _WITH_TWO_KINDS)
+    wanted = min(depth // stride, _FEWEST if len(kinds) == 1 else _WITH_TWO_KINDS)
     seconds = sorted(index for indices in kinds.values() for index in indices[1:2])
-    for index in [*seconds, *range(depth)]:
+    for index in [*seconds, *range(depth // stride)]:
         if len(kept) >= wanted:
             break
         if index not in kept:
             kept.append(index)
-    return sorted(kept)
+    return [index * stride + part for index in sorted(kept) for part in range(stride)]
 
 
 def _labels(table: Mapping[str, Any], depth: int, is_main: bool) -> list[list[str]]:
@@ -158,7 +161,7 @@ def _labels(table: Mapping[str, Any], depth: int, is_main: bool) -> list[list[st
 
 
 def _sources(sources: Sequence[int], kept: Sequence[int]) -> list[int]:
-    """From which layer each takes its keys and values: the same if it stays, else the nearest before it that has some."""
+    """From which layer each takes its keys and values: the same if it stays, else the last before it that has some."""
     result: list[int] = []
     for new, old in enumerate(kept):
         own = [place for place in range(new) if result[place] == place]
