@@ -35,5 +35,5 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
     "ReformerForMaskedLM": {"is_decoder": False},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
-    "xmod": {"default_language": "en_XX"},
+    "voxtral": {"audio_token_id": 24},
 }
