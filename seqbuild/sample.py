@@ -13,6 +13,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
+from seqbuild.sample_audio import hears, with_audio
+from seqbuild.sample_tokens import tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 # Sizes that no model has, so that a size of the data is never taken for one of the model's own.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_SHORTER = 3, 37, 6
-_FIRST_PLAIN_TOKEN = 10
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,45 +86,21 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
     """
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+
+    def text(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        inputs = tokens(config, parameters, "", shape, generator)
+        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
+        return inputs | tokens(config, parameters, "decoder_", shorter, generator)
+
+    if hears(model, parameters):
+        return with_audio(model, parameters, text, shape)
     if "input_ids" not in parameters:
         raise TraceError(
             f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
             hint="bring a sample of its inputs with --sample",
         )
-    generator = torch.Generator().manual_seed(shape.seed)
-    config = getattr(model, "config", None)
-    sample = _text(parameters, "", shape, _vocabulary(config), generator)
-    if getattr(config, "is_encoder_decoder", False):
-        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
-        sample |= _text(parameters, "decoder_", shorter, _vocabulary(config), generator)
-    return sample
-
-
-def _text(
-    parameters: Mapping[str, Any], prefix: str, shape: SampleShape, vocabulary: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Token ids, int64 [batch, sequence], and the masks and types that go with them."""
-    size = (shape.batch, shape.sequence)
-    mask = torch.ones(size, dtype=torch.int64)
-    for row in range(min(shape.batch, 3)):
-        padded = min(3 - row, shape.sequence - 1)
-        if shape.padding == "left":
-            mask[row, :padded] = 0
-        elif shape.padding == "right":
-            mask[row, shape.sequence - padded :] = 0
-    low = min(_FIRST_PLAIN_TOKEN, vocabulary - 1)
-    high = max(low + 1, vocabulary // 2)  # special tokens tend to lie at either end
-    made = {
-        "input_ids": torch.randint(low, high, size, generator=generator),
-        "attention_mask": mask,
-        "token_type_ids": torch.zeros(size, dtype=torch.int64),
-    }
-    return {prefix + name: value for name, value in made.items() if prefix + name in parameters}
-
-
-def _vocabulary(config: Any) -> int:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", None) or 128)
+    return text(config, torch.Generator().manual_seed(shape.seed))
 
 
 def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,9 +55,24 @@ def cases() -> Iterator[Case]:
                 yield Case(mapping=mapping, model_type=model_type, class_name=class_name)
 
 
+def unusable(case: Case) -> str:
+    """Why the case cannot be built here: the packages that it lacks; nothing if it can."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            getattr(transformers, case.class_name)._from_config(small_config(case))
+    except ImportError as error:
+        lines = dict.fromkeys(line.strip() for line in str(error).splitlines() if "requires" in line)
+        return " ".join(line.split(" but ")[0] for line in lines) or str(error)
+    except Exception:
+        return ""  # a failure of ours: building it says so
+    return ""
+
+
 def small_config(case: Case) -> PretrainedConfig:
     """The case's config, shrunken; `architectures` is filled in, as a saved model's is."""
-    cls, changes = getattr(transformers, case.class_name), EXCEPTIONS.get(case.model_type, {})
+    cls = getattr(transformers, case.class_name)
+    changes = EXCEPTIONS.get(case.model_type, {}) | EXCEPTIONS.get(case.class_name, {})
     full = CONFIG_MAPPING[case.model_type]()
     part = _part_for(full, cls.config_class)
     table = _changed(shrink_table(part.to_dict()), changes)
