@@ -77,18 +77,28 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
     """
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
+    is_seeing = takes_images(parameters)
+    if "input_ids" not in parameters and not is_seeing:
         raise TraceError(
             f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
             hint="bring a sample of its inputs with --sample",
         )
     generator = torch.Generator().manual_seed(shape.seed)
     config = getattr(model, "config", None)
-    sample = _text(parameters, "", shape, _vocabulary(config), generator)
+    sample = _text(parameters, "", shape, _vocabulary(config), generator) if "input_ids" in parameters else {}
     if getattr(config, "is_encoder_decoder", False):
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         sample |= _text(parameters, "decoder_", shorter, _vocabulary(config), generator)
+    if is_seeing:
+        from seqbuild.sample_vision import with_images  # builds models: text alone does without it
+
+        sample = with_images(model, parameters, sample, shape, generator)
     return sample
+
+
+def takes_images(parameters: Mapping[str, Any]) -> bool:
+    """Whether a forward with these parameters sees anything."""
+    return any(name in parameters for name in ("pixel_values", "pixel_values_videos", "flattened_patches"))
 
 
 def _text(

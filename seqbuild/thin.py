@@ -1,0 +1,75 @@
+"""A thin copy of a model: the same architecture made narrow, with random weights, to ask what the model would do.
+
+Only what a sample must fit is the same: sizes of images and patches, factors by which patches are merged, numbers of
+queries. A model of 400 B parameters that exists as a config only can so be asked how many tokens an image takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import TraceError
+from seqbuild.shrink import shrink_table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# A model of up to so many parameters is copied as it is: nothing is gained by making it smaller.
+_THIN_ENOUGH = 30_000_000
+
+_copies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+def thin_copy(model: nn.Module) -> nn.Module:
+    """The model's thin copy on the CPU, float32, in eval mode; made once for each model.
+
+    Raises:
+        TraceError: when the model has no config, or none of its class can be built from the narrow one.
+    """
+    if model not in _copies:
+        _copies[model] = _build(model)
+    return _copies[model]
+
+
+def _build(model: nn.Module) -> nn.Module:
+    config: Any = getattr(model, "config", None)
+    cls: Any = type(model)
+    if config is None or not hasattr(cls, "_from_config"):
+        raise TraceError(f"{cls.__name__} is no model of transformers", hint="bring a sample of its inputs with --sample")
+    if sum(parameter.numel() for parameter in model.parameters()) <= _THIN_ENOUGH:
+        narrow = copy.deepcopy(config)
+    else:
+        narrow = type(config).from_dict(shrink_table(config.to_dict()))
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            torch.manual_seed(0)
+            thin: nn.Module = cls._from_config(narrow, dtype=torch.float32, attn_implementation="eager")
+    except Exception as error:
+        raise TraceError(
+            f"a narrow copy of {cls.__name__}, to count the tokens of its images, cannot be built: {error}",
+            hint="bring a sample of its inputs with --sample",
+        ) from error
+    return thin.eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers says about the narrow copy's config out of the output."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
