@@ -89,23 +89,35 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
     config = getattr(model, "config", None)
 
     def text(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        inputs = tokens(config, parameters, "", shape, generator)
+        inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         return inputs | tokens(config, parameters, "decoder_", shorter, generator)
 
     if hears(model, parameters):
         return with_audio(model, parameters, text, shape)
-    if "input_ids" not in parameters:
+    is_seeing = takes_images(parameters)
+    if "input_ids" not in parameters and not is_seeing:
         raise TraceError(
             f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
             hint="bring a sample of its inputs with --sample",
         )
-    return text(config, torch.Generator().manual_seed(shape.seed))
+    generator = torch.Generator().manual_seed(shape.seed)
+    sample = text(config, generator)
+    if is_seeing:
+        from seqbuild.sample_vision import with_images  # builds models: text alone does without it
+
+        sample = with_images(model, parameters, sample, shape, generator)
+    return sample
+
+
+def takes_images(parameters: Mapping[str, Any]) -> bool:
+    """Whether a forward with these parameters sees anything."""
+    return any(name in parameters for name in ("pixel_values", "pixel_values_videos", "flattened_patches"))
 
 
 def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A sample with real values, and larger ones that belong together as its own do: all rows twice, token inputs longer
-    by their last column, and so are sequences of vectors where there are no tokens.
+    """A sample with real values, and larger ones that belong together as its own do: all rows several times, token
+    inputs longer by their last column, and so are sequences of vectors where there are no tokens.
 
     Tensors without values (meta or fake) become zeros.
     """

@@ -1,4 +1,4 @@
-"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in the text.
+"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in text.
 
 What a model hears is not described by rules for each architecture. Its config states a few widths and lengths; a thin
 copy of the model is shown sounds of these, one kind after the other, and the first that it takes is the sample. How

@@ -350,7 +350,7 @@ def _model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
     own_axis = {3: 2, 4: 1, 5: 2}
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
-            size = value.shape[own_axis[value.dim()]]
+            size: Any = value.shape[own_axis[value.dim()]]
             if isinstance(size, torch.SymInt):
                 yield size.node._expr
 

@@ -1,0 +1,116 @@
+"""What some models take beside pixels and text, by the names of forward's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from seqbuild.sample_geometry import Geometry
+
+if TYPE_CHECKING:
+    from seqbuild.sample import SampleShape
+
+Row = dict[str, torch.Tensor]
+Extra = Callable[[Any, Row, Row, "SampleShape", torch.Generator], torch.Tensor]
+_EXTRAS: dict[str, Extra] = {}
+
+
+def extra(name: str) -> Callable[[Extra], Extra]:
+    """Register the maker of the parameter `name`."""
+
+    def register(function: Extra) -> Extra:
+        _EXTRAS[name] = function
+        return function
+
+    return register
+
+
+def extras(
+    config: Any,
+    parameters: Mapping[str, Any],
+    text: Row,
+    pixels: Row,
+    shape: SampleShape,
+    generator: torch.Generator,
+) -> Row:
+    """Every registered name among `parameters` that nothing else has made."""
+    return {
+        name: make(config, text, pixels, shape, generator)
+        for name, make in _EXTRAS.items()
+        if name in parameters and name not in pixels
+    }
+
+
+@extra("qformer_input_ids")
+def _qformer_ids(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """The instruction in the query transformer's own words, int64 [rows of pixels, 11]."""
+    high = int(config.qformer_config.vocab_size) // 2
+    return torch.randint(10, high, (len(pixels["pixel_values"]), 11), generator=generator)
+
+
+@extra("high_res_pixel_values")
+def _high_res(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """The same pictures, larger: [N, C, H, W]."""
+    geometry = Geometry.of(config.high_res_vision_config)
+    size = (len(pixels["pixel_values"]), geometry.channels, geometry.height, geometry.width)
+    return torch.randn(size, generator=generator)
+
+
+@extra("bbox")
+def _boxes(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """Where each word stands: x and y of two corners, float [batch, sequence, 4] within 0 and 1."""
+    corners = torch.rand((*text["input_ids"].shape, 2, 2), generator=generator) * 0.5
+    return torch.cat([corners[..., 0, :], corners.sum(dim=-2)], dim=-1)
+
+
+@extra("state")
+def _state(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """Where a robot's joints are, [batch, state]."""
+    return torch.randn((shape.batch, int(config.max_state_dim)), generator=generator)
+
+
+@extra("noise")
+def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """What becomes a robot's motion, [batch, steps, action]."""
+    return torch.randn((shape.batch, int(config.chunk_size), int(config.max_action_dim)), generator=generator)
+
+
+@extra("timestep")
+def _timestep(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """How much noise is left, [batch], within 0 and 1."""
+    return torch.rand(shape.batch, generator=generator)
+
+
+@extra("cross_attention_mask")
+def _cross_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """Which tiles each token sees, int64 [batch, sequence, N, K]: those of the images before it."""
+    tiles = pixels["aspect_ratio_mask"]
+    return _seen(text, tiles.shape[1])[..., None] * tiles[:, None]
+
+
+@extra("image_attention_mask")
+def _image_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """Which images each token sees, int64 [batch, sequence, N]: those before it."""
+    return _seen(text, pixels["pixel_values"].shape[1])
+
+
+@extra("protein_input_ids")
+def _protein(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """Amino acids, int64 [batch, 29]."""
+    high = int(config.protein_encoder_config.vocab_size)
+    return torch.randint(min(5, high - 2), high, (shape.batch, 29), generator=generator)
+
+
+@extra("protein_attention_mask")
+def _protein_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
+    """All of them are there, int64 [batch, 29]."""
+    return torch.ones((shape.batch, 29), dtype=torch.int64)
+
+
+def _seen(text: Row, images: int) -> torch.Tensor:
+    """Int64 [batch, sequence, images]: image n is seen from token n + 1 on, so that the first token sees none."""
+    batch, length = text["input_ids"].shape
+    seen = torch.arange(length)[:, None] > torch.arange(images)
+    return seen.to(torch.int64).expand(batch, -1, -1).clone()

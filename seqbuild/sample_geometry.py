@@ -1,0 +1,89 @@
+"""How large a model's images are: sizes of images and patches, under whichever names its config states them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Where a config keeps what sees, in the order of looking.
+_EYES = ("vision_config", "vq_config", "encoder", "vision_encoder_config")
+_CHANNELS = ("num_channels", "in_channels", "in_chans")
+_SIZES = ("image_size", "img_size", "input_size", "resolution")
+_MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What pixels must look like.
+
+    Attributes:
+        source: the part of the config that it was read from.
+        channels: of a pixel.
+        height: of an image in pixels; 0 where the config states none.
+        width: likewise.
+        patch: side of a patch in pixels.
+        time: frames of a patch.
+        merge: patches in each direction that become one feature.
+        frames: of a video, where a model takes nothing else; else 0.
+    """
+
+    source: Any
+    channels: int
+    height: int
+    width: int
+    patch: int
+    time: int
+    merge: int
+    frames: int
+
+    @classmethod
+    def of(cls, config: Any) -> Geometry:
+        """As stated by the config of a whole model."""
+        source = seeing(config)
+        size = _stated(source, config, _SIZES, 0)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return cls(
+            source=source,
+            channels=_number(_stated(source, config, _CHANNELS, 3)),
+            height=int(height),
+            width=int(width),
+            patch=_number(_stated(source, config, ("patch_size",), 16)),
+            time=_number(_stated(source, config, ("temporal_patch_size", "patch_temporal"), 1)),
+            merge=_number(_stated(source, config, _MERGES, 1)),
+            frames=_number(getattr(config, "num_frames", 0) or 0),
+        )
+
+
+def seeing(config: Any) -> Any:
+    """The part of a config that describes what looks at images; the config itself where none is set apart."""
+    for name in _EYES:
+        for part in parts(config):
+            found = getattr(part, name, None)
+            if found is not None and not isinstance(found, (dict, str)):
+                return found
+    return config
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """The config and those inside it, breadth first."""
+    waiting = [config]
+    while waiting:
+        found = waiting.pop(0)
+        yield found
+        names = getattr(found, "sub_configs", None) or ()
+        waiting += [part for name in names if (part := getattr(found, name, None)) is not None]
+
+
+def _stated(source: Any, config: Any, names: tuple[str, ...], default: Any) -> Any:
+    for part in (*parts(source), config):
+        for name in names:
+            value = getattr(part, name, None)
+            if value and not isinstance(value, (dict, str)):
+                return value
+    return default
+
+
+def _number(value: Any) -> int:
+    """Sides that are given for each direction are equal wherever one number is asked for."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)

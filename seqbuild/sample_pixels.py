@@ -1,0 +1,271 @@
+"""Pixels in the forms that architectures take them: one small function for each form.
+
+A form is told by the names in forward's signature and by entries of the config. Each function makes the pixels of one
+row of text (`shape.images` images, fewer where a model takes one per row); all rows have the same sizes, so rows are
+put together along the first dimension. Legend of shapes:
+
+    N images of the row     C channels      H, W height and width in pixels
+    P patches of all images K tiles         D entries of a flattened patch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seqbuild.sample_geometry import Geometry
+
+Row = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What pixels are made for.
+
+    Attributes:
+        parameters: names that forward takes.
+        asked: names that the model's get_image_features takes, to whether they may be left out; empty without one.
+        config: the model's.
+        geometry: sizes of images and patches, as the config states them.
+        images: how many each row has.
+        scale: see `SampleShape`.
+        generator: of the values.
+    """
+
+    parameters: Mapping[str, Any]
+    asked: Mapping[str, bool]
+    config: Any
+    geometry: Geometry
+    images: int
+    scale: int
+    generator: torch.Generator
+
+    def noise(self, *size: int) -> torch.Tensor:
+        """Normalized pixels, float32."""
+        return torch.randn(size, generator=self.generator)
+
+    def grids(self, multiple: int = 1) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each image, both divisible by `multiple`; they differ where scale allows."""
+        rows, columns = ((3, 5), (5, 4), (7, 4))[min(self.scale, 2)]
+        sides = [(rows, columns), (columns, rows)] if self.scale else [(rows, columns)]
+        chosen = [sides[index % len(sides)] for index in range(self.images)]
+        return [(multiple * height, multiple * width) for height, width in chosen]
+
+
+_SQUARE_PATCHES = ("paddleocr_vl", "kimi_k25")
+
+Form = Callable[[Wanted], Row]
+_FORMS: list[tuple[Callable[[Wanted], bool], Form]] = []
+
+
+def form(applies: Callable[[Wanted], bool]) -> Callable[[Form], Form]:
+    """Register a form for the models that `applies` holds for; the first that is registered decides."""
+
+    def register(function: Form) -> Form:
+        _FORMS.append((applies, function))
+        return function
+
+    return register
+
+
+def row_of_pixels(wanted: Wanted) -> Row:
+    """Everything about the images of one row of text."""
+    return next(function for applies, function in _FORMS if applies(wanted))(wanted)
+
+
+def _takes(*names: str) -> Callable[[Wanted], bool]:
+    return lambda wanted: all(name in wanted.parameters for name in names)
+
+
+@form(_takes("image_grid_thw"))
+def _grid_thw(wanted: Wanted) -> Row:
+    """Flattened patches [P, D] (or [P, C, h, w]) in the order of the merged patches, and the grids [N, 3]."""
+    geometry = wanted.geometry
+    grids = wanted.grids(geometry.merge)
+    patches = sum(height * width for height, width in grids)
+    row = {
+        "pixel_values": wanted.noise(patches, *_flat_patch(wanted)),
+        "image_grid_thw": torch.tensor([[1, height, width] for height, width in grids]),
+    }
+    if "image_merge_sizes" in wanted.parameters:
+        row["image_merge_sizes"] = torch.full((len(grids),), geometry.merge)
+    return row
+
+
+def _flat_patch(wanted: Wanted) -> tuple[int, ...]:
+    """The sizes of one patch: flattened with its frames, but for the few models that take it as it is."""
+    geometry = wanted.geometry
+    if getattr(wanted.config, "model_type", "") in _SQUARE_PATCHES:
+        return geometry.channels, geometry.patch, geometry.patch
+    return (geometry.channels * geometry.time * geometry.patch**2,)
+
+
+@form(_takes("image_grid_hw"))
+def _grid_hw(wanted: Wanted) -> Row:
+    """As above, without time."""
+    grids = wanted.grids(2)
+    patches = sum(height * width for height, width in grids)
+    pixels = wanted.noise(patches, wanted.geometry.channels * wanted.geometry.patch**2)
+    return {"pixel_values": pixels, "image_grid_hw": torch.tensor(grids)}
+
+
+@form(_takes("spatial_shapes"))
+def _spatial_shapes(wanted: Wanted) -> Row:
+    """Flattened patches padded to the largest image, [N, P, D], their mask [N, P], and the grids [N, 2]."""
+    grids = wanted.grids(int(getattr(wanted.config, "downsample_factor", 1)))
+    longest = max(height * width for height, width in grids) + (4 if wanted.scale else 0)
+    mask = torch.zeros(len(grids), longest, dtype=torch.int64)
+    for index, (height, width) in enumerate(grids):
+        mask[index, : height * width] = 1
+    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * wanted.geometry.patch**2) * mask[..., None]
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(grids)}
+
+
+@form(_takes("target_sizes"))
+def _target_sizes(wanted: Wanted) -> Row:
+    """All patches side by side as one long image [1, C, patch, P * patch], and the grids [N, 2]."""
+    grids = wanted.grids(4)
+    patch = wanted.geometry.patch
+    patches = sum(height * width for height, width in grids)
+    pixels = wanted.noise(1, wanted.geometry.channels, patch, patches * patch)
+    return {"pixel_values": pixels, "target_sizes": torch.tensor(grids, dtype=torch.int32)}
+
+
+@form(_takes("pixel_values", "image_sizes"))
+def _image_sizes(wanted: Wanted) -> Row:
+    """Images of several sizes [N, C, H, W] that are padded to the largest, and their sizes in pixels [N, 2].
+
+    Where the config lists the resolutions of a picture cut into tiles: [N, K, C, H, W].
+    """
+    geometry = wanted.geometry
+    if getattr(wanted.config, "image_grid_pinpoints", None):
+        return _tiles(wanted)
+    is_free = not wanted.asked.get("image_sizes", True) or getattr(geometry.source, "model_type", "") == "pixtral"
+    if not is_free:
+        return _images(wanted)
+    unit = geometry.patch * geometry.merge
+    sizes = torch.tensor(wanted.grids(unit))
+    pixels = wanted.noise(wanted.images, geometry.channels, int(sizes[:, 0].max()), int(sizes[:, 1].max()))
+    for index, (height, width) in enumerate(sizes.tolist()):
+        pixels[index, :, height:] = 0
+        pixels[index, :, :, width:] = 0
+    return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+def _tiles(wanted: Wanted) -> Row:
+    """A small view of each image and the tiles of the resolution that suits it best, [N, K, C, H, W]."""
+    side, points = wanted.geometry.height, sorted(wanted.config.image_grid_pinpoints, key=lambda point: sorted(point))
+    fitting = sorted(points, key=lambda point: (point[0] * point[1], point))
+    first = min(wanted.scale, len(fitting) - 1)
+    chosen = [fitting[(first + (index if wanted.scale else 0)) % len(fitting)] for index in range(wanted.images)]
+    counts = [1 + (height // side) * (width // side) for height, width in chosen]
+    pixels = wanted.noise(wanted.images, max(counts), wanted.geometry.channels, side, side)
+    for index, count in enumerate(counts):
+        pixels[index, count:] = 0
+    # A picture that does not fill its tiles has padding cut off again: a little narrower, the best fit stays the same.
+    cut = 8 if wanted.scale else 0
+    return {
+        "pixel_values": pixels,
+        "image_sizes": torch.tensor([[height, width - cut] for height, width in chosen]),
+    }
+
+
+@form(_takes("pixel_values_local"))
+def _global_and_local(wanted: Wanted) -> Row:
+    """Whole pictures [N, C, H, W], and from scale 1 on two tiles of each, [2 N, C, h, w]."""
+    geometry = wanted.geometry
+    return {"pixel_values": wanted.noise(wanted.images, geometry.channels, geometry.height, geometry.width)}
+
+
+@form(_takes("image_position_ids"))
+def _position_ids(wanted: Wanted) -> Row:
+    """Flattened patches [N, P, D] and where each lies, x and y, [N, P, 2]; -1 for padding."""
+    merge = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1))
+    grids = wanted.grids(merge)
+    longest = max(height * width for height, width in grids)
+    places = torch.full((len(grids), longest, 2), -1)
+    for index, (height, width) in enumerate(grids):
+        ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places[index, : height * width] = torch.stack([xs.flatten(), ys.flatten()], dim=-1)
+    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * wanted.geometry.patch**2).sigmoid()
+    return {"pixel_values": pixels * (places[..., :1] >= 0), "image_position_ids": places}
+
+
+@form(_takes("flattened_patches"))
+def _flattened_patches(wanted: Wanted) -> Row:
+    """Patches with their row and column in front, numbered from one: [1, P, 2 + D]."""
+    height, width = wanted.grids()[0]
+    places = torch.cartesian_prod(torch.arange(1, height + 1), torch.arange(1, width + 1)).float()
+    pixels = wanted.noise(height * width, wanted.geometry.channels * wanted.geometry.patch**2)
+    row = {"flattened_patches": torch.cat([places, pixels], dim=-1)[None]}
+    if "width" in wanted.parameters:
+        row |= {"height": torch.tensor([height]), "width": torch.tensor([width])}
+    if "input_ids" not in wanted.parameters:  # then the mask is that of the patches
+        row["attention_mask"] = torch.ones(1, height * width)
+    return row
+
+
+@form(_takes("aspect_ratio_ids"))
+def _aspect_ratios(wanted: Wanted) -> Row:
+    """[1, N, K, C, H, W] with K tiles, the number of the arrangement [1, N], and which tiles are there [1, N, K]."""
+    geometry, tiles = wanted.geometry, int(wanted.geometry.source.max_num_tiles)
+    ratios = list(wanted.geometry.source.supported_aspect_ratios)
+    images = wanted.images if "input_ids" in wanted.parameters else 1
+    arrangements = [(wanted.scale + index) % len(ratios) if wanted.scale else 0 for index in range(images)]
+    mask = torch.zeros(1, images, tiles, dtype=torch.int64)
+    for index, arrangement in enumerate(arrangements):
+        mask[0, index, : ratios[arrangement][0] * ratios[arrangement][1]] = 1
+    pixels = wanted.noise(1, images, tiles, geometry.channels, geometry.height, geometry.width)
+    return {
+        "pixel_values": pixels * mask[..., None, None, None],
+        "aspect_ratio_ids": torch.tensor([arrangements]) + 1,
+        "aspect_ratio_mask": mask,
+    }
+
+
+@form(_takes("pixel_values_videos"))
+def _frames_or_images(wanted: Wanted) -> Row:
+    if "pixel_values" in wanted.parameters:
+        return _images(wanted)
+    return {"pixel_values_videos": _images(wanted)["pixel_values"]}
+
+
+@form(_takes("state"))
+@form(_takes("tile_fine_mask"))
+def _images_and_their_mask(wanted: Wanted) -> Row:
+    """[1, N, C, H, W], and which of them are there [1, N]."""
+    pixels = _images(wanted)["pixel_values"][None]
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(pixels.shape[:2], dtype=torch.bool)}
+
+
+@form(_takes("image_attention_mask"))
+def _images_seen_by_some(wanted: Wanted) -> Row:
+    """[1, N, C, H, W]."""
+    return {"pixel_values": _images(wanted)["pixel_values"][None]}
+
+
+@form(_takes("pixel_values", "pixel_attention_mask"))
+def _images_by_row(wanted: Wanted) -> Row:
+    """[1, N, C, H, W] and a mask of pixels [1, N, H, W]."""
+    geometry = wanted.geometry
+    height, width = geometry.height, geometry.width
+    pixels = wanted.noise(1, wanted.images, geometry.channels, height, width)
+    return {
+        "pixel_values": pixels,
+        "pixel_attention_mask": torch.ones(1, wanted.images, height, width, dtype=torch.bool),
+    }
+
+
+@form(_takes("pixel_values"))
+def _images(wanted: Wanted) -> Row:
+    """[N, C, H, W]; one image per row where there are no placeholders; [1, T, C, H, W] for videos of T frames."""
+    geometry = wanted.geometry
+    height, width = geometry.height, geometry.width
+    if not height:
+        height, width = ((64, 96), (96, 64), (128, 96))[min(wanted.scale, 2)]
+    if geometry.frames:
+        return {"pixel_values": wanted.noise(1, geometry.frames, geometry.channels, height, width)}
+    return {"pixel_values": wanted.noise(wanted.images, geometry.channels, height, width)}

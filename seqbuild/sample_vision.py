@@ -1,0 +1,179 @@
+"""Images in a default sample: pixels, the tokens that hold their places in the text, and what else goes with them.
+
+How many tokens an image takes is not computed by rules for each architecture: a thin copy of the model is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from seqbuild.sample_extras import extras
+from seqbuild.sample_geometry import Geometry, parts
+from seqbuild.sample_pixels import Row, Wanted, row_of_pixels
+from seqbuild.thin import thin_copy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from seqbuild.sample import SampleShape
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id")
+_STARTS = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+_ENDS = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
+_IMAGE_TYPE = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+_ANY_TOKEN = 10
+_PADDED = 3  # the tokens at either end that may be padding
+
+
+def with_images(
+    model: nn.Module, parameters: Mapping[str, Any], text: Row, shape: SampleShape, generator: torch.Generator
+) -> Row:
+    """The sample `text` (empty for a model that takes none), and images in it.
+
+    Args:
+        model: whose forward takes `parameters`; neither run nor changed.
+        parameters: names to parameters of the signature.
+        text: `input_ids` int64 [batch, sequence], and the masks and types that go with them.
+        shape: `images` for each of `batch` rows, in sizes by `scale`.
+        generator: of the values.
+    """
+    config: Any = model.config
+    token = placeholder(config, parameters) if "input_ids" in text else None
+    asking = _asking(model) if token is not None else None
+    asked = _asked(asking)
+    wanted = Wanted(
+        parameters=parameters,
+        asked=asked,
+        config=config,
+        geometry=Geometry.of(config),
+        images=shape.images if _many_by_row(token, parameters) else 1,
+        scale=shape.scale,
+        generator=generator,
+    )
+    rows = [row_of_pixels(wanted) for _ in range(shape.batch)]
+    pixels = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    pixels |= extras(config, asked, text, pixels, shape, generator)
+    if token is not None and asking is not None:
+        row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()}
+        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted.images))
+    pixels |= extras(config, parameters, text, pixels, shape, generator)
+    return text | {name: value for name, value in pixels.items() if name in parameters}
+
+
+def _many_by_row(token: int | None, parameters: Mapping[str, Any]) -> bool:
+    if "image_embeds_position_mask" in parameters:
+        return False
+    return token is not None or "aspect_ratio_ids" in parameters or "image_attention_mask" in parameters
+
+
+def placeholder(config: Any, parameters: Mapping[str, Any]) -> int | None:
+    """The token that holds the place of one feature of an image, if the text has such a token."""
+    if "image_embeds_position_mask" in parameters:
+        return _ANY_TOKEN
+    found = _first(config, _PLACEHOLDERS)
+    return found if found is not None and found >= 0 else None
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    for part in parts(config):
+        for name in names:
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _asking(model: nn.Module) -> Any:
+    """The thin copy's own way from pixels to features of the text, where it has one that names what it takes."""
+    for module in thin_copy(model).modules():
+        found = getattr(module, "get_image_features", None)
+        if found is None:
+            continue
+        names = inspect.signature(found).parameters
+        if "pixel_values" in names or "pixel_values_images" in names or "flattened_patches" in names:
+            return found
+    return None
+
+
+def _asked(asking: Any) -> dict[str, bool]:
+    if asking is None:
+        return {}
+    return {
+        name: parameter.default is not inspect.Parameter.empty
+        for name, parameter in inspect.signature(asking).parameters.items()
+    }
+
+
+def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
+    """How many features each image of one row becomes."""
+    taken = _asked(asking)
+    given = {name: value for name, value in pixels.items() if name in taken}
+    if "pixel_values_images" in taken and "pixel_values" not in taken:
+        given["pixel_values_images"] = pixels["pixel_values_images"]
+    with torch.no_grad():
+        features = asking(**given)
+    if not isinstance(features, (torch.Tensor, tuple, list)):
+        deep = features.get("deepstack_features")
+        features = features.get("pooler_output")
+        features = deep[0][1] if features is None else features
+    if isinstance(features, torch.Tensor):
+        features = list(features) if features.dim() == 3 else [features]
+    sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]
+    return sizes if len(sizes) == images else [sum(sizes) // images] * images
+
+
+def _with_placeholders(text: Row, parameters: Mapping[str, Any], config: Any, token: int, counts: Sequence[int]) -> Row:
+    """The text with a run of placeholders for each image, between words, so that padding stays at the ends."""
+    ids = text["input_ids"]
+    batch, length = ids.shape
+    plain = _plain(ids, config)
+    before, after = _first(config, _STARTS), _first(config, _ENDS)
+    first, last = min(_PADDED + 1, length), max(length - _PADDED - 1, min(_PADDED + 1, length))
+    columns: list[torch.Tensor] = []
+    kinds: list[int] = []  # of each column: 1 for a feature, 0 for a mark around it, -1 for the text's next column
+    for position in range(length + 1):
+        for index, count in enumerate(counts):
+            if position == first + (last - first) * index // len(counts):
+                run = [mark for mark in (before,) if mark is not None] + [token] * count
+                run += [mark for mark in (after,) if mark is not None]
+                columns += [torch.full((batch,), value) for value in run]
+                kinds += [int(value == token) for value in run]
+        if position < length:
+            columns.append(plain[:, position])
+            kinds.append(-1)
+    result = dict(text) | {"input_ids": torch.stack(columns, dim=1)}
+    for name, inserted in (("attention_mask", 1), ("token_type_ids", None)):
+        if name in text:
+            result[name] = _spread(text[name], kinds, inserted)
+    for name in _IMAGE_TYPE:
+        if name in parameters:
+            result[name] = _spread(torch.zeros_like(ids), kinds, None)
+    return result
+
+
+def _spread(values: torch.Tensor, kinds: Sequence[int], inserted: int | None) -> torch.Tensor:
+    """The text's columns of `values` and, between them, `inserted`; None for 1 where there is a feature, else 0."""
+    columns, position = [], 0
+    for kind in kinds:
+        if kind < 0:
+            columns.append(values[:, position])
+            position += 1
+        else:
+            columns.append(torch.full_like(values[:, 0], kind if inserted is None else inserted))
+    return torch.stack(columns, dim=1)
+
+
+def _plain(ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """Token ids without those that the config gives a meaning: a word must not be taken for an image."""
+    marked = {
+        value
+        for part in parts(config)
+        for name, value in part.to_dict().items()
+        if isinstance(value, int) and name.endswith(("token_id", "token_index", "patch_id", "start_id", "end_id"))
+    }
+    plain = next((token for token in range(10, 10 + len(marked) + 1) if token not in marked), 0)
+    return torch.where(torch.isin(ids, torch.tensor(sorted(marked) or [-1])), plain, ids)
