@@ -20,7 +20,7 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 256 * 2**20
 UNBOUNDED = -1
@@ -90,8 +90,10 @@ class SubgraphEntry:
     submodules: tuple[str, ...]
     attributes: tuple[str, ...]
     objects: tuple[str, ...]
+    uses: tuple[str, ...]
     constants: tuple[str, ...]
     opaque: tuple[str, ...]
+    rehearsed: tuple[str, ...]
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
 
@@ -136,6 +138,7 @@ class Manifest:
     targets: tuple[str, ...]
     target_patterns: tuple[str, ...]
     ignore: tuple[str, ...]
+    auto_ignore: tuple[str, ...]
     targets_per_subgraph: int
     inputs: tuple[InputEntry, ...]
     dims: tuple[DimEntry, ...]

@@ -37,7 +37,7 @@ _INDEX = """
 _REDUCE = """
     all allclose amax amin aminmax any argmax argmin cummax cummin cumprod cumsum diff dist equal linalg_norm
     linalg_vector_norm logcumsumexp logsumexp log_softmax mean median nanmean nansum norm prod softmax std std_mean sum
-    var var_mean _softmax _log_softmax cov
+    var var_mean _softmax _log_softmax cov _is_all_true _is_any_true
 """
 _PRODUCT = """
     addbmm addmm addmv addr baddbmm bilinear bmm cdist chain_matmul conv1d conv2d conv3d conv_transpose1d

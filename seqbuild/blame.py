@@ -107,6 +107,16 @@ def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module
     )
 
 
+def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
+    """The model's code calls an operator that an artifact's code may not call."""
+    where = f" ({culprit.name}: {culprit.file}, line {culprit.line})" if culprit else ""
+    return UntraceableError(
+        f"the model's code calls torch.ops.{operator}, which is not among the operators of an artifact{where}",
+        culprit=culprit,
+        hint=_advice(culprit, ancestors) if culprit else "",
+    )
+
+
 def find_culprit() -> Culprit | None:
     """The innermost line of the model's code that is being executed."""
     return _culprit(list(reversed(list(traceback.walk_stack(None)))))

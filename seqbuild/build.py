@@ -4,7 +4,7 @@ source      what the user named: hub id, directory or config            seqbuild
 model       its module tree without weights                             seqbuild.model
 targets     where to cut                                                seqbuild.targets
 key         is it there already?                                        seqbuild.cache
-trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
+trace       one run on fake tensors, cut into subgraphs                 seqbuild.attempts, seqbuild.trace
 keys        which checkpoint tensors make which parameter               seqbuild.checkpoint_keys
 emit        source code, one file a subgraph                            seqbuild.emit
 describe    the manifest                                                seqbuild.describe
@@ -29,15 +29,14 @@ from runtime.grammar import is_opaque_path
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, ModelEntry, sha256
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
+from seqbuild.attempts import Traced, read_samples, trace_somehow
 from seqbuild.checkpoint_keys import KeyTable, key_table
-from seqbuild.model import TRACE_DTYPE, build_weightless, default_dtype
-from seqbuild.sample import REHEARSAL_SHAPES, default_sample
+from seqbuild.model import build_weightless, default_dtype
 from seqbuild.source import Source, resolve_source
-from seqbuild.targets import as_names, infer_targets
-from seqbuild.trace import Trace, trace_model
+from seqbuild.targets import as_names, inferred_targets
+from seqbuild.trace import Trace
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 DEFAULT_OUT = Path("artifacts")
@@ -78,6 +77,8 @@ def build(
     *,
     targets: Sequence[str] | str | None = None,
     ignore: Sequence[str] | str = (),
+    auto_ignore: bool = True,
+    sample: str | os.PathLike[str] | None = None,
     targets_per_subgraph: int = 1,
     revision: str | None = None,
     attn_implementation: str | None = None,
@@ -90,6 +91,8 @@ def build(
         model_id_or_path: hub id in the local cache, model directory, or config.json.
         targets: patterns of the modules to cut at; None takes the model's own no-split classes.
         ignore: functions to record as one opaque step each.
+        auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
+        sample: a safetensors file with the model's inputs by name; None makes them up.
         targets_per_subgraph: how many targets share a subgraph.
         revision: branch, tag or commit of a hub id.
         attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
@@ -99,39 +102,38 @@ def build(
     start = time.perf_counter()
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
     model = build_weightless(source, attn_implementation=attn_implementation)
-    sample = in_trace_dtype(default_sample(model))
+    samples = read_samples(model, sample)
     ignore = as_names(ignore)
-    patterns = as_names(targets) or infer_targets(model)
+    candidates = [as_names(targets)] if targets else list(inferred_targets(model))
     parts = cache.ingredients(
-        source, model, target_patterns=patterns, ignore=ignore, targets_per_subgraph=targets_per_subgraph, sample=sample
+        source,
+        model,
+        target_patterns=candidates[0],
+        ignore=ignore,
+        auto_ignore=auto_ignore,
+        targets_per_subgraph=targets_per_subgraph,
+        sample=samples[0],
     )
     key = cache.input_key(parts)
     path = Path(out) / f"{source.name}-{key[:12]}"
     with _locked(path):
         is_cached = not force and cache.find_artifact(path, key)
         if not is_cached:
-            trace = trace_model(
+            traced = trace_somehow(
                 model,
-                sample,
-                patterns,
+                samples,
+                candidates,
                 ignore=ignore,
+                may_ignore=(lambda f: is_opaque_path(f.path)) if auto_ignore else (lambda f: False),
                 targets_per_subgraph=targets_per_subgraph,
-                dtype=TRACE_DTYPE,
-                drop_uncalled=targets is None,
-                may_ignore=lambda function: is_opaque_path(function.path),
-                samples=[in_trace_dtype(default_sample(model, shape)) for shape in REHEARSAL_SHAPES],
-                is_batch_only=False,  # the sizes of the default sample are our invention
+                drop_uncalled=not targets,
+                is_batch_only=sample is not None,
             )
-            _require_matched(trace)
+            _require_matched(traced.trace, ignore)
             keys = key_table(model, source.checkpoint_shapes())
-            files, manifest = _assemble(source, model, trace, keys, parts, patterns)
+            files, manifest = _assemble(source, model, traced, keys, parts)
             _write(path, files, manifest)
     return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
-
-
-def in_trace_dtype(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Pixels, sounds and the like in the dtype that stands for the weights'."""
-    return {name: value.to(TRACE_DTYPE) if value.is_floating_point() else value for name, value in sample.items()}
 
 
 @contextlib.contextmanager
@@ -147,10 +149,11 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _require_matched(trace: Trace) -> None:
-    if trace.tracer.unmatched_ignore:
+def _require_matched(trace: Trace, ignore: Sequence[str]) -> None:
+    unmatched = [name for name in trace.tracer.unmatched_ignore if name in ignore]
+    if unmatched:
         raise TargetError(
-            f"--ignore {trace.tracer.unmatched_ignore[0]} fits no function of the model",
+            f"--ignore {unmatched[0]} fits no function of the model",
             hint="write it as function, Class.method or module.path.function",
         )
 
@@ -158,17 +161,17 @@ def _require_matched(trace: Trace) -> None:
 def _assemble(
     source: Source,
     model: nn.Module,
-    trace: Trace,
+    traced: Traced,
     keys: KeyTable,
     parts: Mapping[str, str],
-    patterns: Sequence[str],
 ) -> tuple[dict[str, bytes], Manifest]:
     """All files of the artifact but the manifest, and the manifest that lists them."""
+    trace = traced.trace
     names = describe.target_names(trace, model)
     files = {"config.json": source.config_file.read_bytes(), **source.companions()}
     entries = []
     for index, subgraph in enumerate(trace.subgraphs):
-        code = subgraph.emit(TRACE_DTYPE)
+        code = subgraph.emit(traced.marker)
         file = f"subgraphs/{index:03d}.py"
         entries.append(describe.describe_subgraph(subgraph, code, model, names, file))
         title = f"# subgraph {index + 1} of {len(trace.subgraphs)}: {', '.join(entries[-1].targets) or 'no target'}\n"
@@ -180,7 +183,7 @@ def _assemble(
         from safetensors.torch import save
 
         files[CONSTANTS_NAME] = save(constants)
-    symbols = describe.Symbols(trace)
+    symbols = describe.Symbols(trace, traced.marker)
     dtype = default_dtype(source)
     config: Any = model.config
     manifest = Manifest(
@@ -198,13 +201,14 @@ def _assemble(
         ),
         versions=cache.versions(),
         targets=tuple(names),
-        target_patterns=tuple(patterns),
-        ignore=trace.tracer.ignore,
+        target_patterns=traced.patterns,
+        ignore=tuple(name for name in trace.tracer.ignore if name not in trace.auto_ignore),
+        auto_ignore=trace.auto_ignore,
         targets_per_subgraph=int(parts["targets_per_subgraph"]),
         inputs=describe.describe_inputs(trace, symbols),
         dims=symbols.dims(),
         subgraphs=tuple(entries),
-        parameters=describe.describe_parameters(model, keys, dtype),
+        parameters=describe.describe_parameters(model, keys, dtype, traced.fixed_dtype),
         conversions=tuple(
             ConversionEntry(file=f"conversions/{index:03d}.py", num_sources=count)
             for index, count in enumerate(keys.num_sources)

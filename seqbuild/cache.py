@@ -35,6 +35,7 @@ def ingredients(
     *,
     target_patterns: Sequence[str],
     ignore: Sequence[str],
+    auto_ignore: bool,
     targets_per_subgraph: int,
     sample: Mapping[str, Any],
 ) -> dict[str, str]:
@@ -52,6 +53,7 @@ def ingredients(
         "attn_implementation": str(getattr(config, "_attn_implementation", "")),
         "targets": json.dumps(list(target_patterns)),
         "ignore": json.dumps(list(ignore)),
+        "auto_ignore": json.dumps(auto_ignore),
         "targets_per_subgraph": str(targets_per_subgraph),
         "sample": json.dumps({name: _signature(value) for name, value in sample.items()}),
     }

@@ -37,6 +37,12 @@ def compile_command(
         list[str] | None,
         typer.Option("--ignore", help="Function, Class.method or module.path.function to call whole; may be repeated."),
     ] = None,
+    auto_ignore: Annotated[
+        bool, typer.Option("--auto-ignore/--no-auto-ignore", help="Call whole what cannot be recorded, or refuse it.")
+    ] = True,
+    sample: Annotated[
+        Path | None, typer.Option("--sample", help="Safetensors with the model's inputs by name; else made up.")
+    ] = None,
     targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets that share a subgraph.")] = 1,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="eager or sdpa; by default the model's own.")] = None,
@@ -48,11 +54,14 @@ def compile_command(
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
     from seqbuild.build import build
+    from seqbuild.show import remarks
 
     done = build(
         source,
         targets=targets or None,
         ignore=ignore or (),
+        auto_ignore=auto_ignore,
+        sample=sample,
         targets_per_subgraph=targets_per_subgraph,
         revision=revision,
         attn_implementation=attn_implementation,
@@ -78,9 +87,8 @@ def compile_command(
         f"{manifest.model.class_name}: {len(manifest.targets)} layers by {', '.join(manifest.target_patterns)}, "
         f"{len(manifest.subgraphs)} subgraphs, {manifest.model.num_parameters:,} parameters"
     )
-    opaque = list(dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque))
-    if opaque:
-        say(f"called whole: {', '.join(opaque)}")
+    for line in remarks(manifest):
+        say(line)
     verb = "is there already, nothing was traced" if done.is_cached else f"{human_bytes(num_bytes)}"
     say(f"{done.path}: {verb}; {done.seconds:.1f} s")
 

@@ -23,19 +23,27 @@ if TYPE_CHECKING:
 
 
 class Symbols:
-    """Names for the trace's symbolic sizes: `batch` and `sequence` where they are that, else `<input>_<axis>`."""
+    """Names for the trace's symbolic sizes: `batch` and `sequence` where they are that, else `<input>_<axis>`.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        trace: whose symbols they are.
+        marker: the dtype that stands for the weights' in the trace; None when it holds for its own dtypes only.
+    """
+
+    def __init__(self, trace: Trace, marker: torch.dtype | None) -> None:
+        self.marker = marker
         self.shape_env = trace.tracer.shape_env
         self.names: dict[sympy.Symbol, str] = {}
         self.fixed: dict[str, int] = {}
         for node in trace.graph.find_nodes(op="placeholder"):
-            for axis, size in enumerate(node.meta["val"].shape):
+            value = node.meta["val"]
+            is_text = value.dim() == 2 and not value.is_floating_point()
+            for axis, size in enumerate(value.shape):
                 expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-                self._name(str(node.target), axis, expression)
+                usual = "batch" if axis == 0 else "sequence" if axis == 1 and is_text else ""
+                self._name(str(node.target), axis, expression, usual)
 
-    def _name(self, name: str, axis: int, expression: sympy.Expr) -> None:
-        usual = ("batch", "sequence")[axis] if axis < 2 else ""
+    def _name(self, name: str, axis: int, expression: sympy.Expr, usual: str) -> None:
         label = usual if usual and usual not in (*self.names.values(), *self.fixed) else f"{name}_{axis}"
         if isinstance(expression, sympy.Symbol):
             self.names.setdefault(expression, label)
@@ -54,6 +62,10 @@ class Symbols:
             return int(expression)
         names = {symbol: sympy.Symbol(self.names.get(symbol, str(symbol))) for symbol in expression.free_symbols}
         return str(expression.xreplace(names))
+
+    def dtype(self, dtype: torch.dtype) -> str:
+        """A dtype's name in the manifest."""
+        return "model" if dtype == self.marker else str(dtype).removeprefix("torch.")
 
     def dims(self) -> tuple[DimEntry, ...]:
         """The ranges in which the trace holds. Tracing assumes sizes above one; one is the broadcasting that every
@@ -77,7 +89,7 @@ def describe_inputs(trace: Trace, symbols: Symbols) -> tuple[InputEntry, ...]:
     """The model's inputs, in the order of the sample."""
     return tuple(
         InputEntry(
-            name=str(node.target), dtype=_dtype_name(node.meta["val"].dtype), shape=symbols.shape(node.meta["val"])
+            name=str(node.target), dtype=symbols.dtype(node.meta["val"].dtype), shape=symbols.shape(node.meta["val"])
         )
         for node in trace.graph.find_nodes(op="placeholder")
     )
@@ -96,7 +108,7 @@ def describe_values(trace: Trace, symbols: Symbols) -> dict[str, TensorEntry]:
 def _describe_value(node: fx.Node | Any, symbols: Symbols) -> TensorEntry:
     value = getattr(node, "meta", {}).get("val")
     if isinstance(value, torch.Tensor):
-        return TensorEntry(dtype=_dtype_name(value.dtype), shape=symbols.shape(value))
+        return TensorEntry(dtype=symbols.dtype(value.dtype), shape=symbols.shape(value))
     return TensorEntry(dtype="", shape=())
 
 
@@ -113,10 +125,19 @@ def describe_subgraph(
         attributes=code.attributes,
         objects=code.objects,
         constants=code.constants,
+        uses=code.uses,
         opaque=code.opaque,
+        rehearsed=tuple(dict.fromkeys(_rehearsed(subgraph))),
         targets=tuple(name for name in code.submodules if name in target_names),
         parameters=tuple(dict.fromkeys(_needed(model, code))),
     )
+
+
+def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
+    """Submodules and opaque steps whose results were learned from a run on small real values."""
+    for node in subgraph.graph.nodes:
+        if "rung" in node.meta:
+            yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 
 def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
@@ -130,8 +151,17 @@ def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
             yield name
 
 
-def describe_parameters(model: nn.Module, keys: KeyTable, default_dtype: str) -> dict[str, ParameterEntry]:
-    """Every parameter and persistent buffer; those that share memory name the first of them."""
+def describe_parameters(
+    model: nn.Module, keys: KeyTable, default_dtype: str, fixed_dtype: torch.dtype | None
+) -> dict[str, ParameterEntry]:
+    """Every parameter and persistent buffer; those that share memory name the first of them.
+
+    Args:
+        model: in the dtype that marks the weights'.
+        keys: where the parameters come from.
+        default_dtype: of the weights, as the config states it.
+        fixed_dtype: the only one in which the trace holds; None when it holds for all.
+    """
     entries: dict[str, ParameterEntry] = {}
     first: dict[int, str] = {}
     keep = kept_in_float32(model)
@@ -139,7 +169,7 @@ def describe_parameters(model: nn.Module, keys: KeyTable, default_dtype: str) ->
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied_to = first.setdefault(id(tensor), name)
         dtype = "float32" if tensor.is_floating_point() and any(part in name for part in keep) else ""
-        dtype = dtype or _dtype_name(tensor.dtype)
+        dtype = dtype or _dtype_name(tensor.dtype, fixed_dtype)
         itemsize = model_bytes if dtype == "model" else getattr(torch, dtype).itemsize
         source = name if name in keys.sources or tied_to == name else tied_to
         entries[name] = ParameterEntry(
@@ -168,8 +198,10 @@ def ignored_keys(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted({*stated, r"rotary_emb\.inv_freq$", *(re.escape(name) + "$" for name in computed)}))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return "model" if dtype == TRACE_DTYPE else str(dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype, fixed: torch.dtype | None) -> str:
+    if dtype == TRACE_DTYPE:
+        return "model" if fixed is None else str(fixed).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")
 
 
 def target_names(trace: Trace, model: nn.Module) -> list[str]:

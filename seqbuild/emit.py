@@ -98,6 +98,12 @@ def emit(graph: fx.Graph, *, title: str = "", traced_dtype: torch.dtype | None =
     return _Emitter(graph, traced_dtype).emit(title)
 
 
+def is_offered(operator_: torch._ops.OpOverload) -> bool:
+    """Whether an artifact's code may call this operator, see `runtime.operators`."""
+    namespace, name, overload = str(operator_).split(".")
+    return namespace == "aten" and is_allowed(name, overload)
+
+
 @dataclass
 class _Emitter:
     graph: fx.Graph
@@ -163,8 +169,7 @@ class _Emitter:
         return self._python(node)
 
     def _operator(self, node: fx.Node, operator_: torch._ops.OpOverload) -> str:
-        namespace, name, overload = str(operator_).split(".")
-        if namespace != "aten" or not is_allowed(name, overload):
+        if not is_offered(operator_):
             raise TraceError(
                 f"the model's code calls torch.ops.{operator_}, which is not among the operators of an artifact",
                 hint="make the function that calls it one opaque step with --ignore NAME",

@@ -36,6 +36,23 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"files          {len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}"
 
 
+def remarks(manifest: Manifest) -> Iterator[str]:
+    """What the compiler decided by itself and a user should know, a line each."""
+    opaque = dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque)
+    by_itself = [path for path in opaque if path in manifest.auto_ignore]
+    asked = [path for path in opaque if path not in manifest.auto_ignore]
+    if asked:
+        yield f"called whole: {', '.join(asked)}"
+    if by_itself:
+        yield f"called whole, for they cannot be recorded: {', '.join(by_itself)}"
+    rehearsed = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.rehearsed if name not in opaque)
+    if rehearsed:
+        yield f"shapes learned from a run on small values: {_some(list(rehearsed))}"
+    fixed = [f"{dim.name} = {dim.min}" for dim in manifest.dims if dim.min == dim.max]
+    if fixed:
+        yield f"holds only for {', '.join(fixed)}"
+
+
 def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     """One row a subgraph, under `HEADINGS`."""
     for index, entry in enumerate(manifest.subgraphs):

@@ -41,7 +41,7 @@ class Subgraph:
             self._emitted = emit(self.graph)
         return self._emitted
 
-    def emit(self, traced_dtype: torch.dtype) -> EmittedCode:
+    def emit(self, traced_dtype: torch.dtype | None) -> EmittedCode:
         """The code for an artifact: `traced_dtype` is written as the run's dtype."""
         return emit(self.graph, traced_dtype=traced_dtype)
 

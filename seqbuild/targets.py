@@ -96,9 +96,9 @@ def infer_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Patterns to cut at when nobody says, the best first: of the model that handles text (the whole model, unless it
-    is part of one that also sees or hears) its no-split classes that exist, outermost only; then the class of its longest
-    ModuleList; then the same of the whole model.
+    """Patterns to cut at when nobody says, the best first: of the part that handles text (all of it, unless the model
+    also sees or hears) the no-split classes that exist, outermost only; then the class of its longest ModuleList; then
+    the same of the whole model.
 
     Raises:
         TargetError: after the last, when there was none.

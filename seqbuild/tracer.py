@@ -31,8 +31,9 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import UntraceableError, blame, burnt_in
+from seqbuild.blame import UntraceableError, blame, burnt_in, find_culprit, not_offered
 from seqbuild.decisions import Decisions, UndecidedError, require
+from seqbuild.emit import is_offered
 from seqbuild.literals import LiteralTensors
 from seqbuild.opaque import find_opaque_steps
 from seqbuild.partition import named_output
@@ -154,6 +155,9 @@ class SequentialTracer(PythonKeyTracer):
         self._kept_alive.clear()
         self._steps = None
         _drop_dead_code(self.graph)
+        for node in self.graph.nodes:
+            if "culprit" in node.meta:
+                raise not_offered(node.target, node.meta["culprit"], self.ancestors)
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -224,7 +228,10 @@ class SequentialTracer(PythonKeyTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Create a node as `fx.Tracer` does: attributes keep their dotted names."""
-        return fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
+        node = fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
+        if isinstance(target, torch._ops.OpOverload) and not is_offered(target):
+            node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
+        return node
 
     def _tensor_arg(self, tensor: torch.Tensor) -> fx.Node:
         tracked = self.unwrap_proxy(tensor)

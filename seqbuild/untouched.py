@@ -19,8 +19,8 @@ _MISSING = object()
 def leaves_left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While the block runs, refuse recorded code that sets an attribute of one of these modules to another value.
 
-    A chain calls the leaves of a fresh model, on which nobody has done that. As an opaque step the function that does it
-    is part of the chain, and then all is well.
+    A chain calls the leaves of a fresh model, on which nobody has done that. As an opaque step the function that does
+    it is part of the chain, and then all is well.
     """
     leaves = frozenset(modules)
     plain = nn.Module.__setattr__
@@ -30,7 +30,7 @@ def leaves_left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
             raise TraceError(f"the model's forward sets {name} of a {type(self).__name__} inside of a step")
         plain(self, name, value)
 
-    nn.Module.__setattr__ = setattr_  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,0 +1,153 @@
+"""Trace a model for an artifact: with the inputs, targets and dtype that work, the best ones first."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import DataError, TargetError, TraceError
+from seqbuild.model import TRACE_DTYPE
+from seqbuild.sample import REHEARSAL_SHAPES, default_sample, rehearsal_samples
+from seqbuild.trace import Trace, trace_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from seqbuild.blame import Function
+
+Sample = Mapping[str, torch.Tensor]
+
+# What torch says when some code does not work in the dtype that stands for the weights'.
+_DTYPE_TROUBLE = re.compile(r"dtype|scalar type|BFloat16|should be the same", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """A trace and what it was made with.
+
+    Attributes:
+        trace: the trace.
+        patterns: what the model was cut at.
+        fixed_dtype: the only dtype of the weights in which the trace holds; None when it holds for any.
+    """
+
+    trace: Trace
+    patterns: tuple[str, ...]
+    fixed_dtype: torch.dtype | None
+
+    @property
+    def marker(self) -> torch.dtype | None:
+        """The dtype that stands for the weights' in the trace, if any does."""
+        return TRACE_DTYPE if self.fixed_dtype is None else None
+
+
+def read_samples(model: nn.Module, file: str | os.PathLike[str] | None) -> list[dict[str, torch.Tensor]]:
+    """The sample to trace with, and others of other sizes for steps that need values.
+
+    Args:
+        model: whose inputs they are.
+        file: safetensors with inputs by name; None makes them up.
+
+    Raises:
+        DataError: when the file cannot be read, or holds what the model does not take.
+        TraceError: when it is not known what the model takes.
+    """
+    if file is None:
+        return [_in_dtype(default_sample(model, shape), TRACE_DTYPE) for shape in REHEARSAL_SHAPES]
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        sample = load_file(Path(file))
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the sample {os.fspath(file)} cannot be read: {error}",
+            hint="write it with safetensors.torch.save_file, the model's inputs by name",
+        ) from error
+    import inspect
+
+    takes = inspect.signature(model.forward).parameters
+    unknown = [name for name in sample if name not in takes]
+    if unknown or not sample:
+        raise DataError(
+            f"the sample {os.fspath(file)} holds {unknown[0] if unknown else 'nothing'}",
+            hint=f"{type(model).__name__} takes {', '.join(takes)}",
+        )
+    return [_in_dtype(one, TRACE_DTYPE) for one in rehearsal_samples(dict(sorted(sample.items(), key=_by(takes))))]
+
+
+def _by(takes: Mapping[str, Any]) -> Callable[[tuple[str, Any]], int]:
+    order = list(takes)
+    return lambda item: order.index(item[0])
+
+
+def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Pixels, sounds and the like in this dtype."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
+
+
+def trace_somehow(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    candidates: Sequence[tuple[str, ...]],
+    *,
+    ignore: Sequence[str],
+    may_ignore: Callable[[Function], bool],
+    targets_per_subgraph: int,
+    drop_uncalled: bool,
+    is_batch_only: bool,
+) -> Traced:
+    """The first trace that works.
+
+    Args:
+        model: without weights, in `TRACE_DTYPE`.
+        samples: see `read_samples`.
+        candidates: patterns of targets, the best first; others are tried when the sample does not reach those.
+        ignore: as for `trace_model`.
+        may_ignore: likewise.
+        targets_per_subgraph: likewise.
+        drop_uncalled: likewise.
+        is_batch_only: likewise.
+
+    Raises:
+        TargetError, TraceError: of the first attempt, when none works.
+    """
+
+    def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
+        real = [_in_dtype(sample, dtype) for sample in samples]
+        trace = trace_model(
+            model,
+            real[0],
+            patterns,
+            ignore=ignore,
+            targets_per_subgraph=targets_per_subgraph,
+            dtype=dtype,
+            drop_uncalled=drop_uncalled,
+            may_ignore=may_ignore,
+            samples=real,
+            is_batch_only=is_batch_only,
+        )
+        fixed = None if dtype == TRACE_DTYPE else dtype
+        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed)
+
+    first: TargetError | None = None
+    for patterns in candidates:
+        try:
+            return attempt(patterns, TRACE_DTYPE)
+        except TargetError as error:
+            first = first or error
+        except TraceError as error:
+            if not _DTYPE_TROUBLE.search(str(error)):
+                raise
+            try:
+                return attempt(patterns, torch.float32)
+            except TraceError:
+                raise error from None
+    assert first is not None, "there are candidates"
+    raise first
