@@ -1,4 +1,4 @@
-"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in the text.
+"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in text.
 
 What a model hears is not described by rules for each architecture. Its config states a few widths and lengths; a thin
 copy of the model is shown sounds of these, one kind after the other, and the first that it takes is the sample. How
@@ -7,6 +7,7 @@ many tokens a sound takes is asked of the thin copy, too.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ _WIDTHS = re.compile(
 _STACKED, _FIXED, _OWN_WIDTHS = "num_stacked_frames", "max_source_positions", ("d_model", "hidden_size")
 _PLACEHOLDERS = ("audio_token_id", "audio_token_index")
 # Divisible by what convolutions and patches step by, and no width of a spectrogram.
-_FRAMES, _SAMPLES = 96, 9600
+_FRAMES, _SAMPLES = 200, 9600
 _BEFORE = 4  # tokens of text before the first sound: more than are padded
 
 
@@ -221,31 +222,36 @@ def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape:
     steps = getattr(getattr(config, "audio_config", None), "time_reduction", None)
     if "audio_embed_sizes" in parameters and steps:
         return -(-sound.length // int(steps))
-    whole = sound if sound.mask != "counted" else replace(sound, mask="")
+    whole = replace(sound, mask="") if sound.mask == "counted" else sound
     trial = _sample(config, parameters, make_text, shape, whole, 2)
-    asked = next((module for module in thin.modules() if hasattr(module, "get_audio_features")), None)
     sounds = len(trial[sound.name])
     with torch.no_grad():
-        if asked is not None:
-            given = {name: value for name, value in trial.items() if name in (sound.name, *_MASKS)}
-            features = asked.get_audio_features(**_taken(asked.get_audio_features, thin, given)).pooler_output
-            if isinstance(features, (tuple, list)):
-                return len(features[0])
-            return int(features.shape[:-1].numel()) // sounds
         try:
-            thin(**trial)
-        except ValueError as error:  # the model says how many it has
-            said = re.search(r"features: (\d+)", str(error))
-            if said:
-                return int(said[1]) // sounds
-            raise
-    raise ValueError("the model does not say how many tokens a sound takes")
+            features = _inner(thin, "get_audio_features")(trial).pooler_output
+        except (ValueError, RuntimeError, AttributeError):  # it looks at the tokens, which we do not have yet
+            lengths = torch.full((sounds,), sound.length)
+            return int(_method(thin, "_get_feat_extract_output_lengths")(lengths)[1][0])
+    if isinstance(features, (tuple, list)):
+        return len(features[0])
+    return int(features.shape[:-1].numel()) // sounds
 
 
-def _taken(function: Any, thin: Any, given: Row) -> Row:
-    """Those of `given` that the function, or the one that it hands everything on to, has by name."""
-    import inspect
+def _method(thin: Any, name: str) -> Any:
+    """The method of that name of the innermost module that has one: the outer ones hand on to it."""
+    owners = [module for module in thin.modules() if hasattr(module, name)]
+    if not owners:
+        raise AttributeError(f"{type(thin).__name__} has no {name}")
+    return getattr(owners[-1], name)
 
-    owners = [function, *(m.get_audio_features for m in thin.modules() if hasattr(m, "get_audio_features"))]
-    names = {name for owner in owners for name in inspect.signature(owner).parameters}
-    return {name: value for name, value in given.items() if name in names}
+
+def _inner(thin: Any, name: str) -> Callable[[Row], Any]:
+    """The method as a function of a whole sample: it takes what it has names for, and None for what is not there."""
+    method = _method(thin, name)
+    needed = inspect.signature(method).parameters.values()
+    given = {parameter.name: parameter for parameter in needed if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+
+    def call(sample: Row) -> Any:
+        absent = {key: None for key, parameter in given.items() if parameter.default is parameter.empty}
+        return method(**absent | {key: value for key, value in sample.items() if key in given})
+
+    return call
