@@ -49,8 +49,8 @@ class Sound:
         axes: of the tensor, after the batch: `width` and `length` of a spectrogram, `length` and `1` of a waveform.
         width: which of the widths that the config states.
         length: frames or samples.
-        mask: `int64` or `bool`: [batch, length] in a parameter of its own; `counted`: bool [batch, tokens of a sound];
-            or none.
+        mask: `int64` or `bool`: [batch, length]; `counted`: bool [batch, tokens of a sound]; `whole`: int64 without
+            padding; or none.
     """
 
     name: str
@@ -101,7 +101,7 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeT
             count = _count(thin, parameters, make_text, shape, sound)
             trial = _sample(thin.config, parameters, make_text, shape, sound, count)
             with torch.no_grad():
-                thin(**trial)
+                _require_finite(thin(**trial))
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, AssertionError) as error:
             reasons[str(error).splitlines()[0] if str(error) else type(error).__name__] = None
             continue
@@ -110,6 +110,13 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeT
         f"{type(model).__name__} takes none of the sounds that we can make: {'; '.join(list(reasons)[-3:])}",
         hint="bring a sample of its inputs with --sample",
     )
+
+
+def _require_finite(output: Any) -> None:
+    """Refuse a kind of sound of which the model makes no numbers (padded frames, in some versions of some models)."""
+    values = output.values() if isinstance(output, Mapping) else ()
+    if not all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, torch.Tensor)):
+        raise ValueError("the output is not finite")
 
 
 def widths(config: Any) -> list[int]:
@@ -132,18 +139,19 @@ def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _kinds(config: Any, parameters: Mapping[str, Any], shape: SampleShape) -> Iterator[Sound]:
     """What to try, the shortest first."""
     has_mask = any(name in parameters for name in _MASKS) or is_alone(config, parameters)
-    masks = ("int64", "bool", "counted", "") if has_mask else ("",)
+    masks = ("int64", "bool", "counted", "whole", "") if has_mask else ("",)
+    spectra: tuple[tuple[str, ...], ...] = (("width", "length"), ("length", "width"))
     for name in _SPECTROGRAMS:
         for length in _frames(config, shape) if name in parameters else ():
             for width in range(len(widths(config))):
-                for axes in (("width", "length"), ("length", "width")):
+                for axes in spectra:
                     for mask in masks:
                         yield Sound(name=name, axes=axes, width=width, length=length, mask=mask)
+    waves: tuple[tuple[str, ...], ...] = (("length",), ("1", "length"))
     for name in _WAVEFORMS:
-        for axes in (("length",), ("1", "length")) if name in parameters else ():
+        for axes in waves if name in parameters else ():
             for mask in masks:
-                length = _SAMPLES * (1 + shape.scale)
-                yield Sound(name=name, axes=axes, width=0, length=length, mask=mask)
+                yield Sound(name=name, axes=axes, width=0, length=_SAMPLES * (1 + shape.scale), mask=mask)
 
 
 def _frames(config: Any, shape: SampleShape) -> list[int]:
@@ -151,7 +159,8 @@ def _frames(config: Any, shape: SampleShape) -> list[int]:
     by_token = getattr(config, "audio_length_per_tok", None)
     if by_token and _placeholder(config) is None:  # each token of text is spoken over
         return [by_token * shape.sequence]
-    return [_FRAMES * (1 + shape.scale), *dict.fromkeys(fixed)]
+    free = [_FRAMES * (1 + shape.scale), _FRAMES // 2 * (2 + shape.scale), _FRAMES]
+    return list(dict.fromkeys([*free, *fixed]))
 
 
 def _sample(
@@ -167,8 +176,9 @@ def _sample(
     name = _mask_name(config, parameters)
     if name and sound.mask:
         length = count if sound.mask == "counted" else sound.length
-        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask == "int64" else torch.bool)
-        for row in range(min(3, size[0]) if token is None and shape.padding else 0):
+        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask in ("int64", "whole") else torch.bool)
+        is_padded = token is None and bool(shape.padding) and sound.mask != "whole"
+        for row in range(min(3, size[0]) if is_padded else 0):
             mask[row, length - length // 16 * (3 - row) :] = 0  # sounds end early, on whichever side text is padded
         sample[name] = mask
     if "audio_embed_sizes" in parameters:

@@ -45,3 +45,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "voxtral": _SHORT | {"audio_token_id": 24},
     "whisper": {"max_source_positions": 100},
 }
+
+# What must be given for a config to be made at all: the parts that have no default.
+_TEXT_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+_MUSIC = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+PARTS: dict[str, dict[str, Any]] = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _TEXT_DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _TEXT_DECODER},
+    "musicgen": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}},
+    "musicgen_melody": {
+        "text_encoder": {"model_type": "t5"},
+        "audio_encoder": {"model_type": "encodec"},
+        "decoder": {},
+    },
+}
+
+# Models that are no models of text, sounds or images by themselves.
+_FOREIGN = "reads keys and values of another model's layers (shared_kv_states)"
+UNUSABLE = {"gemma4_assistant": _FOREIGN, "gemma4_unified_assistant": _FOREIGN}
