@@ -30,7 +30,10 @@ IN_TEXT = {
 
 
 def small(model_type: str) -> Any:
-    return zoo.small_model([case for case in zoo.cases() if case.model_type == model_type][-1])  # the one that hears
+    found = [case for case in zoo.cases() if case.model_type == model_type]
+    if not found:
+        pytest.skip(f"this transformers has no {model_type}")
+    return zoo.small_model(found[-1])  # the one that hears
 
 
 def logits(model: Any, sample: dict[str, torch.Tensor]) -> torch.Tensor:
