@@ -7,6 +7,7 @@ many tokens a sound takes is asked of the thin copy, too.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ _WIDTHS = re.compile(
 _STACKED, _FIXED, _OWN_WIDTHS = "num_stacked_frames", "max_source_positions", ("d_model", "hidden_size")
 _PLACEHOLDERS = ("audio_token_id", "audio_token_index")
 # Divisible by what convolutions and patches step by, and no width of a spectrogram.
-_FRAMES, _SAMPLES = 96, 9600
+_FRAMES, _SAMPLES = 200, 9600
 _BEFORE = 4  # tokens of text before the first sound: more than are padded
 
 
@@ -48,8 +49,8 @@ class Sound:
         axes: of the tensor, after the batch: `width` and `length` of a spectrogram, `length` and `1` of a waveform.
         width: which of the widths that the config states.
         length: frames or samples.
-        mask: `int64` or `bool`: [batch, length] in a parameter of its own; `counted`: bool [batch, tokens of a sound];
-            or none.
+        mask: `int64` or `bool`: [batch, length]; `counted`: bool [batch, tokens of a sound]; `whole`: int64 without
+            padding; or none.
     """
 
     name: str
@@ -100,7 +101,7 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeT
             count = _count(thin, parameters, make_text, shape, sound)
             trial = _sample(thin.config, parameters, make_text, shape, sound, count)
             with torch.no_grad():
-                thin(**trial)
+                _require_finite(thin(**trial))
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, AssertionError) as error:
             reasons[str(error).splitlines()[0] if str(error) else type(error).__name__] = None
             continue
@@ -109,6 +110,13 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeT
         f"{type(model).__name__} takes none of the sounds that we can make: {'; '.join(list(reasons)[-3:])}",
         hint="bring a sample of its inputs with --sample",
     )
+
+
+def _require_finite(output: Any) -> None:
+    """Refuse a kind of sound of which the model makes no numbers (padded frames, in some versions of some models)."""
+    values = output.values() if isinstance(output, Mapping) else ()
+    if not all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, torch.Tensor)):
+        raise ValueError("the output is not finite")
 
 
 def widths(config: Any) -> list[int]:
@@ -131,18 +139,19 @@ def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _kinds(config: Any, parameters: Mapping[str, Any], shape: SampleShape) -> Iterator[Sound]:
     """What to try, the shortest first."""
     has_mask = any(name in parameters for name in _MASKS) or is_alone(config, parameters)
-    masks = ("int64", "bool", "counted", "") if has_mask else ("",)
+    masks = ("int64", "bool", "counted", "whole", "") if has_mask else ("",)
+    spectra: tuple[tuple[str, ...], ...] = (("width", "length"), ("length", "width"))
     for name in _SPECTROGRAMS:
         for length in _frames(config, shape) if name in parameters else ():
             for width in range(len(widths(config))):
-                for axes in (("width", "length"), ("length", "width")):
+                for axes in spectra:
                     for mask in masks:
                         yield Sound(name=name, axes=axes, width=width, length=length, mask=mask)
+    waves: tuple[tuple[str, ...], ...] = (("length",), ("1", "length"))
     for name in _WAVEFORMS:
-        for axes in (("length",), ("1", "length")) if name in parameters else ():
+        for axes in waves if name in parameters else ():
             for mask in masks:
-                length = _SAMPLES * (1 + shape.scale)
-                yield Sound(name=name, axes=axes, width=0, length=length, mask=mask)
+                yield Sound(name=name, axes=axes, width=0, length=_SAMPLES * (1 + shape.scale), mask=mask)
 
 
 def _frames(config: Any, shape: SampleShape) -> list[int]:
@@ -150,7 +159,8 @@ def _frames(config: Any, shape: SampleShape) -> list[int]:
     by_token = getattr(config, "audio_length_per_tok", None)
     if by_token and _placeholder(config) is None:  # each token of text is spoken over
         return [by_token * shape.sequence]
-    return [_FRAMES * (1 + shape.scale), *dict.fromkeys(fixed)]
+    free = [_FRAMES * (1 + shape.scale), _FRAMES // 2 * (2 + shape.scale), _FRAMES]
+    return list(dict.fromkeys([*free, *fixed]))
 
 
 def _sample(
@@ -166,8 +176,9 @@ def _sample(
     name = _mask_name(config, parameters)
     if name and sound.mask:
         length = count if sound.mask == "counted" else sound.length
-        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask == "int64" else torch.bool)
-        for row in range(min(3, size[0]) if token is None and shape.padding else 0):
+        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask in ("int64", "whole") else torch.bool)
+        is_padded = token is None and bool(shape.padding) and sound.mask != "whole"
+        for row in range(min(3, size[0]) if is_padded else 0):
             mask[row, length - length // 16 * (3 - row) :] = 0  # sounds end early, on whichever side text is padded
         sample[name] = mask
     if "audio_embed_sizes" in parameters:
@@ -221,31 +232,36 @@ def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape:
     steps = getattr(getattr(config, "audio_config", None), "time_reduction", None)
     if "audio_embed_sizes" in parameters and steps:
         return -(-sound.length // int(steps))
-    whole = sound if sound.mask != "counted" else replace(sound, mask="")
+    whole = replace(sound, mask="") if sound.mask == "counted" else sound
     trial = _sample(config, parameters, make_text, shape, whole, 2)
-    asked = next((module for module in thin.modules() if hasattr(module, "get_audio_features")), None)
     sounds = len(trial[sound.name])
     with torch.no_grad():
-        if asked is not None:
-            given = {name: value for name, value in trial.items() if name in (sound.name, *_MASKS)}
-            features = asked.get_audio_features(**_taken(asked.get_audio_features, thin, given)).pooler_output
-            if isinstance(features, (tuple, list)):
-                return len(features[0])
-            return int(features.shape[:-1].numel()) // sounds
         try:
-            thin(**trial)
-        except ValueError as error:  # the model says how many it has
-            said = re.search(r"features: (\d+)", str(error))
-            if said:
-                return int(said[1]) // sounds
-            raise
-    raise ValueError("the model does not say how many tokens a sound takes")
+            features = _inner(thin, "get_audio_features")(trial).pooler_output
+        except (ValueError, RuntimeError, AttributeError):  # it looks at the tokens, which we do not have yet
+            lengths = torch.full((sounds,), sound.length)
+            return int(_method(thin, "_get_feat_extract_output_lengths")(lengths)[1][0])
+    if isinstance(features, (tuple, list)):
+        return len(features[0])
+    return int(features.shape[:-1].numel()) // sounds
 
 
-def _taken(function: Any, thin: Any, given: Row) -> Row:
-    """Those of `given` that the function, or the one that it hands everything on to, has by name."""
-    import inspect
+def _method(thin: Any, name: str) -> Any:
+    """The method of that name of the innermost module that has one: the outer ones hand on to it."""
+    owners = [module for module in thin.modules() if hasattr(module, name)]
+    if not owners:
+        raise AttributeError(f"{type(thin).__name__} has no {name}")
+    return getattr(owners[-1], name)
 
-    owners = [function, *(m.get_audio_features for m in thin.modules() if hasattr(m, "get_audio_features"))]
-    names = {name for owner in owners for name in inspect.signature(owner).parameters}
-    return {name: value for name, value in given.items() if name in names}
+
+def _inner(thin: Any, name: str) -> Callable[[Row], Any]:
+    """The method as a function of a whole sample: it takes what it has names for, and None for what is not there."""
+    method = _method(thin, name)
+    needed = inspect.signature(method).parameters.values()
+    given = {parameter.name: parameter for parameter in needed if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+
+    def call(sample: Row) -> Any:
+        absent = {key: None for key, parameter in given.items() if parameter.default is parameter.empty}
+        return method(**absent | {key: value for key, value in sample.items() if key in given})
+
+    return call

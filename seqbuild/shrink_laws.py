@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ LAWS = (
     "linear_num_value_heads = linear_num_key_heads * 4",
     "topk_group = n_group",
     "topk_group = num_expert_group",
+    "audio_config.intermediate_size = audio_config.hidden_size * 4",
     "adaptor_config.intermediate_size = text_config.hidden_size / 4",
     "depth_decoder_config.input_size = hidden_size",
     "upsample_groups = hidden_size",
@@ -44,6 +46,7 @@ LAWS = (
 # The same between a layer's own entries (over those of all layers).
 LAYER_LAWS = ("qk_nope_head_dim = head_dim - qk_rope_head_dim",)
 
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _FACTOR = re.compile(r"partial_rotary_factor|rotary_pct|rope_pct")
 _SECTIONS = re.compile(r"mrope_section|xdrope_section")
 _FACTORS_BY_DIM = ("long_factor", "short_factor")
@@ -60,7 +63,7 @@ def enforce(laws: Sequence[str], large: Mapping[str, Any], small: dict[str, Any]
         for owner in owners:
             place = place.get(owner) if isinstance(place, dict) else None
         old, expected = _lookup(large, target), _value(large, terms)
-        if type(old) is not int or expected is None or old != int(expected) or not isinstance(place, dict):
+        if old is None or expected is None or old != int(expected) or not isinstance(place, dict):
             continue
         new = _value(small, terms)
         if new is not None and new >= 1:
@@ -70,11 +73,11 @@ def enforce(laws: Sequence[str], large: Mapping[str, Any], small: dict[str, Any]
 def _value(table: Mapping[str, Any], terms: str) -> float | None:
     words = terms.split()
     total = _lookup(table, words[0])
-    for operator, word in zip(words[1::2], words[2::2], strict=True):
+    for sign, word in zip(words[1::2], words[2::2], strict=True):
         operand = int(word) if word.isdigit() else _lookup(table, word)
         if total is None or not operand:
             return None
-        total = {"+": total + operand, "-": total - operand, "*": total * operand, "/": total / operand}[operator]
+        total = _OPERATORS[sign](total, operand)
     return total
 
 

@@ -10,7 +10,11 @@ from typing import Any
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _FEW_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 
+# Sounds of two seconds and not of thirty.
+_SHORT = {"audio_config.max_source_positions": 100}
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "audioflamingo3": _SHORT,
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE | {"mrope_section": [2, 3, 3]}}},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
@@ -24,7 +28,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_hidden_layers": 3},
     "ministral": {"head_dim": 16},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "moss_transcribe_diarize": _SHORT,
+    "musicflamingo": _SHORT,
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen2_audio": _SHORT,
     "qwen4_exp": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -35,5 +42,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
     "ReformerForMaskedLM": {"is_decoder": False},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
-    "voxtral": {"audio_token_id": 24},
+    "voxtral": _SHORT | {"audio_token_id": 24},
+    "whisper": {"max_source_positions": 100},
 }
+
+# What must be given for a config to be made at all: the parts that have no default.
+_TEXT_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+_MUSIC = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+PARTS: dict[str, dict[str, Any]] = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _TEXT_DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _TEXT_DECODER},
+    "musicgen": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}},
+    "musicgen_melody": {
+        "text_encoder": {"model_type": "t5"},
+        "audio_encoder": {"model_type": "encodec"},
+        "decoder": {},
+    },
+}
+
+# Models that are no models of text, sounds or images by themselves.
+_FOREIGN = "reads keys and values of another model's layers (shared_kv_states)"
+UNUSABLE = {"gemma4_assistant": _FOREIGN, "gemma4_unified_assistant": _FOREIGN}

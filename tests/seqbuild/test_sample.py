@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.errors import TraceError
 from seqbuild import populate_concrete_args
-from seqbuild.sample import default_sample, symbolic_inputs
+from seqbuild.sample import SampleShape, default_sample, symbolic_inputs
+from tests import zoo
 from tests.tiny_models import tiny_model
 
 
@@ -68,14 +70,60 @@ def test_default_sample() -> None:
     for name, inputs in expected.items():
         sample = default_sample(tiny_model(name))
         assert list(sample) == inputs
-        assert {(value.dtype, value.dim(), value.device.type) for value in sample.values()} == {
-            (torch.int64, 2, "meta")
-        }
+        for key, value in sample.items():
+            assert (value.dtype, value.device.type) == (torch.int64, "cpu")
+            assert value.shape == (3, 31 if key.startswith("decoder_") else 37)
+        assert len(sample["input_ids"].unique()) > 30
+        assert bool((sample["attention_mask"] == 1).all())
 
 
-def test_only_text_models_have_a_default_sample() -> None:
+def test_the_default_sample_needs_no_weights() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
+    assert {value.device.type for value in default_sample(model).values()} == {"cpu"}
+
+
+def test_the_sample_has_the_shape_that_is_asked_for() -> None:
+    model = tiny_model("llama")
+    sample = default_sample(model, SampleShape(batch=2, sequence=9, padding="left", seed=1))
+    assert sample["attention_mask"].tolist() == [[0] * 3 + [1] * 6, [0] * 2 + [1] * 7]
+    other = default_sample(model, SampleShape(batch=2, sequence=9, padding="right", seed=2))
+    assert other["attention_mask"].tolist() == [[1] * 6 + [0] * 3, [1] * 7 + [0] * 2]
+    assert other["input_ids"].shape == sample["input_ids"].shape
+    assert not torch.equal(other["input_ids"], sample["input_ids"])
+    again = default_sample(model, SampleShape(batch=2, sequence=9, seed=1))
+    assert torch.equal(again["input_ids"], sample["input_ids"])
+
+
+def test_only_text_and_sounds_have_a_default_sample() -> None:
     with pytest.raises(TraceError, match="Linear takes no input_ids but input"):
         default_sample(nn.Linear(1, 1))
+
+
+def small(name: str) -> Any:
+    return zoo.small_model(next(case for case in zoo.cases() if case.name == name))
+
+
+def test_types_of_seven_kinds() -> None:
+    assert default_sample(small("masked LM/tapas"))["token_type_ids"].shape == (3, 37, 7)
+
+
+def test_boxes_on_a_page() -> None:
+    boxes = default_sample(small("masked LM/layoutlm"))["bbox"]
+    assert (boxes.shape, boxes.dtype) == ((3, 37, 4), torch.int64)
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    assert bool(((left <= right) & (top <= bottom) & (boxes >= 0).all(-1) & (boxes < 1000).all(-1)).all())
+
+
+def test_a_language_for_each_row() -> None:
+    assert default_sample(small("masked LM/xmod"))["lang_ids"].tolist() == [0, 0, 0]
+
+
+def test_codes_of_sounds() -> None:
+    assert default_sample(small("speech seq2seq/dia"))["decoder_input_ids"].shape == (3, 31, 9)
+    assert default_sample(small("speech seq2seq/kyutai_speech_to_text"))["input_ids"].shape == (3, 37, 33)
+    music = default_sample(small("causal LM/musicgen"))
+    assert (music["input_ids"].shape, music["attention_mask"].shape) == ((3 * 4, 37), (3, 37))
 
 
 def symbolic(**inputs: Any) -> dict[str, Any]:
