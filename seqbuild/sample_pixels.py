@@ -10,7 +10,7 @@ put together along the first dimension. Legend of shapes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,63 @@ def row_of_pixels(wanted: Wanted) -> Row:
     return next(function for applies, function in _FORMS if applies(wanted))(wanted)
 
 
+def joined(rows: Sequence[Row]) -> Row:
+    """All rows: one after the other along the first dimension."""
+    made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if "image_token_pooling" in made:  # patches are numbered through
+        patches, places = rows[0]["pixel_values"].shape[:2].numel(), [row["image_token_pooling"] for row in rows]
+        made["image_token_pooling"] = torch.cat([place + index * patches for index, place in enumerate(places)])
+    return made
+
+
 def _takes(*names: str) -> Callable[[Wanted], bool]:
     return lambda wanted: all(name in wanted.parameters for name in names)
+
+
+def _is(*model_types: str) -> Callable[[Wanted], bool]:
+    """The few whose form is told by nothing else."""
+    return lambda wanted: getattr(wanted.config, "model_type", "") in model_types
+
+
+@form(_is("inkling2", "inkling2_loop"))
+def _merged_squares(wanted: Wanted) -> Row:
+    """Merged patches as little pictures, channels last, [P, side, side, C], and grids of these, [N, 3]."""
+    geometry, grids = wanted.geometry, wanted.grids()
+    side, patches = geometry.patch * geometry.merge, sum(height * width for height, width in grids)
+    return {
+        "pixel_values": wanted.noise(patches, side, side, geometry.channels),
+        "image_grid_thw": torch.tensor([[1, height, width] for height, width in grids]),
+    }
+
+
+@form(_is("inkling_mm_model"))
+def _blocks(wanted: Wanted) -> Row:
+    """Patches as little films, channels last, [P, T, side, side, C]."""
+    geometry, patches = wanted.geometry, sum(height * width for height, width in wanted.grids())
+    return {"pixel_values": wanted.noise(patches, geometry.time, geometry.patch, geometry.patch, geometry.channels)}
+
+
+@form(_is("neomme", "fuyu"))
+def _bare_patches(wanted: Wanted) -> Row:
+    """Flattened patches [P, D] without a grid; as many rows of them as there are images in the older form."""
+    grids, geometry = wanted.grids(), wanted.geometry
+    pixels = wanted.noise(sum(height * width for height, width in grids), geometry.channels * geometry.patch**2)
+    return {"pixel_values": pixels if "image_patches" not in wanted.parameters else pixels[None]}
+
+
+@form(_takes("image_token_pooling"))
+def _pooled_crops(wanted: Wanted) -> Row:
+    """Flattened patches of small views [N, P, D], which four of them become a feature [F, 4], and grids [N, 4]."""
+    geometry = wanted.geometry
+    height, width = geometry.height // geometry.patch, geometry.width // geometry.patch
+    places = torch.arange(wanted.images * height * width).reshape(wanted.images, height, width)
+    places = places[:, : height // 2 * 2, : width // 2 * 2].unfold(1, 2, 2).unfold(2, 2, 2).reshape(-1, 4)
+    return {
+        "pixel_values": wanted.noise(wanted.images, height * width, geometry.channels * geometry.patch**2),
+        "image_token_pooling": places,
+        "image_grids": torch.tensor([[height // 2, width // 2, 0, 0]]).repeat(wanted.images, 1),
+        "image_num_crops": torch.ones(wanted.images, dtype=torch.int64),
+    }
 
 
 @form(_takes("image_grid_thw"))
@@ -231,6 +286,13 @@ def _frames_or_images(wanted: Wanted) -> Row:
     if "pixel_values" in wanted.parameters:
         return _images(wanted)
     return {"pixel_values_videos": _images(wanted)["pixel_values"]}
+
+
+@form(_is("instructblipvideo"))
+def _films(wanted: Wanted) -> Row:
+    """[1, T, C, H, W]."""
+    geometry, frames = wanted.geometry, 2 + wanted.scale
+    return {"pixel_values": wanted.noise(1, frames, geometry.channels, geometry.height, geometry.width)}
 
 
 @form(_takes("state"))

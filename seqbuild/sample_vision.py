@@ -13,7 +13,7 @@ import torch
 
 from seqbuild.sample_extras import extras
 from seqbuild.sample_geometry import Geometry, parts
-from seqbuild.sample_pixels import Row, Wanted, row_of_pixels
+from seqbuild.sample_pixels import Row, Wanted, joined, row_of_pixels
 from seqbuild.thin import thin_copy
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def with_images(
         generator=generator,
     )
     rows = [row_of_pixels(wanted) for _ in range(shape.batch)]
-    pixels = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    pixels = joined(rows)
     pixels |= extras(config, asked, text, pixels, shape, generator)
     if token is not None and asking is not None:
         row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()}
@@ -112,14 +112,14 @@ def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
     """How many features each image of one row becomes."""
     taken = _asked(asking)
     given = {name: value for name, value in pixels.items() if name in taken}
-    if "pixel_values_images" in taken and "pixel_values" not in taken:
-        given["pixel_values_images"] = pixels["pixel_values_images"]
+    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in taken:  # asked is a part that sees no rows
+        given["pixel_values"] = given["pixel_values"].flatten(0, 1)
     with torch.no_grad():
         features = asking(**given)
     if not isinstance(features, (torch.Tensor, tuple, list)):
         deep = features.get("deepstack_features")
         features = features.get("pooler_output")
-        features = deep[0][1] if features is None else features
+        features = deep[0][1] if features is None and deep is not None else features
     if isinstance(features, torch.Tensor):
         features = list(features) if features.dim() == 3 else [features]
     sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]

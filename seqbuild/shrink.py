@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from seqbuild.shrink_agree import agree
+
 WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY = 64, 4, 16, 96, 384
 EXPERTS, CHOSEN, POSITIONS, WINDOW = 4, 2, 512, 16
 _FEWEST_LAYERS, _MOST_LAYERS = 2, 6
@@ -28,7 +30,7 @@ _OFFSET = re.compile(
     r".*_layer_offset|first_k_dense_replace|num_kv_shared_layers|moe_layer_start_index|.*num_dense_layers"
 )
 _TOKEN = re.compile(r".*(token_ids?|token_index|token_indices|_id|tokens_ids)")
-_MROPE = re.compile(r"mrope_section|xdrope_section")
+_KEPT = re.compile(r"patch_embed_hidden_size|patch_dim|video_patch_dim")  # widths of what is put in
 
 _BY_LAYER = ("per_layer_config",)
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
@@ -90,11 +92,15 @@ class _Shrinker:
             for key, value in table.items()
             if _DEPTH.fullmatch(key) and type(value) is int and value > 0
         }
-        return {key: self._entry(key, value, depths) for key, value in table.items() if key not in _DERIVED}
+        small = {key: self._entry(key, value, depths) for key, value in table.items() if key not in _DERIVED}
+        agree(table, small)
+        return small
 
     def _entry(self, key: str, value: Any, depths: Mapping[int, Sequence[int]]) -> Any:
         if isinstance(value, Mapping):
             return self._by_layer(value, depths) if key in _BY_LAYER else self.table(value)
+        if _KEPT.fullmatch(key):
+            return value
         if _TOKEN.fullmatch(key):
             return self._token(value)
         if isinstance(value, (list, tuple)):
@@ -115,8 +121,6 @@ class _Shrinker:
         return {str(new): self.table(entries[str(old)]) for new, old in enumerate(kept) if str(old) in entries}
 
     def _list(self, key: str, items: list[Any], depths: Mapping[int, Sequence[int]]) -> list[Any]:
-        if _MROPE.fullmatch(key):
-            return [2, 3, 3]
         for depth, kept in depths.items():
             if len(items) == depth and depth > len(kept):
                 return [items[index] for index in kept]

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from seqbuild.shrink import shrink_table
 from tests.zoo_exceptions import EXCEPTIONS
+from tests.zoo_vision import VISION
 
 MAPPINGS = {
     "causal LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -57,7 +58,7 @@ def cases() -> Iterator[Case]:
 
 def small_config(case: Case) -> PretrainedConfig:
     """The case's config, shrunken; `architectures` is filled in, as a saved model's is."""
-    cls, changes = getattr(transformers, case.class_name), EXCEPTIONS.get(case.model_type, {})
+    cls, changes = getattr(transformers, case.class_name), _exceptions(case)
     full = CONFIG_MAPPING[case.model_type]()
     part = _part_for(full, cls.config_class)
     table = _changed(shrink_table(part.to_dict()), changes)
@@ -74,6 +75,23 @@ def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
         torch.manual_seed(0)
         model: PreTrainedModel = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return _with_weights(model).eval()
+
+
+def unusable(case: Case) -> str:
+    """Why the case cannot be built here: a library that is missing; nothing when it can."""
+    try:
+        small_model(case)
+    except ImportError as error:
+        return " ".join(str(error).split(".")[0].split())
+    return ""
+
+
+def _exceptions(case: Case) -> Mapping[str, Any]:
+    for table in (EXCEPTIONS, VISION):
+        for name in (case.name, case.model_type):
+            if name in table:
+                return table[name]
+    return {}
 
 
 def _with_weights(model: PreTrainedModel) -> PreTrainedModel:

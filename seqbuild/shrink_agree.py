@@ -1,0 +1,124 @@
+"""Entries of a config that must agree with one another, set right after each has been made small by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Table = dict[str, Any]
+Rule = Callable[[Mapping[str, Any], Table], None]
+_RULES: list[Rule] = []
+
+_LAYER_NUMBERS = re.compile(r".*_(indexes|indices)")
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers")
+_HEAD_LISTS = ("num_heads", "num_attention_heads")
+
+
+def agree(full: Mapping[str, Any], small: Table) -> None:
+    """Set right, in place, what in `small` depends on several entries; `full` is the table that it was made from."""
+    for rule in _RULES:
+        rule(full, small)
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+@_rule
+def _rotary_sections(full: Mapping[str, Any], small: Table) -> None:
+    """The parts of a head that turn with time, height and width fill its rotary half."""
+    for key in ("rope_parameters", "rope_scaling"):
+        for rope in _tables(small.get(key)):
+            for name in ("mrope_section", "xdrope_section"):
+                if rope.get(name):
+                    rope[name] = _divided(_rotary_half(small, rope), rope[name])
+
+
+def _rotary_half(small: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    width = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+    factor = rope.get("partial_rotary_factor") or small.get("partial_rotary_factor") or 1.0
+    return max(1, int(width * factor) // 2)
+
+
+def _divided(total: int, shares: list[int]) -> list[int]:
+    """Whole numbers in about the proportion of `shares`, at least one where there is room."""
+    rest = [max(min(1, total // len(shares)), total * share // sum(shares)) for share in shares[1:]]
+    return [max(0, total - sum(rest)), *rest]
+
+
+@_rule
+def _numbers_of_layers(full: Mapping[str, Any], small: Table) -> None:
+    """Lists of layers, of this table or of the part that sees, name layers that are still there."""
+    depth = next((small[name] for name in _DEPTHS if isinstance(small.get(name), int)), 0)
+    if depth:
+        for name, value in small.items():
+            if _LAYER_NUMBERS.fullmatch(name) and _is_numbers(value) and len(value) > 0:
+                small[name] = sorted({min(number, depth - 1) for number in value})
+    eyes = small.get("vision_config")
+    if not isinstance(eyes, Mapping):
+        return
+    depth = next((eyes[name] for name in _DEPTHS if isinstance(eyes.get(name), int)), 0)
+    for table in [small, *_tables_inside(small)]:
+        for name in ("vision_feature_layer", "vision_feature_layers"):
+            value = table.get(name)
+            if depth and value is not None:
+                table[name] = _kept(value, depth) if isinstance(value, int) else [_kept(one, depth) for one in value]
+
+
+def _kept(number: int, depth: int) -> int:
+    return min(number, depth - 1) if number >= 0 else max(number, -depth)
+
+
+@_rule
+def _widths_of_stages(full: Mapping[str, Any], small: Table) -> None:
+    """A pyramid's first width is a multiple of its first number of heads; each stage is short."""
+    heads = next((small[name] for name in _HEAD_LISTS if _is_numbers(small.get(name))), None)
+    if heads and isinstance(small.get("embed_dim"), int) and small["embed_dim"] % heads[0]:
+        small["embed_dim"] = 16 * heads[0] if heads[0] <= 4 else 4 * heads[0]
+    if _is_numbers(small.get("depths")):
+        small["depths"] = [min(2, depth) for depth in small["depths"]]
+
+
+@_rule
+def _shuffled_pixels(full: Mapping[str, Any], small: Table) -> None:
+    """Pixel shuffle makes features wider by the square of its ratio, and a perceptron must take them."""
+    ratio = small.get("pixel_shuffle_ratio")
+    if ratio and {"hidden_size", "projector_input_dim", "projector_output_dim"} <= small.keys():
+        small["intermediate_size"] = round(small["hidden_size"] / ratio**2)
+        small["projector_input_dim"] = small["projector_output_dim"]
+
+
+@_rule
+def _stacked_layers(full: Mapping[str, Any], small: Table) -> None:
+    """What leaves a tower that shows several of its layers at once is as wide as all of them."""
+    if {"intermediate_layers_indices", "vision_output_dim", "hidden_size"} <= small.keys():
+        small["vision_output_dim"] = small["hidden_size"] * (1 + len(small["intermediate_layers_indices"]))
+
+
+@_rule
+def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
+    """Merged patches are as wide as all that they are made from."""
+    before, after = full.get("vision_config"), small.get("vision_config")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping) or "hidden_size" not in after:
+        return
+    merge = before.get("merge_size") or before.get("spatial_merge_size")
+    if isinstance(merge, int) and full.get("out_hidden_size") == before["hidden_size"] * merge**2:
+        small["out_hidden_size"] = after["hidden_size"] * merge**2
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
+
+
+def _tables(value: Any) -> Iterator[Table]:
+    if isinstance(value, dict):
+        yield value
+        yield from (item for item in value.values() if isinstance(item, dict))
+
+
+def _tables_inside(table: Table) -> Iterator[Table]:
+    for value in table.values():
+        if isinstance(value, dict):
+            yield value
