@@ -98,7 +98,8 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
 
 def takes_images(parameters: Mapping[str, Any]) -> bool:
     """Whether a forward with these parameters sees anything."""
-    return any(name in parameters for name in ("pixel_values", "pixel_values_videos", "flattened_patches"))
+    seen = ("pixel_values", "pixel_values_videos", "flattened_patches", "protein_input_ids")
+    return any(name in parameters for name in seen)
 
 
 def _text(

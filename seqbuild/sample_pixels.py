@@ -79,6 +79,8 @@ def row_of_pixels(wanted: Wanted) -> Row:
 def joined(rows: Sequence[Row]) -> Row:
     """All rows: one after the other along the first dimension."""
     made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if "target_sizes" in made:  # one long image, whatever the number of rows
+        made["pixel_values"] = torch.cat([row["pixel_values"] for row in rows], dim=-1)
     if "image_token_pooling" in made:  # patches are numbered through
         patches, places = rows[0]["pixel_values"].shape[:2].numel(), [row["image_token_pooling"] for row in rows]
         made["image_token_pooling"] = torch.cat([place + index * patches for index, place in enumerate(places)])
@@ -332,3 +334,8 @@ def _images(wanted: Wanted) -> Row:
         return {"pixel_values": wanted.noise(1, geometry.frames, geometry.channels, height, width)}
     return {"pixel_values": wanted.noise(wanted.images, geometry.channels, height, width)}
 
+
+@form(lambda wanted: True)
+def _nothing(wanted: Wanted) -> Row:
+    """For a model that sees otherwise: see `seqbuild.sample_extras`."""
+    return {}

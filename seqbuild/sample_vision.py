@@ -25,6 +25,7 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "media
 _STARTS = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
 _ENDS = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
 _IMAGE_TYPE = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+_SEEN = {"pixel_values", "pixel_values_images", "flattened_patches"}
 _ANY_TOKEN = 10
 _PADDED = 3  # the tokens at either end that may be padding
 
@@ -58,7 +59,7 @@ def with_images(
     pixels = joined(rows)
     pixels |= extras(config, asked, text, pixels, shape, generator)
     if token is not None and asking is not None:
-        row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()}
+        row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()} | rows[0]
         text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted.images))
     pixels |= extras(config, parameters, text, pixels, shape, generator)
     return text | {name: value for name, value in pixels.items() if name in parameters}
@@ -75,6 +76,8 @@ def placeholder(config: Any, parameters: Mapping[str, Any]) -> int | None:
     if "image_embeds_position_mask" in parameters:
         return _ANY_TOKEN
     found = _first(config, _PLACEHOLDERS)
+    if found is None and "pixel_values_videos" not in parameters:
+        found = _first(config, ("video_token_index",))  # a film is all that such a model sees
     return found if found is not None and found >= 0 else None
 
 
@@ -88,14 +91,15 @@ def _first(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _asking(model: nn.Module) -> Any:
-    """The thin copy's own way from pixels to features of the text, where it has one that names what it takes."""
-    for module in thin_copy(model).modules():
-        found = getattr(module, "get_image_features", None)
-        if found is None:
-            continue
-        names = inspect.signature(found).parameters
-        if "pixel_values" in names or "pixel_values_images" in names or "flattened_patches" in names:
-            return found
+    """The thin copy's own way from pixels to features of the text; of several, the one that names most of its inputs.
+
+    Outer modules hand on to inner ones, often under `**kwargs`.
+    """
+    for way in ("get_image_features", "get_video_features"):
+        found = [getattr(module, way) for module in thin_copy(model).modules() if hasattr(module, way)]
+        named = [one for one in found if _SEEN & inspect.signature(one).parameters.keys()]
+        if named:
+            return max(named, key=lambda one: len(inspect.signature(one).parameters))
     return None
 
 
@@ -117,13 +121,18 @@ def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
     with torch.no_grad():
         features = asking(**given)
     if not isinstance(features, (torch.Tensor, tuple, list)):
-        deep = features.get("deepstack_features")
-        features = features.get("pooler_output")
-        features = deep[0][1] if features is None and deep is not None else features
+        features = _first_there(features)
     if isinstance(features, torch.Tensor):
         features = list(features) if features.dim() == 3 else [features]
     sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]
     return sizes if len(sizes) == images else [sum(sizes) // images] * images
+
+
+def _first_there(output: Any) -> Any:
+    if output.get("pooler_output") is not None:
+        return output["pooler_output"]
+    deep = output.get("deepstack_features")
+    return output["last_hidden_state"] if deep is None else deep[0][1]
 
 
 def _with_placeholders(

@@ -72,6 +72,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"n_group|topk_group|num_expert_group", 1),
         (r"index_topk(_blocks)?", 8),
         (r"(mamba_)?chunk_size", 16),
+        (r"base_channels", 32),
     )
 )
 

@@ -108,6 +108,26 @@ def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
         small["out_hidden_size"] = after["hidden_size"] * merge**2
 
 
+@_rule
+def _latent_heads(full: Mapping[str, Any], small: Table) -> None:
+    """A head that turns in part is as wide as both parts."""
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
+    if all(isinstance(full.get(name), int) for name in parts):
+        for whole in ("head_dim", "qk_head_dim"):
+            if full.get(whole) == sum(full[name] for name in parts):
+                small[whole] = sum(small[name] for name in parts)
+
+
+@_rule
+def _convolutions(full: Mapping[str, Any], small: Table) -> None:
+    """Widths that a tower computes from others, and states once more."""
+    if "width_coefficient" in full and "hidden_dim" in full:
+        small["hidden_dim"] = full["hidden_dim"]
+    channels, factors = small.get("base_channels"), small.get("channel_multiplier")
+    if isinstance(channels, int) and factors and full.get("hidden_size") == full["base_channels"] * factors[-1]:
+        small["hidden_size"] = channels * factors[-1]
+
+
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
 

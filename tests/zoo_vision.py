@@ -17,8 +17,13 @@ _RESNET = {
 _DETR = {"backbone_config": _RESNET, "use_timm_backbone": False, "backbone": None}
 _TILES = {"vision_config.image_size": 56, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 _SECTIONS: dict[str, Any] = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
-_HALF_SECTIONS: dict[str, Any] = {"text_config.rope_parameters.mrope_section": [2, 1, 1]}
 _IMAGE_TOKEN = 383
+_TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_OCR: dict[str, Any] = {
+    "vision_config.sam_config.downsample_channels": [32, 64],
+    "vision_config.sam_config.image_size": 256,
+    "vision_config.sam_config.mlp_dim": 96,
+}
 _VISUAL = 64  # entries of a codebook
 _VISION_GEMMA4 = {
     "model_type": "gemma4_vision",
@@ -48,16 +53,18 @@ VISION: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
     "minicpmv4_6": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
     "minicpmv4_7": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
-    "nemotron_h_omni": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382, "audio_token_id": 381},
+    "nemotron_h_omni": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382, "audio_token_id": 381, "text_config.n_groups": 2},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 370, "vision_end_token_id": 371, "audio_start_token_id": 372},
-    "step3p7": {"text_config.sliding_window": 16},
+    "step3p7": {"text_config.sliding_window": 16, "vision_config.image_size": 112},
     "chameleon": {
         "vq_config.num_embeddings": _VISUAL,
+        "image_token_id": _IMAGE_TOKEN,
         "vocabulary_map": {"<image>": _IMAGE_TOKEN}
         | {"IMGIMG" + "".join("ABCDEFGHIJ"[int(d)] for d in str(code)) + "Z": 200 + code for code in range(_VISUAL)},
     },
     "emu3": {
         "vq_config.codebook_size": _VISUAL,
+        "image_token_id": _IMAGE_TOKEN,
         "vocabulary_map": {"<image>": _IMAGE_TOKEN, "<|extra_200|>": 382}
         | {f"<|visual token {code:06d}|>": 200 + code for code in range(_VISUAL)},
     },
@@ -74,7 +81,20 @@ VISION: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": 32,
         "vision_config": _VISION_GEMMA4,
     },
-    "hunyuan_vl": {"text_config.head_dim": 16},
+    "causal LM/gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "output_proj_dims": 64},
+    },
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _TURNING, "sliding_attention": _TURNING}},
+    "deepseek_ocr2": _OCR | {"text_config.num_experts_per_tok": 2, "text_config.mlp_layer_types": ["dense"] + ["sparse"] * 3},
+    "unlimited_ocr": _OCR | {"vision_config.encoder_config.image_size": 28},
+    "qwen4_exp": {
+        "text_config.indexer_n_heads": 4,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_head_dim": 16,
+        "text_config.indexer_budget": 16,
+        "text_config.indexer_compress_ratio": 4,
+    },
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-2, 0]],
@@ -85,10 +105,10 @@ VISION: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[64, 128], [128, 64], [128, 128]],
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
-    "glm46v": _HALF_SECTIONS,
-    "glm4v": _HALF_SECTIONS,
-    "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 0, 0]},
-    "glm_ocr": _HALF_SECTIONS,
+    "glm46v": _SECTIONS,
+    "glm4v": _SECTIONS,
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
+    "glm_ocr": _SECTIONS,
     "glm5_next": {"text_config.index_topk": 16},
     "paddleocr_vl": _SECTIONS,
     "qwen2_vl": _SECTIONS,
@@ -112,7 +132,7 @@ VISION: dict[str, dict[str, Any]] = {
         "fov_model_config.image_size": 32,
         "fov_model_config.patch_size": 8,
     },
-    "efficientnet": {"image_size": 64, "hidden_dim": 1280},
+    "efficientnet": {"image_size": 64},
     "florence2": {
         "vision_config.embed_dim": [16, 32, 48, 64],
         "vision_config.num_heads": [2, 2, 4, 4],
@@ -123,13 +143,16 @@ VISION: dict[str, dict[str, Any]] = {
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "mllama": {"vision_config.image_size": 56},
+    "image encoder/mllama": {"image_size": 56},
+    "inkling_mm_model": {"vision_config.patch_size": 8},
+    "muse_spark": {"audio_config.hidden_sizes": [32, 32, 32, 32]},
     "got_ocr2": {"vision_config.image_size": 256},
     "vivit": {"num_frames": 4, "image_size": 64},
     "yolos": {"image_size": [64, 96]},
-    "swin": {"image_size": 112},
     "convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
     "convnextv2": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
     "dinov3_convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
     "resnet": {"hidden_sizes": [32, 64, 96, 128]},
-    "bit": {"hidden_sizes": [32, 64, 96, 128]},
+    "bit": {"hidden_sizes": [128, 128, 256, 256], "depths": [1, 1, 1, 1]},
 }
