@@ -86,7 +86,7 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
     generator = torch.Generator().manual_seed(shape.seed)
     config = getattr(model, "config", None)
     sample = _text(parameters, "", shape, _vocabulary(config), generator) if "input_ids" in parameters else {}
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         sample |= _text(parameters, "decoder_", shorter, _vocabulary(config), generator)
     if is_seeing:

@@ -70,9 +70,7 @@ def _state(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: t
 
 
 @extra("noise")
-def _noise(
-    config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator
-) -> torch.Tensor | None:
+def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor | None:
     """What becomes a robot's motion, [batch, steps, action]; or by which patches are hidden, [batch, patches]."""
     if not hasattr(config, "max_action_dim"):
         geometry = Geometry.of(config)

@@ -240,14 +240,16 @@ def _global_and_local(wanted: Wanted) -> Row:
 @form(_takes("image_position_ids"))
 def _position_ids(wanted: Wanted) -> Row:
     """Flattened patches [N, P, D] and where each lies, x and y, [N, P, 2]; -1 for padding."""
-    merge = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1))
+    merge, patch = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1)), wanted.geometry.patch
+    if hasattr(wanted.geometry.source, "model_patch_size"):  # patches come merged
+        merge, patch = 1, int(wanted.geometry.source.model_patch_size)
     grids = wanted.grids(merge)
     longest = max(height * width for height, width in grids)
     places = torch.full((len(grids), longest, 2), -1)
     for index, (height, width) in enumerate(grids):
         ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places[index, : height * width] = torch.stack([xs.flatten(), ys.flatten()], dim=-1)
-    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * wanted.geometry.patch**2).sigmoid()
+    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * patch**2).sigmoid()
     return {"pixel_values": pixels * (places[..., :1] >= 0), "image_position_ids": places}
 
 

@@ -135,9 +135,7 @@ def _first_there(output: Any) -> Any:
     return output["last_hidden_state"] if deep is None else deep[0][1]
 
 
-def _with_placeholders(
-    text: Row, parameters: Mapping[str, Any], config: Any, token: int, counts: Sequence[int]
-) -> Row:
+def _with_placeholders(text: Row, parameters: Mapping[str, Any], config: Any, token: int, counts: Sequence[int]) -> Row:
     """The text with a run of placeholders for each image, between words, so that padding stays at the ends."""
     ids = text["input_ids"]
     batch, length = ids.shape

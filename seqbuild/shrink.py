@@ -118,8 +118,8 @@ class _Shrinker:
     def _by_layer(self, value: Mapping[str, Any], depths: Mapping[int, Sequence[int]]) -> dict[str, Any]:
         """What a table says of single layers, under their new numbers."""
         kept = next(iter(depths.values()), ())
-        entries = {str(index): entry for index, entry in value.items()}
-        return {str(new): self.table(entries[str(old)]) for new, old in enumerate(kept) if str(old) in entries}
+        entries = {int(index): entry for index, entry in value.items()}  # numbers may be written with zeros in front
+        return {str(new): self.table(entries[old]) for new, old in enumerate(kept) if old in entries}
 
     def _list(self, key: str, items: list[Any], depths: Mapping[int, Sequence[int]]) -> list[Any]:
         for depth, kept in depths.items():

@@ -43,7 +43,9 @@ def _build(model: nn.Module) -> nn.Module:
     config: Any = getattr(model, "config", None)
     cls: Any = type(model)
     if config is None or not hasattr(cls, "_from_config"):
-        raise TraceError(f"{cls.__name__} is no model of transformers", hint="bring a sample of its inputs with --sample")
+        raise TraceError(
+            f"{cls.__name__} is no model of transformers", hint="bring a sample of its inputs with --sample"
+        )
     if sum(parameter.numel() for parameter in model.parameters()) <= _THIN_ENOUGH:
         narrow = copy.deepcopy(config)
     else:

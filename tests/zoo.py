@@ -87,11 +87,12 @@ def unusable(case: Case) -> str:
 
 
 def _exceptions(case: Case) -> Mapping[str, Any]:
-    for table in (EXCEPTIONS, VISION):
-        for name in (case.name, case.model_type):
-            if name in table:
-                return table[name]
-    return {}
+    """A case's own entries, else its type's: those for types that see speak of whole configs, not of their text."""
+    own = VISION.get(case.name) or EXCEPTIONS.get(case.name)
+    if own is not None:
+        return own
+    tables = (VISION, EXCEPTIONS) if case.mapping.startswith("image") else (EXCEPTIONS,)
+    return next((table[case.model_type] for table in tables if case.model_type in table), {})
 
 
 def _with_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -42,8 +42,8 @@ VISION: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config.image_size": 56},
     "idefics3": {"vision_config.image_size": 128},
     "smolvlm": {"vision_config.image_size": 128},
-    "modernvbert": {"vision_config.image_size": 128},
-    "ultravbert": {"vision_config.image_size": 128},
+    "masked LM/modernvbert": {"vision_config.image_size": 128},
+    "masked LM/ultravbert": {"vision_config.image_size": 128},
     "causal LM/gemma3": {"mm_tokens_per_image": 49},
     "t5gemma2": {"encoder.mm_tokens_per_image": 49},
     # Entries that every checkpoint has, and the default has not.
@@ -53,11 +53,17 @@ VISION: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
     "minicpmv4_6": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
     "minicpmv4_7": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382},
-    "nemotron_h_omni": {"image_token_id": _IMAGE_TOKEN, "video_token_id": 382, "audio_token_id": 381, "text_config.n_groups": 2},
+    "nemotron_h_omni": {
+        "image_token_id": _IMAGE_TOKEN,
+        "video_token_id": 382,
+        "audio_token_id": 381,
+        "text_config.n_groups": 2,
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 370, "vision_end_token_id": 371, "audio_start_token_id": 372},
     "step3p7": {"text_config.sliding_window": 16, "vision_config.image_size": 112},
     "chameleon": {
         "vq_config.num_embeddings": _VISUAL,
+        "vq_config.resolution": 128,
         "image_token_id": _IMAGE_TOKEN,
         "vocabulary_map": {"<image>": _IMAGE_TOKEN}
         | {"IMGIMG" + "".join("ABCDEFGHIJ"[int(d)] for d in str(code)) + "Z": 200 + code for code in range(_VISUAL)},
@@ -85,7 +91,11 @@ VISION: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "output_proj_dims": 64},
     },
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": _TURNING, "sliding_attention": _TURNING}},
-    "deepseek_ocr2": _OCR | {"text_config.num_experts_per_tok": 2, "text_config.mlp_layer_types": ["dense"] + ["sparse"] * 3},
+    "deepseek_ocr2": _OCR
+    | {
+        "text_config.num_experts_per_tok": 2,
+        "text_config.mlp_layer_types": ["dense"] + ["sparse"] * 3,
+    },
     "unlimited_ocr": _OCR | {"vision_config.encoder_config.image_size": 28},
     "qwen4_exp": {
         "text_config.indexer_n_heads": 4,
@@ -109,6 +119,7 @@ VISION: dict[str, dict[str, Any]] = {
     "glm4v": _SECTIONS,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "glm_ocr": _SECTIONS,
+    "dots3_note": {"text_config.head_dim": 32},
     "glm5_next": {"text_config.index_topk": 16},
     "paddleocr_vl": _SECTIONS,
     "qwen2_vl": _SECTIONS,
@@ -124,6 +135,7 @@ VISION: dict[str, dict[str, Any]] = {
     # Small, so that they are quick.
     "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 128, "vision_config.image_size": 64},
     "depth_pro": {
+        "intermediate_hook_ids": [3, 1],
         "patch_size": 32,
         "image_model_config.image_size": 32,
         "image_model_config.patch_size": 8,
@@ -132,7 +144,7 @@ VISION: dict[str, dict[str, Any]] = {
         "fov_model_config.image_size": 32,
         "fov_model_config.patch_size": 8,
     },
-    "efficientnet": {"image_size": 64},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
     "florence2": {
         "vision_config.embed_dim": [16, 32, 48, 64],
         "vision_config.num_heads": [2, 2, 4, 4],
@@ -147,7 +159,7 @@ VISION: dict[str, dict[str, Any]] = {
     "image encoder/mllama": {"image_size": 56},
     "inkling_mm_model": {"vision_config.patch_size": 8},
     "muse_spark": {"audio_config.hidden_sizes": [32, 32, 32, 32]},
-    "got_ocr2": {"vision_config.image_size": 256},
+    "causal LM/got_ocr2": {"vision_config.image_size": 256},
     "vivit": {"num_frames": 4, "image_size": 64},
     "yolos": {"image_size": [64, 96]},
     "convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
