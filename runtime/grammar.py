@@ -268,6 +268,10 @@ class _Checker:
             self._text(node, "attributes")
         elif path == ["self", "get_submodule"]:
             self._text(node, "objects")
+        elif path == ["run", "copied"]:
+            self._plain(node, 1)
+        elif path == ["run", "require"]:
+            self._plain(node, 2)
         elif path == ["run", "constant"]:
             self._text(node, "constants")
         elif _is_lookup(node.func):
@@ -291,6 +295,10 @@ class _Checker:
         if is_recorded:
             self._use(node, kind, name)
         return str(name)
+
+    def _plain(self, node: ast.Call, num_arguments: int) -> None:
+        if len(node.args) != num_arguments or node.keywords or any(_is_object(argument) for argument in node.args):
+            raise self.refuse(node, "a call with these arguments")
 
     def _use(self, node: ast.AST, kind: str, name: object) -> None:
         if not isinstance(name, str) or name not in getattr(self.allowed, kind):

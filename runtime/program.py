@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import DataError
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -44,6 +46,24 @@ class Run:
     def constant(self, name: str) -> torch.Tensor:
         """The constant `name`, on the run's device."""
         return self.constants[name].to(self.device)
+
+    @staticmethod
+    def copied(value: Mapping[Any, Any]) -> dict[Any, Any]:
+        """A dictionary that steps fill, as it is now."""
+        return dict(value)
+
+    @staticmethod
+    def require(value: Any, expected: bool) -> None:
+        """Refuse data for which the model's forward would raise an error.
+
+        Raises:
+            DataError: when `value` is not what it was when the model was traced.
+        """
+        if bool(value) is not expected:
+            raise DataError(
+                "the model's code refuses this data: a condition that it states does not hold",
+                hint="compare the batch with what the model takes",
+            )
 
 
 def compile_program(source: str, filename: str) -> Program:

@@ -17,33 +17,25 @@ import runtime.errors
 from runtime.errors import TraceError
 
 _OURS = Path(__file__).resolve().parent
+_STEPS = _OURS / "steps.py"
 _TORCH = Path(torch.__file__).resolve().parent
 
 
-def blame(error: BaseException, ancestors: Collection[nn.Module]) -> TraceError:
-    """Name the model's innermost function on the way to `error`, its file and line, and what helps.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Function:
+    """A function of the model's code, while it is executed.
 
-    The innermost frame that belongs neither to torch nor to this project is taken. Args: `ancestors`, whose `forward`
-    cannot be one opaque step, because the targets are called in it.
+    Attributes:
+        name: `Class.method` or `module.path.function`, for people.
+        path: `module:Class.method` or `module:function`, as opaque steps are called.
+        owner: the object whose method it is, or None.
+        is_forward: whether it is a module's forward.
     """
-    culprit = _innermost(traceback.walk_tb(error.__traceback__))
-    reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
-    if culprit is None:
-        return TraceError(f"the model cannot be traced: {type(error).__name__}: {reason}")
-    return TraceError(
-        f"{culprit.name} cannot be traced ({culprit.file}, line {culprit.line}): {type(error).__name__}: {reason}",
-        hint=_advice(culprit, culprit.is_forward and culprit.owner in ancestors),
-    )
 
-
-def burnt_in(size: str, culprit: Culprit | None) -> TraceError:
-    """A size of the sample became a number in the graph, so that the chain would be right for that size alone."""
-    if culprit is None:
-        return TraceError(f"{size} is burnt in: the model's code decided by it or looped over it")
-    return TraceError(
-        f"{size} is burnt in: {culprit.name} ({culprit.file}, line {culprit.line}) decided by it or looped over it",
-        hint=_advice(culprit, culprit.is_forward),
-    )
+    name: str
+    path: str
+    owner: Any
+    is_forward: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,59 +46,124 @@ class Culprit:
         name: its function.
         file: where it is.
         line: likewise.
-        ignorable: the innermost function around it that `--ignore` can name.
-        owner: the object whose method that is, or None.
-        is_forward: whether that is a module's forward.
+        around: the functions around it that can be named, the innermost first; those inside of a recorded step are
+            left out, for nothing inside of a step is recorded.
     """
 
     name: str
     file: str
     line: int
-    ignorable: str
-    owner: Any
-    is_forward: bool
+    around: tuple[Function, ...]
+
+
+class UntraceableError(TraceError):
+    """Model code that cannot be recorded as it is.
+
+    Args:
+        message: as for every error.
+        culprit: the line, where it is known.
+        is_refusal: whether that line itself raised the error: the model refuses what it is given.
+        hint: as for every error.
+    """
+
+    def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.culprit = culprit
+        self.is_refusal = is_refusal
+
+
+def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:
+    """Name the model's innermost function on the way to `error`, its file and line, and what helps.
+
+    The innermost frame that belongs neither to torch nor to this project is taken. An error of ours keeps its words.
+    Args: `ancestors`, whose `forward` cannot be one opaque step, because the targets are called in it.
+    """
+    walk = list(traceback.walk_tb(error.__traceback__))
+    culprit = _culprit(walk)
+    if isinstance(error, TraceError):
+        hint = error.hint or (_advice(culprit, ancestors) if culprit else "")
+        where = f" ({culprit.file}, line {culprit.line})" if culprit and culprit.file not in error.message else ""
+        return UntraceableError(error.message + where, culprit=culprit, hint=hint)
+    reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
+    if culprit is None:
+        return UntraceableError(f"the model cannot be traced: {type(error).__name__}: {reason}", culprit=None)
+    return UntraceableError(
+        f"{culprit.name} cannot be traced ({culprit.file}, line {culprit.line}): {type(error).__name__}: {reason}",
+        culprit=culprit,
+        is_refusal=bool(walk) and _is_models(walk[-1][0].f_code.co_filename),
+        hint=_advice(culprit, ancestors),
+    )
+
+
+def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
+    """A size of the sample became a number in the graph, so that the chain would be right for that size alone."""
+    if culprit is None:
+        message = f"{size} is burnt in: the model's code decided by it or looped over it"
+        return UntraceableError(message, culprit=None)
+    return UntraceableError(
+        f"{size} is burnt in: {culprit.name} ({culprit.file}, line {culprit.line}) decided by it or looped over it",
+        culprit=culprit,
+        hint=_advice(culprit, ancestors),
+    )
 
 
 def find_culprit() -> Culprit | None:
     """The innermost line of the model's code that is being executed."""
-    return _innermost(reversed(list(traceback.walk_stack(None))))
+    return _culprit(list(reversed(list(traceback.walk_stack(None)))))
 
 
-def _innermost(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
-    frames = [(frame, line) for frame, line in walk if _is_models(frame.f_code.co_filename)]
+def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
+    """Args: `walk`, frames and lines from the outermost to the innermost."""
+    frames: list[tuple[FrameType, int]] = []
+    num_outside: int | None = None
+    for frame, line in walk:
+        if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
+            num_outside = len(frames)
+        if _is_models(frame.f_code.co_filename):
+            frames.append((frame, line))
     if not frames:
         return None
     frame, line = frames[-1]
-    nameable = next((outer for outer, _ in reversed(frames) if _can_be_named(outer)), frame)
+    outside = reversed(frames[:num_outside])
     return Culprit(
         name=_name(frame),
         file=frame.f_code.co_filename,
         line=line,
-        ignorable=_name(nameable),
-        owner=nameable.f_locals.get("self"),
-        is_forward=nameable.f_code.co_name == "forward",
+        around=tuple(function for outer, _ in outside if (function := _function(outer)) is not None),
     )
 
 
 def _name(frame: FrameType) -> str:
-    """`Class.method` or `module.path.function`, as `--ignore` takes it."""
     owner, module = frame.f_locals.get("self"), inspect.getmodule(frame.f_code)
     prefix = f"{type(owner).__name__}." if owner is not None else f"{module.__name__}." if module is not None else ""
     return prefix + frame.f_code.co_name
 
 
-def _can_be_named(frame: FrameType) -> bool:
-    """Whether the function is found under its name: one that was made inside another is not."""
-    owner = frame.f_locals.get("self")
-    home = type(owner) if owner is not None else inspect.getmodule(frame.f_code)
-    found = inspect.unwrap(getattr(home, frame.f_code.co_name, None) or _name)
-    return getattr(found, "__code__", None) is frame.f_code
+def _function(frame: FrameType) -> Function | None:
+    """The function, if it is found under its name: one that was made inside another is not."""
+    owner, name = frame.f_locals.get("self"), frame.f_code.co_name
+    if owner is None:
+        home: Any = inspect.getmodule(frame.f_code)
+        homes = [home] if home is not None else []
+    else:
+        homes = [cls for cls in type(owner).__mro__ if name in cls.__dict__]
+    for home in homes:
+        if getattr(inspect.unwrap(home.__dict__.get(name) or _name), "__code__", None) is frame.f_code:
+            is_class = isinstance(home, type)
+            return Function(
+                name=_name(frame),
+                path=f"{home.__module__}:{home.__qualname__}.{name}" if is_class else f"{home.__name__}:{name}",
+                owner=owner,
+                is_forward=name == "forward",
+            )
+    return None
 
 
-def _advice(culprit: Culprit, is_ancestor: bool) -> str:
-    if is_ancestor:
+def _advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
+    function = next(iter(culprit.around), None)
+    if function is None or (function.is_forward and function.owner in ancestors):
         return "move that line into a function of its own and name it with --ignore"
-    return f"make it one opaque step with --ignore {culprit.ignorable}"
+    return f"make it one opaque step with --ignore {function.name}"
 
 
 def _is_models(filename: str) -> bool:

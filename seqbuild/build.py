@@ -25,12 +25,13 @@ from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check, read_manifest
 from runtime.errors import TargetError
+from runtime.grammar import is_opaque_path
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, ModelEntry, sha256
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
 from seqbuild.checkpoint_keys import KeyTable, key_table
 from seqbuild.model import TRACE_DTYPE, build_weightless, default_dtype
-from seqbuild.sample import default_sample
+from seqbuild.sample import REHEARSAL_SHAPES, default_sample
 from seqbuild.source import Source, resolve_source
 from seqbuild.targets import as_names, infer_targets
 from seqbuild.trace import Trace, trace_model
@@ -116,9 +117,11 @@ def build(
                 targets_per_subgraph=targets_per_subgraph,
                 dtype=TRACE_DTYPE,
                 drop_uncalled=targets is None,
+                may_ignore=lambda function: is_opaque_path(function.path),
+                samples=[default_sample(model, shape) for shape in REHEARSAL_SHAPES],
+                is_batch_only=False,  # the sizes of the default sample are our invention
             )
             _require_matched(trace)
-            trace.tracer.require_free_sizes(is_batch_only=False)  # those of the default sample are our invention
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, model, trace, keys, parts, patterns)
             _write(path, files, manifest)

@@ -122,9 +122,9 @@ def describe_subgraph(
 def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
     """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in (*code.submodules, *(name for name in code.objects if name in modules)):
+    for name in code.submodules:
         yield from modules[name].state_dict(prefix=f"{name}." if name else "", keep_vars=True)
-    for name in code.attributes:
+    for name in (*code.attributes, *code.uses):
         owner, _, leaf = name.rpartition(".")
         if leaf not in modules[owner]._non_persistent_buffers_set:
             yield name

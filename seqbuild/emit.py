@@ -8,6 +8,8 @@ Every statement is one of
     name = run.constant("constant_0")                 a tensor that the artifact brings
     name = run.opaque["module:function"](...)         a step that is called whole
     name = other[0]   name = a * b + 1                unpacking, arithmetic on sizes
+    name = run.copied(other)                          a dictionary that a step has filled, as it is now
+    name = run.require(condition, True)               what the model itself would refuse otherwise
     del name                                          after the last use, so that memory is freed as it is in the model
 
 `runtime.grammar` accepts just this; `run.device`, `run.dtype` and `run.lowest` stand where the trace had its own.
@@ -27,6 +29,8 @@ from torch import fx, nn
 from runtime.errors import TraceError
 from runtime.grammar import RESERVED
 from runtime.operators import is_allowed
+from seqbuild.decisions import require
+from seqbuild.states import copy_dict
 
 _INFIX: dict[Any, str] = {
     operator.add: "+",
@@ -64,6 +68,7 @@ class EmittedCode:
         submodules: dotted names of the modules it calls.
         attributes: dotted names of the parameters and buffers it reads directly.
         objects: dotted names of modules or configs that are handed whole to opaque steps.
+        uses: dotted names of the parameters and buffers that opaque steps use of them.
         constants: names of the artifact's tensors.
         opaque: paths of the functions called whole.
         output_names: keys of the returned dict.
@@ -73,6 +78,7 @@ class EmittedCode:
     submodules: tuple[str, ...]
     attributes: tuple[str, ...]
     objects: tuple[str, ...]
+    uses: tuple[str, ...]
     constants: tuple[str, ...]
     opaque: tuple[str, ...]
     output_names: tuple[str, ...]
@@ -149,6 +155,8 @@ class _Emitter:
             return self._attribute(node)
         if "opaque" in node.meta:
             path = self._refer("opaque", node.meta["opaque"])
+            for name in node.meta.get("uses", ()):
+                self._refer("uses", name)
             return f"run.opaque[{_text(path)}]({self._arguments(node)})"
         if isinstance(node.target, torch._ops.OpOverload):
             return self._operator(node, node.target)
@@ -170,6 +178,10 @@ class _Emitter:
             return f"{operands[0]}[{operands[1]}]"
         if target is getattr and str(node.args[1]).isidentifier() and not str(node.args[1]).startswith("_"):
             return f"{operands[0]}.{node.args[1]}"
+        if target is copy_dict:
+            return f"run.copied({operands[0]})"
+        if target is require:
+            return f"run.require({operands[0]}, {operands[1]})"
         if target is operator.neg:
             return f"-{operands[0]}"
         if target in _INFIX and len(operands) == 2:
@@ -251,7 +263,7 @@ class _Emitter:
         return repr(value)
 
 
-_REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "constants", "opaque")
+_REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "uses", "constants", "opaque")
 
 
 def _lookup(root: Any, name: str) -> Any:

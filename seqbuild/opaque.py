@@ -46,7 +46,7 @@ class OpaqueStep:
 
 
 def find_opaque_steps(model: nn.Module, names: Sequence[str]) -> tuple[tuple[OpaqueStep, ...], tuple[str, ...]]:
-    """Find the functions that `names` mean, as `function`, `Class.method` or `module.path.function`.
+    """Find the functions that `names` mean, as `function`, `Class.method`, `module.path.function`, or by their path.
 
     A bare function is looked for in the modules that define the classes of the model's modules; a method among those
     classes; a dotted path is imported. All modules that have imported a function under a name of their own are found.
@@ -58,7 +58,8 @@ def find_opaque_steps(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Opa
     steps: dict[str, OpaqueStep] = {}
     unmatched: list[str] = []
     for name in dict.fromkeys(names):
-        found = _methods(name, classes) or _functions(name, classes)
+        dotted = name.replace(":", ".")
+        found = _methods(dotted, classes) or _functions(dotted, classes)
         if not found:
             unmatched.append(name)
         for step in found:

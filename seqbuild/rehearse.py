@@ -1,31 +1,29 @@
-"""Rehearse a step that fails on fake tensors: run it for real on small random values, to learn the shape of
-its result.
+"""Rehearse a step that fails on fake tensors: run it for real on small values, to learn the shape of its result.
 
-A function that loops over what `nonzero` found, or asks `.item()` and decides, needs values. It is run by itself, once
-with the sizes of the sample and once with larger ones: a size that stays the same is a constant, one that follows an
-input's size becomes that symbol again, and anything else is an error. A number in the result may have come from the
-values, so it becomes a symbol without a value: the trace can calculate with it, but not decide by it.
+A function that loops over what `nonzero` found, or asks `.item()` and decides, needs values. It is run by itself on
+what the samples give (see `seqbuild.replay`), samples of several sizes and values: a size that is always the same is a
+constant, one that follows an input's size becomes that symbol again, and any other comes from the values, so it becomes
+a symbol of its own. A number in the result may have come from the values, too: the trace can calculate with it, but not
+decide by it. A tuple or list that is not always as long is a sequence of unknown length.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.errors import TraceError
-from seqbuild.weightless import small_real_parameters, small_tensor
+from seqbuild.replay import Replay, copied, for_real
+from seqbuild.sequences import UnknownLength
+from seqbuild.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -33,7 +31,16 @@ if TYPE_CHECKING:
 # A step with more weights than this is not run for real: compiling is to stay a laptop's work.
 LIMIT_BYTES = 4 * 2**30
 
-Memory = dict[Any, tuple[Any, Any]]
+Memory = dict[Any, tuple[tuple[Any, ...], tuple[str, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What a rehearsal taught: the result in fake tensors, the real one of each sample, the parameters it used."""
+
+    fake: Any
+    real: tuple[Any, ...]
+    used: tuple[str, ...]
 
 
 def rehearse(
@@ -42,38 +49,42 @@ def rehearse(
     kwargs: Mapping[str, Any],
     *,
     modules: Sequence[nn.Module],
+    replay: Replay,
     fake_mode: FakeTensorMode,
     memory: Memory,
-) -> Any:
-    """The result of `function(*args, **kwargs)` in fake tensors, learned from two real runs.
+    names: Mapping[int, Sequence[str]],
+) -> Rehearsal:
+    """The result of `function(*args, **kwargs)` in fake tensors, learned from real runs.
 
     Args:
         function: called outside of every mode; the model's fake parameters are exchanged for real ones meanwhile.
         args: with fake tensors and symbols.
         kwargs: likewise.
-        modules: those whose parameters the function uses.
+        modules: those whose parameters the function uses; a real one is made when its module is called.
+        replay: gives real values for the arguments.
         fake_mode: owns the fake tensors of the result.
         memory: results of earlier rehearsals; a model's layers differ in nothing that is looked at here.
+        names: from the ids of the model's fake parameters to their dotted names.
 
     Raises:
-        TraceError: when the shape of the result follows from values, or the step is too large to be run.
+        TraceError: when the structure of the result follows from values, or the step is too large to be run.
     """
-    shape_env = fake_mode.shape_env
-    assert shape_env is not None
-    sizes = _sizes((args, kwargs))
     key = (getattr(function, "__qualname__", ""), _signature(modules), _signature(args), _signature(kwargs))
     if key not in memory:
-        _require_small(modules)
-        stages = (_Stage(shape_env=shape_env, enlarge=1), _Stage(shape_env=shape_env, enlarge=2))
-        small, large = (_run(function, args, kwargs, modules, stage) for stage in stages)
-        memory[key] = small, large
-    products = [one * two for one, two in itertools.combinations_with_replacement(sizes, 2)]  # tokens of a batch
-    known = {
-        tuple(_value(size, shape_env, enlarge) for enlarge in (1, 2)): size for size in reversed([*sizes, *products])
-    }
-    with _for_real():
-        small, large = copy.deepcopy(memory[key])  # what is learned is written into it
-    return _Learner(fake_mode=fake_mode, known=known).learn(small, large)
+        used: dict[str, None] = {}
+        memory[key] = (
+            tuple(
+                _run(function, args, kwargs, modules, replay, variant, names, used)
+                for variant in range(len(replay.samples))
+            ),
+            tuple(used),
+        )
+    with for_real():
+        results, used_names = tuple(copied(result) for result in memory[key][0]), memory[key][1]
+    learner = _Learner(fake_mode=fake_mode, known=_known_sizes(replay, args, kwargs))
+    with for_real():
+        pattern = tuple(copied(result) for result in results)  # what is learned is written into it
+    return Rehearsal(fake=learner.learn(pattern), real=results, used=used_names)
 
 
 def _run(
@@ -81,26 +92,34 @@ def _run(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     modules: Sequence[nn.Module],
-    stage: _Stage,
+    replay: Replay,
+    variant: int,
+    names: Mapping[int, Sequence[str]],
+    used: dict[str, None],
 ) -> Any:
-    with _for_real(), small_real_parameters(modules):
-        return function(*stage.real(list(args)), **stage.real(dict(kwargs)))
+    with for_real(), really_there(modules, LIMIT_BYTES) as real:
+        real_args = [copied(replay.real(value, variant)) for value in args]
+        real_kwargs = {name: copied(replay.real(value, variant)) for name, value in kwargs.items()}
+        with ParametersSeen() as seen:
+            result = function(*real_args, **real_kwargs)
+    fakes = {id(made): fake for fake, made in real.made.items()}
+    for tensor in seen.tensors:
+        used.update(dict.fromkeys(names.get(fakes.get(tensor, tensor), ())))
+    return result
 
 
-@contextlib.contextmanager
-def _for_real() -> Iterator[None]:
-    """No mode that records or fakes is active, and random numbers that are drawn are nobody else's."""
-    with _disable_current_modes(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-        yield
-
-
-def _require_small(modules: Sequence[nn.Module]) -> None:
-    num_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    if num_bytes > LIMIT_BYTES:
-        raise TraceError(
-            f"a step with {num_bytes / 2**30:.0f} GiB of weights depends on values, and is too large to be run for its "
-            "shape"
-        )
+def _known_sizes(replay: Replay, args: Any, kwargs: Any) -> Mapping[tuple[int, ...], torch.SymInt]:
+    """What sizes among the arguments, and products of two of them (tokens of a batch), are in each sample."""
+    sizes = _sizes((args, kwargs))
+    products = [one * two for one, two in itertools.combinations_with_replacement(sizes, 2)]
+    known: dict[tuple[int, ...], torch.SymInt] = {}
+    for size in [*sizes, *products]:
+        try:
+            numbers = tuple(replay.size(size, variant) for variant in range(len(replay.samples)))
+        except TraceError:
+            continue
+        known.setdefault(numbers, size)  # also one that all samples have in common: it may be no constant
+    return known
 
 
 def _signature(value: Any) -> Any:
@@ -109,6 +128,8 @@ def _signature(value: Any) -> Any:
         return type(value), tuple((name, tuple(p.shape)) for name, p in value.named_parameters())
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(map(str, value.shape))
+    if isinstance(value, UnknownLength):
+        return id(value)
     if isinstance(value, (tuple, list)):
         return tuple(_signature(item) for item in value)
     if isinstance(value, (dict, UserDict)):
@@ -123,15 +144,6 @@ def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
     return sizes
 
 
-def _value(size: torch.SymInt, shape_env: ShapeEnv, enlarge: int) -> int:
-    """A size for the sample (1), or for one whose free sizes are twice as large (2)."""
-    expression = shape_env.replace(size.node.expr)
-    hints = {symbol: sample_sizes(shape_env).get(symbol) for symbol in expression.free_symbols}
-    if any(hint is None for hint in hints.values()):
-        raise TraceError("a size that comes from values goes into a step that needs values itself")
-    return int(expression.xreplace({symbol: sympy.Integer(int(hint or 0) * enlarge) for symbol, hint in hints.items()}))
-
-
 def _sizes(value: Any) -> list[torch.SymInt]:
     """Every symbolic size among the arguments, simplest first."""
     found: dict[Any, torch.SymInt] = {}
@@ -143,6 +155,8 @@ def _sizes(value: Any) -> list[torch.SymInt]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, UnknownLength):
+        return
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _leaves(item)
@@ -154,88 +168,67 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 @dataclass(kw_only=True)
-class _Stage:
-    """Makes real arguments of fake ones."""
-
-    shape_env: ShapeEnv
-    enlarge: int
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(1))
-
-    def real(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return small_tensor(value, self.generator, [self.size(size) for size in value.shape])
-        if isinstance(value, torch.SymInt):
-            return self.size(value)
-        if isinstance(value, (torch.SymBool, torch.SymFloat)):
-            return False if isinstance(value, torch.SymBool) else 0.5
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self.real(item) for item in value))
-        if isinstance(value, (tuple, list)):
-            return type(value)(self.real(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self.real(item) for key, item in value.items()}
-        return value
-
-    def size(self, size: int | torch.SymInt) -> int:
-        return _value(size, self.shape_env, self.enlarge) if isinstance(size, torch.SymInt) else int(size)
-
-
-@dataclass(kw_only=True)
 class _Learner:
-    """Makes a fake result of two real ones."""
+    """Makes a fake result of several real ones, one for each sample."""
 
     fake_mode: FakeTensorMode
     known: Mapping[tuple[int, ...], torch.SymInt]
 
-    def learn(self, small: Any, large: Any) -> Any:
-        if type(small) is not type(large):
-            raise TraceError(f"a step returns {type(small).__name__} or {type(large).__name__}, as its values have it")
-        if isinstance(small, torch.Tensor):
-            return self._tensor(small, large)
-        if isinstance(small, (tuple, list)):
-            self._require_equal(len(small), len(large))
-            items = [self.learn(one, two) for one, two in zip(small, large, strict=True)]
-            return type(small)(*items) if hasattr(small, "_fields") else type(small)(items)
-        if isinstance(small, (dict, UserDict)):
-            self._require_equal(list(small), list(large))
-            for key in list(small):
-                small[key] = self.learn(small[key], large[key])
-            return small
-        if dataclasses.is_dataclass(small):
-            for item in dataclasses.fields(small):
-                learned = self.learn(getattr(small, item.name), getattr(large, item.name))
-                object.__setattr__(small, item.name, learned)
-            return small
-        return self._number(small, large)
+    def learn(self, results: Sequence[Any]) -> Any:
+        first = results[0]
+        if any(type(result) is not type(first) for result in results):
+            kinds = " or ".join(dict.fromkeys(type(result).__name__ for result in results))
+            raise TraceError(f"a step returns {kinds}, as its values have it")
+        if isinstance(first, torch.Tensor):
+            return self._tensor(results)
+        if isinstance(first, (tuple, list)):
+            if len({len(result) for result in results}) > 1:
+                return UnknownLength()
+            items = [self.learn(parts) for parts in zip(*results, strict=True)]
+            return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+        if isinstance(first, (dict, UserDict)):
+            self._require_equal([list(result) for result in results])
+            for key in list(first):
+                first[key] = self.learn([result[key] for result in results])
+            return first
+        if dataclasses.is_dataclass(first):
+            for item in dataclasses.fields(first):
+                learned = self.learn([getattr(result, item.name) for result in results])
+                object.__setattr__(first, item.name, learned)
+            return first
+        return self._number(results)
 
-    def _tensor(self, small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
-        self._require_equal(small.dim(), large.dim())
-        sizes = [
-            one if one == two else self._symbol(one, two) for one, two in zip(small.shape, large.shape, strict=True)
-        ]
+    def _tensor(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
+        self._require_equal([result.dim() for result in results])
+        sizes = [self._size(numbers) for numbers in zip(*(result.shape for result in results), strict=True)]
         with self.fake_mode:
-            return torch.empty(sizes, dtype=small.dtype, device="cpu")
+            return torch.empty(sizes, dtype=results[0].dtype, device="cpu")
 
-    def _symbol(self, small: int, large: int) -> torch.SymInt:
-        if (small, large) not in self.known:
-            raise TraceError(
-                f"the size of a step's result follows from values, or in no simple way from sizes: it was {small} with "
-                f"those of the sample, and {large} with twice as large ones"
-            )
-        return self.known[small, large]
-
-    def _number(self, small: Any, large: Any) -> Any:
+    def _size(self, numbers: tuple[int, ...]) -> int | torch.SymInt:
+        if numbers in self.known:
+            return self.known[numbers]
+        if len(set(numbers)) == 1:
+            return numbers[0]
         shape_env = self.fake_mode.shape_env
         assert shape_env is not None
-        if (small, large) in self.known:
-            return self.known[small, large]
+        size = shape_env.create_unbacked_symint()
+        torch._check(size >= 0)  # type: ignore[no-untyped-call]
+        return size
+
+    def _number(self, results: Sequence[Any]) -> Any:
+        first = results[0]
+        shape_env = self.fake_mode.shape_env
+        assert shape_env is not None
+        if type(first) is int and tuple(results) in self.known:
+            return self.known[tuple(results)]
         makers: dict[type, Callable[[], Any]] = {
             int: shape_env.create_unbacked_symint,
             float: shape_env.create_unbacked_symfloat,
             bool: shape_env.create_unbacked_symbool,
         }
-        return makers[type(small)]() if type(small) in makers else small
+        return makers[type(first)]() if type(first) in makers else first
 
-    def _require_equal(self, small: Any, large: Any) -> None:
-        if small != large:
-            raise TraceError(f"the structure of a step's result follows from values: {small}, then {large}")
+    def _require_equal(self, values: Sequence[Any]) -> None:
+        for value in values[1:]:
+            if value != values[0]:
+                raise TraceError(f"the structure of a step's result follows from values: {values[0]}, then {value}")

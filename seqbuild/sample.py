@@ -13,6 +13,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
+from seqbuild.sample_audio import hears, with_audio
+from seqbuild.sample_tokens import tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 # Sizes that no model has, so that a size of the data is never taken for one of the model's own.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_SHORTER = 3, 37, 6
-_FIRST_PLAIN_TOKEN = 10
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,14 @@ class SampleShape:
     seed: int = 0
 
 
+# What steps that need values are rehearsed on: the sample, and others whose sizes differ from it and among each other.
+REHEARSAL_SHAPES = (
+    SampleShape(),
+    SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=2, scale=1, seed=1),
+    SampleShape(batch=SAMPLE_BATCH - 1, sequence=SAMPLE_SEQUENCE + 4, scale=2, seed=2),
+)
+
+
 def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[str, torch.Tensor]:
     """Inputs that fit the model's signature and config, on the CPU.
 
@@ -77,6 +86,17 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
     """
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+
+    def text(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
+        if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
+            return inputs
+        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
+        return inputs | tokens(config, parameters, "decoder_", shorter, generator)
+
+    if hears(model, parameters):
+        return with_audio(model, parameters, text, shape)
     is_seeing = takes_images(parameters)
     if "input_ids" not in parameters and not is_seeing:
         raise TraceError(
@@ -84,11 +104,7 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
             hint="bring a sample of its inputs with --sample",
         )
     generator = torch.Generator().manual_seed(shape.seed)
-    config = getattr(model, "config", None)
-    sample = _text(parameters, "", shape, _vocabulary(config), generator) if "input_ids" in parameters else {}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
-        sample |= _text(parameters, "decoder_", shorter, _vocabulary(config), generator)
+    sample = text(config, generator)
     if is_seeing:
         from seqbuild.sample_vision import with_images  # builds models: text alone does without it
 
@@ -102,31 +118,41 @@ def takes_images(parameters: Mapping[str, Any]) -> bool:
     return any(name in parameters for name in seen)
 
 
-def _text(
-    parameters: Mapping[str, Any], prefix: str, shape: SampleShape, vocabulary: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Token ids, int64 [batch, sequence], and the masks and types that go with them."""
-    size = (shape.batch, shape.sequence)
-    mask = torch.ones(size, dtype=torch.int64)
-    for row in range(min(shape.batch, 3)):
-        padded = min(3 - row, shape.sequence - 1)
-        if shape.padding == "left":
-            mask[row, :padded] = 0
-        elif shape.padding == "right":
-            mask[row, shape.sequence - padded :] = 0
-    low = min(_FIRST_PLAIN_TOKEN, vocabulary - 1)
-    high = max(low + 1, vocabulary // 2)  # special tokens tend to lie at either end
-    made = {
-        "input_ids": torch.randint(low, high, size, generator=generator),
-        "attention_mask": mask,
-        "token_type_ids": torch.zeros(size, dtype=torch.int64),
-    }
-    return {prefix + name: value for name, value in made.items() if prefix + name in parameters}
+def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sample with real values, and larger ones that belong together as its own do: all rows several times, token
+    inputs longer by their last column, and so are sequences of vectors where there are no tokens.
+
+    Tensors without values (meta or fake) become zeros.
+    """
+    real = {name: _with_values(value) for name, value in sample_input.items()}
+    tokens = [value for value in real.values() if _is_tokens(value)]
+    width = tokens[0].shape[1] if tokens else 0
+
+    def larger(rows: int, columns: int) -> dict[str, Any]:
+        made = {}
+        for name, value in real.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                value = torch.cat([value] * rows)
+                is_sequence = value.shape[1] == width if _is_tokens(value) else not tokens and value.dim() == 3
+                if is_sequence:
+                    last = value[:, -1:]
+                    value = torch.cat([value, last.expand(-1, columns, *last.shape[2:])], dim=1)
+            made[name] = value
+        return made
+
+    return [real, larger(2, 3), larger(3, 10)]
 
 
-def _vocabulary(config: Any) -> int:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", None) or 128)
+def _with_values(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_meta or isinstance(value, torch._subclasses.FakeTensor):
+        return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype)
+    return value.detach().cpu()
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) -> dict[str, Any]:

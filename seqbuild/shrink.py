@@ -9,39 +9,41 @@ and patches, numbers of mel bands) is left alone, unless `geometry` says what it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from seqbuild.shrink_agree import agree
+from seqbuild.shrink_laws import LAWS, LAYER_LAWS, enforce, fit_key_heads, fit_rotary, rotary_head_dim
+from seqbuild.shrink_layers import BY_LAYER, Layers, is_index_list
 
 WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY = 64, 4, 16, 96, 384
 EXPERTS, CHOSEN, POSITIONS, WINDOW = 4, 2, 512, 16
-_FEWEST_LAYERS, _MOST_LAYERS = 2, 6
 
-_DEPTH = re.compile(
-    r"(.*_)?(num_hidden_layers|n_layers?|num_layers|depth|(en|de)coder_layers|num_(en|de)coder_layers|layers"
-    r"|num_blocks|conf_num_hidden_layers)"
-)
 _PERIOD = re.compile(
-    r".*(_interval|_period|_pattern|_every_n_layers|_sparse_step|_group_size|_frequency|_freq)|n_layers_per_.*"
+    r".*(_interval|_period|_pattern|_every_n_layers|_sparse_step|_layer_step|_group_size|_frequency|_freq)"
+    r"|n_layers_per_.*"
 )
-_OFFSET = re.compile(
-    r".*_layer_offset|first_k_dense_replace|num_kv_shared_layers|moe_layer_start_index|.*num_dense_layers"
-)
+_OFFSET = re.compile(r".*_layer_offset")
 _TOKEN = re.compile(r".*(token_ids?|token_index|token_indices|_id|tokens_ids)")
-_KEPT = re.compile(r"patch_embed_hidden_size|patch_dim|video_patch_dim")  # widths of what is put in
+_HEADS = re.compile(r"(.*_)?(num_(attention|attn)_heads|n_heads?|num_heads|attention_heads)(_.*)?|attn_heads")
+_HEAD_DIMS = (HEAD_WIDTH, 24, 32, 48, 64)
 
-_BY_LAYER = ("per_layer_config",)
+# What sounds and images must look like.
+_GEOMETRY = re.compile(
+    r"(.*_)?input_dim|(.*_)?num_mel_bins|feature_size|input_feat_(size|per_channel)"
+    r"|patch_embed_hidden_size|(video_)?patch_dim"
+)
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
 # (names, limit): the first row that fits a key whole decides.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     (re.compile(pattern), limit)
     for pattern, limit in (
-        (r"(.*_)?(vocab_size|n_vocab)(_.*)?|n_tokens|codebook_size", VOCABULARY),
+        (r"codebook_size", 256),
+        (r"(.*_)?(vocab_size|n_vocab)(_.*)?|n_tokens|.*_vocab", VOCABULARY),
         (
-            r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|seq_length"
+            r"max_position_embeddings|n_positions|n_ctx|max_target_positions|max_seq_len|seq_length"
             r"|max_sequence_length|model_max_length|original_max_position_embeddings",
             POSITIONS,
         ),
@@ -50,12 +52,14 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
             r"|.*_window_size_tokens|local_attention",
             WINDOW,
         ),
-        (r"(.*_)?num_key_value_heads(_.*)?|(.*_)?n_?(um_)?kv_heads|multi_query_group_num", HEADS),
-        (r"(.*_)?(num_(attention|attn)_heads|n_heads?|num_heads|attention_heads)(_.*)?|attn_heads", HEADS),
+        (r"(.*_)?num_key_value_heads(_.*)?|(.*_)?n_?(um_)?kv_heads|kv_n_heads|multi_query_group_num", HEADS),
+        (r"linear_num_(key|value)_heads", 2),
         (
-            r"(.*_)?head_dim(_.*)?|d_kv|d_head|attention_head_(dim|size)|kv_channels|rotary_dim|dim_head|qk_rope_head_dim",
+            r"(.*_)?(head_dim|headdim|d_head)(_.*)?|d_kv|attention_head_(dim|size)|kv_channels|rotary_dim|dim_head",
             HEAD_WIDTH,
         ),
+        (r"(mamba_)?(d_state|dt_rank)|(ssm_)?state_size|time_step_rank", 16),
+        (r"mamba_d_ssm", 2 * WIDTH),
         (
             r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|ff_dim|d_ff|d_inner|n_inner|dim_ff|dff|mlp_dim"
             r"|mlp_hidden_size|ffn_hidden_dim|feed_forward_size)(_.*)?",
@@ -66,13 +70,22 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
             r"|projection_dim|word_embed_proj_dim|output_dim|output_size)|embedding_dim",
             WIDTH,
         ),
-        (r"(.*_)?lora_rank", 32),
+        (
+            r"intra_bottleneck_size|d_latents|(.*_)?conv_channels|ext_pw_out_channel|depthwise_separable_out_channel",
+            WIDTH,
+        ),
+        (r"num_filters|n_filters", 4),
+        (r"conv_dim|base_channels", 32),
+        (r"(.*_)?(lora_rank|lowrank|adapter_rank)", 32),
         (r"(.*_)?(num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|experts_per_tok(en)?)", CHOSEN),
         (r"(.*_)?(num_experts|num_local_experts|n_routed_experts|num_moe_experts)", EXPERTS),
-        (r"n_group|topk_group|num_expert_group", 1),
-        (r"index_topk(_blocks)?", 8),
-        (r"(mamba_)?chunk_size", 16),
-        (r"base_channels", 32),
+        (r"zero_expert_num", EXPERTS),
+        (r"n_group|num_expert_group|n_groups|mamba_n_?groups", 2),
+        (r"topk_group", 1),
+        (r"index_topk(_blocks)?|index_block_size|heavily_compressed_attention", 8),
+        (r"index_kpool", 4),
+        (r"(mamba_)?chunk_size|block_size|l(ocal|sh)_attn_chunk_length", 16),
+        (r"floor_scale|log_scaling_n_floor", 8),
     )
 )
 
@@ -87,71 +100,67 @@ class _Shrinker:
     tokens: dict[int, int] = field(default_factory=dict)
 
     def table(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        table = {str(key): value for key, value in table.items()}
-        depths = {
-            value: _chosen_layers(table, value)
-            for key, value in table.items()
-            if _DEPTH.fullmatch(key) and type(value) is int and value > 0
-        }
-        small = {key: self._entry(key, value, depths) for key, value in table.items() if key not in _DERIVED}
+        table = {str(key): list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+        layers = Layers.of(table)
+        small = {key: self._entry(key, value, table, layers) for key, value in table.items() if key not in _DERIVED}
+        small |= layers.parts(table)
+        if type(table.get("head_dim")) is int:
+            small["head_dim"] = min(table["head_dim"], rotary_head_dim(table, _HEAD_DIMS))
+        enforce(LAWS, table, small)
+        fit_key_heads(table, small)
+        fit_rotary(table, small)
         agree(table, small)
+        for name in BY_LAYER:
+            if isinstance(table.get(name), Mapping):
+                small[name] = self._by_layer(name, table, small, layers)
         return small
 
-    def _entry(self, key: str, value: Any, depths: Mapping[int, Sequence[int]]) -> Any:
+    def _entry(self, key: str, value: Any, table: Mapping[str, Any], layers: Layers) -> Any:
         if isinstance(value, Mapping):
-            return self._by_layer(value, depths) if key in _BY_LAYER else self.table(value)
-        if _KEPT.fullmatch(key):
-            return value
+            return value if key in BY_LAYER else self.table(value)
         if _TOKEN.fullmatch(key):
             return self._token(value)
-        if isinstance(value, (list, tuple)):
-            return self._list(key, list(value), depths)
-        if type(value) is not int or value <= 0:
+        changed = layers.entry(key, value)
+        if isinstance(changed, list):
+            if layers.is_by_layer(value) and not is_index_list(key, value, layers.main):
+                return [
+                    self._number(key, item, max(map(int, value))) if type(item) is int else item for item in changed
+                ]
+            return [self.table(item) if isinstance(item, Mapping) else item for item in changed]
+        return self._number(key, value) if changed is value or changed == value else changed
+
+    def _number(self, key: str, value: Any, largest: int = 0) -> Any:
+        if type(value) is not int or value <= 0 or _GEOMETRY.fullmatch(key):
             return value
-        if _DEPTH.fullmatch(key):
-            return len(depths[value])
         if _PERIOD.fullmatch(key) or _OFFSET.fullmatch(key):
             return min(value, 2 if _PERIOD.fullmatch(key) else 1)
+        if _HEADS.fullmatch(key):
+            return min(_power_of_two(value), HEADS // 2 if value < largest else HEADS)
         limit = next((limit for pattern, limit in _LIMITS if pattern.fullmatch(key)), None)
         return value if limit is None else min(value, limit)
 
-    def _by_layer(self, value: Mapping[str, Any], depths: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+    def _by_layer(
+        self, name: str, table: Mapping[str, Any], small: Mapping[str, Any], layers: Layers
+    ) -> dict[str, dict[str, Any]]:
         """What a table says of single layers, under their new numbers."""
-        kept = next(iter(depths.values()), ())
-        entries = {int(index): entry for index, entry in value.items()}  # numbers may be written with zeros in front
-        return {str(new): self.table(entries[old]) for new, old in enumerate(kept) if old in entries}
-
-    def _list(self, key: str, items: list[Any], depths: Mapping[int, Sequence[int]]) -> list[Any]:
-        for depth, kept in depths.items():
-            if len(items) == depth and depth > len(kept):
-                return [items[index] for index in kept]
-        return [self.table(item) if isinstance(item, Mapping) else item for item in items]
+        result = {}
+        outer = {key: value for key, value in table.items() if key not in BY_LAYER}
+        for index, entry in layers.by_layer(table[name]).items():
+            whole = {**small, **self.table(entry)}
+            for laws in (LAWS, LAYER_LAWS):
+                enforce(laws, {**outer, **entry}, whole)
+            fit_key_heads({**outer, **entry}, whole)
+            result[index] = {key: whole[key] for key in entry}
+        return result
 
     def _token(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             return [self._token(item) for item in value]
         if type(value) is not int or value < VOCABULARY:
             return value
         return self.tokens.setdefault(value, VOCABULARY - 1 - len(self.tokens))
 
 
-def _chosen_layers(table: Mapping[str, Any], depth: int) -> list[int]:
-    """Which of `depth` layers stay: the first of each kind, and enough others to make a chain."""
-    lists = [
-        value
-        for value in table.values()
-        if isinstance(value, (list, tuple)) and len(value) == depth and not any(isinstance(v, Mapping) for v in value)
-    ]
-    first: dict[tuple[str, ...], int] = {}
-    for index in range(depth):
-        first.setdefault(tuple(str(items[index]) for items in lists), index)
-    for name in _BY_LAYER:
-        for index in sorted(map(int, table.get(name) or ()))[:1]:
-            first.setdefault((name,), index)
-    kept = sorted(dict.fromkeys(first.values()))[:_MOST_LAYERS]
-    for index in range(depth):
-        if len(kept) >= min(_FEWEST_LAYERS if lists else 4, depth):
-            break
-        if index not in kept:
-            kept = sorted([*kept, index])
-    return kept
+def _power_of_two(value: int) -> int:
+    """The largest power of two that is not larger: a number of heads that divides every width."""
+    return 1 << (value.bit_length() - 1)

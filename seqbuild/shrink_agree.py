@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ Table = dict[str, Any]
 Rule = Callable[[Mapping[str, Any], Table], None]
 _RULES: list[Rule] = []
 
-_LAYER_NUMBERS = re.compile(r".*_(indexes|indices)")
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers")
 _HEAD_LISTS = ("num_heads", "num_attention_heads")
 
@@ -27,35 +25,8 @@ def _rule(function: Rule) -> Rule:
 
 
 @_rule
-def _rotary_sections(full: Mapping[str, Any], small: Table) -> None:
-    """The parts of a head that turn with time, height and width fill its rotary half."""
-    for key in ("rope_parameters", "rope_scaling"):
-        for rope in _tables(small.get(key)):
-            for name in ("mrope_section", "xdrope_section"):
-                if rope.get(name):
-                    rope[name] = _divided(_rotary_half(small, rope), rope[name])
-
-
-def _rotary_half(small: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    width = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
-    factor = rope.get("partial_rotary_factor") or small.get("partial_rotary_factor") or 1.0
-    return max(1, int(width * factor) // 2)
-
-
-def _divided(total: int, shares: list[int]) -> list[int]:
-    """Whole numbers in about the proportion of `shares`, at least one where there is room."""
-    rest = [max(min(1, total // len(shares)), total * share // sum(shares)) for share in shares[1:]]
-    return [max(0, total - sum(rest)), *rest]
-
-
-@_rule
 def _numbers_of_layers(full: Mapping[str, Any], small: Table) -> None:
-    """Lists of layers, of this table or of the part that sees, name layers that are still there."""
-    depth = next((small[name] for name in _DEPTHS if isinstance(small.get(name), int)), 0)
-    if depth:
-        for name, value in small.items():
-            if _LAYER_NUMBERS.fullmatch(name) and _is_numbers(value) and len(value) > 0:
-                small[name] = sorted({min(number, depth - 1) for number in value})
+    """The layers whose features are shown to the text are still there."""
     eyes = small.get("vision_config")
     if not isinstance(eyes, Mapping):
         return
@@ -109,16 +80,6 @@ def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
 
 
 @_rule
-def _latent_heads(full: Mapping[str, Any], small: Table) -> None:
-    """A head that turns in part is as wide as both parts."""
-    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
-    if all(isinstance(full.get(name), int) for name in parts):
-        for whole in ("head_dim", "qk_head_dim"):
-            if full.get(whole) == sum(full[name] for name in parts):
-                small[whole] = sum(small[name] for name in parts)
-
-
-@_rule
 def _convolutions(full: Mapping[str, Any], small: Table) -> None:
     """Widths that a tower computes from others, and states once more."""
     if "width_coefficient" in full and "hidden_dim" in full:
@@ -130,12 +91,6 @@ def _convolutions(full: Mapping[str, Any], small: Table) -> None:
 
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
-
-
-def _tables(value: Any) -> Iterator[Table]:
-    if isinstance(value, dict):
-        yield value
-        yield from (item for item in value.values() if isinstance(item, dict))
 
 
 def _tables_inside(table: Table) -> Iterator[Table]:

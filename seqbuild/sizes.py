@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from seqbuild.blame import Culprit, find_culprit
+from seqbuild.decisions import Decisions
 from seqbuild.rehearse import sample_sizes
 
 
@@ -18,12 +21,18 @@ class SizeBurntInError(RuntimeError):
 
 
 class WatchedSizes(ShapeEnv):
-    """Remembers which line of the model's code turned a symbol into a number, or does not let it."""
+    """Remembers which line of the model's code turned a symbol into a number, or does not let it.
 
-    def __init__(self) -> None:
+    Args:
+        decisions: answers what follows from values, where the glue asks for it.
+    """
+
+    def __init__(self, decisions: Decisions | None = None) -> None:
         super().__init__()
+        self.decisions = decisions
         self.culprits: dict[Any, Culprit | None] = {}
         self.is_strict = False
+        self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
 
     @contextlib.contextmanager
     def sizes_kept_free(self) -> Iterator[None]:
@@ -47,9 +56,20 @@ class WatchedSizes(ShapeEnv):
         bounds = self.bound_sympy(expression)
         return bool(expression.is_number or bounds.lower == bounds.upper)
 
+    def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `sym_node` is; a question that only values answer goes to `decisions`."""
+        try:
+            return super().evaluate_sym_node(sym_node, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            is_glue = get_proxy_mode() is not None and sym_node.pytype is bool
+            if not is_glue or self.decisions is None:
+                raise
+            condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
+            return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+
     def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
         if tgt.is_number and a in sample_sizes(self):
-            if self.is_strict:
+            if self.is_strict and a not in self.own:
                 raise SizeBurntInError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)

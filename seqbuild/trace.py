@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runtime.errors import TargetError
+from seqbuild.blame import Function
+from seqbuild.ladder import climb
 from seqbuild.partition import find_target_nodes, partition_graph, topological_partition, trace_consumed_names
 from seqbuild.sample import populate_concrete_args
 from seqbuild.subgraph import Subgraph
@@ -28,12 +30,16 @@ class Trace:
         targets: the modules that were cut at, outermost only, in the order of the module tree.
         subgraphs: the chain.
         tracer: what it learned: symbols, constants, names that fitted nothing.
+        auto_ignore: paths of the functions that became opaque steps without being asked for.
+        num_answers: how many decisions by values were settled.
     """
 
     graph: fx.Graph
     targets: tuple[nn.Module, ...]
     subgraphs: tuple[Subgraph, ...]
     tracer: SequentialTracer
+    auto_ignore: tuple[str, ...]
+    num_answers: int
 
 
 def trace_subgraphs(
@@ -42,6 +48,8 @@ def trace_subgraphs(
     sequential_targets: Sequence[str],
     ignore: Sequence[str] = (),
     targets_per_subgraph: int = 1,
+    *,
+    auto_ignore: bool = True,
 ) -> list[Subgraph]:
     """Trace a model and cut it so that each sequential target lies in exactly one subgraph.
 
@@ -55,6 +63,7 @@ def trace_subgraphs(
         ignore: functions to record as one opaque step each: `function`, `Class.method`, `module.path.function`.
             Names that fit nothing are passed over.
         targets_per_subgraph: how many targets share a subgraph.
+        auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
 
     Raises:
         TargetError: a target that fits nothing or is never called.
@@ -62,7 +71,12 @@ def trace_subgraphs(
         UsageError: `targets_per_subgraph` below one.
     """
     trace = trace_model(
-        model, sample_input, sequential_targets, ignore=ignore, targets_per_subgraph=targets_per_subgraph
+        model,
+        sample_input,
+        sequential_targets,
+        ignore=ignore,
+        targets_per_subgraph=targets_per_subgraph,
+        may_ignore=(lambda function: True) if auto_ignore else (lambda function: False),
     )
     return list(trace.subgraphs)
 
@@ -76,6 +90,9 @@ def trace_model(
     targets_per_subgraph: int = 1,
     dtype: torch.dtype | None = None,
     drop_uncalled: bool = False,
+    may_ignore: Callable[[Function], bool] = lambda function: False,
+    samples: Sequence[Mapping[str, Any]] = (),
+    is_batch_only: bool = True,
 ) -> Trace:
     """As `trace_subgraphs`, with all that was learned.
 
@@ -87,20 +104,40 @@ def trace_model(
         targets_per_subgraph: likewise.
         dtype: as for `SequentialTracer`.
         drop_uncalled: pass over targets that the sample does not reach, instead of refusing them.
+        may_ignore: whether a function that cannot be recorded may become an opaque step.
+        samples: real inputs of several sizes for steps that need values, the first with the sizes of the sample.
+        is_batch_only: insist on a free batch, but not on a free length of token inputs.
     """
     targets = require_targets(model, as_names(sequential_targets))
     ancestors = get_sequential_ancestors(model, targets)
-    tracer = SequentialTracer(list(ancestors), _offloaded(model, ancestors), ignore=as_names(ignore), dtype=dtype)
     concrete = populate_concrete_args(model, sample_input)
     arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
+
+    def attempt(paths: Sequence[str], answers: Sequence[bool]) -> tuple[fx.Graph, SequentialTracer]:
+        tracer = SequentialTracer(
+            list(ancestors),
+            _offloaded(model, ancestors),
+            ignore=(*as_names(ignore), *paths),
+            dtype=dtype,
+            targets=targets,
+            answers=answers,
+            samples=samples,
+        )
+        traced = tracer.trace(model, sample_input, arguments)
+        tracer.require_free_sizes(is_batch_only=is_batch_only)
+        return traced, tracer
+
+    def is_candidate(function: Function) -> bool:
+        is_ancestor = function.is_forward and function.owner in ancestors
+        return not is_ancestor and may_ignore(function)
+
     was_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        graph = tracer.trace(model, sample_input, arguments)
+        graph, tracer = climb(attempt, is_candidate)
     finally:
         for module in was_training:
             module.training = True
-    tracer.require_free_sizes(is_batch_only=True)
     called = _called(graph, model, targets)
     if len(called) < len(targets) and not (drop_uncalled and called):
         raise _uncalled(model, targets, called)
@@ -109,7 +146,15 @@ def trace_model(
     trace_consumed_names(subgraphs)
     for subgraph in subgraphs:
         subgraph.constants = tracer.constants
-    return Trace(graph=graph, targets=tuple(called), subgraphs=tuple(subgraphs), tracer=tracer)
+    found = dict.fromkeys(node.meta["opaque"] for node in graph.nodes if "opaque" in node.meta)
+    return Trace(
+        graph=graph,
+        targets=tuple(called),
+        subgraphs=tuple(subgraphs),
+        tracer=tracer,
+        auto_ignore=tuple(path for path in found if path in tracer.ignore),
+        num_answers=tracer.decisions.num_asked,
+    )
 
 
 def _called(graph: fx.Graph, model: nn.Module, targets: Collection[nn.Module]) -> list[nn.Module]:

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import operator
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,20 @@ from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
     disable_proxy_modes_tracing,
-    get_proxy_mode,
     track_tensor_tree,
 )
 
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import blame, burnt_in
+from seqbuild.blame import UntraceableError, blame, burnt_in
+from seqbuild.decisions import Decisions, UndecidedError, require
 from seqbuild.literals import LiteralTensors
-from seqbuild.opaque import OpaqueStep, find_opaque_steps
+from seqbuild.opaque import find_opaque_steps
 from seqbuild.partition import named_output
-from seqbuild.rehearse import Memory, rehearse
-from seqbuild.sample import symbolic_inputs
-from seqbuild.sizes import SizeBurntInError, WatchedSizes
+from seqbuild.sample import rehearsal_samples, symbolic_inputs
+from seqbuild.sequences import JoinsRecorded, UnknownLength
+from seqbuild.sizes import WatchedSizes
+from seqbuild.steps import Steps
+from seqbuild.vmapped import vmap_recorded
 from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -54,6 +56,9 @@ class SequentialTracer(PythonKeyTracer):
         ignore: functions (`function`, `Class.method`, `module.path.function`) recorded as one opaque step each.
         dtype: give the model's floating point parameters this dtype while tracing, whatever they have; None keeps
             theirs. A dtype that the model's own code never names marks every place which follows the run's dtype.
+        targets: modules that may not be called inside of an opaque step.
+        answers: to decisions that follow from values, in their order, see `seqbuild.decisions`.
+        samples: real inputs for steps that need values, the first with the sizes of the sample; none makes them up.
 
     After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the
     glue needs, and `unmatched_ignore` the names in `ignore` that fit no function.
@@ -66,6 +71,9 @@ class SequentialTracer(PythonKeyTracer):
         *,
         ignore: Sequence[str] = (),
         dtype: torch.dtype | None = None,
+        targets: Collection[nn.Module] = (),
+        answers: Sequence[bool] = (),
+        samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
         self.ancestors = frozenset(ancestors)
@@ -74,13 +82,18 @@ class SequentialTracer(PythonKeyTracer):
         self.dtype = dtype
         self.constants: dict[str, torch.Tensor] = {}
         self.unmatched_ignore: tuple[str, ...] = ()
-        self.shape_env = WatchedSizes()
+        self.targets = frozenset(targets)
+        self.samples = samples
+        self.decisions = Decisions(answers=answers, record=self._require)
+        self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
+        self.parameter_names: dict[int, tuple[str, ...]] = {}
         self._kept_alive: list[object] = []
-        self._rehearsals: Memory = {}
+        self._real_buffers: dict[str, torch.Tensor] = {}
+        self._steps: Steps | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` is recorded as one step: it is no ancestor of a target, or its parameters are elsewhere."""
@@ -104,8 +117,11 @@ class SequentialTracer(PythonKeyTracer):
         """
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
-        steps, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
+        opaque, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
         inputs = symbolic_inputs(sample_input, self.fake_mode)
+        self.shape_env.own.update(_model_sizes(inputs))
+        self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
+        self._steps = steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_as_found(root))
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
@@ -113,24 +129,28 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(tracing_configs(root))
             stack.enter_context(_quiet_logs())
             self._name_objects(root)
-            stack.enter_context(self._leaves_recorded(root))
-            for step in steps:
-                stack.enter_context(step.replaced(self._opaque_call))
-            for context in (torch.no_grad(), enable_python_dispatcher(), self.fake_mode, LiteralTensors(self.dtype)):
+            stack.enter_context(self._leaves_recorded(root, steps))
+            for step in opaque:
+                stack.enter_context(step.replaced(steps.opaque))
+            stack.enter_context(vmap_recorded(self))
+            modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
+            for context in (*modes, JoinsRecorded(steps.join), LiteralTensors(self.dtype)):
                 stack.enter_context(context)
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
-                    self._track(value, fx.Proxy(self.graph.placeholder(name), self))
+                    self.track(value, fx.Proxy(self.graph.placeholder(name), self))
             stack.enter_context(ProxyTorchDispatchMode(self, "symbolic", pre_dispatch=True))
             try:
                 output = root(**inputs, **(concrete_args or {}))
-            except SeqbuildError:
+                self.graph.output(self.create_arg(named_output(output)))
+            except (UndecidedError, UntraceableError):
                 raise
             except Exception as error:
+                if isinstance(error, SeqbuildError) and not isinstance(error, TraceError):
+                    raise
                 raise blame(error, self.ancestors) from error
-            self.graph.output(self.create_arg(named_output(output)))
         self._kept_alive.clear()
-        self._rehearsals.clear()
+        self._steps = None
         _drop_dead_code(self.graph)
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
@@ -145,24 +165,27 @@ class SequentialTracer(PythonKeyTracer):
         """Refuse a trace that holds for one size of an input only.
 
         Args:
-            is_batch_only: look at the batch alone (the first of several axes): the other sizes of a sample that
-                somebody brings may be the model's own, an image's for instance.
+            is_batch_only: look at the batch alone (the first of several axes), not at the length of token inputs. Other
+                sizes may be the model's own, an image's for instance.
 
         Raises:
             TraceError: naming the input and the line of the model's code that decided by its size.
         """
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
+            is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
             for axis, size in enumerate(shape):
-                is_meant = not is_batch_only or (axis == 0 and len(shape) > 1)
+                is_meant = (axis == 0 and len(shape) > 1) or (axis == 1 and is_text and not is_batch_only)
                 if isinstance(size, torch.SymInt) and is_meant and self.shape_env.is_fixed(size):
                     what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
-                    raise burnt_in(what, self.shape_env.culprits.get(size.node._expr))
+                    raise burnt_in(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
 
     def create_arg(self, a: Any) -> Any:
         """Turn a Python value into something a node can hold; names the type when it cannot."""
         if isinstance(a, torch.Tensor):
             return self._tensor_arg(a)
+        if isinstance(a, UnknownLength):
+            return a.node
         if isinstance(a, _SYMBOLS):
             value = self.unwrap_proxy(a)
             return value.node if isinstance(value, fx.Proxy) else super().create_arg(a)
@@ -172,6 +195,8 @@ class SequentialTracer(PythonKeyTracer):
             return a
         if isinstance(a, slice):
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
+        if type(a) is dict and self._steps is not None and (state := self._steps.state_node(a)) is not None:
+            return state
         if isinstance(a, (dict, UserDict)):
             return {_plain_key(key): self.create_arg(value) for key, value in a.items()}
         if type(a) in (tuple, torch.Size):
@@ -235,73 +260,55 @@ class SequentialTracer(PythonKeyTracer):
         for tensors in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
             for name, tensor in tensors:
                 self._tensor_names.setdefault(id(tensor), name)
+                self.parameter_names[id(tensor)] = (*self.parameter_names.get(id(tensor), ()), name)
         for name, module in root.named_modules():
             self._object_names.setdefault(id(module), name)
             config = getattr(module, "config", None)
             if config is not None and not isinstance(config, (*_LITERALS, dict)):
                 self._object_names.setdefault(id(config), f"{name}.config" if name else "config")
 
+    def node_of(self, value: Any) -> fx.Node | None:
+        """The node whose result `value` is, or None."""
+        if isinstance(value, UnknownLength):
+            return value.node
+        if not isinstance(value, (torch.Tensor, *_SYMBOLS)):
+            return None
+        found = self.unwrap_proxy(value)
+        if isinstance(found, fx.Proxy):
+            return found.node
+        name = self._tensor_names.get(id(value))
+        return self._attribute(name) if name is not None else None
+
+    def _lookup(self, node: fx.Node) -> Any:
+        """What a `get_attr` node stands for; buffers have values even while they are fake."""
+        name = str(node.target)
+        if node.meta.get("constant"):
+            return self.constants[name]
+        if name in self._real_buffers:
+            return self._real_buffers[name]
+        value: Any = self.root
+        for part in name.split(".") if name else ():
+            value = getattr(value, part)
+        return value
+
+    def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
+        return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
+
     @contextlib.contextmanager
-    def _leaves_recorded(self, root: nn.Module) -> Iterator[None]:
+    def _leaves_recorded(self, root: nn.Module, steps: Steps) -> Iterator[None]:
         """Replace the forward of every leaf by one that records a single step."""
         with contextlib.ExitStack() as stack:
             for name, module in root.named_modules():
                 if self._is_step(root, name, module):
                     own = module.__dict__.get("forward")
-                    module.forward = self._leaf_call(name, module, module.forward)
+                    module.forward = steps.leaf(name, module, module.forward)
                     stack.callback(_put_back, module, "forward", own)
             yield
 
     def _is_step(self, root: nn.Module, name: str, module: nn.Module) -> bool:
         return module is not root and self.is_leaf_module(module, name)
 
-    def _leaf_call(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if get_proxy_mode() is None:  # already inside another leaf
-                return forward(*args, **kwargs)
-            node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-            output = self._unrecorded(forward, args, kwargs, [module])
-            node = self.create_node("call_module", name, node_args, node_kwargs, name.replace(".", "_"))
-            return self._track(output, fx.Proxy(node, self))
-
-        return call
-
-    def _opaque_call(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if get_proxy_mode() is None:
-            return step.function(*args, **kwargs)
-        node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-        modules = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
-        output = self._unrecorded(step.function, args, kwargs, modules)
-        node = self.create_node("call_function", step.function, node_args, node_kwargs, step.function.__name__)
-        node.meta["opaque"] = step.path
-        return self._track(output, fx.Proxy(node, self))
-
-    def _unrecorded(
-        self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], modules: Sequence[nn.Module]
-    ) -> Any:
-        """Call a step for the structure of its result: on fake tensors, or else for real on small values."""
-        with disable_proxy_modes_tracing(), self.shape_env.ignore_fresh_unbacked_symbols():
-            try:
-                with self.shape_env.sizes_kept_free():
-                    return function(*args, **kwargs)
-            except SeqbuildError:
-                raise
-            except Exception as error:
-                try:
-                    return rehearse(
-                        function,
-                        args,
-                        kwargs,
-                        modules=modules,
-                        fake_mode=self.fake_mode,
-                        memory=self._rehearsals,
-                    )
-                except Exception as second:
-                    if isinstance(error, SizeBurntInError):  # not by a loop over it: the step allows no other size
-                        return function(*args, **kwargs)
-                    raise second if isinstance(second, TraceError) else error from None
-
-    def _track(self, value: Any, proxy: fx.Proxy) -> Any:
+    def track(self, value: Any, proxy: fx.Proxy) -> Any:
         """Tie every tensor and symbol inside `value` to its place in the result of `proxy`'s node.
 
         A tensor that is already somebody's result (a step that hands its input through) becomes a fresh alias, so
@@ -316,23 +323,36 @@ class SequentialTracer(PythonKeyTracer):
         if isinstance(value, _SYMBOLS):
             track_tensor_tree(value, proxy, constant=None, tracer=self)
             return value
+        if isinstance(value, UnknownLength):
+            return UnknownLength(proxy.node)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self._track(item, self._item(proxy, index)) for index, item in enumerate(value)))
+            return type(value)(*(self.track(item, self.item(proxy, index)) for index, item in enumerate(value)))
         if isinstance(value, (tuple, list)):
-            return type(value)(self._track(item, self._item(proxy, index)) for index, item in enumerate(value))
+            return type(value)(self.track(item, self.item(proxy, index)) for index, item in enumerate(value))
         if isinstance(value, (dict, UserDict)):
             for key in list(value):
-                value[key] = self._track(value[key], self._item(proxy, _plain_key(key)))
+                value[key] = self.track(value[key], self.item(proxy, _plain_key(key)))
             return value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
                 attribute = self.create_node("call_function", getattr, (proxy.node, field.name), {})
-                tracked = self._track(getattr(value, field.name), fx.Proxy(attribute, self))
+                tracked = self.track(getattr(value, field.name), fx.Proxy(attribute, self))
                 object.__setattr__(value, field.name, tracked)
         return value
 
-    def _item(self, proxy: fx.Proxy, key: Any) -> fx.Proxy:
+    def item(self, proxy: fx.Proxy, key: Any) -> fx.Proxy:
+        """Part `key` of a step's result."""
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
+
+
+def _model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
+    """Symbols for axes of floating point inputs which no model leaves open: a vector's width, an image's channels."""
+    own_axis = {3: 2, 4: 1, 5: 2}
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
+            size: Any = value.shape[own_axis[value.dim()]]
+            if isinstance(size, torch.SymInt):
+                yield size.node._expr
 
 
 @contextlib.contextmanager
@@ -377,4 +397,4 @@ def _drop_dead_code(graph: fx.Graph) -> None:
 def _is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable
-    return "opaque" not in node.meta
+    return "opaque" not in node.meta and node.target is not require

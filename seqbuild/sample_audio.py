@@ -1,0 +1,251 @@
+"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in text.
+
+What a model hears is not described by rules for each architecture. Its config states a few widths and lengths; a thin
+copy of the model is shown sounds of these, one kind after the other, and the first that it takes is the sample. How
+many tokens a sound takes is asked of the thin copy, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import TraceError
+from seqbuild.thin import thin_copy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from seqbuild.sample import SampleShape
+
+Row = dict[str, torch.Tensor]
+MakeText = Callable[[Any, torch.Generator], Row]
+
+_SPECTROGRAMS = ("input_features", "audio_input_features")
+_WAVEFORMS = ("input_values",)
+_MASKS = ("input_features_mask", "feature_attention_mask", "audio_attention_mask", "padding_mask")
+_WIDTHS = re.compile(
+    r"num_mel_bins|n_mels|n_mel_bins|input_feat_per_channel|feature_projection_input_dim|feature_size|input_feat_size"
+    r"|input_dim|input_size"
+)
+_STACKED, _FIXED, _OWN_WIDTHS = "num_stacked_frames", "max_source_positions", ("d_model", "hidden_size")
+_PLACEHOLDERS = ("audio_token_id", "audio_token_index")
+# Divisible by what convolutions and patches step by, and no width of a spectrogram.
+_FRAMES, _SAMPLES = 96, 9600
+_BEFORE = 4  # tokens of text before the first sound: more than are padded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sound:
+    """One kind of sound, as a model might take it.
+
+    Attributes:
+        name: the parameter of forward.
+        axes: of the tensor, after the batch: `width` and `length` of a spectrogram, `length` and `1` of a waveform.
+        width: which of the widths that the config states.
+        length: frames or samples.
+        mask: `int64` or `bool`: [batch, length] in a parameter of its own; `counted`: bool [batch, tokens of a sound];
+            or none.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    width: int
+    length: int
+    mask: str
+
+    def shape(self, config: Any, sounds: int) -> tuple[int, ...]:
+        """The sizes of the tensor of `sounds` such sounds for a model with this config."""
+        sizes = {"1": 1, "length": self.length}
+        if "width" in self.axes:
+            sizes["width"] = widths(config)[self.width]
+        return (sounds, *(sizes[axis] for axis in self.axes))
+
+
+def hears(model: nn.Module, parameters: Mapping[str, Any]) -> bool:
+    """Whether the model takes sounds: alone, or in text for which its config names a token."""
+    config = getattr(model, "config", None)
+    if not any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS)):
+        return False
+    is_optional = "pixel_values" in parameters and getattr(config, "audio_config", None) is None
+    return not is_optional
+
+
+def is_alone(config: Any, parameters: Mapping[str, Any]) -> bool:
+    """Whether sounds take the place of the encoder's text."""
+    return "decoder_input_ids" in parameters or "input_ids" not in parameters
+
+
+def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape) -> Row:
+    """A sample of text and sounds.
+
+    Args:
+        model: whose forward takes `parameters`; neither run nor changed.
+        parameters: names to parameters of the signature.
+        make_text: from a config: `input_ids` int64 [batch, sequence] with what goes with them, and the decoder's.
+        shape: `images` sounds in each of `batch` rows, in lengths by `scale`.
+
+    Raises:
+        TraceError: when the thin copy takes no kind of sound that we know.
+    """
+    thin: Any = thin_copy(model)
+    config: Any = model.config
+    reasons: dict[str, None] = {}
+    for sound in _kinds(config, parameters, shape):
+        try:
+            count = _count(thin, parameters, make_text, shape, sound)
+            trial = _sample(thin.config, parameters, make_text, shape, sound, count)
+            with torch.no_grad():
+                thin(**trial)
+        except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, AssertionError) as error:
+            reasons[str(error).splitlines()[0] if str(error) else type(error).__name__] = None
+            continue
+        return _sample(config, parameters, make_text, shape, sound, count)
+    raise TraceError(
+        f"{type(model).__name__} takes none of the sounds that we can make: {'; '.join(list(reasons)[-3:])}",
+        hint="bring a sample of its inputs with --sample",
+    )
+
+
+def widths(config: Any) -> list[int]:
+    """Channels that a frame may have: those that the config states anywhere, and last the model's own width."""
+    entries = list(_entries(config.to_dict()))
+    stacked = [value for key, value in entries if key == _STACKED]
+    found = [value * (stacked[0] if stacked else 1) for key, value in entries if _WIDTHS.fullmatch(key)]
+    own = next((getattr(config, name, None) for name in _OWN_WIDTHS if getattr(config, name, None)), None)
+    return [*dict.fromkeys(found), *([int(own)] if isinstance(own, int) else [])]
+
+
+def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value)
+        elif type(value) is int and value > 1:
+            yield key, value
+
+
+def _kinds(config: Any, parameters: Mapping[str, Any], shape: SampleShape) -> Iterator[Sound]:
+    """What to try, the shortest first."""
+    has_mask = any(name in parameters for name in _MASKS) or is_alone(config, parameters)
+    masks = ("int64", "bool", "counted", "") if has_mask else ("",)
+    for name in _SPECTROGRAMS:
+        for length in _frames(config, shape) if name in parameters else ():
+            for width in range(len(widths(config))):
+                for axes in (("width", "length"), ("length", "width")):
+                    for mask in masks:
+                        yield Sound(name=name, axes=axes, width=width, length=length, mask=mask)
+    for name in _WAVEFORMS:
+        for axes in (("length",), ("1", "length")) if name in parameters else ():
+            for mask in masks:
+                length = _SAMPLES * (1 + shape.scale)
+                yield Sound(name=name, axes=axes, width=0, length=length, mask=mask)
+
+
+def _frames(config: Any, shape: SampleShape) -> list[int]:
+    fixed = [2 * value for key, value in _entries(config.to_dict()) if key == _FIXED]
+    by_token = getattr(config, "audio_length_per_tok", None)
+    if by_token and _placeholder(config) is None:  # each token of text is spoken over
+        return [by_token * shape.sequence]
+    return [_FRAMES * (1 + shape.scale), *dict.fromkeys(fixed)]
+
+
+def _sample(
+    config: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound, count: int
+) -> Row:
+    """Text and sounds for a model with this config; `count` tokens hold the place of one sound."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    text = make_text(config, generator)
+    token = None if is_alone(config, parameters) else _placeholder(config)
+    rows = 1 if token is None else shape.images
+    size = sound.shape(config, shape.batch * rows)
+    sample = {sound.name: torch.randn(size, generator=generator)}
+    name = _mask_name(config, parameters)
+    if name and sound.mask:
+        length = count if sound.mask == "counted" else sound.length
+        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask == "int64" else torch.bool)
+        for row in range(min(3, size[0]) if token is None and shape.padding else 0):
+            mask[row, length - length // 16 * (3 - row) :] = 0  # sounds end early, on whichever side text is padded
+        sample[name] = mask
+    if "audio_embed_sizes" in parameters:
+        sample["audio_embed_sizes"] = torch.full((size[0],), count)
+    if is_alone(config, parameters):
+        text = {key: value for key, value in text.items() if key.startswith("decoder_")}
+    elif token is not None and count:
+        text = with_places(text, token, count, rows)
+    return {**text, **sample} if not is_alone(config, parameters) else {**sample, **text}
+
+
+def with_places(text: Row, token: int, count: int, sounds: int) -> Row:
+    """`text` with `count` placeholders for each of `sounds` sounds, one token of text between two of them."""
+    ids = text["input_ids"]
+    before = min(_BEFORE, ids.shape[1] - 1)
+    plain = torch.where(ids == token, ids + 1, ids)
+    pieces = {"input_ids": token, "attention_mask": 1}
+    result: Row = {}
+    for name, value in text.items():
+        if name.startswith("decoder_") or value.shape[:2] != ids.shape:
+            result[name] = value
+            continue
+        value = plain if name == "input_ids" else value
+        block = value.new_full((len(value), count, *value.shape[2:]), pieces.get(name, 0))
+        parts = [value[:, :before]]
+        for place in range(sounds):
+            parts += [block, value[:, before + place : before + place + 1]]
+        result[name] = torch.cat([*parts, value[:, before + sounds :]], dim=1)
+    return result
+
+
+def _mask_name(config: Any, parameters: Mapping[str, Any]) -> str:
+    own = next((name for name in _MASKS if name in parameters), "")
+    return own or ("attention_mask" if is_alone(config, parameters) and "attention_mask" in parameters else "")
+
+
+def _placeholder(config: Any) -> int | None:
+    for place in (config, getattr(config, "audio_config", None)):
+        for name in _PLACEHOLDERS:
+            token = getattr(place, name, None)
+            if isinstance(token, int) and token >= 0:
+                return token
+    return None
+
+
+def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound) -> int:
+    """How many tokens hold the place of one sound; 0 where none do."""
+    config = thin.config
+    if is_alone(config, parameters) or _placeholder(config) is None:
+        return 0
+    steps = getattr(getattr(config, "audio_config", None), "time_reduction", None)
+    if "audio_embed_sizes" in parameters and steps:
+        return -(-sound.length // int(steps))
+    whole = sound if sound.mask != "counted" else replace(sound, mask="")
+    trial = _sample(config, parameters, make_text, shape, whole, 2)
+    asked = next((module for module in thin.modules() if hasattr(module, "get_audio_features")), None)
+    sounds = len(trial[sound.name])
+    with torch.no_grad():
+        if asked is not None:
+            given = {name: value for name, value in trial.items() if name in (sound.name, *_MASKS)}
+            features = asked.get_audio_features(**_taken(asked.get_audio_features, thin, given)).pooler_output
+            if isinstance(features, (tuple, list)):
+                return len(features[0])
+            return int(features.shape[:-1].numel()) // sounds
+        try:
+            thin(**trial)
+        except ValueError as error:  # the model says how many it has
+            said = re.search(r"features: (\d+)", str(error))
+            if said:
+                return int(said[1]) // sounds
+            raise
+    raise ValueError("the model does not say how many tokens a sound takes")
+
+
+def _taken(function: Any, thin: Any, given: Row) -> Row:
+    """Those of `given` that the function, or the one that it hands everything on to, has by name."""
+    import inspect
+
+    owners = [function, *(m.get_audio_features for m in thin.modules() if hasattr(m, "get_audio_features"))]
+    names = {name for owner in owners for name in inspect.signature(owner).parameters}
+    return {name: value for name, value in given.items() if name in names}

@@ -1,0 +1,63 @@
+"""Sequences of tensors whose length depends on data: as many as there are images, for instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
+
+from runtime.errors import TraceError
+
+_JOINS: dict[Any, Any] = {
+    torch.cat: torch.ops.aten.cat.default,
+    torch.concat: torch.ops.aten.cat.default,
+    torch.stack: torch.ops.aten.stack.default,
+}
+
+
+class UnknownLength(tuple[Any, ...]):
+    """Stands for a step's result that is a tuple or list of unknown length. It can be handed to another step and be
+    joined by `torch.cat` or `torch.stack`; whoever asks what is in it, or how long it is, gets a TraceError.
+    """
+
+    node: fx.Node
+
+    def __new__(cls, node: fx.Node | None = None) -> UnknownLength:
+        """Args: `node`, whose result it is; set later where it is not known yet."""
+        made = super().__new__(cls)
+        if node is not None:
+            made.node = node
+        return made
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TraceError("a step returns a sequence whose length depends on data, and the model's code looks into it")
+
+    __len__ = __iter__ = __getitem__ = __bool__ = __reversed__ = __contains__ = _refuse
+    __add__ = __mul__ = _refuse
+
+
+class JoinsRecorded(TorchFunctionMode):
+    """Record `torch.cat` and `torch.stack` of a sequence of unknown length as one step.
+
+    Args:
+        record: called with the operator and its arguments.
+    """
+
+    def __init__(self, record: Callable[[Any, tuple[Any, ...]], Any]) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _JOINS and get_proxy_mode() is not None:
+            tensors = args[0] if args else kwargs.get("tensors")
+            if isinstance(tensors, UnknownLength):
+                dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+                return self.record(_JOINS[func], (tensors, dim))
+        return func(*args, **kwargs)
