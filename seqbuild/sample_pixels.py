@@ -287,9 +287,11 @@ def _aspect_ratios(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values_videos"))
 def _frames_or_images(wanted: Wanted) -> Row:
-    if "pixel_values" in wanted.parameters:
-        return _images(wanted)
-    return {"pixel_values_videos": _images(wanted)["pixel_values"]}
+    """Images where a model takes them, under their older name, too; else videos."""
+    name = next(
+        name for name in ("pixel_values", "pixel_values_images", "pixel_values_videos") if name in wanted.parameters
+    )
+    return {name: _images(wanted)["pixel_values"]}
 
 
 @form(_is("instructblipvideo"))

@@ -60,7 +60,9 @@ def with_images(
     pixels |= extras(config, asked, text, pixels, shape, generator)
     if token is not None and asking is not None:
         row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()} | rows[0]
-        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted.images))
+        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted))
+    elif "image_embeds_position_mask" in parameters:
+        text = _with_placeholders(text, parameters, config, _ANY_TOKEN, [int(config.latent_query_num)])
     pixels |= extras(config, parameters, text, pixels, shape, generator)
     return text | {name: value for name, value in pixels.items() if name in parameters}
 
@@ -112,10 +114,14 @@ def _asked(asking: Any) -> dict[str, bool]:
     }
 
 
-def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
+def _counts(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
     """How many features each image of one row becomes."""
-    taken = _asked(asking)
-    given = {name: value for name, value in pixels.items() if name in taken}
+    taken, images = wanted.asked, wanted.images
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in taken}
+    for name, is_optional in taken.items():
+        stated = getattr(wanted.geometry.source, name, None)
+        if name not in given and not is_optional and isinstance(stated, (int, str, list)):
+            given[name] = stated
     if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in taken:  # asked is a part that sees no rows
         given["pixel_values"] = given["pixel_values"].flatten(0, 1)
     with torch.no_grad():
@@ -125,14 +131,18 @@ def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
     if isinstance(features, torch.Tensor):
         features = list(features) if features.dim() == 3 else [features]
     sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]
-    return sizes if len(sizes) == images else [sum(sizes) // images] * images
+    if len(sizes) == images:
+        return sizes
+    each = sum(sizes) // images
+    return [each] * (images - 1) + [sum(sizes) - each * (images - 1)]
 
 
 def _first_there(output: Any) -> Any:
-    if output.get("pooler_output") is not None:
-        return output["pooler_output"]
-    deep = output.get("deepstack_features")
-    return output["last_hidden_state"] if deep is None else deep[0][1]
+    """What a model's output calls the features that go into the text. Some set an attribute that is no entry."""
+    pooled, deep = getattr(output, "pooler_output", None), getattr(output, "deepstack_features", None)
+    if pooled is not None:
+        return pooled
+    return output.last_hidden_state if deep is None else deep[0][1]
 
 
 def _with_placeholders(text: Row, parameters: Mapping[str, Any], config: Any, token: int, counts: Sequence[int]) -> Row:

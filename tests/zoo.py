@@ -31,6 +31,8 @@ MAPPINGS = {
     "image encoder": modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
 }
 
+COMPOSED = {"vision-encoder-decoder": ("vit", "bert"), "speech-encoder-decoder": ("wav2vec2", "bert")}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
@@ -74,7 +76,7 @@ def small_config(case: Case) -> PretrainedConfig:
     """The case's config, shrunken; `architectures` is filled in, as a saved model's is."""
     cls = getattr(transformers, case.class_name)
     changes = _exceptions(case)
-    full = CONFIG_MAPPING[case.model_type]()
+    full = _full_config(case.model_type)
     part = _part_for(full, cls.config_class)
     table = _changed(shrink_table(part.to_dict()), changes)
     config = type(part).from_dict(table)
@@ -90,6 +92,16 @@ def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
         torch.manual_seed(0)
         model: PreTrainedModel = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return _with_weights(model).eval()
+
+
+def _full_config(model_type: str) -> PretrainedConfig:
+    """The type's default config; one that consists of any two models may have none."""
+    cls = CONFIG_MAPPING[model_type]
+    if model_type not in COMPOSED:
+        return cls()
+    encoder, decoder = (CONFIG_MAPPING[name]() for name in COMPOSED[model_type])
+    composed: PretrainedConfig = cls.from_encoder_decoder_configs(encoder, decoder)
+    return composed
 
 
 def _exceptions(case: Case) -> Mapping[str, Any]:

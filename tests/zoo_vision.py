@@ -24,6 +24,7 @@ _OCR: dict[str, Any] = {
     "vision_config.sam_config.image_size": 256,
     "vision_config.sam_config.mlp_dim": 96,
 }
+_GRANITE = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 _VISUAL = 64  # entries of a codebook
 _VISION_GEMMA4 = {
     "model_type": "gemma4_vision",
@@ -112,6 +113,7 @@ VISION: dict[str, dict[str, Any]] = {
         "qformer_config": {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 96},
         "vision_config.image_size": 64,
         "vision_config.patch_size": 16,
+        **{f"text_config.{name}": 1.0 for name in _GRANITE},
         "image_grid_pinpoints": [[64, 128], [128, 64], [128, 128]],
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
@@ -119,7 +121,7 @@ VISION: dict[str, dict[str, Any]] = {
     "glm4v": _SECTIONS,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "glm_ocr": _SECTIONS,
-    "dots3_note": {"text_config.head_dim": 32},
+    "kosmos-2.5": {"latent_query_num": 64},
     "glm5_next": {"text_config.index_topk": 16},
     "paddleocr_vl": _SECTIONS,
     "qwen2_vl": _SECTIONS,
@@ -158,7 +160,7 @@ VISION: dict[str, dict[str, Any]] = {
     "mllama": {"vision_config.image_size": 56},
     "image encoder/mllama": {"image_size": 56},
     "inkling_mm_model": {"vision_config.patch_size": 8},
-    "muse_spark": {"audio_config.hidden_sizes": [32, 32, 32, 32]},
+    "muse_spark": {"audio_config.hidden_sizes": [32, 32, 32]},
     "causal LM/got_ocr2": {"vision_config.image_size": 256},
     "vivit": {"num_frames": 4, "image_size": 64},
     "yolos": {"image_size": [64, 96]},
