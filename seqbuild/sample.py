@@ -95,7 +95,7 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         return inputs | tokens(config, parameters, "decoder_", shorter, generator)
 
-    if hears(model, parameters):
+    if hears(parameters):
         return with_audio(model, parameters, text, shape)
     is_seeing = takes_images(parameters)
     if "input_ids" not in parameters and not is_seeing:

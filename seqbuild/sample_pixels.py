@@ -33,6 +33,7 @@ class Wanted:
         images: how many each row has.
         scale: see `SampleShape`.
         generator: of the values.
+        first: the number of the row's image that is the first here.
     """
 
     parameters: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Wanted:
     images: int
     scale: int
     generator: torch.Generator
+    first: int = 0
 
     def noise(self, *size: int) -> torch.Tensor:
         """Normalized pixels, float32."""
@@ -51,7 +53,7 @@ class Wanted:
         """Rows and columns of patches of each image, both divisible by `multiple`; they differ where scale allows."""
         rows, columns = ((3, 5), (5, 4), (7, 4))[min(self.scale, 2)]
         sides = [(rows, columns), (columns, rows)] if self.scale else [(rows, columns)]
-        chosen = [sides[index % len(sides)] for index in range(self.images)]
+        chosen = [sides[(self.first + index) % len(sides)] for index in range(self.images)]
         return [(multiple * height, multiple * width) for height, width in chosen]
 
 

@@ -5,6 +5,7 @@ How many tokens an image takes is not computed by rules for each architecture: a
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -116,25 +117,31 @@ def _asked(asking: Any) -> dict[str, bool]:
 
 def _counts(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
     """How many features each image of one row becomes."""
-    taken, images = wanted.asked, wanted.images
-    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in taken}
-    for name, is_optional in taken.items():
+    sizes = _sizes(asking, pixels, wanted)
+    if len(sizes) == wanted.images:
+        return sizes
+    if "image_grid_thw" in pixels:  # all in one, and perhaps of several sizes: each is shown by itself
+        single = [dataclasses.replace(wanted, images=1, first=index) for index in range(wanted.images)]
+        return [sum(_sizes(asking, row_of_pixels(one), one)) for one in single]
+    return [sum(sizes) // wanted.images] * wanted.images
+
+
+def _sizes(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
+    """How many features there are in each part of the answer."""
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in wanted.asked}
+    for name, is_optional in wanted.asked.items():
         stated = getattr(wanted.geometry.source, name, None)
         if name not in given and not is_optional and isinstance(stated, (int, str, list)):
             given[name] = stated
-    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in taken:  # asked is a part that sees no rows
-        given["pixel_values"] = given["pixel_values"].flatten(0, 1)
+    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in wanted.asked:
+        given["pixel_values"] = given["pixel_values"].flatten(0, 1)  # asked is a part that sees no rows
     with torch.no_grad():
         features = asking(**given)
     if not isinstance(features, (torch.Tensor, tuple, list)):
         features = _first_there(features)
     if isinstance(features, torch.Tensor):
         features = list(features) if features.dim() == 3 else [features]
-    sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]
-    if len(sizes) == images:
-        return sizes
-    each = sum(sizes) // images
-    return [each] * (images - 1) + [sum(sizes) - each * (images - 1)]
+    return [int(feature.numel() // feature.shape[-1]) for feature in features]
 
 
 def _first_there(output: Any) -> Any:

@@ -75,8 +75,13 @@ def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping) or "hidden_size" not in after:
         return
     merge = before.get("merge_size") or before.get("spatial_merge_size")
-    if isinstance(merge, int) and full.get("out_hidden_size") == before["hidden_size"] * merge**2:
-        small["out_hidden_size"] = after["hidden_size"] * merge**2
+    sources = [
+        (full[part], small[part]) for part in ("vision_config", "text_config") if isinstance(full.get(part), dict)
+    ]
+    for name in ("out_hidden_size", "merged_hidden_size"):
+        for large, little in sources:
+            if isinstance(merge, int) and full.get(name) == large.get("hidden_size", 0) * merge**2:
+                small[name] = little["hidden_size"] * merge**2
 
 
 @_rule

@@ -123,6 +123,9 @@ def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
                     parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
                 else:
                     parameter.add_(noise * 0.05)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):  # as if counted: what convolutions pass on would fade away otherwise
+                buffer.fill_(0.1)
     return model
 
 

@@ -26,6 +26,15 @@ _OCR: dict[str, Any] = {
 }
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 _VISUAL = 64  # entries of a codebook
+_SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+}
 _VISION_GEMMA4 = {
     "model_type": "gemma4_vision",
     "hidden_size": 64,
@@ -111,8 +120,8 @@ VISION: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-2, 0]],
         "spatial_target_layers": [0, 1, 1, 1],
         "qformer_config": {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 96},
-        "vision_config.image_size": 64,
-        "vision_config.patch_size": 16,
+        "vision_config": _SIGLIP,
+        "vision_feature_select_strategy": "full",
         **{f"text_config.{name}": 1.0 for name in _GRANITE},
         "image_grid_pinpoints": [[64, 128], [128, 64], [128, 128]],
     },
@@ -121,6 +130,7 @@ VISION: dict[str, dict[str, Any]] = {
     "glm4v": _SECTIONS,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "glm_ocr": _SECTIONS,
+    "dots3_note": {"audio_config.adapter_input_size": 64},
     "kosmos-2.5": {"latent_query_num": 64},
     "glm5_next": {"text_config.index_topk": 16},
     "paddleocr_vl": _SECTIONS,
@@ -137,7 +147,7 @@ VISION: dict[str, dict[str, Any]] = {
     # Small, so that they are quick.
     "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 128, "vision_config.image_size": 64},
     "depth_pro": {
-        "intermediate_hook_ids": [3, 1],
+        "intermediate_hook_ids": [2, 0],
         "patch_size": 32,
         "image_model_config.image_size": 32,
         "image_model_config.patch_size": 8,
