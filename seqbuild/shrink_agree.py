@@ -94,6 +94,28 @@ def _convolutions(full: Mapping[str, Any], small: Table) -> None:
         small["hidden_size"] = channels * factors[-1]
 
 
+@_rule
+def _towers_in_a_row(full: Mapping[str, Any], small: Table) -> None:
+    """What one part gives is what the next one takes."""
+    if full.get("adapter_input_size") == full.get("hidden_size") and "adapter_input_size" in small:
+        small["adapter_input_size"] = small["hidden_size"]
+    first, second = small.get("sam_config"), small.get("encoder_config")
+    if isinstance(first, dict) and isinstance(second, dict) and first.get("downsample_channels"):
+        if full["sam_config"]["downsample_channels"][-1] == full["encoder_config"]["hidden_size"]:
+            widths = [min(width, 32) for width in first["downsample_channels"][:-1]]
+            first["downsample_channels"] = [*widths, second["hidden_size"]]
+
+
+@_rule
+def _codes_among_words(full: Mapping[str, Any], small: Table) -> None:
+    """Codes of images, and then of sounds, have their places in the vocabulary."""
+    if {"image_token_offset", "audio_token_offset", "vision_config", "audio_config"} <= small.keys():
+        codes = 64
+        small["vision_config"]["codebook_size"] = small["audio_config"]["codebook_size"] = codes
+        small["image_token_offset"] = small["text_config"]["vocab_size"] // 2
+        small["audio_token_offset"] = small["image_token_offset"] + codes
+
+
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
 

@@ -20,7 +20,6 @@ _SECTIONS: dict[str, Any] = {"text_config.rope_parameters.mrope_section": [2, 3,
 _IMAGE_TOKEN = 383
 _TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _OCR: dict[str, Any] = {
-    "vision_config.sam_config.downsample_channels": [32, 64],
     "vision_config.sam_config.image_size": 256,
     "vision_config.sam_config.mlp_dim": 96,
 }
@@ -34,6 +33,14 @@ _SIGLIP = {
     "num_attention_heads": 4,
     "image_size": 64,
     "patch_size": 16,
+}
+_QFORMER = {
+    "model_type": "blip_2_qformer",
+    "hidden_size": 64,
+    "encoder_hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 96,
 }
 _VISION_GEMMA4 = {
     "model_type": "gemma4_vision",
@@ -84,12 +91,6 @@ VISION: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": _IMAGE_TOKEN, "<|extra_200|>": 382}
         | {f"<|visual token {code:06d}|>": 200 + code for code in range(_VISUAL)},
     },
-    "apertus1p5": {
-        "vision_config.codebook_size": _VISUAL,
-        "audio_config.codebook_size": _VISUAL,
-        "image_token_offset": 200,
-        "audio_token_offset": 264,
-    },
     "causal LM/gemma4": {"vision_config": _VISION_GEMMA4},
     "diffusion_gemma": {
         "text_config.num_experts": 4,
@@ -119,7 +120,7 @@ VISION: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-2, 0]],
         "spatial_target_layers": [0, 1, 1, 1],
-        "qformer_config": {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 96},
+        "qformer_config": _QFORMER,
         "vision_config": _SIGLIP,
         "vision_feature_select_strategy": "full",
         **{f"text_config.{name}": 1.0 for name in _GRANITE},
@@ -130,7 +131,6 @@ VISION: dict[str, dict[str, Any]] = {
     "glm4v": _SECTIONS,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "glm_ocr": _SECTIONS,
-    "dots3_note": {"audio_config.adapter_input_size": 64},
     "kosmos-2.5": {"latent_query_num": 64},
     "glm5_next": {"text_config.index_topk": 16},
     "paddleocr_vl": _SECTIONS,
@@ -164,6 +164,11 @@ VISION: dict[str, dict[str, Any]] = {
         "vision_config.depths": [1, 1, 2, 1],
     },
     "janus": {"vq_config.base_channels": 32, "vision_config.image_size": 96},
+    "llava": {"vision_config.image_size": 56},
+    "vipllava": {"vision_config.image_size": 56},
+    "kosmos-2": {"vision_config.image_size": 56, "latent_query_num": 16},
+    "videomae": {"image_size": 64, "num_frames": 4},
+    "videoprism_vision_model": {"image_size": 72, "num_frames": 4},
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
@@ -179,4 +184,9 @@ VISION: dict[str, dict[str, Any]] = {
     "dinov3_convnext": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
     "resnet": {"hidden_sizes": [32, 64, 96, 128]},
     "bit": {"hidden_sizes": [128, 128, 256, 256], "depths": [1, 1, 1, 1]},
+}
+
+# What its own library cannot run: class and the version of transformers to the reason.
+BROKEN = {
+    ("Llama4ForConditionalGeneration", "5.24.0"): "forward reads image_outputs, which the text's output has not",
 }
