@@ -62,7 +62,7 @@ class UntraceableError(TraceError):
     Args:
         message: as for every error.
         culprit: the line, where it is known.
-        is_refusal: whether that line itself raised the error: the model refuses what it is given.
+        is_refusal: whether that line raised the error by itself: the model refuses what it is given.
         hint: as for every error.
     """
 
@@ -90,7 +90,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
     return UntraceableError(
         f"{culprit.name} cannot be traced ({culprit.file}, line {culprit.line}): {type(error).__name__}: {reason}",
         culprit=culprit,
-        is_refusal=bool(walk) and _is_models(walk[-1][0].f_code.co_filename),
+        is_refusal=isinstance(error, (ValueError, AssertionError, RuntimeError)) and _is_raised_by_choice(walk),
         hint=_advice(culprit, ancestors),
     )
 
@@ -144,11 +144,13 @@ def _function(frame: FrameType) -> Function | None:
     owner, name = frame.f_locals.get("self"), frame.f_code.co_name
     if owner is None:
         home: Any = inspect.getmodule(frame.f_code)
-        homes = [home] if home is not None else []
+        homes = [home, *_classes_of(home)] if home is not None else []
     else:
         homes = [cls for cls in type(owner).__mro__ if name in cls.__dict__]
     for home in homes:
-        if getattr(inspect.unwrap(home.__dict__.get(name) or _name), "__code__", None) is frame.f_code:
+        found = home.__dict__.get(name) or _name
+        plain = inspect.unwrap(found.__func__ if isinstance(found, staticmethod) else found)
+        if getattr(plain, "__code__", None) is frame.f_code:
             is_class = isinstance(home, type)
             return Function(
                 name=_name(frame),
@@ -159,11 +161,21 @@ def _function(frame: FrameType) -> Function | None:
     return None
 
 
+def _classes_of(module: Any) -> list[type]:
+    return [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+
+
 def _advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
         return "move that line into a function of its own and name it with --ignore"
     return f"make it one opaque step with --ignore {function.name}"
+
+
+def _is_raised_by_choice(walk: list[tuple[FrameType, int]]) -> bool:
+    """Whether the model's own code raised an error, or one of torch's libraries in Python, but no operator did."""
+    path = Path(walk[-1][0].f_code.co_filename)
+    return _is_models(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
 
 
 def _is_models(filename: str) -> bool:

@@ -37,6 +37,7 @@ from seqbuild.targets import as_names, infer_targets
 from seqbuild.trace import Trace, trace_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 DEFAULT_OUT = Path("artifacts")
@@ -98,7 +99,7 @@ def build(
     start = time.perf_counter()
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
     model = build_weightless(source, attn_implementation=attn_implementation)
-    sample = default_sample(model)
+    sample = in_trace_dtype(default_sample(model))
     ignore = as_names(ignore)
     patterns = as_names(targets) or infer_targets(model)
     parts = cache.ingredients(
@@ -118,7 +119,7 @@ def build(
                 dtype=TRACE_DTYPE,
                 drop_uncalled=targets is None,
                 may_ignore=lambda function: is_opaque_path(function.path),
-                samples=[default_sample(model, shape) for shape in REHEARSAL_SHAPES],
+                samples=[in_trace_dtype(default_sample(model, shape)) for shape in REHEARSAL_SHAPES],
                 is_batch_only=False,  # the sizes of the default sample are our invention
             )
             _require_matched(trace)
@@ -126,6 +127,11 @@ def build(
             files, manifest = _assemble(source, model, trace, keys, parts, patterns)
             _write(path, files, manifest)
     return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
+
+
+def in_trace_dtype(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pixels, sounds and the like in the dtype that stands for the weights'."""
+    return {name: value.to(TRACE_DTYPE) if value.is_floating_point() else value for name, value in sample.items()}
 
 
 @contextlib.contextmanager

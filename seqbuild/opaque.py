@@ -38,7 +38,8 @@ class OpaqueStep:
         originals = [(owner, name, owner.__dict__[name]) for owner, name in self.places]
         try:
             for owner, name, _ in originals:
-                setattr(owner, name, call)
+                is_static = isinstance(owner.__dict__[name], staticmethod)
+                setattr(owner, name, staticmethod(call) if is_static else call)
             yield
         finally:
             for owner, name, original in originals:
@@ -82,7 +83,8 @@ def _methods(name: str, classes: Sequence[type]) -> list[OpaqueStep]:
     steps = []
     for cls in classes:
         is_meant = cls.__name__ == owner or f"{cls.__module__}.{cls.__qualname__}" == owner
-        function = cls.__dict__.get(method)
+        found = cls.__dict__.get(method)
+        function: Any = found.__func__ if isinstance(found, staticmethod) else found
         if is_meant and callable(function):
             path = f"{cls.__module__}:{cls.__qualname__}.{method}"
             steps.append(OpaqueStep(path=path, function=function, places=((cls, method),)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from runtime.errors import TargetError, UsageError
+from seqbuild.states import without_empty_cache
 from seqbuild.subgraph import Subgraph
 
 if TYPE_CHECKING:
@@ -161,11 +162,15 @@ def trace_consumed_names(subgraphs: list[Subgraph]) -> None:
 
 
 def named_output(output: Any) -> dict[str, Any]:
-    """A model's output as a dict: a ModelOutput's fields, or `output`, `output_0`, ... for bare values."""
+    """A model's output as a dict: a ModelOutput's fields, or `output`, `output_0`, ... for bare values. Fields without
+    a value are left out.
+    """
     if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if value is not None}
+        return {str(name): value for name, value in output.items() if without_empty_cache(value) is not None}
     if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
+        return {
+            f"output_{index}": value for index, value in enumerate(output) if without_empty_cache(value) is not None
+        }
     return {"output": output}
 
 

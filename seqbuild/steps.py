@@ -8,7 +8,9 @@ burnt in, which the trace then states or refuses. The rung that was taken is not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -19,7 +21,7 @@ from seqbuild.opaque import OpaqueStep
 from seqbuild.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
 from seqbuild.replay import Replay
 from seqbuild.sizes import SizeBurntInError
-from seqbuild.states import copy_dict
+from seqbuild.states import copy_dict, without_empty_cache
 from seqbuild.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
@@ -107,6 +109,8 @@ class Steps:
         make: Callable[[Any, Any], fx.Node],
         is_known_to_fail: bool = False,
     ) -> Any:
+        args = tuple(without_empty_cache(value) for value in args)
+        kwargs = {name: without_empty_cache(value) for name, value in kwargs.items()}
         before = [(value, dict(value)) for value in _dicts((args, kwargs))]
         node_args, node_kwargs = self.tracer.create_arg(args), self.tracer.create_arg(kwargs)
         output, rehearsal, used = self._run(function, args, kwargs, modules, is_known_to_fail)
@@ -191,7 +195,7 @@ class Steps:
         known = self._states.get(id(value))
         return known[2] if known is not None and _same(value, known[1]) else None
 
-    def _state(self, value: dict[Any, Any], old: dict[Any, Any]) -> None:
+    def _state(self, value: MutableMapping[Any, Any], old: dict[Any, Any]) -> None:
         """Make a dictionary that a step has filled a value of the graph: every step must get the same one."""
         known = self._states.get(id(value))
         if known is None or not _same(old, known[1]):
@@ -206,11 +210,11 @@ class Steps:
             return self._states[id(value)][2]
         if type(value) is tuple:
             return tuple(self._with_states(item) for item in value)
-        if type(value) is dict:
+        if isinstance(value, (dict, UserDict)):
             return {key: self._with_states(item) for key, item in value.items()}
         return self.tracer.create_arg(value)
 
-    def _refill(self, value: dict[Any, Any], old: dict[Any, Any]) -> None:
+    def _refill(self, value: MutableMapping[Any, Any], old: dict[Any, Any]) -> None:
         """Name what the step has put into a dictionary."""
         previous = self._states[id(value)][2]
         node = self.tracer.create_node("call_function", copy_dict, (previous,), {}, "state")
@@ -221,11 +225,11 @@ class Steps:
         self._states[id(value)] = (value, dict(value), node)
 
 
-def _dicts(value: Any) -> Iterator[dict[Any, Any]]:
-    """Plain dictionaries among the arguments of a step, not those of its keyword arguments themselves."""
+def _dicts(value: Any) -> Iterator[MutableMapping[Any, Any]]:
+    """Dictionaries among the arguments of a step, not those of its keyword arguments themselves."""
     args, kwargs = value
     for item in (*args, *kwargs.values()):
-        if type(item) is dict:
+        if isinstance(item, (dict, UserDict)) and not dataclasses.is_dataclass(item):
             yield item
 
 

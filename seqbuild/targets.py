@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import TargetError
@@ -87,28 +87,58 @@ def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Modul
 
 
 def infer_targets(model: nn.Module) -> tuple[str, ...]:
-    """The class names to cut at when nobody says: the model's no-split classes that exist in it, else the class of
-    its longest ModuleList.
+    """The patterns to cut at when nobody says: the first of `inferred_targets`.
 
     Raises:
-        TargetError: when the model has neither.
+        TargetError: when there is none.
+    """
+    return next(inferred_targets(model))
+
+
+def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Patterns to cut at when nobody says, the best first: of the model that handles text (the whole model, unless it
+    is part of one that also sees or hears) its no-split classes that exist, outermost only; then the class of its longest
+    ModuleList; then the same of the whole model.
+
+    Raises:
+        TargetError: after the last, when there was none.
     """
     from torch import nn
 
     no_split = getattr(model, "_no_split_modules", None) or ()
-    existing = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
-    names = tuple(name for name in existing if name in no_split)
-    if names:
-        targets = outermost(model, match_modules(model, names))
-        return tuple(dict.fromkeys(type(target).__name__ for target in targets))
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    if not lists:
+    is_found = False
+    for part in dict.fromkeys((text_model(model), model)):
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+        for names in (no_split, {type(module).__name__ for module in max(lists, key=len, default=())}):
+            found = outermost(model, [module for module in part.modules() if type(module).__name__ in names])
+            if found:
+                is_found = True
+                yield _patterns(model, found)
+    if not is_found:
         raise TargetError(
             f"{type(model).__name__} names no layer classes and has no list of layers",
             hint="name the modules to cut at with --targets",
         )
-    longest = max(lists, key=len)
-    return tuple(dict.fromkeys(type(module).__name__ for module in longest))
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The part of a multimodal model whose config is its text config; the model itself if there is no such part."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config:
+        return model
+    parts = (module for module in model.modules() if getattr(module, "config", None) is text and any(module.children()))
+    return next(parts, model)
+
+
+def _patterns(model: nn.Module, targets: Collection[nn.Module]) -> tuple[str, ...]:
+    """Class names that fit the targets and nothing else, or expressions on their names."""
+    classes = tuple(dict.fromkeys(type(target).__name__ for target in targets))
+    if list(outermost(model, match_modules(model, classes))) == list(targets):
+        return classes
+    names = [name for name, module in model.named_modules() if module in targets]
+    shapes = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name) for name in names)
+    return tuple(f"re:{re.escape(shape).replace(re.escape('#'), r'[0-9]+')}$" for shape in shapes)
 
 
 def get_sequential_targets(

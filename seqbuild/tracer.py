@@ -40,6 +40,7 @@ from seqbuild.sample import rehearsal_samples, symbolic_inputs
 from seqbuild.sequences import JoinsRecorded, UnknownLength
 from seqbuild.sizes import WatchedSizes
 from seqbuild.steps import Steps
+from seqbuild.untouched import leaves_left_alone
 from seqbuild.vmapped import vmap_recorded
 from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
@@ -133,6 +134,7 @@ class SequentialTracer(PythonKeyTracer):
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             stack.enter_context(vmap_recorded(self))
+            stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
             modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
             for context in (*modes, JoinsRecorded(steps.join), LiteralTensors(self.dtype)):
                 stack.enter_context(context)
@@ -195,9 +197,10 @@ class SequentialTracer(PythonKeyTracer):
             return a
         if isinstance(a, slice):
             return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
-        if type(a) is dict and self._steps is not None and (state := self._steps.state_node(a)) is not None:
-            return state
         if isinstance(a, (dict, UserDict)):
+            state = self._steps.state_node(a) if self._steps is not None else None
+            if state is not None:
+                return state
             return {_plain_key(key): self.create_arg(value) for key, value in a.items()}
         if type(a) in (tuple, torch.Size):
             return tuple(self.create_arg(value) for value in a)
@@ -304,6 +307,9 @@ class SequentialTracer(PythonKeyTracer):
                     module.forward = steps.leaf(name, module, module.forward)
                     stack.callback(_put_back, module, "forward", own)
             yield
+
+    def _leaves(self, root: nn.Module) -> Iterator[nn.Module]:
+        return (module for name, module in root.named_modules() if self._is_step(root, name, module))
 
     def _is_step(self, root: nn.Module, name: str, module: nn.Module) -> bool:
         return module is not root and self.is_leaf_module(module, name)

@@ -31,11 +31,13 @@ def kept_as_found(model: nn.Module) -> Iterator[None]:
     """Put back every attribute of every module afterwards, whoever has set or added it meanwhile: the model's own
     code, too, may keep a mask or a flag in `self`, and it would be made of fake tensors.
     """
-    found = [(module, dict(module.__dict__)) for module in model.modules()]
+    found = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in found:
+        for module, attributes, children in found:
+            module._modules.clear()
+            module._modules.update(children)
             for name in [name for name in module.__dict__ if name not in attributes]:
                 del module.__dict__[name]
             module.__dict__.update(attributes)
