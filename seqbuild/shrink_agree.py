@@ -100,10 +100,11 @@ def _towers_in_a_row(full: Mapping[str, Any], small: Table) -> None:
     if full.get("adapter_input_size") == full.get("hidden_size") and "adapter_input_size" in small:
         small["adapter_input_size"] = small["hidden_size"]
     first, second = small.get("sam_config"), small.get("encoder_config")
-    if isinstance(first, dict) and isinstance(second, dict) and first.get("downsample_channels"):
-        if full["sam_config"]["downsample_channels"][-1] == full["encoder_config"]["hidden_size"]:
-            widths = [min(width, 32) for width in first["downsample_channels"][:-1]]
-            first["downsample_channels"] = [*widths, second["hidden_size"]]
+    if not isinstance(first, dict) or not isinstance(second, dict) or not first.get("downsample_channels"):
+        return
+    if full["sam_config"]["downsample_channels"][-1] == full["encoder_config"]["hidden_size"]:
+        widths = [min(width, 32) for width in first["downsample_channels"][:-1]]
+        first["downsample_channels"] = [*widths, second["hidden_size"]]
 
 
 @_rule

@@ -21,6 +21,7 @@ _IMAGE_TOKEN = 383
 _TURNING = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _OCR: dict[str, Any] = {
     "vision_config.sam_config.image_size": 256,
+    "vision_config.sam_config.downsample_channels": [32, 64],
     "vision_config.sam_config.mlp_dim": 96,
 }
 _GRANITE = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
