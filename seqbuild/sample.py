@@ -90,10 +90,12 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
 
     def text(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
+        if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
+            return inputs
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         return inputs | tokens(config, parameters, "decoder_", shorter, generator)
 
-    if hears(model, parameters):
+    if hears(parameters):
         return with_audio(model, parameters, text, shape)
     is_seeing = takes_images(parameters)
     if "input_ids" not in parameters and not is_seeing:
@@ -112,7 +114,8 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
 
 def takes_images(parameters: Mapping[str, Any]) -> bool:
     """Whether a forward with these parameters sees anything."""
-    return any(name in parameters for name in ("pixel_values", "pixel_values_videos", "flattened_patches"))
+    seen = ("pixel_values", "pixel_values_videos", "flattened_patches", "protein_input_ids")
+    return any(name in parameters for name in seen)
 
 
 def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:

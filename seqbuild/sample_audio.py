@@ -67,13 +67,9 @@ class Sound:
         return (sounds, *(sizes[axis] for axis in self.axes))
 
 
-def hears(model: nn.Module, parameters: Mapping[str, Any]) -> bool:
-    """Whether the model takes sounds: alone, or in text for which its config names a token."""
-    config = getattr(model, "config", None)
-    if not any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS)):
-        return False
-    is_optional = "pixel_values" in parameters and getattr(config, "audio_config", None) is None
-    return not is_optional
+def hears(parameters: Mapping[str, Any]) -> bool:
+    """Whether the model takes sounds, alone or in text: of models that take images, too, these are enough."""
+    return "pixel_values" not in parameters and any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS))
 
 
 def is_alone(config: Any, parameters: Mapping[str, Any]) -> bool:

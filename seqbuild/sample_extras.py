@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from seqbuild.sample import SampleShape
 
 Row = dict[str, torch.Tensor]
-Extra = Callable[[Any, Row, Row, "SampleShape", torch.Generator], torch.Tensor]
+Extra = Callable[[Any, Row, Row, "SampleShape", torch.Generator], "torch.Tensor | None"]
 _EXTRAS: dict[str, Extra] = {}
 
 
@@ -36,11 +36,9 @@ def extras(
     generator: torch.Generator,
 ) -> Row:
     """Every registered name among `parameters` that nothing else has made."""
-    return {
-        name: make(config, text, pixels, shape, generator)
-        for name, make in _EXTRAS.items()
-        if name in parameters and name not in pixels
-    }
+    wanted = {name: make for name, make in _EXTRAS.items() if name in parameters and name not in pixels}
+    made = {name: make(config, text, pixels, shape, generator) for name, make in wanted.items()}
+    return {name: value for name, value in made.items() if value is not None}
 
 
 @extra("qformer_input_ids")
@@ -72,8 +70,12 @@ def _state(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: t
 
 
 @extra("noise")
-def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """What becomes a robot's motion, [batch, steps, action]."""
+def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor | None:
+    """What becomes a robot's motion, [batch, steps, action]; or by which patches are hidden, [batch, patches]."""
+    if not hasattr(config, "max_action_dim"):
+        geometry = Geometry.of(config)
+        patches = (geometry.height // geometry.patch) * (geometry.width // geometry.patch)
+        return torch.rand((shape.batch, patches), generator=generator) if hasattr(config, "mask_ratio") else None
     return torch.randn((shape.batch, int(config.chunk_size), int(config.max_action_dim)), generator=generator)
 
 

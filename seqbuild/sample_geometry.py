@@ -42,6 +42,9 @@ class Geometry:
         """As stated by the config of a whole model."""
         source = seeing(config)
         size = _stated(source, config, _SIZES, 0)
+        ratios = getattr(config, "scaled_images_ratios", None)
+        if ratios:  # the smallest of several views is still one patch
+            size = int(config.patch_size / min(ratios))
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return cls(
             source=source,

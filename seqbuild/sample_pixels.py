@@ -10,7 +10,7 @@ put together along the first dimension. Legend of shapes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Wanted:
         images: how many each row has.
         scale: see `SampleShape`.
         generator: of the values.
+        first: the number of the row's image that is the first here.
     """
 
     parameters: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Wanted:
     images: int
     scale: int
     generator: torch.Generator
+    first: int = 0
 
     def noise(self, *size: int) -> torch.Tensor:
         """Normalized pixels, float32."""
@@ -51,7 +53,7 @@ class Wanted:
         """Rows and columns of patches of each image, both divisible by `multiple`; they differ where scale allows."""
         rows, columns = ((3, 5), (5, 4), (7, 4))[min(self.scale, 2)]
         sides = [(rows, columns), (columns, rows)] if self.scale else [(rows, columns)]
-        chosen = [sides[index % len(sides)] for index in range(self.images)]
+        chosen = [sides[(self.first + index) % len(sides)] for index in range(self.images)]
         return [(multiple * height, multiple * width) for height, width in chosen]
 
 
@@ -76,8 +78,65 @@ def row_of_pixels(wanted: Wanted) -> Row:
     return next(function for applies, function in _FORMS if applies(wanted))(wanted)
 
 
+def joined(rows: Sequence[Row]) -> Row:
+    """All rows: one after the other along the first dimension."""
+    made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    if "target_sizes" in made:  # one long image, whatever the number of rows
+        made["pixel_values"] = torch.cat([row["pixel_values"] for row in rows], dim=-1)
+    if "image_token_pooling" in made:  # patches are numbered through
+        patches, places = rows[0]["pixel_values"].shape[:2].numel(), [row["image_token_pooling"] for row in rows]
+        made["image_token_pooling"] = torch.cat([place + index * patches for index, place in enumerate(places)])
+    return made
+
+
 def _takes(*names: str) -> Callable[[Wanted], bool]:
     return lambda wanted: all(name in wanted.parameters for name in names)
+
+
+def _is(*model_types: str) -> Callable[[Wanted], bool]:
+    """The few whose form is told by nothing else."""
+    return lambda wanted: getattr(wanted.config, "model_type", "") in model_types
+
+
+@form(_is("inkling2", "inkling2_loop"))
+def _merged_squares(wanted: Wanted) -> Row:
+    """Merged patches as little pictures, channels last, [P, side, side, C], and grids of these, [N, 3]."""
+    geometry, grids = wanted.geometry, wanted.grids()
+    side, patches = geometry.patch * geometry.merge, sum(height * width for height, width in grids)
+    return {
+        "pixel_values": wanted.noise(patches, side, side, geometry.channels),
+        "image_grid_thw": torch.tensor([[1, height, width] for height, width in grids]),
+    }
+
+
+@form(_is("inkling_mm_model"))
+def _blocks(wanted: Wanted) -> Row:
+    """Patches as little films, channels last, [P, T, side, side, C]."""
+    geometry, patches = wanted.geometry, sum(height * width for height, width in wanted.grids())
+    return {"pixel_values": wanted.noise(patches, geometry.time, geometry.patch, geometry.patch, geometry.channels)}
+
+
+@form(_is("neomme", "fuyu"))
+def _bare_patches(wanted: Wanted) -> Row:
+    """Flattened patches [P, D] without a grid; as many rows of them as there are images in the older form."""
+    grids, geometry = wanted.grids(), wanted.geometry
+    pixels = wanted.noise(sum(height * width for height, width in grids), geometry.channels * geometry.patch**2)
+    return {"pixel_values": pixels if "image_patches" not in wanted.parameters else pixels[None]}
+
+
+@form(_takes("image_token_pooling"))
+def _pooled_crops(wanted: Wanted) -> Row:
+    """Flattened patches of small views [N, P, D], which four of them become a feature [F, 4], and grids [N, 4]."""
+    geometry = wanted.geometry
+    height, width = geometry.height // geometry.patch, geometry.width // geometry.patch
+    places = torch.arange(wanted.images * height * width).reshape(wanted.images, height, width)
+    places = places[:, : height // 2 * 2, : width // 2 * 2].unfold(1, 2, 2).unfold(2, 2, 2).reshape(-1, 4)
+    return {
+        "pixel_values": wanted.noise(wanted.images, height * width, geometry.channels * geometry.patch**2),
+        "image_token_pooling": places,
+        "image_grids": torch.tensor([[height // 2, width // 2, 0, 0]]).repeat(wanted.images, 1),
+        "image_num_crops": torch.ones(wanted.images, dtype=torch.int64),
+    }
 
 
 @form(_takes("image_grid_thw"))
@@ -183,14 +242,16 @@ def _global_and_local(wanted: Wanted) -> Row:
 @form(_takes("image_position_ids"))
 def _position_ids(wanted: Wanted) -> Row:
     """Flattened patches [N, P, D] and where each lies, x and y, [N, P, 2]; -1 for padding."""
-    merge = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1))
+    merge, patch = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1)), wanted.geometry.patch
+    if hasattr(wanted.geometry.source, "model_patch_size"):  # patches come merged
+        merge, patch = 1, int(wanted.geometry.source.model_patch_size)
     grids = wanted.grids(merge)
     longest = max(height * width for height, width in grids)
     places = torch.full((len(grids), longest, 2), -1)
     for index, (height, width) in enumerate(grids):
         ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places[index, : height * width] = torch.stack([xs.flatten(), ys.flatten()], dim=-1)
-    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * wanted.geometry.patch**2).sigmoid()
+    pixels = wanted.noise(len(grids), longest, wanted.geometry.channels * patch**2).sigmoid()
     return {"pixel_values": pixels * (places[..., :1] >= 0), "image_position_ids": places}
 
 
@@ -228,9 +289,18 @@ def _aspect_ratios(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values_videos"))
 def _frames_or_images(wanted: Wanted) -> Row:
-    if "pixel_values" in wanted.parameters:
-        return _images(wanted)
-    return {"pixel_values_videos": _images(wanted)["pixel_values"]}
+    """Images where a model takes them, under their older name, too; else videos."""
+    name = next(
+        name for name in ("pixel_values", "pixel_values_images", "pixel_values_videos") if name in wanted.parameters
+    )
+    return {name: _images(wanted)["pixel_values"]}
+
+
+@form(_is("instructblipvideo"))
+def _films(wanted: Wanted) -> Row:
+    """[1, T, C, H, W]."""
+    geometry, frames = wanted.geometry, 2 + wanted.scale
+    return {"pixel_values": wanted.noise(1, frames, geometry.channels, geometry.height, geometry.width)}
 
 
 @form(_takes("state"))
@@ -269,3 +339,9 @@ def _images(wanted: Wanted) -> Row:
     if geometry.frames:
         return {"pixel_values": wanted.noise(1, geometry.frames, geometry.channels, height, width)}
     return {"pixel_values": wanted.noise(wanted.images, geometry.channels, height, width)}
+
+
+@form(lambda wanted: True)
+def _nothing(wanted: Wanted) -> Row:
+    """For a model that sees otherwise: see `seqbuild.sample_extras`."""
+    return {}

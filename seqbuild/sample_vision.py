@@ -5,6 +5,7 @@ How many tokens an image takes is not computed by rules for each architecture: a
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 
 from seqbuild.sample_extras import extras
 from seqbuild.sample_geometry import Geometry, parts
-from seqbuild.sample_pixels import Row, Wanted, row_of_pixels
+from seqbuild.sample_pixels import Row, Wanted, joined, row_of_pixels
 from seqbuild.thin import thin_copy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "media
 _STARTS = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
 _ENDS = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
 _IMAGE_TYPE = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+_SEEN = {"pixel_values", "pixel_values_images", "flattened_patches"}
 _ANY_TOKEN = 10
 _PADDED = 3  # the tokens at either end that may be padding
 
@@ -55,11 +57,13 @@ def with_images(
         generator=generator,
     )
     rows = [row_of_pixels(wanted) for _ in range(shape.batch)]
-    pixels = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    pixels = joined(rows)
     pixels |= extras(config, asked, text, pixels, shape, generator)
     if token is not None and asking is not None:
-        row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()}
-        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted.images))
+        row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()} | rows[0]
+        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted))
+    elif "image_embeds_position_mask" in parameters:
+        text = _with_placeholders(text, parameters, config, _ANY_TOKEN, [int(config.latent_query_num)])
     pixels |= extras(config, parameters, text, pixels, shape, generator)
     return text | {name: value for name, value in pixels.items() if name in parameters}
 
@@ -75,6 +79,8 @@ def placeholder(config: Any, parameters: Mapping[str, Any]) -> int | None:
     if "image_embeds_position_mask" in parameters:
         return _ANY_TOKEN
     found = _first(config, _PLACEHOLDERS)
+    if found is None and "pixel_values_videos" not in parameters:
+        found = _first(config, ("video_token_index",))  # a film is all that such a model sees
     return found if found is not None and found >= 0 else None
 
 
@@ -88,14 +94,15 @@ def _first(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _asking(model: nn.Module) -> Any:
-    """The thin copy's own way from pixels to features of the text, where it has one that names what it takes."""
-    for module in thin_copy(model).modules():
-        found = getattr(module, "get_image_features", None)
-        if found is None:
-            continue
-        names = inspect.signature(found).parameters
-        if "pixel_values" in names or "pixel_values_images" in names or "flattened_patches" in names:
-            return found
+    """The thin copy's own way from pixels to features of the text; of several, the one that names most of its inputs.
+
+    Outer modules hand on to inner ones, often under `**kwargs`.
+    """
+    for way in ("get_image_features", "get_video_features"):
+        found = [getattr(module, way) for module in thin_copy(model).modules() if hasattr(module, way)]
+        named = [one for one in found if _SEEN & inspect.signature(one).parameters.keys()]
+        if named:
+            return max(named, key=lambda one: len(inspect.signature(one).parameters))
     return None
 
 
@@ -108,22 +115,41 @@ def _asked(asking: Any) -> dict[str, bool]:
     }
 
 
-def _counts(asking: Any, pixels: Row, images: int) -> list[int]:
+def _counts(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
     """How many features each image of one row becomes."""
-    taken = _asked(asking)
-    given = {name: value for name, value in pixels.items() if name in taken}
-    if "pixel_values_images" in taken and "pixel_values" not in taken:
-        given["pixel_values_images"] = pixels["pixel_values_images"]
+    sizes = _sizes(asking, pixels, wanted)
+    if len(sizes) == wanted.images:
+        return sizes
+    if "image_grid_thw" in pixels:  # all in one, and perhaps of several sizes: each is shown by itself
+        single = [dataclasses.replace(wanted, images=1, first=index) for index in range(wanted.images)]
+        return [sum(_sizes(asking, row_of_pixels(one), one)) for one in single]
+    return [sum(sizes) // wanted.images] * wanted.images
+
+
+def _sizes(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
+    """How many features there are in each part of the answer."""
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in wanted.asked}
+    for name, is_optional in wanted.asked.items():
+        stated = getattr(wanted.geometry.source, name, None)
+        if name not in given and not is_optional and isinstance(stated, (int, str, list)):
+            given[name] = stated
+    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in wanted.asked:
+        given["pixel_values"] = given["pixel_values"].flatten(0, 1)  # asked is a part that sees no rows
     with torch.no_grad():
         features = asking(**given)
     if not isinstance(features, (torch.Tensor, tuple, list)):
-        deep = features.get("deepstack_features")
-        features = features.get("pooler_output")
-        features = deep[0][1] if features is None else features
+        features = _first_there(features)
     if isinstance(features, torch.Tensor):
         features = list(features) if features.dim() == 3 else [features]
-    sizes = [int(feature.numel() // feature.shape[-1]) for feature in features]
-    return sizes if len(sizes) == images else [sum(sizes) // images] * images
+    return [int(feature.numel() // feature.shape[-1]) for feature in features]
+
+
+def _first_there(output: Any) -> Any:
+    """What a model's output calls the features that go into the text. Some set an attribute that is no entry."""
+    pooled, deep = getattr(output, "pooler_output", None), getattr(output, "deepstack_features", None)
+    if pooled is not None:
+        return pooled
+    return output.last_hidden_state if deep is None else deep[0][1]
 
 
 def _with_placeholders(text: Row, parameters: Mapping[str, Any], config: Any, token: int, counts: Sequence[int]) -> Row:

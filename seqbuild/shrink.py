@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from seqbuild.shrink_agree import agree
 from seqbuild.shrink_laws import LAWS, LAYER_LAWS, enforce, fit_key_heads, fit_rotary, rotary_head_dim
 from seqbuild.shrink_layers import BY_LAYER, Layers, is_index_list
 
@@ -28,8 +29,11 @@ _TOKEN = re.compile(r".*(token_ids?|token_index|token_indices|_id|tokens_ids)")
 _HEADS = re.compile(r"(.*_)?(num_(attention|attn)_heads|n_heads?|num_heads|attention_heads)(_.*)?|attn_heads")
 _HEAD_DIMS = (HEAD_WIDTH, 24, 32, 48, 64)
 
-# What sounds must look like.
-_GEOMETRY = re.compile(r"(.*_)?input_dim|(.*_)?num_mel_bins|feature_size|input_feat_(size|per_channel)")
+# What sounds and images must look like.
+_GEOMETRY = re.compile(
+    r"(.*_)?input_dim|(.*_)?num_mel_bins|feature_size|input_feat_(size|per_channel)"
+    r"|patch_embed_hidden_size|(video_)?patch_dim"
+)
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
 # (names, limit): the first row that fits a key whole decides.
@@ -71,7 +75,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
             WIDTH,
         ),
         (r"num_filters|n_filters", 4),
-        (r"conv_dim", 32),
+        (r"conv_dim|base_channels", 32),
         (r"(.*_)?(lora_rank|lowrank|adapter_rank)", 32),
         (r"(.*_)?(num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|experts_per_tok(en)?)", CHOSEN),
         (r"(.*_)?(num_experts|num_local_experts|n_routed_experts|num_moe_experts)", EXPERTS),
@@ -105,6 +109,7 @@ class _Shrinker:
         enforce(LAWS, table, small)
         fit_key_heads(table, small)
         fit_rotary(table, small)
+        agree(table, small)
         for name in BY_LAYER:
             if isinstance(table.get(name), Mapping):
                 small[name] = self._by_layer(name, table, small, layers)

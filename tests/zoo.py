@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from seqbuild.shrink import shrink_table
 from tests.zoo_exceptions import EXCEPTIONS, PARTS, UNUSABLE
+from tests.zoo_vision import BROKEN, VISION
 
 MAPPINGS = {
     "causal LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -30,6 +31,8 @@ MAPPINGS = {
     "text encoder": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     "image encoder": modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
 }
+
+COMPOSED = {"vision-encoder-decoder": ("vit", "bert"), "speech-encoder-decoder": ("wav2vec2", "bert")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +60,11 @@ def cases() -> Iterator[Case]:
 
 
 def unusable(case: Case) -> str:
-    """Why the case cannot be built here: the packages that it lacks, or what it is; nothing if it can."""
+    """Why the case cannot be built or run here: packages that it lacks, a fault of its own; nothing if it can."""
     if case.model_type in UNUSABLE:
         return UNUSABLE[case.model_type]
+    if (case.class_name, transformers.__version__) in BROKEN:
+        return BROKEN[case.class_name, transformers.__version__]
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,7 +80,7 @@ def unusable(case: Case) -> str:
 def small_config(case: Case) -> PretrainedConfig:
     """The case's config, shrunken; `architectures` is filled in, as a saved model's is."""
     cls = getattr(transformers, case.class_name)
-    changes = EXCEPTIONS.get(case.model_type, {}) | EXCEPTIONS.get(case.class_name, {})
+    changes = _exceptions(case) | EXCEPTIONS.get(case.class_name, {})
     full = _default_config(case.model_type)
     part = _part_for(full, cls.config_class)
     table = _changed(shrink_table(_stated(part.to_dict())), changes)
@@ -94,6 +99,14 @@ def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
     return _with_weights(model).eval()
 
 
+def _exceptions(case: Case) -> Mapping[str, Any]:
+    """A case's own entries, else its type's: those of `tests.zoo_vision` speak of whole configs, not of their text."""
+    if case.name in VISION:
+        return VISION[case.name]
+    is_seeing = case.mapping.startswith("image") and case.model_type in VISION
+    return (VISION if is_seeing else EXCEPTIONS).get(case.model_type, {}) | EXCEPTIONS.get(case.class_name, {})
+
+
 def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +122,11 @@ def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
+    """The type's default config; one that consists of any two models may have none."""
+    if model_type in COMPOSED:
+        encoder, decoder = (CONFIG_MAPPING[name]() for name in COMPOSED[model_type])
+        composed: PretrainedConfig = CONFIG_MAPPING[model_type].from_encoder_decoder_configs(encoder, decoder)
+        return composed
     try:
         return CONFIG_MAPPING[model_type]()
     except Exception:  # huggingface_hub has its own

@@ -22,7 +22,7 @@ from runtime.errors import SeqbuildError
 from runtime.weights import assign
 from seqbuild.build import build
 from seqbuild.sample import SampleShape, default_sample
-from tests.zoo import Case, small_model
+from tests.zoo import Case, small_model, unusable
 
 # The sample's own shape, other values, and other sizes, paddings, images and grids.
 SHAPES = (
@@ -49,6 +49,9 @@ class Row:
 
 def check(case: Case, *, attention: str = "eager") -> Row:
     """Compile, load, run and compare one case."""
+    reason = unusable(case)
+    if reason:
+        return Row(case=case, problem=f"unusable: {reason}")
     try:
         model = small_model(case, attention)
         samples = [default_sample(model, shape) for shape in SHAPES]

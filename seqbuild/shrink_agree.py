@@ -1,0 +1,127 @@
+"""Entries of a config that must agree with one another, set right after each has been made small by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Table = dict[str, Any]
+Rule = Callable[[Mapping[str, Any], Table], None]
+_RULES: list[Rule] = []
+
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers")
+_HEAD_LISTS = ("num_heads", "num_attention_heads")
+
+
+def agree(full: Mapping[str, Any], small: Table) -> None:
+    """Set right, in place, what in `small` depends on several entries; `full` is the table that it was made from."""
+    for rule in _RULES:
+        rule(full, small)
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+@_rule
+def _numbers_of_layers(full: Mapping[str, Any], small: Table) -> None:
+    """The layers whose features are shown to the text are still there."""
+    eyes = small.get("vision_config")
+    if not isinstance(eyes, Mapping):
+        return
+    depth = next((eyes[name] for name in _DEPTHS if isinstance(eyes.get(name), int)), 0)
+    for table in [small, *_tables_inside(small)]:
+        for name in ("vision_feature_layer", "vision_feature_layers"):
+            value = table.get(name)
+            if depth and value is not None:
+                table[name] = _kept(value, depth) if isinstance(value, int) else [_kept(one, depth) for one in value]
+
+
+def _kept(number: int, depth: int) -> int:
+    return min(number, depth - 1) if number >= 0 else max(number, -depth)
+
+
+@_rule
+def _widths_of_stages(full: Mapping[str, Any], small: Table) -> None:
+    """A pyramid's first width is a multiple of its first number of heads; each stage is short."""
+    heads = next((small[name] for name in _HEAD_LISTS if _is_numbers(small.get(name))), None)
+    if heads and isinstance(small.get("embed_dim"), int) and small["embed_dim"] % heads[0]:
+        small["embed_dim"] = 16 * heads[0] if heads[0] <= 4 else 4 * heads[0]
+    if _is_numbers(small.get("depths")):
+        small["depths"] = [min(2, depth) for depth in small["depths"]]
+
+
+@_rule
+def _shuffled_pixels(full: Mapping[str, Any], small: Table) -> None:
+    """Pixel shuffle makes features wider by the square of its ratio, and a perceptron must take them."""
+    ratio = small.get("pixel_shuffle_ratio")
+    if ratio and {"hidden_size", "projector_input_dim", "projector_output_dim"} <= small.keys():
+        small["intermediate_size"] = round(small["hidden_size"] / ratio**2)
+        small["projector_input_dim"] = small["projector_output_dim"]
+
+
+@_rule
+def _stacked_layers(full: Mapping[str, Any], small: Table) -> None:
+    """What leaves a tower that shows several of its layers at once is as wide as all of them."""
+    if {"intermediate_layers_indices", "vision_output_dim", "hidden_size"} <= small.keys():
+        small["vision_output_dim"] = small["hidden_size"] * (1 + len(small["intermediate_layers_indices"]))
+
+
+@_rule
+def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
+    """Merged patches are as wide as all that they are made from."""
+    before, after = full.get("vision_config"), small.get("vision_config")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping) or "hidden_size" not in after:
+        return
+    merge = before.get("merge_size") or before.get("spatial_merge_size")
+    sources = [
+        (full[part], small[part]) for part in ("vision_config", "text_config") if isinstance(full.get(part), dict)
+    ]
+    for name in ("out_hidden_size", "merged_hidden_size"):
+        for large, little in sources:
+            if isinstance(merge, int) and full.get(name) == large.get("hidden_size", 0) * merge**2:
+                small[name] = little["hidden_size"] * merge**2
+
+
+@_rule
+def _convolutions(full: Mapping[str, Any], small: Table) -> None:
+    """Widths that a tower computes from others, and states once more."""
+    if "width_coefficient" in full and "hidden_dim" in full:
+        small["hidden_dim"] = full["hidden_dim"]
+    channels, factors = small.get("base_channels"), small.get("channel_multiplier")
+    if isinstance(channels, int) and factors and full.get("hidden_size") == full["base_channels"] * factors[-1]:
+        small["hidden_size"] = channels * factors[-1]
+
+
+@_rule
+def _towers_in_a_row(full: Mapping[str, Any], small: Table) -> None:
+    """What one part gives is what the next one takes."""
+    if full.get("adapter_input_size") == full.get("hidden_size") and "adapter_input_size" in small:
+        small["adapter_input_size"] = small["hidden_size"]
+    first, second = small.get("sam_config"), small.get("encoder_config")
+    if not isinstance(first, dict) or not isinstance(second, dict) or not first.get("downsample_channels"):
+        return
+    if full["sam_config"]["downsample_channels"][-1] == full["encoder_config"]["hidden_size"]:
+        widths = [min(width, 32) for width in first["downsample_channels"][:-1]]
+        first["downsample_channels"] = [*widths, second["hidden_size"]]
+
+
+@_rule
+def _codes_among_words(full: Mapping[str, Any], small: Table) -> None:
+    """Codes of images, and then of sounds, have their places in the vocabulary."""
+    if {"image_token_offset", "audio_token_offset", "vision_config", "audio_config"} <= small.keys():
+        codes = 64
+        small["vision_config"]["codebook_size"] = small["audio_config"]["codebook_size"] = codes
+        small["image_token_offset"] = small["text_config"]["vocab_size"] // 2
+        small["audio_token_offset"] = small["image_token_offset"] + codes
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
+
+
+def _tables_inside(table: Table) -> Iterator[Table]:
+    for value in table.values():
+        if isinstance(value, dict):
+            yield value
