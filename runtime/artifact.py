@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
+from runtime.host_sources import changed_sources, is_module_name
 from runtime.manifest import (
     ATTENTIONS,
     DTYPES,
@@ -25,14 +27,17 @@ from runtime.manifest import (
     SubgraphEntry,
     sha256,
 )
+from runtime.model_code import ModelCode, check_model_code, is_own_module
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from runtime.code_loader import LoadedCode
     from runtime.program import Program, Run
 
 CONSTANTS_NAME = "constants.safetensors"
+_SOURCES_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,7 @@ class Artifact:
         path: its directory.
         manifest: its table of contents.
         subgraphs: the compiled chain, in order of execution.
+        code: the model's own code, ready to be imported; None for a model that is part of transformers.
     """
 
     path: Path
@@ -92,7 +98,22 @@ class Artifact:
     subgraphs: tuple[LoadedSubgraph, ...] = ()
     conversions: tuple[Program, ...] = field(default=(), repr=False)
     constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    code: LoadedCode | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
+
+    @property
+    def config_class(self) -> type | None:
+        """The class of the model's config where its own code defines that; None where transformers does.
+
+        Raises:
+            ModelError: when the code cannot be executed.
+        """
+        from transformers import PretrainedConfig
+
+        entry = self.manifest.model
+        if self.code is None or not is_own_module(entry.config_module):
+            return None
+        return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The model's module tree with every parameter on the meta device, in eval mode.
@@ -101,11 +122,11 @@ class Artifact:
             dtype: of the floating point parameters; None takes the dtype of the manifest.
 
         Raises:
-            ModelError: when the installed transformers does not have the model's class.
+            ModelError: when the installed transformers does not have the model's class, or its own code fails.
         """
         from runtime.skeleton import build_skeleton
 
-        return build_skeleton(self.path, self.manifest, dtype)
+        return build_skeleton(self, dtype)
 
     def run(self, device: torch.device, dtype: torch.dtype) -> Run:
         """What generated code is given on `device` with weights of `dtype`; constants are moved there once."""
@@ -119,26 +140,40 @@ class Artifact:
                 device=device,
                 dtype=dtype,
                 constants={name: tensor.to(device) for name, tensor in self.constants.items()},
-                opaque={path: resolve_opaque(path) for path in paths},
+                opaque={path: resolve_opaque(path, self.code) for path in paths},
             )
         return self._runs[key]
 
 
-def load(path: str | os.PathLike[str], *, allow_version_skew: bool = False) -> Artifact:
+def load(
+    path: str | os.PathLike[str], *, allow_version_skew: bool = False, trust_remote_code: bool = False
+) -> Artifact:
     """Check an artifact and compile its code.
 
     Args:
         path: the artifact's directory.
-        allow_version_skew: go on when the installed transformers is not the version it was compiled with.
+        allow_version_skew: go on when the sources on this host are not those it was compiled with.
+        trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
 
     Raises:
         ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
-        VersionError: when the installed transformers is another version.
+        VersionError: when the sources on this host are not those it was compiled with.
+        ModelError: when it brings code that nobody has allowed to run; nothing has been executed then.
     """
     root = Path(path)
-    manifest, sources = check(root)
+    manifest, sources, code = _check(root)
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    return _compile(root, manifest, sources)
+    if code is not None and not trust_remote_code:
+        model = manifest.model
+        named = {model.config_module: model.config_class_name, model.module: model.class_name}
+        own = {module: name for module, name in named.items() if is_own_module(module)}
+        raise code.refusal(str(root), own.values(), own)
+    artifact = _compile(root, manifest, sources)
+    if code is not None:
+        from runtime.code_loader import LoadedCode
+
+        artifact.code = LoadedCode(code)
+    return artifact
 
 
 def check(root: Path) -> tuple[Manifest, dict[str, str]]:
@@ -150,23 +185,32 @@ def check(root: Path) -> tuple[Manifest, dict[str, str]]:
     Raises:
         ArtifactError: naming the file and what is wrong with it.
     """
+    manifest, sources, _ = _check(root)
+    return manifest, sources
+
+
+def _check(root: Path) -> tuple[Manifest, dict[str, str], ModelCode | None]:
     manifest = read_manifest(root)
     contents = _check_files(root, manifest)
+    code = check_model_code(manifest, contents)
+    own_modules = code.modules if code is not None else ()
     operators: dict[str, str] = {}
     sources: dict[str, str] = {}
     programs: tuple[SubgraphEntry | ConversionEntry, ...] = (*manifest.subgraphs, *manifest.conversions)
     for entry in programs:
         if entry.file not in contents:
             raise ArtifactError(f"{entry.file} is named as a program but not listed among the files of {root}")
-        for operator in check_program(contents[entry.file], _allowed(entry), entry.file):
+        if entry.file in manifest.model.code:
+            raise ArtifactError(f"{entry.file} is named as a program and as the model's own code")
+        for operator in check_program(contents[entry.file], _allowed(entry, own_modules), entry.file):
             operators.setdefault(operator, entry.file)
         sources[entry.file] = contents[entry.file].decode("ascii")
-    unnamed = [path for path in contents if path.endswith(".py") and path not in sources]
+    unnamed = [path for path in contents if path.endswith(".py") and path not in (*sources, *manifest.model.code)]
     if unnamed:
         raise ArtifactError(f"{unnamed[0]} is code that {root / MANIFEST_NAME} names as no program")
     _check_names(manifest)
     _check_operators(operators)
-    return manifest, sources
+    return manifest, sources, code
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -184,26 +228,36 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
-    """Compare the installed transformers with the one that the artifact was compiled with.
+    """Compare the sources that the artifact relies on with those on this host. The version alone decides only for
+    artifacts that record no digests.
 
     Raises:
         VersionError: when they differ and that is not allowed.
     """
+    if allow_version_skew:
+        return
     wanted, found = manifest.versions.get("transformers", ""), importlib.metadata.version("transformers")
-    if wanted != found and not allow_version_skew:
-        raise VersionError(
-            f"the artifact was compiled with transformers {wanted}, this host has {found}",
-            hint="layers are called as modules of transformers, so another version may compute something else: "
-            f"install transformers=={wanted}, compile again, or accept it with --allow-version-skew",
-        )
+    changed = changed_sources(manifest.sources)
+    if not changed and (manifest.sources or wanted == found):
+        return
+    what = f"the artifact was compiled with transformers {wanted}, this host has {found}"
+    if changed:
+        shown = ", ".join(changed[:_SOURCES_SHOWN]) + (" and others" if len(changed) > _SOURCES_SHOWN else "")
+        what += f", and {len(changed)} of the {len(manifest.sources)} source files it relies on differ: {shown}"
+    mend = "put the files back as released" if wanted == found else f"install transformers=={wanted}"
+    raise VersionError(
+        what,
+        hint="layers are called as modules of transformers, so other sources may compute something else: "
+        f"{mend}, compile again, or accept it with --allow-version-skew",
+    )
 
 
-def _allowed(entry: SubgraphEntry | ConversionEntry) -> Allowed:
+def _allowed(entry: SubgraphEntry | ConversionEntry, own_modules: Sequence[str]) -> Allowed:
     if isinstance(entry, ConversionEntry):
         names = [f"source_{index}" for index in range(entry.num_sources)]
         return Allowed(input_names=names, output_names=["value"])
     kinds = ("submodules", "attributes", "objects", "constants", "opaque", "input_names", "output_names")
-    return Allowed(**{kind: getattr(entry, kind) for kind in kinds})
+    return Allowed(**{kind: getattr(entry, kind) for kind in kinds}, own_modules=own_modules)
 
 
 def _check_files(root: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -266,6 +320,9 @@ def _check_names(manifest: Manifest) -> None:
         raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
     if manifest.model.attn_implementation not in ATTENTIONS:
         raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
+    for module in manifest.sources:
+        if not is_module_name(module):
+            raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
     for pattern in manifest.model.ignored_keys:
         try:
             re.compile(pattern)

@@ -39,7 +39,8 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of 
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many samples to use.")]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
 Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
-Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with another transformers version.")]
+Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")]
 
 
 @app.command()
@@ -60,6 +61,7 @@ def calibrate(
     tokenizer: Tokenizer = None,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
     allow_version_skew: Skew = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
@@ -68,7 +70,7 @@ def calibrate(
 
     require_free(out)
     parsed = Recipe.from_file(recipe)
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew)
+    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
     batches: list[dict[str, torch.Tensor]] = []
     if data is not None:
         batches = _batches(
@@ -121,10 +123,11 @@ def evaluate(
     pack: Pack = True,
     tokenizer: Tokenizer = None,
     allow_version_skew: Skew = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew)
+    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
     batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
     from runtime.evaluation import evaluate as run
 
@@ -157,10 +160,12 @@ def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
     say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
     say(f"input key {manifest.input_key}")
     say(f"opaque steps: {', '.join(opaque) or 'none'}")
+    if manifest.model.code:
+        say(f"the model's own code, which was not executed: {', '.join(manifest.model.code)}")
 
 
 def _prepare(
-    path: Path, device: str, dtype: str, allow_version_skew: bool
+    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
     from runtime.errors import UsageError
@@ -172,7 +177,7 @@ def _prepare(
     from runtime.devices import resolve_device
 
     run_device = resolve_device(device)
-    loaded = load(path, allow_version_skew=allow_version_skew)
+    loaded = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     import torch
 
     return loaded, run_device, None if dtype == "auto" else getattr(torch, dtype)

@@ -26,7 +26,8 @@ def write_companions(
 ) -> None:
     """Write config.json with the quantization config, and copy tokenizer, generation config and their kin.
 
-    The checkpoint's own files go before the artifact's: they belong to the weights.
+    The checkpoint's own files go before the artifact's: they belong to the weights. The model's own code is the
+    artifact's: it is what was allowed and what ran.
 
     Args:
         directory: of the new checkpoint.
@@ -34,8 +35,14 @@ def write_companions(
         checkpoint: the original.
         quantization_config: for config.json.
     """
-    config = checkpoint.config or json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps(config | {"quantization_config": quantization_config}, indent=2, ensure_ascii=False)
+    compiled = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    config = (checkpoint.config or compiled) | {"quantization_config": quantization_config}
+    if artifact.code is not None:
+        config["auto_map"] = _local(compiled.get("auto_map", {}))
+        for name, data in artifact.code.code.files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(data)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     for folder in (checkpoint.directory, artifact.path):
         for path in sorted(folder.iterdir()):
@@ -43,6 +50,15 @@ def write_companions(
             is_wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED)
             if is_wanted and not target.exists() and _is_companion(path, folder == artifact.path):
                 target.write_bytes(path.read_bytes())
+
+
+def _local(auto_map: Any) -> Any:
+    """An auto_map whose code is in the directory itself, wherever it came from (`owner/name--module.Class`)."""
+    if isinstance(auto_map, dict):
+        return {kind: _local(value) for kind, value in auto_map.items()}
+    if isinstance(auto_map, list):
+        return [_local(value) for value in auto_map]
+    return auto_map.rpartition("--")[2] if isinstance(auto_map, str) else auto_map
 
 
 def _is_companion(path: Path, is_artifact: bool) -> bool:

@@ -53,6 +53,7 @@ class Allowed:
     objects: Collection[str] = ()
     constants: Collection[str] = ()
     opaque: Collection[str] = ()
+    own_modules: Collection[str] = ()  # of the model's own code, which opaque steps may lie in
 
 
 def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ...]:
@@ -279,7 +280,7 @@ class _Checker:
             self._text(node.func, "submodules")
         elif isinstance(node.func, ast.Subscript) and _dotted(node.func.value) == ["run", "opaque"]:
             step = node.func.slice.value if isinstance(node.func.slice, ast.Constant) else None
-            if not isinstance(step, str) or not is_opaque_path(step):
+            if not isinstance(step, str) or not is_opaque_path(step, self.allowed.own_modules):
                 raise self.refuse(node, f"the opaque step {step!r}")
             self._use(node, "opaque", step)
         elif isinstance(node.func, ast.Name) and node.func.id == "slice":
@@ -306,10 +307,15 @@ class _Checker:
         self.used.setdefault(kind, {})[name] = None
 
 
-def is_opaque_path(path: str) -> bool:
+def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
     """Whether `module:function` or `module:Class.method` may name an opaque step: it lies where transformers keeps
     what models calculate, and not among the functions that read, write or fetch files.
+
+    It may also lie in one of `own_modules`, the code that the artifact brings: whoever runs that has allowed all of it.
     """
+    module, _, qualified = path.partition(":")
+    if module in own_modules:
+        return all(_NAME.match(part) and not part.startswith("__") for part in qualified.split("."))
     return _OPAQUE.match(path) is not None and _REACHES_FILES.search(path.partition(":")[2]) is None
 
 

@@ -11,7 +11,7 @@ import hashlib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ ATTENTIONS = ("eager", "sdpa", "None", "")
 
 Shape = tuple[int | str, ...]
 _T = TypeVar("_T")
+_SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format version 1.0 do not have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,8 @@ class ModelEntry:
     """Which model the artifact was made from.
 
     `dtype` is the weights' dtype by default, torch's name for it; `ignored_keys` are regular expressions for
-    checkpoint tensors that the model does not use.
+    checkpoint tensors that the model does not use. `code` are the paths of the model's own code, empty for a model
+    that is part of transformers.
     """
 
     class_name: str
@@ -51,6 +53,9 @@ class ModelEntry:
     num_parameters: int
     base_model_prefix: str
     ignored_keys: tuple[str, ...]
+    config_class_name: str = field(default="", metadata=_SINCE_1)
+    config_module: str = field(default="", metadata=_SINCE_1)
+    code: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +153,7 @@ class Manifest:
     values: Mapping[str, TensorEntry]
     constants: tuple[str, ...]
     files: tuple[FileEntry, ...]
+    sources: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_1)
 
     def to_bytes(self) -> bytes:
         """The canonical encoding, digest included."""
@@ -178,7 +184,7 @@ class Manifest:
         if digest != sha256(canonical(plain)):
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
         entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
-        manifest: Manifest = _from_plain(cls, entries, origin, is_newer=version[1] > FORMAT_VERSION[1])
+        manifest: Manifest = _from_plain(cls, entries, origin, minor=version[1])
         return manifest
 
 
@@ -236,33 +242,34 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _from_plain(kind: Any, value: Any, where: str, *, is_newer: bool) -> Any:
+def _from_plain(kind: Any, value: Any, where: str, *, minor: int) -> Any:
     """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or say where it does not fit.
 
-    Entries of a newer minor version that this one does not know are passed over.
+    Entries of a newer minor version that this one does not know are passed over; those that came after the file's own
+    minor version must not be there, and take their defaults.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where} is not a table")
-        names = [field.name for field in dataclasses.fields(kind)]
+        names = [entry.name for entry in dataclasses.fields(kind) if entry.metadata.get("since", 0) <= minor]
         missing = [name for name in names if name not in value]
-        unknown = [name for name in value if name not in names and not is_newer]
+        unknown = [name for name in value if name not in names and minor <= FORMAT_VERSION[1]]
         if missing or unknown:
             what = "no" if missing else "an unknown"
             raise ArtifactError(f"{where} has {what} entry {(missing + unknown)[0]!r}")
         hints = _hints(kind)  # type: ignore[arg-type]
-        fields = {name: _from_plain(hints[name], value[name], f"{where}: {name}", is_newer=is_newer) for name in names}
+        fields = {name: _from_plain(hints[name], value[name], f"{where}: {name}", minor=minor) for name in names}
         return kind(**fields)  # type: ignore[operator]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list):
             raise ArtifactError(f"{where} is not a list")
         item_kind = arguments[0]
-        return tuple(_from_plain(item_kind, item, f"{where}[{i}]", is_newer=is_newer) for i, item in enumerate(value))
+        return tuple(_from_plain(item_kind, item, f"{where}[{i}]", minor=minor) for i, item in enumerate(value))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where} is not a table")
-        return {k: _from_plain(arguments[1], v, f"{where}[{k!r}]", is_newer=is_newer) for k, v in value.items()}
+        return {k: _from_plain(arguments[1], v, f"{where}[{k!r}]", minor=minor) for k, v in value.items()}
     allowed = arguments if origin in (typing.Union, types.UnionType) else (kind,)
     if type(value) not in allowed:
         expected = " or ".join(option.__name__ for option in allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,28 +19,42 @@ if TYPE_CHECKING:
 # What a run without training, sampling and cache does not look at, so that copies of one model may differ in it.
 _WITHOUT_EFFECT = re.compile(
     r"_.*|.*_token_id|.*dropout.*|.*dropprob|initializer_.*|output_.*|use_cache|return_dict|router_aux_loss_coef"
-    r"|id2label|label2id|problem_type|architectures|(torch_)?dtype|transformers_version|quantization_config"
+    r"|id2label|label2id|problem_type|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config"
 )
 
 
-def read_config(directory: Path) -> PretrainedConfig:
-    """The config of a directory, with transformers' defaults where it says nothing.
+def read_config(directory: Path, config_class: type | None = None) -> PretrainedConfig:
+    """The config of a directory, with its class's defaults where it says nothing.
+
+    Args:
+        directory: holds a config.json.
+        config_class: of a model that brings its own code; None for one that transformers knows.
 
     Raises:
-        ModelError: when transformers does not know such a model.
+        ModelError: when it describes no such model.
     """
-    from transformers import AutoConfig
-
     try:
-        # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = parse_config(directory, config_class)
     except MemoryError:
         raise
     except Exception as error:  # transformers validates with many kinds of exceptions
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{directory / 'config.json'} describes no model that transformers knows: {why}") from error
+        whom = "transformers" if config_class is None else config_class.__name__
+        raise ModelError(f"{directory / 'config.json'} describes no model that {whom} knows: {why}") from error
     require_plain_attention(config, directory)
     return config
+
+
+def parse_config(path: Path, config_class: Any = None) -> PretrainedConfig:
+    """The config in a file or directory, by transformers' own classes or by `config_class`; its errors come through."""
+    if config_class is None:
+        from transformers import AutoConfig
+
+        # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
+        found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    else:
+        found = config_class.from_pretrained(path, local_files_only=True)
+    return found
 
 
 def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
@@ -56,7 +71,7 @@ def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
 
 def text_limits(artifact: Artifact) -> tuple[int | None, int | None]:
     """Size of the vocabulary and length of the longest sequence, None where the config does not state it."""
-    config = read_config(artifact.path).get_text_config()
+    config = read_config(artifact.path, artifact.config_class).get_text_config()
     vocab_size, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     return _positive(vocab_size), _positive(longest)
 
@@ -72,16 +87,29 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
         directory: the checkpoint's; a config.json in it may be missing.
 
     Raises:
-        WeightsError: naming the first entry that differs.
+        WeightsError: naming the first entry or file that differs.
     """
+    for name, data in artifact.code.code.files.items() if artifact.code is not None else ():
+        if (directory / name).is_file() and (directory / name).read_bytes() != data:
+            raise WeightsError(
+                f"{directory / name} is other code than the artifact was compiled with",
+                hint="compile the model of this checkpoint",
+            )
     if not (directory / "config.json").is_file():
         return
-    compiled, found = (read_config(path).to_dict() for path in (artifact.path, directory))
+    paths = (artifact.path, directory)
+    compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
     for name, expected, got in _differences(compiled, found):
         raise WeightsError(
             f"{directory / 'config.json'} has {name} = {got!r}, the artifact was compiled with {expected!r}",
             hint="compile the model of this checkpoint",
         )
+
+
+def _stated_type(directory: Path) -> dict[str, Any]:
+    """The model type that the file itself states: a config class that is given does not look at it."""
+    stated = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return {"model_type": stated} if stated is not None else {}
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, ModelError
@@ -14,45 +13,49 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from runtime.artifact import Artifact
+    from runtime.code_loader import LoadedCode
     from runtime.manifest import Manifest
 
 
-def build_skeleton(path: Path, manifest: Manifest, dtype: torch.dtype | None) -> nn.Module:
+def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     """Build the model with parameters on the meta device; buffers that are computed, not loaded, are real.
 
     Args:
-        path: the artifact's directory, for config.json.
-        manifest: names the class.
+        artifact: names the class, and brings config.json.
         dtype: of floating point parameters, None for the manifest's.
 
     Raises:
-        ModelError: when the installed transformers lacks the class, or cannot build it from the config.
+        ModelError: when the class does not exist on this host, or cannot be built from the config.
     """
     import torch
 
     from runtime.construct import without_weights
     from runtime.model_config import read_config
 
-    entry = manifest.model
-    cls = _model_class(entry.module, entry.class_name)
-    config = read_config(path)
+    entry, path = artifact.manifest.model, artifact.path
+    cls = _model_class(entry.module, entry.class_name, artifact.code)
+    config = read_config(path, artifact.config_class)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
         with without_weights():
             model: nn.Module = cls._from_config(config, dtype=dtype, attn_implementation=entry.attn_implementation)
     except Exception as error:
         raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error
-    _apply_dtypes(model, manifest, dtype)
+    _apply_dtypes(model, artifact.manifest, dtype)
+    if artifact.code is not None:
+        model.__dict__["_own_code"] = artifact.code  # its functions may import more of it when they are called
     return model.eval()
 
 
-def resolve_opaque(path: str) -> Callable[..., Any]:
-    """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers.
+def resolve_opaque(path: str, code: LoadedCode | None = None) -> Callable[..., Any]:
+    """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers or the
+    model's own code.
 
     Raises:
         ArtifactError: when the path leads elsewhere (see `runtime.grammar.is_opaque_path`), or to nothing.
     """
-    if not is_opaque_path(path):
+    if not is_opaque_path(path, code.modules if code is not None else ()):
         raise ArtifactError(f"opaque step {path!r} is not part of a model's forward", hint="it will not be called")
     module_name, _, qualified = path.partition(":")
     try:
@@ -67,9 +70,11 @@ def resolve_opaque(path: str) -> Callable[..., Any]:
     return function
 
 
-def _model_class(module_name: str, class_name: str) -> Any:
+def _model_class(module_name: str, class_name: str, code: LoadedCode | None) -> Any:
     from transformers import PreTrainedModel
 
+    if code is not None and module_name in code.modules:
+        return code.find(module_name, class_name, PreTrainedModel)
     if module_name.split(".")[0] != "transformers":
         raise ArtifactError(f"the model's class is {module_name}.{class_name}, which is not part of transformers")
     try:

@@ -1,13 +1,14 @@
 """Compile a model: the passes, in order.
 
 source      what the user named: hub id, directory or config            seqbuild.source
+own code    what the model brings, if that is allowed to run            seqbuild.own_code
 model       its module tree without weights                             seqbuild.model
 targets     where to cut                                                seqbuild.targets
 key         is it there already?                                        seqbuild.cache
 trace       one run on fake tensors, cut into subgraphs                 seqbuild.attempts, seqbuild.trace
 keys        which checkpoint tensors make which parameter               seqbuild.checkpoint_keys
 emit        source code, one file a subgraph                            seqbuild.emit
-describe    the manifest                                                seqbuild.describe
+describe    the manifest                                                seqbuild.describe, relied_on
 publish     all of it appears under its name at once                    runtime.publish
 """
 
@@ -26,18 +27,23 @@ from filelock import FileLock
 from runtime.artifact import CONSTANTS_NAME, check, read_manifest
 from runtime.errors import TargetError
 from runtime.grammar import is_opaque_path
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, ModelEntry, sha256
+from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, sha256
+from runtime.model_code import FOLDER
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
 from seqbuild.attempts import Traced, read_samples, trace_somehow
 from seqbuild.checkpoint_keys import KeyTable, key_table
 from seqbuild.model import build_weightless, default_dtype
+from seqbuild.own_code import OwnCode, own_code_of
+from seqbuild.relied_on import relied_on
 from seqbuild.source import Source, resolve_source
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace import Trace
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from seqbuild.blame import Function
 
 DEFAULT_OUT = Path("artifacts")
 
@@ -84,6 +90,7 @@ def build(
     attn_implementation: str | None = None,
     out: str | os.PathLike[str] = DEFAULT_OUT,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Compiled:
     """Compile a model, or find that it has been.
 
@@ -98,10 +105,40 @@ def build(
         attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
         out: the directory under which the artifact's own directory is put.
         force: compile again even when the same artifact is there.
+        trust_remote_code: allow the code that the model brings, if any, to be executed.
     """
-    start = time.perf_counter()
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
-    model = build_weightless(source, attn_implementation=attn_implementation)
+    with own_code_of(source, is_allowed=trust_remote_code) as own:
+        return _build(
+            source,
+            own,
+            targets=targets,
+            ignore=ignore,
+            auto_ignore=auto_ignore,
+            sample=sample,
+            targets_per_subgraph=targets_per_subgraph,
+            attn_implementation=attn_implementation,
+            out=out,
+            force=force,
+        )
+
+
+def _build(
+    source: Source,
+    own: OwnCode | None,
+    *,
+    targets: Sequence[str] | str | None,
+    ignore: Sequence[str] | str,
+    auto_ignore: bool,
+    sample: str | os.PathLike[str] | None,
+    targets_per_subgraph: int,
+    attn_implementation: str | None,
+    out: str | os.PathLike[str],
+    force: bool,
+) -> Compiled:
+    """The passes after the model's own code, if it brings any, can be imported."""
+    start = time.perf_counter()
+    model = build_weightless(source, attn_implementation=attn_implementation, own=own)
     samples = read_samples(model, sample)
     ignore = as_names(ignore)
     candidates = [as_names(targets)] if targets else list(inferred_targets(model))
@@ -113,9 +150,14 @@ def build(
         auto_ignore=auto_ignore,
         targets_per_subgraph=targets_per_subgraph,
         sample=samples[0],
+        model_code=own.files if own is not None else {},
     )
     key = cache.input_key(parts)
     path = Path(out) / f"{source.name}-{key[:12]}"
+
+    def may_ignore(function: Function) -> bool:
+        return auto_ignore and is_opaque_path(function.path, own.modules if own is not None else ())
+
     with _locked(path):
         is_cached = not force and cache.find_artifact(path, key)
         if not is_cached:
@@ -124,14 +166,14 @@ def build(
                 samples,
                 candidates,
                 ignore=ignore,
-                may_ignore=(lambda f: is_opaque_path(f.path)) if auto_ignore else (lambda f: False),
+                may_ignore=may_ignore,
                 targets_per_subgraph=targets_per_subgraph,
                 drop_uncalled=not targets,
                 is_batch_only=sample is not None,
             )
             _require_matched(traced.trace, ignore)
             keys = key_table(model, source.checkpoint_shapes())
-            files, manifest = _assemble(source, model, traced, keys, parts)
+            files, manifest = _assemble(source, own, model, traced, keys, parts)
             _write(path, files, manifest)
     return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
 
@@ -160,6 +202,7 @@ def _require_matched(trace: Trace, ignore: Sequence[str]) -> None:
 
 def _assemble(
     source: Source,
+    own: OwnCode | None,
     model: nn.Module,
     traced: Traced,
     keys: KeyTable,
@@ -168,7 +211,8 @@ def _assemble(
     """All files of the artifact but the manifest, and the manifest that lists them."""
     trace = traced.trace
     names = describe.target_names(trace, model)
-    files = {"config.json": source.config_file.read_bytes(), **source.companions()}
+    own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
+    files = {"config.json": source.config_file.read_bytes(), **source.companions(), **own_files}
     entries = []
     for index, subgraph in enumerate(trace.subgraphs):
         code = subgraph.emit(traced.marker)
@@ -185,20 +229,10 @@ def _assemble(
         files[CONSTANTS_NAME] = save(constants)
     symbols = describe.Symbols(trace, traced.marker)
     dtype = default_dtype(source)
-    config: Any = model.config
     manifest = Manifest(
         input_key=cache.input_key(parts),
         ingredients=dict(parts),
-        model=ModelEntry(
-            class_name=type(model).__name__,
-            module=type(model).__module__,
-            model_type=str(config.model_type),
-            dtype=dtype,
-            attn_implementation=str(config._attn_implementation),
-            num_parameters=describe.num_parameters(model),
-            base_model_prefix=str(getattr(model, "base_model_prefix", "")),
-            ignored_keys=describe.ignored_keys(model),
-        ),
+        model=describe.describe_model(model, dtype, tuple(own_files)),
         versions=cache.versions(),
         targets=tuple(names),
         target_patterns=traced.patterns,
@@ -215,6 +249,7 @@ def _assemble(
         ),
         values=describe.describe_values(trace, symbols),
         constants=tuple(constants),
+        sources=relied_on(model, entries, own.modules if own is not None else ()),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )
     return files, manifest
@@ -224,7 +259,7 @@ def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> None:
     """Publish the artifact, after checking it as a host will."""
     with publish_directory(path, replace=True) as partial:
         for name, data in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(data)
         (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
         check(partial)

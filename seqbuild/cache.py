@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifact import check
 from runtime.errors import ArtifactError
+from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, canonical, sha256
+from runtime.model_code import is_own_module
 from seqbuild.source import Source
 
 if TYPE_CHECKING:
@@ -38,8 +40,20 @@ def ingredients(
     auto_ignore: bool,
     targets_per_subgraph: int,
     sample: Mapping[str, Any],
+    model_code: Mapping[str, bytes],
 ) -> dict[str, str]:
-    """Everything that the input key is made of: name to a short value or the digest of a long one."""
+    """Everything that the input key is made of: name to a short value or the digest of a long one.
+
+    Args:
+        source: the model's description on disk.
+        model: without weights.
+        target_patterns: where to cut.
+        ignore: the functions to call whole.
+        auto_ignore: whether others may be called whole, too.
+        targets_per_subgraph: likewise a request.
+        sample: the inputs.
+        model_code: the files of the model's own code, by path.
+    """
     checkpoint = source.checkpoint_shapes()
     config: Any = getattr(model, "config", None)
     parts = {
@@ -48,6 +62,7 @@ def ingredients(
         "companions": _digest({name: sha256(data) for name, data in source.companions().items()}),
         "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model_code": _digest({path: sha256(data) for path, data in model_code.items()}),
         "model_source": _digest(source_digests(model)),
         "seqbuild_source": _digest(_own_digests()),
         "attn_implementation": str(getattr(config, "_attn_implementation", "")),
@@ -66,21 +81,22 @@ def input_key(parts: Mapping[str, str]) -> str:
 
 
 def find_artifact(path: Path, key: str) -> bool:
-    """Whether a whole and undamaged artifact with this key is at `path`."""
+    """Whether a whole and undamaged artifact with this key is at `path`, and relies on sources as they are here."""
     if not path.is_dir():
         return False
     try:
         manifest, _ = check(path)
     except ArtifactError:
         return False
-    return manifest.input_key == key
+    return manifest.input_key == key and not changed_sources(manifest.sources)
 
 
 def source_digests(model: nn.Module) -> dict[str, str]:
     """sha256 of each source file that defines a class of the model's modules, by module name; torch's own are left
-    to its version.
+    to its version, and the model's own code is an ingredient of its own.
     """
-    names = dict.fromkeys(cls.__module__ for module in model.modules() for cls in type(module).__mro__)
+    classes = (cls for module in model.modules() for cls in type(module).__mro__)
+    names = dict.fromkeys(cls.__module__ for cls in classes if not is_own_module(cls.__module__))
     digests: dict[str, str] = {}
     for name in sorted(names):
         file = inspect.getsourcefile(sys.modules[name]) if name.split(".")[0] not in ("torch", "builtins") else None

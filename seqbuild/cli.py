@@ -50,6 +50,9 @@ def compile_command(
         "artifacts"
     ),
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
@@ -67,6 +70,7 @@ def compile_command(
         attn_implementation=attn_implementation,
         out=out,
         force=force,
+        trust_remote_code=trust_remote_code,
     )
     manifest = done.manifest
     num_bytes = sum(entry.bytes for entry in manifest.files)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from runtime.manifest import UNBOUNDED, DimEntry, InputEntry, ParameterEntry, Shape, SubgraphEntry, TensorEntry
+from runtime.manifest import (
+    UNBOUNDED,
+    DimEntry,
+    InputEntry,
+    ModelEntry,
+    ParameterEntry,
+    Shape,
+    SubgraphEntry,
+    TensorEntry,
+)
 from seqbuild.emit import EmittedCode
 from seqbuild.model import TRACE_DTYPE
 from seqbuild.weightless import kept_in_float32
@@ -181,6 +190,24 @@ def describe_parameters(
             tied_to="" if tied_to == name else tied_to,
         )
     return entries
+
+
+def describe_model(model: nn.Module, dtype: str, code: tuple[str, ...]) -> ModelEntry:
+    """The model's entry; `code` are the paths of the code that it brings."""
+    config: Any = model.config
+    return ModelEntry(
+        class_name=type(model).__name__,
+        module=type(model).__module__,
+        model_type=str(config.model_type),
+        dtype=dtype,
+        attn_implementation=str(config._attn_implementation),
+        num_parameters=num_parameters(model),
+        base_model_prefix=str(getattr(model, "base_model_prefix", "")),
+        ignored_keys=ignored_keys(model),
+        config_class_name=type(config).__name__,
+        config_module=type(config).__module__,
+        code=code,
+    )
 
 
 def num_parameters(model: nn.Module) -> int:

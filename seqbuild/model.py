@@ -12,46 +12,46 @@ import torch
 from runtime.construct import without_weights
 from runtime.errors import ModelError, UsageError
 from runtime.manifest import ATTENTIONS
-from runtime.model_config import require_plain_attention
+from runtime.model_config import parse_config, require_plain_attention
 from seqbuild.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from seqbuild.own_code import OwnCode
+
 # The dtype that models are traced in: code that names it means "the dtype of the weights" (see seqbuild.emit).
 TRACE_DTYPE = torch.bfloat16
 
 
-def build_weightless(source: Source, *, attn_implementation: str | None = None) -> PreTrainedModel:
+def build_weightless(
+    source: Source, *, attn_implementation: str | None = None, own: OwnCode | None = None
+) -> PreTrainedModel:
     """The model of `source` with parameters on the meta device, in `TRACE_DTYPE` and eval mode.
 
-    The class is the one that config.json names under `architectures`, else the causal language model of its type, else
-    its base model.
+    The class is that of its own code, else the one that config.json names under `architectures`, else the causal
+    language model of its type, else its base model.
 
     Args:
         source: where the config is.
         attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
+        own: the code that the model brings, allowed and loaded; None for a model that is part of transformers.
 
     Raises:
         ModelError: when transformers does not know the model, or it cannot be built.
     """
-    from transformers import AutoConfig
-
-    if source.config.get("auto_map"):
-        raise ModelError(
-            f"{source.name} brings its own code ({', '.join(map(str, source.config['auto_map'].values()))})",
-            hint="only architectures that are part of transformers can be compiled",
-        )
+    config_class = own.config_class() if own is not None else None
     try:
-        config = AutoConfig.from_pretrained(source.config_file, local_files_only=True, trust_remote_code=False)
+        config = parse_config(source.config_file, config_class)
     except Exception as error:
+        whom = "transformers" if config_class is None else config_class.__name__
         raise ModelError(
-            f"{source.config_file} does not describe a model that transformers knows: {_reason(error)}"
+            f"{source.config_file} does not describe a model that {whom} knows: {_reason(error)}"
         ) from error
     require_plain_attention(config, source.config_file)
     if attn_implementation is not None and attn_implementation not in ATTENTIONS:
         raise UsageError(f"the attention is {attn_implementation!r}", hint="it can be eager or sdpa")
-    cls = _model_class(source, config)
+    cls: Any = (own.model_class() if own is not None else None) or _model_class(source, config)
     try:
         with without_weights(), _quiet():
             model: PreTrainedModel = cls._from_config(

@@ -33,6 +33,9 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
     opaque = dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque)
     yield f"opaque steps   {', '.join(opaque) or 'none'}"
+    if model.code:
+        yield f"own code       {', '.join(model.code)}"
+    yield f"relies on      {', '.join(manifest.sources) or 'no library source'}"
     yield f"files          {len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}"
 
 

@@ -116,20 +116,27 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
 
 
 def _from_cache(source: str, revision: str | None) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".json"):
         raise ModelError(f"there is no model at {source}", hint="name a directory, a config.json or a hub id")
-    try:
-        folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError) as error:
+    folder = cached_snapshot(source, revision)
+    if folder is None:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
             f"there is no model {source!r}{at}: no such directory, and nothing of that id in the local cache",
             hint="download it first on a machine with a network, or name a directory or config.json",
-        ) from error
+        )
     return _from_file(source.rsplit("/", 1)[-1], folder / "config.json", source)
+
+
+def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """The directory of a hub id in the local cache; None when it is not there. Nothing is fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError):
+        return None
 
 
 def _from_file(name: str, config_file: Path, source: str) -> Source:

@@ -1,0 +1,222 @@
+"""The code that a model brings (`auto_map` in its config.json): find it, ask for consent, make it importable.
+
+Nothing is fetched, and nothing is executed before it has been allowed. The files are read once; what is shown, what is
+executed and what travels in the artifact are the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ModelError
+from runtime.model_code import ModelCode, needed_files
+from seqbuild.source import Source, cached_snapshot
+
+if TYPE_CHECKING:
+    from runtime.code_loader import LoadedCode
+
+# `module.Class`, or `owner/name--module.Class` for code that another repository holds.
+_REFERENCE = re.compile(
+    r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?(?P<module>[A-Za-z_][\w.]*)\.(?P<name>[A-Za-z_]\w*)", re.A
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """One class that an auto_map names: what it is for, the repository (empty for the model's own), module, class."""
+
+    kind: str
+    repo: str
+    module: str
+    class_name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnCode:
+    """A model's own code, allowed and importable.
+
+    Attributes:
+        references: what its config names.
+        architectures: the class names that config.json prefers.
+        loaded: imports it.
+    """
+
+    references: tuple[Reference, ...]
+    architectures: tuple[str, ...]
+    loaded: LoadedCode
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Content by path."""
+        return self.loaded.code.files
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of its modules, as they are imported."""
+        return self.loaded.modules
+
+    def config_class(self) -> type | None:
+        """The class of the config; None where the code leaves that to transformers.
+
+        Raises:
+            ModelError: when the code fails, or has no such class.
+        """
+        from transformers import PretrainedConfig
+
+        return self._class(_config(self.references), PretrainedConfig)
+
+    def model_class(self) -> type | None:
+        """The class of the model; None where the code leaves that to transformers.
+
+        Raises:
+            ModelError: likewise.
+        """
+        from transformers import PreTrainedModel
+
+        return self._class(_model(self.references, self.architectures), PreTrainedModel)
+
+    def _class(self, reference: Reference | None, base: type) -> type | None:
+        if reference is None:
+            return None
+        found = self.loaded.find(f"{self.loaded.package}.{reference.module}", reference.class_name, base)
+        if found.__module__ not in self.modules and found.__module__.split(".")[0] != "transformers":
+            raise ModelError(
+                f"{reference.class_name} of {reference.module} is defined in {found.__module__}, elsewhere"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def own_code_of(source: Source, *, is_allowed: bool) -> Iterator[OwnCode | None]:
+    """The code that the model brings, importable while the block runs; None when it brings none.
+
+    Args:
+        source: the model.
+        is_allowed: whether the user has allowed the code to be executed.
+
+    Raises:
+        ModelError: for code that is not allowed, not complete, or not to be found without a network.
+    """
+    references = read_references(source.config.get("auto_map"), source.name)
+    architectures = tuple(map(str, source.config.get("architectures") or ()))
+    chosen = [found for found in (_config(references), _model(references, architectures)) if found is not None]
+    if not chosen:
+        yield None
+        return
+    code = _collect(source, (*references, *_tokenizer_references(source)))
+    if not is_allowed:
+        names = dict.fromkeys(f"{entry.class_name} ({entry.kind})" for entry in references)
+        raise code.refusal(source.name, names, (f"{code.package}.{entry.module}" for entry in chosen))
+    from runtime.code_loader import LoadedCode
+
+    with LoadedCode(code) as loaded:
+        yield OwnCode(references=references, architectures=architectures, loaded=loaded)
+
+
+def read_references(auto_map: Any, origin: str) -> tuple[Reference, ...]:
+    """What an auto_map names, in the order of its keys.
+
+    Raises:
+        ModelError: for anything but `module.Class`, with a repository before it or not.
+    """
+    if auto_map is None:
+        return ()
+    if not isinstance(auto_map, Mapping):
+        raise ModelError(f"the auto_map of {origin} is {type(auto_map).__name__}, no table of classes")
+    found = []
+    for kind in sorted(auto_map):
+        values = auto_map[kind] if isinstance(auto_map[kind], list) else [auto_map[kind]]
+        for value in values:
+            match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+            if match is not None and all(match["module"].split(".")):
+                found.append(
+                    Reference(kind=kind, repo=match["repo"] or "", module=match["module"], class_name=match["name"])
+                )
+            elif value is not None:
+                raise ModelError(
+                    f"the auto_map of {origin} names {value!r} as {kind}, which is no module and class of its own code",
+                    hint="it is module.Class, or owner/name--module.Class for code of another repository",
+                )
+    return tuple(found)
+
+
+def _config(references: tuple[Reference, ...]) -> Reference | None:
+    return next((entry for entry in references if entry.kind == "AutoConfig"), None)
+
+
+def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) -> Reference | None:
+    """The class that config.json names under `architectures`, else the causal language model, else the base model."""
+    models = {entry.class_name: entry for entry in references if entry.kind.startswith("AutoModel")}
+    kinds = {entry.kind: entry for entry in models.values()}
+    wanted = [models.get(name) for name in architectures]
+    wanted += [kinds.get(kind) for kind in ("AutoModelForCausalLM", "AutoModel")]
+    return next((entry for entry in (*wanted, *models.values()) if entry is not None), None)
+
+
+def _tokenizer_references(source: Source) -> list[Reference]:
+    """The tokenizer's own code travels along, so that the quantized checkpoint has it too; it is never executed."""
+    try:
+        config = json.loads((source.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    references = read_references(auto_map, f"{source.name}'s tokenizer") if isinstance(auto_map, dict) else ()
+    return [entry for entry in references if not entry.repo]
+
+
+def _collect(source: Source, references: tuple[Reference, ...]) -> ModelCode:
+    """All files that the classes need, those of other repositories included."""
+    files: dict[str, bytes] = {}
+    for repo in dict.fromkeys(entry.repo for entry in references):
+        directory = cached_snapshot(repo) if repo else source.directory
+        if directory is None:
+            raise ModelError(
+                f"{source.name} brings its own code, and {repo} that holds it is not in the local cache",
+                hint="download that repository first; nothing is fetched from here",
+            )
+        modules = dict.fromkeys(entry.module for entry in references if entry.repo == repo)
+        for path, data in needed_files(modules, _Reader(directory).read, repo or source.name).items():
+            if files.setdefault(path, data) != data:
+                raise ModelError(f"{source.name} brings its own code, and there are two different files {path}")
+    return ModelCode(files=dict(sorted(files.items())))
+
+
+class _Reader:
+    """Reads files of a model's directory, each once: what was looked at is what is executed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        root = directory.resolve()
+        # In the hub's cache a snapshot consists of links into the repository's own folder.
+        self.root = root.parent.parent if root.parent.name == "snapshots" else root
+        self._contents: dict[str, bytes | None] = {}
+
+    def read(self, path: str) -> bytes | None:
+        """The content, None where there is no such file.
+
+        Raises:
+            ModelError: for a link out of the directory, or a file that cannot be read.
+        """
+        if path not in self._contents:
+            self._contents[path] = self._read(path)
+        return self._contents[path]
+
+    def _read(self, path: str) -> bytes | None:
+        file = self.directory / path
+        if not file.is_file():
+            return None
+        real = file.resolve()
+        if not real.is_relative_to(self.root):
+            raise ModelError(
+                f"{file} is a link to {real}, out of the model's directory", hint="put the file itself there"
+            )
+        try:
+            return real.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
