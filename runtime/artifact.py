@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from runtime.conditions import check_condition
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
 from runtime.host_sources import changed_sources, is_module_name
@@ -311,6 +312,8 @@ def _check_names(manifest: Manifest) -> None:
         missing += [name for name in entry.consumed_names if name not in entry.input_names]
         if missing:
             raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
+    for condition in manifest.conditions:
+        check_condition(condition, {dim.name: dim for dim in manifest.dims})
     for name, parameter in manifest.parameters.items():
         if not -1 <= parameter.conversion < len(manifest.conversions):
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.conditions import holds
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,9 +62,15 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
     """
     dims = {dim.name: dim for dim in manifest.dims}
     for batch in batches:
+        sizes: dict[str, int] = {}
         for entry in manifest.inputs:
             for symbol, size in zip(entry.shape, batch[entry.name].shape, strict=True):
                 dim = dims.get(symbol) if isinstance(symbol, str) else None
+                if isinstance(symbol, str) and sizes.setdefault(symbol, int(size)) != size:
+                    raise DataError(
+                        f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but its {symbol} is "
+                        f"{sizes[symbol]} elsewhere"
+                    )
                 if dim is None:
                     is_inside = isinstance(symbol, str) or symbol == size
                     bounds = str(symbol)
@@ -75,3 +82,10 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
                         f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but the artifact "
                         f"holds for a {symbol} of {bounds}"
                     )
+        for condition in manifest.conditions:
+            if not holds(condition, sizes):
+                stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in condition)
+                raise DataError(
+                    f"a batch has {stated}, but the artifact holds only where {condition}",
+                    hint="the model's code computes otherwise there; choose another --seq-len or --batch-size",
+                )

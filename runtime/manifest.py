@@ -95,12 +95,12 @@ class SubgraphEntry:
     submodules: tuple[str, ...]
     attributes: tuple[str, ...]
     objects: tuple[str, ...]
-    uses: tuple[str, ...]
     constants: tuple[str, ...]
     opaque: tuple[str, ...]
-    rehearsed: tuple[str, ...]
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
+    uses: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
+    rehearsed: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,6 @@ class Manifest:
     targets: tuple[str, ...]
     target_patterns: tuple[str, ...]
     ignore: tuple[str, ...]
-    auto_ignore: tuple[str, ...]
     targets_per_subgraph: int
     inputs: tuple[InputEntry, ...]
     dims: tuple[DimEntry, ...]
@@ -154,6 +153,8 @@ class Manifest:
     constants: tuple[str, ...]
     files: tuple[FileEntry, ...]
     sources: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_1)
+    auto_ignore: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
+    conditions: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
 
     def to_bytes(self) -> bytes:
         """The canonical encoding, digest included."""

@@ -207,11 +207,15 @@ class Weights:
 
 
 def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter or buffer of that dotted name."""
+    """Make `tensor` the parameter or buffer of that dotted name.
+
+    A parameter asks for gradients, as that of a freshly loaded model does, though none are ever computed: by that torch
+    chooses how it multiplies, and so decides the last bits of the result.
+    """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
 

@@ -241,6 +241,7 @@ def _assemble(
         targets_per_subgraph=int(parts["targets_per_subgraph"]),
         inputs=describe.describe_inputs(trace, symbols),
         dims=symbols.dims(),
+        conditions=symbols.conditions(),
         subgraphs=tuple(entries),
         parameters=describe.describe_parameters(model, keys, dtype, traced.fixed_dtype),
         conversions=tuple(

@@ -20,6 +20,7 @@ from runtime.manifest import (
     TensorEntry,
 )
 from seqbuild.emit import EmittedCode
+from seqbuild.guards import conditions
 from seqbuild.model import TRACE_DTYPE
 from seqbuild.weightless import kept_in_float32
 
@@ -92,6 +93,10 @@ class Symbols:
                 )
             )
         return tuple(entries)
+
+    def conditions(self) -> tuple[str, ...]:
+        """What must hold between sizes for the trace to hold, besides their ranges."""
+        return tuple(conditions(self.shape_env, self.names))
 
 
 def describe_inputs(trace: Trace, symbols: Symbols) -> tuple[InputEntry, ...]:

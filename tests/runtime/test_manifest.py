@@ -162,7 +162,10 @@ def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
 
 def of_version_1_0() -> dict[str, Any]:
     older = plain() | {"format_version": [1, 0]}
-    del older["sources"]
+    for name in ("sources", "auto_ignore", "conditions"):
+        del older[name]
+    for entry in older["subgraphs"]:
+        del entry["uses"], entry["rehearsed"]
     for name in ("code", "config_class_name", "config_module"):
         del older["model"][name]
     return older

@@ -1,0 +1,95 @@
+"""Conditions on sizes, as an artifact states them: relations between sums, products and quotients of its dims.
+
+They are written as Python writes them, `sequence % 4 == 0`, and calculated by a small evaluator of their own: nothing
+of an artifact is executed to find out whether it may be.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runtime.errors import ArtifactError
+
+_LIMIT_CHARACTERS, _LIMIT_DEPTH, _LIMIT_NUMBER = 2000, 24, 2**63
+_ARITHMETIC: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_RELATIONS: dict[type, Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_CHOICES: dict[str, Callable[..., int]] = {"max": max, "min": min}
+
+
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a condition holds for these sizes.
+
+    Args:
+        condition: one relation.
+        sizes: the numbers behind its names.
+
+    Raises:
+        ArtifactError: when it is no relation of this kind, or names a size that there is not.
+    """
+    tree = _parsed(condition)
+    left, right = (_value(side, sizes, condition, 0) for side in (tree.left, tree.comparators[0]))
+    return _RELATIONS[type(tree.ops[0])](left, right)
+
+
+def check_condition(condition: str, names: Mapping[str, Any]) -> None:
+    """Refuse what is no condition on the sizes `names`.
+
+    Raises:
+        ArtifactError: naming it.
+    """
+    tree = _parsed(condition)
+    for side in (tree.left, tree.comparators[0]):
+        _value(side, dict.fromkeys(names, 7), condition, 0)
+
+
+def _parsed(condition: str) -> ast.Compare:
+    try:
+        if len(condition) > _LIMIT_CHARACTERS:
+            raise ValueError("too long")
+        tree = ast.parse(condition, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _refuse(condition) from error
+    if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or type(tree.ops[0]) not in _RELATIONS:
+        raise _refuse(condition)
+    return tree
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int) -> int:
+    result: int | None = None
+    if depth > _LIMIT_DEPTH:
+        raise _refuse(condition)
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        result = node.value
+    elif isinstance(node, ast.Name) and node.id in sizes:
+        result = sizes[node.id]
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        result = -_value(node.operand, sizes, condition, depth + 1)
+    elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = (_value(side, sizes, condition, depth + 1) for side in (node.left, node.right))
+        if right != 0 or not isinstance(node.op, (ast.FloorDiv, ast.Mod)):
+            result = _ARITHMETIC[type(node.op)](left, right)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CHOICES and node.args:
+        result = _CHOICES[node.func.id]([_value(item, sizes, condition, depth + 1) for item in node.args])
+    if result is None or abs(result) > _LIMIT_NUMBER:
+        raise _refuse(condition)
+    return result
+
+
+def _refuse(condition: str) -> ArtifactError:
+    return ArtifactError(f"the manifest states a condition on sizes that is none: {condition[:80]!r}")

@@ -1,0 +1,82 @@
+"""What a trace assumed of sizes, as conditions that a host can check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+_RELATIONS: dict[Any, str] = {
+    sympy.Eq: "==",
+    sympy.Ne: "!=",
+    sympy.StrictLessThan: "<",
+    sympy.LessThan: "<=",
+    sympy.StrictGreaterThan: ">",
+    sympy.GreaterThan: ">=",
+}
+
+
+def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterator[str]:
+    """Relations between sizes of inputs that the trace needs besides their ranges, each once.
+
+    Args:
+        shape_env: of the trace.
+        names: of the symbols that stand for sizes of inputs; a relation with others is about values, and made sure of
+            by the code that made them.
+    """
+    seen: dict[str, None] = {}
+    for guard in shape_env.guards:
+        relation = shape_env.replace(guard.expr)
+        symbols = relation.free_symbols
+        if type(relation) not in _RELATIONS or not symbols or any(symbol not in names for symbol in symbols):
+            continue
+        if _is_range(relation) or _is_certain(relation):
+            continue
+        left, right = (_written(side, names) for side in relation.args)
+        if left is not None and right is not None:
+            seen.setdefault(f"{left} {_RELATIONS[type(relation)]} {right}")
+    yield from seen
+
+
+def _is_range(relation: Any) -> bool:
+    """Whether the relation only bounds a symbol: the dims state that."""
+    left, right = relation.args
+    return bool(left.is_Symbol and right.is_Integer) or bool(right.is_Symbol and left.is_Integer)
+
+
+def _is_certain(relation: Any) -> bool:
+    """Whether the relation holds for all sizes, as far as a few show: then there is nothing to state."""
+    symbols = sorted(relation.free_symbols, key=str)
+    trials = (
+        (1,) * len(symbols),
+        *(tuple(base + step * index for index in range(len(symbols))) for base, step in _TRIALS),
+    )
+    return all(bool(relation.xreplace(dict(zip(symbols, map(sympy.Integer, t), strict=True)))) for t in trials)
+
+
+_TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
+
+
+def _written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
+    """An expression as Python writes it; None for what a condition cannot hold."""
+    if expression.is_Integer:
+        return str(int(expression))
+    if expression.is_Symbol:
+        return names.get(expression)
+    parts = [_written(part, names) for part in expression.args]
+    if any(part is None for part in parts):
+        return None
+    if isinstance(expression, (FloorDiv, Mod, PythonMod)):
+        return f"({parts[0]} {'//' if isinstance(expression, FloorDiv) else '%'} {parts[1]})"
+    if expression.is_Add or expression.is_Mul:
+        return f"({f' {chr(43) if expression.is_Add else chr(42)} '.join(str(part) for part in parts)})"
+    if expression.is_Pow and expression.args[1] in (2, 3):
+        return f"({' * '.join([str(parts[0])] * int(expression.args[1]))})"
+    if type(expression).__name__ in ("Max", "Min"):
+        return f"{type(expression).__name__.lower()}({', '.join(str(part) for part in parts)})"
+    return None
