@@ -19,6 +19,7 @@ class Inputs:
     def __init__(self, shapes: dict[str, tuple[int | str, ...]], dims: tuple[DimEntry, ...] = ()) -> None:
         self.inputs = tuple(InputEntry(name=name, dtype="int64", shape=shape) for name, shape in shapes.items())
         self.dims = dims
+        self.conditions: tuple[str, ...] = ()
 
 
 def make(*names: str) -> Any:

@@ -69,7 +69,8 @@ def test_loading_and_unloading_a_subgraph(llama: Small) -> None:
         source.load(model, subgraph.entry.parameters, CPU)
         loaded = [name for name, tensor in model.named_parameters() if not tensor.is_meta]
         assert sorted(loaded) == sorted(subgraph.entry.parameters)
-        assert not any(parameter.requires_grad for parameter in model.parameters() if not parameter.is_meta)
+        # As those of a freshly loaded model: torch multiplies otherwise by it, and the last bits differ.
+        assert all(parameter.requires_grad for parameter in model.parameters() if not parameter.is_meta)
         unload(model, subgraph.entry.parameters)
         assert all(parameter.is_meta for parameter in model.parameters())
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
