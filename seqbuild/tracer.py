@@ -33,6 +33,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from runtime.errors import SeqbuildError, TraceError
 from seqbuild.blame import blame, burnt_in
+from seqbuild.leaf_memory import LeafMemory
 from seqbuild.literals import LiteralTensors
 from seqbuild.opaque import OpaqueStep, find_opaque_steps
 from seqbuild.partition import named_output
@@ -113,6 +114,7 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(tracing_configs(root))
             stack.enter_context(_quiet_logs())
             self._name_objects(root)
+            self._leaf_memory = LeafMemory(root, self.fake_mode)
             stack.enter_context(self._leaves_recorded(root))
             for step in steps:
                 stack.enter_context(step.replaced(self._opaque_call))
@@ -131,6 +133,7 @@ class SequentialTracer(PythonKeyTracer):
             self.graph.output(self.create_arg(named_output(output)))
         self._kept_alive.clear()
         self._rehearsals.clear()
+        self._leaf_memory.clear()
         _drop_dead_code(self.graph)
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
@@ -260,7 +263,9 @@ class SequentialTracer(PythonKeyTracer):
             if get_proxy_mode() is None:  # already inside another leaf
                 return forward(*args, **kwargs)
             node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-            output = self._unrecorded(forward, args, kwargs, [module])
+            output = self._leaf_memory.call(
+                module, args, kwargs, lambda: self._unrecorded(forward, args, kwargs, [module])
+            )
             node = self.create_node("call_module", name, node_args, node_kwargs, name.replace(".", "_"))
             return self._track(output, fx.Proxy(node, self))
 
