@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 # No table that a model calculates is as large; fused experts are.
 _LARGE_ELEMENTS = 2**24
+# From here on, zeros are pages of their own: nothing is held for those that nobody writes to, and what is freed goes
+# back at once. From the heap, the routers of sixty layers would come to hundreds of megabytes of holes.
+_PAGED_ELEMENTS = 2**18
 
 
 @contextlib.contextmanager
@@ -35,6 +39,10 @@ def without_weights() -> Iterator[None]:
                 shape_only: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
                 if shape_only.numel() > _LARGE_ELEMENTS:
                     return shape_only
+                is_plain = kwargs.keys() <= {"size", "dtype"} and shape_only.layout is torch.strided
+                if func is torch.zeros and shape_only.numel() > _PAGED_ELEMENTS and is_plain:
+                    pages = mmap.mmap(-1, shape_only.numel() * shape_only.itemsize)
+                    return torch.frombuffer(pages, dtype=shape_only.dtype).view(shape_only.shape)
             return func(*args, **kwargs)
 
     with init_empty_weights(include_buffers=False), LargeOnMeta():
