@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from runtime.artifact import CONSTANTS_NAME, check, read_manifest
+from runtime.artifact import CONSTANTS_NAME, check
 from runtime.errors import TargetError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, ModelEntry, sha256
 from runtime.publish import disk_errors, publish_directory
@@ -106,8 +106,9 @@ def build(
     key = cache.input_key(parts)
     path = Path(out) / f"{source.name}-{key[:12]}"
     with _locked(path):
-        is_cached = not force and cache.find_artifact(path, key)
-        if not is_cached:
+        found = None if force else cache.find_artifact(path, key)
+        is_cached = found is not None
+        if found is None:
             trace = trace_model(
                 model,
                 sample,
@@ -121,8 +122,8 @@ def build(
             trace.tracer.require_free_sizes(is_batch_only=False)  # those of the default sample are our invention
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, model, trace, keys, parts, patterns)
-            _write(path, files, manifest)
-    return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
+            found = _write(path, files, manifest)
+    return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -157,11 +158,11 @@ def _assemble(
     """All files of the artifact but the manifest, and the manifest that lists them."""
     names = describe.target_names(trace, model)
     files = {"config.json": source.config_file.read_bytes(), **source.companions()}
-    entries = []
+    entries, modules, targets = [], dict(model.named_modules(remove_duplicate=False)), dict.fromkeys(names)
     for index, subgraph in enumerate(trace.subgraphs):
         code = subgraph.emit(TRACE_DTYPE)
         file = f"subgraphs/{index:03d}.py"
-        entries.append(describe.describe_subgraph(subgraph, code, model, names, file))
+        entries.append(describe.describe_subgraph(subgraph, code, modules, targets, file))
         title = f"# subgraph {index + 1} of {len(trace.subgraphs)}: {', '.join(entries[-1].targets) or 'no target'}\n"
         files[file] = (title + code.source).encode("ascii")
     for index, program in enumerate(keys.programs):
@@ -207,11 +208,12 @@ def _assemble(
     return files, manifest
 
 
-def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> None:
-    """Publish the artifact, after checking it as a host will."""
+def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:
+    """Publish the artifact, after checking it as a host will; returns the manifest as a host reads it."""
     with publish_directory(path, replace=True) as partial:
         for name, data in files.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(data)
         (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-        check(partial)
+        found, _ = check(partial)
+    return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifact import check
 from runtime.errors import ArtifactError
-from runtime.manifest import FORMAT_VERSION, canonical, sha256
+from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
 from seqbuild.source import Source
 
 if TYPE_CHECKING:
@@ -63,15 +63,15 @@ def input_key(parts: Mapping[str, str]) -> str:
     return sha256(canonical(dict(parts)))
 
 
-def find_artifact(path: Path, key: str) -> bool:
-    """Whether a whole and undamaged artifact with this key is at `path`."""
+def find_artifact(path: Path, key: str) -> Manifest | None:
+    """The manifest of the whole and undamaged artifact with this key at `path`, if there is one."""
     if not path.is_dir():
-        return False
+        return None
     try:
         manifest, _ = check(path)
     except ArtifactError:
-        return False
-    return manifest.input_key == key
+        return None
+    return manifest if manifest.input_key == key else None
 
 
 def source_digests(model: nn.Module) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -101,9 +101,9 @@ def _describe_value(node: fx.Node | Any, symbols: Symbols) -> TensorEntry:
 
 
 def describe_subgraph(
-    subgraph: Subgraph, code: EmittedCode, model: nn.Module, target_names: list[str], file: str
+    subgraph: Subgraph, code: EmittedCode, modules: Mapping[str, nn.Module], target_names: Collection[str], file: str
 ) -> SubgraphEntry:
-    """One subgraph's entry."""
+    """One subgraph's entry; `modules` are the model's, by every name that they have."""
     return SubgraphEntry(
         file=file,
         input_names=tuple(subgraph.input_names),
@@ -115,13 +115,12 @@ def describe_subgraph(
         constants=code.constants,
         opaque=code.opaque,
         targets=tuple(name for name in code.submodules if name in target_names),
-        parameters=tuple(dict.fromkeys(_needed(model, code))),
+        parameters=tuple(dict.fromkeys(_needed(modules, code))),
     )
 
 
-def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
+def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str]:
     """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name in (*code.submodules, *(name for name in code.objects if name in modules)):
         yield from modules[name].state_dict(prefix=f"{name}." if name else "", keep_vars=True)
     for name in code.attributes:
