@@ -28,6 +28,7 @@ def without_weights() -> Iterator[None]:
     from accelerate import init_empty_weights
     from torch.overrides import TorchFunctionMode
 
+    randomizers = (torch.Tensor.normal_, torch.Tensor.uniform_)
     makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
     class LargeOnMeta(TorchFunctionMode):
@@ -35,6 +36,8 @@ def without_weights() -> Iterator[None]:
             self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
+            if func in randomizers and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+                return args[0]  # which is all that happens, but torch takes its time for it
             if func in makers and kwargs.get("out") is None:
                 shape_only: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
                 if shape_only.numel() > _LARGE_ELEMENTS:

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import WeightsError
 from seqbuild.emit import emit
+from seqbuild.renaming import Renamer, natural_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,17 +103,17 @@ def _assign(
 ) -> tuple[dict[str, str], dict[str, _Group]]:
     """Apply transformers' renamings: parameter to key, and the first parameter of a conversion to what it takes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    prefix, known = model.base_model_prefix, dict(wanted)
+    renamer = Renamer(renamings, converters, model.base_model_prefix, wanted)
     simple: dict[str, str] = {}
     grouped: dict[str, _Group] = {}
-    for key in sorted(shapes, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+    for key in sorted(shapes, key=natural_order()):
+        name, pattern = renamer.rename(key)
         if name not in wanted and key in wanted:
             name, pattern = key, None
         if name not in wanted:

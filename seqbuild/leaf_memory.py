@@ -204,9 +204,7 @@ class _Look:
             for kind in ("_parameters", "_buffers")
             for name, tensor in own[kind].items()
         ]
-        children = [
-            (name, None if child is None else self._module(child)) for name, child in own["_modules"].items()
-        ]
+        children = [(name, None if child is None else self._module(child)) for name, child in own["_modules"].items()]
         return type(module), tuple(attributes), tuple(tensors), tuple(children)
 
     def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -339,8 +337,8 @@ def _made(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
     if isinstance(described, _Argument):
         return arguments[described.place]
     if isinstance(described, _Tensor):
-        place = {"dtype": described.dtype, "device": described.device}
-        return torch.empty_strided(described.sizes, described.strides, **place)
+        dtype, device = described.dtype, described.device
+        return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
     if isinstance(described, tuple) and hasattr(described, "_fields"):
         return type(described)(*(_made(item, arguments) for item in described))
     if isinstance(described, (tuple, list)):
