@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 # No table that a model calculates is as large; fused experts are.
 _LARGE_ELEMENTS = 2**24
+# From here on, zeros are pages of their own: nothing is held for those that nobody writes to, and what is freed goes
+# back at once. From the heap, the routers of sixty layers would come to hundreds of megabytes of holes.
+_PAGED_ELEMENTS = 2**18
 
 
 @contextlib.contextmanager
@@ -24,6 +28,7 @@ def without_weights() -> Iterator[None]:
     from accelerate import init_empty_weights
     from torch.overrides import TorchFunctionMode
 
+    randomizers = (torch.Tensor.normal_, torch.Tensor.uniform_)
     makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
     class LargeOnMeta(TorchFunctionMode):
@@ -31,10 +36,16 @@ def without_weights() -> Iterator[None]:
             self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
+            if func in randomizers and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+                return args[0]  # which is all that happens, but torch takes its time for it
             if func in makers and kwargs.get("out") is None:
                 shape_only: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
                 if shape_only.numel() > _LARGE_ELEMENTS:
                     return shape_only
+                is_plain = kwargs.keys() <= {"size", "dtype"} and shape_only.layout is torch.strided
+                if func is torch.zeros and shape_only.numel() > _PAGED_ELEMENTS and is_plain:
+                    pages = mmap.mmap(-1, shape_only.numel() * shape_only.itemsize)
+                    return torch.frombuffer(pages, dtype=shape_only.dtype).view(shape_only.shape)
             return func(*args, **kwargs)
 
     with init_empty_weights(include_buffers=False), LargeOnMeta():

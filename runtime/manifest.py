@@ -158,8 +158,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical encoding, digest included."""
-        plain = _to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)}
-        return canonical(plain | {"digest": sha256(canonical(plain))})
+        plain = _sorted(_to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)})
+        plain["digest"] = sha256(_packed(plain))
+        return _packed({key: plain[key] for key in sorted(plain)})
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Manifest:
@@ -168,7 +169,7 @@ class Manifest:
         Raises:
             ArtifactError: for anything that docs/format.md does not allow.
         """
-        plain = _decode(data, origin)
+        plain, encoded = _decode(data, origin)
         if plain.get("format") != FORMAT:
             raise ArtifactError(f"{origin} is not the manifest of a seqbuild artifact")
         version = plain.get("format_version")
@@ -179,10 +180,10 @@ class Manifest:
                 f"{origin} has format version {version[0]}.{version[1]}, this runtime reads {FORMAT_VERSION[0]}.x",
                 hint="compile the model again, or use the runtime that belongs to the artifact",
             )
-        if canonical(plain) != data:
+        if encoded != data:
             raise ArtifactError(f"{origin} is damaged: its encoding is not canonical")
         digest = plain.pop("digest", None)
-        if digest != sha256(canonical(plain)):
+        if digest != sha256(_packed(plain)):  # what is left is in order already, as all of it was
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
         entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
         manifest: Manifest = _from_plain(cls, entries, origin, minor=version[1])
@@ -196,7 +197,11 @@ def sha256(data: bytes) -> str:
 
 def canonical(plain: Any) -> bytes:
     """MessagePack with sorted keys; refuses what the format has no place for."""
-    encoded: bytes = msgpack.packb(_sorted(plain), use_bin_type=True)
+    return _packed(_sorted(plain))
+
+
+def _packed(plain: Any) -> bytes:
+    encoded: bytes = msgpack.packb(plain, use_bin_type=True)
     return encoded
 
 
@@ -212,7 +217,8 @@ def _sorted(value: Any) -> Any:
     raise TypeError(f"a manifest cannot hold {type(value).__name__}")
 
 
-def _decode(data: bytes, origin: str) -> dict[str, Any]:
+def _decode(data: bytes, origin: str) -> tuple[dict[str, Any], bytes]:
+    """The table, and its canonical encoding."""
     if len(data) > MANIFEST_LIMIT_BYTES:
         raise ArtifactError(f"{origin} has {len(data)} bytes, more than the {MANIFEST_LIMIT_BYTES} allowed")
     try:
@@ -222,10 +228,9 @@ def _decode(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise ArtifactError(f"{origin} is damaged: it holds no table")
     try:
-        canonical(plain)
+        return plain, canonical(plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{origin} is damaged: {error}") from error
-    return plain
 
 
 def _to_plain(value: Any) -> Any:

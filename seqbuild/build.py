@@ -15,6 +15,7 @@ publish     all of it appears under its name at once                    runtime.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from runtime.artifact import CONSTANTS_NAME, check, read_manifest
+from runtime.artifact import CONSTANTS_NAME, check
 from runtime.errors import TargetError
 from runtime.grammar import is_opaque_path
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, sha256
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from seqbuild.blame import Function
 
 DEFAULT_OUT = Path("artifacts")
+# As `gc.set_threshold` takes it; by default the first is some hundred or thousand.
+_RARE = (100_000, 50, 50)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,20 @@ def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> P
     return build(model_id_or_path, **options).path
 
 
+@contextlib.contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Let Python look for cyclic garbage rarely: what a compilation makes it keeps, or drops without cycles, and
+    looking through a million objects again and again would be a third of its time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, _RARE, strict=True)))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rarely_collected()
 def build(
     model_id_or_path: str | os.PathLike[str],
     *,
@@ -159,8 +176,9 @@ def _build(
         return auto_ignore and is_opaque_path(function.path, own.modules if own is not None else ())
 
     with _locked(path):
-        is_cached = not force and cache.find_artifact(path, key)
-        if not is_cached:
+        found = None if force else cache.find_artifact(path, key)
+        is_cached = found is not None
+        if found is None:
             traced = trace_somehow(
                 model,
                 samples,
@@ -174,8 +192,8 @@ def _build(
             _require_matched(traced.trace, ignore)
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, own, model, traced, keys, parts)
-            _write(path, files, manifest)
-    return Compiled(path=path, manifest=read_manifest(path), is_cached=is_cached, seconds=time.perf_counter() - start)
+            found = _write(path, files, manifest)
+    return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -213,11 +231,11 @@ def _assemble(
     names = describe.target_names(trace, model)
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
     files = {"config.json": source.config_file.read_bytes(), **source.companions(), **own_files}
-    entries = []
+    entries, modules, targets = [], dict(model.named_modules(remove_duplicate=False)), dict.fromkeys(names)
     for index, subgraph in enumerate(trace.subgraphs):
         code = subgraph.emit(traced.marker)
         file = f"subgraphs/{index:03d}.py"
-        entries.append(describe.describe_subgraph(subgraph, code, model, names, file))
+        entries.append(describe.describe_subgraph(subgraph, code, modules, targets, file))
         title = f"# subgraph {index + 1} of {len(trace.subgraphs)}: {', '.join(entries[-1].targets) or 'no target'}\n"
         files[file] = (title + code.source).encode("ascii")
     for index, program in enumerate(keys.programs):
@@ -256,11 +274,12 @@ def _assemble(
     return files, manifest
 
 
-def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> None:
-    """Publish the artifact, after checking it as a host will."""
+def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:
+    """Publish the artifact, after checking it as a host will; returns the manifest as a host reads it."""
     with publish_directory(path, replace=True) as partial:
         for name, data in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(data)
         (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-        check(partial)
+        found, *_ = check(partial)
+    return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.artifact import check
 from runtime.errors import ArtifactError
 from runtime.host_sources import changed_sources
-from runtime.manifest import FORMAT_VERSION, canonical, sha256
+from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
 from runtime.model_code import is_own_module
 from seqbuild.source import Source
 
@@ -80,15 +80,17 @@ def input_key(parts: Mapping[str, str]) -> str:
     return sha256(canonical(dict(parts)))
 
 
-def find_artifact(path: Path, key: str) -> bool:
-    """Whether a whole and undamaged artifact with this key is at `path`, and relies on sources as they are here."""
+def find_artifact(path: Path, key: str) -> Manifest | None:
+    """The manifest of the whole artifact with this key at `path` that relies on sources as they are here,
+    if there is one.
+    """
     if not path.is_dir():
-        return False
+        return None
     try:
-        manifest, _ = check(path)
+        manifest, *_ = check(path)
     except ArtifactError:
-        return False
-    return manifest.input_key == key and not changed_sources(manifest.sources)
+        return None
+    return manifest if manifest.input_key == key and not changed_sources(manifest.sources) else None
 
 
 def source_digests(model: nn.Module) -> dict[str, str]:

@@ -8,8 +8,10 @@ tensors and what it did is kept as a program, so that the host needs neither the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import WeightsError
 from seqbuild.emit import emit
+from seqbuild.renaming import Renamer, natural_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,8 +62,9 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
     conversion: dict[str, int] = {}
     programs: dict[str, int] = {}
     counts: list[int] = []
-    for first_name, converter in grouped.items():
-        for name, (program, keys) in _run_converter(model, first_name, converter, shapes, wanted).items():
+    memory: Memory = {}
+    for group in grouped.values():
+        for name, (program, keys) in _convert(model, group, shapes, wanted, memory).items():
             if program not in programs:
                 programs[program] = len(programs)
                 counts.append(len(keys))
@@ -68,22 +72,48 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
     return KeyTable(sources=sources, conversion=conversion, programs=tuple(programs), num_sources=tuple(counts))
 
 
+@dataclass(kw_only=True)
+class _Group:
+    """The checkpoint keys that one run of a conversion rule takes.
+
+    Attributes:
+        rule: transformers' own; it is copied before it runs.
+        first_name: the parameter under which the keys were collected.
+        keys: by the pattern of the rule that each of them fits.
+    """
+
+    rule: Any
+    first_name: str
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+    def flat(self) -> list[str]:
+        """All keys, in the order in which the rule takes their tensors."""
+        return [key for keys in self.keys.values() for key in keys]
+
+
+# What identical layers share: for each result, its name without numbers, its program, and which of the keys it takes.
+Memory = dict[Any, list[tuple[list[str], str, list[int]]]]
+# These look at the tensors, at the model's config and at the shape of the parameter they make, and at nothing else.
+_REMEMBERED = ("Chunk", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose")
+_NUMBERS = re.compile(r"[0-9]+")
+
+
 def _assign(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Apply transformers' renamings: parameter to key, and the first parameter of a conversion to its rule."""
+) -> tuple[dict[str, str], dict[str, _Group]]:
+    """Apply transformers' renamings: parameter to key, and the first parameter of a conversion to what it takes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    prefix = model.base_model_prefix
+    renamer = Renamer(renamings, converters, model.base_model_prefix, wanted)
     simple: dict[str, str] = {}
-    grouped: dict[str, Any] = {}
-    for key in sorted(shapes, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, dict(wanted))
+    grouped: dict[str, _Group] = {}
+    for key in sorted(shapes, key=natural_order()):
+        name, pattern = renamer.rename(key)
         if name not in wanted and key in wanted:
             name, pattern = key, None
         if name not in wanted:
@@ -91,52 +121,81 @@ def _assign(
         if pattern is None:
             simple[name] = key
         else:
-            rule = grouped.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            rule.add_tensor(name, key, pattern, key)  # the key stands for its tensor until the rule runs
+            if name not in grouped:
+                grouped[name] = _Group(rule=by_pattern[pattern], first_name=name)
+            grouped[name].keys.setdefault(pattern, []).append(key)
     return simple, grouped
 
 
-def _run_converter(
+def _convert(
     model: PreTrainedModel,
-    first_name: str,
-    converter: Any,
+    group: _Group,
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
+    memory: Memory,
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Record what a conversion rule does: parameter name to (program, checkpoint keys)."""
-    collected: dict[str, list[str]] = {pattern: list(keys) for pattern, keys in converter.collected_tensors.items()}
-    keys = [key for group in collected.values() for key in group]
+    """What a rule makes of a group: parameter name to (program, checkpoint keys).
+
+    Layers differ in the numbers in their names: what was recorded for one is taken for the next where the rule can see
+    no other difference.
+    """
+    numbers, keys = _NUMBERS.findall(group.first_name), group.flat()
+    if not _may_be_remembered(group.rule):
+        recorded = _record(model, group, shapes)
+        return {name: (program, _picked(keys, used)) for name, program, used in recorded if name in wanted}
+    sizes = tuple((pattern, tuple(shapes[key] for key in taken)) for pattern, taken in group.keys.items())
+    known_by = (id(group.rule), tuple(_NUMBERS.split(group.first_name)), wanted[group.first_name], sizes)
+    if known_by not in memory:
+        recorded = _record(model, group, shapes)
+        memory[known_by] = [(_NUMBERS.split(name), program, used) for name, program, used in recorded]
+    made = {}
+    for parts, program, used in memory[known_by]:
+        name = "".join(itertools.chain.from_iterable(itertools.zip_longest(parts, numbers, fillvalue="")))
+        if name in wanted:
+            made[name] = program, _picked(keys, used)
+    return made
+
+
+def _may_be_remembered(rule: Any) -> bool:
+    """Whether the rule sees of names only what is no number, and its results have the numbers of the first name."""
+    operations = [type(operation) for operation in rule.operations]
+    known = all(cls.__module__ == type(rule).__module__ and cls.__name__ in _REMEMBERED for cls in operations)
+    return known and not any(_NUMBERS.search(pattern) or "*" in pattern for pattern in rule.target_patterns)
+
+
+def _picked(keys: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
+    return tuple(keys[place] for place in places)
+
+
+def _record(
+    model: PreTrainedModel, group: _Group, shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, str, list[int]]]:
+    """Run a rule on fake tensors: for each result its name, its program, and the places of the keys it takes."""
+    pairs = [(pattern, key) for pattern, keys in group.keys.items() for key in keys]
     names: list[str] = []
 
     def convert(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        remaining = iter(tensors)
-        rule = copy.deepcopy(converter)
-        rule.collected_tensors.clear()
-        for pattern, group in collected.items():
-            rule.collected_tensors[pattern] = [next(remaining) for _ in group]
-        results = rule.convert(first_name, model=model, config=model.config)
+        rule = copy.deepcopy(group.rule)
+        for (pattern, key), tensor in zip(pairs, tensors, strict=True):
+            rule.add_tensor(group.first_name, key, pattern, tensor)
+        results = rule.convert(group.first_name, model=model, config=model.config)
         unwrapped = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
         names[:] = list(unwrapped)
         return list(unwrapped.values())
 
-    with FakeTensorMode() as mode:
-        tensors = [torch.empty(shapes[key], dtype=torch.bfloat16) for key in keys]
+    with FakeTensorMode():
+        tensors = [torch.empty(shapes[key], dtype=torch.bfloat16) for _, key in pairs]
         try:
             graph = make_fx(convert, pre_dispatch=True)(*tensors).graph
         except Exception as error:
             raise WeightsError(
-                f"the checkpoint tensors for {first_name} do not fit transformers' rule for them: {error}"
+                f"the checkpoint tensors for {group.first_name} do not fit transformers' rule for them: {error}"
             ) from error
-    del mode
-    programs = {}
-    for index, name in enumerate(names):
-        if name in wanted:
-            programs[name] = _program(graph, index, keys)
-    return programs
+    return [(name, *_program(graph, index)) for index, name in enumerate(names)]
 
 
-def _program(graph: fx.Graph, index: int, keys: list[str]) -> tuple[str, tuple[str, ...]]:
-    """The part of a rule that makes its result number `index`, with only the tensors that it needs."""
+def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
+    """The part of a rule that makes its result number `index`, and the places of the tensors that it needs."""
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     (output,) = graph.find_nodes(op="output")
@@ -148,16 +207,16 @@ def _program(graph: fx.Graph, index: int, keys: list[str]) -> tuple[str, tuple[s
         if node not in needed:
             needed[node] = None
             stack.extend(node.all_input_nodes)
-    used: list[str] = []
+    used: list[int] = []
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         if node in needed:
             copies[node] = part.placeholder(f"source_{len(used)}")
-            used.append(keys[position])
+            used.append(position)
     for node in graph.nodes:
         if node in needed and node.op != "placeholder":
             copies[node] = part.node_copy(node, lambda source: copies[source])
     part.output({"value": copies[result]})
-    return emit(part, traced_dtype=torch.bfloat16).source, tuple(used)
+    return emit(part, traced_dtype=torch.bfloat16).source, used
 
 
 def _saved_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -127,9 +127,9 @@ def _describe_value(node: fx.Node | Any, symbols: Symbols) -> TensorEntry:
 
 
 def describe_subgraph(
-    subgraph: Subgraph, code: EmittedCode, model: nn.Module, target_names: list[str], file: str
+    subgraph: Subgraph, code: EmittedCode, modules: Mapping[str, nn.Module], target_names: Collection[str], file: str
 ) -> SubgraphEntry:
-    """One subgraph's entry."""
+    """One subgraph's entry; `modules` are the model's, by every name that they have."""
     return SubgraphEntry(
         file=file,
         input_names=tuple(subgraph.input_names),
@@ -143,7 +143,7 @@ def describe_subgraph(
         opaque=code.opaque,
         rehearsed=tuple(dict.fromkeys(_rehearsed(subgraph))),
         targets=tuple(name for name in code.submodules if name in target_names),
-        parameters=tuple(dict.fromkeys(_needed(model, code))),
+        parameters=tuple(dict.fromkeys(_needed(modules, code))),
     )
 
 
@@ -154,9 +154,8 @@ def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
             yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 
-def _needed(model: nn.Module, code: EmittedCode) -> Iterator[str]:
+def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str]:
     """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name in code.submodules:
         yield from modules[name].state_dict(prefix=f"{name}." if name else "", keep_vars=True)
     for name in (*code.attributes, *code.uses):

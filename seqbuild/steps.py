@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from seqbuild.states import copy_dict, without_empty_cache
 from seqbuild.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
+    from seqbuild.leaf_memory import LeafMemory
     from seqbuild.tracer import SequentialTracer
 
 REHEARSED = "rehearsed"
@@ -41,12 +43,18 @@ class Steps:
         tracer: owns the graph.
         samples: real inputs of different sizes, see `seqbuild.replay`.
         lookup: from the name of a `get_attr` node to what it stands for.
+        leaf_memory: gives the results of leaves that are like an earlier one.
     """
 
     def __init__(
-        self, tracer: SequentialTracer, samples: Sequence[Mapping[str, Any]], lookup: Callable[[fx.Node], Any]
+        self,
+        tracer: SequentialTracer,
+        samples: Sequence[Mapping[str, Any]],
+        lookup: Callable[[fx.Node], Any],
+        leaf_memory: LeafMemory,
     ) -> None:
         self.tracer = tracer
+        self.leaf_memory = leaf_memory
         self.replay = Replay(samples, tracer.shape_env, tracer.node_of, self._execute, lookup)
         self._memory: Memory = {}
         self._states: dict[int, tuple[Any, dict[Any, Any], fx.Node]] = {}
@@ -147,7 +155,11 @@ class Steps:
                 if is_known_to_fail:
                     raise TraceError("a sequence of unknown length has no fake tensors")
                 with shape_env.sizes_kept_free(), self._seen() as seen:
-                    output = function(*args, **kwargs)
+                    if seen is None and len(modules) == 1:
+                        call = functools.partial(function, *args, **kwargs)
+                        output = self.leaf_memory.call(modules[0], args, kwargs, call)
+                    else:
+                        output = function(*args, **kwargs)
                 return output, None, self._used(seen)
             except Exception as error:
                 if isinstance(error, TargetInsideError):

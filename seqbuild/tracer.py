@@ -34,6 +34,7 @@ from runtime.errors import SeqbuildError, TraceError
 from seqbuild.blame import UntraceableError, blame, burnt_in, find_culprit, not_offered
 from seqbuild.decisions import Decisions, UndecidedError, require
 from seqbuild.emit import is_offered
+from seqbuild.leaf_memory import LeafMemory
 from seqbuild.literals import LiteralTensors
 from seqbuild.opaque import find_opaque_steps
 from seqbuild.partition import named_output
@@ -123,7 +124,6 @@ class SequentialTracer(PythonKeyTracer):
         inputs = symbolic_inputs(sample_input, self.fake_mode)
         self.shape_env.own.update(_model_sizes(inputs))
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
-        self._steps = steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_as_found(root))
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
@@ -131,6 +131,9 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(tracing_configs(root))
             stack.enter_context(_quiet_logs())
             self._name_objects(root)
+            leaf_memory = LeafMemory(root, self.fake_mode)
+            steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
+            self._steps = steps
             stack.enter_context(self._leaves_recorded(root, steps))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,6 +111,7 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
             None keeps all dtypes.
     """
     fakes: dict[int, torch.Tensor] = {}
+    place = torch.device("cpu")
     keep = kept_in_float32(model) if dtype is not None else ()
 
     def fake(name: str, tensor: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
@@ -119,9 +121,11 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
             new_dtype = tensor.dtype
             if dtype is not None and is_parameter and tensor.is_floating_point():
                 new_dtype = torch.float32 if any(part in name for part in keep) else dtype
-            with fake_mode:
-                value = torch.empty(tensor.shape, dtype=new_dtype, device="cpu")
-            fakes[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            # What `torch.empty` and `nn.Parameter` come to in this mode, without the dispatcher.
+            value: Any = FakeTensor(fake_mode, torch.empty(tensor.shape, dtype=new_dtype, device="meta"), place)
+            if is_parameter:
+                value._is_param = True
+            fakes[id(tensor)] = value
         return fakes[id(tensor)]
 
     with contextlib.ExitStack() as stack:
