@@ -9,7 +9,7 @@ PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test bench lint venv
+.PHONY: demo test bench coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
@@ -21,6 +21,9 @@ lint: venv
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy --strict seqbuild runtime
+
+coverage: venv
+	$(PYTHON) tests/coverage.py
 
 bench: venv
 	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(PYTHON) $$script; done

@@ -36,7 +36,10 @@ def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[
     }
     for entry in manifest.inputs:
         if entry.name not in known:
-            raise DataError(f"the model takes an input {entry.name!r}, which text data cannot give")
+            raise DataError(
+                f"the model takes an input {entry.name!r}, which text data cannot give",
+                hint="compile it with --text-only to calibrate it with text, if it does without images and sounds",
+            )
     return {entry.name: known[entry.name] for entry in manifest.inputs}
 
 

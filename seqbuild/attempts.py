@@ -47,19 +47,23 @@ class Traced:
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
-def read_samples(model: nn.Module, file: str | os.PathLike[str] | None) -> list[dict[str, torch.Tensor]]:
+def read_samples(
+    model: nn.Module, file: str | os.PathLike[str] | None, *, text_only: bool = False
+) -> list[dict[str, torch.Tensor]]:
     """The sample to trace with, and others of other sizes for steps that need values.
 
     Args:
         model: whose inputs they are.
         file: safetensors with inputs by name; None makes them up.
+        text_only: make up tokens alone, no images and sounds.
 
     Raises:
         DataError: when the file cannot be read, or holds what the model does not take.
         TraceError: when it is not known what the model takes.
     """
     if file is None:
-        return [_in_dtype(default_sample(model, shape), TRACE_DTYPE) for shape in REHEARSAL_SHAPES]
+        made = [default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES]
+        return [_in_dtype(sample, TRACE_DTYPE) for sample in made]
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

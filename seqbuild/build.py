@@ -102,6 +102,7 @@ def build(
     ignore: Sequence[str] | str = (),
     auto_ignore: bool = True,
     sample: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
     targets_per_subgraph: int = 1,
     revision: str | None = None,
     attn_implementation: str | None = None,
@@ -117,6 +118,7 @@ def build(
         ignore: functions to record as one opaque step each.
         auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
         sample: a safetensors file with the model's inputs by name; None makes them up.
+        text_only: make up tokens alone, so that a model which also sees or hears can be calibrated with text.
         targets_per_subgraph: how many targets share a subgraph.
         revision: branch, tag or commit of a hub id.
         attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
@@ -133,6 +135,7 @@ def build(
             ignore=ignore,
             auto_ignore=auto_ignore,
             sample=sample,
+            text_only=text_only,
             targets_per_subgraph=targets_per_subgraph,
             attn_implementation=attn_implementation,
             out=out,
@@ -148,6 +151,7 @@ def _build(
     ignore: Sequence[str] | str,
     auto_ignore: bool,
     sample: str | os.PathLike[str] | None,
+    text_only: bool,
     targets_per_subgraph: int,
     attn_implementation: str | None,
     out: str | os.PathLike[str],
@@ -156,7 +160,7 @@ def _build(
     """The passes after the model's own code, if it brings any, can be imported."""
     start = time.perf_counter()
     model = build_weightless(source, attn_implementation=attn_implementation, own=own)
-    samples = read_samples(model, sample)
+    samples = read_samples(model, sample, text_only=text_only)
     ignore = as_names(ignore)
     candidates = [as_names(targets)] if targets else list(inferred_targets(model))
     parts = cache.ingredients(

@@ -43,6 +43,9 @@ def compile_command(
     sample: Annotated[
         Path | None, typer.Option("--sample", help="Safetensors with the model's inputs by name; else made up.")
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Compile for text alone a model that also sees or hears.")
+    ] = False,
     targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets that share a subgraph.")] = 1,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="eager or sdpa; by default the model's own.")] = None,
@@ -65,6 +68,7 @@ def compile_command(
         ignore=ignore or (),
         auto_ignore=auto_ignore,
         sample=sample,
+        text_only=text_only,
         targets_per_subgraph=targets_per_subgraph,
         revision=revision,
         attn_implementation=attn_implementation,

@@ -78,8 +78,15 @@ REHEARSAL_SHAPES = (
 )
 
 
-def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[str, torch.Tensor]:
+def default_sample(
+    model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False
+) -> dict[str, torch.Tensor]:
     """Inputs that fit the model's signature and config, on the CPU.
+
+    Args:
+        model: whose inputs they are.
+        shape: how they shall look.
+        text_only: leave images and sounds away, for a model that does without.
 
     Raises:
         TraceError: when the model's forward takes nothing that is known.
@@ -95,9 +102,9 @@ def default_sample(model: nn.Module, shape: SampleShape | None = None) -> dict[s
         shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
         return inputs | tokens(config, parameters, "decoder_", shorter, generator)
 
-    if hears(parameters):
+    if not text_only and hears(parameters):
         return with_audio(model, parameters, text, shape)
-    is_seeing = takes_images(parameters)
+    is_seeing = not text_only and takes_images(parameters)
     if "input_ids" not in parameters and not is_seeing:
         raise TraceError(
             f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",

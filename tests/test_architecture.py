@@ -16,7 +16,16 @@ import seqbuild
 ROOT = Path(__file__).parents[1]
 # What the compiler may use of the host's part: what both have to agree on, and nothing that runs a model.
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file"}
-SHARED |= {"console", "construct", "model_config", "operators", "model_code", "code_loader", "host_sources"}
+SHARED |= {
+    "console",
+    "construct",
+    "model_config",
+    "operators",
+    "model_code",
+    "code_loader",
+    "host_sources",
+    "conditions",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -76,12 +76,12 @@ def make_small(
     root: Path, class_name: str, config_class: str, sizes: Mapping[str, Any], tokenizer: Path | None = None, **save: Any
 ) -> Small:
     """Build, save and compile a model under `root`."""
-    dtype = save.pop("dtype", torch.float32)
+    dtype, text_only = save.pop("dtype", torch.float32), save.pop("text_only", False)
     config = getattr(transformers, config_class)(**sizes)
     config.dtype = dtype
     model = getattr(transformers, class_name)(config).to(dtype)
     directory = save_model(model, root / "model", tokenizer, **save)
-    return Small(weights=directory, artifact=build(directory, out=root / "artifacts").path)
+    return Small(weights=directory, artifact=build(directory, out=root / "artifacts", text_only=text_only).path)
 
 
 def recipe(text: str, *, modifier: str = "QuantizationModifier") -> runtime.Recipe:

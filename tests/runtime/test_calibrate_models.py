@@ -152,7 +152,7 @@ def llava(small: Callable[..., Small]) -> Small:
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
     sizes = {"text_config": {"model_type": "llama", **NARROW}, "vision_config": vision, "image_token_index": 3}
-    return small("LlavaForConditionalGeneration", "LlavaConfig", sizes)
+    return small("LlavaForConditionalGeneration", "LlavaConfig", sizes, text_only=True)
 
 
 def test_unreached_modules_stay_as_they_are_and_are_reported(llava: Small, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class TestCache:
         first = build(llama, out=out)
         assert not first.is_cached
         before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-        monkeypatch.setattr("seqbuild.build.trace_model", lambda *_, **__: pytest.fail("a hit must not trace"))
+        monkeypatch.setattr("seqbuild.build.trace_somehow", lambda *_, **__: pytest.fail("a hit must not trace"))
         second = build(llama, out=out)
         assert second.is_cached
         assert second.manifest == first.manifest
@@ -309,7 +309,7 @@ class TestErrors:
                 "not a multiple of the number of attention heads",
             ),
             ('{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}', "brings its own code"),
-            ('{"model_type": "vit"}', "takes no input_ids but pixel_values"),
+            ('{"model_type": "patchtst"}', "takes no input_ids but past_values"),
         ],
     )
     def test_bad_configs(self, text: str, pattern: str, tmp_path: Path, out: Path) -> None:

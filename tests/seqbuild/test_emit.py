@@ -224,6 +224,6 @@ def test_sizes_that_the_code_decides_by_limit_the_dims() -> None:
             return x * 2 if x.shape[1] > 4 and x.shape[0] <= 20 else x
 
     trace = trace_model(Decides(), {"x": X}, ["Layer"])
-    dims = {dim.name: (dim.min, dim.max) for dim in Symbols(trace).dims()}
+    dims = {dim.name: (dim.min, dim.max) for dim in Symbols(trace, None).dims()}
     assert dims["batch"] == (1, 20)
     assert dims["sequence"] == (5, -1)

@@ -1,0 +1,94 @@
+"""Compile every architecture of the zoo and write docs/coverage.md: `make coverage`.
+
+Arguments are parts of case names; none takes all, and only then is the file written.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+
+from tests.zoo import MAPPINGS, Case, cases
+from tests.zoo_check import Row, check
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
+
+
+def run(case: Case) -> Row:
+    """One case, in a process of its own kind: nothing of it may end the whole table."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    try:
+        return check(case)
+    except Exception as error:
+        return Row(case=case, problem=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def page(rows: list[Row]) -> str:
+    """The table and what it comes to."""
+    usable = [row for row in rows if not row.problem.startswith("unusable")]
+    lines = [
+        "# Coverage",
+        "",
+        "Every model type of transformers' mappings that can be built from its shrunken default config, compiled from",
+        "that config, loaded and run with random weights in float32 on the CPU, eager attention, and compared with the",
+        "model itself on five samples: two of the compiled shape, three of other batch sizes, lengths, paddings and,",
+        "where it sees, of other numbers and sizes of images. Written by `make coverage`,",
+        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}.",
+        "",
+        "| mapping | usable | bit for bit |",
+        "|---|---:|---:|",
+    ]
+    for mapping in (*MAPPINGS, "all"):
+        found = [row for row in usable if mapping in (row.case.mapping, "all")]
+        lines.append(f"| {mapping} | {len(found)} | {sum(_is_well(row) for row in found)} |")
+    lines += [
+        "",
+        "*opaque*: functions that cannot be recorded and are called whole, chosen by the compiler.",
+        "",
+        "| case | class | nodes | subgraphs | equal | opaque | seconds | problem |",
+        "|---|---|---:|---:|---|---|---:|---|",
+    ]
+    for row in rows:
+        opaque = ", ".join(path.rpartition(":")[2] for path in row.rung.split(", ") if path)
+        facts = (row.case.name, row.case.class_name, row.nodes, row.subgraphs, row.equal, opaque)
+        problem = row.problem.replace("|", "/")
+        lines.append("| " + " | ".join(map(str, facts)) + f" | {row.seconds:.1f} | {problem} |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_well(row: Row) -> bool:
+    return not row.problem and row.equal == "bit for bit"
+
+
+def main() -> int:
+    """Exit code 1 when a usable case is not equal."""
+    wanted = sys.argv[1:]
+    chosen = [case for case in cases() if not wanted or any(part in case.name for part in wanted)]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for row in pool.map(run, chosen):
+            rows.append(row)
+            print(f"{row.case.name}: {row.problem or row.equal}", flush=True)
+    tally = Counter("well" if _is_well(row) else "unusable" if "unusable" in row.problem else "bad" for row in rows)
+    print(f"{tally['well']} well, {tally['bad']} not, {tally['unusable']} unusable")
+    if not wanted:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    return int(tally["bad"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
