@@ -37,8 +37,8 @@ def run(case: Case) -> Row:
         return Row(case=case, problem=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def page(rows: list[Row]) -> str:
-    """The table and what it comes to."""
+def page(rows: list[Row], num_cases: int) -> str:
+    """The table and what it comes to; `num_cases` there are in all."""
     usable = [row for row in rows if not row.problem.startswith("unusable")]
     lines = [
         "# Coverage",
@@ -47,7 +47,8 @@ def page(rows: list[Row]) -> str:
         "that config, loaded and run with random weights in float32 on the CPU, eager attention, and compared with the",
         "model itself on five samples: two of the compiled shape, three of other batch sizes, lengths, paddings and,",
         "where it sees, of other numbers and sizes of images. Written by `make coverage`,",
-        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}.",
+        f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__};",
+        f"{len(rows)} of {num_cases} cases.",
         "",
         "| mapping | usable | bit for bit |",
         "|---|---:|---:|",
@@ -83,10 +84,10 @@ def main() -> int:
         for row in pool.map(run, chosen):
             rows.append(row)
             print(f"{row.case.name}: {row.problem or row.equal}", flush=True)
+            if not wanted:
+                PAGE.write_text(page(rows, len(chosen)), encoding="utf-8")
     tally = Counter("well" if _is_well(row) else "unusable" if "unusable" in row.problem else "bad" for row in rows)
     print(f"{tally['well']} well, {tally['bad']} not, {tally['unusable']} unusable")
-    if not wanted:
-        PAGE.write_text(page(rows), encoding="utf-8")
     return int(tally["bad"] > 0)
 
 
