@@ -199,6 +199,8 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """A container like `value` with `change` applied to what is in it; anything else as it is."""
     if isinstance(value, UnknownLength):
         return value
+    if isinstance(value, torch.Size):
+        return torch.Size(change(item) for item in value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(change(item) for item in value))
     if isinstance(value, (tuple, list)):

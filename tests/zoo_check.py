@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import tempfile
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 import runtime
@@ -148,9 +148,10 @@ def largest_difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> flo
     """
     if list(got) != list(wanted):
         return float("inf")
-    return max((_difference(a, b) for a, b in zip(_tensors(got), _tensors(wanted), strict=False)), default=0.0) or (
-        float("inf") if len(_tensors(got)) != len(_tensors(wanted)) else 0.0
-    )
+    ours, theirs = _tensors(got), _tensors(wanted)
+    if len(ours) != len(theirs):
+        return float("inf")
+    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -163,8 +164,17 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    plain = [dict(value) if isinstance(value, Mapping) else value for value in dict(output).values()]
-    return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, torch.Tensor)]
+    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts: Iterable[Any] = ()
+    if isinstance(output, Mapping):
+        parts = [output[key] for key in sorted(output, key=str)]
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif dataclasses.is_dataclass(output):
+        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _configs(model: PreTrainedModel) -> Iterable[Any]:
