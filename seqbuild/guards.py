@@ -56,7 +56,10 @@ def _is_certain(relation: Any) -> bool:
         (1,) * len(symbols),
         *(tuple(base + step * index for index in range(len(symbols))) for base, step in _TRIALS),
     )
-    return all(bool(relation.xreplace(dict(zip(symbols, map(sympy.Integer, t), strict=True)))) for t in trials)
+    try:
+        return all(bool(relation.xreplace(dict(zip(symbols, map(sympy.Integer, t), strict=True)))) for t in trials)
+    except ZeroDivisionError:
+        return False
 
 
 _TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))

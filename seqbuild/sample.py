@@ -72,8 +72,8 @@ class SampleShape:
 
 # What steps that need values are rehearsed on: the sample, and others whose sizes differ from it and among each other.
 REHEARSAL_SHAPES = (
-    SampleShape(),
-    SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=2, scale=1, seed=1),
+    SampleShape(images=2),  # an axis of one would be burnt in
+    SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=3, scale=1, seed=1),
     SampleShape(batch=SAMPLE_BATCH - 1, sequence=SAMPLE_SEQUENCE + 4, scale=2, seed=2),
 )
 
