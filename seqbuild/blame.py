@@ -81,7 +81,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
     walk = list(traceback.walk_tb(error.__traceback__))
     culprit = _culprit(walk)
     if isinstance(error, TraceError):
-        hint = error.hint or (_advice(culprit, ancestors) if culprit else "")
+        hint = error.hint or (advice(culprit, ancestors) if culprit else "")
         where = f" ({culprit.file}, line {culprit.line})" if culprit and culprit.file not in error.message else ""
         return UntraceableError(error.message + where, culprit=culprit, hint=hint)
     reason = (str(error).strip() or "no reason given").splitlines()[0][:300]
@@ -91,7 +91,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
         f"{culprit.name} cannot be traced ({culprit.file}, line {culprit.line}): {type(error).__name__}: {reason}",
         culprit=culprit,
         is_refusal=isinstance(error, (ValueError, AssertionError, RuntimeError)) and _is_raised_by_choice(walk),
-        hint=_advice(culprit, ancestors),
+        hint=advice(culprit, ancestors),
     )
 
 
@@ -103,7 +103,7 @@ def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module
     return UntraceableError(
         f"{size} is burnt in: {culprit.name} ({culprit.file}, line {culprit.line}) decided by it or looped over it",
         culprit=culprit,
-        hint=_advice(culprit, ancestors),
+        hint=advice(culprit, ancestors),
     )
 
 
@@ -113,7 +113,7 @@ def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn
     return UntraceableError(
         f"the model's code calls torch.ops.{operator}, which is not among the operators of an artifact{where}",
         culprit=culprit,
-        hint=_advice(culprit, ancestors) if culprit else "",
+        hint=advice(culprit, ancestors) if culprit else "",
     )
 
 
@@ -172,10 +172,15 @@ def _function(frame: FrameType) -> Function | None:
 
 
 def _classes_of(module: Any) -> list[type]:
-    return [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return [
+        value
+        for value in list(vars(module).values())
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
 
 
-def _advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
+def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
+    """What a user can do about a line of the model's code."""
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
         return "move that line into a function of its own and name it with --ignore"

@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import UntraceableError, blame, burnt_in, find_culprit, not_offered
+from seqbuild.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.decisions import Decisions, UndecidedError, require
 from seqbuild.emit import is_offered
 from seqbuild.leaf_memory import LeafMemory
@@ -149,7 +149,10 @@ class SequentialTracer(PythonKeyTracer):
             try:
                 output = root(**inputs, **(concrete_args or {}))
                 self.graph.output(self.create_arg(named_output(output)))
-            except (UndecidedError, UntraceableError):
+            except UntraceableError:
+                raise
+            except UndecidedError as error:
+                error.hint = advice(error.culprit, self.ancestors) if error.culprit is not None else error.hint
                 raise
             except Exception as error:
                 if isinstance(error, SeqbuildError) and not isinstance(error, TraceError):

@@ -8,10 +8,16 @@ from tests.zoo import cases
 from tests.zoo_check import check
 
 NAMES = (
-    *("causal LM/llama", "causal LM/qwen3_moe", "causal LM/gemma4_text", "causal LM/gpt2", "causal LM/deepseek_v3"),
+    *(
+        "causal LM/mistral",
+        "causal LM/qwen3_moe",
+        "causal LM/gemma4_text",
+        "causal LM/gpt_neox",
+        "causal LM/deepseek_v3",
+    ),
     *("causal LM/big_bird", "causal LM/cpmant", "causal LM/xlm", "causal LM/jamba", "causal LM/mamba"),
     *("seq2seq/t5", "seq2seq/bart", "seq2seq/fsmt", "speech seq2seq/whisper", "masked LM/bert", "masked LM/fnet"),
-    *("masked LM/deberta-v2", "text encoder/clip_text_model", "image encoder/vit", "image encoder/clip_vision_model"),
+    *("masked LM/deberta-v2", "text encoder/clip_text_model", "image encoder/vit", "image-text-to-text/llava_next"),
     *("image-text-to-text/qwen2_vl", "image-text-to-text/llava", "image-text-to-text/paligemma"),
     *("image-text-to-text/mllama", "image-text-to-text/qwen3_vl"),
 )

@@ -197,8 +197,7 @@ def test_text_needs_no_consent_of_its_own(toy: Toy, tmp_path: Path, run: Run) ->
     (tmp_path / "text.txt").write_text("some text to read\n" * 40)
     command = ["evaluate", toy.artifact, "--weights", toy.weights, "--data", tmp_path / "text.txt", "--seq-len", "32"]
     code, said, complaint = run([*map(str, command), "--trust-remote-code"])
-    # transformers may remark, once a process, on a model type that it does not know.
-    assert (code, "error" in complaint.lower()) == (0, False)
+    assert code == 0, complaint  # transformers may remark, once a process, on a model type that it does not know
     assert "perplexity" in said
 
 

@@ -226,4 +226,4 @@ def test_sizes_that_the_code_decides_by_limit_the_dims() -> None:
     trace = trace_model(Decides(), {"x": X}, ["Layer"])
     dims = {dim.name: (dim.min, dim.max) for dim in Symbols(trace, None).dims()}
     assert dims["batch"] == (1, 20)
-    assert dims["sequence"] == (5, -1)
+    assert dims["x_1"] == (5, -1)
