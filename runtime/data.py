@@ -20,8 +20,10 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -256,9 +258,10 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
     try:
         # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        with _quiet_about_configs():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises plain `Exception`
@@ -268,6 +271,18 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
         raise DataError(f"{directory} holds no tokenizer, only its config", hint=_NO_TOKENIZER)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_about_configs() -> Iterator[None]:
+    """Drop what transformers says of an unknown model type in the config beside a tokenizer: it loads all the same."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
