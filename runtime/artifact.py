@@ -136,12 +136,11 @@ class Artifact:
 
         key = (str(device), str(dtype))
         if key not in self._runs:
-            paths = dict.fromkeys(path for entry in self.manifest.subgraphs for path in entry.opaque)
             self._runs[key] = Run(
                 device=device,
                 dtype=dtype,
                 constants={name: tensor.to(device) for name, tensor in self.constants.items()},
-                opaque={path: resolve_opaque(path, self.code) for path in paths},
+                opaque={path: resolve_opaque(path, self.code) for path in self.manifest.opaque_steps},
             )
         return self._runs[key]
 

@@ -155,11 +155,10 @@ def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
 
     manifest, sources = run(artifact)
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    opaque = list(dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque))
     say(f"{artifact}: {len(manifest.files)} files and {len(sources)} programs are as the manifest states")
     say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
     say(f"input key {manifest.input_key}")
-    say(f"opaque steps: {', '.join(opaque) or 'none'}")
+    say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
     if manifest.model.code:
         say(f"the model's own code, which was not executed: {', '.join(manifest.model.code)}")
 

@@ -20,13 +20,12 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from runtime.console import quiet
 from runtime.documents import Document, read_documents, require_file
 from runtime.errors import DataError, UsageError
 from runtime.token_file import SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
@@ -258,7 +257,8 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
     try:
         # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
-        with _quiet_about_configs():
+        # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
+        with quiet("transformers.configuration_utils"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
@@ -271,18 +271,6 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
         raise DataError(f"{directory} holds no tokenizer, only its config", hint=_NO_TOKENIZER)
     return tokenizer
-
-
-@contextlib.contextmanager
-def _quiet_about_configs() -> Iterator[None]:
-    """Drop what transformers says of an unknown model type in the config beside a tokenizer: it loads all the same."""
-    logger = logging.getLogger("transformers.configuration_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:

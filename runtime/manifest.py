@@ -156,6 +156,11 @@ class Manifest:
     auto_ignore: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
     conditions: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
 
+    @property
+    def opaque_steps(self) -> tuple[str, ...]:
+        """Paths of all functions that are called whole, in order of first use."""
+        return tuple(dict.fromkeys(path for entry in self.subgraphs for path in entry.opaque))
+
     def to_bytes(self) -> bytes:
         """The canonical encoding, digest included."""
         plain = _sorted(_to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.console import quiet
 from runtime.construct import without_weights
 from runtime.errors import ModelError, UsageError
 from runtime.manifest import ATTENTIONS
@@ -53,7 +51,7 @@ def build_weightless(
         raise UsageError(f"the attention is {attn_implementation!r}", hint="it can be eager or sdpa")
     cls: Any = (own.model_class() if own is not None else None) or _model_class(source, config)
     try:
-        with without_weights(), _quiet():
+        with without_weights(), quiet("transformers"):  # its remarks on generation configs and the like
             model: PreTrainedModel = cls._from_config(
                 config, dtype=TRACE_DTYPE, attn_implementation=attn_implementation
             )
@@ -91,16 +89,3 @@ def default_dtype(source: Source) -> str:
 def _reason(error: BaseException) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join(line.strip() for line in lines[:2])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' remarks on generation configs and the like out of the output."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

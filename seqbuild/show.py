@@ -31,8 +31,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"inputs         {', '.join(f'{entry.name} {_shape(entry.shape)}' for entry in manifest.inputs)}"
     ranges = [_range(dim.name, dim.min, dim.max) for dim in manifest.dims]
     yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
-    opaque = dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque)
-    yield f"opaque steps   {', '.join(opaque) or 'none'}"
+    yield f"opaque steps   {', '.join(manifest.opaque_steps) or 'none'}"
     if model.code:
         yield f"own code       {', '.join(model.code)}"
     yield f"relies on      {', '.join(manifest.sources) or 'no library source'}"
@@ -41,7 +40,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 def remarks(manifest: Manifest) -> Iterator[str]:
     """What the compiler decided by itself and a user should know, a line each."""
-    opaque = dict.fromkeys(path for entry in manifest.subgraphs for path in entry.opaque)
+    opaque = manifest.opaque_steps
     by_itself = [path for path in opaque if path in manifest.auto_ignore]
     asked = [path for path in opaque if path not in manifest.auto_ignore]
     if asked:

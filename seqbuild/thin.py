@@ -6,16 +6,14 @@ queries. A model of 400 B parameters that exists as a config only can so be aske
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.console import quiet
 from runtime.errors import TraceError
 from seqbuild.shrink import shrink_table
 
@@ -51,7 +49,14 @@ def _build(model: nn.Module) -> nn.Module:
     else:
         narrow = type(config).from_dict(shrink_table(config.to_dict()))
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        with (
+            quiet("transformers"),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
             torch.manual_seed(0)
             thin: nn.Module = cls._from_config(narrow, dtype=torch.float32, attn_implementation="eager")
     except Exception as error:
@@ -60,18 +65,3 @@ def _build(model: nn.Module) -> nn.Module:
             hint="bring a sample of its inputs with --sample",
         ) from error
     return thin.eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what transformers says about the narrow copy's config out of the output."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
