@@ -26,7 +26,7 @@ coverage: venv
 	$(PYTHON) tests/coverage.py
 
 bench: venv
-	set -e; for script in tests/bench/*.py; do echo "== $$script"; $(PYTHON) $$script; done
+	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 venv: $(INSTALLED)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import re
 import tempfile
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from runtime.errors import SeqbuildError
 from runtime.weights import assign
 from seqbuild.build import build
 from seqbuild.sample import SampleShape, default_sample
+from tests.tiny_models import run_chain
 from tests.zoo import Case, small_model, unusable
 
 # The sample's own shape, other values, and other sizes, paddings, images and grids.
@@ -71,7 +73,7 @@ def check(case: Case, *, attention: str = "eager") -> Row:
             "case": case,
             "nodes": sum(subgraph.source.count(" = ") for subgraph in artifact.subgraphs),
             "subgraphs": len(artifact.subgraphs),
-            "rung": ", ".join(dict.fromkeys(path for s in artifact.subgraphs for path in s.entry.opaque)),
+            "rung": ", ".join(artifact.manifest.opaque_steps),
             "seconds": seconds,
         }
         problem = misplaced_targets(artifact)
@@ -79,7 +81,7 @@ def check(case: Case, *, attention: str = "eager") -> Row:
         try:
             twin = with_weights(artifact, model)
             for index, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
-                difference = largest_difference(run_chain(artifact, twin, sample), wanted)
+                difference = largest_difference(run_chain(artifact.subgraphs, twin, copy.deepcopy(sample)), wanted)
                 worst = max(worst, difference)
                 if difference and not problem:
                     problem = f"shape {index} differs by {difference:.3g}"
@@ -119,20 +121,6 @@ def with_weights(artifact: Artifact, model: PreTrainedModel) -> torch.nn.Module:
         if name in artifact.manifest.parameters:
             assign(twin, name, tensor.detach())
     return twin
-
-
-def run_chain(artifact: Artifact, model: torch.nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Run all subgraphs, each value freed when the chain says so."""
-    values: dict[str, Any] = copy.deepcopy(dict(sample))
-    output: dict[str, Any] = {}
-    for subgraph in artifact.subgraphs:
-        values.update(output)
-        with torch.no_grad():
-            output = subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
-        for name in subgraph.consumed_names:
-            del values[name]
-    assert not values, f"values that no subgraph frees: {list(values)}"
-    return output
 
 
 def misplaced_targets(artifact: Artifact) -> str:
@@ -182,4 +170,5 @@ def _configs(model: PreTrainedModel) -> Iterable[Any]:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """What an error says, on one line, files without the folder in which libraries are installed."""
+    return re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))[:300]

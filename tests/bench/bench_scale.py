@@ -15,13 +15,13 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from processes import run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S, LIMIT_MB = 3.0, 1000.0
@@ -218,15 +218,7 @@ def run(program: str, *arguments: str) -> Time:
     """Run a program in a fresh process and ask the kernel what it took."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall_s = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"a process failed: {errors.decode()[-2000:]}")
+    wall_s, usage = run_process(command, environment)
     return Time(wall_s=wall_s, cpu_s=usage.ru_utime + usage.ru_stime)
 
 
