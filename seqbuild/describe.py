@@ -75,7 +75,7 @@ class Symbols:
 
     def dtype(self, dtype: torch.dtype) -> str:
         """A dtype's name in the manifest."""
-        return "model" if dtype == self.marker else str(dtype).removeprefix("torch.")
+        return _dtype_name(dtype, self.marker)
 
     def dims(self) -> tuple[DimEntry, ...]:
         """The ranges in which the trace holds. Tracing assumes sizes above one; one is the broadcasting that every
@@ -182,7 +182,8 @@ def describe_parameters(
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied_to = first.setdefault(id(tensor), name)
         dtype = "float32" if tensor.is_floating_point() and any(part in name for part in keep) else ""
-        dtype = dtype or _dtype_name(tensor.dtype, fixed_dtype)
+        own = fixed_dtype if fixed_dtype is not None and tensor.dtype == TRACE_DTYPE else tensor.dtype
+        dtype = dtype or _dtype_name(own, TRACE_DTYPE)
         itemsize = model_bytes if dtype == "model" else getattr(torch, dtype).itemsize
         source = name if name in keys.sources or tied_to == name else tied_to
         entries[name] = ParameterEntry(
@@ -229,10 +230,8 @@ def ignored_keys(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted({*stated, r"rotary_emb\.inv_freq$", *(re.escape(name) + "$" for name in computed)}))
 
 
-def _dtype_name(dtype: torch.dtype, fixed: torch.dtype | None) -> str:
-    if dtype == TRACE_DTYPE:
-        return "model" if fixed is None else str(fixed).removeprefix("torch.")
-    return str(dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype, marker: torch.dtype | None) -> str:
+    return "model" if dtype == marker else str(dtype).removeprefix("torch.")
 
 
 def target_names(trace: Trace, model: nn.Module) -> list[str]:

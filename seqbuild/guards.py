@@ -19,6 +19,8 @@ _RELATIONS: dict[Any, str] = {
     sympy.StrictGreaterThan: ">",
     sympy.GreaterThan: ">=",
 }
+# First size and step to the next one: sizes that a relation is tried on.
+_TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
 
 
 def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterator[str]:
@@ -52,17 +54,11 @@ def _is_range(relation: Any) -> bool:
 def _is_certain(relation: Any) -> bool:
     """Whether the relation holds for all sizes, as far as a few show: then there is nothing to state."""
     symbols = sorted(relation.free_symbols, key=str)
-    trials = (
-        (1,) * len(symbols),
-        *(tuple(base + step * index for index in range(len(symbols))) for base, step in _TRIALS),
-    )
+    trials = [tuple(base + step * index for index in range(len(symbols))) for base, step in _TRIALS]
     try:
         return all(bool(relation.xreplace(dict(zip(symbols, map(sympy.Integer, t), strict=True)))) for t in trials)
     except ZeroDivisionError:
         return False
-
-
-_TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
 
 
 def _written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
@@ -77,7 +73,7 @@ def _written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
     if isinstance(expression, (FloorDiv, Mod, PythonMod)):
         return f"({parts[0]} {'//' if isinstance(expression, FloorDiv) else '%'} {parts[1]})"
     if expression.is_Add or expression.is_Mul:
-        return f"({f' {chr(43) if expression.is_Add else chr(42)} '.join(str(part) for part in parts)})"
+        return f"({(' + ' if expression.is_Add else ' * ').join(map(str, parts))})"
     if expression.is_Pow and expression.args[1] in (2, 3):
         return f"({' * '.join([str(parts[0])] * int(expression.args[1]))})"
     if type(expression).__name__ in ("Max", "Min"):

@@ -9,6 +9,7 @@ decide by it. A tuple or list that is not always as long is a sequence of unknow
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections import UserDict
@@ -26,7 +27,7 @@ from seqbuild.sequences import UnknownLength
 from seqbuild.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    pass
 
 # A step with more weights than this is not run for real: compiling is to stay a laptop's work.
 LIMIT_BYTES = 4 * 2**30
@@ -82,9 +83,7 @@ def rehearse(
     with for_real():
         results, used_names = tuple(copied(result) for result in memory[key][0]), memory[key][1]
     learner = _Learner(fake_mode=fake_mode, known=_known_sizes(replay, args, kwargs))
-    with for_real():
-        pattern = tuple(copied(result) for result in results)  # what is learned is written into it
-    return Rehearsal(fake=learner.learn(pattern), real=results, used=used_names)
+    return Rehearsal(fake=learner.learn(results), real=results, used=used_names)
 
 
 def _run(
@@ -137,13 +136,6 @@ def _signature(value: Any) -> Any:
     return str(value) if isinstance(value, (str, int, float, bool, torch.SymInt, type(None))) else id(value)
 
 
-def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
-    """The sample's size for each symbol that stands for one; torch has renamed the table."""
-    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
-    sizes: Mapping[Any, int] = getattr(shape_env, name)
-    return sizes
-
-
 def _sizes(value: Any) -> list[torch.SymInt]:
     """Every symbolic size among the arguments, simplest first."""
     found: dict[Any, torch.SymInt] = {}
@@ -188,14 +180,16 @@ class _Learner:
             return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
         if isinstance(first, (dict, UserDict)):
             self._require_equal([list(result) for result in results])
+            made: Any = copy.copy(first)
             for key in list(first):
-                first[key] = self.learn([result[key] for result in results])
-            return first
+                made[key] = self.learn([result[key] for result in results])
+            return made
         if dataclasses.is_dataclass(first):
+            made = copy.copy(first)
             for item in dataclasses.fields(first):
                 learned = self.learn([getattr(result, item.name) for result in results])
-                object.__setattr__(first, item.name, learned)
-            return first
+                object.__setattr__(made, item.name, learned)
+            return made
         return self._number(results)
 
     def _tensor(self, results: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -141,7 +141,6 @@ class Replay:
             return self.execute(target, args, kwargs)
         if isinstance(target, torch._ops.OpOverload):
             args, kwargs = _on_cpu(list(args)), _on_cpu(dict(kwargs))
-            return target(*args, **kwargs)
         return target(*args, **kwargs)
 
     def _attribute(self, node: fx.Node) -> Any:

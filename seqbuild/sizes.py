@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -13,7 +13,6 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from seqbuild.blame import Culprit, find_culprit
 from seqbuild.decisions import Decisions
-from seqbuild.rehearse import sample_sizes
 
 
 class SizeBurntInError(RuntimeError):
@@ -73,3 +72,20 @@ class WatchedSizes(ShapeEnv):
                 raise SizeBurntInError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)
+
+
+def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
+    """The sample's size for each symbol that stands for one; torch has renamed the table."""
+    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
+    sizes: Mapping[Any, int] = getattr(shape_env, name)
+    return sizes
+
+
+def model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
+    """Symbols for axes of floating point inputs which no model leaves open: a vector's width, an image's channels."""
+    own_axis = {3: 2, 4: 1, 5: 2}
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
+            size: Any = value.shape[own_axis[value.dim()]]
+            if isinstance(size, torch.SymInt):
+                yield size.node._expr

@@ -89,10 +89,9 @@ class Steps:
             node.meta["opaque"] = step.path
             return node
 
-        modules = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
         self._opaque_depth += 1
         try:
-            return self._record(step.function, args, kwargs, modules=modules, make=make)
+            return self._record(step.function, args, kwargs, modules=_modules(args, kwargs), make=make)
         finally:
             self._opaque_depth -= 1
 
@@ -119,9 +118,10 @@ class Steps:
     ) -> Any:
         args = tuple(without_empty_cache(value) for value in args)
         kwargs = {name: without_empty_cache(value) for name, value in kwargs.items()}
-        before = [(value, dict(value)) for value in _dicts((args, kwargs))]
+        before = [(value, dict(value)) for value in _dicts(args, kwargs)]
         node_args, node_kwargs = self.tracer.create_arg(args), self.tracer.create_arg(kwargs)
-        output, rehearsal, used = self._run(function, args, kwargs, modules, is_known_to_fail)
+        with _contents_kept(before):
+            output, rehearsal, used = self._run(function, args, kwargs, modules, is_known_to_fail)
         filled = [(value, old) for value, old in before if not _same(value, old)]
         if filled:
             for value, old in filled:
@@ -150,7 +150,7 @@ class Steps:
     ) -> tuple[Any, Rehearsal | None, tuple[str, ...] | None]:
         """A step's result in fake tensors, what its rehearsal taught, and, for opaque ones, the parameters it uses."""
         shape_env, names = self.tracer.shape_env, self.tracer.parameter_names
-        with disable_proxy_modes_tracing(), shape_env.ignore_fresh_unbacked_symbols(), _contents_kept((args, kwargs)):
+        with disable_proxy_modes_tracing(), shape_env.ignore_fresh_unbacked_symbols():
             try:
                 if is_known_to_fail:
                     raise TraceError("a sequence of unknown length has no fake tensors")
@@ -198,8 +198,7 @@ class Steps:
         return None if seen is None else tuple(dict.fromkeys(n for t in seen.tensors for n in names.get(t, ())))
 
     def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        modules = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
-        with really_there(modules, LIMIT_BYTES):
+        with really_there(_modules(args, kwargs), LIMIT_BYTES):
             return function(*args, **kwargs)
 
     def state_node(self, value: Any) -> fx.Node | None:
@@ -237,9 +236,13 @@ class Steps:
         self._states[id(value)] = (value, dict(value), node)
 
 
-def _dicts(value: Any) -> Iterator[MutableMapping[Any, Any]]:
-    """Dictionaries among the arguments of a step, not those of its keyword arguments themselves."""
-    args, kwargs = value
+def _modules(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[nn.Module]:
+    """Modules among the arguments of a step."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+
+
+def _dicts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[MutableMapping[Any, Any]]:
+    """Dictionaries among the arguments of a step."""
     for item in (*args, *kwargs.values()):
         if isinstance(item, (dict, UserDict)) and not dataclasses.is_dataclass(item):
             yield item
@@ -250,9 +253,8 @@ def _same(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _contents_kept(value: Any) -> Iterator[None]:
-    """Lists and dictionaries among the arguments keep their content when the step fails halfway."""
-    found = [(item, dict(item)) for item in _dicts(value)]
+def _contents_kept(found: Sequence[tuple[MutableMapping[Any, Any], dict[Any, Any]]]) -> Iterator[None]:
+    """Dictionaries get back the content that they are listed with when the step fails halfway."""
     try:
         yield
     except BaseException:

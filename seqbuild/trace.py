@@ -31,7 +31,6 @@ class Trace:
         subgraphs: the chain.
         tracer: what it learned: symbols, constants, names that fitted nothing.
         auto_ignore: paths of the functions that became opaque steps without being asked for.
-        num_answers: how many decisions by values were settled.
     """
 
     graph: fx.Graph
@@ -39,7 +38,6 @@ class Trace:
     subgraphs: tuple[Subgraph, ...]
     tracer: SequentialTracer
     auto_ignore: tuple[str, ...]
-    num_answers: int
 
 
 def trace_subgraphs(
@@ -138,6 +136,19 @@ def trace_model(
     finally:
         for module in was_training:
             module.training = True
+    return _cut(model, graph, tracer, targets, targets_per_subgraph, drop_uncalled=drop_uncalled)
+
+
+def _cut(
+    model: nn.Module,
+    graph: fx.Graph,
+    tracer: SequentialTracer,
+    targets: Collection[nn.Module],
+    targets_per_subgraph: int,
+    *,
+    drop_uncalled: bool,
+) -> Trace:
+    """From the graph of a whole forward to the chain."""
     called = _called(graph, model, targets)
     if len(called) < len(targets) and not (drop_uncalled and called):
         raise _uncalled(model, targets, called)
@@ -153,7 +164,6 @@ def trace_model(
         subgraphs=tuple(subgraphs),
         tracer=tracer,
         auto_ignore=tuple(path for path in found if path in tracer.ignore),
-        num_answers=tracer.decisions.num_asked,
     )
 
 

@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
+from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
 from seqbuild.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.decisions import Decisions, UndecidedError, require
@@ -40,12 +41,14 @@ from seqbuild.opaque import find_opaque_steps
 from seqbuild.partition import named_output
 from seqbuild.sample import rehearsal_samples, symbolic_inputs
 from seqbuild.sequences import JoinsRecorded, UnknownLength
-from seqbuild.sizes import WatchedSizes
+from seqbuild.sizes import WatchedSizes, model_sizes
 from seqbuild.steps import Steps
 from seqbuild.untouched import leaves_left_alone
 from seqbuild.vmapped import vmap_recorded
 from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
+# Torch logs whatever fails under fake tensors; ours is the one report a user sees.
+_FAILURE_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -122,19 +125,19 @@ class SequentialTracer(PythonKeyTracer):
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
         opaque, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
         inputs = symbolic_inputs(sample_input, self.fake_mode)
-        self.shape_env.own.update(_model_sizes(inputs))
+        self.shape_env.own.update(model_sizes(inputs))
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_as_found(root))
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
-            stack.enter_context(_quiet_logs())
+            stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
-            stack.enter_context(self._leaves_recorded(root, steps))
+            self._record_leaves(root, steps)
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             stack.enter_context(vmap_recorded(self))
@@ -146,18 +149,7 @@ class SequentialTracer(PythonKeyTracer):
                 if isinstance(value, torch.Tensor):
                     self.track(value, fx.Proxy(self.graph.placeholder(name), self))
             stack.enter_context(ProxyTorchDispatchMode(self, "symbolic", pre_dispatch=True))
-            try:
-                output = root(**inputs, **(concrete_args or {}))
-                self.graph.output(self.create_arg(named_output(output)))
-            except UntraceableError:
-                raise
-            except UndecidedError as error:
-                error.hint = advice(error.culprit, self.ancestors) if error.culprit is not None else error.hint
-                raise
-            except Exception as error:
-                if isinstance(error, SeqbuildError) and not isinstance(error, TraceError):
-                    raise
-                raise blame(error, self.ancestors) from error
+            self._run(root, {**inputs, **(concrete_args or {})})
         self._kept_alive.clear()
         self._steps = None
         _drop_dead_code(self.graph)
@@ -172,6 +164,20 @@ class SequentialTracer(PythonKeyTracer):
         }
         self.graph.owning_module = root  # type: ignore[assignment]
         return self.graph
+
+    def _run(self, root: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Run the model's forward while it is recorded; what goes wrong is laid at the door of a line of its code."""
+        try:
+            self.graph.output(self.create_arg(named_output(root(**arguments))))
+        except UntraceableError:
+            raise
+        except UndecidedError as error:
+            error.hint = advice(error.culprit, self.ancestors) if error.culprit is not None else error.hint
+            raise
+        except Exception as error:
+            if isinstance(error, SeqbuildError) and not isinstance(error, TraceError):
+                raise
+            raise blame(error, self.ancestors) from error
 
     def require_free_sizes(self, *, is_batch_only: bool) -> None:
         """Refuse a trace that holds for one size of an input only.
@@ -310,16 +316,11 @@ class SequentialTracer(PythonKeyTracer):
     def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
         return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
 
-    @contextlib.contextmanager
-    def _leaves_recorded(self, root: nn.Module, steps: Steps) -> Iterator[None]:
-        """Replace the forward of every leaf by one that records a single step."""
-        with contextlib.ExitStack() as stack:
-            for name, module in root.named_modules():
-                if self._is_step(root, name, module):
-                    own = module.__dict__.get("forward")
-                    module.forward = steps.leaf(name, module, module.forward)
-                    stack.callback(_put_back, module, "forward", own)
-            yield
+    def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
+        """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""
+        for name, module in root.named_modules():
+            if self._is_step(root, name, module):
+                module.forward = steps.leaf(name, module, module.forward)
 
     def _leaves(self, root: nn.Module) -> Iterator[nn.Module]:
         return (module for name, module in root.named_modules() if self._is_step(root, name, module))
@@ -364,32 +365,6 @@ class SequentialTracer(PythonKeyTracer):
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
 
 
-def _model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
-    """Symbols for axes of floating point inputs which no model leaves open: a vector's width, an image's channels."""
-    own_axis = {3: 2, 4: 1, 5: 2}
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
-            size: Any = value.shape[own_axis[value.dim()]]
-            if isinstance(size, torch.SymInt):
-                yield size.node._expr
-
-
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Torch logs whatever fails under fake tensors; ours is the one report a user sees."""
-    loggers = [
-        logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _plain_key(key: Any) -> Any:
     if isinstance(key, (str, int, bool)):
         return key
@@ -397,13 +372,6 @@ def _plain_key(key: Any) -> Any:
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",
     )
-
-
-def _put_back(module: nn.Module, name: str, own: Any) -> None:
-    if own is None:
-        module.__dict__.pop(name, None)
-    else:
-        module.__dict__[name] = own
 
 
 def _drop_dead_code(graph: fx.Graph) -> None:

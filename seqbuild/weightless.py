@@ -66,29 +66,6 @@ def _is_collector(hook: Any) -> bool:
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-@contextlib.contextmanager
-def small_real_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give these modules, and those inside them, real tensors: small random numbers, and zero for integers."""
-    generator = torch.Generator().manual_seed(0)
-    reals: dict[int, torch.Tensor] = {}
-
-    def real(tensor: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in reals:
-            value = small_tensor(tensor, generator)
-            reals[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
-        return reals[id(tensor)]
-
-    with contextlib.ExitStack() as stack:
-        for module in dict.fromkeys(inner for outer in modules for inner in outer.modules()):
-            for kind in ("_parameters", "_buffers"):
-                tensors = module.__dict__[kind]
-                stack.callback(module.__dict__.__setitem__, kind, tensors)
-                module.__dict__[kind] = {name: real(tensor, kind == "_parameters") for name, tensor in tensors.items()}
-        yield
-
-
 def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> torch.Tensor:
     """A real tensor on the CPU with the dtype of `like`, and its shape where none is given."""
     sizes = tuple(like.shape) if shape is None else tuple(shape)
