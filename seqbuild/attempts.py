@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,10 +48,10 @@ class Traced:
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
-def read_samples(
+def read_sample(
     model: nn.Module, file: str | os.PathLike[str] | None, *, text_only: bool = False
-) -> list[dict[str, torch.Tensor]]:
-    """The sample to trace with, and others of other sizes for steps that need values.
+) -> dict[str, torch.Tensor]:
+    """The sample to trace with.
 
     Args:
         model: whose inputs they are.
@@ -62,8 +63,7 @@ def read_samples(
         TraceError: when it is not known what the model takes.
     """
     if file is None:
-        made = [default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES]
-        return [_in_dtype(sample, TRACE_DTYPE) for sample in made]
+        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=text_only), TRACE_DTYPE)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -74,8 +74,6 @@ def read_samples(
             f"the sample {os.fspath(file)} cannot be read: {error}",
             hint="write it with safetensors.torch.save_file, the model's inputs by name",
         ) from error
-    import inspect
-
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]
     if unknown or not sample:
@@ -83,12 +81,22 @@ def read_samples(
             f"the sample {os.fspath(file)} holds {unknown[0] if unknown else 'nothing'}",
             hint=f"{type(model).__name__} takes {', '.join(takes)}",
         )
-    return [_in_dtype(one, TRACE_DTYPE) for one in rehearsal_samples(dict(sorted(sample.items(), key=_by(takes))))]
+    return _in_dtype({name: sample[name] for name in takes if name in sample}, TRACE_DTYPE)
 
 
-def _by(takes: Mapping[str, Any]) -> Callable[[tuple[str, Any]], int]:
-    order = list(takes)
-    return lambda item: order.index(item[0])
+def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only: bool = False) -> list[Sample]:
+    """The sample, and others of other sizes for steps that need values.
+
+    Args:
+        model: whose inputs they are.
+        sample: as `read_sample` gives it.
+        is_made_up: make up the others as well, instead of repeating what the sample holds.
+        text_only: as for `read_sample`.
+    """
+    if not is_made_up:
+        return list(rehearsal_samples(sample))
+    others = (default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES[1:])
+    return [sample, *(_in_dtype(other, TRACE_DTYPE) for other in others)]
 
 
 def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -111,7 +119,7 @@ def trace_somehow(
 
     Args:
         model: without weights, in `TRACE_DTYPE`.
-        samples: see `read_samples`.
+        samples: see `with_larger`.
         candidates: patterns of targets, the best first; others are tried when the sample does not reach those.
         ignore: as for `trace_model`.
         may_ignore: likewise.

@@ -32,7 +32,7 @@ from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest
 from runtime.model_code import FOLDER
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
-from seqbuild.attempts import Traced, read_samples, trace_somehow
+from seqbuild.attempts import Traced, read_sample, trace_somehow, with_larger
 from seqbuild.checkpoint_keys import KeyTable, key_table
 from seqbuild.model import build_weightless, default_dtype
 from seqbuild.own_code import OwnCode, own_code_of
@@ -160,7 +160,7 @@ def _build(
     """The passes after the model's own code, if it brings any, can be imported."""
     start = time.perf_counter()
     model = build_weightless(source, attn_implementation=attn_implementation, own=own)
-    samples = read_samples(model, sample, text_only=text_only)
+    inputs = read_sample(model, sample, text_only=text_only)
     ignore = as_names(ignore)
     candidates = [as_names(targets)] if targets else list(inferred_targets(model))
     parts = cache.ingredients(
@@ -170,7 +170,7 @@ def _build(
         ignore=ignore,
         auto_ignore=auto_ignore,
         targets_per_subgraph=targets_per_subgraph,
-        sample=samples[0],
+        sample=inputs,
         model_code=own.files if own is not None else {},
     )
     key = cache.input_key(parts)
@@ -185,7 +185,7 @@ def _build(
         if found is None:
             traced = trace_somehow(
                 model,
-                samples,
+                with_larger(model, inputs, is_made_up=sample is None, text_only=text_only),
                 candidates,
                 ignore=ignore,
                 may_ignore=may_ignore,
