@@ -14,11 +14,11 @@ if TYPE_CHECKING:
         topological_partition,
         trace_consumed_names,
     )
-    from seqbuild.sample import populate_concrete_args
+    from seqbuild.sample.inputs import populate_concrete_args
     from seqbuild.subgraph import Subgraph
     from seqbuild.targets import get_sequential_ancestors, get_sequential_targets, match_modules
-    from seqbuild.trace import trace_subgraphs
-    from seqbuild.tracer import SequentialTracer
+    from seqbuild.trace.subgraphs import trace_subgraphs
+    from seqbuild.trace.tracer import SequentialTracer
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SequentialTracer": "seqbuild.tracer",
+    "SequentialTracer": "seqbuild.trace.tracer",
     "Subgraph": "seqbuild.subgraph",
     "compile_model": "seqbuild.build",
     "find_target_nodes": "seqbuild.partition",
@@ -48,10 +48,10 @@ _HOMES = {
     "graph_is_well_formed": "seqbuild.partition",
     "match_modules": "seqbuild.targets",
     "partition_graph": "seqbuild.partition",
-    "populate_concrete_args": "seqbuild.sample",
+    "populate_concrete_args": "seqbuild.sample.inputs",
     "topological_partition": "seqbuild.partition",
     "trace_consumed_names": "seqbuild.partition",
-    "trace_subgraphs": "seqbuild.trace",
+    "trace_subgraphs": "seqbuild.trace.subgraphs",
 }
 
 

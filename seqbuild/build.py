@@ -1,12 +1,12 @@
 """Compile a model: the passes, in order.
 
-source      what the user named: hub id, directory or config            seqbuild.source
-own code    what the model brings, if that is allowed to run            seqbuild.own_code
-model       its module tree without weights                             seqbuild.model
+source      what the user named: hub id, directory or config            seqbuild.model.source
+own code    what the model brings, if that is allowed to run            seqbuild.model.own_code
+model       its module tree without weights                             seqbuild.model.from_config
 targets     where to cut                                                seqbuild.targets
 key         is it there already?                                        seqbuild.cache
-trace       one run on fake tensors, cut into subgraphs                 seqbuild.attempts, seqbuild.trace
-keys        which checkpoint tensors make which parameter               seqbuild.checkpoint_keys
+trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
+keys        which checkpoint tensors make which parameter               seqbuild.model.checkpoint_keys
 emit        source code, one file a subgraph                            seqbuild.emit
 describe    the manifest                                                seqbuild.describe, relied_on
 publish     all of it appears under its name at once                    runtime.publish
@@ -32,19 +32,19 @@ from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest
 from runtime.model_code import FOLDER
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
-from seqbuild.attempts import Traced, read_sample, trace_somehow, with_larger
-from seqbuild.checkpoint_keys import KeyTable, key_table
-from seqbuild.model import build_weightless, default_dtype
-from seqbuild.own_code import OwnCode, own_code_of
-from seqbuild.relied_on import relied_on
-from seqbuild.source import Source, resolve_source
+from seqbuild.model.checkpoint_keys import KeyTable, key_table
+from seqbuild.model.from_config import build_weightless, default_dtype
+from seqbuild.model.own_code import OwnCode, own_code_of
+from seqbuild.model.relied_on import relied_on
+from seqbuild.model.source import Source, resolve_source
 from seqbuild.targets import as_names, inferred_targets
-from seqbuild.trace import Trace
+from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
+from seqbuild.trace.subgraphs import Trace
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.blame import Function
+    from seqbuild.trace.blame import Function
 
 DEFAULT_OUT = Path("artifacts")
 # As `gc.set_threshold` takes it; by default the first is some hundred or thousand.

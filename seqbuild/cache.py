@@ -19,7 +19,7 @@ from runtime.errors import ArtifactError
 from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
 from runtime.model_code import is_own_module
-from seqbuild.source import Source
+from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,8 @@ def source_digests(model: nn.Module) -> dict[str, str]:
 
 def _own_digests() -> dict[str, str]:
     """sha256 of each file of the compiler itself: a version number does not change with every commit."""
-    return {path.name: sha256(path.read_bytes()) for path in sorted(Path(__file__).resolve().parent.glob("*.py"))}
+    package = Path(__file__).resolve().parent
+    return {path.relative_to(package).as_posix(): sha256(path.read_bytes()) for path in sorted(package.rglob("*.py"))}
 
 
 def _signature(value: torch.Tensor | Any) -> str:

@@ -20,16 +20,16 @@ from runtime.manifest import (
     TensorEntry,
 )
 from seqbuild.emit import EmittedCode
-from seqbuild.guards import conditions
-from seqbuild.model import TRACE_DTYPE
-from seqbuild.weightless import kept_in_float32
+from seqbuild.model.from_config import TRACE_DTYPE
+from seqbuild.trace.guards import conditions
+from seqbuild.trace.weightless import kept_in_float32
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
-    from seqbuild.checkpoint_keys import KeyTable
+    from seqbuild.model.checkpoint_keys import KeyTable
     from seqbuild.subgraph import Subgraph
-    from seqbuild.trace import Trace
+    from seqbuild.trace.subgraphs import Trace
 
 
 class Symbols:

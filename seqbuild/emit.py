@@ -29,8 +29,8 @@ from torch import fx, nn
 from runtime.errors import TraceError
 from runtime.grammar import RESERVED
 from runtime.operators import is_allowed
-from seqbuild.decisions import require
-from seqbuild.states import copy_dict
+from seqbuild.trace.decisions import require
+from seqbuild.trace.states import copy_dict
 
 _INFIX: dict[Any, str] = {
     operator.add: "+",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from runtime.errors import TargetError, UsageError
-from seqbuild.states import without_empty_cache
 from seqbuild.subgraph import Subgraph
+from seqbuild.trace.states import without_empty_cache
 
 if TYPE_CHECKING:
     from torch import nn

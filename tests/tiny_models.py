@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from seqbuild.sample import default_sample
+from seqbuild.sample.inputs import default_sample
 
 _SIZES = {
     "hidden_size": 32,

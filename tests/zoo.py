@@ -1,7 +1,7 @@
 """Every architecture of transformers as a small random model: what `make coverage` and the suite run on.
 
 A case is a model type of one of transformers' auto mappings and the class it maps to. Its config is the type's default
-one, shrunken by `seqbuild.shrink`; EXCEPTIONS says what a default config leaves unsaid or states inconsistently.
+one, shrunken by `seqbuild.shrink.config`; EXCEPTIONS says what a default config leaves unsaid or states inconsistently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from seqbuild.shrink import shrink_table
+from seqbuild.shrink.config import shrink_table
 from tests.zoo_exceptions import EXCEPTIONS, PARTS, UNUSABLE
 from tests.zoo_vision import BROKEN, VISION
 

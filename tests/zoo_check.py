@@ -22,7 +22,7 @@ from runtime.artifact import Artifact
 from runtime.errors import SeqbuildError
 from runtime.weights import assign
 from seqbuild.build import build
-from seqbuild.sample import SampleShape, default_sample
+from seqbuild.sample.inputs import SampleShape, default_sample
 from tests.tiny_models import run_chain
 from tests.zoo import Case, small_model, unusable
 

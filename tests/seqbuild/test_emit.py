@@ -15,7 +15,7 @@ from runtime.grammar import Allowed, check_program
 from runtime.program import Run, compile_program
 from seqbuild.describe import Symbols
 from seqbuild.emit import EmittedCode, emit
-from seqbuild.trace import trace_model
+from seqbuild.trace.subgraphs import trace_model
 from tests.seqbuild import toys
 from tests.tiny_models import randomize
 

@@ -14,7 +14,7 @@ import seqbuild.cli
 from runtime.artifact import check
 from runtime.errors import ModelError
 from seqbuild.build import build
-from seqbuild.own_code import read_references
+from seqbuild.model.own_code import read_references
 from tests.own_code_model import AUTO_MAP, CONFIGURATION, FILES, MODELING, write_own_code_model
 
 ROOT = Path(__file__).parents[2]

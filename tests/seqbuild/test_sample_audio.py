@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from seqbuild.sample import SampleShape, default_sample
-from seqbuild.sample_audio import with_places
+from seqbuild.sample.audio import with_places
+from seqbuild.sample.inputs import SampleShape, default_sample
 from tests import zoo
 
 # One of each kind: what the sound's tensor is called, and its sizes after the batch.

@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from runtime.errors import TraceError
-from seqbuild import sample_vision, thin
-from seqbuild.sample import SampleShape, default_sample
-from seqbuild.shrink import shrink_table
+from seqbuild.sample import thin
+from seqbuild.sample import vision as sample_vision
+from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.shrink.config import shrink_table
 from tests.tiny_models import tiny_model
 from tests.zoo import cases, small_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seqbuild.sample import default_sample
-from seqbuild.shrink import VOCABULARY, shrink_table
+from seqbuild.sample.inputs import default_sample
+from seqbuild.shrink.config import VOCABULARY, shrink_table
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

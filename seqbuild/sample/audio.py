@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import TraceError
-from seqbuild.thin import thin_copy
+from seqbuild.sample.thin import thin_copy
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample import SampleShape
+    from seqbuild.sample.inputs import SampleShape
 
 Row = dict[str, torch.Tensor]
 MakeText = Callable[[Any, torch.Generator], Row]

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import WeightsError
 from seqbuild.emit import emit
-from seqbuild.renaming import Renamer, natural_order
+from seqbuild.model.renaming import Renamer, natural_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

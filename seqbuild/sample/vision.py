@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seqbuild.sample_extras import extras
-from seqbuild.sample_geometry import Geometry, parts
-from seqbuild.sample_pixels import Row, Wanted, joined, row_of_pixels
-from seqbuild.thin import thin_copy
+from seqbuild.sample.extras import extras
+from seqbuild.sample.geometry import Geometry, parts
+from seqbuild.sample.pixels import Row, Wanted, joined, row_of_pixels
+from seqbuild.sample.thin import thin_copy
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample import SampleShape
+    from seqbuild.sample.inputs import SampleShape
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id")
 _STARTS = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from runtime.errors import TraceError
-from seqbuild.blame import Culprit
+from seqbuild.trace.blame import Culprit
 
 
 def require(value: Any, expected: bool) -> None:

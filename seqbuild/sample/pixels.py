@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seqbuild.sample_geometry import Geometry
+from seqbuild.sample.geometry import Geometry
 
 Row = dict[str, torch.Tensor]
 
@@ -343,5 +343,5 @@ def _images(wanted: Wanted) -> Row:
 
 @form(lambda wanted: True)
 def _nothing(wanted: Wanted) -> Row:
-    """For a model that sees otherwise: see `seqbuild.sample_extras`."""
+    """For a model that sees otherwise: see `seqbuild.sample.extras`."""
     return {}

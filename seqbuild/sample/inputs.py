@@ -13,8 +13,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
-from seqbuild.sample_audio import hears, with_audio
-from seqbuild.sample_tokens import tokens
+from seqbuild.sample.audio import hears, with_audio
+from seqbuild.sample.tokens import tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +113,7 @@ def default_sample(
     generator = torch.Generator().manual_seed(shape.seed)
     sample = text(config, generator)
     if is_seeing:
-        from seqbuild.sample_vision import with_images  # builds models: text alone does without it
+        from seqbuild.sample.vision import with_images  # builds models: text alone does without it
 
         sample = with_images(model, parameters, sample, shape, generator)
     return sample

@@ -16,7 +16,7 @@ from torch import nn
 import runtime.errors
 from runtime.errors import TraceError
 
-_OURS = Path(__file__).resolve().parent
+_OURS = Path(__file__).resolve().parents[1]
 _STEPS = _OURS / "steps.py"
 _TORCH = Path(torch.__file__).resolve().parent
 

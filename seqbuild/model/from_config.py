@@ -11,12 +11,12 @@ from runtime.construct import without_weights
 from runtime.errors import ModelError, UsageError
 from runtime.manifest import ATTENTIONS
 from runtime.model_config import parse_config, require_plain_attention
-from seqbuild.source import Source
+from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from seqbuild.own_code import OwnCode
+    from seqbuild.model.own_code import OwnCode
 
 # The dtype that models are traced in: code that names it means "the dtype of the weights" (see seqbuild.emit).
 TRACE_DTYPE = torch.bfloat16

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import TargetError
-from seqbuild.blame import Function
-from seqbuild.ladder import climb
 from seqbuild.partition import find_target_nodes, partition_graph, topological_partition, trace_consumed_names
-from seqbuild.sample import populate_concrete_args
+from seqbuild.sample.inputs import populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
-from seqbuild.tracer import SequentialTracer
+from seqbuild.trace.blame import Function
+from seqbuild.trace.ladder import climb
+from seqbuild.trace.tracer import SequentialTracer
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -32,20 +32,20 @@ from torch.fx.experimental.proxy_tensor import (
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
-from seqbuild.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
-from seqbuild.decisions import Decisions, UndecidedError, require
 from seqbuild.emit import is_offered
-from seqbuild.leaf_memory import LeafMemory
-from seqbuild.literals import LiteralTensors
-from seqbuild.opaque import find_opaque_steps
 from seqbuild.partition import named_output
-from seqbuild.sample import rehearsal_samples, symbolic_inputs
-from seqbuild.sequences import JoinsRecorded, UnknownLength
-from seqbuild.sizes import WatchedSizes, model_sizes
-from seqbuild.steps import Steps
-from seqbuild.untouched import leaves_left_alone
-from seqbuild.vmapped import vmap_recorded
-from seqbuild.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
+from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
+from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
+from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.leaf_memory import LeafMemory
+from seqbuild.trace.literals import LiteralTensors
+from seqbuild.trace.opaque import find_opaque_steps
+from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
+from seqbuild.trace.sizes import WatchedSizes, model_sizes
+from seqbuild.trace.steps import Steps
+from seqbuild.trace.untouched import leaves_left_alone
+from seqbuild.trace.vmapped import vmap_recorded
+from seqbuild.trace.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
 # Torch logs whatever fails under fake tensors; ours is the one report a user sees.
 _FAILURE_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -63,7 +63,7 @@ class SequentialTracer(PythonKeyTracer):
         dtype: give the model's floating point parameters this dtype while tracing, whatever they have; None keeps
             theirs. A dtype that the model's own code never names marks every place which follows the run's dtype.
         targets: modules that may not be called inside of an opaque step.
-        answers: to decisions that follow from values, in their order, see `seqbuild.decisions`.
+        answers: to decisions that follow from values, in their order, see `seqbuild.trace.decisions`.
         samples: real inputs for steps that need values, the first with the sizes of the sample; none makes them up.
 
     After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import DataError, TargetError, TraceError
-from seqbuild.model import TRACE_DTYPE
-from seqbuild.sample import REHEARSAL_SHAPES, default_sample, rehearsal_samples
-from seqbuild.trace import Trace, trace_model
+from seqbuild.model.from_config import TRACE_DTYPE
+from seqbuild.sample.inputs import REHEARSAL_SHAPES, default_sample, rehearsal_samples
+from seqbuild.trace.subgraphs import Trace, trace_model
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.blame import Function
+    from seqbuild.trace.blame import Function
 
 Sample = Mapping[str, torch.Tensor]
 

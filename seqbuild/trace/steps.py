@@ -18,16 +18,16 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from runtime.errors import TraceError
-from seqbuild.opaque import OpaqueStep
-from seqbuild.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
-from seqbuild.replay import Replay
-from seqbuild.sizes import SizeBurntInError
-from seqbuild.states import copy_dict, without_empty_cache
-from seqbuild.used import ParametersSeen, really_there
+from seqbuild.trace.opaque import OpaqueStep
+from seqbuild.trace.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
+from seqbuild.trace.replay import Replay
+from seqbuild.trace.sizes import SizeBurntInError
+from seqbuild.trace.states import copy_dict, without_empty_cache
+from seqbuild.trace.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
-    from seqbuild.leaf_memory import LeafMemory
-    from seqbuild.tracer import SequentialTracer
+    from seqbuild.trace.leaf_memory import LeafMemory
+    from seqbuild.trace.tracer import SequentialTracer
 
 REHEARSED = "rehearsed"
 
@@ -41,7 +41,7 @@ class Steps:
 
     Args:
         tracer: owns the graph.
-        samples: real inputs of different sizes, see `seqbuild.replay`.
+        samples: real inputs of different sizes, see `seqbuild.trace.replay`.
         lookup: from the name of a `get_attr` node to what it stands for.
         leaf_memory: gives the results of leaves that are like an earlier one.
     """

@@ -11,8 +11,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from seqbuild.blame import Culprit, find_culprit
-from seqbuild.decisions import Decisions
+from seqbuild.trace.blame import Culprit, find_culprit
+from seqbuild.trace.decisions import Decisions
 
 
 class SizeBurntInError(RuntimeError):

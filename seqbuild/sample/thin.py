@@ -15,7 +15,7 @@ import torch
 
 from runtime.console import quiet
 from runtime.errors import TraceError
-from seqbuild.shrink import shrink_table
+from seqbuild.shrink.config import shrink_table
 
 if TYPE_CHECKING:
     from torch import nn

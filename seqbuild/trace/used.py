@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import TraceError
-from seqbuild.weightless import small_tensor
+from seqbuild.trace.weightless import small_tensor
 
 
 class ParametersSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]

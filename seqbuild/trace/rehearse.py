@@ -1,7 +1,7 @@
 """Rehearse a step that fails on fake tensors: run it for real on small values, to learn the shape of its result.
 
 A function that loops over what `nonzero` found, or asks `.item()` and decides, needs values. It is run by itself on
-what the samples give (see `seqbuild.replay`), samples of several sizes and values: a size that is always the same is a
+what the samples give (see `replay.py`), samples of several sizes and values: a size that is always the same is a
 constant, one that follows an input's size becomes that symbol again, and any other comes from the values, so it becomes
 a symbol of its own. A number in the result may have come from the values, too: the trace can calculate with it, but not
 decide by it. A tuple or list that is not always as long is a sequence of unknown length.
@@ -22,9 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.errors import TraceError
-from seqbuild.replay import Replay, copied, for_real
-from seqbuild.sequences import UnknownLength
-from seqbuild.used import ParametersSeen, really_there
+from seqbuild.trace.replay import Replay, copied, for_real
+from seqbuild.trace.sequences import UnknownLength
+from seqbuild.trace.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
     pass

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seqbuild.sample_geometry import Geometry
+from seqbuild.sample.geometry import Geometry
 
 if TYPE_CHECKING:
-    from seqbuild.sample import SampleShape
+    from seqbuild.sample.inputs import SampleShape
 
 Row = dict[str, torch.Tensor]
 Extra = Callable[[Any, Row, Row, "SampleShape", torch.Generator], "torch.Tensor | None"]

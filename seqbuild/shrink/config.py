@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from seqbuild.shrink_agree import agree
-from seqbuild.shrink_laws import LAWS, LAYER_LAWS, enforce, fit_key_heads, fit_rotary, rotary_head_dim
-from seqbuild.shrink_layers import BY_LAYER, Layers, is_index_list
+from seqbuild.shrink.agree import agree
+from seqbuild.shrink.laws import LAWS, LAYER_LAWS, enforce, fit_key_heads, fit_rotary, rotary_head_dim
+from seqbuild.shrink.layers import BY_LAYER, Layers, is_index_list
 
 WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY = 64, 4, 16, 96, 384
 EXPERTS, CHOSEN, POSITIONS, WINDOW = 4, 2, 512, 16

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError
 from runtime.model_code import ModelCode, needed_files
-from seqbuild.source import Source, cached_snapshot
+from seqbuild.model.source import Source, cached_snapshot
 
 if TYPE_CHECKING:
     from runtime.code_loader import LoadedCode

@@ -3,7 +3,7 @@
 Where the model's code cannot be recorded, the innermost function around that line becomes one opaque step, and the
 trace is repeated; where that does not help, the function around that one, and so on. Functions that call a target are
 out of the question. A decision by values that no function surrounds is settled if the model itself refuses one of its
-outcomes (see `seqbuild.decisions`).
+outcomes (see `seqbuild.trace.decisions`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from runtime.errors import TraceError
-from seqbuild.blame import Culprit, Function, UntraceableError
-from seqbuild.decisions import UndecidedError
+from seqbuild.trace.blame import Culprit, Function, UntraceableError
+from seqbuild.trace.decisions import UndecidedError
 
 _MOST_TRACES = 64
 _T = TypeVar("_T")

@@ -1,6 +1,6 @@
 """Real values of what a graph has calculated so far, for a few real samples.
 
-A step that cannot run on fake tensors is rehearsed on real ones (`seqbuild.rehearse`). Where its arguments are made of
+A step that cannot run on fake tensors is rehearsed on real ones (`rehearse.py`). Where its arguments are made of
 the model's inputs by recorded operations (a grid of image patches, a mask, positions), they must be values that belong
 together, so the recorded operations are executed on the samples. What a leaf would have calculated is made up: its
 shape is known, its numbers do not matter.
@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.errors import TraceError
-from seqbuild.sequences import UnknownLength
-from seqbuild.weightless import small_tensor
+from seqbuild.trace.sequences import UnknownLength
+from seqbuild.trace.weightless import small_tensor
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv

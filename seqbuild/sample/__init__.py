@@ -1,0 +1,1 @@
+"""Inputs made up for a model, from its signature and config."""

@@ -1,0 +1,1 @@
+"""Configs made small, for models of the same architecture that are built in a moment."""

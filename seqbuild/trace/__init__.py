@@ -1,0 +1,1 @@
+"""Record a model's forward as a graph of whole steps."""
