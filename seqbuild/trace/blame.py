@@ -17,7 +17,7 @@ import runtime.errors
 from runtime.errors import TraceError
 
 _OURS = Path(__file__).resolve().parents[1]
-_STEPS = _OURS / "steps.py"
+_STEPS = _OURS / "trace" / "steps.py"
 _TORCH = Path(torch.__file__).resolve().parent
 
 
