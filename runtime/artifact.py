@@ -74,7 +74,11 @@ class LoadedSubgraph:
         from runtime.program import run_device, run_dtype
 
         run = self._artifact.run(run_device(inputs, model), run_dtype(model))
-        return self._program(model, **inputs, run=run)
+        entry = self.entry
+        if not entry.arguments and not entry.results:
+            return self._program(model, **inputs, run=run)
+        values = self._program(model.get_submodule(entry.scope), *(inputs[name] for name in entry.input_names), run=run)
+        return dict(zip(entry.output_names, values.values(), strict=True))
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
         """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
@@ -91,6 +95,8 @@ class Artifact:
         path: its directory.
         manifest: its table of contents.
         subgraphs: the compiled chain, in order of execution.
+        conversions: programs that make parameters from several tensors.
+        leaf_programs: what leaves do that calculate in their own way, by file.
         code: the model's own code, ready to be imported; None for a model that is part of transformers.
     """
 
@@ -98,6 +104,7 @@ class Artifact:
     manifest: Manifest
     subgraphs: tuple[LoadedSubgraph, ...] = ()
     conversions: tuple[Program, ...] = field(default=(), repr=False)
+    leaf_programs: dict[str, Program] = field(default_factory=dict, repr=False)
     constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     code: LoadedCode | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
@@ -163,7 +170,7 @@ def load(
     root = Path(path)
     manifest, sources, code = _check(root)
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    if code is not None and not trust_remote_code:
+    if code is not None and not trust_remote_code and not manifest.is_portable:
         model = manifest.model
         named = {model.config_module: model.config_class_name, model.module: model.class_name}
         own = {module: name for module, name in named.items() if is_own_module(module)}
@@ -196,15 +203,20 @@ def _check(root: Path) -> tuple[Manifest, dict[str, str], ModelCode | None]:
     own_modules = code.modules if code is not None else ()
     operators: dict[str, str] = {}
     sources: dict[str, str] = {}
-    programs: tuple[SubgraphEntry | ConversionEntry, ...] = (*manifest.subgraphs, *manifest.conversions)
-    for entry in programs:
-        if entry.file not in contents:
-            raise ArtifactError(f"{entry.file} is named as a program but not listed among the files of {root}")
-        if entry.file in manifest.model.code:
-            raise ArtifactError(f"{entry.file} is named as a program and as the model's own code")
-        for operator in check_program(contents[entry.file], _allowed(entry, own_modules), entry.file):
-            operators.setdefault(operator, entry.file)
-        sources[entry.file] = contents[entry.file].decode("ascii")
+    programs: list[tuple[str, Allowed]] = [(e.file, _allowed(e, own_modules)) for e in manifest.subgraphs]
+    programs += [(entry.file, _allowed_conversion(entry)) for entry in manifest.conversions]
+    for kind in manifest.leaf_kinds:
+        if kind.program:
+            allowed = Allowed(input_names=(kind.argument,), output_names=("output",), attributes=kind.attributes)
+            programs.append((kind.program, allowed))
+    for file, allowed in dict.fromkeys(programs):
+        if file not in contents:
+            raise ArtifactError(f"{file} is named as a program but not listed among the files of {root}")
+        if file in manifest.model.code:
+            raise ArtifactError(f"{file} is named as a program and as the model's own code")
+        for operator in check_program(contents[file], allowed, file):
+            operators.setdefault(operator, file)
+        sources[file] = contents[file].decode("ascii")
     unnamed = [path for path in contents if path.endswith(".py") and path not in (*sources, *manifest.model.code)]
     if unnamed:
         raise ArtifactError(f"{unnamed[0]} is code that {root / MANIFEST_NAME} names as no program")
@@ -236,6 +248,8 @@ def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
     """
     if allow_version_skew:
         return
+    if manifest.is_portable:
+        return  # nothing of this host's transformers calculates
     wanted, found = manifest.versions.get("transformers", ""), importlib.metadata.version("transformers")
     changed = changed_sources(manifest.sources)
     if not changed and (manifest.sources or wanted == found):
@@ -252,12 +266,28 @@ def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
     )
 
 
-def _allowed(entry: SubgraphEntry | ConversionEntry, own_modules: Sequence[str]) -> Allowed:
-    if isinstance(entry, ConversionEntry):
-        names = [f"source_{index}" for index in range(entry.num_sources)]
-        return Allowed(input_names=names, output_names=["value"])
-    kinds = ("submodules", "attributes", "objects", "constants", "opaque", "input_names", "output_names")
-    return Allowed(**{kind: getattr(entry, kind) for kind in kinds}, own_modules=own_modules)
+def _allowed_conversion(entry: ConversionEntry) -> Allowed:
+    names = tuple(f"source_{index}" for index in range(entry.num_sources))
+    return Allowed(input_names=names, output_names=("value",))
+
+
+def _allowed(entry: SubgraphEntry, own_modules: Sequence[str]) -> Allowed:
+    inside = f"{entry.scope}." if entry.scope else ""
+    outside = [n for n in (*entry.submodules, *entry.attributes, *entry.objects) if not n.startswith(inside)]
+    if outside or (entry.arguments and len(entry.arguments) != len(entry.input_names)):
+        raise ArtifactError(f"{entry.file} reaches out of its scope, or takes other inputs than its subgraph")
+    relative = {
+        kind: tuple(name.removeprefix(inside) for name in getattr(entry, kind))
+        for kind in ("submodules", "attributes", "objects")
+    }
+    return Allowed(
+        input_names=entry.arguments or entry.input_names,
+        output_names=entry.results or entry.output_names,
+        constants=entry.constants,
+        opaque=entry.opaque,
+        own_modules=tuple(own_modules),
+        **relative,
+    )
 
 
 def _check_files(root: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -360,15 +390,23 @@ def _compile(root: Path, manifest: Manifest, sources: dict[str, str]) -> Artifac
             raise ArtifactError(f"{root / CONSTANTS_NAME} cannot be read: {error}") from error
         if sorted(artifact.constants) != sorted(manifest.constants):
             raise ArtifactError(f"{root / CONSTANTS_NAME} holds other tensors than the manifest states")
+    programs = {
+        file: compile_program(sources[file], str(root / file))
+        for file in dict.fromkeys(entry.file for entry in manifest.subgraphs)
+    }
     artifact.subgraphs = tuple(
         LoadedSubgraph(
             entry=entry,
             source=sources[entry.file],
             _artifact=artifact,
-            _program=compile_program(sources[entry.file], str(root / entry.file)),
+            _program=programs[entry.file],
         )
         for entry in manifest.subgraphs
     )
+    artifact.leaf_programs = {
+        file: compile_program(sources[file], str(root / file))
+        for file in dict.fromkeys(kind.program for kind in manifest.leaf_kinds if kind.program)
+    }
     artifact.conversions = tuple(
         compile_program(sources[entry.file], str(root / entry.file)) for entry in manifest.conversions
     )

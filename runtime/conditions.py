@@ -82,8 +82,8 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int)
         result = -_value(node.operand, sizes, condition, depth + 1)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         left, right = (_value(side, sizes, condition, depth + 1) for side in (node.left, node.right))
-        if right != 0 or not isinstance(node.op, (ast.FloorDiv, ast.Mod)):
-            result = _ARITHMETIC[type(node.op)](left, right)
+        is_by_zero = right == 0 and isinstance(node.op, (ast.FloorDiv, ast.Mod))
+        result = 0 if is_by_zero else _ARITHMETIC[type(node.op)](left, right)  # for such sizes the model's code fails
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CHOICES and node.args:
         result = _CHOICES[node.func.id]([_value(item, sizes, condition, depth + 1) for item in node.args])
     if result is None or abs(result) > _LIMIT_NUMBER:

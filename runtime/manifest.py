@@ -20,7 +20,7 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 256 * 2**20
 UNBOUNDED = -1
@@ -34,6 +34,7 @@ ATTENTIONS = ("eager", "sdpa", "None", "")
 Shape = tuple[int | str, ...]
 _T = TypeVar("_T")
 _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format version 1.0 do not have
+_SINCE_2: Mapping[str, int] = {"since": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +102,33 @@ class SubgraphEntry:
     parameters: tuple[str, ...]
     uses: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
     rehearsed: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
+    scope: str = field(default="", metadata=_SINCE_2)
+    arguments: tuple[str, ...] = field(default=(), metadata=_SINCE_2)
+    results: tuple[str, ...] = field(default=(), metadata=_SINCE_2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeafKind:
+    """What modules that the host builds by itself do: torch's name of the class, and its options besides shapes.
+
+    Where the model's own class calculates in another way, `program` is the file of what it does, `argument` what that
+    calls its input, and `attributes` are the parameters that it reads.
+    """
+
+    kind: str
+    options: Mapping[str, Shape] = field(default_factory=dict)
+    program: str = ""
+    argument: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BufferEntry:
+    """A tensor of the model that is computed, not loaded: the constant that has its values, by the run's dtype; under
+    an empty name when they are the same for all.
+    """
+
+    constants: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +141,7 @@ class ParameterEntry:
     sources: tuple[str, ...]
     conversion: int
     tied_to: str
+    is_buffer: bool = field(default=False, metadata=_SINCE_2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +184,17 @@ class Manifest:
     sources: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_1)
     auto_ignore: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
     conditions: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
+    policy: str = field(default="target", metadata=_SINCE_2)
+    leaf_kinds: tuple[LeafKind, ...] = field(default=(), metadata=_SINCE_2)
+    leaves: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
+    buffers: Mapping[str, BufferEntry] = field(default_factory=dict, metadata=_SINCE_2)
+    foreign: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_2)
+    limits: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether the artifact is the whole program: a host needs no code of the model's."""
+        return self.policy == "linear" and not self.foreign and not self.opaque_steps
 
     @property
     def opaque_steps(self) -> tuple[str, ...]:

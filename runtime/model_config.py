@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
 
+LIMITS = ("vocab_size", "max_position_embeddings")
 # What a run without training, sampling and cache does not look at, so that copies of one model may differ in it.
 _WITHOUT_EFFECT = re.compile(
     r"_.*|.*_token_id|.*dropout.*|.*dropprob|initializer_.*|output_.*|use_cache|return_dict|router_aux_loss_coef"
@@ -71,8 +72,11 @@ def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
 
 def text_limits(artifact: Artifact) -> tuple[int | None, int | None]:
     """Size of the vocabulary and length of the longest sequence, None where the config does not state it."""
+    if artifact.manifest.is_portable:
+        vocab_size, longest = (artifact.manifest.limits.get(name) for name in LIMITS)
+        return vocab_size, longest
     config = read_config(artifact.path, artifact.config_class).get_text_config()
-    vocab_size, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    vocab_size, longest = (getattr(config, name, None) for name in LIMITS)
     return _positive(vocab_size), _positive(longest)
 
 
@@ -98,7 +102,13 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         return
     paths = (artifact.path, directory)
-    compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
+    stated = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in paths]
+    if next(_differences(*stated, is_strict=True), None) is None:
+        return
+    if artifact.manifest.is_portable and artifact.code is not None:
+        compiled, found = stated  # the classes that know more are the model's own code
+    else:
+        compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
     for name, expected, got in _differences(compiled, found):
         raise WeightsError(
             f"{directory / 'config.json'} has {name} = {got!r}, the artifact was compiled with {expected!r}",
@@ -112,13 +122,17 @@ def _stated_type(directory: Path) -> dict[str, Any]:
     return {"model_type": stated} if stated is not None else {}
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for name in one:
-        if name not in other or _WITHOUT_EFFECT.fullmatch(name):
+def _differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "", *, is_strict: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Entries that differ; with `is_strict` also those that only one of the two has."""
+    for name in dict.fromkeys((*one, *other)):
+        is_missing = name not in one or name not in other
+        if _WITHOUT_EFFECT.fullmatch(name) or (is_missing and not is_strict):
             continue
-        first, second = one[name], other[name]
+        first, second = one.get(name), other.get(name)
         if isinstance(first, Mapping) and isinstance(second, Mapping):
-            yield from _differences(first, second, f"{prefix}{name}.")
+            yield from _differences(first, second, f"{prefix}{name}.", is_strict=is_strict)
         elif first != second:
             yield prefix + name, first, second
 

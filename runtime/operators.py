@@ -43,7 +43,7 @@ _PRODUCT = """
     addbmm addmm addmv addr baddbmm bilinear bmm cdist chain_matmul conv1d conv2d conv3d conv_transpose1d
     conv_transpose2d conv_transpose3d convolution cosine_similarity cross dot einsum inner kron linalg_inv
     linalg_matrix_exp linalg_solve linear matmul mm mv outer scaled_dot_product_attention tensordot trace vdot
-    linalg_cross linalg_multi_dot _convolution
+    linalg_cross linalg_multi_dot linalg_solve_triangular _convolution
 """
 _LAYER = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout

@@ -34,6 +34,10 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     from runtime.model_config import read_config
 
     entry, path = artifact.manifest.model, artifact.path
+    if artifact.manifest.is_portable:
+        from runtime.tree import build_tree
+
+        return build_tree(artifact, dtype if dtype is not None else getattr(torch, entry.dtype))
     cls = _model_class(entry.module, entry.class_name, artifact.code)
     config = read_config(path, artifact.config_class)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)

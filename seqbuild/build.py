@@ -26,26 +26,30 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check
-from runtime.errors import TargetError
+from runtime.errors import TargetError, UsageError
 from runtime.grammar import is_opaque_path
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, sha256
+from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
+from seqbuild.emit import common_scope
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
-from seqbuild.model.from_config import build_weightless, default_dtype
+from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
 from seqbuild.model.own_code import OwnCode, own_code_of
 from seqbuild.model.relied_on import relied_on
 from seqbuild.model.source import Source, resolve_source
+from seqbuild.portable import Parts, limits, parts
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
 from seqbuild.trace.subgraphs import Trace
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from seqbuild.trace.blame import Function
 
+POLICIES = ("auto", "linear", "target")
 DEFAULT_OUT = Path("artifacts")
 # As `gc.set_threshold` takes it; by default the first is some hundred or thousand.
 _RARE = (100_000, 50, 50)
@@ -109,6 +113,7 @@ def build(
     out: str | os.PathLike[str] = DEFAULT_OUT,
     force: bool = False,
     trust_remote_code: bool = False,
+    leaves: str = "auto",
 ) -> Compiled:
     """Compile a model, or find that it has been.
 
@@ -125,7 +130,12 @@ def build(
         out: the directory under which the artifact's own directory is put.
         force: compile again even when the same artifact is there.
         trust_remote_code: allow the code that the model brings, if any, to be executed.
+        leaves: how deep to trace. `target` stops at the targets, which a host calls as modules of the model's own
+            classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
+            `auto` does that where nothing must be left whole, so that the artifact is portable, and `target` otherwise.
     """
+    if leaves not in POLICIES:
+        raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
     with own_code_of(source, is_allowed=trust_remote_code) as own:
         return _build(
@@ -140,6 +150,7 @@ def build(
             attn_implementation=attn_implementation,
             out=out,
             force=force,
+            leaves=leaves,
         )
 
 
@@ -156,6 +167,7 @@ def _build(
     attn_implementation: str | None,
     out: str | os.PathLike[str],
     force: bool,
+    leaves: str,
 ) -> Compiled:
     """The passes after the model's own code, if it brings any, can be imported."""
     start = time.perf_counter()
@@ -163,7 +175,7 @@ def _build(
     inputs = read_sample(model, sample, text_only=text_only)
     ignore = as_names(ignore)
     candidates = [as_names(targets)] if targets else list(inferred_targets(model))
-    parts = cache.ingredients(
+    ingredients = cache.ingredients(
         source,
         model,
         target_patterns=candidates[0],
@@ -172,8 +184,9 @@ def _build(
         targets_per_subgraph=targets_per_subgraph,
         sample=inputs,
         model_code=own.files if own is not None else {},
+        leaves=leaves,
     )
-    key = cache.input_key(parts)
+    key = cache.input_key(ingredients)
     path = Path(out) / f"{source.name}-{key[:12]}"
 
     def may_ignore(function: Function) -> bool:
@@ -192,10 +205,11 @@ def _build(
                 targets_per_subgraph=targets_per_subgraph,
                 drop_uncalled=not targets,
                 is_batch_only=sample is not None,
+                leaves=leaves,
             )
             _require_matched(traced.trace, ignore)
             keys = key_table(model, source.checkpoint_shapes())
-            files, manifest = _assemble(source, own, model, traced, keys, parts)
+            files, manifest = _assemble(source, own, model, traced, keys, ingredients)
             found = _write(path, files, manifest)
     return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=time.perf_counter() - start)
 
@@ -228,23 +242,26 @@ def _assemble(
     model: nn.Module,
     traced: Traced,
     keys: KeyTable,
-    parts: Mapping[str, str],
+    ingredients: Mapping[str, str],
 ) -> tuple[dict[str, bytes], Manifest]:
     """All files of the artifact but the manifest, and the manifest that lists them."""
     trace = traced.trace
-    names = describe.target_names(trace, model)
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
     files = {"config.json": source.config_file.read_bytes(), **source.companions(), **own_files}
-    entries, modules, targets = [], dict(model.named_modules(remove_duplicate=False)), dict.fromkeys(names)
-    for index, subgraph in enumerate(trace.subgraphs):
-        code = subgraph.emit(traced.marker)
-        file = f"subgraphs/{index:03d}.py"
-        entries.append(describe.describe_subgraph(subgraph, code, modules, targets, file))
-        title = f"# subgraph {index + 1} of {len(trace.subgraphs)}: {', '.join(entries[-1].targets) or 'no target'}\n"
-        files[file] = (title + code.source).encode("ascii")
+    programs, entries = _programs(model, traced)
+    files |= programs
     for index, program in enumerate(keys.programs):
         files[f"conversions/{index:03d}.py"] = program.encode("ascii")
-    constants = dict(trace.tracer.constants)
+    found = Parts()
+
+    def rebuilt(dtype: torch.dtype) -> nn.Module:
+        return build_weightless(source, like=model, dtype=dtype, own=own)
+
+    if traced.leaves != "target":
+        found = parts(model, entries, rebuilt, TRACE_DTYPE)
+    files |= {file: program.encode("ascii") for file, program in found.programs.items()}
+    is_portable = traced.leaves != "target" and not found.foreign and not any(entry.opaque for entry in entries)
+    constants = {**trace.tracer.constants, **found.constants}
     if constants:
         from safetensors.torch import save
 
@@ -252,15 +269,15 @@ def _assemble(
     symbols = describe.Symbols(trace, traced.marker)
     dtype = default_dtype(source)
     manifest = Manifest(
-        input_key=cache.input_key(parts),
-        ingredients=dict(parts),
+        input_key=cache.input_key(ingredients),
+        ingredients=dict(ingredients),
         model=describe.describe_model(model, dtype, tuple(own_files)),
         versions=cache.versions(),
-        targets=tuple(names),
+        targets=tuple(dict.fromkeys(name for entry in entries for name in entry.targets)),
         target_patterns=traced.patterns,
         ignore=tuple(name for name in trace.tracer.ignore if name not in trace.auto_ignore),
         auto_ignore=trace.auto_ignore,
-        targets_per_subgraph=int(parts["targets_per_subgraph"]),
+        targets_per_subgraph=int(ingredients["targets_per_subgraph"]),
         inputs=describe.describe_inputs(trace, symbols),
         dims=symbols.dims(),
         conditions=symbols.conditions(),
@@ -272,10 +289,42 @@ def _assemble(
         ),
         values=describe.describe_values(trace, symbols),
         constants=tuple(constants),
-        sources=relied_on(model, entries, own.modules if own is not None else ()),
+        sources={} if is_portable else relied_on(model, entries, own.modules if own is not None else ()),
+        policy=traced.leaves,
+        leaf_kinds=tuple(found.kinds),
+        leaves=found.leaves,
+        buffers=found.buffers,
+        foreign=found.foreign,
+        limits=limits(model.config),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )
     return files, manifest
+
+
+def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry]]:
+    """The code of the subgraphs by file, and their entries. What is the same for several is in one file."""
+    subgraphs = traced.trace.subgraphs
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets = describe.target_names(model, [subgraph.graph for subgraph in subgraphs], traced.trace.targets)
+    entries: list[SubgraphEntry] = []
+    users: dict[str, list[int]] = {}
+    for index, subgraph in enumerate(subgraphs):
+        scope = None
+        if traced.leaves != "target":
+            scope = common_scope(subgraph.graph, targets[index][0]) if len(targets[index]) == 1 else ""
+        code = subgraph.emit(traced.marker, scope=scope, is_last=index == len(subgraphs) - 1)
+        like = users.setdefault(code.source, [])
+        like.append(index)
+        file = f"subgraphs/{like[0]:03d}.py"
+        entries.append(describe.describe_subgraph(subgraph, code, modules, targets[index], file, scope))
+    files = {}
+    for source, like in users.items():
+        which = f"subgraph {like[0] + 1}" if len(like) == 1 else f"{len(like)} subgraphs from {like[0] + 1} on"
+        names = [name for index in like for name in targets[index]]
+        shown = ", ".join(names[:1] + names[-1:] if len(like) > 1 else names) or "no target"
+        title = f"# {which} of {len(subgraphs)}: {shown}\n"
+        files[entries[like[0]].file] = (title + source).encode("ascii")
+    return files, entries
 
 
 def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:

@@ -41,6 +41,7 @@ def ingredients(
     targets_per_subgraph: int,
     sample: Mapping[str, Any],
     model_code: Mapping[str, bytes],
+    leaves: str,
 ) -> dict[str, str]:
     """Everything that the input key is made of: name to a short value or the digest of a long one.
 
@@ -53,6 +54,7 @@ def ingredients(
         targets_per_subgraph: likewise a request.
         sample: the inputs.
         model_code: the files of the model's own code, by path.
+        leaves: how deep to trace.
     """
     checkpoint = source.checkpoint_shapes()
     config: Any = getattr(model, "config", None)
@@ -69,6 +71,7 @@ def ingredients(
         "targets": json.dumps(list(target_patterns)),
         "ignore": json.dumps(list(ignore)),
         "auto_ignore": json.dumps(auto_ignore),
+        "leaves": leaves,
         "targets_per_subgraph": str(targets_per_subgraph),
         "sample": json.dumps({name: _signature(value) for name, value in sample.items()}),
     }

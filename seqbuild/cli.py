@@ -52,6 +52,9 @@ def compile_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = Path(
         "artifacts"
     ),
+    leaves: Annotated[
+        str, typer.Option("--leaves", help="How deep to trace: target, linear, or auto for linear where that is whole.")
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
@@ -74,6 +77,7 @@ def compile_command(
         attn_implementation=attn_implementation,
         out=out,
         force=force,
+        leaves=leaves,
         trust_remote_code=trust_remote_code,
     )
     manifest = done.manifest

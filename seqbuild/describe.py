@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
+from torch import nn
 
 from runtime.manifest import (
     UNBOUNDED,
@@ -21,11 +22,12 @@ from runtime.manifest import (
 )
 from seqbuild.emit import EmittedCode
 from seqbuild.model.from_config import TRACE_DTYPE
+from seqbuild.partition import target_of
 from seqbuild.trace.guards import conditions
 from seqbuild.trace.weightless import kept_in_float32
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import fx
 
     from seqbuild.model.checkpoint_keys import KeyTable
     from seqbuild.subgraph import Subgraph
@@ -127,9 +129,24 @@ def _describe_value(node: fx.Node | Any, symbols: Symbols) -> TensorEntry:
 
 
 def describe_subgraph(
-    subgraph: Subgraph, code: EmittedCode, modules: Mapping[str, nn.Module], target_names: Collection[str], file: str
+    subgraph: Subgraph,
+    code: EmittedCode,
+    modules: Mapping[str, nn.Module],
+    target_names: Sequence[str],
+    file: str,
+    scope: str | None,
 ) -> SubgraphEntry:
-    """One subgraph's entry; `modules` are the model's, by every name that they have."""
+    """One subgraph's entry.
+
+    Args:
+        subgraph: whose entry it is.
+        code: its code.
+        modules: the model's, by every name that they have.
+        target_names: those that lie in the subgraph.
+        file: where the code is.
+        scope: as for `seqbuild.emit`.
+    """
+    is_shared = scope is not None
     return SubgraphEntry(
         file=file,
         input_names=tuple(subgraph.input_names),
@@ -142,8 +159,11 @@ def describe_subgraph(
         uses=code.uses,
         opaque=code.opaque,
         rehearsed=tuple(dict.fromkeys(_rehearsed(subgraph))),
-        targets=tuple(name for name in code.submodules if name in target_names),
+        targets=tuple(target_names),
         parameters=tuple(dict.fromkeys(_needed(modules, code))),
+        scope=scope or "",
+        arguments=code.arguments if is_shared else (),
+        results=code.results if is_shared else (),
     )
 
 
@@ -193,6 +213,7 @@ def describe_parameters(
             sources=keys.sources.get(source, (source,)),
             conversion=keys.conversion.get(source, -1),
             tied_to="" if tied_to == name else tied_to,
+            is_buffer=not isinstance(tensor, nn.Parameter),
         )
     return entries
 
@@ -234,9 +255,11 @@ def _dtype_name(dtype: torch.dtype, marker: torch.dtype | None) -> str:
     return "model" if dtype == marker else str(dtype).removeprefix("torch.")
 
 
-def target_names(trace: Trace, model: nn.Module) -> list[str]:
-    """Dotted names of the targets, in order of execution."""
+def target_names(model: nn.Module, graphs: Sequence[fx.Graph], targets: Collection[nn.Module]) -> list[list[str]]:
+    """Dotted names of the targets in each subgraph, in order of execution."""
     names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    called = [str(node.target) for node in trace.graph.find_nodes(op="call_module")]
-    wanted = {names[target] for target in trace.targets}
-    return [name for name in dict.fromkeys(called) if name in wanted]
+    found = []
+    for graph in graphs:
+        inside = (target_of(node, model, targets) for node in graph.nodes)
+        found.append([names[target] for target in dict.fromkeys(inside) if target is not None])
+    return found

@@ -17,8 +17,11 @@ Every statement is one of
 
 from __future__ import annotations
 
+import itertools
+import keyword
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +35,7 @@ from runtime.operators import is_allowed
 from seqbuild.trace.decisions import require
 from seqbuild.trace.states import copy_dict
 
+_NUMBER = re.compile(r"_?\d+")
 _INFIX: dict[Any, str] = {
     operator.add: "+",
     operator.sub: "-",
@@ -64,17 +68,20 @@ class EmittedCode:
     """Source of one subgraph and everything that it refers to, each in order of first use.
 
     Attributes:
-        source: a module with one function, `forward(self, <inputs>, *, run)`.
+        source: a module with one function, `forward(self, <arguments>, *, run)`.
+        arguments: what the function calls the subgraph's inputs, in their order.
         submodules: dotted names of the modules it calls.
         attributes: dotted names of the parameters and buffers it reads directly.
         objects: dotted names of modules or configs that are handed whole to opaque steps.
         uses: dotted names of the parameters and buffers that opaque steps use of them.
         constants: names of the artifact's tensors.
         opaque: paths of the functions called whole.
-        output_names: keys of the returned dict.
+        output_names: names of the results in the chain.
+        results: keys of the returned dict, in the same order.
     """
 
     source: str
+    arguments: tuple[str, ...]
     submodules: tuple[str, ...]
     attributes: tuple[str, ...]
     objects: tuple[str, ...]
@@ -82,20 +89,44 @@ class EmittedCode:
     constants: tuple[str, ...]
     opaque: tuple[str, ...]
     output_names: tuple[str, ...]
+    results: tuple[str, ...]
 
 
-def emit(graph: fx.Graph, *, title: str = "", traced_dtype: torch.dtype | None = None) -> EmittedCode:
+def emit(
+    graph: fx.Graph,
+    *,
+    title: str = "",
+    traced_dtype: torch.dtype | None = None,
+    scope: str | None = None,
+    is_last: bool = True,
+) -> EmittedCode:
     """Generate the source of a subgraph.
 
     Args:
         graph: its placeholders are the inputs, its output a dict; `owning_module` resolves attribute names.
         title: a comment for the first line.
         traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes as they are.
+        scope: the module that `self` is, by its dotted name, which everything that the subgraph calls and reads must
+            lie in; values then get names that depend on the subgraph alone, so that layers which do the same have the
+            same source. None takes the model, and the names of the graph.
+        is_last: whether the results are the model's own, whose names are kept.
 
     Raises:
         TraceError: for a value or function that generated code cannot contain.
     """
-    return _Emitter(graph, traced_dtype).emit(title)
+    return _Emitter(graph, traced_dtype, scope, is_last).emit(title)
+
+
+def common_scope(graph: fx.Graph, target: str) -> str:
+    """`target`, if all that a subgraph calls and reads lies in it; else the whole model, whose name is empty."""
+    references = (
+        str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr") and not _is_constant(node)
+    )
+    return target if all(name.startswith(f"{target}.") for name in references) else ""
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return bool(node.meta.get("constant"))
 
 
 def is_offered(operator_: torch._ops.OpOverload) -> bool:
@@ -108,32 +139,39 @@ def is_offered(operator_: torch._ops.OpOverload) -> bool:
 class _Emitter:
     graph: fx.Graph
     traced_dtype: torch.dtype | None
+    scope: str | None
+    is_last: bool
     names: dict[fx.Node, str] = field(default_factory=dict)
+    taken: dict[str, None] = field(default_factory=dict)
     references: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def emit(self, title: str) -> EmittedCode:
-        inputs = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
-        for name in inputs:
+        inputs = self.graph.find_nodes(op="placeholder")
+        for node in inputs:
+            self._name(node, str(node.target))
+        arguments = [self.names[node] for node in inputs]
+        for name in arguments:
             if name in RESERVED:
                 raise TraceError(f"an input of the model is called {name!r}, which generated code needs for itself")
         lines = [f"# {title}"] if title else []
-        lines.append(f"def forward({', '.join(['self', *inputs])}, *, run):")
+        lines.append(f"def forward({', '.join(['self', *arguments])}, *, run):")
         last_use = self._last_uses()
         for node in self.graph.nodes:
-            if node.op == "placeholder":
-                self.names[node] = str(node.target)
-            elif node.op == "output":
+            if node.op == "output":
                 lines.extend(self._return(node.args[0]))
-            else:
-                self.names[node] = node.name
-                lines.append(f"    {node.name} = {self._expression(node)}")
+            elif node.op != "placeholder":
+                expression = self._expression(node)
+                self._name(node, node.name)
+                lines.append(f"    {self.names[node]} = {expression}")
                 finished = [self.names[source] for source in last_use.get(node, ())]
                 if finished:
                     lines.append(f"    del {', '.join(finished)}")
         (output,) = self.graph.find_nodes(op="output")
         return EmittedCode(
             source="\n".join(lines) + "\n",
+            arguments=tuple(arguments),
             output_names=tuple(output.args[0]),
+            results=tuple(self._results(output.args[0])),
             **{kind: tuple(self.references.get(kind, ())) for kind in _REFERENCE_KINDS},
         )
 
@@ -151,8 +189,29 @@ class _Emitter:
         return ends
 
     def _return(self, fields: dict[str, Any]) -> list[str]:
-        items = [f"        {_text(name)}: {self._value(value)}," for name, value in fields.items()]
+        named = zip(self._results(fields), fields.values(), strict=True)
+        items = [f"        {_text(name)}: {self._value(value)}," for name, value in named]
         return ["    return {", *items, "    }"] if items else ["    return {}"]
+
+    def _results(self, fields: dict[str, Any]) -> list[str]:
+        """Keys of the returned dict: the chain's names for its values, or those that they have in this function."""
+        return list(fields) if self.scope is None or self.is_last else [self.names[value] for value in fields.values()]
+
+    def _name(self, node: fx.Node, name: str) -> None:
+        """Choose a value's name. One that depends on the subgraph alone has no numbers but those that count here."""
+        if self.scope is not None:
+            own = self._relative(str(node.target)).replace(".", "_") if node.op in ("call_module", "get_attr") else name
+            base = own if node.op in ("call_module", "get_attr") else _NUMBER.sub("", own)
+            base = (
+                base if base.isidentifier() and not base.startswith("__") and not keyword.iskeyword(base) else "value"
+            )
+            taken = itertools.chain([base], (f"{base}_{index}" for index in itertools.count(1)))
+            name = next(free for free in taken if free not in self.taken and free not in RESERVED)
+        self.taken[name] = None
+        self.names[node] = name
+
+    def _relative(self, name: str) -> str:
+        return name.removeprefix(f"{self.scope}.") if self.scope else name
 
     def _expression(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -202,7 +261,7 @@ class _Emitter:
 
     def _attribute(self, node: fx.Node) -> str:
         name = str(node.target)
-        if node.meta.get("constant"):
+        if _is_constant(node):
             return f"run.constant({_text(self._refer('constants', name))})"
         value = _lookup(self.graph.owning_module, name)
         if isinstance(value, nn.Module):
@@ -213,12 +272,12 @@ class _Emitter:
             owner, _, attribute = name.rpartition(".")
             return f"{self._submodule(owner, is_called=False)}.{attribute}"
         kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
-        return f"self.get_{kind}({_text(self._refer('attributes', name))})"
+        return f"self.get_{kind}({_text(self._relative(self._refer('attributes', name)))})"
 
     def _submodule(self, name: str, is_called: bool = True) -> str:
         if is_called:
             self._refer("submodules", name)
-        return f"self.get_submodule({_text(name)})"
+        return f"self.get_submodule({_text(self._relative(name))})"
 
     def _refer(self, kind: str, name: str) -> str:
         self.references.setdefault(kind, {})[name] = None

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Under this key a node says inside which target it was recorded, when that is traced through.
+WITHIN = "within"
+
+
+def target_of(node: fx.Node, root: nn.Module, targets: Collection[nn.Module]) -> nn.Module | None:
+    """The target that a node calls, or is a part of."""
+    name = node.meta.get(WITHIN) or (node.target if node.op == "call_module" else None)
+    module = root.get_submodule(str(name)) if name is not None else None
+    return module if module in targets else None
+
+
 def graph_is_well_formed(graph: fx.Graph) -> bool:
     """Whether, for all nodes A and B: A is in B.users exactly when B is in A.all_input_nodes."""
     edges = [(node, user) for node in graph.nodes for user in node.users]
@@ -26,16 +37,14 @@ def graph_is_well_formed(graph: fx.Graph) -> bool:
 
 
 def find_target_nodes(graph: fx.GraphModule | fx.Graph, targets: Collection[nn.Module]) -> KeysView[fx.Node]:
-    """The nodes that call a target, in graph order.
+    """The nodes that call a target, or are part of one that is traced through, in graph order.
 
     Args:
         graph: a graph module, or a graph whose owning module has the called modules.
         targets: the modules looked for.
     """
     fx_graph, root = _graph_and_root(graph)
-    return dict.fromkeys(
-        node for node in fx_graph.find_nodes(op="call_module") if root.get_submodule(str(node.target)) in targets
-    ).keys()
+    return dict.fromkeys(node for node in fx_graph.nodes if target_of(node, root, targets) is not None).keys()
 
 
 def topological_partition(
@@ -61,10 +70,10 @@ def topological_partition(
     assert graph_is_well_formed(fx_graph), "an edge of the graph is known at one end only"
     nodes = list(fx_graph.nodes)
     calls: dict[nn.Module, list[int]] = {}
-    target_nodes = find_target_nodes(graph, targets)
     for position, node in enumerate(nodes):
-        if node in target_nodes:
-            calls.setdefault(root.get_submodule(str(node.target)), []).append(position)
+        target = target_of(node, root, targets)
+        if target is not None:
+            calls.setdefault(target, []).append(position)
     if not calls:
         raise TargetError("none of the sequential targets is called by the model's forward")
     cuts = _cuts([(positions[0], positions[-1]) for positions in calls.values()], targets_per_subgraph)

@@ -41,9 +41,9 @@ class Subgraph:
             self._emitted = emit(self.graph)
         return self._emitted
 
-    def emit(self, traced_dtype: torch.dtype | None) -> EmittedCode:
-        """The code for an artifact: `traced_dtype` is written as the run's dtype."""
-        return emit(self.graph, traced_dtype=traced_dtype)
+    def emit(self, traced_dtype: torch.dtype | None, *, scope: str | None = None, is_last: bool = True) -> EmittedCode:
+        """The code for an artifact, see `seqbuild.emit`: `traced_dtype` is written as the run's dtype."""
+        return emit(self.graph, traced_dtype=traced_dtype, scope=scope, is_last=is_last)
 
     def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Execute the subgraph with the weights of `model`.

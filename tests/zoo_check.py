@@ -125,7 +125,7 @@ def with_weights(artifact: Artifact, model: PreTrainedModel) -> torch.nn.Module:
 
 def misplaced_targets(artifact: Artifact) -> str:
     """A target that lies in no subgraph or in several, as a sentence; empty when there is none."""
-    places = Counter(name for subgraph in artifact.subgraphs for name in subgraph.entry.submodules)
+    places = Counter(name for subgraph in artifact.subgraphs for name in subgraph.entry.targets)
     wrong = [name for name in artifact.manifest.targets if places[name] != 1]
     return f"target {wrong[0]} lies in {places[wrong[0]]} subgraphs" if wrong else ""
 

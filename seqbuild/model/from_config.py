@@ -14,6 +14,7 @@ from runtime.model_config import parse_config, require_plain_attention
 from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from seqbuild.model.own_code import OwnCode
@@ -23,9 +24,14 @@ TRACE_DTYPE = torch.bfloat16
 
 
 def build_weightless(
-    source: Source, *, attn_implementation: str | None = None, own: OwnCode | None = None
+    source: Source,
+    *,
+    attn_implementation: str | None = None,
+    own: OwnCode | None = None,
+    dtype: torch.dtype = TRACE_DTYPE,
+    like: nn.Module | None = None,
 ) -> PreTrainedModel:
-    """The model of `source` with parameters on the meta device, in `TRACE_DTYPE` and eval mode.
+    """The model of `source` with parameters on the meta device, in eval mode.
 
     The class is that of its own code, else the one that config.json names under `architectures`, else the causal
     language model of its type, else its base model.
@@ -34,6 +40,8 @@ def build_weightless(
         source: where the config is.
         attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
         own: the code that the model brings, allowed and loaded; None for a model that is part of transformers.
+        dtype: of the weights.
+        like: a model whose class and attention to take; None finds them out.
 
     Raises:
         ModelError: when transformers does not know the model, or it cannot be built.
@@ -49,12 +57,13 @@ def build_weightless(
     require_plain_attention(config, source.config_file)
     if attn_implementation is not None and attn_implementation not in ATTENTIONS:
         raise UsageError(f"the attention is {attn_implementation!r}", hint="it can be eager or sdpa")
-    cls: Any = (own.model_class() if own is not None else None) or _model_class(source, config)
+    cls: Any = type(like) if like is not None else (own.model_class() if own is not None else None)
+    cls = cls or _model_class(source, config)
+    if like is not None:
+        attn_implementation = str(like.config._attn_implementation)  # type: ignore[union-attr]
     try:
         with without_weights(), quiet("transformers"):  # its remarks on generation configs and the like
-            model: PreTrainedModel = cls._from_config(
-                config, dtype=TRACE_DTYPE, attn_implementation=attn_implementation
-            )
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:
         raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_reason(error)}") from error
     model.tie_weights()  # building on the meta device makes shared parameters anew, and so apart

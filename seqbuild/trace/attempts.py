@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from runtime.errors import DataError, TargetError, TraceError
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.sample.inputs import REHEARSAL_SHAPES, default_sample, rehearsal_samples
+from seqbuild.trace.leaf_policy import always_foreign
 from seqbuild.trace.subgraphs import Trace, trace_model
 
 if TYPE_CHECKING:
@@ -36,11 +38,13 @@ class Traced:
         trace: the trace.
         patterns: what the model was cut at.
         fixed_dtype: the only dtype of the weights in which the trace holds; None when it holds for any.
+        leaves: how deep it goes, `target` or `linear`.
     """
 
     trace: Trace
     patterns: tuple[str, ...]
     fixed_dtype: torch.dtype | None
+    leaves: str
 
     @property
     def marker(self) -> torch.dtype | None:
@@ -114,6 +118,7 @@ def trace_somehow(
     targets_per_subgraph: int,
     drop_uncalled: bool,
     is_batch_only: bool,
+    leaves: str,
 ) -> Traced:
     """The first trace that works.
 
@@ -126,10 +131,27 @@ def trace_somehow(
         targets_per_subgraph: likewise.
         drop_uncalled: likewise.
         is_batch_only: likewise.
+        leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, else `target`.
 
     Raises:
         TargetError, TraceError: of the first attempt, when none works.
     """
+    if leaves == "auto":
+        return _trace_portably(
+            lambda policy, may: trace_somehow(
+                model,
+                samples,
+                candidates,
+                ignore=ignore,
+                may_ignore=may,
+                targets_per_subgraph=targets_per_subgraph,
+                drop_uncalled=drop_uncalled,
+                is_batch_only=is_batch_only,
+                leaves=policy,
+            ),
+            may_ignore,
+            is_hopeless=bool(ignore or always_foreign(model)),
+        )
 
     def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
         real = [_in_dtype(sample, dtype) for sample in samples]
@@ -144,9 +166,10 @@ def trace_somehow(
             may_ignore=may_ignore,
             samples=real,
             is_batch_only=is_batch_only,
+            leaves=leaves,
         )
         fixed = None if dtype == TRACE_DTYPE else dtype
-        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed)
+        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
 
     first: TargetError | None = None
     for patterns in candidates:
@@ -163,3 +186,16 @@ def trace_somehow(
                 raise error from None
     assert first is not None, "there are candidates"
     raise first
+
+
+def _trace_portably(
+    trace: Callable[[str, Callable[[Function], bool]], Traced],
+    may_ignore: Callable[[Function], bool],
+    *,
+    is_hopeless: bool,
+) -> Traced:
+    """A trace that leaves nothing whole but what a host builds by itself, or one that stops at the targets."""
+    if not is_hopeless:
+        with contextlib.suppress(TraceError):
+            return trace("linear", lambda function: False)
+    return trace("target", may_ignore)

@@ -56,31 +56,41 @@ class LeafMemory:
     def __init__(self, root: nn.Module, fake_mode: FakeTensorMode) -> None:
         self._fake_mode = fake_mode
         self._patched = {id(module) for module in root.modules() if "forward" in module.__dict__}
-        self._results: dict[Any, Any] = {}
+        self._results: dict[Any, Description] = {}
         with fake_mode:
             self._usual = frozenset(vars(nn.Parameter(torch.empty(0), requires_grad=False)))
 
     def call(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """What `run` returns, which calls `leaf` with these arguments, or the same in new fake tensors."""
-        before = self._look(leaf, args, kwargs)
+        before = self.look(leaf, args, kwargs)
         if before is None:
             return run()
         if before.key in self._results:
-            return self._made_again(self._results[before.key], before)
+            return self.made_again(self._results[before.key], before)
+        output, described = self.described(leaf, args, kwargs, before, run)
+        if described is not None:
+            self._results[before.key] = described
+        return output
+
+    def described(
+        self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Look, run: Callable[[], Any]
+    ) -> tuple[Any, Description | None]:
+        """What `run` returns, and its description, if it follows from nothing but what `before` has seen."""
         with _watched(before.numbered) as reads:
             output = run()
-        after = self._look(leaf, args, kwargs)
+        after = self.look(leaf, args, kwargs)
         if not reads and after is not None and after.facts == before.facts and after.key == before.key:
             with contextlib.suppress(_UnknownError), torch._C.DisableTorchFunction():
-                self._results[before.key] = _Description(before).of(output)
-        return output
+                return output, Description(_Describer(before).of(output))
+        return output, None
 
     def clear(self) -> None:
         """Forget everything."""
         self._results.clear()
 
-    def _look(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Look | None:
-        look = _Look(fake_mode=self._fake_mode, patched=self._patched, usual=self._usual)
+    def look(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Look | None:
+        """All that decides the structure of the result; None when something takes part that is not compared."""
+        look = Look(fake_mode=self._fake_mode, patched=self._patched, usual=self._usual)
         try:
             with torch._C.DisableTorchFunction():
                 look.at(leaf, args, kwargs)
@@ -88,14 +98,15 @@ class LeafMemory:
             return None
         return look
 
-    def _made_again(self, described: Any, look: _Look) -> Any:
+    def made_again(self, described: Description, look: Look) -> Any:
+        """A result as it was described, of new fake tensors."""
         shape_env: Any = self._fake_mode.shape_env
         with disable_proxy_modes_tracing(), shape_env.sizes_kept_free(), self._fake_mode:
-            return _made(described, look.tensors)
+            return _made(described.content, look.tensors)
 
 
 @dataclass(kw_only=True)
-class _Look:
+class Look:
     """All that decides the structure of a leaf's result."""
 
     fake_mode: FakeTensorMode
@@ -264,6 +275,13 @@ class _Watched:
         del vars(owner)[self.name]
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A result, described so that it can be made again."""
+
+    content: Any
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Argument:
     """An argument that is handed through: its place among the tensors."""
@@ -281,10 +299,10 @@ class _Tensor:
     device: torch.device
 
 
-class _Description:
+class _Describer:
     """Describes a result so that it can be made again."""
 
-    def __init__(self, look: _Look) -> None:
+    def __init__(self, look: Look) -> None:
         self.look = look
         self.arguments = {id(tensor): place for place, tensor in enumerate(look.tensors[: look.num_arguments])}
         self.storages = {_storage(tensor) for tensor in look.tensors}

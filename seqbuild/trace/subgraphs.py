@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import TargetError
-from seqbuild.partition import find_target_nodes, partition_graph, topological_partition, trace_consumed_names
+from seqbuild.partition import partition_graph, target_of, topological_partition, trace_consumed_names
 from seqbuild.sample.inputs import populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
 from seqbuild.trace.blame import Function
 from seqbuild.trace.ladder import climb
+from seqbuild.trace.leaf_policy import always_foreign
 from seqbuild.trace.tracer import SequentialTracer
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def trace_model(
     may_ignore: Callable[[Function], bool] = lambda function: False,
     samples: Sequence[Mapping[str, Any]] = (),
     is_batch_only: bool = True,
+    leaves: str = "target",
 ) -> Trace:
     """As `trace_subgraphs`, with all that was learned.
 
@@ -105,17 +107,22 @@ def trace_model(
         may_ignore: whether a function that cannot be recorded may become an opaque step.
         samples: real inputs of several sizes for steps that need values, the first with the sizes of the sample.
         is_batch_only: insist on a free batch, but not on a free length of token inputs.
+        leaves: as for `SequentialTracer`.
     """
     targets = require_targets(model, as_names(sequential_targets))
     ancestors = get_sequential_ancestors(model, targets)
     concrete = populate_concrete_args(model, sample_input)
     arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
 
+    foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
+
     def attempt(paths: Sequence[str], answers: Sequence[bool]) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
             _offloaded(model, ancestors),
-            ignore=(*as_names(ignore), *paths),
+            ignore=(*as_names(ignore), *(path for path in paths if path not in foreign)),
+            leaves=leaves,
+            foreign=foreign,
             dtype=dtype,
             targets=targets,
             answers=answers,
@@ -127,7 +134,10 @@ def trace_model(
 
     def is_candidate(function: Function) -> bool:
         is_ancestor = function.is_forward and function.owner in ancestors
-        return not is_ancestor and may_ignore(function)
+        is_wanted = not is_ancestor and may_ignore(function)
+        if is_wanted and leaves != "target" and function.is_forward:
+            foreign[function.path] = None
+        return is_wanted
 
     was_training = [module for module in model.modules() if module.training]
     try:
@@ -168,7 +178,8 @@ def _cut(
 
 
 def _called(graph: fx.Graph, model: nn.Module, targets: Collection[nn.Module]) -> list[nn.Module]:
-    return list(dict.fromkeys(model.get_submodule(str(node.target)) for node in find_target_nodes(graph, targets)))
+    found = (target_of(node, model, targets) for node in graph.nodes)
+    return list(dict.fromkeys(target for target in found if target is not None))
 
 
 def _uncalled(model: nn.Module, targets: Collection[nn.Module], called: Collection[nn.Module]) -> TargetError:

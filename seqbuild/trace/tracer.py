@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import operator
 from collections import UserDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +28,22 @@ from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
     disable_proxy_modes_tracing,
+    get_proxy_mode,
     track_tensor_tree,
 )
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
 from seqbuild.emit import is_offered
-from seqbuild.partition import named_output
+from seqbuild.partition import WITHIN, named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.trace.decisions import Decisions, UndecidedError, require
 from seqbuild.trace.leaf_memory import LeafMemory
+from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
+from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
 from seqbuild.trace.sizes import WatchedSizes, model_sizes
 from seqbuild.trace.steps import Steps
@@ -49,6 +53,7 @@ from seqbuild.trace.weightless import fake_parameters, hooks_set_aside, kept_as_
 
 # Torch logs whatever fails under fake tensors; ours is the one report a user sees.
 _FAILURE_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+_DROPOUT = tuple(getattr(torch.ops.aten, name).default for name in ("dropout", "feature_dropout", "alpha_dropout"))
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -65,6 +70,9 @@ class SequentialTracer(PythonKeyTracer):
         targets: modules that may not be called inside of an opaque step.
         answers: to decisions that follow from values, in their order, see `seqbuild.trace.decisions`.
         samples: real inputs for steps that need values, the first with the sizes of the sample; none makes them up.
+        leaves: `target` makes every module that contains no target one step; `linear` only what the host can build by
+            itself (see `runtime.leaves`), and everything else is traced through, targets included.
+        foreign: paths of forwards (`module:Class.forward`) whose modules are one step all the same.
 
     After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the
     glue needs, and `unmatched_ignore` the names in `ignore` that fit no function.
@@ -80,8 +88,11 @@ class SequentialTracer(PythonKeyTracer):
         targets: Collection[nn.Module] = (),
         answers: Sequence[bool] = (),
         samples: Sequence[Mapping[str, Any]] = (),
+        leaves: str = "target",
+        foreign: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.policy = LeafPolicy(foreign, dtype) if leaves != "target" else None
         self.ancestors = frozenset(ancestors)
         self.offloaded = frozenset(offloaded)
         self.ignore = tuple(ignore)
@@ -100,10 +111,15 @@ class SequentialTracer(PythonKeyTracer):
         self._kept_alive: list[object] = []
         self._real_buffers: dict[str, torch.Tensor] = {}
         self._steps: Steps | None = None
+        self._within = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether `m` is recorded as one step: it is no ancestor of a target, or its parameters are elsewhere."""
-        return m not in self.ancestors or m in self.offloaded
+        """Whether `m` is recorded as one step: its parameters are elsewhere, or it contains no target and is a leaf by
+        the policy.
+        """
+        if m in self.ancestors or m in self.offloaded:
+            return m in self.offloaded
+        return self.policy is None or self.policy.is_step(m)
 
     def trace(  # type: ignore[override]
         self, root: nn.Module, sample_input: Mapping[str, Any], concrete_args: Mapping[str, Any] | None = None
@@ -123,6 +139,8 @@ class SequentialTracer(PythonKeyTracer):
         """
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
+        if self.policy is not None:
+            self.policy.prepare(root)
         opaque, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
         inputs = symbolic_inputs(sample_input, self.fake_mode)
         self.shape_env.own.update(model_sizes(inputs))
@@ -138,6 +156,7 @@ class SequentialTracer(PythonKeyTracer):
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
             self._record_leaves(root, steps)
+            self._mark_targets(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             stack.enter_context(vmap_recorded(self))
@@ -152,6 +171,7 @@ class SequentialTracer(PythonKeyTracer):
             self._run(root, {**inputs, **(concrete_args or {})})
         self._kept_alive.clear()
         self._steps = None
+        _drop_dropout(self.graph)
         _drop_dead_code(self.graph)
         for node in self.graph.nodes:
             if "culprit" in node.meta:
@@ -241,6 +261,8 @@ class SequentialTracer(PythonKeyTracer):
     ) -> fx.Node:
         """Create a node as `fx.Tracer` does: attributes keep their dotted names."""
         node = fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
+        if self._within and kind != "get_attr":
+            node.meta[WITHIN] = self._within
         if isinstance(target, torch._ops.OpOverload) and not is_offered(target):
             node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
         return node
@@ -301,6 +323,19 @@ class SequentialTracer(PythonKeyTracer):
         name = self._tensor_names.get(id(value))
         return self._attribute(name) if name is not None else None
 
+    def known_node(self, tensor: torch.Tensor) -> fx.Node | None:
+        """As `node_of`, without making one."""
+        found = self.unwrap_proxy(tensor)
+        return (
+            found.node
+            if isinstance(found, fx.Proxy)
+            else self._attribute_nodes.get(self._tensor_names.get(id(tensor), ""))
+        )
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name under which a module of the model is called."""
+        return self._object_names[id(module)]
+
     def _lookup(self, node: fx.Node) -> Any:
         """What a `get_attr` node stands for; buffers have values even while they are fake."""
         name = str(node.target)
@@ -321,6 +356,26 @@ class SequentialTracer(PythonKeyTracer):
         for name, module in root.named_modules():
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
+
+    def _mark_targets(self, root: nn.Module, sections: Sections) -> None:
+        """Have targets that are traced through say so to the nodes that are made meanwhile, each kind but once."""
+        for name, module in root.named_modules():
+            if module in self.targets and not self._is_step(root, name, module):
+                module.forward = self._marked(name, module, module.forward, sections)
+
+    def _marked(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], sections: Sections
+    ) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._within or get_proxy_mode() is None:
+                return forward(*args, **kwargs)
+            self._within = name
+            try:
+                return sections.call(name, module, args, kwargs, functools.partial(forward, *args, **kwargs))
+            finally:
+                self._within = ""
+
+        return call
 
     def _leaves(self, root: nn.Module) -> Iterator[nn.Module]:
         return (module for name, module in root.named_modules() if self._is_step(root, name, module))
@@ -372,6 +427,14 @@ def _plain_key(key: Any) -> Any:
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",
     )
+
+
+def _drop_dropout(graph: fx.Graph) -> None:
+    """In eval mode it hands on its argument, the very same tensor."""
+    for node in list(graph.nodes):
+        if node.target in _DROPOUT and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _drop_dead_code(graph: fx.Graph) -> None:

@@ -1,0 +1,142 @@
+"""Modules that the host builds by itself: what the code of a portable artifact calls.
+
+A leaf is one of torch's own classes (or transformers' `Conv1D`) and a few options; the shapes are those of its
+parameters. Exactly these classes: one that inherits from them may calculate something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ArtifactError
+from runtime.manifest import LeafKind, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.program import Program
+
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+_CONVOLUTION_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def leaf_kind(module: nn.Module) -> LeafKind | None:
+    """The kind of leaf that does what this module does, or None if there is none."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kind = type(module)
+    if "forward" in module.__dict__ or any(tensor is None for tensor in (getattr(module, "weight", None),)):
+        return None
+    if kind is nn.Linear:
+        return LeafKind(kind="Linear")
+    if kind is Conv1D:
+        return LeafKind(kind="Conv1D")
+    if kind is nn.Embedding:
+        has_norm = module.max_norm is not None  # rows are scaled where they lie when they are looked up
+        return None if has_norm else LeafKind(kind="Embedding")
+    if kind.__name__ in _CONVOLUTIONS and kind is getattr(nn, kind.__name__):
+        return LeafKind(
+            kind=kind.__name__, options={name: _items(getattr(module, name)) for name in _CONVOLUTION_OPTIONS}
+        )
+    return None
+
+
+def _items(value: Any) -> Shape:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def build_leaf(leaf: LeafKind, name: str, shapes: Mapping[str, Sequence[int]], program: Program | None) -> nn.Module:
+    """A module without memory for its weights.
+
+    Args:
+        leaf: its kind and options.
+        name: its dotted name, for messages.
+        shapes: of its parameters, by their own names: `weight` [O, I], for instance, and `bias` [O] if it has one.
+        program: what it calculates, where that is not what its kind does.
+
+    Raises:
+        ArtifactError: when options and shapes do not make a module of this kind.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            module = _BUILDERS[leaf.kind](leaf, [int(size) for size in shapes["weight"]], "bias" in shapes)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ArtifactError(f"the artifact describes {name} as a {leaf.kind} that cannot be built: {error}") from error
+    found = {own: tuple(parameter.shape) for own, parameter in module.named_parameters()}
+    if found != {own: tuple(shape) for own, shape in shapes.items()}:
+        raise ArtifactError(f"the artifact's parameters of {name} are not those of a {leaf.kind}")
+    if program is not None:
+        module.__class__ = _programmed(type(module))
+        module.__dict__["program"] = program
+    return module
+
+
+def _programmed(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class that is `kind` to everybody who asks, and calculates what its `program` says."""
+    from runtime.program import Run
+
+    def forward(self: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        (value,) = (*args, *kwargs.values())
+        run = Run(device=value.device, dtype=self.weight.dtype)
+        return self.program(self, value, run=run)["output"]
+
+    return type(f"Programmed{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+def _linear(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
+    from torch import nn
+
+    out_features, in_features = weight
+    return nn.Linear(in_features, out_features, bias=has_bias)
+
+
+def _conv1d(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    in_features, out_features = weight
+    module: nn.Module = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+    return module
+
+
+def _embedding(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
+    from torch import nn
+
+    num_embeddings, width = weight
+    return nn.Embedding(num_embeddings, width)
+
+
+def _convolution(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
+    from torch import nn
+
+    options: dict[str, Any] = dict(leaf.options)
+    (groups,), (padding_mode,) = options["groups"], options["padding_mode"]
+    padding = options["padding"][0] if isinstance(options["padding"][0], str) else options["padding"]
+    if padding_mode not in _PADDING_MODES:
+        raise ValueError(f"padding mode {padding_mode!r}")
+    kind = getattr(nn, leaf.kind)
+    module: nn.Module = kind(
+        weight[1] * groups,
+        weight[0],
+        tuple(weight[2:]),
+        stride=options["stride"],
+        padding=padding,
+        dilation=options["dilation"],
+        groups=groups,
+        padding_mode=padding_mode,
+        bias=has_bias,
+    )
+    return module
+
+
+_BUILDERS: dict[str, Callable[[LeafKind, Sequence[int], bool], nn.Module]] = {
+    "Linear": _linear,
+    "Conv1D": _conv1d,
+    "Embedding": _embedding,
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+}
