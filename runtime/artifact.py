@@ -207,7 +207,7 @@ def _check(root: Path) -> tuple[Manifest, dict[str, str], ModelCode | None]:
     programs += [(entry.file, _allowed_conversion(entry)) for entry in manifest.conversions]
     for kind in manifest.leaf_kinds:
         if kind.program:
-            allowed = Allowed(input_names=(kind.argument,), output_names=("output",), attributes=kind.attributes)
+            allowed = Allowed(input_names=kind.arguments, output_names=("output",), attributes=kind.attributes)
             programs.append((kind.program, allowed))
     for file, allowed in dict.fromkeys(programs):
         if file not in contents:

@@ -65,15 +65,48 @@ def build_leaf(leaf: LeafKind, name: str, shapes: Mapping[str, Sequence[int]], p
 
     try:
         with torch.device("meta"):
-            module = _BUILDERS[leaf.kind](leaf, [int(size) for size in shapes["weight"]], "bias" in shapes)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            module = _experts(leaf, shapes) if leaf.kind == "Experts" else _module(leaf, shapes)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         raise ArtifactError(f"the artifact describes {name} as a {leaf.kind} that cannot be built: {error}") from error
     found = {own: tuple(parameter.shape) for own, parameter in module.named_parameters()}
     if found != {own: tuple(shape) for own, shape in shapes.items()}:
         raise ArtifactError(f"the artifact's parameters of {name} are not those of a {leaf.kind}")
-    if program is not None:
+    if leaf.kind == "Experts":
+        module.__dict__["program"] = program
+    elif program is not None:
         module.__class__ = _programmed(type(module))
         module.__dict__["program"] = program
+    return module
+
+
+def _module(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    return _BUILDERS[leaf.kind](leaf, [int(size) for size in shapes["weight"]], "bias" in shapes)
+
+
+def _experts(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    import torch
+    from torch import nn
+
+    from runtime.experts import Experts
+
+    options: dict[str, Any] = dict(leaf.options)
+    (num_experts,), (accumulator,), (is_column,) = (
+        options[name] for name in ("num_experts", "accumulator", "is_column")
+    )
+    stacked, inputs = options["stacked"], options["inputs"]
+    if (
+        accumulator not in ("hidden", "weights", "float32")
+        or len(inputs) != 3
+        or len(leaf.arguments) != 2 + len(stacked)
+    ):
+        raise ValueError("its options contradict each other")
+    if not stacked or any(shapes[name][0] != num_experts for name in stacked):
+        raise ValueError("its parameters are not stacked by expert")
+    module = Experts(
+        num_experts=num_experts, stacked=stacked, inputs=inputs, accumulator=accumulator, is_column=bool(is_column)
+    )
+    for name, shape in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.empty(tuple(shape)), requires_grad=False))
     return module
 
 

@@ -111,14 +111,14 @@ class SubgraphEntry:
 class LeafKind:
     """What modules that the host builds by itself do: torch's name of the class, and its options besides shapes.
 
-    Where the model's own class calculates in another way, `program` is the file of what it does, `argument` what that
-    calls its input, and `attributes` are the parameters that it reads.
+    Where the model's own class calculates in another way, `program` is the file of what it does, `arguments` are what
+    that calls its inputs, and `attributes` the parameters that it reads.
     """
 
     kind: str
     options: Mapping[str, Shape] = field(default_factory=dict)
     program: str = ""
-    argument: str = ""
+    arguments: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
 
 

@@ -144,7 +144,7 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
     ]
     for source in sorted(outside, key=lambda node: (node.op != "placeholder", owner[node])):
         copies[source] = graph.placeholder(str(source.target) if source.op == "placeholder" else source.name)
-        copies[source].meta = dict(source.meta)
+        copies[source].meta = {key: value for key, value in source.meta.items() if key != WITHIN}
     for source in sources:
         if source.op == "get_attr" and owner[source] != index:
             copies[source] = graph.node_copy(source)

@@ -93,15 +93,17 @@ def check(case: Case, *, attention: str = "eager") -> Row:
 def run_model(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own output without a cache, field by field."""
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    was = [(config, config.use_cache) for config in _configs(model) if hasattr(config, "use_cache")]
-    for config, _ in was:
-        config.use_cache = False
+    wanted = {"use_cache": False, "_experts_implementation": "eager"}
+    found = [(config, name) for config in _configs(model) for name in wanted if hasattr(config, name)]
+    was = [(config, name, getattr(config, name)) for config, name in found]
+    for config, name in found:
+        setattr(config, name, wanted[name])
     try:
         with torch.no_grad():
             output = model(**copy.deepcopy(dict(sample)), **extra)
     finally:
-        for config, value in was:
-            config.use_cache = value
+        for config, name, value in was:
+            setattr(config, name, value)
     return named(output)
 
 

@@ -45,6 +45,16 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
     yield from seen
 
 
+def is_assumption(relation: Any) -> bool:
+    """Whether a relation between sizes makes a trace hold for some data only: it is not true for all sizes, nor does it
+    only say that two inputs belong together.
+    """
+    if type(relation) not in _RELATIONS or not relation.free_symbols:
+        return False
+    is_match = isinstance(relation, sympy.Eq) and all(side.is_Symbol for side in relation.args)
+    return not is_match and not _is_certain(relation)
+
+
 def _is_range(relation: Any) -> bool:
     """Whether the relation only bounds a symbol: the dims state that."""
     left, right = relation.args

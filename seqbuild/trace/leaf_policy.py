@@ -1,7 +1,8 @@
 """Which modules are leaves when a model is traced through: those that a host builds by itself, and foreign ones.
 
-A class that inherits from `Linear` and calculates in its own way (Falcon's, for instance) is a leaf, too, so that it
-can be quantized: what it calculates is traced by itself, and the host executes that.
+The experts of a mixture are one leaf (`experts.py`). A class that inherits from `Linear` and calculates in its own way
+(Falcon's, for instance) is a leaf, too, so that it can be quantized: what it calculates is traced by itself, and the
+host executes that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from runtime.errors import SeqbuildError
 from runtime.leaves import leaf_kind
 from seqbuild.emit import EmittedCode, emit
+from seqbuild.trace.experts import experts_leaf, is_experts
 
 if TYPE_CHECKING:
     from runtime.manifest import LeafKind
@@ -64,6 +66,9 @@ class LeafPolicy:
         return self._leaves[id(module)]
 
     def _find(self, module: nn.Module) -> Leaf | None:
+        if is_experts(module):
+            found = experts_leaf(module)
+            return Leaf(kind=found[0], source=found[1].source) if found is not None else None
         kind = leaf_kind(module)
         if kind is not None or not isinstance(module, _QUANTIZED):
             return Leaf(kind=kind) if kind is not None else None
@@ -71,8 +76,7 @@ class LeafPolicy:
         code = self._program(module)
         if base is None or code is None:
             return None
-        (argument,) = code.arguments
-        kind = dataclasses.replace(base, argument=argument, attributes=code.attributes)
+        kind = dataclasses.replace(base, arguments=code.arguments, attributes=code.attributes)
         return Leaf(kind=kind, source=code.source)
 
     def _program(self, module: nn.Module) -> EmittedCode | None:
@@ -102,8 +106,8 @@ def forward_path(module: nn.Module) -> str:
 
 
 def always_foreign(model: nn.Module) -> list[str]:
-    """Forwards of modules that are never traced through: fused experts, for what they do on fake tensors (they gather
-    weights for each token) is not what they do in a run.
+    """Forwards of modules that are neither leaves nor traced through: fused experts of an unknown kind, for what they do
+    on fake tensors (they gather weights for each token) is not what they do in a run.
     """
-    found = (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
+    found = (module for module in model.modules() if is_experts(module) and experts_leaf(module) is None)
     return list(dict.fromkeys(forward_path(module) for module in found))

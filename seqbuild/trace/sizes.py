@@ -31,6 +31,8 @@ class WatchedSizes(ShapeEnv):
         self.decisions = decisions
         self.culprits: dict[Any, Culprit | None] = {}
         self.is_strict = False
+        self.is_noting = False  # whether what the code assumes of sizes is to be noted
+        self.assumed: list[tuple[Any, Culprit | None]] = []
         self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
 
     @contextlib.contextmanager
@@ -57,8 +59,12 @@ class WatchedSizes(ShapeEnv):
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         """What `sym_node` is; a question that only values answer goes to `decisions`."""
+        num_guards = len(self.guards)
         try:
-            return super().evaluate_sym_node(sym_node, *args, **kwargs)
+            found = super().evaluate_sym_node(sym_node, *args, **kwargs)
+            if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
+                self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
+            return found
         except GuardOnDataDependentSymNode:
             is_glue = get_proxy_mode() is not None and sym_node.pytype is bool
             if not is_glue or self.decisions is None:

@@ -39,6 +39,7 @@ from seqbuild.partition import WITHIN, named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.literals import LiteralTensors
@@ -209,6 +210,9 @@ class SequentialTracer(PythonKeyTracer):
         Raises:
             TraceError: naming the input and the line of the model's code that decided by its size.
         """
+        for relation, culprit in self.shape_env.assumed:
+            if is_assumption(self.shape_env.replace(relation)):
+                raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
@@ -369,11 +373,11 @@ class SequentialTracer(PythonKeyTracer):
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._within or get_proxy_mode() is None:
                 return forward(*args, **kwargs)
-            self._within = name
+            self._within, self.shape_env.is_noting = name, True
             try:
                 return sections.call(name, module, args, kwargs, functools.partial(forward, *args, **kwargs))
             finally:
-                self._within = ""
+                self._within, self.shape_env.is_noting = "", False
 
         return call
 

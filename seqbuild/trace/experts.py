@@ -1,0 +1,217 @@
+"""What one expert of a mixture does, learned from the class that holds them all.
+
+transformers marks such classes: their forward takes hidden states, indices and weights of each token's experts, and its
+own, eager code is a loop over the experts that are used. That loop is run once, for one expert, on tensors without
+values, and recorded up to where the expert's result is added to the sum: the rest is the same for all
+(`runtime.experts`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from runtime.manifest import LeafKind
+from seqbuild.emit import EmittedCode, emit
+
+# Dtypes of the hidden states and of the routing weights while the loop is recorded: the sum has one of them, or its own.
+_HIDDEN, _WEIGHTS = torch.bfloat16, torch.float16
+_ONE_EXPERT = 0
+
+
+class _AddedError(Exception):
+    """Carries an expert's result away from where it would be added to the sum."""
+
+    def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
+        self.source = source
+
+
+class _UntilAdded(TorchFunctionMode):
+    """Stop at `index_add_`, and do not record what is done with indices: they have values, states and weights none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.index_add_:
+            raise _AddedError(args[0], args[3])
+        kwargs = kwargs or {}
+        if any(isinstance(value, torch.Tensor) and value.is_meta for value in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with disable_proxy_modes_tracing():
+            return func(*args, **kwargs)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a mixture in the form that transformers marks."""
+    return hasattr(module, "_is_expert_parallel")
+
+
+def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
+    """A kind of leaf that does what these experts do, and the program of a single one.
+
+    Args:
+        module: marked by transformers, see `is_experts`.
+
+    Returns:
+        None when their code is not a loop of this kind.
+    """
+    try:
+        found = [_recorded(module, num_tokens) for num_tokens in (2, 3)]
+        codes = [emit(graph, traced_dtype=_HIDDEN, scope="") for graph, _ in found]
+    except Exception:  # whatever it does, it is not that loop: it stays a module of its own class
+        return None
+    code, (_, options) = codes[0], found[0]
+    if code.source != codes[1].source or code.opaque or code.constants or code.submodules:
+        return None
+    kind = LeafKind(kind="Experts", options=options, arguments=code.arguments, attributes=code.attributes)
+    return kind, code
+
+
+def _recorded(module: nn.Module, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:
+    """One expert's graph: its placeholders are hidden states, weights and its parts of stacked parameters."""
+    forward = inspect.unwrap(type(module).forward)
+    _, *arguments = inspect.signature(forward).parameters
+    if len(arguments) != 3:
+        raise ValueError("other arguments than hidden states, indices and weights")
+    names = [name for name, _ in module.named_parameters()]
+    meta = {name: torch.empty(p.shape, dtype=_HIDDEN, device="meta") for name, p in module.named_parameters()}
+    width = _width(module)
+    states = torch.empty(num_tokens, width, dtype=_HIDDEN, device="meta")
+    weights = torch.empty(num_tokens, 1, dtype=_WEIGHTS, device="meta")
+    index = torch.full((num_tokens, 1), _ONE_EXPERT)
+    sums: list[torch.dtype] = []
+
+    def run(states: torch.Tensor, weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        with _parameters(module, dict(zip(names, values, strict=True))), _UntilAdded():
+            try:
+                forward(module, states, index, weights)
+            except _AddedError as added:
+                sums[:] = [added.target.dtype]
+                return added.source
+        raise ValueError("nothing is added to a sum")
+
+    with torch.no_grad():
+        traced = make_fx(run, pre_dispatch=True)(states, weights, *meta.values())
+    accumulator = {_HIDDEN: "hidden", _WEIGHTS: "weights", torch.float32: "float32"}[sums[0]]
+    graph, stacked, is_column = _body(traced.graph, module, names, sums[0])
+    options = {
+        "num_experts": (int(next(iter(meta.values())).shape[0]),),
+        "stacked": tuple(stacked),
+        "inputs": tuple(arguments),
+        "accumulator": (accumulator,),
+        "is_column": (int(is_column),),
+    }
+    return graph, options
+
+
+def _width(module: nn.Module) -> int:
+    for name in ("hidden_dim", "hidden_size"):
+        value = getattr(module, name, None)
+        if type(value) is int:
+            return value
+    config: Any = getattr(module, "config", None)
+    return int(config.hidden_size)
+
+
+class _parameters:  # noqa: N801
+    """For a while, the parameters of a module are these tensors."""
+
+    def __init__(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        self.module = module
+        self.values = values
+        self.before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        for name, value in self.values.items():
+            owner, _, own = name.rpartition(".")
+            table: Any = self.module.get_submodule(owner).__dict__["_parameters"]
+            self.before.append((table, own, table[own]))
+            table[own] = value
+
+    def __exit__(self, *_: object) -> None:
+        for table, own, value in self.before:
+            table[own] = value
+
+
+def _body(
+    traced: fx.Graph, module: nn.Module, names: Sequence[str], sum_dtype: torch.dtype
+) -> tuple[fx.Graph, list[str], bool]:
+    """What is done between the choice of an expert's tokens and the sum."""
+    states, weights, *parameters = traced.find_nodes(op="placeholder")
+    named = dict(zip(parameters, names, strict=True))
+    (output,) = traced.find_nodes(op="output")
+    result = output.args[0]
+    if result.target is torch.ops.aten.to.dtype and result.args[1] == sum_dtype:
+        result = result.args[0]
+    needed = _needed(result)
+    graph = fx.Graph()
+    graph.owning_module = module  # type: ignore[assignment]
+    copies: dict[fx.Node, fx.Node] = {}
+    chosen = {states: graph.placeholder("hidden_states"), weights: graph.placeholder("weights")}
+    own = {
+        node: named[node.args[0]]
+        for node in traced.nodes
+        if node in needed and node.op == "call_function" and node.args and node.args[0] in named and _is_choice(node)
+    }
+    stacked = list(dict.fromkeys(own.values()))
+    parts = {name: graph.placeholder(name.replace(".", "_")) for name in stacked}
+    is_column = False
+    for node in traced.nodes:
+        if node not in needed or node.op in ("placeholder", "get_attr"):
+            continue  # other tensors are indices, which choices alone may use
+        origin = _origin(node)
+        if node in own:
+            copies[node] = parts[own[node]]
+        elif node.target is torch.ops.aten.index.Tensor and origin in chosen:
+            copies[node] = chosen[origin]
+            is_column = is_column or (origin is weights and node.meta["val"].dim() == 2)
+        elif origin in chosen and _is_view(node):
+            continue  # on the way to a choice
+        else:
+            for source in node.all_input_nodes:
+                if source in named and source not in copies:
+                    copies[source] = graph.get_attr(named[source])
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output({"output": copies[result]})
+    return graph, stacked, is_column
+
+
+def _needed(result: fx.Node) -> dict[fx.Node, None]:
+    found: dict[fx.Node, None] = {}
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending.extend(node.all_input_nodes)
+    return found
+
+
+def _is_choice(node: fx.Node) -> bool:
+    """Whether a node takes the chosen expert's part of a stacked parameter."""
+    if node.target is torch.ops.aten.select.int:
+        return node.args[1:] == (0, _ONE_EXPERT)
+    return node.target is torch.ops.aten.index.Tensor and len(node.args[1]) == 1  # type: ignore[arg-type]
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.unsqueeze.default, torch.ops.aten.slice.Tensor, torch.ops.aten.alias.default)
+
+
+def _origin(node: fx.Node) -> fx.Node | None:
+    """The input that a node is a view or a choice of."""
+    while node.op != "placeholder":
+        is_first = node.op == "call_function" and bool(node.args) and isinstance(node.args[0], fx.Node)
+        if not is_first or not (_is_view(node) or node.target is torch.ops.aten.index.Tensor):
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return node
