@@ -90,15 +90,10 @@ def _experts(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     from runtime.experts import Experts
 
     options: dict[str, Any] = dict(leaf.options)
-    (num_experts,), (accumulator,), (is_column,) = (
-        options[name] for name in ("num_experts", "accumulator", "is_column")
-    )
+    (num_experts,), (accumulator,), (is_column,) = map(options.get, ("num_experts", "accumulator", "is_column"))
     stacked, inputs = options["stacked"], options["inputs"]
-    if (
-        accumulator not in ("hidden", "weights", "float32")
-        or len(inputs) != 3
-        or len(leaf.arguments) != 2 + len(stacked)
-    ):
+    is_whole = len(inputs) == 3 and len(leaf.arguments) == 2 + len(stacked)
+    if accumulator not in ("hidden", "weights", "float32") or not is_whole:
         raise ValueError("its options contradict each other")
     if not stacked or any(shapes[name][0] != num_experts for name in stacked):
         raise ValueError("its parameters are not stacked by expert")

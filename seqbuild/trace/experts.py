@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from runtime.manifest import LeafKind
 from seqbuild.emit import EmittedCode, emit
 
-# Dtypes of the hidden states and of the routing weights while the loop is recorded: the sum has one of them, or its own.
+# Dtypes of hidden states and routing weights while the loop is recorded: the sum has one of them, or its own.
 _HIDDEN, _WEIGHTS = torch.bfloat16, torch.float16
 _ONE_EXPERT = 0
 

@@ -106,8 +106,8 @@ def forward_path(module: nn.Module) -> str:
 
 
 def always_foreign(model: nn.Module) -> list[str]:
-    """Forwards of modules that are neither leaves nor traced through: fused experts of an unknown kind, for what they do
-    on fake tensors (they gather weights for each token) is not what they do in a run.
+    """Forwards of modules that are neither leaves nor traced through: fused experts of an unknown kind, for what they
+    do on fake tensors (they gather weights for each token) is not what they do in a run.
     """
     found = (module for module in model.modules() if is_experts(module) and experts_leaf(module) is None)
     return list(dict.fromkeys(forward_path(module) for module in found))
