@@ -90,7 +90,8 @@ def _experts(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     from runtime.experts import Experts
 
     options: dict[str, Any] = dict(leaf.options)
-    (num_experts,), (accumulator,), (is_column,) = map(options.get, ("num_experts", "accumulator", "is_column"))
+    keys = ("num_experts", "accumulator", "is_column")
+    (num_experts,), (accumulator,), (is_column,) = (options[key] for key in keys)
     stacked, inputs = options["stacked"], options["inputs"]
     is_whole = len(inputs) == 3 and len(leaf.arguments) == 2 + len(stacked)
     if accumulator not in ("hidden", "weights", "float32") or not is_whole:
