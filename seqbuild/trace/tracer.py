@@ -43,6 +43,7 @@ from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.literals import LiteralTensors
+from seqbuild.trace.namespaces import largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
@@ -160,6 +161,8 @@ class SequentialTracer(PythonKeyTracer):
             self._mark_targets(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
+            if self.policy is not None:
+                stack.enter_context(replaced(root, {"min": smallest, "max": largest}))
             stack.enter_context(vmap_recorded(self))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
             modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
