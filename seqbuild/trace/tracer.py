@@ -45,6 +45,7 @@ from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.namespaces import largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
+from seqbuild.trace.proofs import Proofs
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
 from seqbuild.trace.sizes import WatchedSizes, model_sizes
@@ -158,6 +159,8 @@ class SequentialTracer(PythonKeyTracer):
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
             self._record_leaves(root, steps)
+            proofs = Proofs(self)
+            self._watch(root, proofs)
             self._mark_targets(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
@@ -177,6 +180,7 @@ class SequentialTracer(PythonKeyTracer):
         self._steps = None
         _drop_dropout(self.graph)
         _drop_dead_code(self.graph)
+        proofs.require_closed()
         for node in self.graph.nodes:
             if "culprit" in node.meta:
                 raise not_offered(node.target, node.meta["culprit"], self.ancestors)
@@ -363,6 +367,13 @@ class SequentialTracer(PythonKeyTracer):
         for name, module in root.named_modules():
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
+
+    def _watch(self, root: nn.Module, proofs: Proofs) -> None:
+        """Have what is assumed of sizes inside of targets proven, by the smallest module that it happens in."""
+        if self.policy is not None:
+            for name, module in root.named_modules():
+                if module is not root and not self._is_step(root, name, module):
+                    module.forward = proofs.watched(module, module.forward)
 
     def _mark_targets(self, root: nn.Module, sections: Sections) -> None:
         """Have targets that are traced through say so to the nodes that are made meanwhile, each kind but once."""

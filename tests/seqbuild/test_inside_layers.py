@@ -90,3 +90,88 @@ def test_nothing_is_left_in_the_modules_of_the_code(part: type[nn.Module]) -> No
     traced(randomize(Model(part)).eval())
     namespace = vars(sys.modules[__name__])
     assert not [name for name in ("min", "max", "range") if name in namespace]
+
+
+class Padded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        padding = (4 - length % 4) % 4
+        sums = nn.functional.pad(x, (0, 0, 0, padding)).reshape(x.shape[0], -1, 4, WIDTH).cumsum(dim=2)
+        out = sums.reshape(x.shape[0], -1, WIDTH)
+        if padding > 0:
+            out = out[:, :length]
+        return out
+
+
+def test_a_decision_that_makes_no_difference_is_proven_to_make_none() -> None:
+    check(Padded)
+
+
+class Doubled(nn.Module):
+    """What it decides does make a difference, if only for some sizes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 3:
+            x = x * 2
+        return x
+
+
+class Rounded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] % 8 != 0:
+            x = x + 1
+        return x
+
+
+class Wider(nn.Module):
+    """The values are the same, and the shape is not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 7:
+            x = torch.cat([x, x], dim=1)
+        return x[:, : x.shape[1]] if x.shape[1] > 7 else x
+
+
+@pytest.mark.parametrize("part", [Doubled, Rounded, Wider])
+def test_a_decision_that_makes_a_difference_is_left_to_the_models_code(part: type[nn.Module]) -> None:
+    check(part, portable=False)
+
+
+class Asked(nn.Module):
+    """The same decision twice: harmless inside, where it is proven, and not so outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Padded()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        if (4 - x.shape[1] % 4) % 4 > 0:
+            x = -x
+        return x
+
+
+def test_what_is_proven_for_one_module_is_not_taken_for_granted_by_another() -> None:
+    check(Asked, portable=False)
+
+
+class ByAnotherWay(nn.Module):
+    """A value that was not compared leaves the part that calculates it."""
+
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x * 2 if x.shape[1] > 3 else x
+            return x + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        kept: torch.Tensor = self.inner.kept
+        return x + kept
+
+
+def test_only_what_was_compared_counts() -> None:
+    check(ByAnotherWay, portable=False)
