@@ -1,8 +1,9 @@
 """The small part of Python that an artifact's code may use. This file is the definition; what it does not list is
 refused.
 
-A program is one function, `forward(self, <inputs>, *, run)`, of assignments, deletions and one return of a dict (see
-docs/format.md). The check walks the syntax tree and accepts node by node; it never executes or imports anything.
+A program is one function, `forward(self, <inputs>, *, run)`, of assignments, deletions, loops over a size and one
+return of a dict (see docs/format.md). The check walks the syntax tree and accepts node by node; it never executes or
+imports anything.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
+from runtime.opaque_paths import is_opaque_path
 from runtime.operators import is_allowed
 
 SOURCE_LIMIT_BYTES = 4 * 2**20
 NESTING_LIMIT = 32
 _INT_LIMIT = 2**63
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
-RESERVED = ("self", "run", "torch", "slice")
+LOOP_LIMIT = 4
+RESERVED = ("self", "run", "torch", "slice", "range")
 _TORCH_VALUES = frozenset(
     (
         *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -30,13 +33,6 @@ _TORCH_VALUES = frozenset(
 )
 _TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
 _RUN_VALUES = frozenset(("device", "dtype", "lowest"))
-# Where opaque steps may lie, and what of it they may not be.
-_OPAQUE = re.compile(
-    r"transformers\.(models\.[a-z0-9_]+\.modeling_[a-z0-9_]+|masking_utils|modeling_attn_mask_utils|modeling_rope_utils"
-    r"|modeling_layers|pytorch_utils|activations|cache_utils|integrations\.(sdpa_attention|moe))"
-    r":_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*\Z"
-)
-_REACHES_FILES = re.compile(r"pretrained|load|save|push|fetch|import|register|apply_chunking", re.IGNORECASE)
 _RESULTS = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
 _BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -94,6 +90,8 @@ class _Checker:
     used: dict[str, dict[str, None]] = field(default_factory=dict)
     defined: dict[str, None] = field(default_factory=dict)
     objects: dict[str, None] = field(default_factory=dict)  # names that stand for whole modules and configs
+    lists: dict[str, None] = field(default_factory=dict)  # names of lists that loops append to
+    outside: list[dict[str, None]] = field(default_factory=list)  # for each loop around, the names defined before it
 
     def refuse(self, node: ast.AST, what: str) -> ArtifactError:
         line = getattr(node, "lineno", 1)
@@ -136,21 +134,78 @@ class _Checker:
 
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Assign):
-            if len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
-                raise self.refuse(node, "assignment to anything but one name")
-            if not isinstance(node.value, _RESULTS):
-                raise self.refuse(node, "assignment of anything but a result")
-            self._expression(node.value, 0)
-            self._define(node, node.targets[0].id)
-            if _is_object(node.value):
-                self.objects[node.targets[0].id] = None
+            self._assignment(node)
         elif isinstance(node, ast.Delete):
             for target in node.targets:
                 if not isinstance(target, ast.Name) or target.id not in self.defined:
                     raise self.refuse(node, "deletion of anything but a value")
+                if self.outside and target.id in self.outside[-1]:
+                    raise self.refuse(node, "deletion, inside of a loop, of a value from outside")
                 del self.defined[target.id]
+                self.lists.pop(target.id, None)
+        elif isinstance(node, ast.For):
+            self._loop(node)
+        elif isinstance(node, ast.Expr) and self.outside:
+            self._append(node)
         else:
             raise self.refuse(node, f"a statement of kind {type(node).__name__}")
+
+    def _assignment(self, node: ast.Assign) -> None:
+        if len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name) or node.type_comment is not None:
+            raise self.refuse(node, "assignment to anything but one name")
+        name, value = node.targets[0].id, node.value
+        is_list = isinstance(value, ast.List) and not value.elts
+        if isinstance(value, ast.Name):
+            self._plain_name(value)
+        elif not is_list and not isinstance(value, _RESULTS):
+            raise self.refuse(node, "assignment of anything but a result")
+        if self.outside and (is_list or _is_object(value) or name in self.objects or name in self.lists):
+            raise self.refuse(node, "assignment of this kind inside of a loop")
+        self._expression(value, 0)
+        self._define(node, name)
+        if _is_object(value):
+            self.objects[name] = None
+        elif is_list:
+            self.lists[name] = None
+
+    def _loop(self, node: ast.For) -> None:
+        """`for name in range(size):`, whose body defines nothing for what comes after it: it may be left out."""
+        if len(self.outside) >= LOOP_LIMIT:
+            raise self.refuse(node, f"nesting of more than {LOOP_LIMIT} loops")
+        if not isinstance(node.target, ast.Name) or node.target.id in self.defined or node.type_comment is not None:
+            raise self.refuse(node, "a loop over anything but one new name")
+        if node.orelse:
+            raise self.refuse(node, "an else of a loop")
+        turns = node.iter
+        is_range = isinstance(turns, ast.Call) and _dotted(turns.func) == ["range"]
+        if not is_range or not isinstance(turns, ast.Call) or len(turns.args) != 1 or turns.keywords:
+            raise self.refuse(node, "a loop over anything but range(size)")
+        if not isinstance(turns.args[0], ast.Name):
+            raise self.refuse(node, "a loop over anything but range(size)")
+        self._plain_name(turns.args[0])
+        self.outside.append(dict(self.defined))
+        self._define(node, node.target.id)
+        for statement in node.body:
+            if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
+                raise self.refuse(statement, "assignment to the number of a turn")
+            self._statement(statement)
+        self.defined = self.outside.pop()
+
+    def _append(self, node: ast.Expr) -> None:
+        """`list.append(value)`, in a loop, to a list from outside of all loops."""
+        call = node.value
+        path = _dotted(call.func) if isinstance(call, ast.Call) else []
+        if not isinstance(call, ast.Call) or len(path) != 2 or path[1] != "append" or path[0] not in self.lists:
+            raise self.refuse(node, "a statement of kind Expr")
+        if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Name):
+            raise self.refuse(node, "an append of anything but a value")
+        self._plain_name(call.args[0])
+
+    def _plain_name(self, node: ast.Name) -> None:
+        """The name of a value that is no module, config or list."""
+        self.name(node, 0)
+        if node.id in self.objects or node.id in self.lists:
+            raise self.refuse(node, f"the name {node.id!r} in this place")
 
     def _return(self, node: ast.stmt) -> None:
         if not isinstance(node, ast.Return) or not isinstance(node.value, ast.Dict):
@@ -166,6 +221,7 @@ class _Checker:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
         self.objects.pop(name, None)
+        self.lists.pop(name, None)
 
     def _expression(self, node: ast.expr, depth: int) -> None:
         if depth > NESTING_LIMIT:
@@ -307,16 +363,8 @@ class _Checker:
         self.used.setdefault(kind, {})[name] = None
 
 
-def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
-    """Whether `module:function` or `module:Class.method` may name an opaque step: it lies where transformers keeps
-    what models calculate, and not among the functions that read, write or fetch files.
-
-    It may also lie in one of `own_modules`, the code that the artifact brings: whoever runs that has allowed all of it.
-    """
-    module, _, qualified = path.partition(":")
-    if module in own_modules:
-        return all(_NAME.match(part) and not part.startswith("__") for part in qualified.split("."))
-    return _OPAQUE.match(path) is not None and _REACHES_FILES.search(path.partition(":")[2]) is None
+def _assigns(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
 
 
 def _is_object(node: ast.expr) -> bool:

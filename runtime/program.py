@@ -70,7 +70,7 @@ def compile_program(source: str, filename: str) -> Program:
     """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach."""
     import torch
 
-    namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice}
+    namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice, "range": range}
     exec(compile(source, filename, "exec", dont_inherit=True), namespace)
     program: Program = namespace["forward"]
     return program

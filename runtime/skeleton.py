@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, ModelError
-from runtime.grammar import is_opaque_path
+from runtime.opaque_paths import is_opaque_path
 
 if TYPE_CHECKING:
     import torch

@@ -27,9 +27,9 @@ from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check
 from runtime.errors import TargetError, UsageError
-from runtime.grammar import is_opaque_path
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
+from runtime.opaque_paths import is_opaque_path
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope

@@ -10,6 +10,7 @@ Every statement is one of
     name = other[0]   name = a * b + 1                unpacking, arithmetic on sizes
     name = run.copied(other)                          a dictionary that a step has filled, as it is now
     name = run.require(condition, True)               what the model itself would refuse otherwise
+    for name in range(size): ...                      a loop, see `seqbuild.trace.loop_marks`
     del name                                          after the last use, so that memory is freed as it is in the model
 
 `runtime.grammar` accepts just this; `run.device`, `run.dtype` and `run.lowest` stand where the trace had its own.
@@ -32,6 +33,7 @@ from torch import fx, nn
 from runtime.errors import TraceError
 from runtime.grammar import RESERVED
 from runtime.operators import is_allowed
+from seqbuild.trace import loop_marks as marks
 from seqbuild.trace.decisions import require
 from seqbuild.trace.states import copy_dict
 
@@ -155,17 +157,17 @@ class _Emitter:
                 raise TraceError(f"an input of the model is called {name!r}, which generated code needs for itself")
         lines = [f"# {title}"] if title else []
         lines.append(f"def forward({', '.join(['self', *arguments])}, *, run):")
-        last_use = self._last_uses()
+        last_use, depth = self._last_uses(), 1
         for node in self.graph.nodes:
             if node.op == "output":
                 lines.extend(self._return(node.args[0]))
             elif node.op != "placeholder":
-                expression = self._expression(node)
-                self._name(node, node.name)
-                lines.append(f"    {self.names[node]} = {expression}")
+                depth -= node.target is marks.end
+                lines.extend("    " * depth + line for line in self._statement(node))
+                depth += node.target is marks.turn
                 finished = [self.names[source] for source in last_use.get(node, ())]
                 if finished:
-                    lines.append(f"    del {', '.join(finished)}")
+                    lines.append("    " * depth + f"del {', '.join(finished)}")
         (output,) = self.graph.find_nodes(op="output")
         return EmittedCode(
             source="\n".join(lines) + "\n",
@@ -175,14 +177,33 @@ class _Emitter:
             **{kind: tuple(self.references.get(kind, ())) for kind in _REFERENCE_KINDS},
         )
 
+    def _statement(self, node: fx.Node) -> list[str]:
+        if node.target is marks.end:
+            return []
+        if node.target is marks.assign:
+            return [" = ".join(map(self._value, node.args))]
+        if node.target is marks.append:
+            values, value = map(self._value, node.args)
+            return [f"{values}.append({value})"]
+        expression = self._expression(node)
+        self._name(node, node.name)
+        is_loop = node.target is marks.turn
+        return [f"for {self.names[node]} in range({expression}):" if is_loop else f"{self.names[node]} = {expression}"]
+
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        """For each node, the values that are no longer needed after it."""
+        """For each node, the values that are no longer needed after it. A loop needs what it has not made itself in
+        all of its turns.
+        """
         last: dict[fx.Node, fx.Node] = {}
+        around = dict(marks.paths(self.graph.nodes))
+        end_of = {node.args[0]: node for node in self.graph.nodes if node.target is marks.end}
         for node in self.graph.nodes:
-            if node.op not in ("placeholder", "output"):
+            if node.op not in ("placeholder", "output") and node.target not in marks.STATEMENTS:
                 last[node] = node  # a result that nothing uses goes at once
             for source in node.all_input_nodes:
-                last[source] = node
+                if source.target is not marks.turn:
+                    others = around[node][len(around[source]) :]
+                    last[source] = end_of[others[0]] if others else node
         ends: dict[fx.Node, list[fx.Node]] = {}
         for source, node in last.items():
             ends.setdefault(node, []).append(source)
@@ -246,6 +267,10 @@ class _Emitter:
             return f"run.copied({operands[0]})"
         if target is require:
             return f"run.require({operands[0]}, {operands[1]})"
+        if target is marks.collected:
+            return "[]"
+        if target in (marks.variable, marks.turn):
+            return operands[0]
         if target is operator.neg:
             return f"-{operands[0]}"
         if target in _INFIX and len(operands) == 2:

@@ -21,6 +21,7 @@ SHARED |= {
     "construct",
     "model_config",
     "operators",
+    "opaque_paths",
     "model_code",
     "code_loader",
     "host_sources",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -21,6 +22,8 @@ _RELATIONS: dict[Any, str] = {
 }
 # First size and step to the next one: sizes that a relation is tried on.
 _TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
+
+_MOST_SUMMED = 2000
 
 
 def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterator[str]:
@@ -55,6 +58,48 @@ def is_assumption(relation: Any) -> bool:
     return not is_match and not _is_certain(relation)
 
 
+def holds_in_turns(relation: Any, turns: Mapping[sympy.Symbol, Any]) -> bool:
+    """Whether a relation holds in every turn of loops, whatever the sizes.
+
+    Args:
+        relation: with numbers of turns in it.
+        turns: how many turns each such number counts.
+    """
+    inner = [symbol for symbol in turns if symbol in relation.free_symbols]
+    counts = [turns[symbol] for symbol in inner]
+    sizes = {symbol for part in (relation, *counts) for symbol in part.free_symbols if symbol not in turns}
+    if any(symbol in turns for count in counts for symbol in count.free_symbols):
+        return False
+    try:
+        for trial in _trials(sorted(sizes, key=str)):
+            numbers = [int(count.xreplace(trial)) for count in counts]
+            for indices in itertools.product(*({0, 1, 2, n // 2, n - 2, n - 1} & set(range(n)) for n in numbers)):
+                if not bool(relation.xreplace({**trial, **dict(zip(inner, map(sympy.Integer, indices), strict=True))})):
+                    return False
+    except (TypeError, ZeroDivisionError):
+        return False
+    return True
+
+
+def summed(size: Any, index: sympy.Symbol, count: Any) -> Any:
+    """What a size comes to over all turns of a loop; None where that is not known."""
+    if index not in size.free_symbols:
+        return size * count
+    symbols = sorted((size.free_symbols | count.free_symbols) - {index}, key=str)
+    trials = [trial for trial in _trials(symbols) if int(count.xreplace(trial)) <= _MOST_SUMMED]
+    totals = [
+        sum(int(size.xreplace({**trial, index: sympy.Integer(turn)})) for turn in range(int(count.xreplace(trial))))
+        for trial in trials
+    ]
+    matches = (s for s in symbols if all(int(trial[s]) == total for trial, total in zip(trials, totals, strict=True)))
+    return next(matches, None) if len(trials) > 2 else None
+
+
+def _trials(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, Any]]:
+    """Numbers for the symbols, a few times."""
+    return [{s: sympy.Integer(base + step * place) for place, s in enumerate(symbols)} for base, step in _TRIALS]
+
+
 def _is_range(relation: Any) -> bool:
     """Whether the relation only bounds a symbol: the dims state that."""
     left, right = relation.args
@@ -63,10 +108,8 @@ def _is_range(relation: Any) -> bool:
 
 def _is_certain(relation: Any) -> bool:
     """Whether the relation holds for all sizes, as far as a few show: then there is nothing to state."""
-    symbols = sorted(relation.free_symbols, key=str)
-    trials = [tuple(base + step * index for index in range(len(symbols))) for base, step in _TRIALS]
     try:
-        return all(bool(relation.xreplace(dict(zip(symbols, map(sympy.Integer, t), strict=True)))) for t in trials)
+        return all(bool(relation.xreplace(trial)) for trial in _trials(sorted(relation.free_symbols, key=str)))
     except ZeroDivisionError:
         return False
 

@@ -135,7 +135,7 @@ class Look:
         self.num_arguments = len(self.tensors)
         self.key = (values, self._module(leaf, is_outer=True), _surroundings())
         shape_env: Any = self.fake_mode.shape_env
-        self.facts = len(shape_env.var_to_range), [tensor._version for tensor in self.tensors]
+        self.facts = shape_env.num_symbols(), [tensor._version for tensor in self.tensors]
 
     def _value(self, value: Any) -> Any:
         kind = type(value)

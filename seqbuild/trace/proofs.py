@@ -4,7 +4,8 @@ A trace follows one sample. Where the model's code, or a kernel of torch, decide
 code holds the one outcome; often it is right for the other one, too: `if padding > 0: out = out[:, :length]` cuts off
 nothing where there is no padding. So, when such a module returns, what was recorded of it is made into code and
 executed on small random weights and inputs of sizes for which the relation holds and of sizes for which it does not,
-and compared, bit for bit, with the module itself.
+and compared, bit for bit, with the module itself. The same is done for loops (`loops.py`), for several numbers of
+turns.
 
 What is proven is forgotten: whoever decides by the same relation elsewhere is noted, and proven, for itself. Equalities
 are never proven, for torch simplifies sizes by them from then on.
@@ -12,6 +13,7 @@ are never proven, for torch simplifies sizes by them from then on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import UserDict
@@ -37,6 +39,7 @@ from seqbuild.trace.weightless import kept_as_found
 
 if TYPE_CHECKING:
     from seqbuild.trace.blame import Culprit
+    from seqbuild.trace.loops import Loops
     from seqbuild.trace.sizes import Known
     from seqbuild.trace.tracer import SequentialTracer
 
@@ -56,6 +59,7 @@ class Call:
         nodes: what was recorded.
         output: the fake result.
         known: what was assumed of sizes before.
+        attributes: of the module and those inside it, before the call.
     """
 
     module: nn.Module
@@ -65,6 +69,7 @@ class Call:
     nodes: tuple[fx.Node, ...]
     output: Any
     known: Known
+    attributes: Sequence[tuple[nn.Module, Mapping[str, Any]]]
 
 
 class Proofs:
@@ -72,10 +77,12 @@ class Proofs:
 
     Args:
         tracer: owns the graph.
+        loops: of the same trace.
     """
 
-    def __init__(self, tracer: SequentialTracer) -> None:
+    def __init__(self, tracer: SequentialTracer, loops: Loops) -> None:
         self.tracer = tracer
+        self.loops = loops
         self._closed: list[_Closed] = []
 
     def watched(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,13 +99,15 @@ class Proofs:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         shape_env = self.tracer.shape_env
-        known, num_assumed = shape_env.known(), len(shape_env.assumed)
+        known, num_assumed, num_loops = shape_env.known(), len(shape_env.assumed), len(self.loops.unproven)
         last = next(iter(reversed(self.tracer.graph.nodes)))
         tensors = [value for value in leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         inputs = {node: tensor for tensor in tensors if (node := self.tracer.known_node(tensor)) is not None}
+        attributes = [(inner, dict(inner.__dict__)) for inner in module.modules()]
         output = forward(*args, **kwargs)
         assumed = [shape_env.replace(relation) for relation, _ in shape_env.assumed[num_assumed:]]
-        questions = [relation for relation in dict.fromkeys(assumed) if is_assumption(relation)]
+        turns = [question for loop in self.loops.unproven[num_loops:] for question in loop.questions()]
+        questions = [*(relation for relation in dict.fromkeys(assumed) if is_assumption(relation)), *turns]
         if questions and not any(isinstance(relation, sympy.Eq) for relation in questions):
             call = Call(
                 module=module,
@@ -108,9 +117,12 @@ class Proofs:
                 nodes=tuple(nodes_after(last)),
                 output=output,
                 known=known,
+                attributes=attributes,
             )
             if self._is_proven(call, questions):
-                self._close(call, shape_env.assumed[num_assumed][1])
+                culprits = [culprit for _, culprit in shape_env.assumed[num_assumed:]]
+                self._close(call, [*culprits, *(loop.culprit for loop in self.loops.unproven[num_loops:])][0])
+                del self.loops.unproven[num_loops:]
                 del shape_env.assumed[num_assumed:]
                 shape_env.forget(known, lambda relation: is_assumption(shape_env.replace(relation)))
         return output
@@ -119,7 +131,7 @@ class Proofs:
         try:
             program = _Program(self.tracer, call)
             sizes = trials(self.tracer.shape_env, call.known, program.symbols, questions)
-            with disable_proxy_modes_tracing():
+            with disable_proxy_modes_tracing(), self.tracer.shape_env.sizes_kept_free(), _as_before(call):
                 return bool(sizes) and all(program.is_right(chosen) for chosen in sizes)
         except Exception as error:
             _logger.debug("%s is not proven: %s", type(call.module).__name__, error)
@@ -156,6 +168,24 @@ class _Closed:
     culprit: Culprit | None
 
 
+@contextlib.contextmanager
+def _as_before(call: Call) -> Iterator[None]:
+    """The call's modules have the attributes that they had before it: it may have kept a state in them."""
+    found = [(module, dict(module.__dict__)) for module, _ in call.attributes]
+    try:
+        for module, attributes in call.attributes:
+            _set_attributes(module, attributes)
+        yield
+    finally:
+        for module, attributes in found:
+            _set_attributes(module, attributes)
+
+
+def _set_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+
+
 def nodes_after(last: fx.Node) -> Iterator[fx.Node]:
     """What has been recorded since."""
     node = last.next
@@ -178,6 +208,7 @@ class _Program:
     def __init__(self, tracer: SequentialTracer, call: Call) -> None:
         self.tracer = tracer
         self.call = call
+        self.nodes = [node for node in call.nodes if not self._is_from_outside(node)]
         self.sources: list[fx.Node] = []
         self.sizes: list[torch.SymInt] = []
         self.results = self._results()
@@ -186,8 +217,12 @@ class _Program:
         self.forward = compile_program(code.source, f"<{type(call.module).__name__}>")
         self.symbols = tuple(self._symbols())
 
+    def _is_from_outside(self, node: fx.Node) -> bool:
+        """Whether a node asks for a size of some tensor outside: it may be the first to ask for that size."""
+        return node.target is _SIZE and node.args[0] not in self.call.inputs and node.args[0] not in self.call.nodes
+
     def _results(self) -> dict[str, tuple[fx.Node, torch.Tensor]]:
-        inside = dict.fromkeys(self.call.nodes)
+        inside = dict.fromkeys(self.nodes)
         found: dict[str, tuple[fx.Node, torch.Tensor]] = {}
         for index, value in enumerate(leaves(self.call.output)):
             if isinstance(value, torch.Tensor):
@@ -202,8 +237,8 @@ class _Program:
     def _graph(self) -> fx.Graph:
         """The call's nodes as a graph of their own."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        inside = dict.fromkeys(self.call.nodes)
-        needed = [source for node in self.call.nodes for source in node.all_input_nodes]
+        inside = dict.fromkeys(self.nodes)
+        needed = [source for node in self.nodes for source in node.all_input_nodes]
         for source in dict.fromkeys([*needed, *(node for node, _ in self.results.values())]):
             if source in inside or source.op == "get_attr":
                 continue
@@ -211,10 +246,10 @@ class _Program:
                 raise TraceError(f"{source.name} comes by another way than as an argument")
             copies[source] = graph.placeholder(f"source_{len(self.sources)}")
             self.sources.append(source)
-        for node in dict.fromkeys([*needed, *self.call.nodes]):
+        for node in dict.fromkeys([*needed, *self.nodes]):
             if node.op == "get_attr":
                 copies[node] = graph.node_copy(node)
-        for node in self.call.nodes:
+        for node in self.nodes:
             if node not in copies:
                 copies[node] = graph.node_copy(node, lambda source: copies[source])
         outputs: dict[str, Any] = {name: copies[node] for name, (node, _) in self.results.items()}
@@ -228,7 +263,7 @@ class _Program:
     def _new_sizes(self) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
         """Sizes that are first found in what was recorded: code behind the call may take them from there."""
         seen = dict.fromkeys(size.node.expr for source in self.sources for size in _sizes(source.meta.get("val")))
-        for node in self.call.nodes:
+        for node in self.nodes:
             value = node.meta.get("val")
             if node.op == "get_attr" or not isinstance(value, torch.Tensor):
                 continue

@@ -45,11 +45,20 @@ class JoinsRecorded(TorchFunctionMode):
 
     Args:
         record: called with the operator and its arguments.
+        record_collected: likewise, for a list that a recorded loop has filled.
+        is_collected: whether a list is one.
     """
 
-    def __init__(self, record: Callable[[Any, tuple[Any, ...]], Any]) -> None:
+    def __init__(
+        self,
+        record: Callable[[Any, tuple[Any, ...]], Any],
+        record_collected: Callable[[Any, tuple[Any, ...]], Any],
+        is_collected: Callable[[Any], bool],
+    ) -> None:
         super().__init__()
         self.record = record
+        self.record_collected = record_collected
+        self.is_collected = is_collected
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -57,7 +66,9 @@ class JoinsRecorded(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _JOINS and get_proxy_mode() is not None:
             tensors = args[0] if args else kwargs.get("tensors")
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             if isinstance(tensors, UnknownLength):
-                dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
                 return self.record(_JOINS[func], (tensors, dim))
+            if self.is_collected(tensors):
+                return self.record_collected(_JOINS[func], (tensors, dim))
         return func(*args, **kwargs)

@@ -9,11 +9,15 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from seqbuild.trace.blame import Culprit, find_culprit
 from seqbuild.trace.decisions import Decisions
+from seqbuild.trace.guards import holds_in_turns
 
 
 class SizeBurntInError(RuntimeError):
@@ -43,6 +47,8 @@ class WatchedSizes(ShapeEnv):
         self.is_strict = False
         self.is_noting = False  # whether what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
+        self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
+        self.doubts: list[Any] = []  # relations that do not hold in all turns
         self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
 
     @contextlib.contextmanager
@@ -93,6 +99,7 @@ class WatchedSizes(ShapeEnv):
         num_guards = len(self.guards)
         try:
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
+            self._set_turns_aside(num_guards)
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
                 self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
             return found
@@ -102,6 +109,31 @@ class WatchedSizes(ShapeEnv):
                 raise
             condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
             return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+
+    def turn(self, count: torch.SymInt) -> torch.SymInt:
+        """The number of a turn of a loop; what is decided by it must be so in all of the turns."""
+        source = ConstantSource(f"turn_{len(self.turns)}")
+        options: dict[str, Any] = {"positive": None, "do_not_specialize_zero_one": True}
+        symbol = self.create_symbol(0, source, DimDynamic.DYNAMIC, None, **options)
+        self.var_to_range[symbol] = ValueRanges(0, int_oo)
+        self.turns[symbol] = self.replace(count.node.expr)
+        index = self.create_symintnode(symbol, hint=0, source=source)
+        assert isinstance(index, torch.SymInt), "it is a symbol"
+        return index
+
+    def num_symbols(self) -> int:
+        """How many symbols there are, those of loops not counted."""
+        return len(self.var_to_range) - len(self.turns)
+
+    def _set_turns_aside(self, num_guards: int) -> None:
+        """Relations of the number of a turn are no assumptions: they hold in all turns, or the loop is in doubt."""
+        if not self.turns or len(self.guards) == num_guards:
+            return
+        for guard in self.guards[num_guards:]:
+            if any(symbol in self.turns for symbol in guard.expr.free_symbols):
+                self.guards.remove(guard)
+                if not self.is_strict and not holds_in_turns(guard.expr, self.turns):
+                    self.doubts.append(guard.expr)
 
     def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
         if tgt.is_number and a in sample_sizes(self):

@@ -40,9 +40,12 @@ from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.trace.decisions import Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption
+from seqbuild.trace.indices import SymbolicIndices
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.literals import LiteralTensors
+from seqbuild.trace.loop_marks import STATEMENTS
+from seqbuild.trace.loops import Loops
 from seqbuild.trace.namespaces import largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.proofs import Proofs
@@ -159,17 +162,23 @@ class SequentialTracer(PythonKeyTracer):
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
             self._record_leaves(root, steps)
-            proofs = Proofs(self)
+            loops = Loops(self)
+            proofs = Proofs(self, loops)
             self._watch(root, proofs)
             self._mark_targets(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             if self.policy is not None:
-                stack.enter_context(replaced(root, {"min": smallest, "max": largest}))
+                stack.enter_context(replaced(root, {"min": smallest, "max": largest, "range": loops.range}))
             stack.enter_context(vmap_recorded(self))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
             modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
-            for context in (*modes, JoinsRecorded(steps.join), LiteralTensors(self.dtype)):
+            for context in (
+                *modes,
+                JoinsRecorded(steps.join, loops.join, loops.is_collected),
+                LiteralTensors(self.dtype),
+                SymbolicIndices(),
+            ):
                 stack.enter_context(context)
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
@@ -181,6 +190,7 @@ class SequentialTracer(PythonKeyTracer):
         _drop_dropout(self.graph)
         _drop_dead_code(self.graph)
         proofs.require_closed()
+        loops.require_closed(self.graph)
         for node in self.graph.nodes:
             if "culprit" in node.meta:
                 raise not_offered(node.target, node.meta["culprit"], self.ancestors)
@@ -465,4 +475,4 @@ def _drop_dead_code(graph: fx.Graph) -> None:
 def _is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable
-    return "opaque" not in node.meta and node.target is not require
+    return "opaque" not in node.meta and node.target not in (require, *STATEMENTS)

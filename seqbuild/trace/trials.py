@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from seqbuild.trace.sizes import Known
 
 _NUM_EACH = 2
+_TURNS = (1, 2, 3, 5)
+_TURNS_AT_LEAST = (2, 3)
 _MOST_SYMBOLS = 2
 _MOST = 8192  # the most that sizes may come to, multiplied
 _POWERS = [2**exponent for exponent in range(4, 14)]
@@ -50,6 +52,27 @@ class Sizes:
         return tuple(self.number(size) for size in tensor.shape)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turns:
+    """The question whether a loop is right, however often it turns."""
+
+    count: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doubt:
+    """The question whether a loop is right, although a relation does not hold in all of its turns."""
+
+    relation: Any
+    index: sympy.Symbol
+    count: Any
+
+    def holds(self, numbers: Mapping[Any, Any]) -> int:
+        """Whether the relation holds in all turns, for these sizes."""
+        turns = range(int(self.count.xreplace(numbers)))
+        return int(all(self.relation.xreplace({**numbers, self.index: sympy.Integer(turn)}) for turn in turns))
+
+
 def trials(shape_env: ShapeEnv, known: Known, symbols: Sequence[sympy.Symbol], questions: Sequence[Any]) -> list[Sizes]:
     """Sizes for all questions, each once; none when there is no telling by small ones.
 
@@ -57,7 +80,7 @@ def trials(shape_env: ShapeEnv, known: Known, symbols: Sequence[sympy.Symbol], q
         shape_env: holds the symbols.
         known: what the sizes must respect.
         symbols: those to choose numbers for.
-        questions: relations, which must hold for some of the sizes and not for others.
+        questions: relations, which must hold for some of the sizes and not for others, `Turns` and `Doubt`s.
     """
     usual = {symbol: sympy.Integer(sample_sizes(shape_env).get(symbol, 3)) for symbol in symbols}
     found: dict[tuple[Any, ...], Sizes] = {}
@@ -71,11 +94,11 @@ def trials(shape_env: ShapeEnv, known: Known, symbols: Sequence[sympy.Symbol], q
 
 
 def _for_question(shape_env: ShapeEnv, known: Known, usual: Mapping[Any, Any], question: Any) -> list[dict[Any, Any]]:
-    own = sorted(question.free_symbols, key=str)
+    own = sorted(_symbols_of(question), key=str)
     if not own or len(own) > _MOST_SYMBOLS or any(symbol not in usual for symbol in own):
         return []
-    missing: dict[bool | None, int] = {True: _NUM_EACH, False: _NUM_EACH}
-    chosen: list[dict[Any, Any]] = []
+    wanted = dict.fromkeys(_TURNS, 1) if isinstance(question, Turns) else dict.fromkeys((1, 0), _NUM_EACH)
+    missing, chosen = dict(wanted), list[dict[Any, Any]]()
     for numbers in _candidates(own):
         answer = _answer(question, numbers)
         if missing.get(answer, 0) and _is_possible(shape_env, known, {**usual, **numbers}):
@@ -83,7 +106,8 @@ def _for_question(shape_env: ShapeEnv, known: Known, usual: Mapping[Any, Any], q
             chosen.append({**usual, **numbers})
             if not any(missing.values()):
                 break
-    return chosen if max(missing.values()) < _NUM_EACH else []
+    needed = _TURNS_AT_LEAST if isinstance(question, Turns) else (1, 0)
+    return chosen if all(missing[answer] < wanted[answer] for answer in needed) else []
 
 
 def _candidates(symbols: Sequence[Any]) -> Iterator[dict[Any, Any]]:
@@ -100,11 +124,20 @@ def _product(sizes: Sequence[int]) -> int:
     return result
 
 
-def _answer(question: Any, numbers: Mapping[Any, Any]) -> bool | None:
+def _symbols_of(question: Any) -> set[Any]:
+    if isinstance(question, Doubt):
+        return set((question.relation.free_symbols | question.count.free_symbols) - {question.index})
+    return set((question.count if isinstance(question, Turns) else question).free_symbols)
+
+
+def _answer(question: Any, numbers: Mapping[Any, Any]) -> int:
+    """Whether a relation holds (one or zero), or how many turns there are; -1 where there is no telling."""
     try:
-        return bool(question.xreplace(numbers))
+        if isinstance(question, Turns):
+            return int(question.count.xreplace(numbers))
+        return question.holds(numbers) if isinstance(question, Doubt) else int(bool(question.xreplace(numbers)))
     except ZeroDivisionError:
-        return None
+        return -1
 
 
 def _is_possible(shape_env: ShapeEnv, known: Known, numbers: Mapping[Any, Any]) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from runtime.errors import ArtifactError
-from runtime.grammar import NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program, is_opaque_path
+from runtime.grammar import LOOP_LIMIT, NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program
+from runtime.opaque_paths import is_opaque_path
 from seqbuild import trace_subgraphs
 from seqbuild.targets import infer_targets
 from tests.runtime.artifacts import FIRST
@@ -40,6 +41,7 @@ ACCEPTED = [
     "z = torch.ops.aten.full.default([], run.lowest, dtype=run.dtype)",
     "z = torch.ops.aten.full.default([], -torch.inf)",
     "z = torch.ops.aten.index.Tensor(x, [None, y, slice(None, 3, None)])",
+    "z = x",
     "z = x[0]",
     "z = x[(0, slice(1, y))]",
     'z = x["key"]',
@@ -233,7 +235,6 @@ HOSTILE = [
     "x[0] = y",
     "self.weight = x",
     "torch.load = x",
-    "z = x",
     "z = (x, y)",
     "z = 1",
     "del self",
@@ -453,3 +454,94 @@ def test_operators_outside_of_the_closed_list_are_refused(operator: str) -> None
     source = f"def forward(self, x, *, run):\n    y = torch.ops.aten.{operator}(x)\n    return {{'y': y}}\n"
     with pytest.raises(ArtifactError, match="line 2: the operator"):
         check_program(source.encode(), Allowed(input_names=["x"], output_names=["y"]), "program")
+
+
+LOOPS = [
+    ("z = x", "for i in range(y):", "    w = torch.ops.aten.select.int(x, 0, i)", "    z = w", "    del w"),
+    ("z = []", "for i in range(y):", "    z.append(x)"),
+    ("z = x", "for i in range(y):", "    for j in range(i):", "        z = x"),
+    ("z = x", "for i in range(y):", "    z = x", "for i in range(y):", "    z = x"),
+]
+
+
+@pytest.mark.parametrize("statements", LOOPS)
+def test_loops_over_a_size(statements: tuple[str, ...]) -> None:
+    accepts(program(*statements))
+
+
+HOSTILE_LOOPS = [
+    # over something else
+    ("z = x", "for i in x:", "    z = x"),
+    ("z = x", "for i in range(3):", "    z = x"),
+    ("z = x", "for i in range(y + 1):", "    z = x"),
+    ("z = x", "for i in range(0, y):", "    z = x"),
+    ("z = x", "for i in range(y, step=1):", "    z = x"),
+    ("z = x", "for i in range(*y):", "    z = x"),
+    ("z = x", "for i in range(w):", "    z = x"),
+    ("z = x", "for i in range(range):", "    z = x"),
+    ("z = x", "for i in enumerate(y):", "    z = x"),
+    ("z = x", "for i in torch.range(y):", "    z = x"),
+    ("z = x", "for i in a:", "    z = x"),
+    ("z = x", "for i in range(a):", "    z = x"),
+    ("z = []", "for i in range(z):", "    z.append(x)"),
+    # with another head
+    ("z = x", "for i, j in range(y):", "    z = x"),
+    ("z = x", "for x in range(y):", "    z = x"),
+    ("z = x", "for self in range(y):", "    z = x"),
+    ("z = x", "for range in range(y):", "    z = x"),
+    ("z = x", "for z.i in range(y):", "    z = x"),
+    ("z = x", "for i in range(y):", "    z = x", "else:", "    z = y"),
+    # what is in it
+    ("z = x", "for i in range(y):", "    pass"),
+    ("z = x", "for i in range(y):", "    break"),
+    ("z = x", "for i in range(y):", "    continue"),
+    ("z = x", "for i in range(y):", '    return {"z": z}'),
+    ("z = x", "for i in range(y):", "    i = x"),
+    ("z = x", "for i in range(y):", "    del x"),
+    ("z = x", "for i in range(y):", "    del y"),
+    ("z = x", "for i in range(y):", "    z = w", "    w = x"),
+    ("z = x", "for i in range(y):", "    w = x", "    for j in range(y):", "        del w"),
+    ("z = x", "while y:", "    z = x"),
+    ("z = x", "if y:", "    z = x"),
+    # what comes after it
+    ("for i in range(y):", "    z = x"),
+    ("z = x", "for i in range(y):", "    w = x", "z = w"),
+    ("z = x", "for i in range(y):", "    z = x", "z = i"),
+    # lists
+    ("z = []", "z.append(x)"),
+    ("z = x", "for i in range(y):", "    z.append(x)"),
+    ("z = x", "for i in range(y):", "    w = []"),
+    ("z = []", "for i in range(y):", "    z = []"),
+    ("z = []", "for i in range(y):", "    z = x"),
+    ("z = []", "for i in range(y):", "    z.append(x, y)"),
+    ("z = []", "for i in range(y):", "    z.append(a)"),
+    ("z = []", "for i in range(y):", "    z.append(z)"),
+    ("z = []", "for i in range(y):", "    z.append(x[0])"),
+    ("z = []", "for i in range(y):", "    z.extend(x)"),
+    ("z = []", "for i in range(y):", "    z.append.append(x)"),
+    ("z = []", "for i in range(y):", "    w = z.append(x)"),
+    ("z = [x]", "for i in range(y):", "    z.append(x)"),
+    ("w = []", "z = w"),
+    # the inside of a module
+    ("z = a",),
+    ("z = x", "for i in range(y):", '    z = self.get_submodule("layers.0")'),
+    ("z = x", "for i in range(y):", "    z = a"),
+    ("z = x", "for i in range(y):", "    a = x"),
+]
+
+
+@pytest.mark.parametrize("statements", HOSTILE_LOOPS)
+def test_hostile_loops_are_refused(statements: tuple[str, ...]) -> None:
+    allowed = replace(NAMES, objects=["layers.0"], opaque=[STEP])
+    uses = ('a = self.get_submodule("layers.0")', f'b = run.opaque["{STEP}"](a)')
+    accepts(program(*uses, "z = x"), allowed)
+    refuses(program(*uses, *statements), allowed)
+
+
+def test_loops_are_nested_to_a_limit() -> None:
+    def nested(depth: int) -> bytes:
+        lines = [f"{'    ' * level}for i{level} in range(y):" for level in range(depth)]
+        return program("z = x", *lines, f"{'    ' * depth}z = x")
+
+    accepts(nested(LOOP_LIMIT))
+    assert "loops" in refuses(nested(LOOP_LIMIT + 1))

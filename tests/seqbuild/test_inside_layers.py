@@ -44,7 +44,8 @@ class Model(nn.Module):
 
 def traced(model: nn.Module, **options: Any) -> Trace:
     sample = {"x": torch.zeros(2, 5, WIDTH)}
-    return trace_model(model, sample, ["Layer"], may_ignore=lambda function: True, leaves="linear", **options)
+    options = {"leaves": "linear", "is_batch_only": False, **options}
+    return trace_model(model, sample, ["Layer"], may_ignore=lambda function: True, **options)
 
 
 def is_portable(trace: Trace) -> bool:
