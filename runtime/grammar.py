@@ -297,9 +297,9 @@ class _Checker:
             raise self.refuse(node, f"the attribute {node.attr!r}")
 
     def _require_result(self, node: ast.expr) -> None:
-        """Modules and configs are for opaque steps: nothing of theirs may be taken out."""
-        if _is_object(node) or (isinstance(node, ast.Name) and node.id in self.objects):
-            raise self.refuse(node, "access to the inside of a module or config")
+        """Modules and configs are for opaque steps, lists for operators: nothing of theirs may be taken out."""
+        if _is_object(node) or (isinstance(node, ast.Name) and (node.id in self.objects or node.id in self.lists)):
+            raise self.refuse(node, "access to the inside of a module, config or list")
 
     def call(self, node: ast.Call, depth: int) -> None:
         self._callee(node, depth)

@@ -522,6 +522,8 @@ HOSTILE_LOOPS = [
     ("z = []", "for i in range(y):", "    w = z.append(x)"),
     ("z = [x]", "for i in range(y):", "    z.append(x)"),
     ("w = []", "z = w"),
+    ("w = []", "z = w[0]"),
+    ("w = []", "z = w.append"),
     # the inside of a module
     ("z = a",),
     ("z = x", "for i in range(y):", '    z = self.get_submodule("layers.0")'),
