@@ -150,6 +150,17 @@ def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [real, larger(2, 3), larger(3, 10)]
 
 
+def longer_text(sample_input: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The shapes of a sample of tokens alone, with rows so long that they are several blocks of what models handle at
+    once; None for other samples.
+    """
+    widths = {value.shape[1] for value in sample_input.values() if _is_tokens(value)}
+    if len(widths) != 1 or not all(_is_tokens(value) for value in sample_input.values()):
+        return None
+    width = 4 * widths.pop() + 1
+    return {name: torch.zeros(len(value), width, dtype=value.dtype) for name, value in sample_input.items()}
+
+
 def _with_values(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value

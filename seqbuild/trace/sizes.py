@@ -65,6 +65,18 @@ class WatchedSizes(ShapeEnv):
             self.forget(known, lambda relation: True)
             self.is_strict = before
 
+    def allows(self, numbers: Mapping[Any, int], known: Known | None = None) -> bool:
+        """Whether numbers for symbols respect everything that is assumed of sizes, or what was known once."""
+        known = known or self.known()
+        symbols = {symbol: sympy.Integer(number) for symbol, number in numbers.items()}
+        for symbol, number in symbols.items():
+            bounds = known.ranges.get(symbol)
+            is_in = bounds is None or bounds.lower <= number <= bounds.upper
+            if not is_in or (symbol.is_Integer and symbol != number):
+                return False
+        relations = (self.replace(guard.expr).xreplace(symbols) for guard in self.guards[: known.num_guards])
+        return all(relation != sympy.false for relation in relations)
+
     def known(self) -> Known:
         """What is assumed of sizes by now, to come back to."""
         return Known(ranges=dict(self.var_to_range), axioms=dict(self.axioms), num_guards=len(self.guards))

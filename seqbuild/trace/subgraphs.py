@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.errors import TargetError
+from runtime.errors import TargetError, TraceError
 from seqbuild.partition import partition_graph, target_of, topological_partition, trace_consumed_names
-from seqbuild.sample.inputs import populate_concrete_args
+from seqbuild.sample.inputs import longer_text, populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
-from seqbuild.trace.blame import Function
+from seqbuild.trace.blame import Function, UntraceableError
 from seqbuild.trace.ladder import climb
 from seqbuild.trace.leaf_policy import always_foreign
 from seqbuild.trace.tracer import SequentialTracer
@@ -117,6 +118,21 @@ def trace_model(
     foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
 
     def attempt(paths: Sequence[str], answers: Sequence[bool]) -> tuple[fx.Graph, SequentialTracer]:
+        try:
+            return attempt_with(sample_input, paths, answers)
+        except UntraceableError:
+            longer = longer_text(sample_input) if leaves != "target" else None
+            if longer is None:
+                raise
+            with contextlib.suppress(TraceError):  # loops that the sample is too short for
+                traced, tracer = attempt_with(longer, paths, answers)
+                if tracer.is_for(sample_input):
+                    return traced, tracer
+            raise
+
+    def attempt_with(
+        sizes: Mapping[str, Any], paths: Sequence[str], answers: Sequence[bool]
+    ) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
             _offloaded(model, ancestors),
@@ -128,7 +144,7 @@ def trace_model(
             answers=answers,
             samples=samples,
         )
-        traced = tracer.trace(model, sample_input, arguments)
+        traced = tracer.trace(model, sizes, arguments)
         tracer.require_free_sizes(is_batch_only=is_batch_only)
         return traced, tracer
 

@@ -239,6 +239,15 @@ class SequentialTracer(PythonKeyTracer):
                     what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
                     raise burnt_in(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
 
+    def is_for(self, sample_input: Mapping[str, Any]) -> bool:
+        """Whether a trace that was made with other sizes holds for those of this sample, too."""
+        sizes: dict[Any, int] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            for size, number in zip(node.meta["val"].shape, sample_input[str(node.target)].shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    sizes[self.shape_env.replace(size.node.expr)] = int(number)
+        return self.shape_env.allows(sizes)
+
     def create_arg(self, a: Any) -> Any:
         """Turn a Python value into something a node can hold; names the type when it cannot."""
         if isinstance(a, torch.Tensor):

@@ -14,9 +14,7 @@ from runtime.errors import TraceError
 from seqbuild.trace.sizes import sample_sizes
 
 if TYPE_CHECKING:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    from seqbuild.trace.sizes import Known
+    from seqbuild.trace.sizes import Known, WatchedSizes
 
 _NUM_EACH = 2
 _TURNS = (1, 2, 3, 5)
@@ -31,8 +29,8 @@ _SIZES = sorted({*range(2, 16), *(size + step for size in _POWERS for step in (-
 class Sizes:
     """A number for each symbol."""
 
-    shape_env: ShapeEnv
-    numbers: Mapping[sympy.Symbol, sympy.Integer]
+    shape_env: WatchedSizes
+    numbers: Mapping[Any, Any]
 
     def number(self, size: int | torch.SymInt) -> int:
         """What a size is.
@@ -73,7 +71,9 @@ class Doubt:
         return int(all(self.relation.xreplace({**numbers, self.index: sympy.Integer(turn)}) for turn in turns))
 
 
-def trials(shape_env: ShapeEnv, known: Known, symbols: Sequence[sympy.Symbol], questions: Sequence[Any]) -> list[Sizes]:
+def trials(
+    shape_env: WatchedSizes, known: Known, symbols: Sequence[sympy.Symbol], questions: Sequence[Any]
+) -> list[Sizes]:
     """Sizes for all questions, each once; none when there is no telling by small ones.
 
     Args:
@@ -93,7 +93,9 @@ def trials(shape_env: ShapeEnv, known: Known, symbols: Sequence[sympy.Symbol], q
     return list(found.values())
 
 
-def _for_question(shape_env: ShapeEnv, known: Known, usual: Mapping[Any, Any], question: Any) -> list[dict[Any, Any]]:
+def _for_question(
+    shape_env: WatchedSizes, known: Known, usual: Mapping[Any, Any], question: Any
+) -> list[dict[Any, Any]]:
     own = sorted(_symbols_of(question), key=str)
     if not own or len(own) > _MOST_SYMBOLS or any(symbol not in usual for symbol in own):
         return []
@@ -101,7 +103,7 @@ def _for_question(shape_env: ShapeEnv, known: Known, usual: Mapping[Any, Any], q
     missing, chosen = dict(wanted), list[dict[Any, Any]]()
     for numbers in _candidates(own):
         answer = _answer(question, numbers)
-        if missing.get(answer, 0) and _is_possible(shape_env, known, {**usual, **numbers}):
+        if missing.get(answer, 0) and shape_env.allows({**usual, **numbers}, known):
             missing[answer] -= 1
             chosen.append({**usual, **numbers})
             if not any(missing.values()):
@@ -138,13 +140,3 @@ def _answer(question: Any, numbers: Mapping[Any, Any]) -> int:
         return question.holds(numbers) if isinstance(question, Doubt) else int(bool(question.xreplace(numbers)))
     except ZeroDivisionError:
         return -1
-
-
-def _is_possible(shape_env: ShapeEnv, known: Known, numbers: Mapping[Any, Any]) -> bool:
-    """Whether sizes respect everything that had been assumed before."""
-    for symbol, number in numbers.items():
-        bounds = known.ranges.get(symbol)
-        if bounds is not None and not bounds.lower <= number <= bounds.upper:
-            return False
-    relations = (shape_env.replace(guard.expr).xreplace(numbers) for guard in shape_env.guards[: known.num_guards])
-    return all(relation != sympy.false for relation in relations)

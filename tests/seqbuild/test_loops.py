@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from seqbuild.trace.loop_marks import STATEMENTS
-from tests.seqbuild.test_inside_layers import Model, check, traced
+from seqbuild.trace.subgraphs import trace_model
+from tests.seqbuild.test_inside_layers import Layer, Model, check, traced
 from tests.seqbuild.toys import WIDTH
+from tests.tiny_models import assert_same, randomize, run_chain, run_model
 
 
 class Scan(nn.Module):
@@ -237,3 +241,42 @@ def test_what_does_not_look_like_such_a_loop_is_for_one_length_as_before(part: t
     (x,) = trace.graph.find_nodes(op="placeholder")
     assert trace.tracer.shape_env.is_fixed(x.meta["val"].shape[1])
     assert not [node for node in trace.graph.nodes if node.target in STATEMENTS]
+
+
+class Text(nn.Module):
+    """Tokens, in blocks of so many that the usual sample is a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, WIDTH)
+        self.layers = nn.ModuleList([Layer(Chunked()), Layer(Chunked())])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Chunked(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        padding = (16 - length % 16) % 16
+        blocks = nn.functional.pad(x, (0, 0, 0, padding)).reshape(batch, -1, 16, WIDTH)
+        state, out = torch.zeros_like(x[:, :1]), torch.zeros_like(blocks)
+        for index in range((length + padding) // 16):
+            out[:, index] = blocks[:, index].cumsum(dim=1) + state
+            state = out[:, index, -1:] * 0.5
+        return out.reshape(batch, -1, WIDTH)[:, :length]
+
+
+def test_a_sample_that_is_too_short_for_a_loop_is_made_longer() -> None:
+    model = randomize(Text()).eval()
+    sample = {"input_ids": torch.zeros(3, 7, dtype=torch.int64)}
+    options: dict[str, Any] = {"leaves": "linear", "is_batch_only": False, "may_ignore": lambda function: True}
+    trace = trace_model(model, sample, ["Layer"], **options)
+    assert not trace.auto_ignore
+    assert "for index in range(" in trace.subgraphs[0].code.source
+    for length in (2, 7, 16, 17, 40):
+        inputs = {"input_ids": torch.arange(2 * length).reshape(2, length) % 8}
+        assert_same(run_chain(trace.subgraphs, model, inputs), run_model(model, inputs))
