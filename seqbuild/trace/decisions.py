@@ -41,19 +41,24 @@ class Decisions:
     Attributes:
         answers: those that are known.
         record: called with a node's condition and the answer.
+        known: the answer to a condition that is the same in every run; None where it may differ.
         num_asked: how many have been asked for.
     """
 
     answers: Sequence[bool]
     record: Callable[[torch.SymBool, bool], fx.Node]
+    known: Callable[[torch.SymBool], bool | None]
     num_asked: int = field(default=0)
 
     def decide(self, condition: torch.SymBool, culprit: Culprit | None) -> bool:
-        """The answer to `condition`, which is recorded as a requirement.
+        """The answer to `condition`, which is recorded as a requirement where it is not always the same.
 
         Raises:
             UndecidedError: when none is known.
         """
+        always = self.known(condition)
+        if always is not None:
+            return always
         index = self.num_asked
         if index >= len(self.answers):
             if culprit is None:

@@ -38,6 +38,7 @@ from seqbuild.emit import is_offered
 from seqbuild.partition import WITHIN, named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
+from seqbuild.trace.constant_values import constant_answer
 from seqbuild.trace.decisions import Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.indices import SymbolicIndices
@@ -107,7 +108,7 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._require)
+        self.decisions = Decisions(answers=answers, record=self._require, known=self._constant_answer)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -377,6 +378,10 @@ class SequentialTracer(PythonKeyTracer):
         for part in name.split(".") if name else ():
             value = getattr(value, part)
         return value
+
+    def _constant_answer(self, condition: torch.SymBool) -> bool | None:
+        node = self.create_arg(condition)
+        return constant_answer(node, self.constants, self.dtype) if isinstance(node, fx.Node) else None
 
     def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
         return self.create_node("call_function", require, (self.create_arg(condition), answer), {})

@@ -176,3 +176,54 @@ class ByAnotherWay(nn.Module):
 
 def test_only_what_was_compared_counts() -> None:
     check(ByAnotherWay, portable=False)
+
+
+class Quantile(nn.Module):
+    """Torch checks the numbers of a distribution: a decision by values that the code itself states."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cutoff = torch.distributions.normal.Normal(0, 1).icdf(torch.tensor(0.9, dtype=torch.float32))
+        return torch.relu(x - cutoff.type(x.dtype))
+
+
+class Stated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if bool(torch.tensor([1, 3], dtype=torch.int64).sum() == 5) else x * 3
+
+
+@pytest.mark.parametrize("part", [Quantile, Stated])
+def test_decisions_by_numbers_of_the_code_are_known(part: type[nn.Module]) -> None:
+    assert "require" not in check(part)
+
+
+class Rewritten(nn.Module):
+    """The number is written over by one that is not the code's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        total.add_(x.sum().abs() + 1)
+        return x * 2 if bool(total > 0) else x * 3
+
+
+class Rounded16(nn.Module):
+    """A number in the dtype of the weights is another one in another run."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if bool(torch.full((), 1.001, dtype=x.dtype) == 1) else x * 3
+
+
+class Random(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if bool(torch.rand(()) < 2) else x * 3
+
+
+@pytest.mark.parametrize("part", [Rewritten, Random])
+def test_decisions_by_other_numbers_are_not(part: type[nn.Module]) -> None:
+    check(part, portable=False)
+
+
+def test_a_number_in_the_dtype_of_the_weights_is_not_known() -> None:
+    model = randomize(Model(Rounded16)).eval()
+    sample = {"x": torch.zeros(2, 5, WIDTH, dtype=torch.bfloat16)}
+    options: dict[str, Any] = {"leaves": "linear", "dtype": torch.bfloat16, "may_ignore": lambda function: True}
+    assert not is_portable(trace_model(model, sample, ["Layer"], **options))
