@@ -133,27 +133,27 @@ def partition_graph(model: nn.Module, partitions: list[list[fx.Node]]) -> list[S
 def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx.Node, int]) -> Subgraph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    body = [node for node in nodes if node.op not in ("placeholder", "output")]
+    body = [node for node in nodes if node.op not in ("placeholder", "output", "get_attr")]
     output = next((node for node in nodes if node.op == "output"), None)
+    ends = [] if output is None else [output]
     unused = [node for node in nodes if node.op == "placeholder" and not node.users]  # taken so that it is consumed
-    sources = dict.fromkeys([*unused, *(source for node in nodes for source in node.all_input_nodes)])
+    sources = dict.fromkeys([*unused, *(source for node in (*body, *ends) for source in node.all_input_nodes)])
     outside = [
         source
         for source in sources
         if source.op == "placeholder" or (source.op != "get_attr" and owner[source] != index)
     ]
-    for source in sorted(outside, key=lambda node: (node.op != "placeholder", owner[node])):
+    for source in sorted(outside, key=lambda node: node.op != "placeholder"):  # else in the order of their use
         copies[source] = graph.placeholder(str(source.target) if source.op == "placeholder" else source.name)
         copies[source].meta = {key: value for key, value in source.meta.items() if key != WITHIN}
-    for source in sources:
-        if source.op == "get_attr" and owner[source] != index:
-            copies[source] = graph.node_copy(source)
-    for node in body:
-        copies[node] = graph.node_copy(node, lambda source: copies[source])
+    for node in (*body, *ends):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                copies[source] = graph.node_copy(source)
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
     results: dict[str, Any] = {
-        node.name: copies[node]
-        for node in body
-        if node.op != "get_attr" and any(owner[user] != index for user in node.users)
+        node.name: copies[node] for node in body if any(owner[user] != index for user in node.users)
     }
     if output is not None:
         results.update(fx.node.map_arg(named_output(output.args[0]), lambda source: copies[source]))
