@@ -64,12 +64,16 @@ class UntraceableError(TraceError):
         culprit: the line, where it is known.
         is_refusal: whether that line raised the error by itself: the model refuses what it is given.
         hint: as for every error.
+
+    Attributes:
+        earlier: a line before it that has turned the size of an input into a number, if one has.
     """
 
     def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.culprit = culprit
         self.is_refusal = is_refusal
+        self.earlier: Culprit | None = None
 
 
 def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:

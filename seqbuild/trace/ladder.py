@@ -2,8 +2,9 @@
 
 Where the model's code cannot be recorded, the innermost function around that line becomes one opaque step, and the
 trace is repeated; where that does not help, the function around that one, and so on. Functions that call a target are
-out of the question. A decision by values that no function surrounds is settled if the model itself refuses one of its
-outcomes (see `seqbuild.trace.decisions`).
+out of the question. What cannot be recorded may follow from a size that an earlier line has turned into a number, so
+the functions around that line are tried as well. A decision by values that no function surrounds is settled if the
+model itself refuses one of its outcomes, or all samples have the same one (see `seqbuild.trace.decisions`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def climb(attempt: Attempt[_T], is_candidate: Callable[[Function], bool]) -> _T:
             return attempt(tuple(paths), answers)
         except (UntraceableError, UndecidedError) as error:
             first = first or error
-            path = _next(error.culprit, is_candidate, paths)
+            path = _next(error.culprit, is_candidate, paths) or _next(error.earlier, is_candidate, paths)
             if path is not None:
                 paths[path] = None
                 continue
@@ -60,9 +61,13 @@ def _next(culprit: Culprit | None, is_candidate: Callable[[Function], bool], tri
 def _settle(
     attempt: Attempt[_T], paths: Sequence[str], answers: Sequence[bool], question: UndecidedError
 ) -> bool | None:
-    """The answer to a decision whose other outcome the model refuses; None when it refuses both or neither."""
+    """The answer to a decision whose other outcome the model refuses. Where it refuses neither, that of the samples;
+    None where they show none, or the model refuses both.
+    """
     refused = [_is_refused(attempt, paths, [*answers, answer], question) for answer in (True, False)]
-    return None if refused[0] == refused[1] else refused[1]
+    if refused[0] != refused[1]:
+        return refused[1]
+    return None if refused[0] else question.by_samples
 
 
 def _is_refused(attempt: Attempt[_T], paths: Sequence[str], answers: Sequence[bool], question: UndecidedError) -> bool:

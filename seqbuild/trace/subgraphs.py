@@ -13,7 +13,8 @@ from seqbuild.partition import find_target_nodes, partition_graph, topological_p
 from seqbuild.sample.inputs import populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
-from seqbuild.trace.blame import Function
+from seqbuild.trace.blame import Culprit, Function, UntraceableError
+from seqbuild.trace.decisions import UndecidedError
 from seqbuild.trace.ladder import climb
 from seqbuild.trace.tracer import SequentialTracer
 
@@ -121,7 +122,11 @@ def trace_model(
             answers=answers,
             samples=samples,
         )
-        traced = tracer.trace(model, sample_input, arguments)
+        try:
+            traced = tracer.trace(model, sample_input, arguments)
+        except (UntraceableError, UndecidedError) as error:
+            error.earlier = _burnt_before(tracer, is_batch_only)
+            raise
         tracer.require_free_sizes(is_batch_only=is_batch_only)
         return traced, tracer
 
@@ -137,6 +142,15 @@ def trace_model(
         for module in was_training:
             module.training = True
     return _cut(model, graph, tracer, targets, targets_per_subgraph, drop_uncalled=drop_uncalled)
+
+
+def _burnt_before(tracer: SequentialTracer, is_batch_only: bool) -> Culprit | None:
+    """The line that has turned a size into a number which must stay free, in a trace that has come to nothing."""
+    try:
+        tracer.require_free_sizes(is_batch_only=is_batch_only)
+    except UntraceableError as error:
+        return error.culprit
+    return None
 
 
 def _cut(

@@ -37,6 +37,7 @@ from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.evidence import outcome
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
@@ -90,7 +91,7 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._require)
+        self.decisions = Decisions(answers=answers, record=self._require, ask=self._by_samples)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -315,6 +316,11 @@ class SequentialTracer(PythonKeyTracer):
 
     def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
         return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
+
+    def _by_samples(self, condition: torch.SymBool) -> bool | None:
+        """The outcome of a decision that all samples have; None where they show none."""
+        assert self._steps is not None
+        return outcome(self.create_arg(condition), self._steps.replay)
 
     def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
         """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""

@@ -1,0 +1,98 @@
+"""What the tracer makes of decisions by values that no opaque step can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.errors import DataError, TraceError
+from seqbuild import Subgraph, trace_subgraphs
+from tests.seqbuild import toys
+from tests.tiny_models import assert_same, randomize, run_chain, run_model
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, toys.WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def trace(model: nn.Module, **inputs: Any) -> list[Subgraph]:
+    return trace_subgraphs(randomize(model).eval(), inputs, ["Layer"])
+
+
+def check(model: nn.Module, subgraphs: list[Subgraph], **inputs: torch.Tensor) -> None:
+    copies = [{name: value.clone() for name, value in inputs.items()} for _ in range(2)]
+    assert_same(run_chain(subgraphs, model, copies[0]), run_model(model, copies[1]))
+
+
+class SplitsThenChecks(toys.Toy):
+    """Turns the number of its images into a number, and asks for something later that follows from all of them."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        parts = torch.cat(self.split(x.flatten(0, 1), lengths), dim=0)
+        self.check(parts, ids)
+        return self.layers[1](self.layers[0](x + parts.sum()))
+
+    def split(self, x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(x, lengths[:, 0].tolist())
+
+    def check(self, parts: torch.Tensor, ids: torch.Tensor) -> None:
+        if parts.shape[0] != (ids == 1).sum():
+            raise ValueError("as many tokens as there are features")
+
+
+def test_the_line_that_fixed_a_size_is_to_blame_for_what_follows() -> None:
+    ids = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 2]])
+    model = SplitsThenChecks()
+    subgraphs = trace(model, x=values(2, 4), ids=ids, lengths=torch.tensor([[5], [3]]))
+    assert f"{__name__}:SplitsThenChecks.split" in [path for part in subgraphs for path in part.code.opaque]
+    lengths = torch.tensor([[3], [2], [6], [1]])
+    check(model, subgraphs, x=values(3, 4, seed=1), ids=ids[[0, 1, 1]], lengths=lengths)
+
+
+class Layout(toys.Toy):
+    """Goes one of two ways, as the ids have it; a target is called in both."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        if (ids == 1).sum() > 2:
+            return self.layers[1](x)
+        return self.layers[1](x * 2)
+
+
+def test_a_way_that_all_samples_go_is_taken_and_required() -> None:
+    model = Layout()
+    subgraphs = trace(model, x=values(2, 4), ids=torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]))
+    check(model, subgraphs, x=values(1, 5), ids=torch.tensor([[1, 1, 3, 0, 1]]))
+    with pytest.raises(DataError, match="not compiled"):
+        check(model, subgraphs, x=values(1, 3), ids=torch.tensor([[1, 0, 2]]))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([[1, 0, 2]]),
+        torch.ones(2, 4, dtype=torch.int64),
+        torch.zeros(2, 4, dtype=torch.int64, device="meta"),
+    ],
+    ids=["samples differ", "always the same", "no values"],
+)
+def test_a_way_that_samples_do_not_show_is_an_error(ids: torch.Tensor) -> None:
+    with pytest.raises(TraceError, match=r"test_decisions.py, line \d+\): it decides by values"):
+        trace(Layout(), x=values(*ids.shape), ids=ids)
+
+
+class Written(toys.Toy):
+    """Decides by ids into which contents have been written meanwhile."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        ids.copy_(x.sum(dim=-1) > 0)
+        return self.layers[1](x) if ids.sum() > 3 else self.layers[1](-x)
+
+
+def test_contents_show_nothing() -> None:
+    with pytest.raises(TraceError, match="decides by values"):
+        trace(Written(), x=values(2, 3), ids=torch.tensor([[1, 0, 2], [4, 5, 6]]))
