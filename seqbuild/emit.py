@@ -202,7 +202,7 @@ class _Emitter:
 
     def _attribute(self, node: fx.Node) -> str:
         name = str(node.target)
-        if node.meta.get("constant"):
+        if "constant" in node.meta:
             return f"run.constant({_text(self._refer('constants', name))})"
         value = _lookup(self.graph.owning_module, name)
         if isinstance(value, nn.Module):

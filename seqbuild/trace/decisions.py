@@ -1,10 +1,15 @@
 """Decisions that follow from values: what an assertion in the model's forward asks, for instance.
 
-A trace holds one outcome. Where the other one makes the model refuse its input (it raises an error itself), the trace
-takes the outcome that goes on, and the generated code requires it: data that the model would refuse is refused by the
-chain. Where both outcomes go on, a chain that holds one of them would silently be wrong for some data. If the decision
-is about how the data is laid out (it follows from token ids, grids and the like) and all samples have it alike, that
-outcome is taken and required likewise; any other such decision is an error.
+A trace holds one outcome. Three kinds of decisions are settled:
+
+    refused     where the other outcome makes the model refuse its input (it raises an error itself), the trace takes
+                the one that goes on, and the generated code requires it: what the model refuses the chain refuses
+    writing     "where anything is marked, write there": writing where nothing is marked changes nothing, so the trace
+                takes the outcome that writes, for all data (`seqbuild.trace.alike` proves it)
+    by samples  where the decision is about how data is laid out (it follows from token ids, grids and the like) and
+                all samples have it alike, that outcome is taken and required (`seqbuild.trace.evidence`)
+
+Any other decision is an error: a chain that holds one outcome would silently be wrong for some data.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
 from runtime.errors import TraceError
 from seqbuild.trace.blame import Culprit
@@ -24,21 +28,49 @@ def require(value: Any, expected: bool) -> None:
     """Stands in a graph for the check that generated code makes with `run.require`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to a decision.
+
+    Attributes:
+        outcome: of the condition.
+        is_required: whether data with the other outcome is refused.
+    """
+
+    outcome: bool
+    is_required: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clues:
+    """What is known of the outcome of a decision.
+
+    Attributes:
+        by_samples: the outcome that all samples have, if they show one.
+        writing: the outcome for data in which anything is marked, where the decision asks for that.
+    """
+
+    by_samples: bool | None = None
+    writing: bool | None = None
+
+
 class UndecidedError(TraceError):
     """A decision that follows from values and that no answer is known for yet.
 
     Args:
         culprit: the line that decides.
-        by_samples: the outcome that all samples have, if they show one.
+        clues: what is known of the outcome.
 
     Attributes:
+        by_samples: of the clues.
+        writing: likewise.
         earlier: as for `UntraceableError`.
     """
 
-    def __init__(self, message: str, culprit: Culprit | None, by_samples: bool | None) -> None:
+    def __init__(self, message: str, culprit: Culprit | None, clues: Clues) -> None:
         super().__init__(message, hint="move that line into a function of its own and name it with --ignore")
         self.culprit = culprit
-        self.by_samples = by_samples
+        self.by_samples, self.writing = clues.by_samples, clues.writing
         self.earlier: Culprit | None = None
 
 
@@ -48,18 +80,18 @@ class Decisions:
 
     Attributes:
         answers: those that are known.
-        record: called with a node's condition and the answer.
-        ask: for the outcome that all samples of a condition have, or None.
+        record: called with a condition and the answer to it.
+        ask: for what is known of a condition.
         num_asked: how many have been asked for.
     """
 
-    answers: Sequence[bool]
-    record: Callable[[torch.SymBool, bool], fx.Node]
-    ask: Callable[[torch.SymBool], bool | None]
+    answers: Sequence[Answer]
+    record: Callable[[torch.SymBool, Answer], None]
+    ask: Callable[[torch.SymBool], Clues]
     num_asked: int = field(default=0)
 
     def decide(self, condition: torch.SymBool, culprit: Culprit | None) -> bool:
-        """The answer to `condition`, which is recorded as a requirement.
+        """The answer to `condition`, which is recorded.
 
         Raises:
             UndecidedError: when none is known.
@@ -67,11 +99,11 @@ class Decisions:
         index = self.num_asked
         if index >= len(self.answers):
             what = f"decides by values: {condition.node.expr}"
-            by_samples = self.ask(condition)
+            clues = self.ask(condition)
             if culprit is None:
-                raise UndecidedError(f"the model's code {what}", culprit, by_samples)
+                raise UndecidedError(f"the model's code {what}", culprit, clues)
             where = f"{culprit.file}, line {culprit.line}"
-            raise UndecidedError(f"{culprit.name} cannot be traced ({where}): it {what}", culprit, by_samples)
+            raise UndecidedError(f"{culprit.name} cannot be traced ({where}): it {what}", culprit, clues)
         self.num_asked += 1
         self.record(condition, self.answers[index])
-        return self.answers[index]
+        return self.answers[index].outcome

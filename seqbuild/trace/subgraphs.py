@@ -13,8 +13,9 @@ from seqbuild.partition import find_target_nodes, partition_graph, topological_p
 from seqbuild.sample.inputs import populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
+from seqbuild.trace.alike import stands_for
 from seqbuild.trace.blame import Culprit, Function, UntraceableError
-from seqbuild.trace.decisions import UndecidedError
+from seqbuild.trace.decisions import Answer, UndecidedError
 from seqbuild.trace.ladder import climb
 from seqbuild.trace.tracer import SequentialTracer
 
@@ -112,7 +113,7 @@ def trace_model(
     concrete = populate_concrete_args(model, sample_input)
     arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
 
-    def attempt(paths: Sequence[str], answers: Sequence[bool]) -> tuple[fx.Graph, SequentialTracer]:
+    def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
             _offloaded(model, ancestors),
@@ -130,6 +131,11 @@ def trace_model(
         tracer.require_free_sizes(is_batch_only=is_batch_only)
         return traced, tracer
 
+    def is_alike(
+        one: tuple[fx.Graph, SequentialTracer], other: tuple[fx.Graph, SequentialTracer], places: Sequence[int]
+    ) -> bool:
+        return stands_for(one[0], other[0], [one[1].marks[place] for place in places])
+
     def is_candidate(function: Function) -> bool:
         is_ancestor = function.is_forward and function.owner in ancestors
         return not is_ancestor and may_ignore(function)
@@ -137,7 +143,7 @@ def trace_model(
     was_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        graph, tracer = climb(attempt, is_candidate)
+        graph, tracer = climb(attempt, is_candidate, is_alike)
     finally:
         for module in was_training:
             module.training = True

@@ -35,8 +35,9 @@ from runtime.errors import SeqbuildError, TraceError
 from seqbuild.emit import is_offered
 from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
+from seqbuild.trace.alike import Marks, asked_for
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
-from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.decisions import Answer, Clues, Decisions, UndecidedError, require
 from seqbuild.trace.evidence import outcome
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.literals import LiteralTensors
@@ -79,7 +80,7 @@ class SequentialTracer(PythonKeyTracer):
         ignore: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         targets: Collection[nn.Module] = (),
-        answers: Sequence[bool] = (),
+        answers: Sequence[Answer] = (),
         samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
@@ -91,7 +92,8 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._require, ask=self._by_samples)
+        self.decisions = Decisions(answers=answers, record=self._decided, ask=self._clues)
+        self.marks: list[Marks] = []
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -275,7 +277,7 @@ class SequentialTracer(PythonKeyTracer):
         self._tensor_names[id(tensor)] = name
         self._kept_alive.append(tensor)
         node = self._attribute(name)
-        node.meta["constant"] = True
+        node.meta["constant"] = tensor
         return node
 
     def _name_objects(self, root: nn.Module) -> None:
@@ -305,7 +307,7 @@ class SequentialTracer(PythonKeyTracer):
     def _lookup(self, node: fx.Node) -> Any:
         """What a `get_attr` node stands for; buffers have values even while they are fake."""
         name = str(node.target)
-        if node.meta.get("constant"):
+        if "constant" in node.meta:
             return self.constants[name]
         if name in self._real_buffers:
             return self._real_buffers[name]
@@ -314,13 +316,19 @@ class SequentialTracer(PythonKeyTracer):
             value = getattr(value, part)
         return value
 
-    def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
-        return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
+    def _decided(self, condition: torch.SymBool, answer: Answer) -> None:
+        """Record the answer to a decision; one that is not required leaves a note of what the decision asked for."""
+        node = self.create_arg(condition)
+        if answer.is_required:
+            self.create_node("call_function", require, (node, answer.outcome), {})
+        elif (marks := asked_for(node)) is not None:
+            self.marks.append(marks)
 
-    def _by_samples(self, condition: torch.SymBool) -> bool | None:
-        """The outcome of a decision that all samples have; None where they show none."""
+    def _clues(self, condition: torch.SymBool) -> Clues:
         assert self._steps is not None
-        return outcome(self.create_arg(condition), self._steps.replay)
+        node = self.create_arg(condition)
+        marks = asked_for(node)
+        return Clues(by_samples=outcome(node, self._steps.replay), writing=None if marks is None else marks.writing)
 
     def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
         """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""

@@ -96,3 +96,57 @@ class Written(toys.Toy):
 def test_contents_show_nothing() -> None:
     with pytest.raises(TraceError, match="decides by values"):
         trace(Written(), x=values(2, 3), ids=torch.tensor([[1, 0, 2], [4, 5, 6]]))
+
+
+class Marked(toys.Toy):
+    """Writes where a token stands, if it stands anywhere, in one of several ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Parameter(torch.ones(2, toys.WIDTH))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        num_found = 0
+        for index, token in enumerate((7, 8)):
+            mask, others = ids == token, ids != token
+            if self.kind == "in place" and mask.any():
+                x[mask] = self.table[index]
+            if self.kind == "copied" and mask.sum() > 0:
+                x = x.masked_fill(mask.unsqueeze(-1), index + 0.5)
+            if self.kind == "all" and not (~mask).all():
+                x = x.masked_fill(mask[..., None], index + 0.5)
+            if self.kind == "kept" and not others.all():
+                x[~others] = self.table[index]
+            if self.kind == "none" and not mask.sum() == 0:
+                x = x.masked_scatter(mask[..., None], self.table.repeat(50, 1))
+            if self.kind == "counted" and mask.any():
+                x[mask] = self.table[index]
+                num_found += 1
+            if self.kind == "elsewhere" and mask.any():
+                x[ids == 1] = self.table[index]
+        if self.kind == "counted" and num_found == 0:
+            x = x * 2
+        return self.layers[1](x)
+
+
+UNMARKED = torch.tensor([[1, 2, 0, 1], [0, 1, 5, 0]])
+
+
+@pytest.mark.parametrize("kind", ["in place", "copied", "all", "kept", "none"])
+def test_writing_where_nothing_is_marked_is_right_for_all_data(kind: str) -> None:
+    model = Marked(kind)
+    subgraphs = trace(model, x=values(2, 4), ids=UNMARKED)
+    assert all("run.require" not in subgraph.code.source for subgraph in subgraphs)
+    for ids in ([[1, 2, 3]], [[7, 1, 7]], [[1, 8, 2]], [[7, 8, 8]]):
+        check(model, subgraphs, x=values(1, 3), ids=torch.tensor(ids))
+
+
+@pytest.mark.parametrize("kind", ["counted", "elsewhere"])
+def test_what_does_more_than_write_is_required(kind: str) -> None:
+    model = Marked(kind)
+    subgraphs = trace(model, x=values(2, 4), ids=UNMARKED)
+    check(model, subgraphs, x=values(1, 3), ids=torch.tensor([[1, 2, 3]]))
+    with pytest.raises(DataError, match="not compiled"):
+        check(model, subgraphs, x=values(1, 3), ids=torch.tensor([[7, 1, 7]]))
