@@ -40,6 +40,7 @@ from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find
 from seqbuild.trace.decisions import Answer, Clues, Decisions, UndecidedError, require
 from seqbuild.trace.evidence import outcome
 from seqbuild.trace.leaf_memory import LeafMemory
+from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
@@ -135,6 +136,7 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
+            stack.enter_context(lengths_recorded(root))
             stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)

@@ -119,7 +119,7 @@ class Marked(toys.Toy):
                 x = x.masked_fill(mask[..., None], index + 0.5)
             if self.kind == "kept" and not others.all():
                 x[~others] = self.table[index]
-            if self.kind == "none" and not mask.sum() == 0:
+            if self.kind == "none" and not bool(mask.sum() == 0):
                 x = x.masked_scatter(mask[..., None], self.table.repeat(50, 1))
             if self.kind == "counted" and mask.any():
                 x[mask] = self.table[index]
