@@ -14,14 +14,20 @@ Any other decision is an error: a chain that holds one outcome would silently be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
 from runtime.errors import TraceError
+from seqbuild.trace.alike import Marks, asked_for
 from seqbuild.trace.blame import Culprit
+from seqbuild.trace.evidence import agreed
+from seqbuild.trace.replay import Replay
 
 
 def require(value: Any, expected: bool) -> None:
@@ -74,21 +80,25 @@ class UndecidedError(TraceError):
         self.earlier: Culprit | None = None
 
 
-@dataclass
 class Decisions:
     """Answers to the decisions of one trace, in the order in which they are asked for.
 
-    Attributes:
+    Args:
         answers: those that are known.
-        record: called with a condition and the answer to it.
-        ask: for what is known of a condition.
-        num_asked: how many have been asked for.
+        tracer: records them.
+
+    Attributes:
+        replay: what the samples make of the graph; set when the trace begins.
+        marks: what the decisions ask for whose answers are not required.
     """
 
-    answers: Sequence[Answer]
-    record: Callable[[torch.SymBool, Answer], None]
-    ask: Callable[[torch.SymBool], Clues]
-    num_asked: int = field(default=0)
+    replay: Replay
+
+    def __init__(self, answers: Sequence[Answer], tracer: PythonKeyTracer) -> None:
+        self.answers = answers
+        self.tracer = tracer
+        self.marks: list[Marks] = []
+        self._num_asked = 0
 
     def decide(self, condition: torch.SymBool, culprit: Culprit | None) -> bool:
         """The answer to `condition`, which is recorded.
@@ -96,14 +106,32 @@ class Decisions:
         Raises:
             UndecidedError: when none is known.
         """
-        index = self.num_asked
+        node = self.tracer.create_arg(condition)
+        marks = asked_for(node)
+        index = self._num_asked
         if index >= len(self.answers):
             what = f"decides by values: {condition.node.expr}"
-            clues = self.ask(condition)
+            clues = Clues(by_samples=agreed(node, self.replay), writing=None if marks is None else marks.writing)
             if culprit is None:
                 raise UndecidedError(f"the model's code {what}", culprit, clues)
             where = f"{culprit.file}, line {culprit.line}"
             raise UndecidedError(f"{culprit.name} cannot be traced ({where}): it {what}", culprit, clues)
-        self.num_asked += 1
-        self.record(condition, self.answers[index])
-        return self.answers[index].outcome
+        self._num_asked += 1
+        answer = self.answers[index]
+        if answer.is_required:
+            self._require(node, answer.outcome)
+        elif marks is not None:
+            self.marks.append(marks)
+        return answer.outcome
+
+    def number(self, value: torch.SymInt) -> int | None:
+        """What an integer is in all samples, which is required; None where they do not show it."""
+        node = self.tracer.create_arg(value)
+        number = agreed(node, self.replay) if isinstance(node, fx.Node) else None
+        if type(number) is not int:
+            return None
+        self._require(self.tracer.create_node("call_function", operator.eq, (node, number), {}), True)
+        return number
+
+    def _require(self, condition: fx.Node, outcome: bool) -> None:
+        self.tracer.create_node("call_function", require, (condition, outcome), {})

@@ -1,12 +1,14 @@
-"""What the samples show of a decision that follows from values.
+"""What the samples show of a decision, or of a number that must be known, where these follow from values.
 
 They show something of a decision about the layout of data: one that follows, by recorded operators alone, from inputs
 of whole numbers (ids of tokens, grids of images) and from sizes. They show nothing where the contents take part, such
-as pixels or what a layer has calculated, nor where an input is the same everywhere, as a mask without padding is.
+as pixels or what a layer has calculated, nor where an input is the same everywhere, as a mask without padding is. A
+number among the results of a step, such as that of a layer, is taken for no content.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,22 +21,23 @@ from seqbuild.trace.replay import Replay, for_real
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
-def outcome(condition: fx.Node, replay: Replay) -> bool | None:
-    """The outcome of a decision that all samples have in common; None where they differ or show nothing."""
-    if condition in _following_from_contents(condition.graph, replay.samples):
+def agreed(node: fx.Node, replay: Replay) -> Any:
+    """What a node's result, a number or a truth, is in all samples; None where they differ or show nothing."""
+    if node in _following_from_contents(node.graph, replay.samples):
         return None
     try:
-        found = {bool(value) for value in replay.known(condition)}
+        found = replay.known(node)
     except TraceError:
         return None
-    return found.pop() if len(found) == 1 else None
+    return found[0] if all(type(value) is type(found[0]) and value == found[0] for value in found) else None
 
 
 def _following_from_contents(graph: fx.Graph, samples: Sequence[Any]) -> set[fx.Node]:
     """Nodes whose values the samples do not show."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target in _SIZES:
+        is_number = node.target is operator.getitem and isinstance(node.meta.get("val"), torch.SymInt)
+        if node.target in _SIZES or is_number:
             continue
         is_unknown = node.op == "call_module" or bool(node.meta.get("uses"))
         if node.op == "placeholder":

@@ -134,7 +134,7 @@ def trace_model(
     def is_alike(
         one: tuple[fx.Graph, SequentialTracer], other: tuple[fx.Graph, SequentialTracer], places: Sequence[int]
     ) -> bool:
-        return stands_for(one[0], other[0], [one[1].marks[place] for place in places])
+        return stands_for(one[0], other[0], [one[1].decisions.marks[place] for place in places])
 
     def is_candidate(function: Function) -> bool:
         is_ancestor = function.is_forward and function.owner in ancestors

@@ -35,16 +35,14 @@ from runtime.errors import SeqbuildError, TraceError
 from seqbuild.emit import is_offered
 from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
-from seqbuild.trace.alike import Marks, asked_for
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
-from seqbuild.trace.decisions import Answer, Clues, Decisions, UndecidedError, require
-from seqbuild.trace.evidence import outcome
+from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
-from seqbuild.trace.sizes import WatchedSizes, model_sizes
+from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
 from seqbuild.trace.steps import Steps
 from seqbuild.trace.untouched import leaves_left_alone
 from seqbuild.trace.vmapped import vmap_recorded
@@ -93,8 +91,7 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._decided, ask=self._clues)
-        self.marks: list[Marks] = []
+        self.decisions = Decisions(answers, self)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -137,11 +134,13 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
             stack.enter_context(lengths_recorded(root))
+            stack.enter_context(numbers_hashable())
             stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
+            self.decisions.replay = steps.replay
             self._record_leaves(root, steps)
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
@@ -318,20 +317,6 @@ class SequentialTracer(PythonKeyTracer):
             value = getattr(value, part)
         return value
 
-    def _decided(self, condition: torch.SymBool, answer: Answer) -> None:
-        """Record the answer to a decision; one that is not required leaves a note of what the decision asked for."""
-        node = self.create_arg(condition)
-        if answer.is_required:
-            self.create_node("call_function", require, (node, answer.outcome), {})
-        elif (marks := asked_for(node)) is not None:
-            self.marks.append(marks)
-
-    def _clues(self, condition: torch.SymBool) -> Clues:
-        assert self._steps is not None
-        node = self.create_arg(condition)
-        marks = asked_for(node)
-        return Clues(by_samples=outcome(node, self._steps.replay), writing=None if marks is None else marks.writing)
-
     def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
         """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""
         for name, module in root.named_modules():
@@ -384,6 +369,8 @@ class SequentialTracer(PythonKeyTracer):
 def _plain_key(key: Any) -> Any:
     if isinstance(key, (str, int, bool)):
         return key
+    if isinstance(key, torch.SymInt):
+        return int(key)
     raise TraceError(
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",

@@ -131,6 +131,30 @@ class Marked(toys.Toy):
         return self.layers[1](x)
 
 
+class Numbered(toys.Toy):
+    """Files what a step has made under a number of the step's own, and looks it up by that."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        found = dict([self.features(x.flatten(0, 1), lengths)])
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            x = x + found[number] if number in found else x
+        return x
+
+    def features(self, x: torch.Tensor, lengths: torch.Tensor) -> tuple[int, torch.Tensor]:
+        parts = torch.split(x, lengths.flatten().tolist())
+        return int(lengths.min() > 50), torch.stack([part.sum(dim=0) for part in parts]).sum(dim=0)
+
+
+def test_a_number_that_all_samples_have_is_taken_and_required() -> None:
+    model = Numbered()
+    ids = torch.ones(2, 9, dtype=torch.int64)
+    subgraphs = trace(model, x=values(2, 4), ids=ids, lengths=torch.tensor([[5], [3]]))
+    check(model, subgraphs, x=values(2, 5, seed=1), ids=ids, lengths=torch.tensor([[2], [7], [1]]))
+    with pytest.raises(DataError, match="not compiled"):
+        check(model, subgraphs, x=values(1, 60), ids=ids, lengths=torch.tensor([[60]]))
+
+
 UNMARKED = torch.tensor([[1, 2, 0, 1], [0, 1, 5, 0]])
 
 
