@@ -80,9 +80,11 @@ def asked_for(condition: fx.Node) -> Marks | None:
     """The marks that a decision asks for, or None where it asks for something else."""
     node: Any = condition
     writing, is_counted = True, False
-    while isinstance(node, fx.Node) and node.op == "call_function":
+    while isinstance(node, fx.Node):
         if is_counted and _is_mask(node):
             return _marks(node, is_negated=False, writing=writing)
+        if node.op != "call_function":
+            return None
         source: Any = node.args[0] if node.args else None
         if node.target is _aten.all.default and not is_counted:
             is_mask = isinstance(source, fx.Node) and _is_mask(source)
@@ -158,8 +160,8 @@ class _Comparison:
             if self._is_unmarked(node):
                 self.unmarked.add(node)
             if place < len(theirs) and self._matches(node, theirs[place]):
-                if self.copied.intersection(theirs[place].all_input_nodes) and _is_writing(node):
-                    return False  # the copy would not follow
+                if _is_writing(node) and (_is_mask(node) or self.copied.intersection(theirs[place].all_input_nodes)):
+                    return False  # marks would be others, or the copy would not follow
                 self.same[node] = theirs[place]
                 place += 1
             elif self._is_through_unmarked(node, _WRITES):
@@ -182,7 +184,7 @@ class _Comparison:
         if node.target != other.target or any(source not in self.same for source in node.all_input_nodes):
             return False
         args, kwargs = (fx.node.map_arg(given, lambda source: self.same[source]) for given in (node.args, node.kwargs))
-        return bool(args == other.args and kwargs == other.kwargs)
+        return repr((args, kwargs)) == repr((other.args, other.kwargs))  # which tells 1 from 1.0
 
     def _is_unmarked(self, node: fx.Node) -> bool:
         for marks in self.marks:
@@ -204,7 +206,7 @@ class _Comparison:
         if not self._is_through_unmarked(node, _COPIES) or node.args[0] not in self.same:
             return False
         made, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
-        return tuple(made.shape) == tuple(source.shape) and made.dtype == source.dtype
+        return str(made.shape) == str(source.shape) and made.dtype == source.dtype
 
     def _is_idle(self, node: fx.Node) -> bool:
         """Whether a node changes nothing."""

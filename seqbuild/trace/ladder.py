@@ -85,6 +85,7 @@ class _Climb(Generic[_T]):
                 if path is not None:
                     self.paths[path] = None
                     self.answers.clear()  # which decisions are asked for is another matter now
+                    self._known.clear()
                     continue
                 answer = self._settle(error) if isinstance(error, UndecidedError) else None
                 if answer is None:

@@ -121,6 +121,11 @@ class Marked(toys.Toy):
                 x[~others] = self.table[index]
             if self.kind == "none" and not bool(mask.sum() == 0):
                 x = x.masked_scatter(mask[..., None], self.table.repeat(50, 1))
+            if self.kind == "overwritten":
+                has_any = mask.any()
+                mask.copy_(others)
+                if has_any:
+                    x[mask] = self.table[index]
             if self.kind == "counted" and mask.any():
                 x[mask] = self.table[index]
                 num_found += 1
@@ -129,6 +134,21 @@ class Marked(toys.Toy):
         if self.kind == "counted" and num_found == 0:
             x = x * 2
         return self.layers[1](x)
+
+
+class Selected(toys.Toy):
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        if chosen.any():
+            x = x.masked_fill(chosen[..., None], 0.0)
+        return self.layers[1](x)
+
+
+def test_a_mask_may_be_an_input() -> None:
+    model = Selected()
+    subgraphs = trace(model, x=values(2, 4), chosen=torch.zeros(2, 4, dtype=torch.bool))
+    for chosen in ([[True, False]], [[False, False]]):
+        check(model, subgraphs, x=values(1, 2), chosen=torch.tensor(chosen))
 
 
 class Numbered(toys.Toy):
@@ -167,7 +187,7 @@ def test_writing_where_nothing_is_marked_is_right_for_all_data(kind: str) -> Non
         check(model, subgraphs, x=values(1, 3), ids=torch.tensor(ids))
 
 
-@pytest.mark.parametrize("kind", ["counted", "elsewhere"])
+@pytest.mark.parametrize("kind", ["counted", "elsewhere", "overwritten"])
 def test_what_does_more_than_write_is_required(kind: str) -> None:
     model = Marked(kind)
     subgraphs = trace(model, x=values(2, 4), ids=UNMARKED)
