@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.errors import TraceError
 from seqbuild.trace.replay import Replay, for_real
@@ -23,7 +24,7 @@ _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 def agreed(node: fx.Node, replay: Replay) -> Any:
     """What a node's result, a number or a truth, is in all samples; None where they differ or show nothing."""
-    if node in _following_from_contents(node.graph, replay.samples):
+    if node in _following_from_contents(node.graph, replay):
         return None
     try:
         found = replay.known(node)
@@ -32,7 +33,7 @@ def agreed(node: fx.Node, replay: Replay) -> Any:
     return found[0] if all(type(value) is type(found[0]) and value == found[0] for value in found) else None
 
 
-def _following_from_contents(graph: fx.Graph, samples: Sequence[Any]) -> set[fx.Node]:
+def _following_from_contents(graph: fx.Graph, replay: Replay) -> set[fx.Node]:
     """Nodes whose values the samples do not show."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -41,9 +42,9 @@ def _following_from_contents(graph: fx.Graph, samples: Sequence[Any]) -> set[fx.
             continue
         is_unknown = node.op == "call_module" or bool(node.meta.get("uses"))
         if node.op == "placeholder":
-            is_unknown = not _tells([sample[str(node.target)] for sample in samples])
+            is_unknown = not _tells([sample[str(node.target)] for sample in replay.samples])
         elif node.op == "get_attr":
-            is_unknown = isinstance(node.meta.get("val"), torch.nn.Parameter)
+            is_unknown = isinstance(replay.lookup(node), (torch.nn.Parameter, FakeTensor))
         if is_unknown or any(source in found for source in node.all_input_nodes):
             found.add(node)
             target = node.target

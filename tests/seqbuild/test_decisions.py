@@ -84,6 +84,18 @@ def test_a_way_that_samples_do_not_show_is_an_error(ids: torch.Tensor) -> None:
         trace(Layout(), x=values(*ids.shape), ids=ids)
 
 
+class Weighs(toys.Toy):
+    """Decides by ids and by a parameter, whose numbers nobody knows while compiling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.ones(9))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x) if self.scores[ids].sum() > -1000 else self.layers[1](-x)
+
+
 class Written(toys.Toy):
     """Decides by ids into which contents have been written meanwhile."""
 
@@ -93,9 +105,10 @@ class Written(toys.Toy):
         return self.layers[1](x) if ids.sum() > 3 else self.layers[1](-x)
 
 
-def test_contents_show_nothing() -> None:
+@pytest.mark.parametrize("make", [Weighs, Written])
+def test_contents_show_nothing(make: type[nn.Module]) -> None:
     with pytest.raises(TraceError, match="decides by values"):
-        trace(Written(), x=values(2, 3), ids=torch.tensor([[1, 0, 2], [4, 5, 6]]))
+        trace(make(), x=values(2, 3), ids=torch.tensor([[1, 0, 2], [4, 5, 6]]))
 
 
 class Marked(toys.Toy):
