@@ -54,15 +54,16 @@ class Run:
 
     @staticmethod
     def require(value: Any, expected: bool) -> None:
-        """Refuse data for which the model's forward would raise an error.
+        """Refuse data for which the model's forward would raise an error, or go another way than it was traced.
 
         Raises:
             DataError: when `value` is not what it was when the model was traced.
         """
         if bool(value) is not expected:
             raise DataError(
-                "the model's code refuses this data: a condition that it states does not hold",
-                hint="compare the batch with what the model takes",
+                "the model's code refuses this data, or treats it in a way that was not compiled: a condition that it "
+                "states does not hold",
+                hint="compare the batch with what the model takes; compile with --sample for data of another kind",
             )
 
 

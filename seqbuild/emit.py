@@ -126,7 +126,7 @@ def common_scope(graph: fx.Graph, target: str) -> str:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    return bool(node.meta.get("constant"))
+    return "constant" in node.meta
 
 
 def is_offered(operator_: torch._ops.OpOverload) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 
 from runtime.errors import TargetError, UsageError
 from seqbuild.subgraph import Subgraph
-from seqbuild.trace.states import without_empty_cache
+from seqbuild.trace.states import is_empty_cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,10 +175,12 @@ def named_output(output: Any) -> dict[str, Any]:
     a value are left out.
     """
     if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if without_empty_cache(value) is not None}
+        return {str(name): value for name, value in output.items() if not is_empty_cache(value) and value is not None}
     if isinstance(output, (tuple, list)):
         return {
-            f"output_{index}": value for index, value in enumerate(output) if without_empty_cache(value) is not None
+            f"output_{index}": value
+            for index, value in enumerate(output)
+            if not is_empty_cache(value) and value is not None
         }
     return {"output": output}
 

@@ -87,7 +87,7 @@ class Sections:
             for source in node.all_input_nodes:
                 if source in known:
                     places[source] = known[source]
-                elif source.op == "get_attr" and not source.meta.get("constant"):
+                elif source.op == "get_attr" and "constant" not in source.meta:
                     return None
                 elif source not in inside and isinstance(source.meta.get("val"), torch.Tensor):
                     return None  # it came by another way than as an argument

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 
 from seqbuild.trace.blame import Culprit, find_culprit
 from seqbuild.trace.decisions import Decisions
@@ -66,11 +66,17 @@ class WatchedSizes(ShapeEnv):
                 self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
             return found
         except GuardOnDataDependentSymNode:
-            is_glue = get_proxy_mode() is not None and sym_node.pytype is bool
-            if not is_glue or self.decisions is None:
+            if get_proxy_mode() is None or self.decisions is None or sym_node.pytype not in (bool, int):
                 raise
-            condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
-            return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+            if sym_node.pytype is bool:
+                condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
+                return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+            number = self.decisions.number(torch.SymInt(sym_node))  # type: ignore[no-untyped-call]
+            if number is None:
+                raise
+            if isinstance(sym_node.expr, sympy.Symbol):
+                self._set_replacement(sym_node.expr, sympy.Integer(number), "all samples have it")
+            return sympy.Integer(number)
 
     def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
         if tgt.is_number and a in sample_sizes(self):
@@ -78,6 +84,24 @@ class WatchedSizes(ShapeEnv):
                 raise SizeBurntInError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)
+
+
+@contextlib.contextmanager
+def numbers_hashable() -> Iterator[None]:
+    """While the block runs, a number that follows from values can be a key where all samples have the same."""
+    plain = torch.SymInt.__hash__
+
+    def hashed(value: torch.SymInt) -> int:
+        if get_proxy_mode() is not None and free_unbacked_symbols(value.node.expr):
+            with contextlib.suppress(GuardOnDataDependentSymNode):
+                return hash(int(value))
+        return plain(value)
+
+    torch.SymInt.__hash__ = hashed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.SymInt.__hash__ = plain  # type: ignore[method-assign]
 
 
 def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:

@@ -38,15 +38,16 @@ from seqbuild.emit import is_offered
 from seqbuild.partition import WITHIN, named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
-from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
+from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
-from seqbuild.trace.sizes import WatchedSizes, model_sizes
+from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
 from seqbuild.trace.steps import Steps
 from seqbuild.trace.untouched import leaves_left_alone
 from seqbuild.trace.vmapped import vmap_recorded
@@ -87,7 +88,7 @@ class SequentialTracer(PythonKeyTracer):
         ignore: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         targets: Collection[nn.Module] = (),
-        answers: Sequence[bool] = (),
+        answers: Sequence[Answer] = (),
         samples: Sequence[Mapping[str, Any]] = (),
         leaves: str = "target",
         foreign: Collection[str] = (),
@@ -102,7 +103,7 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._require)
+        self.decisions = Decisions(answers, self)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -151,11 +152,14 @@ class SequentialTracer(PythonKeyTracer):
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
+            stack.enter_context(lengths_recorded(root))
+            stack.enter_context(numbers_hashable())
             stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
+            self.decisions.replay = steps.replay
             self._record_leaves(root, steps)
             self._mark_targets(root, Sections(self, leaf_memory))
             for step in opaque:
@@ -300,7 +304,7 @@ class SequentialTracer(PythonKeyTracer):
         self._tensor_names[id(tensor)] = name
         self._kept_alive.append(tensor)
         node = self._attribute(name)
-        node.meta["constant"] = True
+        node.meta["constant"] = tensor
         return node
 
     def _name_objects(self, root: nn.Module) -> None:
@@ -343,7 +347,7 @@ class SequentialTracer(PythonKeyTracer):
     def _lookup(self, node: fx.Node) -> Any:
         """What a `get_attr` node stands for; buffers have values even while they are fake."""
         name = str(node.target)
-        if node.meta.get("constant"):
+        if "constant" in node.meta:
             return self.constants[name]
         if name in self._real_buffers:
             return self._real_buffers[name]
@@ -351,9 +355,6 @@ class SequentialTracer(PythonKeyTracer):
         for part in name.split(".") if name else ():
             value = getattr(value, part)
         return value
-
-    def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
-        return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
 
     def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
         """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""
@@ -427,6 +428,8 @@ class SequentialTracer(PythonKeyTracer):
 def _plain_key(key: Any) -> Any:
     if isinstance(key, (str, int, bool)):
         return key
+    if isinstance(key, torch.SymInt):
+        return int(key)
     raise TraceError(
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",
