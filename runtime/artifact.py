@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from runtime.conditions import check_condition
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
-from runtime.host_sources import changed_sources, is_module_name
+from runtime.host_sources import changed_sources
 from runtime.manifest import (
-    ATTENTIONS,
-    DTYPES,
     MANIFEST_NAME,
     ConversionEntry,
     FileEntry,
@@ -29,6 +25,7 @@ from runtime.manifest import (
     sha256,
 )
 from runtime.model_code import ModelCode, check_model_code, is_own_module
+from runtime.tables import check_tables
 
 if TYPE_CHECKING:
     import torch
@@ -220,7 +217,7 @@ def _check(root: Path) -> tuple[Manifest, dict[str, str], ModelCode | None]:
     unnamed = [path for path in contents if path.endswith(".py") and path not in (*sources, *manifest.model.code)]
     if unnamed:
         raise ArtifactError(f"{unnamed[0]} is code that {root / MANIFEST_NAME} names as no program")
-    _check_names(manifest)
+    check_tables(manifest)
     _check_operators(operators)
     return manifest, sources, code
 
@@ -331,35 +328,6 @@ def _present_files(root: Path) -> dict[str, None]:
             if path.is_file():
                 present[path.relative_to(root).as_posix()] = None
     return present
-
-
-def _check_names(manifest: Manifest) -> None:
-    """Refuse tables that contradict each other."""
-    for entry in manifest.subgraphs:
-        missing = [name for name in entry.parameters if name not in manifest.parameters]
-        missing += [name for name in entry.constants if name not in manifest.constants]
-        missing += [name for name in entry.consumed_names if name not in entry.input_names]
-        if missing:
-            raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
-    for condition in manifest.conditions:
-        check_condition(condition, {dim.name: dim for dim in manifest.dims})
-    for name, parameter in manifest.parameters.items():
-        if not -1 <= parameter.conversion < len(manifest.conversions):
-            raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
-        if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
-            raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
-    if manifest.model.dtype not in ("float32", "float16", "bfloat16"):
-        raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
-    if manifest.model.attn_implementation not in ATTENTIONS:
-        raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
-    for module in manifest.sources:
-        if not is_module_name(module):
-            raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
-    for pattern in manifest.model.ignored_keys:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_operators(operators: dict[str, str]) -> None:

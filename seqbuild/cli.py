@@ -91,6 +91,8 @@ def compile_command(
             "subgraphs": len(manifest.subgraphs),
             "parameters": manifest.model.num_parameters,
             "bytes": num_bytes,
+            "portable": manifest.is_portable,
+            "foreign": dict(manifest.foreign),
             "seconds": done.seconds,
         }
         say(json.dumps(facts))

@@ -31,6 +31,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"inputs         {', '.join(f'{entry.name} {_shape(entry.shape)}' for entry in manifest.inputs)}"
     ranges = [_range(dim.name, dim.min, dim.max) for dim in manifest.dims]
     yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
+    yield f"portable       {_portability(manifest)}"
     yield f"opaque steps   {', '.join(manifest.opaque_steps) or 'none'}"
     if model.code:
         yield f"own code       {', '.join(model.code)}"
@@ -38,8 +39,18 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"files          {len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}"
 
 
+def _portability(manifest: Manifest) -> str:
+    if manifest.is_portable:
+        return f"yes: {len(manifest.leaves):,} leaves of {len(manifest.leaf_kinds)} kinds, no code of the model's"
+    if manifest.foreign:
+        classes = [path.partition(":")[2] for path in dict.fromkeys(manifest.foreign.values())]
+        return f"no: {len(manifest.foreign)} foreign leaves, of class {_some(classes)}"
+    return "no: the host calls the model's own code" + (" in opaque steps" if manifest.policy == "linear" else "")
+
+
 def remarks(manifest: Manifest) -> Iterator[str]:
     """What the compiler decided by itself and a user should know, a line each."""
+    yield f"portable: {_portability(manifest)}"
     opaque = manifest.opaque_steps
     by_itself = [path for path in opaque if path in manifest.auto_ignore]
     asked = [path for path in opaque if path not in manifest.auto_ignore]

@@ -25,6 +25,8 @@ SHARED |= {
     "code_loader",
     "host_sources",
     "conditions",
+    "tables",
+    "leaves",
 }
 
 

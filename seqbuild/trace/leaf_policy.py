@@ -25,7 +25,6 @@ from seqbuild.trace.experts import experts_leaf, is_experts
 if TYPE_CHECKING:
     from runtime.manifest import LeafKind
 
-POLICIES = ("target", "linear")
 _QUANTIZED = (nn.Linear, Conv1D)
 
 
