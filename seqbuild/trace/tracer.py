@@ -215,7 +215,7 @@ class SequentialTracer(PythonKeyTracer):
             TraceError: naming the input and the line of the model's code that decided by its size.
         """
         for relation, culprit in self.shape_env.assumed:
-            if is_assumption(self.shape_env.replace(relation)):
+            if not relation.free_symbols <= self.shape_env.own and is_assumption(relation):
                 raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
