@@ -88,9 +88,9 @@ def verify_artifact(
     changed, remarks = None, []
     with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _calm():
         if weights is None:
+            small = load(compile_small(artifact, Path(name)), trust_remote_code=trust_remote_code)
             changed, why = changed_files(artifact, Path(name))
             remarks.append(_about_code(changed, why))
-            small = load(compile_small(artifact, Path(name)), trust_remote_code=trust_remote_code)
             pair: _Pair = _RandomPair(artifact=small, dtype=_DTYPES[dtype])
         else:
             pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=Path(weights))
