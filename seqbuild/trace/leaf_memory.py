@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -70,10 +71,16 @@ class LeafMemory:
         with _watched(before.numbered) as reads:
             output = run()
         after = self._look(leaf, args, kwargs)
-        if not reads and after is not None and after.facts == before.facts and after.key == before.key:
+        if not reads and after is not None and after.facts == before.facts and self._is_same(before.key, after.key):
             with contextlib.suppress(_UnknownError), torch._C.DisableTorchFunction():
-                self._results[before.key] = _Description(before).of(output)
+                self._results[after.key] = _Description(after).of(output)
         return output
+
+    def _is_same(self, before: Any, after: Any) -> bool:
+        """Whether nothing has changed but that sizes are known to be equal now: the first layer finds out that its mask
+        is as long as its text. To run it again would give what it gave, in the sizes that are left.
+        """
+        return bool(before == after or _replaced(before, self._fake_mode.shape_env) == after)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -212,6 +219,15 @@ class _Look:
             self.numbered[type(module), name] = None
             return name, "a number"
         return name, self._value(value)
+
+
+def _replaced(key: Any, shape_env: Any) -> Any:
+    """A key with all sizes as they are known now."""
+    if isinstance(key, sympy.Basic):
+        return shape_env.replace(key)
+    if type(key) in (tuple, frozenset):
+        return type(key)(_replaced(part, shape_env) for part in key)
+    return key
 
 
 def _surroundings() -> Any:

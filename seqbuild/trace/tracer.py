@@ -93,6 +93,8 @@ class SequentialTracer(PythonKeyTracer):
         self.decisions = Decisions(answers=answers, record=self._require)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        # Identical layers are remembered as a whole; to look for single operators takes longer than to run them.
+        self.fake_mode.cache_enabled = False
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
