@@ -93,7 +93,8 @@ class SequentialTracer(PythonKeyTracer):
         self.decisions = Decisions(answers=answers, record=self._require)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        # Identical layers are remembered as a whole; to look for single operators takes longer than to run them.
+        # torch remembers operators for the whole process, and calculates with sizes only where it does not: how many
+        # names a trace takes would follow what was traced before. It is faster without, as whole layers are remembered.
         self.fake_mode.cache_enabled = False
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
