@@ -28,7 +28,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.sym_node import SymNode
 
@@ -68,7 +68,8 @@ class LeafMemory:
             return run()
         if before.key in self._results:
             return self._made_again(self._results[before.key], before)
-        with _watched(before.numbered) as reads:
+        # Whole leaves are remembered: to look for single operators takes longer than to run them.
+        with _watched(before.numbered) as reads, disable_fake_tensor_cache(self._fake_mode):
             output = run()
         after = self._look(leaf, args, kwargs)
         if not reads and after is not None and after.facts == before.facts and self._is_same(before.key, after.key):

@@ -93,9 +93,6 @@ class SequentialTracer(PythonKeyTracer):
         self.decisions = Decisions(answers=answers, record=self._require)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        # torch remembers operators for the whole process, and calculates with sizes only where it does not: how many
-        # names a trace takes would follow what was traced before. It is faster without, as whole layers are remembered.
-        self.fake_mode.cache_enabled = False
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
