@@ -9,7 +9,7 @@ from runtime.console import human_bytes
 from runtime.manifest import UNBOUNDED, Manifest, SubgraphEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _NAMES_SHOWN = 4
 _FILE_WIDTH = 240  # into a file or pipe nothing is folded
@@ -86,6 +86,11 @@ HEADINGS = ("subgraph", "targets", "calls", "weights", "takes", "frees", "return
 
 def print_table(manifest: Manifest) -> None:
     """The summary and the subgraphs as a table, on standard output."""
+    print_rows(summary(manifest), HEADINGS, rows(manifest))
+
+
+def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tuple[str, ...]]) -> None:
+    """Some lines, then a table, on standard output."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -93,12 +98,12 @@ def print_table(manifest: Manifest) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for line in summary(manifest):
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD)
-    for heading in HEADINGS:
+    for heading in headings:
         table.add_column(heading, overflow="fold")
-    for row in rows(manifest):
+    for row in cells:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)
 

@@ -5,6 +5,7 @@ Arguments are parts of case names; none takes all, and only then is the file wri
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import sys
@@ -21,7 +22,7 @@ import torch
 import transformers
 
 from tests.zoo import MAPPINGS, Case, cases
-from tests.zoo_check import Row, check
+from tests.zoo_check import SDPA_TOLERANCE, Row, check, check_sdpa
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 
@@ -32,7 +33,11 @@ def run(case: Case) -> Row:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     try:
-        return check(case)
+        row = check(case)
+        if not row.equal:  # it never ran
+            return row
+        sdpa, problem = check_sdpa(case)
+        return dataclasses.replace(row, sdpa=sdpa, problem=row.problem or problem)
     except Exception as error:
         return Row(case=case, problem=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
@@ -58,14 +63,16 @@ def page(rows: list[Row], num_cases: int) -> str:
         lines.append(f"| {mapping} | {len(found)} | {sum(_is_well(row) for row in found)} |")
     lines += [
         "",
-        "*opaque*: functions that cannot be recorded and are called whole, chosen by the compiler.",
+        "*sdpa*: the same with that attention on two of the samples: `equal`, or the largest difference relative to",
+        f"the largest number, {SDPA_TOLERANCE:.0e} at most; `-` where the model does without. *opaque*: functions that",
+        "cannot be recorded and are called whole, chosen by the compiler.",
         "",
-        "| case | class | nodes | subgraphs | equal | opaque | seconds | problem |",
-        "|---|---|---:|---:|---|---|---:|---|",
+        "| case | class | nodes | subgraphs | equal | sdpa | opaque | seconds | problem |",
+        "|---|---|---:|---:|---|---|---|---:|---|",
     ]
     for row in rows:
         opaque = ", ".join(path.rpartition(":")[2] for path in row.rung.split(", ") if path)
-        facts = (row.case.name, row.case.class_name, row.nodes, row.subgraphs, row.equal, opaque)
+        facts = (row.case.name, row.case.class_name, row.nodes, row.subgraphs, row.equal, row.sdpa, opaque)
         problem = row.problem.replace("|", "/")
         lines.append("| " + " | ".join(map(str, facts)) + f" | {row.seconds:.1f} | {problem} |")
     return "\n".join(lines) + "\n"
@@ -83,7 +90,7 @@ def main() -> int:
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for row in pool.map(run, chosen):
             rows.append(row)
-            print(f"{row.case.name}: {row.problem or row.equal}", flush=True)
+            print(f"{row.case.name}: {row.problem or row.equal}, sdpa {row.sdpa or '-'}", flush=True)
             if not wanted:
                 PAGE.write_text(page(rows, len(chosen)), encoding="utf-8")
     tally = Counter("well" if _is_well(row) else "unusable" if "unusable" in row.problem else "bad" for row in rows)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,32 +18,28 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.artifact import Artifact
 from runtime.errors import SeqbuildError
-from runtime.weights import assign
-from seqbuild.build import build
+from seqbuild.build import Compiled, build
 from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.verify.difference import difference
+from seqbuild.verify.running import EAGER_EXPERTS, SEED, SHAPES, configured, run_model, with_weights
 from tests.tiny_models import run_chain
 from tests.zoo import Case, small_model, unusable
 
-# The sample's own shape, other values, and other sizes, paddings, images and grids.
-SHAPES = (
-    SampleShape(),
-    SampleShape(seed=1),
-    SampleShape(batch=2, sequence=19, padding="left", images=2, scale=1, seed=5),
-    SampleShape(batch=1, sequence=24, padding="right", scale=2, seed=6),
-    SampleShape(batch=5, sequence=41, padding="left", seed=7),
-)
-
-_SEED = 3  # before each run: some models draw random numbers, and their chains draw the same
+# SDPA may choose another kernel for another mask, so it is looked at on fewer shapes and only up to this.
+SDPA_SHAPES, SDPA_TOLERANCE = (SHAPES[0], SHAPES[2]), 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What became of one case; `equal` is empty when it never ran, `problem` when all is well."""
+    """What became of one case; `equal` is empty when it never ran, `problem` when all is well. `sdpa` is the same with
+    that attention: `equal`, the largest relative difference, or `-` for a model that does without.
+    """
 
     case: Case
     nodes: int = 0
     subgraphs: int = 0
     equal: str = ""
+    sdpa: str = ""
     rung: str = ""
     seconds: float = 0.0
     problem: str = ""
@@ -58,15 +52,13 @@ def check(case: Case, *, attention: str = "eager") -> Row:
         return Row(case=case, problem=f"unusable: {reason}")
     try:
         model = small_model(case, attention)
-        samples = [default_sample(model, shape) for shape in SHAPES]
-        expected = [run_model(model, sample) for sample in samples]
+        samples, expected = reference(model, SHAPES)
     except Exception as error:
         return Row(case=case, problem=f"unusable: {_line(error)}")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         try:
-            model.config.save_pretrained(directory)
-            built = build(directory, out=Path(directory) / "artifacts", attn_implementation=attention)
+            built = compiled(model, Path(directory), attention)
             seconds = time.perf_counter() - start
             artifact = runtime.load(built.path)
         except SeqbuildError as error:
@@ -81,52 +73,56 @@ def check(case: Case, *, attention: str = "eager") -> Row:
         problem = misplaced_targets(artifact)
         worst = 0.0
         try:
-            twin = with_weights(artifact, model)
-            for index, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
-                torch.manual_seed(_SEED)
-                difference = largest_difference(run_chain(artifact.subgraphs, twin, copy.deepcopy(sample)), wanted)
-                worst = max(worst, difference)
-                if difference and not problem:
-                    problem = f"shape {index} differs by {difference:.3g}"
+            for index, found in enumerate(differences(artifact, model, samples, expected)):
+                worst = max(worst, found)
+                if found and not problem:
+                    problem = f"shape {index} differs by {found:.3g}"
         except Exception as error:
-            return Row(**facts, equal="fails", problem=f"chain, shape {index}: {type(error).__name__}: {_line(error)}")
+            return Row(**facts, equal="fails", problem=f"chain: {type(error).__name__}: {_line(error)}")
     return Row(**facts, equal="bit for bit" if worst == 0 else f"to {worst:.1e}", problem=problem)
 
 
-def run_model(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own output without a cache, field by field, from a known state of random numbers."""
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    wanted = {"use_cache": False, "_experts_implementation": "eager"}
-    found = [(config, name) for config in _configs(model) for name in wanted if hasattr(config, name)]
-    was = [(config, name, getattr(config, name)) for config, name in found]
-    for config, name in found:
-        setattr(config, name, wanted[name])
+def check_sdpa(case: Case) -> tuple[str, str]:
+    """A usable case with SDPA: how equal, and what is wrong with that, if anything."""
     try:
-        torch.manual_seed(_SEED)
-        with torch.no_grad():
-            output = model(**copy.deepcopy(dict(sample)), **extra)
-    finally:
-        for config, name, value in was:
-            setattr(config, name, value)
-    return named(output)
+        model = small_model(case, "sdpa")
+        samples, expected = reference(model, SDPA_SHAPES)
+    except Exception:
+        return "-", ""  # transformers refuses: this model has no such attention
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            artifact = runtime.load(compiled(model, Path(directory), "sdpa").path)
+            worst = max(differences(artifact, model, samples, expected))
+        except Exception as error:
+            return "fails", f"sdpa: {type(error).__name__}: {_line(error)}"
+    problem = f"sdpa differs by {worst:.3g}" if worst > SDPA_TOLERANCE else ""
+    return "equal" if worst == 0 else f"{worst:.1e}", problem
 
 
-def named(output: Any) -> dict[str, Any]:
-    """A model's output by the names that the last subgraph gives its fields."""
-    if isinstance(output, Mapping):
-        return {name: value for name, value in output.items() if value is not None}
-    if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
-    return {"output": output}
+def reference(model: PreTrainedModel, shapes: Sequence[SampleShape]) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
+    """Samples of these shapes, and what the model itself makes of them."""
+    samples = [default_sample(model, shape) for shape in shapes]
+    return samples, [run_model(model, sample) for sample in samples]
 
 
-def with_weights(artifact: Artifact, model: PreTrainedModel) -> torch.nn.Module:
-    """The host's module tree with the weights of `model`."""
-    twin = artifact.empty_model(torch.float32)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in artifact.manifest.parameters:
-            assign(twin, name, tensor.detach())
-    return twin
+def compiled(model: PreTrainedModel, directory: Path, attention: str) -> Compiled:
+    """The model, compiled from its config."""
+    model.config.save_pretrained(directory)
+    return build(directory, out=directory / "artifacts", attn_implementation=attention)
+
+
+def differences(
+    artifact: Artifact, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], expected: Sequence[Any]
+) -> list[float]:
+    """How far the chain is from the model on each sample."""
+    twin = with_weights(artifact, model)
+    found = []
+    for sample, wanted in zip(samples, expected, strict=True):
+        torch.manual_seed(SEED)
+        with configured(twin, EAGER_EXPERTS):
+            got = run_chain(artifact.subgraphs, twin, copy.deepcopy(dict(sample)))
+        found.append(difference(got, wanted).relative)
+    return found
 
 
 def misplaced_targets(artifact: Artifact) -> str:
@@ -134,45 +130,6 @@ def misplaced_targets(artifact: Artifact) -> str:
     places = Counter(name for subgraph in artifact.subgraphs for name in subgraph.entry.targets)
     wrong = [name for name in artifact.manifest.targets if places[name] != 1]
     return f"target {wrong[0]} lies in {places[wrong[0]]} subgraphs" if wrong else ""
-
-
-def largest_difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> float:
-    """The largest difference of any number, relative to the largest magnitude of its tensor (at least 1); infinite
-    where structure, shape or dtype differ.
-    """
-    if list(got) != list(wanted):
-        return float("inf")
-    ours, theirs = _tensors(got), _tensors(wanted)
-    if len(ours) != len(theirs):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
-
-
-def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return float("inf")
-    if torch.equal(got, wanted) or (got.is_floating_point() and torch.allclose(got, wanted, 0, 0, equal_nan=True)):
-        return 0.0
-    difference = (got.double() - wanted.double()).abs().max().item()
-    return float(difference / max(1.0, wanted.double().abs().max().item()))
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    parts: Iterable[Any] = ()
-    if isinstance(output, Mapping):
-        parts = [output[key] for key in sorted(output, key=str)]
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    elif dataclasses.is_dataclass(output):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _configs(model: PreTrainedModel) -> Iterable[Any]:
-    return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()
 
 
 def _line(error: BaseException) -> str:

@@ -65,11 +65,11 @@ class Sections:
         if look.key in self._known:
             return self._repeat(self._known[look.key], name, look)
         last = next(iter(reversed(self.tracer.graph.nodes)))
-        output, description = self.memory.described(layer, args, kwargs, look, run)
+        output, after, description = self.memory.described(layer, args, kwargs, look, run)
         if description is not None:
-            section = self._section(name, look, last, output, description)
+            section = self._section(name, after, last, output, description)
             if section is not None:
-                self._known[look.key] = section
+                self._known[after.key] = section
         return output
 
     def _section(self, name: str, look: Look, last: fx.Node, output: Any, description: Description) -> _Section | None:

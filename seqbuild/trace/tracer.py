@@ -45,6 +45,7 @@ from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors
 from seqbuild.trace.opaque import find_opaque_steps
+from seqbuild.trace.ordered_sets import sets_in_order
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
 from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
@@ -149,6 +150,7 @@ class SequentialTracer(PythonKeyTracer):
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_as_found(root))
+            stack.enter_context(sets_in_order((root, *self.ancestors)))
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
