@@ -94,7 +94,8 @@ class Artifact:
         subgraphs: the compiled chain, in order of execution.
         conversions: programs that make parameters from several tensors.
         leaf_programs: what leaves do that calculate in their own way, by file.
-        code: the model's own code, ready to be imported; None for a model that is part of transformers.
+        model_code: the files of the model's own code; None for a model that is part of transformers.
+        code: the same, ready to be imported, where that is allowed.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Artifact:
     conversions: tuple[Program, ...] = field(default=(), repr=False)
     leaf_programs: dict[str, Program] = field(default_factory=dict, repr=False)
     constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    model_code: ModelCode | None = field(default=None, repr=False)
     code: LoadedCode | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
 
@@ -116,9 +118,23 @@ class Artifact:
         from transformers import PretrainedConfig
 
         entry = self.manifest.model
-        if self.code is None or not is_own_module(entry.config_module):
+        if not is_own_module(entry.config_module):
             return None
+        self.require_consent()
+        assert self.code is not None, "a config class of a model without code"
         return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
+
+    def require_consent(self) -> None:
+        """For whatever executes the model's own code: refuse unless that has been allowed, or there is none.
+
+        Raises:
+            ModelError: naming what would be executed.
+        """
+        if self.model_code is not None and self.code is None:
+            model = self.manifest.model
+            named = {model.config_module: model.config_class_name, model.module: model.class_name}
+            own = {module: name for module, name in named.items() if is_own_module(module)}
+            raise self.model_code.refusal(str(self.path), own.values(), own)
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The model's module tree with every parameter on the meta device, in eval mode.
@@ -162,18 +178,16 @@ def load(
     Raises:
         ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
         VersionError: when the sources on this host are not those it was compiled with.
-        ModelError: when it brings code that nobody has allowed to run; nothing has been executed then.
+        ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
     """
     root = Path(path)
     manifest, sources, code = _check(root)
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    if code is not None and not trust_remote_code and not manifest.is_portable:
-        model = manifest.model
-        named = {model.config_module: model.config_class_name, model.module: model.class_name}
-        own = {module: name for module, name in named.items() if is_own_module(module)}
-        raise code.refusal(str(root), own.values(), own)
     artifact = _compile(root, manifest, sources)
-    if code is not None:
+    artifact.model_code = code
+    if code is not None and not trust_remote_code and not manifest.is_portable:
+        artifact.require_consent()
+    if code is not None and trust_remote_code:
         from runtime.code_loader import LoadedCode
 
         artifact.code = LoadedCode(code)

@@ -93,7 +93,7 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     Raises:
         WeightsError: naming the first entry or file that differs.
     """
-    for name, data in artifact.code.code.files.items() if artifact.code is not None else ():
+    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
         if (directory / name).is_file() and (directory / name).read_bytes() != data:
             raise WeightsError(
                 f"{directory / name} is other code than the artifact was compiled with",
@@ -105,7 +105,7 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     stated = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in paths]
     if next(_differences(*stated, is_strict=True), None) is None:
         return
-    if artifact.manifest.is_portable and artifact.code is not None:
+    if artifact.manifest.is_portable and artifact.model_code is not None:
         compiled, found = stated  # the classes that know more are the model's own code
     else:
         compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)

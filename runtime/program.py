@@ -78,10 +78,13 @@ def compile_program(source: str, filename: str) -> Program:
 
 
 def run_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that a model's floating point parameters have: that of the first, as transformers defines it."""
+    """The dtype that a model's floating point parameters have: what it was built for, else that of the first, as
+    transformers defines it.
+    """
     import torch
 
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    stated: torch.dtype | None = model.__dict__.get("run_dtype")
+    return stated or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def run_device(inputs: Mapping[str, Any], model: nn.Module) -> torch.device:

@@ -83,6 +83,7 @@ def model_class(artifact: Artifact) -> Any:
     """
     from transformers import PreTrainedModel
 
+    artifact.require_consent()
     module_name, class_name = artifact.manifest.model.module, artifact.manifest.model.class_name
     code = artifact.code
     if code is not None and module_name in code.modules:

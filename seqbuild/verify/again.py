@@ -63,10 +63,10 @@ def model_directory(artifact: Artifact, folder: Path) -> Path:
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
     """A directory with this config; what else the artifact brings goes with it."""
-    if artifact.code is not None:
+    if artifact.model_code is not None:
         stated = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
         table |= {"auto_map": _local(stated.get("auto_map"))}
-    for name, data in artifact.code.code.files.items() if artifact.code is not None else ():
+    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for entry in artifact.manifest.files:

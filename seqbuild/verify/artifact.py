@@ -85,6 +85,7 @@ def verify_artifact(
     start = time.perf_counter()
     _require_sensible(dtype, tolerance)
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    artifact.require_consent()  # the model itself is run
     changed, remarks = None, []
     with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _calm():
         if weights is None:

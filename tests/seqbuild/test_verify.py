@@ -148,8 +148,8 @@ def test_code_that_computes_something_else(
 ) -> None:
     weights, artifact = llama
     file = "subgraphs/001.py"
-    more = "    model_layers_1 = torch.ops.aten.mul.Tensor(model_layers_1, 1.5)\n    return {"
-    copy = tampered(artifact, tmp_path, file, "    return {", more)
+    more = "    self_attn_q_proj = torch.ops.aten.mul.Tensor(self_attn_q_proj, 1.5)\n    view = "
+    copy = tampered(artifact, tmp_path, file, "    view = ", more)
     code, printed, complaint = run(capfd, copy)
     assert (code, complaint) == (1, "")
     assert f"NOT EQUAL: {file} is not what compiling its config gives" in printed
@@ -168,7 +168,7 @@ def test_where_the_chain_leaves_the_model(llama: tuple[Path, Path], monkeypatch:
     def spoiled(self: Any, model: Any, *rest: Any) -> None:
         load(self, model, *rest)
         with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+            model.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.01)
 
     monkeypatch.setattr(seqbuild.verify.artifact.Weights, "load", spoiled)
     found = verify_artifact(llama[1], weights=llama[0], shapes=FEW)
