@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,55 +32,96 @@ SDPA_SHAPES, SDPA_TOLERANCE = (SHAPES[0], SHAPES[2]), 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What became of one case; `equal` is empty when it never ran, `problem` when all is well. `sdpa` is the same with
-    that attention: `equal`, the largest relative difference, or `-` for a model that does without.
+    """What became of one case.
+
+    Attributes:
+        case: which.
+        nodes: statements of the code that stops at the targets.
+        subgraphs: how many there are.
+        equal: how near that code comes to the model; empty when it never ran.
+        deep: the same for the code that goes down to what a host builds by itself.
+        foreign: classes of modules and functions that it calls whole all the same; none when it is portable.
+        sdpa: the default code with that attention: `equal`, the largest relative difference, or `-` for a model that
+            does without.
+        opaque: functions that the code which stops at the targets calls whole.
+        seconds: to compile that.
+        problem: what is wrong, if anything.
     """
 
     case: Case
     nodes: int = 0
     subgraphs: int = 0
     equal: str = ""
+    deep: str = ""
+    foreign: str = ""
     sdpa: str = ""
-    rung: str = ""
+    opaque: str = ""
     seconds: float = 0.0
     problem: str = ""
 
+    @property
+    def is_portable(self) -> bool:
+        """Whether nothing of the model's code is left to call."""
+        return self.deep == "bit for bit" and not self.foreign
 
-def check(case: Case, *, attention: str = "eager") -> Row:
-    """Compile, load, run and compare one case."""
+
+def check(case: Case) -> Row:
+    """Compile, load, run and compare one case in all ways."""
     reason = unusable(case)
     if reason:
         return Row(case=case, problem=f"unusable: {reason}")
     try:
-        model = small_model(case, attention)
+        model = small_model(case)
         samples, expected = reference(model, SHAPES)
     except Exception as error:
         return Row(case=case, problem=f"unusable: {_line(error)}")
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            built = compiled(model, Path(directory), attention)
-            seconds = time.perf_counter() - start
-            artifact = runtime.load(built.path)
-        except SeqbuildError as error:
-            return Row(case=case, problem=f"not traced: {_line(error)}")
-        facts: dict[str, Any] = {
-            "case": case,
-            "nodes": sum(subgraph.source.count(" = ") for subgraph in artifact.subgraphs),
-            "subgraphs": len(artifact.subgraphs),
-            "rung": ", ".join(artifact.manifest.opaque_steps),
-            "seconds": seconds,
-        }
-        problem = misplaced_targets(artifact)
-        worst = 0.0
-        try:
-            for index, found in enumerate(differences(artifact, model, samples, expected)):
-                worst = max(worst, found)
-                if found and not problem:
-                    problem = f"shape {index} differs by {found:.3g}"
-        except Exception as error:
-            return Row(**facts, equal="fails", problem=f"chain: {type(error).__name__}: {_line(error)}")
-    return Row(**facts, equal="bit for bit" if worst == 0 else f"to {worst:.1e}", problem=problem)
+    row = Row(case=case)
+    for leaves in ("target", "linear"):
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            try:
+                built = compiled(model, Path(directory), "eager", leaves)
+                seconds = time.perf_counter() - start
+                artifact = runtime.load(built.path)
+            except SeqbuildError as error:
+                return dataclasses.replace(row, problem=f"not traced down to {leaves}: {_line(error)}")
+            equal, problem = _equality(artifact, model, samples, expected)
+            if leaves == "target":
+                row = dataclasses.replace(
+                    row,
+                    nodes=sum(subgraph.source.count(" = ") for subgraph in artifact.subgraphs),
+                    subgraphs=len(artifact.subgraphs),
+                    equal=equal,
+                    opaque=_last_names(artifact.manifest.opaque_steps),
+                    seconds=seconds,
+                    problem=problem,
+                )
+            else:
+                whole = (*artifact.manifest.foreign.values(), *artifact.manifest.opaque_steps)
+                deep = problem and f"down to linear: {problem}"
+                row = dataclasses.replace(row, deep=equal, foreign=_last_names(whole), problem=row.problem or deep)
+    sdpa, problem = check_sdpa(case)
+    return dataclasses.replace(row, sdpa=sdpa, problem=row.problem or problem)
+
+
+def _equality(
+    artifact: Artifact, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], expected: Sequence[Any]
+) -> tuple[str, str]:
+    """How equal, and what is wrong with that, if anything."""
+    try:
+        found = differences(artifact, model, samples, expected)
+    except Exception as error:
+        return "fails", f"chain: {type(error).__name__}: {_line(error)}"
+    worst = max(found)
+    apart = next((index for index, value in enumerate(found) if value), None)
+    problem = misplaced_targets(artifact) or (
+        f"shape {apart} differs by {found[apart]:.3g}" if apart is not None else ""
+    )
+    return "bit for bit" if worst == 0 else f"to {worst:.1e}", problem
+
+
+def _last_names(paths: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(path.rpartition(":")[2] for path in paths))
 
 
 def check_sdpa(case: Case) -> tuple[str, str]:
@@ -91,7 +133,7 @@ def check_sdpa(case: Case) -> tuple[str, str]:
         return "-", ""  # transformers refuses: this model has no such attention
     with tempfile.TemporaryDirectory() as directory:
         try:
-            artifact = runtime.load(compiled(model, Path(directory), "sdpa").path)
+            artifact = runtime.load(compiled(model, Path(directory), "sdpa", "auto").path)
             worst = max(differences(artifact, model, samples, expected))
         except Exception as error:
             return "fails", f"sdpa: {type(error).__name__}: {_line(error)}"
@@ -105,10 +147,10 @@ def reference(model: PreTrainedModel, shapes: Sequence[SampleShape]) -> tuple[li
     return samples, [run_model(model, sample) for sample in samples]
 
 
-def compiled(model: PreTrainedModel, directory: Path, attention: str) -> Compiled:
+def compiled(model: PreTrainedModel, directory: Path, attention: str, leaves: str) -> Compiled:
     """The model, compiled from its config."""
     model.config.save_pretrained(directory)
-    return build(directory, out=directory / "artifacts", attn_implementation=attention)
+    return build(directory, out=directory / "artifacts", attn_implementation=attention, leaves=leaves)
 
 
 def differences(
