@@ -114,9 +114,8 @@ def _equality(
         return "fails", f"chain: {type(error).__name__}: {_line(error)}"
     worst = max(found)
     apart = next((index for index, value in enumerate(found) if value), None)
-    problem = misplaced_targets(artifact) or (
-        f"shape {apart} differs by {found[apart]:.3g}" if apart is not None else ""
-    )
+    differs = f"shape {apart} differs by {found[apart]:.3g}" if apart is not None else ""
+    problem = misplaced_targets(artifact) or differs
     return "bit for bit" if worst == 0 else f"to {worst:.1e}", problem
 
 

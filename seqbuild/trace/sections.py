@@ -103,7 +103,7 @@ class Sections:
         tracer = self.tracer
         copies: dict[fx.Node, fx.Node] = {}
         for node, place in section.places.items():
-            found = tracer.node_of(look.tensors[place])
+            found = tracer.outer_node(look.tensors[place])
             assert found is not None, "what was compared has a node"
             copies[node] = found
         for node in section.nodes:

@@ -334,13 +334,17 @@ class SequentialTracer(PythonKeyTracer):
         return self._attribute(name) if name is not None else None
 
     def known_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """As `node_of`, without making one."""
+        """The node that looks a parameter or buffer up, or whose result a tensor is, if there is one."""
+        name = self._tensor_names.get(id(tensor))
+        if name is not None:
+            return self._attribute_nodes.get(name)  # an operator that hands it on returns the very same tensor
         found = self.unwrap_proxy(tensor)
-        return (
-            found.node
-            if isinstance(found, fx.Proxy)
-            else self._attribute_nodes.get(self._tensor_names.get(id(tensor), ""))
-        )
+        return found.node if isinstance(found, fx.Proxy) else None
+
+    def outer_node(self, tensor: torch.Tensor) -> fx.Node | None:
+        """As `known_node`, and one is made for a parameter that has not been looked up yet."""
+        name = self._tensor_names.get(id(tensor))
+        return self._attribute(name) if name is not None else self.known_node(tensor)
 
     def name_of(self, module: nn.Module) -> str:
         """The name under which a module of the model is called."""
