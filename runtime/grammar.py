@@ -29,7 +29,7 @@ _TORCH_VALUES = frozenset(
     )
 )
 _TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
-_RUN_VALUES = frozenset(("device", "dtype", "lowest"))
+_RUN_VALUES = frozenset(("device", "dtype", "lowest", "highest", "eps", "tiny"))
 # Where opaque steps may lie, and what of it they may not be.
 _OPAQUE = re.compile(
     r"transformers\.(models\.[a-z0-9_]+\.modeling_[a-z0-9_]+|masking_utils|modeling_attn_mask_utils|modeling_rope_utils"

@@ -43,6 +43,27 @@ class Run:
 
         return torch.finfo(self.dtype).min
 
+    @property
+    def highest(self) -> float:
+        """The largest finite number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).max
+
+    @property
+    def eps(self) -> float:
+        """The distance from one to the next number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).eps
+
+    @property
+    def tiny(self) -> float:
+        """The smallest positive normal number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).tiny
+
     def constant(self, name: str) -> torch.Tensor:
         """The constant `name`, on the run's device."""
         return self.constants[name].to(self.device)

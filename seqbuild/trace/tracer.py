@@ -43,7 +43,7 @@ from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.lengths import lengths_recorded
-from seqbuild.trace.literals import LiteralTensors
+from seqbuild.trace.literals import LiteralTensors, limits_marked
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.ordered_sets import sets_in_order
 from seqbuild.trace.sections import Sections
@@ -167,6 +167,7 @@ class SequentialTracer(PythonKeyTracer):
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             stack.enter_context(vmap_recorded(self))
+            stack.enter_context(limits_marked(self.dtype))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
             modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
             for context in (*modes, JoinsRecorded(steps.join), LiteralTensors(self.dtype)):

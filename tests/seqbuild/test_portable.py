@@ -345,3 +345,24 @@ class TestSections:
         trace = deep(model, ["Numbered"], {"x": torch.randn(3, 12, WIDTH)})
         x = torch.randn(2, 5, WIDTH)
         assert_same(run_chain(trace.subgraphs, model, {"x": x}), {"output": model(x)})
+
+
+class TestDtypes:
+    def test_limits_of_the_weights_dtype_are_those_of_the_run(self) -> None:
+        class Limited(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(WIDTH, WIDTH)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                limits = torch.finfo(x.dtype)
+                x = self.linear(x).clamp(limits.eps, limits.max)
+                return (x / (x.sum(-1, keepdim=True) + limits.tiny)).masked_fill(x < 0.0078125, limits.min)
+
+        model = nn.Sequential(Limited())
+        sample = {"input": torch.randn(3, 12, WIDTH, dtype=torch.bfloat16)}
+        trace = deep(model.to(torch.bfloat16), ["Limited"], sample, dtype=torch.bfloat16)
+        code = trace.subgraphs[0].emit(torch.bfloat16).source
+        for name in ("run.eps", "run.highest", "run.tiny", "run.lowest", "0.0078125"):
+            assert name in code
+        assert torch.finfo(torch.bfloat16).eps == 0.0078125
