@@ -31,7 +31,7 @@ class WatchedSizes(ShapeEnv):
         self.decisions = decisions
         self.culprits: dict[Any, Culprit | None] = {}
         self.is_strict = False
-        self.is_noting = False  # whether what the code assumes of sizes is to be noted
+        self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
         self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
 
@@ -66,7 +66,8 @@ class WatchedSizes(ShapeEnv):
                 self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
             return found
         except GuardOnDataDependentSymNode:
-            if get_proxy_mode() is None or self.decisions is None or sym_node.pytype not in (bool, int):
+            is_glue = get_proxy_mode() is not None and not self.is_noting
+            if not is_glue or self.decisions is None or sym_node.pytype not in (bool, int):
                 raise
             if sym_node.pytype is bool:
                 condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]

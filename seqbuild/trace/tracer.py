@@ -163,7 +163,7 @@ class SequentialTracer(PythonKeyTracer):
             self._steps = steps
             self.decisions.replay = steps.replay
             self._record_leaves(root, steps)
-            self._mark_targets(root, Sections(self, leaf_memory))
+            self._watch_inside(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             stack.enter_context(vmap_recorded(self))
@@ -369,11 +369,28 @@ class SequentialTracer(PythonKeyTracer):
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
 
-    def _mark_targets(self, root: nn.Module, sections: Sections) -> None:
-        """Have targets that are traced through say so to the nodes that are made meanwhile, each kind but once."""
+    def _watch_inside(self, root: nn.Module, sections: Sections) -> None:
+        """Modules that are traced through, though they contain no target, are steps by the other policy, and right for
+        all data then: so nothing may be decided inside of them. Targets also say so to the nodes that are made
+        meanwhile, and each kind is recorded but once.
+        """
         for name, module in root.named_modules():
-            if module in self.targets and not self._is_step(root, name, module):
+            if module in self.ancestors or self._is_step(root, name, module):
+                continue
+            if module in self.targets:
                 module.forward = self._marked(name, module, module.forward, sections)
+            elif root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
+                module.forward = self._watched(module.forward)
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outer, self.shape_env.is_noting = self.shape_env.is_noting, True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.shape_env.is_noting = outer
+
+        return call
 
     def _marked(
         self, name: str, module: nn.Module, forward: Callable[..., Any], sections: Sections
