@@ -86,7 +86,7 @@ class Replay:
             return self.size(value, variant)
         if isinstance(value, (torch.SymBool, torch.SymFloat)):
             return False if isinstance(value, torch.SymBool) else 0.5
-        return _mapped(value, lambda item: self.real(item, variant))
+        return mapped(value, lambda item: self.real(item, variant))
 
     def known(self, node: fx.Node) -> list[Any]:
         """What a node's result is for each of the samples.
@@ -169,7 +169,7 @@ class Replay:
             return small_tensor(value, self._generator, [self.size(size, variant) for size in value.shape])
         if isinstance(value, torch.SymInt):
             return self.size(value, variant)
-        return _mapped(value, lambda item: self._made_up(item, variant))
+        return mapped(value, lambda item: self._made_up(item, variant))
 
     def _bind(self, node: fx.Node) -> None:
         """Learn the numbers behind symbols from a result whose size or value they are."""
@@ -200,10 +200,10 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return _mapped(value, _on_cpu)
+    return mapped(value, _on_cpu)
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """A container like `value` with `change` applied to what is in it; anything else as it is."""
     if isinstance(value, UnknownLength):
         return value
@@ -230,4 +230,4 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 def copied(value: Any) -> Any:
     """The same containers with every tensor copied; modules, configs and the like as they are."""
-    return value.clone() if isinstance(value, torch.Tensor) else _mapped(value, copied)
+    return value.clone() if isinstance(value, torch.Tensor) else mapped(value, copied)

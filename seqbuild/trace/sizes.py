@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -17,6 +18,15 @@ from seqbuild.trace.decisions import Decisions
 
 class SizeBurntInError(RuntimeError):
     """A symbol is about to become a number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is assumed of sizes at some point of a trace."""
+
+    ranges: Mapping[Any, Any]
+    axioms: Mapping[Any, Any]
+    num_guards: int
 
 
 class WatchedSizes(ShapeEnv):
@@ -42,14 +52,35 @@ class WatchedSizes(ShapeEnv):
         Its branches on sizes are its own affair: a step is executed again in every run, and decides anew.
         """
         before, self.is_strict = self.is_strict, True
-        ranges, num_guards = dict(self.var_to_range), len(self.guards)
+        known = self.known()
         try:
             yield
         finally:
-            self.var_to_range.update(ranges)
-            del self.guards[num_guards:]
-            self._version_counter += 1  # drops what torch has remembered of answers about sizes
+            self.forget(known, lambda relation: True)
             self.is_strict = before
+
+    def known(self) -> Known:
+        """What is assumed of sizes by now, to come back to."""
+        return Known(ranges=dict(self.var_to_range), axioms=dict(self.axioms), num_guards=len(self.guards))
+
+    def forget(self, known: Known, is_forgotten: Callable[[Any], bool]) -> None:
+        """Forget relations assumed since then, so that whoever needs them is asked again.
+
+        Args:
+            known: as of then.
+            is_forgotten: whether a relation is one of those.
+        """
+        fresh = self.guards[known.num_guards :]
+        if not any(is_forgotten(guard.expr) for guard in fresh) and self.var_to_range.items() >= known.ranges.items():
+            return
+        self.guards[known.num_guards :] = [guard for guard in fresh if not is_forgotten(guard.expr)]
+        self.var_to_range.update(known.ranges)
+        self.axioms.clear()
+        self.axioms.update(known.axioms)
+        self.fake_tensor_cache.clear()  # or an operator of the same sizes would not ask again
+        answered: Any = ShapeEnv._inner_evaluate_expr
+        answered.cache_clear()  # likewise whoever asks torch the same question
+        self._version_counter += 1
 
     def is_fixed(self, size: torch.SymInt) -> bool:
         """Whether the trace holds for one value of `size` only."""

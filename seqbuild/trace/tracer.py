@@ -44,8 +44,10 @@ from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
 from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors, limits_marked
+from seqbuild.trace.namespaces import largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.ordered_sets import sets_in_order
+from seqbuild.trace.proofs import Proofs
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
 from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
@@ -163,9 +165,13 @@ class SequentialTracer(PythonKeyTracer):
             self._steps = steps
             self.decisions.replay = steps.replay
             self._record_leaves(root, steps)
+            proofs = Proofs(self)
+            self._watch(root, proofs)
             self._watch_inside(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
+            if self.policy is not None:
+                stack.enter_context(replaced(root, {"min": smallest, "max": largest}))
             stack.enter_context(vmap_recorded(self))
             stack.enter_context(limits_marked(self.dtype))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
@@ -181,6 +187,7 @@ class SequentialTracer(PythonKeyTracer):
         self._steps = None
         _drop_dropout(self.graph)
         _drop_dead_code(self.graph)
+        proofs.require_closed()
         for node in self.graph.nodes:
             if "culprit" in node.meta:
                 raise not_offered(node.target, node.meta["culprit"], self.ancestors)
@@ -368,6 +375,15 @@ class SequentialTracer(PythonKeyTracer):
         for name, module in root.named_modules():
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
+
+    def _watch(self, root: nn.Module, proofs: Proofs) -> None:
+        """Have what is assumed of sizes inside of leaves by the other policy proven, by the smallest module that it
+        happens in.
+        """
+        if self.policy is not None:
+            for name, module in root.named_modules():
+                if module is not root and not self._is_step(root, name, module):
+                    module.forward = proofs.watched(module, module.forward)
 
     def _watch_inside(self, root: nn.Module, sections: Sections) -> None:
         """Modules that are traced through, though they contain no target, are steps by the other policy, and right for

@@ -1,0 +1,177 @@
+"""What is recorded inside of layers, when they are traced through: code that calculates with sizes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from seqbuild.trace.subgraphs import Trace, trace_model
+from tests.seqbuild.toys import WIDTH
+from tests.tiny_models import assert_same, randomize, run_chain, run_model
+
+SHAPES = ((2, 5), (1, 7), (4, 3), (3, 8), (2, 16), (1, 2))
+
+
+class Layer(nn.Module):
+    """A layer with an inner part, so that the part can be foreign."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.part(self.linear(x))
+        return out
+
+
+class Model(nn.Module):
+    """Two layers of one kind."""
+
+    def __init__(self, part: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(part()), Layer(part())])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def traced(model: nn.Module, **options: Any) -> Trace:
+    sample = {"x": torch.zeros(2, 5, WIDTH)}
+    return trace_model(model, sample, ["Layer"], may_ignore=lambda function: True, leaves="linear", **options)
+
+
+def is_portable(trace: Trace) -> bool:
+    calls = [str(node.target) for node in trace.graph.find_nodes(op="call_module")]
+    return all(name.endswith("linear") for name in calls) and not trace.auto_ignore
+
+
+def check(part: type[nn.Module], *, portable: bool = True) -> str:
+    """Trace, compare with the model in many sizes, and return the first layer's code."""
+    model = randomize(Model(part)).eval()
+    trace = traced(model)
+    assert is_portable(trace) is portable
+    for batch, length in SHAPES:
+        x = torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(length))
+        assert_same(run_chain(trace.subgraphs, model, {"x": x.clone()}), run_model(model, {"x": x.clone()}))
+    return trace.subgraphs[0].code.source
+
+
+class Smallest(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best = x.topk(min(4, x.shape[1]), dim=1).values
+        return x + best.sum(dim=1, keepdim=True) * max(1, x.shape[1] - 4, 3)
+
+
+def test_the_smaller_and_the_larger_of_sizes_are_calculated() -> None:
+    code = check(Smallest)
+    assert code.count("torch.sym_min(") == 1
+    assert code.count("torch.sym_max(") == 2
+
+
+class Least(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widths = [min([3, 2]), max(4, 2, key=lambda size: -size), min(2.5, 3)]
+        return x * sum(widths)
+
+
+def test_other_uses_of_min_and_max_are_pythons() -> None:
+    check(Least)
+
+
+@pytest.mark.parametrize("part", [Smallest, Least])
+def test_nothing_is_left_in_the_modules_of_the_code(part: type[nn.Module]) -> None:
+    traced(randomize(Model(part)).eval())
+    namespace = vars(sys.modules[__name__])
+    assert not [name for name in ("min", "max", "range") if name in namespace]
+
+
+class Padded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        padding = (4 - length % 4) % 4
+        sums = nn.functional.pad(x, (0, 0, 0, padding)).reshape(x.shape[0], -1, 4, WIDTH).cumsum(dim=2)
+        out = sums.reshape(x.shape[0], -1, WIDTH)
+        if padding > 0:
+            out = out[:, :length]
+        return out
+
+
+def test_a_decision_that_makes_no_difference_is_proven_to_make_none() -> None:
+    check(Padded)
+
+
+class Doubled(nn.Module):
+    """What it decides does make a difference, if only for some sizes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 3:
+            x = x * 2
+        return x
+
+
+class Rounded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] % 8 != 0:
+            x = x + 1
+        return x
+
+
+class Wider(nn.Module):
+    """The values are the same, and the shape is not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 7:
+            x = torch.cat([x, x], dim=1)
+        return x[:, : x.shape[1]] if x.shape[1] > 7 else x
+
+
+@pytest.mark.parametrize("part", [Doubled, Rounded, Wider])
+def test_a_decision_that_makes_a_difference_is_left_to_the_models_code(part: type[nn.Module]) -> None:
+    check(part, portable=False)
+
+
+class Asked(nn.Module):
+    """The same decision twice: harmless inside, where it is proven, and not so outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Padded()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        if (4 - x.shape[1] % 4) % 4 > 0:
+            x = -x
+        return x
+
+
+def test_what_is_proven_for_one_module_is_not_taken_for_granted_by_another() -> None:
+    check(Asked, portable=False)
+
+
+class ByAnotherWay(nn.Module):
+    """A value that was not compared leaves the part that calculates it."""
+
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x * 2 if x.shape[1] > 3 else x
+            return x + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        kept: torch.Tensor = self.inner.kept
+        return x + kept
+
+
+def test_only_what_was_compared_counts() -> None:
+    check(ByAnotherWay, portable=False)
