@@ -136,7 +136,7 @@ def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
             frames.clear()  # whoever asked for the trace is no part of the model
         if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
             num_outside = len(frames)
-        if _is_models(frame.f_code.co_filename):
+        if is_models_code(frame.f_code.co_filename):
             frames.append((frame, line))
     if not frames:
         return None
@@ -197,10 +197,11 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
 def _is_raised_by_choice(walk: list[tuple[FrameType, int]]) -> bool:
     """Whether the model's own code raised an error, or one of torch's libraries in Python, but no operator did."""
     path = Path(walk[-1][0].f_code.co_filename)
-    return _is_models(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
+    return is_models_code(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
 
 
-def _is_models(filename: str) -> bool:
+def is_models_code(filename: str) -> bool:
+    """Whether a file belongs neither to torch nor to this project."""
     path = Path(filename)
     if not path.is_absolute():
         return False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -12,8 +15,16 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 
-from seqbuild.trace.blame import Culprit, find_culprit
+from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
+
+# Functions of torch in which one operator is executed, their `func`.
+_EXECUTES = (
+    (inspect.getfile(torch._subclasses.fake_tensor), "dispatch"),
+    (inspect.getfile(torch.fx.experimental.proxy_tensor), "proxy_call"),
+)
+# Where a result's memory layout is noted down.
+_DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 
 
 class SizeBurntInError(RuntimeError):
@@ -94,7 +105,9 @@ class WatchedSizes(ShapeEnv):
         try:
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
-                self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
+                added = [guard.expr for guard in self.guards[num_guards:]]
+                if any(isinstance(relation, sympy.Eq) for relation in added) or not _is_asked_by_kernel():
+                    self.assumed += [(relation, find_culprit()) for relation in added]
             return found
         except GuardOnDataDependentSymNode:
             is_glue = get_proxy_mode() is not None and not self.is_noting
@@ -116,6 +129,26 @@ class WatchedSizes(ShapeEnv):
                 raise SizeBurntInError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)
+
+
+def _is_asked_by_kernel() -> bool:
+    """Whether torch asks while it works out the shape of one operator's result, and not the model's own code.
+
+    What torch decides there is how a tensor lies in memory, or that the operator would fail; in a run the operator is
+    executed and decides anew. Not so where it returns a list: how many tensors that has is the trace's then.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if (frame.f_code.co_filename, frame.f_code.co_name) == _DESCRIBES:
+            return True
+        if (frame.f_code.co_filename, frame.f_code.co_name) in _EXECUTES:
+            operator: Any = frame.f_locals.get("func")
+            schema = getattr(operator, "_schema", None)
+            return schema is not None and not any("[]" in str(result.type) for result in schema.returns)
+        if is_models_code(frame.f_code.co_filename):
+            return False
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
