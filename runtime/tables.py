@@ -12,6 +12,9 @@ from runtime.manifest import ATTENTIONS, DTYPES, LeafKind, Manifest
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Experts")
+# Options of convolutions, and the words that may stand for numbers.
+_CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
+_WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -76,6 +79,14 @@ def _wrong_kind(kind: LeafKind) -> Iterator[str]:
         yield f"a leaf of kind {kind.kind} has a program without inputs, or inputs without a program"
     if kind.kind == "Experts" and not kind.program:
         yield "experts without a program calculate nothing"
+    wanted = _CONVOLUTION if kind.kind.startswith("Conv") and kind.kind != "Conv1D" else ()
+    if kind.kind != "Experts" and sorted(kind.options) != sorted(wanted):
+        yield f"a leaf of kind {kind.kind} has the options {', '.join(kind.options) or 'none'}"
+    for name, values in kind.options.items() if wanted else ():
+        words = _WORDS.get(name, ())
+        are_fit = (value in words if isinstance(value, str) else 0 <= value < 2**20 for value in values)
+        if not values or not all(are_fit):
+            yield f"a leaf of kind {kind.kind} has the {name} {values!r}"
 
 
 def _missing_parts(manifest: Manifest) -> Iterator[str]:

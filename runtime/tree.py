@@ -32,6 +32,20 @@ def build_tree(artifact: Artifact, dtype: torch.dtype) -> nn.Module:
     Raises:
         ArtifactError: when the tables contradict each other.
     """
+    try:
+        return _tree(artifact, dtype)
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())  # torch refuses names and shapes in many ways
+        raise ArtifactError(f"the tables of {artifact.path} make no module tree: {reason}") from error
+
+
+def _tree(artifact: Artifact, dtype: torch.dtype) -> nn.Module:
     manifest = artifact.manifest
     root = Branch()
     root.__dict__["run_dtype"] = dtype
