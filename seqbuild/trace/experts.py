@@ -25,6 +25,7 @@ from seqbuild.emit import EmittedCode, emit
 # Dtypes of hidden states and routing weights while the loop is recorded: the sum has one of them, or its own.
 _HIDDEN, _WEIGHTS = torch.bfloat16, torch.float16
 _ONE_EXPERT = 0
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
 # What is learned of one layer's experts holds for those of all layers like it.
 _learned_before: dict[Any, tuple[LeafKind, EmittedCode] | None] = {}
 _COMPARED = (type(None), bool, int, float, str, types.FunctionType, types.BuiltinFunctionType, type)
@@ -56,7 +57,7 @@ class _UntilAdded(TorchFunctionMode):
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the experts of a mixture in the form that transformers marks."""
-    return hasattr(module, "_is_expert_parallel")
+    return all(hasattr(module, name) for name in _MARKS)
 
 
 def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
