@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import runtime
-from runtime.errors import VersionError
+from runtime.errors import ArtifactError, VersionError
+from runtime.manifest import LeafKind
+from runtime.tables import check_tables
 from runtime.tree import Branch
 from seqbuild.build import build
 from tests.runtime.small import EXPERTS, NARROW, NARROW_W4, Small, directory_bytes, make_small, write_token_file
@@ -84,3 +88,30 @@ def test_another_version_of_transformers_is_no_matter(
     assert runtime.load(small.artifact).manifest.is_portable
     with pytest.raises(VersionError, match="source files it relies on differ"):
         runtime.load(at_layers)
+
+
+@pytest.mark.parametrize("name", ["forward", "training", "model.layers.0.mlp", "_parameters", "run_dtype"])
+def test_names_that_a_module_has_already_make_no_tree(small: Small, name: str) -> None:
+    artifact = small.load()
+    entry = next(iter(artifact.manifest.parameters.values()))
+    artifact.manifest = replace(artifact.manifest, parameters={**artifact.manifest.parameters, name: entry})
+    with pytest.raises(ArtifactError, match="make no module tree"):
+        artifact.empty_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"padding": ("bogus",)}, "has the padding"),
+        ({"stride": (-1,)}, "has the stride"),
+        ({"dilation": (2**40,)}, "has the dilation"),
+        ({"groups": ("1",)}, "has the groups"),
+        ({"extra": (1,)}, "has the options"),
+    ],
+)
+def test_options_that_no_convolution_has_are_refused(small: Small, options: dict[str, Any], why: str) -> None:
+    usual = {"stride": (1,), "padding": (0,), "dilation": (1,), "groups": (1,), "padding_mode": ("zeros",)}
+    kind = LeafKind(kind="Conv1d", options={**usual, **options})
+    manifest = replace(small.load().manifest, leaf_kinds=(*small.load().manifest.leaf_kinds, kind))
+    with pytest.raises(ArtifactError, match=why):
+        check_tables(manifest)
