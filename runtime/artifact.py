@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from runtime.conditions import check_condition
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
-from runtime.host_sources import changed_sources, is_module_name
+from runtime.host_sources import changed_sources
 from runtime.manifest import (
-    ATTENTIONS,
-    DTYPES,
     MANIFEST_NAME,
     ConversionEntry,
     FileEntry,
@@ -29,6 +25,7 @@ from runtime.manifest import (
     sha256,
 )
 from runtime.model_code import ModelCode, check_model_code, is_own_module
+from runtime.tables import check_tables
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +94,8 @@ class Artifact:
         subgraphs: the compiled chain, in order of execution.
         conversions: programs that make parameters from several tensors.
         leaf_programs: what leaves do that calculate in their own way, by file.
-        code: the model's own code, ready to be imported; None for a model that is part of transformers.
+        model_code: the files of the model's own code; None for a model that is part of transformers.
+        code: the same, ready to be imported, where that is allowed.
     """
 
     path: Path
@@ -106,6 +104,7 @@ class Artifact:
     conversions: tuple[Program, ...] = field(default=(), repr=False)
     leaf_programs: dict[str, Program] = field(default_factory=dict, repr=False)
     constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    model_code: ModelCode | None = field(default=None, repr=False)
     code: LoadedCode | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
 
@@ -119,9 +118,23 @@ class Artifact:
         from transformers import PretrainedConfig
 
         entry = self.manifest.model
-        if self.code is None or not is_own_module(entry.config_module):
+        if not is_own_module(entry.config_module):
             return None
+        self.require_consent()
+        assert self.code is not None, "a config class of a model without code"
         return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
+
+    def require_consent(self) -> None:
+        """For whatever executes the model's own code: refuse unless that has been allowed, or there is none.
+
+        Raises:
+            ModelError: naming what would be executed.
+        """
+        if self.model_code is not None and self.code is None:
+            model = self.manifest.model
+            named = {model.config_module: model.config_class_name, model.module: model.class_name}
+            own = {module: name for module, name in named.items() if is_own_module(module)}
+            raise self.model_code.refusal(str(self.path), own.values(), own)
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The model's module tree with every parameter on the meta device, in eval mode.
@@ -165,18 +178,16 @@ def load(
     Raises:
         ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
         VersionError: when the sources on this host are not those it was compiled with.
-        ModelError: when it brings code that nobody has allowed to run; nothing has been executed then.
+        ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
     """
     root = Path(path)
     manifest, sources, code = _check(root)
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    if code is not None and not trust_remote_code and not manifest.is_portable:
-        model = manifest.model
-        named = {model.config_module: model.config_class_name, model.module: model.class_name}
-        own = {module: name for module, name in named.items() if is_own_module(module)}
-        raise code.refusal(str(root), own.values(), own)
     artifact = _compile(root, manifest, sources)
-    if code is not None:
+    artifact.model_code = code
+    if code is not None and not trust_remote_code and not manifest.is_portable:
+        artifact.require_consent()
+    if code is not None and trust_remote_code:
         from runtime.code_loader import LoadedCode
 
         artifact.code = LoadedCode(code)
@@ -220,7 +231,7 @@ def _check(root: Path) -> tuple[Manifest, dict[str, str], ModelCode | None]:
     unnamed = [path for path in contents if path.endswith(".py") and path not in (*sources, *manifest.model.code)]
     if unnamed:
         raise ArtifactError(f"{unnamed[0]} is code that {root / MANIFEST_NAME} names as no program")
-    _check_names(manifest)
+    check_tables(manifest)
     _check_operators(operators)
     return manifest, sources, code
 
@@ -331,35 +342,6 @@ def _present_files(root: Path) -> dict[str, None]:
             if path.is_file():
                 present[path.relative_to(root).as_posix()] = None
     return present
-
-
-def _check_names(manifest: Manifest) -> None:
-    """Refuse tables that contradict each other."""
-    for entry in manifest.subgraphs:
-        missing = [name for name in entry.parameters if name not in manifest.parameters]
-        missing += [name for name in entry.constants if name not in manifest.constants]
-        missing += [name for name in entry.consumed_names if name not in entry.input_names]
-        if missing:
-            raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
-    for condition in manifest.conditions:
-        check_condition(condition, {dim.name: dim for dim in manifest.dims})
-    for name, parameter in manifest.parameters.items():
-        if not -1 <= parameter.conversion < len(manifest.conversions):
-            raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
-        if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
-            raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
-    if manifest.model.dtype not in ("float32", "float16", "bfloat16"):
-        raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
-    if manifest.model.attn_implementation not in ATTENTIONS:
-        raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
-    for module in manifest.sources:
-        if not is_module_name(module):
-            raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
-    for pattern in manifest.model.ignored_keys:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_operators(operators: dict[str, str]) -> None:

@@ -43,7 +43,10 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
         ArtifactError: when it is no relation of this kind, or names a size that there is not.
     """
     tree = _parsed(condition)
-    left, right = (_value(side, sizes, condition, 0) for side in (tree.left, tree.comparators[0]))
+    try:
+        left, right = (_value(side, sizes, condition, 0) for side in (tree.left, tree.comparators[0]))
+    except ZeroDivisionError:
+        return False  # what it is about does not exist in these sizes
     return _RELATIONS[type(tree.ops[0])](left, right)
 
 
@@ -55,7 +58,7 @@ def check_condition(condition: str, names: Mapping[str, Any]) -> None:
     """
     tree = _parsed(condition)
     for side in (tree.left, tree.comparators[0]):
-        _value(side, dict.fromkeys(names, 7), condition, 0)
+        _value(side, dict.fromkeys(names, 7), condition, 0, is_tried=True)
 
 
 def _parsed(condition: str) -> ast.Compare:
@@ -70,7 +73,8 @@ def _parsed(condition: str) -> ast.Compare:
     return tree
 
 
-def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int) -> int:
+def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int, *, is_tried: bool = False) -> int:
+    """Args: `is_tried`, where the sizes are no real ones: then a divisor of zero means nothing."""
     result: int | None = None
     if depth > _LIMIT_DEPTH:
         raise _refuse(condition)
@@ -79,13 +83,15 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int)
     elif isinstance(node, ast.Name) and node.id in sizes:
         result = sizes[node.id]
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        result = -_value(node.operand, sizes, condition, depth + 1)
+        result = -_value(node.operand, sizes, condition, depth + 1, is_tried=is_tried)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        left, right = (_value(side, sizes, condition, depth + 1) for side in (node.left, node.right))
-        is_by_zero = right == 0 and isinstance(node.op, (ast.FloorDiv, ast.Mod))
-        result = 0 if is_by_zero else _ARITHMETIC[type(node.op)](left, right)  # for such sizes the model's code fails
+        left, right = (_value(side, sizes, condition, depth + 1, is_tried=is_tried) for side in (node.left, node.right))
+        is_division = isinstance(node.op, (ast.FloorDiv, ast.Mod))
+        result = 1 if is_tried and is_division and right == 0 else _ARITHMETIC[type(node.op)](left, right)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CHOICES and node.args:
-        result = _CHOICES[node.func.id]([_value(item, sizes, condition, depth + 1) for item in node.args])
+        result = _CHOICES[node.func.id](
+            [_value(item, sizes, condition, depth + 1, is_tried=is_tried) for item in node.args]
+        )
     if result is None or abs(result) > _LIMIT_NUMBER:
         raise _refuse(condition)
     return result

@@ -48,5 +48,25 @@ def without_weights() -> Iterator[None]:
                     return torch.frombuffer(pages, dtype=shape_only.dtype).view(shape_only.shape)
             return func(*args, **kwargs)
 
-    with init_empty_weights(include_buffers=False), LargeOnMeta():
+    with init_empty_weights(include_buffers=False), LargeOnMeta(), _nothing_to_initialize():
         yield
+
+
+@contextlib.contextmanager
+def _nothing_to_initialize() -> Iterator[None]:
+    """Do not ask transformers to initialize modules that hold nothing but parameters on the meta device."""
+    from transformers import PreTrainedModel
+
+    cls: Any = PreTrainedModel
+    usual = cls._initialize_weights
+
+    def initialize(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        holds_more = module._buffers or module._modules
+        if holds_more or not all(parameter is None or parameter.is_meta for parameter in module._parameters.values()):
+            usual(self, module, *args, **kwargs)
+
+    cls._initialize_weights = initialize
+    try:
+        yield
+    finally:
+        cls._initialize_weights = usual

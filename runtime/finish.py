@@ -37,9 +37,9 @@ def write_companions(
     """
     compiled = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
     config = (checkpoint.config or compiled) | {"quantization_config": quantization_config}
-    if artifact.code is not None:
+    if artifact.model_code is not None:
         config["auto_map"] = _local(compiled.get("auto_map", {}))
-        for name, data in artifact.code.code.files.items():
+        for name, data in artifact.model_code.files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(data)
     text = json.dumps(config, indent=2, ensure_ascii=False)

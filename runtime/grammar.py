@@ -32,7 +32,7 @@ _TORCH_VALUES = frozenset(
     )
 )
 _TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
-_RUN_VALUES = frozenset(("device", "dtype", "lowest"))
+_RUN_VALUES = frozenset(("device", "dtype", "lowest", "highest", "eps", "tiny"))
 _RESULTS = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
 _BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)

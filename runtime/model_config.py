@@ -93,7 +93,7 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     Raises:
         WeightsError: naming the first entry or file that differs.
     """
-    for name, data in artifact.code.code.files.items() if artifact.code is not None else ():
+    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
         if (directory / name).is_file() and (directory / name).read_bytes() != data:
             raise WeightsError(
                 f"{directory / name} is other code than the artifact was compiled with",
@@ -102,10 +102,10 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         return
     paths = (artifact.path, directory)
-    stated = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in paths]
-    if next(_differences(*stated, is_strict=True), None) is None:
+    stated = [_stated(path) for path in paths]
+    if next(_differences(stated[0], stated[1], is_strict=True), None) is None:
         return
-    if artifact.manifest.is_portable and artifact.code is not None:
+    if artifact.manifest.is_portable and artifact.model_code is not None:
         compiled, found = stated  # the classes that know more are the model's own code
     else:
         compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
@@ -114,6 +114,18 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
             f"{directory / 'config.json'} has {name} = {got!r}, the artifact was compiled with {expected!r}",
             hint="compile the model of this checkpoint",
         )
+
+
+def _stated(directory: Path) -> dict[str, Any]:
+    """What config.json itself says."""
+    path = directory / "config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise ModelError(f"{path} holds no model config")
+    return table
 
 
 def _stated_type(directory: Path) -> dict[str, Any]:

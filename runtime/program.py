@@ -43,6 +43,27 @@ class Run:
 
         return torch.finfo(self.dtype).min
 
+    @property
+    def highest(self) -> float:
+        """The largest finite number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).max
+
+    @property
+    def eps(self) -> float:
+        """The distance from one to the next number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).eps
+
+    @property
+    def tiny(self) -> float:
+        """The smallest positive normal number of `dtype`."""
+        import torch
+
+        return torch.finfo(self.dtype).tiny
+
     def constant(self, name: str) -> torch.Tensor:
         """The constant `name`, on the run's device."""
         return self.constants[name].to(self.device)
@@ -54,15 +75,16 @@ class Run:
 
     @staticmethod
     def require(value: Any, expected: bool) -> None:
-        """Refuse data for which the model's forward would raise an error.
+        """Refuse data for which the model's forward would raise an error, or go another way than it was traced.
 
         Raises:
             DataError: when `value` is not what it was when the model was traced.
         """
         if bool(value) is not expected:
             raise DataError(
-                "the model's code refuses this data: a condition that it states does not hold",
-                hint="compare the batch with what the model takes",
+                "the model's code refuses this data, or treats it in a way that was not compiled: a condition that it "
+                "states does not hold",
+                hint="compare the batch with what the model takes; compile with --sample for data of another kind",
             )
 
 
@@ -77,10 +99,13 @@ def compile_program(source: str, filename: str) -> Program:
 
 
 def run_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that a model's floating point parameters have: that of the first, as transformers defines it."""
+    """The dtype that a model's floating point parameters have: what it was built for, else that of the first, as
+    transformers defines it.
+    """
     import torch
 
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    stated: torch.dtype | None = model.__dict__.get("run_dtype")
+    return stated or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def run_device(inputs: Mapping[str, Any], model: nn.Module) -> torch.device:

@@ -38,7 +38,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
         from runtime.tree import build_tree
 
         return build_tree(artifact, dtype if dtype is not None else getattr(torch, entry.dtype))
-    cls = _model_class(entry.module, entry.class_name, artifact.code)
+    cls = model_class(artifact)
     config = read_config(path, artifact.config_class)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
@@ -74,9 +74,18 @@ def resolve_opaque(path: str, code: LoadedCode | None = None) -> Callable[..., A
     return function
 
 
-def _model_class(module_name: str, class_name: str, code: LoadedCode | None) -> Any:
+def model_class(artifact: Artifact) -> Any:
+    """The class of the artifact's model.
+
+    Raises:
+        ArtifactError: when it names a class that is no model, or that is not part of transformers or its own code.
+        ModelError: when the class does not exist on this host.
+    """
     from transformers import PreTrainedModel
 
+    artifact.require_consent()
+    module_name, class_name = artifact.manifest.model.module, artifact.manifest.model.class_name
+    code = artifact.code
     if code is not None and module_name in code.modules:
         return code.find(module_name, class_name, PreTrainedModel)
     if module_name.split(".")[0] != "transformers":

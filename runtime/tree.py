@@ -32,14 +32,31 @@ def build_tree(artifact: Artifact, dtype: torch.dtype) -> nn.Module:
     Raises:
         ArtifactError: when the tables contradict each other.
     """
+    try:
+        return _tree(artifact, dtype)
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())  # torch refuses names and shapes in many ways
+        raise ArtifactError(f"the tables of {artifact.path} make no module tree: {reason}") from error
+
+
+def _tree(artifact: Artifact, dtype: torch.dtype) -> nn.Module:
     manifest = artifact.manifest
     root = Branch()
+    root.__dict__["run_dtype"] = dtype
     owned: dict[str, dict[str, ParameterEntry]] = {}
-    for name, entry in manifest.parameters.items():
+    needed = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.parameters)
+    for name in dict.fromkeys((*needed, *manifest.parameters)):
         owner, _, own = name.rpartition(".")
-        owned.setdefault(owner, {})[own] = entry
-    for name, index in manifest.leaves.items():
-        kind = manifest.leaf_kinds[index]
+        owned.setdefault(owner, {})[own] = manifest.parameters[name]
+    called = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.submodules)
+    for name in dict.fromkeys((*called, *manifest.leaves)):  # in the order of execution
+        kind = manifest.leaf_kinds[manifest.leaves[name]]
         shapes = {own: entry.shape for own, entry in owned.get(name, {}).items()}
         program = artifact.leaf_programs[kind.program] if kind.program else None
         _attach(root, name, build_leaf(kind, name, shapes, program))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from seqbuild.targets import get_sequential_ancestors, get_sequential_targets, match_modules
     from seqbuild.trace.subgraphs import trace_subgraphs
     from seqbuild.trace.tracer import SequentialTracer
+    from seqbuild.verify.artifact import verify_artifact
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "topological_partition",
     "trace_consumed_names",
     "trace_subgraphs",
+    "verify_artifact",
 ]
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "topological_partition": "seqbuild.partition",
     "trace_consumed_names": "seqbuild.partition",
     "trace_subgraphs": "seqbuild.trace.subgraphs",
+    "verify_artifact": "seqbuild.verify.artifact",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|data`.
+"""The command line: `seqbuild compile|inspect|verify|data`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -91,6 +91,8 @@ def compile_command(
             "subgraphs": len(manifest.subgraphs),
             "parameters": manifest.model.num_parameters,
             "bytes": num_bytes,
+            "portable": manifest.is_portable,
+            "foreign": dict(manifest.foreign),
             "seconds": done.seconds,
         }
         say(json.dumps(facts))
@@ -125,6 +127,41 @@ def inspect(
         say(json.dumps(as_plain(manifest), indent=2))
     else:
         print_table(manifest)
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Model directory with safetensors; else a small random model.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
+    allow_version_skew: Annotated[
+        bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> int:
+    """Compare the chain with the model itself. Exit code 0 when they are equal, 1 when not."""
+    from seqbuild.verify.artifact import verify_artifact
+    from seqbuild.verify.report import as_plain, print_report
+
+    found = verify_artifact(
+        artifact,
+        weights=weights,
+        dtype=dtype,
+        tolerance=tolerance,
+        trust_remote_code=trust_remote_code,
+        allow_version_skew=allow_version_skew,
+    )
+    if as_json:
+        say(json.dumps(as_plain(found)))
+    else:
+        print_report(found)
+    return 0 if found.is_equal else 1
 
 
 @app.command()

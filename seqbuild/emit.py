@@ -35,6 +35,7 @@ from runtime.grammar import RESERVED
 from runtime.operators import is_allowed
 from seqbuild.trace import loop_marks as marks
 from seqbuild.trace.decisions import require
+from seqbuild.trace.literals import marked
 from seqbuild.trace.states import copy_dict
 
 _NUMBER = re.compile(r"_?\d+")
@@ -128,7 +129,7 @@ def common_scope(graph: fx.Graph, target: str) -> str:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    return bool(node.meta.get("constant"))
+    return "constant" in node.meta
 
 
 def is_offered(operator_: torch._ops.OpOverload) -> bool:
@@ -343,8 +344,12 @@ class _Emitter:
         raise TraceError(f"a value of type {type(value).__qualname__} cannot be written into generated code")
 
     def _float(self, value: float) -> str:
-        if self.traced_dtype is not None and value == torch.finfo(self.traced_dtype).min:
-            return "run.lowest"
+        if self.traced_dtype is not None:
+            limits = torch.finfo(self.traced_dtype)
+            standing = {limits.min: "run.lowest", limits.max: "run.highest"}
+            standing |= {marked(self.traced_dtype, "tiny"): "run.tiny", marked(self.traced_dtype, "eps"): "run.eps"}
+            if value in standing:
+                return standing[value]
         if math.isnan(value):
             return "torch.nan"
         if math.isinf(value):

@@ -12,7 +12,8 @@ from torch import fx
 
 from runtime.errors import TargetError, UsageError
 from seqbuild.subgraph import Subgraph
-from seqbuild.trace.states import without_empty_cache
+from seqbuild.trace import loop_marks
+from seqbuild.trace.states import is_empty_cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,27 +134,29 @@ def partition_graph(model: nn.Module, partitions: list[list[fx.Node]]) -> list[S
 def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx.Node, int]) -> Subgraph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    body = [node for node in nodes if node.op not in ("placeholder", "output")]
+    body = [node for node in nodes if node.op not in ("placeholder", "output", "get_attr")]
     output = next((node for node in nodes if node.op == "output"), None)
+    ends = [] if output is None else [output]
     unused = [node for node in nodes if node.op == "placeholder" and not node.users]  # taken so that it is consumed
-    sources = dict.fromkeys([*unused, *(source for node in nodes for source in node.all_input_nodes)])
+    sources = dict.fromkeys([*unused, *(source for node in (*body, *ends) for source in node.all_input_nodes)])
     outside = [
         source
         for source in sources
         if source.op == "placeholder" or (source.op != "get_attr" and owner[source] != index)
     ]
-    for source in sorted(outside, key=lambda node: (node.op != "placeholder", owner[node])):
+    for source in sorted(outside, key=lambda node: node.op != "placeholder"):  # else in the order of their use
         copies[source] = graph.placeholder(str(source.target) if source.op == "placeholder" else source.name)
         copies[source].meta = {key: value for key, value in source.meta.items() if key != WITHIN}
-    for source in sources:
-        if source.op == "get_attr" and owner[source] != index:
-            copies[source] = graph.node_copy(source)
-    for node in body:
-        copies[node] = graph.node_copy(node, lambda source: copies[source])
+    for node, around in loop_marks.paths((*body, *ends)):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                place = copies[around[0]] if around and node is not around[0] else graph._root  # not in a loop
+                with graph.inserting_before(place):
+                    copies[source] = graph.node_copy(source)
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
     results: dict[str, Any] = {
-        node.name: copies[node]
-        for node in body
-        if node.op != "get_attr" and any(owner[user] != index for user in node.users)
+        node.name: copies[node] for node in body if any(owner[user] != index for user in node.users)
     }
     if output is not None:
         results.update(fx.node.map_arg(named_output(output.args[0]), lambda source: copies[source]))
@@ -175,10 +178,12 @@ def named_output(output: Any) -> dict[str, Any]:
     a value are left out.
     """
     if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if without_empty_cache(value) is not None}
+        return {str(name): value for name, value in output.items() if not is_empty_cache(value) and value is not None}
     if isinstance(output, (tuple, list)):
         return {
-            f"output_{index}": value for index, value in enumerate(output) if without_empty_cache(value) is not None
+            f"output_{index}": value
+            for index, value in enumerate(output)
+            if not is_empty_cache(value) and value is not None
         }
     return {"output": output}
 

@@ -55,10 +55,12 @@ def parts(
     places: dict[str, int] = {}
     policy = LeafPolicy(dtype=traced)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in dict.fromkeys(name for entry in entries for name in entry.submodules):
-        leaf = policy.leaf(modules[name])
+    called = dict.fromkeys(name for entry in entries for name in entry.submodules)
+    for name, module in modules.items():  # also those that are never called: a recipe may name them
+        leaf = policy.leaf(module)
+        if leaf is None and name in called:
+            found.foreign[name] = forward_path(module).removesuffix(".forward")
         if leaf is None:
-            found.foreign[name] = forward_path(modules[name]).removesuffix(".forward")
             continue
         described = repr((leaf.kind, leaf.source))
         if described not in places:

@@ -9,7 +9,7 @@ from runtime.console import human_bytes
 from runtime.manifest import UNBOUNDED, Manifest, SubgraphEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _NAMES_SHOWN = 4
 _FILE_WIDTH = 240  # into a file or pipe nothing is folded
@@ -31,6 +31,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"inputs         {', '.join(f'{entry.name} {_shape(entry.shape)}' for entry in manifest.inputs)}"
     ranges = [_range(dim.name, dim.min, dim.max) for dim in manifest.dims]
     yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
+    yield f"portable       {_portability(manifest)}"
     yield f"opaque steps   {', '.join(manifest.opaque_steps) or 'none'}"
     if model.code:
         yield f"own code       {', '.join(model.code)}"
@@ -38,8 +39,18 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"files          {len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}"
 
 
+def _portability(manifest: Manifest) -> str:
+    if manifest.is_portable:
+        return f"yes: {len(manifest.leaves):,} leaves of {len(manifest.leaf_kinds)} kinds, no code of the model's"
+    if manifest.foreign:
+        classes = [path.partition(":")[2] for path in dict.fromkeys(manifest.foreign.values())]
+        return f"no: {len(manifest.foreign)} foreign leaves, of class {_some(classes)}"
+    return "no: the host calls the model's own code" + (" in opaque steps" if manifest.policy == "linear" else "")
+
+
 def remarks(manifest: Manifest) -> Iterator[str]:
     """What the compiler decided by itself and a user should know, a line each."""
+    yield f"portable: {_portability(manifest)}"
     opaque = manifest.opaque_steps
     by_itself = [path for path in opaque if path in manifest.auto_ignore]
     asked = [path for path in opaque if path not in manifest.auto_ignore]
@@ -75,6 +86,11 @@ HEADINGS = ("subgraph", "targets", "calls", "weights", "takes", "frees", "return
 
 def print_table(manifest: Manifest) -> None:
     """The summary and the subgraphs as a table, on standard output."""
+    print_rows(summary(manifest), HEADINGS, rows(manifest))
+
+
+def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tuple[str, ...]]) -> None:
+    """Some lines, then a table, on standard output."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -82,12 +98,12 @@ def print_table(manifest: Manifest) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for line in summary(manifest):
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD)
-    for heading in HEADINGS:
+    for heading in headings:
         table.add_column(heading, overflow="fold")
-    for row in rows(manifest):
+    for row in cells:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)
 

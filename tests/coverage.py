@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from tests.zoo import MAPPINGS, Case, cases
-from tests.zoo_check import Row, check
+from tests.zoo_check import SDPA_TOLERANCE, Row, check
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 
@@ -50,29 +50,35 @@ def page(rows: list[Row], num_cases: int) -> str:
         f"{datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__};",
         f"{len(rows)} of {num_cases} cases.",
         "",
-        "| mapping | usable | bit for bit |",
-        "|---|---:|---:|",
+        "| mapping | usable | bit for bit | portable |",
+        "|---|---:|---:|---:|",
     ]
     for mapping in (*MAPPINGS, "all"):
         found = [row for row in usable if mapping in (row.case.mapping, "all")]
-        lines.append(f"| {mapping} | {len(found)} | {sum(_is_well(row) for row in found)} |")
+        figures = len(found), sum(_is_well(row) for row in found), sum(row.is_portable for row in found)
+        lines.append(f"| {mapping} | {' | '.join(map(str, figures))} |")
     lines += [
         "",
-        "*opaque*: functions that cannot be recorded and are called whole, chosen by the compiler.",
+        "*equal*: code that stops at the targets, `--leaves target`; *nodes*, *subgraphs*, *opaque* (functions that",
+        "cannot be recorded and are called whole, chosen by the compiler) and *seconds* (to compile) are of that.",
+        "*deep*: code that goes down to what a host builds by itself, `--leaves linear`; *foreign* are classes of",
+        "modules, and functions, that it calls whole all the same: where there are none, the artifact is *portable*.",
+        "*sdpa*: the default code with that attention on two of the samples: `equal`, or the largest difference",
+        f"relative to the largest number, {SDPA_TOLERANCE:.0e} at most; `-` where the model does without.",
         "",
-        "| case | class | nodes | subgraphs | equal | opaque | seconds | problem |",
-        "|---|---|---:|---:|---|---|---:|---|",
+        "| case | class | nodes | subgraphs | equal | deep | portable | foreign | sdpa | opaque | seconds | problem |",
+        "|---|---|---:|---:|---|---|---|---|---|---|---:|---|",
     ]
     for row in rows:
-        opaque = ", ".join(path.rpartition(":")[2] for path in row.rung.split(", ") if path)
-        facts = (row.case.name, row.case.class_name, row.nodes, row.subgraphs, row.equal, opaque)
-        problem = row.problem.replace("|", "/")
-        lines.append("| " + " | ".join(map(str, facts)) + f" | {row.seconds:.1f} | {problem} |")
+        portable = "yes" if row.is_portable else "no" if row.deep else ""
+        facts = (row.case.name, row.case.class_name, row.nodes, row.subgraphs, row.equal, row.deep, portable)
+        more = (row.foreign, row.sdpa, row.opaque, f"{row.seconds:.1f}", row.problem.replace("|", "/"))
+        lines.append("| " + " | ".join(map(str, (*facts, *more))) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _is_well(row: Row) -> bool:
-    return not row.problem and row.equal == "bit for bit"
+    return not row.problem and row.equal == row.deep == "bit for bit"
 
 
 def main() -> int:
@@ -83,7 +89,7 @@ def main() -> int:
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for row in pool.map(run, chosen):
             rows.append(row)
-            print(f"{row.case.name}: {row.problem or row.equal}", flush=True)
+            print(f"{row.case.name}: {row.problem or row.equal}, sdpa {row.sdpa or '-'}", flush=True)
             if not wanted:
                 PAGE.write_text(page(rows, len(chosen)), encoding="utf-8")
     tally = Counter("well" if _is_well(row) else "unusable" if "unusable" in row.problem else "bad" for row in rows)

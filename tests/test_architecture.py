@@ -26,7 +26,11 @@ SHARED |= {
     "code_loader",
     "host_sources",
     "conditions",
+    "tables",
+    "leaves",
 }
+# Verifying an artifact is being its host: only there the compiler may use what runs a model.
+HOSTING = {"weights", "checkpoint", "inputs", "skeleton"}
 
 
 def imports(path: Path) -> set[str]:
@@ -61,7 +65,8 @@ def test_the_compiler_imports_little_of_the_host() -> None:
             assert package != "tests", path
             if package == "runtime":
                 part = rest.split(".")[0]
-                assert part in SHARED, f"{path.name} imports runtime.{part}"
+                allowed = SHARED | HOSTING if path.parent.name == "verify" else SHARED
+                assert part in allowed, f"{path.name} imports runtime.{part}"
                 used.add(part)
     assert {"errors", "manifest", "grammar"} & used
 

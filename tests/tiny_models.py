@@ -94,9 +94,13 @@ def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
 def tiny_model(
     name: str, *, attention: str = "eager", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """A model of the zoo in eval mode, its weights random and large enough that every layer matters."""
+    """A model of the zoo in eval mode, its weights random and large enough that every layer matters; experts run one
+    after the other, as in a portable artifact.
+    """
     cls = getattr(transformers, ZOO[name][2])
     model = cls._from_config(tiny_config(name, **changes), dtype=dtype, attn_implementation=attention)
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
     return randomize(model).eval()
 
 

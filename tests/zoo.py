@@ -19,6 +19,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from seqbuild.shrink.config import shrink_table
+from seqbuild.verify.again import stated
+from seqbuild.verify.running import randomize
 from tests.zoo_exceptions import EXCEPTIONS, PARTS, UNUSABLE
 from tests.zoo_vision import BROKEN, VISION
 
@@ -83,7 +85,7 @@ def small_config(case: Case) -> PretrainedConfig:
     changes = _exceptions(case) | EXCEPTIONS.get(case.class_name, {})
     full = _default_config(case.model_type)
     part = _part_for(full, cls.config_class)
-    table = _changed(shrink_table(_stated(part.to_dict())), changes)
+    table = _changed(shrink_table(stated(part.to_dict())), changes)
     config = type(part).from_dict(table)
     config.architectures = [case.class_name]
     return config
@@ -96,7 +98,8 @@ def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model: PreTrainedModel = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
-    return _with_weights(model).eval()
+    randomize(model)
+    return model.eval()
 
 
 def _exceptions(case: Case) -> Mapping[str, Any]:
@@ -105,20 +108,6 @@ def _exceptions(case: Case) -> Mapping[str, Any]:
         return VISION[case.name]
     is_seeing = case.mapping.startswith("image") and case.model_type in VISION
     return (VISION if is_seeing else EXCEPTIONS).get(case.model_type, {}) | EXCEPTIONS.get(case.class_name, {})
-
-
-def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() > 1:
-                    parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
-                else:
-                    parameter.add_(noise * 0.05)
-    return model
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
@@ -133,13 +122,6 @@ def _default_config(model_type: str) -> PretrainedConfig:
         if model_type not in PARTS:
             raise
         return CONFIG_MAPPING[model_type](**copy.deepcopy(PARTS[model_type]))
-
-
-def _stated(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that a file would have: some config classes refuse what their own `to_dict` adds."""
-    added = ("_name_or_path", "output_attentions")
-    plain = {key: value for key, value in table.items() if key not in added}
-    return {key: _stated(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
 
 def _part_for(config: PretrainedConfig, wanted: type) -> PretrainedConfig:

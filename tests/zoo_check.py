@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,109 +19,151 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.artifact import Artifact
 from runtime.errors import SeqbuildError
-from runtime.weights import assign
-from seqbuild.build import build
+from seqbuild.build import Compiled, build
 from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.verify.difference import difference
+from seqbuild.verify.running import EAGER_EXPERTS, SEED, SHAPES, configured, run_model, with_weights
 from tests.tiny_models import run_chain
 from tests.zoo import Case, small_model, unusable
 
-# The sample's own shape, other values, and other sizes, paddings, images and grids.
-SHAPES = (
-    SampleShape(),
-    SampleShape(seed=1),
-    SampleShape(batch=2, sequence=19, padding="left", images=2, scale=1, seed=5),
-    SampleShape(batch=1, sequence=24, padding="right", scale=2, seed=6),
-    SampleShape(batch=5, sequence=41, padding="left", seed=7),
-)
+# SDPA may choose another kernel for another mask, so it is looked at on fewer shapes and only up to this.
+SDPA_SHAPES, SDPA_TOLERANCE = (SHAPES[0], SHAPES[2]), 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What became of one case; `equal` is empty when it never ran, `problem` when all is well."""
+    """What became of one case.
+
+    Attributes:
+        case: which.
+        nodes: statements of the code that stops at the targets.
+        subgraphs: how many there are.
+        equal: how near that code comes to the model; empty when it never ran.
+        deep: the same for the code that goes down to what a host builds by itself.
+        foreign: classes of modules and functions that it calls whole all the same; none when it is portable.
+        sdpa: the default code with that attention: `equal`, the largest relative difference, or `-` for a model that
+            does without.
+        opaque: functions that the code which stops at the targets calls whole.
+        seconds: to compile that.
+        problem: what is wrong, if anything.
+    """
 
     case: Case
     nodes: int = 0
     subgraphs: int = 0
     equal: str = ""
-    rung: str = ""
+    deep: str = ""
+    foreign: str = ""
+    sdpa: str = ""
+    opaque: str = ""
     seconds: float = 0.0
     problem: str = ""
 
+    @property
+    def is_portable(self) -> bool:
+        """Whether nothing of the model's code is left to call."""
+        return self.deep == "bit for bit" and not self.foreign
 
-def check(case: Case, *, attention: str = "eager") -> Row:
-    """Compile, load, run and compare one case."""
+
+def check(case: Case) -> Row:
+    """Compile, load, run and compare one case in all ways."""
     reason = unusable(case)
     if reason:
         return Row(case=case, problem=f"unusable: {reason}")
     try:
-        model = small_model(case, attention)
-        samples = [default_sample(model, shape) for shape in SHAPES]
-        expected = [run_model(model, sample) for sample in samples]
+        model = small_model(case)
+        samples, expected = reference(model, SHAPES)
     except Exception as error:
         return Row(case=case, problem=f"unusable: {_line(error)}")
-    start = time.perf_counter()
+    row = Row(case=case)
+    for leaves in ("target", "linear"):
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            try:
+                built = compiled(model, Path(directory), "eager", leaves)
+                seconds = time.perf_counter() - start
+                artifact = runtime.load(built.path)
+            except SeqbuildError as error:
+                return dataclasses.replace(row, problem=f"not traced down to {leaves}: {_line(error)}")
+            equal, problem = _equality(artifact, model, samples, expected)
+            if leaves == "target":
+                row = dataclasses.replace(
+                    row,
+                    nodes=sum(subgraph.source.count(" = ") for subgraph in artifact.subgraphs),
+                    subgraphs=len(artifact.subgraphs),
+                    equal=equal,
+                    opaque=_last_names(artifact.manifest.opaque_steps),
+                    seconds=seconds,
+                    problem=problem,
+                )
+            else:
+                whole = (*artifact.manifest.foreign.values(), *artifact.manifest.opaque_steps)
+                deep = problem and f"down to linear: {problem}"
+                row = dataclasses.replace(row, deep=equal, foreign=_last_names(whole), problem=row.problem or deep)
+    sdpa, problem = check_sdpa(case)
+    return dataclasses.replace(row, sdpa=sdpa, problem=row.problem or problem)
+
+
+def _equality(
+    artifact: Artifact, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], expected: Sequence[Any]
+) -> tuple[str, str]:
+    """How equal, and what is wrong with that, if anything."""
+    try:
+        found = differences(artifact, model, samples, expected)
+    except Exception as error:
+        return "fails", f"chain: {type(error).__name__}: {_line(error)}"
+    worst = max(found)
+    apart = next((index for index, value in enumerate(found) if value), None)
+    differs = f"shape {apart} differs by {found[apart]:.3g}" if apart is not None else ""
+    problem = misplaced_targets(artifact) or differs
+    return "bit for bit" if worst == 0 else f"to {worst:.1e}", problem
+
+
+def _last_names(paths: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(path.rpartition(":")[2] for path in paths))
+
+
+def check_sdpa(case: Case) -> tuple[str, str]:
+    """A usable case with SDPA: how equal, and what is wrong with that, if anything."""
+    try:
+        model = small_model(case, "sdpa")
+        samples, expected = reference(model, SDPA_SHAPES)
+    except Exception:
+        return "-", ""  # transformers refuses: this model has no such attention
     with tempfile.TemporaryDirectory() as directory:
         try:
-            model.config.save_pretrained(directory)
-            built = build(directory, out=Path(directory) / "artifacts", attn_implementation=attention)
-            seconds = time.perf_counter() - start
-            artifact = runtime.load(built.path)
-        except SeqbuildError as error:
-            return Row(case=case, problem=f"not traced: {_line(error)}")
-        facts: dict[str, Any] = {
-            "case": case,
-            "nodes": sum(subgraph.source.count(" = ") for subgraph in artifact.subgraphs),
-            "subgraphs": len(artifact.subgraphs),
-            "rung": ", ".join(artifact.manifest.opaque_steps),
-            "seconds": seconds,
-        }
-        problem = misplaced_targets(artifact)
-        worst = 0.0
-        try:
-            twin = with_weights(artifact, model)
-            for index, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
-                difference = largest_difference(run_chain(artifact.subgraphs, twin, copy.deepcopy(sample)), wanted)
-                worst = max(worst, difference)
-                if difference and not problem:
-                    problem = f"shape {index} differs by {difference:.3g}"
+            artifact = runtime.load(compiled(model, Path(directory), "sdpa", "auto").path)
+            worst = max(differences(artifact, model, samples, expected))
         except Exception as error:
-            return Row(**facts, equal="fails", problem=f"chain, shape {index}: {type(error).__name__}: {_line(error)}")
-    return Row(**facts, equal="bit for bit" if worst == 0 else f"to {worst:.1e}", problem=problem)
+            return "fails", f"sdpa: {type(error).__name__}: {_line(error)}"
+    problem = f"sdpa differs by {worst:.3g}" if worst > SDPA_TOLERANCE else ""
+    return "equal" if worst == 0 else f"{worst:.1e}", problem
 
 
-def run_model(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own output without a cache, field by field."""
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    wanted = {"use_cache": False, "_experts_implementation": "eager"}
-    found = [(config, name) for config in _configs(model) for name in wanted if hasattr(config, name)]
-    was = [(config, name, getattr(config, name)) for config, name in found]
-    for config, name in found:
-        setattr(config, name, wanted[name])
-    try:
-        with torch.no_grad():
-            output = model(**copy.deepcopy(dict(sample)), **extra)
-    finally:
-        for config, name, value in was:
-            setattr(config, name, value)
-    return named(output)
+def reference(model: PreTrainedModel, shapes: Sequence[SampleShape]) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
+    """Samples of these shapes, and what the model itself makes of them."""
+    samples = [default_sample(model, shape) for shape in shapes]
+    return samples, [run_model(model, sample) for sample in samples]
 
 
-def named(output: Any) -> dict[str, Any]:
-    """A model's output by the names that the last subgraph gives its fields."""
-    if isinstance(output, Mapping):
-        return {name: value for name, value in output.items() if value is not None}
-    if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
-    return {"output": output}
+def compiled(model: PreTrainedModel, directory: Path, attention: str, leaves: str) -> Compiled:
+    """The model, compiled from its config."""
+    model.config.save_pretrained(directory)
+    return build(directory, out=directory / "artifacts", attn_implementation=attention, leaves=leaves)
 
 
-def with_weights(artifact: Artifact, model: PreTrainedModel) -> torch.nn.Module:
-    """The host's module tree with the weights of `model`."""
-    twin = artifact.empty_model(torch.float32)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in artifact.manifest.parameters:
-            assign(twin, name, tensor.detach())
-    return twin
+def differences(
+    artifact: Artifact, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], expected: Sequence[Any]
+) -> list[float]:
+    """How far the chain is from the model on each sample."""
+    twin = with_weights(artifact, model)
+    found = []
+    for sample, wanted in zip(samples, expected, strict=True):
+        torch.manual_seed(SEED)
+        with configured(twin, EAGER_EXPERTS):
+            got = run_chain(artifact.subgraphs, twin, copy.deepcopy(dict(sample)))
+        found.append(difference(got, wanted).relative)
+    return found
 
 
 def misplaced_targets(artifact: Artifact) -> str:
@@ -130,45 +171,6 @@ def misplaced_targets(artifact: Artifact) -> str:
     places = Counter(name for subgraph in artifact.subgraphs for name in subgraph.entry.targets)
     wrong = [name for name in artifact.manifest.targets if places[name] != 1]
     return f"target {wrong[0]} lies in {places[wrong[0]]} subgraphs" if wrong else ""
-
-
-def largest_difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> float:
-    """The largest difference of any number, relative to the largest magnitude of its tensor (at least 1); infinite
-    where structure, shape or dtype differ.
-    """
-    if list(got) != list(wanted):
-        return float("inf")
-    ours, theirs = _tensors(got), _tensors(wanted)
-    if len(ours) != len(theirs):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
-
-
-def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return float("inf")
-    if torch.equal(got, wanted) or (got.is_floating_point() and torch.allclose(got, wanted, 0, 0, equal_nan=True)):
-        return 0.0
-    difference = (got.double() - wanted.double()).abs().max().item()
-    return float(difference / max(1.0, wanted.double().abs().max().item()))
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    parts: Iterable[Any] = ()
-    if isinstance(output, Mapping):
-        parts = [output[key] for key in sorted(output, key=str)]
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    elif dataclasses.is_dataclass(output):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _configs(model: PreTrainedModel) -> Iterable[Any]:
-    return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()
 
 
 def _line(error: BaseException) -> str:

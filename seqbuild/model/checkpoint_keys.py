@@ -8,6 +8,7 @@ tensors and what it did is kept as a program, so that the host needs neither the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import WeightsError
 from seqbuild.emit import emit
-from seqbuild.model.renaming import Renamer, natural_order
+from seqbuild.model.alike import fill_in, find_alike
+from seqbuild.model.renaming import Renamer, is_blind, natural_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +57,46 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
     Raises:
         WeightsError: when the checkpoint lacks what a parameter needs, naming the first.
     """
-    shapes = dict(checkpoint) if checkpoint is not None else _saved_shapes(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    if checkpoint is not None:
+        return _table(model, checkpoint, wanted)
+    state = _saved_state(model)
+    return _table_by_two(model, state, wanted) or _table(model, _saved_shapes(model, state), wanted)
+
+
+def _table_by_two(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[int, ...]]
+) -> KeyTable | None:
+    """The table of what transformers would save, worked out on two layers of each form; None where that cannot be."""
+    forms = find_alike({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()})
+    if not forms or not _are_apart(model):
+        return None
+    left_out = dict.fromkeys(name for form in forms for name in form.left_out)
+    few = {name: tensor for name, tensor in state.items() if name not in left_out}
+    table = _table(model, _saved_shapes(model, few), wanted)
+    sources, conversion = dict(table.sources), dict(table.conversion)
+    if not fill_in(forms, sources, conversion):
+        return None
+    return dataclasses.replace(table, sources=sources, conversion=conversion)
+
+
+def _are_apart(model: PreTrainedModel) -> bool:
+    """Whether no rule, neither for loading nor for saving, can tell layers by their numbers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = get_model_conversion_mapping(model)
+    rules = [*rules, *(rule.reverse_transform() for rule in rules)]
+    is_from_scratch = getattr(model, "_weight_conversions", None) is None
+    return is_from_scratch and all(
+        is_blind(rule) and (not isinstance(rule, WeightConverter) or _has_known_operations(rule)) for rule in rules
+    )
+
+
+def _table(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> KeyTable:
+    """The table for tensors of these names and shapes."""
     simple, grouped = _assign(model, shapes, wanted)
     sources: dict[str, tuple[str, ...]] = {name: (key,) for name, key in simple.items()}
     conversion: dict[str, int] = {}
@@ -158,9 +198,13 @@ def _convert(
 
 def _may_be_remembered(rule: Any) -> bool:
     """Whether the rule sees of names only what is no number, and its results have the numbers of the first name."""
+    has_plain_targets = not any(_NUMBERS.search(pattern) or "*" in pattern for pattern in rule.target_patterns)
+    return has_plain_targets and _has_known_operations(rule)
+
+
+def _has_known_operations(rule: Any) -> bool:
     operations = [type(operation) for operation in rule.operations]
-    known = all(cls.__module__ == type(rule).__module__ and cls.__name__ in _REMEMBERED for cls in operations)
-    return known and not any(_NUMBERS.search(pattern) or "*" in pattern for pattern in rule.target_patterns)
+    return all(cls.__module__ == type(rule).__module__ and cls.__name__ in _REMEMBERED for cls in operations)
 
 
 def _picked(keys: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
@@ -219,13 +263,18 @@ def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
     return emit(part, traced_dtype=torch.bfloat16).source, used
 
 
-def _saved_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that `save_pretrained` would write: transformers' rules in reverse, tied tensors once."""
-    from transformers.core_model_loading import revert_weight_conversion
-
+def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that `save_pretrained` would save by the model's own names, tied ones once, on the meta device."""
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if seen.setdefault(id(tensor), name) == name:
             state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    return state
+
+
+def _saved_shapes(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that `save_pretrained` would write for `state`: transformers' rules in reverse."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(state)).items()}

@@ -42,7 +42,7 @@ class Renamer:
         self._converters = list(converters)
         self._prefix = prefix
         self._known = dict.fromkeys(known, True)
-        self._are_blind = bool(prefix) and all(map(_is_blind, (*renamings, *converters)))
+        self._are_blind = bool(prefix) and all(map(is_blind, (*renamings, *converters)))
         self._forms: dict[tuple[str | int, ...], Renamed | None] = {}
 
     def rename(self, key: str) -> Renamed:
@@ -129,8 +129,8 @@ def _agree(probes: Iterable[_Probe]) -> bool:
     return not one.is_odd and not other.is_odd and one.template() == other.template()
 
 
-def _is_blind(rule: Any) -> bool:
-    """Whether a rule treats keys of one form alike."""
+def is_blind(rule: Any) -> bool:
+    """Whether a rule of transformers treats keys of one form alike."""
     from transformers.core_model_loading import WeightTransform
 
     if type(rule).rename_source_key is not WeightTransform.rename_source_key:

@@ -18,6 +18,7 @@ from runtime.errors import TraceError
 
 _OURS = Path(__file__).resolve().parents[1]
 _STEPS = _OURS / "trace" / "steps.py"
+_TRACER = _OURS / "trace" / "tracer.py"
 _TORCH = Path(torch.__file__).resolve().parent
 
 
@@ -64,12 +65,16 @@ class UntraceableError(TraceError):
         culprit: the line, where it is known.
         is_refusal: whether that line raised the error by itself: the model refuses what it is given.
         hint: as for every error.
+
+    Attributes:
+        earlier: a line before it that has turned the size of an input into a number, if one has.
     """
 
     def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.culprit = culprit
         self.is_refusal = is_refusal
+        self.earlier: Culprit | None = None
 
 
 def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:
@@ -127,9 +132,11 @@ def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
     frames: list[tuple[FrameType, int]] = []
     num_outside: int | None = None
     for frame, line in walk:
+        if frame.f_code.co_name == "_run" and Path(frame.f_code.co_filename) == _TRACER:
+            frames.clear()  # whoever asked for the trace is no part of the model
         if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
             num_outside = len(frames)
-        if _is_models(frame.f_code.co_filename):
+        if is_models_code(frame.f_code.co_filename):
             frames.append((frame, line))
     if not frames:
         return None
@@ -190,10 +197,11 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
 def _is_raised_by_choice(walk: list[tuple[FrameType, int]]) -> bool:
     """Whether the model's own code raised an error, or one of torch's libraries in Python, but no operator did."""
     path = Path(walk[-1][0].f_code.co_filename)
-    return _is_models(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
+    return is_models_code(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
 
 
-def _is_models(filename: str) -> bool:
+def is_models_code(filename: str) -> bool:
+    """Whether a file belongs neither to torch nor to this project."""
     path = Path(filename)
     if not path.is_absolute():
         return False

@@ -50,13 +50,14 @@ def constant_answer(
 
 def _is_constant(node: fx.Node, marker: torch.dtype | None) -> bool:
     if node.op != "call_function":
-        return bool(node.meta.get("constant"))
+        return "constant" in node.meta
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target in _ON_NUMBERS
     value = node.meta.get("val")
-    is_rounded = marker in (*node.args, *node.kwargs.values(), getattr(value, "dtype", None))
+    parts = (*node.args, *node.kwargs.values(), getattr(value, "dtype", None))
+    is_rounded = marker is not None and any(part is marker for part in parts)
     is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not is_random and not (marker is not None and is_rounded) and not _writes(node)
+    return not (is_random or is_rounded or _writes(node))
 
 
 def _writes(node: fx.Node) -> bool:

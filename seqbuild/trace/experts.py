@@ -9,6 +9,7 @@ values, and recorded up to where the expert's result is added to the sum: the re
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ from seqbuild.emit import EmittedCode, emit
 # Dtypes of hidden states and routing weights while the loop is recorded: the sum has one of them, or its own.
 _HIDDEN, _WEIGHTS = torch.bfloat16, torch.float16
 _ONE_EXPERT = 0
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
+# What is learned of one layer's experts holds for those of all layers like it.
+_learned_before: dict[Any, tuple[LeafKind, EmittedCode] | None] = {}
+_COMPARED = (type(None), bool, int, float, str, types.FunctionType, types.BuiltinFunctionType, type)
 
 
 class _AddedError(Exception):
@@ -52,7 +57,7 @@ class _UntilAdded(TorchFunctionMode):
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the experts of a mixture in the form that transformers marks."""
-    return hasattr(module, "_is_expert_parallel")
+    return all(hasattr(module, name) for name in _MARKS)
 
 
 def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
@@ -64,6 +69,15 @@ def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     Returns:
         None when their code is not a loop of this kind.
     """
+    key = _signature(module)
+    if key is None:
+        return _learned(module)
+    if key not in _learned_before:
+        _learned_before[key] = _learned(module)
+    return _learned_before[key]
+
+
+def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     try:
         found = [_recorded(module, num_tokens) for num_tokens in (2, 3)]
         codes = [emit(graph, traced_dtype=_HIDDEN, scope="") for graph, _ in found]
@@ -74,6 +88,19 @@ def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
         return None
     kind = LeafKind(kind="Experts", options=options, arguments=code.arguments, attributes=code.attributes)
     return kind, code
+
+
+def _signature(module: nn.Module) -> Any:
+    """All that decides what experts do, besides the numbers in their weights; None where that cannot be compared."""
+    parts: list[Any] = []
+    for name, inner in module.named_modules():
+        own = {key: value for key, value in vars(inner).items() if not key.startswith("_") and key != "forward"}
+        config = own.pop("config", None)
+        if any(not isinstance(value, _COMPARED) for value in own.values()):
+            return None
+        shapes = tuple((key, tuple(p.shape)) for key, p in inner._parameters.items() if p is not None)
+        parts.append((name, type(inner), tuple(sorted(own.items(), key=lambda item: item[0])), id(config), shapes))
+    return tuple(parts)
 
 
 def _recorded(module: nn.Module, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:

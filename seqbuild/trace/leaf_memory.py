@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.sym_node import SymNode
 
@@ -67,22 +68,31 @@ class LeafMemory:
             return run()
         if before.key in self._results:
             return self.made_again(self._results[before.key], before)
-        output, described = self.described(leaf, args, kwargs, before, run)
+        output, after, described = self.described(leaf, args, kwargs, before, run)
         if described is not None:
-            self._results[before.key] = described
+            self._results[after.key] = described
         return output
 
     def described(
         self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: Look, run: Callable[[], Any]
-    ) -> tuple[Any, Description | None]:
-        """What `run` returns, and its description, if it follows from nothing but what `before` has seen."""
-        with _watched(before.numbered) as reads:
+    ) -> tuple[Any, Look, Description | None]:
+        """What `run` returns, a look at everything after it, and a description of the result, if that follows from
+        nothing but what was seen.
+        """
+        # Whole leaves are remembered: to look for single operators takes longer than to run them.
+        with _watched(before.numbered) as reads, disable_fake_tensor_cache(self._fake_mode):
             output = run()
         after = self.look(leaf, args, kwargs)
-        if not reads and after is not None and after.facts == before.facts and after.key == before.key:
+        if not reads and after is not None and after.facts == before.facts and self._is_same(before.key, after.key):
             with contextlib.suppress(_UnknownError), torch._C.DisableTorchFunction():
-                return output, Description(_Describer(before).of(output))
-        return output, None
+                return output, after, Description(_Describer(after).of(output))
+        return output, before, None
+
+    def _is_same(self, before: Any, after: Any) -> bool:
+        """Whether nothing has changed but that sizes are known to be equal now: the first layer finds out that its mask
+        is as long as its text. To run it again would give what it gave, in the sizes that are left.
+        """
+        return bool(before == after or _replaced(before, self._fake_mode.shape_env) == after)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -223,6 +233,15 @@ class Look:
             self.numbered[type(module), name] = None
             return name, "a number"
         return name, self._value(value)
+
+
+def _replaced(key: Any, shape_env: Any) -> Any:
+    """A key with all sizes as they are known now."""
+    if isinstance(key, sympy.Basic):
+        return shape_env.replace(key)
+    if type(key) in (tuple, frozenset):
+        return type(key)(_replaced(part, shape_env) for part in key)
+    return key
 
 
 def _surroundings() -> Any:

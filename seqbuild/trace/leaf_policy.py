@@ -25,7 +25,6 @@ from seqbuild.trace.experts import experts_leaf, is_experts
 if TYPE_CHECKING:
     from runtime.manifest import LeafKind
 
-POLICIES = ("target", "linear")
 _QUANTIZED = (nn.Linear, Conv1D)
 
 
@@ -48,7 +47,7 @@ class LeafPolicy:
     def __init__(self, foreign: Collection[str] = (), dtype: torch.dtype | None = None) -> None:
         self.foreign = frozenset(foreign)
         self.dtype = dtype
-        self._leaves: dict[int, Leaf | None] = {}
+        self._leaves: dict[nn.Module, Leaf | None] = {}
 
     def prepare(self, root: nn.Module) -> None:
         """Look at every module of a model, as long as nothing of it has been replaced."""
@@ -61,9 +60,9 @@ class LeafPolicy:
 
     def leaf(self, module: nn.Module) -> Leaf | None:
         """What a host builds for a module; None when it cannot."""
-        if id(module) not in self._leaves:
-            self._leaves[id(module)] = self._find(module)
-        return self._leaves[id(module)]
+        if module not in self._leaves:
+            self._leaves[module] = self._find(module)
+        return self._leaves[module]
 
     def _find(self, module: nn.Module) -> Leaf | None:
         if is_experts(module):

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
+
+# What the model's code may ask of the weights' dtype. Other dtypes have such numbers too, and so has arithmetic: so
+# while a trace lasts each is off by a trillionth, by which it is known again.
+_MARK = 1 + 2.0**-40
+MARKED = ("eps", "tiny", "smallest_normal")
+
+
+def marked(dtype: torch.dtype, name: str) -> float:
+    """The number that stands for `torch.finfo(run's dtype).<name>` in a trace whose weights have this dtype."""
+    return float(getattr(torch.finfo(dtype), name)) * _MARK
+
+
+class _MarkedLimits:
+    """`torch.finfo` of the weights' dtype."""
+
+    def __init__(self, info: Any) -> None:
+        for name in ("bits", "dtype", "max", "min", "resolution"):
+            setattr(self, name, getattr(info, name))
+        for name in MARKED:
+            setattr(self, name, float(getattr(info, name)) * _MARK)
+
+
+@contextlib.contextmanager
+def limits_marked(weights_dtype: torch.dtype | None) -> Iterator[None]:
+    """While the block runs, `torch.finfo` gives marked numbers for the dtype that stands for the weights'."""
+    plain: Any = torch.finfo
+
+    def finfo(dtype: torch.dtype | None = None) -> Any:
+        found = plain(dtype) if dtype is not None else plain()
+        return _MarkedLimits(found) if dtype is not None and dtype == weights_dtype else found
+
+    torch.finfo = finfo  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.finfo = plain  # type: ignore[misc]
 
 
 class LiteralTensors(TorchFunctionMode):

@@ -55,7 +55,7 @@ def find_opaque_steps(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Opa
     Returns:
         The steps, in the order of `names`, and the names that fit nothing.
     """
-    classes = _classes(model)
+    classes = model_classes(model)
     steps: dict[str, OpaqueStep] = {}
     unmatched: list[str] = []
     for name in dict.fromkeys(names):
@@ -68,7 +68,7 @@ def find_opaque_steps(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Opa
     return tuple(steps.values()), tuple(unmatched)
 
 
-def _classes(model: nn.Module) -> list[type]:
+def model_classes(model: nn.Module) -> list[type]:
     """Every class of the model's modules and their bases outside torch, in the order of the module tree."""
     classes: dict[type, None] = {}
     for module in model.modules():

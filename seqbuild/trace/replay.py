@@ -88,6 +88,15 @@ class Replay:
             return False if isinstance(value, torch.SymBool) else 0.5
         return mapped(value, lambda item: self.real(item, variant))
 
+    def known(self, node: fx.Node) -> list[Any]:
+        """What a node's result is for each of the samples.
+
+        Raises:
+            TraceError: when it is not known.
+        """
+        self._catch_up(node.graph)
+        return [self._value(node, variant) for variant in range(len(self.samples))]
+
     def remember(self, node: fx.Node, values: Sequence[Any]) -> None:
         """The real results of a step that has been rehearsed."""
         self._catch_up(node.graph, before=node)

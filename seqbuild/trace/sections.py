@@ -65,11 +65,11 @@ class Sections:
         if look.key in self._known:
             return self._repeat(self._known[look.key], name, look)
         last = next(iter(reversed(self.tracer.graph.nodes)))
-        output, description = self.memory.described(layer, args, kwargs, look, run)
+        output, after, description = self.memory.described(layer, args, kwargs, look, run)
         if description is not None:
-            section = self._section(name, look, last, output, description)
+            section = self._section(name, after, last, output, description)
             if section is not None:
-                self._known[look.key] = section
+                self._known[after.key] = section
         return output
 
     def _section(self, name: str, look: Look, last: fx.Node, output: Any, description: Description) -> _Section | None:
@@ -87,7 +87,7 @@ class Sections:
             for source in node.all_input_nodes:
                 if source in known:
                     places[source] = known[source]
-                elif source.op == "get_attr" and not source.meta.get("constant"):
+                elif source.op == "get_attr" and "constant" not in source.meta:
                     return None
                 elif source not in inside and isinstance(source.meta.get("val"), torch.Tensor):
                     return None  # it came by another way than as an argument
@@ -103,7 +103,7 @@ class Sections:
         tracer = self.tracer
         copies: dict[fx.Node, fx.Node] = {}
         for node, place in section.places.items():
-            found = tracer.node_of(look.tensors[place])
+            found = tracer.outer_node(look.tensors[place])
             assert found is not None, "what was compared has a node"
             copies[node] = found
         for node in section.nodes:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from seqbuild.trace.blame import Culprit, find_culprit
+from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
 from seqbuild.trace.guards import holds_in_turns
+
+# Functions of torch in which one operator is executed, their `func`.
+_EXECUTES = (
+    (inspect.getfile(torch._subclasses.fake_tensor), "dispatch"),
+    (inspect.getfile(torch.fx.experimental.proxy_tensor), "proxy_call"),
+)
+# Where a result's memory layout is noted down.
+_DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 
 
 class SizeBurntInError(RuntimeError):
@@ -45,7 +61,7 @@ class WatchedSizes(ShapeEnv):
         self.decisions = decisions
         self.culprits: dict[Any, Culprit | None] = {}
         self.is_strict = False
-        self.is_noting = False  # whether what the code assumes of sizes is to be noted
+        self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
         self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
         self.doubts: list[Any] = []  # relations that do not hold in all turns
@@ -113,14 +129,28 @@ class WatchedSizes(ShapeEnv):
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
             self._set_turns_aside(num_guards)
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
-                self.assumed += [(guard.expr, find_culprit()) for guard in self.guards[num_guards:]]
+                added = [guard.expr for guard in self.guards[num_guards:]]
+                if any(isinstance(relation, sympy.Eq) for relation in added) or not _is_asked_by_kernel():
+                    self.assumed += [(relation, find_culprit()) for relation in added]
             return found
         except GuardOnDataDependentSymNode:
-            is_glue = get_proxy_mode() is not None and sym_node.pytype is bool
-            if not is_glue or self.decisions is None:
+            if get_proxy_mode() is None or self.decisions is None or sym_node.pytype not in (bool, int):
                 raise
-            condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
-            return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+            if self.is_noting:
+                is_bool = sym_node.pytype is bool
+                stated = self.decisions.stated(torch.SymBool(sym_node)) if is_bool else None  # type: ignore[no-untyped-call]
+                if stated is None:
+                    raise
+                return sympy.true if stated else sympy.false
+            if sym_node.pytype is bool:
+                condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
+                return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
+            number = self.decisions.number(torch.SymInt(sym_node))  # type: ignore[no-untyped-call]
+            if number is None:
+                raise
+            if isinstance(sym_node.expr, sympy.Symbol):
+                self._set_replacement(sym_node.expr, sympy.Integer(number), "all samples have it")
+            return sympy.Integer(number)
 
     def turn(self, count: torch.SymInt) -> torch.SymInt:
         """The number of a turn of a loop; what is decided by it must be so in all of the turns."""
@@ -153,6 +183,44 @@ class WatchedSizes(ShapeEnv):
                 raise SizeBurntInError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)
+
+
+def _is_asked_by_kernel() -> bool:
+    """Whether torch asks while it works out the shape of one operator's result, and not the model's own code.
+
+    What torch decides there is how a tensor lies in memory, or that the operator would fail; in a run the operator is
+    executed and decides anew. Not so where it returns a list: how many tensors that has is the trace's then.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if (frame.f_code.co_filename, frame.f_code.co_name) == _DESCRIBES:
+            return True
+        if (frame.f_code.co_filename, frame.f_code.co_name) in _EXECUTES:
+            operator: Any = frame.f_locals.get("func")
+            schema = getattr(operator, "_schema", None)
+            return schema is not None and not any("[]" in str(result.type) for result in schema.returns)
+        if is_models_code(frame.f_code.co_filename):
+            return False
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def numbers_hashable() -> Iterator[None]:
+    """While the block runs, a number that follows from values can be a key where all samples have the same."""
+    plain = torch.SymInt.__hash__
+
+    def hashed(value: torch.SymInt) -> int:
+        if get_proxy_mode() is not None and free_unbacked_symbols(value.node.expr):
+            with contextlib.suppress(GuardOnDataDependentSymNode):
+                return hash(int(value))
+        return plain(value)
+
+    torch.SymInt.__hash__ = hashed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.SymInt.__hash__ = plain  # type: ignore[method-assign]
 
 
 def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:

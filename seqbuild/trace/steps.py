@@ -22,7 +22,7 @@ from seqbuild.trace.opaque import OpaqueStep
 from seqbuild.trace.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
 from seqbuild.trace.replay import Replay
 from seqbuild.trace.sizes import SizeBurntInError
-from seqbuild.trace.states import copy_dict, without_empty_cache
+from seqbuild.trace.states import EmptyCaches, copy_dict
 from seqbuild.trace.used import ParametersSeen, really_there
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Steps:
         self.replay = Replay(samples, tracer.shape_env, tracer.node_of, self._execute, lookup)
         self._memory: Memory = {}
         self._states: dict[int, tuple[Any, dict[Any, Any], fx.Node]] = {}
+        self._caches = EmptyCaches()
         self._opaque_depth = 0
 
     def leaf(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,8 +117,8 @@ class Steps:
         make: Callable[[Any, Any], fx.Node],
         is_known_to_fail: bool = False,
     ) -> Any:
-        args = tuple(without_empty_cache(value) for value in args)
-        kwargs = {name: without_empty_cache(value) for name, value in kwargs.items()}
+        args = tuple(self._caches.without(value, modules) for value in args)
+        kwargs = {name: self._caches.without(value, modules) for name, value in kwargs.items()}
         before = [(value, dict(value)) for value in _dicts(args, kwargs)]
         node_args, node_kwargs = self.tracer.create_arg(args), self.tracer.create_arg(kwargs)
         with _contents_kept(before):

@@ -14,7 +14,9 @@ from seqbuild.partition import partition_graph, target_of, topological_partition
 from seqbuild.sample.inputs import longer_text, populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
-from seqbuild.trace.blame import Function, UntraceableError
+from seqbuild.trace.alike import stands_for
+from seqbuild.trace.blame import Culprit, Function, UntraceableError
+from seqbuild.trace.decisions import Answer, UndecidedError
 from seqbuild.trace.ladder import climb
 from seqbuild.trace.leaf_policy import always_foreign
 from seqbuild.trace.tracer import SequentialTracer
@@ -117,7 +119,7 @@ def trace_model(
 
     foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
 
-    def attempt(paths: Sequence[str], answers: Sequence[bool]) -> tuple[fx.Graph, SequentialTracer]:
+    def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
         try:
             return attempt_with(sample_input, paths, answers)
         except UntraceableError:
@@ -131,7 +133,7 @@ def trace_model(
             raise
 
     def attempt_with(
-        sizes: Mapping[str, Any], paths: Sequence[str], answers: Sequence[bool]
+        sizes: Mapping[str, Any], paths: Sequence[str], answers: Sequence[Answer]
     ) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
@@ -144,9 +146,18 @@ def trace_model(
             answers=answers,
             samples=samples,
         )
-        traced = tracer.trace(model, sizes, arguments)
+        try:
+            traced = tracer.trace(model, sizes, arguments)
+        except (UntraceableError, UndecidedError) as error:
+            error.earlier = _burnt_before(tracer, is_batch_only)
+            raise
         tracer.require_free_sizes(is_batch_only=is_batch_only)
         return traced, tracer
+
+    def is_alike(
+        one: tuple[fx.Graph, SequentialTracer], other: tuple[fx.Graph, SequentialTracer], places: Sequence[int]
+    ) -> bool:
+        return stands_for(one[0], other[0], [one[1].decisions.marks[place] for place in places])
 
     def is_candidate(function: Function) -> bool:
         is_ancestor = function.is_forward and function.owner in ancestors
@@ -158,11 +169,20 @@ def trace_model(
     was_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        graph, tracer = climb(attempt, is_candidate)
+        graph, tracer = climb(attempt, is_candidate, is_alike)
     finally:
         for module in was_training:
             module.training = True
     return _cut(model, graph, tracer, targets, targets_per_subgraph, drop_uncalled=drop_uncalled)
+
+
+def _burnt_before(tracer: SequentialTracer, is_batch_only: bool) -> Culprit | None:
+    """The line that has turned a size into a number which must stay free, in a trace that has come to nothing."""
+    try:
+        tracer.require_free_sizes(is_batch_only=is_batch_only)
+    except UntraceableError as error:
+        return error.culprit
+    return None
 
 
 def _cut(

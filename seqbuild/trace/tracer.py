@@ -39,20 +39,22 @@ from seqbuild.partition import WITHIN, named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, find_culprit, not_offered
 from seqbuild.trace.constant_values import constant_answer
-from seqbuild.trace.decisions import Decisions, UndecidedError, require
+from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption
 from seqbuild.trace.indices import SymbolicIndices
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
-from seqbuild.trace.literals import LiteralTensors
+from seqbuild.trace.lengths import lengths_recorded
+from seqbuild.trace.literals import LiteralTensors, limits_marked
 from seqbuild.trace.loop_marks import STATEMENTS
 from seqbuild.trace.loops import Loops
 from seqbuild.trace.namespaces import largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
+from seqbuild.trace.ordered_sets import sets_in_order
 from seqbuild.trace.proofs import Proofs
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded, UnknownLength
-from seqbuild.trace.sizes import WatchedSizes, model_sizes
+from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
 from seqbuild.trace.steps import Steps
 from seqbuild.trace.untouched import leaves_left_alone
 from seqbuild.trace.vmapped import vmap_recorded
@@ -93,7 +95,7 @@ class SequentialTracer(PythonKeyTracer):
         ignore: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         targets: Collection[nn.Module] = (),
-        answers: Sequence[bool] = (),
+        answers: Sequence[Answer] = (),
         samples: Sequence[Mapping[str, Any]] = (),
         leaves: str = "target",
         foreign: Collection[str] = (),
@@ -108,7 +110,7 @@ class SequentialTracer(PythonKeyTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
-        self.decisions = Decisions(answers=answers, record=self._require, known=self._constant_answer)
+        self.decisions = Decisions(answers, self, self._constant_answer)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._tensor_names: dict[int, str] = {}
@@ -154,24 +156,29 @@ class SequentialTracer(PythonKeyTracer):
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_as_found(root))
+            stack.enter_context(sets_in_order((root, *self.ancestors)))
             stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
             stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
             stack.enter_context(tracing_configs(root))
+            stack.enter_context(lengths_recorded(root))
+            stack.enter_context(numbers_hashable())
             stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
             self._steps = steps
+            self.decisions.replay = steps.replay
             self._record_leaves(root, steps)
             loops = Loops(self)
             proofs = Proofs(self, loops)
             self._watch(root, proofs)
-            self._mark_targets(root, Sections(self, leaf_memory))
+            self._watch_inside(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             if self.policy is not None:
                 stack.enter_context(replaced(root, {"min": smallest, "max": largest, "range": loops.range}))
             stack.enter_context(vmap_recorded(self))
+            stack.enter_context(limits_marked(self.dtype))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
             modes = (torch.no_grad(), enable_python_dispatcher(), self.fake_mode)
             for context in (
@@ -229,7 +236,7 @@ class SequentialTracer(PythonKeyTracer):
             TraceError: naming the input and the line of the model's code that decided by its size.
         """
         for relation, culprit in self.shape_env.assumed:
-            if is_assumption(self.shape_env.replace(relation)):
+            if not relation.free_symbols <= self.shape_env.own and is_assumption(relation):
                 raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
@@ -327,7 +334,7 @@ class SequentialTracer(PythonKeyTracer):
         self._tensor_names[id(tensor)] = name
         self._kept_alive.append(tensor)
         node = self._attribute(name)
-        node.meta["constant"] = True
+        node.meta["constant"] = tensor
         return node
 
     def _name_objects(self, root: nn.Module) -> None:
@@ -355,13 +362,17 @@ class SequentialTracer(PythonKeyTracer):
         return self._attribute(name) if name is not None else None
 
     def known_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """As `node_of`, without making one."""
+        """The node that looks a parameter or buffer up, or whose result a tensor is, if there is one."""
+        name = self._tensor_names.get(id(tensor))
+        if name is not None:
+            return self._attribute_nodes.get(name)  # an operator that hands it on returns the very same tensor
         found = self.unwrap_proxy(tensor)
-        return (
-            found.node
-            if isinstance(found, fx.Proxy)
-            else self._attribute_nodes.get(self._tensor_names.get(id(tensor), ""))
-        )
+        return found.node if isinstance(found, fx.Proxy) else None
+
+    def outer_node(self, tensor: torch.Tensor) -> fx.Node | None:
+        """As `known_node`, and one is made for a parameter that has not been looked up yet."""
+        name = self._tensor_names.get(id(tensor))
+        return self._attribute(name) if name is not None else self.known_node(tensor)
 
     def name_of(self, module: nn.Module) -> str:
         """The name under which a module of the model is called."""
@@ -370,7 +381,7 @@ class SequentialTracer(PythonKeyTracer):
     def _lookup(self, node: fx.Node) -> Any:
         """What a `get_attr` node stands for; buffers have values even while they are fake."""
         name = str(node.target)
-        if node.meta.get("constant"):
+        if "constant" in node.meta:
             return self.constants[name]
         if name in self._real_buffers:
             return self._real_buffers[name]
@@ -379,12 +390,8 @@ class SequentialTracer(PythonKeyTracer):
             value = getattr(value, part)
         return value
 
-    def _constant_answer(self, condition: torch.SymBool) -> bool | None:
-        node = self.create_arg(condition)
-        return constant_answer(node, self.constants, self.dtype) if isinstance(node, fx.Node) else None
-
-    def _require(self, condition: torch.SymBool, answer: bool) -> fx.Node:
-        return self.create_node("call_function", require, (self.create_arg(condition), answer), {})
+    def _constant_answer(self, condition: fx.Node) -> bool | None:
+        return constant_answer(condition, self.constants, self.dtype)
 
     def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
         """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""
@@ -393,17 +400,36 @@ class SequentialTracer(PythonKeyTracer):
                 module.forward = steps.leaf(name, module, module.forward)
 
     def _watch(self, root: nn.Module, proofs: Proofs) -> None:
-        """Have what is assumed of sizes inside of targets proven, by the smallest module that it happens in."""
+        """Have what is assumed of sizes inside of leaves by the other policy proven, by the smallest module that it
+        happens in.
+        """
         if self.policy is not None:
             for name, module in root.named_modules():
                 if module is not root and not self._is_step(root, name, module):
                     module.forward = proofs.watched(module, module.forward)
 
-    def _mark_targets(self, root: nn.Module, sections: Sections) -> None:
-        """Have targets that are traced through say so to the nodes that are made meanwhile, each kind but once."""
+    def _watch_inside(self, root: nn.Module, sections: Sections) -> None:
+        """Modules that are traced through, though they contain no target, are steps by the other policy, and right for
+        all data then: so nothing may be decided inside of them. Targets also say so to the nodes that are made
+        meanwhile, and each kind is recorded but once.
+        """
         for name, module in root.named_modules():
-            if module in self.targets and not self._is_step(root, name, module):
+            if module in self.ancestors or self._is_step(root, name, module):
+                continue
+            if module in self.targets:
                 module.forward = self._marked(name, module, module.forward, sections)
+            elif root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
+                module.forward = self._watched(module.forward)
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outer, self.shape_env.is_noting = self.shape_env.is_noting, True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.shape_env.is_noting = outer
+
+        return call
 
     def _marked(
         self, name: str, module: nn.Module, forward: Callable[..., Any], sections: Sections
@@ -465,6 +491,8 @@ class SequentialTracer(PythonKeyTracer):
 def _plain_key(key: Any) -> Any:
     if isinstance(key, (str, int, bool)):
         return key
+    if isinstance(key, torch.SymInt):
+        return int(key)
     raise TraceError(
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",

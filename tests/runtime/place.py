@@ -70,11 +70,12 @@ def edit_manifest(place: Place, **changes: Any) -> None:
 
 
 def rely_on_other_sources(place: Place) -> None:
-    """Let the artifact look as if another transformers had compiled it, whose Llama is another file."""
+    """Let the artifact look as if another transformers had compiled it, whose Llama is another file and is called."""
     manifest = read_manifest(place.artifact)
     changed = {"transformers.models.llama.modeling_llama": "ab" * 32}
     edit_manifest(
         place,
         versions={**manifest.versions, "transformers": "4.99.0"},
         sources={**manifest.sources, **changed},
+        policy="target",
     )

@@ -21,6 +21,7 @@ from runtime.quantized import input_quantization
 from runtime.token_file import Origin, save_tokens
 from runtime.weights import Weights
 from seqbuild.build import build
+from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.tiny_models import randomize
 
 VOCABULARY = 258  # that of the byte tokenizer
@@ -134,9 +135,10 @@ def run_weights(small: Small, weights: Path, inputs: Mapping[str, Any]) -> dict[
 
 
 def run_transformers(weights: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The logits of the model that transformers loads."""
-    with torch.no_grad():
-        logits: torch.Tensor = load_transformers(weights)(**inputs, use_cache=False).logits
+    """The logits of the model that transformers loads; experts run one after the other, as ours do."""
+    model = load_transformers(weights)
+    with torch.no_grad(), configured(model, EAGER_EXPERTS):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits
 
 

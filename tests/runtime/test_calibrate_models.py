@@ -10,6 +10,7 @@ import transformers
 
 import runtime
 import seqbuild.build
+from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     NARROW,
     NARROW_W4,
@@ -47,7 +48,7 @@ def test_experts_pass_through_and_attention_is_quantized(
     assert all(raw_bytes(before[key]) == raw_bytes(after[key]) for key in kept)
 
     model = load_transformers(small.weights)
-    with torch.no_grad():
+    with torch.no_grad(), configured(model, EAGER_EXPERTS):
         for module in attention:
             model.get_submodule(module).get_parameter("weight").copy_(unpacked(after, module))
         inputs = token_batches([(2, 17)])[0]

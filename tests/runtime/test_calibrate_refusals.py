@@ -117,13 +117,16 @@ def test_a_module_that_is_loaded_but_never_called_cannot_be_measured(
 ) -> None:
     artifact = narrow_llama.load()
     model = artifact.empty_model()
-    mlp: Any = model.get_submodule("model.layers.1.mlp")
+    # The code calls a look-alike, so that no hook of the real one ever sees anything.
+    layer: Any = model.get_submodule("model.layers.1")
+    find = layer.get_submodule
+    down_proj = find("mlp.down_proj")
 
-    def without_down_proj(hidden: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
-        return product @ mlp.down_proj.weight.T
+    def other(name: str) -> Any:
+        is_called = name == "mlp.down_proj"
+        return (lambda hidden: hidden @ down_proj.weight.T) if is_called else find(name)
 
-    monkeypatch.setattr(mlp, "forward", without_down_proj)
+    monkeypatch.setattr(layer, "get_submodule", other)
     monkeypatch.setattr(artifact, "empty_model", lambda dtype: model)
     with pytest.raises(runtime.QuantizationError, match=r"model\.layers\.1\.mlp\.down_proj: .* no calibration batch"):
         runtime.calibrate(

@@ -44,7 +44,7 @@ def test_calibrate_evaluate_and_check(place: Place, run: Run) -> None:
     assert (code, complaint) == (0, "")
     manifest = read_manifest(place.artifact)
     assert printed.splitlines() == [
-        f"{place.artifact}: {len(manifest.files)} files and 4 programs are as the manifest states",
+        f"{place.artifact}: {len(manifest.files)} files and 3 programs are as the manifest states",
         "model LlamaForCausalLM of transformers.models.llama.modeling_llama, 4 subgraphs",
         f"input key {manifest.input_key}",
         "opaque steps: none",

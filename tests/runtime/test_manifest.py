@@ -81,7 +81,7 @@ def test_what_is_written() -> None:
     decoded = plain()
     assert list(decoded) == sorted(decoded)
     assert decoded["format"] == "seqbuild-artifact"
-    assert decoded["format_version"] == [1, 1] == list(FORMAT_VERSION)
+    assert decoded["format_version"] == [1, 2] == list(FORMAT_VERSION)
     assert decoded["dims"] == [{"max": -1, "min": 1, "name": "batch"}, {"max": 64, "min": 1, "name": "sequence"}]
     assert len(decoded["digest"]) == 64
     assert set(decoded) == {field.name for field in dataclasses.fields(Manifest)} | {
@@ -154,32 +154,41 @@ def test_this_version_may_not(level: str) -> None:
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
 def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
-    changed = plain() | {"format_version": [1, 5 if newer else 1]}
+    changed = plain() | {"format_version": [1, 5 if newer else FORMAT_VERSION[1]]}
     del changed[name]
     with pytest.raises(ArtifactError, match=f"no entry '{name}'"):
         Manifest.from_bytes(sealed(changed))
 
 
-def of_version_1_0() -> dict[str, Any]:
-    older = plain() | {"format_version": [1, 0]}
-    for name in ("sources", "auto_ignore", "conditions"):
+def of_version_1(minor: int) -> dict[str, Any]:
+    """As a compiler of that minor version would have written it."""
+    older = plain() | {"format_version": [1, minor]}
+    for name in ("policy", "leaf_kinds", "leaves", "buffers", "foreign", "limits"):
         del older[name]
     for entry in older["subgraphs"]:
-        del entry["uses"], entry["rehearsed"]
-    for name in ("code", "config_class_name", "config_module"):
-        del older["model"][name]
+        del entry["scope"], entry["arguments"], entry["results"]
+    for entry in older["parameters"].values():
+        del entry["is_buffer"]
+    if minor == 0:
+        for name in ("sources", "auto_ignore", "conditions"):
+            del older[name]
+        for entry in older["subgraphs"]:
+            del entry["uses"], entry["rehearsed"]
+        for name in ("code", "config_class_name", "config_module"):
+            del older["model"][name]
     return older
 
 
-def test_an_older_minor_version_is_read() -> None:
-    assert Manifest.from_bytes(sealed(of_version_1_0())) == manifest()
+@pytest.mark.parametrize("minor", [0, 1])
+def test_an_older_minor_version_is_read(minor: int) -> None:
+    assert Manifest.from_bytes(sealed(of_version_1(minor))) == manifest()
     assert (manifest().sources, manifest().model.code, manifest().model.config_module) == ({}, (), "")
 
 
 def test_an_older_minor_version_has_no_entries_of_a_later_one() -> None:
     with pytest.raises(ArtifactError, match="an unknown entry 'sources'"):
-        Manifest.from_bytes(sealed(of_version_1_0() | {"sources": {}}))
-    older = of_version_1_0()
+        Manifest.from_bytes(sealed(of_version_1(0) | {"sources": {}}))
+    older = of_version_1(0)
     older["model"]["code"] = []
     with pytest.raises(ArtifactError, match="an unknown entry 'code'"):
         Manifest.from_bytes(sealed(older))

@@ -26,7 +26,7 @@ from runtime.weights import Weights
 from seqbuild.build import build
 from tests.own_code_model import FILES, write_own_code_model
 from tests.runtime.place import GPTQ, Run, assert_refused
-from tests.runtime.small import directory_bytes, write_token_file
+from tests.runtime.small import directory_bytes, token_batches, write_token_file
 
 ROOT = Path(__file__).parents[2]
 # What anybody would do with the quantized checkpoint, in a process that knows nothing of this project.
@@ -49,7 +49,8 @@ class Toy:
             name: f"__import__('pathlib').Path({str(self.mark)!r}).touch()\n{text}" for name, text in FILES.items()
         }
         self.weights = write_own_code_model(folder / "toy", files, tokenizer=tokenizer, with_weights=True)
-        self.artifact = build(self.weights, out=folder / "artifacts", trust_remote_code=True).path
+        self.artifact = build(self.weights, out=folder / "artifacts", trust_remote_code=True, leaves="target").path
+        self.portable = build(self.weights, out=folder / "artifacts", trust_remote_code=True).path
         self.mark.unlink()
         self.data = write_token_file(folder / "tokens.safetensors")
         (folder / "recipe.yaml").write_text(GPTQ)
@@ -101,6 +102,23 @@ def test_without_consent_nothing_is_executed(toy: Toy, tmp_path: Path, run: Run)
         )
     assert not toy.mark.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_portable_artifact_needs_no_consent_for_it_executes_nothing(
+    toy: Toy, quantized: Path, tmp_path: Path, run: Run
+) -> None:
+    assert check(toy.portable)[0].is_portable
+    command = toy.calibrate(tmp_path / "out")
+    command[command.index(str(toy.artifact))] = str(toy.portable)
+    code, _, complaint = run(command)
+    assert (code, complaint) == (0, "")
+    assert not toy.mark.exists()
+    assert directory_bytes(tmp_path / "out") == directory_bytes(quantized)
+    found = [
+        runtime.evaluate(runtime.load(path, trust_remote_code=trust), weights=toy.weights, batches=token_batches())
+        for path, trust in ((toy.artifact, True), (toy.portable, False))
+    ]
+    assert found[0].perplexity == found[1].perplexity
 
 
 def test_damaged_code_is_not_executed_even_with_consent(toy: Toy, tmp_path: Path) -> None:

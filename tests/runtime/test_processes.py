@@ -11,8 +11,10 @@ import pytest
 
 from tests.runtime.place import ROOT, Place, Run
 
+# A test run in the background may have been told to ignore interruptions, and hands that on to its processes.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from runtime.artifact import LoadedSubgraph
 real = LoadedSubgraph.forward
 def forward(self, model, **inputs):

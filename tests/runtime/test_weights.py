@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import runtime
@@ -57,7 +56,7 @@ def test_every_parameter_is_what_transformers_loads(request: pytest.FixtureReque
     source, model = open_weights(small, small.weights, expected.dtype)
     source.load(model, source.origins, CPU)
     found = model.state_dict()
-    assert list(found) == list(expected.state_dict())
+    assert sorted(found) == sorted(expected.state_dict())
     for key, tensor in expected.state_dict().items():
         assert (found[key].dtype, raw_bytes(found[key])) == (tensor.dtype, raw_bytes(tensor)), key
 
@@ -387,7 +386,5 @@ def test_an_artifact_of_a_bare_config_takes_the_names_that_transformers_saves(qw
     shutil.copy(qwen3_moe.weights / "config.json", tmp_path)
     small = Small(weights=qwen3_moe.weights, artifact=build(tmp_path / "config.json", out=tmp_path / "art").path)
     inputs = token_batches([(2, 9)])[0]
-    expected = transformers.AutoModelForCausalLM.from_pretrained(small.weights).eval()
-    with torch.no_grad():
-        logits = expected(**inputs, use_cache=False).logits
+    logits = run_transformers(small.weights, inputs)
     assert torch.equal(run_weights(small, small.weights, inputs)["logits"], logits)

@@ -50,7 +50,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 class TestSources:
     def test_a_directory(self, llama: Path, out: Path) -> None:
-        path = compile_model(llama, out=out)
+        path = compile_model(llama, out=out, leaves="target")
         assert path.parent == out
         assert re.fullmatch(r"tiny-llama-[0-9a-f]{12}", path.name)
         files = (
@@ -475,7 +475,7 @@ class TestCheckpointKeys:
         assert untied.model.num_parameters - manifest.model.num_parameters == 128 * 32
 
     def test_parameters_of_subgraphs(self, llama: Path, out: Path) -> None:
-        manifest = build(llama, out=out).manifest
+        manifest = build(llama, out=out, leaves="target").manifest
         first, *_, last = manifest.subgraphs
         assert first.parameters == (
             "model.embed_tokens.weight",
@@ -492,7 +492,7 @@ class TestCheckpointKeys:
 
 
 def test_manifest_states_shapes_in_names(llama: Path, out: Path) -> None:
-    manifest = build(llama, out=out).manifest
+    manifest = build(llama, out=out, leaves="target").manifest
     assert [(entry.name, entry.dtype, entry.shape) for entry in manifest.inputs] == [
         ("input_ids", "int64", ("batch", "sequence")),
         ("attention_mask", "int64", ("batch", "sequence")),

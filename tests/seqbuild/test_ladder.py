@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from runtime.errors import DataError, TraceError
 from seqbuild import Subgraph, trace_subgraphs
@@ -168,6 +169,53 @@ def test_what_the_model_does_to_its_layers_the_chain_does() -> None:
     assert opaque(subgraphs) == [f"{__name__}:Switching.switch"]
     one, other = (randomize(Switches()).eval() for _ in range(2))
     assert_same(run_chain(subgraphs, one, {"x": values(2, 3)}), run_model(other, {"x": values(2, 3)}))
+
+
+class Lengths(toys.Toy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        first, second = torch.split_with_sizes(torch.cat([rows, x[:, 0]]), [len(rows), len(x)])
+        return self.layers[1](self.layers[0](first.unflatten(0, x.shape[:2])) + second[:, None])
+
+
+def test_the_length_of_a_tensor_is_a_symbol() -> None:
+    check(Lengths())
+    assert "len" not in globals()
+
+
+class Remembering(nn.Module):
+    """Attention's part in a cache: a layer adds what it is given, and reads all that is there."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.linear = nn.Linear(toys.WIDTH, toys.WIDTH)
+
+    def forward(self, x: torch.Tensor, cache: Any) -> torch.Tensor:
+        if cache is None:
+            return torch.tanh(self.linear(x))
+        keys, _ = cache.update(x[:, None], x[:, None], self.layer_idx)
+        return torch.tanh(self.linear(x)) + keys.sum(dim=(1, 2), keepdim=True)[:, 0]
+
+
+class TwoStacks(nn.Module):
+    """The second stack reads what the first has left in a cache."""
+
+    def __init__(self, *, shares: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Remembering(0), Remembering(1), Remembering(0)])
+        self.shares = shares
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache()
+        x = self.layers[1](self.layers[0](x, cache), cache)
+        return self.layers[2](x, cache if self.shares else DynamicCache())
+
+
+def test_a_cache_that_carries_something_is_refused() -> None:
+    trace_subgraphs(TwoStacks(shares=False), {"x": X}, ["Remembering"])
+    with pytest.raises(TraceError, match="left in a cache"):
+        trace_subgraphs(TwoStacks(shares=True), {"x": X}, ["Remembering"])
 
 
 @pytest.mark.parametrize("make", [toys.NumberFromData, toys.DataDependentLeaf, Pieces, toys.BranchesInMethod])

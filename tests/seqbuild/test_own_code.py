@@ -142,7 +142,7 @@ class TestWhatIsFound:
         directory = write_own_code_model(
             tmp_path / "mine", {"mine.py": modeling}, {"AutoModelForCausalLM": "mine.Mine"}, model_type="llama"
         )
-        manifest = build(directory, out=out, trust_remote_code=True).manifest
+        manifest = build(directory, out=out, trust_remote_code=True, leaves="target").manifest
         assert (manifest.model.class_name, manifest.model.config_class_name) == ("Mine", "LlamaConfig")
         assert manifest.model.config_module == "transformers.models.llama.configuration_llama"
         assert "transformers.models.llama.modeling_llama" in manifest.sources

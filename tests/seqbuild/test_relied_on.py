@@ -18,7 +18,7 @@ FOLDER = Path(transformers.__file__).parent
 
 
 def sources(name: str, tmp_path: Path, **options: str) -> dict[str, str]:
-    manifest = build(save_config(name, tmp_path / name), out=tmp_path / "out", **options).manifest
+    manifest = build(save_config(name, tmp_path / name), out=tmp_path / "out", leaves="target", **options).manifest
     return dict(manifest.sources)
 
 
@@ -54,14 +54,14 @@ def test_what_a_models_own_code_takes_from_transformers(tmp_path: Path) -> None:
         "from transformers.activations import ACT2FN\nfrom transformers.models.llama.modeling_llama import LlamaMLP\n"
     )
     directory = write_own_code_model(tmp_path / "toy", {**FILES, "modeling_toy.py": taken + MODELING})
-    found = build(directory, out=tmp_path / "out", trust_remote_code=True).manifest.sources
+    found = build(directory, out=tmp_path / "out", trust_remote_code=True, leaves="target").manifest.sources
     assert {"transformers.activations", "transformers.models.llama.modeling_llama"} <= set(found)
     assert not [name for name in found if "toy" in name]
 
 
 def test_an_artifact_that_relies_on_other_sources_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_config("llama", tmp_path / "llama")
-    assert not build(directory, out=tmp_path / "out").is_cached
-    assert build(directory, out=tmp_path / "out").is_cached
+    assert not build(directory, out=tmp_path / "out", leaves="target").is_cached
+    assert build(directory, out=tmp_path / "out", leaves="target").is_cached
     monkeypatch.setattr(seqbuild.cache, "changed_sources", lambda recorded: list(recorded)[:1])
-    assert not build(directory, out=tmp_path / "out").is_cached
+    assert not build(directory, out=tmp_path / "out", leaves="target").is_cached

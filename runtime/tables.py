@@ -1,0 +1,109 @@
+"""Do the tables of a manifest agree with each other? What is refused here would fail in the middle of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from runtime.conditions import check_condition
+from runtime.errors import ArtifactError
+from runtime.host_sources import is_module_name
+from runtime.manifest import ATTENTIONS, DTYPES, LeafKind, Manifest
+
+POLICIES = ("target", "linear")
+KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Experts")
+# Options of convolutions, and the words that may stand for numbers.
+_CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
+_WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
+RUN_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_tables(manifest: Manifest) -> None:
+    """Refuse tables that contradict each other.
+
+    Raises:
+        ArtifactError: naming the entry.
+    """
+    for entry in manifest.subgraphs:
+        missing = [name for name in entry.parameters if name not in manifest.parameters]
+        missing += [name for name in entry.constants if name not in manifest.constants]
+        missing += [name for name in entry.consumed_names if name not in entry.input_names]
+        if missing:
+            raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
+    for condition in manifest.conditions:
+        check_condition(condition, {dim.name: dim for dim in manifest.dims})
+    for name, parameter in manifest.parameters.items():
+        if not -1 <= parameter.conversion < len(manifest.conversions):
+            raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
+        if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
+            raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
+    if manifest.model.dtype not in RUN_DTYPES:
+        raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
+    if manifest.model.attn_implementation not in ATTENTIONS:
+        raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
+    for module in manifest.sources:
+        if not is_module_name(module):
+            raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
+    for pattern in manifest.model.ignored_keys:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
+    for wrong in _wrong_leaves(manifest):
+        raise ArtifactError(wrong)
+
+
+def _wrong_leaves(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the tables that a portable artifact's module tree is built from."""
+    if manifest.policy not in POLICIES:
+        yield f"the artifact was traced down to {manifest.policy!r}, and leaves are one of {', '.join(POLICIES)}"
+    for kind in manifest.leaf_kinds:
+        yield from _wrong_kind(kind)
+    for name, index in manifest.leaves.items():
+        if not 0 <= index < len(manifest.leaf_kinds) or not _is_name(name):
+            yield f"the leaf {name!r} is of kind {index}, which the manifest does not describe"
+    for name, buffer in manifest.buffers.items():
+        used = buffer.constants
+        if not _is_name(name) or name in manifest.parameters or not used or used.keys() - {"", *RUN_DTYPES}:
+            yield f"the computed tensor {name!r} has no name, no values, or is a parameter"
+        if any(constant not in manifest.constants for constant in used.values()):
+            yield f"the values of {name!r} are no constant of the artifact"
+    if manifest.is_portable:
+        yield from _missing_parts(manifest)
+
+
+def _wrong_kind(kind: LeafKind) -> Iterator[str]:
+    if kind.kind not in KINDS:
+        yield f"{kind.kind!r} is no kind of leaf; those are {', '.join(KINDS)}"
+    if bool(kind.program) != bool(kind.arguments):
+        yield f"a leaf of kind {kind.kind} has a program without inputs, or inputs without a program"
+    if kind.kind == "Experts" and not kind.program:
+        yield "experts without a program calculate nothing"
+    wanted = _CONVOLUTION if kind.kind.startswith("Conv") and kind.kind != "Conv1D" else ()
+    if kind.kind != "Experts" and sorted(kind.options) != sorted(wanted):
+        yield f"a leaf of kind {kind.kind} has the options {', '.join(kind.options) or 'none'}"
+    for name, values in kind.options.items() if wanted else ():
+        words = _WORDS.get(name, ())
+        are_fit = (value in words if isinstance(value, str) else 0 <= value < 2**20 for value in values)
+        if not values or not all(are_fit):
+            yield f"a leaf of kind {kind.kind} has the {name} {values!r}"
+
+
+def _missing_parts(manifest: Manifest) -> Iterator[str]:
+    """What the code of a portable artifact uses, and its tables do not describe."""
+    for name in manifest.parameters:
+        if not _is_name(name):
+            yield f"the parameter {name!r} has no dotted name"
+    for entry in manifest.subgraphs:
+        for name in entry.submodules:
+            if name not in manifest.leaves:
+                yield f"{entry.file} calls {name}, which the manifest describes as no leaf"
+        for name in entry.attributes:
+            if name not in manifest.parameters and name not in manifest.buffers:
+                yield f"{entry.file} reads {name}, which is neither a parameter nor a computed tensor"
+        if entry.objects:
+            yield f"{entry.file} hands out {entry.objects[0]}, and a portable artifact has no code to take it"
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"\w+(\.\w+)*", name) is not None and name[:2] != "__"

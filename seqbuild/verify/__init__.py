@@ -1,0 +1,1 @@
+"""The proof that a chain computes what the model computes."""

@@ -1,0 +1,234 @@
+"""Compile what an artifact was compiled from once more, or the same architecture made small, in the same way.
+
+An artifact holds the config, the model's own code and the requests it was compiled with, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
+from runtime.model_code import FOLDER
+from runtime.model_config import read_config
+from seqbuild.build import Compiled, build
+from seqbuild.model.from_config import build_weightless
+from seqbuild.model.own_code import own_code_of
+from seqbuild.model.source import COMPANIONS, resolve_source
+from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.shrink.config import shrink_table
+from seqbuild.targets import inferred_targets, match_modules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
+
+_WITH_WEIGHTS = "verify the artifact itself, with --weights"
+# Ingredients of the input key that do not decide what the code of the subgraphs is, or are as they were by making.
+_WITHOUT_EFFECT = ("companions", "config", "checkpoint_names", "format", "version_seqbuild")
+
+
+def small_model_directory(artifact: Artifact, folder: Path) -> Path:
+    """Write a model directory without weights: the artifact's architecture, made small.
+
+    Raises:
+        ModelError: when its config cannot be made small.
+    """
+    config = read_config(artifact.path, artifact.config_class)
+    try:
+        small = type(config).from_dict(shrink_table(stated(config.to_dict())))
+        small.architectures = [artifact.manifest.model.class_name]
+        small.save_pretrained(folder)
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers validates with many kinds of exceptions
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"the config of {artifact.path} cannot be made small: {why[:300]}", hint=_WITH_WEIGHTS
+        ) from error
+    return _write(artifact, table, folder)
+
+
+def model_directory(artifact: Artifact, folder: Path) -> Path:
+    """Write the model directory that the artifact was compiled from, without weights."""
+    return _write(artifact, json.loads((artifact.path / "config.json").read_text(encoding="utf-8")), folder)
+
+
+def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
+    """A directory with this config; what else the artifact brings goes with it."""
+    if artifact.model_code is not None:
+        stated = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+        table |= {"auto_map": _local(stated.get("auto_map"))}
+    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    for entry in artifact.manifest.files:
+        if entry.path in COMPANIONS:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / entry.path).write_bytes((artifact.path / entry.path).read_bytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(table), encoding="utf-8")
+    return folder
+
+
+def _local(auto_map: Any) -> Any:
+    """An auto_map whose classes are all in the model's own directory, where the artifact has put their code."""
+    if isinstance(auto_map, dict):
+        return {key: _local(value) for key, value in auto_map.items()}
+    if isinstance(auto_map, list):
+        return [_local(value) for value in auto_map]
+    return auto_map.rpartition("--")[2] if isinstance(auto_map, str) else auto_map
+
+
+def stated(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a file would have: some config classes refuse what their own `to_dict` adds."""
+    plain = {key: value for key, value in table.items() if key not in ("_name_or_path", "output_attentions")}
+    return {key: stated(value) if isinstance(value, dict) else value for key, value in plain.items()}
+
+
+def compile_alike(manifest: Manifest, directory: Path, out: Path) -> Compiled:
+    """Compile the model in `directory` under `out`, with the requests that `manifest` was compiled with.
+
+    The manifest does not say which requests were spelled out and which are the model's own: those that its own would
+    give are left to it.
+
+    Raises:
+        TargetError, TraceError, ModelError: as `build`; also when the sample it was traced with cannot be made up.
+    """
+    source, wanted = resolve_source(str(directory)), manifest.model.attn_implementation
+    with own_code_of(source, is_allowed=True) as own:
+        model = build_weightless(source, own=own)
+        is_usual = str(model.config._attn_implementation) == wanted
+        names = [entry.name for entry in manifest.inputs]
+        text_only = is_text_only(model, names)
+        with _sample_file(model, names, out, text_only=text_only) as sample:
+            return build(
+                directory,
+                targets=_targets(model, manifest.target_patterns),
+                ignore=manifest.ignore,
+                auto_ignore=manifest.ingredients.get("auto_ignore") != "false",
+                sample=sample,
+                text_only=text_only,
+                targets_per_subgraph=manifest.targets_per_subgraph,
+                attn_implementation=None if is_usual or wanted not in ("eager", "sdpa") else wanted,
+                out=out,
+                trust_remote_code=True,
+                leaves=manifest.ingredients.get("leaves", "target"),
+            )
+
+
+def is_text_only(model: nn.Module, names: list[str]) -> bool:
+    """Whether a sample of text alone has these inputs."""
+    try:
+        return set(names) <= set(default_sample(model, text_only=True))
+    except TraceError:
+        return False
+
+
+def sample_of(model: nn.Module, names: list[str], shape: SampleShape, *, text_only: bool) -> dict[str, torch.Tensor]:
+    """A made-up sample of just these inputs.
+
+    Raises:
+        TraceError: when one of them cannot be made up.
+    """
+    made = default_sample(model, shape, text_only=text_only)
+    missing = [name for name in names if name not in made]
+    if missing:
+        raise TraceError(
+            f"the artifact takes an input {missing[0]!r}, which cannot be made up for {type(model).__name__}",
+            hint="it was compiled with --sample; such a one can be run and not be verified",
+        )
+    return {name: made[name] for name in names}
+
+
+@contextlib.contextmanager
+def _sample_file(model: nn.Module, names: list[str], folder: Path, *, text_only: bool) -> Iterator[Path | None]:
+    """A file with a made-up sample of other inputs than compiling makes up by itself; None where they are the same."""
+    if list(default_sample(model, text_only=text_only)) == names:
+        yield None
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "sample.safetensors"
+    save_file(
+        {
+            name: value.contiguous()
+            for name, value in sample_of(model, names, SampleShape(images=2), text_only=text_only).items()
+        },
+        file,
+    )
+    yield file
+
+
+def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What to cut at: None where the model is cut there by itself; a shallow model may lack a layer that is named.
+
+    Raises:
+        TargetError: when it lacks all of them.
+    """
+    with contextlib.suppress(TargetError):
+        if patterns in inferred_targets(model):
+            return None
+    found = tuple(pattern for pattern in patterns if match_modules(model, [pattern]))
+    if not found:
+        raise TargetError(
+            f"the artifact is cut at {patterns[0]}, which a small model of its architecture does not have",
+            hint=_WITH_WEIGHTS,
+        )
+    return found
+
+
+def compile_small(artifact: Artifact, folder: Path) -> Path:
+    """Compile the artifact's architecture, made small, in the same way; returns where the small artifact is.
+
+    Raises:
+        ModelError: when its config cannot be made small.
+        SeqbuildError: when the small model cannot be compiled.
+    """
+    directory = small_model_directory(artifact, folder / "small")
+    try:
+        return compile_alike(artifact.manifest, directory, folder / "artifacts").path
+    except SeqbuildError as error:
+        raise type(error)(
+            f"a small {artifact.manifest.model.class_name} cannot be compiled as the artifact was: {error.message}",
+            hint=error.hint or _WITH_WEIGHTS,
+        ) from error
+
+
+def changed_files(artifact: Artifact, folder: Path) -> tuple[tuple[str, ...] | None, str]:
+    """Compile the artifact's config once more and compare the code.
+
+    Returns:
+        The programs of the artifact that came out otherwise, None where that cannot be said; and then why.
+    """
+    manifest = artifact.manifest
+    try:
+        directory = model_directory(artifact, folder / "again")
+        again = compile_alike(manifest, directory, folder / "artifacts").manifest
+    except SeqbuildError as error:
+        return None, f"its config cannot be compiled once more: {error.message}"
+    other = [
+        name
+        for name, value in again.ingredients.items()
+        if manifest.ingredients.get(name) != value and name not in _WITHOUT_EFFECT
+    ]
+    if other:
+        return None, f"it was compiled with another {', '.join(other)}"
+    ours, theirs = _programs(manifest), _programs(again)
+    return tuple(name for name in dict.fromkeys((*ours, *theirs)) if ours.get(name) != theirs.get(name)), ""
+
+
+def _programs(manifest: Manifest) -> dict[str, Any]:
+    """What there is to compare, by file: each subgraph with its entry, and the constants."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    programs: dict[str, Any] = {entry.file: (entry, digests[entry.file]) for entry in manifest.subgraphs}
+    folders = ("subgraphs/", "constants", f"{FOLDER}/")
+    return {path: digest for path, digest in digests.items() if path.startswith(folders)} | programs

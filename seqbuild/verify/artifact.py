@@ -1,0 +1,333 @@
+"""Verify an artifact: does the chain compute what the model computes?
+
+load        the artifact, as a host does                                runtime.artifact
+again       without weights: the same architecture small, compiled      seqbuild.verify.again
+model       run on inputs of several shapes, then freed                 seqbuild.verify.running
+chain       run on the same inputs with the same weights
+compare     outputs, and where they first part                          seqbuild.verify.difference
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from runtime.artifact import load
+from runtime.checkpoint import Checkpoint
+from runtime.console import quiet
+from runtime.errors import DataError, ModelError, UsageError, WeightsError
+from runtime.inputs import require_in_range
+from runtime.model_config import read_config
+from runtime.skeleton import model_class
+from runtime.weights import Weights, place_buffers
+from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
+from seqbuild.verify.difference import difference, tensors
+from seqbuild.verify.report import Compared, Verification
+from seqbuild.verify.running import SHAPES, Prints, fingerprints, randomize, run_chain, run_model, with_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.artifact import Artifact
+    from seqbuild.sample.inputs import SampleShape
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def verify_artifact(
+    path: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    dtype: str = "float32",
+    tolerance: float = 0.0,
+    shapes: Sequence[SampleShape] = SHAPES,
+    trust_remote_code: bool = False,
+    allow_version_skew: bool = False,
+) -> Verification:
+    """Compare a compiled chain with the model itself, on the CPU.
+
+    Without weights a small model stands for the artifact's: the same architecture from a config made small, with
+    random weights from a fixed seed, compiled as the artifact was. What is verified then is the architecture; the
+    artifact's own code is not run, but compared with what compiling its config once more gives. With weights, the
+    artifact itself is run beside the model that transformers loads from them, one after the other: there must be
+    memory for one of them, in `dtype`.
+
+    Args:
+        path: the artifact's directory.
+        weights: a model directory with config.json and safetensors; None takes the small model.
+        dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
+        tolerance: the largest difference that counts as equal, relative to the largest magnitude of its tensor (at
+            least 1).
+        shapes: of the inputs: token ids int64 [batch, sequence], masks of the same shape, images and sounds in `dtype`
+            with shapes that the config decides.
+        trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
+        allow_version_skew: go on when the sources on this host are not those the artifact was compiled with.
+
+    Returns:
+        The report; its `is_equal` is the answer.
+
+    Raises:
+        UsageError: a dtype or tolerance that cannot be.
+        ArtifactError, VersionError: an artifact that is missing, damaged, or for another host.
+        WeightsError: a checkpoint that is damaged, quantized, or of another model.
+        ModelError: code that nobody has allowed to run, a config that cannot be made small, a model that does not run.
+        TraceError, TargetError: inputs that cannot be made up, a small model that cannot be compiled.
+    """
+    start = time.perf_counter()
+    _require_sensible(dtype, tolerance)
+    artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    artifact.require_consent()  # the model itself is run
+    changed, remarks = None, []
+    with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _calm():
+        if weights is None:
+            small = load(compile_small(artifact, Path(name)), trust_remote_code=trust_remote_code)
+            changed, why = changed_files(artifact, Path(name))
+            remarks.append(_about_code(changed, why))
+            pair: _Pair = _RandomPair(artifact=small, dtype=_DTYPES[dtype])
+        else:
+            pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=Path(weights))
+        compared = tuple(_compare(pair, shapes, tolerance))
+    return Verification(
+        path=Path(path),
+        class_name=artifact.manifest.model.class_name,
+        weights=None if weights is None else Path(weights),
+        dtype=dtype,
+        tolerance=tolerance,
+        shapes=compared,
+        changed=changed,
+        remarks=tuple(remarks),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _require_sensible(dtype: str, tolerance: float) -> None:
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(_DTYPES)}")
+    if not 0 <= tolerance < float("inf"):
+        raise UsageError(f"--tolerance is {tolerance}", hint="it is a number from 0 on")
+
+
+def _about_code(changed: tuple[str, ...] | None, why: str) -> str:
+    """What is known about the code of an artifact that is not run itself."""
+    head = "This verifies the architecture, on a small model; the artifact's own code was not run"
+    if changed is None:
+        return f"{head}, nor compared with what its config gives now: {why}."
+    if changed:
+        return f"{head}; compiling its config once more gives another {', '.join(changed)}."
+    return f"{head}, but it is to the byte what compiling its config once more gives."
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Without the remarks of libraries on models that are small and random, and without their progress bars."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    with quiet("transformers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if was_shown:
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class _Pair(Protocol):
+    """A model, and the module tree that a chain is run on, with the same weights; made when they are asked for."""
+
+    artifact: Artifact
+    dtype: torch.dtype
+
+    def check(self) -> None:
+        """Refuse what does not fit, before anything large is made."""
+
+    def model(self) -> nn.Module:
+        """The model itself, in eval mode."""
+
+    def twin(self) -> nn.Module:
+        """What the chain is run on."""
+
+
+@dataclass(kw_only=True)
+class _RandomPair:
+    """Random weights, which both share."""
+
+    artifact: Artifact
+    dtype: torch.dtype
+    _model: nn.Module | None = field(default=None, init=False)
+
+    def check(self) -> None:
+        """Random weights fit."""
+
+    def model(self) -> nn.Module:
+        if self._model is None:
+            cls = model_class(self.artifact)
+            config = read_config(self.artifact.path, self.artifact.config_class)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                self._model = cls._from_config(config, dtype=self.dtype, attn_implementation=_attention(self.artifact))
+            randomize(self._model)
+            self._model.eval()
+        return self._model
+
+    def twin(self) -> nn.Module:
+        return with_weights(self.artifact, self.model())
+
+
+@dataclass(kw_only=True)
+class _LoadedPair:
+    """A checkpoint: the model has it from transformers, the chain from the runtime."""
+
+    artifact: Artifact
+    dtype: torch.dtype
+    weights: Path
+
+    def check(self) -> None:
+        self._source(self.artifact.empty_model(self.dtype))
+
+    def model(self) -> nn.Module:
+        config = read_config(self.weights, self.artifact.config_class)
+        try:
+            model: nn.Module = model_class(self.artifact).from_pretrained(
+                self.weights,
+                config=config,
+                dtype=self.dtype,
+                attn_implementation=_attention(self.artifact),
+                local_files_only=True,
+            )
+        except Exception as error:
+            raise WeightsError(f"transformers cannot load {self.weights}: {' '.join(str(error).split())}") from error
+        return model.eval()
+
+    def twin(self) -> nn.Module:
+        twin = self.artifact.empty_model(self.dtype)
+        device = torch.device("cpu")
+        place_buffers(twin, device)
+        self._source(twin).load(twin, self.artifact.manifest.parameters, device)
+        return twin
+
+    def _source(self, twin: nn.Module) -> Weights:
+        if not (self.weights / "config.json").is_file():
+            raise WeightsError(f"{self.weights} is no model directory: it has no config.json")
+        source = Weights(self.artifact, Checkpoint(self.weights), self.dtype, twin)
+        if self.artifact.manifest.parameters and source.schemes:
+            raise WeightsError(f"{self.weights} is quantized", hint="verify with the checkpoint that was compiled")
+        return source
+
+
+def _attention(artifact: Artifact) -> str | None:
+    return artifact.manifest.model.attn_implementation or None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reference:
+    """What the model itself does on one shape; `refusal` says why nothing, and `row` describes the inputs."""
+
+    row: dict[str, Any]
+    sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    output: Mapping[str, Any] = field(default_factory=dict)
+    prints: Prints = field(default_factory=dict)
+    refusal: str = ""
+
+
+def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> Iterator[Compared]:
+    """The model on all shapes first, so that it can be freed before the chain's weights are there."""
+    pair.check()
+    model = pair.model()
+    references = [_reference(pair, model, shape) for shape in shapes]
+    if all(reference.refusal for reference in references):
+        raise ModelError(
+            f"{type(model).__name__} runs on no made-up inputs: {references[0].refusal}",
+            hint="there is nothing to compare the chain with",
+        )
+    del model
+    twin = pair.twin()
+    for reference in references:
+        yield _compared(pair.artifact, twin, reference, tolerance)
+
+
+def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _Reference:
+    manifest = pair.artifact.manifest
+    names = [entry.name for entry in manifest.inputs]
+    made = sample_of(model, names, shape, text_only=is_text_only(model, names))
+    sample = {name: value.to(pair.dtype) if value.is_floating_point() else value for name, value in made.items()}
+    row = _row(sample, shape)
+    try:
+        require_in_range(manifest, [sample])
+        with fingerprints(model, _called(pair.artifact)) as prints:
+            output = run_model(model, sample)
+    except DataError as error:
+        return _Reference(row=row, refusal=error.message)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _Reference(row=row, refusal=f"the model itself fails: {_line(error)}")
+    return _Reference(row=row, sample=sample, output=output, prints=prints)
+
+
+def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, Any]:
+    """The part of a row that describes the inputs."""
+    ids = sample.get("input_ids")
+    is_seeing = any(value.is_floating_point() for value in sample.values())
+    return {
+        "batch": shape.batch if ids is None else int(ids.shape[0]),
+        "sequence": shape.sequence if ids is None or ids.dim() < 2 else int(ids.shape[1]),
+        "padding": shape.padding,
+        "images": shape.images if is_seeing else None,
+        "seed": shape.seed,
+    }
+
+
+def _compared(artifact: Artifact, twin: nn.Module, reference: _Reference, tolerance: float) -> Compared:
+    if reference.refusal:
+        return Compared(**reference.row, skipped=reference.refusal)
+    if not _says_something(reference.output):
+        return Compared(**reference.row, problem="the model computes no finite number, which proves nothing")
+    try:
+        with fingerprints(twin, _called(artifact)) as prints:
+            got = run_chain(artifact.subgraphs, twin, reference.sample)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Compared(**reference.row, problem=_line(error))
+    found = difference(got, reference.output)
+    return Compared(
+        **reference.row,
+        absolute=found.absolute,
+        relative=found.relative,
+        output=found.output,
+        subgraph=_first_apart(artifact, reference.prints, prints) if found.absolute else None,
+        is_equal=found.relative <= tolerance,
+    )
+
+
+def _called(artifact: Artifact) -> dict[str, None]:
+    """Names of the modules that the chain calls."""
+    return dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.submodules)
+
+
+def _first_apart(artifact: Artifact, wanted: Prints, got: Prints) -> int | None:
+    """The first subgraph one of whose modules returned something else; the last where all returned the same."""
+    for index, subgraph in enumerate(artifact.subgraphs):
+        if any(got.get(name) != wanted.get(name) for name in subgraph.entry.submodules):
+            return index
+    return len(artifact.subgraphs) - 1
+
+
+def _says_something(output: Mapping[str, Any]) -> bool:
+    numbers = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
+    return not numbers or any(bool(tensor.isfinite().any()) for tensor in numbers)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

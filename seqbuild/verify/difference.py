@@ -1,0 +1,90 @@
+"""How far two outputs of a model lie apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """The largest difference between two outputs.
+
+    Attributes:
+        absolute: of any number; infinite where structure, shape or dtype differ, or only one is a number.
+        relative: the same, by the largest magnitude of the tensor it is in (at least 1).
+        output: the field of the output with the largest relative difference; empty where there is none.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    output: str = ""
+
+
+def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
+    """Compare two outputs, field by field.
+
+    Args:
+        got: names to nests of tensors.
+        wanted: likewise; magnitudes are taken from here.
+    """
+    if list(got) != list(wanted):
+        odd = [name for name in (*got, *wanted) if name not in got or name not in wanted]
+        return Difference(absolute=math.inf, relative=math.inf, output=odd[0] if odd else "order of the outputs")
+    worst = Difference()
+    for name in wanted:
+        absolute, relative = _largest(tensors(got[name]), tensors(wanted[name]))
+        output = name if relative > worst.relative else worst.output
+        worst = Difference(
+            absolute=max(absolute, worst.absolute), relative=max(relative, worst.relative), output=output
+        )
+    return worst
+
+
+def named(output: Any) -> dict[str, Any]:
+    """A model's output by the names that the last subgraph gives its fields."""
+    if isinstance(output, Mapping):
+        return {name: value for name, value in output.items() if value is not None}
+    if isinstance(output, (tuple, list)):
+        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
+    return {"output": output}
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts: Iterable[Any] = ()
+    if isinstance(output, Mapping):
+        parts = [output[key] for key in sorted(output, key=str)]
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif dataclasses.is_dataclass(output):
+        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def _largest(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> tuple[float, float]:
+    if len(got) != len(wanted):
+        return math.inf, math.inf
+    pairs = [_of_tensors(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)]
+    return max((absolute for absolute, _ in pairs), default=0.0), max((relative for _, relative in pairs), default=0.0)
+
+
+def _of_tensors(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return math.inf, math.inf
+    if torch.equal(got, wanted):
+        return 0.0, 0.0
+    if got.is_complex():
+        got, wanted = torch.view_as_real(got), torch.view_as_real(wanted)
+    is_same = (got == wanted) | (got.isnan() & wanted.isnan())
+    apart = (got.double() - wanted.double()).abs().masked_fill(is_same, 0.0)
+    absolute = apart.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+    magnitude = wanted.double().abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
+    return absolute, absolute / max(1.0, magnitude)

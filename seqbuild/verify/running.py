@@ -1,0 +1,137 @@
+"""Run a model, and run the chain that was made from it, in one way each."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from runtime.weights import assign
+from seqbuild.sample.inputs import SampleShape
+from seqbuild.verify.difference import named, tensors
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+
+# The sample's own shape, other values, and other sizes, paddings, images and grids.
+SHAPES = (
+    SampleShape(),
+    SampleShape(seed=1),
+    SampleShape(batch=2, sequence=19, padding="left", images=2, scale=1, seed=5),
+    SampleShape(batch=1, sequence=24, padding="right", scale=2, seed=6),
+    SampleShape(batch=5, sequence=41, padding="left", seed=7),
+)
+EAGER_EXPERTS = {"_experts_implementation": "eager"}
+SEED = 3
+Prints = dict[str, list[str]]
+
+
+class Step(Protocol):
+    """One subgraph of a chain."""
+
+    @property
+    def input_names(self) -> Collection[str]:
+        """What it takes."""
+
+    @property
+    def consumed_names(self) -> Collection[str]:
+        """Which of those are freed after it."""
+
+    def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        """Execute it."""
+
+
+def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own output without a cache, field by field; the sample is left as it is.
+
+    Fused experts run one after the other (`eager`), as a portable artifact runs them: other implementations add up in
+    another order. Random numbers start from a known state: some models draw them.
+    """
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with configured(model, {"use_cache": False, **EAGER_EXPERTS}), torch.no_grad():
+        torch.manual_seed(SEED)
+        output = model(**copy.deepcopy(dict(sample)), **extra)
+    return named(output)
+
+
+@contextlib.contextmanager
+def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
+    """Entries of the model's configs, where they exist, for as long as the block runs."""
+    places = ((config, name) for config in _configs(model) for name in wanted if hasattr(config, name))
+    found = [(config, name, getattr(config, name)) for config, name in places]
+    for config, name, _ in found:
+        setattr(config, name, wanted[name])
+    try:
+        yield
+    finally:
+        for config, name, value in found:
+            setattr(config, name, value)
+
+
+def run_chain(subgraphs: Iterable[Step], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chain returns; values are dropped as soon as it says so, and the sample is left as it is."""
+    values: dict[str, Any] = copy.deepcopy(dict(sample))
+    output: dict[str, Any] = {}
+    torch.manual_seed(SEED)
+    for subgraph in subgraphs:
+        values.update(output)
+        with configured(model, EAGER_EXPERTS), torch.no_grad():
+            output = subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
+        for name in subgraph.consumed_names:
+            del values[name]
+    return output
+
+
+@contextlib.contextmanager
+def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
+    """While the block runs, note what the submodules `names` return: a digest for each of their calls, by name."""
+    found: Prints = {}
+    hooks = []
+    for name in names:
+
+        def note(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            digest = hashlib.sha256()
+            for tensor in tensors(output):
+                flat = tensor.detach().contiguous().flatten()
+                digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+                digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+            found.setdefault(name, []).append(digest.hexdigest())
+
+        hooks.append(model.get_submodule(name).register_forward_hook(note))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def with_weights(artifact: Artifact, model: nn.Module) -> nn.Module:
+    """The host's module tree with the parameters of `model`, which both then share."""
+    twin = artifact.empty_model(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in artifact.manifest.parameters:
+            assign(twin, name, tensor.detach())
+    return twin
+
+
+def randomize(model: nn.Module) -> None:
+    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.dim() > 1:
+                    parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
+                else:
+                    parameter.add_(noise * 0.05)
+
+
+def _configs(model: nn.Module) -> Iterable[Any]:
+    return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()
