@@ -1,20 +1,42 @@
 """A mixture's experts, as a leaf of the host's own: which token goes where is the same for all; what one expert does is
 a program of the artifact.
+
+Their weights are stacked, as the model has them, or apart (`runtime.split`): then each expert's matrices are Linear
+modules of their own, that can be measured, quantized and hooked like any others. What is calculated is the same to the
+bit, for the program gets the same matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from runtime.program import Run
 
 if TYPE_CHECKING:
     from runtime.program import Program
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """How a stacked parameter is made of its experts' own.
+
+    Attributes:
+        parts: for each expert the parameters that make its matrix, by their names below the experts' module.
+        axis: along which those of one expert are joined.
+        is_transposed: whether each is turned around before.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    axis: int
+    is_transposed: bool
 
 
 class Experts(nn.Module):
@@ -37,7 +59,28 @@ class Experts(nn.Module):
         self.inputs = tuple(inputs)
         self.accumulator = accumulator
         self.is_column = is_column
+        self.stacks: Mapping[str, Stack] = {}
+        self.sees_all = False
         self.__dict__["program"] = None
+
+    def split(self, stacks: Mapping[str, Stack], modules: Mapping[str, nn.Linear]) -> None:
+        """Take the parameters of single experts in the place of stacked ones.
+
+        Args:
+            stacks: by the names of the stacked parameters, which are dropped.
+            modules: the new modules, by their names below this one.
+        """
+        for name in stacks:
+            del self._parameters[name]
+        self.stacks = dict(stacks)
+        for name, module in modules.items():
+            owner: nn.Module = self
+            *branches, own = name.split(".")
+            for part in branches:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(own, module)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts.
@@ -52,20 +95,120 @@ class Experts(nn.Module):
         """
         values = [*args, *(kwargs[name] for name in self.inputs[len(args) :])]
         hidden_TH, index_TK, weight_TK = values
-        run = Run(device=hidden_TH.device, dtype=self.get_parameter(self.stacked[0]).dtype)
         sum_TH = torch.zeros_like(hidden_TH, dtype=self._sum_dtype(hidden_TH, weight_TK))
         mask_EKT = F.one_hot(index_TK, num_classes=self.num_experts + 1).permute(2, 1, 0)
         used = torch.greater(mask_EKT.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
+        if self.sees_all:
+            first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
+            for expert in range(self.num_experts):
+                self._expert(expert, hidden_TH, first_TK)
         for expert in used:
             if expert == self.num_experts:
                 continue
             places, tokens = torch.where(mask_EKT[expert])
-            own = [self.get_parameter(name)[expert] for name in self.stacked]
             weights = weight_TK[tokens, places, None] if self.is_column else weight_TK[tokens, places]
-            program: Program | Any = self.program
-            output_NH = program(self, hidden_TH[tokens], weights, *own, run=run)["output"]
+            output_NH = self._expert(expert, hidden_TH[tokens], weights, is_hooked=not self.sees_all)
             sum_TH.index_add_(0, tokens, output_NH.to(sum_TH.dtype))
         return sum_TH.to(hidden_TH.dtype)
 
+    def _expert(
+        self, expert: int, hidden_NH: torch.Tensor, weights: torch.Tensor, *, is_hooked: bool = True
+    ) -> torch.Tensor:
+        """What one expert makes of its tokens, [N, H]."""
+        own = [self._own(name, expert) for name in self.stacked]
+        run = Run(device=hidden_NH.device, dtype=own[0].dtype)
+        program: Program | Any = self.program
+        with self._hooked(expert, own) if is_hooked else contextlib.nullcontext():
+            output: torch.Tensor = program(self, hidden_NH, weights, *own, run=run)["output"]
+        return output
+
+    def _own(self, name: str, expert: int) -> torch.Tensor:
+        """An expert's own part of a stacked parameter, laid out as it is in the stack."""
+        if name not in self.stacks:
+            return self.get_parameter(name)[expert]
+        stack = self.stacks[name]
+        parts = [self.get_parameter(part).detach() for part in stack.parts[expert]]
+        if stack.is_transposed:
+            return torch.cat([part.T for part in parts], stack.axis)
+        return torch.cat(parts, stack.axis) if len(parts) > 1 else parts[0]
+
+    def _hooked(self, expert: int, own: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Have the hooks of an expert's modules see what is multiplied by their weights."""
+        found: dict[int, list[nn.Module]] = {}
+        for name, tensor in zip(self.stacked, own, strict=True):
+            if name in self.stacks and tensor.dim() > 1:
+                owners = (part.rpartition(".")[0] for part in self.stacks[name].parts[expert])
+                modules = [self.get_submodule(owner) for owner in owners]
+                if any(module._forward_pre_hooks for module in modules):
+                    found[_storage(tensor)] = modules
+        return _Hooked(found) if found else contextlib.nullcontext()
+
     def _sum_dtype(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
         return {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[self.accumulator]
+
+
+@contextlib.contextmanager
+def all_tokens_seen(model: nn.Module) -> Iterator[None]:
+    """While the block runs, hooks of experts' modules see all tokens, not only those that are sent to their expert. The
+    layer's output stays what it was: the sum over the experts that are chosen.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    for module in experts:
+        module.sees_all = True
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.sees_all = False
+
+
+class _Hooked(TorchFunctionMode):
+    """Run forward pre-hooks of Linear modules for products with their weights.
+
+    Args:
+        modules: by the storage of a matrix, the modules that it is made of. They see one input, so what the hooks of
+            the first make of it holds for all.
+    """
+
+    def __init__(self, modules: Mapping[int, Sequence[nn.Module]]) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        place = _PRODUCTS.get(func)
+        if place is not None:
+            matrix, values = args[place + 1], args[place]
+            for number, module in enumerate(self.modules.get(_storage(matrix), ())):
+                changed = _after_hooks(module, args[place])
+                values = changed if number == 0 else values
+            args = (*args[:place], values, *args[place + 1 :])
+        return func(*args, **(kwargs or {}))
+
+
+# Products of states with a matrix, and where in their arguments the states are; the matrix comes next.
+_PRODUCTS: dict[Any, int] = {
+    torch.ops.aten.linear.default: 0,
+    torch.ops.aten.matmul.default: 0,
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+}
+
+
+def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The first argument that a module would be called with, after its pre-hooks."""
+    args: Any = (states,)
+    for number, hook in module._forward_pre_hooks.items():
+        if number in module._forward_pre_hooks_with_kwargs:
+            result = hook(module, args, {})
+            args = args if result is None else result[0]
+        else:
+            result = hook(module, args)
+            args = args if result is None else result if isinstance(result, tuple) else (result,)
+    changed: torch.Tensor = args[0]
+    return changed
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
