@@ -71,7 +71,7 @@ def test_a_good_artifact_runs(artifact: Path) -> None:
 def test_a_program_reaches_torch_and_nothing_else(artifact: Path) -> None:
     loaded = load(artifact, allow_version_skew=True)
     names = loaded.subgraphs[0]._program.__globals__
-    assert {name for name in names if name != "forward"} == {"__builtins__", "torch", "slice"}
+    assert {name for name in names if name != "forward"} == {"__builtins__", "torch", "slice", "range"}
     assert names["__builtins__"] == {}
 
 
