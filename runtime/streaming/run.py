@@ -240,14 +240,20 @@ class StreamingRun:
         self.watch.tell(
             "begin",
             subgraphs=len(self.plan.steps),
-            runs=sum(step.is_run for step in self.plan.steps),
             modules=len(self.jobs),
             batches=len(self.batches),
             tokens=sum(self.passes.tokens),
+            total_tokens=sum(self.passes.tokens) * sum(self._num_passes(step) for step in self.plan.steps[first:]),
             resumed_at=first,
             device=str(self.options.device),
         )
         self._rebuild(first)
+
+    def _num_passes(self, step: Step) -> int:
+        """How often all batches go through a step, if no modifier takes more than one pass."""
+        is_measured = any(modifier.measures(step.modules) for modifier in self.modifiers if step.modules)
+        goes_on = step.goes_on and not (is_measured and not self.options.propagate_error)
+        return is_measured + goes_on
 
     @property
     def _written(self) -> Written:

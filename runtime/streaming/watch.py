@@ -87,6 +87,8 @@ class EventLog:
             self._file.write(line + "\n")
             self._file.flush()
 
-    def close(self) -> None:
-        """Give the file back."""
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -93,7 +93,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         count = num_finished(out)
         if count and not resume:
             raise OutputError(
-                f"an interrupted run has finished {count} subgraphs of {out}",
+                f"an interrupted run has left {_subgraphs(count)} of {out}",
                 hint=f"go on with --resume, or remove {root} to start anew",
             )
         if not count:
@@ -115,7 +115,13 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
 
 def _what_is_left(out: Path) -> str:
     count = num_finished(out)
-    return f"{count} finished subgraphs are kept: go on with --resume" if count else "nothing was left behind"
+    if not count:
+        return "nothing was left behind"
+    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept: go on with --resume"
+
+
+def _subgraphs(count: int) -> str:
+    return f"{count} finished subgraph{'' if count == 1 else 's'}"
 
 
 def num_finished(out: Path) -> int:
