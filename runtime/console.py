@@ -34,7 +34,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
         left = getattr(stop, "hint", left)
     except (KeyboardInterrupt, Abort) as stop:
         code = INTERRUPTED
-        left = getattr(stop, "hint", left)
+        left = getattr(stop.__cause__ or stop, "hint", left)  # typer makes an Abort of it
     except Exception as error:
         message = _user_error(error)
         if message is None:

@@ -89,9 +89,9 @@ class StreamingRun:
         first = len(self.workplace.journal.of_kind(journal.STEP))
         remaining = self.plan.steps[first:]
         with ExitStack() as stack:
-            self.committer = stack.enter_context(Committer())
             stack.callback(self.writer.close)
             stack.callback(lambda: self.passes.activations.close())
+            self.committer = stack.enter_context(Committer())
             self.stream = stack.enter_context(
                 WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
             )
