@@ -224,9 +224,9 @@ class StreamingRun:
         log = self.workplace.journal
         rewritten = {self.source.plain_key(name) for name in self.plan.rewritten}
         self._unchanged = dict.fromkeys(key for step in self.plan.steps for key in step.passes if key not in rewritten)
-        for entry in log.of_kind(journal.STEP):
-            self.reports += [ModuleReport(**fields) for fields in entry["modules"]]
-            self.watch.warnings += entry["warnings"]
+        for entry in log.entries:
+            self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
+            self.watch.warnings += entry.get("warnings", ())
         for step in self.plan.steps[:first]:
             self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
             for name in step.subgraph.entry.parameters:
@@ -308,14 +308,13 @@ class StreamingRun:
             what = "one sample at a time" if is_batch else "its weights and statistics"
             raise OutOfMemory(
                 f"out of memory in {step.label} with {what}: {reason}",
-                hint="shorter samples (--seq-len), less --activation-memory on the device, or a larger device; "
-                "finished subgraphs are kept for --resume",
+                hint="lower --batch-size or --seq-len, or take a device with more memory",
             )
         self.watch.tell(
             "warning", text=f"warning: out of memory in {step.label}: from here on {half} samples at a time"
         )
         self.committer.wait()
-        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index)
+        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
         self.batches = parts
         self.passes.activations.close()
         self._set_batches()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
@@ -106,7 +107,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             if not _is_worth_keeping(place.journal, error):
                 shutil.rmtree(root, ignore_errors=True)
             elif not isinstance(error, SeqbuildError):
-                error.__dict__["hint"] = _what_is_left(out)  # the command line says it
+                tell_when_stopped(_what_is_left(out))
             raise
         finally:
             place.journal.close()

@@ -19,7 +19,7 @@ import seqbuild.build
 import seqbuild.cli
 from runtime.artifact import read_manifest
 from tests.runtime.place import RTN, Place, Run, assert_refused, rely_on_other_sources
-from tests.runtime.small import read_tensors
+from tests.runtime.small import directory_bytes, read_tensors
 from tests.tiny_models import minilm_directory
 
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 8, 1))
     before = place.tree()
-    assert_refused(run(place.calibrate()), "takes 4", "kB at least, and its disk has 1 B left")
+    assert_refused(run(place.calibrate()), "takes 51", "kB at least, and its disk has 1 B left")
     assert place.tree() == before
 
 
@@ -235,8 +235,17 @@ def test_a_real_disk_that_is_full(place: Place, run: Run, tmp_path: Path, monkey
     try:
         monkeypatch.setattr("runtime.calibration.require_space", lambda path, num_bytes: None)
         place.out = disk / "out"
-        assert_refused(run(place.calibrate()), f"cannot write {place.out}: the disk is full (nothing was left behind)")
-        assert list(disk.iterdir()) == []
+        result = run(place.calibrate())
+        assert_refused(
+            result, f"cannot write {place.out}: the disk is full (1 finished subgraph is kept: go on with --"
+        )
+        assert [path.name for path in disk.iterdir()] == [".out.run.partial"]
+        subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+        assert run(place.calibrate("--resume"))[0] == 0
+        resumed = directory_bytes(place.out)
+        place.out = disk / "whole"
+        assert run(place.calibrate())[0] == 0
+        assert resumed == directory_bytes(place.out)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -260,7 +269,7 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("runtime.calibration.collect_hessians", fail)
+    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
     before = place.tree()
     assert_refused(run(place.calibrate()), "out of memory", "lower --batch-size or --seq-len")
     assert place.tree() == before
@@ -270,7 +279,7 @@ def test_a_bug_of_ours_is_not_dressed_up(place: Place, run: Run, monkeypatch: py
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("runtime.calibration.collect_hessians", fail)
+    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
     before = place.tree()
     with pytest.raises(AssertionError, match="a bug"):
         run(place.calibrate())

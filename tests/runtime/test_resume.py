@@ -274,7 +274,7 @@ def test_interrupted_on_the_command_line(place: Place, run: Run, monkeypatch: py
     code, _, complaint = run(place.calibrate())
     assert (code, complaint) == (130, "runtime: interrupted; 1 finished subgraph is kept: go on with --resume\n")
     assert_refused(run(place.calibrate()), "an interrupted run has left 1 finished subgraph of", "--resume")
-    place.write("tokens.safetensors", write_token_file(place.folder / "others", num_samples=5).read_bytes())
+    place.write("tokens.safetensors", write_token_file(place.folder / "others.safetensors", num_samples=5).read_bytes())
     assert_refused(run(place.calibrate("--resume")), "what differs: the data")
     place.data = write_token_file(place.folder / "tokens.safetensors")
     code, printed, _ = run(place.calibrate("--resume"))
