@@ -310,9 +310,9 @@ class StreamingRun:
                 f"out of memory in {step.label} with {what}: {reason}",
                 hint="lower --batch-size or --seq-len, or take a device with more memory",
             )
-        self.watch.tell(
-            "warning", text=f"warning: out of memory in {step.label}: from here on {half} samples at a time"
-        )
+        samples = f"{half} sample{'' if half == 1 else 's'}"
+        text = f"warning: out of memory in {step.label}: from here on {samples} at a time"
+        self.watch.tell("warning", text=text)
         self.committer.wait()
         self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
         self.batches = parts

@@ -84,7 +84,8 @@ class Lines:
 
     def _seconds_left(self) -> float:
         """What is left takes as long for each token as what is done."""
-        elapsed, total = time.perf_counter() - self._start, self._begin["total_tokens"]
+        elapsed = time.perf_counter() - self._start
+        total: int = self._begin["total_tokens"]
         return elapsed * max(total - self._done, 0) / self._done
 
 
