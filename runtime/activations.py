@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,6 +169,23 @@ class Activations:
         """Free values that nobody will ask for again."""
         for name in names:
             map_held(self._release, self._values[batch].pop(name))
+
+    def leave_device(self) -> bool:
+        """Move everything off the device, for memory has run out there; returns whether anything was on it."""
+        was_there = self.used_bytes[DEVICE] > 0
+        self.budget = replace(self.budget, device_bytes=0)
+        moved: dict[int, Held] = {}
+
+        def move(held: Held) -> Held:
+            if held.tier == DEVICE and id(held) not in moved:
+                base, self.used_bytes[DEVICE] = self.base(held), self.used_bytes[DEVICE] - held.num_bytes
+                moved[id(held)] = self.hold(base.expand(held.shape))
+                moved[id(held)].users = held.users
+            return moved.get(id(held), held)
+
+        for values in self._values:
+            values.update(map_held(move, values))
+        return was_there
 
     def values(self, batch: int) -> Mapping[str, Any]:
         """What is stored of a batch, with a `Held` in the place of each tensor."""

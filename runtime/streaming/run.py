@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -300,6 +300,13 @@ class StreamingRun:
             OutOfMemory: when it is one already, or memory ran out with no batch on its way.
         """
         manifest = self.artifact.manifest
+        if self.passes.activations.leave_device():
+            text = f"warning: out of memory in {step.label}: values between subgraphs leave the device"
+            self.watch.tell("warning", text=text)
+            self.options = replace(self.options, budget=self.passes.activations.budget)
+            self.passes.activations.close()
+            self._set_batches()
+            return
         size = largest_batch(manifest, self.batches)
         half = -(-size // 2)
         is_batch = self.passes.is_running
