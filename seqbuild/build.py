@@ -297,7 +297,7 @@ def _assemble(
         buffers=found.buffers,
         foreign=found.foreign,
         limits=limits(model.config),
-        scale_groups=scale_groups(model, trace.subgraphs) if traced.leaves != "target" else (),
+        scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )
     return files, manifest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from runtime.manifest import ScaleGroup, ScaledParameter
+from runtime.manifest import ScaledParameter, ScaleGroup, SubgraphEntry
 from seqbuild.groups.flow import Arrival, follow, operator_name, size_of
 from seqbuild.groups.sources import Source, parameter_of, sources, weights_of
 
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from seqbuild.subgraph import Subgraph
 
 
-def scale_groups(model: nn.Module, subgraphs: Sequence[Subgraph]) -> tuple[ScaleGroup, ...]:
+def scale_groups(
+    model: nn.Module, subgraphs: Sequence[Subgraph], entries: Sequence[SubgraphEntry]
+) -> tuple[ScaleGroup, ...]:
     """The scale groups of every subgraph, in order of execution.
 
     Args:
         model: the traced model.
-        subgraphs: traced down to Linear modules; those whose layers are called whole have no groups.
+        subgraphs: traced down to Linear modules.
+        entries: theirs. What shares a file of code differs in names alone, and is looked at once.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     # A parameter that is met more than once, under any name, cannot be scaled for one of its uses.
@@ -37,9 +41,37 @@ def scale_groups(model: nn.Module, subgraphs: Sequence[Subgraph]) -> tuple[Scale
                     uses[names[name]] += 1
     shared = {name for name, key in names.items() if uses[key] > 1}
     found: list[ScaleGroup] = []
-    for index, subgraph in enumerate(subgraphs):
-        found += _groups_of(subgraph.graph, index, modules, shared)
+    known: dict[str, tuple[str, list[ScaleGroup]]] = {}
+    for index, (subgraph, entry) in enumerate(zip(subgraphs, entries, strict=True)):
+        groups = _renamed(known.get(entry.file), entry.scope, index)
+        if groups is None or shared.intersection(entry.parameters):
+            groups = _groups_of(subgraph.graph, index, modules, shared)
+        if entry.scope and not shared.intersection(entry.parameters):
+            known.setdefault(entry.file, (entry.scope, groups))
+        found += groups
     return tuple(found)
+
+
+def _renamed(known: tuple[str, list[ScaleGroup]] | None, scope: str, index: int) -> list[ScaleGroup] | None:
+    """The groups of another subgraph with the same code, for this one."""
+    if known is None:
+        return None
+    before, groups = known
+
+    def named(name: str) -> str:
+        return scope + name.removeprefix(before) if name else ""
+
+    return [
+        dataclasses.replace(
+            group,
+            subgraph=index,
+            modules=tuple(named(name) for name in group.modules),
+            others=tuple(dataclasses.replace(other, name=named(other.name)) for other in group.others),
+            producer=named(group.producer),
+            bias=named(group.bias),
+        )
+        for group in groups
+    ]
 
 
 def _read(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -57,7 +89,7 @@ def _groups_of(graph: fx.Graph, index: int, modules: Mapping[str, nn.Module], sh
     tensor_of: dict[str, fx.Node] = {}
     for node, (weight, *_) in weights.items():
         name = weight.name.removesuffix(".weight")
-        if node.op == "call_module" and isinstance(modules[name] if name in modules else None, nn.Linear):
+        if node.op == "call_module" and isinstance(modules.get(name), nn.Linear):
             tensor = _same_tensor(node.args[0])
             siblings.setdefault(tensor, []).append(name)
             tensor_of[name] = tensor

@@ -10,6 +10,7 @@ right whatever their layout. A channel that flows into anything else has escaped
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,76 @@ FREE = -1
 
 # Operators that move numbers and do not change them; executed on the integers.
 _MOVES = frozenset(
-    "view reshape _unsafe_view transpose permute t numpy_T mT unsqueeze squeeze expand slice select split "
-    "split_with_sizes chunk unbind contiguous clone alias detach flatten unflatten repeat repeat_interleave narrow "
-    "movedim swapaxes swapdims roll flip cat concat stack tile tensor_split unsafe_split unsafe_chunk lift_fresh".split()
+    (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "t",
+        "numpy_T",
+        "mT",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "flatten",
+        "unflatten",
+        "repeat",
+        "repeat_interleave",
+        "narrow",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "roll",
+        "flip",
+        "cat",
+        "concat",
+        "stack",
+        "tile",
+        "tensor_split",
+        "unsafe_split",
+        "unsafe_chunk",
+        "lift_fresh",
+    )
 )
+_PADS = frozenset(["constant_pad_nd", "pad"])  # with zeros, which any factor leaves as they are
 # Operators whose result has the shape of their first argument, proportional to it.
-_SAME = frozenset("to _to_copy type_as dropout relu leaky_relu neg abs relu_ neg_ float half bfloat16".split())
-_PRODUCTS = frozenset("mul mul_ div div_ true_divide multiply divide".split())
-_SUMS = frozenset("add add_ sub sub_".split())
+_SAME = frozenset(
+    (
+        "to",
+        "_to_copy",
+        "type_as",
+        "dropout",
+        "relu",
+        "leaky_relu",
+        "neg",
+        "abs",
+        "relu_",
+        "neg_",
+        "float",
+        "half",
+        "bfloat16",
+    )
+)
+_PRODUCTS = frozenset(("mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"))
+_SUMS = frozenset(("add", "add_", "sub", "sub_"))
+# Operators that look at a tensor's shape and not at its numbers.
+_METADATA = frozenset(
+    (
+        *("sym_size", "sym_numel", "sym_stride", "new_empty", "new_zeros", "new_ones", "new_full"),
+        *("empty_like", "zeros_like", "ones_like", "full_like"),
+    )
+)
 # Contractions over tokens: the argument whose last axis survives, and the place of that argument.
 _WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
@@ -124,19 +187,29 @@ def _step(
     weights: Mapping[fx.Node, Sequence[Weight]],
     flow: Flow,
 ) -> None:
-    if operator_name(node) in ("sym_size", "sym_numel", "sym_stride"):
+    if operator_name(node) in _METADATA:
         return
     if node in weights:
         if inputs == [node.all_input_nodes[0]] and _arrive(node, tracked[inputs[0]], weights[node], flow):
             return
         result = None
+    elif operator_name(node) in _WEIGHTED_SUMS:
+        summed = node.args[_WEIGHTED_SUMS[operator_name(node)]]
+        result = _weighted_sum(node, summed, tracked)
+        if result is not None:  # what the weights are made of has escaped all the same
+            inputs = [entry for entry in inputs if entry is not summed]
+            _escape(inputs, tracked, flow)
     else:
         result = _moved(node, tracked)
     if result is None:
-        for entry in inputs:
-            flow.escaped.update(_channels(tracked[entry]))
+        _escape(inputs, tracked, flow)
     else:
         tracked[node] = result
+
+
+def _escape(inputs: Sequence[fx.Node], tracked: Mapping[fx.Node, Any], flow: Flow) -> None:
+    for entry in inputs:
+        flow.escaped.update(_channels(tracked[entry]))
 
 
 def _channels(value: Any) -> list[int]:
@@ -161,13 +234,20 @@ def _moved(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
     """The channels of a node's value; None where it is not proportional to them."""
     if node.op != "call_function":
         return None
-    if node.target is _getitem():
+    if node.target is operator.getitem:
         container, index = node.args
         value = tracked.get(container)  # type: ignore[arg-type]
-        return value[index] if isinstance(value, (tuple, list)) else None
+        return value[index] if isinstance(value, (tuple, list)) and isinstance(index, int) else None
     name = operator_name(node)
     if name in _MOVES:
         return _executed(node, tracked)
+    if name in _PADS:
+        is_plain = not any(node.args[2:]) and not node.kwargs
+        return (
+            _executed(node, {key: value + 1 for key, value in tracked.items() if key is node.args[0]}, -1)
+            if is_plain
+            else None
+        )
     size = size_of(node)
     first = node.args[0] if node.args else None
     if size is None or not isinstance(first, fx.Node):
@@ -182,8 +262,6 @@ def _moved(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
         parts = [tracked.get(argument) if isinstance(argument, fx.Node) else None for argument in node.args[:2]]
         spread = [part.expand(size) for part in parts if part is not None]
         return spread[0] if len(spread) == 2 and torch.equal(spread[0], spread[1]) else None
-    if name in _WEIGHTED_SUMS:
-        return _weighted_sum(node, _WEIGHTED_SUMS[name], tracked, size)
     return None
 
 
@@ -198,14 +276,12 @@ def _product(node: fx.Node, name: str, tracked: Mapping[fx.Node, Any], size: tup
     return spread
 
 
-def _weighted_sum(
-    node: fx.Node, place: int, tracked: Mapping[fx.Node, Any], size: tuple[int, ...]
-) -> torch.Tensor | None:
-    """Sums over the second last axis of an argument, weighted by numbers that do not depend on it."""
-    arguments = [argument for argument in node.all_input_nodes if argument in tracked]
-    if len(node.args) <= place or arguments != [node.args[place]]:
+def _weighted_sum(node: fx.Node, summed: Any, tracked: Mapping[fx.Node, Any]) -> torch.Tensor | None:
+    """Sums over the second last axis of an argument, weighted by other numbers."""
+    size = size_of(node)
+    if summed not in tracked or size is None or node.all_input_nodes.count(summed) != 1:
         return None
-    value: torch.Tensor = tracked[arguments[0]]
+    value: torch.Tensor = tracked[summed]
     if value.dim() < 2 or len(size) < 2:
         return None
     first = value[..., :1, :]
@@ -219,8 +295,8 @@ def _weighted_sum(
         return None
 
 
-def _executed(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
-    """Data movement, executed on the integers."""
+def _executed(node: fx.Node, tracked: Mapping[fx.Node, Any], shift: int = 0) -> Any:
+    """Data movement, executed on the integers; `shift` is added to the result."""
     unknown = False
 
     def substitute(argument: fx.Node) -> Any:
@@ -243,10 +319,4 @@ def _executed(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, IndexError, TypeError):
         return None
-    return result
-
-
-def _getitem() -> Any:
-    import operator
-
-    return operator.getitem
+    return result + shift if shift else result
