@@ -37,7 +37,7 @@ from runtime.weights import Weights, assign, place_buffers, unload
 from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 
 if TYPE_CHECKING:
-    from runtime.algorithms.gptq import HessianAccumulator
+    from runtime.algorithms.hessian import HessianAccumulator
     from runtime.artifact import Artifact, LoadedSubgraph
 
 Progress = Callable[[str], None]

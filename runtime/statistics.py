@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.algorithms.gptq import HessianAccumulator
+from runtime.algorithms.hessian import HessianAccumulator
 
 
 class _SharingBrokenError(Exception):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import HessianAccumulator, quantize_gptq
+from runtime.algorithms.gptq import quantize_gptq
+from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 
