@@ -173,7 +173,9 @@ def _format(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> str:
     if _is_nv(weights):
         found = CompressionFormat.nvfp4_pack_quantized
     elif _is_mx(weights):
-        found = CompressionFormat({4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}[weights.num_bits])
+        found = CompressionFormat(
+            {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}[weights.num_bits]
+        )
     elif weights.num_bits == 8 and weights.scale_dtype is None and strategy in ("channel", "tensor", "block"):
         if inputs is not None and (inputs.type != "float" or inputs.num_bits != 8):
             raise RecipeError(f"8 bit float weights with {inputs.num_bits} bit {inputs.type} inputs are not offered")

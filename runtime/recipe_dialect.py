@@ -232,7 +232,7 @@ def _read_schemes(modifier: Value, fields: Mapping[str, Value]) -> list[_Schemed
 
 
 def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Schemed:
-    from runtime.schemes import scheme_from_preset
+    from runtime.presets import scheme_from_preset
 
     try:
         return value, scheme_from_preset(name, [pattern.text for pattern in targets]), targets
@@ -243,7 +243,7 @@ def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Sche
 def _read_group(value: Value) -> _Schemed:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from runtime.schemes import checked
+    from runtime.presets import checked
 
     fields = value.mapping()
     for name, field in fields.items():

@@ -141,7 +141,9 @@ def quantize_siblings(
     group_of_I = (order_I // (args.group_size if grid.is_grouped(args) else len(order_I))).tolist()
     is_refitted = grid.is_grouped(args) and actorder is None
     width = args.group_size if is_refitted else block_size
-    quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, group_of_I, width, fitting if is_refitted else None)
+    quantized_IO, loss_O = _solve_(
+        residual_IO, factors, grids, args, group_of_I, width, fitting if is_refitted else None
+    )
     quantized_OI = quantized_IO[torch.argsort(order_I)].t().to(torch.float32)
     loss_O -= factors.added_I.double() @ residual_IO.square().double()
     return list(_split(weights, quantized_OI, loss_O, grids, fitting, factors.damping))
@@ -354,9 +356,7 @@ def _solve_(
         target_BO = torch.addmm(residual_IO[block], factors.lower_II[block, :start], residual_IO[:start])
         if fitting is not None:
             fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
-        solve_block_(
-            residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block]
-        )
+        solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
         loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
     return quantized_IO, loss_O
 
@@ -392,9 +392,7 @@ def solve_block_(
         for column in range(left, right):
             target_O = target_BO[column]
             if column > left:
-                torch.addmv(
-                    target_O, residual_BO[left:column].t(), lower_BB[column, left:column], out=target_O
-                )
+                torch.addmv(target_O, residual_BO[left:column].t(), lower_BB[column, left:column], out=target_O)
             group = group_of_B[column]
             zero_O = None if grids.zero_GO is None else grids.zero_GO[group]
             quantized_O = quantized_BO[column].copy_(target_O)

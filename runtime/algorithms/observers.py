@@ -105,9 +105,7 @@ def _least_error(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best range of each tile; many rows of tiles are searched one part after the other."""
     rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
-    parts = [
-        _search(part, args, scale_dtype, global_scale, weights) for part in tiles_RhCw.split(rows_at_once)
-    ]
+    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in tiles_RhCw.split(rows_at_once)]
     return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
 
 

@@ -50,9 +50,7 @@ def quantize_rtn(
     """
     weight_OI = weight_OI.detach()
     grid.check_weight(weight_OI, args, offered=STRATEGIES)
-    found = fitted_grid(
-        weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I
-    )
+    found = fitted_grid(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
     quantized_OI = rounded(weight_OI, found, args)
     return QuantizedWeight(
         weight_OI=quantized_OI.to(torch.float32),
