@@ -182,7 +182,7 @@ def _format(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> str:
         found = CompressionFormat.naive_quantized if inputs is None else CompressionFormat.float_quantized
     else:
         raise RecipeError(
-            f"{weights.num_bits} bit float weights by {strategy} with scale_dtype {weights.scale_dtype} are not offered",
+            f"{weights.num_bits} bit float weights by {strategy} (scale_dtype={weights.scale_dtype}) are not offered",
             hint="use one of the presets for float weights",
         )
     if found.value not in BaseCompressor.registered_names():

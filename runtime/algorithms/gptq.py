@@ -117,8 +117,14 @@ def quantize_siblings(
     """Quantize weights that see the same input, in one solve.
 
     Args:
-        weights: [O, I] each, of one dtype; I is the same for all.
-        hessian_II: as for `quantize_gptq`, like everything else. NVFP4 siblings share one global scale.
+        weights: [O, I] each; I is the same for all.
+        hessian_II: as for `quantize_gptq`.
+        args: likewise.
+        scale_dtype: likewise.
+        dampening_frac: likewise.
+        block_size: likewise.
+        actorder: likewise.
+        global_scale: likewise; NVFP4 siblings share one.
 
     Returns:
         One result for each weight, in order.

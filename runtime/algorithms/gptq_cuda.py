@@ -81,9 +81,9 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
     def solve(  # type: ignore[no-untyped-def]
-        residual,  # noqa: ANN001
+        residual,
         target,
         quantized,
         lower,

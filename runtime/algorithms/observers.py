@@ -70,7 +70,7 @@ def fitted_grid(
 def _column_weights(
     name: str, weight_OI: torch.Tensor, args: QuantizationArgs, importance_I: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """h in tiles, [1, 1, C, w]."""
+    """The weight h of each column in tiles, [1, 1, C, w]."""
     if name != "imatrix_mse":
         return None
     if importance_I is None:
@@ -105,7 +105,7 @@ def _least_error(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best range of each tile; many rows of tiles are searched one part after the other."""
     rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
-    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in tiles_RhCw.split(rows_at_once)]
+    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in torch.split(tiles_RhCw, rows_at_once)]
     return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
 
 
