@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from runtime.dtypes import bytes_of, empty_bytes
+from runtime.errors import UsageError
 from runtime.side_stream import SideStream
+from runtime.sizes import parse_bytes
 
 _T = TypeVar("_T")
 
@@ -33,6 +35,28 @@ class Budget:
 
     device_bytes: int | None = 0
     host_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str = "--activation-memory") -> Budget:
+        """Read `16GiB`, which is host memory, or `device=4GiB,host=16GiB`.
+
+        Raises:
+            UsageError: when it is neither.
+        """
+        limits: dict[str, int] = {}
+        for part in text.split(","):
+            tier, _, size = part.rpartition("=")
+            tier = tier.strip() or HOST
+            if tier not in (DEVICE, HOST) or tier in limits:
+                raise UsageError(f"{option} is {text!r}", hint="write 16GiB, or device=4GiB,host=16GiB")
+            limits[tier] = parse_bytes(size, option=option)
+        return cls(device_bytes=limits.get(DEVICE, 0), host_bytes=limits.get(HOST))
+
+    @classmethod
+    def default(cls, device: torch.device) -> Budget:
+        """A quarter of what a GPU has free, then host memory without limit."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        return cls(device_bytes=free // 4)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +102,7 @@ class Activations:
         lasting: Collection[str] = (),
     ) -> None:
         self.device = device
-        self.budget = budget or Budget()
+        self.budget = budget or Budget.default(device)
         self.lasting = lasting
         self.used_bytes = dict.fromkeys(TIERS, 0)
         self._folder = folder
@@ -145,6 +169,23 @@ class Activations:
         """Free values that nobody will ask for again."""
         for name in names:
             map_held(self._release, self._values[batch].pop(name))
+
+    def leave_device(self) -> bool:
+        """Move everything off the device, for memory has run out there; returns whether anything was on it."""
+        was_there = self.used_bytes[DEVICE] > 0
+        self.budget = replace(self.budget, device_bytes=0)
+        moved: dict[int, Held] = {}
+
+        def move(held: Held) -> Held:
+            if held.tier == DEVICE and id(held) not in moved:
+                base, self.used_bytes[DEVICE] = self.base(held), self.used_bytes[DEVICE] - held.num_bytes
+                moved[id(held)] = self.hold(base.expand(held.shape))
+                moved[id(held)].users = held.users
+            return moved.get(id(held), held)
+
+        for values in self._values:
+            values.update(map_held(move, values))
+        return was_there
 
     def values(self, batch: int) -> Mapping[str, Any]:
         """What is stored of a batch, with a `Held` in the place of each tensor."""

@@ -134,6 +134,10 @@ class Work:
         self.num_bytes += self.writer.write(key, stored)
         self._go_on_with(name, stored.to(tensor.dtype))
 
+    def change(self, name: str, tensor: torch.Tensor) -> None:
+        """Change a weight that another modifier of this step will quantize, in the model alone."""
+        assign(self.model, name, tensor)
+
     def _go_on_with(self, name: str, tensor: torch.Tensor) -> None:
         assign(self.model, name, tensor)
         if name in self.plan.reused:
