@@ -173,7 +173,7 @@ class StreamingRun:
             writer=self.writer,
             jobs=self.jobs,
             device=self.options.device,
-            run_batches=lambda before: self.passes.measure(step, before),
+            run_batches=lambda before=_ignore: self.passes.measure(step, before),
             run_first=lambda: self.passes.first(step),
             masks=[token_mask(batch) for batch in self.batches],
         )
@@ -327,6 +327,10 @@ class StreamingRun:
         self.batches = parts
         self.passes.activations.close()
         self._set_batches()
+
+
+def _ignore(batch: int) -> None:
+    """What is done before a batch by one who does not ask which it is."""
 
 
 def _num_tokens(batch: Mapping[str, Any]) -> int:

@@ -36,7 +36,7 @@ class Work:
         jobs: what is done to each module.
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once; what it returns is thrown away. Hooks on modules see
-            what passes. It calls what it is given with the index of each batch before that runs.
+            what passes. What it is given, if anything, it calls with the index of each batch before that runs.
         run_first: sends the first batch through the subgraph and returns what that returns.
         masks: for each batch which of its tokens count in statistics, bool [B, S]; None for all.
         reports: of the modules that are done.
@@ -52,7 +52,7 @@ class Work:
     writer: ShardWriter
     jobs: dict[str, Assignment]
     device: torch.device
-    run_batches: Callable[[Callable[[int], None]], None]
+    run_batches: Callable[..., None]
     run_first: Callable[[], Any]
     masks: Sequence[torch.Tensor | None] = ()
     reports: list[ModuleReport] = field(default_factory=list)

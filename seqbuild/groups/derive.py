@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx, nn
@@ -49,7 +49,19 @@ def scale_groups(
         if entry.scope and not shared.intersection(entry.parameters):
             known.setdefault(entry.file, (entry.scope, groups))
         found += groups
-    return tuple(found)
+    return tuple(_each_once(found))
+
+
+def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
+    """A module that is called several times belongs to the group of its first call; it has no producer, being shared."""
+    seen: set[str] = set()
+    for group in groups:
+        new = tuple(name for name in group.modules if name not in seen)
+        seen.update(new)
+        if len(new) == len(group.modules):
+            yield group
+        elif new:
+            yield ScaleGroup(subgraph=group.subgraph, modules=new)
 
 
 def _renamed(known: tuple[str, list[ScaleGroup]] | None, scope: str, index: int) -> list[ScaleGroup] | None:
