@@ -48,7 +48,7 @@ SCHEME_FIELDS = (
     "observer",
 )
 FIELDS = (*SCHEME_FIELDS, "ignore", "min_tokens")
-GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder", "batched_quantization", "fallback")
+GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder", "batched_quantization", "fallback", "refine")
 GROUP_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
 DEFAULT_TARGETS = ("Linear",)
 
@@ -92,12 +92,15 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqOptions:
-    """What GPTQ is run with; the names are those of `quantize_gptq`, and `fallback` is what to do where it fails."""
+    """What GPTQ is run with; the names are those of `quantize_gptq`. `fallback` is what to do where it fails, `refine`
+    how often columns and scales are gone over afterwards.
+    """
 
     dampening_frac: float
     block_size: int
     actorder: str | None
     fallback: str | None = None
+    refine: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,13 +356,14 @@ def _read_options(
     batches = fields.get("batched_quantization")
     if batches is not None and batches.plain() not in (None, "auto"):
         read_whole(batches, default=1, least=1)  # siblings are solved together whatever it says
+    refine = read_whole(fields.get("refine"), default=0, least=0)
     fallback = fields["fallback"].plain() if "fallback" in fields else None
     if fallback not in (None, "rtn"):
         raise fields["fallback"].error(f"fallback must be rtn or null, not {fallback!r}")
     actorder = _read_actorder(origin, fields.get("actorder"), scheme)
     weights = scheme.weights.model_copy(update={"actorder": actorder})
     return scheme.model_copy(update={"weights": weights}), GptqOptions(
-        dampening_frac=float(dampening_frac), block_size=block_size, actorder=actorder, fallback=fallback
+        dampening_frac=float(dampening_frac), block_size=block_size, actorder=actorder, fallback=fallback, refine=refine
     )
 
 

@@ -26,6 +26,7 @@ GPTQModifier:
   dampening_frac: 0.01   # added to the Hessian's diagonal; raised tenfold, up to 1, when it does not factor
   block_size: 128        # a matter of speed
   actorder: static       # solve important columns first; null for left to right
+  # refine: 2            # go over columns and scales again; pays at 3 and 2 bits
   # fallback: rtn        # round to nearest, and say so, what cannot be solved; without it that is an error
   # min_tokens: 256      # refuse modules that saw fewer tokens
 """,
@@ -107,9 +108,7 @@ def example(name: str) -> str:
     if preset in PRESETS:
         needs_data = preset[:1] == "W" and preset not in ("W8A16",)
         return EXAMPLES["gptq" if needs_data else "rtn"].format(preset=preset)
-    raise UsageError(
-        f"there is no recipe for {name!r}", hint=f"there are {', '.join((*EXAMPLES, *PRESETS))}"
-    )
+    raise UsageError(f"there is no recipe for {name!r}", hint=f"there are {', '.join((*EXAMPLES, *PRESETS))}")
 
 
 def listing() -> str:

@@ -129,9 +129,10 @@ def _check(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, mean_abs_I
 
 def _relative_sizes(weights: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs]) -> torch.Tensor:
     """s_W: |w| over the largest |w| of its group, averaged over all rows of all weights, [I]."""
-    total_I, num_rows = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
+    dtype = grid.work_dtype(*weights)
+    total_I, num_rows = torch.zeros(weights[0].shape[1], dtype=dtype, device=weights[0].device), 0
     for weight_OI, args in zip(weights, schemes, strict=True):
-        size_OI = weight_OI.abs().to(torch.float32)
+        size_OI = weight_OI.abs().to(dtype)
         tiles_RhCw = grid.tile(size_OI, args)
         relative = tiles_RhCw / tiles_RhCw.amax(dim=(1, 3), keepdim=True).clamp(min=1e-8)
         shape = (weight_OI.shape[0], weight_OI.shape[1])

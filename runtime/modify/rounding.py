@@ -12,6 +12,7 @@ import torch
 
 from runtime.algorithms import grid
 from runtime.algorithms.gptq import quantize_siblings
+from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 
@@ -156,6 +157,11 @@ def _solve(
                 actorder=job.options.actorder,
                 global_scale=shared.get(first),
             )
+            if job.options.refine:
+                results = [
+                    refine(weight, result, found.hessian_II, job.scheme.weights, sweeps=job.options.refine)
+                    for weight, result in zip(weights, results, strict=True)
+                ]
         except QuantizationError as error:
             if job.options.fallback != "rtn" or not all(torch.isfinite(weight).all() for weight in weights):
                 raise

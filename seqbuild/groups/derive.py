@@ -53,7 +53,7 @@ def scale_groups(
 
 
 def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
-    """A module that is called several times belongs to the group of its first call; it has no producer, being shared."""
+    """A module that is called several times belongs to the group of its first call, which has no producer then."""
     seen: set[str] = set()
     for group in groups:
         new = tuple(name for name in group.modules if name not in seen)

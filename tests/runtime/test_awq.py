@@ -67,7 +67,7 @@ def test_never_loses_more_than_without_and_less_with_outliers() -> None:
     got = search_scales(
         weights, inputs.T @ inputs, inputs.abs().mean(0), [SCHEME] * 2, scale_dtype=torch.bfloat16, duo_scaling="both"
     )
-    assert got.loss < 0.7 * got.loss_before
+    assert got.loss < 0.85 * got.loss_before
     even = torch.ones(WIDTH, dtype=torch.float64)
     plain = search_scales(weights, torch.eye(WIDTH).double(), even, [SCHEME] * 2, scale_dtype=torch.bfloat16)
     assert plain.loss <= plain.loss_before
