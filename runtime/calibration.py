@@ -27,10 +27,12 @@ from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.jobs import assign_jobs, make_remarks
 from runtime.layout import Layout
+from runtime.masks import require_tokens
+from runtime.modify.modifier import RecipeModifier
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
 from runtime.streaming.identity import run_identity
-from runtime.streaming.modifiers import make_modifiers
+from runtime.streaming.modifiers import Modifier
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import Options, StreamingRun
 from runtime.streaming.steps import output_tensors, plan_steps
@@ -63,6 +65,7 @@ def calibrate(
     activation_memory: Budget | None = None,
     propagate_error: bool = True,
     watchers: Sequence[Watcher] = (),
+    own_modifiers: Sequence[Modifier] = (),
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint.
 
@@ -70,7 +73,8 @@ def calibrate(
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint.
         recipe: what to quantize, and how.
-        batches: the model's inputs, one mapping a batch, on the CPU; may be empty when the recipe measures nothing.
+        batches: the model's inputs, one mapping a batch, on the CPU; may be empty when the recipe measures nothing. A
+            batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not count, nor does padding.
         out: a directory that does not exist or is empty; it appears when it is whole.
         device: where subgraphs run and weights are solved.
         dtype: of the weights and activations in the run; None for the model's own.
@@ -83,6 +87,7 @@ def calibrate(
         activation_memory: what these values may take; see `runtime.activations`.
         propagate_error: let later subgraphs see what the quantized ones return. False saves a pass for each subgraph.
         watchers: are told what happens, see `runtime.streaming.watch`.
+        own_modifiers: are applied to each subgraph before the recipe, see docs/modifiers.md.
 
     Raises:
         WeightsError, RecipeError, DataError, OutputError: before anything has run.
@@ -100,10 +105,12 @@ def calibrate(
     if source.schemes:
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
-    modifiers = make_modifiers(jobs)
+    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
+    modifiers: list[Modifier] = [*own_modifiers, recipe_modifier]
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
-        raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
+        raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
+    require_tokens(batches)
     layout = Layout(output_tensors(plan, source, jobs), max_shard_bytes)
     identity = run_identity(
         artifact=artifact,
@@ -142,7 +149,7 @@ def calibrate(
             ),
             watch=watch,
         )
-        for remark in make_remarks(artifact, jobs, unreached):
+        for remark in (*make_remarks(artifact, jobs, unreached), *recipe_modifier.remarks):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))
@@ -165,5 +172,7 @@ def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
     from runtime.schemes import quantization_config
 
     return quantization_config(
-        [group.scheme for group in recipe.groups], not_quantized(run.model, run.source, run.jobs)
+        [group.scheme for group in recipe.groups],
+        not_quantized(run.model, run.source, run.jobs),
+        recipe.cache,
     )

@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|evaluate|check`.
+"""The host's command line: `python -m runtime calibrate|evaluate|recipes|check`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -202,6 +202,16 @@ def evaluate(
         )
     else:
         say(f"perplexity {result.perplexity:.4f} over {result.num_tokens} tokens, {result.seconds:.1f} s")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A preset or an algorithm.")] = None,
+) -> None:
+    """List presets and algorithms, or show a commented recipe for one."""
+    from runtime.recipe_examples import example, listing
+
+    typer.echo(listing() if name is None else example(name), nl=name is None)
 
 
 @app.command()

@@ -20,7 +20,7 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 2)
+FORMAT_VERSION = (1, 3)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 256 * 2**20
 UNBOUNDED = -1
@@ -35,6 +35,7 @@ Shape = tuple[int | str, ...]
 _T = TypeVar("_T")
 _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format version 1.0 do not have
 _SINCE_2: Mapping[str, int] = {"since": 2}
+_SINCE_3: Mapping[str, int] = {"since": 3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +163,33 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScaledParameter:
+    """A parameter that meets a scaled tensor, and its axis along the tensor's channels."""
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleGroup:
+    """Linear modules that read one tensor, and what can scale that tensor's channels without changing the model.
+
+    `producer` is the weight of a norm [C] or of a Linear [C, I] whose channels make up the tensor, empty where there is
+    none; `bias` is scaled with it; `offset` is what the model adds to the weight; `others` are the other parameters
+    that the tensor meets. `channels` says which of the producer's channels each feature of the tensor is proportional
+    to, as runs of consecutive ones: start, length, start, length.
+    """
+
+    subgraph: int
+    modules: tuple[str, ...]
+    others: tuple[ScaledParameter, ...] = ()
+    producer: str = ""
+    bias: str = ""
+    offset: int = 0
+    channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The whole table of contents, see docs/format.md."""
 
@@ -190,6 +218,7 @@ class Manifest:
     buffers: Mapping[str, BufferEntry] = field(default_factory=dict, metadata=_SINCE_2)
     foreign: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_2)
     limits: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
+    scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
 
     @property
     def is_portable(self) -> bool:

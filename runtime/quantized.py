@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+_PARTS = "static_input_parts"  # the name of a module's attribute
+
+
+def set_input_parts(module: nn.Module, parts: Mapping[str, torch.Tensor]) -> None:
+    """Give a module the scales of its static inputs, by their name in the checkpoint."""
+    device = next(iter(module.parameters())).device
+    module.__dict__[_PARTS] = {
+        name: tensor if device.type == "meta" else tensor.to(device) for name, tensor in parts.items()
+    }
 
 
 @contextlib.contextmanager
@@ -17,7 +28,7 @@ def input_quantization(model: nn.Module, schemes: Mapping[str, QuantizationSchem
     """Round the inputs of modules whose scheme asks for it, while the block runs.
 
     Args:
-        model: the module tree.
+        model: the module tree; modules with static inputs have been given their scales by `set_input_parts`.
         schemes: by dotted module name.
     """
     handles = [
@@ -36,9 +47,10 @@ def _rounding(args: QuantizationArgs) -> Callable[..., Any]:
     from runtime.schemes import quantize_activation
 
     def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        parts = module.__dict__.get(_PARTS, {})
         if positional:
-            return (quantize_activation(positional[0], args), *positional[1:]), named
+            return (quantize_activation(positional[0], args, parts), *positional[1:]), named
         first, *_ = named
-        return positional, named | {first: quantize_activation(named[first], args)}
+        return positional, named | {first: quantize_activation(named[first], args, parts)}
 
     return hook

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import RecipeError
 from runtime.recipe_dialect import Algorithm, GptqOptions, Group, Modifier, Pattern, read_modifiers
+from runtime.recipe_transforms import Transform
 from runtime.yaml_lines import Value
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 __all__ = ["Assignment", "GptqOptions", "Group", "Modifier", "Recipe"]
 
@@ -41,15 +42,19 @@ class Assignment:
     algorithm: Algorithm
     options: GptqOptions | None
     group: int
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The modifiers of a recipe, in the file's order. `source` is the file's name, `text` its content."""
+    """The modifiers of a recipe, in the file's order: those that round, and those that rescale before. `source` is the
+    file's name, `text` its content.
+    """
 
     modifiers: tuple[Modifier, ...]
     source: str
     text: str
+    transforms: tuple[Transform, ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -71,12 +76,18 @@ class Recipe:
         Raises:
             RecipeError: for what the recipe says, with the line.
         """
-        return cls(modifiers=read_modifiers(Value.parse(text, origin=origin)), source=origin, text=text)
+        modifiers, transforms = read_modifiers(Value.parse(text, origin=origin))
+        return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups of all modifiers; an index in here is a group's number in the checkpoint's config."""
         return tuple(group for modifier in self.modifiers for group in modifier.groups)
+
+    @property
+    def cache(self) -> QuantizationArgs | None:
+        """The key-value cache's scheme: that of the first modifier that has one."""
+        return next((modifier.cache for modifier in self.modifiers if modifier.cache is not None), None)
 
     @property
     def sequential_targets(self) -> tuple[str, ...]:
@@ -106,7 +117,11 @@ class Recipe:
                 index = self._only_claim(name, match, owned)
                 modifier, group = owned[index]
                 assigned[name] = Assignment(
-                    scheme=group.scheme, algorithm=modifier.algorithm, options=group.options, group=index
+                    scheme=group.scheme,
+                    algorithm=modifier.algorithm,
+                    options=group.options,
+                    group=index,
+                    min_tokens=max([modifier.min_tokens, *(entry.min_tokens for entry in self.transforms)]),
                 )
         for pattern in unmatched:
             raise RecipeError(

@@ -1,7 +1,9 @@
 """The recipe's dialect: what llm-compressor's modifiers accept, read with the line of every value.
 
-What this project does not do is never skipped in silence: each field of the peer's two modifiers is either
+What this project does not do is never skipped in silence: each field of the peer's modifiers is either
 obeyed, or accepted because its value changes nothing, or refused by name with the reason.
+
+Modifiers that rescale (AWQModifier, SmoothQuantModifier; `recipe_transforms`) stand before those that round.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.errors import RecipeError
+from runtime.recipe_fields import as_number, read_observers, read_whole, require_no_op, with_observers
+from runtime.recipe_transforms import TRANSFORMS, Transform, read_transform
 from runtime.yaml_lines import Value
 
 if TYPE_CHECKING:
@@ -19,24 +23,32 @@ if TYPE_CHECKING:
 Algorithm = Literal["rtn", "gptq"]
 
 ALGORITHMS: dict[str, Algorithm] = {"QuantizationModifier": "rtn", "GPTQModifier": "gptq"}
+OFFERED = (*ALGORITHMS, *TRANSFORMS)
 
 # The peer's other modifiers, to tell what is not there yet from what is misspelt.
 FOREIGN_MODIFIERS = (
-    "AWQModifier",
     "AutoRoundModifier",
     "ConstantPruningModifier",
     "IMatrixGatherer",
     "LogarithmicEqualizationModifier",
     "MagnitudePruningModifier",
     "QuIPModifier",
-    "SmoothQuantModifier",
     "SparseGPTModifier",
     "SpinQuantModifier",
     "WandaPruningModifier",
 )
 
-FIELDS = ("targets", "scheme", "config_groups", "ignore", "sequential_targets")
-GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder")
+SCHEME_FIELDS = (
+    "targets",
+    "scheme",
+    "config_groups",
+    "kv_cache_scheme",
+    "weight_observer",
+    "input_observer",
+    "observer",
+)
+FIELDS = (*SCHEME_FIELDS, "ignore", "min_tokens")
+GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder", "batched_quantization", "fallback", "refine")
 GROUP_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
 DEFAULT_TARGETS = ("Linear",)
 
@@ -52,17 +64,10 @@ ARGS_TYPES: dict[str, type] = {
 
 _TRAINING = "schedules belong to training"
 _STATE = "it is a modifier's state, not a setting"
-_STATIC = "static activation quantization is not offered yet"
-_OBSERVER = "weights are observed by minimum and maximum alone"
-_MIN_MAX = ("minmax", "memoryless_minmax", "static_minmax")
 
 # Fields of the peer's modifiers that are not implemented: the values that change nothing, and the reason.
 NO_OPS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "kv_cache_scheme": ((None,), "quantizing the key-value cache is not offered yet"),
-    "weight_observer": ((None, *_MIN_MAX), _OBSERVER),
-    "observer": ((None, *({"weights": name} for name in _MIN_MAX)), _OBSERVER),
-    "input_observer": ((None,), _STATIC),
-    "output_observer": ((None,), _STATIC),
+    "output_observer": ((None,), "outputs are not quantized"),
     "bypass_divisibility_checks": ((False,), "a weight whose last group is not full cannot be packed"),
     "requires_calibration_data": ((True, False), "it must be true or false, and follows from the algorithm"),
     "index": ((None,), _TRAINING),
@@ -75,7 +80,6 @@ NO_OPS: dict[str, tuple[tuple[Any, ...], str]] = {
     "started_": ((False,), _STATE),
     "ended_": ((False,), _STATE),
 }
-GPTQ_NO_OPS = {"batched_quantization": ((None, "auto"), "weights are solved one by one")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +92,15 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqOptions:
-    """What GPTQ is run with; the names are those of `quantize_gptq`."""
+    """What GPTQ is run with; the names are those of `quantize_gptq`. `fallback` is what to do where it fails, `refine`
+    how often columns and scales are gone over afterwards.
+    """
 
     dampening_frac: float
     block_size: int
     actorder: str | None
+    fallback: str | None = None
+    refine: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +114,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modifier:
-    """An algorithm with its groups of targets, and patterns of modules that it leaves alone."""
+    """An algorithm with its groups of targets, patterns of modules that it leaves alone, the scheme of the key-value
+    cache, and how many tokens each module must have seen.
+    """
 
     algorithm: Algorithm
     groups: tuple[Group, ...]
@@ -114,18 +124,46 @@ class Modifier:
     sequential_targets: tuple[str, ...]
     name: str
     line: int
+    cache: QuantizationArgs | None = None
+    min_tokens: int = 0
 
 
-def read_modifiers(root: Value) -> tuple[Modifier, ...]:
-    """All modifiers of a recipe, in the file's order.
+def read_modifiers(root: Value) -> tuple[tuple[Modifier, ...], tuple[Transform, ...]]:
+    """All modifiers of a recipe in the file's order: those that round, and those that rescale before.
 
     Raises:
         RecipeError: for anything that cannot be obeyed, with its line.
     """
-    modifiers = tuple(_read_modifier(value) for value in _find_modifiers(root))
+    modifiers: list[Modifier] = []
+    transforms: list[Transform] = []
+    for value in _find_modifiers(root):
+        if value.name in ALGORITHMS:
+            modifiers.append(_read_modifier(value, value.mapping()))
+            continue
+        if modifiers:
+            raise value.error(
+                f"{value.name} stands behind {modifiers[-1].name}", hint="rescaling comes before rounding"
+            )
+        fields = value.mapping()
+        is_awq = value.name == "AWQModifier"
+        plain = {name: f for name, f in fields.items() if not is_awq or name not in SCHEME_FIELDS}
+        transforms.append(read_transform(value, plain))
+        # In the dialect's older form an AWQModifier rounds its modules, too.
+        own = {name: field for name, field in fields.items() if name in (*FIELDS, *NO_OPS)}
+        if is_awq and any(name in fields for name in ("scheme", "config_groups")):
+            modifiers.append(_read_modifier(value, own))
+        elif any(name in fields for name in SCHEME_FIELDS):
+            raise next(fields[name] for name in SCHEME_FIELDS if name in fields).error(
+                f"{value.name} has no scheme", hint="the modifier after it says what modules are rounded to"
+            )
+    if not modifiers and not transforms:
+        raise root.error("the recipe names no modifier", hint=f"offered are {', '.join(OFFERED)}")
     if not modifiers:
-        raise root.error("the recipe names no modifier", hint=f"offered are {', '.join(ALGORITHMS)}")
-    return modifiers
+        raise root.error(
+            f"{transforms[-1].name} rescales weights, and nothing rounds them",
+            hint="add a QuantizationModifier or a GPTQModifier after it",
+        )
+    return tuple(modifiers), tuple(transforms)
 
 
 def _find_modifiers(root: Value) -> Iterator[Value]:
@@ -152,20 +190,21 @@ def _find_in_stage(stage: Value) -> Iterator[Value]:
 
 
 def _is_modifier(value: Value, *, other: tuple[str, ...] = ()) -> bool:
-    if value.name in ALGORITHMS:
+    if value.name in OFFERED:
         return True
     if value.name in FOREIGN_MODIFIERS:
-        raise value.error(f"{value.name} is not offered yet", hint=f"offered are {', '.join(ALGORITHMS)}")
-    raise value.unknown("key" if other else "modifier", (*ALGORITHMS, *other))
+        raise value.error(f"{value.name} is not offered yet", hint=f"offered are {', '.join(OFFERED)}")
+    raise value.unknown("key" if other else "modifier", (*OFFERED, *other))
 
 
-def _read_modifier(value: Value) -> Modifier:
-    algorithm = ALGORITHMS[value.name]
+def _read_modifier(value: Value, fields: Mapping[str, Value]) -> Modifier:
+    algorithm = ALGORITHMS.get(value.name, "rtn")
     is_gptq = algorithm == "gptq"
-    fields = value.mapping()
     _check_fields(value.name, fields, is_gptq=is_gptq)
+    observers = read_observers(fields)
     groups = []
-    for origin, scheme, targets in _read_schemes(value, fields):
+    for origin, plain, targets in _read_schemes(value, fields):
+        scheme = with_observers(origin, plain, observers)
         options = None
         if is_gptq:
             scheme, options = _read_options(origin, fields, scheme)
@@ -177,19 +216,27 @@ def _read_modifier(value: Value) -> Modifier:
         sequential_targets=tuple(pattern.text for pattern in _read_patterns(fields.get("sequential_targets"))),
         name=value.name,
         line=value.line,
+        cache=_read_cache(fields.get("kv_cache_scheme")),
+        min_tokens=read_whole(fields.get("min_tokens"), default=0, least=0),
     )
+
+
+def _read_cache(value: Value | None) -> QuantizationArgs | None:
+    from runtime.presets import checked_cache
+
+    if value is None or value.plain() is None:
+        return None
+    try:
+        return checked_cache(_read_args(value))
+    except RecipeError as error:
+        raise value.error(error.message, hint=error.hint) from error
 
 
 def _check_fields(modifier: str, fields: Mapping[str, Value], *, is_gptq: bool) -> None:
     known = FIELDS + (GPTQ_FIELDS if is_gptq else ())
-    no_ops = NO_OPS | (GPTQ_NO_OPS if is_gptq else {})
     for name, field in fields.items():
-        if name in no_ops:
-            harmless, reason = no_ops[name]
-            value = field.plain()
-            # The type, because in Python 0 is False.
-            if not any(value == other and type(value) is type(other) for other in harmless):
-                raise field.error(f"{name} {value!r} cannot be obeyed: {reason}", hint="leave it out")
+        if name in NO_OPS:
+            require_no_op(field, *NO_OPS[name])
         elif name not in known:
             raise field.unknown(f"key of {modifier}", known)
 
@@ -232,7 +279,7 @@ def _read_schemes(modifier: Value, fields: Mapping[str, Value]) -> list[_Schemed
 
 
 def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Schemed:
-    from runtime.schemes import scheme_from_preset
+    from runtime.presets import scheme_from_preset
 
     try:
         return value, scheme_from_preset(name, [pattern.text for pattern in targets]), targets
@@ -243,7 +290,7 @@ def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Sche
 def _read_group(value: Value) -> _Schemed:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from runtime.schemes import checked
+    from runtime.presets import checked
 
     fields = value.mapping()
     for name, field in fields.items():
@@ -298,30 +345,26 @@ def _read_options(
     origin: Value, fields: Mapping[str, Value], scheme: QuantizationScheme
 ) -> tuple[QuantizationScheme, GptqOptions]:
     """GPTQ's options, and the scheme with the order of columns noted in it."""
-    dampening_frac, block_size = 0.01, 128
-    if "dampening_frac" in fields:
-        dampening_frac = _number(fields["dampening_frac"].plain())
+    dampening_frac = 0.01
+    if "dampening_frac" in fields and fields["dampening_frac"].plain() is not None:
+        dampening_frac = as_number(fields["dampening_frac"].plain())
         if type(dampening_frac) not in (int, float) or not 0 < dampening_frac <= 1:
             raise fields["dampening_frac"].error(
                 f"dampening_frac must be a number above 0 and at most 1, not {dampening_frac!r}"
             )
-    if "block_size" in fields:
-        block_size = fields["block_size"].plain()
-        if type(block_size) is not int or block_size < 1:
-            raise fields["block_size"].error(f"block_size must be a positive integer, not {block_size!r}")
+    block_size = read_whole(fields.get("block_size"), default=128, least=1)
+    batches = fields.get("batched_quantization")
+    if batches is not None and batches.plain() not in (None, "auto"):
+        read_whole(batches, default=1, least=1)  # siblings are solved together whatever it says
+    refine = read_whole(fields.get("refine"), default=0, least=0)
+    fallback = fields["fallback"].plain() if "fallback" in fields else None
+    if fallback not in (None, "rtn"):
+        raise fields["fallback"].error(f"fallback must be rtn or null, not {fallback!r}")
     actorder = _read_actorder(origin, fields.get("actorder"), scheme)
     weights = scheme.weights.model_copy(update={"actorder": actorder})
     return scheme.model_copy(update={"weights": weights}), GptqOptions(
-        dampening_frac=float(dampening_frac), block_size=block_size, actorder=actorder
+        dampening_frac=float(dampening_frac), block_size=block_size, actorder=actorder, fallback=fallback, refine=refine
     )
-
-
-def _number(value: Any) -> Any:
-    """The value, as a number where it can be one: to YAML 1.1, 1e-2 without a point is a string."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _read_actorder(origin: Value, field: Value | None, scheme: QuantizationScheme) -> str | None:

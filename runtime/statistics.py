@@ -1,65 +1,201 @@
-"""What calibration measures: the Hessians of the inputs that Linear modules see."""
+"""What calibration measures of the inputs that Linear modules see: Gram matrices, and sizes of channels.
+
+Only tokens count that carry information: padding does not, nor what a loss mask leaves out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from runtime.algorithms.gptq import HessianAccumulator
+from runtime.algorithms.hessian import HessianAccumulator
+
+RunBatches = Callable[[Callable[[int], None]], None]
+AVERAGING_CONSTANT = 0.01
 
 
 class _SharingBrokenError(Exception):
     """Modules that were taken to see the same inputs do not."""
 
 
-def collect_hessians(
-    modules: Mapping[str, nn.Module], run_batches: Callable[[], None], device: torch.device
-) -> dict[str, HessianAccumulator]:
-    """Sum up the Hessian of every distinct input while all batches run.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What is to be measured for a module.
+
+    Attributes:
+        hessian: the Gram matrix of its inputs.
+        channels: the mean and the largest magnitude, the smallest and the largest number of each input feature.
+    """
+
+    hessian: bool = False
+    channels: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(hessian=self.hessian or other.hessian, channels=self.channels or other.channels)
+
+    def __bool__(self) -> bool:
+        return self.hessian or self.channels
+
+
+class InputStatistics:
+    """Sums over the inputs of modules that see the same tensor.
+
+    Args:
+        num_in_features: I.
+        needs: what to sum up.
+        device: where sums are kept; inputs must be there.
+
+    Attributes:
+        num_tokens: how many inputs have counted.
+        num_skipped: how many were masked.
+        hessian_II: H, or None.
+        smallest_I: of each feature, or None; `largest_I` and `mean_abs_I` likewise.
+        average_smallest_I: the moving average over batches of a batch's smallest; `average_largest_I` likewise.
+    """
+
+    def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
+        self.num_tokens = 0
+        self.num_skipped = 0
+        self.num_in_features = num_in_features
+        self.needs = needs
+        self._hessian = HessianAccumulator(num_in_features, device=device) if needs.hessian else None
+        self._sum_abs_I = torch.zeros(num_in_features, dtype=torch.float64, device=device)
+        self.smallest_I = torch.full((num_in_features,), torch.inf, device=device)
+        self.largest_I = -self.smallest_I
+        self.average_smallest_I = self.average_largest_I = torch.zeros(0, device=device)
+        self._scale_I: torch.Tensor | None = None
+
+    def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Add a batch of inputs [..., I].
+
+        Args:
+            inputs: all leading dimensions are tokens.
+            counts: bool, of as many numbers as there are tokens; None when all count.
+        """
+        flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
+        if counts is not None:
+            kept_TI = flat_TI[counts.reshape(-1)]
+            self.num_skipped += len(flat_TI) - len(kept_TI)
+            flat_TI = kept_TI
+        self.num_tokens += len(flat_TI)
+        if not len(flat_TI):
+            return
+        if self._hessian is not None:
+            self._hessian.add(flat_TI)
+        if self.needs.channels:
+            self._add_channels(flat_TI.to(torch.float32))
+
+    def _add_channels(self, flat_TI: torch.Tensor) -> None:
+        smallest_I, largest_I = flat_TI.amin(dim=0), flat_TI.amax(dim=0)
+        self.smallest_I = torch.minimum(self.smallest_I, smallest_I)
+        self.largest_I = torch.maximum(self.largest_I, largest_I)
+        if len(self.average_smallest_I):
+            smallest_I = torch.lerp(self.average_smallest_I, smallest_I, AVERAGING_CONSTANT)
+            largest_I = torch.lerp(self.average_largest_I, largest_I, AVERAGING_CONSTANT)
+        self.average_smallest_I, self.average_largest_I = smallest_I, largest_I
+        self._sum_abs_I += flat_TI.abs().sum(dim=0, dtype=torch.float64)
+
+    @property
+    def hessian_II(self) -> torch.Tensor:
+        """H of the inputs as they are after scaling; float32."""
+        assert self._hessian is not None, "H was not asked for"
+        hessian_II = self._hessian.hessian_II
+        return hessian_II if self._scale_I is None else hessian_II / self._scale_I / self._scale_I[:, None]
+
+    @property
+    def mean_abs_I(self) -> torch.Tensor:
+        """The mean magnitude of each feature; float32."""
+        mean_I = (self._sum_abs_I / max(self.num_tokens, 1)).to(torch.float32)
+        return mean_I if self._scale_I is None else mean_I / self._scale_I
+
+    def span(self, *, average: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest number of each feature, over all batches or as a moving average."""
+        low_I, high_I = self.smallest_I, self.largest_I
+        if average:
+            low_I, high_I = self.average_smallest_I, self.average_largest_I
+        return (low_I, high_I) if self._scale_I is None else (low_I / self._scale_I, high_I / self._scale_I)
+
+    def scale(self, scale_I: torch.Tensor) -> None:
+        """Make these the statistics of inputs divided by positive factors [I]: no second pass is needed for them."""
+        factors_I = scale_I.to(self._sum_abs_I.device, torch.float32)
+        self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
+
+
+def collect_statistics(
+    modules: Mapping[str, nn.Module],
+    needs: Mapping[str, Needs],
+    run_batches: RunBatches,
+    device: torch.device,
+    masks: Sequence[torch.Tensor | None] = (),
+) -> dict[str, InputStatistics]:
+    """Sum up what modules need of every distinct input while all batches run.
 
     Modules that are handed the very same tensor, such as the query, key and value projections, share one sum. Should
     they turn out to part ways in a later batch, everything is measured again with a sum for each.
 
     Args:
         modules: Linear modules by dotted name; their inputs are [..., I].
-        run_batches: executes the subgraph for every batch.
+        needs: what to measure for each.
+        run_batches: executes the subgraph for every batch; calls what it is given with a batch's index before it runs.
         device: where sums are kept.
+        masks: for each batch which tokens count, bool [B, S], or None for all. An input of as many tokens is in their
+            order; one of fewer, as experts see, is not, and all of it counts.
 
     Returns:
-        The accumulators of the modules that were called, by name; one object may stand under several names.
+        The statistics of the modules that were called, by name; one object may stand under several names.
     """
     try:
-        return _collect(modules, run_batches, _Observer(device, share=True))
+        return _collect(modules, run_batches, _Observer(device, needs, masks, share=True))
     except _SharingBrokenError:
-        return _collect(modules, run_batches, _Observer(device, share=False))
+        return _collect(modules, run_batches, _Observer(device, needs, masks, share=False))
 
 
 def _collect(
-    modules: Mapping[str, nn.Module], run_batches: Callable[[], None], observer: _Observer
-) -> dict[str, HessianAccumulator]:
+    modules: Mapping[str, nn.Module], run_batches: RunBatches, observer: _Observer
+) -> dict[str, InputStatistics]:
     handles = [
         module.register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name, module in modules.items()
     ]
     try:
-        run_batches()
+        run_batches(observer.begin)
     finally:
         for handle in handles:
             handle.remove()
     observer.require_agreement()
-    return observer.accumulators
+    return observer.found
 
 
 class _Observer:
-    def __init__(self, device: torch.device, *, share: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        needs: Mapping[str, Needs],
+        masks: Sequence[torch.Tensor | None],
+        *,
+        share: bool,
+    ) -> None:
         self.device = device
         self.share = share
-        self.accumulators: dict[str, HessianAccumulator] = {}
+        self.masks = masks
+        self.found: dict[str, InputStatistics] = {}
+        # Whom siblings follow is known only when they come, so the first one measures what any of them needs.
+        together = Needs()
+        for need in needs.values():
+            together |= need
+        self._needs = dict.fromkeys(needs, together) if share else dict(needs)
+        self._mask: torch.Tensor | None = None
         self._leaders: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
         self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # what each leader was handed last, and its version
+
+    def begin(self, batch: int) -> None:
+        """The batch that runs from here on."""
+        mask = self.masks[batch] if batch < len(self.masks) else None
+        self._mask = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.bool)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,14 +207,16 @@ class _Observer:
         if name not in self._leaders:
             self._leaders[name] = self._find_leader(inputs) or name
         leader = self._leaders[name]
-        self._tokens[name] = self._tokens.get(name, 0) + inputs.numel() // inputs.shape[-1]
+        num_tokens = inputs.numel() // inputs.shape[-1]
+        self._tokens[name] = self._tokens.get(name, 0) + num_tokens
         if leader == name:
-            if name not in self.accumulators:
-                self.accumulators[name] = HessianAccumulator(inputs.shape[-1], device=self.device)
-            self.accumulators[name].add(inputs)
+            if name not in self.found:
+                self.found[name] = InputStatistics(inputs.shape[-1], self._needs[name], self.device)
+            mask = self._mask
+            self.found[name].add(inputs, mask if mask is not None and mask.numel() == num_tokens else None)
             self._latest[name] = (inputs, inputs._version)
         elif self._is_latest(leader, inputs):
-            self.accumulators[name] = self.accumulators[leader]
+            self.found[name] = self.found[leader]
         else:
             raise _SharingBrokenError
 

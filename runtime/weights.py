@@ -72,6 +72,20 @@ class Weights:
         """Put parameters into the module tree, on `device` and in the run's dtype."""
         for name in names:
             assign(model, name, self.read(name, device))
+            packed = self.origins[name].packed
+            if packed is not None:
+                self._load_input_parts(model, name, packed)
+
+    def _load_input_parts(self, model: nn.Module, name: str, scheme: QuantizationScheme) -> None:
+        """Give a compressed module the scales of its static inputs, if it has any."""
+        from runtime.quantized import set_input_parts
+        from runtime.schemes import input_parts
+
+        parts = input_parts(scheme)
+        if parts:
+            prefix = _module_key(self.origins[name].keys[0])
+            read = {part: self.checkpoint.read(f"{prefix}.{part}") for part in parts}
+            set_input_parts(model.get_submodule(name.removesuffix(".weight")), read)
 
     def read(
         self, name: str, device: torch.device, read_key: Callable[[str], torch.Tensor] | None = None

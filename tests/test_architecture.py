@@ -27,6 +27,7 @@ SHARED |= {
     "host_sources",
     "conditions",
     "tables",
+    "scale_groups",
     "leaves",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.

@@ -31,6 +31,7 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", _SIZES, "LlamaForCausalLM"),
     "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 8, "tie_word_embeddings": True}, "Qwen3ForCausalLM"),
+    "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None}, "MistralForCausalLM"),
     "gemma2": ("Gemma2Config", {**_SIZES, "head_dim": 8, "sliding_window": 8}, "Gemma2ForCausalLM"),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 128, **_IDS}, "GPT2LMHeadModel"),
     "opt": (

@@ -27,74 +27,35 @@ columns are stored in their original order, and a reader needs no g_idx.
 
 A dead column (input always zero, H_kk = 0) is tied to no other: it is rounded to nearest, not set to zero.
 
+Weights that see the same input (q, k and v; gate and up) are solved together: their rows are stacked, so that there is
+one factorization and one pass over the columns.
+
+Which range a grid spans is the observer's matter (`observers`): minimum to maximum, or the range that loses least, with
+the errors of columns weighed by H's diagonal if it is `imatrix_mse`.
+
 Layout: the working copy is transposed, weight_IO, and contiguous, so that a column is a row in memory.
 Shapes: O out features, I in features, G groups, B columns of a block, T tokens.
 
-Left out on purpose: activation order "group" (its g_idx is gone from the format), several weights in a
-batch, and falling back to round-to-nearest: a Hessian that cannot be used is an error.
+Left out on purpose: activation order "group" (its g_idx is gone from the format), and falling back to round-to-nearest:
+a Hessian that cannot be used is an error, which the caller may answer otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms import grid
+from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms.observers import fitted_grid
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
-STRATEGIES = ("tensor", "channel", "group")
+STRATEGIES = ("tensor", "channel", "group", "tensor_group")
 MAX_DAMPING = 1.0
-PANEL_WIDTH = 512  # columns that a Hessian is summed up in at a time
-
-
-class HessianAccumulator:
-    """Sums up H = X X^T over calibration inputs, in float32.
-
-    A plain sum, neither doubled nor divided by the number of tokens: sums of parts add up to the sum of the
-    whole, and the loss is the squared error of the layer's output over all the tokens. bf16 and fp16 inputs
-    are multiplied without rounding. H is symmetric, so only panels from the diagonal to the right are summed
-    up, which saves up to half of the work.
-
-    Args:
-        num_in_features: I, the layer's input width.
-        device: where the sum is kept; inputs must be there.
-
-    Attributes:
-        num_tokens: how many inputs are in the sum.
-    """
-
-    __slots__ = ("_upper_II", "num_tokens")
-
-    def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
-        self._upper_II = torch.zeros(num_in_features, num_in_features, dtype=torch.float32, device=device)
-        self.num_tokens = 0
-
-    def add(self, inputs_TI: torch.Tensor) -> None:
-        """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
-        flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
-        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
-        is_narrow = flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16)
-        if not is_narrow:
-            flat_TI = flat_TI.to(torch.float32)
-        for left in range(0, flat_TI.shape[1], PANEL_WIDTH):
-            panel = slice(left, left + PANEL_WIDTH)
-            target, first_TP, second_TR = self._upper_II[panel, left:], flat_TI[:, panel], flat_TI[:, left:]
-            if is_narrow:
-                target.add_(torch.mm(first_TP.t(), second_TR, out_dtype=torch.float32))
-            else:
-                target.addmm_(first_TP.t(), second_TR)
-        self.num_tokens += flat_TI.shape[0]
-
-    @property
-    def hessian_II(self) -> torch.Tensor:
-        """The sum so far: the accumulator's own tensor, which a later `add` changes."""
-        for left in range(0, len(self._upper_II), PANEL_WIDTH):
-            right = left + PANEL_WIDTH
-            self._upper_II[right:, left:right] = self._upper_II[left:right, right:].t()
-        return self._upper_II
+STRIP_WIDTH = 32  # columns that a block is solved in at a time
 
 
 def quantize_gptq(
@@ -106,19 +67,21 @@ def quantize_gptq(
     dampening_frac: float = 0.01,
     block_size: int = 128,
     actorder: str | None = "static",
+    global_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight so that the layer's output on the calibration inputs changes least.
 
     Args:
         weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
         hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
-        args: strategy, bits and symmetry.
+        args: strategy, bits, symmetry and observer.
         scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
         dampening_frac: what is added to the diagonal, as a fraction of its mean over live columns. When that
             does not factor it is raised tenfold, up to 1.
         block_size: columns a block. A matter of speed alone. Where grids are fitted on the way, a group is
             a block.
         actorder: "static" (alias "weight") solves columns by falling H_kk; `None` from first to last.
+        global_scale: NVFP4's [1], where siblings share one.
 
     Returns:
         The dequantized weight with its scales, the loss (without the dampening) and the dampening used.
@@ -127,30 +90,95 @@ def quantize_gptq(
         QuantizationError: for a strategy, type, shape or numbers that cannot be worked with, for a Hessian
             that is all zero, and for one that does not factor even with dampening 1.
     """
-    weight_OI, hessian_II = weight_OI.detach(), hessian_II.detach()
-    grid.check_weight(weight_OI, args, offered=STRATEGIES)
-    _check_hessian(hessian_II, weight_OI)
+    (result,) = quantize_siblings(
+        [weight_OI],
+        hessian_II,
+        args,
+        scale_dtype=scale_dtype,
+        dampening_frac=dampening_frac,
+        block_size=block_size,
+        actorder=actorder,
+        global_scale=global_scale,
+    )
+    return result
+
+
+def quantize_siblings(
+    weights: Sequence[torch.Tensor],
+    hessian_II: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    dampening_frac: float = 0.01,
+    block_size: int = 128,
+    actorder: str | None = "static",
+    global_scale: torch.Tensor | None = None,
+) -> list[QuantizedWeight]:
+    """Quantize weights that see the same input, in one solve.
+
+    Args:
+        weights: [O, I] each; I is the same for all.
+        hessian_II: as for `quantize_gptq`.
+        args: likewise.
+        scale_dtype: likewise.
+        dampening_frac: likewise.
+        block_size: likewise.
+        actorder: likewise.
+        global_scale: likewise; NVFP4 siblings share one.
+
+    Returns:
+        One result for each weight, in order.
+    """
+    weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
+    for weight_OI in weights:
+        grid.check_weight(weight_OI, args, offered=STRATEGIES)
+        _check_hessian(hessian_II, weight_OI)
     _check_options(dampening_frac, block_size, actorder)
-    dtype = grid.work_dtype(weight_OI, hessian_II)
+    dtype = grid.work_dtype(*weights, hessian_II)
     order_I = _column_order(hessian_II, actorder)
     factors = _factorize(hessian_II, order_I, dampening_frac, dtype)
-    grids = _fit_all(weight_OI, args, scale_dtype=scale_dtype, dtype=dtype)
-
-    is_group = grid.strategy_of(args) == "group"
-    group_of_I = (order_I // (args.group_size if is_group else len(order_I))).tolist()
-    residual_IO = weight_OI.to(dtype).t()[order_I].contiguous()  # a copy, for indexing with a tensor copies
-    if is_group and actorder is None:
-        width, refit_dtype = args.group_size, scale_dtype
-    else:
-        width, refit_dtype = block_size, None
-    quantized_IO, error_I = _solve_(residual_IO, factors, grids, args, group_of_I, width, refit_dtype)
-    return QuantizedWeight(
-        weight_OI=quantized_IO[torch.argsort(order_I)].t().to(torch.float32).contiguous(),
-        scale=_stored(grids.scale_GO, args, scale_dtype),
-        zero_point=None if grids.zero_GO is None else _stored(grids.zero_GO, args, torch.int8),
-        loss=_loss(error_I, residual_IO, factors),
-        damping=factors.damping,
+    if grid.needs_global_scale(args) and global_scale is None:
+        global_scale = grid.global_scale_of(*weights)
+    fitting = _Fitting(args, scale_dtype, global_scale, hessian_II.diagonal().to(dtype))
+    grids = fitting.all_grids(weights, dtype)
+    stacked_OI = torch.cat([weight.to(dtype) for weight in weights])
+    residual_IO = stacked_OI.t()[order_I].contiguous()  # a copy, for indexing with a tensor copies
+    del stacked_OI
+    group_of_I = (order_I // (args.group_size if grid.is_grouped(args) else len(order_I))).tolist()
+    is_refitted = grid.is_grouped(args) and actorder is None
+    width = args.group_size if is_refitted else block_size
+    quantized_IO, loss_O = _solve_(
+        residual_IO, factors, grids, args, group_of_I, width, fitting if is_refitted else None
     )
+    quantized_OI = quantized_IO[torch.argsort(order_I)].t().to(torch.float32)
+    loss_O -= factors.added_I.double() @ residual_IO.square().double()
+    return list(_split(weights, quantized_OI, loss_O, grids, fitting, factors.damping))
+
+
+def _split(
+    weights: Sequence[torch.Tensor],
+    quantized_OI: torch.Tensor,
+    loss_O: torch.Tensor,
+    grids: _Grids,
+    fitting: _Fitting,
+    damping: float,
+) -> Iterator[QuantizedWeight]:
+    """Each weight's rows of a solve."""
+    start = 0
+    args = fitting.args
+    for weight_OI in weights:
+        rows = slice(start, start + len(weight_OI))
+        start = rows.stop
+        scale_dtype = torch.float32 if args.scale_dtype is not None else fitting.scale_dtype
+        zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
+        yield QuantizedWeight(
+            weight_OI=quantized_OI[rows].contiguous(),
+            scale=_stored(grids.scale_GO[:, rows], args, scale_dtype),
+            zero_point=None if zero_GO is None else _stored(zero_GO, args, torch.int8),
+            global_scale=fitting.global_scale,
+            loss=max(float(loss_O[rows].sum()), 0.0),
+            damping=damping,
+        )
 
 
 def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:
@@ -242,31 +270,57 @@ def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch
 class _Grids:
     """Each group's scale and zero point, a contiguous row each, in the dtype of the solve.
 
-    Strategies tensor and channel are one group. The numbers are those that will be stored: rounded already.
+    Strategies tensor and channel are one group. `scale_GO` are the numbers that will be stored: rounded already;
+    `factor_GO` what grid points are multiplied by, which is the same but for NVFP4.
     """
 
     scale_GO: torch.Tensor
+    factor_GO: torch.Tensor
     zero_GO: torch.Tensor | None
 
-    def fit_(self, group: int, weight_BO: torch.Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> None:
-        """Fill in a group's row from its weights."""
-        scale_O, zero_O = grid.fit(weight_BO.amin(dim=0), weight_BO.amax(dim=0), args, scale_dtype=scale_dtype)
-        self.scale_GO[group] = scale_O
-        if self.zero_GO is not None and zero_O is not None:
-            self.zero_GO[group] = zero_O
 
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """How grids are fitted: scheme, stored dtype of scales, NVFP4's global scale, and H's diagonal."""
 
-def _fit_all(
-    weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype, dtype: torch.dtype
-) -> _Grids:
-    """All grids at once, from the original weights."""
-    found = grid.min_max_grid(weight_OI, args, scale_dtype=scale_dtype)
+    args: QuantizationArgs
+    scale_dtype: torch.dtype
+    global_scale: torch.Tensor | None
+    diagonal_I: torch.Tensor
 
-    def rows(tensor_RC: torch.Tensor) -> torch.Tensor:
-        return tensor_RC.t().to(dtype).expand(-1, weight_OI.shape[0]).contiguous()
+    def all_grids(self, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> _Grids:
+        """All grids at once, from the original weights."""
+        found = [self._fitted(weight_OI, self.args, self.diagonal_I) for weight_OI in weights]
 
-    zero_point_RC = found.zero_point_RC
-    return _Grids(scale_GO=rows(found.scale_RC), zero_GO=None if zero_point_RC is None else rows(zero_point_RC))
+        def rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            spread = [part.t().to(dtype).expand(-1, len(w)) for part, w in zip(parts, weights, strict=True)]
+            return torch.cat(spread, dim=1).contiguous()
+
+        zeros = [entry.zero_point_RC for entry in found if entry.zero_point_RC is not None]
+        return _Grids(
+            scale_GO=rows([entry.scale_RC for entry in found]),
+            factor_GO=rows([entry.factor_RC(torch.float32) for entry in found]),
+            zero_GO=rows(zeros) if zeros else None,
+        )
+
+    def refit_(self, grids: _Grids, group: int, weight_BO: torch.Tensor) -> None:
+        """Fill in a group's row from its weights as they are when the solve reaches it."""
+        width = len(weight_BO)
+        diagonal_B = self.diagonal_I[group * width : (group + 1) * width]
+        found = self._fitted(weight_BO.t(), self.args, diagonal_B)
+        grids.scale_GO[group] = found.scale_RC[:, 0]
+        grids.factor_GO[group] = found.factor_RC(torch.float32)[:, 0]
+        if grids.zero_GO is not None and found.zero_point_RC is not None:
+            grids.zero_GO[group] = found.zero_point_RC[:, 0]
+
+    def _fitted(self, weight_OI: torch.Tensor, args: QuantizationArgs, diagonal_I: torch.Tensor) -> grid.Grid:
+        return fitted_grid(
+            weight_OI,
+            args,
+            scale_dtype=self.scale_dtype,
+            global_scale=self.global_scale,
+            importance_I=diagonal_I,
+        )
 
 
 def _stored(tensor_GO: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:
@@ -283,48 +337,73 @@ def _solve_(
     args: QuantizationArgs,
     group_of_I: list[int],
     width: int,
-    refit_dtype: torch.dtype | None,
+    fitting: _Fitting | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round all columns, block by block.
 
     Args:
         residual_IO: w_k on entry, w_k - q_k on return.
         factors: M and D.
-        grids: scales and zero points; overwritten where `refit_dtype` is given.
+        grids: scales and zero points; overwritten where `fitting` is given.
         args: strategy, bits and symmetry.
         group_of_I: each column's group.
         width: columns a block.
-        refit_dtype: given when each block is a group whose grid is to be fitted on the way; the dtype of
-            stored scales.
+        fitting: given when each block is a group whose grid is to be fitted on the way.
 
     Returns:
         quantized_IO: q_k.
-        error_I: |t_k - q_k|^2 of each column, float64.
+        loss_O: sum over k of D_k |t_k - q_k|^2 for each row, float64.
     """
     quantized_IO = torch.empty_like(residual_IO)
-    error_I = torch.empty(len(group_of_I), dtype=torch.float64, device=residual_IO.device)
+    loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     for start in range(0, len(group_of_I), width):
         block = slice(start, start + width)
         lower_BB = factors.lower_II[block, block].contiguous()
         target_BO = torch.addmm(residual_IO[block], factors.lower_II[block, :start], residual_IO[:start])
-        if refit_dtype is not None:
-            corrected_BO = _corrected(residual_IO[block], target_BO, lower_BB)
-            grids.fit_(group_of_I[start], corrected_BO, args, refit_dtype)
-        for column, group in enumerate(group_of_I[block]):
+        if fitting is not None:
+            fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
+        solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
+        loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
+    return quantized_IO, loss_O
+
+
+def solve_block_(
+    residual_BO: torch.Tensor,
+    target_BO: torch.Tensor,
+    quantized_BO: torch.Tensor,
+    lower_BB: torch.Tensor,
+    grids: _Grids,
+    args: QuantizationArgs,
+    group_of_B: Sequence[int],
+) -> None:
+    """Round the columns of one block, strip by strip: within a strip column by column, and what the strip has done to
+    the rest of the block in one multiplication.
+
+    Args:
+        residual_BO: w_k on entry, w_k - q_k on return.
+        target_BO: on entry w_k and what it takes of the errors of earlier blocks; t_k - q_k on return.
+        quantized_BO: overwritten with q_k.
+        lower_BB: the block of M^T.
+        grids: scales and zero points.
+        args: bits and symmetry.
+        group_of_B: each column's group.
+    """
+    if residual_BO.is_cuda and gptq_cuda.is_offered(residual_BO, args):
+        gptq_cuda.solve_block_(
+            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
+        )
+        return
+    for left in range(0, len(target_BO), STRIP_WIDTH):
+        right = min(left + STRIP_WIDTH, len(target_BO))
+        for column in range(left, right):
             target_O = target_BO[column]
-            if column:
-                errors_BO = residual_IO[start : start + column]
-                torch.addmv(target_O, errors_BO.t(), lower_BB[column, :column], out=target_O)
+            if column > left:
+                torch.addmv(target_O, residual_BO[left:column].t(), lower_BB[column, left:column], out=target_O)
+            group = group_of_B[column]
             zero_O = None if grids.zero_GO is None else grids.zero_GO[group]
-            quantized_O = quantized_IO[start + column].copy_(target_O)
-            grid.snap_(quantized_O, grids.scale_GO[group], zero_O, args)
-            residual_IO[start + column].sub_(quantized_O)
+            quantized_O = quantized_BO[column].copy_(target_O)
+            grid.snap_(quantized_O, grids.factor_GO[group], zero_O, args)
+            residual_BO[column].sub_(quantized_O)
             target_O.sub_(quantized_O)
-        error_I[block] = target_BO.square().sum(dim=1, dtype=torch.float64)
-    return quantized_IO, error_I
-
-
-def _loss(error_I: torch.Tensor, residual_IO: torch.Tensor, factors: _Factors) -> float:
-    """tr((W-Q) H (W-Q)^T): the sum that the solve has made, without what was added to H's diagonal."""
-    added = factors.added_I.double() @ residual_IO.square().sum(dim=1, dtype=torch.float64)
-    return max(float(factors.pivot_I.double() @ error_I - added), 0.0)
+        if right < len(target_BO):
+            target_BO[right:].addmm_(lower_BB[right:, left:right], residual_BO[left:right])

@@ -1,17 +1,20 @@
 """The grid a weight is rounded to: scales and zero points from minimum and maximum, and the rounding.
 
-A grid point is `(q - zero_point) * scale` with q an integer of `num_bits` bits, or a float8 number. How many
-weights share a scale is the strategy's matter. All four strategies cut the weight into tiles with one scale
-each, so that [O, I] is seen as [R, h, C, w] and there is one code for all:
+A grid point is `(q - zero_point) * scale` with q an integer of `num_bits` bits, or a small float. How many weights
+share a scale is the strategy's matter. All strategies cut the weight into tiles with one scale each, so that [O, I] is
+seen as [R, h, C, w] and there is one code for all:
 
-    strategy   h, w         R, C
-    tensor     O, I         1, 1
-    channel    1, I         O, 1
-    group      1, g         O, I/g
-    block      b, c         ceil(O/b), ceil(I/c)      (the last tiles are filled up with zeros)
+    strategy              h, w         R, C
+    tensor                O, I         1, 1
+    channel               1, I         O, 1
+    group, tensor_group   1, g         O, I/g
+    block                 b, c         ceil(O/b), ceil(I/c)      (the last tiles are filled up with zeros)
 
-Scales are rounded to the dtype that the checkpoint stores *before* anything is rounded with them: what is
-optimized here is what a reader multiplies later.
+Scales are rounded to what the checkpoint stores *before* anything is rounded with them: what is optimized here is what
+a reader multiplies later. NVFP4 stores a scale s as the 8 bit float nearest to s*g, with one global scale g for the
+tensor (and its siblings); a reader multiplies by that float over g. MX formats store powers of two.
+
+Small floats are rounded half to even: E2M1 (4 bits, up to 6), E2M3 (6 bits, up to 7.5), E4M3 (8 bits, up to 448).
 
 Shapes: O out features, I in features, R and C rows and columns of tiles.
 """
@@ -22,17 +25,25 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from runtime.errors import QuantizationError
+
+# Of small floats by their bits: bits of the mantissa, and the largest number. All have normal numbers from 1 on.
+_SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """One scale, and for an asymmetric grid one int8 zero point, for each tile."""
+    """One scale, and for an asymmetric grid one int8 zero point, for each tile; NVFP4's global scale [1]."""
 
     scale_RC: torch.Tensor
     zero_point_RC: torch.Tensor | None
+    global_scale: torch.Tensor | None = None
+
+    def factor_RC(self, dtype: torch.dtype) -> torch.Tensor:
+        """What grid points are multiplied by."""
+        return effective(self.scale_RC, self.global_scale).to(dtype)
 
 
 def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tuple[str, ...]) -> None:
@@ -51,18 +62,20 @@ def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tu
         raise QuantizationError(
             f"weight strategy {strategy!r} is not offered here", hint=f"offered are {', '.join(offered)}"
         )
-    is_int = args.type == QuantizationType.INT and 2 <= args.num_bits <= 8
-    is_float8 = args.type == QuantizationType.FLOAT and args.num_bits == 8 and args.symmetric
-    if not (is_int or is_float8) or args.dynamic or args.scale_dtype is not None:
+    if strategy == "tensor_group" and args.type == QuantizationType.INT:
+        raise QuantizationError("weight strategy 'tensor_group' is not offered for int", hint="use group")
+    is_int = args.type == QuantizationType.INT and 2 <= args.num_bits <= 8 and args.scale_dtype is None
+    is_float = args.type == QuantizationType.FLOAT and args.num_bits in (4, 6, 8) and args.symmetric
+    if not (is_int or is_float) or args.dynamic:
         raise QuantizationError(
             f"a weight cannot be quantized to {args.num_bits} bit {QuantizationType(args.type).value}"
             f" (symmetric={args.symmetric}, dynamic={args.dynamic}, scale_dtype={args.scale_dtype})",
-            hint="offered are static int of 2 to 8 bits and symmetric 8 bit float, with unquantized scales",
+            hint="offered are static int of 2 to 8 bits and symmetric float of 4, 6 and 8 bits",
         )
     shape = list(weight_OI.shape)
     if weight_OI.ndim != 2 or weight_OI.numel() == 0:
         raise QuantizationError(f"a weight must have the shape [O, I], not {shape}")
-    if strategy == "group" and shape[1] % args.group_size:
+    if is_grouped(args) and shape[1] % args.group_size:
         raise QuantizationError(
             f"a weight of shape {shape} cannot be cut into groups of {args.group_size} columns",
             hint="choose a group size that divides the number of columns, or ignore this module",
@@ -74,6 +87,16 @@ def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tu
 def strategy_of(args: QuantizationArgs) -> str:
     """The strategy's plain name; the field holds an enum member or a string, by how it was made."""
     return str(QuantizationStrategy(args.strategy).value)
+
+
+def is_grouped(args: QuantizationArgs) -> bool:
+    """Whether consecutive columns of a row share a scale."""
+    return strategy_of(args) in ("group", "tensor_group")
+
+
+def needs_global_scale(args: QuantizationArgs) -> bool:
+    """Whether scales are stored multiplied by one for the whole tensor, as NVFP4's are."""
+    return strategy_of(args) == "tensor_group"
 
 
 def work_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -88,13 +111,15 @@ def tile(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
         [R, h, C, w]; a view of the weight unless it had to be filled up with zeros.
     """
     num_out, num_in = weight_OI.shape
+    strategy = strategy_of(args)
     heights_widths = {
         "tensor": (num_out, num_in),
         "channel": (1, num_in),
         "group": (1, args.group_size),
+        "tensor_group": (1, args.group_size),
         "block": tuple(args.block_structure or ()),
     }
-    height, width = heights_widths[strategy_of(args)]
+    height, width = heights_widths[strategy]
     missing = (0, -num_in % width, 0, -num_out % height)
     if any(missing):
         weight_OI = torch.nn.functional.pad(weight_OI, missing)
@@ -107,37 +132,37 @@ def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
     return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
 
 
-def min_max_grid(weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype) -> Grid:
-    """The grid that spans each tile from its smallest to its largest weight.
-
-    Minimum and maximum are handed on in the weight's own dtype, so that a bf16 weight gets the scales that
-    compressed-tensors computes for it, bit for bit.
-
-    Raises:
-        QuantizationError: when a scale cannot be represented in `scale_dtype`.
-    """
-    tiles_RhCw = tile(weight_OI, args)
-    scale_RC, zero_point_RC = fit(
-        tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3)), args, scale_dtype=scale_dtype
-    )
-    return Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC)
+def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
+    """NVFP4's global scale [1], float32, for weights that are stored with the same: 448 * 6 / max |w|."""
+    smallest = torch.stack([weight.amin() for weight in weights]).amin()
+    largest = torch.stack([weight.amax() for weight in weights]).amax()
+    found: torch.Tensor = generate_gparam(smallest, largest)
+    return found
 
 
 def fit(
-    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales in `scale_dtype`, and int8 zero points or `None`, that span the given ranges.
+    """Scales as they are stored, and int8 zero points or `None`, that span the given ranges.
 
     Args:
         minimum: smallest values, any shape.
         maximum: largest values, in the same shape.
         args: the weight's half of a quantization scheme.
-        scale_dtype: the dtype that the checkpoint stores scales in.
+        scale_dtype: the dtype that the checkpoint stores scales in; NVFP4 and MX formats have their own.
+        global_scale: NVFP4's.
 
     Raises:
         QuantizationError: when a scale cannot be represented in `scale_dtype`.
     """
-    scale, zero_point = calculate_qparams(minimum, maximum, args)
+    scale, zero_point = calculate_qparams(minimum, maximum, args, global_scale=global_scale)
+    if args.scale_dtype is not None:
+        return scale.to(torch.float32), None
     scale = scale.to(scale_dtype)
     if not torch.isfinite(scale).all():
         raise QuantizationError(f"a scale for weights up to {float(maximum.max()):g} overflows {scale_dtype}")
@@ -150,26 +175,30 @@ def fit(
     return scale, zero_point
 
 
+def effective(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """What grid points are multiplied by, from what is stored."""
+    return scale if global_scale is None else scale / global_scale
+
+
 def snap_(
-    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, args: QuantizationArgs
+    values: torch.Tensor, factor: torch.Tensor, zero_point: torch.Tensor | None, args: QuantizationArgs
 ) -> torch.Tensor:
     """Replace each value by its nearest grid point, dequantized, in place.
 
     Args:
         values: float32 or float64; overwritten.
-        scale: in the values' dtype, broadcast against them.
+        factor: what grid points are multiplied by, in the values' dtype, broadcast against them.
         zero_point: likewise, or `None`.
         args: the weight's half of a quantization scheme.
 
     Returns:
         The values.
     """
-    values.div_(scale)
+    values.div_(factor)
     if zero_point is not None:
         values.add_(zero_point)
     if args.type == QuantizationType.FLOAT:
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        values.clamp_(-largest, largest).copy_(values.to(torch.float8_e4m3fn))
+        _snap_to_float_(values, args.num_bits)
     else:
         half = 2 ** (args.num_bits - 1)
         # Added to 1.5 * 2^23, a number of this size loses exactly its fraction, rounded half to even. That is
@@ -179,7 +208,19 @@ def snap_(
         values.clamp_(-half, half - 1).add_(shift).sub_(shift)
     if zero_point is not None:
         values.sub_(zero_point)
-    return values.mul_(scale)
+    return values.mul_(factor)
+
+
+def _snap_to_float_(values: torch.Tensor, num_bits: int) -> None:
+    if num_bits == 8:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        values.clamp_(-largest, largest).copy_(values.to(torch.float8_e4m3fn))
+        return
+    mantissa_bits, largest = _SMALL_FLOATS[num_bits]
+    values.clamp_(-largest, largest)
+    size = values.abs()
+    step = 2.0**-mantissa_bits * torch.where(size >= 4, 4.0, torch.where(size >= 2, 2.0, 1.0)).to(values.dtype)
+    values.div_(step).round_().mul_(step).clamp_(-largest, largest)
 
 
 def stored(tensor_RC: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,13 +13,17 @@ class QuantizedWeight:
     """A quantized weight, with what is needed to pack it and to judge it.
 
     Args:
-        weight_OI: the dequantized weight, float32, equal to `(q - zero_point) * scale` to the bit.
+        weight_OI: the dequantized weight, float32, equal to `(q - zero_point) * scale` to the bit, where the scale is
+            divided by the global scale if there is one.
         scale: in the dtype the checkpoint stores, and the very numbers the weight was rounded with; shape
-            [1] for strategy tensor, [O, 1] for channel, [O, G] for group, [O/b, I/c] for block.
+            [1] for strategy tensor, [O, 1] for channel, [O, G] for group, [O/b, I/c] for block. Where the format stores
+            scales in 8 bits (NVFP4, MXFP), float32 that those 8 bits hold exactly.
         zero_point: int8, in the scale's shape; `None` for a symmetric grid.
+        global_scale: float32 [1], for NVFP4: scales are stored multiplied by it.
         loss: `tr((W-Q) H (W-Q)^T)`. With H = sum of x x^T it is the squared error of the layer's output,
             summed over the calibration tokens. Round-to-nearest knows no H and takes the identity.
         damping: the dampening that was used, as a fraction of H's mean diagonal; 0 without a Hessian.
+        inputs: the scales of static inputs by their name in the checkpoint, such as `input_scale` [1].
     """
 
     weight_OI: torch.Tensor
@@ -26,3 +31,5 @@ class QuantizedWeight:
     zero_point: torch.Tensor | None
     loss: float
     damping: float
+    global_scale: torch.Tensor | None = None
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -10,7 +10,7 @@ No paper: the baseline that papers measure against (RTN in the tables of GPTQ, a
 Layout: weight_OI is [O, I] as in `torch.nn.Linear`; one s and z for each tile of it (see `grid`).
 Shapes: O out features, I in features, R and C rows and columns of tiles, h and w a tile's height and width.
 
-Left out on purpose: observers that search for a better range than minimum to maximum.
+The range is minimum to maximum unless the scheme's observer chooses a better one (see `observers`).
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
+from runtime.algorithms.observers import fitted_grid
 from runtime.algorithms.result import QuantizedWeight
 
-STRATEGIES = ("tensor", "channel", "group", "block")
+STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
-def quantize_rtn(weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Round a weight to the nearest points of its min-max grid.
+def quantize_rtn(
+    weight_OI: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None = None,
+    importance_I: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Round a weight to the nearest points of its grid.
 
     Args:
         weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
-        args: strategy, bits and symmetry.
+        args: strategy, bits, symmetry and observer.
         scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
+        global_scale: NVFP4's [1], where siblings share one.
+        importance_I: the mean square of each input feature, where the observer asks for it.
 
     Returns:
         The dequantized weight with its scales; `loss` is the sum of (W-Q)^2.
@@ -40,24 +50,29 @@ def quantize_rtn(weight_OI: torch.Tensor, args: QuantizationArgs, *, scale_dtype
     """
     weight_OI = weight_OI.detach()
     grid.check_weight(weight_OI, args, offered=STRATEGIES)
-    found = grid.min_max_grid(weight_OI, args, scale_dtype=scale_dtype)
+    found = fitted_grid(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+    quantized_OI = rounded(weight_OI, found, args)
+    return QuantizedWeight(
+        weight_OI=quantized_OI.to(torch.float32),
+        scale=grid.stored(found.scale_RC, args),
+        zero_point=None if found.zero_point_RC is None else grid.stored(found.zero_point_RC, args),
+        global_scale=found.global_scale,
+        loss=float((weight_OI.to(quantized_OI.dtype) - quantized_OI).square().sum(dtype=torch.float64)),
+        damping=0.0,
+    )
+
+
+def rounded(weight_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs) -> torch.Tensor:
+    """A weight rounded to a grid, dequantized, in the dtype of the arithmetic."""
     dtype = grid.work_dtype(weight_OI)
 
     def spread(tensor_RC: torch.Tensor) -> torch.Tensor:
         return tensor_RC.to(dtype)[:, None, :, None]
 
-    zero_point_RC = found.zero_point_RC
     tiles_RhCw = grid.snap_(
         grid.tile(weight_OI.to(dtype, copy=True), args),
-        spread(found.scale_RC),
-        None if zero_point_RC is None else spread(zero_point_RC),
+        spread(found.factor_RC(torch.float32)),
+        None if found.zero_point_RC is None else spread(found.zero_point_RC),
         args,
     )
-    quantized_OI = grid.untile(tiles_RhCw, shape=(weight_OI.shape[0], weight_OI.shape[1]))
-    return QuantizedWeight(
-        weight_OI=quantized_OI.to(torch.float32),
-        scale=grid.stored(found.scale_RC, args),
-        zero_point=None if zero_point_RC is None else grid.stored(zero_point_RC, args),
-        loss=float((weight_OI.to(dtype) - quantized_OI).square().sum(dtype=torch.float64)),
-        damping=0.0,
-    )
+    return grid.untile(tiles_RhCw, shape=(weight_OI.shape[0], weight_OI.shape[1]))

@@ -16,6 +16,8 @@ from runtime.streaming.weight_stream import WeightStream
 from runtime.weights import assign, unload
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from runtime.recipe import Assignment
     from runtime.streaming.passes import Passes
     from runtime.streaming.steps import Plan, Step
@@ -65,6 +67,17 @@ class Written:
         }
         return decompress_module(tensors, job.scheme).to(dtype)
 
+    def give_input_parts(self, model: nn.Module, module: str) -> None:
+        """Give a quantized module the scales of its static inputs, if it has any."""
+        from runtime.quantized import set_input_parts
+        from runtime.schemes import input_parts
+
+        job, key = self.jobs[module], self.source.plain_key(f"{module}.weight")
+        assert key is not None, f"{module} is not one tensor of the checkpoint"
+        prefix = key.removesuffix("weight")
+        parts = {part: self.writer.read(f"{prefix}{part}") for part in input_parts(job.scheme)}
+        set_input_parts(model.get_submodule(module), parts)
+
 
 def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
     """Send all batches through finished steps.
@@ -90,6 +103,9 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
                         name,
                         written.source.read(name, written.device) if original else written.read(name),
                     )
+                module = name.removesuffix(".weight")
+                if module in written.jobs and name.endswith(".weight"):
+                    written.give_input_parts(passes.model, module)
             passes.begin()
             passes.go_on(step)
             unload(passes.model, names)

@@ -12,6 +12,7 @@ import torch
 
 from runtime.errors import DataError, SeqbuildError
 from runtime.inputs import require_in_range
+from runtime.masks import LOSS_MASK
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -46,6 +47,7 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
         return None
     symbol = manifest.inputs[0].shape[0]
     dims = {entry.name: entry.shape.index(symbol) for entry in manifest.inputs if symbol in entry.shape}
+    dims[LOSS_MASK] = 0
     parts: Batches = []
     for batch in batches:
         count = batch[manifest.inputs[0].name].shape[0]

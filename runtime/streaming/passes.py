@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.quantized import input_quantization
 
@@ -50,17 +50,24 @@ class Passes:
         self.is_running = self.is_touched = self._went_on = False
         self.num_tokens = 0
 
-    def measure(self, step: Step) -> None:
-        """Run all batches and forget what they return; hooks see what passes."""
+    def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
+        """Run all batches and forget what they return; hooks see what passes, and `before` which batch comes."""
         keeps = step.goes_on and not self.propagate_error and not self._went_on
         with self._running():
             for batch, inputs in self.activations.stream(step.subgraph.input_names, private=True):
+                before(batch)
                 outputs = step.subgraph.forward(self.model, **inputs)
                 del inputs
                 if keeps:
                     self.activations.store(batch, outputs)
                 self._passed(step, batch)
         self._went_on |= keeps
+
+    def first(self, step: Step) -> Any:
+        """What the subgraph returns for the first batch, which stays as it was."""
+        for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
+            return step.subgraph.forward(self.model, **inputs)
+        return {}
 
     def go_on(self, step: Step) -> None:
         """Put what the subgraph returns in the place of what nobody needs any more."""

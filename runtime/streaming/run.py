@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from runtime.activations import Activations, Budget
+from runtime.masks import LOSS_MASK, token_mask
 from runtime.streaming import journal
 from runtime.streaming.boundary import CannotSaveError, load_boundary, remove_boundary, save_boundary
 from runtime.streaming.catch_up import Written, run_again
@@ -172,7 +173,9 @@ class StreamingRun:
             writer=self.writer,
             jobs=self.jobs,
             device=self.options.device,
-            run_batches=lambda: self.passes.measure(step),
+            run_batches=lambda before=_ignore: self.passes.measure(step, before),
+            run_first=lambda: self.passes.first(step),
+            masks=[token_mask(batch) for batch in self.batches],
         )
 
     def _commit(self, step: Step, work: Work) -> None:
@@ -261,11 +264,10 @@ class StreamingRun:
 
     def _set_batches(self) -> None:
         outlives = _lasting(self.plan)
+        inputs = [{name: value for name, value in batch.items() if name != LOSS_MASK} for batch in self.batches]
         self.passes = Passes(
             model=self.model,
-            activations=Activations(
-                self.batches, self.options.device, self.options.budget, self.workplace.values, outlives
-            ),
+            activations=Activations(inputs, self.options.device, self.options.budget, self.workplace.values, outlives),
             jobs=self.jobs,
             propagate_error=self.options.propagate_error,
             watcher=self.watch,
@@ -325,6 +327,10 @@ class StreamingRun:
         self.batches = parts
         self.passes.activations.close()
         self._set_batches()
+
+
+def _ignore(batch: int) -> None:
+    """What is done before a batch by one who does not ask which it is."""
 
 
 def _num_tokens(batch: Mapping[str, Any]) -> int:

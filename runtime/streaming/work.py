@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,9 @@ class Work:
         jobs: what is done to each module.
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once; what it returns is thrown away. Hooks on modules see
-            what passes.
+            what passes. What it is given, if anything, it calls with the index of each batch before that runs.
+        run_first: sends the first batch through the subgraph and returns what that returns.
+        masks: for each batch which of its tokens count in statistics, bool [B, S]; None for all.
         reports: of the modules that are done.
         kept: quantized and rewritten parameters that later subgraphs use as well.
         warnings: what a user should know, a line each.
@@ -50,7 +52,9 @@ class Work:
     writer: ShardWriter
     jobs: dict[str, Assignment]
     device: torch.device
-    run_batches: Callable[[], None]
+    run_batches: Callable[..., None]
+    run_first: Callable[[], Any]
+    masks: Sequence[torch.Tensor | None] = ()
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -68,8 +72,19 @@ class Work:
         """The dtype of a module's weight in the checkpoint, which its scales get too."""
         return DTYPES[self.source.checkpoint.stored(self._key(f"{name}.weight")).dtype]
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a parameter in the checkpoint."""
+        return DTYPES[self.source.checkpoint.stored(self._key(name)).dtype]
+
     def quantized(
-        self, name: str, result: QuantizedWeight, *, num_tokens: int, error: float = 0.0, start: float | None = None
+        self,
+        name: str,
+        result: QuantizedWeight,
+        *,
+        num_tokens: int,
+        error: float = 0.0,
+        start: float | None = None,
+        algorithm: str = "",
     ) -> None:
         """Write a module's quantized weight, and let the model go on with what a reader of it computes with.
 
@@ -79,14 +94,17 @@ class Work:
             num_tokens: how many inputs it has seen.
             error: see `ModuleReport`.
             start: the clock (`perf_counter`) when work on the module began.
+            algorithm: what was used; by default what the job says.
         """
+        from runtime.quantized import set_input_parts
         from runtime.schemes import compress_module, decompress_module
 
         job, key = self.jobs[name], self._key(f"{name}.weight")
-        tensors = compress_module(name, result.weight_OI, result.scale, result.zero_point, job.scheme)
+        tensors = compress_module(name, result, job.scheme)
         if self.step.is_run or f"{name}.weight" in self.plan.reused:
             dense = decompress_module(tensors, job.scheme).to(self.weight(name).dtype)
             self._go_on_with(f"{name}.weight", dense)
+        set_input_parts(self.model.get_submodule(name), result.inputs)
         size = sum(self.writer.write(f"{key.removesuffix('weight')}{part}", t) for part, t in tensors.items())
         self.num_bytes += size
         if not self.step.is_run:
@@ -94,7 +112,7 @@ class Work:
         self.reports.append(
             ModuleReport(
                 name=name,
-                algorithm=job.algorithm,
+                algorithm=algorithm or job.algorithm,
                 loss=result.loss,
                 damping=result.damping,
                 num_tokens=num_tokens,

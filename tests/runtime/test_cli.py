@@ -269,7 +269,7 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
+    monkeypatch.setattr("runtime.modify.modifier.collect_statistics", fail)
     before = place.tree()
     assert_refused(run(place.calibrate()), "out of memory", "lower --batch-size or --seq-len")
     assert place.tree() == before
@@ -279,7 +279,7 @@ def test_a_bug_of_ours_is_not_dressed_up(place: Place, run: Run, monkeypatch: py
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
+    monkeypatch.setattr("runtime.modify.modifier.collect_statistics", fail)
     before = place.tree()
     with pytest.raises(AssertionError, match="a bug"):
         run(place.calibrate())

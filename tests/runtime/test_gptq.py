@@ -6,7 +6,9 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import HessianAccumulator, quantize_gptq
+from runtime.algorithms.gptq import quantize_gptq, quantize_siblings
+from runtime.algorithms.hessian import HessianAccumulator
+from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 
@@ -311,3 +313,122 @@ def test_products_of_bf16_inputs_are_not_rounded() -> None:
         [1.01568603515625, 1.03143310546875],
         [1.03143310546875, 1.04742431640625],
     ]
+
+
+class TestSiblings:
+    """Weights that see one input, solved together."""
+
+    @pytest.mark.parametrize("actorder", [None, "static"])
+    @pytest.mark.parametrize("args", [int_args(3), int_args(4, symmetric=False), int_args(strategy="channel"), FLOAT8])
+    def test_equal_to_one_after_the_other(
+        self, hessian_II: torch.Tensor, args: QuantizationArgs, actorder: str | None
+    ) -> None:
+        weights = [random_weight(), random_weight()[:7] * 3, random_weight()[5:6]]
+        together = quantize_siblings(weights, hessian_II, args, scale_dtype=torch.bfloat16, actorder=actorder)
+        for weight_OI, got in zip(weights, together, strict=True):
+            alone = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16, actorder=actorder)
+            assert torch.equal(got.weight_OI, alone.weight_OI)
+            assert torch.equal(got.scale, alone.scale)
+            assert got.loss == pytest.approx(alone.loss, rel=1e-9)
+
+    def test_a_scale_for_the_whole_tensor_is_each_one_s_own(self, hessian_II: torch.Tensor) -> None:
+        weights = [random_weight(), random_weight() * 2]
+        small, large = quantize_siblings(weights, hessian_II, int_args(strategy="tensor"), scale_dtype=torch.float32)
+        assert float(large.scale) == 2 * float(small.scale)
+
+
+NVFP4 = QuantizationArgs(
+    num_bits=4,
+    type="float",
+    symmetric=True,
+    strategy="tensor_group",
+    group_size=16,
+    scale_dtype=torch.float8_e4m3fn,
+    zp_dtype=torch.float8_e4m3fn,
+)
+MXFP4 = NVFP4.model_copy(
+    update={"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+)
+
+
+@pytest.mark.parametrize("actorder", [None, "static"])
+@pytest.mark.parametrize("args", [NVFP4, MXFP4])
+def test_small_floats(hessian_II: torch.Tensor, args: QuantizationArgs, actorder: str | None) -> None:
+    weight_OI = random_weight()
+    got = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16, actorder=actorder)
+    rounded = quantize_rtn(weight_OI, args, scale_dtype=torch.bfloat16)
+    factor = got.scale if got.global_scale is None else got.scale / got.global_scale
+    numbers = (got.weight_OI / spread(factor)).abs()
+    nearest = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert float((numbers[..., None] - nearest).abs().amin(-1).max()) < 1e-5
+    inputs = correlated()
+    assert output_error(weight_OI, got.weight_OI, inputs) < 0.8 * output_error(weight_OI, rounded.weight_OI, inputs)
+
+
+def test_nvfp4_siblings_share_a_global_scale(hessian_II: torch.Tensor) -> None:
+    weights = [random_weight(), random_weight() * 5]
+    one, two = quantize_siblings(weights, hessian_II, NVFP4, scale_dtype=torch.bfloat16)
+    assert one.global_scale is not None and two.global_scale is not None
+    assert torch.equal(one.global_scale, two.global_scale)
+    assert float(one.global_scale) == pytest.approx(448 * 6 / float(weights[1].abs().max()), rel=1e-6)
+
+
+class TestRefine:
+    """Coordinate descent on columns and scales."""
+
+    @pytest.mark.parametrize(
+        "args", [int_args(2), int_args(2, symmetric=False), int_args(3, strategy="channel"), NVFP4]
+    )
+    def test_loses_less_each_time_and_knows_what_it_loses(
+        self, inputs_TI: torch.Tensor, hessian_II: torch.Tensor, args: QuantizationArgs
+    ) -> None:
+        weight_OI = random_weight()
+        result = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16)
+        losses = [result.loss]
+        for _ in range(3):
+            result = refine(weight_OI, result, hessian_II, args, sweeps=1)
+            assert result.loss == pytest.approx(output_error(weight_OI, result.weight_OI, inputs_TI), rel=1e-5)
+            losses.append(result.loss)
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < 0.98 * losses[0]
+
+    def test_no_single_column_can_be_better(self, hessian_II: torch.Tensor) -> None:
+        weight_OI = random_weight()
+        args = int_args(3, strategy="channel")
+        result = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.float32)
+        result = refine(weight_OI, result, hessian_II, args, sweeps=40)
+        for step in (-1, 1):
+            for column in range(0, NUM_IN, 5):
+                other = result.weight_OI.double().clone()
+                other[:, column] += step * result.scale[:, 0].double()
+                inside = ((other / result.scale.double()).round().abs() <= 3).all()
+                error = other - weight_OI
+                loss_O = ((error @ hessian_II) * error).sum(1)
+                before = result.weight_OI.double() - weight_OI
+                least_O = ((before @ hessian_II) * before).sum(1)
+                assert not inside or bool((loss_O >= least_O * (1 - 1e-6)).all())
+
+    @pytest.mark.parametrize("args", [int_args(2), int_args(3, symmetric=False)])
+    def test_the_weight_stays_on_the_stored_grid(self, hessian_II: torch.Tensor, args: QuantizationArgs) -> None:
+        weight_OI = random_weight().float()
+        result = quantize_gptq(weight_OI, hessian_II.float(), args, scale_dtype=torch.bfloat16)
+        got = refine(weight_OI, result, hessian_II.float(), args)
+        zero = torch.zeros(()) if got.zero_point is None else spread(got.zero_point).float()
+        integers = (got.weight_OI / spread(got.scale).float() + zero).round()
+        half = 2 ** (args.num_bits - 1)
+        assert float(integers.min()) >= -half and float(integers.max()) <= half - 1
+        assert torch.equal((integers - zero) * spread(got.scale).float(), got.weight_OI)
+        assert not torch.equal(got.scale, result.scale)
+
+    def test_is_deterministic_and_leaves_its_inputs_alone(self, hessian_II: torch.Tensor) -> None:
+        weight_OI = random_weight().float()
+        result = quantize_gptq(weight_OI, hessian_II.float(), int_args(2), scale_dtype=torch.bfloat16)
+        before = result.weight_OI.clone(), hessian_II.clone()
+        one, two = (refine(weight_OI, result, hessian_II.float(), int_args(2)) for _ in range(2))
+        assert torch.equal(one.weight_OI, two.weight_OI)
+        assert torch.equal(result.weight_OI, before[0]) and torch.equal(hessian_II, before[1])
+
+    def test_refuses(self, hessian_II: torch.Tensor) -> None:
+        result = quantize_gptq(random_weight(), hessian_II, int_args(2), scale_dtype=torch.bfloat16)
+        with pytest.raises(QuantizationError, match="does not fit"):
+            refine(random_weight(), result, hessian_II[:4, :4], int_args(2))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runtime.errors import RecipeError
+from runtime.presets import scheme_from_preset
 from runtime.recipe import Assignment, GptqOptions, Recipe
-from runtime.schemes import scheme_from_preset
 
 LINEARS = {
     "model.layers.0.self_attn.q_proj": "Linear",

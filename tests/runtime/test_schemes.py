@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -12,17 +13,20 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
+from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError, RecipeError, WeightsError
+from runtime.presets import PRESETS, checked, checked_cache, scheme_from_preset
 from runtime.schemes import (
-    PRESETS,
     CheckpointSchemes,
-    checked,
     compress_module,
     decompress_module,
+    input_parts,
     quantization_config,
     quantize_activation,
-    scheme_from_preset,
+    static_input_parts,
+    stored_dtypes,
+    stored_shapes,
 )
 from tests.runtime.small import load_transformers
 
@@ -54,7 +58,29 @@ OFFERED = {
     "W8A8-tensor": with_inputs("int", "tensor"),
     "W8A8-asymmetric-inputs": with_inputs("int", "channel", symmetric_inputs=False),
     "FP8-tensor": with_inputs("float", "tensor"),
+    "FP8-weights-alone": checked(
+        QuantizationScheme(
+            targets=LINEAR, weights=QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+        )
+    ),
+    "W8A8-static-asymmetric": checked(
+        QuantizationScheme(
+            targets=LINEAR,
+            weights=QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel"),
+            input_activations=QuantizationArgs(num_bits=8, type="int", symmetric=False, strategy="tensor"),
+        )
+    ),
 }
+SMALL_FLOATS = tuple(name for name in OFFERED if name.startswith(("NVFP4", "MXFP")))
+
+
+def quantized(weight_OI: torch.Tensor, scheme: QuantizationScheme, dtype: torch.dtype) -> QuantizedWeight:
+    """Rounded to nearest, with scales for inputs between -3 and 5 where they are static."""
+    result = quantize_rtn(weight_OI, scheme.weights, scale_dtype=dtype)
+    if not input_parts(scheme):
+        return result
+    parts = static_input_parts(torch.tensor(-3.0), torch.tensor(5.0), scheme.input_activations, dtype)
+    return dataclasses.replace(result, inputs=parts)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -66,12 +92,14 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
 def test_compress_and_decompress_give_the_weight_back(name: str, dtype: torch.dtype) -> None:
     scheme = OFFERED[name]
     # 50 rows and 384 columns: neither the packed words of zero points nor those of 3 bit weights come out even.
-    got = quantize_rtn(random(50, 384, dtype=dtype), scheme.weights, scale_dtype=dtype)
-    tensors = compress_module("m", got.weight_OI, got.scale, got.zero_point, scheme)
+    got = quantized(random(50, 384, dtype=dtype), scheme, dtype)
+    tensors = compress_module("m", got, scheme)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     weight_OI = decompress_module(tensors, scheme)
-    assert weight_OI.dtype == dtype
-    assert torch.equal(weight_OI, got.weight_OI.to(dtype))
+    assert weight_OI.dtype == (torch.bfloat16 if name in SMALL_FLOATS else dtype)
+    assert torch.equal(weight_OI, got.weight_OI.to(weight_OI.dtype))
+    assert stored_shapes((50, 384), scheme) == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    assert stored_dtypes(scheme, dtype) == {key: tensor.dtype for key, tensor in tensors.items()}
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -103,18 +131,60 @@ def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, 
             "FP8_DYNAMIC",
             {"weight": (torch.float8_e4m3fn, [64, 256]), "weight_scale": (torch.bfloat16, [64, 1])},
         ),
+        (
+            "FP8",
+            {
+                "input_scale": (torch.bfloat16, [1]),
+                "weight": (torch.float8_e4m3fn, [64, 256]),
+                "weight_scale": (torch.bfloat16, [1]),
+            },
+        ),
+        (
+            "FP8_BLOCK",
+            {"weight": (torch.float8_e4m3fn, [64, 256]), "weight_scale": (torch.bfloat16, [1, 2])},
+        ),
+        (
+            "NVFP4",
+            {
+                "input_global_scale": (torch.float32, [1]),
+                "weight_global_scale": (torch.float32, [1]),
+                "weight_packed": (torch.uint8, [64, 128]),
+                "weight_scale": (torch.float8_e4m3fn, [64, 16]),
+            },
+        ),
+        (
+            "NVFP4A16",
+            {
+                "weight_global_scale": (torch.float32, [1]),
+                "weight_packed": (torch.uint8, [64, 128]),
+                "weight_scale": (torch.float8_e4m3fn, [64, 16]),
+            },
+        ),
+        ("MXFP4", {"weight_packed": (torch.uint8, [64, 128]), "weight_scale": (torch.uint8, [64, 8])}),
+        ("MXFP8", {"weight": (torch.float8_e4m3fn, [64, 256]), "weight_scale": (torch.uint8, [64, 8])}),
+        (
+            "W4A8",
+            {
+                "weight_packed": (torch.int32, [64, 32]),
+                "weight_scale": (torch.bfloat16, [64, 2]),
+                "weight_shape": (torch.int64, [2]),
+            },
+        ),
     ],
 )
 def test_what_is_stored(name: str, expected: dict[str, tuple[torch.dtype, list[int]]]) -> None:
-    got = quantize_rtn(random(64, 256), OFFERED[name].weights, scale_dtype=torch.bfloat16)
-    tensors = compress_module("m", got.weight_OI, got.scale, got.zero_point, OFFERED[name])
+    tensors = compress_module("m", quantized(random(64, 256), OFFERED[name], torch.bfloat16), OFFERED[name])
     assert described(tensors) == expected
+
+
+def result_of(weight_OI: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> QuantizedWeight:
+    return QuantizedWeight(weight_OI=weight_OI, scale=scale, zero_point=zero_point, loss=0.0, damping=0.0)
 
 
 def test_four_bit_words_hold_eight_weights_lowest_first() -> None:
     scheme = weight_only(4, strategy="channel")
     integers = torch.tensor([[-8.0, -7, 0, 1, 2, 3, 6, 7]])
-    tensors = compress_module("m", integers, torch.ones(1, 1), None, scheme)
+    tensors = compress_module("m", result_of(integers, torch.ones(1, 1)), scheme)
     words = [f"{word & 0xFFFFFFFF:08x}" for word in tensors["weight_packed"][0].tolist()]
     assert words == ["feba9810"]
 
@@ -122,9 +192,13 @@ def test_four_bit_words_hold_eight_weights_lowest_first() -> None:
 def test_compress_refuses_what_does_not_fit_and_names_the_module() -> None:
     weight = torch.zeros(4, 64)
     with pytest.raises(QuantizationError, match=r"layers\.0\.q: a scale of shape \[4, 1\] .* needs \[4, 2\]"):
-        compress_module("layers.0.q", weight, torch.ones(4, 1), None, weight_only(4))
+        compress_module("layers.0.q", result_of(weight, torch.ones(4, 1)), weight_only(4))
     with pytest.raises(QuantizationError, match=r"layers\.0\.q: an asymmetric scheme needs a zero point"):
-        compress_module("layers.0.q", weight, torch.ones(4, 2), None, weight_only(4, False))
+        compress_module("layers.0.q", result_of(weight, torch.ones(4, 2)), weight_only(4, False))
+    with pytest.raises(QuantizationError, match=r"layers\.0\.q: its inputs' scheme needs \('input_scale',\)"):
+        compress_module("layers.0.q", result_of(weight, torch.ones(1)), OFFERED["FP8"])
+    with pytest.raises(QuantizationError, match=r"layers\.0\.q: NVFP4 needs a global scale"):
+        compress_module("layers.0.q", result_of(weight, torch.ones(4, 4)), OFFERED["NVFP4A16"])
 
 
 def test_decompress_names_what_is_missing() -> None:
@@ -138,15 +212,26 @@ def test_presets_are_found_in_any_case() -> None:
     assert scheme_from_preset("int8", LINEAR) == scheme_from_preset("W8A8", LINEAR)
 
 
-@pytest.mark.parametrize("name", ["NVFP4", "NVFP4A16", "MXFP4", "MXFP8", "FP8", "FP8_BLOCK", "W4A8", "W3A16"])
-def test_presets_not_offered_yet_are_refused_by_name(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"the scheme {name} is not offered yet .*W4A16, W4A16_ASYM"):
-        scheme_from_preset(name, LINEAR)
+def test_every_preset_of_the_format_s_description_is_there() -> None:
+    described = "W4A16 W4A16_ASYM W8A8 FP8 FP8_DYNAMIC FP8_BLOCK NVFP4 NVFP4A16 MXFP4 MXFP4A16 MXFP8 W3A16 W8A16 W4A8"
+    assert set(described.split()) <= set(PRESETS)
+
+
+def test_what_is_no_scheme_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match=r"the scheme UNQUANTIZED is not offered .*W4A16, W5A16"):
+        scheme_from_preset("unquantized", LINEAR)
 
 
 def test_a_misspelt_preset_is_told_its_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"there is no scheme 'W4A61' .*nearest is W4A16; offered are W4A16"):
+    with pytest.raises(RecipeError, match=r"there is no scheme 'W4A61' .*nearest is W4A16; offered are W2A16"):
         scheme_from_preset("W4A61", LINEAR)
+
+
+def test_the_cache_is_8_bit_float_by_tensor() -> None:
+    assert checked_cache(QuantizationArgs(num_bits=8, type="float", strategy="tensor")).num_bits == 8
+    for odd in ({"type": "int"}, {"num_bits": 4}, {"strategy": "channel"}, {"symmetric": False}):
+        with pytest.raises(RecipeError, match=r"a key-value cache .* is not offered"):
+            checked_cache(QuantizationArgs(**{"num_bits": 8, "type": "float", "strategy": "tensor", **odd}))
 
 
 INT8 = {"num_bits": 8, "type": "int"}
@@ -158,38 +243,38 @@ TOKEN = {**INT8, "strategy": "token", "dynamic": True}
     [
         ({}, "without weights"),
         ({"weights": INT8, "output_activations": TOKEN}, "output_activations"),
-        ({"weights": {**INT8, "strategy": "tensor"}}, "alone with strategy tensor"),
+        ({"weights": {**INT8, "strategy": "tensor"}}, "by tensor are not offered"),
         ({"weights": {"num_bits": 1, "strategy": "channel"}}, "1 bit"),
         ({"weights": {"num_bits": 16, "strategy": "channel"}}, "16 bit"),
-        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}, "float weights without"),
-        (
-            {
-                "weights": {
-                    "num_bits": 4,
-                    "type": "float",
-                    "group_size": 16,
-                    "scale_dtype": "uint8",
-                    "zp_dtype": "uint8",
-                }
-            },
-            "MXFP4",
-        ),
+        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": False}}, "asymmetric"),
+        ({"weights": {"num_bits": 4, "type": "float", "group_size": 32}}, "use one of the presets for float weights"),
         ({"weights": {**INT8, "group_size": 32, "scale_dtype": "uint8"}}, "scale_dtype torch.uint8"),
         ({"weights": {**INT8, "dynamic": True}}, "weights cannot be dynamic"),
-        ({"weights": {**INT8, "strategy": "channel", "observer": "mse"}}, "observer 'mse'"),
-        ({"weights": {**INT8, "strategy": "channel", "observer_kwargs": {"a": 1}}}, "observer_kwargs"),
-        ({"weights": {**INT8, "strategy": "channel"}, "input_activations": INT8}, "static activation"),
+        ({"weights": {**INT8, "strategy": "channel", "observer": "best"}}, "observer 'best' is not offered"),
+        ({"weights": {**INT8, "strategy": "channel", "observer_kwargs": {"a": 1}}}, "observer_kwargs 'a'"),
         (
-            {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**TOKEN, "num_bits": 4}},
-            "4 bit input_act",
+            {"weights": {**INT8, "strategy": "channel", "observer": "mse", "observer_kwargs": {"norm": "x"}}},
+            "norm must be a positive number, not 'x'",
+        ),
+        (
+            {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**INT8, "strategy": "token"}},
+            "static 8 bit input_activations by token",
+        ),
+        (
+            {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**TOKEN, "num_bits": 6}},
+            "6 bit int input_act",
         ),
         (
             {"weights": {**INT8, "strategy": "channel"}, "input_activations": {**TOKEN, "strategy": "tensor"}},
             "by tensor",
         ),
-        ({"weights": {**INT8, "strategy": "channel", "symmetric": False}, "input_activations": TOKEN}, "symmetric"),
-        ({"weights": {**INT8, "group_size": 32}, "input_activations": TOKEN}, "strategy group"),
-        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "input_activations": TOKEN}, "same type"),
+        (
+            {
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                "input_activations": {**TOKEN, "num_bits": 8},
+            },
+            "8 bit float weights with 8 bit int inputs",
+        ),
         ({"weights": {**INT8, "strategy": "channel"}, "format": "int-quantized"}, "its format is pack-quantized"),
     ],
 )
@@ -264,9 +349,9 @@ def test_a_group_without_format_has_the_config_s() -> None:
     [
         ({"quant_method": "gptq"}, "quantized by 'gptq'"),
         ({"quantization_status": "frozen"}, "frozen, not compressed"),
-        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "key-value cache"),
+        ({"kv_cache_scheme": {"num_bits": 4, "type": "float", "strategy": "tensor"}}, "key-value cache"),
         ({"config_groups": {"group_0": {"targets": "Linear"}}}, "cannot be read"),
-        ({"config_groups": {"NVFP4A16": ["Linear"]}}, "4 bit float weights"),
+        ({"config_groups": {"UNQUANTIZED": ["Linear"]}}, "without weights"),
     ],
 )
 def test_configs_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
@@ -295,8 +380,7 @@ def save_checkpoint(model: Any, scheme: QuantizationScheme, folder: Path) -> dic
     dense = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            got = quantize_rtn(module.weight, scheme.weights, scale_dtype=torch.bfloat16)
-            tensors = compress_module(name, got.weight_OI, got.scale, got.zero_point, scheme)
+            tensors = compress_module(name, quantized(module.weight, scheme, torch.bfloat16), scheme)
             del state[f"{name}.weight"]
             state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
             dense[name] = decompress_module(tensors, scheme)
@@ -307,7 +391,8 @@ def save_checkpoint(model: Any, scheme: QuantizationScheme, folder: Path) -> dic
 
 
 @pytest.mark.parametrize(
-    "name", ["W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "int3-sym-group", "W8A8-asymmetric-inputs"]
+    "name",
+    [*PRESETS, "int3-sym-group", "W8A8-asymmetric-inputs", "W8A8-static-asymmetric", "FP8-weights-alone"],
 )
 def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
@@ -328,12 +413,13 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     scheme = OFFERED[name]
     dense = save_checkpoint(model, scheme, tmp_path)
+    parts = quantized(torch.ones(1, 128), scheme, torch.bfloat16).inputs
     for module_name, weight_OI in dense.items():
         module = model.get_submodule(module_name)
         module.weight.data = weight_OI
         if scheme.input_activations is not None:
             module.register_forward_pre_hook(
-                lambda _, inputs: (quantize_activation(inputs[0], scheme.input_activations),)
+                lambda _, inputs: (quantize_activation(inputs[0], scheme.input_activations, parts),)
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

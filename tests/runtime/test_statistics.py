@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
 from torch import nn
 
-from runtime.statistics import collect_hessians
-
-CPU = torch.device("cpu")
+from runtime.statistics import InputStatistics, Needs, collect_statistics
 
 
 def linears(*names: str, width: int = 2) -> dict[str, nn.Linear]:
@@ -27,6 +25,22 @@ def gram(parts: Iterable[torch.Tensor]) -> list[list[float]]:
     return [[sum(row[i] * row[j] for row in rows) for j in range(width)] for i in range(width)]
 
 
+def collect(
+    modules: dict[str, nn.Linear],
+    run_batches: Callable[[], object],
+    masks: Sequence[torch.Tensor | None] = (),
+    needs: Needs | None = None,
+) -> dict[str, InputStatistics]:
+    """All that can be measured, of calls that are one batch."""
+
+    def run(begin: Callable[[int], None]) -> None:
+        begin(0)
+        run_batches()
+
+    wanted = dict.fromkeys(modules, needs or Needs(hessian=True, channels=True))
+    return collect_statistics(modules, wanted, run, torch.device("cpu"), masks)
+
+
 class Chain:
     """Calls modules as told, and counts how often all batches ran."""
 
@@ -42,7 +56,7 @@ class Chain:
 def test_known_numbers() -> None:
     modules = linears("a")
     inputs_BSI = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, -1.0], [5.0, 0.0]]])
-    found = collect_hessians(modules, lambda: modules["a"](inputs_BSI), CPU)
+    found = collect(modules, lambda: modules["a"](inputs_BSI))
     assert found["a"].hessian_II.tolist() == [[35.0, 14.0], [14.0, 21.0]]
     assert found["a"].num_tokens == 4
 
@@ -59,7 +73,7 @@ def test_modules_that_are_handed_one_tensor_share_one_sum() -> None:
             modules["o"](other)
 
     chain = Chain(calls)
-    found = collect_hessians(modules, chain, CPU)
+    found = collect(modules, chain)
     assert found["q"] is found["k"] is found["v"]
     assert found["o"] is not found["q"]
     assert found["q"].hessian_II.tolist() == gram(batches)
@@ -76,7 +90,7 @@ def test_equal_numbers_in_two_tensors_are_not_shared() -> None:
         modules["a"](batch)
         modules["b"](batch.clone())
 
-    found = collect_hessians(modules, calls, CPU)
+    found = collect(modules, calls)
     assert found["a"] is not found["b"]
     assert found["a"].hessian_II.tolist() == found["b"].hessian_II.tolist() == gram([batch])
 
@@ -91,7 +105,7 @@ def test_a_tensor_that_was_changed_in_place_is_another_one() -> None:
             modules["a"](batch)
             modules["b"](batch.mul_(2))
 
-    found = collect_hessians(modules, calls, CPU)
+    found = collect(modules, calls)
     assert found["a"].hessian_II.tolist() == gram(batches)
     assert found["b"].hessian_II.tolist() == gram([2 * batch for batch in batches])
 
@@ -148,7 +162,7 @@ def test_sharing_that_breaks_falls_back_to_a_sum_each(
     modules = linears("a", "b")
     parts = {name: [whole_numbers(2, 3, 2, seed=ord(name) + index) for index in (0, 1)] for name in "ab"}
     chain = Chain(lambda: calls(modules, parts))
-    found = collect_hessians(modules, chain, CPU)
+    found = collect(modules, chain)
     for name, seen in (("a", seen_by_a), ("b", seen_by_b)):
         expected = [parts[key[0]][int(key[1])] for key in seen]
         assert found[name].hessian_II.tolist() == gram(expected)
@@ -166,19 +180,19 @@ def test_a_late_module_does_not_follow_one_that_saw_more_before() -> None:
         modules["a"](batches[1])
         modules["b"](batches[1])
 
-    found = collect_hessians(modules, calls, CPU)
+    found = collect(modules, calls)
     assert found["a"].hessian_II.tolist() == gram(batches)
     assert found["b"].hessian_II.tolist() == gram(batches[1:])
 
 
 def test_a_module_that_is_never_called_is_left_out() -> None:
     modules = linears("a", "b")
-    assert list(collect_hessians(modules, lambda: modules["a"](whole_numbers(4, 2)), CPU)) == ["a"]
+    assert list(collect(modules, lambda: modules["a"](whole_numbers(4, 2)))) == ["a"]
 
 
 def test_no_tokens_at_all_count_as_none() -> None:
     modules = linears("a")
-    found = collect_hessians(modules, lambda: modules["a"](torch.empty(0, 2)), CPU)
+    found = collect(modules, lambda: modules["a"](torch.empty(0, 2)))
     assert found["a"].num_tokens == 0
     assert found["a"].hessian_II.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
@@ -186,7 +200,7 @@ def test_no_tokens_at_all_count_as_none() -> None:
 def test_an_input_given_by_name_is_seen() -> None:
     modules = linears("a")
     batch = whole_numbers(3, 2)
-    found = collect_hessians(modules, lambda: modules["a"](input=batch), CPU)
+    found = collect(modules, lambda: modules["a"](input=batch))
     assert found["a"].hessian_II.tolist() == gram([batch])
 
 
@@ -198,14 +212,72 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
         raise RuntimeError("the model failed")
 
     with pytest.raises(RuntimeError, match="the model failed"):
-        collect_hessians(modules, fail, CPU)
-    collect_hessians(modules, lambda: modules["a"](whole_numbers(3, 2)), CPU)
+        collect(modules, fail)
+    collect(modules, lambda: modules["a"](whole_numbers(3, 2)))
     assert not modules["a"]._forward_pre_hooks
 
 
 def test_half_precision_is_summed_up_exactly_in_float32() -> None:
     modules = {"a": nn.Linear(2, 2, bias=False).bfloat16()}
     batch = torch.tensor([[1.0, 1.0]] * 600, dtype=torch.bfloat16)  # bfloat16 would stop counting at 256
-    found = collect_hessians(modules, lambda: modules["a"](batch), CPU)
+    found = collect(modules, lambda: modules["a"](batch))
     assert found["a"].hessian_II.tolist() == [[600.0, 600.0], [600.0, 600.0]]
     assert found["a"].hessian_II.dtype == torch.float32
+
+
+def test_sizes_of_channels_by_hand() -> None:
+    modules = linears("a")
+    found = collect(modules, lambda: modules["a"](torch.tensor([[1.0, -2.0], [-3.0, 4.0]])))["a"]
+    assert found.mean_abs_I.tolist() == [2.0, 3.0]
+    assert [bound.tolist() for bound in found.span(average=False)] == [[-3.0, -2.0], [1.0, 4.0]]
+
+
+def test_the_moving_average_takes_a_hundredth_of_each_batch() -> None:
+    modules = linears("a")
+
+    def calls() -> None:
+        modules["a"](torch.tensor([[0.0, 1.0]]))
+        modules["a"](torch.tensor([[100.0, 1.0]]))
+
+    low, high = collect(modules, calls)["a"].span(average=True)
+    assert low.tolist() == high.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2), (6, 2)])
+def test_masked_tokens_do_not_count(shape: tuple[int, ...]) -> None:
+    modules = linears("a")
+    batch = whole_numbers(6, 2)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    found = collect(modules, lambda: modules["a"](batch.reshape(shape)), [mask])["a"]
+    assert found.hessian_II.tolist() == gram([batch[[0, 2, 4, 5]]])
+    assert (found.num_tokens, found.num_skipped) == (4, 2)
+    assert found.mean_abs_I.tolist() == batch[[0, 2, 4, 5]].abs().mean(dim=0).tolist()
+
+
+def test_what_masked_tokens_hold_does_not_matter() -> None:
+    modules = linears("a")
+    batch = whole_numbers(2, 3, 2)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    other = batch.clone()
+    other[0, 2] = torch.nan
+    one, two = (collect(modules, lambda given=given: modules["a"](given), [mask])["a"] for given in (batch, other))
+    assert torch.equal(one.hessian_II, two.hessian_II)
+    assert torch.equal(one.mean_abs_I, two.mean_abs_I)
+
+
+def test_an_input_of_other_tokens_than_the_batch_counts_whole() -> None:
+    modules = linears("a")
+    batch = whole_numbers(4, 2)  # as an expert sees it
+    found = collect(modules, lambda: modules["a"](batch), [torch.zeros(2, 3, dtype=torch.bool)])
+    assert found["a"].num_tokens == 4
+
+
+def test_statistics_of_rescaled_inputs_need_no_second_pass() -> None:
+    modules = linears("a")
+    batch, factors = whole_numbers(5, 2), torch.tensor([2.0, 0.5])
+    before = collect(modules, lambda: modules["a"](batch))["a"]
+    before.scale(factors)
+    after = collect(modules, lambda: modules["a"](batch / factors))["a"]
+    assert torch.equal(before.hessian_II, after.hessian_II)
+    assert torch.equal(before.mean_abs_I, after.mean_abs_I)
+    assert all(torch.equal(*pair) for pair in zip(before.span(average=False), after.span(average=False), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ import runtime.calibration
 import seqbuild.build
 from runtime.artifact import LoadedSubgraph
 from runtime.checkpoint import Checkpoint
-from runtime.streaming.modifiers import RoundWeights
 from runtime.streaming.watch import EventLog
 from runtime.streaming.work import Work
 from runtime.writer import ShardWriter
@@ -179,9 +179,8 @@ class DoubleNorm:
 def smoothed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], DoubleNorm]:
     def arrange() -> DoubleNorm:
         modifier = DoubleNorm()
-        monkeypatch.setattr(
-            runtime.calibration, "make_modifiers", lambda jobs: [modifier, RoundWeights(jobs)], raising=True
-        )
+        plain = runtime.calibration.calibrate
+        monkeypatch.setattr(runtime.calibration, "calibrate", functools.partial(plain, own_modifiers=[modifier]))
         return modifier
 
     return arrange

@@ -1,0 +1,54 @@
+"""Sums over calibration inputs that GPTQ and AWQ judge a layer's output by: H = X X^T, and their count."""
+
+from __future__ import annotations
+
+import torch
+
+PANEL_WIDTH = 512  # columns that a Hessian is summed up in at a time
+
+
+class HessianAccumulator:
+    """Sums up H = X X^T over calibration inputs, in float32.
+
+    A plain sum, neither doubled nor divided by the number of tokens: sums of parts add up to the sum of the
+    whole, and the loss is the squared error of the layer's output over all the tokens. bf16 and fp16 inputs
+    are multiplied without rounding. H is symmetric, so only panels from the diagonal to the right are summed
+    up, which saves up to half of the work.
+
+    Args:
+        num_in_features: I, the layer's input width.
+        device: where the sum is kept; inputs must be there.
+
+    Attributes:
+        num_tokens: how many inputs are in the sum.
+    """
+
+    __slots__ = ("_upper_II", "num_tokens")
+
+    def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
+        self._upper_II = torch.zeros(num_in_features, num_in_features, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    def add(self, inputs_TI: torch.Tensor) -> None:
+        """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
+        flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
+        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
+        is_narrow = flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16)
+        if not is_narrow:
+            flat_TI = flat_TI.to(torch.float32)
+        for left in range(0, flat_TI.shape[1], PANEL_WIDTH):
+            panel = slice(left, left + PANEL_WIDTH)
+            target, first_TP, second_TR = self._upper_II[panel, left:], flat_TI[:, panel], flat_TI[:, left:]
+            if is_narrow:
+                target.add_(torch.mm(first_TP.t(), second_TR, out_dtype=torch.float32))
+            else:
+                target.addmm_(first_TP.t(), second_TR)
+        self.num_tokens += flat_TI.shape[0]
+
+    @property
+    def hessian_II(self) -> torch.Tensor:
+        """The sum so far: the accumulator's own tensor, which a later `add` changes."""
+        for left in range(0, len(self._upper_II), PANEL_WIDTH):
+            right = left + PANEL_WIDTH
+            self._upper_II[right:, left:right] = self._upper_II[left:right, right:].t()
+        return self._upper_II

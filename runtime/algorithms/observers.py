@@ -1,0 +1,153 @@
+"""Observers: which range of numbers a tile's grid is to span.
+
+    minmax        from the smallest to the largest number
+    percentile    from the (100-p)-th to the p-th percentile of the tile; what lies outside is clamped
+    mse           the range [f min, f max] that loses least:   argmin over f of   sum of h |q(w) - w|^n
+
+The factors f of `mse` are 1, 1 - 1/grid, 1 - 2/grid and so on down to 1 - maxshrink, all times `expand`, and the search
+of a tile ends after `patience` factors that were no better (the peer's fields; a search without end is what large
+patience gives). n is `norm`, 2.4 by default: a large error harms a layer's output more than its square says. With
+fewer than four bits the best range is far smaller than the weights', and maxshrink is 0.8 unless it is given.
+
+`imatrix_mse` weighs each column's error by h, the mean square of its input, as GPTQ's Hessian has on its diagonal;
+others take h = 1.
+
+Shapes: R and C rows and columns of tiles, h and w a tile's height and width (see `grid`), I in features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+
+from runtime.algorithms import grid
+from runtime.errors import QuantizationError
+
+_CHUNK = 2**22  # numbers that are searched at a time
+_NAMES_OF_MSE = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
+
+
+def fitted_grid(
+    weight_OI: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None = None,
+    importance_I: torch.Tensor | None = None,
+) -> grid.Grid:
+    """The grid that the scheme's observer chooses.
+
+    With min-max, minimum and maximum are handed on in the weight's own dtype, so that a bf16 weight gets the scales
+    that compressed-tensors computes for it, bit for bit.
+
+    Args:
+        weight_OI: the weight, checked.
+        args: the weight's half of a quantization scheme; `observer` and `observer_kwargs` are obeyed.
+        scale_dtype: the dtype that the checkpoint stores scales in.
+        global_scale: NVFP4's [1], where siblings share one; by default the weight's own.
+        importance_I: the mean square of each input feature, for `imatrix_mse`.
+
+    Raises:
+        QuantizationError: when a scale cannot be represented, or `imatrix_mse` gets no importance.
+    """
+    if grid.needs_global_scale(args) and global_scale is None:
+        global_scale = grid.global_scale_of(weight_OI)
+    tiles_RhCw = grid.tile(weight_OI, args)
+    name = str(args.observer or "memoryless_minmax")
+    if name in _NAMES_OF_MSE:
+        weights = _column_weights(name, weight_OI, args, importance_I)
+        minimum, maximum = _least_error(tiles_RhCw, args, scale_dtype, global_scale, weights)
+    elif name == "percentile":
+        minimum, maximum = _percentiles(tiles_RhCw, float(args.observer_kwargs.get("percentile", 99.9)))
+    else:
+        minimum, maximum = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
+    scale_RC, zero_point_RC = grid.fit(minimum, maximum, args, scale_dtype=scale_dtype, global_scale=global_scale)
+    return grid.Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC, global_scale=global_scale)
+
+
+def _column_weights(
+    name: str, weight_OI: torch.Tensor, args: QuantizationArgs, importance_I: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The weight h of each column in tiles, [1, 1, C, w]."""
+    if name != "imatrix_mse":
+        return None
+    if importance_I is None:
+        raise QuantizationError(
+            "the observer imatrix_mse weighs errors by what the inputs are, and none were measured",
+            hint="use it in GPTQModifier or AWQModifier, or take the observer mse",
+        )
+    row_1I = importance_I.to(weight_OI.device).reshape(1, -1)
+    width = grid.tile(weight_OI, args).shape[3]
+    missing = -row_1I.shape[1] % width
+    return torch.nn.functional.pad(row_1I, (0, missing)).reshape(1, 1, -1, width)
+
+
+def _percentiles(tiles_RhCw: torch.Tensor, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lower and upper percentile of each tile, by linear interpolation."""
+    rows, height, columns, width = tiles_RhCw.shape
+    values = tiles_RhCw.transpose(1, 2).reshape(rows, columns, height * width).float().sort(dim=-1).values
+    place = (height * width - 1) * percentile / 100
+    below = min(int(place), height * width - 1)
+    above, part = min(below + 1, height * width - 1), place - below
+    upper = values[..., below] * (1 - part) + values[..., above] * part
+    lower = values[..., -1 - below] * (1 - part) + values[..., -1 - above] * part
+    return lower.to(tiles_RhCw.dtype), upper.to(tiles_RhCw.dtype)
+
+
+def _least_error(
+    tiles_RhCw: torch.Tensor,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best range of each tile; many rows of tiles are searched one part after the other."""
+    rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
+    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in torch.split(tiles_RhCw, rows_at_once)]
+    return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
+
+
+def _search(
+    tiles_RhCw: torch.Tensor,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = _options(args)
+    dtype = grid.work_dtype(tiles_RhCw)
+    values = tiles_RhCw.to(dtype)
+    minimum, maximum = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
+    best_min, best_max = minimum, maximum
+    best = torch.full_like(minimum, torch.inf, dtype=dtype)
+    idle = torch.zeros_like(minimum, dtype=torch.int32)
+    rounded = torch.empty_like(values)
+    for step in range(int(options["maxshrink"] * options["grid"] + 1e-9) + 1):
+        factor = options["expand"] * (1 - step / options["grid"])
+        low, high = factor * minimum, factor * maximum
+        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale)
+        spread = grid.effective(scale_RC, global_scale).to(dtype)[:, None, :, None]
+        zero = None if zero_RC is None else zero_RC.to(dtype)[:, None, :, None]
+        grid.snap_(rounded.copy_(values), spread, zero, args).sub_(values).abs_().pow_(options["norm"])
+        if weights is not None:
+            rounded.mul_(weights.to(dtype))
+        error_RC = rounded.sum(dim=(1, 3))
+        is_better = (error_RC < best) & (idle < options["patience"])
+        best = torch.where(is_better, error_RC, best)
+        best_min, best_max = torch.where(is_better, low, best_min), torch.where(is_better, high, best_max)
+        idle = torch.where(is_better, 0, idle + 1)
+        if bool((idle >= options["patience"]).all()):
+            break
+    return best_min, best_max
+
+
+def _options(args: QuantizationArgs) -> dict[str, Any]:
+    """The search's fields, with the defaults of the observer's name."""
+    is_wide = args.type == "int" and args.num_bits < 4
+    options: dict[str, Any] = {"maxshrink": 0.8 if is_wide else 0.2, "patience": 5, "grid": 100.0, "norm": 2.4}
+    options |= {"expand": 1.0, "patience": 10_000 if is_wide else 5}
+    if args.observer == "nvfp4_expanded_mse":
+        options |= {"expand": 1.8, "maxshrink": 1 - 0.8 / 1.8, "grid": 200.0, "patience": 1000}
+    return options | {key: value for key, value in args.observer_kwargs.items() if key in options}

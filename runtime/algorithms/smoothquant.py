@@ -1,0 +1,73 @@
+"""SmoothQuant: make activations easier to round by moving their outlier channels into the weights.
+
+Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", arXiv 2211.10438. A layer's output does not change when channel j of its input is divided by s_j and column j
+of its weight multiplied by it (equation 3):
+
+    Y = (X diag(s)^-1) (diag(s) W^T)
+
+and with (equation 4), over all tokens and all rows of all weights that read X,
+
+    s_j = max |X_j|^a / max |W_j|^(1-a)
+
+both are equally hard to round at a = 1/2; a larger strength a takes more from the activations. Dividing X costs
+nothing, for it is done to the weights of the norm or Linear that makes X: what that can be is the scale group's matter
+(`runtime.scale_groups`).
+
+Where several features come from one channel of the producer, as when heads of queries share a head of values, they get
+one factor, from the largest of their maxima.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from runtime.errors import QuantizationError
+
+SMALLEST = 1e-5  # of maxima: a channel that is always zero would make a factor of zero
+
+
+def smoothing_factors(
+    absmax_I: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    strength: float = 0.5,
+    channel_I: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The factors that inputs are divided by and weights' columns multiplied by.
+
+    Args:
+        absmax_I: the largest magnitude of each input feature.
+        weights: [O, I] each, all that read the input.
+        strength: a, between 0 and 1.
+        channel_I: the producer's channel that each feature is proportional to; by default each its own.
+
+    Returns:
+        s [I], float32, the same for features of one channel.
+
+    Raises:
+        QuantizationError: for a strength or shapes that do not fit, and numbers that are not finite.
+    """
+    if not 0 <= strength <= 1:
+        raise QuantizationError(f"smoothing_strength must lie between 0 and 1, not {strength}")
+    if not weights or any(weight.shape[1:] != absmax_I.shape for weight in weights):
+        raise QuantizationError(f"inputs of {list(absmax_I.shape)} features do not fit the weights that read them")
+    if not torch.isfinite(absmax_I).all():
+        raise QuantizationError("the inputs to be smoothed are not finite", hint="an activation overflowed")
+    columns_I = torch.stack([weight.abs().amax(dim=0).to(absmax_I.device, torch.float32) for weight in weights])
+    inputs_I = pooled(absmax_I.to(torch.float32), channel_I, "amax").clamp(min=SMALLEST)
+    largest_I = pooled(columns_I.amax(dim=0), channel_I, "amax").clamp(min=SMALLEST)
+    return inputs_I.pow(strength) / largest_I.pow(1 - strength)
+
+
+def pooled(values_I: torch.Tensor, channel_I: torch.Tensor | None, how: str) -> torch.Tensor:
+    """Values [I] with those of features of one channel replaced by their `amax` or `mean`."""
+    if channel_I is None:
+        return values_I
+    channels = channel_I.to(values_I.device)
+    table = torch.zeros(int(channels.max()) + 1, dtype=values_I.dtype, device=values_I.device)
+    return table.scatter_reduce(0, channels, values_I, how, include_self=False)[channels]

@@ -1,0 +1,220 @@
+"""A recipe as a modifier of a run: on each subgraph measure once, rescale as asked, round.
+
+Rescaling inputs by known factors changes their statistics by known factors. So whatever a recipe composes, SmoothQuant
+then GPTQ or AWQ then GPTQ, the batches pass through a subgraph once to be measured, not once for each modifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.errors import DataError, RecipeError
+from runtime.modify.mappings import Rescaling, rescalings
+from runtime.modify.proof import require_same_output
+from runtime.modify.rounding import Rounded, round_modules, with_inputs
+from runtime.modify.smoothing import Rescaled, find_scales
+from runtime.recipe import some
+from runtime.schemes import input_parts, static_input_parts
+from runtime.statistics import InputStatistics, Needs, collect_statistics
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.recipe import Assignment, Recipe
+    from runtime.recipe_transforms import Transform
+    from runtime.streaming.work import Work
+    from runtime.weights import Weights
+
+_NUM_ROWS = 64  # that the relative error is estimated from
+
+
+class RecipeModifier:
+    """What a recipe says, for the modules of any step.
+
+    Args:
+        artifact: the compiled model.
+        source: the checkpoint.
+        recipe: in order: modifiers that rescale, then those that round.
+        jobs: what is done to each module.
+
+    Attributes:
+        remarks: what a user should know before it begins, a line each.
+
+    Raises:
+        RecipeError: when a modifier finds nothing to do.
+    """
+
+    def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
+        self.jobs = jobs
+        self.recipe = recipe
+        self.remarks: list[str] = []
+        self.rescalings: list[tuple[Transform, list[Rescaling]]] = []
+        for transform in recipe.transforms:
+            found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
+            self.rescalings.append((transform, found))
+            self.remarks += remarks
+        groups = artifact.manifest.scale_groups
+        self.siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
+        if not groups and any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values()):
+            self.remarks.append(
+                "warning: this artifact does not say which modules are siblings, so each has its own NVFP4 global scale"
+            )
+
+    def measures(self, names: Sequence[str]) -> bool:
+        """Hessians, sizes of channels, ranges of inputs."""
+        return any(self._needs(names).values())
+
+    def rewrites(self, names: Sequence[str]) -> Sequence[str]:
+        """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
+        found: dict[str, None] = {}
+        for _, rescaling in self._of_step(names):
+            group = rescaling.group
+            touched = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+            touched += [other.name for other in group.others]
+            found.update(dict.fromkeys(name for name in touched if name))
+        return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
+
+    def apply(self, work: Work) -> None:
+        """Measure, rescale, round."""
+        names = work.step.modules
+        needs = {name: need for name, need in self._needs(names).items() if need}
+        statistics: dict[str, InputStatistics] = {}
+        if needs:
+            modules = {name: work.model.get_submodule(name) for name in needs}
+            statistics = collect_statistics(modules, needs, work.run_batches, work.device, work.masks)
+            self._report_tokens(work, statistics, needs)
+        rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
+        self._rescale(work, rescaled, statistics)
+        for name, tensor in rescaled.tensors.items():
+            if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
+                work.rewrite(name, tensor.to(_parameter(work, name).dtype))
+        self._round(work, rescaled, statistics)
+
+    def _needs(self, names: Sequence[str]) -> dict[str, Needs]:
+        needs = {name: _needs_of(self.jobs[name]) for name in names}
+        for transform, rescaling in self._of_step(names):
+            kind = Needs(hessian=transform.algorithm == "awq", channels=True)
+            for name in rescaling.group.modules:
+                needs[name] = needs.get(name, Needs()) | kind
+        return needs
+
+    def _of_step(self, names: Sequence[str]) -> list[tuple[Transform, Rescaling]]:
+        """What is rescaled with a step that quantizes these modules, in order."""
+        owned = dict.fromkeys(names)
+        return [
+            (transform, rescaling)
+            for transform, found in self.rescalings
+            for rescaling in found
+            if next((name for name in rescaling.group.modules if name in self.jobs), None) in owned
+        ]
+
+    def _rescale(self, work: Work, rescaled: Rescaled, statistics: Mapping[str, InputStatistics]) -> None:
+        scaled: dict[str, torch.Tensor] = {}
+        for transform, rescaling in self._of_step(work.step.modules):
+            group = rescaling.group
+            measured = {id(statistics[name]): statistics[name] for name in group.modules if name in statistics}
+            if not measured or not all(entry.num_tokens for entry in measured.values()):
+                work.warnings.append(f"warning: {some(group.modules)} saw no tokens and are not rescaled")
+                continue
+            dtypes = {name: work.scale_dtype(name) for name in group.modules if name in self.jobs}
+            scale_I = find_scales(transform, group, rescaled, next(iter(measured.values())), dtypes)
+            before = dict(rescaled.tensors)
+            used_I = rescaled.apply(group, scale_I)
+            if rescaling.is_named:
+                where = (
+                    f"{self.recipe.source}:{transform.line}: the mapping of {group.producer.removesuffix('.weight')}"
+                )
+                require_same_output(work, before, rescaled.tensors, where)
+            for entry in measured.values():
+                entry.scale(used_I)
+            scaled[group.modules[0]] = used_I
+
+    def _round(self, work: Work, rescaled: Rescaled, statistics: Mapping[str, InputStatistics]) -> None:
+        def weight_of(name: str) -> torch.Tensor:
+            tensor = rescaled.tensors.get(f"{name}.weight")
+            return tensor if tensor is not None else work.weight(name)
+
+        for rounded in round_modules(
+            work.step.modules, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings
+        ):
+            found = statistics.get(rounded.name)
+            if rounded.warning:
+                work.warnings.append(rounded.warning)
+            parts = self._input_parts(rounded.name, found, work.scale_dtype(rounded.name))
+            work.quantized(
+                rounded.name,
+                with_inputs(rounded.result, parts),
+                algorithm=rounded.algorithm,
+                num_tokens=found.num_tokens if found is not None else 0,
+                error=_relative_error(rounded, found),
+                start=rounded.start,
+            )
+
+    def _input_parts(
+        self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        scheme = self.jobs[name].scheme
+        if not input_parts(scheme):
+            return {}
+        if found is None or not found.num_tokens:
+            raise DataError(
+                f"{name} rounds its inputs by a scale that was to be measured, and no token reached it",
+                hint="calibrate with more data, or add it to ignore",
+            )
+        args = scheme.input_activations
+        low_I, high_I = found.span(average=args.observer == "minmax")
+        return static_input_parts(low_I.amin(), high_I.amax(), args, scale_dtype)
+
+    def _report_tokens(self, work: Work, statistics: Mapping[str, InputStatistics], needs: Mapping[str, Needs]) -> None:
+        """Say which modules saw too few tokens.
+
+        Raises:
+            DataError: when a module saw fewer than the recipe's `min_tokens`.
+        """
+        seen = {name: statistics[name].num_tokens if name in statistics else 0 for name in needs}
+        for name, count in seen.items():
+            least = self.jobs[name].min_tokens if name in self.jobs else 0
+            if count < least:
+                raise DataError(
+                    f"{name} saw {count} tokens, and the recipe asks for {least} (min_tokens)",
+                    hint="calibrate with more data, or ignore the module",
+                )
+        few = [
+            name
+            for name, need in needs.items()
+            if need.hessian and name in statistics and seen[name] < statistics[name].num_in_features
+        ]
+        if few:
+            fewest = min(seen[name] for name in few)
+            work.warnings.append(
+                f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
+            )
+
+
+def _needs_of(job: Assignment) -> Needs:
+    is_weighed = job.scheme.weights.observer == "imatrix_mse"
+    return Needs(hessian=job.algorithm == "gptq" or is_weighed, channels=bool(input_parts(job.scheme)))
+
+
+def _parameter(work: Work, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    module = work.model.get_submodule(owner)
+    if leaf == "weight" and owner in work.jobs:
+        return work.weight(owner).detach()
+    found = module._parameters.get(leaf)
+    if found is None:
+        raise RecipeError(f"{name} is no parameter that can be rescaled")
+    return found.detach()
+
+
+def _relative_error(rounded: Rounded, found: InputStatistics | None) -> float:
+    """See `ModuleReport`; all rows would cost as much as the solve."""
+    weight_OI, result = rounded.weight_OI.detach(), rounded.result
+    stride = -(-len(weight_OI) // _NUM_ROWS)
+    rows_RI = weight_OI[::stride].float()
+    has_hessian = rounded.algorithm == "gptq" and found is not None
+    seen_RI = rows_RI @ found.hessian_II.to(rows_RI.device) if has_hessian and found is not None else rows_RI
+    size = float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)
+    return float(result.loss / size) ** 0.5 if size > 0 and result.loss > 0 else 0.0

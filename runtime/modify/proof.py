@@ -1,0 +1,59 @@
+"""Check a rescaling that a recipe names: the subgraph must compute the same before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from runtime.errors import RecipeError
+from runtime.weights import assign
+
+if TYPE_CHECKING:
+    from runtime.streaming.work import Work
+
+TOLERANCE = 0.05  # of the largest number; what is wrong is off by as much as the factors are
+
+
+def require_same_output(
+    work: Work, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Run the first batch through the subgraph with both sets of parameters.
+
+    Args:
+        work: the step.
+        before: parameters that differ from the checkpoint's, by name.
+        after: the same after the rescaling.
+        where: the mapping, for the message.
+
+    Raises:
+        RecipeError: when the results differ by more than rounding explains.
+    """
+    one, two = _outputs(work, before), _outputs(work, after)
+    for first, second in zip(one, two, strict=True):
+        size = float(first.abs().max()) if first.numel() else 0.0
+        if size and float((first - second).abs().max()) > TOLERANCE * size:
+            raise RecipeError(
+                f"{where} changes what the model computes",
+                hint="smooth_layer must make what balance_layers read, and nothing else may read it",
+            )
+
+
+def _outputs(work: Work, changed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    kept = {}
+    for name, tensor in changed.items():
+        owner, _, leaf = name.rpartition(".")
+        kept[name] = work.model.get_submodule(owner).get_parameter(leaf)
+        assign(work.model, name, tensor.to(kept[name].dtype))
+    try:
+        outputs: Any = work.run_first()
+    finally:
+        for name, parameter in kept.items():
+            assign(work.model, name, parameter.detach())
+    return [
+        tensor.detach().float()
+        for tensor in pytree.tree_leaves(outputs)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    ]

@@ -1,0 +1,200 @@
+"""Round the weights of a step: siblings that see one input and have one scheme together."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.algorithms import grid
+from runtime.algorithms.gptq import quantize_siblings
+from runtime.algorithms.refine import refine
+from runtime.algorithms.rtn import quantize_rtn
+from runtime.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from runtime.algorithms.result import QuantizedWeight
+    from runtime.recipe import Assignment
+    from runtime.statistics import InputStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounded:
+    """A module's quantized weight.
+
+    Attributes:
+        name: of the module.
+        result: without scales for inputs.
+        algorithm: what was used in the end.
+        warning: what a user should know, or "".
+        start: the clock (`perf_counter`) when work on the module began.
+        weight_OI: what was rounded.
+    """
+
+    name: str
+    result: QuantizedWeight
+    algorithm: str
+    warning: str
+    start: float
+    weight_OI: torch.Tensor
+
+
+def round_modules(
+    names: Sequence[str],
+    jobs: Mapping[str, Assignment],
+    weight_of: Callable[[str], torch.Tensor],
+    scale_dtype_of: Callable[[str], torch.dtype],
+    statistics: Mapping[str, InputStatistics],
+    siblings: Mapping[str, int],
+) -> Iterator[Rounded]:
+    """Quantize modules, in order of execution.
+
+    Args:
+        names: the modules.
+        jobs: what is done to each.
+        weight_of: a module's weight [O, I].
+        scale_dtype_of: in what the checkpoint stores its scales.
+        statistics: of its inputs, where they were measured.
+        siblings: which modules read one tensor: a number for each, as far as it is known.
+
+    Raises:
+        QuantizationError: naming the module.
+    """
+    shared = _global_scales(names, jobs, weight_of, siblings)
+    for together in _batches(names, jobs, scale_dtype_of, statistics):
+        start = time.perf_counter()
+        weights = [weight_of(name) for name in together]
+        results, algorithm, warning = _solve(together, weights, jobs, scale_dtype_of, statistics, shared)
+        seconds = (time.perf_counter() - start) / len(together)
+        for index, (name, weight_OI, result) in enumerate(zip(together, weights, results, strict=True)):
+            # Each gets its part of the time that all of them took.
+            begun = time.perf_counter() - seconds
+            yield Rounded(
+                name=name,
+                result=result,
+                algorithm=algorithm,
+                warning=warning if index == 0 else "",
+                start=begun,
+                weight_OI=weight_OI,
+            )
+
+
+def _global_scales(
+    names: Sequence[str],
+    jobs: Mapping[str, Assignment],
+    weight_of: Callable[[str], torch.Tensor],
+    siblings: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
+    """NVFP4's global scales: engines fuse siblings into one matrix, which has one."""
+    groups: dict[int | str, list[str]] = {}
+    for name in names:
+        if grid.needs_global_scale(jobs[name].scheme.weights):
+            groups.setdefault(siblings.get(name, name), []).append(name)
+    return {
+        name: scale
+        for group in groups.values()
+        for scale in [grid.global_scale_of(*(weight_of(name).detach() for name in group))]
+        for name in group
+    }
+
+
+def _batches(
+    names: Sequence[str],
+    jobs: Mapping[str, Assignment],
+    scale_dtype_of: Callable[[str], torch.dtype],
+    statistics: Mapping[str, InputStatistics],
+) -> Iterator[list[str]]:
+    """Modules that are solved together: those by GPTQ that see one input and have one scheme and the same options."""
+    done: set[str] = set()
+    for name in names:
+        if name in done:
+            continue
+        together = [name]
+        if jobs[name].algorithm == "gptq" and name in statistics:
+            together = [other for other in names if other not in done and _is_alike(name, other, jobs, statistics)]
+            together = [other for other in together if scale_dtype_of(other) == scale_dtype_of(name)]
+        done.update(together)
+        yield together
+
+
+def _is_alike(name: str, other: str, jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]) -> bool:
+    one, two = jobs[name], jobs[other]
+    is_same = one.algorithm == two.algorithm and one.options == two.options
+    return is_same and one.scheme.weights == two.scheme.weights and statistics.get(other) is statistics.get(name)
+
+
+def _solve(
+    together: Sequence[str],
+    weights: Sequence[torch.Tensor],
+    jobs: Mapping[str, Assignment],
+    scale_dtype_of: Callable[[str], torch.dtype],
+    statistics: Mapping[str, InputStatistics],
+    shared: Mapping[str, torch.Tensor],
+) -> tuple[list[QuantizedWeight], str, str]:
+    first = together[0]
+    job, found, scale_dtype = jobs[first], statistics.get(first), scale_dtype_of(first)
+    try:
+        if job.algorithm == "rtn":
+            return [_nearest(first, weights[0], jobs, scale_dtype, found, shared)], "rtn", ""
+        assert job.options is not None, "GPTQ comes with options"
+        try:
+            if found is None or not found.num_tokens:
+                raise QuantizationError(
+                    "GPTQ was asked for, but no calibration batch reached the module",
+                    hint="add it to ignore, quantize it with QuantizationModifier, or set fallback: rtn",
+                )
+            results = quantize_siblings(
+                weights,
+                found.hessian_II,
+                job.scheme.weights,
+                scale_dtype=scale_dtype,
+                dampening_frac=job.options.dampening_frac,
+                block_size=job.options.block_size,
+                actorder=job.options.actorder,
+                global_scale=shared.get(first),
+            )
+            if job.options.refine:
+                results = [
+                    refine(weight, result, found.hessian_II, job.scheme.weights, sweeps=job.options.refine)
+                    for weight, result in zip(weights, results, strict=True)
+                ]
+        except QuantizationError as error:
+            if job.options.fallback != "rtn" or not all(torch.isfinite(weight).all() for weight in weights):
+                raise
+            nearest = [
+                _nearest(name, weight, jobs, scale_dtype, found, shared)
+                for name, weight in zip(together, weights, strict=True)
+            ]
+            return nearest, "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
+    except QuantizationError as error:
+        raise QuantizationError(f"{first}: {error.message}", hint=error.hint) from error
+    used = results[0].damping
+    is_raised = used > job.options.dampening_frac
+    raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
+    return results, "gptq", raised
+
+
+def _nearest(
+    name: str,
+    weight_OI: torch.Tensor,
+    jobs: Mapping[str, Assignment],
+    scale_dtype: torch.dtype,
+    found: InputStatistics | None,
+    shared: Mapping[str, torch.Tensor],
+) -> QuantizedWeight:
+    args = jobs[name].scheme.weights
+    importance_I = None
+    if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
+        importance_I = found.hessian_II.diagonal()
+    return quantize_rtn(
+        weight_OI, args, scale_dtype=scale_dtype, global_scale=shared.get(name), importance_I=importance_I
+    )
+
+
+def with_inputs(result: QuantizedWeight, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """A result with the scales of static inputs."""
+    return dataclasses.replace(result, inputs=dict(parts))
