@@ -16,10 +16,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from runtime.activations import Budget
 from runtime.checkpoint import Checkpoint
@@ -31,6 +33,7 @@ from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
+from runtime.split import SplitArtifact, split_experts
 from runtime.streaming.identity import run_identity
 from runtime.streaming.modifiers import Modifier
 from runtime.streaming.report import Calibration, ModuleReport
@@ -43,6 +46,7 @@ from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.recipe import Assignment
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
@@ -66,6 +70,8 @@ def calibrate(
     propagate_error: bool = True,
     watchers: Sequence[Watcher] = (),
     own_modifiers: Sequence[Modifier] = (),
+    moe_calibrate_all_experts: bool = True,
+    statistics_memory: int | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint.
 
@@ -86,6 +92,10 @@ def calibrate(
             need not run the finished ones again; 0 for never.
         activation_memory: what these values may take; see `runtime.activations`.
         propagate_error: let later subgraphs see what the quantized ones return. False saves a pass for each subgraph.
+        moe_calibrate_all_experts: measure every expert of a mixture on all tokens, while a layer's output stays the sum
+            over those that are chosen; False measures each on the tokens that are sent to it.
+        statistics_memory: bytes that the statistics of a layer's experts may take at a time; more of them are measured
+            in several passes, with the same result. None sets no bound.
         watchers: are told what happens, see `runtime.streaming.watch`.
         own_modifiers: are applied to each subgraph before the recipe, see docs/modifiers.md.
 
@@ -99,12 +109,12 @@ def calibrate(
     require_free(path)
     require_outside(path, artifact.path, Path(weights))
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    model = artifact.empty_model(run_dtype)
-    place_buffers(model, place)
-    source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
-    if source.schemes:
-        raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
-    jobs, unreached = assign_jobs(artifact, model, source, recipe)
+    checkpoint = Checkpoint(Path(weights))
+    prepared = _prepare(split_experts(artifact, checkpoint), checkpoint, recipe, run_dtype, place)
+    if isinstance(prepared.artifact, SplitArtifact) and not prepared.artifact.are_apart(prepared.jobs):
+        prepared = _prepare(artifact, checkpoint, recipe, run_dtype, place)  # stacked experts are the quicker ones
+    artifact, model, source = prepared.artifact, prepared.model, prepared.source
+    jobs, unreached = prepared.jobs, prepared.unreached
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
     modifiers: list[Modifier] = [*own_modifiers, recipe_modifier]
     plan = plan_steps(artifact, source, jobs, modifiers)
@@ -122,6 +132,7 @@ def calibrate(
             "device": place.type,
             "shard size": max_shard_bytes,
             "propagate_error": propagate_error,
+            "moe_calibrate_all_experts": moe_calibrate_all_experts,
         },
     )
     watch = Watchers([Lines(progress), *watchers])
@@ -146,6 +157,8 @@ def calibrate(
                 budget=activation_memory,
                 checkpoint_every=checkpoint_activations,
                 propagate_error=propagate_error,
+                all_tokens=moe_calibrate_all_experts,
+                statistics_bytes=statistics_memory,
             ),
             watch=watch,
         )
@@ -165,6 +178,29 @@ def calibrate(
         seconds=seconds,
         resumed_at=resumed_at,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """What a run works with, when artifact, checkpoint and recipe fit."""
+
+    artifact: Artifact
+    model: nn.Module
+    source: Weights
+    jobs: dict[str, Assignment]
+    unreached: list[str]
+
+
+def _prepare(
+    artifact: Artifact, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> _Prepared:
+    model = artifact.empty_model(dtype)
+    place_buffers(model, device)
+    source = Weights(artifact, checkpoint, dtype, model)
+    if source.schemes:
+        raise RecipeError(f"{checkpoint.directory} is quantized already", hint="calibrate from the original checkpoint")
+    jobs, unreached = assign_jobs(artifact, model, source, recipe)
+    return _Prepared(artifact=artifact, model=model, source=source, jobs=jobs, unreached=unreached)
 
 
 def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class Checkpoint:
         self._places = self._read_index()
         self.config = self._read_config()
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its config says that weights are quantized."""
+        return bool(self.config.get("quantization_config"))
+
     def __contains__(self, key: str) -> bool:
         return key in self._places
 

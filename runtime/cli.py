@@ -77,6 +77,12 @@ def calibrate(
     propagate_error: Annotated[
         bool, typer.Option(help="Later layers see what quantized ones return, or (faster) what the original ones do.")
     ] = True,
+    moe_calibrate_all_experts: Annotated[
+        bool, typer.Option(help="Measure every expert on all tokens, or each on those that are sent to it.")
+    ] = True,
+    statistics_memory: Annotated[
+        str | None, typer.Option(help="For the statistics of a layer's experts, 8GiB say; by default no bound.")
+    ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")] = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
@@ -96,6 +102,7 @@ def calibrate(
         )
     from runtime.activations import Budget
     from runtime.calibration import calibrate as run
+    from runtime.sizes import parse_bytes
 
     with ExitStack() as stack:
         watchers = _watchers(stack, log, as_json)
@@ -113,6 +120,10 @@ def calibrate(
             checkpoint_activations=_interval(checkpoint_activations),
             activation_memory=None if activation_memory is None else Budget.parse(activation_memory),
             propagate_error=propagate_error,
+            moe_calibrate_all_experts=moe_calibrate_all_experts,
+            statistics_memory=(
+                None if statistics_memory is None else parse_bytes(statistics_memory, option="--statistics-memory")
+            ),
             watchers=watchers,
         )
     _report(result, as_json)

@@ -21,6 +21,7 @@ from runtime.activations import Activations
 from runtime.checkpoint import Checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.quantized import input_quantization
+from runtime.split import split_experts
 from runtime.weights import Weights, place_buffers, unload
 
 if TYPE_CHECKING:
@@ -73,9 +74,13 @@ def evaluate(
     if not num_tokens:
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
+    checkpoint = Checkpoint(Path(weights))
+    if checkpoint.is_quantized:
+        artifact = split_experts(artifact, checkpoint)
+        last = artifact.subgraphs[-1]
     model = artifact.empty_model(run_dtype)
     place_buffers(model, torch.device(device))
-    source = Weights(artifact, Checkpoint(Path(weights)), run_dtype, model)
+    source = Weights(artifact, checkpoint, run_dtype, model)
     activations = Activations(batches, torch.device(device))
     total = 0.0
     with torch.no_grad(), input_quantization(model, source.schemes):

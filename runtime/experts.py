@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from runtime.program import Program
 
 
+# Under this key a module says which of a batch's tokens it is called with: indices [N], while it is called.
+ROWS = "rows"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
     """How a stacked parameter is made of its experts' own.
@@ -107,18 +111,24 @@ class Experts(nn.Module):
                 continue
             places, tokens = torch.where(mask_EKT[expert])
             weights = weight_TK[tokens, places, None] if self.is_column else weight_TK[tokens, places]
-            output_NH = self._expert(expert, hidden_TH[tokens], weights, is_hooked=not self.sees_all)
+            output_NH = self._expert(expert, hidden_TH[tokens], weights, tokens, is_hooked=not self.sees_all)
             sum_TH.index_add_(0, tokens, output_NH.to(sum_TH.dtype))
         return sum_TH.to(hidden_TH.dtype)
 
     def _expert(
-        self, expert: int, hidden_NH: torch.Tensor, weights: torch.Tensor, *, is_hooked: bool = True
+        self,
+        expert: int,
+        hidden_NH: torch.Tensor,
+        weights: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        *,
+        is_hooked: bool = True,
     ) -> torch.Tensor:
-        """What one expert makes of its tokens, [N, H]."""
+        """What one expert makes of its tokens, [N, H]; `tokens` are their indices, None for all in order."""
         own = [self._own(name, expert) for name in self.stacked]
         run = Run(device=hidden_NH.device, dtype=own[0].dtype)
         program: Program | Any = self.program
-        with self._hooked(expert, own) if is_hooked else contextlib.nullcontext():
+        with self._hooked(expert, own, tokens) if is_hooked else contextlib.nullcontext():
             output: torch.Tensor = program(self, hidden_NH, weights, *own, run=run)["output"]
         return output
 
@@ -132,7 +142,9 @@ class Experts(nn.Module):
             return torch.cat([part.T for part in parts], stack.axis)
         return torch.cat(parts, stack.axis) if len(parts) > 1 else parts[0]
 
-    def _hooked(self, expert: int, own: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+    def _hooked(
+        self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
+    ) -> contextlib.AbstractContextManager[Any]:
         """Have the hooks of an expert's modules see what is multiplied by their weights."""
         found: dict[int, list[nn.Module]] = {}
         for name, tensor in zip(self.stacked, own, strict=True):
@@ -141,7 +153,7 @@ class Experts(nn.Module):
                 modules = [self.get_submodule(owner) for owner in owners]
                 if any(module._forward_pre_hooks for module in modules):
                     found[_storage(tensor)] = modules
-        return _Hooked(found) if found else contextlib.nullcontext()
+        return _Hooked(found, tokens) if found else contextlib.nullcontext()
 
     def _sum_dtype(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
         return {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[self.accumulator]
@@ -168,11 +180,13 @@ class _Hooked(TorchFunctionMode):
     Args:
         modules: by the storage of a matrix, the modules that it is made of. They see one input, so what the hooks of
             the first make of it holds for all.
+        tokens: which of the batch's tokens those are, see `ROWS`.
     """
 
-    def __init__(self, modules: Mapping[int, Sequence[nn.Module]]) -> None:
+    def __init__(self, modules: Mapping[int, Sequence[nn.Module]], tokens: torch.Tensor | None) -> None:
         super().__init__()
         self.modules = modules
+        self.tokens = tokens
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -181,7 +195,9 @@ class _Hooked(TorchFunctionMode):
         if place is not None:
             matrix, values = args[place + 1], args[place]
             for number, module in enumerate(self.modules.get(_storage(matrix), ())):
+                module.__dict__[ROWS] = self.tokens
                 changed = _after_hooks(module, args[place])
+                del module.__dict__[ROWS]
                 values = changed if number == 0 else values
             args = (*args[:place], values, *args[place + 1 :])
         return func(*args, **(kwargs or {}))

@@ -82,7 +82,8 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
         quantized: names of the modules that were quantized.
     """
     modules = dict(model.named_modules())
-    found = {name: None for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
+    found = dict.fromkeys(other for name in linear for other in _names(name, source))
     for name, origin in source.origins.items():
         owner = modules.get(name.rpartition(".")[0])
         if origin.conversion >= 0:
@@ -91,6 +92,14 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
             matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
             found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
     return list(found)
+
+
+def _names(name: str, source: Weights) -> Iterator[str]:
+    """A module's name in the model, and in the checkpoint, where experts may have another."""
+    yield name
+    key = source.plain_key(f"{name}.weight") if f"{name}.weight" in source.origins else None
+    if key is not None:
+        yield key.removesuffix(".weight")
 
 
 def _stacked(keys: tuple[str, ...]) -> Iterator[str]:

@@ -358,8 +358,8 @@ def _read_options(
         read_whole(batches, default=1, least=1)  # siblings are solved together whatever it says
     refine = read_whole(fields.get("refine"), default=0, least=0)
     fallback = fields["fallback"].plain() if "fallback" in fields else None
-    if fallback not in (None, "rtn"):
-        raise fields["fallback"].error(f"fallback must be rtn or null, not {fallback!r}")
+    if fallback not in (None, "rtn", "all_tokens"):
+        raise fields["fallback"].error(f"fallback must be rtn, all_tokens or null, not {fallback!r}")
     actorder = _read_actorder(origin, fields.get("actorder"), scheme)
     weights = scheme.weights.model_copy(update={"actorder": actorder})
     return scheme.model_copy(update={"weights": weights}), GptqOptions(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from runtime.manifest import ParameterEntry
 from runtime.program import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from runtime.checkpoint import Checkpoint
 
 # `experts.3.gate_proj.weight`: the expert's number, the module's name, and the parameter's.
 _KEY = re.compile(r"\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(weight|bias)\Z")
@@ -54,6 +54,11 @@ class SplitArtifact(Artifact):
             experts.split(stacks, dict(self._linears(name, stacks, dtype)))
         return model
 
+    def are_apart(self, names: Iterable[str]) -> bool:
+        """Whether any of these modules is one that an expert has for itself."""
+        owners = tuple(f"{name}." for name in self.stacks)
+        return any(name.startswith(owners) for name in names)
+
     def _linears(
         self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, nn.Linear]]:
@@ -66,7 +71,7 @@ class SplitArtifact(Artifact):
                 yield owner, nn.Linear(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
 
 
-def split_experts(artifact: Artifact, checkpoint: Container[str]) -> Artifact:
+def split_experts(artifact: Artifact, checkpoint: Checkpoint) -> Artifact:
     """The artifact with its experts apart, as far as the checkpoint has them so.
 
     Args:
@@ -111,7 +116,7 @@ def split_experts(artifact: Artifact, checkpoint: Container[str]) -> Artifact:
     return SplitArtifact(**{**fields, "manifest": manifest, "subgraphs": subgraphs}, whole=artifact, stacks=stacks)
 
 
-def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Container[str]) -> dict[str, Stack]:
+def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Checkpoint) -> dict[str, Stack]:
     """How the stacked parameters of one module are made; none, unless all of its matrices can be taken apart."""
     found: dict[str, Stack] = {}
     for own in stacked:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from runtime.algorithms.hessian import HessianAccumulator
+from runtime.experts import ROWS
 
 RunBatches = Callable[[Callable[[int], None]], None]
 AVERAGING_CONSTANT = 0.01
@@ -143,7 +144,7 @@ def collect_statistics(
         run_batches: executes the subgraph for every batch; calls what it is given with a batch's index before it runs.
         device: where sums are kept.
         masks: for each batch which tokens count, bool [B, S], or None for all. An input of as many tokens is in their
-            order; one of fewer, as experts see, is not, and all of it counts.
+            order, and so is one of experts, which say which tokens they see; all of any other counts.
 
     Returns:
         The statistics of the modules that were called, by name; one object may stand under several names.
@@ -199,11 +200,11 @@ class _Observer:
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._observe(name, args[0] if args else next(iter(kwargs.values())))
+            self._observe(name, args[0] if args else next(iter(kwargs.values())), module.__dict__.get(ROWS))
 
         return observe
 
-    def _observe(self, name: str, inputs: torch.Tensor) -> None:
+    def _observe(self, name: str, inputs: torch.Tensor, rows: torch.Tensor | None) -> None:
         if name not in self._leaders:
             self._leaders[name] = self._find_leader(inputs) or name
         leader = self._leaders[name]
@@ -213,6 +214,8 @@ class _Observer:
             if name not in self.found:
                 self.found[name] = InputStatistics(inputs.shape[-1], self._needs[name], self.device)
             mask = self._mask
+            if mask is not None and rows is not None:
+                mask = mask.flatten()[rows]
             self.found[name].add(inputs, mask if mask is not None and mask.numel() == num_tokens else None)
             self._latest[name] = (inputs, inputs._version)
         elif self._is_latest(leader, inputs):

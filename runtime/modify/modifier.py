@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.errors import DataError, RecipeError
+from runtime.modify.experts import expert_groups, few_tokens, measure
 from runtime.modify.mappings import Rescaling, rescalings
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
 from runtime.modify.smoothing import Rescaled, find_scales
 from runtime.recipe import some
 from runtime.schemes import input_parts, static_input_parts
-from runtime.statistics import InputStatistics, Needs, collect_statistics
+from runtime.statistics import InputStatistics, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -77,20 +78,37 @@ class RecipeModifier:
         return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
 
     def apply(self, work: Work) -> None:
-        """Measure, rescale, round."""
+        """Measure, rescale, round; experts first, in groups that fit into memory."""
         names = work.step.modules
         needs = {name: need for name, need in self._needs(names).items() if need}
+        groups = expert_groups(work, needs)
+        grouped = {name for group in groups for name in group}
+        others = {name: need for name, need in needs.items() if name not in grouped}
         statistics: dict[str, InputStatistics] = {}
-        if needs:
-            modules = {name: work.model.get_submodule(name) for name in needs}
-            statistics = collect_statistics(modules, needs, work.run_batches, work.device, work.masks)
-            self._report_tokens(work, statistics, needs)
+        for index, group in enumerate(groups):
+            first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
+            wanted = first | {name: needs[name] for name in group}
+            measured = self._measured(work, wanted)
+            statistics.update({name: measured.pop(name) for name in first if name in measured})
+            self._round(work, group, {}, measured)
+        if others and not groups:
+            statistics = self._measured(work, others)
         rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
         self._rescale(work, rescaled, statistics)
         for name, tensor in rescaled.tensors.items():
             if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
                 work.rewrite(name, tensor.to(_parameter(work, name).dtype))
-        self._round(work, rescaled, statistics)
+        self._round(work, [name for name in names if name not in grouped], rescaled.tensors, statistics)
+
+    def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
+        statistics = measure(work, needs, self.jobs)
+        few = few_tokens(needs, statistics)
+        if few:
+            fewest = min(statistics[name].num_tokens for name in few)
+            work.warnings.append(
+                f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
+            )
+        return statistics
 
     def _needs(self, names: Sequence[str]) -> dict[str, Needs]:
         needs = {name: _needs_of(self.jobs[name]) for name in names}
@@ -131,14 +149,18 @@ class RecipeModifier:
                 entry.scale(used_I)
             scaled[group.modules[0]] = used_I
 
-    def _round(self, work: Work, rescaled: Rescaled, statistics: Mapping[str, InputStatistics]) -> None:
+    def _round(
+        self,
+        work: Work,
+        names: Sequence[str],
+        rescaled: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
         def weight_of(name: str) -> torch.Tensor:
-            tensor = rescaled.tensors.get(f"{name}.weight")
+            tensor = rescaled.get(f"{name}.weight")
             return tensor if tensor is not None else work.weight(name)
 
-        for rounded in round_modules(
-            work.step.modules, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings
-        ):
+        for rounded in round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings):
             found = statistics.get(rounded.name)
             if rounded.warning:
                 work.warnings.append(rounded.warning)
@@ -166,31 +188,6 @@ class RecipeModifier:
         args = scheme.input_activations
         low_I, high_I = found.span(average=args.observer == "minmax")
         return static_input_parts(low_I.amin(), high_I.amax(), args, scale_dtype)
-
-    def _report_tokens(self, work: Work, statistics: Mapping[str, InputStatistics], needs: Mapping[str, Needs]) -> None:
-        """Say which modules saw too few tokens.
-
-        Raises:
-            DataError: when a module saw fewer than the recipe's `min_tokens`.
-        """
-        seen = {name: statistics[name].num_tokens if name in statistics else 0 for name in needs}
-        for name, count in seen.items():
-            least = self.jobs[name].min_tokens if name in self.jobs else 0
-            if count < least:
-                raise DataError(
-                    f"{name} saw {count} tokens, and the recipe asks for {least} (min_tokens)",
-                    hint="calibrate with more data, or ignore the module",
-                )
-        few = [
-            name
-            for name, need in needs.items()
-            if need.hessian and name in statistics and seen[name] < statistics[name].num_in_features
-        ]
-        if few:
-            fewest = min(seen[name] for name in few)
-            work.warnings.append(
-                f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
-            )
 
 
 def _needs_of(job: Assignment) -> Needs:

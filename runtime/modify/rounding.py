@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from runtime.statistics import InputStatistics
 
 
+# The most modules that are solved together: experts that are measured on all tokens see one input by the hundred.
+_MOST_TOGETHER = 8
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounded:
     """A module's quantized weight.
@@ -117,6 +121,7 @@ def _batches(
         if jobs[name].algorithm == "gptq" and name in statistics:
             together = [other for other in names if other not in done and _is_alike(name, other, jobs, statistics)]
             together = [other for other in together if scale_dtype_of(other) == scale_dtype_of(name)]
+            together = together[:_MOST_TOGETHER]
         done.update(together)
         yield together
 

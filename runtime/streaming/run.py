@@ -52,12 +52,16 @@ class Options:
         budget: what values between subgraphs may take.
         checkpoint_every: after how many subgraphs these values are saved to disk; 0 for never.
         propagate_error: whether later subgraphs see what quantized ones return.
+        all_tokens: whether every expert of a mixture is measured on all tokens.
+        statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
     """
 
     device: torch.device
     budget: Budget | None
     checkpoint_every: int
     propagate_error: bool
+    all_tokens: bool = True
+    statistics_bytes: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -176,6 +180,8 @@ class StreamingRun:
             run_batches=lambda before=_ignore: self.passes.measure(step, before),
             run_first=lambda: self.passes.first(step),
             masks=[token_mask(batch) for batch in self.batches],
+            all_tokens=self.options.all_tokens,
+            statistics_bytes=self.options.statistics_bytes,
         )
 
     def _commit(self, step: Step, work: Work) -> None:

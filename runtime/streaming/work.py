@@ -39,6 +39,8 @@ class Work:
             what passes. What it is given, if anything, it calls with the index of each batch before that runs.
         run_first: sends the first batch through the subgraph and returns what that returns.
         masks: for each batch which of its tokens count in statistics, bool [B, S]; None for all.
+        all_tokens: whether every expert of a mixture is measured on all tokens, not only on those it is chosen for.
+        statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
         reports: of the modules that are done.
         kept: quantized and rewritten parameters that later subgraphs use as well.
         warnings: what a user should know, a line each.
@@ -55,6 +57,8 @@ class Work:
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
     masks: Sequence[torch.Tensor | None] = ()
+    all_tokens: bool = False
+    statistics_bytes: int | None = None
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

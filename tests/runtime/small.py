@@ -18,6 +18,7 @@ import runtime
 from runtime.calibration import Calibration
 from runtime.checkpoint import Checkpoint
 from runtime.quantized import input_quantization
+from runtime.split import split_experts
 from runtime.token_file import Origin, save_tokens
 from runtime.weights import Weights
 from seqbuild.build import build
@@ -120,10 +121,12 @@ def calibrate(small: Small, plan: runtime.Recipe, out: Path, **options: Any) -> 
 
 def run_weights(small: Small, weights: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What the runtime computes with the weights of a checkpoint, all loaded at once."""
-    artifact = small.load()
+    artifact, checkpoint = small.load(), Checkpoint(weights)
+    if checkpoint.is_quantized:
+        artifact = split_experts(artifact, checkpoint)
     model = artifact.empty_model()
     dtype = getattr(torch, artifact.manifest.model.dtype)
-    source = Weights(artifact, Checkpoint(weights), dtype, model)
+    source = Weights(artifact, checkpoint, dtype, model)
     source.load(model, artifact.manifest.parameters, torch.device("cpu"))
     values, outputs = dict(inputs), {}
     with torch.no_grad(), input_quantization(model, source.schemes):
