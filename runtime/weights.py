@@ -132,12 +132,15 @@ class Weights:
         from runtime.schemes import CheckpointSchemes
 
         schemes = CheckpointSchemes.from_config(config)
-        found = {
-            name: schemes.find(name, type(module))
-            for name, module in model.named_modules()
-            if f"{name}.weight" in self.artifact.manifest.parameters
-        }
-        return {name: scheme for name, scheme in found.items() if scheme is not None}
+        found = {}
+        for name, module in model.named_modules():
+            entry = self.artifact.manifest.parameters.get(f"{name}.weight")
+            scheme = schemes.find(name, type(module)) if entry is not None else None
+            # What is ignored may be written as the checkpoint spells it: an expert's modules have a name of ours.
+            spelled = _module_key(entry.sources[0]) if entry is not None and len(entry.sources) == 1 else name
+            if scheme is not None and schemes.find(spelled, type(module)) is not None:
+                found[name] = scheme
+        return found
 
     def _origin(self, name: str) -> Origin:
         entry = self.artifact.manifest.parameters[name]

@@ -10,6 +10,7 @@ import transformers
 
 import runtime
 import seqbuild.build
+from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     NARROW,
@@ -29,6 +30,8 @@ from tests.runtime.small import (
 )
 from tests.tiny_models import minilm_directory, tiny_model
 
+WITHOUT_EXPERTS = NARROW_W4.replace("lm_head", "lm_head, 're:.*experts.*'")
+
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_experts_pass_through_and_attention_is_quantized(
@@ -39,7 +42,7 @@ def test_experts_pass_through_and_attention_is_quantized(
     """
     small: Small = request.getfixturevalue(name)
     out = tmp_path / "out"
-    result = calibrate(small, recipe(NARROW_W4, modifier="GPTQModifier"), out)
+    result = calibrate(small, recipe(WITHOUT_EXPERTS, modifier="GPTQModifier"), out)
     attention = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo"]
     assert [report.name for report in result.modules] == attention
     before, after = read_tensors(small.weights), read_tensors(out)
@@ -57,7 +60,7 @@ def test_experts_pass_through_and_attention_is_quantized(
 
 
 def test_experts_are_named_under_ignore_for_readers_to_whom_they_are_linear(qwen3_moe: Small, tmp_path: Path) -> None:
-    calibrate(qwen3_moe, recipe(NARROW_W4), tmp_path / "out")
+    calibrate(qwen3_moe, recipe(WITHOUT_EXPERTS), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     layers = [
         entry
@@ -68,7 +71,8 @@ def test_experts_are_named_under_ignore_for_readers_to_whom_they_are_linear(qwen
 
 
 def test_experts_beside_float_weights_load_in_transformers(qwen3_moe: Small, tmp_path: Path) -> None:
-    calibrate(qwen3_moe, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "out")
+    plan = recipe(RECIPES["FP8_DYNAMIC"].replace("lm_head", "lm_head, 're:.*experts.*'"))
+    calibrate(qwen3_moe, plan, tmp_path / "out")
     inputs = token_batches([(2, 17)])[0]
     got = run_weights(qwen3_moe, tmp_path / "out", inputs)["logits"]
     assert torch.equal(got, run_transformers(tmp_path / "out", inputs))
@@ -188,8 +192,12 @@ def test_a_recipe_for_nothing_but_unreached_modules_is_refused(llava: Small, tmp
 
 
 def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llama: Small, tmp_path: Path) -> None:
-    moe = calibrate(qwen3_moe, recipe(NARROW_W4), tmp_path / "moe")
+    at_layers = Small(
+        weights=qwen3_moe.weights, artifact=build(qwen3_moe.weights, out=tmp_path / "artifacts", leaves="target").path
+    )
+    moe = calibrate(at_layers, recipe(NARROW_W4), tmp_path / "moe")
     assert len(moe.remarks) == 1
     assert "fused expert weights stay as they are" in moe.remarks[0]
-    assert calibrate(qwen3_moe, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "fp8").remarks == ()
+    assert calibrate(at_layers, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "fp8").remarks == ()
+    assert calibrate(qwen3_moe, recipe(NARROW_W4), tmp_path / "apart").remarks == ()
     assert calibrate(llama, recipe(NARROW_W4), tmp_path / "llama").remarks == ()
