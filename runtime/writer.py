@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from runtime.console import human_bytes
 from runtime.dtypes import DTYPES, bytes_of, empty_bytes
 from runtime.errors import OutputError
+from runtime.publish import flush_one
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
         self._unsynced: dict[int, None] = {}
+        self._has_new_files = False
         self._missing = dict.fromkeys(layout.slots)
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
@@ -98,8 +100,11 @@ class ShardWriter:
         """
         with self._lock:
             shards, self._unsynced = list(self._unsynced), {}
+            is_new, self._has_new_files = self._has_new_files, False
         for shard in shards:
             os.fsync(self._files[shard])
+        if is_new:
+            flush_one(self.directory)
 
     def finish(self) -> None:
         """Complete the checkpoint: empty shards, and the index where there are several."""
@@ -130,6 +135,7 @@ class ShardWriter:
             os.pwrite(self._files[number], shard.header, 0)
             os.ftruncate(self._files[number], shard.num_bytes)
             self._unsynced[number] = None
+            self._has_new_files = True
         return self._files[number]
 
 

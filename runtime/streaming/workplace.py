@@ -59,11 +59,15 @@ class Workplace:
         for folder in (self.checkpoint, self.values):
             folder.mkdir(exist_ok=True)
         flush_one(self.root)
+        flush_one(self.root.parent)
         if not self.journal.entries:
             self.journal.append(journal.RUN, identity=identity)
         for path in self.checkpoint.iterdir():
             if path.suffix != ".safetensors":  # half of a file, perhaps; they are all written in the end
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.values.iterdir():
+            if not path.name.startswith("boundary-"):  # what had no place in the memory of a process that is gone
+                path.unlink()
 
     def publish(self) -> None:
         """Let the checkpoint appear under its name.
