@@ -197,6 +197,10 @@ class StreamingRun:
         for entry in log.entries:
             self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
             self.watch.warnings += entry.get("warnings", ())
+        threads = log.of_kind(journal.RUN)[0]["threads"]
+        if threads != torch.get_num_threads():
+            text = f"warning: begun with {threads} threads and resumed with {torch.get_num_threads()}: sums may differ"
+            self.watch.tell("warning", text=text)
         for step in self.plan.steps[:first]:
             self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
             for name in step.subgraph.entry.parameters:
