@@ -24,6 +24,7 @@ from runtime.streaming.memory import (
     peak_device_bytes,
     peak_host_bytes,
     split_batches,
+    trim_heap,
 )
 from runtime.streaming.passes import Passes
 from runtime.streaming.report import ModuleReport
@@ -146,6 +147,7 @@ class StreamingRun:
         for key in step.passes:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
+        trim_heap()
         self.kept.update(work.kept)
         self.reports += work.reports
         for report in work.reports:
