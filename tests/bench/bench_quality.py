@@ -30,6 +30,12 @@ def _only(modifier: str, scheme: str, extra: str = "") -> str:
     return f"{modifier}: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]{extra}}}\n"
 
 
+def _staged(recipe: str) -> str:
+    """The peer passes over what stands outside of a stage."""
+    lines = (f"    {line}" for line in recipe.splitlines())
+    return "\n".join(("bench_stage:", "  bench_modifiers:", *lines, ""))
+
+
 _SMOOTH = "SmoothQuantModifier: {smoothing_strength: 0.8}\n"
 _NEAREST = "QuantizationModifier"
 # name: recipe that both tools run
@@ -144,7 +150,7 @@ class Bench:
         if f"{name} | {tool}" in self.known:
             return
         plan, out = self.folder / "recipe.yaml", self.folder / f"{tool} {name}".replace(" ", "-")
-        plan.write_text(recipe)
+        plan.write_text(_staged(recipe))
         if tool == "ours":
             command = [sys.executable, "-c", OURS, self.artifact, self.chosen.model, self.calib, plan, out]
         else:

@@ -163,7 +163,7 @@ def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
 def of_version_1(minor: int) -> dict[str, Any]:
     """As a compiler of that minor version would have written it."""
     older = plain() | {"format_version": [1, minor]}
-    del older["scale_groups"]
+    del older["scale_groups"], older["attentions"]
     if minor < 2:
         for name in ("policy", "leaf_kinds", "leaves", "buffers", "foreign", "limits"):
             del older[name]

@@ -233,7 +233,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("a_stage:\n b_modifiers:\n  GPTQ: {}", "recipe.yaml:3: unknown modifier 'GPTQ' (did you mean GPTQModifier?)"),
         (
             "a_stage:\n b_modifiers:\n  SparseGPTModifier: {}",
-            "recipe.yaml:3: SparseGPTModifier is not offered yet (off",
+            "recipe.yaml:3: SparseGPTModifier is not offered yet",
         ),
         ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier rescales weights, and nothing rounds them"),
         ("GPTQModifier: {scheme: W4A16}\nAWQModifier: {}", "AWQModifier comes after GPTQModifier"),
