@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,35 @@ def test_scales_are_those_of_the_largest_keys_and_values(model: Small, tmp_path:
     assert sum(name.endswith(("k_scale", "v_scale")) for name in tensors) == 6
 
 
-def test_transformers_computes_the_same(model: Small, tmp_path: Path) -> None:
+def test_equal_to_attention_of_rounded_keys_and_values(
+    model: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention as transformers has it, its keys and values put on the grid of the scales that were written.
+
+    compressed-tensors would do that by itself, but looks for an argument that transformers 5.24 has renamed.
+    """
     calibrate(model, Recipe.from_text(RECIPE, "r"), tmp_path / "out")
     inputs = token_batches([(2, 17)], seed=5)[0]
     got = run_weights(model, tmp_path / "out", inputs)["logits"]
+    tensors = read_tensors(tmp_path / "out")
     loaded = load_transformers(tmp_path / "out")
+    original = torch.nn.functional.scaled_dot_product_attention
+    calls: list[int] = []
+
+    def on_grid(states: torch.Tensor, part: str) -> torch.Tensor:
+        scale = tensors[f"model.layers.{len(calls)}.self_attn.{part}"]
+        return (states / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(scale.dtype) * scale
+
+    def rounded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        key, value = on_grid(key, "k_scale"), on_grid(value, "v_scale")
+        calls.append(1)
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounded)
     with torch.no_grad():
-        assert torch.equal(got, loaded(**inputs, use_cache=False).logits)
+        expected = loaded(**inputs, use_cache=False).logits
+    assert len(calls) == 3
+    assert torch.equal(got, expected)
     calibrate(model, Recipe.from_text(RECIPE.replace(f", {CACHE}", ""), "r"), tmp_path / "without")
     assert not torch.equal(got, run_weights(model, tmp_path / "without", inputs)["logits"])
 
@@ -64,8 +87,9 @@ def test_transformers_computes_the_same(model: Small, tmp_path: Path) -> None:
 def test_attention_that_cannot_be_seen_is_refused(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     config = transformers.LlamaConfig(**WIDTHS)
     weights = save_model(transformers.LlamaForCausalLM(config), tmp_path / "model", byte_tokenizer_dir)
-    for options in ({"attn_implementation": "eager"}, {"leaves": "target"}):
-        small = Small(weights=weights, artifact=build(weights, out=tmp_path / "artifacts", **options).path)  # type: ignore[arg-type]
+    choices: list[dict[str, Any]] = [{"attn_implementation": "eager"}, {"leaves": "target"}]
+    for options in choices:
+        small = Small(weights=weights, artifact=build(weights, out=tmp_path / "artifacts", **options).path)
         with pytest.raises(runtime.RecipeError, match="does not say where its keys and values are"):
             calibrate(small, Recipe.from_text(RECIPE, "r"), tmp_path / "out")
 
