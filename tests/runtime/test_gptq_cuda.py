@@ -45,7 +45,8 @@ print("the same")
 
 def test_equals_the_plain_solve_in_the_interpreter() -> None:
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    path = os.pathsep.join((str(root), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "the same\n"
