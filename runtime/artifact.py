@@ -68,13 +68,16 @@ class LoadedSubgraph:
         Returns:
             Output names to values; from the last subgraph, the fields of the model's output.
         """
+        from runtime.key_values import watched
         from runtime.program import run_device, run_dtype
 
         run = self._artifact.run(run_device(inputs, model), run_dtype(model))
         entry = self.entry
-        if not entry.arguments and not entry.results:
-            return self._program(model, **inputs, run=run)
-        values = self._program(model.get_submodule(entry.scope), *(inputs[name] for name in entry.input_names), run=run)
+        with watched(model, entry):
+            if not entry.arguments and not entry.results:
+                return self._program(model, **inputs, run=run)
+            ordered = (inputs[name] for name in entry.input_names)
+            values = self._program(model.get_submodule(entry.scope), *ordered, run=run)
         return dict(zip(entry.output_names, values.values(), strict=True))
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:

@@ -190,6 +190,16 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """An attention module, and the subgraph that computes it: the next of its calls of
+    `aten.scaled_dot_product_attention` that no earlier entry stands for.
+    """
+
+    subgraph: int
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The whole table of contents, see docs/format.md."""
 
@@ -219,6 +229,7 @@ class Manifest:
     foreign: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_2)
     limits: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
     scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
+    attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
 
     @property
     def is_portable(self) -> bool:

@@ -46,6 +46,7 @@ SCHEME_FIELDS = (
     "weight_observer",
     "input_observer",
     "observer",
+    "sequential_targets",
 )
 FIELDS = (*SCHEME_FIELDS, "ignore", "min_tokens")
 GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder", "batched_quantization", "fallback", "refine")
@@ -141,9 +142,7 @@ def read_modifiers(root: Value) -> tuple[tuple[Modifier, ...], tuple[Transform, 
             modifiers.append(_read_modifier(value, value.mapping()))
             continue
         if modifiers:
-            raise value.error(
-                f"{value.name} stands behind {modifiers[-1].name}", hint="rescaling comes before rounding"
-            )
+            raise value.error(f"{value.name} comes after {modifiers[-1].name}", hint="rescale before rounding")
         fields = value.mapping()
         is_awq = value.name == "AWQModifier"
         plain = {name: f for name, f in fields.items() if not is_awq or name not in SCHEME_FIELDS}

@@ -98,13 +98,16 @@ def with_observers(origin: Value, scheme: QuantizationScheme, observers: Observe
     Raises:
         RecipeError: for one that is not offered.
     """
-    from runtime.presets import checked
+    from runtime.presets import MIN_MAX_OBSERVERS, checked
 
     for field, value in (("weights", observers.weights), ("input_activations", observers.inputs)):
         args = getattr(scheme, field)
         if value is None or args is None:
             continue
-        changed = args.model_copy(update={"observer": value.text().lower()})
+        name = value.text().lower()
+        if field == "weights" and name in MIN_MAX_OBSERVERS and args.observer in (None, *MIN_MAX_OBSERVERS):
+            continue  # a weight is observed once, whole, where these are one and the same
+        changed = args.model_copy(update={"observer": name})
         try:
             scheme = checked(scheme.model_copy(update={field: changed}))
         except RecipeError as error:

@@ -9,7 +9,7 @@ from runtime.conditions import check_condition
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
 from runtime.manifest import ATTENTIONS, DTYPES, LeafKind, Manifest
-from runtime.scale_groups import wrong_groups
+from runtime.scale_groups import wrong_attentions, wrong_groups
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Experts")
@@ -50,7 +50,7 @@ def check_tables(manifest: Manifest) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
-    for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest)):
+    for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest), *wrong_attentions(manifest)):
         raise ArtifactError(wrong)
 
 

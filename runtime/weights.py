@@ -20,7 +20,7 @@ from runtime.model_config import require_same_model
 from runtime.program import Run
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from runtime.artifact import Artifact
     from runtime.manifest import ParameterEntry
@@ -62,9 +62,11 @@ class Weights:
         self.checkpoint = checkpoint
         self.dtype = dtype
         require_same_model(artifact, checkpoint.directory)
+        self.cache_scheme: QuantizationArgs | None = None
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
-        self._require_no_leftovers()
+        cache_keys = self._attach_key_values(model)
+        self._require_no_leftovers(cache_keys)
         for name in self.origins:
             self._require_shape(name)
 
@@ -132,6 +134,7 @@ class Weights:
         from runtime.schemes import CheckpointSchemes
 
         schemes = CheckpointSchemes.from_config(config)
+        self.cache_scheme = schemes.cache
         found = {}
         for name, module in model.named_modules():
             entry = self.artifact.manifest.parameters.get(f"{name}.weight")
@@ -202,8 +205,36 @@ class Weights:
             return (key,)
         return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
 
-    def _require_no_leftovers(self) -> None:
-        used = {key for origin in self.origins.values() for key in origin.keys}
+    def _attach_key_values(self, model: nn.Module) -> list[str]:
+        """Have the model round its keys and values if the checkpoint says so; returns the tensors for that."""
+        if self.cache_scheme is None:
+            return []
+        from runtime.key_values import PARTS, KeyValues, attach
+
+        key_values = KeyValues.of(self.artifact.manifest, self.cache_scheme)
+        keys = []
+        for module in key_values.all_modules():
+            names = [f"{self.checkpoint_prefix(module)}.{part}" for part in PARTS]
+            missing = [name for name in names if name not in self.checkpoint]
+            if missing:
+                raise WeightsError(f"{self.checkpoint.directory} lacks tensor {missing[0]!r} of its key-value cache")
+            key_values.scales[module] = [self.checkpoint.read(name) for name in names]
+            keys += names
+        attach(model, key_values)
+        return keys
+
+    def checkpoint_prefix(self, module: str) -> str:
+        """What the checkpoint calls a module that holds others."""
+        name = next(name for name in self.origins if name.startswith(f"{module}."))
+        packed = self.origins[name].packed is not None
+        inner = name.removeprefix(module)
+        key, end = self.origins[name].keys[0], inner
+        if packed:  # its tensors have other last names
+            key, end = _module_key(key), inner.rpartition(".")[0]
+        return key.removesuffix(end)
+
+    def _require_no_leftovers(self, others: Iterable[str]) -> None:
+        used = {key for origin in self.origins.values() for key in origin.keys} | set(others)
         ignored = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
         for key in self.checkpoint:
             if key not in used and not any(pattern.search(key) for pattern in ignored):

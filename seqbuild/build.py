@@ -33,6 +33,7 @@ from runtime.opaque_paths import is_opaque_path
 from runtime.publish import disk_errors, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
+from seqbuild.groups.attention import attentions
 from seqbuild.groups.derive import scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -297,6 +298,7 @@ def _assemble(
         buffers=found.buffers,
         foreign=found.foreign,
         limits=limits(model.config),
+        attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
         scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )

@@ -53,7 +53,7 @@ from runtime.algorithms.observers import fitted_grid
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
-STRATEGIES = ("tensor", "channel", "group", "tensor_group")
+STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
 
@@ -144,7 +144,7 @@ def quantize_siblings(
     stacked_OI = torch.cat([weight.to(dtype) for weight in weights])
     residual_IO = stacked_OI.t()[order_I].contiguous()  # a copy, for indexing with a tensor copies
     del stacked_OI
-    group_of_I = (order_I // (args.group_size if grid.is_grouped(args) else len(order_I))).tolist()
+    group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     is_refitted = grid.is_grouped(args) and actorder is None
     width = args.group_size if is_refitted else block_size
     quantized_IO, loss_O = _solve_(
@@ -293,7 +293,9 @@ class _Fitting:
         found = [self._fitted(weight_OI, self.args, self.diagonal_I) for weight_OI in weights]
 
         def rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            spread = [part.t().to(dtype).expand(-1, len(w)) for part, w in zip(parts, weights, strict=True)]
+            height = args.block_structure[0] if (args := self.args).block_structure else 1
+            tall = [part.repeat_interleave(height, dim=0)[: len(w)] for part, w in zip(parts, weights, strict=True)]
+            spread = [part.t().to(dtype).expand(-1, len(w)) for part, w in zip(tall, weights, strict=True)]
             return torch.cat(spread, dim=1).contiguous()
 
         zeros = [entry.zero_point_RC for entry in found if entry.zero_point_RC is not None]
@@ -327,7 +329,15 @@ def _stored(tensor_GO: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype)
     """Rows of scales or zero points in the shape and dtype of the checkpoint."""
     if grid.strategy_of(args) == "tensor":
         return tensor_GO[0, :1].to(dtype)
-    return tensor_GO.t().to(dtype).contiguous()
+    height = args.block_structure[0] if args.block_structure else 1
+    return tensor_GO.t()[::height].to(dtype).contiguous()
+
+
+def _columns_of_a_scale(args: QuantizationArgs, num_columns: int) -> int:
+    """How many consecutive columns share a scale."""
+    if grid.is_grouped(args):
+        return int(args.group_size)
+    return int(args.block_structure[1]) if args.block_structure else num_columns
 
 
 def _solve_(

@@ -42,6 +42,7 @@ def refine(
     args: QuantizationArgs,
     *,
     sweeps: int = 2,
+    dampening_frac: float = 0.01,
 ) -> QuantizedWeight:
     """Lower the loss of a quantized weight.
 
@@ -51,9 +52,12 @@ def refine(
         hessian_II: H, the sum of x x^T over the layer's inputs.
         args: the scheme that it was quantized by.
         sweeps: how often all columns are gone over.
+        dampening_frac: what is added to H's diagonal, as a fraction of its mean: without it many sweeps fit what the
+            calibration data happens to be.
 
     Returns:
-        A result on the same kind of grid, whose loss tr((W-Q) H (W-Q)^T) is no larger.
+        A result on the same kind of grid, whose loss tr((W-Q) (H + damping) (W-Q)^T) is no larger; `loss` is without
+        the damping.
 
     Raises:
         QuantizationError: for a strategy that is not offered, or shapes that do not fit.
@@ -66,11 +70,14 @@ def refine(
             f"a Hessian of {list(hessian_II.shape)} does not fit a weight of {list(weight_OI.shape)}"
         )
     dtype = grid.work_dtype(weight_OI, hessian_II)
-    state = _State(weight_OI, result, hessian_II.to(dtype), args, dtype)
+    added = dampening_frac * float(hessian_II.diagonal().mean())
+    damped_II = hessian_II.to(dtype, copy=True)
+    damped_II.diagonal().add_(added)
+    state = _State(weight_OI, result, damped_II, args, dtype)
     for _ in range(sweeps):
         for left in range(0, weight_OI.shape[1], state.width):
             state.improve(slice(left, min(left + state.width, weight_OI.shape[1])))
-    return state.result(result)
+    return state.result(result, added)
 
 
 class _State:
@@ -147,10 +154,13 @@ class _State:
             current_O.copy_(new_O)
             self.residual_IO[block.start + column].sub_(changes_BO[column])
 
-    def result(self, before: QuantizedWeight) -> QuantizedWeight:
-        """The refined weight, or the one before where nothing was gained."""
-        loss = float((self.residual_IO * (self.hessian_II @ self.residual_IO)).sum(dtype=torch.float64))
-        if loss >= before.loss:
+    def result(self, before: QuantizedWeight, added: float) -> QuantizedWeight:
+        """The refined weight, or the one before where nothing was gained; `added` is the damping."""
+        damped = float((self.residual_IO * (self.hessian_II @ self.residual_IO)).sum(dtype=torch.float64))
+        loss = damped - added * float(self.residual_IO.square().sum(dtype=torch.float64))
+        original_IO = self.residual_IO + self.quantized_IO
+        error = float((original_IO - before.weight_OI.to(self.dtype).t()).square().sum(dtype=torch.float64))
+        if damped >= before.loss + added * error:
             return before
         scale = self.factor_GO.t().to(self.stored).contiguous() if self.fits_scales else before.scale
         return dataclasses.replace(

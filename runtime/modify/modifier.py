@@ -6,12 +6,15 @@ then GPTQ or AWQ then GPTQ, the batches pass through a subgraph once to be measu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.errors import DataError, RecipeError
+from runtime.key_values import PARTS, KeyValues, attach
+from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure
 from runtime.modify.mappings import Rescaling, rescalings
 from runtime.modify.proof import require_same_output
@@ -56,6 +59,14 @@ class RecipeModifier:
             found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
             self.rescalings.append((transform, found))
             self.remarks += remarks
+        self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
+        self.source = source
+        for module in self.key_values.all_modules() if self.key_values is not None else ():
+            if not any(name.startswith(f"{module}.") for name in jobs):
+                raise RecipeError(
+                    f"{recipe.source}: {module} keeps keys and values, and nothing in it is quantized",
+                    hint="target one of its Linear modules, or leave kv_cache_scheme out",
+                )
         groups = artifact.manifest.scale_groups
         self.siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
         if not groups and any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values()):
@@ -64,8 +75,22 @@ class RecipeModifier:
             )
 
     def measures(self, names: Sequence[str]) -> bool:
-        """Hessians, sizes of channels, ranges of inputs."""
-        return any(self._needs(names).values())
+        """Hessians, sizes of channels, ranges of inputs, keys and values."""
+        return any(self._needs(names).values()) or bool(self._attentions(names))
+
+    def adds(self, names: Sequence[str]) -> Sequence[Stored]:
+        """The scales of keys and values."""
+        dtype = self.source.checkpoint.stored(self.source.plain_key(f"{names[0]}.weight") or "").dtype if names else ""
+        prefixes = [self.source.checkpoint_prefix(module) for module in self._attentions(names)]
+        return [Stored(f"{prefix}.{part}", dtype, (1,)) for prefix in prefixes for part in PARTS]
+
+    def _attentions(self, names: Sequence[str]) -> list[str]:
+        """The attention modules whose keys and values are rounded with a step that quantizes these modules."""
+        if self.key_values is None:
+            return []
+        return [
+            module for module in self.key_values.all_modules() if any(name.startswith(f"{module}.") for name in names)
+        ]
 
     def rewrites(self, names: Sequence[str]) -> Sequence[str]:
         """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
@@ -85,14 +110,16 @@ class RecipeModifier:
         grouped = {name for group in groups for name in group}
         others = {name: need for name, need in needs.items() if name not in grouped}
         statistics: dict[str, InputStatistics] = {}
+        attentions = self._attentions(names)
         for index, group in enumerate(groups):
             first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
             wanted = first | {name: needs[name] for name in group}
             measured = self._measured(work, wanted)
             statistics.update({name: measured.pop(name) for name in first if name in measured})
             self._round(work, group, {}, measured)
-        if others and not groups:
+        if not groups and (others or attentions):
             statistics = self._measured(work, others)
+        self._add_key_value_scales(work, attentions)
         rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
         self._rescale(work, rescaled, statistics)
         for name, tensor in rescaled.tensors.items():
@@ -101,7 +128,8 @@ class RecipeModifier:
         self._round(work, [name for name in names if name not in grouped], rescaled.tensors, statistics)
 
     def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
-        statistics = measure(work, needs, self.jobs)
+        with self._measuring(work):
+            statistics = measure(work, needs, self.jobs)
         few = few_tokens(needs, statistics)
         if few:
             fewest = min(statistics[name].num_tokens for name in few)
@@ -109,6 +137,31 @@ class RecipeModifier:
                 f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
             )
         return statistics
+
+    @contextlib.contextmanager
+    def _measuring(self, work: Work) -> Iterator[None]:
+        """Keys and values are measured, too, if anybody wants them."""
+        if self.key_values is None:
+            yield
+            return
+        attach(work.model, self.key_values)
+        self.key_values.is_measuring = True
+        try:
+            yield
+        finally:
+            self.key_values.is_measuring = False
+
+    def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
+        for module in attentions:
+            assert self.key_values is not None, "there are attentions"
+            if module not in self.key_values.sizes:
+                raise DataError(f"{module} was never run, so its keys and values have no scale")
+            prefix = self.source.checkpoint_prefix(module)
+            first = next(name for name in work.step.modules if name.startswith(f"{module}."))
+            scales = self.key_values.scale_of(module, work.scale_dtype(first))
+            for part, scale in zip(PARTS, scales, strict=True):
+                work.add(f"{prefix}.{part}", scale)
+            self.key_values.scales[module] = scales
 
     def _needs(self, names: Sequence[str]) -> dict[str, Needs]:
         needs = {name: _needs_of(self.jobs[name]) for name in names}

@@ -164,7 +164,14 @@ def _solve(
             )
             if job.options.refine:
                 results = [
-                    refine(weight, result, found.hessian_II, job.scheme.weights, sweeps=job.options.refine)
+                    refine(
+                        weight,
+                        result,
+                        found.hessian_II,
+                        job.scheme.weights,
+                        sweeps=job.options.refine,
+                        dampening_frac=result.damping,
+                    )
                     for weight, result in zip(weights, results, strict=True)
                 ]
         except QuantizationError as error:

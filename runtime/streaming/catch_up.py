@@ -78,6 +78,17 @@ class Written:
         parts = {part: self.writer.read(f"{prefix}{part}") for part in input_parts(job.scheme)}
         set_input_parts(model.get_submodule(module), parts)
 
+    def give_key_value_scales(self, model: nn.Module, step: Step) -> None:
+        """Round keys and values of a finished step as the run did."""
+        from runtime.key_values import of_model
+
+        key_values = of_model(model)
+        if key_values is not None and step.adds:
+            scales = [self.writer.read(stored.name).to(self.device) for stored in step.adds]
+            modules = key_values.modules[step.subgraph.entry.parameters]
+            for index, module in enumerate(modules):
+                key_values.scales[module] = scales[2 * index : 2 * index + 2]
+
 
 def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
     """Send all batches through finished steps.
@@ -106,6 +117,7 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
                 module = name.removesuffix(".weight")
                 if module in written.jobs and name.endswith(".weight"):
                     written.give_input_parts(passes.model, module)
+            written.give_key_value_scales(passes.model, step)
             passes.begin()
             passes.go_on(step)
             unload(passes.model, names)

@@ -245,8 +245,8 @@ class StreamingRun:
         return Written(self.plan, self.source, self.writer, self.jobs, self.options.device)
 
     def _set_batches(self) -> None:
-from runtime.activations import DEVICE, Activations, Budget
-from runtime.masks import LOSS_MASK, token_mask
+        outlives = lasting_values(self.plan)
+        inputs = [{name: value for name, value in batch.items() if name != LOSS_MASK} for batch in self.batches]
         self.passes = Passes(
             model=self.model,
             activations=Activations(inputs, self.options.device, self.options.budget, self.workplace.values, outlives),

@@ -28,6 +28,7 @@ class Step:
         goes_on: whether a later subgraph needs what it returns.
         loads: the parameters that are streamed in before it runs.
         passes: checkpoint tensors that are written with it as they are.
+        adds: tensors that modifiers write besides, which the original checkpoint does not have.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Step:
     goes_on: bool
     loads: tuple[str, ...]
     passes: tuple[str, ...]
+    adds: tuple[Stored, ...] = ()
 
     @property
     def label(self) -> str:
@@ -65,6 +67,7 @@ class Plan:
         """The names of all tensors that a step writes."""
         for name in step.modules:
             yield from (stored.name for stored in module_tensors(name, source, jobs[name]))
+        yield from (stored.name for stored in step.adds)
         yield from step.passes
 
 
@@ -102,6 +105,7 @@ def plan_steps(
                 goes_on=index < last,
                 loads=tuple(name for name in names if name not in quantized) if index <= last else (),
                 passes=passes,
+                adds=tuple(stored for modifier in modifiers for stored in _added(modifier, owned[index])),
             )
         )
         quantized.update(dict.fromkeys(f"{name}.weight" for name in owned[index]))
@@ -111,6 +115,12 @@ def plan_steps(
         rewritten=frozenset(name for names in owned for modifier in modifiers for name in modifier.rewrites(names)),
         reused=frozenset(name for name, count in users.items() if count > 1),
     )
+
+
+def _added(modifier: Modifier, names: Sequence[str]) -> Sequence[Stored]:
+    """What a modifier adds to the checkpoint with a step; most add nothing, and do not say so."""
+    adds = getattr(modifier, "adds", None)
+    return adds(names) if adds is not None else ()
 
 
 def _owned_modules(artifact: Artifact, jobs: Mapping[str, Assignment]) -> Iterator[tuple[str, ...]]:
@@ -129,6 +139,7 @@ def output_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) 
     for step in plan.steps:
         for name in step.modules:
             yield from module_tensors(name, source, jobs[name])
+        yield from step.adds
         yield from (checkpoint.stored(key) for key in step.passes)
     yield from (checkpoint.stored(key) for key in plan.rest)
 

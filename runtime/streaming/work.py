@@ -140,6 +140,10 @@ class Work:
         self.num_bytes += self.writer.write(key, stored)
         self._go_on_with(name, stored.to(tensor.dtype))
 
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor that the original checkpoint does not have; the modifier must have named it in `adds`."""
+        self.num_bytes += self.writer.write(name, tensor)
+
     def change(self, name: str, tensor: torch.Tensor) -> None:
         """Change a weight that another modifier of this step will quantize, in the model alone."""
         assign(self.model, name, tensor)

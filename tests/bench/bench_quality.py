@@ -30,6 +30,12 @@ def _only(modifier: str, scheme: str, extra: str = "") -> str:
     return f"{modifier}: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]{extra}}}\n"
 
 
+def _staged(recipe: str) -> str:
+    """The peer passes over what stands outside of a stage."""
+    lines = (f"    {line}" for line in recipe.splitlines())
+    return "\n".join(("bench_stage:", "  bench_modifiers:", *lines, ""))
+
+
 _SMOOTH = "SmoothQuantModifier: {smoothing_strength: 0.8}\n"
 _NEAREST = "QuantizationModifier"
 # name: recipe that both tools run
@@ -49,7 +55,7 @@ SHARED = {
 OWN = {
     "AWQ + GPTQ W2A16": "AWQModifier: {duo_scaling: both}\n" + _only("GPTQModifier", "W2A16"),
     "AWQ + GPTQ W3A16": "AWQModifier: {duo_scaling: both}\n" + _only("GPTQModifier", "W3A16"),
-    "GPTQ W2A16, imatrix_mse": _only("GPTQModifier", "W2A16", ", weight_observer: imatrix_mse"),
+    "GPTQ W2A16, refined": _only("GPTQModifier", "W2A16", ", refine: 4"),
     "AWQ W2A16, imatrix_mse": "AWQModifier: {duo_scaling: both}\n"
     + _only(_NEAREST, "W2A16", ", weight_observer: imatrix_mse"),
 }
@@ -142,9 +148,10 @@ class Bench:
     def one(self, name: str, recipe: str, tool: str) -> None:
         """Quantize by a recipe with one of the tools, and judge the checkpoint."""
         if f"{name} | {tool}" in self.known:
+            self.judged(name, tool, Path())
             return
         plan, out = self.folder / "recipe.yaml", self.folder / f"{tool} {name}".replace(" ", "-")
-        plan.write_text(recipe)
+        plan.write_text(_staged(recipe))
         if tool == "ours":
             command = [sys.executable, "-c", OURS, self.artifact, self.chosen.model, self.calib, plan, out]
         else:

@@ -386,17 +386,26 @@ class TestRefine:
         result = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16)
         losses = [result.loss]
         for _ in range(3):
-            result = refine(weight_OI, result, hessian_II, args, sweeps=1)
+            result = refine(weight_OI, result, hessian_II, args, sweeps=1, dampening_frac=0.0)
             assert result.loss == pytest.approx(output_error(weight_OI, result.weight_OI, inputs_TI), rel=1e-5)
             losses.append(result.loss)
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.98 * losses[0]
 
+    def test_damping_counts_but_is_no_part_of_the_loss(self, inputs_TI: torch.Tensor, hessian_II: torch.Tensor) -> None:
+        weight_OI, args = random_weight(), int_args(2)
+        before = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16)
+        after = refine(weight_OI, before, hessian_II, args, dampening_frac=0.1)
+        added = 0.1 * float(hessian_II.diagonal().mean())
+        sizes = [float((weight_OI - result.weight_OI.double()).square().sum()) for result in (before, after)]
+        assert after.loss + added * sizes[1] < before.loss + added * sizes[0]
+        assert after.loss == pytest.approx(output_error(weight_OI, after.weight_OI, inputs_TI), rel=1e-5)
+
     def test_no_single_column_can_be_better(self, hessian_II: torch.Tensor) -> None:
         weight_OI = random_weight()
         args = int_args(3, strategy="channel")
         result = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.float32)
-        result = refine(weight_OI, result, hessian_II, args, sweeps=40)
+        result = refine(weight_OI, result, hessian_II, args, sweeps=40, dampening_frac=0.0)
         for step in (-1, 1):
             for column in range(0, NUM_IN, 5):
                 other = result.weight_OI.double().clone()
@@ -432,3 +441,18 @@ class TestRefine:
         result = quantize_gptq(random_weight(), hessian_II, int_args(2), scale_dtype=torch.bfloat16)
         with pytest.raises(QuantizationError, match="does not fit"):
             refine(random_weight(), result, hessian_II[:4, :4], int_args(2))
+
+
+@pytest.mark.parametrize("actorder", [None, "static"])
+def test_blocks_of_rows_and_columns_share_a_scale(hessian_II: torch.Tensor, actorder: str | None) -> None:
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="block", block_structure=[10, 32])
+    weight_OI = random_weight()
+    got = quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.float32, actorder=actorder)
+    nearest = quantize_rtn(weight_OI, args, scale_dtype=torch.float32)
+    assert torch.equal(got.scale, nearest.scale)
+    assert got.scale.shape == (3, 3)
+    factor = got.scale.repeat_interleave(10, 0)[:NUM_OUT].repeat_interleave(32, 1)
+    on_grid = (got.weight_OI / factor).to(torch.float8_e4m3fn).float() * factor
+    assert torch.equal(on_grid, got.weight_OI)
+    inputs = correlated()
+    assert output_error(weight_OI, got.weight_OI, inputs) < 0.8 * output_error(weight_OI, nearest.weight_OI, inputs)

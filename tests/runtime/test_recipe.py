@@ -198,6 +198,10 @@ a_stage:
     assert [modifier.sequential_targets for modifier in recipe.modifiers] == [("B", "A"), ("A",)]
 
 
+def smooth(field: str) -> str:
+    return f"# a comment\nSmoothQuantModifier:\n  {field}\nGPTQModifier: {{scheme: W8A8}}\n"
+
+
 def gptq(fields: str) -> str:
     return f"# a comment\nGPTQModifier:\n  scheme: W4A16\n  {fields}\n"
 
@@ -227,8 +231,25 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("args: {a: 1}", "recipe.yaml:1: args are not offered"),
         ("GPTQModfier: {}", "recipe.yaml:1: unknown key 'GPTQModfier' (did you mean GPTQModifier?)"),
         ("a_stage:\n b_modifiers:\n  GPTQ: {}", "recipe.yaml:3: unknown modifier 'GPTQ' (did you mean GPTQModifier?)"),
-        ("a_stage:\n b_modifiers:\n  AWQModifier: {}", "recipe.yaml:3: AWQModifier is not offered yet (offered are"),
-        ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier is not offered yet"),
+        (
+            "a_stage:\n b_modifiers:\n  SparseGPTModifier: {}",
+            "recipe.yaml:3: SparseGPTModifier is not offered yet",
+        ),
+        ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier rescales weights, and nothing rounds them"),
+        ("GPTQModifier: {scheme: W4A16}\nAWQModifier: {}", "AWQModifier comes after GPTQModifier"),
+        (smooth("smoothing_strength: 2"), "recipe.yaml:3: smoothing_strength must be a number from 0 to 1, not 2"),
+        (smooth("algorithm: log_equalization"), "recipe.yaml:3: algorithm 'log_equalization' cannot be obeyed: log"),
+        (smooth("num_calibration_steps: 8"), "recipe.yaml:3: num_calibration_steps 8 cannot be obeyed"),
+        (smooth("scheme: W8A8"), "recipe.yaml:3: unknown key of SmoothQuantModifier 'scheme'"),
+        (smooth("mappings: [[a]]"), "recipe.yaml:3: a mapping is the list of balance_layers and the smooth_layer"),
+        (smooth("mappings: [{smooth_layer: a}]"), "recipe.yaml:3: a mapping has no balance_layers"),
+        (smooth("mappings: [{smooth_layer: 're:(', balance_layers: b}]"), "'re:(' is no regular expression"),
+        ("AWQModifier: {duo_scaling: 1}", "recipe.yaml:1: duo_scaling must be true, false or both, not 1"),
+        ("AWQModifier: {n_grid: 0}", "recipe.yaml:1: n_grid must be a positive integer, not 0"),
+        ("AWQModifier: {offload_device: cuda}", "recipe.yaml:1: offload_device 'cuda' cannot be obeyed"),
+        (gptq("fallback: awq"), "recipe.yaml:4: fallback must be rtn or null, not 'awq'"),
+        (gptq("refine: -1"), "recipe.yaml:4: refine must be an integer of at least 0, not -1"),
+        (gptq("min_tokens: many"), "recipe.yaml:4: min_tokens must be an integer of at least 0, not 'many'"),
         ("\nGPTQModifier:", "recipe.yaml:2: GPTQModifier must be a mapping, not ''"),
         # fields
         (
@@ -264,18 +285,18 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         # fields of the peer that are not implemented
         (
             gptq("kv_cache_scheme: {num_bits: 8}"),
-            "recipe.yaml:4: kv_cache_scheme {'num_bits': 8} cannot be obeyed: quantizing the key-value cache",
+            "recipe.yaml:4: a key-value cache of 8 bit int by tensor (symmetric=True, dynamic=False) is not offered",
         ),
         (
-            gptq("weight_observer: mse"),
-            "recipe.yaml:4: weight_observer 'mse' cannot be obeyed: weights are observed by",
+            gptq("weight_observer: best"),
+            "recipe.yaml:4: the observer 'best' is not offered (offered are minmax",
         ),
-        (gptq("observer: {weights: MSE}"), "recipe.yaml:4: observer {'weights': 'MSE'} cannot be obeyed"),
-        (gptq("input_observer: minmax"), "recipe.yaml:4: input_observer 'minmax' cannot be obeyed: static activation"),
-        (gptq("output_observer: minmax"), "recipe.yaml:4: output_observer 'minmax' cannot be obeyed: static"),
+        (gptq("observer: {weight: MSE}"), "recipe.yaml:4: unknown key of observer 'weight' (did you mean weights?)"),
+        (gptq("observer: {output: minmax}"), "recipe.yaml:4: output 'minmax' cannot be obeyed: outputs are not"),
+        (gptq("output_observer: minmax"), "recipe.yaml:4: output_observer 'minmax' cannot be obeyed: outputs are not"),
         (gptq("bypass_divisibility_checks: true"), "recipe.yaml:4: bypass_divisibility_checks True cannot be obeyed"),
         (gptq("bypass_divisibility_checks: 0"), "recipe.yaml:4: bypass_divisibility_checks 0 cannot be obeyed"),
-        (gptq("batched_quantization: 8"), "recipe.yaml:4: batched_quantization 8 cannot be obeyed"),
+        (gptq("batched_quantization: 0"), "recipe.yaml:4: batched_quantization must be a positive integer, not 0"),
         (gptq("start: 0.0"), "recipe.yaml:4: start 0.0 cannot be obeyed: schedules belong to training"),
         (gptq("initialized_: true"), "recipe.yaml:4: initialized_ True cannot be obeyed: it is a modifier's state"),
         # schemes
@@ -285,8 +306,8 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
             "\nGPTQModifier:\n  scheme: W4A61",
             "recipe.yaml:3: there is no scheme 'W4A61' (nearest is W4A16; offered are",
         ),
-        ("\nGPTQModifier:\n  scheme: NVFP4", "recipe.yaml:3: the scheme NVFP4 is not offered yet"),
-        ("\nGPTQModifier:\n  scheme:\n    FP8: Linear", "recipe.yaml:4: the scheme FP8 is not offered yet"),
+        ("\nGPTQModifier:\n  scheme: UNQUANTIZED", "recipe.yaml:3: the scheme UNQUANTIZED is not offered"),
+        ("\nGPTQModifier:\n  scheme:\n    FP: Linear", "recipe.yaml:4: there is no scheme 'FP' (nearest is FP8"),
         ("\nGPTQModifier:\n  scheme: 4", "recipe.yaml:3: scheme must be a mapping, not '4'"),
         ("\nGPTQModifier:\n  scheme: {}", "recipe.yaml:3: scheme is empty"),
         ("GPTQModifier:\n  scheme: {W4A16: a}\n  targets: b", "recipe.yaml:3: targets stand inside scheme already"),
@@ -310,7 +331,10 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
             "recipe.yaml:7: weights: actorder='group' has been removed",
         ),
         (GROUP + "weights:\n        num_bits: 5\n        type: float", "recipe.yaml:"),
-        (GROUP + "weights: {num_bits: 8}\n      input_activations: {num_bits: 8}", "recipe.yaml:3: static activation"),
+        (
+            GROUP + "weights: {num_bits: 8}\n      output_activations: {num_bits: 8}",
+            "recipe.yaml:3: output_activations",
+        ),
         (
             GROUP + "weights: {num_bits: 4, group_size: 32}\n      format: tar",
             "recipe.yaml:3: g is no scheme: Input should be",
@@ -383,3 +407,46 @@ def test_an_ignore_pattern_without_match_is_fine() -> None:
 def test_importing_does_not_load_torch() -> None:
     code = "import sys, runtime.recipe; sys.exit('torch' in sys.modules or 'compressed_tensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rescaling_comes_before_rounding_in_the_file_s_order() -> None:
+    recipe = read("""
+quant_stage:
+  quant_modifiers:
+    SmoothQuantModifier: {smoothing_strength: 8e-1, ignore: ['re:.*mlp']}
+    AWQModifier:
+      duo_scaling: both
+      n_grid: 10
+      mappings: [{smooth_layer: a, balance_layers: [b, 're:c']}]
+    GPTQModifier: {scheme: W8A8, min_tokens: 100, fallback: rtn, refine: 2, batched_quantization: 4}
+""")
+    smoothing, scaling = recipe.transforms
+    assert (smoothing.algorithm, smoothing.strength, smoothing.ignore) == ("smoothquant", 0.8, ("re:.*mlp",))
+    assert (scaling.algorithm, scaling.duo_scaling, scaling.n_grid) == ("awq", "both", 10)
+    (mapping,) = scaling.mappings
+    assert (mapping.smooth_layer, mapping.balance_layers, mapping.line) == ("a", ("b", "re:c"), 8)
+    (modifier,) = recipe.modifiers
+    assert (modifier.min_tokens, modifier.groups[0].options) == (
+        100,
+        GptqOptions(dampening_frac=0.01, block_size=128, actorder="static", fallback="rtn", refine=2),
+    )
+
+
+def test_the_older_awq_modifier_rounds_too() -> None:
+    recipe = read("AWQModifier: {scheme: W4A16_ASYM, targets: Linear, ignore: [lm_head], n_grid: 4}")
+    assert [transform.n_grid for transform in recipe.transforms] == [4]
+    assert [(modifier.algorithm, modifier.ignore) for modifier in recipe.modifiers] == [("rtn", ("lm_head",))]
+
+
+def test_observers_are_the_modifier_s_or_the_scheme_s() -> None:
+    recipe = read("GPTQModifier: {scheme: FP8, observer: {weights: MSE, input: minmax}}")
+    scheme = recipe.groups[0].scheme
+    assert (scheme.weights.observer, scheme.input_activations.observer) == ("mse", "minmax")
+    plain = read("GPTQModifier: {scheme: FP8}").groups[0].scheme
+    assert plain.input_activations.observer == "static_minmax"
+
+
+def test_the_key_value_cache_has_a_scheme_of_its_own() -> None:
+    text = "QuantizationModifier: {scheme: FP8, kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor}}"
+    assert read(text).cache is not None
+    assert read("QuantizationModifier: {scheme: FP8}").cache is None

@@ -1,0 +1,229 @@
+"""AWQ and SmoothQuant in a run: what is rescaled, that the model stays the same, and what recipes may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runtime
+from runtime.manifest import ScaleGroup
+from runtime.modify.smoothing import Rescaled
+from runtime.recipe import Recipe
+from tests.runtime.small import (
+    NARROW_W4,
+    WIDTHS,
+    Small,
+    calibrate,
+    directory_bytes,
+    read_tensors,
+    run_transformers,
+    run_weights,
+    token_batches,
+)
+
+SCHEME = "targets: Linear, scheme: W4A16, ignore: [lm_head]"
+SMOOTH = "SmoothQuantModifier: {smoothing_strength: 0.8}\n"
+SIBLINGS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
+def plan(*modifiers: str) -> Recipe:
+    return Recipe.from_text("\n".join(modifiers), "recipe.yaml")
+
+
+def loss(small: Small, out: Path) -> float:
+    """How far the logits of a checkpoint are from the original's."""
+    inputs = token_batches([(2, 31)], seed=7)[0]
+    got, expected = (run_weights(small, path, inputs)["logits"].float() for path in (out, small.weights))
+    return float((got - expected).square().mean())
+
+
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        (SMOOTH, "GPTQModifier: {targets: Linear, scheme: W8A8, ignore: [lm_head]}"),
+        ("AWQModifier: {}", f"QuantizationModifier: {{{SCHEME}}}"),
+        ("AWQModifier: {duo_scaling: both}", f"GPTQModifier: {{{SCHEME}}}"),
+        (SMOOTH, "AWQModifier: {n_grid: 5}", f"GPTQModifier: {{{SCHEME}}}"),
+        (f"AWQModifier: {{{SCHEME}}}",),
+    ],
+)
+def test_transformers_loads_what_was_rescaled(llama: Small, tmp_path: Path, modifiers: tuple[str, ...]) -> None:
+    done = calibrate(llama, plan(*modifiers), tmp_path / "out")
+    before, after = read_tensors(llama.weights), read_tensors(tmp_path / "out")
+    for name, tensor in before.items():
+        if name.endswith(NORMS):
+            assert not torch.equal(after[name], tensor), name
+        elif "norm" in name or "embed" in name or "lm_head" in name:
+            assert torch.equal(after[name], tensor), name
+    inputs = token_batches([(2, 17)], seed=5)[0]
+    assert torch.equal(
+        run_weights(llama, tmp_path / "out", inputs)["logits"], run_transformers(tmp_path / "out", inputs)
+    )
+    assert all(report.num_tokens == 366 for report in done.modules)
+
+
+def test_rescaling_alone_changes_nothing_but_rounding(llama: Small, tmp_path: Path) -> None:
+    """With eight bits by group what is left of the difference is that of rounding."""
+    weights = "{num_bits: 8, type: int, group_size: 32}"
+    fine = f"config_groups: {{a: {{targets: [Linear], weights: {weights}}}}}, ignore: [lm_head]"
+    calibrate(llama, plan(SMOOTH, f"QuantizationModifier: {{{fine}}}"), tmp_path / "smooth")
+    calibrate(llama, plan(f"QuantizationModifier: {{{fine}}}"), tmp_path / "plain")
+    assert loss(llama, tmp_path / "smooth") < 4 * loss(llama, tmp_path / "plain")
+
+
+def test_the_same_seed_gives_the_same_bytes(llama: Small, tmp_path: Path) -> None:
+    modifiers = ("AWQModifier: {}", f"GPTQModifier: {{{SCHEME}, refine: 1}}")
+    for name in ("one", "two"):
+        calibrate(llama, plan(*modifiers), tmp_path / name)
+    assert directory_bytes(tmp_path / "one") == directory_bytes(tmp_path / "two")
+
+
+def test_named_mappings_equal_those_that_were_found(llama: Small, tmp_path: Path) -> None:
+    named = """
+AWQModifier:
+  mappings:
+    - {smooth_layer: 're:.*input_layernorm', balance_layers: ['re:.*q_proj', 're:.*k_proj', 're:.*v_proj']}
+    - {smooth_layer: 're:.*v_proj', balance_layers: ['re:.*o_proj']}
+    - [['re:.*gate_proj', 're:.*up_proj'], 're:.*post_attention_layernorm']
+    - [['re:.*down_proj'], 're:.*up_proj']
+"""
+    rest = f"QuantizationModifier: {{{SCHEME}}}"
+    calibrate(llama, plan(named, rest), tmp_path / "named")
+    calibrate(llama, plan("AWQModifier: {}", rest), tmp_path / "found")
+    one, two = read_tensors(tmp_path / "named"), read_tensors(tmp_path / "found")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_a_mapping_that_changes_the_model_is_refused(llama: Small, tmp_path: Path) -> None:
+    wrong = "SmoothQuantModifier: {mappings: [[['re:.*k_proj'], 're:.*q_proj']]}"
+    with pytest.raises(runtime.RecipeError, match=r"recipe.yaml:1: the mapping of .* changes what the model computes"):
+        calibrate(llama, plan(wrong, f"QuantizationModifier: {{{SCHEME}}}"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ("[['re:.*nothing'], 're:.*input_layernorm']", "fits no modules"),
+        ("[['re:.*down_proj'], 're:.*input_layernorm']", "makes 128 channels, and .* take 256"),
+    ],
+)
+def test_mappings_that_fit_nothing_are_refused(llama: Small, tmp_path: Path, mapping: str, message: str) -> None:
+    text = f"SmoothQuantModifier: {{mappings: [{mapping}]}}"
+    with pytest.raises(runtime.RecipeError, match=message):
+        calibrate(llama, plan(text, f"QuantizationModifier: {{{SCHEME}}}"), tmp_path / "out")
+
+
+def test_ignored_groups_stay_as_they_are(llama: Small, tmp_path: Path) -> None:
+    modifier = "SmoothQuantModifier: {ignore: ['re:.*mlp']}"
+    calibrate(llama, plan(modifier, f"QuantizationModifier: {{{SCHEME}}}"), tmp_path / "out")
+    before, after = read_tensors(llama.weights), read_tensors(tmp_path / "out")
+    for name, tensor in before.items():
+        if name.endswith(NORMS):
+            assert torch.equal(after[name], tensor) is name.endswith(NORMS[1])
+
+
+def test_padding_and_masked_tokens_change_nothing(narrow_llama: Small, tmp_path: Path) -> None:
+    batch = token_batches([(3, 24)])[0]
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, 18:] = 0
+    other = batch["input_ids"].clone()
+    other[1, 18:] = 5
+    recipe = plan("AWQModifier: {}", f"GPTQModifier: {{{NARROW_W4}}}")
+    for name, ids in (("one", batch["input_ids"]), ("two", other)):
+        batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "loss_mask": mask}]
+        done = calibrate(narrow_llama, recipe, tmp_path / name, batches=batches)
+        assert {report.num_tokens for report in done.modules} == {66}
+    # Causal attention: what comes later does not reach the tokens that count.
+    one, two = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "two")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"), [((3, 24), 0, "no token counts"), ((2, 5), 1, r"a loss_mask of \[2, 5\]")]
+)
+def test_masks_that_leave_nothing_are_refused(
+    narrow_llama: Small, tmp_path: Path, shape: tuple[int, int], value: int, message: str
+) -> None:
+    batch = {**token_batches([(3, 24)])[0], "loss_mask": torch.full(shape, value)}
+    with pytest.raises(runtime.DataError, match=message):
+        calibrate(narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}}}"), tmp_path / "out", batches=[batch])
+
+
+def test_too_few_tokens_are_reported_and_can_be_an_error(narrow_llama: Small, tmp_path: Path) -> None:
+    batches = token_batches([(1, 20)])
+    done = calibrate(narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}}}"), tmp_path / "out", batches=batches)
+    assert any("saw fewer tokens than input features, 20 at least" in remark for remark in done.remarks)
+    bounded = plan(f"GPTQModifier: {{{NARROW_W4}, min_tokens: 21}}")
+    with pytest.raises(runtime.DataError, match=r"q_proj saw 20 tokens, and the recipe asks for 21 \(min_tokens\)"):
+        calibrate(narrow_llama, bounded, tmp_path / "other", batches=batches)
+
+
+@pytest.fixture(scope="module")
+def narrow_numbers(small: Callable[..., Small]) -> Small:
+    """In bfloat16: readers dequantize small floats to that, and cannot run such layers in a float32 model."""
+    return small("LlamaForCausalLM", "LlamaConfig", WIDTHS, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
+def test_siblings_share_nvfp4_s_global_scale(narrow_numbers: Small, tmp_path: Path, scheme: str) -> None:
+    recipe = plan(f"QuantizationModifier: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]}}")
+    calibrate(narrow_numbers, recipe, tmp_path / "o")
+    tensors = read_tensors(tmp_path / "o")
+    kinds = ["weight_global_scale", "input_global_scale"] if scheme == "NVFP4" else ["weight_global_scale"]
+    for layer in range(3):
+        for kind in kinds:
+            for together in SIBLINGS:
+                found = {float(tensors[f"model.layers.{layer}.{name}.{kind}"]) for name in together}
+                assert len(found) == 1
+    inputs = token_batches([(2, 17)], seed=5)[0]
+    assert torch.equal(
+        run_weights(narrow_numbers, tmp_path / "o", inputs)["logits"], run_transformers(tmp_path / "o", inputs)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_BLOCK", "MXFP4", "MXFP8", "W4A8"])
+def test_other_schemes_in_a_whole_run(narrow_numbers: Small, tmp_path: Path, scheme: str) -> None:
+    recipe = plan(f"QuantizationModifier: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]}}")
+    calibrate(narrow_numbers, recipe, tmp_path / "o")
+    inputs = token_batches([(2, 17)], seed=5)[0]
+    assert torch.equal(
+        run_weights(narrow_numbers, tmp_path / "o", inputs)["logits"], run_transformers(tmp_path / "o", inputs)
+    )
+
+
+def test_a_fallback_is_used_only_when_asked_for_and_said(narrow_llama: Small, tmp_path: Path) -> None:
+    batches = token_batches([(1, 8)])
+    batches[0]["input_ids"][:] = 3
+
+    def fail(*args: object, **kwargs: object) -> object:
+        raise runtime.QuantizationError("the Hessian does not factor")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.modify.rounding.quantize_siblings", fail)
+        with pytest.raises(runtime.QuantizationError, match="does not factor"):
+            calibrate(narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}}}"), tmp_path / "no", batches=batches)
+        done = calibrate(
+            narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}"), tmp_path / "yes", batches=batches
+        )
+    assert {report.algorithm for report in done.modules} == {"rtn"}
+    assert any("rounded to nearest: the Hessian does not factor" in remark for remark in done.remarks)
+
+
+def test_rounded_norms_are_made_up_for() -> None:
+    """What a norm loses by the checkpoint's dtype, the columns get."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"n.weight": torch.rand(8, generator=generator) + 0.5, "a.weight": torch.randn(4, 8, generator=generator)}
+    jobs: dict[str, Any] = {"a": None}
+    rescaled = Rescaled(read=tensors.__getitem__, stored_dtype=lambda name: torch.bfloat16, jobs=jobs)
+    group = ScaleGroup(subgraph=0, modules=("a",), producer="n.weight", channels=(0, 8))
+    used = rescaled.apply(group, torch.rand(8, generator=generator) + 0.5)
+    product = rescaled.tensors["n.weight"] * rescaled.tensors["a.weight"]
+    torch.testing.assert_close(product, tensors["n.weight"] * tensors["a.weight"], rtol=1e-6, atol=0)
+    assert torch.equal(rescaled.tensors["n.weight"], rescaled.tensors["n.weight"].bfloat16().float())
+    assert used.shape == (8,)
