@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,10 @@ class LoadedSubgraph:
         """
         from runtime.program import run_device, run_dtype
 
-        run = self._artifact.run(run_device(inputs, model), run_dtype(model))
+        return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
+
+    def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        """The same in a stated run, on a device of which no input need tell."""
         entry = self.entry
         if not entry.arguments and not entry.results:
             return self._program(model, **inputs, run=run)

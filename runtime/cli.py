@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|evaluate|check`.
+"""The host's command line: `python -m runtime calibrate|plan|evaluate|check`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.console import human_bytes, run_app, say
+from runtime.plan_cli import plan
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ app = typer.Typer(
     help="Run, calibrate and evaluate compiled models. It never traces, and needs no network.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
+
+app.command()(plan)
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
 WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
@@ -167,19 +170,12 @@ def _prepare(
     path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
-    from runtime.errors import UsageError
-
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in dtypes:
-        raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(dtypes)}")
     from runtime.artifact import load
-    from runtime.devices import resolve_device
+    from runtime.devices import resolve_device, resolve_dtype
 
-    run_device = resolve_device(device)
+    run_dtype, run_device = resolve_dtype(dtype), resolve_device(device)
     loaded = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
-    import torch
-
-    return loaded, run_device, None if dtype == "auto" else getattr(torch, dtype)
+    return loaded, run_device, run_dtype
 
 
 def _batches(

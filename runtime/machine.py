@@ -1,0 +1,53 @@
+"""What this machine has, and what this process takes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
+# Of control groups, version 2 and 1: the limit, and what is used of it.
+_GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; where the system does not tell, the most that it ever was."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take, by the machine and by the group it is in; None where nobody tells."""
+    limits = []
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
+        limits += [int(found[1]) * 1024] if found else []
+    except OSError:
+        pass
+    for most, used in _GROUPS:
+        try:
+            limits.append(int(most.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):
+            continue  # no such group, or one without a limit
+    return max(min(limits), 0) if limits else None
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Room on the disk of a path that need not exist."""
+    place = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+    return shutil.disk_usage(place).free

@@ -1,0 +1,270 @@
+"""What a calibration will take, before it runs: memory, traffic, disk, subgraph by subgraph, without weights.
+
+    shapes      the artifact's own code runs on tensors without content (`shape_run`)
+    costs       statistics, solves and stored tensors by formula (`plan_costs`)
+    peaks       of the steps of each subgraph, as `calibration` takes them
+
+For each subgraph, with its weights W, its statistics S, its largest solve and the values A that wait for it and for
+later ones:
+
+    while batches run    W + the next subgraph's W + S + working memory of one batch and copies of its inputs
+    while it is solved   W + the next subgraph's W + S + solve
+
+Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.plan_costs import (
+    hessian_bytes,
+    parameter_bytes,
+    passes_statistics,
+    solve_bytes,
+    stored_bytes,
+)
+from runtime.plan_values import ShapeValues
+from runtime.shape_run import Footprint, ShapeRun, storage_bytes
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact, LoadedSubgraph
+    from runtime.recipe import Assignment
+
+# Round numbers for what the process holds before it loads anything, and CUDA's own share of a device.
+PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
+# Code that cannot run on shapes is taken to hold so many times what goes in and comes out.
+_GUESSED_TIMES = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is asked for.
+
+    Attributes:
+        num_samples, batch_size: of the calibration data.
+        sizes: of the manifest's dims for a full batch, by name.
+        dtype: of weights and activations in the run.
+        device_type: `cpu`, or that of an accelerator.
+        activation_bytes: the most that values between subgraphs may take in memory; what is more lies on disk. None
+            for no limit.
+        process_bytes: what the process holds before it loads a weight.
+    """
+
+    num_samples: int
+    batch_size: int
+    sizes: Mapping[str, int]
+    dtype: torch.dtype
+    device_type: str
+    activation_bytes: int | None = None
+    process_bytes: int = PROCESS_BYTES
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One subgraph's share, in bytes.
+
+    Attributes:
+        label: its targets.
+        weights, statistics, solve, working: see this module's head; `working` with the copies of a batch's inputs.
+        activations: values of all batches that wait while it runs.
+        read, written: of the original and the new checkpoint.
+        device, host: peaks.
+        num_modules: how many modules are quantized.
+        runs: whether batches run through it.
+        is_estimated: whether its working memory is a guess, for its code needs values.
+    """
+
+    label: str
+    weights: int
+    statistics: int
+    solve: int
+    working: int
+    activations: int
+    read: int
+    written: int
+    device: int
+    host: int
+    num_modules: int
+    runs: bool
+    is_estimated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will take. Totals are peaks for memory, and sums for traffic."""
+
+    work: Work
+    steps: tuple[Step, ...]
+    read_bytes: int
+    output_bytes: int
+    remarks: tuple[str, ...] = field(default=())
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak on the device that subgraphs run on; on the CPU this is part of the host's."""
+        return max(step.device for step in self.steps)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak resident memory of the process."""
+        return max(step.host for step in self.steps)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that values between subgraphs come to, wherever they lie."""
+        return max(step.activations for step in self.steps)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """The statistics of the subgraph that has most."""
+        return max(step.statistics for step in self.steps)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What of the values between subgraphs lies on disk."""
+        return max(0, self.activation_bytes - _in_memory(self.activation_bytes, self.work))
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run takes on disk."""
+        return self.output_bytes + self.spilled_bytes
+
+
+def plan_run(
+    artifact: Artifact,
+    jobs: Mapping[str, Assignment],
+    work: Work,
+    *,
+    stored: Mapping[str, int] | None = None,
+    shapes: ShapeRun,
+) -> Plan:
+    """Say what a calibration takes.
+
+    Args:
+        artifact: the compiled model.
+        jobs: what is done to which module.
+        work: the data's sizes, and where it runs.
+        stored: bytes of each parameter in the checkpoint that is at hand; None for what the manifest states.
+        shapes: runs its code on shapes; remembers what it found, for several plans.
+    """
+    planner = _Planner(artifact, jobs, work, shapes, stored)
+    steps = tuple(planner.step(index) for index in range(len(artifact.subgraphs)))
+    guessed = sum(step.is_estimated for step in steps)
+    remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
+    return Plan(
+        work=work,
+        steps=steps,
+        read_bytes=planner.total_read,
+        output_bytes=planner.total_written,
+        remarks=tuple(remarks),
+    )
+
+
+class _Planner:
+    def __init__(
+        self,
+        artifact: Artifact,
+        jobs: Mapping[str, Assignment],
+        work: Work,
+        shapes: ShapeRun,
+        stored: Mapping[str, int] | None,
+    ) -> None:
+        self.artifact, self.jobs, self.work, self.shapes = artifact, jobs, work, shapes
+        self.parameters = artifact.manifest.parameters
+        self.stored = stored or {name: entry.bytes for name, entry in self.parameters.items() if not entry.tied_to}
+        self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
+        self.read: dict[str, None] = {}
+        self.done: dict[str, None] = {}
+        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measured(self._new(subgraph))]
+        self.last_measured = max(measured, default=-1)
+        self.done.clear()
+        self.total_read = sum(self.stored.values())
+        self.total_written = sum(self._written(name) for name in self.stored)
+
+    def step(self, index: int) -> Step:
+        subgraph, work = self.artifact.subgraphs[index], self.work
+        modules = self._new(subgraph)
+        measured = self._measured(modules)
+        runs = index < self.last_measured or bool(measured)
+        inputs = self.values.take(subgraph.entry)
+        footprint = self.shapes(subgraph, inputs, measured) if runs else None
+        before = self.values.total(work.num_batches, work.num_samples / work.batch_size)
+        working = self._working(footprint, inputs, subgraph) if runs else 0
+        if index < self.last_measured:
+            self.values.advance(subgraph.entry, footprint)
+        waiting = max(before, self.values.total(work.num_batches, work.num_samples / work.batch_size)) if runs else 0
+        statistics = self._statistics(footprint, measured)
+        solve = max((solve_bytes(self._shape(name), self.jobs[name].algorithm) for name in modules), default=0)
+        needed = runs or modules
+        weights = parameter_bytes(self.parameters, subgraph.entry.parameters, work.dtype) if needed else 0
+        device = weights + self._prefetched(index) + statistics + max(working, solve)
+        held = _in_memory(waiting, work)
+        is_cpu = work.device_type == "cpu"
+        fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
+        self.read.update(dict.fromkeys(fresh))
+        return Step(
+            label=", ".join(subgraph.entry.targets) or "no target",
+            weights=weights,
+            statistics=statistics,
+            solve=solve,
+            working=working,
+            activations=waiting,
+            read=sum(self.stored[name] for name in fresh),
+            written=sum(self._written(name) for name in fresh),
+            device=device + (held if is_cpu else 0),
+            host=work.process_bytes + held + (device if is_cpu else self._prefetched(index)),
+            num_modules=len(modules),
+            runs=runs,
+            is_estimated=runs and footprint is None,
+        )
+
+    def _new(self, subgraph: LoadedSubgraph) -> list[str]:
+        """The modules that are quantized with this subgraph, each once."""
+        names = [name.removesuffix(".weight") for name in subgraph.entry.parameters if name.endswith(".weight")]
+        new = [name for name in names if name in self.jobs and name not in self.done]
+        self.done.update(dict.fromkeys(new))
+        return new
+
+    def _measured(self, modules: Sequence[str]) -> list[str]:
+        return [name for name in modules if passes_statistics(self.jobs[name])]
+
+    def _shape(self, module: str) -> tuple[int, ...]:
+        return self.parameters[f"{module}.weight"].shape
+
+    def _statistics(self, footprint: Footprint | None, measured: Sequence[str]) -> int:
+        if footprint is None:  # modules of one parent and width mostly see the same tensor
+            widths = dict.fromkeys((name.rpartition(".")[0], self._shape(name)[1]) for name in measured)
+            return sum(hessian_bytes(width) for _, width in widths)
+        return sum(hessian_bytes(self._shape(names[0])[1]) for names, _ in footprint.seen)
+
+    def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], subgraph: LoadedSubgraph) -> int:
+        taken = storage_bytes(inputs)
+        if footprint is not None:
+            return footprint.working_bytes + taken
+        returned = self.values.described(subgraph.entry.output_names)
+        return _GUESSED_TIMES * (taken + storage_bytes(returned))
+
+    def _prefetched(self, index: int) -> int:
+        """Weights that are read while this subgraph is worked on."""
+        return 0
+
+    def _written(self, name: str) -> int:
+        module, _, own = name.rpartition(".")
+        if own != "weight" or module not in self.jobs:
+            return self.stored[name]
+        shape = self.parameters[name].shape
+        scale_size = max(self.stored[name] // max(shape[0] * shape[1], 1), 1)
+        return stored_bytes(shape, self.jobs[module].scheme, scale_size)
+
+
+def _in_memory(activations: int, work: Work) -> int:
+    return activations if work.activation_bytes is None else min(activations, work.activation_bytes)
