@@ -65,6 +65,7 @@ class Work:
 
     @property
     def num_batches(self) -> int:
+        """How many batches the samples make, the last perhaps not full."""
         return -(-self.num_samples // self.batch_size)
 
 

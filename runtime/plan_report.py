@@ -14,7 +14,7 @@ _COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The table, rows that are alike as one, and the totals."""
-    rows = [("subgraph", *_COLUMNS)]
+    rows: list[tuple[str, ...]] = [("subgraph", *_COLUMNS)]
     for steps in _runs(plan.steps):
         sizes = (human_bytes(getattr(steps[0], column)) for column in _COLUMNS)
         rows.append((_label(steps), *sizes))

@@ -44,7 +44,9 @@ def plan_artifact(
 
     Args:
         artifact: the compiled model.
-        num_samples, seq_len, batch_size: of the calibration data.
+        num_samples: of the calibration data.
+        seq_len: tokens of each.
+        batch_size: samples that run at a time.
         recipe: what is to be done; None for GPTQ of all Linear modules that can be packed, but the head.
         dtype: of weights and activations; None for the model's own.
         device_type: where subgraphs run, `cpu` or an accelerator's kind.
@@ -101,9 +103,12 @@ def require_plan(
     """Plan the run that is about to begin, and refuse it when it does not fit.
 
     Args:
-        artifact, model, jobs: as `plan_run` takes them.
+        artifact: the compiled model.
+        model: its module tree, on the meta device but for its computed buffers.
+        jobs: what is done to which module.
         batches: the run's own.
-        dtype, device: of the run.
+        dtype: of weights and activations.
+        device: where subgraphs run.
         limits: what there is; the host's counts what the process has already.
         stored: bytes of each parameter in the checkpoint.
         activation_bytes: the run's budget.

@@ -150,7 +150,7 @@ def storage_bytes(value: Any) -> int:
     return sum(storages.values())
 
 
-class _Memory(TorchDispatchMode):
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows storages from their making to their end.
 
     Args:
@@ -158,7 +158,7 @@ class _Memory(TorchDispatchMode):
     """
 
     def __init__(self, given: Sequence[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._live_bytes = 0
         self._given = [tensor.untyped_storage() for tensor in given if isinstance(tensor, torch.Tensor)]
