@@ -4,11 +4,10 @@
     costs       statistics, solves and stored tensors by formula (`plan_costs`)
     peaks       of the steps of each subgraph, as `calibration` takes them
 
-For each subgraph, with its weights W, its statistics S, its largest solve and the values A that wait for it and for
-later ones:
+For each subgraph, with its weights W, its statistics S and the values A that wait for it and for later ones:
 
-    while batches run    W + the next subgraph's W + S + working memory of one batch and copies of its inputs
-    while it is solved   W + the next subgraph's W + S + solve
+    while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
+    while it is solved   W + the next subgraph's W + the solve of a module + what of S it and later ones need
 
 Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's.
 """
@@ -53,6 +52,7 @@ class Work:
         activation_bytes: the most that values between subgraphs may take in memory; what is more lies on disk. None
             for no limit.
         process_bytes: what the process holds before it loads a weight.
+        is_padded: whether samples are filled up to a common length, so that masks differ from batch to batch.
     """
 
     num_samples: int
@@ -62,6 +62,7 @@ class Work:
     device_type: str
     activation_bytes: int | None = None
     process_bytes: int = PROCESS_BYTES
+    is_padded: bool = False
 
     @property
     def num_batches(self) -> int:
@@ -75,7 +76,8 @@ class Step:
 
     Attributes:
         label: its targets.
-        weights, statistics, solve, working: see this module's head; `working` with the copies of a batch's inputs.
+        weights, statistics, working: see this module's head; `working` with the copies of inputs.
+        solve: the most that a module's solve takes, with the statistics that are there then.
         activations: values of all batches that wait while it runs.
         read, written: of the original and the new checkpoint.
         device, host: peaks.
@@ -195,19 +197,20 @@ class _Planner:
         subgraph, work = self.artifact.subgraphs[index], self.work
         modules = self._new(subgraph)
         measured = self._measured(modules)
-        runs = index < self.last_measured or bool(measured)
+        runs = index <= self.last_measured
         inputs = self.values.take(subgraph.entry)
         footprint = self.shapes(subgraph, inputs, measured) if runs else None
-        before = self.values.total(work.num_batches, work.num_samples / work.batch_size)
+        before = self.values.total(work)
         working = self._working(footprint, inputs, subgraph) if runs else 0
         if index < self.last_measured:
             self.values.advance(subgraph.entry, footprint)
-        waiting = max(before, self.values.total(work.num_batches, work.num_samples / work.batch_size)) if runs else 0
-        statistics = self._statistics(footprint, measured)
-        solve = max((solve_bytes(self._shape(name), self.jobs[name].algorithm) for name in modules), default=0)
-        needed = runs or modules
-        weights = parameter_bytes(self.parameters, subgraph.entry.parameters, work.dtype) if needed else 0
-        device = weights + self._prefetched(index) + statistics + max(working, solve)
+        waiting = max(before, self.values.total(work)) if runs else 0
+        hessians = self._hessians(footprint, measured)
+        solve = self._solve(modules, hessians)
+        statistics = sum(hessians.values())
+        weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
+        following = self._weights(index + 1) if index < self.last_measured else 0
+        device = weights + following + max(working + statistics, solve)
         held = _in_memory(waiting, work)
         is_cpu = work.device_type == "cpu"
         fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
@@ -222,7 +225,7 @@ class _Planner:
             read=sum(self.stored[name] for name in fresh),
             written=sum(self._written(name) for name in fresh),
             device=device + (held if is_cpu else 0),
-            host=work.process_bytes + held + (device if is_cpu else self._prefetched(index)),
+            host=work.process_bytes + held + (device if is_cpu else following),
             num_modules=len(modules),
             runs=runs,
             is_estimated=runs and footprint is None,
@@ -241,22 +244,35 @@ class _Planner:
     def _shape(self, module: str) -> tuple[int, ...]:
         return self.parameters[f"{module}.weight"].shape
 
-    def _statistics(self, footprint: Footprint | None, measured: Sequence[str]) -> int:
-        if footprint is None:  # modules of one parent and width mostly see the same tensor
-            widths = dict.fromkeys((name.rpartition(".")[0], self._shape(name)[1]) for name in measured)
-            return sum(hessian_bytes(width) for _, width in widths)
-        return sum(hessian_bytes(self._shape(names[0])[1]) for names, _ in footprint.seen)
+    def _weight(self, module: str) -> int:
+        return parameter_bytes(self.parameters, [f"{module}.weight"], self.work.dtype)
+
+    def _weights(self, index: int) -> int:
+        return parameter_bytes(self.parameters, self.artifact.subgraphs[index].entry.parameters, self.work.dtype)
+
+    def _hessians(self, footprint: Footprint | None, measured: Sequence[str]) -> dict[tuple[str, ...], int]:
+        """The bytes of each sum, by the modules that share it."""
+        if footprint is not None:
+            return {names: hessian_bytes(self._shape(names[0])[1]) for names, _ in footprint.seen}
+        shared: dict[tuple[str, int], list[str]] = {}
+        for name in measured:  # modules of one parent and width mostly see the same tensor
+            shared.setdefault((name.rpartition(".")[0], self._shape(name)[1]), []).append(name)
+        return {tuple(names): hessian_bytes(width) for (_, width), names in shared.items()}
+
+    def _solve(self, modules: Sequence[str], hessians: Mapping[tuple[str, ...], int]) -> int:
+        """Modules are solved in turn, and a sum is freed with the last that needs it."""
+        most = 0
+        for place, name in enumerate(modules):
+            left = sum(size for names, size in hessians.items() if any(other in names for other in modules[place:]))
+            most = max(most, left + solve_bytes(self._shape(name), self.jobs[name].algorithm))
+        return most
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], subgraph: LoadedSubgraph) -> int:
         taken = storage_bytes(inputs)
         if footprint is not None:
-            return footprint.working_bytes + taken
+            return footprint.working_bytes + 2 * taken
         returned = self.values.described(subgraph.entry.output_names)
         return _GUESSED_TIMES * (taken + storage_bytes(returned))
-
-    def _prefetched(self, index: int) -> int:
-        """Weights that are read while this subgraph is worked on."""
-        return 0
 
     def _written(self, name: str) -> int:
         module, _, own = name.rpartition(".")

@@ -125,6 +125,7 @@ def require_plan(
         device_type=device.type,
         activation_bytes=activation_bytes,
         process_bytes=resident_bytes(),
+        is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )
     with ShapeRun(artifact, model, dtype, device.type) as shapes:
 

@@ -13,8 +13,7 @@ from runtime.shape_run import META, Footprint, storage_bytes
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest, SubgraphEntry, TensorEntry
-
-BATCH = "batch"
+    from runtime.plan import Work
 
 
 class ShapeValues:
@@ -54,21 +53,20 @@ class ShapeValues:
             found[name] = self._empty(entry.dtype, entry.shape) if entry is not None and entry.dtype else None
         return found
 
-    def total(self, num_batches: int, full_batches: float) -> int:
-        """Bytes of all batches.
+    def total(self, work: Work) -> int:
+        """Bytes of all batches; what is the same for all of them is held once, see `activations`."""
+        return sum(round(storage_bytes(value) * self._times(value, work)) for value in self._held.values())
 
-        Args:
-            num_batches: how many there are.
-            full_batches: the same, where the last counts by its samples.
-        """
-        return sum(
-            round(storage_bytes(value) * (full_batches if self._is_by_sample(name) else num_batches))
-            for name, value in self._held.items()
-        )
+    def _times(self, value: Any, work: Work) -> float:
+        """How often a batch's value is held; the last batch counts by its samples."""
+        if isinstance(value, torch.Tensor) and self._is_same(value, work):
+            return 1.0
+        return work.num_samples / work.batch_size
 
-    def _is_by_sample(self, name: str) -> bool:
-        entry = self._manifest.values.get(name)
-        return entry is None or any(BATCH in str(size) for size in entry.shape)
+    def _is_same(self, value: torch.Tensor, work: Work) -> bool:
+        """Rotary tables know nothing of samples, and masks are alike where no sample is padded."""
+        is_mask = value.dim() == 4 and value.shape[1] == 1 and value.shape[-1] > 1
+        return (is_mask and not work.is_padded) or (value.dim() > 1 and value.shape[0] == 1 < work.batch_size)
 
     def _empty(self, dtype: str, shape: Iterable[int | str]) -> torch.Tensor:
         own: torch.dtype = self._dtype if dtype == "model" else getattr(torch, dtype)
