@@ -29,6 +29,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.jobs import assign_jobs, least_bytes, make_remarks
+from runtime.plan_request import limits_here, require_plan, stored_sizes
 from runtime.publish import publish_directory, require_free, require_outside
 from runtime.quantized import input_quantization
 from runtime.recipe import Assignment, Recipe
@@ -85,6 +86,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
     progress: Progress = lambda line: None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint.
@@ -98,10 +100,11 @@ def calibrate(
         device: where subgraphs run and weights are solved.
         dtype: of the weights and activations in the run; None for the model's own.
         max_shard_bytes: the most a shard of the checkpoint holds.
+        force: go on where the plan says that it does not fit.
         progress: called with one line for each subgraph.
 
     Raises:
-        WeightsError, RecipeError, DataError, OutputError: before anything has run.
+        WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
         QuantizationError: when a module's numbers cannot be worked with.
     """
     start = time.perf_counter()
@@ -116,7 +119,18 @@ def calibrate(
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
     _require_means(path, source, recipe, jobs, batches)
-    remarks = tuple(make_remarks(artifact, jobs, unreached))
+    plan = require_plan(
+        artifact,
+        model,
+        jobs,
+        batches,
+        dtype=run_dtype,
+        device=torch.device(device),
+        limits=limits_here(torch.device(device), path),
+        stored=stored_sizes(source),
+        force=force,
+    )
+    remarks = (*make_remarks(artifact, jobs, unreached), *plan.remarks)
     for remark in remarks:
         progress(remark)
     # Statistics look at versions of tensors, which a caller's inference mode would take away.

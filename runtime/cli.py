@@ -63,6 +63,7 @@ def calibrate(
     pack: Pack = True,
     tokenizer: Tokenizer = None,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
+    force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -90,6 +91,7 @@ def calibrate(
         device=run_device,
         dtype=run_dtype,
         max_shard_bytes=int(max_shard_size * 1e9),
+        force=force,
         progress=(lambda line: None) if as_json else say,
     )
     _report(result, as_json)

@@ -45,14 +45,15 @@ def hessian_bytes(num_in: int) -> int:
 def solve_bytes(shape: Sequence[int], algorithm: str) -> int:
     """The most that quantizing and packing one weight holds beside the weight and its Hessian.
 
-    `quantize_gptq` holds two matrices [I, I] while it factorizes, then one, and four copies of the weight in float32;
-    round-to-nearest, and packing what either found, up to five.
+    `quantize_gptq` holds two matrices [I, I] while it factorizes; in the end one, and with it errors, results in both
+    orders and squares in two widths, which come to six weights in float32. Round-to-nearest, and packing what either
+    has found, hold up to four.
     """
     num_out, num_in = shape
     copy = num_out * num_in * FLOAT32
     if algorithm != "gptq":
-        return 5 * copy
-    return max(2 * hessian_bytes(num_in), hessian_bytes(num_in) + 4 * copy, 5 * copy)
+        return 4 * copy
+    return max(2 * hessian_bytes(num_in), hessian_bytes(num_in) + 6 * copy)
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, scale_size: int) -> int:

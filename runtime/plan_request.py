@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from runtime.conditions import holds
 from runtime.errors import UsageError
 from runtime.jobs import assign_jobs
-from runtime.machine import resident_bytes
+from runtime.machine import available_bytes, free_disk_bytes, resident_bytes
 from runtime.plan import Plan, Work, plan_run
 from runtime.plan_fit import Limits, advice, require_fit, shortages
 from runtime.recipe import Assignment, Recipe
@@ -21,6 +22,7 @@ from runtime.shape_run import ShapeRun
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.manifest import Manifest
+    from runtime.weights import Weights
 
 BATCH, SEQUENCE = "batch", "sequence"
 # What is planned without a recipe: of all that is offered it measures most.
@@ -136,6 +138,28 @@ def require_plan(
         if not force:
             require_fit(plan, limits, again)
     return replace(plan, remarks=(*plan.remarks, *shortages(plan, limits)))
+
+
+def limits_here(device: torch.device, out: Path) -> Limits:
+    """What this machine has for a run that writes to `out`."""
+    available = available_bytes()
+    return Limits(
+        device=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        host=None if available is None else available + resident_bytes(),
+        disk=free_disk_bytes(out),
+    )
+
+
+def stored_sizes(source: Weights) -> dict[str, int]:
+    """Bytes of each parameter in a checkpoint; what several are made from counts with the first."""
+    sizes: dict[str, int] = {}
+    counted: dict[str, None] = {}
+    for name, origin in source.origins.items():
+        fresh = [key for key in origin.keys if key not in counted]
+        counted.update(dict.fromkeys(fresh))
+        if fresh:
+            sizes[name] = sum(source.checkpoint.num_bytes(key) for key in fresh)
+    return sizes
 
 
 def dim_sizes(

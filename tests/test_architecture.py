@@ -27,6 +27,7 @@ SHARED |= {
     "conditions",
     "tables",
     "leaves",
+    "plan_cli",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "checkpoint", "inputs", "skeleton"}

@@ -3,10 +3,10 @@
     python tests/bench/bench_peer.py [--model DIR | --random 1b] [--data FILE.jsonl] [--samples 128] [--seq-len 256]
                                      [--rounds 3] [--threads 1] [--recipe "GPTQ W4A16"] [--peer-python PYTHON]
 
-Nothing is installed: `--peer-python` names an interpreter that has llm-compressor; without one, only our own figures are
-printed. Runs alternate, and ratios are of medians. Peak memory is resident memory, children included. The page cache is
-asked to forget the checkpoint before each run, so that what is read comes from the disk, and is counted. Batch size 1 is
-the peer's and 8 ours, each tool's default.
+Nothing is installed: `--peer-python` names an interpreter that has llm-compressor; without one, only our own figures
+are printed. Runs alternate, and ratios are of medians. Peak memory is resident memory, children included. The page
+cache is asked to forget the checkpoint before each run, so that what is read comes from the disk, and is counted.
+Batch size 1 is the peer's and 8 ours, each tool's default.
 """
 
 from __future__ import annotations
