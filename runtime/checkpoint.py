@@ -1,11 +1,17 @@
-"""A checkpoint on disk, read tensor by tensor: safetensors shards, memory-mapped, each opened once."""
+"""A checkpoint on disk, read tensor by tensor: safetensors shards, memory-mapped, each opened once.
+
+Pages that were read count as memory of the process until they are given back, so each tensor's are given back as soon
+as its bytes have gone where they are needed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import re
+import mmap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +20,19 @@ from runtime.errors import WeightsError
 if TYPE_CHECKING:
     import torch
 
+    from runtime.layout import Stored
+
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies: bytes `begin` to `end` of a shard."""
+
+    shard: str
+    stored: Stored
+    begin: int
+    end: int
 
 
 class Checkpoint:
@@ -29,47 +47,92 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files: dict[str, Any] = {}
-        self._file_of = self._read_index()
+        self.bytes_read = 0
+        self._maps: dict[str, mmap.mmap] = {}
+        self._places = self._read_index()
         self.config = self._read_config()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._file_of
+        return key in self._places
 
     def __iter__(self) -> Iterator[str]:
         """Names of all tensors, sorted."""
-        return iter(self._file_of)
+        return iter(self._places)
+
+    def stored(self, key: str) -> Stored:
+        """Name, dtype and shape of a tensor, from its shard's header."""
+        return self._places[key].stored
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, from its shard's header."""
-        return tuple(self._file(key).get_slice(key).get_shape())
+        return self.stored(key).shape
 
     def num_bytes(self, key: str, *, bits: int | None = None) -> int:
         """The size of a tensor, or the size that it would have with so many bits a number."""
-        view = self._file(key).get_slice(key)
-        width = re.search(r"\d+", view.get_dtype())  # F32, BF16, F8_E4M3, I64; BOOL has none and takes a byte
-        numbers = math.prod(int(size) for size in view.get_shape())
-        return numbers * (bits or (int(width[0]) if width else 8)) // 8
+        stored = self.stored(key)
+        return math.prod(stored.shape) * bits // 8 if bits else stored.num_bytes
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor as it is on disk, on the CPU."""
-        try:
-            tensor: torch.Tensor = self._file(key).get_tensor(key)
-        except Exception as error:
-            raise WeightsError(
-                f"tensor {key} of {self.directory / self._file_of[key]} cannot be read: {error}"
-            ) from error
+        """A tensor as it is on disk, on the CPU, in memory of its own.
+
+        Raises:
+            WeightsError: for a dtype that torch does not have.
+        """
+        import torch
+
+        from runtime.dtypes import DTYPES, empty_bytes
+
+        place = self._places[key]
+        if place.stored.dtype not in DTYPES:
+            raise WeightsError(f"tensor {key} of {self.directory / place.shard} has the dtype {place.stored.dtype}")
+        dtype = DTYPES[place.stored.dtype]
+        data = empty_bytes(place.end - place.begin)
+        with self.raw(key) as view:
+            if len(view):
+                data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
+        tensor: torch.Tensor = data.view(dtype).reshape(place.stored.shape)
         return tensor
+
+    @contextlib.contextmanager
+    def raw(self, key: str) -> Iterator[memoryview]:
+        """The bytes of a tensor where they lie on disk, and not after the block."""
+        place = self._places[key]
+        self.bytes_read += place.end - place.begin
+        self._advise(place, "MADV_WILLNEED")
+        with memoryview(self._maps[place.shard]) as whole, whole[place.begin : place.end] as view:
+            try:
+                yield view
+            finally:
+                self._release(place)
+
+    def _release(self, place: _Place) -> None:
+        """Give the pages of a tensor back; the file still has them."""
+        self._advise(place, "MADV_DONTNEED")
+
+    def _advise(self, place: _Place, advice: str) -> None:
+        page = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, advice) and place.end > place.begin:  # Windows has none
+            self._maps[place.shard].madvise(getattr(mmap, advice), page, place.end - page)
+
+    def sample(self, key: str, count: int) -> bytes:
+        """A few bytes from the middle of a tensor; not counted as reading it."""
+        place = self._places[key]
+        middle = max(place.begin, (place.begin + place.end - count) // 2)
+        found = self._maps[place.shard][middle : min(middle + count, place.end)]
+        self._release(place)
+        return found
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files, each once."""
+        return [self.directory / name for name in self._maps]
 
     @property
     def total_bytes(self) -> int:
         """Size of all shards on disk."""
-        return sum((self.directory / name).stat().st_size for name in dict.fromkeys(self._file_of.values()))
+        return sum(path.stat().st_size for path in self.shards)
 
-    def _file(self, key: str) -> Any:
-        return self._files[self._file_of[key]]
-
-    def _read_index(self) -> dict[str, str]:
+    def _read_index(self) -> dict[str, _Place]:
         if not self.directory.is_dir():
             raise WeightsError(f"there is no checkpoint directory {self.directory}")
         index = self.directory / INDEX_NAME
@@ -90,24 +153,42 @@ class Checkpoint:
             raise WeightsError(f"{self.directory} holds no safetensors checkpoint", hint=hint)
         return self._with_headers({SINGLE_NAME: None}, None)
 
-    def _with_headers(self, names: dict[str, None], stated: dict[str, str] | None) -> dict[str, str]:
-        """Names from the shards themselves; an index must agree with them."""
-        from safetensors import safe_open
-
-        found: dict[str, str] = {}
+    def _with_headers(self, names: dict[str, None], stated: dict[str, str] | None) -> dict[str, _Place]:
+        """Places from the shards themselves; an index must agree with them."""
+        found: dict[str, _Place] = {}
         for name in names:
-            try:
-                self._files[name] = safe_open(self.directory / name, framework="pt")
-            except Exception as error:
-                raise WeightsError(
-                    f"{self.directory / name} is damaged, or no safetensors file: {error}",
-                    hint="copy the checkpoint again",
-                ) from error
-            found.update(dict.fromkeys(self._files[name].keys(), name))
+            found.update(self._map_shard(name))
         for key, name in (stated or {}).items():
-            if found.get(key) != name:
+            if key not in found or found[key].shard != name:
                 raise WeightsError(f"the index of {self.directory} puts {key} into {name}, which does not hold it")
         return {key: found[key] for key in sorted(found)}
+
+    def _map_shard(self, name: str) -> dict[str, _Place]:
+        """Map a shard into memory; safetensors checks it, but does not say where a tensor lies in it."""
+        from safetensors import safe_open
+
+        from runtime.layout import Stored
+
+        path = self.directory / name
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+            with path.open("rb") as file:
+                # A private copy, for torch does not take memory that cannot be written; nothing ever writes into it.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except Exception as error:
+            raise WeightsError(
+                f"{path} is damaged, or no safetensors file: {error}", hint="copy the checkpoint again"
+            ) from error
+        size = 8 + int.from_bytes(mapped[:8], "little")
+        header = json.loads(mapped[8:size])
+        header.pop("__metadata__", None)
+        self._maps[name] = mapped
+        places = {}
+        for key, entry in header.items():
+            begin, end = entry["data_offsets"]
+            places[key] = _Place(name, Stored(key, entry["dtype"], tuple(entry["shape"])), size + begin, size + end)
+        return places
 
     def _read_config(self) -> dict[str, Any]:
         path = self.directory / "config.json"

@@ -25,13 +25,16 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    left = "nothing half-written was left behind"
     try:
         with _terminable():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except (KeyboardInterrupt, Abort):
+        left = getattr(stop, "hint", left)
+    except (KeyboardInterrupt, Abort) as stop:
         code = INTERRUPTED
+        left = getattr(stop, "hint", left)
     except Exception as error:
         message = _user_error(error)
         if message is None:
@@ -46,7 +49,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
         code = int(result or 0) if arguments else USER_ERROR
     if code in (INTERRUPTED, TERMINATED):
         word = "interrupted" if code == INTERRUPTED else "terminated"
-        print(f"{program}: {word}; nothing half-written was left behind", file=sys.stderr)
+        print(f"{program}: {word}; {left}", file=sys.stderr)
     return code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,9 +44,3 @@ def available_bytes() -> int | None:
         except (OSError, ValueError):
             continue  # no such group, or one without a limit
     return max(min(limits), 0) if limits else None
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Room on the disk of a path that need not exist."""
-    place = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
-    return shutil.disk_usage(place).free

@@ -1,7 +1,7 @@
 """What a calibration will take, before it runs: memory, traffic, disk, subgraph by subgraph, without weights.
 
-    shapes      the artifact's own code runs on tensors without content (`shape_run`)
-    costs       statistics, solves and stored tensors by formula (`plan_costs`)
+    shapes      the artifact's own code runs on tensors without content (`planning.shapes`)
+    costs       statistics, solves and stored tensors by formula (`planning.costs`)
     peaks       of the steps of each subgraph, as `calibration` takes them
 
 For each subgraph, with its weights W, its statistics S and the values A that wait for it and for later ones:
@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.plan_costs import (
+from runtime.activations import Budget
+from runtime.planning.costs import (
     hessian_bytes,
     parameter_bytes,
     passes_statistics,
     solve_bytes,
     stored_bytes,
 )
-from runtime.plan_values import ShapeValues
-from runtime.shape_run import Footprint, ShapeRun, storage_bytes
+from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
+from runtime.planning.values import ShapeValues
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact, LoadedSubgraph
@@ -49,8 +50,7 @@ class Work:
         sizes: of the manifest's dims for a full batch, by name.
         dtype: of weights and activations in the run.
         device_type: `cpu`, or that of an accelerator.
-        activation_bytes: the most that values between subgraphs may take in memory; what is more lies on disk. None
-            for no limit.
+        budget: what values between subgraphs may take on the device and on the host; what is more lies on disk.
         process_bytes: what the process holds before it loads a weight.
         is_padded: whether samples are filled up to a common length, so that masks differ from batch to batch.
     """
@@ -60,7 +60,7 @@ class Work:
     sizes: Mapping[str, int]
     dtype: torch.dtype
     device_type: str
-    activation_bytes: int | None = None
+    budget: Budget = field(default_factory=Budget)
     process_bytes: int = PROCESS_BYTES
     is_padded: bool = False
 
@@ -103,13 +103,23 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run will take. Totals are peaks for memory, and sums for traffic."""
+    """What a run will take. Totals are peaks for memory, and sums for traffic.
+
+    Attributes:
+        work: what was planned.
+        steps: one for each subgraph.
+        read_bytes: of the original checkpoint.
+        output_bytes: of the new one.
+        remarks: what the figures rest on.
+        warnings: what does not fit, of a run that goes on all the same.
+    """
 
     work: Work
     steps: tuple[Step, ...]
     read_bytes: int
     output_bytes: int
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -134,7 +144,7 @@ class Plan:
     @property
     def spilled_bytes(self) -> int:
         """What of the values between subgraphs lies on disk."""
-        return max(0, self.activation_bytes - _in_memory(self.activation_bytes, self.work))
+        return self.activation_bytes - sum(_split(self.activation_bytes, self.work))
 
     @property
     def disk_bytes(self) -> int:
@@ -185,6 +195,8 @@ class _Planner:
         self.parameters = artifact.manifest.parameters
         self.stored = stored or {name: entry.bytes for name, entry in self.parameters.items() if not entry.tied_to}
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
+        self.dtype: torch.dtype = getattr(torch, artifact.manifest.model.dtype)
+        self.sizes: dict[tuple[tuple[int, ...], int], int] = {}
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
         measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measured(self._new(subgraph))]
@@ -211,7 +223,7 @@ class _Planner:
         weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
         following = self._weights(index + 1) if index < self.last_measured else 0
         device = weights + following + max(working + statistics, solve)
-        held = _in_memory(waiting, work)
+        on_device, on_host = _split(waiting, work)
         is_cpu = work.device_type == "cpu"
         fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
         self.read.update(dict.fromkeys(fresh))
@@ -224,8 +236,8 @@ class _Planner:
             activations=waiting,
             read=sum(self.stored[name] for name in fresh),
             written=sum(self._written(name) for name in fresh),
-            device=device + (held if is_cpu else 0),
-            host=work.process_bytes + held + (device if is_cpu else following),
+            device=device + (on_host if is_cpu else on_device),
+            host=work.process_bytes + on_host + (device if is_cpu else following),
             num_modules=len(modules),
             runs=runs,
             is_estimated=runs and footprint is None,
@@ -279,9 +291,18 @@ class _Planner:
         if own != "weight" or module not in self.jobs:
             return self.stored[name]
         shape = self.parameters[name].shape
-        scale_size = max(self.stored[name] // max(shape[0] * shape[1], 1), 1)
-        return stored_bytes(shape, self.jobs[module].scheme, scale_size)
+        key = (shape, id(self.jobs[module].scheme))
+        if key not in self.sizes:
+            self.sizes[key] = stored_bytes(shape, self.jobs[module].scheme, self.dtype)
+        return self.sizes[key]
 
 
-def _in_memory(activations: int, work: Work) -> int:
-    return activations if work.activation_bytes is None else min(activations, work.activation_bytes)
+def _split(activations: int, work: Work) -> tuple[int, int]:
+    """What of the values between subgraphs lies on the device, and what on the host."""
+    budget = work.budget
+    on_device = 0 if work.device_type == "cpu" else _within(activations, budget.device_bytes)
+    return on_device, _within(activations - on_device, budget.host_bytes)
+
+
+def _within(size: int, limit: int | None) -> int:
+    return size if limit is None else min(size, limit)

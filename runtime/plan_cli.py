@@ -47,7 +47,7 @@ def plan(
     Exit code 1 says that it does not fit.
     """
     from runtime.byte_sizes import parse_bytes
-    from runtime.plan_fit import Limits
+    from runtime.planning.fit import Limits
     from runtime.recipe import Recipe
 
     limits = Limits(
@@ -59,9 +59,10 @@ def plan(
     given = _sizes(sizes or [])
     parsed = None if recipe is None else Recipe.from_file(recipe)
     device_type = _device_type(device, device_memory is not None)
+    from runtime.activations import Budget
     from runtime.artifact import load
     from runtime.devices import resolve_dtype
-    from runtime.plan_request import plan_artifact
+    from runtime.planning.request import plan_artifact
 
     made, missing, mended = plan_artifact(
         load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
@@ -71,7 +72,7 @@ def plan(
         recipe=parsed,
         dtype=resolve_dtype(dtype),
         device_type=device_type,
-        activation_bytes=budget,
+        budget=Budget(host_bytes=budget),
         sizes=given,
         limits=limits,
     )
@@ -82,7 +83,7 @@ def plan(
 
 def _print(made: object, missing: list[str], mended: list[str], as_json: bool) -> None:
     from runtime.plan import Plan
-    from runtime.plan_report import plan_facts, plan_lines
+    from runtime.planning.report import plan_facts, plan_lines
 
     assert isinstance(made, Plan)
     if as_json:

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime.errors import OutputError, SeqbuildError
@@ -37,9 +37,9 @@ def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield partial
-            partial.chmod(0o777 & ~_umask())
-            _flush(partial)
-            _put(partial, path, replace=replace)
+            partial.chmod(0o777 & ~umask())
+            flush_tree(partial)
+            put_in_place(partial, path, replace=replace)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -93,7 +93,8 @@ def write_file(path: Path, data: bytes) -> None:
             raise
 
 
-def _put(partial: Path, path: Path, *, replace: bool) -> None:
+def put_in_place(partial: Path, path: Path, *, replace: bool = False) -> None:
+    """Rename a whole directory to its final name, durably."""
     if path.is_dir():
         if any(path.iterdir()) and not replace:
             raise OutputError(f"output directory {path} was filled by somebody else", hint="choose another")
@@ -107,17 +108,19 @@ def _put(partial: Path, path: Path, *, replace: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, path)
-    _flush_one(path.parent)
+    flush_one(path.parent)
 
 
-def _flush(directory: Path) -> None:
+def flush_tree(directory: Path) -> None:
+    """Have the disk keep a directory with all that is in it."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
-            _flush_one(Path(folder, name))
-        _flush_one(Path(folder))
+            flush_one(Path(folder, name))
+        flush_one(Path(folder))
 
 
-def _flush_one(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """Have the disk keep a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,18 +130,19 @@ def _flush_one(path: Path) -> None:
 
 def make_readable(file: Path) -> None:
     """Give a file that was made for its owner alone the permissions that any new file has."""
-    file.chmod(0o666 & ~_umask())
+    file.chmod(0o666 & ~umask())
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk answers into one clear error."""
+def disk_errors(path: Path, hint: Callable[[], str] = lambda: "nothing was left behind") -> Iterator[None]:
+    """Turn what a disk answers into one clear error; `hint` is asked for when there is one."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
@@ -156,4 +160,4 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in reasons:
             raise
-        raise OutputError(f"cannot write {path}: {reasons[error.errno]}", hint="nothing was left behind") from error
+        raise OutputError(f"cannot write {path}: {reasons[error.errno]}", hint=hint()) from error

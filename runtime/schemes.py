@@ -237,6 +237,22 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
     return found
 
 
+def stored_dtypes(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Names and dtypes of the tensors that a checkpoint holds for a weight, in the order of `compress_module`.
+
+    Args:
+        scheme: with its format.
+        scale_dtype: the dtype that scales are stored in.
+    """
+    weights = scheme.weights
+    num_in = weights.group_size if weights.strategy == "group" else 32
+    weight_OI = torch.zeros(1, num_in)
+    shape = _scale_shape(weight_OI, weights)
+    zero_point = None if weights.symmetric else torch.zeros(shape, dtype=torch.int8)
+    tensors = compress_module("", weight_OI, torch.ones(shape, dtype=scale_dtype), zero_point, scheme)
+    return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
 def _compressor(scheme: QuantizationScheme) -> Any:
     return BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
 

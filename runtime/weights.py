@@ -7,7 +7,7 @@ anything is loaded; the first tensor that is missing, left over or of another sh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,18 @@ class Weights:
         for name in names:
             assign(model, name, self.read(name, device))
 
-    def read(self, name: str, device: torch.device) -> torch.Tensor:
-        """One parameter as the model uses it, [shape of the manifest's table]."""
-        value = self._make(name, [self.checkpoint.read(key) for key in self.origins[name].keys])
+    def read(
+        self, name: str, device: torch.device, read_key: Callable[[str], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """One parameter as the model uses it, [shape of the manifest's table].
+
+        Args:
+            name: the parameter's.
+            device: where it is wanted.
+            read_key: reads a tensor of the checkpoint; by default the checkpoint itself.
+        """
+        read = read_key or self.checkpoint.read
+        value = self._make(name, [read(key) for key in self.origins[name].keys])
         entry = self.artifact.manifest.parameters[name]
         if value.is_floating_point():
             value = value.to(self.dtype if entry.dtype == "model" else getattr(torch, entry.dtype))

@@ -1,98 +1,136 @@
-"""Write a checkpoint in shards, as its tensors come.
+"""Write a checkpoint tensor by tensor, each to its place on disk at once.
 
-Tensors are gathered until a shard is full, then written and forgotten, so that memory holds one shard at most. The
-index is written at the end, when the number of shards is known.
+Nothing is held back in memory: the layout says where a tensor goes. Writing one again changes nothing, so that a run
+which was interrupted can begin its last step anew.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint import INDEX_NAME, SINGLE_NAME
 from runtime.console import human_bytes
+from runtime.dtypes import DTYPES, bytes_of, empty_bytes
 from runtime.errors import OutputError
-from runtime.publish import make_readable
 
 if TYPE_CHECKING:
     import torch
+
+    from runtime.layout import Layout, Slot
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 
 
 class ShardWriter:
-    """Gathers tensors into safetensors shards under `directory`.
+    """Puts tensors into the shards of a layout. Several threads may write.
 
     Args:
-        directory: exists, and holds no checkpoint yet.
-        max_shard_bytes: a shard is closed before a tensor would make it larger.
+        directory: exists; shards of an interrupted run in it are gone on with.
+        layout: of the whole checkpoint.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(self, directory: Path, layout: Layout) -> None:
         self.directory = directory
-        self.max_shard_bytes = max_shard_bytes
-        self.total_bytes = 0
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._written: dict[str, None] = {}
+        self.layout = layout
+        self._lock = threading.Lock()
+        self._files: dict[int, int] = {}
+        self._unsynced: dict[int, None] = {}
+        self._missing = dict.fromkeys(layout.slots)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._written
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; it goes to disk with its shard.
+    def write(self, name: str, tensor: torch.Tensor) -> int:
+        """Write a tensor of the layout's dtype and shape, and return its size in bytes.
 
         Raises:
-            OutputError: when the shard cannot be written.
-            OSError: likewise, where the operating system says why.
+            OSError: where the operating system says why.
         """
-        assert name not in self._written, f"tensor {name} is written twice"
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += num_bytes
-        self.total_bytes += num_bytes
-        self._written[name] = None
+        slot = self.layout.slots[name]
+        assert tensor.dtype == DTYPES.get(slot.stored.dtype), f"{name} was to be {slot.stored.dtype}"
+        assert tuple(tensor.shape) == slot.stored.shape, f"{name} was to have shape {slot.stored.shape}"
+        return self.write_bytes(name, bytes_of(tensor.detach().cpu().contiguous()))
+
+    def write_bytes(self, name: str, data: memoryview) -> int:
+        """Write the bytes of a tensor, as they lie in the checkpoint that it comes from, and return their number.
+
+        Raises:
+            OSError: where the operating system says why.
+        """
+        slot = self.layout.slots[name]
+        assert len(data) == slot.stored.num_bytes, f"{name} was to have {slot.stored.num_bytes} bytes"
+        descriptor = self._file(slot)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done : done + 2**30], slot.offset + done)
+        with self._lock:
+            self._missing.pop(name, None)
+            self._unsynced[slot.shard] = None
+        return len(data)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that was written, on the CPU."""
+        slot = self.layout.slots[name]
+        data = empty_bytes(slot.stored.num_bytes)
+        view, done, descriptor = bytes_of(data), 0, self._file(slot)
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + 2**30]], slot.offset + done)
+            if not count:
+                raise OutputError(f"{self.directory / self.layout.shards[slot.shard].name} was cut short")
+            done += count
+        return data.view(DTYPES[slot.stored.dtype]).reshape(slot.stored.shape)
+
+    def is_written(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        return name not in self._missing
+
+    def take_as_written(self, names: Iterable[str]) -> None:
+        """Count tensors as there that an earlier run has written."""
+        for name in names:
+            self._missing.pop(name, None)
+
+    def sync(self) -> None:
+        """Have the disk keep all that was written so far.
+
+        Raises:
+            OSError: where the operating system says why.
+        """
+        with self._lock:
+            shards, self._unsynced = list(self._unsynced), {}
+        for shard in shards:
+            os.fsync(self._files[shard])
 
     def finish(self) -> None:
-        """Write the last shard, give the shards their names, and write the index where there are several."""
-        if self._pending or not self._shards:
-            self._flush()
-        if len(self._shards) == 1:
-            self._partial(0).rename(self.directory / SINGLE_NAME)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            shard = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            self._partial(number).rename(self.directory / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        """Complete the checkpoint: empty shards, and the index where there are several."""
+        assert not self._missing, f"tensors were never written: {', '.join(list(self._missing)[:3])}"
+        for number in range(len(self.layout.shards)):
+            self._open(number)
+        self.sync()
+        self.close()
+        if self.layout.index is not None:
+            name, text = self.layout.index
+            (self.directory / name).write_text(text, encoding="utf-8")
 
-    def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+    def close(self) -> None:
+        """Give the files back; what was written stays."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
 
-        path = self._partial(len(self._shards))
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"\(os error (\d+)\)", str(error))  # it wraps what the operating system said
-            if number is not None:
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-            raise OutputError(f"cannot write {path}: {error}") from error
-        make_readable(path)
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def _file(self, slot: Slot) -> int:
+        with self._lock:
+            return self._open(slot.shard)
 
-    def _partial(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05d}.safetensors"
+    def _open(self, number: int) -> int:
+        if number not in self._files:
+            shard = self.layout.shards[number]
+            path = self.directory / shard.name
+            self._files[number] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.pwrite(self._files[number], shard.header, 0)
+            os.ftruncate(self._files[number], shard.num_bytes)
+            self._unsynced[number] = None
+        return self._files[number]
 
 
 def require_space(path: Path, num_bytes: int) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.runtime.small import (
     RECIPES,
     Small,
     calibrate,
+    directory_bytes,
     load_transformers,
     read_tensors,
     recipe,
@@ -93,23 +96,43 @@ def test_numbers_that_are_not_finite_name_the_module_and_leave_nothing(narrow_ll
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_a_disk_that_is_full_at_the_third_shard(
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """Let the disk be full for what is written after so many writes into shards."""
+    real, sizes = os.pwrite, []
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        sizes.append(len(data))
+        if len(sizes) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return sizes
+
+
+def test_a_disk_that_is_full_before_a_subgraph_is_finished(
     narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, paths = safetensors.torch.save_file, []
-
-    def save_file(tensors: Any, path: Path, **options: Any) -> None:
-        paths.append(path)
-        if len(paths) == 3:
-            path.write_bytes(b"half")
-            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-        real(tensors, path, **options)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    sizes = fill_the_disk(monkeypatch, after=5)
     with pytest.raises(runtime.OutputError, match=r"cannot write .*out: the disk is full \(nothing was left behind\)"):
         calibrate(narrow_llama, recipe(NARROW_W4), tmp_path / "out", max_shard_bytes=10_000)
-    assert len(paths) == 3
+    assert len(sizes) == 6
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_later_keeps_what_is_finished(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe(NARROW_W4, modifier="GPTQModifier")
+    calibrate(narrow_llama, plan, tmp_path / "expected", max_shard_bytes=10_000)
+    fill_the_disk(monkeypatch, after=60)
+    with pytest.raises(runtime.OutputError, match=r"the disk is full \(\d finished subgraphs are kept: go on with --r"):
+        calibrate(narrow_llama, plan, tmp_path / "out", max_shard_bytes=10_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.run.partial", "expected"]
+    monkeypatch.undo()
+    result = calibrate(narrow_llama, plan, tmp_path / "out", max_shard_bytes=10_000, resume=True)
+    assert result.resumed_at > 0
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
 
 
 def test_a_module_that_is_loaded_but_never_called_cannot_be_measured(

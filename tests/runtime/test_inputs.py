@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.activations import Activations, cloned
+from runtime.activations import Activations
 from runtime.errors import DataError
 from runtime.inputs import model_inputs, require_in_range, require_length
 from runtime.manifest import DimEntry, InputEntry
@@ -114,7 +114,8 @@ def test_activations_leave_the_callers_batches_alone() -> None:
 
 def test_copies_reach_into_containers() -> None:
     original = {"a": torch.tensor([1]), "b": [torch.tensor([2]), "text", (torch.tensor([3]),)]}
-    copy: Any = cloned(original)
+    activations = Activations([{"x": original}], torch.device("cpu"))
+    copy: Any = activations.fetch(0, ["x"], private=True)["x"]
     copy["a"].add_(1)
     copy["b"][0].add_(1)
     copy["b"][2][0].add_(1)

@@ -9,7 +9,7 @@ import torch
 
 from runtime.conditions import size_of
 from runtime.errors import ArtifactError
-from runtime.shape_run import META, Footprint, storage_bytes
+from runtime.planning.shapes import META, Footprint, storage_bytes
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest, SubgraphEntry, TensorEntry

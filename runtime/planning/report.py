@@ -38,7 +38,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             "sizes": dict(work.sizes),
             "dtype": str(work.dtype).removeprefix("torch."),
             "device": work.device_type,
-            "activation_memory": work.activation_bytes,
+            "activation_memory": work.budget.host_bytes,
             "process_bytes": work.process_bytes,
         },
         "total": _totals(plan),

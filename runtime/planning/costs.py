@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,19 +56,12 @@ def solve_bytes(shape: Sequence[int], algorithm: str) -> int:
     return max(2 * hessian_bytes(num_in), hessian_bytes(num_in) + 6 * copy)
 
 
-def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, scale_size: int) -> int:
-    """What a checkpoint holds for a quantized weight [O, I], scales of `scale_size` bytes."""
-    from runtime.schemes import stored_shapes
+def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, dtype: torch.dtype) -> int:
+    """What a checkpoint holds for a quantized weight [O, I] that it had in `dtype`, as its scales are."""
+    from runtime.schemes import stored_dtypes, stored_shapes
 
-    own: Any = scheme.weights.scale_dtype
-    sizes = {
-        "weight": 1,
-        "weight_packed": 4 if scheme.format == "pack-quantized" else 1,
-        "weight_zero_point": 4,
-        "weight_shape": 8,
-        "weight_scale": own.itemsize if isinstance(own, torch.dtype) else scale_size,
-    }
-    return sum(math.prod(found) * sizes.get(name, FLOAT32) for name, found in stored_shapes(shape, scheme).items())
+    shapes = stored_shapes(shape, scheme)
+    return sum(math.prod(shapes[name]) * own.itemsize for name, own in stored_dtypes(scheme, dtype).items())
 
 
 def passes_statistics(job: Assignment) -> bool:

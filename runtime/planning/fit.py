@@ -83,9 +83,9 @@ def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
     for smaller in batches:
         yield f"--batch-size {smaller.batch_size}", smaller
     if budget is not None:
-        yield _spelled(budget), replace(work, activation_bytes=budget)
+        yield _spelled(budget), replace(work, budget=replace(work.budget, host_bytes=budget))
     for smaller in batches if budget is not None else ():
-        both = replace(smaller, activation_bytes=0)
+        both = replace(smaller, budget=replace(work.budget, host_bytes=0))
         yield f"--batch-size {smaller.batch_size} {_spelled(0)}", both
     for samples in _halves(work.num_samples):
         yield f"--samples {samples}", replace(work, num_samples=samples)
@@ -95,7 +95,7 @@ def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
         yield f"--seq-len {length}", shorter
         yield f"--seq-len {length} --batch-size 1", with_batch(shorter, 1)
         if budget is not None:
-            least = replace(with_batch(shorter, 1), activation_bytes=0)
+            least = replace(with_batch(shorter, 1), budget=replace(work.budget, host_bytes=0))
             yield f"--seq-len {length} --batch-size 1 {_spelled(0)}", least
 
 
@@ -111,7 +111,8 @@ def _budget(plan: Plan, limits: Limits) -> int | None:
     """
     if limits.host is None or plan.host_bytes <= limits.host or not plan.activation_bytes:
         return None
-    held = min(plan.activation_bytes, plan.work.activation_bytes or plan.activation_bytes)
+    limit = plan.work.budget.host_bytes
+    held = plan.activation_bytes if limit is None else min(plan.activation_bytes, limit)
     return max(0, limits.host - (plan.host_bytes - held)) // 10**8 * 10**8
 
 

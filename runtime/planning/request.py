@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from runtime.activations import Budget
 from runtime.conditions import holds
 from runtime.errors import UsageError
 from runtime.jobs import assign_jobs
-from runtime.machine import available_bytes, free_disk_bytes, resident_bytes
+from runtime.machine import available_bytes, resident_bytes
 from runtime.plan import Plan, Work, plan_run
-from runtime.plan_fit import Limits, advice, require_fit, shortages
+from runtime.planning.fit import Limits, advice, require_fit, shortages
+from runtime.planning.shapes import ShapeRun
 from runtime.recipe import Assignment, Recipe
-from runtime.shape_run import ShapeRun
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -38,7 +38,7 @@ def plan_artifact(
     recipe: Recipe | None = None,
     dtype: torch.dtype | None = None,
     device_type: str = "cpu",
-    activation_bytes: int | None = None,
+    budget: Budget | None = None,
     sizes: Mapping[str, int] | None = None,
     limits: Limits | None = None,
 ) -> tuple[Plan, list[str], list[str]]:
@@ -52,7 +52,7 @@ def plan_artifact(
         recipe: what is to be done; None for GPTQ of all Linear modules that can be packed, but the head.
         dtype: of weights and activations; None for the model's own.
         device_type: where subgraphs run, `cpu` or an accelerator's kind.
-        activation_bytes: what values between subgraphs may take in memory; None for all they need.
+        budget: what values between subgraphs may take in memory; None for all they need, on the host.
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
         limits: what there is.
 
@@ -78,7 +78,7 @@ def plan_artifact(
         sizes=found,
         dtype=run_dtype,
         device_type=device_type,
-        activation_bytes=activation_bytes,
+        budget=budget or Budget(),
         process_bytes=resident_bytes(),
     )
     limits = limits or Limits()
@@ -99,7 +99,7 @@ def require_plan(
     device: torch.device,
     limits: Limits,
     stored: Mapping[str, int],
-    activation_bytes: int | None = None,
+    budget: Budget | None = None,
     force: bool = False,
 ) -> Plan:
     """Plan the run that is about to begin, and refuse it when it does not fit.
@@ -113,8 +113,8 @@ def require_plan(
         device: where subgraphs run.
         limits: what there is; the host's counts what the process has already.
         stored: bytes of each parameter in the checkpoint.
-        activation_bytes: the run's budget.
-        force: say what does not fit in the plan's remarks, and go on.
+        budget: the run's.
+        force: say what does not fit in the plan's warnings, and go on.
 
     Raises:
         PlanError: when it does not fit, and `force` is not given.
@@ -125,7 +125,7 @@ def require_plan(
         sizes=batch_sizes(artifact.manifest, batches),
         dtype=dtype,
         device_type=device.type,
-        activation_bytes=activation_bytes,
+        budget=budget or Budget(),
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )
@@ -137,16 +137,15 @@ def require_plan(
         plan = again(work)
         if not force:
             require_fit(plan, limits, again)
-    return replace(plan, remarks=(*plan.remarks, *shortages(plan, limits)))
+    return replace(plan, warnings=tuple(f"warning: it may not fit: {text}" for text in shortages(plan, limits)))
 
 
-def limits_here(device: torch.device, out: Path) -> Limits:
-    """What this machine has for a run that writes to `out`."""
+def memory_here(device: torch.device) -> Limits:
+    """What this machine has for this process. Its disk is looked at where the output's size is known to the byte."""
     available = available_bytes()
     return Limits(
         device=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         host=None if available is None else available + resident_bytes(),
-        disk=free_disk_bytes(out),
     )
 
 

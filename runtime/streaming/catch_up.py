@@ -1,0 +1,95 @@
+"""Bring the values between subgraphs to where an interrupted run had them.
+
+Either they were saved, or finished subgraphs run again: with the quantized weights that they have written, so that
+every bit comes out as before. That costs one pass of all batches for each, and no measuring and no solving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.streaming.weight_stream import WeightStream
+from runtime.weights import assign, unload
+
+if TYPE_CHECKING:
+    from runtime.recipe import Assignment
+    from runtime.streaming.passes import Passes
+    from runtime.streaming.steps import Plan, Step
+    from runtime.weights import Weights
+    from runtime.writer import ShardWriter
+
+
+class Written:
+    """The parameters that finished steps have changed, as they stand in the new checkpoint.
+
+    Args:
+        plan: of the run.
+        source: the original checkpoint.
+        writer: the new one.
+        jobs: what was done to each module.
+        device: where parameters go.
+    """
+
+    def __init__(
+        self, plan: Plan, source: Weights, writer: ShardWriter, jobs: Mapping[str, Assignment], device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.source = source
+        self.writer = writer
+        self.jobs = jobs
+        self.device = device
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a parameter is another one in the new checkpoint."""
+        return name.removesuffix(".weight") in self.jobs or name in self.plan.rewritten
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter as the run went on with it, to the bit."""
+        from runtime.schemes import decompress_module
+        from runtime.streaming.steps import module_tensors
+
+        dtype = self.source.dtype
+        key = self.source.plain_key(name)
+        assert key is not None, f"{name} is not one tensor of the checkpoint"
+        module = name.removesuffix(".weight")
+        if module not in self.jobs:
+            return self.writer.read(key).to(self.device, dtype)
+        job, prefix = self.jobs[module], key.removesuffix("weight")
+        tensors = {
+            stored.name.removeprefix(prefix): self.writer.read(stored.name).to(self.device)
+            for stored in module_tensors(module, self.source, job)
+        }
+        return decompress_module(tensors, job.scheme).to(dtype)
+
+
+def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
+    """Send all batches through finished steps.
+
+    Args:
+        steps: those that come after where the values are, in order.
+        passes: the batches.
+        written: has the weights of finished steps.
+    """
+    again = [
+        replace(step, loads=tuple(name for name in step.loads if not written.is_changed(name)), passes=())
+        for step in steps
+    ]
+    with WeightStream(written.source, again, written.device) as stream:
+        for step in again:
+            names = step.subgraph.entry.parameters
+            stream.load(passes.model, step.index)
+            for name in names:
+                if written.is_changed(name):
+                    original = not passes.propagate_error
+                    assign(
+                        passes.model,
+                        name,
+                        written.source.read(name, written.device) if original else written.read(name),
+                    )
+            passes.begin()
+            passes.go_on(step)
+            unload(passes.model, names)

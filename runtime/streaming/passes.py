@@ -1,0 +1,94 @@
+"""Send all batches through a subgraph: once to measure, and once more to go on with what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from runtime.quantized import input_quantization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.activations import Activations
+    from runtime.recipe import Assignment
+    from runtime.streaming.steps import Step
+    from runtime.streaming.watch import Watcher
+
+
+@dataclass(kw_only=True)
+class Passes:
+    """The batches, and the module tree that they pass through.
+
+    Attributes:
+        model: the module tree; the step's parameters are loaded when it runs.
+        activations: values of all batches, as the step before has left them.
+        jobs: whose input activations are rounded when a pass goes on.
+        propagate_error: whether later subgraphs see what the quantized ones return. If not, one pass serves to measure
+            and to go on, and later subgraphs see what the original ones return.
+        watcher: is told of every batch.
+        tokens: of each batch.
+        is_running: whether a batch is on its way; what runs out of memory then fits with fewer samples.
+        is_touched: whether values were freed or replaced since the step began, so that it cannot begin anew with them.
+    """
+
+    model: nn.Module
+    activations: Activations
+    jobs: Mapping[str, Assignment]
+    propagate_error: bool
+    watcher: Watcher
+    tokens: list[int]
+    is_running: bool = False
+    is_touched: bool = False
+    num_tokens: int = 0
+    _went_on: bool = field(default=False)
+
+    def begin(self) -> None:
+        """Be ready for the next step."""
+        self.is_running = self.is_touched = self._went_on = False
+        self.num_tokens = 0
+
+    def measure(self, step: Step) -> None:
+        """Run all batches and forget what they return; hooks see what passes."""
+        keeps = step.goes_on and not self.propagate_error and not self._went_on
+        with self._running():
+            for batch, inputs in self.activations.stream(step.subgraph.input_names, private=True):
+                outputs = step.subgraph.forward(self.model, **inputs)
+                del inputs
+                if keeps:
+                    self.activations.store(batch, outputs)
+                self._passed(step, batch)
+        self._went_on |= keeps
+
+    def go_on(self, step: Step) -> None:
+        """Put what the subgraph returns in the place of what nobody needs any more."""
+        consumed = step.subgraph.consumed_names
+        self.is_touched = True
+        if self._went_on:
+            for batch in range(len(self.activations)):
+                self.activations.drop(batch, consumed)
+            return
+        with self._running(), self._rounded_inputs(step):
+            for batch, inputs in self.activations.stream(step.subgraph.input_names):
+                outputs = step.subgraph.forward(self.model, **inputs)
+                del inputs
+                self.activations.drop(batch, consumed)
+                self.activations.store(batch, outputs)
+                self._passed(step, batch)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        self.is_running = True
+        yield
+        self.is_running = False  # not after an exception: it says where that came from
+
+    def _rounded_inputs(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        used = dict.fromkeys(step.subgraph.entry.parameters)
+        schemes = {name: job.scheme for name, job in self.jobs.items() if f"{name}.weight" in used}
+        return input_quantization(self.model, schemes if self.propagate_error else {})
+
+    def _passed(self, step: Step, batch: int) -> None:
+        self.num_tokens += self.tokens[batch]
+        self.watcher.tell("batch", index=step.index, tokens=self.tokens[batch])

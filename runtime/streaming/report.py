@@ -1,0 +1,61 @@
+"""What a run says about itself: a report for each module, and the result of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        name: its dotted name.
+        algorithm: what quantized it.
+        loss: as in `QuantizedWeight`.
+        damping: likewise.
+        num_tokens: how many inputs its Hessian is the sum of; 0 for an algorithm without.
+        error: the loss in parts of what the output itself comes to, as a root: |WX - QX| / |WX|; without a Hessian
+            |W - Q| / |W|. The denominator is estimated from at most 64 rows of the weight.
+        seconds: time of the solve.
+        num_bytes: size of its tensors in the checkpoint.
+    """
+
+    name: str
+    algorithm: str
+    loss: float
+    damping: float
+    num_tokens: int
+    error: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    num_bytes: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The result of a run.
+
+    Attributes:
+        path: the checkpoint's directory.
+        num_bytes: size of its tensors.
+        modules: those that were quantized, in order.
+        unreached: modules that the recipe targets and the model's forward never comes to, so they stay as they are.
+        remarks: what a user should know about the result, a line each; warnings of the run are among them.
+        seconds: the time it took, in this process.
+        resumed_at: how many subgraphs an earlier process had finished.
+    """
+
+    path: Path
+    num_bytes: int
+    modules: tuple[ModuleReport, ...]
+    unreached: tuple[str, ...]
+    remarks: tuple[str, ...]
+    seconds: float
+    resumed_at: int = 0
+
+
+def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
+    """Modules by falling relative error; those that tie stay in order."""
+    return sorted(modules, key=lambda module: -module.error)

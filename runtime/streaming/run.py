@@ -1,0 +1,332 @@
+"""The loop over subgraphs, and how one begins anew: after an interruption, or with fewer samples at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runtime.activations import Activations, Budget
+from runtime.streaming import journal
+from runtime.streaming.boundary import CannotSaveError, load_boundary, remove_boundary, save_boundary
+from runtime.streaming.catch_up import Written, run_again
+from runtime.streaming.committer import Committer
+from runtime.streaming.memory import (
+    OutOfMemory,
+    give_memory_back,
+    is_out_of_memory,
+    largest_batch,
+    peak_device_bytes,
+    peak_host_bytes,
+    split_batches,
+)
+from runtime.streaming.passes import Passes
+from runtime.streaming.report import ModuleReport
+from runtime.streaming.weight_stream import WeightStream
+from runtime.streaming.work import Work
+from runtime.weights import assign, unload
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.recipe import Assignment
+    from runtime.streaming.modifiers import Modifier
+    from runtime.streaming.steps import Plan, Step
+    from runtime.streaming.watch import Watchers
+    from runtime.streaming.workplace import Workplace
+    from runtime.weights import Weights
+    from runtime.writer import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a run goes about it.
+
+    Attributes:
+        device: where subgraphs run.
+        budget: what values between subgraphs may take.
+        checkpoint_every: after how many subgraphs these values are saved to disk; 0 for never.
+        propagate_error: whether later subgraphs see what quantized ones return.
+    """
+
+    device: torch.device
+    budget: Budget | None
+    checkpoint_every: int
+    propagate_error: bool
+
+
+@dataclass(kw_only=True)
+class StreamingRun:
+    """One run over all subgraphs."""
+
+    artifact: Artifact
+    model: nn.Module
+    source: Weights
+    jobs: dict[str, Assignment]
+    modifiers: Sequence[Modifier]
+    plan: Plan
+    batches: list[dict[str, Any]]
+    writer: ShardWriter
+    workplace: Workplace
+    options: Options
+    watch: Watchers
+    reports: list[ModuleReport] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    passes: Passes = field(init=False)
+    stream: WeightStream = field(init=False)
+    committer: Committer = field(init=False)
+
+    def execute(self) -> int:
+        """All subgraphs, then whatever of the checkpoint no subgraph uses.
+
+        Returns:
+            How many subgraphs were finished before.
+        """
+        first = len(self.workplace.journal.of_kind(journal.STEP))
+        remaining = self.plan.steps[first:]
+        with ExitStack() as stack:
+            self.committer = stack.enter_context(Committer())
+            stack.callback(self.writer.close)
+            stack.callback(lambda: self.passes.activations.close())
+            self.stream = stack.enter_context(
+                WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
+            )
+            self._resume(first)
+            for step in remaining:
+                self._do(step)
+            for key in self.plan.rest:
+                self._pass_through(key)
+            self.committer.wait()
+            self.writer.finish()
+        return first
+
+    def _do(self, step: Step) -> None:
+        """One step, with fewer samples at a time for as long as it runs out of memory."""
+        is_anew = False
+        while True:
+            try:
+                if is_anew:
+                    self._rebuild(step.index)
+                self._attempt(step, is_anew=is_anew)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # Out of the block, so that nothing refers to the tensors of the attempt any more.
+            unload(self.model, step.subgraph.entry.parameters)
+            give_memory_back(self.options.device)
+            self._take_less(step, reason)
+            is_anew = True
+
+    def _attempt(self, step: Step, *, is_anew: bool) -> None:
+        begin = time.perf_counter()
+        bytes_before = self.source.checkpoint.bytes_read
+        self.passes.begin()
+        if is_anew:
+            self.stream.reload(self.model, step.index)
+        else:
+            self.stream.load(self.model, step.index)
+        self.watch.tell("load", index=step.index, label=step.label)
+        for name in step.subgraph.entry.parameters:
+            if step.is_run and name in self.kept:
+                assign(self.model, name, self.kept[name])
+        work = self._work(step)
+        for modifier in self.modifiers:
+            modifier.apply(work)
+        if step.goes_on:
+            self.passes.go_on(step)
+        for key in step.passes:
+            self._pass_through(key)
+        unload(self.model, step.subgraph.entry.parameters)
+        self.kept.update(work.kept)
+        self.reports += work.reports
+        for report in work.reports:
+            self.watch.tell("module", index=step.index, **asdict(report))
+        for text in work.warnings:
+            self.watch.tell("warning", text=text)
+        self._commit(step, work)
+        self.watch.tell(
+            "subgraph",
+            index=step.index,
+            label=step.label,
+            num_modules=len(work.reports),
+            seconds=time.perf_counter() - begin,
+            tokens=self.passes.num_tokens,
+            bytes_read=self.source.checkpoint.bytes_read - bytes_before,
+            bytes_written=work.num_bytes + sum(self.source.checkpoint.num_bytes(key) for key in step.passes),
+            peak_host_bytes=peak_host_bytes(),
+            peak_device_bytes=peak_device_bytes(self.options.device),
+        )
+
+    def _work(self, step: Step) -> Work:
+        return Work(
+            step=step,
+            plan=self.plan,
+            model=self.model,
+            source=self.source,
+            writer=self.writer,
+            jobs=self.jobs,
+            device=self.options.device,
+            run_batches=lambda: self.passes.measure(step),
+        )
+
+    def _commit(self, step: Step, work: Work) -> None:
+        """Have the disk keep the step, while the next one begins."""
+        is_saved = self._save_values(step)
+        log = self.workplace.journal
+        facts = {
+            "index": step.index,
+            "saved": is_saved,
+            "modules": [asdict(report) for report in work.reports],
+            "warnings": work.warnings,
+        }
+
+        def commit() -> None:
+            self.writer.sync()
+            log.append(journal.STEP, **facts)
+            if is_saved:
+                for earlier in log.of_kind(journal.STEP)[:-1]:
+                    remove_boundary(self.workplace.values, earlier["index"])
+
+        self.committer.submit(commit)
+
+    def _save_values(self, step: Step) -> bool:
+        every = self.options.checkpoint_every
+        if not step.goes_on or not every or (step.index + 1) % every:
+            return False
+        try:
+            save_boundary(self.passes.activations, self.workplace.values, step.index)
+        except CannotSaveError as error:
+            text = f"warning: activations are not saved, for there is {error}; a resumed run computes them again"
+            if text not in self.watch.warnings:
+                self.watch.tell("warning", text=text)
+            return False
+        return True
+
+    def _pass_through(self, key: str) -> None:
+        """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""
+        if not self.writer.is_written(key):
+            with self.source.checkpoint.raw(key) as data:
+                self.writer.write_bytes(key, data)
+
+    def _write_as_it_is(self, key: str, tensor: torch.Tensor) -> None:
+        """Likewise, of a tensor that was just read."""
+        if key in self._unchanged and not self.writer.is_written(key):
+            self.writer.write(key, tensor)
+
+    def _resume(self, first: int) -> None:
+        """Take over what was finished, and bring the batches to where they were."""
+        log = self.workplace.journal
+        rewritten = {self.source.plain_key(name) for name in self.plan.rewritten}
+        self._unchanged = dict.fromkeys(key for step in self.plan.steps for key in step.passes if key not in rewritten)
+        for entry in log.of_kind(journal.STEP):
+            self.reports += [ModuleReport(**fields) for fields in entry["modules"]]
+            self.watch.warnings += entry["warnings"]
+        for step in self.plan.steps[:first]:
+            self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
+            for name in step.subgraph.entry.parameters:
+                if name in self.plan.reused and self._written.is_changed(name):
+                    self.kept[name] = self._written.read(name)
+        for entry in log.of_kind(journal.MICRO_BATCH):
+            parts = split_batches(self.artifact.manifest, self.batches, entry["size"])
+            assert parts is not None, "an earlier process has split these batches"
+            self.batches = parts
+        self._set_batches()
+        self.watch.tell(
+            "begin",
+            subgraphs=len(self.plan.steps),
+            runs=sum(step.is_run for step in self.plan.steps),
+            modules=len(self.jobs),
+            batches=len(self.batches),
+            tokens=sum(self.passes.tokens),
+            resumed_at=first,
+            device=str(self.options.device),
+        )
+        self._rebuild(first)
+
+    @property
+    def _written(self) -> Written:
+        return Written(self.plan, self.source, self.writer, self.jobs, self.options.device)
+
+    def _set_batches(self) -> None:
+        outlives = _lasting(self.plan)
+        self.passes = Passes(
+            model=self.model,
+            activations=Activations(
+                self.batches, self.options.device, self.options.budget, self.workplace.values, outlives
+            ),
+            jobs=self.jobs,
+            propagate_error=self.options.propagate_error,
+            watcher=self.watch,
+            tokens=[_num_tokens(batch) for batch in self.batches],
+        )
+
+    def _rebuild(self, index: int) -> None:
+        """Bring the batches from the model's inputs, or from values that were saved, to the step `index`."""
+        if index >= len(self.plan.steps) or not self.plan.steps[index].is_run:
+            return
+        begin = 0
+        saved = self._last_saved(index)
+        if saved is not None:
+            load_boundary(self.passes.activations, self.workplace.values, saved)
+            begin = saved + 1
+        run_again(self.plan.steps[begin:index], self.passes, self._written)
+
+    def _last_saved(self, index: int) -> int | None:
+        """The last step before `index` whose values were saved, since batches were split the last time."""
+        found = None
+        for entry in self.workplace.journal.entries:
+            if entry["kind"] == journal.MICRO_BATCH:
+                found = None
+            elif entry["kind"] == journal.STEP and entry["saved"] and entry["index"] < index:
+                found = entry["index"]
+        return found
+
+    def _take_less(self, step: Step, reason: str) -> None:
+        """Halve the number of samples that run at a time; batches begin anew at the model's inputs.
+
+        Raises:
+            OutOfMemory: when it is one already, or memory ran out with no batch on its way.
+        """
+        manifest = self.artifact.manifest
+        size = largest_batch(manifest, self.batches)
+        half = -(-size // 2)
+        is_batch = self.passes.is_running
+        parts = split_batches(manifest, self.batches, half) if is_batch and size > 1 else None
+        if parts is None:
+            what = "one sample at a time" if is_batch else "its weights and statistics"
+            raise OutOfMemory(
+                f"out of memory in {step.label} with {what}: {reason}",
+                hint="shorter samples (--seq-len), less --activation-memory on the device, or a larger device; "
+                "finished subgraphs are kept for --resume",
+            )
+        self.watch.tell(
+            "warning", text=f"warning: out of memory in {step.label}: from here on {half} samples at a time"
+        )
+        self.committer.wait()
+        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index)
+        self.batches = parts
+        self.passes.activations.close()
+        self._set_batches()
+
+
+def _num_tokens(batch: Mapping[str, Any]) -> int:
+    """How many numbers the first input of a batch has: its tokens, in a model of text."""
+    first = next((value for value in batch.values() if isinstance(value, torch.Tensor)), None)
+    return first.numel() if first is not None else 0
+
+
+def _lasting(plan: Plan) -> frozenset[str]:
+    """The values that outlive the subgraph after the one that made them."""
+    made: dict[str, int] = {}
+    lasting: dict[str, None] = {}
+    for step in plan.steps:
+        entry = step.subgraph.entry
+        lasting.update({name: None for name in entry.input_names if name in made and made[name] < step.index - 1})
+        made.update(dict.fromkeys(entry.output_names, step.index))
+    return frozenset(lasting)

@@ -1,0 +1,146 @@
+"""What each subgraph of a run has to do, decided before the first one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runtime.dtypes import dtype_name
+from runtime.layout import Stored
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact, LoadedSubgraph
+    from runtime.recipe import Assignment
+    from runtime.streaming.modifiers import Modifier
+    from runtime.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One subgraph of a run.
+
+    Attributes:
+        index: its place in the chain.
+        subgraph: its code, and what it takes and frees.
+        modules: those that are quantized with it: the ones it is the first to use.
+        is_run: whether batches go through it; if not, it needs no weights but those that are quantized.
+        goes_on: whether a later subgraph needs what it returns.
+        loads: the parameters that are streamed in before it runs.
+        passes: checkpoint tensors that are written with it as they are.
+    """
+
+    index: int
+    subgraph: LoadedSubgraph
+    modules: tuple[str, ...]
+    is_run: bool
+    goes_on: bool
+    loads: tuple[str, ...]
+    passes: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Its targets, for people."""
+        return ", ".join(self.subgraph.entry.targets) or "no target"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All steps, and the checkpoint tensors that belong to none of them.
+
+    Attributes:
+        steps: one for each subgraph, in order.
+        rest: tensors that no subgraph uses; they are written as they are in the end.
+        rewritten: names of parameters that a modifier changes without quantizing them; they keep their place in the
+            checkpoint.
+        reused: names of parameters that several subgraphs use.
+    """
+
+    steps: tuple[Step, ...]
+    rest: tuple[str, ...]
+    rewritten: frozenset[str]
+    reused: frozenset[str]
+
+    def outputs(self, step: Step, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[str]:
+        """The names of all tensors that a step writes."""
+        for name in step.modules:
+            yield from (stored.name for stored in module_tensors(name, source, jobs[name]))
+        yield from step.passes
+
+
+def plan_steps(
+    artifact: Artifact, source: Weights, jobs: Mapping[str, Assignment], modifiers: Sequence[Modifier]
+) -> Plan:
+    """Decide what each subgraph does.
+
+    Args:
+        artifact: the chain.
+        source: says which checkpoint tensors make which parameter.
+        jobs: the modules to quantize.
+        modifiers: say what they measure and rewrite.
+    """
+    owned = list(_owned_modules(artifact, jobs))
+    measured = [bool(names) and any(modifier.measures(names) for modifier in modifiers) for names in owned]
+    last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
+    replaced = {source.plain_key(f"{name}.weight") for name in jobs}
+    seen: dict[str, None] = {}
+    users: dict[str, int] = {}
+    quantized: dict[str, None] = {}
+    steps = []
+    for index, subgraph in enumerate(artifact.subgraphs):
+        names = subgraph.entry.parameters
+        users.update({name: users.get(name, 0) + 1 for name in names})
+        keys = dict.fromkeys(key for name in names for key in source.origins[name].keys)
+        passes = tuple(key for key in keys if key not in replaced and key not in seen)
+        seen.update(keys)
+        steps.append(
+            Step(
+                index=index,
+                subgraph=subgraph,
+                modules=owned[index],
+                is_run=index <= last,
+                goes_on=index < last,
+                loads=tuple(name for name in names if name not in quantized) if index <= last else (),
+                passes=passes,
+            )
+        )
+        quantized.update(dict.fromkeys(f"{name}.weight" for name in owned[index]))
+    return Plan(
+        steps=tuple(steps),
+        rest=tuple(key for key in source.checkpoint if key not in seen and key not in replaced),
+        rewritten=frozenset(name for names in owned for modifier in modifiers for name in modifier.rewrites(names)),
+        reused=frozenset(name for name, count in users.items() if count > 1),
+    )
+
+
+def _owned_modules(artifact: Artifact, jobs: Mapping[str, Assignment]) -> Iterator[tuple[str, ...]]:
+    """For each subgraph the modules to be quantized that it is the first to use, in its order."""
+    done: dict[str, None] = {}
+    for subgraph in artifact.subgraphs:
+        weights = [name.removesuffix(".weight") for name in subgraph.entry.parameters if name.endswith(".weight")]
+        names = tuple(name for name in weights if name in jobs and name not in done)
+        done.update(dict.fromkeys(names))
+        yield names
+
+
+def output_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
+    """Every tensor of the checkpoint that a run writes, in the order in which they fill its shards."""
+    checkpoint = source.checkpoint
+    for step in plan.steps:
+        for name in step.modules:
+            yield from module_tensors(name, source, jobs[name])
+        yield from (checkpoint.stored(key) for key in step.passes)
+    yield from (checkpoint.stored(key) for key in plan.rest)
+
+
+def module_tensors(name: str, source: Weights, job: Assignment) -> Iterator[Stored]:
+    """What a quantized module is in the checkpoint: names, dtypes and shapes, under the checkpoint's names."""
+    from runtime.dtypes import DTYPES
+    from runtime.schemes import stored_dtypes, stored_shapes
+
+    key = source.plain_key(f"{name}.weight")
+    assert key is not None, f"{name} was let through without a tensor of its own"
+    shapes = stored_shapes(source.checkpoint.shape(key), job.scheme)
+    dtypes = stored_dtypes(job.scheme, DTYPES[source.checkpoint.stored(key).dtype])
+    for suffix, dtype in dtypes.items():
+        yield Stored(f"{key.removesuffix('weight')}{suffix}", dtype_name(dtype), shapes[suffix])

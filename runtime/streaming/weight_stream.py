@@ -1,0 +1,103 @@
+"""Read the weights of the next step while the current one computes, and every tensor of the checkpoint once.
+
+A thread reads and converts; for a GPU it copies from pinned memory on a stream of its own. What must be written as it
+is goes to the output from there, so that nobody has to read it again, and a tensor that a later step uses too (tied
+embeddings, layers that share weights) is kept until then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.side_stream import SideStream
+from runtime.weights import assign
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.streaming.steps import Step
+    from runtime.weights import Weights
+
+OnRead = Callable[[str, torch.Tensor], None]
+Loaded = tuple[dict[str, torch.Tensor], Any]  # the parameters of a step, and the mark of their arrival
+
+
+class WeightStream:
+    """The weights of a sequence of steps.
+
+    Args:
+        source: the checkpoint, as parameters.
+        steps: in the order in which they will be loaded.
+        device: where parameters go.
+        on_read: called, from the reading thread, with each checkpoint tensor that was read, once.
+    """
+
+    def __init__(
+        self, source: Weights, steps: Sequence[Step], device: torch.device, on_read: OnRead = lambda key, tensor: None
+    ) -> None:
+        self.source = source
+        self.device = device
+        self.on_read = on_read
+        self._steps = {step.index: step for step in steps}
+        self._next = {step.index: after.index for step, after in itertools.pairwise(steps)}
+        self._uses = Counter(key for step in steps for key in self._keys(step))  # how often it will be asked for
+        self._kept: dict[str, torch.Tensor] = {}
+        self._pending: dict[int, Future[Loaded]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._side = SideStream(device)
+
+    def __enter__(self) -> WeightStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._kept.clear()
+
+    def load(self, model: nn.Module, index: int) -> None:
+        """Put the parameters of a step into the module tree, and begin to read those of the next one."""
+        tensors, mark = (self._pending.pop(index, None) or self._submit(index)).result()
+        following = self._next.get(index)
+        if following is not None:
+            self._pending[following] = self._submit(following)
+        self._side.wait_for(mark)
+        for name, tensor in tensors.items():
+            self._side.lend(tensor)
+            assign(model, name, tensor)
+
+    def reload(self, model: nn.Module, index: int) -> None:
+        """Load a step again whose weights were changed; this reads what was read before."""
+        for name in self._steps[index].loads:
+            assign(model, name, self.source.read(name, self.device))
+
+    def _submit(self, index: int) -> Future[Loaded]:
+        return self._thread.submit(self._read_step, self._steps[index])
+
+    def _read_step(self, step: Step) -> Loaded:
+        tensors: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), self._side.active():
+            for name in step.loads:
+                value = self.source.read(name, torch.device("cpu"), self._read_key)
+                if self._side.is_real:
+                    value = value.pin_memory().to(self.device, non_blocking=True)
+                tensors[name] = value.to(self.device)
+            return tensors, self._side.mark()
+
+    def _read_key(self, key: str) -> torch.Tensor:
+        tensor = self._kept.pop(key, None)
+        if tensor is None:
+            tensor = self.source.checkpoint.read(key)
+            self.on_read(key, tensor)
+        self._uses[key] -= 1
+        if self._uses[key]:
+            self._kept[key] = tensor
+        return tensor
+
+    def _keys(self, step: Step) -> list[str]:
+        return [key for name in step.loads for key in self.source.origins[name].keys]

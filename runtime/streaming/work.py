@@ -1,0 +1,127 @@
+"""What a modifier sees of a run while it works on one step: modules, batches, and the way to the checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.dtypes import DTYPES
+from runtime.streaming.report import ModuleReport
+from runtime.weights import assign, unload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.algorithms.result import QuantizedWeight
+    from runtime.recipe import Assignment
+    from runtime.streaming.steps import Plan, Step
+    from runtime.weights import Weights
+    from runtime.writer import ShardWriter
+
+
+@dataclass(kw_only=True)
+class Work:
+    """One step in the hands of the modifiers.
+
+    Attributes:
+        step: what is to be done.
+        plan: of the whole run.
+        model: the module tree, with the step's parameters if it is run.
+        source: the checkpoint.
+        writer: the new one.
+        jobs: what is done to each module.
+        device: where weights and batches are.
+        run_batches: sends all batches through the subgraph once; what it returns is thrown away. Hooks on modules see
+            what passes.
+        reports: of the modules that are done.
+        kept: quantized and rewritten parameters that later subgraphs use as well.
+        warnings: what a user should know, a line each.
+        num_bytes: what was written.
+    """
+
+    step: Step
+    plan: Plan
+    model: nn.Module
+    source: Weights
+    writer: ShardWriter
+    jobs: dict[str, Assignment]
+    device: torch.device
+    run_batches: Callable[[], None]
+    reports: list[ModuleReport] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight of a module, [O, I]; where the subgraph is not run it is read now, and gone when it is done."""
+        weight = self.model.get_submodule(name).get_parameter("weight")
+        if weight.is_meta:
+            assign(self.model, f"{name}.weight", self.source.read(f"{name}.weight", self.device))
+            weight = self.model.get_submodule(name).get_parameter("weight")
+        return weight
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a module's weight in the checkpoint, which its scales get too."""
+        return DTYPES[self.source.checkpoint.stored(self._key(f"{name}.weight")).dtype]
+
+    def quantized(
+        self, name: str, result: QuantizedWeight, *, num_tokens: int, error: float = 0.0, start: float | None = None
+    ) -> None:
+        """Write a module's quantized weight, and let the model go on with what a reader of it computes with.
+
+        Args:
+            name: of the module.
+            result: what an algorithm returned.
+            num_tokens: how many inputs it has seen.
+            error: see `ModuleReport`.
+            start: the clock (`perf_counter`) when work on the module began.
+        """
+        from runtime.schemes import compress_module, decompress_module
+
+        job, key = self.jobs[name], self._key(f"{name}.weight")
+        tensors = compress_module(name, result.weight_OI, result.scale, result.zero_point, job.scheme)
+        if self.step.is_run or f"{name}.weight" in self.plan.reused:
+            dense = decompress_module(tensors, job.scheme).to(self.weight(name).dtype)
+            self._go_on_with(f"{name}.weight", dense)
+        size = sum(self.writer.write(f"{key.removesuffix('weight')}{part}", t) for part, t in tensors.items())
+        self.num_bytes += size
+        if not self.step.is_run:
+            unload(self.model, [f"{name}.weight"])
+        self.reports.append(
+            ModuleReport(
+                name=name,
+                algorithm=job.algorithm,
+                loss=result.loss,
+                damping=result.damping,
+                num_tokens=num_tokens,
+                error=error,
+                seconds=time.perf_counter() - start if start is not None else 0.0,
+                num_bytes=size,
+            )
+        )
+
+    def rewrite(self, name: str, tensor: torch.Tensor) -> None:
+        """Change a parameter that is not quantized, in the model and in the checkpoint.
+
+        Both get it in the checkpoint's dtype, so that the run goes on with what a reader will have. The modifier must
+        have named it in `rewrites`.
+        """
+        key = self._key(name)
+        assert name in self.plan.rewritten, f"no modifier has said that it rewrites {name}"
+        stored = tensor.detach().to(DTYPES[self.source.checkpoint.stored(key).dtype])
+        self.num_bytes += self.writer.write(key, stored)
+        self._go_on_with(name, stored.to(tensor.dtype))
+
+    def _go_on_with(self, name: str, tensor: torch.Tensor) -> None:
+        assign(self.model, name, tensor)
+        if name in self.plan.reused:
+            self.kept[name] = tensor
+
+    def _key(self, name: str) -> str:
+        key = self.source.plain_key(name)
+        assert key is not None, f"{name} is not one tensor of the checkpoint"
+        return key
