@@ -19,7 +19,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from runtime.dtypes import bytes_of, empty_bytes
+from runtime.errors import UsageError
 from runtime.side_stream import SideStream
+from runtime.sizes import parse_bytes
 
 _T = TypeVar("_T")
 
@@ -33,6 +35,28 @@ class Budget:
 
     device_bytes: int | None = 0
     host_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str = "--activation-memory") -> Budget:
+        """Read `16GiB`, which is host memory, or `device=4GiB,host=16GiB`.
+
+        Raises:
+            UsageError: when it is neither.
+        """
+        limits: dict[str, int] = {}
+        for part in text.split(","):
+            tier, _, size = part.rpartition("=")
+            tier = tier.strip() or HOST
+            if tier not in (DEVICE, HOST) or tier in limits:
+                raise UsageError(f"{option} is {text!r}", hint="write 16GiB, or device=4GiB,host=16GiB")
+            limits[tier] = parse_bytes(size, option=option)
+        return cls(device_bytes=limits.get(DEVICE, 0), host_bytes=limits.get(HOST))
+
+    @classmethod
+    def default(cls, device: torch.device) -> Budget:
+        """A quarter of what a GPU has free, then host memory without limit."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        return cls(device_bytes=free // 4)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +102,7 @@ class Activations:
         lasting: Collection[str] = (),
     ) -> None:
         self.device = device
-        self.budget = budget or Budget()
+        self.budget = budget or Budget.default(device)
         self.lasting = lasting
         self.used_bytes = dict.fromkeys(TIERS, 0)
         self._folder = folder

@@ -31,7 +31,7 @@ from runtime.planning.request import memory_here, require_plan, stored_sizes
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
 from runtime.streaming.identity import run_identity
-from runtime.streaming.modifiers import RoundWeights
+from runtime.streaming.modifiers import make_modifiers
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import Options, StreamingRun
 from runtime.streaming.steps import output_tensors, plan_steps
@@ -103,7 +103,7 @@ def calibrate(
     if source.schemes:
         raise RecipeError(f"{weights} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
-    modifiers = [RoundWeights(jobs)]
+    modifiers = make_modifiers(jobs)
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")

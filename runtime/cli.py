@@ -6,19 +6,21 @@ Only typer is imported up here; torch and transformers wait until a command need
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.console import human_bytes, run_app, say
+from runtime.console import run_app, say
 from runtime.plan_cli import plan
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.artifact import Artifact
-    from runtime.calibration import Calibration
+    from runtime.streaming.report import Calibration
+    from runtime.streaming.watch import Watcher
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_BATCH_SIZE = 128, 2048, 8
 
@@ -63,6 +65,22 @@ def calibrate(
     pack: Pack = True,
     tokenizer: Tokenizer = None,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    checkpoint_activations: Annotated[
+        str,
+        typer.Option(
+            help="For a resume: replay finished subgraphs (costs nothing now), save the values between them "
+            "(costs their bytes on disk), or a number N to save after every N subgraphs."
+        ),
+    ] = "replay",
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(help="For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk."),
+    ] = None,
+    propagate_error: Annotated[
+        bool, typer.Option(help="Later layers see what quantized ones return, or (faster) what the original ones do.")
+    ] = True,
+    log: Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
@@ -80,30 +98,68 @@ def calibrate(
         batches = _batches(
             loaded, data, tokenizer, weights, samples, DEFAULT_SAMPLES, seq_len, batch_size=batch_size, pack=pack
         )
+    from runtime.activations import Budget
     from runtime.calibration import calibrate as run
 
-    result = run(
-        loaded,
-        weights=weights,
-        recipe=parsed,
-        batches=batches,
-        out=out,
-        device=run_device,
-        dtype=run_dtype,
-        max_shard_bytes=int(max_shard_size * 1e9),
-        force=force,
-        progress=(lambda line: None) if as_json else say,
-    )
+    with ExitStack() as stack:
+        watchers = _watchers(stack, log, as_json)
+        result = run(
+            loaded,
+            weights=weights,
+            recipe=parsed,
+            batches=batches,
+            out=out,
+            device=run_device,
+            dtype=run_dtype,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            progress=(lambda line: None) if as_json else say,
+            resume=resume,
+            checkpoint_activations=_interval(checkpoint_activations),
+            activation_memory=None if activation_memory is None else Budget.parse(activation_memory),
+            propagate_error=propagate_error,
+            watchers=watchers,
+            force=force,
+        )
     _report(result, as_json)
 
 
+def _watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher]:
+    """A display if there is a terminal to show it on, and the event log."""
+    import sys
+
+    watchers: list[Watcher] = []
+    if sys.stdout.isatty() and not as_json:
+        from rich.console import Console
+
+        from runtime.streaming.display import Display
+
+        watchers.append(stack.enter_context(Display(Console())))
+    if log is not None:
+        from runtime.streaming.watch import EventLog
+
+        watchers.append(stack.enter_context(EventLog(log)))
+    return watchers
+
+
+def _interval(text: str) -> int:
+    """After how many subgraphs activations are saved; 0 for never."""
+    from runtime.errors import UsageError
+
+    known = {"replay": 0, "save": 1}
+    if text not in known and not text.isdecimal():
+        raise UsageError(f"--checkpoint-activations is {text!r}", hint="it can be replay, save, or a number")
+    return known[text] if text in known else int(text)
+
+
 def _report(result: Calibration, as_json: bool) -> None:
-    """The summary of a calibration."""
+    """The summary of a calibration: the worst modules first, and every warning again."""
     if not as_json:
-        size = human_bytes(result.num_bytes)
-        say(f"{len(result.modules)} modules quantized in {result.seconds:.1f} s; {size} in {result.path}")
+        from runtime.streaming.report import summary_lines
+
+        for line in summary_lines(result):
+            say(line)
         return
-    fields = ("name", "algorithm", "loss", "damping", "num_tokens")
+    fields = ("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
     facts = {
         "path": str(result.path),
         "bytes": result.num_bytes,
@@ -111,6 +167,7 @@ def _report(result: Calibration, as_json: bool) -> None:
         "modules": [{field: getattr(module, field) for field in fields} for module in result.modules],
         "unreached": list(result.unreached),
         "remarks": list(result.remarks),
+        "resumed_at": result.resumed_at,
     }
     say(json.dumps(facts))
 

@@ -15,6 +15,15 @@ from runtime.errors import SeqbuildError
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
+_NOTHING = "nothing half-written was left behind"
+_left_behind = [_NOTHING]
+
+
+def tell_when_stopped(text: str) -> None:
+    """What to say of a command that was interrupted: typer keeps no exception that could carry it."""
+    _left_behind[0] = text
+
+
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
@@ -25,16 +34,14 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    left = "nothing half-written was left behind"
+    tell_when_stopped(_NOTHING)
     try:
         with _terminable():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-        left = getattr(stop, "hint", left)
-    except (KeyboardInterrupt, Abort) as stop:
+    except (KeyboardInterrupt, Abort):
         code = INTERRUPTED
-        left = getattr(stop, "hint", left)
     except Exception as error:
         message = _user_error(error)
         if message is None:
@@ -49,7 +56,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
         code = int(result or 0) if arguments else USER_ERROR
     if code in (INTERRUPTED, TERMINATED):
         word = "interrupted" if code == INTERRUPTED else "terminated"
-        print(f"{program}: {word}; {left}", file=sys.stderr)
+        print(f"{program}: {word}; {_left_behind[0]}", file=sys.stderr)
     return code
 
 

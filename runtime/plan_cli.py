@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runtime.console import say
+
+if TYPE_CHECKING:
+    from runtime.activations import Budget
+    from runtime.plan import Plan
 
 _HELP = {
     "device": "cpu, cuda, xpu, or auto for an accelerator if there is one here or --device-memory is given.",
@@ -31,7 +35,7 @@ def plan(
     disk: Annotated[str | None, typer.Option("--disk", help="Free room for the output: 500GB.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
     activation_memory: Annotated[
-        str | None, typer.Option("--activation-memory", help="What values between subgraphs may take: 8GiB, or 0.")
+        str | None, typer.Option(help="For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk.")
     ] = None,
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
     allow_version_skew: Annotated[
@@ -46,20 +50,18 @@ def plan(
 
     Exit code 1 says that it does not fit.
     """
-    from runtime.byte_sizes import parse_bytes
-    from runtime.planning.fit import Limits
+        from runtime.planning.fit import Limits
     from runtime.recipe import Recipe
+    from runtime.sizes import parse_bytes
 
     limits = Limits(
-        device=None if device_memory is None else parse_bytes(device_memory, "--device-memory"),
-        host=None if host_memory is None else parse_bytes(host_memory, "--host-memory"),
-        disk=None if disk is None else parse_bytes(disk, "--disk"),
+        device=None if device_memory is None else parse_bytes(device_memory, option="--device-memory"),
+        host=None if host_memory is None else parse_bytes(host_memory, option="--host-memory"),
+        disk=None if disk is None else parse_bytes(disk, option="--disk"),
     )
-    budget = None if activation_memory is None else parse_bytes(activation_memory, "--activation-memory", least=0)
     given = _sizes(sizes or [])
     parsed = None if recipe is None else Recipe.from_file(recipe)
     device_type = _device_type(device, device_memory is not None)
-    from runtime.activations import Budget
     from runtime.artifact import load
     from runtime.devices import resolve_dtype
     from runtime.planning.request import plan_artifact
@@ -72,7 +74,7 @@ def plan(
         recipe=parsed,
         dtype=resolve_dtype(dtype),
         device_type=device_type,
-        budget=Budget(host_bytes=budget),
+        budget=_budget(activation_memory, device_type, limits.device),
         sizes=given,
         limits=limits,
     )
@@ -81,11 +83,9 @@ def plan(
         raise typer.Exit(1)
 
 
-def _print(made: object, missing: list[str], mended: list[str], as_json: bool) -> None:
-    from runtime.plan import Plan
+def _print(made: Plan, missing: list[str], mended: list[str], as_json: bool) -> None:
     from runtime.planning.report import plan_facts, plan_lines
 
-    assert isinstance(made, Plan)
     if as_json:
         say(json.dumps(plan_facts(made) | {"fits": not missing, "shortages": missing, "advice": mended}))
         return
@@ -94,6 +94,15 @@ def _print(made: object, missing: list[str], mended: list[str], as_json: bool) -
     say("it fits" if not missing else f"it does not fit: {'; '.join(missing)}")
     for option in mended:
         say(f"  what would: {option}")
+
+
+def _budget(stated: str | None, device_type: str, device_bytes: int | None) -> Budget:
+    """What is stated, or what a run takes by itself: a quarter of a device's memory, then the host's."""
+    from runtime.activations import Budget
+
+    if stated is not None:
+        return Budget.parse(stated)
+    return Budget(device_bytes=0 if device_type == "cpu" or device_bytes is None else device_bytes // 4)
 
 
 def _device_type(device: str, has_memory: bool) -> str:

@@ -117,7 +117,7 @@ def _budget(plan: Plan, limits: Limits) -> int | None:
 
 
 def _spelled(budget: int) -> str:
-    return f"--activation-memory {budget / 1e9:g}GB" if budget else "--activation-memory 0"
+    return f"--activation-memory {budget / 1e9:g}GB"
 
 
 def _halves(size: int) -> Iterator[int]:

@@ -125,7 +125,7 @@ def require_plan(
         sizes=batch_sizes(artifact.manifest, batches),
         dtype=dtype,
         device_type=device.type,
-        budget=budget or Budget(),
+        budget=budget or Budget.default(device),
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )

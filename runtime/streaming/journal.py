@@ -104,7 +104,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     entries: list[dict[str, Any]] = []
     whole = 0
     for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n") or line[:8] != b"%08x" % zlib.crc32(line[9:-1]):
+        if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             break
         try:
             entries.append(json.loads(line[9:]))

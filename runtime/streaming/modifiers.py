@@ -88,6 +88,11 @@ class RoundWeights:
         return [name for name in names if self.jobs[name].algorithm == "gptq"]
 
 
+def make_modifiers(jobs: dict[str, Assignment]) -> list[Modifier]:
+    """The modifiers of a run, in the order in which they are applied to each step."""
+    return [RoundWeights(jobs)]
+
+
 def _solve(
     weight: torch.Tensor, job: Assignment, hessian: HessianAccumulator | None, scale_dtype: torch.dtype
 ) -> QuantizedWeight:

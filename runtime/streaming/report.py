@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from runtime.console import human_bytes
+
+_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,3 +63,17 @@ class Calibration:
 def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
     """Modules by falling relative error; those that tie stay in order."""
     return sorted(modules, key=lambda module: -module.error)
+
+
+def summary_lines(result: Calibration) -> Iterator[str]:
+    """What to say at the end: the size of it, the worst modules first, and every warning, however long ago it was."""
+    again = f", after {result.resumed_at} subgraphs that were finished before" if result.resumed_at else ""
+    size = human_bytes(result.num_bytes)
+    yield f"{len(result.modules)} modules quantized in {result.seconds:.1f} s{again}; {size} in {result.path}"
+    worst = worst_first(result.modules)[:_NUM_SHOWN]
+    width = max(len(module.name) for module in worst) if worst else 0
+    yield f"the worst {len(worst)} of them, by the error of what they return in parts of it:"
+    for module in worst:
+        damping = f", dampening {module.damping:g}" if module.damping else ""
+        yield f"  {module.name:{width}}  {module.error:.4f}  loss {module.loss:.4g}{damping}"
+    yield from result.remarks

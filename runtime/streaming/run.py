@@ -89,9 +89,9 @@ class StreamingRun:
         first = len(self.workplace.journal.of_kind(journal.STEP))
         remaining = self.plan.steps[first:]
         with ExitStack() as stack:
-            self.committer = stack.enter_context(Committer())
             stack.callback(self.writer.close)
             stack.callback(lambda: self.passes.activations.close())
+            self.committer = stack.enter_context(Committer())
             self.stream = stack.enter_context(
                 WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
             )
@@ -224,9 +224,9 @@ class StreamingRun:
         log = self.workplace.journal
         rewritten = {self.source.plain_key(name) for name in self.plan.rewritten}
         self._unchanged = dict.fromkeys(key for step in self.plan.steps for key in step.passes if key not in rewritten)
-        for entry in log.of_kind(journal.STEP):
-            self.reports += [ModuleReport(**fields) for fields in entry["modules"]]
-            self.watch.warnings += entry["warnings"]
+        for entry in log.entries:
+            self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
+            self.watch.warnings += entry.get("warnings", ())
         for step in self.plan.steps[:first]:
             self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
             for name in step.subgraph.entry.parameters:
@@ -240,14 +240,20 @@ class StreamingRun:
         self.watch.tell(
             "begin",
             subgraphs=len(self.plan.steps),
-            runs=sum(step.is_run for step in self.plan.steps),
             modules=len(self.jobs),
             batches=len(self.batches),
             tokens=sum(self.passes.tokens),
+            total_tokens=sum(self.passes.tokens) * sum(self._num_passes(step) for step in self.plan.steps[first:]),
             resumed_at=first,
             device=str(self.options.device),
         )
         self._rebuild(first)
+
+    def _num_passes(self, step: Step) -> int:
+        """How often all batches go through a step, if no modifier takes more than one pass."""
+        is_measured = any(modifier.measures(step.modules) for modifier in self.modifiers if step.modules)
+        goes_on = step.goes_on and not (is_measured and not self.options.propagate_error)
+        return is_measured + goes_on
 
     @property
     def _written(self) -> Written:
@@ -302,14 +308,13 @@ class StreamingRun:
             what = "one sample at a time" if is_batch else "its weights and statistics"
             raise OutOfMemory(
                 f"out of memory in {step.label} with {what}: {reason}",
-                hint="shorter samples (--seq-len), less --activation-memory on the device, or a larger device; "
-                "finished subgraphs are kept for --resume",
+                hint="lower --batch-size or --seq-len, or take a device with more memory",
             )
-        self.watch.tell(
-            "warning", text=f"warning: out of memory in {step.label}: from here on {half} samples at a time"
-        )
+        samples = f"{half} sample{'' if half == 1 else 's'}"
+        text = f"warning: out of memory in {step.label}: from here on {samples} at a time"
+        self.watch.tell("warning", text=text)
         self.committer.wait()
-        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index)
+        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
         self.batches = parts
         self.passes.activations.close()
         self._set_batches()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.console import human_bytes
+
 
 class Watcher(Protocol):
     """Is told events; must not raise for names that it does not know."""
@@ -45,7 +47,7 @@ class Watchers:
 
 
 class Lines:
-    """One line for each subgraph and each warning.
+    """One line for each subgraph and each warning: for a log, a pipe, or anything that is no terminal.
 
     Args:
         say: prints a line.
@@ -53,21 +55,38 @@ class Lines:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self._count = 0
+        self._begin: dict[str, Any] = {}
+        self._start = 0.0
+        self._done = 0
 
     def tell(self, event: str, **facts: Any) -> None:
         """Take an event."""
         if event == "begin":
-            self._count = facts["subgraphs"]
+            self._begin, self._start = facts, time.perf_counter()
+            if facts["resumed_at"]:
+                self.say(f"going on after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
         elif event == "warning":
             self.say(facts["text"])
         elif event == "subgraph":
-            rate = facts["tokens"] / facts["seconds"] if facts["seconds"] else 0.0
-            speed = f", {rate:,.0f} tokens/s" if facts["tokens"] else ""
-            self.say(
-                f"[{facts['index'] + 1}/{self._count}] {facts['label']}: {facts['num_modules']} modules, "
-                f"{facts['seconds']:.1f} s{speed}"
-            )
+            self._done += facts["tokens"]
+            parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+            if facts["tokens"]:
+                rate = facts["tokens"] / max(facts["seconds"], 1e-9)
+                parts += [
+                    f"{self._begin['batches']} batches",
+                    f"{rate:,.0f} tokens/s",
+                    f"{self._seconds_left():.0f} s left",
+                ]
+            parts.append(human_bytes(facts["peak_host_bytes"]))
+            if facts["peak_device_bytes"]:
+                parts.append(f"{human_bytes(facts['peak_device_bytes'])} on the device")
+            self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
+
+    def _seconds_left(self) -> float:
+        """What is left takes as long for each token as what is done."""
+        elapsed = time.perf_counter() - self._start
+        total: int = self._begin["total_tokens"]
+        return elapsed * max(total - self._done, 0) / self._done
 
 
 class EventLog:
@@ -87,6 +106,8 @@ class EventLog:
             self._file.write(line + "\n")
             self._file.flush()
 
-    def close(self) -> None:
-        """Give the file back."""
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()

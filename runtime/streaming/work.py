@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.dtypes import DTYPES
+from runtime.machine import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
 
@@ -103,6 +104,7 @@ class Work:
                 num_bytes=size,
             )
         )
+        trim_heap()
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.
@@ -115,6 +117,10 @@ class Work:
         stored = tensor.detach().to(DTYPES[self.source.checkpoint.stored(key).dtype])
         self.num_bytes += self.writer.write(key, stored)
         self._go_on_with(name, stored.to(tensor.dtype))
+
+    def change(self, name: str, tensor: torch.Tensor) -> None:
+        """Change a weight that another modifier of this step will quantize, in the model alone."""
+        assign(self.model, name, tensor)
 
     def _go_on_with(self, name: str, tensor: torch.Tensor) -> None:
         assign(self.model, name, tensor)

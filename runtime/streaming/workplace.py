@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
@@ -93,7 +94,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         count = num_finished(out)
         if count and not resume:
             raise OutputError(
-                f"an interrupted run has finished {count} subgraphs of {out}",
+                f"an interrupted run has left {_subgraphs(count)} of {out}",
                 hint=f"go on with --resume, or remove {root} to start anew",
             )
         if not count:
@@ -106,7 +107,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             if not _is_worth_keeping(place.journal, error):
                 shutil.rmtree(root, ignore_errors=True)
             elif not isinstance(error, SeqbuildError):
-                error.__dict__["hint"] = _what_is_left(out)  # the command line says it
+                tell_when_stopped(_what_is_left(out))
             raise
         finally:
             place.journal.close()
@@ -115,7 +116,13 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
 
 def _what_is_left(out: Path) -> str:
     count = num_finished(out)
-    return f"{count} finished subgraphs are kept: go on with --resume" if count else "nothing was left behind"
+    if not count:
+        return "nothing was left behind"
+    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept: go on with --resume"
+
+
+def _subgraphs(count: int) -> str:
+    return f"{count} finished subgraph{'' if count == 1 else 's'}"
 
 
 def num_finished(out: Path) -> int:

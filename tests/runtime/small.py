@@ -114,9 +114,8 @@ def write_token_file(path: Path, num_samples: int = 6, length: int = 40, largest
 
 def calibrate(small: Small, plan: runtime.Recipe, out: Path, **options: Any) -> Calibration:
     """Calibrate on the usual tokens."""
-    return runtime.calibrate(
-        small.load(), weights=small.weights, recipe=plan, out=out, **{"batches": token_batches(), **options}
-    )
+    defaults = {"weights": small.weights, "batches": token_batches()}
+    return runtime.calibrate(small.load(), recipe=plan, out=out, **{**defaults, **options})
 
 
 def run_weights(small: Small, weights: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:

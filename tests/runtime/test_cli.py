@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 import runtime
 import runtime.cli
@@ -20,7 +19,7 @@ import seqbuild.build
 import seqbuild.cli
 from runtime.artifact import read_manifest
 from tests.runtime.place import RTN, Place, Run, assert_refused, rely_on_other_sources
-from tests.runtime.small import read_tensors
+from tests.runtime.small import directory_bytes, read_tensors
 from tests.tiny_models import minilm_directory
 
 
@@ -28,11 +27,19 @@ def test_calibrate_evaluate_and_check(place: Place, run: Run) -> None:
     code, printed, complaint = run(place.calibrate())
     assert (code, complaint) == (0, "")
     lines = printed.splitlines()
-    assert [re.sub(r"\d+\.\d s", "T", line) for line in lines[:4]] == [
-        "[1/4] model.layers.0: 7 modules, T",
-        "[2/4] model.layers.1: 7 modules, T",
-        "[3/4] model.layers.2: 7 modules, T",
-        "[4/4] no target: 0 modules, T",
+    numbers = [
+        (r"\d+ s left", "L"),
+        (r"\d+\.\d s", "T"),
+        (r"[\d,]+ tokens", "N tokens"),
+        (r"[\d.]+ [MG]B", "M"),
+    ]
+    for pattern, short in numbers:
+        lines[:4] = [re.sub(pattern, short, line) for line in lines[:4]]
+    assert lines[:4] == [
+        "[1/4] model.layers.0: 7 modules, T, 1 batches, N tokens/s, L, M",
+        "[2/4] model.layers.1: 7 modules, T, 1 batches, N tokens/s, L, M",
+        "[3/4] model.layers.2: 7 modules, T, 1 batches, N tokens/s, L, M",
+        "[4/4] no target: 0 modules, T, M",
     ]
     assert re.fullmatch(rf"21 modules quantized in \d+\.\d s; \d+\.\d kB in {place.out}", lines[4])
 
@@ -57,7 +64,9 @@ def test_json(place: Place, run: Run) -> None:
     facts = json.loads(printed)
     assert (facts["path"], len(facts["modules"]), facts["unreached"]) == (str(place.out), 21, [])
     assert facts["bytes"] == sum(tensor.nbytes for tensor in read_tensors(place.out).values())
-    assert list(facts["modules"][0]) == ["name", "algorithm", "loss", "damping", "num_tokens"]
+    assert list(facts["modules"][0]) == [
+        *("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
+    ]
     assert facts["remarks"] == []
 
     code, printed, complaint = run(place.evaluate("--json"))
@@ -204,16 +213,15 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 8, 1))
     before = place.tree()
-    assert_refused(run(place.calibrate()), "takes 4", "kB at least, and its disk has 1 B left")
+    assert_refused(run(place.calibrate()), "takes 51", "kB at least, and its disk has 1 B left")
     assert place.tree() == before
 
 
 def test_a_disk_that_fills_up_during_the_run(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_file(tensors: Any, path: Path, **options: Any) -> None:
-        path.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(os, "pwrite", pwrite)
     before = place.tree()
     assert_refused(run(place.calibrate()), f"cannot write {place.out}: the disk is full (nothing was left behind)")
     assert place.tree() == before
@@ -227,8 +235,17 @@ def test_a_real_disk_that_is_full(place: Place, run: Run, tmp_path: Path, monkey
     try:
         monkeypatch.setattr("runtime.calibration.require_space", lambda path, num_bytes: None)
         place.out = disk / "out"
-        assert_refused(run(place.calibrate()), f"cannot write {place.out}: the disk is full (nothing was left behind)")
-        assert list(disk.iterdir()) == []
+        result = run(place.calibrate())
+        assert_refused(
+            result, f"cannot write {place.out}: the disk is full (1 finished subgraph is kept: go on with --"
+        )
+        assert [path.name for path in disk.iterdir()] == [".out.run.partial"]
+        subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+        assert run(place.calibrate("--resume"))[0] == 0
+        resumed = directory_bytes(place.out)
+        place.out = disk / "whole"
+        assert run(place.calibrate())[0] == 0
+        assert resumed == directory_bytes(place.out)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -252,7 +269,7 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("runtime.calibration.collect_hessians", fail)
+    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
     before = place.tree()
     assert_refused(run(place.calibrate()), "out of memory", "lower --batch-size or --seq-len")
     assert place.tree() == before
@@ -262,7 +279,7 @@ def test_a_bug_of_ours_is_not_dressed_up(place: Place, run: Run, monkeypatch: py
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("runtime.calibration.collect_hessians", fail)
+    monkeypatch.setattr("runtime.streaming.modifiers.collect_hessians", fail)
     before = place.tree()
     with pytest.raises(AssertionError, match="a bug"):
         run(place.calibrate())

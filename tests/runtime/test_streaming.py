@@ -1,0 +1,284 @@
+"""Weights come in once, tensors go out once, and modifiers do what they say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import runtime
+import runtime.calibration
+import seqbuild.build
+from runtime.artifact import LoadedSubgraph
+from runtime.checkpoint import Checkpoint
+from runtime.streaming.modifiers import RoundWeights
+from runtime.streaming.watch import EventLog
+from runtime.streaming.work import Work
+from runtime.writer import ShardWriter
+from tests.runtime.small import (
+    NARROW,
+    NARROW_W4,
+    RECIPES,
+    Small,
+    calibrate,
+    directory_bytes,
+    load_transformers,
+    raw_bytes,
+    read_tensors,
+    recipe,
+    run_transformers,
+    run_weights,
+    save_model,
+    token_batches,
+)
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]]:
+    """How often each tensor is read from the checkpoint, and written to the new one."""
+    reads: Counter[str] = Counter()
+    writes: Counter[str] = Counter()
+    real_raw, real_write = Checkpoint.raw, ShardWriter.write_bytes
+
+    def raw(self: Checkpoint, key: str) -> AbstractContextManager[memoryview]:
+        reads[key] += 1
+        return real_raw(self, key)
+
+    def write_bytes(self: ShardWriter, name: str, data: memoryview) -> int:
+        writes[name] += 1
+        return real_write(self, name, data)
+
+    monkeypatch.setattr(Checkpoint, "raw", raw)
+    monkeypatch.setattr(ShardWriter, "write_bytes", write_bytes)
+    return reads, writes
+
+
+@pytest.mark.parametrize("modifier", ["QuantizationModifier", "GPTQModifier"])
+@pytest.mark.parametrize("name", ["sharded_llama", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_every_tensor_is_read_once_and_written_once(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    touched: tuple[Counter[str], Counter[str]],
+    name: str,
+    modifier: str,
+    dtype: torch.dtype | None,
+) -> None:
+    small: Small = request.getfixturevalue(name)
+    scheme = RECIPES["W4A16"] if name == "sharded_llama" else NARROW_W4
+    calibrate(small, recipe(scheme, modifier=modifier), tmp_path / "out", dtype=dtype)
+    reads, writes = touched
+    assert reads == dict.fromkeys(read_tensors(small.weights), 1)
+    assert writes == dict.fromkeys(read_tensors(tmp_path / "out"), 1)
+
+
+def test_weights_that_layers_share_are_read_once(tmp_path: Path, touched: tuple[Counter[str], Counter[str]]) -> None:
+    sizes = {key: NARROW[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
+    config = transformers.AlbertConfig(**sizes, embedding_size=16, num_hidden_layers=3)
+    weights = save_model(transformers.AlbertModel(config).eval(), tmp_path / "model")
+    small = Small(weights=weights, artifact=seqbuild.build.build(weights, out=tmp_path).path)
+    batch = token_batches([(2, 20)])[0]
+    known = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    inputs = {entry.name: known[entry.name] for entry in small.load().manifest.inputs}
+    plan = recipe("targets: ['re:.*ffn$'], scheme: W8A16", modifier="GPTQModifier")
+    calibrate(small, plan, tmp_path / "out", batches=[inputs])
+    assert max(touched[0].values()) == 1
+
+
+def test_a_step_that_is_not_run_holds_one_weight_at_a_time(
+    llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round-to-nearest needs a weight, and when it is done with it, no longer."""
+    held: list[list[str]] = []
+    real = Work.quantized
+
+    def quantized(self: Work, name: str, *args: Any, **kwargs: Any) -> None:
+        named = self.model.named_parameters(remove_duplicate=False)
+        held.append([name for name, tensor in named if not tensor.is_meta])
+        real(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Work, "quantized", quantized)
+    result = calibrate(llama, recipe(RECIPES["W4A16"]), tmp_path / "out")
+    assert held == [[f"{report.name}.weight"] for report in result.modules]
+
+
+def test_the_next_weights_are_read_while_this_step_computes(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touched: tuple[Counter[str], Counter[str]]
+) -> None:
+    """The layer waits until the next one's weights were asked for: without prefetch that would be never."""
+    import time
+
+    reads, _ = touched
+    real = LoadedSubgraph.forward
+
+    def forward(self: LoadedSubgraph, model: Any, **inputs: Any) -> dict[str, Any]:
+        layer = int(self.entry.targets[0].rpartition(".")[2])
+        end = time.monotonic() + 30
+        while layer < 2 and not reads[f"model.layers.{layer + 1}.mlp.up_proj.weight"]:
+            assert time.monotonic() < end, "nobody reads ahead"
+            time.sleep(0.001)
+        return real(self, model, **inputs)
+
+    monkeypatch.setattr(LoadedSubgraph, "forward", forward)
+    calibrate(narrow_llama, recipe(NARROW_W4, modifier="GPTQModifier"), tmp_path / "out")
+
+
+def test_an_error_while_reading_ahead_is_the_runs(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Checkpoint.read
+
+    def read(self: Checkpoint, key: str) -> torch.Tensor:
+        if key.startswith("model.layers.1."):
+            raise runtime.WeightsError(f"tensor {key} cannot be read")
+        return real(self, key)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    with pytest.raises(runtime.WeightsError, match=r"model\.layers\.1\."):
+        calibrate(narrow_llama, recipe(NARROW_W4, modifier="GPTQModifier"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class DoubleNorm:
+    """Doubles what a norm gives and halves the weights after it, as algorithms that smooth do: the sum is the same."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def measures(self, names: Sequence[str]) -> bool:
+        return bool(names)
+
+    def rewrites(self, names: Sequence[str]) -> Sequence[str]:
+        layers = dict.fromkeys(name.split(".self_attn")[0].split(".mlp")[0] for name in names)
+        return [
+            f"{layer}.{norm}.weight" for layer in layers for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+
+    def apply(self, work: Work) -> None:
+        if not work.step.modules:
+            return
+        before = len(work.reports)
+        work.run_batches()
+        assert len(work.reports) == before
+        for name in self.rewrites(work.step.modules):
+            work.rewrite(name, work.model.get_parameter(name) * 2)
+            self.seen.append(name)
+        for name in work.step.modules:
+            if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                work.change(f"{name}.weight", work.weight(name) / 2)
+
+
+@pytest.fixture
+def smoothed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], DoubleNorm]:
+    def arrange() -> DoubleNorm:
+        modifier = DoubleNorm()
+        monkeypatch.setattr(
+            runtime.calibration, "make_modifiers", lambda jobs: [modifier, RoundWeights(jobs)], raising=True
+        )
+        return modifier
+
+    return arrange
+
+
+def test_a_modifier_may_rewrite_norms_before_weights_are_rounded(
+    narrow_llama: Small, tmp_path: Path, smoothed: Callable[[], DoubleNorm]
+) -> None:
+    """Powers of two change no rounding, so the model computes what it computes without the modifier, to the bit."""
+    plan = recipe(NARROW_W4, modifier="GPTQModifier")
+    calibrate(narrow_llama, plan, tmp_path / "plain")
+    modifier = smoothed()
+    calibrate(narrow_llama, plan, tmp_path / "out")
+    assert len(modifier.seen) == 6
+    before, after = read_tensors(tmp_path / "plain"), read_tensors(tmp_path / "out")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        if "layernorm" in name:
+            assert torch.equal(after[name], tensor * 2)
+        elif name.endswith("weight_packed"):
+            assert torch.equal(after[name], tensor), name
+    inputs = token_batches([(2, 17)], seed=5)[0]
+    got = run_weights(narrow_llama, tmp_path / "out", inputs)["logits"]
+    assert torch.equal(got, run_transformers(tmp_path / "plain", inputs))
+    assert torch.equal(got, run_transformers(tmp_path / "out", inputs))
+    assert load_transformers(tmp_path / "out") is not None
+
+
+def test_a_resumed_run_has_the_rewritten_norms(
+    narrow_llama: Small, tmp_path: Path, smoothed: Callable[[], DoubleNorm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe(NARROW_W4, modifier="GPTQModifier")
+    smoothed()
+    calibrate(narrow_llama, plan, tmp_path / "expected")
+    real, calls = LoadedSubgraph.forward, [0]
+
+    def forward(self: LoadedSubgraph, model: Any, **inputs: Any) -> dict[str, Any]:
+        calls[0] += 1
+        if calls[0] == 20:
+            raise KeyboardInterrupt
+        return real(self, model, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedSubgraph, "forward", forward)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(narrow_llama, plan, tmp_path / "out")
+    assert calibrate(narrow_llama, plan, tmp_path / "out", resume=True).resumed_at == 2
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
+
+
+def test_events(narrow_llama: Small, tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as log:
+        plan = recipe(NARROW_W4, modifier="GPTQModifier")
+        result = calibrate(narrow_llama, plan, tmp_path / "out", watchers=[log])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds == ["begin", *(["module"] * 7 + ["subgraph"]) * 3, "subgraph", "end"]
+    modules = [event for event in events if event["event"] == "module"]
+    assert [event["loss"] for event in modules] == [report.loss for report in result.modules]
+    assert {(event["num_tokens"], event["damping"]) for event in modules} == {(366, 0.01)}
+    tensors = read_tensors(tmp_path / "out")
+    for event in modules:
+        own = [tensor.nbytes for name, tensor in tensors.items() if name.startswith(f"{event['name']}.")]
+        assert event["num_bytes"] == sum(own)
+    written = sum(event["bytes_written"] for event in events if event["event"] == "subgraph")
+    assert written == result.num_bytes - tensors["lm_head.weight"].nbytes * 0
+    assert [event["tokens"] for event in events if event["event"] == "subgraph"] == [2 * 366, 2 * 366, 366, 0]
+    assert events[0]["total_tokens"] == 5 * 366
+
+
+def test_the_relative_error_is_that_of_the_output(narrow_llama: Small, tmp_path: Path) -> None:
+    """All 32 rows are few enough to be measured in full."""
+    result = calibrate(narrow_llama, recipe(NARROW_W4, modifier="GPTQModifier"), tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    model = load_transformers(narrow_llama.weights)
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule(name)
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in token_batches():
+            model(**batch, use_cache=False)
+    output = torch.cat(seen).double() @ module.get_parameter("weight").double().T
+    report = result.modules[0]
+    assert report.error == pytest.approx((report.loss / output.square().sum().item()) ** 0.5, rel=1e-3)
+
+
+def test_what_passes_through_has_the_same_bytes_whatever_its_dtype(tmp_path: Path, narrow_llama: Small) -> None:
+    """Numbers that no float32 holds, and not-a-numbers with a payload."""
+    tensors = read_tensors(narrow_llama.weights)
+    odd = torch.tensor([0x7FC00001, 0x7F800001, -1, 0x80000000 - 2**32, 1], dtype=torch.int64).to(torch.int32)
+    tensors["lm_head.weight"][0, :5] = odd.view(torch.float32)
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(narrow_llama.weights, tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    calibrate(narrow_llama, recipe(NARROW_W4), tmp_path / "out", weights=tmp_path / "model")
+    found = read_tensors(tmp_path / "out")
+    assert raw_bytes(found["lm_head.weight"]) == raw_bytes(tensors["lm_head.weight"])
