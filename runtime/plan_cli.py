@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.plan import Plan
 
 _HELP = {
+    "activations": "For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk.",
     "device": "cpu, cuda, xpu, or auto for an accelerator if there is one here or --device-memory is given.",
     "sizes": "NAME=N, for sizes that are neither samples nor tokens, such as numbers of images; may be repeated.",
 }
@@ -34,9 +35,7 @@ def plan(
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="What the process may have: 64GiB.")] = None,
     disk: Annotated[str | None, typer.Option("--disk", help="Free room for the output: 500GB.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
-    activation_memory: Annotated[
-        str | None, typer.Option(help="For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk.")
-    ] = None,
+    activation_memory: Annotated[str | None, typer.Option(help=_HELP["activations"])] = None,
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
     allow_version_skew: Annotated[
         bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")
@@ -50,7 +49,7 @@ def plan(
 
     Exit code 1 says that it does not fit.
     """
-        from runtime.planning.fit import Limits
+    from runtime.planning.fit import Limits
     from runtime.recipe import Recipe
     from runtime.sizes import parse_bytes
 
