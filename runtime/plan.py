@@ -142,8 +142,13 @@ class Plan:
         return max(step.statistics for step in self.steps)
 
     @property
+    def held_bytes(self) -> int:
+        """What of the values between subgraphs lies in the host's memory."""
+        return _split(self.activation_bytes, self.work)[1]
+
+    @property
     def spilled_bytes(self) -> int:
-        """What of the values between subgraphs lies on disk."""
+        """What of them lies on disk."""
         return self.activation_bytes - sum(_split(self.activation_bytes, self.work))
 
     @property

@@ -80,13 +80,13 @@ def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
     work = plan.work
     batches = [with_batch(work, size) for size in _halves(work.batch_size)]
     budget = _budget(plan, limits)
+    if budget is not None:
+        yield _spelled(work, budget), replace(work, budget=replace(work.budget, host_bytes=budget))
     for smaller in batches:
         yield f"--batch-size {smaller.batch_size}", smaller
-    if budget is not None:
-        yield _spelled(budget), replace(work, budget=replace(work.budget, host_bytes=budget))
     for smaller in batches if budget is not None else ():
         both = replace(smaller, budget=replace(work.budget, host_bytes=0))
-        yield f"--batch-size {smaller.batch_size} {_spelled(0)}", both
+        yield f"--batch-size {smaller.batch_size} {_spelled(work, 0)}", both
     for samples in _halves(work.num_samples):
         yield f"--samples {samples}", replace(work, num_samples=samples)
     for length in _halves(work.sizes.get(SEQUENCE, 1)):
@@ -96,7 +96,7 @@ def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
         yield f"--seq-len {length} --batch-size 1", with_batch(shorter, 1)
         if budget is not None:
             least = replace(with_batch(shorter, 1), budget=replace(work.budget, host_bytes=0))
-            yield f"--seq-len {length} --batch-size 1 {_spelled(0)}", least
+            yield f"--seq-len {length} --batch-size 1 {_spelled(work, 0)}", least
 
 
 def with_batch(work: Work, batch_size: int) -> Work:
@@ -111,13 +111,13 @@ def _budget(plan: Plan, limits: Limits) -> int | None:
     """
     if limits.host is None or plan.host_bytes <= limits.host or not plan.activation_bytes:
         return None
-    limit = plan.work.budget.host_bytes
-    held = plan.activation_bytes if limit is None else min(plan.activation_bytes, limit)
-    return max(0, limits.host - (plan.host_bytes - held)) // 10**8 * 10**8
+    return max(0, limits.host - (plan.host_bytes - plan.held_bytes)) // 10**8 * 10**8
 
 
-def _spelled(budget: int) -> str:
-    return f"--activation-memory {budget / 1e9:g}GB"
+def _spelled(work: Work, budget: int) -> str:
+    size = f"{budget / 1e9:g}GB"
+    on_device = work.budget.device_bytes
+    return f"--activation-memory {f'device={on_device},host={size}' if on_device else size}"
 
 
 def _halves(size: int) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ class ShapeValues:
         self._manifest = manifest
         self._sizes = sizes
         self._dtype = dtype
+        self._lasting = _lasting(manifest.subgraphs)
         self._held: dict[str, Any] = {entry.name: self._empty(entry.dtype, entry.shape) for entry in manifest.inputs}
 
     def take(self, entry: SubgraphEntry) -> dict[str, Any]:
@@ -55,11 +56,11 @@ class ShapeValues:
 
     def total(self, work: Work) -> int:
         """Bytes of all batches; what is the same for all of them is held once, see `activations`."""
-        return sum(round(storage_bytes(value) * self._times(value, work)) for value in self._held.values())
+        return sum(round(storage_bytes(value) * self._times(name, value, work)) for name, value in self._held.items())
 
-    def _times(self, value: Any, work: Work) -> float:
+    def _times(self, name: str, value: Any, work: Work) -> float:
         """How often a batch's value is held; the last batch counts by its samples."""
-        if isinstance(value, torch.Tensor) and self._is_same(value, work):
+        if name in self._lasting and isinstance(value, torch.Tensor) and self._is_same(value, work):
             return 1.0
         return work.num_samples / work.batch_size
 
@@ -79,3 +80,13 @@ class ShapeValues:
             return max(size_of(size, self._sizes), 0)
         except ArtifactError:  # a number that comes from values: no more than there are tokens, mostly
             return max(self._sizes.values(), default=1)
+
+
+def _lasting(entries: Sequence[SubgraphEntry]) -> frozenset[str]:
+    """The values that outlive the subgraph after the one that made them: only those are compared across batches."""
+    made: dict[str, int] = {}
+    lasting: dict[str, None] = {}
+    for index, entry in enumerate(entries):
+        lasting.update({name: None for name in entry.input_names if name in made and made[name] < index - 1})
+        made.update(dict.fromkeys(entry.output_names, index))
+    return frozenset(lasting)
