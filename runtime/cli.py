@@ -87,10 +87,12 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
+    from runtime.lean_imports import prepare
     from runtime.publish import require_free
     from runtime.recipe import Recipe
 
     require_free(out)
+    prepare(artifact)
     parsed = Recipe.from_file(recipe)
     loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
     batches: list[dict[str, torch.Tensor]] = []

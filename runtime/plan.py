@@ -22,6 +22,7 @@ import torch
 
 from runtime.activations import Budget
 from runtime.planning.costs import (
+    FLOAT32,
     hessian_bytes,
     parameter_bytes,
     passes_statistics,
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 # Round numbers for what the process holds before it loads anything, and CUDA's own share of a device.
 PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
-# Code that cannot run on shapes is taken to hold so many times what goes in and comes out.
+# Code that cannot run on shapes is taken to hold so many times what goes in and comes out, and what its Linear modules
+# return.
 _GUESSED_TIMES = 6
 
 
@@ -163,7 +165,7 @@ def plan_run(
     work: Work,
     *,
     stored: Mapping[str, int] | None = None,
-    shapes: ShapeRun,
+    shapes: ShapeRun | None = None,
 ) -> Plan:
     """Say what a calibration takes.
 
@@ -172,7 +174,8 @@ def plan_run(
         jobs: what is done to which module.
         work: the data's sizes, and where it runs.
         stored: bytes of each parameter in the checkpoint that is at hand; None for what the manifest states.
-        shapes: runs its code on shapes; remembers what it found, for several plans.
+        shapes: runs its code on shapes, and remembers what it found, for several plans; without it the working memory
+            is guessed.
     """
     planner = _Planner(artifact, jobs, work, shapes, stored)
     steps = tuple(planner.step(index) for index in range(len(artifact.subgraphs)))
@@ -193,7 +196,7 @@ class _Planner:
         artifact: Artifact,
         jobs: Mapping[str, Assignment],
         work: Work,
-        shapes: ShapeRun,
+        shapes: ShapeRun | None,
         stored: Mapping[str, int] | None,
     ) -> None:
         self.artifact, self.jobs, self.work, self.shapes = artifact, jobs, work, shapes
@@ -202,6 +205,8 @@ class _Planner:
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
         self.dtype: torch.dtype = getattr(torch, artifact.manifest.model.dtype)
         self.sizes: dict[tuple[tuple[int, ...], int], int] = {}
+        self.rows = work.batch_size * max(work.sizes.values(), default=1)
+        self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
         measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measured(self._new(subgraph))]
@@ -216,7 +221,7 @@ class _Planner:
         measured = self._measured(modules)
         runs = index <= self.last_measured
         inputs = self.values.take(subgraph.entry)
-        footprint = self.shapes(subgraph, inputs, measured) if runs else None
+        footprint = self.shapes(subgraph, inputs, measured) if runs and self.shapes is not None else None
         before = self.values.total(work)
         working = self._working(footprint, inputs, subgraph) if runs else 0
         if index < self.last_measured:
@@ -288,8 +293,10 @@ class _Planner:
         taken = storage_bytes(inputs)
         if footprint is not None:
             return footprint.working_bytes + 2 * taken
-        returned = self.values.described(subgraph.entry.output_names)
-        return _GUESSED_TIMES * (taken + storage_bytes(returned))
+        passed = taken + storage_bytes(self.values.described(subgraph.entry.output_names))
+        shapes = [self.parameters[name].shape for name in subgraph.entry.parameters]
+        width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
+        return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
 
     def _written(self, name: str) -> int:
         module, _, own = name.rpartition(".")

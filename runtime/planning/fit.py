@@ -10,6 +10,7 @@ from runtime.errors import PlanError
 from runtime.plan import CONTEXT_BYTES, Plan, Work
 
 _MOST_ADVICE = 3
+_MOST_SCORES_BYTES = 128 * 4 * 2  # for each pair of tokens: as many heads, in float32, before and after the softmax
 SEQUENCE = "sequence"
 
 
@@ -41,6 +42,16 @@ def shortages(plan: Plan, limits: Limits) -> list[str]:
         for what, limit, needed in needs
         if limit is not None and needed > limit
     ]
+
+
+def is_ample(plan: Plan, limits: Limits) -> bool:
+    """Whether there is twice what a plan wants, and tables of all attention scores, which a guess does not see."""
+    work = plan.work
+    tables = work.batch_size * max(work.sizes.values(), default=1) ** 2 * _MOST_SCORES_BYTES
+    needs = [(limits.host, plan.host_bytes)]
+    if work.device_type != "cpu":
+        needs.append((limits.device, plan.device_bytes + CONTEXT_BYTES))
+    return all(limit is None or 2 * (needed + tables) <= limit for limit, needed in needs)
 
 
 def advice(plan: Plan, limits: Limits, again: Callable[[Work], Plan]) -> list[str]:

@@ -15,7 +15,7 @@ from runtime.errors import UsageError
 from runtime.jobs import assign_jobs
 from runtime.machine import available_bytes, resident_bytes
 from runtime.plan import Plan, Work, plan_run
-from runtime.planning.fit import Limits, advice, require_fit, shortages
+from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.shapes import ShapeRun
 from runtime.recipe import Assignment, Recipe
 
@@ -104,6 +104,9 @@ def require_plan(
 ) -> Plan:
     """Plan the run that is about to begin, and refuse it when it does not fit.
 
+    Where there is much more than it can need, nothing is run on shapes: that takes part of a second, and torch imports
+    much for it.
+
     Args:
         artifact: the compiled model.
         model: its module tree, on the meta device but for its computed buffers.
@@ -129,6 +132,9 @@ def require_plan(
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )
+    guess = plan_run(artifact, jobs, work, stored=stored)
+    if is_ample(guess, limits):
+        return guess
     with ShapeRun(artifact, model, dtype, device.type) as shapes:
 
         def again(other: Work) -> Plan:
