@@ -11,14 +11,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 
-from runtime.dtypes import bytes_of, empty_bytes
+from runtime.disk_tensor import DiskTensor
 from runtime.errors import UsageError
 from runtime.side_stream import SideStream
 from runtime.sizes import parse_bytes
@@ -247,66 +247,6 @@ class Activations:
             held.base = None
             if held.file is not None:
                 held.file.path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class DiskTensor:
-    """A tensor in a file, bytes in the order in which they lay in memory.
-
-    Attributes:
-        path: the file.
-        dtype: of the numbers.
-        shape: after the dimensions were put into that order.
-        order: where each dimension has gone.
-        offset: of the first byte.
-    """
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    offset: int = field(default=0)
-
-    @classmethod
-    def write(cls, path: Path, base: torch.Tensor) -> DiskTensor:
-        """Write a tensor to a new file.
-
-        Raises:
-            OSError: where the operating system says why.
-        """
-        order = memory_order(base)
-        ordered = base.permute(order)
-        with path.open("wb", buffering=0) as file:
-            write_all(file.write, bytes_of(ordered.contiguous()))
-        return cls(path, base.dtype, tuple(ordered.shape), order)
-
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
-        count = torch.Size(self.shape).numel() * self.dtype.itemsize
-        data = empty_bytes(count)
-        view, done = bytes_of(data), 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            while done < count:
-                read = file.readinto(view[done : done + 2**30])
-                if not read:
-                    raise OSError(f"{self.path} was cut short")
-                done += read
-        inverse = sorted(range(len(self.order)), key=lambda dim: self.order[dim])
-        return data.view(self.dtype).reshape(self.shape).permute(inverse)
-
-
-def write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    """Write everything, by as many calls as it takes: one call may take less than it was given."""
-    done = 0
-    while done < len(data):
-        done += write(data[done : done + 2**30]) or 0
-
-
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions by falling stride."""
-    strides: Sequence[int] = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: _T) -> _T:

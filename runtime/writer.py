@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from runtime.console import human_bytes
 from runtime.dtypes import DTYPES, bytes_of, empty_bytes
 from runtime.errors import OutputError
+from runtime.publish import flush_one
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,9 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
         self._unsynced: dict[int, None] = {}
+        self._has_new_files = False
         self._missing = dict.fromkeys(layout.slots)
+        self._num_missing = Counter(slot.shard for slot in layout.slots.values())
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Write a tensor of the layout's dtype and shape, and return its size in bytes.
@@ -65,7 +69,7 @@ class ShardWriter:
         while done < len(data):
             done += os.pwrite(descriptor, data[done : done + 2**30], slot.offset + done)
         with self._lock:
-            self._missing.pop(name, None)
+            self._count(name)
             self._unsynced[slot.shard] = None
         return len(data)
 
@@ -87,8 +91,9 @@ class ShardWriter:
 
     def take_as_written(self, names: Iterable[str]) -> None:
         """Count tensors as there that an earlier run has written."""
-        for name in names:
-            self._missing.pop(name, None)
+        with self._lock:
+            for name in names:
+                self._count(name)
 
     def sync(self) -> None:
         """Have the disk keep all that was written so far.
@@ -98,14 +103,21 @@ class ShardWriter:
         """
         with self._lock:
             shards, self._unsynced = list(self._unsynced), {}
+            is_new, self._has_new_files = self._has_new_files, False
         for shard in shards:
             os.fsync(self._files[shard])
+        if is_new:
+            flush_one(self.directory)
+        with self._lock:
+            for shard in shards:
+                if not self._num_missing[shard] and shard not in self._unsynced:
+                    os.close(self._files.pop(shard))  # it is complete: there may be thousands
 
     def finish(self) -> None:
-        """Complete the checkpoint: empty shards, and the index where there are several."""
+        """Complete the checkpoint with the index, where there are several shards."""
         assert not self._missing, f"tensors were never written: {', '.join(list(self._missing)[:3])}"
-        for number in range(len(self.layout.shards)):
-            self._open(number)
+        if not self.layout.slots:
+            self._open(0)
         self.sync()
         self.close()
         if self.layout.index is not None:
@@ -117,6 +129,11 @@ class ShardWriter:
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
+
+    def _count(self, name: str) -> None:
+        if name in self._missing:
+            del self._missing[name]
+            self._num_missing[self.layout.slots[name].shard] -= 1
 
     def _file(self, slot: Slot) -> int:
         with self._lock:
@@ -130,6 +147,7 @@ class ShardWriter:
             os.pwrite(self._files[number], shard.header, 0)
             os.ftruncate(self._files[number], shard.num_bytes)
             self._unsynced[number] = None
+            self._has_new_files = True
         return self._files[number]
 
 

@@ -74,10 +74,18 @@ class HessianAccumulator:
 
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
-        flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1]).to(torch.float32)
+        flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
+        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
+        is_narrow = flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16)
+        if not is_narrow:
+            flat_TI = flat_TI.to(torch.float32)
         for left in range(0, flat_TI.shape[1], PANEL_WIDTH):
             panel = slice(left, left + PANEL_WIDTH)
-            self._upper_II[panel, left:].addmm_(flat_TI[:, panel].t(), flat_TI[:, left:])
+            target, first_TP, second_TR = self._upper_II[panel, left:], flat_TI[:, panel], flat_TI[:, left:]
+            if is_narrow:
+                target.add_(torch.mm(first_TP.t(), second_TR, out_dtype=torch.float32))
+            else:
+                target.addmm_(first_TP.t(), second_TR)
         self.num_tokens += flat_TI.shape[0]
 
     @property

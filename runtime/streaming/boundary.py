@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from runtime.activations import Activations, DiskTensor, Held, memory_order, write_all
+from runtime.activations import Activations, Held
+from runtime.disk_tensor import DiskTensor, memory_order, write_all
 from runtime.dtypes import DTYPES, bytes_of, dtype_name
 from runtime.errors import OutputError
 from runtime.publish import flush_one

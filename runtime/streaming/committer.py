@@ -1,15 +1,39 @@
-"""Have the disk keep a finished step while the next one computes."""
+"""Have the disk keep a finished step, and the journal say so, while the next one computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from runtime.streaming import journal
+from runtime.streaming.boundary import CannotSaveError, remove_boundary, save_boundary
+
+if TYPE_CHECKING:
+    from runtime.activations import Activations
+    from runtime.streaming.steps import Step
+    from runtime.streaming.watch import Watchers
+    from runtime.streaming.work import Work
+    from runtime.streaming.workplace import Workplace
+    from runtime.writer import ShardWriter
 
 
 class Committer:
-    """Runs one function after the other in a thread; an error comes out of the next call."""
+    """Commits one step after the other in a thread; an error comes out of the next call.
 
-    def __init__(self) -> None:
+    Args:
+        writer: holds what steps have written.
+        workplace: has the journal, and room for values.
+        every: after how many subgraphs the values between them are saved; 0 for never.
+        watch: is told when they cannot be.
+    """
+
+    def __init__(self, writer: ShardWriter, workplace: Workplace, every: int, watch: Watchers) -> None:
+        self.writer = writer
+        self.journal = workplace.journal
+        self.folder = workplace.values
+        self.every = every
+        self.watch = watch
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._pending: Future[None] | None = None
 
@@ -19,13 +43,53 @@ class Committer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def submit(self, function: Callable[[], None]) -> None:
-        """Begin with a function when the one before it is done."""
+    def commit(self, step: Step, work: Work, activations: Activations) -> None:
+        """Begin to commit a step whose tensors are written, and whose outputs are held."""
+        facts = {
+            "index": step.index,
+            "saved": self._save(step, activations),
+            "modules": [asdict(report) for report in work.reports],
+            "warnings": work.warnings,
+        }
         self.wait()
-        self._pending = self._thread.submit(function)
+        self._pending = self._thread.submit(self._write_down, facts)
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Write down another fact, after all steps before."""
+        self.wait()
+        self.journal.append(kind, **facts)
 
     def wait(self) -> None:
-        """Return when everything is done."""
+        """Return when everything is committed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def last_saved(self, index: int) -> int | None:
+        """The last step before `index` whose values were saved, since batches were split the last time."""
+        found = None
+        for entry in self.journal.entries:
+            if entry["kind"] == journal.MICRO_BATCH:
+                found = None
+            elif entry["kind"] == journal.STEP and entry["saved"] and entry["index"] < index:
+                found = entry["index"]
+        return found
+
+    def _write_down(self, facts: dict[str, Any]) -> None:
+        self.writer.sync()
+        self.journal.append(journal.STEP, **facts)
+        if facts["saved"]:
+            for earlier in self.journal.of_kind(journal.STEP)[:-1]:
+                remove_boundary(self.folder, earlier["index"])
+
+    def _save(self, step: Step, activations: Activations) -> bool:
+        if not step.goes_on or not self.every or (step.index + 1) % self.every:
+            return False
+        try:
+            save_boundary(activations, self.folder, step.index)
+        except CannotSaveError as error:
+            text = f"warning: activations are not saved, for there is {error}; a resumed run computes them again"
+            if text not in self.watch.warnings:
+                self.watch.tell("warning", text=text)
+            return False
+        return True

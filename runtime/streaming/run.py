@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from runtime.activations import Activations, Budget
+from runtime.activations import DEVICE, Activations, Budget
 from runtime.streaming import journal
-from runtime.streaming.boundary import CannotSaveError, load_boundary, remove_boundary, save_boundary
+from runtime.streaming.boundary import load_boundary
 from runtime.streaming.catch_up import Written, run_again
 from runtime.streaming.committer import Committer
 from runtime.streaming.memory import (
@@ -27,6 +27,7 @@ from runtime.streaming.memory import (
 )
 from runtime.streaming.passes import Passes
 from runtime.streaming.report import ModuleReport
+from runtime.streaming.steps import lasting_values
 from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
 from runtime.weights import assign, unload
@@ -91,7 +92,9 @@ class StreamingRun:
         with ExitStack() as stack:
             stack.callback(self.writer.close)
             stack.callback(lambda: self.passes.activations.close())
-            self.committer = stack.enter_context(Committer())
+            self.committer = stack.enter_context(
+                Committer(self.writer, self.workplace, self.options.checkpoint_every, self.watch)
+            )
             self.stream = stack.enter_context(
                 WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
             )
@@ -149,7 +152,7 @@ class StreamingRun:
             self.watch.tell("module", index=step.index, **asdict(report))
         for text in work.warnings:
             self.watch.tell("warning", text=text)
-        self._commit(step, work)
+        self.committer.commit(step, work, self.passes.activations)
         self.watch.tell(
             "subgraph",
             index=step.index,
@@ -175,39 +178,6 @@ class StreamingRun:
             run_batches=lambda: self.passes.measure(step),
         )
 
-    def _commit(self, step: Step, work: Work) -> None:
-        """Have the disk keep the step, while the next one begins."""
-        is_saved = self._save_values(step)
-        log = self.workplace.journal
-        facts = {
-            "index": step.index,
-            "saved": is_saved,
-            "modules": [asdict(report) for report in work.reports],
-            "warnings": work.warnings,
-        }
-
-        def commit() -> None:
-            self.writer.sync()
-            log.append(journal.STEP, **facts)
-            if is_saved:
-                for earlier in log.of_kind(journal.STEP)[:-1]:
-                    remove_boundary(self.workplace.values, earlier["index"])
-
-        self.committer.submit(commit)
-
-    def _save_values(self, step: Step) -> bool:
-        every = self.options.checkpoint_every
-        if not step.goes_on or not every or (step.index + 1) % every:
-            return False
-        try:
-            save_boundary(self.passes.activations, self.workplace.values, step.index)
-        except CannotSaveError as error:
-            text = f"warning: activations are not saved, for there is {error}; a resumed run computes them again"
-            if text not in self.watch.warnings:
-                self.watch.tell("warning", text=text)
-            return False
-        return True
-
     def _pass_through(self, key: str) -> None:
         """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""
         if not self.writer.is_written(key):
@@ -227,6 +197,10 @@ class StreamingRun:
         for entry in log.entries:
             self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
             self.watch.warnings += entry.get("warnings", ())
+        threads = log.of_kind(journal.RUN)[0]["threads"]
+        if threads != torch.get_num_threads():
+            text = f"warning: begun with {threads} threads and resumed with {torch.get_num_threads()}: sums may differ"
+            self.watch.tell("warning", text=text)
         for step in self.plan.steps[:first]:
             self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
             for name in step.subgraph.entry.parameters:
@@ -260,7 +234,7 @@ class StreamingRun:
         return Written(self.plan, self.source, self.writer, self.jobs, self.options.device)
 
     def _set_batches(self) -> None:
-        outlives = _lasting(self.plan)
+        outlives = lasting_values(self.plan)
         self.passes = Passes(
             model=self.model,
             activations=Activations(
@@ -277,21 +251,11 @@ class StreamingRun:
         if index >= len(self.plan.steps) or not self.plan.steps[index].is_run:
             return
         begin = 0
-        saved = self._last_saved(index)
+        saved = self.committer.last_saved(index)
         if saved is not None:
             load_boundary(self.passes.activations, self.workplace.values, saved)
             begin = saved + 1
         run_again(self.plan.steps[begin:index], self.passes, self._written)
-
-    def _last_saved(self, index: int) -> int | None:
-        """The last step before `index` whose values were saved, since batches were split the last time."""
-        found = None
-        for entry in self.workplace.journal.entries:
-            if entry["kind"] == journal.MICRO_BATCH:
-                found = None
-            elif entry["kind"] == journal.STEP and entry["saved"] and entry["index"] < index:
-                found = entry["index"]
-        return found
 
     def _take_less(self, step: Step, reason: str) -> None:
         """Halve the number of samples that run at a time; batches begin anew at the model's inputs.
@@ -300,6 +264,13 @@ class StreamingRun:
             OutOfMemory: when it is one already, or memory ran out with no batch on its way.
         """
         manifest = self.artifact.manifest
+        activations = self.passes.activations
+        if activations.used_bytes[DEVICE]:
+            self.watch.tell("warning", text=f"warning: out of memory in {step.label}: activations leave the device")
+            self.options = replace(self.options, budget=replace(activations.budget, device_bytes=0))
+            activations.close()
+            self._set_batches()
+            return
         size = largest_batch(manifest, self.batches)
         half = -(-size // 2)
         is_batch = self.passes.is_running
@@ -313,10 +284,9 @@ class StreamingRun:
         samples = f"{half} sample{'' if half == 1 else 's'}"
         text = f"warning: out of memory in {step.label}: from here on {samples} at a time"
         self.watch.tell("warning", text=text)
-        self.committer.wait()
-        self.workplace.journal.append(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
+        self.committer.record(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
         self.batches = parts
-        self.passes.activations.close()
+        activations.close()
         self._set_batches()
 
 
@@ -324,14 +294,3 @@ def _num_tokens(batch: Mapping[str, Any]) -> int:
     """How many numbers the first input of a batch has: its tokens, in a model of text."""
     first = next((value for value in batch.values() if isinstance(value, torch.Tensor)), None)
     return first.numel() if first is not None else 0
-
-
-def _lasting(plan: Plan) -> frozenset[str]:
-    """The values that outlive the subgraph after the one that made them."""
-    made: dict[str, int] = {}
-    lasting: dict[str, None] = {}
-    for step in plan.steps:
-        entry = step.subgraph.entry
-        lasting.update({name: None for name in entry.input_names if name in made and made[name] < step.index - 1})
-        made.update(dict.fromkeys(entry.output_names, step.index))
-    return frozenset(lasting)

@@ -144,3 +144,14 @@ def module_tensors(name: str, source: Weights, job: Assignment) -> Iterator[Stor
     dtypes = stored_dtypes(job.scheme, DTYPES[source.checkpoint.stored(key).dtype])
     for suffix, dtype in dtypes.items():
         yield Stored(f"{key.removesuffix('weight')}{suffix}", dtype_name(dtype), shapes[suffix])
+
+
+def lasting_values(plan: Plan) -> frozenset[str]:
+    """The values that outlive the subgraph after the one that made them."""
+    made: dict[str, int] = {}
+    lasting: dict[str, None] = {}
+    for step in plan.steps:
+        entry = step.subgraph.entry
+        lasting.update({name: None for name in entry.input_names if name in made and made[name] < step.index - 1})
+        made.update(dict.fromkeys(entry.output_names, step.index))
+    return frozenset(lasting)

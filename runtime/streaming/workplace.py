@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
@@ -59,11 +61,15 @@ class Workplace:
         for folder in (self.checkpoint, self.values):
             folder.mkdir(exist_ok=True)
         flush_one(self.root)
+        flush_one(self.root.parent)
         if not self.journal.entries:
-            self.journal.append(journal.RUN, identity=identity)
+            self.journal.append(journal.RUN, identity=identity, threads=torch.get_num_threads())
         for path in self.checkpoint.iterdir():
             if path.suffix != ".safetensors":  # half of a file, perhaps; they are all written in the end
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.values.iterdir():
+            if not path.name.startswith("boundary-"):  # what had no place in the memory of a process that is gone
+                path.unlink()
 
     def publish(self) -> None:
         """Let the checkpoint appear under its name.

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def nest(seed: int) -> dict[str, Any]:
-    """Values of all kinds: contiguous, transposed, expanded, a part of something larger, in containers, and no tensor."""
+    """Values of all kinds: contiguous, transposed, expanded, part of something larger, in containers, no tensor."""
     torch.manual_seed(seed)
     return {
         "plain": torch.randn(3, 4),
@@ -129,7 +129,7 @@ def test_a_damaged_save_is_an_error(tmp_path: Path) -> None:
     activations.store(0, {"x": torch.ones(8)})
     save_boundary(activations, tmp_path, 0)
     (tmp_path / "boundary-0.bin").write_bytes(b"short")
-    with pytest.raises(runtime.OutputError, match="cannot be read: .* was cut short"):
+    with pytest.raises(runtime.OutputError, match=r"cannot be read: .* was cut short"):
         load_boundary(Activations([{}], CPU), tmp_path, 0)
 
 
