@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from runtime import lean_imports
 from runtime.cli import main
 
 if __name__ == "__main__":
+    lean_imports.allow()
     sys.exit(main())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -68,10 +68,14 @@ class LoadedSubgraph:
         Returns:
             Output names to values; from the last subgraph, the fields of the model's output.
         """
-        from runtime.key_values import watched
         from runtime.program import run_device, run_dtype
 
-        run = self._artifact.run(run_device(inputs, model), run_dtype(model))
+        return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
+
+    def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        """The same in a stated run, on a device of which no input need tell."""
+        from runtime.key_values import watched
+
         entry = self.entry
         with watched(model, entry):
             if not entry.arguments and not entry.results:

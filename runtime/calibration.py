@@ -31,6 +31,7 @@ from runtime.jobs import assign_jobs, make_remarks
 from runtime.layout import Layout
 from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
+from runtime.planning.request import memory_here, require_plan, stored_sizes
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
 from runtime.split import SplitArtifact, split_experts
@@ -72,6 +73,7 @@ def calibrate(
     own_modifiers: Sequence[Modifier] = (),
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
+    force: bool = False,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint.
 
@@ -98,9 +100,10 @@ def calibrate(
             in several passes, with the same result. None sets no bound.
         watchers: are told what happens, see `runtime.streaming.watch`.
         own_modifiers: are applied to each subgraph before the recipe, see docs/modifiers.md.
+        force: go on where the plan says that memory will not do.
 
     Raises:
-        WeightsError, RecipeError, DataError, OutputError: before anything has run.
+        WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
         QuantizationError: when a module's numbers cannot be worked with.
         OutOfMemory: a `torch.OutOfMemoryError`, when not even one sample fits.
     """
@@ -121,6 +124,20 @@ def calibrate(
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
     require_tokens(batches)
+    foretold = require_plan(
+        artifact,
+        model,
+        jobs,
+        batches,
+        dtype=run_dtype,
+        device=place,
+        limits=memory_here(place),
+        stored=stored_sizes(source),
+        budget=activation_memory,
+        statistics_bytes=statistics_memory,
+        all_tokens=moe_calibrate_all_experts,
+        force=force,
+    )
     layout = Layout(output_tensors(plan, source, jobs), max_shard_bytes)
     identity = run_identity(
         artifact=artifact,
@@ -162,7 +179,7 @@ def calibrate(
             ),
             watch=watch,
         )
-        for remark in (*make_remarks(artifact, jobs, unreached), *recipe_modifier.remarks):
+        for remark in (*make_remarks(artifact, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))

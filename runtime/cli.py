@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|evaluate|recipes|check`.
+"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.console import run_app, say
+from runtime.plan_cli import plan
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ app = typer.Typer(
     help="Run, calibrate and evaluate compiled models. It never traces, and needs no network.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
+
+app.command()(plan)
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
 WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
@@ -84,15 +87,18 @@ def calibrate(
         str | None, typer.Option(help="For the statistics of a layer's experts, 8GiB say; by default no bound.")
     ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
+    from runtime.lean_imports import prepare
     from runtime.publish import require_free
     from runtime.recipe import Recipe
 
     require_free(out)
+    prepare(artifact)
     parsed = Recipe.from_file(recipe)
     loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
     batches: list[dict[str, torch.Tensor]] = []
@@ -125,6 +131,7 @@ def calibrate(
                 None if statistics_memory is None else parse_bytes(statistics_memory, option="--statistics-memory")
             ),
             watchers=watchers,
+            force=force,
         )
     _report(result, as_json)
 
@@ -245,19 +252,12 @@ def _prepare(
     path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
-    from runtime.errors import UsageError
-
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in dtypes:
-        raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(dtypes)}")
     from runtime.artifact import load
-    from runtime.devices import resolve_device
+    from runtime.devices import resolve_device, resolve_dtype
 
-    run_device = resolve_device(device)
+    run_dtype, run_device = resolve_dtype(dtype), resolve_device(device)
     loaded = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
-    import torch
-
-    return loaded, run_device, None if dtype == "auto" else getattr(torch, dtype)
+    return loaded, run_device, run_dtype
 
 
 def _batches(

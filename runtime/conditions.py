@@ -50,6 +50,18 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
     return _RELATIONS[type(tree.ops[0])](left, right)
 
 
+def size_of(expression: str, sizes: Mapping[str, int]) -> int:
+    """The number that an expression over sizes comes to, as shapes in a manifest have it.
+
+    Raises:
+        ArtifactError: when it is none, or names a size that there is not.
+    """
+    try:
+        return _value(ast.parse(expression[:_LIMIT_CHARACTERS], mode="eval").body, sizes, expression, 0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError) as error:
+        raise _refuse(expression) from error
+
+
 def check_condition(condition: str, names: Mapping[str, Any]) -> None:
     """Refuse what is no condition on the sizes `names`.
 

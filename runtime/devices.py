@@ -1,10 +1,12 @@
-"""Find the device that a run executes on."""
+"""Find the device and the dtype that a run executes in."""
 
 from __future__ import annotations
 
 import torch
 
-from runtime.errors import DeviceError
+from runtime.errors import DeviceError, UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -26,3 +28,15 @@ def resolve_device(name: str) -> torch.device:
     if wanted not in available:
         raise DeviceError(f"device {name!r} is not available", hint=f"there is {', '.join(available)}; or say auto")
     return torch.device(wanted)
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """The dtype of a name; None for `auto`, which is the model's own.
+
+    Raises:
+        UsageError: when it is none that a run can have.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"--dtype is {name!r}", hint=f"it can be {', '.join(DTYPES)}")
+    found: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return found

@@ -12,6 +12,7 @@
     ├── RecipeError         a recipe that cannot be read or asks for what is not offered
     ├── OutputError         an output place that is in use, not empty, full or not writable
     ├── DeviceError         a device that is not there
+    ├── PlanError           a run that does not fit into memory or onto the disk
     └── QuantizationError   numbers that an algorithm cannot work with
 
 The message is one sentence that names the offending value; `hint` says what to do next. Command lines print
@@ -81,6 +82,10 @@ class OutputError(SeqbuildError):
 
 class DeviceError(SeqbuildError):
     """A device that is not there."""
+
+
+class PlanError(SeqbuildError):
+    """A run that does not fit into memory or onto the disk."""
 
 
 class QuantizationError(SeqbuildError):

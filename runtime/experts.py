@@ -125,14 +125,14 @@ class Experts(nn.Module):
         is_hooked: bool = True,
     ) -> torch.Tensor:
         """What one expert makes of its tokens, [N, H]; `tokens` are their indices, None for all in order."""
-        own = [self._own(name, expert) for name in self.stacked]
+        own = [self.own(name, expert) for name in self.stacked]
         run = Run(device=hidden_NH.device, dtype=own[0].dtype)
         program: Program | Any = self.program
         with self._hooked(expert, own, tokens) if is_hooked else contextlib.nullcontext():
             output: torch.Tensor = program(self, hidden_NH, weights, *own, run=run)["output"]
         return output
 
-    def _own(self, name: str, expert: int) -> torch.Tensor:
+    def own(self, name: str, expert: int) -> torch.Tensor:
         """An expert's own part of a stacked parameter, laid out as it is in the stack."""
         if name not in self.stacks:
             return self.get_parameter(name)[expert]

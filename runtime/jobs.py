@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def assign_jobs(
-    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe
+    artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe
 ) -> tuple[dict[str, Assignment], list[str]]:
     """Decide what is done to each module.
 
     Args:
         artifact: says which modules its subgraphs use.
         model: its module tree; weights are not looked at.
-        source: the checkpoint.
+        source: the checkpoint; None to plan without one, by what the artifact knows of it.
         recipe: says what is wanted.
 
     Returns:
@@ -85,7 +85,7 @@ def _split_reached(
 
 
 def _require_possible(
-    artifact: Artifact, model: nn.Module, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]
+    artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe, jobs: Mapping[str, Assignment]
 ) -> None:
     """Refuse now what could not be quantized when its turn comes."""
     for name, job in jobs.items():
@@ -94,7 +94,9 @@ def _require_possible(
         if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
             owner = tied.removesuffix(".weight")
             raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
-        if source.plain_key(f"{name}.weight") is None:
+        entry = artifact.manifest.parameters[f"{name}.weight"]
+        is_plain = len(entry.sources) == 1 and entry.conversion < 0
+        if not (is_plain if source is None else source.plain_key(f"{name}.weight") is not None):
             raise RecipeError(
                 f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
                 "quantized under the checkpoint's names",

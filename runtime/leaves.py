@@ -122,7 +122,7 @@ def _linear(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
     from torch import nn
 
     out_features, in_features = weight
-    return nn.Linear(in_features, out_features, bias=has_bias)
+    return _uninitialized(nn.Linear, in_features, out_features, bias=has_bias)
 
 
 def _conv1d(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
@@ -137,7 +137,7 @@ def _embedding(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Modu
     from torch import nn
 
     num_embeddings, width = weight
-    return nn.Embedding(num_embeddings, width)
+    return _uninitialized(nn.Embedding, num_embeddings, width)
 
 
 def _convolution(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Module:
@@ -148,8 +148,8 @@ def _convolution(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Mo
     padding = options["padding"][0] if isinstance(options["padding"][0], str) else options["padding"]
     if padding_mode not in _PADDING_MODES:
         raise ValueError(f"padding mode {padding_mode!r}")
-    kind = getattr(nn, leaf.kind)
-    module: nn.Module = kind(
+    return _uninitialized(
+        getattr(nn, leaf.kind),
         weight[1] * groups,
         weight[0],
         tuple(weight[2:]),
@@ -160,6 +160,15 @@ def _convolution(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Mo
         padding_mode=padding_mode,
         bias=has_bias,
     )
+
+
+def _uninitialized(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """A module of torch's, without drawing numbers for its weights.
+
+    On the meta device that would change nothing, take most of the time, and import torch's whole compiler.
+    """
+    module: nn.Module = type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})(*args, **options)
+    module.__class__ = kind
     return module
 
 

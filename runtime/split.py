@@ -59,6 +59,20 @@ class SplitArtifact(Artifact):
         owners = tuple(f"{name}." for name in self.stacks)
         return any(name.startswith(owners) for name in names)
 
+    def inputs(self, *, all_tokens: bool) -> dict[str, tuple[str, int, int]]:
+        """For each module of an expert, what it is called with: modules of one input have one value.
+
+        Args:
+            all_tokens: whether experts are called with all tokens, so that the layer's input is one for all of them.
+        """
+        found: dict[str, tuple[str, int, int]] = {}
+        for name, stacks in self.stacks.items():
+            for position, stack in enumerate(stacks.values()):
+                for expert, parts in enumerate(stack.parts):
+                    place = 0 if all_tokens and position == 0 else expert
+                    found.update({f"{name}.{part.rpartition('.')[0]}": (name, position, place) for part in parts})
+        return found
+
     def _linears(
         self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, nn.Linear]]:
@@ -71,12 +85,12 @@ class SplitArtifact(Artifact):
                 yield owner, nn.Linear(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
 
 
-def split_experts(artifact: Artifact, checkpoint: Checkpoint) -> Artifact:
+def split_experts(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Artifact:
     """The artifact with its experts apart, as far as the checkpoint has them so.
 
     Args:
         artifact: a portable one, or one without experts of the host's own: then it is returned as it is.
-        checkpoint: the names of its tensors; experts that are stacked there stay so.
+        checkpoint: experts that are stacked there stay so; None for one that has them as transformers writes them.
     """
     tables = artifact.manifest
     stacks: dict[str, dict[str, Stack]] = {}
@@ -116,12 +130,13 @@ def split_experts(artifact: Artifact, checkpoint: Checkpoint) -> Artifact:
     return SplitArtifact(**{**fields, "manifest": manifest, "subgraphs": subgraphs}, whole=artifact, stacks=stacks)
 
 
-def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Checkpoint) -> dict[str, Stack]:
+def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Checkpoint | None) -> dict[str, Stack]:
     """How the stacked parameters of one module are made; none, unless all of its matrices can be taken apart."""
     found: dict[str, Stack] = {}
     for own in stacked:
         entry = artifact.manifest.parameters[f"{name}.{own}"]
-        stack = None if f"{name}.{own}" in checkpoint else _stack(artifact, entry)
+        is_stacked = checkpoint is not None and f"{name}.{own}" in checkpoint
+        stack = None if is_stacked else _stack(artifact, entry)
         if stack is None:
             return {}
         found[own] = stack

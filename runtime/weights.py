@@ -293,7 +293,7 @@ def unload(model: nn.Module, names: Iterable[str]) -> None:
         current = module._parameters.get(leaf)
         tensor = current if current is not None else module._buffers[leaf]
         assert tensor is not None, f"{name} is listed as a parameter and is None"
-        assign(model, name, torch.empty_like(tensor, device="meta"))
+        assign(model, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
 def _module_key(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|data`.
+"""The command line: `seqbuild compile|inspect|verify|plan|data`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from runtime.console import human_bytes, run_app, say
+from runtime.plan_cli import plan
 
 app = typer.Typer(
     add_completion=False,
@@ -162,6 +163,9 @@ def verify(
     else:
         print_report(found)
     return 0 if found.is_equal else 1
+
+
+app.command()(plan)
 
 
 @app.command()

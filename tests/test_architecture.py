@@ -29,6 +29,7 @@ SHARED |= {
     "tables",
     "scale_groups",
     "leaves",
+    "plan_cli",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "checkpoint", "inputs", "skeleton"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from runtime.machine import trim_heap
 from runtime.quantized import input_quantization
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Passes:
         self.is_running = True
         yield
         self.is_running = False  # not after an exception: it says where that came from
+        trim_heap()
 
     def _rounded_inputs(self, step: Step) -> contextlib.AbstractContextManager[None]:
         used = dict.fromkeys(step.subgraph.entry.parameters)

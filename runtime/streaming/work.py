@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.dtypes import DTYPES
-from runtime.streaming.memory import trim_heap
+from runtime.machine import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
 
@@ -127,6 +127,7 @@ class Work:
                 num_bytes=size,
             )
         )
+        trim_heap()
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.

@@ -1,14 +1,40 @@
-"""Run a program in a process of its own and ask the kernel what it took."""
+"""Run a program in a process of its own and find out what it took, from the kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a process took, children included.
+
+    Attributes:
+        wall_s: seconds on the clock, from its start to its end.
+        cpu_s: seconds of the processor.
+        peak_bytes: the most resident memory at a time.
+        disk_bytes: read from the disk, through maps of files as well; what the page cache has does not count.
+        call_bytes: read by calls, from wherever.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    disk_bytes: int
+    call_bytes: int
 
 
 def run_process(
@@ -25,3 +51,106 @@ def run_process(
     if process.returncode:
         sys.exit(f"{command[0]} failed: {errors.decode()[-2000:]}")
     return wall_s, usage
+
+
+def measure(command: Sequence[str], threads: int = 1, cwd: Path | None = None, cold: Path | None = None) -> Cost:
+    """Run a command and follow it.
+
+    Args:
+        command: the program with its arguments.
+        threads: that torch may use.
+        cwd: where it runs.
+        cold: a directory whose files the page cache is asked to forget first.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cold is not None:
+        forget(cold)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    watch = _Watch(process.pid)
+    watch.start()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    wall_s = time.perf_counter() - start
+    disk_bytes, call_bytes = _traffic(process.pid)
+    watch.stop()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:4])} failed: {errors.decode()[-2000:]}")
+    return Cost(
+        wall_s=wall_s,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_bytes=max(watch.peak_bytes, usage.ru_maxrss * 1024),
+        disk_bytes=disk_bytes,
+        call_bytes=call_bytes,
+    )
+
+
+def medians(costs: Sequence[Cost]) -> Cost:
+    """The median of each figure."""
+    return Cost(
+        **{entry.name: statistics.median(getattr(cost, entry.name) for cost in costs) for entry in fields(Cost)}
+    )
+
+
+def forget(directory: Path) -> None:
+    """Ask the page cache to drop a directory's files, so that whoever reads them next reads the disk."""
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+class _Watch(threading.Thread):
+    """Adds up the resident memory of a process and of its children, again and again."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._pid = pid
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        while not self._end.wait(_SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, sum(_resident(pid) for pid in _family(self._pid)))
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{parent}/task"):
+                children = Path(f"/proc/{parent}/task/{task}/children").read_text()
+                found += [int(child) for child in children.split()]
+    return found
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    return 0
+
+
+def _traffic(pid: int) -> tuple[int, int]:
+    """Bytes from the disk, and bytes by calls; of a process that has ended and was not yet waited for."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    counts = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
+    return counts["read_bytes"], counts["rchar"]

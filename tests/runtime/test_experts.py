@@ -211,3 +211,14 @@ def test_experts_that_are_not_quantized_stay_stacked(qwen3_moe: Small, tmp_path:
     assert not any("experts" in module.name for module in result.modules)
     found, before = read_tensors(tmp_path / "out"), read_tensors(qwen3_moe.weights)
     assert all(torch.equal(found[key], before[key]) for key in before if ".experts." in key)
+
+
+def test_the_plan_counts_what_experts_need_and_its_bound(qwen3_moe: Small) -> None:
+    from runtime.planning.request import plan_artifact
+
+    sizes: dict[str, Any] = {"num_samples": 8, "seq_len": 32, "batch_size": 2, "recipe": gptq()}
+    free, _, _ = plan_artifact(qwen3_moe.load(), **sizes)
+    bounded, _, _ = plan_artifact(qwen3_moe.load(), statistics_bytes=1, **sizes)
+    # q, k and v share one sum of 32 x 32, o has one; experts share one, and each has one of 16 x 16 for itself.
+    assert free.statistics_bytes == 4 * (32 * 32 + 32 * 32 + 32 * 32 + 4 * 16 * 16)
+    assert bounded.statistics_bytes < free.statistics_bytes

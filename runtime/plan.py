@@ -1,0 +1,344 @@
+"""What a calibration will take, before it runs: memory, traffic, disk, subgraph by subgraph, without weights.
+
+    shapes      the artifact's own code runs on tensors without content (`planning.shapes`)
+    costs       statistics, solves and stored tensors by formula (`planning.costs`)
+    peaks       of the steps of each subgraph, as `calibration` takes them
+
+For each subgraph, with its weights W, its statistics S and the values A that wait for it and for later ones:
+
+    while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
+    while it is solved   W + the next subgraph's W + the solve of a module + what of S it and later ones need
+
+Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.activations import Budget
+from runtime.planning.costs import (
+    FLOAT32,
+    hessian_bytes,
+    parameter_bytes,
+    passes_statistics,
+    solve_bytes,
+    stored_bytes,
+)
+from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
+from runtime.planning.values import ShapeValues
+from runtime.split import SplitArtifact
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact, LoadedSubgraph
+    from runtime.recipe import Assignment
+
+# Round numbers for what the process holds before it loads anything, and CUDA's own share of a device.
+PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
+# Code that cannot run on shapes is taken to hold so many times what goes in and comes out, and what its Linear modules
+# return.
+_GUESSED_TIMES = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is asked for.
+
+    Attributes:
+        num_samples, batch_size: of the calibration data.
+        sizes: of the manifest's dims for a full batch, by name.
+        dtype: of weights and activations in the run.
+        device_type: `cpu`, or that of an accelerator.
+        budget: what values between subgraphs may take on the device and on the host; what is more lies on disk.
+        process_bytes: what the process holds before it loads a weight.
+        statistics_bytes: what the statistics of a layer's experts may take at a time; None for no bound.
+        all_tokens: whether experts are measured on all tokens, as in `calibrate`.
+        is_padded: whether samples are filled up to a common length, so that masks differ from batch to batch.
+    """
+
+    num_samples: int
+    batch_size: int
+    sizes: Mapping[str, int]
+    dtype: torch.dtype
+    device_type: str
+    budget: Budget = field(default_factory=Budget)
+    process_bytes: int = PROCESS_BYTES
+    statistics_bytes: int | None = None
+    all_tokens: bool = True
+    is_padded: bool = False
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the samples make, the last perhaps not full."""
+        return -(-self.num_samples // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One subgraph's share, in bytes.
+
+    Attributes:
+        label: its targets.
+        weights, statistics, working: see this module's head; `working` with the copies of inputs.
+        solve: the most that a module's solve takes, with the statistics that are there then.
+        activations: values of all batches that wait while it runs.
+        read, written: of the original and the new checkpoint.
+        device, host: peaks.
+        num_modules: how many modules are quantized.
+        runs: whether batches run through it.
+        is_estimated: whether its working memory is a guess, for its code needs values.
+    """
+
+    label: str
+    weights: int
+    statistics: int
+    solve: int
+    working: int
+    activations: int
+    read: int
+    written: int
+    device: int
+    host: int
+    num_modules: int
+    runs: bool
+    is_estimated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will take. Totals are peaks for memory, and sums for traffic.
+
+    Attributes:
+        work: what was planned.
+        steps: one for each subgraph.
+        read_bytes: of the original checkpoint.
+        output_bytes: of the new one.
+        remarks: what the figures rest on.
+        warnings: what does not fit, of a run that goes on all the same.
+    """
+
+    work: Work
+    steps: tuple[Step, ...]
+    read_bytes: int
+    output_bytes: int
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak on the device that subgraphs run on; on the CPU this is part of the host's."""
+        return max(step.device for step in self.steps)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak resident memory of the process."""
+        return max(step.host for step in self.steps)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that values between subgraphs come to, wherever they lie."""
+        return max(step.activations for step in self.steps)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """The statistics of the subgraph that has most."""
+        return max(step.statistics for step in self.steps)
+
+    @property
+    def held_bytes(self) -> int:
+        """What of the values between subgraphs lies in the host's memory."""
+        return _split(self.activation_bytes, self.work)[1]
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What of them lies on disk."""
+        return self.activation_bytes - sum(_split(self.activation_bytes, self.work))
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run takes on disk."""
+        return self.output_bytes + self.spilled_bytes
+
+
+def plan_run(
+    artifact: Artifact,
+    jobs: Mapping[str, Assignment],
+    work: Work,
+    *,
+    stored: Mapping[str, int] | None = None,
+    shapes: ShapeRun | None = None,
+) -> Plan:
+    """Say what a calibration takes.
+
+    Args:
+        artifact: the compiled model.
+        jobs: what is done to which module.
+        work: the data's sizes, and where it runs.
+        stored: bytes of each parameter in the checkpoint that is at hand; None for what the manifest states.
+        shapes: runs its code on shapes, and remembers what it found, for several plans; without it the working memory
+            is guessed.
+    """
+    planner = _Planner(artifact, jobs, work, shapes, stored)
+    steps = tuple(planner.step(index) for index in range(len(artifact.subgraphs)))
+    guessed = sum(step.is_estimated for step in steps)
+    remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
+    return Plan(
+        work=work,
+        steps=steps,
+        read_bytes=planner.total_read,
+        output_bytes=planner.total_written,
+        remarks=tuple(remarks),
+    )
+
+
+class _Planner:
+    def __init__(
+        self,
+        artifact: Artifact,
+        jobs: Mapping[str, Assignment],
+        work: Work,
+        shapes: ShapeRun | None,
+        stored: Mapping[str, int] | None,
+    ) -> None:
+        self.artifact, self.jobs, self.work, self.shapes = artifact, jobs, work, shapes
+        self.parameters = artifact.manifest.parameters
+        self.stored = stored or {name: entry.bytes for name, entry in self.parameters.items() if not entry.tied_to}
+        self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
+        self.dtype: torch.dtype = getattr(torch, artifact.manifest.model.dtype)
+        self.sizes: dict[tuple[tuple[int, ...], int], int] = {}
+        self.rows = work.batch_size * max(work.sizes.values(), default=1)
+        self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
+        self._experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
+        self.read: dict[str, None] = {}
+        self.done: dict[str, None] = {}
+        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measured(self._new(subgraph))]
+        self.last_measured = max(measured, default=-1)
+        self.done.clear()
+        self.total_read = sum(self.stored.values())
+        self.total_written = sum(self._written(name) for name in self.stored)
+
+    def step(self, index: int) -> Step:
+        subgraph, work = self.artifact.subgraphs[index], self.work
+        modules = self._new(subgraph)
+        measured = self._measured(modules)
+        runs = index <= self.last_measured
+        inputs = self.values.take(subgraph.entry)
+        footprint = self.shapes(subgraph, inputs, measured) if runs and self.shapes is not None else None
+        before = self.values.total(work)
+        working = self._working(footprint, inputs, subgraph) if runs else 0
+        if index < self.last_measured:
+            self.values.advance(subgraph.entry, footprint)
+        waiting = max(before, self.values.total(work)) if runs else 0
+        hessians = self._hessians(footprint, measured)
+        solve = self._solve(modules, hessians)
+        statistics = self._bounded(hessians)
+        weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
+        following = self._weights(index + 1) if index < self.last_measured else 0
+        device = weights + following + max(working + statistics, solve)
+        on_device, on_host = _split(waiting, work)
+        is_cpu = work.device_type == "cpu"
+        fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
+        self.read.update(dict.fromkeys(fresh))
+        return Step(
+            label=", ".join(subgraph.entry.targets) or "no target",
+            weights=weights,
+            statistics=statistics,
+            solve=solve,
+            working=working,
+            activations=waiting,
+            read=sum(self.stored[name] for name in fresh),
+            written=sum(self._written(name) for name in fresh),
+            device=device + (on_host if is_cpu else on_device),
+            host=work.process_bytes + on_host + (device if is_cpu else following),
+            num_modules=len(modules),
+            runs=runs,
+            is_estimated=runs and footprint is None,
+        )
+
+    def _new(self, subgraph: LoadedSubgraph) -> list[str]:
+        """The modules that are quantized with this subgraph, each once."""
+        names = [name.removesuffix(".weight") for name in subgraph.entry.parameters if name.endswith(".weight")]
+        new = [name for name in names if name in self.jobs and name not in self.done]
+        self.done.update(dict.fromkeys(new))
+        return new
+
+    def _measured(self, modules: Sequence[str]) -> list[str]:
+        return [name for name in modules if passes_statistics(self.jobs[name])]
+
+    def _shape(self, module: str) -> tuple[int, ...]:
+        return self.parameters[f"{module}.weight"].shape
+
+    def _weight(self, module: str) -> int:
+        return parameter_bytes(self.parameters, [f"{module}.weight"], self.work.dtype)
+
+    def _weights(self, index: int) -> int:
+        return parameter_bytes(self.parameters, self.artifact.subgraphs[index].entry.parameters, self.work.dtype)
+
+    def _hessians(self, footprint: Footprint | None, measured: Sequence[str]) -> dict[tuple[str, ...], int]:
+        """The bytes of each sum, by the modules that share it."""
+        seen = (
+            {} if footprint is None else {names: hessian_bytes(self._shape(names[0])[1]) for names, _ in footprint.seen}
+        )
+        known = {name for names in seen for name in names}
+        shared: dict[tuple[Any, int], list[str]] = {}
+        for name in measured:
+            if footprint is None or (name not in known and self._is_experts(name)):
+                # Modules of one parent and width mostly see the same tensor.
+                owner = self._experts.get(name) or name.rpartition(".")[0]
+                shared.setdefault((owner, self._shape(name)[1]), []).append(name)
+        return seen | {tuple(names): hessian_bytes(width) for (_, width), names in shared.items()}
+
+    def _is_experts(self, name: str) -> bool:
+        return name in self._experts
+
+    def _bounded(self, hessians: Mapping[tuple[str, ...], int]) -> int:
+        """What is held at a time: experts are measured in groups, of one at least."""
+        experts: dict[tuple[str, ...], int] = {n: size for n, size in hessians.items() if self._is_experts(n[0])}
+        others = sum(hessians.values()) - sum(experts.values())
+        bound = self.work.statistics_bytes
+        total = sum(experts.values())
+        if bound is None or not experts:
+            return others + total
+        return others + min(total, max(bound, 2 * max(experts.values())))
+
+    def _solve(self, modules: Sequence[str], hessians: Mapping[tuple[str, ...], int]) -> int:
+        """Modules are solved in turn, and a sum is freed with the last that needs it."""
+        most = 0
+        for place, name in enumerate(modules):
+            left = sum(size for names, size in hessians.items() if any(other in names for other in modules[place:]))
+            most = max(most, left + solve_bytes(self._shape(name), self.jobs[name].algorithm))
+        return most
+
+    def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], subgraph: LoadedSubgraph) -> int:
+        taken = storage_bytes(inputs)
+        if footprint is not None:
+            return footprint.working_bytes + 2 * taken
+        passed = taken + storage_bytes(self.values.described(subgraph.entry.output_names))
+        shapes = [self.parameters[name].shape for name in subgraph.entry.parameters]
+        width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
+        return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
+
+    def _written(self, name: str) -> int:
+        module, _, own = name.rpartition(".")
+        if own != "weight" or module not in self.jobs:
+            return self.stored[name]
+        shape = self.parameters[name].shape
+        key = (shape, id(self.jobs[module].scheme))
+        if key not in self.sizes:
+            self.sizes[key] = stored_bytes(shape, self.jobs[module].scheme, self.dtype)
+        return self.sizes[key]
+
+
+def _split(activations: int, work: Work) -> tuple[int, int]:
+    """What of the values between subgraphs lies on the device, and what on the host."""
+    budget = work.budget
+    on_device = 0 if work.device_type == "cpu" else _within(activations, budget.device_bytes)
+    return on_device, _within(activations - on_device, budget.host_bytes)
+
+
+def _within(size: int, limit: int | None) -> int:
+    return size if limit is None else min(size, limit)

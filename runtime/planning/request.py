@@ -1,0 +1,253 @@
+"""From what a user states to a plan: sizes, a recipe, and where it is to run; nothing of it needs weights or data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runtime.activations import Budget
+from runtime.conditions import holds
+from runtime.errors import UsageError
+from runtime.jobs import assign_jobs
+from runtime.machine import available_bytes, resident_bytes
+from runtime.plan import Plan, Work, plan_run
+from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
+from runtime.planning.shapes import ShapeRun
+from runtime.recipe import Assignment, Recipe
+from runtime.split import split_experts
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
+    from runtime.weights import Weights
+
+BATCH, SEQUENCE = "batch", "sequence"
+# What is planned without a recipe: of all that is offered it measures most.
+_USUAL = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
+
+
+def plan_artifact(
+    artifact: Artifact,
+    *,
+    num_samples: int,
+    seq_len: int,
+    batch_size: int,
+    recipe: Recipe | None = None,
+    dtype: torch.dtype | None = None,
+    device_type: str = "cpu",
+    budget: Budget | None = None,
+    statistics_bytes: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    limits: Limits | None = None,
+) -> tuple[Plan, list[str], list[str]]:
+    """Plan a calibration by the artifact alone.
+
+    Args:
+        artifact: the compiled model.
+        num_samples: of the calibration data.
+        seq_len: tokens of each.
+        batch_size: samples that run at a time.
+        recipe: what is to be done; None for GPTQ of all Linear modules that can be packed, but the head.
+        dtype: of weights and activations; None for the model's own.
+        device_type: where subgraphs run, `cpu` or an accelerator's kind.
+        budget: what values between subgraphs may take in memory; None for all they need, on the host.
+        statistics_bytes: what the statistics of a layer's experts may take at a time; None for no bound.
+        sizes: of dims that are neither samples nor tokens, by the manifest's names.
+        limits: what there is.
+
+    Returns:
+        The plan, what of it does not fit, and options that would make it fit.
+
+    Raises:
+        UsageError: for a size that the artifact does not have or does not hold for.
+        RecipeError: for a recipe that does not fit the model.
+    """
+    found, assumed = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
+    run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
+    artifact = split_experts(artifact)
+    model = artifact.empty_model(run_dtype)
+    remarks = list(assumed)
+    if recipe is not None:
+        jobs, _ = assign_jobs(artifact, model, None, recipe)
+    else:
+        jobs = _usual_jobs(artifact, model)
+        remarks.append(f"without --recipe: {_USUAL}")
+    work = Work(
+        num_samples=num_samples,
+        batch_size=batch_size,
+        sizes=found,
+        dtype=run_dtype,
+        device_type=device_type,
+        budget=budget or Budget(),
+        statistics_bytes=statistics_bytes,
+        process_bytes=resident_bytes(),
+    )
+    limits = limits or Limits()
+    with ShapeRun(artifact, model, run_dtype, device_type) as shapes:
+        plan = plan_run(artifact, jobs, work, shapes=shapes)
+        missing = shortages(plan, limits)
+        mended = advice(plan, limits, lambda w: plan_run(artifact, jobs, w, shapes=shapes)) if missing else []
+    return replace(plan, remarks=(*plan.remarks, *remarks)), missing, mended
+
+
+def require_plan(
+    artifact: Artifact,
+    model: nn.Module,
+    jobs: Mapping[str, Assignment],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Limits,
+    stored: Mapping[str, int],
+    budget: Budget | None = None,
+    statistics_bytes: int | None = None,
+    all_tokens: bool = True,
+    force: bool = False,
+) -> Plan:
+    """Plan the run that is about to begin, and refuse it when it does not fit.
+
+    Where there is much more than it can need, nothing is run on shapes: that takes part of a second, and torch imports
+    much for it.
+
+    Args:
+        artifact: the compiled model.
+        model: its module tree, on the meta device but for its computed buffers.
+        jobs: what is done to which module.
+        batches: the run's own.
+        dtype: of weights and activations.
+        device: where subgraphs run.
+        limits: what there is; the host's counts what the process has already.
+        stored: bytes of each parameter in the checkpoint.
+        budget: the run's.
+        statistics_bytes: likewise.
+        all_tokens: likewise.
+        force: say what does not fit in the plan's warnings, and go on.
+
+    Raises:
+        PlanError: when it does not fit, and `force` is not given.
+    """
+    work = Work(
+        num_samples=sum(_samples(batch) for batch in batches),
+        batch_size=max((_samples(batch) for batch in batches), default=1),
+        sizes=batch_sizes(artifact.manifest, batches),
+        dtype=dtype,
+        device_type=device.type,
+        budget=budget or Budget.default(device),
+        statistics_bytes=statistics_bytes,
+        all_tokens=all_tokens,
+        process_bytes=resident_bytes(),
+        is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
+    )
+    guess = plan_run(artifact, jobs, work, stored=stored)
+    if is_ample(guess, limits):
+        return guess
+    with ShapeRun(artifact, model, dtype, device.type) as shapes:
+
+        def again(other: Work) -> Plan:
+            return plan_run(artifact, jobs, other, stored=stored, shapes=shapes)
+
+        plan = again(work)
+        if not force:
+            require_fit(plan, limits, again)
+    return replace(plan, warnings=tuple(f"warning: it may not fit: {text}" for text in shortages(plan, limits)))
+
+
+def memory_here(device: torch.device) -> Limits:
+    """What this machine has for this process. Its disk is looked at where the output's size is known to the byte."""
+    available = available_bytes()
+    return Limits(
+        device=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        host=None if available is None else available + resident_bytes(),
+    )
+
+
+def stored_sizes(source: Weights) -> dict[str, int]:
+    """Bytes of each parameter in a checkpoint; what several are made from counts with the first."""
+    sizes: dict[str, int] = {}
+    counted: dict[str, None] = {}
+    for name, origin in source.origins.items():
+        fresh = [key for key in origin.keys if key not in counted]
+        counted.update(dict.fromkeys(fresh))
+        if fresh:
+            sizes[name] = sum(source.checkpoint.num_bytes(key) for key in fresh)
+    return sizes
+
+
+def dim_sizes(
+    manifest: Manifest, batch_size: int, seq_len: int, given: Mapping[str, int]
+) -> tuple[dict[str, int], list[str]]:
+    """The size of each of the manifest's dims, and what was assumed of those that nobody stated.
+
+    Tokens of other inputs (a decoder's) are as many as those of the text; of anything else one is taken a sample.
+
+    Raises:
+        UsageError: for a size that the artifact does not have or does not hold for.
+    """
+    dims = {dim.name: dim for dim in manifest.dims}
+    for name in given:
+        if name not in dims:
+            raise UsageError(
+                f"--size names {name!r}, and the artifact has no such size", hint=f"it has {', '.join(dims)}"
+            )
+    sizes = {BATCH: batch_size, SEQUENCE: seq_len}
+    assumed = []
+    for entry in manifest.inputs:
+        for place, size in enumerate(entry.shape):
+            if isinstance(size, str) and size in dims and size not in (*sizes, *given):
+                is_tokens = place == 1 and len(entry.shape) == 2 and entry.dtype.startswith(("int", "bool"))
+                sizes[size] = seq_len if is_tokens else max(batch_size if place == 0 else 1, dims[size].min)
+                if not is_tokens:
+                    assumed.append(f"{size} = {sizes[size]} was assumed (--size {size}=N states another)")
+    sizes |= given
+    sizes |= {name: max(dim.min, 1) for name, dim in dims.items() if name not in sizes}
+    for name, dim in dims.items():
+        if sizes[name] < dim.min or 0 <= dim.max < sizes[name]:
+            bounds = f"{dim.min} to {dim.max}" if dim.max >= 0 else f"{dim.min} or more"
+            raise UsageError(f"the artifact holds for a {name} of {bounds}, not {sizes[name]}")
+    for condition in manifest.conditions:
+        if not assumed and not holds(condition, sizes):
+            raise UsageError(
+                f"the artifact holds only where {condition}", hint="choose another --seq-len or --batch-size"
+            )
+    return sizes, assumed
+
+
+def batch_sizes(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The largest size that each dim has in the batches of a run."""
+    sizes: dict[str, int] = {dim.name: 1 for dim in manifest.dims}
+    for batch in batches:
+        for entry in manifest.inputs:
+            for name, size in zip(entry.shape, batch[entry.name].shape, strict=True):
+                if isinstance(name, str):
+                    sizes[name] = max(sizes.get(name, 1), int(size))
+    return sizes
+
+
+def _samples(batch: Mapping[str, Any]) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
+
+
+def _usual_jobs(artifact: Artifact, model: nn.Module) -> dict[str, Assignment]:
+    """The usual recipe, for modules that it can be applied to; none for a model without Linear modules."""
+    recipe = Recipe.from_text(_USUAL, "the usual recipe")
+    used = {name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters}
+    entries = artifact.manifest.parameters
+    tied = {entry.tied_to for entry in entries.values()}
+    linears = {
+        name: type(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in used and not name.endswith("lm_head")
+    }
+    fit = {
+        name: kind
+        for name, kind in linears.items()
+        if not entries[f"{name}.weight"].tied_to
+        and f"{name}.weight" not in tied
+        and entries[f"{name}.weight"].shape[1] % 128 == 0
+    }
+    return recipe.assign(fit) if fit else {}

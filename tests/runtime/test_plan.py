@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import runtime
+import seqbuild.cli
+from runtime.activations import Activations, Budget
+from runtime.algorithms.gptq import quantize_gptq
+from runtime.algorithms.rtn import quantize_rtn
+from runtime.artifact import Artifact
+from runtime.checkpoint import Checkpoint
+from runtime.jobs import assign_jobs
+from runtime.plan import Plan
+from runtime.planning.costs import solve_bytes
+from runtime.planning.fit import Limits, shortages
+from runtime.planning.request import plan_artifact
+from runtime.planning.shapes import ShapeRun
+from runtime.presets import scheme_from_preset
+from runtime.streaming.watch import EventLog
+from runtime.weights import Weights
+from seqbuild.build import build
+from tests.runtime.place import Place, Run, assert_refused
+from tests.runtime.small import RECIPES, Small, recipe, token_batches
+from tests.tiny_models import save_config
+
+CPU = torch.device("cpu")
+
+
+def planned(artifact: Artifact, **options: Any) -> Plan:
+    sizes = {"num_samples": 8, "seq_len": 40, "batch_size": 4}
+    plan, _, _ = plan_artifact(artifact, **{**sizes, **options})
+    return plan
+
+
+def allocated(call: Callable[[], Any]) -> int:
+    """The most memory that torch has beyond what it had, while something runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = call()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    del kept
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    assert most > 0
+    return most
+
+
+def loaded_model(small: Small, artifact: Artifact) -> nn.Module:
+    model = artifact.empty_model()
+    source = Weights(artifact, Checkpoint(small.weights), torch.float32, model)
+    source.load(model, artifact.manifest.parameters, CPU)
+    return model
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_working_memory_and_results_are_those_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
+    small: Small = request.getfixturevalue(name)
+    artifact = small.load()
+    model, empty = loaded_model(small, artifact), artifact.empty_model()
+    ids = torch.randint(2, 250, (8, 64))
+    values: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shapes: dict[str, Any] = {key: value.to("meta") for key, value in values.items()}
+    with ShapeRun(artifact, empty, torch.float32, "cpu") as run, torch.no_grad():
+        for subgraph in artifact.subgraphs:
+            given = {key: values[key] for key in subgraph.input_names}
+            footprint = run(subgraph, {key: shapes[key] for key in subgraph.input_names})
+            assert footprint is not None
+            subgraph.forward(model, **given)  # what is made once, and kept
+            measured = allocated(partial(subgraph.forward, model, **given))
+            assert footprint.working_bytes == pytest.approx(measured, rel=0.15)
+            values |= subgraph.forward(model, **given)
+            shapes |= footprint.outputs
+            for key, value in footprint.outputs.items():
+                if isinstance(value, torch.Tensor):
+                    assert (value.shape, value.dtype) == (values[key].shape, values[key].dtype)
+
+
+def test_modules_with_one_input_share_one_sum(llama: Small) -> None:
+    artifact = llama.load()
+    model = artifact.empty_model()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".1." in name]
+    ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    values: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    with ShapeRun(artifact, model, torch.float32, "cpu") as run:
+        first = run(artifact.subgraphs[0], values)
+        assert first is not None
+        assert first.seen == ()
+        found = run(artifact.subgraphs[1], values | dict(first.outputs), names)
+    assert found is not None
+    groups = [tuple(name.rpartition(".")[2] for name in names) for names, _ in found.seen]
+    assert groups == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    assert [rows for _, rows in found.seen] == [32] * 4
+
+
+def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
+    artifact = gemma2.load()
+    model = artifact.empty_model()
+    before = dict(model.named_buffers())
+    with ShapeRun(artifact, model, torch.float32, "cpu"):
+        assert all(buffer.is_meta for buffer in model.buffers())
+    assert [(name, buffer) for name, buffer in model.named_buffers() if buffer is not before[name]] == []
+
+
+# Costs
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+def test_a_solve_takes_what_the_formula_says(shape: tuple[int, int], algorithm: str) -> None:
+    args = scheme_from_preset("W4A16", ["Linear"]).weights
+    weight_OI, inputs_TI = torch.randn(shape).bfloat16(), torch.randn(2 * shape[1], shape[1])
+    hessian_II = inputs_TI.t() @ inputs_TI
+    calls = {
+        "gptq": lambda: quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16),
+        "rtn": lambda: quantize_rtn(weight_OI, args, scale_dtype=torch.bfloat16),
+    }
+    calls[algorithm]()
+    measured = allocated(calls[algorithm])
+    assert measured * 0.85 <= solve_bytes(shape, algorithm) <= measured * 1.35
+
+
+# A whole run, to the byte
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC", "with head"])
+def test_read_and_written_are_what_a_run_reads_and_writes(llama: Small, tmp_path: Path, scheme: str) -> None:
+    modifier = "GPTQModifier" if scheme == "W4A16" else "QuantizationModifier"
+    plan = planned(llama.load(), recipe=recipe(RECIPES[scheme], modifier=modifier))
+    with EventLog(tmp_path / "events") as log:
+        result = runtime.calibrate(
+            llama.load(),
+            weights=llama.weights,
+            recipe=recipe(RECIPES[scheme], modifier=modifier),
+            batches=token_batches([(4, 40), (4, 40)]),
+            out=tmp_path / "out",
+            watchers=[log],
+        )
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "subgraph"]
+    assert plan.output_bytes == result.num_bytes
+    assert [step.written for step in plan.steps] == [step["bytes_written"] for step in steps]
+    # Which step counts what the reading thread has read ahead is a matter of chance.
+    assert sum(step.read for step in plan.steps) == plan.read_bytes == sum(step["bytes_read"] for step in steps)
+    assert [step.num_modules for step in plan.steps] == [step["num_modules"] for step in steps]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_values_between_subgraphs_take_what_is_planned(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small: Small = request.getfixturevalue(name)
+    most = [0]
+    real = Activations.store
+
+    def store(self: Activations, batch: int, values: Any) -> None:
+        real(self, batch, values)
+        most[0] = max(most[0], sum(self.used_bytes.values()))
+
+    monkeypatch.setattr(Activations, "store", store)
+    text = "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}, ignore: [lm_head]"
+    batches = token_batches([(4, 40)] * 4)
+    runtime.calibrate(
+        small.load(),
+        weights=small.weights,
+        recipe=recipe(text, modifier="GPTQModifier"),
+        batches=batches,
+        out=tmp_path / "out",
+    )
+    plan = planned(small.load(), recipe=recipe(text, modifier="GPTQModifier"), num_samples=16)
+    inputs = sum(value.nbytes for batch in batches for value in batch.values())  # the caller's; not counted there
+    assert plan.activation_bytes - inputs <= most[0] * 1.15
+    assert plan.activation_bytes >= most[0]
+
+
+# Models of other kinds
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "mamba", "bert"])
+def test_encoders_and_recurrent_models_are_planned(name: str, tmp_path: Path) -> None:
+    artifact = runtime.load(build(save_config(name, tmp_path / "model"), out=tmp_path).path)
+    text = "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}, ignore: [lm_head]"
+    plan = planned(artifact, recipe=recipe(text, modifier="GPTQModifier"))
+    assert plan.read_bytes == sum(entry.bytes for entry in artifact.manifest.parameters.values() if not entry.tied_to)
+    assert 0 < plan.output_bytes < plan.read_bytes
+    assert all(step.working > 0 and step.statistics > 0 for step in plan.steps if step.num_modules)
+
+
+def test_pixels_are_assumed_unless_they_are_stated(tmp_path: Path, run: Run) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 384, **sizes},
+        vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes},
+        image_token_index=383,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path / "model")
+    artifact = build(tmp_path / "model", out=tmp_path).path
+    code, said, _ = run(["plan", str(artifact), "--batch-size", "2"])
+    assert code == 0
+    assert "pixel_values_0 = 2 was assumed (--size pixel_values_0=N states another)" in said
+    images = [f"--size=pixel_values_{place}={size}" for place, size in enumerate((5, 3, 32, 32))]
+    code, said, _ = run(["plan", str(artifact), "--json", "--batch-size", "2", *images])
+    assert code == 0
+    assert json.loads(said)["work"]["sizes"]["pixel_values_0"] == 5
+    assert not any("assumed" in remark for remark in json.loads(said)["remarks"])
+
+
+# What fits
+
+
+def test_what_is_advised_fits(place: Place, run: Run) -> None:
+    command = ["plan", str(place.artifact), "--samples", "512", "--seq-len", "256", "--device-memory", "640MB"]
+    code, said, _ = run([*command, "--json"])
+    plan = json.loads(said)
+    assert code == 1
+    assert plan["fits"] is False
+    assert plan["work"]["device"] == "cuda"
+    assert "device memory: " in plan["shortages"][0]
+    assert plan["advice"]
+    for option in plan["advice"]:
+        assert run([*command, *option.partition(" (")[0].split()])[0] == 0
+
+
+def test_less_memory_for_activations_is_advised(llama: Small) -> None:
+    artifact = llama.load()
+    options = {"num_samples": 4096, "seq_len": 256}
+    plan = planned(artifact, **options)
+    limits = Limits(host=plan.host_bytes - plan.activation_bytes // 2)
+    _, missing, mended = plan_artifact(artifact, **{"batch_size": 4, **options}, limits=limits)  # type: ignore[arg-type]
+    assert len(missing) == 1
+    assert missing[0].startswith("host memory: ")
+    assert mended[0].startswith("--activation-memory 0.")
+    budget = Budget.parse(mended[0].split()[1])
+    again, missing, _ = plan_artifact(
+        artifact,
+        **{"batch_size": 4, **options},
+        limits=limits,
+        budget=budget,  # type: ignore[arg-type]
+    )
+    assert missing == []
+    assert again.spilled_bytes > 0
+    assert again.disk_bytes == again.output_bytes + again.spilled_bytes
+
+
+def test_what_no_option_can_make_fit_is_said(llama: Small) -> None:
+    _, missing, mended = plan_artifact(
+        llama.load(), num_samples=8, seq_len=8, batch_size=1, limits=Limits(host=10**6), device_type="cpu"
+    )
+    assert len(missing) == 1
+    (line,) = mended
+    assert line.startswith("a larger machine, for model.layers.0 alone has ")
+
+
+def test_peaks_do_not_grow_with_depth(small: Callable[..., Small]) -> None:
+    from tests.runtime.small import NARROW
+
+    plans = [
+        planned(small("LlamaForCausalLM", "LlamaConfig", {**NARROW, "num_hidden_layers": depth}).load())
+        for depth in (3, 9)
+    ]
+    assert plans[0].device_bytes == plans[1].device_bytes
+    assert len(plans[1].steps) == 10
+
+
+def test_a_run_that_does_not_fit_is_refused(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.calibration.memory_here", lambda device: Limits(host=10**6))
+    before = place.tree()
+    assert_refused(run(place.calibrate()), "the run does not fit: host memory: ", "or go on with --force")
+    assert place.tree() == before
+    code, said, _ = run(place.calibrate("--force"))
+    assert code == 0
+    assert "warning: it may not fit: host memory" in said
+
+
+def test_a_plan_needs_nothing_but_the_artifact(place: Place, run: Run) -> None:
+    for path in place.weights.iterdir():
+        path.unlink()
+    said = {}
+    for main in (runtime.cli.main, seqbuild.cli.main):
+        code, said[main], _ = run(["plan", str(place.artifact), "--recipe", str(place.recipe), "--json"], main)
+        assert code == 0
+    steps = [json.loads(text)["subgraphs"] for text in said.values()]
+    assert [step["weights"] for step in steps[0]] == [step["weights"] for step in steps[1]]
+    assert run(["plan", str(place.artifact)])[1].splitlines()[-1] == "it fits"
+
+
+def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
+    plan = planned(llama.load())
+    assert shortages(plan, Limits(device=1)) == []
+    assert shortages(plan, Limits(disk=1))[0].startswith("disk: ")
+    assert plan.host_bytes == plan.device_bytes + plan.work.process_bytes
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("--device-memory=much", "--device-memory is 'much', which is no size"),
+        ("--size=pixels=3", "--size names 'pixels', and the artifact has no such size (it has batch, sequence)"),
+        ("--size=batch", "--size is 'batch' (write it as NAME=N)"),
+        ("--device=tpu", "--device is 'tpu'"),
+        ("--dtype=int8", "--dtype is 'int8'"),
+        ("--recipe=nowhere.yaml", "the recipe 'nowhere.yaml' cannot be read"),
+    ],
+)
+def test_bad_options_are_refused(place: Place, run: Run, option: str, part: str) -> None:
+    assert_refused(run(["plan", str(place.artifact), option]), part)
+
+
+def test_jobs_without_a_checkpoint_are_those_with_one(qwen3_moe: Small) -> None:
+    artifact = qwen3_moe.load()
+    model = artifact.empty_model()
+    source = Weights(artifact, Checkpoint(qwen3_moe.weights), torch.float32, model)
+    plan = recipe("config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}")
+    assert assign_jobs(artifact, model, None, plan) == assign_jobs(artifact, model, source, plan)
