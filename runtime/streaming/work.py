@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.dtypes import DTYPES
-from runtime.machine import trim_heap
+from runtime.streaming.memory import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
 
@@ -92,6 +92,7 @@ class Work:
         self.num_bytes += size
         if not self.step.is_run:
             unload(self.model, [f"{name}.weight"])
+        trim_heap()
         self.reports.append(
             ModuleReport(
                 name=name,
@@ -104,7 +105,6 @@ class Work:
                 num_bytes=size,
             )
         )
-        trim_heap()
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.

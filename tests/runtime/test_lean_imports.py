@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from runtime.leaves import build_leaf
-from runtime.machine import available_bytes, resident_bytes, trim_heap
+from runtime.machine import available_bytes, resident_bytes
 from runtime.manifest import LeafKind
+from runtime.streaming.memory import trim_heap
 from tests.runtime.place import ROOT, Place
 from tests.runtime.small import directory_bytes
 
