@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.data import batches, load_tokens
     from runtime.dispatch import dispatch_for_sequential
     from runtime.evaluation import evaluate
+    from runtime.planning.request import plan_artifact
     from runtime.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_tokens",
+    "plan_artifact",
 ]
 
 _HOMES = {
@@ -66,6 +68,7 @@ _HOMES = {
     "evaluate": "runtime.evaluation",
     "load": "runtime.artifact",
     "load_tokens": "runtime.data",
+    "plan_artifact": "runtime.planning.request",
 }
 
 

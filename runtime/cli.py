@@ -96,7 +96,10 @@ def calibrate(
     from runtime.lean_imports import prepare
     from runtime.publish import require_free
     from runtime.recipe import Recipe
+    from runtime.streaming.workplace import require_unfinished
 
+    if resume:
+        require_unfinished(out)
     require_free(out)
     prepare(artifact)
     parsed = Recipe.from_file(recipe)

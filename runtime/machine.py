@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import resource
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 _MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
@@ -47,25 +44,3 @@ def available_bytes() -> int | None:
         except (OSError, ValueError):
             continue  # no such group, or one without a limit
     return max(min(limits), 0) if limits else None
-
-
-def trim_heap() -> None:
-    """Hand memory that was freed back to the system.
-
-    The C library keeps what is freed in the middle of its heap, and asks for more where a large tensor fits into none
-    of the holes; over many layers a process would come to hold much more than it uses. To be called between steps of a
-    run: inside of one, memory that is kept is memory that need not be cleared again. Nothing happens where the C
-    library is not glibc.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
-    return found

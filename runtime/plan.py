@@ -297,13 +297,17 @@ class _Planner:
 
     def _bounded(self, hessians: Mapping[tuple[str, ...], int]) -> int:
         """What is held at a time: experts are measured in groups, of one at least."""
-        experts: dict[tuple[str, ...], int] = {n: size for n, size in hessians.items() if self._is_experts(n[0])}
-        others = sum(hessians.values()) - sum(experts.values())
-        bound = self.work.statistics_bytes
+        experts = {names: size for names, size in hessians.items() if self._is_experts(names[0])}
         total = sum(experts.values())
-        if bound is None or not experts:
+        others = sum(hessians.values()) - total
+        bound = self.work.statistics_bytes
+        if bound is None:
             return others + total
-        return others + min(total, max(bound, 2 * max(experts.values())))
+        largest: dict[tuple[str, int], int] = {}
+        for names, size in experts.items():
+            module, position, _ = self._experts[names[0]]
+            largest[module, position] = max(size, largest.get((module, position), 0))
+        return others + min(total, max(bound, sum(largest.values())))
 
     def _solve(self, modules: Sequence[str], hessians: Mapping[tuple[str, ...], int]) -> int:
         """Modules are solved in turn, and a sum is freed with the last that needs it."""

@@ -127,7 +127,6 @@ class Work:
                 num_bytes=size,
             )
         )
-        trim_heap()
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.

@@ -126,7 +126,7 @@ class Clock:
 def main() -> None:
     """Make, measure the machine, run twice, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", help="by default the GPU; without one the CPU, with --tiny")
     parser.add_argument("--tiny", action="store_true", help="a small model, and little data")
     parser.add_argument("--layers", type=int, help="by default the shape's own")
     parser.add_argument("--samples", type=int)
@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; by default a temporary directory")
     options = parser.parse_args()
+    if options.device is None:
+        options.device, options.tiny = ("cuda", options.tiny) if torch.cuda.is_available() else ("cpu", True)
     config = dict(TINY if options.tiny else LLAMA_8B)
     config["num_hidden_layers"] = options.layers or config["num_hidden_layers"]
     samples = options.samples or (16 if options.tiny else 128)

@@ -86,7 +86,7 @@ def measure(command: Sequence[str], threads: int = 1, cwd: Path | None = None, c
     return Cost(
         wall_s=wall_s,
         cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_bytes=max(watch.peak_bytes, usage.ru_maxrss * 1024),
+        peak_bytes=watch.peak_bytes,
         disk_bytes=disk_bytes,
         call_bytes=call_bytes,
     )
@@ -112,7 +112,11 @@ def forget(directory: Path) -> None:
 
 
 class _Watch(threading.Thread):
-    """Adds up the resident memory of a process and of its children, again and again."""
+    """Adds up the resident memory of a process and of its children, again and again.
+
+    What `wait4` says of a peak begins with the memory of the process that started it, so that a small child of a large
+    parent looks as large. The kernel's own mark of a process's peak is of that program alone.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -122,7 +126,8 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._end.wait(_SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, sum(_resident(pid) for pid in _family(self._pid)))
+            now = sum(_resident(pid) for pid in _family(self._pid))
+            self.peak_bytes = max(self.peak_bytes, now, _high_water(self._pid))
 
     def stop(self) -> None:
         self._end.set()
@@ -143,6 +148,15 @@ def _family(pid: int) -> list[int]:
 def _resident(pid: int) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    return 0
+
+
+def _high_water(pid: int) -> int:
+    """The most resident memory that a process has had since it began this program."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return 0
 
 

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.leaves import build_leaf
+from runtime.machine import available_bytes, resident_bytes
+from runtime.manifest import LeafKind
+from runtime.streaming.memory import trim_heap
+from tests.runtime.place import ROOT, Place
+from tests.runtime.small import directory_bytes
+
+HEAVY = ("transformers.modeling_utils", "torch._dynamo", "sympy", "accelerate")
+
+
+def python(program: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+RUN = (
+    "import sys\n"
+    "from runtime import lean_imports\n"
+    "if sys.argv[1] == 'lean': lean_imports.allow()\n"
+    "from runtime.cli import main\n"
+    "code = main(sys.argv[2:])\n"
+    f"print('heavy', *(name for name in {HEAVY} if name in sys.modules))\n"
+    "sys.exit(code)\n"
+)
+
+
+def test_a_run_by_itself_imports_less_and_writes_the_same(place: Place) -> None:
+    made = {}
+    for way in ("lean", "usual"):
+        place.out = place.folder / way
+        said = python(RUN, way, *place.calibrate("--device", "cpu"))
+        made[way] = directory_bytes(place.out)
+        assert (said.splitlines()[-1] == "heavy") is (way == "lean"), said
+    assert made["lean"] == made["usual"]
+
+
+def test_transformers_is_whole_afterwards() -> None:
+    said = python(
+        "from runtime import lean_imports\n"
+        "lean_imports.import_alone()\n"
+        "import sys, compressed_tensors\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'transformers']\n"
+        "import transformers\n"
+        "config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,\n"
+        "    num_attention_heads=2, vocab_size=8)\n"
+        "model = transformers.LlamaForCausalLM(config)\n"
+        "base = transformers.PreTrainedModel\n"
+        "print(isinstance(model, base), hasattr(base, 'save_pretrained'))"
+    )
+    assert said.split() == ["True", "True"]
+
+
+def test_a_process_that_is_not_ours_alone_imports_as_usual(place: Place) -> None:
+    said = python(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from runtime import lean_imports\n"
+        "lean_imports.prepare(Path(sys.argv[1]))\n"
+        "print('compressed_tensors' in sys.modules)\n",
+        place.artifact,
+    )
+    assert said.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        (LeafKind(kind="Linear"), {"weight": (3, 5), "bias": (3,)}),
+        (LeafKind(kind="Embedding"), {"weight": (7, 4)}),
+        (
+            LeafKind(
+                kind="Conv1d",
+                options={"stride": (1,), "padding": (0,), "dilation": (1,), "groups": (1,), "padding_mode": ("zeros",)},
+            ),
+            {"weight": (4, 2, 3)},
+        ),
+    ],
+)
+def test_leaves_are_of_torchs_own_classes(kind: LeafKind, shapes: dict[str, tuple[int, ...]]) -> None:
+    leaf = build_leaf(kind, "a.leaf", shapes, None)
+    assert type(leaf) is getattr(torch.nn, kind.kind)
+    assert {name: tuple(parameter.shape) for name, parameter in leaf.named_parameters()} == shapes
+    assert all(parameter.is_meta for parameter in leaf.parameters())
+
+
+def test_the_machine_tells_what_it_has() -> None:
+    before = resident_bytes()
+    block = torch.ones(2**24)
+    assert resident_bytes() - before > 2**25
+    del block
+    trim_heap()
+    assert resident_bytes() - before < 2**25
+    assert (available_bytes() or 1) > 0
