@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import grid
+from runtime.algorithms.awq import quantize_clipped
 from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
@@ -194,6 +195,10 @@ def _nearest(
     shared: Mapping[str, torch.Tensor],
 ) -> QuantizedWeight:
     args = jobs[name].scheme.weights
+    if jobs[name].clip and jobs[name].algorithm == "rtn" and found is not None and found.num_tokens:
+        return quantize_clipped(
+            weight_OI, found.hessian_II, args, scale_dtype=scale_dtype, global_scale=shared.get(name)
+        )
     importance_I = None
     if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
         importance_I = found.hessian_II.diagonal()
