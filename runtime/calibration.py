@@ -37,7 +37,7 @@ from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import Options, StreamingRun
 from runtime.streaming.steps import output_tensors, plan_steps
 from runtime.streaming.watch import Lines, Watcher, Watchers
-from runtime.streaming.workplace import open_workplace
+from runtime.streaming.workplace import open_workplace, require_unfinished
 from runtime.weights import Weights, place_buffers
 from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 
@@ -96,6 +96,8 @@ def calibrate(
     """
     start = time.perf_counter()
     path, place = Path(out), torch.device(device)
+    if resume:
+        require_unfinished(path)
     require_free(path)
     require_outside(path, artifact.path, Path(weights))
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)

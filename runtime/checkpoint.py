@@ -98,7 +98,9 @@ class Checkpoint:
         """The bytes of a tensor where they lie on disk, and not after the block."""
         place = self._places[key]
         self.bytes_read += place.end - place.begin
-        self._advise(place, "MADV_WILLNEED")
+        page = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED") and place.end > place.begin:
+            self._maps[place.shard].madvise(mmap.MADV_WILLNEED, page, place.end - page)
         with memoryview(self._maps[place.shard]) as whole, whole[place.begin : place.end] as view:
             try:
                 yield view
@@ -106,13 +108,12 @@ class Checkpoint:
                 self._release(place)
 
     def _release(self, place: _Place) -> None:
-        """Give the pages of a tensor back; the file still has them."""
-        self._advise(place, "MADV_DONTNEED")
+        """Give the pages of a shard back; the file still has them.
 
-    def _advise(self, place: _Place, advice: str) -> None:
-        page = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, advice) and place.end > place.begin:  # Windows has none
-            self._maps[place.shard].madvise(getattr(mmap, advice), page, place.end - page)
+        Of the whole shard, for with the pages that were asked for the kernel maps some of those around them.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+            self._maps[place.shard].madvise(mmap.MADV_DONTNEED)
 
     def sample(self, key: str, count: int) -> bytes:
         """A few bytes from the middle of a tensor; not counted as reading it."""

@@ -85,7 +85,10 @@ def calibrate(
     """Quantize a model by a recipe, one subgraph in memory at a time."""
     from runtime.publish import require_free
     from runtime.recipe import Recipe
+    from runtime.streaming.workplace import require_unfinished
 
+    if resume:
+        require_unfinished(out)
     require_free(out)
     parsed = Recipe.from_file(recipe)
     loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)

@@ -31,7 +31,7 @@ class Passes:
         watcher: is told of every batch.
         tokens: of each batch.
         is_running: whether a batch is on its way; what runs out of memory then fits with fewer samples.
-        is_touched: whether values were freed or replaced since the step began, so that it cannot begin anew with them.
+        num_tokens: how many have passed since the step began.
     """
 
     model: nn.Module
@@ -41,13 +41,12 @@ class Passes:
     watcher: Watcher
     tokens: list[int]
     is_running: bool = False
-    is_touched: bool = False
     num_tokens: int = 0
     _went_on: bool = field(default=False)
 
     def begin(self) -> None:
         """Be ready for the next step."""
-        self.is_running = self.is_touched = self._went_on = False
+        self.is_running = self._went_on = False
         self.num_tokens = 0
 
     def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
@@ -72,7 +71,6 @@ class Passes:
     def go_on(self, step: Step) -> None:
         """Put what the subgraph returns in the place of what nobody needs any more."""
         consumed = step.subgraph.consumed_names
-        self.is_touched = True
         if self._went_on:
             for batch in range(len(self.activations)):
                 self.activations.drop(batch, consumed)

@@ -25,6 +25,7 @@ from runtime.streaming.memory import (
     peak_device_bytes,
     peak_host_bytes,
     split_batches,
+    trim_heap,
 )
 from runtime.streaming.passes import Passes
 from runtime.streaming.report import ModuleReport
@@ -78,6 +79,7 @@ class StreamingRun:
     watch: Watchers
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_behind: bool = True  # batches are at the model's inputs, whatever step comes next
     passes: Passes = field(init=False)
     stream: WeightStream = field(init=False)
     committer: Committer = field(init=False)
@@ -113,8 +115,9 @@ class StreamingRun:
         is_anew = False
         while True:
             try:
-                if is_anew:
+                if self.is_behind:
                     self._rebuild(step.index)
+                    self.is_behind = False
                 self._attempt(step, is_anew=is_anew)
                 return
             except Exception as error:
@@ -125,7 +128,7 @@ class StreamingRun:
             unload(self.model, step.subgraph.entry.parameters)
             give_memory_back(self.options.device)
             self._take_less(step, reason)
-            is_anew = True
+            is_anew = self.is_behind = True
 
     def _attempt(self, step: Step, *, is_anew: bool) -> None:
         begin = time.perf_counter()
@@ -147,6 +150,7 @@ class StreamingRun:
         for key in step.passes:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
+        trim_heap()
         self.kept.update(work.kept)
         self.reports += work.reports
         for report in work.reports:
@@ -193,7 +197,7 @@ class StreamingRun:
             self.writer.write(key, tensor)
 
     def _resume(self, first: int) -> None:
-        """Take over what was finished, and bring the batches to where they were."""
+        """Take over what was finished."""
         log = self.workplace.journal
         rewritten = {self.source.plain_key(name) for name in self.plan.rewritten}
         self._unchanged = dict.fromkeys(key for step in self.plan.steps for key in step.passes if key not in rewritten)
@@ -224,7 +228,6 @@ class StreamingRun:
             resumed_at=first,
             device=str(self.options.device),
         )
-        self._rebuild(first)
 
     def _num_passes(self, step: Step) -> int:
         """How often all batches go through a step, if no modifier takes more than one pass."""

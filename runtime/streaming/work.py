@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.dtypes import DTYPES
+from runtime.streaming.memory import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
 
@@ -109,6 +110,7 @@ class Work:
         self.num_bytes += size
         if not self.step.is_run:
             unload(self.model, [f"{name}.weight"])
+        trim_heap()
         self.reports.append(
             ModuleReport(
                 name=name,

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
@@ -56,6 +54,8 @@ class Workplace:
         Raises:
             OutputError: naming what differs.
         """
+        import torch
+
         if self.journal.of_kind(journal.RUN):
             self.journal.require_same_run(identity)
         for folder in (self.checkpoint, self.values):
@@ -129,6 +129,16 @@ def _what_is_left(out: Path) -> str:
 
 def _subgraphs(count: int) -> str:
     return f"{count} finished subgraph{'' if count == 1 else 's'}"
+
+
+def require_unfinished(out: Path) -> None:
+    """Refuse to resume what has come to its end.
+
+    Raises:
+        OutputError: saying so.
+    """
+    if (out / "config.json").is_file():
+        raise OutputError(f"{out} is there and whole", hint="there is nothing to resume")
 
 
 def num_finished(out: Path) -> int:

@@ -234,6 +234,6 @@ def test_widths_that_groups_do_not_divide_are_refused_before_anything_runs(
     narrow_llama: Small, tmp_path: Path, scheme: str
 ) -> None:
     recipe = plan(f"QuantizationModifier: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]}}")
-    with pytest.raises(runtime.RecipeError, match="input features, which groups of (128|32) do not divide"):
+    with pytest.raises(runtime.RecipeError, match=r"input features, which groups of (128|32) do not divide"):
         calibrate(narrow_llama, recipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

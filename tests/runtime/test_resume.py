@@ -142,6 +142,34 @@ def test_resume_begins_where_there_is_nothing_to_go_on_with(narrow_llama: Small,
     assert result.resumed_at == 0
 
 
+def test_what_is_whole_is_not_resumed(narrow_llama: Small, tmp_path: Path, place: Place, run: Run) -> None:
+    calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
+    with pytest.raises(runtime.OutputError, match="is there and whole"):
+        calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
+    shutil.copytree(tmp_path / "out", place.out)
+    assert_refused(run(place.calibrate("--resume")), f"{place.out} is there and whole", "nothing to resume")
+
+
+def test_memory_that_runs_out_while_finished_subgraphs_run_again(
+    narrow_llama: Small, tmp_path: Path, stop_at: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(8)
+    with pytest.raises(Stop):
+        calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
+    stop_at(0)
+    inner, failed = LoadedSubgraph.forward, []
+
+    def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        if not failed:
+            failed.append(self)
+            raise torch.OutOfMemoryError("no more")
+        return inner(self, model, **inputs)
+
+    monkeypatch.setattr(LoadedSubgraph, "forward", forward)
+    result = calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
+    assert (result.resumed_at, len(result.modules), len(result.remarks)) == (1, 21, 1)
+
+
 def change_weights(small: Small, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "other"
     shutil.copytree(small.weights, folder)
