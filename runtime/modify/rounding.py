@@ -179,7 +179,8 @@ def _solve(
             ]
             return nearest, "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
     except QuantizationError as error:
-        raise QuantizationError(f"{first}: {error.message}", hint=error.hint) from error
+        culprits = (name for name, w in zip(together, weights, strict=True) if not torch.isfinite(w).all())
+        raise QuantizationError(f"{next(culprits, first)}: {error.message}", hint=error.hint) from error
     used = results[0].damping
     is_raised = used > job.options.dampening_frac
     raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
