@@ -102,12 +102,20 @@ def _require_possible(
                 "quantized under the checkpoint's names",
                 hint=ignore,
             )
-        num_in, group_size = model.get_submodule(name).get_parameter("weight").shape[1], job.scheme.weights.group_size
-        if job.scheme.weights.strategy == "group" and num_in % group_size:
-            raise RecipeError(
-                f"{recipe.source}: {name} has {num_in} input features, which groups of {group_size} do not divide",
-                hint=f"{ignore}, or choose another group_size",
-            )
+        num_in = model.get_submodule(name).get_parameter("weight").shape[1]
+        for size in _group_sizes(job):
+            if num_in % size:
+                raise RecipeError(
+                    f"{recipe.source}: {name} has {num_in} input features, which groups of {size} do not divide",
+                    hint=f"{ignore}, or choose another group_size",
+                )
+
+
+def _group_sizes(job: Assignment) -> Iterator[int]:
+    """Of weights, and of inputs that are rounded in groups."""
+    for args in (job.scheme.weights, job.scheme.input_activations):
+        if args is not None and args.strategy in ("group", "tensor_group"):
+            yield int(args.group_size)
 
 
 def least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:

@@ -36,13 +36,16 @@ __all__ = ["Assignment", "GptqOptions", "Group", "Modifier", "Recipe"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What is done to one module. `group` is the index in `Recipe.groups`."""
+    """What is done to one module. `group` is the index in `Recipe.groups`; `min_tokens` is how many inputs it must have
+    seen; `clip` says that AWQ searches the ranges of its groups.
+    """
 
     scheme: QuantizationScheme
     algorithm: Algorithm
     options: GptqOptions | None
     group: int
     min_tokens: int = 0
+    clip: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ class Recipe:
                     algorithm=modifier.algorithm,
                     options=group.options,
                     group=index,
+                    clip=modifier.algorithm == "rtn" and self._clips(group.scheme),
                     min_tokens=max([modifier.min_tokens, *(entry.min_tokens for entry in self.transforms)]),
                 )
         for pattern in unmatched:
@@ -131,6 +135,14 @@ class Recipe:
         if not assigned:
             raise RecipeError(f"{self.source}: the recipe ignores every module that it targets")
         return assigned
+
+    def _clips(self, scheme: QuantizationScheme) -> bool:
+        """Whether an AWQModifier searches ranges, and the scheme does not ask for a search of its own."""
+        from runtime.presets import MIN_MAX_OBSERVERS
+
+        args = scheme.weights
+        is_plain = args.observer in (None, *MIN_MAX_OBSERVERS) and args.strategy in ("group", "channel", "tensor_group")
+        return is_plain and any(entry.algorithm == "awq" and entry.clip for entry in self.transforms)
 
     def _only_claim(self, name: str, match: _Match, owned: list[tuple[Modifier, Group]]) -> int:
         """The one group that a module falls to.

@@ -35,6 +35,7 @@ GPTQModifier:
 AWQModifier:
   duo_scaling: true      # true, false or both
   n_grid: 20
+  clip: true             # search each group's range, where QuantizationModifier rounds
   # mappings:            # where the compiler finds none: what makes the channels, and what takes them
   #   - smooth_layer: re:.*input_layernorm
   #     balance_layers: ['re:.*q_proj', 're:.*k_proj', 're:.*v_proj']

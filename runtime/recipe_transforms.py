@@ -13,7 +13,7 @@ Rescaler = Literal["awq", "smoothquant"]
 
 TRANSFORMS: dict[str, Rescaler] = {"AWQModifier": "awq", "SmoothQuantModifier": "smoothquant"}
 _FIELDS = {
-    "awq": ("mappings", "duo_scaling", "n_grid", "ignore", "min_tokens"),
+    "awq": ("mappings", "duo_scaling", "n_grid", "clip", "ignore", "min_tokens"),
     "smoothquant": ("mappings", "smoothing_strength", "ignore", "min_tokens"),
 }
 _DEVICE = "nothing is cached that could be offloaded"
@@ -47,6 +47,7 @@ class Transform:
         strength: SmoothQuant's a.
         duo_scaling: of AWQ: true, false or both.
         n_grid: likewise, how many candidates are tried.
+        clip: likewise, whether ranges are searched for weights that are rounded to nearest.
         min_tokens: how many tokens each module must have seen.
         name: the modifier's.
         line: where it stands.
@@ -58,6 +59,7 @@ class Transform:
     strength: float
     duo_scaling: bool | str
     n_grid: int
+    clip: bool
     min_tokens: int
     name: str
     line: int
@@ -87,6 +89,9 @@ def read_transform(value: Value, fields: Table[str, Value]) -> Transform:
         duo_scaling, bool
     ):
         raise fields["duo_scaling"].error(f"duo_scaling must be true, false or both, not {duo_scaling!r}")
+    clip = fields["clip"].plain() if "clip" in fields else True
+    if not isinstance(clip, bool):
+        raise fields["clip"].error(f"clip must be true or false, not {clip!r}")
     return Transform(
         algorithm=algorithm,
         mappings=tuple(_read_mapping(item) for item in _entries(fields.get("mappings"))),
@@ -94,6 +99,7 @@ def read_transform(value: Value, fields: Table[str, Value]) -> Transform:
         strength=read_part(fields.get("smoothing_strength"), default=0.5),
         duo_scaling=duo_scaling,
         n_grid=read_whole(fields.get("n_grid"), default=20, least=1),
+        clip=clip,
         min_tokens=read_whole(fields.get("min_tokens"), default=0, least=0),
         name=value.name,
         line=value.line,

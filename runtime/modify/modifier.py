@@ -245,7 +245,8 @@ class RecipeModifier:
 
 def _needs_of(job: Assignment) -> Needs:
     is_weighed = job.scheme.weights.observer == "imatrix_mse"
-    return Needs(hessian=job.algorithm == "gptq" or is_weighed, channels=bool(input_parts(job.scheme)))
+    is_measured = job.algorithm == "gptq" or is_weighed or job.clip
+    return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)))
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import grid
+from runtime.algorithms.awq import quantize_clipped
 from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
@@ -183,7 +184,8 @@ def _solve(
             ]
             return nearest, "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
     except QuantizationError as error:
-        raise QuantizationError(f"{first}: {error.message}", hint=error.hint) from error
+        culprits = (name for name, w in zip(together, weights, strict=True) if not torch.isfinite(w).all())
+        raise QuantizationError(f"{next(culprits, first)}: {error.message}", hint=error.hint) from error
     used = results[0].damping
     is_raised = used > job.options.dampening_frac
     raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
@@ -199,6 +201,10 @@ def _nearest(
     shared: Mapping[str, torch.Tensor],
 ) -> QuantizedWeight:
     args = jobs[name].scheme.weights
+    if jobs[name].clip and jobs[name].algorithm == "rtn" and found is not None and found.num_tokens:
+        return quantize_clipped(
+            weight_OI, found.hessian_II, args, scale_dtype=scale_dtype, global_scale=shared.get(name)
+        )
     importance_I = None
     if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
         importance_I = found.hessian_II.diagonal()

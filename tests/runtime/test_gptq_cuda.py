@@ -18,9 +18,9 @@ from runtime.algorithms import gptq, gptq_cuda
 
 assert gptq_cuda.has_triton()
 generator = torch.Generator().manual_seed(0)
-for columns, rows in ((48, 70), (5, 3), (128, 33)):
+for columns, rows, choices in ((24, 70, (4,)), (5, 3, (2, 8)), (128, 33, (3,))):
     for symmetric in (True, False):
-        for bits in (2, 4, 8):
+        for bits in choices:
             args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=16)
             lower = torch.tril(torch.randn(columns, columns, generator=generator) * 0.1, -1) + torch.eye(columns)
             scale = torch.rand(3, rows, generator=generator) + 0.1

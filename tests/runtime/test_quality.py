@@ -66,8 +66,8 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
     [
         ("gptq 3", "rtn 3", 0.8),
         ("mse 3", "rtn 3", 0.95),
-        ("awq 3", "rtn 3", 1.0),
-        ("awq gptq 3", "awq 3", 0.9),
+        ("awq 3", "rtn 3", 0.9),
+        ("awq gptq 3", "rtn 3", 0.9),
         ("gptq 2", "rtn 2", 0.6),
         ("refined 2", "gptq 2", 0.98),
         ("rtn 3", "rtn 2", 0.5),

@@ -245,6 +245,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         (smooth("mappings: [{smooth_layer: a}]"), "recipe.yaml:3: a mapping has no balance_layers"),
         (smooth("mappings: [{smooth_layer: 're:(', balance_layers: b}]"), "'re:(' is no regular expression"),
         ("AWQModifier: {duo_scaling: 1}", "recipe.yaml:1: duo_scaling must be true, false or both, not 1"),
+        ("AWQModifier: {clip: 1}", "recipe.yaml:1: clip must be true or false, not 1"),
         ("AWQModifier: {n_grid: 0}", "recipe.yaml:1: n_grid must be a positive integer, not 0"),
         ("AWQModifier: {offload_device: cuda}", "recipe.yaml:1: offload_device 'cuda' cannot be obeyed"),
         (gptq("fallback: awq"), "recipe.yaml:4: fallback must be rtn or null, not 'awq'"),
@@ -450,3 +451,14 @@ def test_the_key_value_cache_has_a_scheme_of_its_own() -> None:
     text = "QuantizationModifier: {scheme: FP8, kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor}}"
     assert read(text).cache is not None
     assert read("QuantizationModifier: {scheme: FP8}").cache is None
+
+
+def test_awq_searches_ranges_for_what_is_rounded_to_nearest_by_min_max_alone() -> None:
+    def clips(*modifiers: str) -> bool:
+        return next(iter(read("\n".join(modifiers)).assign({"a": "Linear"}).values())).clip
+
+    assert clips("AWQModifier: {}", "QuantizationModifier: {scheme: W4A16}")
+    assert not clips("AWQModifier: {clip: false}", "QuantizationModifier: {scheme: W4A16}")
+    assert not clips("AWQModifier: {}", "QuantizationModifier: {scheme: W4A16, weight_observer: mse}")
+    assert not clips("AWQModifier: {}", "GPTQModifier: {scheme: W4A16}")
+    assert not clips("SmoothQuantModifier: {}", "QuantizationModifier: {scheme: W4A16}")

@@ -227,3 +227,13 @@ def test_rounded_norms_are_made_up_for() -> None:
     torch.testing.assert_close(product, tensors["n.weight"] * tensors["a.weight"], rtol=1e-6, atol=0)
     assert torch.equal(rescaled.tensors["n.weight"], rescaled.tensors["n.weight"].bfloat16().float())
     assert used.shape == (8,)
+
+
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "MXFP4"])
+def test_widths_that_groups_do_not_divide_are_refused_before_anything_runs(
+    narrow_llama: Small, tmp_path: Path, scheme: str
+) -> None:
+    recipe = plan(f"QuantizationModifier: {{targets: Linear, scheme: {scheme}, ignore: [lm_head]}}")
+    with pytest.raises(runtime.RecipeError, match=r"input features, which groups of (128|32) do not divide"):
+        calibrate(narrow_llama, recipe, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
