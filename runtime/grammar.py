@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
+from runtime.literals import is_field, wrong_argument
 from runtime.opaque_paths import is_opaque_path
-from runtime.operators import is_allowed
+from runtime.operators import changes_in_place, is_allowed, is_view
 
 SOURCE_LIMIT_BYTES = 4 * 2**20
 NESTING_LIMIT = 32
@@ -74,12 +76,25 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
             raise ValueError("control characters")
         if re.search(r"^[ \t]*#.*coding[:=]", text, re.MULTILINE):
             raise ValueError("an encoding declaration")
-        tree = ast.parse(text, filename=origin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # code about which Python itself has doubts
+            tree = ast.parse(text, filename=origin)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
     checker = _Checker(allowed=allowed, origin=origin)
     checker.module(tree)
+    _require_compilable(text, origin)
     return tuple(checker.operators)
+
+
+def _require_compilable(text: str, origin: str) -> None:
+    """Parsing finds some mistakes only when names are resolved; nothing is executed here either."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compile(text, origin, "exec", dont_inherit=True)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
 
 
 @dataclass
@@ -92,6 +107,8 @@ class _Checker:
     objects: dict[str, None] = field(default_factory=dict)  # names that stand for whole modules and configs
     lists: dict[str, None] = field(default_factory=dict)  # names of lists that loops append to
     outside: list[dict[str, None]] = field(default_factory=list)  # for each loop around, the names defined before it
+    kept: dict[str, None] = field(default_factory=dict)  # names of parameters, buffers and constants, and views of them
+    may_be_object: bool = False  # whether a module or config may stand here
 
     def refuse(self, node: ast.AST, what: str) -> ArtifactError:
         line = getattr(node, "lineno", 1)
@@ -130,6 +147,8 @@ class _Checker:
         if not is_plain or names != ["self", *self.allowed.input_names]:
             raise self.refuse(function, "a signature other than the manifest's")
         for name in names[1:]:
+            if name in self.defined:
+                raise self.refuse(function, f"a second input {name!r}")
             self._define(function, name)
 
     def _statement(self, node: ast.stmt) -> None:
@@ -161,8 +180,13 @@ class _Checker:
             raise self.refuse(node, "assignment of anything but a result")
         if self.outside and (is_list or _is_object(value) or name in self.objects or name in self.lists):
             raise self.refuse(node, "assignment of this kind inside of a loop")
+        self.may_be_object = _is_object(value)
         self._expression(value, 0)
+        self.may_be_object = False
+        is_kept = self._is_kept(value)
         self._define(node, name)
+        if is_kept:
+            self.kept[name] = None
         if _is_object(value):
             self.objects[name] = None
         elif is_list:
@@ -183,13 +207,14 @@ class _Checker:
         if not isinstance(turns.args[0], ast.Name):
             raise self.refuse(node, "a loop over anything but range(size)")
         self._plain_name(turns.args[0])
-        self.outside.append(dict(self.defined))
-        self._define(node, node.target.id)
-        for statement in node.body:
-            if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
-                raise self.refuse(statement, "assignment to the number of a turn")
-            self._statement(statement)
-        self.defined = self.outside.pop()
+        for _ in range(2):  # what a name stands for in the second turn may come from the end of the first
+            self.outside.append(dict(self.defined))
+            self._define(node, node.target.id)
+            for statement in node.body:
+                if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
+                    raise self.refuse(statement, "assignment to the number of a turn")
+                self._statement(statement)
+            self.defined = self.outside.pop()
 
     def _append(self, node: ast.Expr) -> None:
         """`list.append(value)`, in a loop, to a list from outside of all loops."""
@@ -220,8 +245,19 @@ class _Checker:
         if not _NAME.match(name) or name.startswith("__") or name in RESERVED:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
-        self.objects.pop(name, None)
-        self.lists.pop(name, None)
+        for known in (self.objects, self.lists, self.kept):
+            known.pop(name, None)
+
+    def _is_kept(self, node: ast.expr) -> bool:
+        """Whether an expression is a parameter, buffer or constant, or shares its memory for certain."""
+        if isinstance(node, ast.Name):
+            return node.id in self.kept
+        if not isinstance(node, ast.Call):
+            return False
+        path = _dotted(node.func)
+        if path in (["self", "get_parameter"], ["self", "get_buffer"], ["run", "constant"]):
+            return True
+        return path[:2] == ["torch", "ops"] and is_view(path[3]) and bool(node.args) and self._is_kept(node.args[0])
 
     def _expression(self, node: ast.expr, depth: int) -> None:
         if depth > NESTING_LIMIT:
@@ -240,6 +276,8 @@ class _Checker:
     def name(self, node: ast.Name, depth: int) -> None:
         if node.id not in self.defined:
             raise self.refuse(node, f"the name {node.id!r}, which is not defined there,")
+        if node.id in self.objects and not self.may_be_object:
+            raise self.refuse(node, "a module or config anywhere but as an argument of an opaque step")
 
     def sequence(self, node: ast.Tuple | ast.List, depth: int) -> None:
         for item in node.elts:
@@ -274,6 +312,8 @@ class _Checker:
 
     def subscript(self, node: ast.Subscript, depth: int) -> None:
         self._require_result(node.value)
+        if not isinstance(node.value, (ast.Name, ast.Call, ast.Subscript, ast.Attribute)):
+            raise self.refuse(node, "taking a part out of a literal")
         self._expression(node.value, depth)
         self._expression(node.slice, depth)
 
@@ -287,10 +327,11 @@ class _Checker:
                 raise self.refuse(node, f"run.{node.attr}")
         elif _is_lookup(owner) and node.attr == "config":
             assert isinstance(owner, ast.Call)
+            self._require_place_of_object(node)
             module = self._text(owner, "objects", is_recorded=False)
             name = f"{module}.{node.attr}" if module else node.attr
             self._use(node, "objects", name)
-        elif isinstance(owner, ast.Name) and not node.attr.startswith("_"):
+        elif isinstance(owner, ast.Name) and is_field(node.attr):
             self._require_result(owner)
             self.name(owner, depth)
         else:
@@ -301,17 +342,29 @@ class _Checker:
         if _is_object(node) or (isinstance(node, ast.Name) and (node.id in self.objects or node.id in self.lists)):
             raise self.refuse(node, "access to the inside of a module, config or list")
 
+    def _require_place_of_object(self, node: ast.expr) -> None:
+        if not self.may_be_object:
+            raise self.refuse(node, "a module or config anywhere but as an argument of an opaque step")
+
     def call(self, node: ast.Call, depth: int) -> None:
         self._callee(node, depth)
-        for argument in node.args:
-            if isinstance(argument, ast.Starred):
-                raise self.refuse(node, "an unpacked argument")
-            self._expression(argument, depth)
         names = [keyword.arg for keyword in node.keywords]
         if len(set(names)) != len(names) or any(name is None or name.startswith("__") for name in names):
             raise self.refuse(node, "this keyword")
-        for keyword in node.keywords:
-            self._expression(keyword.value, depth)
+        path, outer = _dotted(node.func), self.may_be_object
+        is_operator = path[:2] == ["torch", "ops"]
+        if is_operator and changes_in_place(path[3]) and node.args and self._is_kept(node.args[0]):
+            raise self.refuse(node, "changing a parameter, buffer or constant in place")
+        self.may_be_object = isinstance(node.func, ast.Subscript)  # an opaque step
+        for argument in node.args:
+            if isinstance(argument, ast.Starred):
+                raise self.refuse(node, "an unpacked argument")
+        for keyword, argument in (*((None, value) for value in node.args), *((k.arg, k.value) for k in node.keywords)):
+            wrong = wrong_argument(argument, keyword) if is_operator else ""
+            if wrong:
+                raise self.refuse(node, wrong)
+            self._expression(argument, depth)
+        self.may_be_object = outer
 
     def _callee(self, node: ast.Call, depth: int) -> None:
         path = _dotted(node.func)
@@ -324,9 +377,12 @@ class _Checker:
         elif path in (["self", "get_parameter"], ["self", "get_buffer"]):
             self._text(node, "attributes")
         elif path == ["self", "get_submodule"]:
+            self._require_place_of_object(node)
             self._text(node, "objects")
         elif path == ["run", "copied"]:
             self._plain(node, 1)
+            if isinstance(node.args[0], (ast.Dict, ast.List, ast.Tuple, ast.Constant)):
+                raise self.refuse(node, "a copy of a literal")
         elif path == ["run", "require"]:
             self._plain(node, 2)
         elif path == ["run", "constant"]:

@@ -28,6 +28,11 @@ SHARED |= {
     "conditions",
     "tables",
     "leaves",
+    "checks",
+    "contents",
+    "constants",
+    "literals",
+    "guards",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "checkpoint", "inputs", "skeleton"}
