@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +105,7 @@ class Artifact:
     model_code: ModelCode | None = field(default=None, repr=False)
     code: LoadedCode | None = field(default=None, repr=False)
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    _private: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _private: Path | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
 
     @property
@@ -112,10 +114,11 @@ class Artifact:
         artifact's own directory may have been changed since it was checked.
         """
         if self._private is None:
-            self._private = tempfile.TemporaryDirectory(prefix="seqbuild-")
+            self._private = Path(tempfile.mkdtemp(prefix="seqbuild-"))
+            weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
             for name, data in self.companions.items():
-                Path(self._private.name, name).write_bytes(data)
-        return Path(self._private.name)
+                (self._private / name).write_bytes(data)
+        return self._private
 
     @property
     def config_class(self) -> type | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.config_rules import check_config
 from runtime.constants import check_constants
 from runtime.contents import read_contents, read_manifest_bytes
 from runtime.errors import ArtifactError, VersionError
@@ -49,6 +50,7 @@ def check_artifact(root: Path) -> Checked:
     manifest = read_manifest(root)
     contents = read_contents(root, manifest)
     code = check_model_code(manifest, contents)
+    check_config(contents, has_own_code=code is not None)
     own_modules = code.modules if code is not None else ()
     operators: dict[str, str] = {}
     sources: dict[str, str] = {}

@@ -204,7 +204,7 @@ def _batches(
         seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     tokens = load_tokens(
         data,
-        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact.path),
+        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact),
         num_samples=samples,
         seq_len=seq_len,
         pack=pack,
@@ -219,9 +219,9 @@ def _batches(
     return made
 
 
-def _tokenizer_directory(weights: Path, artifact: Path) -> Path:
+def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """The weights' own tokenizer, else the one that travels with the artifact."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact
+    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -176,7 +176,7 @@ def _read(root: Path, folder: int, name: str, limit: int) -> bytes:
                 hint="copy or compile it again; nothing of it was executed",
             )
         with os.fdopen(os.dup(file), "rb") as stream:
-            return stream.read(limit + 1)
+            return stream.read(status.st_size + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise

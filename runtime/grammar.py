@@ -72,7 +72,7 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
         raise ArtifactError(f"{origin} has {len(source)} bytes, more than the {SOURCE_LIMIT_BYTES} allowed")
     try:
         text = source.decode("ascii")
-        if "\0" in text or "\r" in text or "\f" in text:
+        if re.search(r"[^\x20-\x7e\n\t]", text):
             raise ValueError("control characters")
         if re.search(r"^[ \t]*#.*coding[:=]", text, re.MULTILINE):
             raise ValueError("an encoding declaration")

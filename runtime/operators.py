@@ -53,7 +53,7 @@ _LAYER = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout
     avg_pool1d avg_pool2d avg_pool3d batch_norm dropout feature_dropout glu grid_sampler grid_sampler_2d
     grid_sampler_3d group_norm instance_norm layer_norm max_pool1d max_pool2d max_pool3d max_pool2d_with_indices
-    native_batch_norm native_dropout native_group_norm native_layer_norm normalize rms_norm upsample_bicubic2d
+    native_dropout native_group_norm native_layer_norm normalize rms_norm upsample_bicubic2d
     upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
     upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa affine_grid_generator
     channel_shuffle

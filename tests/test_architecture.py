@@ -31,6 +31,8 @@ SHARED |= {
     "checks",
     "contents",
     "constants",
+    "written",
+    "config_rules",
     "literals",
     "guards",
 }
