@@ -1,11 +1,16 @@
 """The host's part of seqbuild: check an artifact, run it, calibrate, quantize, evaluate. It never traces."""
 
-from __future__ import annotations
+import sys
 
-import importlib
-from typing import TYPE_CHECKING, Any
+if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
+    # `python -m` looks for modules in the current directory first, which may be an artifact's that nobody has checked.
+    # So that goes before anything else is imported, `__future__` included.
+    del sys.path[0]
 
-from runtime.errors import (
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from runtime.errors import (  # noqa: E402
     ArtifactError,
     DataError,
     DeviceError,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from runtime.program import Program, Run
 
 __all__ = ["CONSTANTS_NAME", "Artifact", "LoadedSubgraph", "check", "check_versions", "load", "read_manifest"]
+
+
+# What torch says of memory and devices: that is no fault of the code.
+_ABOUT_MACHINE = re.compile(r"memory|CUDA|XPU|device-side", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +237,9 @@ def _unchanged(entry: SubgraphEntry, model: nn.Module, run: Run) -> Iterator[Non
         yield
     except (SeqbuildError, MemoryError):
         raise
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or _ABOUT_MACHINE.search(str(error))):
+            raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ArtifactError(f"{entry.file} cannot be executed with this model and data: {what}") from error
     for name, tensor, version in before:

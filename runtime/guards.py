@@ -19,7 +19,7 @@ from typing import Any
 
 from runtime.errors import ArtifactError
 
-TURNS_LIMIT = 2**24
+TURNS_LIMIT = 2**22
 _LARGEST = 2**64
 _NUMBERS = (int, float, bool)
 _BEGIN, _CALCULATE, _FIELD = "__begin", "__calculate", "__field"  # no program can define these names
@@ -85,15 +85,19 @@ def calculate(kind: str, left: Any, right: Any) -> Any:
     Raises:
         ArtifactError: for anything else, or an integer that is longer than any size.
     """
-    import torch
-
     for value in (left, right):
-        if not isinstance(value, (*_NUMBERS, torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if type(value) not in _NUMBERS and not _is_number(value):
             raise ArtifactError(f"an artifact's code calculates with {type(value).__name__}, which is no number")
     result = _BY_NAME[kind](left, right)
     if type(result) is int and abs(result) > _LARGEST:
         raise ArtifactError("an artifact's code calculates a number of more than 64 bits")
     return result
+
+
+def _is_number(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def field(value: Any, name: str) -> Any:

@@ -1,9 +1,12 @@
 """seqbuild: compile a model once into a chain of subgraphs, for calibration and quantization anywhere."""
 
-from __future__ import annotations
+import sys
 
-import importlib
-from typing import TYPE_CHECKING, Any
+if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
+    del sys.path[0]  # as in runtime/__init__.py
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from seqbuild.build import compile_model
