@@ -183,7 +183,11 @@ class Artifact:
 
 
 def load(
-    path: str | os.PathLike[str], *, allow_version_skew: bool = False, trust_remote_code: bool = False
+    path: str | os.PathLike[str],
+    *,
+    allow_version_skew: bool = False,
+    trust_remote_code: bool = False,
+    public_key: str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Check an artifact and compile its code.
 
@@ -191,14 +195,17 @@ def load(
         path: the artifact's directory.
         allow_version_skew: go on when the sources on this host are not those it was compiled with.
         trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
+        public_key: a file in PEM; whoever has the private key must have signed the artifact. A host can ask for that
+            by itself, with the environment variable SEQBUILD_REQUIRE_SIGNATURE.
 
     Raises:
+        SignatureError: when it is not signed as is asked for; nothing has been executed then.
         ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
         VersionError: when the sources on this host are not those it was compiled with.
         ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
     """
     root = Path(path)
-    checked = check_artifact(root)
+    checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
     check_versions(checked.manifest, allow_version_skew=allow_version_skew)
     artifact = _compile(root, checked)
     if checked.code is not None and not trust_remote_code and not checked.manifest.is_portable:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runtime.config_rules import check_config
 from runtime.constants import check_constants
-from runtime.contents import read_contents, read_manifest_bytes
+from runtime.contents import read_contents, read_manifest_bytes, read_signature
 from runtime.errors import ArtifactError, VersionError
 from runtime.grammar import Allowed, check_program
 from runtime.host_sources import changed_sources
@@ -19,6 +19,7 @@ from runtime.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, ConversionEntr
 from runtime.model_code import ModelCode, check_model_code
 from runtime.opaque_paths import require_defined
 from runtime.operators import check_operators
+from runtime.signatures import required_keys, verify_signature
 from runtime.tables import check_tables
 
 _SOURCES_SHOWN = 5
@@ -30,25 +31,38 @@ class Checked:
 
     Attributes:
         manifest: the table of contents.
+        manifest_bytes: the file that holds it.
         contents: every listed file by path, as it was when its digest was compared.
         sources: the text of every program, by file.
         code: the model's own code; None for a model that is part of transformers.
+        signed: whether a signature was asked for, and was found to be right.
     """
 
     manifest: Manifest
+    manifest_bytes: bytes
     contents: Mapping[str, bytes]
     sources: Mapping[str, str]
     code: ModelCode | None
+    signed: bool = False
 
 
-def check_artifact(root: Path) -> Checked:
+def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
     """Check an artifact without executing or importing anything of it.
+
+    Args:
+        root: its directory.
+        public_keys: keys that must each have signed it; the host's own (`signatures.REQUIRED`) counts, too.
 
     Raises:
         ArtifactError: naming the file and what is wrong with it.
+        SignatureError: when it is not signed by one of the keys.
     """
-    manifest = read_manifest(root)
+    data = read_manifest_bytes(root, MANIFEST_LIMIT_BYTES)
+    manifest = Manifest.from_bytes(data, str(root / MANIFEST_NAME))
     contents = read_contents(root, manifest)
+    keys = required_keys(public_keys)
+    for key in keys:
+        verify_signature(root.resolve().name, {MANIFEST_NAME: data, **contents}, read_signature(root), key)
     code = check_model_code(manifest, contents)
     check_config(contents, has_own_code=code is not None)
     own_modules = code.modules if code is not None else ()
@@ -71,7 +85,14 @@ def check_artifact(root: Path) -> Checked:
     check_operators(operators)
     for step in manifest.opaque_steps:
         require_defined(step, own_modules)
-    return Checked(manifest=manifest, contents=contents, sources=sources, code=code)
+    return Checked(
+        manifest=manifest,
+        manifest_bytes=data,
+        contents=contents,
+        sources=sources,
+        code=code,
+        signed=bool(keys),
+    )
 
 
 def read_manifest(root: Path) -> Manifest:

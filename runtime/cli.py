@@ -40,6 +40,7 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many 
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
 Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
 Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")]
+Signature = Annotated[Path | None, typer.Option("--require-signature", help="Public key that must have signed it.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")]
 
 
@@ -62,6 +63,7 @@ def calibrate(
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
+    require_signature: Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
@@ -70,7 +72,9 @@ def calibrate(
 
     require_free(out)
     parsed = Recipe.from_file(recipe)
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
+    loaded, run_device, run_dtype = _prepare(
+        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+    )
     batches: list[dict[str, torch.Tensor]] = []
     if data is not None:
         batches = _batches(
@@ -124,10 +128,13 @@ def evaluate(
     tokenizer: Tokenizer = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
+    require_signature: Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
+    loaded, run_device, run_dtype = _prepare(
+        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+    )
     batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
     from runtime.evaluation import evaluate as run
 
@@ -148,14 +155,21 @@ def evaluate(
 
 
 @app.command()
-def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
+def check(
+    artifact: ArtifactPath,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="Refuse an artifact that its owner has not signed.")
+    ] = None,
+    allow_version_skew: Skew = False,
+) -> None:
     """Check an artifact without executing anything of it."""
-    from runtime.artifact import check as run
-    from runtime.artifact import check_versions
+    from runtime.checks import check_artifact, check_versions
 
-    manifest, sources = run(artifact)
+    found = check_artifact(artifact, [public_key] if public_key is not None else [])
+    manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    say(f"{artifact}: {len(manifest.files)} files and {len(sources)} programs are as the manifest states")
+    say(f"{artifact}: {len(manifest.files)} files and {len(found.sources)} programs are as the manifest states")
+    say(f"signature: {'by the owner of the key' if found.signed else 'not asked for'}")
     say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
     say(f"input key {manifest.input_key}")
     say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
@@ -164,7 +178,7 @@ def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
 
 
 def _prepare(
-    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool
+    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool, public_key: Path | None
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
     from runtime.errors import UsageError
@@ -176,7 +190,9 @@ def _prepare(
     from runtime.devices import resolve_device
 
     run_device = resolve_device(device)
-    loaded = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    loaded = load(
+        path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code, public_key=public_key
+    )
     import torch
 
     return loaded, run_device, None if dtype == "auto" else getattr(torch, dtype)

@@ -25,6 +25,9 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\Z")
 # Besides programs: what describes a model or its tokenizer as text or numbers. No library loads code from these.
 _KINDS = (".py", ".json", ".txt", ".model", ".jinja", ".tiktoken")
 CONSTANTS_NAME = "constants.safetensors"
+# A signature covers the manifest, so it cannot be listed there.
+SIGNATURE_NAME = "signature.json"
+_SIGNATURE_LIMIT_BYTES = 64 * 2**20
 
 
 def read_contents(root: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -62,6 +65,19 @@ def read_manifest_bytes(root: Path, limit: int) -> bytes:
             raise ArtifactError(f"{root} is not an artifact: it has no {MANIFEST_NAME}") from error
 
 
+def read_signature(root: Path) -> bytes | None:
+    """The signature's file, None where the artifact has none.
+
+    Raises:
+        ArtifactError: when it is not plain or too large.
+    """
+    with _opened(root) as folder:
+        try:
+            return _read(root, folder, SIGNATURE_NAME, _SIGNATURE_LIMIT_BYTES)
+        except FileNotFoundError:
+            return None
+
+
 @contextlib.contextmanager
 def _opened(root: Path) -> Iterator[int]:
     try:
@@ -82,7 +98,7 @@ def _listed(root: Path, files: Collection[FileEntry]) -> dict[str, FileEntry]:
     listed: dict[str, FileEntry] = {}
     for entry in files:
         parts = entry.path.split("/")
-        if not all(map(_PART.match, parts)) or entry.path == MANIFEST_NAME:
+        if not all(map(_PART.match, parts)) or entry.path in (MANIFEST_NAME, SIGNATURE_NAME):
             raise ArtifactError(f"{root} lists a file with the path {entry.path!r}, which leaves it or is not plain")
         if entry.path in listed:
             raise ArtifactError(f"{root} lists {entry.path} twice")
@@ -114,7 +130,7 @@ def _present(root: Path, folder: int, listed: Collection[str]) -> Iterator[str]:
                             raise _unlisted(root, _first_inside(root, name))
                     elif name in listed:
                         yield name
-                    elif name != MANIFEST_NAME:
+                    elif name not in (MANIFEST_NAME, SIGNATURE_NAME):
                         raise _unlisted(root, name)
         finally:
             os.close(descriptor)

@@ -165,6 +165,21 @@ def verify(
 
 
 @app.command()
+def sign(
+    artifact: ArtifactPath,
+    private_key: Annotated[Path, typer.Option("--private-key", help="Elliptic curve key in PEM.")],
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="Holds the private key's password.")
+    ] = None,
+) -> None:
+    """Sign an artifact, so that a host can ask who made it."""
+    from seqbuild.sign import sign_artifact
+
+    password = password_file.read_text(encoding="utf-8").rstrip("\r\n") if password_file is not None else None
+    say(f"{sign_artifact(artifact, private_key=private_key, password=password)}: signed")
+
+
+@app.command()
 def data(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],

@@ -31,6 +31,7 @@ SHARED |= {
     "checks",
     "contents",
     "constants",
+    "signatures",
     "written",
     "config_rules",
     "literals",
