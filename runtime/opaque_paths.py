@@ -12,8 +12,8 @@ from runtime.host_sources import source_file
 
 # Where opaque steps may lie, and what of it they may not be.
 _OPAQUE = re.compile(
-    r"transformers\.(models\.[a-z0-9_]+\.modeling_[a-z0-9_]+|masking_utils|modeling_attn_mask_utils|modeling_rope_utils"
-    r"|modeling_layers|pytorch_utils|activations|cache_utils|integrations\.(sdpa_attention|moe))"
+    r"transformers\.(models\.[a-z0-9_]+\.(modeling_[a-z0-9_]+|vision|perceiver)|masking_utils|modeling_attn_mask_utils"
+    r"|modeling_rope_utils|modeling_layers|pytorch_utils|activations|cache_utils|integrations\.(sdpa_attention|moe))"
     r":_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*\Z"
 )
 _REACHES_FILES = re.compile(r"pretrained|load|save|push|fetch|import|register|apply_chunking|create_timm", re.IGNORECASE)

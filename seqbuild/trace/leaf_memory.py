@@ -5,9 +5,9 @@ Running one on fake tensors takes 50 to 500 ms; a hundred layers that differ in 
 
 A result is remembered only where it can be shown to follow from what was compared:
 
-    compared    classes, plain attributes, parameters and buffers of the leaf and of all modules in it, the contents of
-                the configs they hold, and the arguments: their structure, Python values, and of tensors dtype, device,
-                symbolic sizes and strides
+    compared    classes and their plain attributes, plain attributes, parameters and buffers of the leaf and of all
+                modules in it, the contents of the configs they hold, and the arguments: their structure, Python values,
+                and of tensors dtype, device, symbolic sizes and strides
     not         the number of a layer (`layer_idx` and the like), as long as nothing reads it while the leaf runs
     refused     a leaf that changes an argument or itself, returns something that is not new (an argument itself is
                 all right), makes symbols of its own, has hooks inside, or holds or takes anything not listed here
@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -40,6 +43,12 @@ _PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.la
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
 # What `nn.Module` keeps for itself and a forward pass does not look at, and what is compared in another way.
 _SKIPPED = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+
+
+# Whose looking at all attributes of a module says nothing about the model's code.
+_OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+# Attributes of a class that are compared.
+_SHARED = (bool, int, float, str, list, dict, set, tuple, type(None))
 
 
 class _UnknownError(Exception):
@@ -132,6 +141,7 @@ class Look:
     _places: dict[int, int] = field(default_factory=dict)
     _modules: dict[int, int] = field(default_factory=dict)
     _configs: dict[int, Any] = field(default_factory=dict)
+    _classes: dict[type, Any] = field(default_factory=dict)
 
     def at(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Fill in everything.
@@ -226,7 +236,21 @@ class Look:
             for name, tensor in own[kind].items()
         ]
         children = [(name, None if child is None else self._module(child)) for name, child in own["_modules"].items()]
-        return type(module), tuple(attributes), tuple(tensors), tuple(children)
+        return self._class(type(module)), tuple(attributes), tuple(tensors), tuple(children)
+
+    def _class(self, cls: type) -> Any:
+        """A class with the plain attributes that its objects share: code may count in one of those."""
+        if cls not in self._classes:
+            found = {
+                name: value
+                for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+                for name, value in vars(base).items()
+            }
+            shared = [
+                (name, value) for name, value in found.items() if type(value) in _SHARED and not _is_private(name)
+            ]
+            self._classes[cls] = cls, tuple([(name, repr(value)) for name, value in shared])
+        return self._classes[cls]
 
     def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         if name in NUMBERS and type(value) is int and not any(name in vars(cls) for cls in type(module).__mro__):
@@ -255,21 +279,48 @@ def _surroundings() -> Any:
     )
 
 
+def _is_private(name: str) -> bool:
+    """Whether an attribute of a class is Python's own."""
+    return name.startswith("__") and name.endswith("__")
+
+
 def _is_config(kind: type) -> bool:
     return any(cls.__module__ == "transformers.configuration_utils" for cls in kind.__mro__)
 
 
 @contextlib.contextmanager
 def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[list[str]]:
-    """Note whenever one of these attributes is looked at, through any module of their class."""
+    """Note whenever one of these attributes is looked at, or all attributes at once, through any module of their
+    class.
+    """
     reads: list[str] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for cls, name in numbered:
             setattr(cls, name, _Watched(name, reads))
+            stack.callback(delattr, cls, name)
+        for cls in dict.fromkeys(cls for cls, _ in numbered):
+            stack.enter_context(_dictionary_watched(cls, reads))
         yield reads
+
+
+@contextlib.contextmanager
+def _dictionary_watched(cls: Any, reads: list[str]) -> Iterator[None]:
+    """Note whenever a module of this class is asked for `__dict__`, other than by torch or by us."""
+    looked_up, own = cls.__getattribute__, vars(cls).get("__getattribute__")
+
+    def watching(module: Any, name: str) -> Any:
+        if name == "__dict__" and not sys._getframe(1).f_code.co_filename.startswith(_OURS):
+            reads.append(name)
+        return looked_up(module, name)
+
+    cls.__getattribute__ = watching
+    try:
+        yield
     finally:
-        for cls, name in numbered:
-            delattr(cls, name)
+        if own is None:
+            del cls.__getattribute__
+        else:
+            cls.__getattribute__ = own
 
 
 class _Watched:

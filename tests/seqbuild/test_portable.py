@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,28 @@ class Block(nn.Module):
         return self.down(torch.relu(self.up(self.norm(x)))), residual
 
 
+def _by_name(layer: Any) -> int:
+    return int(layer.layer_idx)
+
+
+def _by_vars(layer: Any) -> int:
+    return int(vars(layer)["layer_idx"])
+
+
+def _by_dictionary(layer: Any) -> int:
+    return int(layer.__dict__["layer_idx"])
+
+
+def _by_getattr(layer: Any) -> int:
+    return int(object.__getattribute__(layer, "layer_idx"))
+
+
+def _by_counting(layer: Any) -> int:
+    """How many layers of the class have run before."""
+    type(layer).count += 1
+    return int(type(layer).count)
+
+
 class TestSections:
     """Layers that are like an earlier one are not traced again, and that makes no difference."""
 
@@ -330,20 +353,24 @@ class TestSections:
         assert_same(run_chain(trace.subgraphs, model, {"x": x}), {"output": model(x)})
         assert calls(trace) == [f"layers.{index}.{name}" for index in range(6) for name in ("up", "down")]
 
-    def test_a_layer_that_reads_its_number_is_traced_by_itself(self) -> None:
+    @pytest.mark.parametrize("way", [_by_name, _by_vars, _by_dictionary, _by_getattr, _by_counting])
+    def test_a_layer_that_knows_which_it_is_is_traced_by_itself(self, way: Callable[[Any], int]) -> None:
         class Numbered(Block):
+            count = 0
+
             def __init__(self, layer_idx: int) -> None:
                 super().__init__(False)
                 self.layer_idx = layer_idx
 
             def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return self.down(x) * (self.layer_idx + 1), residual
+                return self.down(x) * (way(self) + 1), residual
 
         torch.manual_seed(0)
         model = Layered().eval()
         model.layers = nn.ModuleList(Numbered(index) for index in range(4))
         trace = deep(model, ["Numbered"], {"x": torch.randn(3, 12, WIDTH)})
         x = torch.randn(2, 5, WIDTH)
+        Numbered.count = 0
         assert_same(run_chain(trace.subgraphs, model, {"x": x}), {"output": model(x)})
 
 
