@@ -89,6 +89,11 @@ def say(line: str = "") -> None:
     print(printable(line), flush=True)
 
 
+def warn(line: str) -> None:
+    """Print a line where it does not mix with results."""
+    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     """A text without what terminals obey and people do not see: names come from files that others have written."""
     if text.isprintable():

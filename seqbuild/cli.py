@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|data`.
+"""The command line: `seqbuild compile|inspect|verify|cache|sign|data`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from runtime.console import human_bytes, run_app, say
+from runtime.console import human_bytes, run_app, say, warn
+from seqbuild.cache_cli import app as cache_app
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
+
+app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
 
@@ -62,25 +65,29 @@ def compile_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
-    from seqbuild.build import build
+    from seqbuild.options import make_options
+    from seqbuild.recall import recalled
     from seqbuild.show import remarks
 
-    done = build(
-        source,
-        targets=targets or None,
-        ignore=ignore or (),
-        auto_ignore=auto_ignore,
-        sample=sample,
-        text_only=text_only,
-        targets_per_subgraph=targets_per_subgraph,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        out=out,
-        force=force,
-        leaves=leaves,
-        trust_remote_code=trust_remote_code,
-    )
+    options: dict[str, Any] = {
+        "targets": targets or None,
+        "ignore": ignore or (),
+        "auto_ignore": auto_ignore,
+        "sample": sample,
+        "text_only": text_only,
+        "targets_per_subgraph": targets_per_subgraph,
+        "attn_implementation": attn_implementation,
+        "leaves": leaves,
+    }
+    place: dict[str, Any] = {"out": out, "revision": revision, "trust_remote_code": trust_remote_code}
+    done = None if force else recalled(source, make_options(**options), **place)
+    if done is None:
+        from seqbuild.build import build
+
+        done = build(source, force=force, **options, **place)
     manifest = done.manifest
+    for line in done.remarks:
+        warn(line)
     num_bytes = sum(entry.bytes for entry in manifest.files)
     if as_json:
         facts = {
