@@ -381,8 +381,6 @@ class _Checker:
             self._text(node, "objects")
         elif path == ["run", "copied"]:
             self._plain(node, 1)
-            if isinstance(node.args[0], (ast.Dict, ast.List, ast.Tuple, ast.Constant)):
-                raise self.refuse(node, "a copy of a literal")
         elif path == ["run", "require"]:
             self._plain(node, 2)
         elif path == ["run", "constant"]:

@@ -86,7 +86,6 @@ SYNTAX = [
     program("format", "is not allowed", "y = '{0.__class__}'.format(x)"),
     program("text formatting", "arithmetic on anything but numbers", "y = '%1000000000d' % 5"),
     program("text out of a tuple", "taking a part out of a literal", "a = ('%1000000000d',)[0]", "y = a % 5"),
-    program("text out of a copy", "a copy of a literal", 'a = run.copied({"a": "%99d"})["a"]', "y = a % 5"),
     program("comprehension", "kind ListComp", "y = torch.ops.aten.cat.default([a for a in x])"),
     program("generator", "is not allowed", "y = (a for a in x)"),
     program("set comprehension", "kind SetComp", "y = x[{a for a in x}]"),

@@ -55,6 +55,11 @@ def test_text_that_came_back_from_a_module_is_not_formatted(tmp_path: Path) -> N
         run(tmp_path / "a", *lines, x=1, submodules=("same",))
 
 
+def test_text_out_of_a_copy_is_not_formatted(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="calculates with str"):
+        run(tmp_path / "a", 'a = run.copied({"a": "%9999999999d"})["a"]', "y = a % x", x=1)
+
+
 def test_no_number_grows_without_end(tmp_path: Path) -> None:
     names = ["x", *(f"a{index}" for index in range(60)), "y"]
     lines = [f"{new} = {old} * {old}" for old, new in zip(names, names[1:], strict=False)]
