@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|evaluate|check`.
+"""The host's command line: `python -m runtime calibrate|evaluate|check|doctor`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -29,7 +29,9 @@ app = typer.Typer(
     epilog="--debug anywhere shows the traceback of an error.",
 )
 
-ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
+ArtifactPath = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile, or by seqbuild pack.")
+]
 WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
 DataPath = Annotated[Path, typer.Option("--data", help=".txt, .jsonl, .parquet, or .safetensors from seqbuild data.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu or auto.")]
@@ -47,9 +49,13 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the co
 @app.command()
 def calibrate(
     artifact: ArtifactPath,
-    weights: WeightsPath,
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML, in llm-compressor's dialect.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")],
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Model directory with safetensors weights; a bundle may hold it.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML, in llm-compressor's dialect; a bundle holds one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="As for evaluate; not needed by a recipe without statistics.")
     ] = None,
@@ -67,9 +73,12 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
+    from runtime.bundle import find_job
     from runtime.publish import require_free
     from runtime.recipe import Recipe
 
+    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    artifact, weights, recipe, data, out = job.artifact, job.weights, job.recipe, job.data, job.out
     require_free(out)
     parsed = Recipe.from_file(recipe)
     loaded, run_device, run_dtype = _prepare(
@@ -163,9 +172,10 @@ def check(
     allow_version_skew: Skew = False,
 ) -> None:
     """Check an artifact without executing anything of it."""
+    from runtime.bundle import artifact_of
     from runtime.checks import check_artifact, check_versions
 
-    found = check_artifact(artifact, [public_key] if public_key is not None else [])
+    found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
     manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
     say(f"{artifact}: {len(manifest.files)} files and {len(found.sources)} programs are as the manifest states")
@@ -175,6 +185,38 @@ def check(
     say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
     if manifest.model.code:
         say(f"the model's own code, which was not executed: {', '.join(manifest.model.code)}")
+
+
+@app.command()
+def doctor(
+    artifact: ArtifactPath,
+    weights: Annotated[Path | None, typer.Option("--weights", help="As for calibrate.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="As for calibrate.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="As for calibrate.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="As for calibrate.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    public_key: Annotated[Path | None, typer.Option("--public-key", help="As for check.")] = None,
+) -> int:
+    """Say what is missing on this host, or does not match. Exit code 1 says that something does not."""
+    from runtime.doctor import Examination, examine
+
+    examination = Examination(
+        path=artifact,
+        weights=weights,
+        recipe=recipe,
+        data=data,
+        out=out,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        public_key=public_key,
+    )
+    for finding in examine(examination):
+        say(f"{finding.kind:8} {finding.text}")
+    say("this host can calibrate it" if examination.is_well else "this host cannot calibrate it as it is")
+    return 0 if examination.is_well else 1
 
 
 def _prepare(

@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|cache|sign|data`.
+"""The command line: `seqbuild compile|inspect|verify|cache|pack|sign|data`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -169,6 +169,22 @@ def verify(
     else:
         print_report(found)
     return 0 if found.is_equal else 1
+
+
+@app.command()
+def pack(
+    artifact: ArtifactPath,
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML: what the host is to do.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file that ends in .tar.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Token file of seqbuild data.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to pack, too.")] = None,
+) -> None:
+    """Make one directory or .tar with all that a host without a network needs."""
+    from seqbuild.pack import pack as run
+
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
 
 
 @app.command()

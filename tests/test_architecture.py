@@ -31,6 +31,7 @@ SHARED |= {
     "checks",
     "contents",
     "constants",
+    "bundle",
     "signatures",
     "written",
     "config_rules",
