@@ -142,6 +142,12 @@ def verify(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Model directory with safetensors; else a small random model.")
     ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Compile once more instead, and compare every byte.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if there was a checkpoint.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
     allow_version_skew: Annotated[
@@ -152,7 +158,9 @@ def verify(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    """Compare the chain with the model itself. Exit code 0 when they are equal, 1 when not."""
+    """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""
+    if rebuild:
+        return _rebuild(artifact, source, trust_remote_code, as_json)
     from seqbuild.verify.artifact import verify_artifact
     from seqbuild.verify.report import as_plain, print_report
 
@@ -169,6 +177,18 @@ def verify(
     else:
         print_report(found)
     return 0 if found.is_equal else 1
+
+
+def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_json: bool) -> int:
+    from seqbuild.verify.rebuild import rebuild
+
+    found = rebuild(artifact, source=source, trust_remote_code=trust_remote_code)
+    if as_json:
+        facts = {"same": found.is_same, "files": found.num_files, "differing": list(found.differing)}
+        say(json.dumps(facts | {"ingredients": list(found.ingredients)}))
+    else:
+        say(str(found))
+    return 0 if found.is_same else 1
 
 
 @app.command()

@@ -79,7 +79,8 @@ def explain(
             )
         from seqbuild.build import prepared
 
-        *_, ingredients = prepared(source, own, options)
+        *_, made = prepared(source, own, options)
+        ingredients = dict(sorted(made.items()))
     key = cache.input_key(ingredients)
     path = out / f"{source.name}-{key[:12]}"
     try:

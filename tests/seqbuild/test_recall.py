@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import seqbuild.cli
+from runtime.artifact import check
 from runtime.errors import DataError, OutputError
 from runtime.publish import DAMAGED, PARTIAL
 from seqbuild import cache, recall
@@ -28,18 +29,58 @@ from tests.runtime.place import Run
 from tests.tiny_models import save_config
 
 ROOT = Path(__file__).parents[2]
-COMPILE = """
-import sys
-from seqbuild.build import build
-import seqbuild.build
-traced = []
-real = seqbuild.build.trace_somehow
-seqbuild.build.trace_somehow = lambda *a, **k: traced.append(1) or real(*a, **k)
-print("ready", flush=True)
-if len(sys.argv) > 3:
-    sys.stdin.readline()
-print(build(sys.argv[1], out=sys.argv[2]).path.name, len(traced))
+# Libraries are imported once; then each child is a process of its own, which traces or finds.
+CROWD = """
+import os, sys, seqbuild.build
+from seqbuild.trace.attempts import trace_somehow
+import transformers.models.llama.modeling_llama
+children = []
+for index in range(8):
+    mine, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        traced = []
+        seqbuild.build.trace_somehow = lambda *a, **k: traced.append(1) or trace_somehow(*a, **k)
+        path = seqbuild.build.build(sys.argv[1], out=sys.argv[2]).path
+        os.write(theirs, f"{path.name} {len(traced)}".encode())
+        os._exit(0)
+    os.close(theirs)
+    children.append((child, mine))
+for child, mine in children:
+    said = os.read(mine, 1000).decode()
+    print(said, os.waitpid(child, 0)[1])
 """
+KILLED = """
+import os, signal, sys, time, seqbuild.build
+import transformers.models.llama.modeling_llama
+def timed(out, wait):
+    start = time.monotonic()
+    child = os.fork()
+    if not child:
+        seqbuild.build.build(sys.argv[1], out=out)
+        os._exit(0)
+    if wait is not None:
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return time.monotonic() - start
+whole = timed(sys.argv[3], None)
+for part in (0.3, 0.6, 0.8, 0.9, 0.94, 0.97, 0.99, 1.0):
+    timed(sys.argv[2], whole * part)
+    print(whole * part, *sorted(os.listdir(sys.argv[2])) if os.path.isdir(sys.argv[2]) else (), sep="|", flush=True)
+"""
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: exit code, what it printed, what it complained about."""
+
+    def call(arguments: list[str], main: Callable[[list[str]], int]) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(arguments)
+        return code, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +115,17 @@ def artifact(out: Path) -> Path:
     return found
 
 
-def process(model: Path, out: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", COMPILE, str(model), str(out), *more]
-    return subprocess.Popen(
-        command,
+def said_by(program: str, *arguments: Path) -> list[str]:
+    """The lines that a program prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 class TestHits:
@@ -262,38 +304,25 @@ class TestDamage:
 
 
 def test_eight_processes_trace_once(model: Path, tmp_path: Path) -> None:
-    running = [process(model, tmp_path / "out", "wait") for _ in range(8)]
-    for one in running:
-        assert one.stdout is not None and one.stdout.readline() == "ready\n"
-    for one in running:
-        assert one.stdin is not None
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    said = [one.communicate(timeout=300)[0].split() for one in running]
-    assert [one.returncode for one in running] == [0] * 8
-    assert len({name for name, _ in said}) == 1
-    assert sorted(int(count) for _, count in said) == [0] * 7 + [1]
+    said = [line.split() for line in said_by(CROWD, model, tmp_path / "out")]
+    assert len(said) == 8
+    assert len({name for name, _, _ in said}) == 1
+    assert sorted(int(count) for _, count, _ in said) == [0] * 7 + [1]
+    assert {code for _, _, code in said} == {"0"}
 
 
 def test_a_killed_compilation_leaves_all_or_nothing(model: Path, tmp_path: Path) -> None:
     """Killed at moments spread over the whole compilation, the last ones while it writes."""
-    out, started = tmp_path / "out", time.monotonic()
-    first = process(model, tmp_path / "whole")
-    assert first.wait(timeout=300) == 0
-    first.communicate()
-    seconds = time.monotonic() - started
-    for part in (0.5, 0.8, 0.9, 0.95, 0.98, 1.0):
-        one = process(model, out)
-        time.sleep(seconds * part)
-        one.send_signal(signal.SIGKILL)
-        one.communicate()
-        for path in out.iterdir() if out.is_dir() else ():
-            if path.is_dir() and not path.name.startswith("."):
-                assert recall.Manifest.from_bytes((path / "manifest.msgpack").read_bytes()) is not None
-                from runtime.artifact import check
-
-                check(path)
+    out = tmp_path / "out"
+    out.mkdir()
+    for line in said_by(KILLED, model, out, tmp_path / "whole"):
+        names = [name for name in line.split("|")[1:] if not name.startswith(".")]
+        assert len(names) <= 1, line
+    for path in out.iterdir():
+        if path.is_dir() and not path.name.startswith("."):
+            check(path)
     found = build(model, out=out)
+    check(found.path)
     list(prune(out))
     assert not [path for path in out.iterdir() if path.name.endswith((PARTIAL, DAMAGED))]
     assert artifact(out) == found.path
