@@ -7,10 +7,10 @@ if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition
     # So that goes before anything else is imported, `__future__` included.
     del sys.path[0]
 
-import importlib  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from runtime.errors import (  # noqa: E402
+from runtime.errors import (
     ArtifactError,
     DataError,
     DeviceError,

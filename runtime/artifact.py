@@ -265,9 +265,7 @@ def _compile(root: Path, checked: Checked) -> Artifact:
 
     manifest, contents = checked.manifest, checked.contents
     artifact = Artifact(path=root, manifest=manifest, model_code=checked.code)
-    artifact.companions = {
-        name: data for name, data in contents.items() if "/" not in name and name != CONSTANTS_NAME
-    }
+    artifact.companions = {name: data for name, data in contents.items() if "/" not in name and name != CONSTANTS_NAME}
     if manifest.constants:
         artifact.constants = load_constants(contents[CONSTANTS_NAME])
     programs = {file: compile_program(source, str(root / file)) for file, source in checked.sources.items()}

@@ -13,7 +13,14 @@ CONFIG_NAME = "config.json"
 _LIMIT_BYTES, _LIMIT_DEPTH = 16 * 2**20, 24
 # Arguments that go as they are to timm, which reads files that they name, pickles among them.
 _HANDED_ON = ("model_args", "backbone_kwargs", "timm_kwargs")
-_READS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only_path")
+_READS = (
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "features_only_path",
+)
 _NAMES_OF_CODE = ("architecture", "backbone")
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
 

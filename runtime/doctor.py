@@ -5,6 +5,7 @@ Everything is looked at that a calibration would come to, in its order, and noth
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
 import sys
@@ -107,10 +108,8 @@ def _python(found: Examination) -> None:
 def _libraries(found: Examination) -> None:
     pinned: Mapping[str, str] = {}
     if is_bundle(found.path):
-        try:
+        with contextlib.suppress(SeqbuildError):  # `_bundle` says so
             pinned = read_bundle(found.path).requirements
-        except SeqbuildError:
-            pass  # `_bundle` says so
     for name in LIBRARIES:
         try:
             version = importlib.metadata.version(name)
@@ -159,8 +158,11 @@ def _artifact(found: Examination) -> None:
     else:
         found.tried(lambda: _fits_transformers(manifest))
     if manifest.model.code and not manifest.is_portable and not found.trust_remote_code:
-        found.say("problem", f"it brings its own code ({', '.join(manifest.model.code)}): read it, and allow it with "
-                             "--trust-remote-code")
+        found.say(
+            "problem",
+            f"it brings its own code ({', '.join(manifest.model.code)}): read it, and allow it with "
+            "--trust-remote-code",
+        )
 
 
 def _fits_transformers(manifest: Manifest) -> str:
@@ -176,9 +178,7 @@ def _run(found: Examination) -> None:
     jobs: dict[str, Job] = {}
 
     def job() -> str:
-        jobs["job"] = find_job(
-            found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out
-        )
+        jobs["job"] = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
         return f"reads {jobs['job'].weights}, writes {jobs['job'].out}"
 
     if found.tried(job):
@@ -229,7 +229,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     recipe = Recipe.from_file(job.recipe)
     model = artifact.empty_model(dtype)
     source = Weights(artifact, Checkpoint(job.weights), dtype, model)
-    jobs, unreached = assign_jobs(artifact, model, source, recipe)
+    jobs, _ = assign_jobs(artifact, model, source, recipe)
     state["least_bytes"] = least_bytes(source, jobs)
     if job.data is None and any(entry.algorithm == "gptq" for entry in jobs.values()):
         raise UsageError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")

@@ -24,9 +24,7 @@ _WITHOUT_EFFECT = re.compile(
 )
 
 
-def read_config(
-    directory: Path, config_class: type | None = None, *, origin: Path | None = None
-) -> PretrainedConfig:
+def read_config(directory: Path, config_class: type | None = None, *, origin: Path | None = None) -> PretrainedConfig:
     """The config of a directory, with its class's defaults where it says nothing.
 
     Args:

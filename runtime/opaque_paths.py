@@ -16,7 +16,9 @@ _OPAQUE = re.compile(
     r"|modeling_rope_utils|modeling_layers|pytorch_utils|activations|cache_utils|integrations\.(sdpa_attention|moe))"
     r":_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*\Z"
 )
-_REACHES_FILES = re.compile(r"pretrained|load|save|push|fetch|import|register|apply_chunking|create_timm", re.IGNORECASE)
+_REACHES_FILES = re.compile(
+    r"pretrained|load|save|push|fetch|import|register|apply_chunking|create_timm", re.IGNORECASE
+)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 
 

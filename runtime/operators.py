@@ -55,7 +55,8 @@ _LAYER = """
     grid_sampler_3d group_norm instance_norm layer_norm max_pool1d max_pool2d max_pool3d max_pool2d_with_indices
     native_dropout native_group_norm native_layer_norm normalize rms_norm upsample_bicubic2d
     upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa affine_grid_generator
+    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    affine_grid_generator
     channel_shuffle
 """
 _MAKE = """
@@ -103,13 +104,12 @@ ALLOWED: frozenset[str] = frozenset(
 # Parts of names of overloads that write into tensors which they are handed under another name than `out`.
 _WRITES = frozenset(("out", "values", "max", "min", "OutTensor", "OutScalar"))
 # What shares its argument's memory, always.
-_VIEWS = frozenset(
-    """
+_VIEW_NAMES = """
     adjoint alias as_strided chunk detach diagonal expand expand_as mT numpy_T H T narrow permute select slice split
     split_with_sizes squeeze swapaxes swapdims t transpose unbind unfold unsqueeze view view_as view_as_real
     view_as_complex real imag movedim moveaxis tensor_split
-    """.split()
-)
+"""
+_VIEWS = frozenset(_VIEW_NAMES.split())
 
 
 def is_allowed(name: str, overload: str) -> bool:
@@ -141,7 +141,9 @@ def check_operators(operators: Mapping[str, str]) -> None:
     for operator, file in operators.items():
         name, _, overload = operator.partition(".")
         packet = getattr(torch.ops.aten, name, None)
-        overloads: list[str] = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []  # type: ignore[no-untyped-call]
+        overloads: list[str] = []
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            overloads = packet.overloads()  # type: ignore[no-untyped-call]
         if overload not in overloads:
             raise ArtifactError(
                 f"{file} calls torch.ops.aten.{operator}, which torch {torch.__version__} does not have",

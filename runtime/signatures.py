@@ -98,7 +98,9 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
             raise
         except Exception as error:
             why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise SignatureError(f"{private_key} cannot sign: {why}", hint="it is an elliptic curve key in PEM") from error
+            raise SignatureError(
+                f"{private_key} cannot sign: {why}", hint="it is an elliptic curve key in PEM"
+            ) from error
         return place.read_bytes()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from runtime.conditions import check_condition
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
-from runtime.manifest import ATTENTIONS, DTYPES, LeafKind, Manifest, canonical, sha256
+from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
 from runtime.model_code import is_own_module
 from runtime.written import is_dimension, is_pattern
 
@@ -59,16 +59,16 @@ def check_tables(manifest: Manifest) -> None:
 
 def _wrong_places(manifest: Manifest) -> Iterator[str]:
     """Programs and classes that are not where such things are."""
-    programs = {"subgraphs": manifest.subgraphs, "conversions": manifest.conversions}
-    files = [(folder, entry.file) for folder, entries in programs.items() for entry in entries]
+    files = [("subgraphs", entry.file) for entry in manifest.subgraphs]
+    files += [("conversions", program.file) for program in manifest.conversions]
     files += [("leaves", kind.program) for kind in manifest.leaf_kinds if kind.program]
     for folder, file in files:
         if re.fullmatch(rf"{folder}/[0-9]{{3,6}}\.py", file) is None:
             yield f"{file!r} is no place for one of the {folder}"
     model = manifest.model
-    if not _is_class(model.module, model.class_name) or _MODELING.fullmatch(model.module) is None:
-        if not is_own_module(model.module):
-            yield f"the model's class is {model.module}.{model.class_name}, which is no model of transformers"
+    is_known = _is_class(model.module, model.class_name) and _MODELING.fullmatch(model.module) is not None
+    if not is_known and not is_own_module(model.module):
+        yield f"the model's class is {model.module}.{model.class_name}, which is no model of transformers"
     for name, path in manifest.foreign.items():
         module, _, class_name = path.partition(":")
         known = module.split(".")[0] in ("torch", "transformers") or is_own_module(module)
@@ -86,8 +86,9 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
             yield f"the size {dim.name!r} has the range {dim.min} to {dim.max}"
     if len(names) != len(manifest.dims):
         yield "the manifest states the range of a size twice"
-    entries = [(entry.name, entry) for entry in manifest.inputs]
-    for name, entry in (*entries, *manifest.values.items()):
+    entries: list[tuple[str, InputEntry | TensorEntry]] = [(entry.name, entry) for entry in manifest.inputs]
+    entries += manifest.values.items()
+    for name, entry in entries:
         if entry.dtype not in ("model", "", *DTYPES, *_OTHER_DTYPES) or not all(map(is_dimension, entry.shape)):
             yield f"the value {name!r} has the dtype {entry.dtype!r} or the shape {list(entry.shape)!r}, which is none"
     if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):

@@ -49,15 +49,16 @@ def is_pattern(pattern: str) -> bool:
 
 def _is_part(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
-        return type(node.value) in (int, float) and abs(node.value) <= _LARGEST
+        value = node.value
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if isinstance(node, ast.Name):
         return not node.id.startswith("_")
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and not node.keywords
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         exponent = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
-        value = exponent.value if isinstance(exponent, ast.Constant) else None
-        return isinstance(value, (int, float)) and abs(value) <= _EXPONENT
+        power = exponent.value if isinstance(exponent, ast.Constant) else None
+        return isinstance(power, (int, float)) and abs(power) <= _EXPONENT
     return isinstance(node, (*_PARTS, *_SIGNS))
 
 

@@ -5,8 +5,8 @@ import sys
 if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
     del sys.path[0]  # as in runtime/__init__.py
 
-import importlib  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqbuild.build import compile_model

@@ -39,7 +39,8 @@ from seqbuild.model.own_code import OwnCode, own_code_of
 from seqbuild.model.relied_on import made_of, relied_on
 from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import Options, make_options
-from seqbuild.portable import Parts, limits, parts as portable_parts
+from seqbuild.portable import Parts, limits
+from seqbuild.portable import parts as portable_parts
 from seqbuild.recall import Compiled, recall, remember, request
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
@@ -48,6 +49,7 @@ from seqbuild.trace.subgraphs import Trace
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from seqbuild.trace.blame import Function
 
@@ -138,7 +140,7 @@ def build(
 
 def prepared(
     source: Source, own: OwnCode | None, options: Options
-) -> tuple[nn.Module, dict[str, Any], list[tuple[str, ...]], dict[str, str], dict[str, str]]:
+) -> tuple[PreTrainedModel, dict[str, Any], list[tuple[str, ...]], dict[str, str], dict[str, str]]:
     """What the input key needs and is made of.
 
     Returns:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import runtime
+from runtime import manifest
 from runtime.artifact import check
 from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
@@ -99,8 +99,8 @@ def find_artifact(path: Path, key: str) -> Manifest | None:
     """
     if not path.is_dir():
         return None
-    manifest, _ = check(path)
-    return manifest if manifest.input_key == key and not changed_sources(manifest.sources) else None
+    found, _ = check(path)
+    return found if found.input_key == key and not changed_sources(found.sources) else None
 
 
 def own_digest() -> str:
@@ -108,7 +108,7 @@ def own_digest() -> str:
     change with every commit.
     """
     found: dict[str, str] = {}
-    for package in (Path(__file__).resolve().parent, Path(runtime.__file__).resolve().parent):
+    for package in (Path(__file__).resolve().parent, Path(manifest.__file__).resolve().parent):
         for path in sorted(package.rglob("*.py")):
             found[f"{package.name}/{path.relative_to(package).as_posix()}"] = sha256(path.read_bytes())
     return _digest(found)

@@ -84,7 +84,9 @@ def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Ent
         if entry.manifest is None:
             continue
         theirs = entry.manifest.ingredients
-        differing = [name for name in dict.fromkeys((*ingredients, *theirs)) if ingredients.get(name) != theirs.get(name)]
+        differing = [
+            name for name in dict.fromkeys((*ingredients, *theirs)) if ingredients.get(name) != theirs.get(name)
+        ]
         if best is None or len(differing) < len(best[1]):
             best = entry, differing
     return best
@@ -177,7 +179,9 @@ def _remove(path: Path) -> None:
 
 def _listed(out: Path) -> list[Path]:
     if not out.is_dir():
-        raise OutputError(f"there is no directory {out}", hint="name the one that seqbuild compile wrote to, with --out")
+        raise OutputError(
+            f"there is no directory {out}", hint="name the one that seqbuild compile wrote to, with --out"
+        )
     return sorted(out.iterdir())
 
 

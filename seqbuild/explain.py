@@ -98,7 +98,9 @@ def explain(
         is_hit=is_hit,
         reason="" if is_hit else reason,
         nearest=closest[0].path if closest is not None else None,
-        differing=_values(ingredients, closest[0].manifest.ingredients, closest[1]) if closest is not None and closest[0].manifest is not None else {},
+        differing=_values(ingredients, closest[0].manifest.ingredients, closest[1])
+        if closest is not None and closest[0].manifest is not None
+        else {},
         changed=tuple(changed_sources(record.sources)) if record is not None else (),
     )
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import runtime
+from runtime import bundle
 from runtime.bundle import (
     ARTIFACT,
     BUNDLE_NAME,
@@ -41,8 +41,8 @@ _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py
 _README = """\
 # {model}, ready to be calibrated
 
-On a host with the libraries of requirements.txt (`pip install -r requirements.txt`, where there is a network or a folder
-of wheels), type in this directory
+On a host with the libraries of requirements.txt (`pip install -r requirements.txt`, where there is a network or a
+folder of wheels), type in this directory
 
     {command}
 
@@ -51,8 +51,11 @@ and the quantized checkpoint appears in `quantized/`. Nothing is fetched, and no
     python -m runtime doctor .{weights}     what is missing here, or does not fit, before anybody waits
     sha256sum --check --quiet SHA256SUMS    whether the bundle has arrived as it was packed
 
-What is in here: `artifact/`, the compiled model; `recipe.yaml`, what is done to it; {data}`runtime/`, the program that
-does it, at version {version}. {signature}
+What is in here:
+
+    artifact/        the compiled model; {signature}
+    recipe.yaml      what is done to it
+{data}    runtime/         the program that does it, version {version}
 """
 
 
@@ -87,9 +90,8 @@ def pack(
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is no token file", hint="seqbuild data makes one of texts")
         read_token_file(Path(data))
-    files: dict[str, Path | bytes] = {
-        f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()
-    } | {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
+    files: dict[str, Path | bytes] = {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
+    files |= {f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()}
     signature = read_signature(root)
     if signature is not None:
         files[f"{ARTIFACT}/{SIGNATURE_NAME}"] = signature
@@ -112,7 +114,7 @@ def pack(
 
 
 def _runtime_files() -> Iterator[tuple[str, Path]]:
-    folder = Path(runtime.__file__).resolve().parent
+    folder = Path(bundle.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
         if source.suffix == ".py" or source.name == "py.typed":
             yield source.relative_to(folder).as_posix(), source
@@ -131,14 +133,13 @@ def _weight_files(directory: Path) -> list[Path]:
 def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed: bool) -> bytes:
     own = " --trust-remote-code" if manifest.model.code and not manifest.is_portable else ""
     weights = "" if has_weights else " --weights MODEL_DIR"
-    how = "ask for it with --require-signature PUBLIC_KEY." if is_signed else ""
     text = _README.format(
         model=manifest.model.class_name,
         command=f"python -m runtime calibrate .{weights}{own}",
         weights=weights,
-        data="`data.safetensors`, tokenized text; " if has_data else "",
-        version=runtime.__version__,
-        signature=f"The artifact is signed: {how}" if is_signed else "The artifact is not signed.",
+        data="    data.safetensors the text, tokenized\n" if has_data else "",
+        version=importlib.metadata.version("seqbuild"),
+        signature="it is signed: --require-signature PUBLIC_KEY asks for that" if is_signed else "it is not signed",
     )
     return text.encode("utf-8")
 

@@ -1,9 +1,9 @@
 """Find an artifact that has been compiled, without building the model or importing torch.
 
-The input key of an artifact needs the model: its class, the files that define it, the targets it names. So a compilation
-leaves a small record beside its artifact, under a key of what was asked for, of which nothing needs the model. The
-record says what the artifact's manifest is, and which library files the model was made of; a request is a hit when all
-of them are as they were, and so is every file of the artifact.
+The input key of an artifact needs the model: its class, the files that define it, the targets it names. So a
+compilation leaves a small record beside its artifact, under a key of what was asked for, of which nothing needs the
+model. The record says what the artifact's manifest is, and which library files the model was made of; a request is a
+hit when all of them are as they were, and so is every file of the artifact.
 """
 
 from __future__ import annotations

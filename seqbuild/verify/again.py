@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
 from runtime.model_code import FOLDER
 from runtime.model_config import artifact_config
-from seqbuild.build import Compiled, build
+from seqbuild.build import build
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
+from seqbuild.recall import Compiled
 from seqbuild.sample.inputs import SampleShape, default_sample
 from seqbuild.shrink.config import shrink_table
 from seqbuild.targets import inferred_targets, match_modules

@@ -87,7 +87,9 @@ def rebuild(
 
 def _described(checked: Checked, folder: Path) -> Path:
     """The model's directory, as far as the artifact brings it: the same bytes under the same names."""
-    files = {name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))}
+    files = {
+        name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))
+    }
     files |= dict(checked.code.files) if checked.code is not None else {}
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

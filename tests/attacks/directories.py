@@ -81,8 +81,11 @@ DIRECTORIES = [
     moved("a hard link for the manifest", MANIFEST_NAME, _hardlink),
     moved("a hard link for the constants", "constants.safetensors", _hardlink),
     done("a symbolic link that is not listed", "is not a plain file", lambda root: _symlink(root / "x", Path("/etc"))),
-    done("a hard link within the artifact", "is not a plain file", lambda root: os.link(
-        root / "subgraphs/000.py", root / "subgraphs/002.py")),
+    done(
+        "a hard link within the artifact",
+        "is not a plain file",
+        lambda root: os.link(root / "subgraphs/000.py", root / "subgraphs/002.py"),
+    ),
     done("a dangling link", "is not a plain file", lambda root: _symlink(root / "x", root / "nothing")),
     done("a link to itself", "is not a plain file", lambda root: _symlink(root / "x", root / "x")),
     done("a link to its own directory", "is not a plain file", lambda root: _symlink(root / "subgraphs/x", root)),
@@ -94,16 +97,34 @@ DIRECTORIES = [
     done("a terabyte for a program", "", lambda root: _sparse(root / "subgraphs/000.py")),
     done("a terabyte for the manifest", "", lambda root: _sparse(root / MANIFEST_NAME)),
     done("a terabyte for the constants", "", lambda root: _sparse(root / "constants.safetensors")),
-    done("a directory for a program", "has lost", lambda root: (
-        (root / "subgraphs/000.py").unlink(), (root / "subgraphs/000.py").mkdir())),
+    done(
+        "a directory for a program",
+        "has lost",
+        lambda root: ((root / "subgraphs/000.py").unlink(), (root / "subgraphs/000.py").mkdir()),
+    ),
     *(
         done(f"an unlisted {name}", "which its manifest does not list", lambda root, name=name: _file(root, name))
-        for name in ("typing.py", "torch.py", "runtime/__main__.py", "sitecustomize.py", "conftest.py", "evil.so",
-                     "subgraphs/__init__.py", "modeling/x.py", ".hidden", "evil.pth", "a/b/c/d/e.py", "a\x1b[2Jb")
+        for name in (
+            "typing.py",
+            "torch.py",
+            "runtime/__main__.py",
+            "sitecustomize.py",
+            "conftest.py",
+            "evil.so",
+            "subgraphs/__init__.py",
+            "modeling/x.py",
+            ".hidden",
+            "evil.pth",
+            "a/b/c/d/e.py",
+            "a\x1b[2Jb",
+        )
     ),
     done("an unlisted empty directory", "does not list", lambda root: (root / "torch").mkdir()),
-    done("an unlisted name that is no text", "does not list", lambda root: (
-        Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe")).write_bytes(b""))),
+    done(
+        "an unlisted name that is no text",
+        "does not list",
+        lambda root: Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe")).write_bytes(b""),
+    ),
     done("a deep directory", "does not list", lambda root: (root / "/".join("d" * 200)).mkdir(parents=True)),
     done("a missing program", "has lost", lambda root: (root / "subgraphs/001.py").unlink()),
     done("no manifest", "has no manifest", lambda root: (root / MANIFEST_NAME).unlink()),

@@ -130,7 +130,9 @@ SYNTAX = [
     program("result annotation", "a signature", "y = x + 1", head=f"def forward(self, x, *, run) -> {_RUN}:"),
     program("variable arguments", "a signature", "y = x + 1", head="def forward(self, x, *args, run):"),
     program("another function", "a signature", "y = x + 1", head="def __getattr__(self, x, *, run):"),
-    program("asynchronous function", "anything but one function", "y = x + 1", head="async def forward(self, x, *, run):"),
+    program(
+        "asynchronous function", "anything but one function", "y = x + 1", head="async def forward(self, x, *, run):"
+    ),
     program(
         "one input twice",
         "a second input",
@@ -143,12 +145,18 @@ SYNTAX = [
 ]
 
 TEXT = [
-    raw_program("encoding declaration", "encoding declaration", b"# -*- coding: utf-7 -*-\ndef forward(self, x, *, run):\n"),
+    raw_program(
+        "encoding declaration", "encoding declaration", b"# -*- coding: utf-7 -*-\ndef forward(self, x, *, run):\n"
+    ),
     raw_program("vim's encoding declaration", "encoding declaration", b"#\n# vim: set fileencoding=rot13 :\n"),
-    raw_program("null bytes", "control characters", b"def forward(self, x, *, run):\n    y = x + 1\0\n    return {'y': y}\n"),
+    raw_program(
+        "null bytes", "control characters", b"def forward(self, x, *, run):\n    y = x + 1\0\n    return {'y': y}\n"
+    ),
     raw_program("carriage returns", "control characters", b"# a comment\rimport os\n"),
     raw_program("form feeds", "control characters", b"def forward(self, x, *, run):\n\x0c    return {'y': x}\n"),
-    raw_program("terminal sequences", "control characters", b"# \x1b[2J\ndef forward(self, x, *, run):\n    return {'y': x}\n"),
+    raw_program(
+        "terminal sequences", "control characters", b"# \x1b[2J\ndef forward(self, x, *, run):\n    return {'y': x}\n"
+    ),
     program("homoglyph of self", "ascii", "y = ѕelf.get_parameter('w')"),
     program("homoglyph that Python normalizes", "ascii", "y = x.__ｃlass__"),
     raw_program("byte order mark", "ascii", "\ufeffdef forward(self, x, *, run):\n    return {'y': x}\n".encode()),
@@ -177,9 +185,20 @@ BOMBS = [
     program("a terabyte by repeating", "a literal size", "y = torch.ops.aten.repeat.default(x, [1048576, 1048576])"),
     program("a terabyte by expanding", "a literal size", "y = torch.ops.aten.expand.default(x, [4611686018427387904])"),
     raw_program("five megabytes of code", "more than the", b"# " + b"a" * (5 * 2**20)),
-    program("loops in loops", "nesting of more than", *(f"{'    ' * i}for i{i} in range(x):" for i in range(6)), "    " * 6 + "y = x + 1"),
+    program(
+        "loops in loops",
+        "nesting of more than",
+        *(f"{'    ' * i}for i{i} in range(x):" for i in range(6)),
+        "    " * 6 + "y = x + 1",
+    ),
     program("a loop over text", "a loop over anything but", "for a in 'abc':", "    y = x + 1", "y = x + 1"),
-    program("a loop over a literal number", "a loop over anything but", "for a in range(9999999999):", "    b = x + 1", "y = x + 1"),
+    program(
+        "a loop over a literal number",
+        "a loop over anything but",
+        "for a in range(9999999999):",
+        "    b = x + 1",
+        "y = x + 1",
+    ),
 ]
 
 OPERATORS = [
@@ -270,7 +289,10 @@ NAMES = [
 ]
 
 OPAQUE = [
-    *(opaque(path) for path in ("os:system", "os:popen", "posix:system", "subprocess:run", "builtins:exec", "nt:system")),
+    *(
+        opaque(path)
+        for path in ("os:system", "os:popen", "posix:system", "subprocess:run", "builtins:exec", "nt:system")
+    ),
     opaque("torch:load"),
     opaque("torch.hub:load"),
     opaque("pickle:loads"),

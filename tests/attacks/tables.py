@@ -101,23 +101,31 @@ ENCODING = [
     raw("duplicate keys", "is damaged", _doubled),
     raw("trailing bytes", "is damaged", lambda: manifest().to_bytes() + b"\x00"),
     raw("another order of keys", "not canonical", lambda: msgpack.packb(dict(reversed(_without_digest().items())))),
-    raw("longer integers", "not canonical", lambda: manifest().to_bytes().replace(b"subgraph\x01", b"subgraph\xcc\x01")),
+    raw(
+        "longer integers", "not canonical", lambda: manifest().to_bytes().replace(b"subgraph\x01", b"subgraph\xcc\x01")
+    ),
     raw("no digest", "digest does not match", lambda: canonical(_without_digest())),
     encoded("a future version", "format version 2.0", lambda plain: plain.update(format_version=[2, 0])),
     encoded("a version beyond all numbers", "format version", lambda plain: plain.update(format_version=[2**63, 0])),
     encoded("an older version with newer entries", "unknown entry", lambda plain: plain.update(format_version=[1, 0])),
     encoded("an entry that is unknown", "unknown entry", lambda plain: plain.update(exec="os.system")),
-    encoded("not a number where a shape is expected", "", lambda plain: plain["inputs"][0].update(shape=[float("nan")])),
+    encoded(
+        "not a number where a shape is expected", "", lambda plain: plain["inputs"][0].update(shape=[float("nan")])
+    ),
     encoded("infinity where a size is expected", "", lambda plain: plain["files"][0].update(bytes=float("inf"))),
     encoded("bytes where text is expected", "", lambda plain: plain.update(input_key=b"abc")),
     encoded("a list where a table is expected", "is not a table", lambda plain: plain.update(parameters=[])),
-    encoded("true where a number is expected", "is bool, not int", lambda plain: plain.update(targets_per_subgraph=True)),
+    encoded(
+        "true where a number is expected", "is bool, not int", lambda plain: plain.update(targets_per_subgraph=True)
+    ),
 ]
 
 VALUES = [
     changed("an input key of other ingredients", "is not that of its ingredients", input_key="ab" * 32),
     changed("a negative shape", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
-    changed("a shape beyond all memory", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))}),
+    changed(
+        "a shape beyond all memory", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))}
+    ),
     changed("a shape that is code", "which is none", values={"y": TensorEntry(dtype="", shape=("__import__('os')",))}),
     changed("a shape with an exponent bomb", "which is none", values={"y": TensorEntry(dtype="", shape=("9**9**9",))}),
     changed("a shape with a lambda", "which is none", values={"y": TensorEntry(dtype="", shape=("(lambda: 1)()",))}),
@@ -137,7 +145,9 @@ VALUES = [
     parameter("a parameter that is tied to itself", "is no other parameter", tied_to="head.weight"),
     parameter("a conversion that does not exist", "which does not exist", conversion=7),
     model("a class outside of transformers", "no model of transformers", module="os", class_name="PathLike"),
-    model("a module of transformers that is no model", "no model of", module="transformers.trainer", class_name="Trainer"),
+    model(
+        "a module of transformers that is no model", "no model of", module="transformers.trainer", class_name="Trainer"
+    ),
     model("a class that is a path", "no model of transformers", class_name="A.__init__.__globals__['os']"),
     model("a module beyond transformers", "no model of transformers", module="transformers.models.x.modeling_x.os"),
     model("own code that is not there", "not among the files", module="seqbuild_modeling_0123456789abcdef.evil"),
@@ -152,32 +162,77 @@ VALUES = [
     changed("a policy that is unknown", "leaves are one of", policy="everything"),
     changed("a kind of leaf that is unknown", "no kind of leaf", leaf_kinds=(LeafKind(kind="system"),)),
     changed("a leaf with odd options", "has the options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)),
-    changed("a leaf with huge options", "has the", leaf_kinds=(
-        LeafKind(kind="Conv1d", options={"stride": (2**40,), "padding": (0,), "dilation": (1,), "groups": (1,),
-                                         "padding_mode": ("zeros",)}),
-    )),
+    changed(
+        "a leaf with huge options",
+        "has the",
+        leaf_kinds=(
+            LeafKind(
+                kind="Conv1d",
+                options={
+                    "stride": (2**40,),
+                    "padding": (0,),
+                    "dilation": (1,),
+                    "groups": (1,),
+                    "padding_mode": ("zeros",),
+                },
+            ),
+        ),
+    ),
     changed("a leaf without a kind", "does not describe", leaves={"layers.0": 3}),
-    changed("a leaf with a private name", "does not describe", leaves={"__class__": 0},
-            leaf_kinds=(LeafKind(kind="Linear"),)),
-    changed("a conversion of no file", "not listed", conversions=(ConversionEntry(file="conversions/009.py", num_sources=2),)),
+    changed(
+        "a leaf with a private name",
+        "does not describe",
+        leaves={"__class__": 0},
+        leaf_kinds=(LeafKind(kind="Linear"),),
+    ),
+    changed(
+        "a conversion of no file",
+        "not listed",
+        conversions=(ConversionEntry(file="conversions/009.py", num_sources=2),),
+    ),
     changed("a conversion elsewhere", "", conversions=(ConversionEntry(file="config.json", num_sources=2),)),
 ]
 
 PLACES = [
-    changed(f"a file at {path!r}", "leaves it or is not plain",
-            files=(*manifest().files, FileEntry(path=path, bytes=1, sha256=sha256(b"x"))))
-    for path in ("../outside.txt", "/etc/hostname", "subgraphs/../../x.txt", "a\\b.txt", "a\0b.txt", "", ".", "..",
-                 "./x.txt", "a//b.txt", ".hidden.txt", "manifest.msgpack", "\u202etxt.exe.json", "a\nb.txt", "~/x.txt",
-                 "x" * 300 + ".txt")
+    changed(
+        f"a file at {path!r}",
+        "leaves it or is not plain",
+        files=(*manifest().files, FileEntry(path=path, bytes=1, sha256=sha256(b"x"))),
+    )
+    for path in (
+        "../outside.txt",
+        "/etc/hostname",
+        "subgraphs/../../x.txt",
+        "a\\b.txt",
+        "a\0b.txt",
+        "",
+        ".",
+        "..",
+        "./x.txt",
+        "a//b.txt",
+        ".hidden.txt",
+        "manifest.msgpack",
+        "\u202etxt.exe.json",
+        "a\nb.txt",
+        "~/x.txt",
+        "x" * 300 + ".txt",
+    )
 ]
 LISTED = [
     changed("a file listed twice", "twice", files=(*manifest().files, manifest().files[0])),
     changed("a file of negative size", "is damaged", files=tuple(replace(e, bytes=-1) for e in manifest().files)),
     changed("a file of a huge size", "is damaged", files=tuple(replace(e, bytes=2**62) for e in manifest().files)),
-    changed("a size that lies by one", "is damaged", files=tuple(replace(e, bytes=e.bytes + 1) for e in manifest().files)),
-    changed("a digest in capitals", "is damaged", files=tuple(replace(e, sha256=e.sha256.upper()) for e in manifest().files)),
-    changed("files without end", "more than the", files=tuple(
-        FileEntry(path=f"a{index}.txt", bytes=0, sha256="") for index in range(20_001))),
+    changed(
+        "a size that lies by one", "is damaged", files=tuple(replace(e, bytes=e.bytes + 1) for e in manifest().files)
+    ),
+    changed(
+        "a digest in capitals", "is damaged", files=tuple(replace(e, sha256=e.sha256.upper()) for e in manifest().files)
+    ),
+    changed(
+        "files without end",
+        "more than the",
+        files=tuple(FileEntry(path=f"a{index}.txt", bytes=0, sha256="") for index in range(20_001)),
+    ),
     replaced("a shared library", "a kind of file", {"evil.so": b"\x7fELF"}),
     replaced("a pickle", "a kind of file", {"pytorch_model.bin": b"\x80\x04"}),
     replaced("a path file for Python", "a kind of file", {"evil.pth": b"import os; os.system('touch owned')\n"}),
@@ -192,34 +247,66 @@ CONSTANTS = [
     constants("a header of negative length", "cannot be read", b"{}", length=2**64 - 1),
     constants("a header that is no JSON", "cannot be read", b"{"),
     constants("a header of endless depth", "cannot be read", b"[" * 100_000),
-    constants("a tensor beyond the file", "not all of its bytes",
-              b'{"constant_0":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]}}'),
-    constants("a shape that lies", "does not lie where",
-              b'{"constant_0":{"dtype":"F32","shape":[9],"data_offsets":[0,8]}}'),
-    constants("a shape that overflows", "has the shape",
-              b'{"constant_0":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}'),
-    constants("a shape that is not a number", "has the shape",
-              b'{"constant_0":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}'),
-    constants("a negative place", "does not lie where",
-              b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'),
-    constants("tensors that overlap", "does not lie where",
-              b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-              b'"constant_1":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-    constants("a hole between tensors", "does not lie where",
-              b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'),
-    constants("bytes of no tensor", "not all of its bytes",
-              b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'),
-    constants("a tensor twice", "names something twice",
-              b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-              b'"constant_0":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'),
-    constants("an unknown dtype", "has the dtype",
-              b'{"constant_0":{"dtype":"OBJECT","shape":[2],"data_offsets":[0,8]}}'),
-    constants("other tensors than stated", "other tensors",
-              b'{"constant_9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-    Attack("constants that are not stated", "does not state", lambda root: write(
-        root, {name: files()[name] for name in ("config.json", "constants.safetensors", "subgraphs/001.py",
-                                                "conversions/000.py")},
-        subgraphs=manifest().subgraphs[1:], constants=())),
+    constants(
+        "a tensor beyond the file",
+        "not all of its bytes",
+        b'{"constant_0":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]}}',
+    ),
+    constants(
+        "a shape that lies", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[9],"data_offsets":[0,8]}}'
+    ),
+    constants(
+        "a shape that overflows",
+        "has the shape",
+        b'{"constant_0":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a shape that is not a number",
+        "has the shape",
+        b'{"constant_0":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a negative place", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'
+    ),
+    constants(
+        "tensors that overlap",
+        "does not lie where",
+        b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"constant_1":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a hole between tensors",
+        "does not lie where",
+        b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    ),
+    constants(
+        "bytes of no tensor", "not all of its bytes", b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    ),
+    constants(
+        "a tensor twice",
+        "names something twice",
+        b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"constant_0":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "an unknown dtype", "has the dtype", b'{"constant_0":{"dtype":"OBJECT","shape":[2],"data_offsets":[0,8]}}'
+    ),
+    constants(
+        "other tensors than stated", "other tensors", b'{"constant_9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    ),
+    Attack(
+        "constants that are not stated",
+        "does not state",
+        lambda root: write(
+            root,
+            {
+                name: files()[name]
+                for name in ("config.json", "constants.safetensors", "subgraphs/001.py", "conversions/000.py")
+            },
+            subgraphs=manifest().subgraphs[1:],
+            constants=(),
+        ),
+    ),
 ]
 
 
@@ -239,8 +326,11 @@ CONFIGS = [
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
-    Attack("no config at all", "describes no model", lambda root: write(
-        root, {name: data for name, data in files().items() if name != "config.json"})),
+    Attack(
+        "no config at all",
+        "describes no model",
+        lambda root: write(root, {name: data for name, data in files().items() if name != "config.json"}),
+    ),
 ]
 
 TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_text_out_of_a_copy_is_not_formatted(tmp_path: Path) -> None:
 
 def test_no_number_grows_without_end(tmp_path: Path) -> None:
     names = ["x", *(f"a{index}" for index in range(60)), "y"]
-    lines = [f"{new} = {old} * {old}" for old, new in zip(names, names[1:], strict=False)]
+    lines = [f"{new} = {old} * {old}" for old, new in itertools.pairwise(names)]
     with pytest.raises(ArtifactError, match="more than 64 bits"):
         run(tmp_path / "a", *lines, x=3)
 
@@ -76,7 +77,11 @@ def test_no_loop_without_end(x: int, tmp_path: Path) -> None:
 
 def test_no_loops_in_loops_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.guards.TURNS_LIMIT", 20_000)
-    lines = ["y = x + 0", *(f"{'    ' * depth}for i{depth} in range(x):" for depth in range(4)), "    " * 4 + "y = y + 0"]
+    lines = [
+        "y = x + 0",
+        *(f"{'    ' * depth}for i{depth} in range(x):" for depth in range(4)),
+        "    " * 4 + "y = y + 0",
+    ]
     with pytest.raises(ArtifactError, match="turns is too long"):
         run(tmp_path / "a", *lines, x=5000)
 
@@ -97,7 +102,7 @@ def test_no_function_comes_out_of_a_result(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("x", [nn.Linear(1, 1), os, nn.Linear, print, lambda: 1])
 def test_nothing_comes_out_of_modules_classes_and_functions(x: Any, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="which is no data|cannot be executed"):
+    with pytest.raises(ArtifactError, match=r"which is no data|cannot be executed"):
         run(tmp_path / "a", "y = x.name", x=x)
 
 
@@ -125,9 +130,19 @@ def test_weights_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_an_error_with_the_programs_name(tmp_path: Path) -> None:
-    for line in ("y = x[9]", "y = x.nothing", "y = torch.ops.aten.add.Tensor(x)", 'y = self.get_submodule("same").config'):
+    for line in (
+        "y = x[9]",
+        "y = x.nothing",
+        "y = torch.ops.aten.add.Tensor(x)",
+        'y = self.get_submodule("same").config',
+    ):
         with pytest.raises(ArtifactError, match=r"subgraphs/000\.py"):
-            run(tmp_path / str(abs(hash(line))), line, x=torch.ones(2), objects=("same.config",) if "config" in line else ())
+            run(
+                tmp_path / str(abs(hash(line))),
+                line,
+                x=torch.ones(2),
+                objects=("same.config",) if "config" in line else (),
+            )
 
 
 def test_the_bytes_that_were_checked_are_those_that_run(tmp_path: Path) -> None:
@@ -160,7 +175,13 @@ def test_a_check_from_inside_of_an_artifact_runs_nothing_of_it(name: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("plain ü", "plain ü"), ("\x1b[2Jx", r"\x1b[2Jx"), ("a\u202eb", r"a\u202eb"), ("\udcff", r"\udcff"), ("a\nb\tc", "a\nb\tc")],
+    [
+        ("plain ü", "plain ü"),
+        ("\x1b[2Jx", r"\x1b[2Jx"),
+        ("a\u202eb", r"a\u202eb"),
+        ("\udcff", r"\udcff"),
+        ("a\nb\tc", "a\nb\tc"),
+    ],
 )
 def test_what_terminals_obey_is_shown_instead(text: str, shown: str) -> None:
     assert printable(text) == shown

@@ -142,7 +142,13 @@ class TestDoctor:
         found = findings(bundle)
         assert found["problem"] == []
         said = "\n".join(found["ok"])
-        for part in ("torch 2", "as they were packed", "is whole and within the grammar", "it is portable", "4 samples"):
+        for part in (
+            "torch 2",
+            "as they were packed",
+            "is whole and within the grammar",
+            "it is portable",
+            "4 samples",
+        ):
             assert part in said
         assert re.search(r"memory: the largest part has .* of weights, .* are free", said)
         assert re.search(r"disk: the result takes .* at least, .* are free", said)

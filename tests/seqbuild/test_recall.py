@@ -238,7 +238,9 @@ class TestKey:
     @pytest.mark.parametrize("name", ["seqbuild", "torch", "transformers"])
     def test_versions_count(self, name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = asked(model)
-        monkeypatch.setattr(cache, "versions", lambda: {"seqbuild": "0", "torch": "0", "transformers": "0"} | {name: "1"})
+        monkeypatch.setattr(
+            cache, "versions", lambda: {"seqbuild": "0", "torch": "0", "transformers": "0"} | {name: "1"}
+        )
         first = asked(model)
         monkeypatch.setattr(cache, "versions", lambda: {"seqbuild": "0", "torch": "0", "transformers": "0"})
         second = asked(model)
@@ -257,10 +259,19 @@ class TestExplain:
     def test_a_hit(self, model: Path, out: Path, never_traced: None) -> None:
         found = explain(str(model), make_options(), out=out)
         assert (found.is_hit, found.path, found.reason) == (True, artifact(out), "")
-        assert {"config", "model_class", "model_source", "version_torch", "targets", "sample"} <= found.ingredients.keys()
+        assert {
+            "config",
+            "model_class",
+            "model_source",
+            "version_torch",
+            "targets",
+            "sample",
+        } <= found.ingredients.keys()
 
     def test_a_miss_names_what_differs(self, model: Path, out: Path, run: Run) -> None:
-        code, said, _ = run(["cache", "explain", str(model), "--out", str(out), "--leaves", "target"], seqbuild.cli.main)
+        code, said, _ = run(
+            ["cache", "explain", str(model), "--out", str(out), "--leaves", "target"], seqbuild.cli.main
+        )
         assert code == 0
         assert f"nearest: {artifact(out)}, which differs in leaves\n  leaves: auto there, target here" in said
         assert [line.split()[0] for line in said.splitlines()][:2] == ["attn_implementation", "auto_ignore"]
@@ -281,7 +292,9 @@ class TestExplain:
         (entry,) = entries(out)
         assert entry.manifest is not None
         ours = dict(entry.manifest.ingredients)
-        far = replace(entry, path=Path("far"), manifest=replace(entry.manifest, ingredients={**ours, "a": "1", "b": "2"}))
+        far = replace(
+            entry, path=Path("far"), manifest=replace(entry.manifest, ingredients={**ours, "a": "1", "b": "2"})
+        )
         assert nearest({**ours, "a": "1"}, [far, entry]) == (far, ["b"])
         assert nearest(ours, [far, entry]) == (entry, [])
         assert nearest(ours, []) is None
@@ -379,7 +392,9 @@ class TestPrune:
         for option, value in (("--older-than", "3 weeks"), ("--max-size", "ten"), ("--older-than", "d")):
             code, _, complaint = run(["cache", "prune", option, value, "--out", str(out)], seqbuild.cli.main)
             assert (code, option in complaint) == (2, True)
-        code, said, _ = run(["cache", "prune", "--older-than", "30d", "--max-size", "1GB", "-o", str(out)], seqbuild.cli.main)
+        code, said, _ = run(
+            ["cache", "prune", "--older-than", "30d", "--max-size", "1GB", "-o", str(out)], seqbuild.cli.main
+        )
         assert (code, said) == (0, "0 B freed\n")
         code, said, _ = run(["cache", "ls", "-o", str(out)], seqbuild.cli.main)
         assert (code, said.splitlines()[-1].split(",")[0]) == (0, "1 artifacts")
