@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 # No table that a model calculates is as large; fused experts are.
 _LARGE_ELEMENTS = 2**24
@@ -50,6 +51,35 @@ def without_weights() -> Iterator[None]:
 
     with init_empty_weights(include_buffers=False), LargeOnMeta(), _nothing_to_initialize():
         yield
+
+
+def calculate_buffers(model: nn.Module) -> None:
+    """Calculate the buffers that no checkpoint holds once more, as loading a checkpoint does: a constructor runs in the
+    dtype of the weights, and numbers that are rounded on the way differ then.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.no_grad():
+            for module, owner in _with_owners(model, None):
+                buffers = (module._buffers.get(name) for name in module._non_persistent_buffers_set)
+                if isinstance(owner, PreTrainedModel) and any(b is not None and not b.is_meta for b in buffers):
+                    owner._init_weights(module)  # type: ignore[no-untyped-call]
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _with_owners(module: nn.Module, owner: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """All modules, each with the model of transformers that it belongs to, which knows how to initialize it."""
+    from transformers import PreTrainedModel
+
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    yield module, owner
+    for child in module.children():
+        yield from _with_owners(child, owner)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     """
     import torch
 
-    from runtime.construct import without_weights
+    from runtime.construct import calculate_buffers, without_weights
     from runtime.model_config import artifact_config
 
     entry, path = artifact.manifest.model, artifact.path
@@ -44,6 +44,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     try:
         with without_weights():
             model: nn.Module = cls._from_config(config, dtype=dtype, attn_implementation=entry.attn_implementation)
+            calculate_buffers(model)
     except Exception as error:
         raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error
     _apply_dtypes(model, artifact.manifest, dtype)

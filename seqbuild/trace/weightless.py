@@ -6,7 +6,7 @@ Everything here is put back afterwards, also when the trace fails.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,19 +84,20 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
     Args:
         model: any module tree.
         fake_mode: the mode that owns the fake tensors.
-        dtype: floating point parameters become this dtype, except those that the model keeps in float32;
-            None keeps all dtypes.
+        dtype: floating point parameters become this dtype, except those that the model keeps in float32, or makes in
+            another dtype than most; None keeps all dtypes.
     """
     fakes: dict[int, torch.Tensor] = {}
     place = torch.device("cpu")
     keep = kept_in_float32(model) if dtype is not None else ()
+    usual = _usual_dtype(model)
 
     def fake(name: str, tensor: torch.Tensor | None, is_parameter: bool) -> torch.Tensor | None:
         if tensor is None:
             return None
         if id(tensor) not in fakes:
             new_dtype = tensor.dtype
-            if dtype is not None and is_parameter and tensor.is_floating_point():
+            if dtype is not None and is_parameter and tensor.dtype == usual:
                 new_dtype = torch.float32 if any(part in name for part in keep) else dtype
             # What `torch.empty` and `nn.Parameter` come to in this mode, without the dispatcher.
             value: Any = FakeTensor(fake_mode, torch.empty(tensor.shape, dtype=new_dtype, device="meta"), place)
@@ -143,6 +144,15 @@ def tracing_configs(model: nn.Module) -> Iterator[None]:
                     stack.callback(setattr, config, name, getattr(config, name))
                     setattr(config, name, value)
         yield
+
+
+def _usual_dtype(model: nn.Module) -> torch.dtype | None:
+    """The floating point dtype that most of a model's numbers have; the code asks some parameters for theirs."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def kept_in_float32(model: nn.Module) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -84,7 +83,7 @@ def test_a_closed_pipe_is_no_traceback(place: Place, environment: dict[str, str]
 
 
 @pytest.mark.parametrize("module", ["runtime", "seqbuild"])
-def test_help_is_quick_and_loads_no_torch(module: str, environment: dict[str, str]) -> None:
+def test_help_loads_no_torch(module: str, environment: dict[str, str]) -> None:
     code = f"""
 import sys
 from {module}.cli import main
@@ -93,12 +92,6 @@ heavy = [name for name in ("torch", "transformers", "compressed_tensors", "numpy
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    times = []
-    for _ in range(7):  # the quickest tells what it costs; the others, how busy the machine is
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", module, "--help"], check=True, env=environment, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3, times
 
 
 @pytest.mark.parametrize("package", ["runtime", "seqbuild"])
