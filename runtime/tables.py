@@ -71,7 +71,7 @@ def _wrong_places(manifest: Manifest) -> Iterator[str]:
         yield f"the model's class is {model.module}.{model.class_name}, which is no model of transformers"
     for name, path in manifest.foreign.items():
         module, _, class_name = path.partition(":")
-        known = module.split(".")[0] in ("torch", "transformers") or is_own_module(module)
+        known = module.split(".")[0] in ("torch", "transformers", "timm") or is_own_module(module)
         if not known or not _is_class(module, class_name) or not _is_name(name):
             yield f"the foreign module {name!r} is of class {path!r}, which is no module of the model's or a library's"
     if manifest.input_key != sha256(canonical(dict(manifest.ingredients))):
