@@ -31,6 +31,7 @@ SHARED |= {
     "checks",
     "contents",
     "constants",
+    "expressions",
     "bundle",
     "signatures",
     "written",
