@@ -64,7 +64,6 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
     for key in keys:
         verify_signature(root.resolve().name, {MANIFEST_NAME: data, **contents}, read_signature(root), key)
     code = check_model_code(manifest, contents)
-    check_config(contents, has_own_code=code is not None)
     own_modules = code.modules if code is not None else ()
     operators: dict[str, str] = {}
     sources: dict[str, str] = {}
@@ -81,6 +80,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         if path.endswith(".py") and path not in named:
             raise ArtifactError(f"{path} is code that {root / MANIFEST_NAME} names as no program")
     check_tables(manifest)
+    check_config(contents, has_own_code=code is not None)
     check_constants(contents, manifest.constants)
     check_operators(operators)
     for step in manifest.opaque_steps:

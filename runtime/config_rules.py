@@ -36,9 +36,11 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
         ArtifactError: naming the entry.
     """
     data = contents.get(CONFIG_NAME)
+    if data is None:
+        return  # whoever needs one says so
     try:
-        if data is None or len(data) > _LIMIT_BYTES:
-            raise ValueError("there is none, or it is too large")
+        if len(data) > _LIMIT_BYTES:
+            raise ValueError("it is too large")
         table = json.loads(data.decode("utf-8"))
         if not isinstance(table, dict):
             raise ValueError("it holds no table")

@@ -35,7 +35,7 @@ def write_companions(
         checkpoint: the original.
         quantization_config: for config.json.
     """
-    compiled = json.loads(artifact.companions["config.json"].decode("utf-8"))
+    compiled = json.loads(artifact.companions.get("config.json", b"{}").decode("utf-8"))
     config = (checkpoint.config or compiled) | {"quantization_config": quantization_config}
     if artifact.model_code is not None:
         config["auto_map"] = _local(compiled.get("auto_map", {}))

@@ -326,11 +326,6 @@ CONFIGS = [
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
-    Attack(
-        "no config at all",
-        "describes no model",
-        lambda root: write(root, {name: data for name, data in files().items() if name != "config.json"}),
-    ),
 ]
 
 TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS]

@@ -166,9 +166,9 @@ def test_a_host_that_asks_for_signatures(
     (signed / SIGNATURE_NAME).unlink()
     refused(signed, None, "is not signed")
     monkeypatch.setenv(REQUIRED, "")
-    refused(signed, None, "there is no public key")
+    refused(signed, None, "is not signed")
     monkeypatch.setenv(REQUIRED, str(signed / "nothing"))
-    refused(signed, None, "there is no public key")
+    refused(signed, None, "is not signed")
 
 
 def test_keys_that_are_none(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
