@@ -1,6 +1,11 @@
 """The host's part of seqbuild: check an artifact, run it, calibrate, quantize, evaluate. It never traces."""
 
-from __future__ import annotations
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
+    # `python -m` looks for modules in the current directory first, which may be an artifact's that nobody has checked.
+    # So that goes before anything else is imported, `__future__` included.
+    del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -15,6 +20,7 @@ from runtime.errors import (
     QuantizationError,
     RecipeError,
     SeqbuildError,
+    SignatureError,
     TargetError,
     TraceError,
     UsageError,
@@ -45,6 +51,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SeqbuildError",
+    "SignatureError",
     "TargetError",
     "TraceError",
     "UsageError",

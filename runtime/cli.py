@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check`.
+"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -34,7 +34,9 @@ app = typer.Typer(
 
 app.command()(plan)
 
-ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
+ArtifactPath = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile, or by seqbuild pack.")
+]
 WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
 DataPath = Annotated[Path, typer.Option("--data", help=".txt, .jsonl, .parquet, or .safetensors from seqbuild data.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu or auto.")]
@@ -45,15 +47,20 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many 
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
 Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
 Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")]
+Signature = Annotated[Path | None, typer.Option("--require-signature", help="Public key that must have signed it.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")]
 
 
 @app.command()
 def calibrate(
     artifact: ArtifactPath,
-    weights: WeightsPath,
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML, in llm-compressor's dialect.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")],
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Model directory with safetensors weights; a bundle may hold it.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML, in llm-compressor's dialect; a bundle holds one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="As for evaluate; not needed by a recipe without statistics.")
     ] = None,
@@ -90,20 +97,26 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
+    require_signature: Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
+    from runtime.bundle import find_job
     from runtime.lean_imports import prepare
     from runtime.publish import require_free
     from runtime.recipe import Recipe
     from runtime.streaming.workplace import require_unfinished
 
+    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    artifact, weights, recipe, data, out = job.artifact, job.weights, job.recipe, job.data, job.out
     if resume:
         require_unfinished(out)
     require_free(out)
     prepare(artifact)
     parsed = Recipe.from_file(recipe)
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
+    loaded, run_device, run_dtype = _prepare(
+        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+    )
     batches: list[dict[str, torch.Tensor]] = []
     if data is not None:
         batches = _batches(
@@ -202,10 +215,13 @@ def evaluate(
     tokenizer: Tokenizer = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
+    require_signature: Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
-    loaded, run_device, run_dtype = _prepare(artifact, device, dtype, allow_version_skew, trust_remote_code)
+    loaded, run_device, run_dtype = _prepare(
+        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+    )
     batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
     from runtime.evaluation import evaluate as run
 
@@ -236,14 +252,22 @@ def recipes(
 
 
 @app.command()
-def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
+def check(
+    artifact: ArtifactPath,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="Refuse an artifact that its owner has not signed.")
+    ] = None,
+    allow_version_skew: Skew = False,
+) -> None:
     """Check an artifact without executing anything of it."""
-    from runtime.artifact import check as run
-    from runtime.artifact import check_versions
+    from runtime.bundle import artifact_of
+    from runtime.checks import check_artifact, check_versions
 
-    manifest, sources = run(artifact)
+    found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
+    manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    say(f"{artifact}: {len(manifest.files)} files and {len(sources)} programs are as the manifest states")
+    say(f"{artifact}: {len(manifest.files)} files and {len(found.sources)} programs are as the manifest states")
+    say(f"signature: {'by the owner of the key' if found.signed else 'not asked for'}")
     say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
     say(f"input key {manifest.input_key}")
     say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
@@ -251,15 +275,49 @@ def check(artifact: ArtifactPath, allow_version_skew: Skew = False) -> None:
         say(f"the model's own code, which was not executed: {', '.join(manifest.model.code)}")
 
 
+@app.command()
+def doctor(
+    artifact: ArtifactPath,
+    weights: Annotated[Path | None, typer.Option("--weights", help="As for calibrate.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="As for calibrate.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="As for calibrate.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="As for calibrate.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    public_key: Annotated[Path | None, typer.Option("--public-key", help="As for check.")] = None,
+) -> int:
+    """Say what is missing on this host, or does not match. Exit code 1 says that something does not."""
+    from runtime.doctor import Examination, examine
+
+    examination = Examination(
+        path=artifact,
+        weights=weights,
+        recipe=recipe,
+        data=data,
+        out=out,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        public_key=public_key,
+    )
+    for finding in examine(examination):
+        say(f"{finding.kind:8} {finding.text}")
+    say("this host can calibrate it" if examination.is_well else "this host cannot calibrate it as it is")
+    return 0 if examination.is_well else 1
+
+
 def _prepare(
-    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool
+    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool, public_key: Path | None
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
     from runtime.artifact import load
     from runtime.devices import resolve_device, resolve_dtype
 
     run_dtype, run_device = resolve_dtype(dtype), resolve_device(device)
-    loaded = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    loaded = load(
+        path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code, public_key=public_key
+    )
     return loaded, run_device, run_dtype
 
 
@@ -285,7 +343,7 @@ def _batches(
         seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     tokens = load_tokens(
         data,
-        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact.path),
+        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact),
         num_samples=samples,
         seq_len=seq_len,
         pack=pack,
@@ -300,9 +358,9 @@ def _batches(
     return made
 
 
-def _tokenizer_directory(weights: Path, artifact: Path) -> Path:
+def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """The weights' own tokenizer, else the one that travels with the artifact."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact
+    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
 
 
 def main(argv: list[str] | None = None) -> int:

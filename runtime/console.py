@@ -50,7 +50,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
             import traceback
 
             traceback.print_exc()
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return USER_ERROR
     else:
         code = int(result or 0) if arguments else USER_ERROR
@@ -96,7 +96,21 @@ def _terminable() -> Iterator[None]:
 
 def say(line: str = "") -> None:
     """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a line where it does not mix with results."""
+    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """A text without what terminals obey and people do not see: names come from files that others have written."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -6,6 +6,7 @@
     ├── TargetError         a sequential target that does not exist, is never called, or conflicts
     ├── TraceError          model code that cannot be recorded
     ├── ArtifactError       an artifact that is damaged, from a future version, or breaks the rules for its code
+    ├── SignatureError      an artifact that is not signed, not by the key that is asked for, or not as it is
     ├── VersionError        the host's libraries are not the ones the artifact was compiled with
     ├── WeightsError        a checkpoint that does not fit the artifact
     ├── DataError           calibration or evaluation data that is empty, too short or out of vocabulary
@@ -58,6 +59,10 @@ class TraceError(SeqbuildError):
 
 class ArtifactError(SeqbuildError):
     """An artifact that is damaged, of an unknown version, or breaks the rules for its code."""
+
+
+class SignatureError(SeqbuildError):
+    """An artifact that is not signed, not by the key that is asked for, or not as it is."""
 
 
 class VersionError(SeqbuildError):

@@ -35,7 +35,7 @@ def write_companions(
         checkpoint: the original.
         quantization_config: for config.json.
     """
-    compiled = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    compiled = json.loads(artifact.companions.get("config.json", b"{}").decode("utf-8"))
     config = (checkpoint.config or compiled) | {"quantization_config": quantization_config}
     if artifact.model_code is not None:
         config["auto_map"] = _local(compiled.get("auto_map", {}))
@@ -44,12 +44,14 @@ def write_companions(
             (directory / name).write_bytes(data)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-    for folder in (checkpoint.directory, artifact.path):
-        for path in sorted(folder.iterdir()):
-            target = directory / path.name
-            is_wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED)
-            if is_wanted and not target.exists() and _is_companion(path, folder == artifact.path):
-                target.write_bytes(path.read_bytes())
+    for path in sorted(checkpoint.directory.iterdir()):
+        target = directory / path.name
+        is_wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED)
+        if is_wanted and not target.exists() and _is_companion(path):
+            target.write_bytes(path.read_bytes())
+    for name, data in artifact.companions.items():
+        if not (directory / name).exists():
+            (directory / name).write_bytes(data)
 
 
 def _local(auto_map: Any) -> Any:
@@ -61,10 +63,8 @@ def _local(auto_map: Any) -> Any:
     return auto_map.rpartition("--")[2] if isinstance(auto_map, str) else auto_map
 
 
-def _is_companion(path: Path, is_artifact: bool) -> bool:
-    """From an artifact everything beside the config; from a model directory what readers look for."""
-    if is_artifact:
-        return path.suffix != ".safetensors"
+def _is_companion(path: Path) -> bool:
+    """What readers look for in a model's directory."""
     kinds = (".json", ".jinja", ".txt", ".model", ".tiktoken")
     return path.suffix in kinds and path.stat().st_size <= 32 * SOURCE_LIMIT_BYTES
 

@@ -1,5 +1,5 @@
-"""The small part of Python that an artifact's code may use. This file is the definition; what it does not list is
-refused.
+"""The small part of Python that an artifact's code may use. This file and `runtime.expressions` are the definition;
+what they do not list is refused.
 
 A program is one function, `forward(self, <inputs>, *, run)`, of assignments, deletions, loops over a size and one
 return of a dict (see docs/format.md). The check walks the syntax tree and accepts node by node; it never executes or
@@ -10,46 +10,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+import warnings
 
 from runtime.errors import ArtifactError
+from runtime.expressions import NESTING_LIMIT, RESERVED, Allowed, Expressions, dotted, is_object
 from runtime.opaque_paths import is_opaque_path
-from runtime.operators import is_allowed
+
+__all__ = [
+    "LOOP_LIMIT",
+    "NESTING_LIMIT",
+    "RESERVED",
+    "SOURCE_LIMIT_BYTES",
+    "Allowed",
+    "check_program",
+    "is_opaque_path",
+]
 
 SOURCE_LIMIT_BYTES = 4 * 2**20
-NESTING_LIMIT = 32
-_INT_LIMIT = 2**63
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 LOOP_LIMIT = 4
-RESERVED = ("self", "run", "torch", "slice", "range")
-_TORCH_VALUES = frozenset(
-    (
-        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
-        *("strided", "contiguous_format", "preserve_format", "channels_last", "channels_last_3d"),
-        *("inf", "nan"),
-    )
-)
-_TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
-_RUN_VALUES = frozenset(("device", "dtype", "lowest", "highest", "eps", "tiny"))
 _RESULTS = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
-_BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
-_COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Allowed:
-    """The names that one program may use, as its manifest entry states them."""
-
-    input_names: Collection[str]
-    output_names: Collection[str]
-    submodules: Collection[str] = ()
-    attributes: Collection[str] = ()
-    objects: Collection[str] = ()
-    constants: Collection[str] = ()
-    opaque: Collection[str] = ()
-    own_modules: Collection[str] = ()  # of the model's own code, which opaque steps may lie in
 
 
 def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ...]:
@@ -70,33 +49,32 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
         raise ArtifactError(f"{origin} has {len(source)} bytes, more than the {SOURCE_LIMIT_BYTES} allowed")
     try:
         text = source.decode("ascii")
-        if "\0" in text or "\r" in text or "\f" in text:
+        if re.search(r"[^\x20-\x7e\n\t]", text):
             raise ValueError("control characters")
         if re.search(r"^[ \t]*#.*coding[:=]", text, re.MULTILINE):
             raise ValueError("an encoding declaration")
-        tree = ast.parse(text, filename=origin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # code about which Python itself has doubts
+            tree = ast.parse(text, filename=origin)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
     checker = _Checker(allowed=allowed, origin=origin)
     checker.module(tree)
+    _require_compilable(text, origin)
     return tuple(checker.operators)
 
 
-@dataclass
-class _Checker:
-    allowed: Allowed
-    origin: str
-    operators: dict[str, None] = field(default_factory=dict)
-    used: dict[str, dict[str, None]] = field(default_factory=dict)
-    defined: dict[str, None] = field(default_factory=dict)
-    objects: dict[str, None] = field(default_factory=dict)  # names that stand for whole modules and configs
-    lists: dict[str, None] = field(default_factory=dict)  # names of lists that loops append to
-    outside: list[dict[str, None]] = field(default_factory=list)  # for each loop around, the names defined before it
+def _require_compilable(text: str, origin: str) -> None:
+    """Parsing finds some mistakes only when names are resolved; nothing is executed here either."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compile(text, origin, "exec", dont_inherit=True)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
 
-    def refuse(self, node: ast.AST, what: str) -> ArtifactError:
-        line = getattr(node, "lineno", 1)
-        return ArtifactError(f"{self.origin}, line {line}: {what} is not allowed in an artifact's code")
 
+class _Checker(Expressions):
     def module(self, tree: ast.Module) -> None:
         if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
             raise self.refuse(tree, "anything but one function")
@@ -130,7 +108,9 @@ class _Checker:
         if not is_plain or names != ["self", *self.allowed.input_names]:
             raise self.refuse(function, "a signature other than the manifest's")
         for name in names[1:]:
-            self._define(function, name)
+            if name in self.defined:
+                raise self.refuse(function, f"a second input {name!r}")
+            self.define(function, name)
 
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Assign):
@@ -159,11 +139,16 @@ class _Checker:
             self._plain_name(value)
         elif not is_list and not isinstance(value, _RESULTS):
             raise self.refuse(node, "assignment of anything but a result")
-        if self.outside and (is_list or _is_object(value) or name in self.objects or name in self.lists):
+        if self.outside and (is_list or is_object(value) or name in self.objects or name in self.lists):
             raise self.refuse(node, "assignment of this kind inside of a loop")
-        self._expression(value, 0)
-        self._define(node, name)
-        if _is_object(value):
+        self.may_be_object = is_object(value)
+        self.expression(value, 0)
+        self.may_be_object = False
+        is_kept = self.is_kept(value)
+        self.define(node, name)
+        if is_kept:
+            self.kept[name] = None
+        if is_object(value):
             self.objects[name] = None
         elif is_list:
             self.lists[name] = None
@@ -177,24 +162,25 @@ class _Checker:
         if node.orelse:
             raise self.refuse(node, "an else of a loop")
         turns = node.iter
-        is_range = isinstance(turns, ast.Call) and _dotted(turns.func) == ["range"]
+        is_range = isinstance(turns, ast.Call) and dotted(turns.func) == ["range"]
         if not is_range or not isinstance(turns, ast.Call) or len(turns.args) != 1 or turns.keywords:
             raise self.refuse(node, "a loop over anything but range(size)")
         if not isinstance(turns.args[0], ast.Name):
             raise self.refuse(node, "a loop over anything but range(size)")
         self._plain_name(turns.args[0])
-        self.outside.append(dict(self.defined))
-        self._define(node, node.target.id)
-        for statement in node.body:
-            if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
-                raise self.refuse(statement, "assignment to the number of a turn")
-            self._statement(statement)
-        self.defined = self.outside.pop()
+        for _ in range(2):  # what a name stands for in the second turn may come from the end of the first
+            self.outside.append(dict(self.defined))
+            self.define(node, node.target.id)
+            for statement in node.body:
+                if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
+                    raise self.refuse(statement, "assignment to the number of a turn")
+                self._statement(statement)
+            self.defined = self.outside.pop()
 
     def _append(self, node: ast.Expr) -> None:
         """`list.append(value)`, in a loop, to a list from outside of all loops."""
         call = node.value
-        path = _dotted(call.func) if isinstance(call, ast.Call) else []
+        path = dotted(call.func) if isinstance(call, ast.Call) else []
         if not isinstance(call, ast.Call) or len(path) != 2 or path[1] != "append" or path[0] not in self.lists:
             raise self.refuse(node, "a statement of kind Expr")
         if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Name):
@@ -214,186 +200,8 @@ class _Checker:
         if keys != list(self.allowed.output_names):
             raise self.refuse(node, "a result other than the manifest's")
         for value in node.value.values:
-            self._expression(value, 0)
-
-    def _define(self, node: ast.AST, name: str) -> None:
-        if not _NAME.match(name) or name.startswith("__") or name in RESERVED:
-            raise self.refuse(node, f"the name {name!r}")
-        self.defined[name] = None
-        self.objects.pop(name, None)
-        self.lists.pop(name, None)
-
-    def _expression(self, node: ast.expr, depth: int) -> None:
-        if depth > NESTING_LIMIT:
-            raise self.refuse(node, f"nesting deeper than {NESTING_LIMIT}")
-        rule = _RULES.get(type(node))
-        if rule is None:
-            raise self.refuse(node, f"an expression of kind {type(node).__name__}")
-        rule(self, node, depth + 1)
-
-    def constant(self, node: ast.Constant, depth: int) -> None:
-        value = node.value
-        is_plain = value is None or type(value) in (bool, float, str)
-        if not is_plain and not (type(value) is int and abs(value) <= _INT_LIMIT):
-            raise self.refuse(node, f"a literal of type {type(value).__name__}, or of that size,")
-
-    def name(self, node: ast.Name, depth: int) -> None:
-        if node.id not in self.defined:
-            raise self.refuse(node, f"the name {node.id!r}, which is not defined there,")
-
-    def sequence(self, node: ast.Tuple | ast.List, depth: int) -> None:
-        for item in node.elts:
-            self._expression(item, depth)
-
-    def dictionary(self, node: ast.Dict, depth: int) -> None:
-        for key, value in zip(node.keys, node.values, strict=True):
-            if not isinstance(key, ast.Constant) or type(key.value) not in (str, int, bool):
-                raise self.refuse(node, "a dict whose keys are not literals")
-            self._expression(value, depth)
-
-    def arithmetic(self, node: ast.BinOp, depth: int) -> None:
-        if not isinstance(node.op, _BINARY):
-            raise self.refuse(node, f"the operator {type(node.op).__name__}")
-        for operand in (node.left, node.right):
-            if isinstance(operand, ast.Constant) and type(operand.value) not in (int, float, bool):
-                raise self.refuse(node, "arithmetic on anything but numbers")
-            if isinstance(operand, (ast.List, ast.Tuple, ast.Dict)):
-                raise self.refuse(node, "arithmetic on anything but numbers")
-            self._expression(operand, depth)
-
-    def negation(self, node: ast.UnaryOp, depth: int) -> None:
-        if not isinstance(node.op, ast.USub):
-            raise self.refuse(node, f"the operator {type(node.op).__name__}")
-        self._expression(node.operand, depth)
-
-    def comparison(self, node: ast.Compare, depth: int) -> None:
-        if len(node.ops) != 1 or not isinstance(node.ops[0], _COMPARE):
-            raise self.refuse(node, "this comparison")
-        self._expression(node.left, depth)
-        self._expression(node.comparators[0], depth)
-
-    def subscript(self, node: ast.Subscript, depth: int) -> None:
-        self._require_result(node.value)
-        self._expression(node.value, depth)
-        self._expression(node.slice, depth)
-
-    def attribute(self, node: ast.Attribute, depth: int) -> None:
-        owner = node.value
-        if isinstance(owner, ast.Name) and owner.id == "torch":
-            if node.attr not in _TORCH_VALUES:
-                raise self.refuse(node, f"torch.{node.attr}")
-        elif isinstance(owner, ast.Name) and owner.id == "run":
-            if node.attr not in _RUN_VALUES:
-                raise self.refuse(node, f"run.{node.attr}")
-        elif _is_lookup(owner) and node.attr == "config":
-            assert isinstance(owner, ast.Call)
-            module = self._text(owner, "objects", is_recorded=False)
-            name = f"{module}.{node.attr}" if module else node.attr
-            self._use(node, "objects", name)
-        elif isinstance(owner, ast.Name) and not node.attr.startswith("_"):
-            self._require_result(owner)
-            self.name(owner, depth)
-        else:
-            raise self.refuse(node, f"the attribute {node.attr!r}")
-
-    def _require_result(self, node: ast.expr) -> None:
-        """Modules and configs are for opaque steps, lists for operators: nothing of theirs may be taken out."""
-        if _is_object(node) or (isinstance(node, ast.Name) and (node.id in self.objects or node.id in self.lists)):
-            raise self.refuse(node, "access to the inside of a module, config or list")
-
-    def call(self, node: ast.Call, depth: int) -> None:
-        self._callee(node, depth)
-        for argument in node.args:
-            if isinstance(argument, ast.Starred):
-                raise self.refuse(node, "an unpacked argument")
-            self._expression(argument, depth)
-        names = [keyword.arg for keyword in node.keywords]
-        if len(set(names)) != len(names) or any(name is None or name.startswith("__") for name in names):
-            raise self.refuse(node, "this keyword")
-        for keyword in node.keywords:
-            self._expression(keyword.value, depth)
-
-    def _callee(self, node: ast.Call, depth: int) -> None:
-        path = _dotted(node.func)
-        if path[:3] == ["torch", "ops", "aten"] and len(path) == 5:
-            if not is_allowed(path[3], path[4]) or not _NAME.match(path[4]):
-                raise self.refuse(node, f"the operator {path[3]}")
-            self.operators[f"{path[3]}.{path[4]}"] = None
-        elif len(path) == 2 and path[0] == "torch" and path[1] in _TORCH_FUNCTIONS:
-            pass
-        elif path in (["self", "get_parameter"], ["self", "get_buffer"]):
-            self._text(node, "attributes")
-        elif path == ["self", "get_submodule"]:
-            self._text(node, "objects")
-        elif path == ["run", "copied"]:
-            self._plain(node, 1)
-        elif path == ["run", "require"]:
-            self._plain(node, 2)
-        elif path == ["run", "constant"]:
-            self._text(node, "constants")
-        elif _is_lookup(node.func):
-            assert isinstance(node.func, ast.Call)
-            self._text(node.func, "submodules")
-        elif isinstance(node.func, ast.Subscript) and _dotted(node.func.value) == ["run", "opaque"]:
-            step = node.func.slice.value if isinstance(node.func.slice, ast.Constant) else None
-            if not isinstance(step, str) or not is_opaque_path(step, self.allowed.own_modules):
-                raise self.refuse(node, f"the opaque step {step!r}")
-            self._use(node, "opaque", step)
-        elif isinstance(node.func, ast.Name) and node.func.id == "slice":
-            pass  # a name that no program can define
-        else:
-            raise self.refuse(node, f"a call of {'.'.join(path) or type(node.func).__name__}")
-
-    def _text(self, node: ast.Call, kind: str, *, is_recorded: bool = True) -> str:
-        """The one literal name that a lookup takes."""
-        if len(node.args) != 1 or node.keywords or not isinstance(node.args[0], ast.Constant):
-            raise self.refuse(node, "a lookup of anything but one literal name")
-        name = node.args[0].value
-        if is_recorded:
-            self._use(node, kind, name)
-        return str(name)
-
-    def _plain(self, node: ast.Call, num_arguments: int) -> None:
-        if len(node.args) != num_arguments or node.keywords or any(_is_object(argument) for argument in node.args):
-            raise self.refuse(node, "a call with these arguments")
-
-    def _use(self, node: ast.AST, kind: str, name: object) -> None:
-        if not isinstance(name, str) or name not in getattr(self.allowed, kind):
-            raise self.refuse(node, f"{name!r}, which the manifest does not list among {kind},")
-        self.used.setdefault(kind, {})[name] = None
+            self.expression(value, 0)
 
 
 def _assigns(node: ast.Assign, name: str) -> bool:
     return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
-
-
-def _is_object(node: ast.expr) -> bool:
-    return _is_lookup(node) or (isinstance(node, ast.Attribute) and _is_lookup(node.value))
-
-
-def _is_lookup(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and _dotted(node.func) == ["self", "get_submodule"]
-
-
-def _dotted(node: ast.expr) -> list[str]:
-    """The parts of `a.b.c`, or nothing when it is something else."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
-
-
-_RULES: dict[type[ast.expr], Callable[..., None]] = {
-    ast.Constant: _Checker.constant,
-    ast.Name: _Checker.name,
-    ast.Tuple: _Checker.sequence,
-    ast.List: _Checker.sequence,
-    ast.Dict: _Checker.dictionary,
-    ast.BinOp: _Checker.arithmetic,
-    ast.UnaryOp: _Checker.negation,
-    ast.Compare: _Checker.comparison,
-    ast.Subscript: _Checker.subscript,
-    ast.Attribute: _Checker.attribute,
-    ast.Call: _Checker.call,
-}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from runtime.errors import ArtifactError
 FORMAT = "seqbuild-artifact"
 FORMAT_VERSION = (1, 3)
 MANIFEST_NAME = "manifest.msgpack"
-MANIFEST_LIMIT_BYTES = 256 * 2**20
+MANIFEST_LIMIT_BYTES = 64 * 2**20
+_TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a byte there and 64 in memory
 UNBOUNDED = -1
 DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64"),
@@ -306,8 +308,23 @@ def _decode(data: bytes, origin: str) -> tuple[dict[str, Any], bytes]:
     """The table, and its canonical encoding."""
     if len(data) > MANIFEST_LIMIT_BYTES:
         raise ArtifactError(f"{origin} has {len(data)} bytes, more than the {MANIFEST_LIMIT_BYTES} allowed")
+    number = itertools.count(1)
+
+    def counted(value: Any) -> Any:
+        if next(number) > _TABLES_LIMIT:
+            raise ValueError(f"it holds more than {_TABLES_LIMIT} tables")
+        return value
+
     try:
-        plain = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0, max_bin_len=0)
+        plain = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_ext_len=0,
+            max_bin_len=0,
+            list_hook=counted,
+            object_hook=counted,
+        )
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise ArtifactError(f"{origin} is damaged: {error or type(error).__name__}") from error
     if not isinstance(plain, dict):

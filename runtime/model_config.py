@@ -24,16 +24,18 @@ _WITHOUT_EFFECT = re.compile(
 )
 
 
-def read_config(directory: Path, config_class: type | None = None) -> PretrainedConfig:
+def read_config(directory: Path, config_class: type | None = None, *, origin: Path | None = None) -> PretrainedConfig:
     """The config of a directory, with its class's defaults where it says nothing.
 
     Args:
         directory: holds a config.json.
         config_class: of a model that brings its own code; None for one that transformers knows.
+        origin: what messages call the directory.
 
     Raises:
         ModelError: when it describes no such model.
     """
+    origin = origin or directory
     try:
         config = parse_config(directory, config_class)
     except MemoryError:
@@ -41,8 +43,8 @@ def read_config(directory: Path, config_class: type | None = None) -> Pretrained
     except Exception as error:  # transformers validates with many kinds of exceptions
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         whom = "transformers" if config_class is None else config_class.__name__
-        raise ModelError(f"{directory / 'config.json'} describes no model that {whom} knows: {why}") from error
-    require_plain_attention(config, directory)
+        raise ModelError(f"{origin / 'config.json'} describes no model that {whom} knows: {why}") from error
+    require_plain_attention(config, origin)
     return config
 
 
@@ -64,10 +66,22 @@ def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
     Raises:
         ModelError: naming the attention.
     """
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        wanted = str(getattr(part, "_attn_implementation", ""))
-        if wanted not in ATTENTIONS:
-            raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
+    wanted = str(getattr(config, "_attn_implementation", ""))
+    if wanted not in ATTENTIONS:
+        raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
+    for name in getattr(config, "sub_configs", ()):
+        part = getattr(config, name, None)
+        if part is not None:
+            require_plain_attention(part, origin)
+
+
+def artifact_config(artifact: Artifact) -> PretrainedConfig:
+    """The config that an artifact was compiled from.
+
+    Raises:
+        ModelError: when it describes no model that this host knows.
+    """
+    return read_config(artifact.companions_path, artifact.config_class, origin=artifact.path)
 
 
 def text_limits(artifact: Artifact) -> tuple[int | None, int | None]:
@@ -75,7 +89,7 @@ def text_limits(artifact: Artifact) -> tuple[int | None, int | None]:
     if artifact.manifest.is_portable:
         vocab_size, longest = (artifact.manifest.limits.get(name) for name in LIMITS)
         return vocab_size, longest
-    config = read_config(artifact.path, artifact.config_class).get_text_config()
+    config = artifact_config(artifact).get_text_config()
     vocab_size, longest = (getattr(config, name, None) for name in LIMITS)
     return _positive(vocab_size), _positive(longest)
 
@@ -101,7 +115,7 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
             )
     if not (directory / "config.json").is_file():
         return
-    paths = (artifact.path, directory)
+    paths = (artifact.companions_path, directory)
     stated = [_stated(path) for path in paths]
     if next(_differences(stated[0], stated[1], is_strict=True), None) is None:
         return

@@ -8,6 +8,10 @@ artifact whose code needs another one is refused when it is compiled already.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from runtime.errors import ArtifactError
+
 _POINTWISE = """
     abs acos acosh add addcdiv addcmul arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and bitwise_left_shift
     bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad
@@ -49,10 +53,10 @@ _LAYER = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d alpha_dropout
     avg_pool1d avg_pool2d avg_pool3d batch_norm dropout feature_dropout glu grid_sampler grid_sampler_2d
     grid_sampler_3d group_norm instance_norm layer_norm max_pool1d max_pool2d max_pool3d max_pool2d_with_indices
-    native_batch_norm native_dropout native_group_norm native_layer_norm normalize rms_norm upsample_bicubic2d
+    native_dropout native_group_norm native_layer_norm normalize rms_norm upsample_bicubic2d
     upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d _native_batch_norm_legit
-    _native_batch_norm_legit_no_training _upsample_bicubic2d_aa _upsample_bilinear2d_aa affine_grid_generator
+    upsample_trilinear3d _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    affine_grid_generator
     channel_shuffle
 """
 _MAKE = """
@@ -97,6 +101,55 @@ ALLOWED: frozenset[str] = frozenset(
 )
 
 
+# Parts of names of overloads that write into tensors which they are handed under another name than `out`.
+_WRITES = frozenset(("out", "values", "max", "min", "OutTensor", "OutScalar"))
+# What shares its argument's memory, always.
+_VIEW_NAMES = """
+    adjoint alias as_strided chunk detach diagonal expand expand_as mT numpy_T H T narrow permute select slice split
+    split_with_sizes squeeze swapaxes swapdims t transpose unbind unfold unsqueeze view view_as view_as_real
+    view_as_complex real imag movedim moveaxis tensor_split
+"""
+_VIEWS = frozenset(_VIEW_NAMES.split())
+
+
 def is_allowed(name: str, overload: str) -> bool:
     """Whether code may call `torch.ops.aten.<name>.<overload>`; writing into a tensor named `out` is not offered."""
-    return name in ALLOWED and "out" not in overload.split("_")
+    return name in ALLOWED and not _WRITES & set(overload.split("_"))
+
+
+def changes_in_place(name: str) -> bool:
+    """Whether the operator changes its first argument."""
+    return name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
+
+
+def is_view(name: str) -> bool:
+    """Whether the operator's result is its first argument's memory."""
+    return name in _VIEWS or changes_in_place(name)
+
+
+def check_operators(operators: Mapping[str, str]) -> None:
+    """Refuse operators that torch does not have here, and those that are not what their names say.
+
+    Args:
+        operators: `operator.overload` to the file that calls it.
+
+    Raises:
+        ArtifactError: naming both.
+    """
+    import torch
+
+    for operator, file in operators.items():
+        name, _, overload = operator.partition(".")
+        packet = getattr(torch.ops.aten, name, None)
+        overloads: list[str] = []
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            overloads = packet.overloads()  # type: ignore[no-untyped-call]
+        if overload not in overloads:
+            raise ArtifactError(
+                f"{file} calls torch.ops.aten.{operator}, which torch {torch.__version__} does not have",
+                hint="install the torch version that the artifact was compiled with",
+            )
+        schema = getattr(packet, overload)._schema
+        writes = any(entry.alias_info is not None and entry.alias_info.is_write for entry in schema.arguments)
+        if "Tensor" not in str(schema) or (writes and not changes_in_place(name)):
+            raise ArtifactError(f"{file} calls torch.ops.aten.{operator}, which is not allowed in an artifact's code")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import DataError
+from runtime.guards import guarded, guards
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +90,13 @@ class Run:
 
 
 def compile_program(source: str, filename: str) -> Program:
-    """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach."""
+    """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach, and what it
+    cannot be seen to do is watched (`runtime.guards`).
+    """
     import torch
 
-    namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice, "range": range}
-    exec(compile(source, filename, "exec", dont_inherit=True), namespace)
+    namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice, **guards()}
+    exec(compile(guarded(source, filename), filename, "exec", dont_inherit=True), namespace)
     program: Program = namespace["forward"]
     return program
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime.errors import OutputError, SeqbuildError
 
-_PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     require_free(path, replace=replace)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
     try:
         with disk_errors(path):
             yield partial
@@ -42,6 +42,22 @@ def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             put_in_place(partial, path, replace=replace)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_aside(path: Path) -> Path:
+    """Take a directory that is damaged out of the way, and keep it.
+
+    Returns:
+        Its new name, beside the old one: it begins with a dot and ends in `.damaged`.
+
+    Raises:
+        OutputError: when it cannot be moved.
+    """
+    with disk_errors(path):
+        place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=DAMAGED, dir=path.parent))
+        os.replace(path, place)
+        flush_one(path.parent)
+    return place
 
 
 def require_free(path: Path, *, replace: bool = False) -> None:
@@ -80,7 +96,7 @@ def write_file(path: Path, data: bytes) -> None:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
@@ -98,7 +114,7 @@ def put_in_place(partial: Path, path: Path, *, replace: bool = False) -> None:
     if path.is_dir():
         if any(path.iterdir()) and not replace:
             raise OutputError(f"output directory {path} was filled by somebody else", hint="choose another")
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
         os.replace(path, old)
         try:
             os.replace(partial, path)

@@ -31,7 +31,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     import torch
 
     from runtime.construct import calculate_buffers, without_weights
-    from runtime.model_config import read_config
+    from runtime.model_config import artifact_config
 
     entry, path = artifact.manifest.model, artifact.path
     if artifact.manifest.is_portable:
@@ -39,7 +39,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
 
         return build_tree(artifact, dtype if dtype is not None else getattr(torch, entry.dtype))
     cls = model_class(artifact)
-    config = read_config(path, artifact.config_class)
+    config = artifact_config(artifact)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
         with without_weights():

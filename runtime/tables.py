@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from runtime.conditions import check_condition
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
-from runtime.manifest import ATTENTIONS, DTYPES, LeafKind, Manifest
+from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
+from runtime.model_code import is_own_module
 from runtime.scale_groups import wrong_attentions, wrong_groups
+from runtime.written import is_dimension, is_pattern
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Experts")
 # Options of convolutions, and the words that may stand for numbers.
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 _WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
+_OTHER_DTYPES = ("uint16", "uint32", "uint64", "complex128", "complex32")
+_MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]+")
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -31,6 +35,8 @@ def check_tables(manifest: Manifest) -> None:
         missing += [name for name in entry.consumed_names if name not in entry.input_names]
         if missing:
             raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
+    for wrong in (*_wrong_places(manifest), *_wrong_values(manifest)):
+        raise ArtifactError(wrong)
     for condition in manifest.conditions:
         check_condition(condition, {dim.name: dim for dim in manifest.dims})
     for name, parameter in manifest.parameters.items():
@@ -46,12 +52,60 @@ def check_tables(manifest: Manifest) -> None:
         if not is_module_name(module):
             raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
     for pattern in manifest.model.ignored_keys:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ArtifactError(f"the manifest's pattern {pattern!r} is no regular expression: {error}") from error
+        if not is_pattern(pattern):
+            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression that ends in time")
     for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest), *wrong_attentions(manifest)):
         raise ArtifactError(wrong)
+
+
+def _wrong_places(manifest: Manifest) -> Iterator[str]:
+    """Programs and classes that are not where such things are."""
+    files = [("subgraphs", entry.file) for entry in manifest.subgraphs]
+    files += [("conversions", program.file) for program in manifest.conversions]
+    files += [("leaves", kind.program) for kind in manifest.leaf_kinds if kind.program]
+    for folder, file in files:
+        if re.fullmatch(rf"{folder}/[0-9]{{3,6}}\.py", file) is None:
+            yield f"{file!r} is no place for one of the {folder}"
+    model = manifest.model
+    is_known = _is_class(model.module, model.class_name) and _MODELING.fullmatch(model.module) is not None
+    if not is_known and not is_own_module(model.module):
+        yield f"the model's class is {model.module}.{model.class_name}, which is no model of transformers"
+    for name, path in manifest.foreign.items():
+        module, _, class_name = path.partition(":")
+        known = module.split(".")[0] in ("torch", "transformers", "timm") or is_own_module(module)
+        if not known or not _is_class(module, class_name) or not _is_name(name):
+            yield f"the foreign module {name!r} is of class {path!r}, which is no module of the model's or a library's"
+    if manifest.input_key != sha256(canonical(dict(manifest.ingredients))):
+        yield "the manifest's input key is not that of its ingredients"
+
+
+def _wrong_values(manifest: Manifest) -> Iterator[str]:
+    """Shapes, dtypes and ranges that are none."""
+    names = {dim.name for dim in manifest.dims}
+    for dim in manifest.dims:
+        if not _is_name(dim.name) or not -1 <= dim.max < 2**62 or not 0 <= dim.min < 2**62:
+            yield f"the size {dim.name!r} has the range {dim.min} to {dim.max}"
+    if len(names) != len(manifest.dims):
+        yield "the manifest states the range of a size twice"
+    entries: list[tuple[str, InputEntry | TensorEntry]] = [(entry.name, entry) for entry in manifest.inputs]
+    entries += manifest.values.items()
+    for name, entry in entries:
+        if entry.dtype not in ("model", "", *DTYPES, *_OTHER_DTYPES) or not all(map(is_dimension, entry.shape)):
+            yield f"the value {name!r} has the dtype {entry.dtype!r} or the shape {list(entry.shape)!r}, which is none"
+    if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):
+        yield "the manifest states an input twice"
+    for name, parameter in manifest.parameters.items():
+        if not all(map(is_dimension, parameter.shape)) or parameter.bytes < 0:
+            yield f"the parameter {name!r} has the shape {list(parameter.shape)!r}, which is none"
+        if parameter.tied_to and (parameter.tied_to not in manifest.parameters or parameter.tied_to == name):
+            yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is no other parameter"
+    for name, limit in manifest.limits.items():
+        if not 0 < limit < 2**62:
+            yield f"the limit {name!r} is {limit}"
+
+
+def _is_class(module: str, class_name: str) -> bool:
+    return is_module_name(module) and all(part.isidentifier() for part in class_name.split("."))
 
 
 def _wrong_leaves(manifest: Manifest) -> Iterator[str]:

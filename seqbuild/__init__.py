@@ -1,6 +1,9 @@
 """seqbuild: compile a model once into a chain of subgraphs, for calibration and quantization anywhere."""
 
-from __future__ import annotations
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
+    del sys.path[0]  # as in runtime/__init__.py
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -4,6 +4,7 @@ source      what the user named: hub id, directory or config            seqbuild
 own code    what the model brings, if that is allowed to run            seqbuild.model.own_code
 model       its module tree without weights                             seqbuild.model.from_config
 targets     where to cut                                                seqbuild.targets
+request     has it been asked for before?                               seqbuild.recall
 key         is it there already?                                        seqbuild.cache
 trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
 keys        which checkpoint tensors make which parameter               seqbuild.model.checkpoint_keys
@@ -19,18 +20,17 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check
-from runtime.errors import TargetError, UsageError
+from runtime.errors import ArtifactError, TargetError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
 from runtime.opaque_paths import is_opaque_path
-from runtime.publish import disk_errors, publish_directory
+from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
 from seqbuild.groups.attention import attentions
@@ -38,9 +38,12 @@ from seqbuild.groups.derive import scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
 from seqbuild.model.own_code import OwnCode, own_code_of
-from seqbuild.model.relied_on import relied_on
+from seqbuild.model.relied_on import made_of, relied_on
 from seqbuild.model.source import Source, resolve_source
-from seqbuild.portable import Parts, limits, parts
+from seqbuild.options import Options, make_options
+from seqbuild.portable import Parts, limits
+from seqbuild.portable import parts as portable_parts
+from seqbuild.recall import Compiled, recall, remember, request
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
 from seqbuild.trace.subgraphs import Trace
@@ -48,30 +51,13 @@ from seqbuild.trace.subgraphs import Trace
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from seqbuild.trace.blame import Function
 
-POLICIES = ("auto", "linear", "target")
 DEFAULT_OUT = Path("artifacts")
 # As `gc.set_threshold` takes it; by default the first is some hundred or thousand.
 _RARE = (100_000, 50, 50)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compiled:
-    """What a compilation did.
-
-    Attributes:
-        path: the artifact.
-        manifest: its table of contents.
-        is_cached: whether it was there already.
-        seconds: how long it took.
-    """
-
-    path: Path
-    manifest: Manifest
-    is_cached: bool
-    seconds: float
 
 
 def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> Path:
@@ -136,84 +122,104 @@ def build(
             classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
             `auto` does that where nothing must be left whole, so that the artifact is portable, and `target` otherwise.
     """
-    if leaves not in POLICIES:
-        raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")
+    start, directory = time.perf_counter(), Path(out)
+    options = make_options(
+        targets=targets,
+        ignore=ignore,
+        auto_ignore=auto_ignore,
+        sample=sample,
+        text_only=text_only,
+        targets_per_subgraph=targets_per_subgraph,
+        attn_implementation=attn_implementation,
+        leaves=leaves,
+    )
     source = resolve_source(os.fspath(model_id_or_path), revision=revision)
     with own_code_of(source, is_allowed=trust_remote_code) as own:
-        return _build(
-            source,
-            own,
-            targets=targets,
-            ignore=ignore,
-            auto_ignore=auto_ignore,
-            sample=sample,
-            text_only=text_only,
-            targets_per_subgraph=targets_per_subgraph,
-            attn_implementation=attn_implementation,
-            out=out,
-            force=force,
-            leaves=leaves,
-        )
+        parts = request(source, options, own.files if own is not None else {})
+        found = None if force else recall(parts, source.name, directory)
+        return found or _build(source, own, options, parts, directory, force=force, start=start)
+
+
+def prepared(
+    source: Source, own: OwnCode | None, options: Options
+) -> tuple[PreTrainedModel, dict[str, Any], list[tuple[str, ...]], dict[str, str], dict[str, str]]:
+    """What the input key needs and is made of.
+
+    Returns:
+        The model without weights, its sample, the targets to try, the library files that it is made of by module name,
+        and the ingredients of the input key.
+    """
+    model = build_weightless(source, attn_implementation=options.attn_implementation, own=own)
+    inputs = read_sample(model, options.sample, text_only=options.text_only)
+    candidates = [as_names(options.targets)] if options.targets else list(inferred_targets(model))
+    sources = made_of(model, own.modules if own is not None else ())
+    ingredients = cache.ingredients(
+        source,
+        model,
+        target_patterns=candidates[0],
+        ignore=options.ignore,
+        auto_ignore=options.auto_ignore,
+        targets_per_subgraph=options.targets_per_subgraph,
+        sample=inputs,
+        model_code=own.files if own is not None else {},
+        sources=sources,
+        leaves=options.leaves,
+    )
+    return model, inputs, candidates, sources, ingredients
 
 
 def _build(
     source: Source,
     own: OwnCode | None,
+    options: Options,
+    parts: Mapping[str, str],
+    out: Path,
     *,
-    targets: Sequence[str] | str | None,
-    ignore: Sequence[str] | str,
-    auto_ignore: bool,
-    sample: str | os.PathLike[str] | None,
-    text_only: bool,
-    targets_per_subgraph: int,
-    attn_implementation: str | None,
-    out: str | os.PathLike[str],
     force: bool,
-    leaves: str,
+    start: float,
 ) -> Compiled:
     """The passes after the model's own code, if it brings any, can be imported."""
-    start = time.perf_counter()
-    model = build_weightless(source, attn_implementation=attn_implementation, own=own)
-    inputs = read_sample(model, sample, text_only=text_only)
-    ignore = as_names(ignore)
-    candidates = [as_names(targets)] if targets else list(inferred_targets(model))
-    ingredients = cache.ingredients(
-        source,
-        model,
-        target_patterns=candidates[0],
-        ignore=ignore,
-        auto_ignore=auto_ignore,
-        targets_per_subgraph=targets_per_subgraph,
-        sample=inputs,
-        model_code=own.files if own is not None else {},
-        leaves=leaves,
-    )
+    own_modules = own.modules if own is not None else ()
+    model, inputs, candidates, sources, ingredients = prepared(source, own, options)
     key = cache.input_key(ingredients)
-    path = Path(out) / f"{source.name}-{key[:12]}"
+    path = out / f"{source.name}-{key[:12]}"
+    remarks: list[str] = []
 
     def may_ignore(function: Function) -> bool:
-        return auto_ignore and is_opaque_path(function.path, own.modules if own is not None else ())
+        return options.auto_ignore and is_opaque_path(function.path, own_modules)
 
     with _locked(path):
-        found = None if force else cache.find_artifact(path, key)
+        found = None if force else _find(path, key, remarks)
         is_cached = found is not None
         if found is None:
             traced = trace_somehow(
                 model,
-                with_larger(model, inputs, is_made_up=sample is None, text_only=text_only),
+                with_larger(model, inputs, is_made_up=options.sample is None, text_only=options.text_only),
                 candidates,
-                ignore=ignore,
+                ignore=options.ignore,
                 may_ignore=may_ignore,
-                targets_per_subgraph=targets_per_subgraph,
-                drop_uncalled=not targets,
-                is_batch_only=sample is not None,
-                leaves=leaves,
+                targets_per_subgraph=options.targets_per_subgraph,
+                drop_uncalled=not options.targets,
+                is_batch_only=options.sample is not None,
+                leaves=options.leaves,
             )
-            _require_matched(traced.trace, ignore)
+            _require_matched(traced.trace, options.ignore)
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, own, model, traced, keys, ingredients)
             found = _write(path, files, manifest)
-    return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=time.perf_counter() - start)
+        remember(parts, path, found, sources)
+    seconds = time.perf_counter() - start
+    return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=seconds, remarks=tuple(remarks))
+
+
+def _find(path: Path, key: str, remarks: list[str]) -> Manifest | None:
+    """The artifact that is there; one that is damaged is moved aside, so that it can be looked at."""
+    try:
+        return cache.find_artifact(path, key)
+    except ArtifactError as error:
+        place = move_aside(path)
+        remarks.append(f"what was there is damaged and was moved to {place}: {error.message}")
+        return None
 
 
 @contextlib.contextmanager
@@ -260,7 +266,7 @@ def _assemble(
         return build_weightless(source, like=model, dtype=dtype, own=own)
 
     if traced.leaves != "target":
-        found = parts(model, entries, rebuilt, TRACE_DTYPE)
+        found = portable_parts(model, entries, rebuilt, TRACE_DTYPE)
     files |= {file: program.encode("ascii") for file, program in found.programs.items()}
     is_portable = traced.leaves != "target" and not found.foreign and not any(entry.opaque for entry in entries)
     constants = {**trace.tracer.constants, **found.constants}

@@ -1,24 +1,22 @@
 """The input key: a hash over everything that determines an artifact, each ingredient by name.
 
 Left out on purpose, because none of it changes a byte of the artifact: where the model and the artifact lie, the time,
-the user, the machine, and the values of the sample input (only shapes and dtypes are looked at).
+the user, the machine, the process's hash seed, and the values of the sample input (only shapes and dtypes are looked
+at). tests/seqbuild/test_recall.py has a test for each.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime import manifest
 from runtime.artifact import check
-from runtime.errors import ArtifactError
 from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
-from runtime.model_code import is_own_module
 from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ def ingredients(
     targets_per_subgraph: int,
     sample: Mapping[str, Any],
     model_code: Mapping[str, bytes],
+    sources: Mapping[str, str],
     leaves: str,
 ) -> dict[str, str]:
     """Everything that the input key is made of: name to a short value or the digest of a long one.
@@ -54,19 +53,16 @@ def ingredients(
         targets_per_subgraph: likewise a request.
         sample: the inputs.
         model_code: the files of the model's own code, by path.
+        sources: those of the libraries that the model is made of, module name to sha256.
         leaves: how deep to trace.
     """
-    checkpoint = source.checkpoint_shapes()
     config: Any = getattr(model, "config", None)
     parts = {
         "format": ".".join(map(str, FORMAT_VERSION)),
-        "config": sha256(source.config_file.read_bytes()),
-        "companions": _digest({name: sha256(data) for name, data in source.companions().items()}),
-        "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
+        **source_ingredients(source, model_code),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model_code": _digest({path: sha256(data) for path, data in model_code.items()}),
-        "model_source": _digest(source_digests(model)),
-        "seqbuild_source": _digest(_own_digests()),
+        "model_source": _digest(sources),
+        "seqbuild_source": own_digest(),
         "attn_implementation": str(getattr(config, "_attn_implementation", "")),
         "targets": json.dumps(list(target_patterns)),
         "ignore": json.dumps(list(ignore)),
@@ -78,6 +74,17 @@ def ingredients(
     return parts | {f"version_{name}": version for name, version in versions().items()}
 
 
+def source_ingredients(source: Source, model_code: Mapping[str, bytes]) -> dict[str, str]:
+    """What the model's directory adds to the key, its own code included; where it lies does not count."""
+    checkpoint = source.checkpoint_shapes()
+    return {
+        "config": sha256(source.config_file.read_bytes()),
+        "companions": _digest({name: sha256(data) for name, data in source.companions().items()}),
+        "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
+        "model_code": _digest({path: sha256(data) for path, data in model_code.items()}),
+    }
+
+
 def input_key(parts: Mapping[str, str]) -> str:
     """sha256, hex, of the canonical encoding of the ingredients."""
     return sha256(canonical(dict(parts)))
@@ -86,34 +93,25 @@ def input_key(parts: Mapping[str, str]) -> str:
 def find_artifact(path: Path, key: str) -> Manifest | None:
     """The manifest of the whole artifact with this key at `path` that relies on sources as they are here,
     if there is one.
+
+    Raises:
+        ArtifactError: when what is there is damaged.
     """
     if not path.is_dir():
         return None
-    try:
-        manifest, *_ = check(path)
-    except ArtifactError:
-        return None
-    return manifest if manifest.input_key == key and not changed_sources(manifest.sources) else None
+    found, _ = check(path)
+    return found if found.input_key == key and not changed_sources(found.sources) else None
 
 
-def source_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of each source file that defines a class of the model's modules, by module name; torch's own are left
-    to its version, and the model's own code is an ingredient of its own.
+def own_digest() -> str:
+    """Over each file of the compiler itself, and of the runtime that it shares code with: a version number does not
+    change with every commit.
     """
-    classes = (cls for module in model.modules() for cls in type(module).__mro__)
-    names = dict.fromkeys(cls.__module__ for cls in classes if not is_own_module(cls.__module__))
-    digests: dict[str, str] = {}
-    for name in sorted(names):
-        file = inspect.getsourcefile(sys.modules[name]) if name.split(".")[0] not in ("torch", "builtins") else None
-        if file is not None:
-            digests[name] = sha256(Path(file).read_bytes())
-    return digests
-
-
-def _own_digests() -> dict[str, str]:
-    """sha256 of each file of the compiler itself: a version number does not change with every commit."""
-    package = Path(__file__).resolve().parent
-    return {path.relative_to(package).as_posix(): sha256(path.read_bytes()) for path in sorted(package.rglob("*.py"))}
+    found: dict[str, str] = {}
+    for package in (Path(__file__).resolve().parent, Path(manifest.__file__).resolve().parent):
+        for path in sorted(package.rglob("*.py")):
+            found[f"{package.name}/{path.relative_to(package).as_posix()}"] = sha256(path.read_bytes())
+    return _digest(found)
 
 
 def _signature(value: torch.Tensor | Any) -> str:

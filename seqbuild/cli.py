@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|plan|data`.
+"""The command line: `seqbuild compile|inspect|verify|plan|cache|pack|sign|data`.
 
 Only typer is imported up here; torch and transformers wait until a command needs them.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from runtime.console import human_bytes, run_app, say
+from runtime.console import human_bytes, run_app, say, warn
 from runtime.plan_cli import plan
+from seqbuild.cache_cli import app as cache_app
 
 app = typer.Typer(
     add_completion=False,
@@ -21,6 +22,8 @@ app = typer.Typer(
     help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
+
+app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
 
@@ -63,25 +66,29 @@ def compile_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
-    from seqbuild.build import build
+    from seqbuild.options import make_options
+    from seqbuild.recall import recalled
     from seqbuild.show import remarks
 
-    done = build(
-        source,
-        targets=targets or None,
-        ignore=ignore or (),
-        auto_ignore=auto_ignore,
-        sample=sample,
-        text_only=text_only,
-        targets_per_subgraph=targets_per_subgraph,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        out=out,
-        force=force,
-        leaves=leaves,
-        trust_remote_code=trust_remote_code,
-    )
+    options: dict[str, Any] = {
+        "targets": targets or None,
+        "ignore": ignore or (),
+        "auto_ignore": auto_ignore,
+        "sample": sample,
+        "text_only": text_only,
+        "targets_per_subgraph": targets_per_subgraph,
+        "attn_implementation": attn_implementation,
+        "leaves": leaves,
+    }
+    place: dict[str, Any] = {"out": out, "revision": revision, "trust_remote_code": trust_remote_code}
+    done = None if force else recalled(source, make_options(**options), **place)
+    if done is None:
+        from seqbuild.build import build
+
+        done = build(source, force=force, **options, **place)
     manifest = done.manifest
+    for line in done.remarks:
+        warn(line)
     num_bytes = sum(entry.bytes for entry in manifest.files)
     if as_json:
         facts = {
@@ -136,6 +143,12 @@ def verify(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Model directory with safetensors; else a small random model.")
     ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Compile once more instead, and compare every byte.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if there was a checkpoint.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
     allow_version_skew: Annotated[
@@ -146,7 +159,9 @@ def verify(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    """Compare the chain with the model itself. Exit code 0 when they are equal, 1 when not."""
+    """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""
+    if rebuild:
+        return _rebuild(artifact, source, trust_remote_code, as_json)
     from seqbuild.verify.artifact import verify_artifact
     from seqbuild.verify.report import as_plain, print_report
 
@@ -166,6 +181,49 @@ def verify(
 
 
 app.command()(plan)
+
+
+def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_json: bool) -> int:
+    from seqbuild.verify.rebuild import rebuild
+
+    found = rebuild(artifact, source=source, trust_remote_code=trust_remote_code)
+    if as_json:
+        facts = {"same": found.is_same, "files": found.num_files, "differing": list(found.differing)}
+        say(json.dumps(facts | {"ingredients": list(found.ingredients)}))
+    else:
+        say(str(found))
+    return 0 if found.is_same else 1
+
+
+@app.command()
+def pack(
+    artifact: ArtifactPath,
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML: what the host is to do.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file that ends in .tar.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Token file of seqbuild data.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to pack, too.")] = None,
+) -> None:
+    """Make one directory or .tar with all that a host without a network needs."""
+    from seqbuild.pack import pack as run
+
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
+
+
+@app.command()
+def sign(
+    artifact: ArtifactPath,
+    private_key: Annotated[Path, typer.Option("--private-key", help="Elliptic curve key in PEM.")],
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="Holds the private key's password.")
+    ] = None,
+) -> None:
+    """Sign an artifact, so that a host can ask who made it."""
+    from seqbuild.sign import sign_artifact
+
+    password = password_file.read_text(encoding="utf-8").rstrip("\r\n") if password_file is not None else None
+    say(f"{sign_artifact(artifact, private_key=private_key, password=password)}: signed")
 
 
 @app.command()

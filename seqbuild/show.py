@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from runtime.console import human_bytes
+from runtime.console import human_bytes, printable
 from runtime.manifest import UNBOUNDED, Manifest, SubgraphEntry
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tu
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(printable(line), markup=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD)
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in cells:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(printable(cell).replace("[", r"\[") for cell in row))
     console.print(table)
 
 

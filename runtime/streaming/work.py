@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.dtypes import DTYPES
-from runtime.machine import trim_heap
+from runtime.streaming.memory import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
 

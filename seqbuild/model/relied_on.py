@@ -38,7 +38,20 @@ def relied_on(model: nn.Module, entries: Sequence[SubgraphEntry], own_modules: C
         entries: its subgraphs, for what they call.
         own_modules: names of the modules of its own code; their digests are recorded elsewhere.
     """
-    pending = [*sorted(_roots(model, entries)), *own_modules]
+    return _followed([*sorted(_roots(model, entries)), *own_modules])
+
+
+def made_of(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
+    """sha256 of each library source file that a model is made of, by module name, ascending: those that define its
+    modules' classes, torch's own left to its version, and what these import that computes.
+    """
+    classes = [type(module) for module in model.modules()]
+    homes = {name for name in _homes(classes) if _is_library(name)}
+    return _followed([*sorted(homes | _roots(model, ())), *own_modules])
+
+
+def _followed(pending: list[str]) -> dict[str, str]:
+    """Digests of these modules, and of what they import of the computing kind."""
     found: dict[str, str] = {}
     seen: dict[str, None] = {}
     while pending:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
 from runtime.model_code import FOLDER
-from runtime.model_config import read_config
-from seqbuild.build import Compiled, build
+from runtime.model_config import artifact_config
+from seqbuild.build import build
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
+from seqbuild.recall import Compiled
 from seqbuild.sample.inputs import SampleShape, default_sample
 from seqbuild.shrink.config import shrink_table
 from seqbuild.targets import inferred_targets, match_modules
@@ -40,7 +41,7 @@ def small_model_directory(artifact: Artifact, folder: Path) -> Path:
     Raises:
         ModelError: when its config cannot be made small.
     """
-    config = read_config(artifact.path, artifact.config_class)
+    config = artifact_config(artifact)
     try:
         small = type(config).from_dict(shrink_table(stated(config.to_dict())))
         small.architectures = [artifact.manifest.model.class_name]
@@ -58,22 +59,21 @@ def small_model_directory(artifact: Artifact, folder: Path) -> Path:
 
 def model_directory(artifact: Artifact, folder: Path) -> Path:
     """Write the model directory that the artifact was compiled from, without weights."""
-    return _write(artifact, json.loads((artifact.path / "config.json").read_text(encoding="utf-8")), folder)
+    return _write(artifact, json.loads(artifact.companions["config.json"].decode("utf-8")), folder)
 
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
     """A directory with this config; what else the artifact brings goes with it."""
     if artifact.model_code is not None:
-        stated = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+        stated = json.loads(artifact.companions["config.json"].decode("utf-8"))
         table |= {"auto_map": _local(stated.get("auto_map"))}
     for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    for entry in artifact.manifest.files:
-        if entry.path in COMPANIONS:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / entry.path).write_bytes((artifact.path / entry.path).read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
+    for name, data in artifact.companions.items():
+        if name in COMPANIONS:
+            (folder / name).write_bytes(data)
     (folder / "config.json").write_text(json.dumps(table), encoding="utf-8")
     return folder
 

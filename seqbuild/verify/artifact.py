@@ -26,7 +26,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.console import quiet
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.inputs import require_in_range
-from runtime.model_config import read_config
+from runtime.model_config import artifact_config, read_config
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
@@ -172,7 +172,7 @@ class _RandomPair:
     def model(self) -> nn.Module:
         if self._model is None:
             cls = model_class(self.artifact)
-            config = read_config(self.artifact.path, self.artifact.config_class)
+            config = artifact_config(self.artifact)
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
                 self._model = cls._from_config(config, dtype=self.dtype, attn_implementation=_attention(self.artifact))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.console import say
+
 _HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relative", "result")
 
 
@@ -131,8 +133,8 @@ def print_report(found: Verification) -> None:
         _rows(found),
     )
     for remark in found.remarks:
-        print(remark)
-    print(f"{found.verdict}; {found.seconds:.1f} s", flush=True)
+        say(remark)
+    say(f"{found.verdict}; {found.seconds:.1f} s")
 
 
 def _rows(found: Verification) -> Iterator[tuple[str, ...]]:

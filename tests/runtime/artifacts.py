@@ -19,6 +19,7 @@ from runtime.manifest import (
     ParameterEntry,
     SubgraphEntry,
     TensorEntry,
+    canonical,
     sha256,
 )
 
@@ -52,6 +53,7 @@ def forward(self, source_0, source_1, *, run):
         "value": cat,
     }
 """
+INGREDIENTS = {"config": "cd" * 32, "version_torch": "2.13.0"}
 EMPTY = {
     "consumed_names": (),
     "submodules": (),
@@ -84,8 +86,8 @@ def manifest(contents: dict[str, bytes] | None = None, **changes: Any) -> Manife
     """The manifest that belongs to `files()`, or to other contents."""
     contents = files() if contents is None else contents
     values: dict[str, Any] = {
-        "input_key": "ab" * 32,
-        "ingredients": {"config": "cd" * 32, "version_torch": "2.13.0"},
+        "input_key": sha256(canonical(INGREDIENTS)),
+        "ingredients": INGREDIENTS,
         "model": ModelEntry(
             class_name="LlamaForCausalLM",
             module="transformers.models.llama.modeling_llama",

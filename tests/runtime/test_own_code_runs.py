@@ -200,10 +200,8 @@ def test_a_quantized_checkpoint_carries_code_and_auto_map(toy: Toy, quantized: P
 def test_code_of_another_repository_becomes_the_checkpoints_own(toy: Toy, tmp_path: Path) -> None:
     """The auto_map names a repository; the artifact has its files, so the checkpoint need not."""
     artifact = runtime.load(toy.artifact, trust_remote_code=True)
-    artifact.path = tmp_path / "artifact"
-    artifact.path.mkdir()
     auto_map = {"AutoConfig": "some-org/toy--configuration_toy.ToyConfig", "AutoTokenizer": ["a/b--t.T", None]}
-    (artifact.path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    artifact.companions = {"config.json": json.dumps({"auto_map": auto_map}).encode()}
     (tmp_path / "out").mkdir()
     write_companions(tmp_path / "out", artifact, Checkpoint(toy.weights), {})
     written = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]

@@ -1,0 +1,53 @@
+"""What may stand in the text of an artifact's code besides names: numbers and words for operators, names of fields."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterator
+
+ELEMENTS_LIMIT = 2**34  # no literal size is larger: a model's sizes come from its inputs and weights
+_WORD = re.compile(r"[A-Za-z_., >()-]{0,200}\Z")
+_DEVICE = re.compile(
+    r"(cpu|cuda|ipu|xpu|mkldnn|opengl|opencl|ideep|hip|ve|fpga|maia|xla|lazy|vulkan|mps|meta|hpu|mtia"
+    r"|privateuseone)(:.*)?\Z"
+)
+# Generators, coroutines, frames, tracebacks, code and functions are described by names like these.
+_INTROSPECTION = re.compile(r"(gi|cr|ag|f|tb|co|func|im)_|mro\Z|grad_fn\Z")
+
+
+def is_field(name: str) -> bool:
+    """Whether a result's field may have this name."""
+    return not name.startswith("_") and _INTROSPECTION.match(name) is None
+
+
+def wrong_argument(node: ast.expr, keyword: str | None) -> str:
+    """Why an operator may not be given this argument; empty when it may."""
+    if keyword == "device" and not (_is_run_device(node) or _is_literal(node, None)):
+        return "a device other than run.device"
+    if keyword == "pin_memory" and not (_is_literal(node, None) or _is_literal(node, False)):
+        return "pinned memory"
+    if keyword in ("out", "generator"):
+        return f"the argument {keyword!r}"
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            if _WORD.match(part.value) is None or _DEVICE.match(part.value) is not None:
+                return f"the word {part.value[:40]!r} for an operator"
+        elif isinstance(part, (ast.List, ast.Tuple)) and math.prod(_sizes(part)) > ELEMENTS_LIMIT:
+            return f"a literal size of more than {ELEMENTS_LIMIT} elements"
+    return ""
+
+
+def _sizes(node: ast.List | ast.Tuple) -> Iterator[int]:
+    for item in node.elts:
+        if isinstance(item, ast.Constant) and type(item.value) is int and item.value > 0:
+            yield item.value
+
+
+def _is_run_device(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "run.device"
+
+
+def _is_literal(node: ast.expr, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value

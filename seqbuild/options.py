@@ -1,0 +1,60 @@
+"""What a user asks a compilation for. Nothing here needs torch, so that a request can be known before it is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import UsageError
+
+POLICIES = ("auto", "linear", "target")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """A request, as `seqbuild.build.build` describes it; empty `targets` stand for the model's own."""
+
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    auto_ignore: bool
+    sample: Path | None
+    text_only: bool
+    targets_per_subgraph: int
+    attn_implementation: str | None
+    leaves: str
+
+
+def make_options(
+    *,
+    targets: Sequence[str] | str | None = None,
+    ignore: Sequence[str] | str = (),
+    auto_ignore: bool = True,
+    sample: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+    targets_per_subgraph: int = 1,
+    attn_implementation: str | None = None,
+    leaves: str = "auto",
+) -> Options:
+    """Options from what users write.
+
+    Raises:
+        UsageError: for leaves that there are not.
+    """
+    if leaves not in POLICIES:
+        raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")
+    return Options(
+        targets=_names(targets or ()),
+        ignore=_names(ignore),
+        auto_ignore=auto_ignore,
+        sample=Path(sample) if sample is not None else None,
+        text_only=text_only,
+        targets_per_subgraph=targets_per_subgraph,
+        attn_implementation=attn_implementation,
+        leaves=leaves,
+    )
+
+
+def _names(names: Sequence[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

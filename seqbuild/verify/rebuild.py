@@ -1,0 +1,97 @@
+"""Prove that an artifact is what its model's description gives: compile it once more, and compare every byte."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.checks import Checked, check_artifact
+from runtime.errors import UsageError
+from runtime.manifest import MANIFEST_NAME
+from runtime.model_code import is_own_module
+from seqbuild.verify.again import compile_alike
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuilt:
+    """What compiling once more has given.
+
+    Attributes:
+        path: the artifact that was compared.
+        num_files: how many files were compared, the manifest included.
+        differing: names of those that are not the same byte for byte, or are on one side only.
+        ingredients: names of the ingredients of the input key that are not the same here; where there are any, other
+            bytes are no surprise.
+    """
+
+    path: Path
+    num_files: int
+    differing: tuple[str, ...]
+    ingredients: tuple[str, ...]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether all bytes are the same."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        if self.is_same:
+            return f"{self.path}: compiling once more gives the same {self.num_files} files, byte for byte"
+        what = f"{self.path}: compiling once more gives other bytes in {', '.join(self.differing[:8])}"
+        return what + (f"; not the same here: {', '.join(self.ingredients)}" if self.ingredients else "")
+
+
+def rebuild(
+    artifact: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> Rebuilt:
+    """Compile an artifact's model once more, with what its manifest says was asked for.
+
+    Args:
+        artifact: its directory.
+        source: the model's directory; None takes the config, tokenizer and code that the artifact brings.
+        trust_remote_code: allow the model's own code, if there is any, to be executed.
+
+    Raises:
+        UsageError: when the artifact alone does not say enough.
+        ArtifactError, ModelError, TargetError, TraceError: as `seqbuild.build.build`.
+    """
+    root = Path(artifact)
+    checked = check_artifact(root)
+    if checked.code is not None and not trust_remote_code:
+        model = checked.manifest.model
+        named = {model.config_module: model.config_class_name, model.module: model.class_name}
+        own = {module: name for module, name in named.items() if is_own_module(module)}
+        raise checked.code.refusal(str(root), own.values(), own)
+    if source is None and checked.manifest.ingredients.get("checkpoint_names") != "none":
+        raise UsageError(
+            f"{root} was compiled beside a checkpoint, whose tensors' names are part of it",
+            hint="name the model's directory with --source",
+        )
+    with tempfile.TemporaryDirectory(prefix="seqbuild-") as name:
+        directory = _described(checked, Path(name, "model")) if source is None else Path(source)
+        again = check_artifact(compile_alike(checked.manifest, directory, Path(name, "out")).path)
+    ours, theirs = ({MANIFEST_NAME: one.manifest_bytes, **one.contents} for one in (checked, again))
+    mine, other = checked.manifest.ingredients, again.manifest.ingredients
+    return Rebuilt(
+        path=root,
+        num_files=len(ours),
+        differing=tuple(name for name in dict.fromkeys((*ours, *theirs)) if ours.get(name) != theirs.get(name)),
+        ingredients=tuple(name for name in dict.fromkeys((*mine, *other)) if mine.get(name) != other.get(name)),
+    )
+
+
+def _described(checked: Checked, folder: Path) -> Path:
+    """The model's directory, as far as the artifact brings it: the same bytes under the same names."""
+    files = {
+        name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))
+    }
+    files |= dict(checked.code.files) if checked.code is not None else {}
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder

@@ -1,0 +1,331 @@
+"""Attacks by the manifest: encodings that lie, numbers that are none, names that lead elsewhere."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from runtime.manifest import (
+    MANIFEST_NAME,
+    ConversionEntry,
+    DimEntry,
+    FileEntry,
+    InputEntry,
+    LeafKind,
+    TensorEntry,
+    canonical,
+    sha256,
+)
+from tests.attacks.attack import Attack
+from tests.runtime.artifacts import FIRST, files, manifest, write
+
+
+def changed(name: str, reason: str, **changes: Any) -> Attack:
+    """The usual artifact with other entries in its manifest."""
+    return Attack(name, reason, lambda root: write(root, **changes))
+
+
+def replaced(name: str, reason: str, contents: Mapping[str, bytes], **changes: Any) -> Attack:
+    """The usual artifact with other files, all of them listed with right digests."""
+    return Attack(name, reason, lambda root: write(root, {**files(), **contents}, **changes))
+
+
+def encoded(name: str, reason: str, change: Callable[[dict[str, Any]], object]) -> Attack:
+    """The usual artifact with a manifest that was changed after it was encoded, its digest made to fit."""
+
+    def make(root: Path) -> None:
+        write(root)
+        plain: dict[str, Any] = msgpack.unpackb(manifest().to_bytes())
+        del plain["digest"]
+        change(plain)
+        packed = msgpack.packb({key: plain[key] for key in sorted(plain)})
+        plain["digest"] = sha256(packed)
+        (root / MANIFEST_NAME).write_bytes(msgpack.packb({key: plain[key] for key in sorted(plain)}))
+
+    return Attack(name, reason, make)
+
+
+def raw(name: str, reason: str, data: Callable[[], bytes]) -> Attack:
+    """The usual artifact with these bytes for a manifest."""
+
+    def make(root: Path) -> None:
+        write(root)
+        (root / MANIFEST_NAME).write_bytes(data())
+
+    return Attack(name, reason, make)
+
+
+def model(name: str, reason: str, **changes: Any) -> Attack:
+    return changed(name, reason, model=replace(manifest().model, **changes))
+
+
+def parameter(name: str, reason: str, **changes: Any) -> Attack:
+    weight = replace(manifest().parameters["head.weight"], **changes)
+    return changed(name, reason, parameters={**manifest().parameters, "head.weight": weight})
+
+
+def constants(name: str, reason: str, header: bytes, body: bytes = bytes(8), length: int | None = None) -> Attack:
+    """A safetensors file with this header."""
+    data = struct.pack("<Q", len(header) if length is None else length) + header + body
+    return replaced(name, reason, {"constants.safetensors": data})
+
+
+def _without_digest() -> dict[str, Any]:
+    plain: dict[str, Any] = msgpack.unpackb(manifest().to_bytes())
+    del plain["digest"]
+    return plain
+
+
+def _doubled() -> bytes:
+    """A map that holds `targets_per_subgraph` twice."""
+    good = manifest().to_bytes()
+    more = b"\xb4targets_per_subgraph\x01"
+    return b"\xde" + (int.from_bytes(good[1:3], "big") + 1).to_bytes(2, "big") + good[3:] + more
+
+
+ENCODING = [
+    raw("an empty manifest", "is damaged", lambda: b""),
+    raw("a pickle for the manifest", "is damaged", lambda: b"\x80\x04cposix\nsystem\n(X\x0b\x00\x00\x00touch ownedtR."),
+    raw("an extension type", "is damaged", lambda: b"\x81\xa1a\xc7\x04\x01evil"),
+    raw("a time", "is damaged", lambda: b"\x81\xa1a\xd6\xff\x00\x00\x00\x00"),
+    raw("depth", "is damaged", lambda: b"\x91" * 1_000_000),
+    raw("depth of tables", "is damaged", lambda: b"\x81\xa1a" * 500_000),
+    raw("a length of four billion", "is damaged", lambda: b"\xdd\xff\xff\xff\xff"),
+    raw("a text of four gigabytes", "is damaged", lambda: b"\xdb\xff\xff\xff\xff"),
+    raw("eight million empty lists", "more than", lambda: b"\xdd\x00\x80\x00\x00" + b"\x90" * 2**23),
+    raw("duplicate keys", "is damaged", _doubled),
+    raw("trailing bytes", "is damaged", lambda: manifest().to_bytes() + b"\x00"),
+    raw("another order of keys", "not canonical", lambda: msgpack.packb(dict(reversed(_without_digest().items())))),
+    raw(
+        "longer integers", "not canonical", lambda: manifest().to_bytes().replace(b"subgraph\x01", b"subgraph\xcc\x01")
+    ),
+    raw("no digest", "digest does not match", lambda: canonical(_without_digest())),
+    encoded("a future version", "format version 2.0", lambda plain: plain.update(format_version=[2, 0])),
+    encoded("a version beyond all numbers", "format version", lambda plain: plain.update(format_version=[2**63, 0])),
+    encoded("an older version with newer entries", "unknown entry", lambda plain: plain.update(format_version=[1, 0])),
+    encoded("an entry that is unknown", "unknown entry", lambda plain: plain.update(exec="os.system")),
+    encoded(
+        "not a number where a shape is expected", "", lambda plain: plain["inputs"][0].update(shape=[float("nan")])
+    ),
+    encoded("infinity where a size is expected", "", lambda plain: plain["files"][0].update(bytes=float("inf"))),
+    encoded("bytes where text is expected", "", lambda plain: plain.update(input_key=b"abc")),
+    encoded("a list where a table is expected", "is not a table", lambda plain: plain.update(parameters=[])),
+    encoded(
+        "true where a number is expected", "is bool, not int", lambda plain: plain.update(targets_per_subgraph=True)
+    ),
+]
+
+VALUES = [
+    changed("an input key of other ingredients", "is not that of its ingredients", input_key="ab" * 32),
+    changed("a negative shape", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
+    changed(
+        "a shape beyond all memory", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))}
+    ),
+    changed("a shape that is code", "which is none", values={"y": TensorEntry(dtype="", shape=("__import__('os')",))}),
+    changed("a shape with an exponent bomb", "which is none", values={"y": TensorEntry(dtype="", shape=("9**9**9",))}),
+    changed("a shape with a lambda", "which is none", values={"y": TensorEntry(dtype="", shape=("(lambda: 1)()",))}),
+    changed("a dtype that is a function", "which is none", inputs=(InputEntry(name="x", dtype="load", shape=()),)),
+    changed("an input twice", "an input twice", inputs=manifest().inputs * 2),
+    changed("a size twice", "twice", dims=manifest().dims * 2),
+    changed("a size of odd range", "has the range", dims=(DimEntry(name="batch", min=-5, max=3),)),
+    changed("a condition that is code", "that is none", conditions=("__import__('os').system('touch owned') == 0",)),
+    changed("a condition with an exponent", "that is none", conditions=("9 ** 9 ** 9 == 0",)),
+    changed("a condition that is endless", "that is none", conditions=("batch" + " + 1" * 5000 + " == 0",)),
+    changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
+    parameter("a parameter of negative shape", "which is none", shape=(-2, 2)),
+    parameter("a parameter beyond all memory", "which is none", shape=(2**62, 2**62)),
+    parameter("a parameter of an unknown dtype", "unknown dtype", dtype="load"),
+    parameter("a parameter without sources", "no sources", sources=()),
+    parameter("a parameter that is tied to nothing", "is no other parameter", tied_to="nothing"),
+    parameter("a parameter that is tied to itself", "is no other parameter", tied_to="head.weight"),
+    parameter("a conversion that does not exist", "which does not exist", conversion=7),
+    model("a class outside of transformers", "no model of transformers", module="os", class_name="PathLike"),
+    model(
+        "a module of transformers that is no model", "no model of", module="transformers.trainer", class_name="Trainer"
+    ),
+    model("a class that is a path", "no model of transformers", class_name="A.__init__.__globals__['os']"),
+    model("a module beyond transformers", "no model of transformers", module="transformers.models.x.modeling_x.os"),
+    model("own code that is not there", "not among the files", module="seqbuild_modeling_0123456789abcdef.evil"),
+    model("an attention from the hub", "asks for the attention", attn_implementation="kernels-community/flash-attn"),
+    model("a run dtype that is a function", "unknown dtype", dtype="load"),
+    model("a pattern that never ends", "ends in time", ignored_keys=(r"(a+)+$",)),
+    model("a pattern with references", "ends in time", ignored_keys=(r"(a*)\1\1\1$",)),
+    model("a pattern that is none", "no regular expression", ignored_keys=("(",)),
+    changed("a library source that is a path", "which is no module's name", sources={"../../etc/passwd": "00"}),
+    changed("a foreign leaf of any class", "is of class", foreign={"layers.0": "os:system"}, policy="linear"),
+    changed("a foreign leaf that is a path", "is of class", foreign={"layers.0": "torch.nn:../x"}, policy="linear"),
+    changed("a policy that is unknown", "leaves are one of", policy="everything"),
+    changed("a kind of leaf that is unknown", "no kind of leaf", leaf_kinds=(LeafKind(kind="system"),)),
+    changed("a leaf with odd options", "has the options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)),
+    changed(
+        "a leaf with huge options",
+        "has the",
+        leaf_kinds=(
+            LeafKind(
+                kind="Conv1d",
+                options={
+                    "stride": (2**40,),
+                    "padding": (0,),
+                    "dilation": (1,),
+                    "groups": (1,),
+                    "padding_mode": ("zeros",),
+                },
+            ),
+        ),
+    ),
+    changed("a leaf without a kind", "does not describe", leaves={"layers.0": 3}),
+    changed(
+        "a leaf with a private name",
+        "does not describe",
+        leaves={"__class__": 0},
+        leaf_kinds=(LeafKind(kind="Linear"),),
+    ),
+    changed(
+        "a conversion of no file",
+        "not listed",
+        conversions=(ConversionEntry(file="conversions/009.py", num_sources=2),),
+    ),
+    changed("a conversion elsewhere", "", conversions=(ConversionEntry(file="config.json", num_sources=2),)),
+]
+
+PLACES = [
+    changed(
+        f"a file at {path!r}",
+        "leaves it or is not plain",
+        files=(*manifest().files, FileEntry(path=path, bytes=1, sha256=sha256(b"x"))),
+    )
+    for path in (
+        "../outside.txt",
+        "/etc/hostname",
+        "subgraphs/../../x.txt",
+        "a\\b.txt",
+        "a\0b.txt",
+        "",
+        ".",
+        "..",
+        "./x.txt",
+        "a//b.txt",
+        ".hidden.txt",
+        "manifest.msgpack",
+        "\u202etxt.exe.json",
+        "a\nb.txt",
+        "~/x.txt",
+        "x" * 300 + ".txt",
+    )
+]
+LISTED = [
+    changed("a file listed twice", "twice", files=(*manifest().files, manifest().files[0])),
+    changed("a file of negative size", "is damaged", files=tuple(replace(e, bytes=-1) for e in manifest().files)),
+    changed("a file of a huge size", "is damaged", files=tuple(replace(e, bytes=2**62) for e in manifest().files)),
+    changed(
+        "a size that lies by one", "is damaged", files=tuple(replace(e, bytes=e.bytes + 1) for e in manifest().files)
+    ),
+    changed(
+        "a digest in capitals", "is damaged", files=tuple(replace(e, sha256=e.sha256.upper()) for e in manifest().files)
+    ),
+    changed(
+        "files without end",
+        "more than the",
+        files=tuple(FileEntry(path=f"a{index}.txt", bytes=0, sha256="") for index in range(20_001)),
+    ),
+    replaced("a shared library", "a kind of file", {"evil.so": b"\x7fELF"}),
+    replaced("a pickle", "a kind of file", {"pytorch_model.bin": b"\x80\x04"}),
+    replaced("a path file for Python", "a kind of file", {"evil.pth": b"import os; os.system('touch owned')\n"}),
+    replaced("byte code that is listed", "a kind of file", {"runtime.pyc": b"\xcb\x0d\x0d\x0a"}),
+    replaced("code that is no program", "names as no program", {"sitecustomize.py": b"import os\n"}),
+    replaced("code beside the programs", "names as no program", {"subgraphs/typing.py": FIRST.encode()}),
+    replaced("own code that is not stated", "and not both", {"modeling/modeling_evil.py": b"import os\n"}),
+]
+
+CONSTANTS = [
+    constants("a header that is longer than the file", "cannot be read", b"{}", length=2**40),
+    constants("a header of negative length", "cannot be read", b"{}", length=2**64 - 1),
+    constants("a header that is no JSON", "cannot be read", b"{"),
+    constants("a header of endless depth", "cannot be read", b"[" * 100_000),
+    constants(
+        "a tensor beyond the file",
+        "not all of its bytes",
+        b'{"constant_0":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]}}',
+    ),
+    constants(
+        "a shape that lies", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[9],"data_offsets":[0,8]}}'
+    ),
+    constants(
+        "a shape that overflows",
+        "has the shape",
+        b'{"constant_0":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a shape that is not a number",
+        "has the shape",
+        b'{"constant_0":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a negative place", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'
+    ),
+    constants(
+        "tensors that overlap",
+        "does not lie where",
+        b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"constant_1":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "a hole between tensors",
+        "does not lie where",
+        b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    ),
+    constants(
+        "bytes of no tensor", "not all of its bytes", b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    ),
+    constants(
+        "a tensor twice",
+        "names something twice",
+        b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"constant_0":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}',
+    ),
+    constants(
+        "an unknown dtype", "has the dtype", b'{"constant_0":{"dtype":"OBJECT","shape":[2],"data_offsets":[0,8]}}'
+    ),
+    constants(
+        "other tensors than stated", "other tensors", b'{"constant_9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    ),
+    Attack(
+        "constants that are not stated",
+        "does not state",
+        lambda root: write(
+            root,
+            {
+                name: files()[name]
+                for name in ("config.json", "constants.safetensors", "subgraphs/001.py", "conversions/000.py")
+            },
+            subgraphs=manifest().subgraphs[1:],
+            constants=(),
+        ),
+    ),
+]
+
+
+def config(name: str, reason: str, text: str) -> Attack:
+    return replaced(name, reason, {"config.json": text.encode()})
+
+
+CONFIGS = [
+    config("a config that is no JSON", "describes no model", "{"),
+    config("a config that is a list", "holds no table", "[]"),
+    config("a config of endless depth", "", "[" * 100_000 + "]" * 100_000),
+    config("a config with an auto_map", "lists no code", '{"auto_map": {"AutoConfig": "evil.Config"}}'),
+    config("an auto_map to another repository", "lists no code", '{"auto_map": {"AutoModel": "evil/repo--m.Model"}}'),
+    config("a checkpoint for timm", "names a file", '{"model_args": {"checkpoint_path": "vocab.txt"}}'),
+    config("weights for timm", "names a file", '{"vision_config": {"model_args": {"pretrained": true}}}'),
+    config("an architecture from a directory", "names a place", '{"architecture": "local-dir:/tmp/evil"}'),
+    config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
+    config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
+    config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
+]
+
+TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS]

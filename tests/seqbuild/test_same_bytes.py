@@ -1,0 +1,104 @@
+"""The same input gives the same bytes: on every machine, for every user, in every process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from runtime.errors import ModelError, UsageError
+from seqbuild.build import build
+from seqbuild.verify.rebuild import rebuild
+from tests.own_code_model import write_own_code_model
+from tests.tiny_models import save_config, tiny_model
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys
+os.umask(int(sys.argv[4]))
+ballast = [bytearray(int(sys.argv[3])) for _ in range(50)]  # another layout of the memory
+from seqbuild import compile_model
+print(compile_model(sys.argv[1], out=sys.argv[2]))
+"""
+# Hash seed, user, home, language, time zone, allocator, environment: whatever machines and users differ in.
+WORLDS: list[dict[str, str]] = [
+    {"PYTHONHASHSEED": "0", "USER": "alice", "LANG": "C", "TZ": "UTC"},
+    {"PYTHONHASHSEED": "4711", "USER": "bob", "LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "PYTHONMALLOC": "malloc"},
+    {"PYTHONHASHSEED": "99", "LOGNAME": "carol", "MALLOC_ARENA_MAX": "1", "PYTHONOPTIMIZE": "1", "COLUMNS": "20"},
+]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def unrandomized() -> list[str]:
+    """How to start a process whose memory lies where it always lies; nothing where that cannot be asked for."""
+    command = ["setarch", platform.machine(), "--addr-no-randomize"]
+    can = shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    return command if can else []
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_processes_of_several_worlds(name: str, tmp_path: Path) -> None:
+    found = []
+    for index, world in enumerate(WORLDS):
+        home = tmp_path / f"home{index}"
+        (home / "deeper").mkdir(parents=True)
+        model = save_config(name, home / "somewhere" / "model")
+        command = [sys.executable, "-c", PROGRAM, os.path.relpath(model, home / "deeper") if index else str(model)]
+        command += [str(tmp_path / f"out{index}"), str(10**index * 1000), str((0, 0o022, 0o077)[index])]
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(home), "TMPDIR": str(home)}
+        done = subprocess.run(
+            [*(unrandomized() if index == 1 else []), *command],
+            cwd=home / "deeper",
+            env={**environment, "OMP_NUM_THREADS": str(1 + index % 2), "HF_HUB_OFFLINE": "1", **world},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        path = Path(done.stdout.strip())
+        found.append((path.name, contents(path)))
+        everything = b"".join(found[-1][1].values())
+        for secret in (str(tmp_path), *(world[key] for key in ("USER", "LOGNAME") if key in world), "somewhere"):
+            assert secret.encode() not in everything
+    assert found[0] == found[1] == found[2]
+
+
+class TestRebuild:
+    def test_from_the_artifact_alone(self, tmp_path: Path) -> None:
+        path = build(save_config("llama", tmp_path / "model"), out=tmp_path / "out", targets_per_subgraph=2).path
+        shutil.rmtree(tmp_path / "model")
+        found = rebuild(path)
+        assert (found.is_same, found.differing, found.ingredients) == (True, (), ())
+        assert "the same" in str(found)
+
+    def test_other_bytes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = build(save_config("llama", tmp_path / "model"), out=tmp_path / "out").path
+        monkeypatch.setattr("seqbuild.cache.own_digest", lambda: "another seqbuild")
+        found = rebuild(path)
+        assert (found.is_same, found.differing) == (False, ("manifest.msgpack",))
+        assert found.ingredients == ("seqbuild_source",)
+        assert str(found).endswith("gives other bytes in manifest.msgpack; not the same here: seqbuild_source")
+
+    def test_beside_a_checkpoint(self, tmp_path: Path) -> None:
+        model = save_config("llama", tmp_path / "model")
+        save_file(dict(tiny_model("llama").state_dict()), model / "model.safetensors")
+        path = build(model, out=tmp_path / "out").path
+        with pytest.raises(UsageError, match="was compiled beside a checkpoint"):
+            rebuild(path)
+        assert rebuild(path, source=model).is_same
+
+    def test_own_code_needs_consent(self, tmp_path: Path) -> None:
+        model = write_own_code_model(tmp_path / "model")
+        path = build(model, out=tmp_path / "out", trust_remote_code=True).path
+        with pytest.raises(ModelError, match="brings its own code"):
+            rebuild(path, source=model)
+        assert rebuild(path, source=model, trust_remote_code=True).is_same
