@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from runtime.streaming.memory import trim_heap
 from runtime.quantized import input_quantization
+from runtime.streaming.memory import trim_heap
 
 if TYPE_CHECKING:
     from torch import nn
