@@ -51,6 +51,7 @@ def plan(
 
     Exit code 1 says that it does not fit.
     """
+    from runtime.lean_imports import prepare
     from runtime.planning.fit import Limits
     from runtime.recipe import Recipe
     from runtime.sizes import parse_bytes
@@ -60,6 +61,7 @@ def plan(
         host=None if host_memory is None else parse_bytes(host_memory, option="--host-memory"),
         disk=None if disk is None else parse_bytes(disk, option="--disk"),
     )
+    prepare(artifact)  # so that this process holds what the run's will
     given = _sizes(sizes or [])
     parsed = None if recipe is None else Recipe.from_file(recipe)
     device_type = _device_type(device, device_memory is not None)

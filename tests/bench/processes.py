@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SAMPLE_S = 0.02
 
 
@@ -126,7 +125,8 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._end.wait(_SAMPLE_S):
-            now = sum(_resident(pid) for pid in _family(self._pid))
+            family = _family(self._pid)
+            now = sum(_share(pid) for pid in family) if len(family) > 1 else 0
             self.peak_bytes = max(self.peak_bytes, now, _high_water(self._pid))
 
     def stop(self) -> None:
@@ -145,9 +145,12 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+def _share(pid: int) -> int:
+    """Resident memory, where what several processes have counts once: a fork would look like twice the memory."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
     return 0
 
 
