@@ -98,7 +98,7 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
     missing = {"--weights": weights, "--recipe": recipe, "--out": out}
     for option, value in missing.items():
         if value is None:
-            raise UsageError(f"{option} is not given", hint="an artifact alone does not say; a bundle may")
+            raise UsageError(f"Missing option '{option}'", hint="only a bundle does without")
     assert weights is not None and recipe is not None and out is not None
     return Job(artifact=artifact_of(path), weights=weights, recipe=recipe, data=data, out=out)
 

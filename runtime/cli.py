@@ -267,7 +267,8 @@ def check(
     manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
     say(f"{artifact}: {len(manifest.files)} files and {len(found.sources)} programs are as the manifest states")
-    say(f"signature: {'by the owner of the key' if found.signed else 'not asked for'}")
+    if found.signed:
+        say("signature: by the owner of the key")
     say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
     say(f"input key {manifest.input_key}")
     say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
