@@ -26,7 +26,7 @@ GPTQModifier:
   dampening_frac: 0.01   # added to the Hessian's diagonal; raised tenfold, up to 1, when it does not factor
   block_size: 128        # a matter of speed
   actorder: static       # solve important columns first; null for left to right
-  # refine: 2            # go over columns and scales again; pays at 3 and 2 bits
+  # refine: 2            # go over columns and scales again; may pay at 2 bits, measure it
   # fallback: rtn        # round to nearest, and say so, what cannot be solved; without it that is an error
   # min_tokens: 256      # refuse modules that saw fewer tokens
 """,

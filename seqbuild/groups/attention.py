@@ -17,15 +17,16 @@ OPERATOR = "scaled_dot_product_attention"
 
 
 def attentions(subgraphs: Sequence[Subgraph]) -> tuple[Attention, ...]:
-    """The attention modules, in the order in which subgraphs call the operator; none where one has no name.
+    """The attention modules, in the order in which subgraphs call the operator; none where one has no name or runs
+    several times.
 
     An attention module is the one that holds the Linear whose output the values are.
     """
     found: list[Attention] = []
     for index, subgraph in enumerate(subgraphs):
         for module in _modules(subgraph.graph):
-            if not module:
-                return ()
+            if not module or any(entry.module == module for entry in found):
+                return ()  # unknown, or run several times: one scale would have to serve all of them
             found.append(Attention(subgraph=index, module=module))
     return tuple(found)
 
