@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -194,6 +195,17 @@ class Stated(nn.Module):
 @pytest.mark.parametrize("part", [Quantile, Stated])
 def test_decisions_by_numbers_of_the_code_are_known(part: type[nn.Module]) -> None:
     assert "require" not in check(part)
+
+
+class InBlocks(nn.Module):
+    """Sizes are divided as floats, and rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * math.ceil(x.shape[1] / 4) + math.floor(x.shape[1] / 3)
+
+
+def test_sizes_are_rounded_up_and_down() -> None:
+    check(InBlocks)
 
 
 class Rewritten(nn.Module):
