@@ -204,8 +204,18 @@ class InBlocks(nn.Module):
         return x * math.ceil(x.shape[1] / 4) + math.floor(x.shape[1] / 3)
 
 
-def test_sizes_are_rounded_up_and_down() -> None:
-    check(InBlocks)
+class Cut(nn.Module):
+    """A size is divided as a float and made whole by `int`, which is asked for as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = int((x.shape[1] + 3) / 2)
+        assert isinstance(3, int) and not isinstance(x, int)
+        return x + x[:, :length].sum(dim=1, keepdim=True) * int(2.5)
+
+
+@pytest.mark.parametrize("part", [InBlocks, Cut])
+def test_sizes_are_rounded(part: type[nn.Module]) -> None:
+    check(part)
 
 
 class Rewritten(nn.Module):
