@@ -138,6 +138,13 @@ def is_offered(operator_: torch._ops.OpOverload) -> bool:
     return namespace == "aten" and is_allowed(name, overload)
 
 
+# To whole numbers, in what the grammar has: `//` of floats rounds down.
+_ROUNDED: dict[Any, str] = {
+    math.ceil: "torch.sym_int(-(-{0} // 1))",
+    math.floor: "torch.sym_int({0} // 1)",
+}
+
+
 @dataclass
 class _Emitter:
     graph: fx.Graph
@@ -278,6 +285,8 @@ class _Emitter:
             return f"{operands[0]} {_INFIX[target]} {operands[1]}"
         if target is operator.pow and node.args[1] in (2, 3, 4):
             return " * ".join([operands[0]] * int(operands[1]))
+        if target in _ROUNDED and not node.kwargs:
+            return _ROUNDED[target].format(*operands)
         if target in _FUNCTIONS and not node.kwargs:
             return f"{_FUNCTIONS[target]}({', '.join(operands)})"
         raise TraceError(

@@ -1,7 +1,7 @@
-"""Give the model's code functions of Python that can work on symbolic sizes: `min` and `max`.
+"""Give the model's code functions of Python that can work on symbolic sizes: `min`, `max` and `int`.
 
-Python's own compare their arguments and hand one of them back, which makes a decision of what is a calculation. While
-recorded code runs, the modules that it lies in have others under the same names.
+Python's own compare their arguments and hand one of them back, which makes a decision of what is a calculation, and
+`int` makes a number of a size. While recorded code runs, the modules that it lies in have others under the same names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +20,10 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _MODELS = "transformers.models."
+# `int` as a value, a dtype for instance, and not to call it, to ask for it with `isinstance`, or in an annotation.
+_INT_AS_VALUE = re.compile(
+    r"(?<![:=!<>])=\s*int\b(?!\s*\()|\b(is|is not|==|!=|in)\s+\(?int\b(?!\s*\()|\.(to|type|view)\(int\b"
+)
 
 
 @contextlib.contextmanager
@@ -29,7 +35,7 @@ def replaced(root: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> It
     try:
         for namespace in _namespaces(root):
             for name, function in functions.items():
-                if name not in namespace:
+                if name not in namespace and not (name == "int" and _has_int_as_value(namespace)):
                     namespace[name] = function
                     changed.append((namespace, name))
         yield
@@ -46,6 +52,19 @@ def _namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
         homes = (getattr(value, "__module__", None) or "" for value in found if callable(value))
         names.update(dict.fromkeys(home for home in homes if isinstance(home, str) and home.startswith(_MODELS)))
     return (vars(sys.modules[name]) for name in names if name in sys.modules)
+
+
+@functools.cache
+def _source_has_int_as_value(module: str) -> bool:
+    try:
+        return _INT_AS_VALUE.search(inspect.getsource(sys.modules[module])) is not None
+    except (OSError, TypeError):
+        return True
+
+
+def _has_int_as_value(namespace: Mapping[str, Any]) -> bool:
+    name = str(namespace.get("__name__"))
+    return name not in sys.modules or _source_has_int_as_value(name)
 
 
 _NOT_MODELS = ("torch", "builtins", "typing", "collections", "abc")
@@ -67,3 +86,23 @@ def _calculated(plain: Any, symbolic: Any, values: tuple[Any, ...], options: dic
     if options or not is_symbolic or get_proxy_mode() is None:
         return plain(*values, **options)
     return functools.reduce(symbolic, values)
+
+
+class _Kind(type):
+    """`int`, for whoever asks what is one, or makes one of anything but a symbolic size."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, builtins.int)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, builtins.int)
+
+    def __call__(cls, *values: Any, **options: Any) -> Any:
+        is_symbolic = len(values) == 1 and not options and isinstance(values[0], (torch.SymInt, torch.SymFloat))
+        if is_symbolic and get_proxy_mode() is not None:
+            return torch.sym_int(values[0])  # type: ignore[no-untyped-call]
+        return builtins.int(*values, **options)
+
+
+class Whole(builtins.int, metaclass=_Kind):
+    """`int`, a calculation where it is given a symbolic size in recorded code."""

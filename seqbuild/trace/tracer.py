@@ -41,7 +41,7 @@ from seqbuild.trace.lengths import lengths_recorded
 from seqbuild.trace.literals import LiteralTensors, limits_marked
 from seqbuild.trace.loop_marks import STATEMENTS
 from seqbuild.trace.loops import Loops
-from seqbuild.trace.namespaces import largest, replaced, smallest
+from seqbuild.trace.namespaces import Whole, largest, replaced, smallest
 from seqbuild.trace.opaque import find_opaque_steps
 from seqbuild.trace.ordered_sets import sets_in_order
 from seqbuild.trace.proofs import Proofs
@@ -158,8 +158,8 @@ class SequentialTracer(ValueTracer):
             self._watch_inside(root, Sections(self, leaf_memory))
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
-            if self.policy is not None:
-                stack.enter_context(replaced(root, {"min": smallest, "max": largest, "range": loops.range}))
+            deeper = {} if self.policy is None else {"min": smallest, "max": largest, "range": loops.range}
+            stack.enter_context(replaced(root, {"int": Whole, **deeper}))
             stack.enter_context(vmap_recorded(self))
             stack.enter_context(limits_marked(self.dtype))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -194,6 +195,27 @@ class Stated(nn.Module):
 @pytest.mark.parametrize("part", [Quantile, Stated])
 def test_decisions_by_numbers_of_the_code_are_known(part: type[nn.Module]) -> None:
     assert "require" not in check(part)
+
+
+class InBlocks(nn.Module):
+    """Sizes are divided as floats, and rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * math.ceil(x.shape[1] / 4) + math.floor(x.shape[1] / 3)
+
+
+class Cut(nn.Module):
+    """A size is divided as a float and made whole by `int`, which is asked for as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = int((x.shape[1] + 3) / 2)
+        assert isinstance(3, int) and not isinstance(x, int)
+        return x + x[:, :length].sum(dim=1, keepdim=True) * int(2.5)
+
+
+@pytest.mark.parametrize("part", [InBlocks, Cut])
+def test_sizes_are_rounded(part: type[nn.Module]) -> None:
+    check(part)
 
 
 class Rewritten(nn.Module):
