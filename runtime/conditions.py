@@ -7,6 +7,7 @@ of an artifact is executed to find out whether it may be.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 from runtime.errors import ArtifactError
 
 _LIMIT_CHARACTERS, _LIMIT_DEPTH, _LIMIT_NUMBER = 2000, 24, 2**63
-_ARITHMETIC: dict[type, Callable[[int, int], int]] = {
+Number = int | float
+_ARITHMETIC: dict[type, Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_RELATIONS: dict[type, Callable[[int, int], bool]] = {
+_RELATIONS: dict[type, Callable[[Number, Number], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -29,7 +32,13 @@ _RELATIONS: dict[type, Callable[[int, int], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_CHOICES: dict[str, Callable[..., int]] = {"max": max, "min": min}
+_CHOICES: dict[str, Callable[..., Number]] = {"max": max, "min": min}
+_ROUNDED: dict[str, Callable[[Number], int]] = {
+    "trunc": math.trunc,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round": round,
+}
 
 
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:
@@ -57,9 +66,12 @@ def size_of(expression: str, sizes: Mapping[str, int]) -> int:
         ArtifactError: when it is none, or names a size that there is not.
     """
     try:
-        return _value(ast.parse(expression[:_LIMIT_CHARACTERS], mode="eval").body, sizes, expression, 0)
+        size = _value(ast.parse(expression[:_LIMIT_CHARACTERS], mode="eval").body, sizes, expression, 0)
     except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError) as error:
         raise _refuse(expression) from error
+    if not isinstance(size, int):
+        raise _refuse(expression)
+    return size
 
 
 def check_condition(condition: str, names: Mapping[str, Any]) -> None:
@@ -85,12 +97,13 @@ def _parsed(condition: str) -> ast.Compare:
     return tree
 
 
-def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int, *, is_tried: bool = False) -> int:
+def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int, *, is_tried: bool = False) -> Number:
     """Args: `is_tried`, where the sizes are no real ones: then a divisor of zero means nothing."""
-    result: int | None = None
+    result: Number | None = None
     if depth > _LIMIT_DEPTH:
         raise _refuse(condition)
-    if isinstance(node, ast.Constant) and type(node.value) is int:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        assert isinstance(node.value, (int, float)), "it was asked"
         result = node.value
     elif isinstance(node, ast.Name) and node.id in sizes:
         result = sizes[node.id]
@@ -98,13 +111,17 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int,
         result = -_value(node.operand, sizes, condition, depth + 1, is_tried=is_tried)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         left, right = (_value(side, sizes, condition, depth + 1, is_tried=is_tried) for side in (node.left, node.right))
-        is_division = isinstance(node.op, (ast.FloorDiv, ast.Mod))
+        is_division = isinstance(node.op, (ast.Div, ast.FloorDiv, ast.Mod))
         result = 1 if is_tried and is_division and right == 0 else _ARITHMETIC[type(node.op)](left, right)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CHOICES and node.args:
         result = _CHOICES[node.func.id](
             [_value(item, sizes, condition, depth + 1, is_tried=is_tried) for item in node.args]
         )
-    if result is None or abs(result) > _LIMIT_NUMBER:
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ROUNDED:
+        if len(node.args) != 1:
+            raise _refuse(condition)
+        result = _ROUNDED[node.func.id](_value(node.args[0], sizes, condition, depth + 1, is_tried=is_tried))
+    if result is None or not abs(result) <= _LIMIT_NUMBER:  # not-a-number is no number either
         raise _refuse(condition)
     return result
 

@@ -7,7 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import (
+    CeilToInt,
+    FloatTrueDiv,
+    FloorDiv,
+    FloorToInt,
+    IntTrueDiv,
+    Mod,
+    PythonMod,
+    RoundToInt,
+    ToFloat,
+    TruncToInt,
+)
+
+from runtime.errors import TraceError
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -20,6 +33,7 @@ _RELATIONS: dict[Any, str] = {
     sympy.StrictGreaterThan: ">",
     sympy.GreaterThan: ">=",
 }
+_ROUNDED: dict[Any, str] = {CeilToInt: "ceil", FloorToInt: "floor", RoundToInt: "round", TruncToInt: "trunc"}
 # First size and step to the next one: sizes that a relation is tried on.
 _TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
 
@@ -33,6 +47,9 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
         shape_env: of the trace.
         names: of the symbols that stand for sizes of inputs; a relation with others is about values, and made sure of
             by the code that made them.
+
+    Raises:
+        TraceError: for one that cannot be written down.
     """
     seen: dict[str, None] = {}
     for guard in shape_env.guards:
@@ -43,8 +60,13 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
         if _is_range(relation) or _is_certain(relation):
             continue
         left, right = (_written(side, names) for side in relation.args)
-        if left is not None and right is not None:
-            seen.setdefault(f"{left} {_RELATIONS[type(relation)]} {right}")
+        if left is None or right is None:
+            raise TraceError(
+                f"the model's code decides by {relation.xreplace({s: sympy.Symbol(n) for s, n in names.items()})}, "
+                "which an artifact cannot state",
+                hint="make the function that decides one opaque step with --ignore NAME",
+            )
+        seen.setdefault(f"{left} {_RELATIONS[type(relation)]} {right}")
     yield from seen
 
 
@@ -120,11 +142,21 @@ def _written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
         return str(int(expression))
     if expression.is_Symbol:
         return names.get(expression)
+    if expression.is_Float:
+        return repr(float(expression))
+    if expression.is_Rational:
+        return f"({int(expression.p)} / {int(expression.q)})"
     parts = [_written(part, names) for part in expression.args]
     if any(part is None for part in parts):
         return None
     if isinstance(expression, (FloorDiv, Mod, PythonMod)):
         return f"({parts[0]} {'//' if isinstance(expression, FloorDiv) else '%'} {parts[1]})"
+    if isinstance(expression, (IntTrueDiv, FloatTrueDiv)):
+        return f"({parts[0]} / {parts[1]})"
+    if isinstance(expression, ToFloat):
+        return parts[0]
+    if type(expression) in _ROUNDED:
+        return f"{_ROUNDED[type(expression)]}({parts[0]})"
     if expression.is_Add or expression.is_Mul:
         return f"({(' + ' if expression.is_Add else ' * ').join(map(str, parts))})"
     if expression.is_Pow and expression.args[1] in (2, 3):
