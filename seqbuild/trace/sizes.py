@@ -235,6 +235,8 @@ def model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
     own_axis = {3: 2, 4: 1, 5: 2}
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
+            if value.dim() == 3 and type(value.shape[1]) is int and value.shape[1] == 1:
+                continue  # sound of one channel, as long as it may be
             size: Any = value.shape[own_axis[value.dim()]]
             if isinstance(size, torch.SymInt):
                 yield size.node._expr
