@@ -178,7 +178,7 @@ def trace_somehow(
         except TargetError as error:
             first = first or error
         except TraceError as error:
-            if not _DTYPE_TROUBLE.search(str(error)):
+            if not _is_about_dtypes(error):
                 raise
             try:
                 return attempt(patterns, torch.float32)
@@ -186,6 +186,18 @@ def trace_somehow(
                 raise error from None
     assert first is not None, "there are candidates"
     raise first
+
+
+def _is_about_dtypes(error: BaseException) -> bool:
+    """Whether this error, or one that led to it (where a step was tried on real values), is about dtypes."""
+    seen: dict[int, None] = {}
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen[id(current)] = None
+        if _DTYPE_TROUBLE.search(str(current)):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
 
 
 def _trace_portably(
