@@ -28,7 +28,8 @@ GPTQModifier:
   actorder: static       # solve important columns first; null for left to right
   # refine: 2            # go over columns and scales again; may pay at 2 bits, measure it
   # fallback: rtn        # round to nearest, and say so, what cannot be solved; without it that is an error
-  # min_tokens: 256      # refuse modules that saw fewer tokens
+  # min_tokens: 256      # refuse modules that saw fewer tokens, unless fallback is rtn,
+                         # or all_tokens: measure experts that saw too few of their own on all
 """,
     "awq": """\
 # AWQ: scale up the columns that matter before they are rounded. Without mappings those that the compiler found.
