@@ -10,7 +10,7 @@ import torch
 
 import runtime
 from runtime.activations import DEVICE, DISK, HOST, Activations, Budget
-from runtime.algorithms.gptq import HessianAccumulator
+from runtime.algorithms.hessian import HessianAccumulator
 from runtime.artifact import LoadedSubgraph
 from runtime.inputs import model_inputs
 from seqbuild.build import build

@@ -26,7 +26,7 @@ from tests.tiny_models import minilm_directory
 def test_calibrate_evaluate_and_check(place: Place, run: Run) -> None:
     code, printed, complaint = run(place.calibrate())
     assert (code, complaint) == (0, "")
-    lines = printed.splitlines()
+    lines = [line for line in printed.splitlines() if not line.startswith("warning: ")]  # of few tokens
     numbers = [
         (r"\d+ s left", "L"),
         (r"\d+\.\d s", "T"),
@@ -67,7 +67,7 @@ def test_json(place: Place, run: Run) -> None:
     assert list(facts["modules"][0]) == [
         *("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
     ]
-    assert facts["remarks"] == []
+    assert all("saw fewer tokens than input features" in remark for remark in facts["remarks"])
 
     code, printed, complaint = run(place.evaluate("--json"))
     assert (code, complaint) == (0, "")
@@ -269,7 +269,7 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("runtime.modify.modifier.collect_statistics", fail)
+    monkeypatch.setattr("runtime.modify.experts.collect_statistics", fail)
     before = place.tree()
     assert_refused(run(place.calibrate()), "out of memory", "lower --batch-size or --seq-len")
     assert place.tree() == before
@@ -279,7 +279,7 @@ def test_a_bug_of_ours_is_not_dressed_up(place: Place, run: Run, monkeypatch: py
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("runtime.modify.modifier.collect_statistics", fail)
+    monkeypatch.setattr("runtime.modify.experts.collect_statistics", fail)
     before = place.tree()
     with pytest.raises(AssertionError, match="a bug"):
         run(place.calibrate())

@@ -283,12 +283,6 @@ def test_refuses(weight_OI: torch.Tensor, hessian: torch.Tensor, options: dict[s
         quantize_gptq(weight_OI, hessian, int_args(), scale_dtype=torch.bfloat16, **options)
 
 
-def test_refuses_strategies_that_it_does_not_know() -> None:
-    args = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[8, 8])
-    with pytest.raises(QuantizationError, match=r"'block' is not offered here .*tensor, channel, group"):
-        quantize_gptq(torch.ones(8, 8), torch.eye(8), args, scale_dtype=torch.bfloat16)
-
-
 def test_the_hessian_is_the_sum_over_all_batches() -> None:
     # Small integers: every product and sum is exact in float32, so that there is one right answer.
     generator = torch.Generator().manual_seed(3)

@@ -248,7 +248,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("AWQModifier: {clip: 1}", "recipe.yaml:1: clip must be true or false, not 1"),
         ("AWQModifier: {n_grid: 0}", "recipe.yaml:1: n_grid must be a positive integer, not 0"),
         ("AWQModifier: {offload_device: cuda}", "recipe.yaml:1: offload_device 'cuda' cannot be obeyed"),
-        (gptq("fallback: awq"), "recipe.yaml:4: fallback must be rtn or null, not 'awq'"),
+        (gptq("fallback: awq"), "recipe.yaml:4: fallback must be rtn, all_tokens or null, not 'awq'"),
         (gptq("refine: -1"), "recipe.yaml:4: refine must be an integer of at least 0, not -1"),
         (gptq("min_tokens: many"), "recipe.yaml:4: min_tokens must be an integer of at least 0, not 'many'"),
         ("\nGPTQModifier:", "recipe.yaml:2: GPTQModifier must be a mapping, not ''"),

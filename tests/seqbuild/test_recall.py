@@ -422,7 +422,7 @@ class TestDisks:
         def refuse(*_: object, **__: object) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("runtime.publish._flush", refuse)
+        monkeypatch.setattr("runtime.publish.flush_tree", refuse)
         code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "out")], seqbuild.cli.main)
         assert (code, reason in complaint, complaint.count("\n")) == (2, True, 1)
         assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".lock")] == []
