@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
     from runtime.manifest import Manifest
+    from runtime.token_file import TokenData
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgpack", "compressed-tensors", "typer", "pyyaml")
 OLDEST_PYTHON = (3, 10)
+# As `calibrate` has them by default: samples and tokens of each, and samples that run at a time.
+_USUAL_SIZES, _USUAL_BATCH = (128, 2048), 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +208,8 @@ def _look(found: Examination, job: Job) -> None:
     if not found.tried(lambda: _checkpoint(artifact, job, dtype, state)):
         return
     if job.data is not None:
-        found.tried(lambda: _data(artifact, job))
-    _memory(found, artifact, device["device"], dtype)
+        found.tried(lambda: _data(artifact, job, state))
+    _memory(found, artifact, job, device["device"], dtype, state.get("tokens"))
     found.tried(lambda: _disk(job, state["least_bytes"]))
 
 
@@ -224,11 +227,14 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     from runtime.checkpoint import Checkpoint
     from runtime.jobs import assign_jobs, least_bytes
     from runtime.recipe import Recipe
+    from runtime.split import split_experts
     from runtime.weights import Weights
 
     recipe = Recipe.from_file(job.recipe)
+    checkpoint = Checkpoint(job.weights)
+    artifact = split_experts(artifact, checkpoint)
     model = artifact.empty_model(dtype)
-    source = Weights(artifact, Checkpoint(job.weights), dtype, model)
+    source = Weights(artifact, checkpoint, dtype, model)
     jobs, _ = assign_jobs(artifact, model, source, recipe)
     state["least_bytes"] = least_bytes(source, jobs)
     if job.data is None and any(entry.algorithm == "gptq" for entry in jobs.values()):
@@ -236,7 +242,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     return f"weights of {human_bytes(source.checkpoint.total_bytes)} fit the artifact; {len(jobs)} modules to quantize"
 
 
-def _data(artifact: Artifact, job: Job) -> str:
+def _data(artifact: Artifact, job: Job, state: dict[str, Any]) -> str:
     from runtime.data import load_tokens
     from runtime.inputs import require_length
     from runtime.model_config import text_limits
@@ -247,36 +253,42 @@ def _data(artifact: Artifact, job: Job) -> str:
     vocab_size, longest = text_limits(artifact)
     tokens = load_tokens(job.data, vocab_size=vocab_size)
     require_length(tokens.samples, longest)
+    state["tokens"] = tokens
     return f"{len(tokens.samples)} samples of data"
 
 
-def _memory(found: Examination, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> None:
-    """The weights of one subgraph at a time are what a run needs at least."""
-    import torch
+def _memory(
+    found: Examination, artifact: Artifact, job: Job, device: torch.device, dtype: torch.dtype, tokens: TokenData | None
+) -> None:
+    """What the plan says that the run takes, by the sizes of its data, or the usual ones where that is still text."""
+    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.recipe import Recipe
 
-    manifest = artifact.manifest
-    scale = dtype.itemsize / getattr(torch, manifest.model.dtype).itemsize
-    largest = max(
-        (sum(manifest.parameters[name].bytes for name in entry.parameters) for entry in manifest.subgraphs), default=0
-    )
-    needed = int(largest * scale)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_memory()
-    if free is None:
-        found.say("note", f"its largest part takes {human_bytes(needed)}; what this machine has is not known")
-        return
-    fits = needed * 2 <= free  # beside the weights there are at least their Hessians and what flows through
-    text = f"memory: the largest part has {human_bytes(needed)} of weights, {human_bytes(free)} are free on {device}"
-    found.say("ok" if fits else "problem", text + ("" if fits else ", and as much again is needed to work on it"))
-
-
-def _host_memory() -> int | None:
+    num_samples, seq_len = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _USUAL_SIZES
+    limits = memory_here(device)
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    stated = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = stated.get("MemAvailable", "").split()
-    return int(available[0]) * 1024 if available else None
+        plan, missing, mended = plan_artifact(
+            artifact,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=_USUAL_BATCH,
+            recipe=Recipe.from_file(job.recipe),
+            dtype=dtype,
+            device_type=device.type,
+            limits=limits,
+        )
+    except UsageError as error:
+        found.say("note", f"memory was not looked at: {error}")
+        return
+    where = f"{human_bytes(plan.host_bytes)} of memory"
+    if device.type == "cuda":
+        where += f" and {human_bytes(plan.device_bytes)} on {device}"
+    text = f"the plan for {num_samples} samples of {seq_len} tokens takes {where}"
+    if not missing:
+        found.say("ok", text)
+        return
+    advice = f"; what would help: {'; '.join(mended)}" if mended else ""
+    found.say("problem", f"{text}, and it does not fit: {'; '.join(missing)}{advice}")
 
 
 def _disk(job: Job, least_bytes: int) -> str:

@@ -21,6 +21,7 @@ import seqbuild.cli
 from runtime.bundle import damaged, read_bundle
 from runtime.doctor import Examination, examine
 from runtime.errors import ArtifactError, OutputError, RecipeError, UsageError, WeightsError
+from runtime.planning.fit import Limits
 from seqbuild.pack import REQUIRED, pack
 from tests.runtime.place import Run
 from tests.runtime.small import Small, directory_bytes, write_token_file
@@ -150,7 +151,7 @@ class TestDoctor:
             "4 samples",
         ):
             assert part in said
-        assert re.search(r"memory: the largest part has .* of weights, .* are free", said)
+        assert re.search(r"the plan for 4 samples of \d+ tokens takes .* of memory", said)
         assert re.search(r"disk: the result takes .* at least, .* are free", said)
         assert found["note"] == ["it is not signed"]
 
@@ -186,8 +187,8 @@ class TestDoctor:
         assert f"msgpack 0.0.1; the bundle was packed with {real('msgpack')}" in found["note"]
 
     def test_memory_and_disk_that_do_not_suffice(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("runtime.doctor._host_memory", lambda: 1000)
-        assert any("1.0 kB are free on cpu, and as much again" in text for text in findings(bundle)["problem"])
+        monkeypatch.setattr("runtime.planning.request.memory_here", lambda device: Limits(host=1000))
+        assert any("and it does not fit" in text for text in findings(bundle)["problem"])
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(10, 10, 0))
         assert any("its disk has 0 B left" in text for text in findings(bundle)["problem"])
