@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.errors import ArtifactError
 
-_LIMIT_CHARACTERS, _LIMIT_DEPTH, _LIMIT_NUMBER = 2000, 24, 2**63
+_LIMIT_CHARACTERS, _LIMIT_DEPTH, _LIMIT_NUMBER = 2**14, 64, 2**63
 Number = int | float
 _ARITHMETIC: dict[type, Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -33,7 +33,8 @@ _RELATIONS: dict[type, Callable[[Number, Number], bool]] = {
     ast.GtE: operator.ge,
 }
 _CHOICES: dict[str, Callable[..., Number]] = {"max": max, "min": min}
-_ROUNDED: dict[str, Callable[[Number], int]] = {
+_OF_ONE: dict[str, Callable[[Number], Number]] = {
+    "sqrt": lambda value: value**0.5 if value >= 0 else math.nan,
     "trunc": math.trunc,
     "floor": math.floor,
     "ceil": math.ceil,
@@ -117,10 +118,10 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int,
         result = _CHOICES[node.func.id](
             [_value(item, sizes, condition, depth + 1, is_tried=is_tried) for item in node.args]
         )
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ROUNDED:
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OF_ONE:
         if len(node.args) != 1:
             raise _refuse(condition)
-        result = _ROUNDED[node.func.id](_value(node.args[0], sizes, condition, depth + 1, is_tried=is_tried))
+        result = _OF_ONE[node.func.id](_value(node.args[0], sizes, condition, depth + 1, is_tried=is_tried))
     if result is None or not abs(result) <= _LIMIT_NUMBER:  # not-a-number is no number either
         raise _refuse(condition)
     return result

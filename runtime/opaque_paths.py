@@ -17,7 +17,7 @@ _OPAQUE = re.compile(
     r":_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*\Z"
 )
 _REACHES_FILES = re.compile(
-    r"pretrained|load|save|push|fetch|import|register|apply_chunking|create_timm", re.IGNORECASE
+    r"pretrained|load|save|push|fetch|import|register_|apply_chunking|create_timm", re.IGNORECASE
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch.utils._sympy.functions import (
     CeilToInt,
+    FloatPow,
     FloatTrueDiv,
     FloorDiv,
     FloorToInt,
@@ -159,6 +160,8 @@ def _written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
         return f"{_ROUNDED[type(expression)]}({parts[0]})"
     if expression.is_Add or expression.is_Mul:
         return f"({(' + ' if expression.is_Add else ' * ').join(map(str, parts))})"
+    if isinstance(expression, FloatPow) and expression.args[1] == 0.5:
+        return f"sqrt({parts[0]})"
     if expression.is_Pow and expression.args[1] in (2, 3):
         return f"({' * '.join([str(parts[0])] * int(expression.args[1]))})"
     if type(expression).__name__ in ("Max", "Min"):
