@@ -60,6 +60,7 @@ CONTAINERS = ["tuple", "list", "dict", "userdict", "namedtuple", "dataclass", "m
         toys.Literals,
         toys.Sizes,
         toys.ListFromData,
+        toys.WholeFromData,
     ],
 )
 def test_toy_equals_its_chain(make: Callable[[], nn.Module]) -> None:

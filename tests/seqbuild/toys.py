@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -245,7 +246,7 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 def largest(x: torch.Tensor) -> int:
     """Returns a number that comes from data."""
-    return int(x.abs().sum(dim=-1).argmax().item()) + 1
+    return operator.index(x.abs().sum(dim=-1).argmax().item()) + 1
 
 
 def positive_rows(x: torch.Tensor) -> torch.Tensor:
@@ -297,6 +298,13 @@ class NumberFromData(Toy):
 
     def glue(self, x: torch.Tensor) -> torch.Tensor:
         return x * largest(x) + 1
+
+
+class WholeFromData(Toy):
+    """A number from data that `int` makes whole can be recorded."""
+
+    def glue(self, x: torch.Tensor) -> torch.Tensor:
+        return x * int(x.abs().sum(dim=-1).argmax().item()) + 1
 
 
 class ListFromData(Toy):
