@@ -85,6 +85,3 @@ def test_a_terminal_shows_where_the_run_is(narrow_llama: Small, tmp_path: Path, 
     shown = output.getvalue()
     assert "[4/4] no target" in shown
     assert " MB" in shown or " GB" in shown
-    if modifier == "GPTQModifier":
-        assert "[3/4] model.layers.2" in shown  # which of its batches are seen depends on how quick they are
-        assert "tokens/s" in shown
