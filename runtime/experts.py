@@ -42,6 +42,28 @@ class Stack:
     axis: int
     is_transposed: bool
 
+    def modules(self, expert: int) -> tuple[str, ...]:
+        """The modules that hold an expert's parts, each once, by their names below the experts' module."""
+        return tuple(dict.fromkeys(owner_of(part) for part in self.parts[expert]))
+
+
+def owner_of(part: str) -> str:
+    """The module that holds a parameter."""
+    return part.rpartition(".")[0]
+
+
+def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
+    """Which of the inputs of a stack an expert is called with; those of one place are one tensor.
+
+    What the first matrix is multiplied with is the layer's input: called with all tokens, it is one for all experts.
+
+    Args:
+        position: of the stack among those of its module.
+        expert: its number.
+        all_tokens: whether experts are called with all tokens, or with those that are sent to them.
+    """
+    return 0 if all_tokens and position == 0 else expert
+
 
 class Experts(nn.Module):
     """Experts whose weights are stacked: the first axis of each is the expert.
@@ -105,7 +127,8 @@ class Experts(nn.Module):
         if self.sees_all:
             first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
             for expert in range(self.num_experts):
-                self._expert(expert, hidden_TH, first_TK)
+                if self._watched(expert):  # nothing else comes of it
+                    self._expert(expert, hidden_TH, first_TK)
         for expert in used:
             if expert == self.num_experts:
                 continue
@@ -146,14 +169,17 @@ class Experts(nn.Module):
         self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[Any]:
         """Have the hooks of an expert's modules see what is multiplied by their weights."""
-        found: dict[int, list[nn.Module]] = {}
-        for name, tensor in zip(self.stacked, own, strict=True):
-            if name in self.stacks and tensor.dim() > 1:
-                owners = (part.rpartition(".")[0] for part in self.stacks[name].parts[expert])
-                modules = [self.get_submodule(owner) for owner in owners]
-                if any(module._forward_pre_hooks for module in modules):
-                    found[_storage(tensor)] = modules
+        watched = self._watched(expert)
+        matrices = {name: tensor for name, tensor in zip(self.stacked, own, strict=True) if tensor.dim() > 1}
+        found = {_storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
         return _Hooked(found, tokens) if found else contextlib.nullcontext()
+
+    def _watched(self, expert: int) -> dict[str, list[nn.Module]]:
+        """By the name of a stack, an expert's modules of which any has hooks."""
+        modules = {
+            name: [self.get_submodule(owner) for owner in stack.modules(expert)] for name, stack in self.stacks.items()
+        }
+        return {name: own for name, own in modules.items() if any(module._forward_pre_hooks for module in own)}
 
     def _sum_dtype(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
         return {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[self.accumulator]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
-from runtime.experts import Experts, Stack
+from runtime.experts import Experts, Stack, input_place, owner_of
 from runtime.manifest import ParameterEntry
 from runtime.program import Run
 
@@ -68,16 +68,16 @@ class SplitArtifact(Artifact):
         found: dict[str, tuple[str, int, int]] = {}
         for name, stacks in self.stacks.items():
             for position, stack in enumerate(stacks.values()):
-                for expert, parts in enumerate(stack.parts):
-                    place = 0 if all_tokens and position == 0 else expert
-                    found.update({f"{name}.{part.rpartition('.')[0]}": (name, position, place) for part in parts})
+                for expert in range(len(stack.parts)):
+                    place = input_place(position, expert, all_tokens=all_tokens)
+                    found.update({f"{name}.{owner}": (name, position, place) for owner in stack.modules(expert)})
         return found
 
     def _linears(
         self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, nn.Linear]]:
         names = [part for stack in stacks.values() for parts in stack.parts for part in parts]
-        biases = {part.rpartition(".")[0] for part in names if part.endswith(".bias")}
+        biases = {owner_of(part) for part in names if part.endswith(".bias")}
         for part in names:
             owner, _, own = part.rpartition(".")
             if own == "weight":
@@ -141,8 +141,8 @@ def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Check
             return {}
         found[own] = stack
     names = [part for stack in found.values() for parts in stack.parts for part in parts]
-    weights = {part.rpartition(".")[0] for part in names if part.endswith(".weight")}
-    is_whole = len(set(names)) == len(names) and all(part.rpartition(".")[0] in weights for part in names)
+    weights = {owner_of(part) for part in names if part.endswith(".weight")}
+    is_whole = len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
     return found if is_whole else {}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import DataError
-from runtime.experts import Experts, all_tokens_seen
+from runtime.experts import Experts, all_tokens_seen, input_place
+from runtime.planning.costs import hessian_bytes
 from runtime.recipe import some
 from runtime.statistics import InputStatistics, Needs, collect_statistics
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from runtime.streaming.work import Work
 
 ALL_TOKENS = "all_tokens"  # a recipe's `fallback` that measures an expert on all tokens when it saw too few
-_NUMBER_BYTES = 4
 
 
 def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
@@ -51,15 +51,13 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
             found: dict[str, None] = {}
             num_bytes = 0
             for position, stack in enumerate(module.stacks.values()):
-                owners = dict.fromkeys(f"{name}.{part.rpartition('.')[0]}" for part in stack.parts[expert])
+                owners = [f"{name}.{owner}" for owner in stack.modules(expert)]
                 wanted = [owner for owner in owners if needs.get(owner) and owner not in found]
                 found.update(dict.fromkeys(wanted))
-                # What the first matrix is multiplied with is the layer's input: measured on all tokens it is one for
-                # all experts.
-                is_shared = work.all_tokens and position == 0 and expert > 0
-                if not is_shared and any(needs[owner].hessian for owner in wanted):
+                is_first = input_place(position, expert, all_tokens=work.all_tokens) == expert
+                if is_first and any(needs[owner].hessian for owner in wanted):
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
-                    num_bytes += width * width * _NUMBER_BYTES
+                    num_bytes += hessian_bytes(width)
             if found:
                 yield list(found), num_bytes
 
