@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from runtime.cli_options import ActivationMemory, Skew, StatisticsMemory, Trust
 from runtime.console import run_app, say
 from runtime.plan_cli import plan
 
@@ -46,9 +47,7 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of 
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many samples to use.")]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
 Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
-Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")]
 Signature = Annotated[Path | None, typer.Option("--require-signature", help="Public key that must have signed it.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")]
 
 
 @app.command()
@@ -80,19 +79,14 @@ def calibrate(
             "(costs their bytes on disk), or a number N to save after every N subgraphs."
         ),
     ] = "replay",
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(help="For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk."),
-    ] = None,
+    activation_memory: ActivationMemory = None,
     propagate_error: Annotated[
         bool, typer.Option(help="Later layers see what quantized ones return, or (faster) what the original ones do.")
     ] = True,
     moe_calibrate_all_experts: Annotated[
         bool, typer.Option(help="Measure every expert on all tokens, or each on those that are sent to it.")
     ] = True,
-    statistics_memory: Annotated[
-        str | None, typer.Option(help="For the statistics of a layer's experts, 8GiB say; by default no bound.")
-    ] = None,
+    statistics_memory: StatisticsMemory = None,
     log: Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
     allow_version_skew: Skew = False,
@@ -124,7 +118,7 @@ def calibrate(
         )
     from runtime.activations import Budget
     from runtime.calibration import calibrate as run
-    from runtime.sizes import parse_bytes
+    from runtime.sizes import optional_bytes
 
     with ExitStack() as stack:
         watchers = _watchers(stack, log, as_json)
@@ -143,9 +137,7 @@ def calibrate(
             activation_memory=None if activation_memory is None else Budget.parse(activation_memory),
             propagate_error=propagate_error,
             moe_calibrate_all_experts=moe_calibrate_all_experts,
-            statistics_memory=(
-                None if statistics_memory is None else parse_bytes(statistics_memory, option="--statistics-memory")
-            ),
+            statistics_memory=optional_bytes(statistics_memory, option="--statistics-memory"),
             watchers=watchers,
             force=force,
         )

@@ -68,7 +68,6 @@ def evaluate(
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
-    last = artifact.subgraphs[-1]
     _require_causal(artifact.manifest)
     num_tokens = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
     if not num_tokens:
@@ -77,11 +76,10 @@ def evaluate(
     checkpoint = Checkpoint(Path(weights))
     if checkpoint.is_quantized:
         artifact = split_experts(artifact, checkpoint)
-        last = artifact.subgraphs[-1]
     model = artifact.empty_model(run_dtype)
     place_buffers(model, torch.device(device))
     source = Weights(artifact, checkpoint, run_dtype, model)
-    activations = Activations(batches, torch.device(device))
+    activations, last = Activations(batches, torch.device(device)), artifact.subgraphs[-1]
     total = 0.0
     with torch.no_grad(), input_quantization(model, source.schemes):
         for index, subgraph in enumerate(artifact.subgraphs):

@@ -144,7 +144,7 @@ def _stated(directory: Path) -> dict[str, Any]:
 
 def _stated_type(directory: Path) -> dict[str, Any]:
     """The model type that the file itself states: a config class that is given does not look at it."""
-    stated = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    stated = _stated(directory).get("model_type")
     return {"model_type": stated} if stated is not None else {}
 
 

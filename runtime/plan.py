@@ -71,11 +71,6 @@ class Work:
     all_tokens: bool = True
     is_padded: bool = False
 
-    @property
-    def num_batches(self) -> int:
-        """How many batches the samples make, the last perhaps not full."""
-        return -(-self.num_samples // self.batch_size)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -286,18 +281,15 @@ class _Planner:
         known = {name for names in seen for name in names}
         shared: dict[tuple[Any, int], list[str]] = {}
         for name in measured:
-            if footprint is None or (name not in known and self._is_experts(name)):
+            if footprint is None or (name not in known and name in self._experts):
                 # Modules of one parent and width mostly see the same tensor.
                 owner = self._experts.get(name) or name.rpartition(".")[0]
                 shared.setdefault((owner, self._shape(name)[1]), []).append(name)
         return seen | {tuple(names): hessian_bytes(width) for (_, width), names in shared.items()}
 
-    def _is_experts(self, name: str) -> bool:
-        return name in self._experts
-
     def _bounded(self, hessians: Mapping[tuple[str, ...], int]) -> int:
         """What is held at a time: experts are measured in groups, of one at least."""
-        experts = {names: size for names, size in hessians.items() if self._is_experts(names[0])}
+        experts = {names: size for names, size in hessians.items() if names[0] in self._experts}
         total = sum(experts.values())
         others = sum(hessians.values()) - total
         bound = self.work.statistics_bytes

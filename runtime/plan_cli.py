@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from runtime.cli_options import ActivationMemory, Skew, StatisticsMemory, Trust
 from runtime.console import say
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from runtime.plan import Plan
 
 _HELP = {
-    "activations": "For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk.",
-    "statistics": "For the statistics of a layer's experts, 8GiB say; by default no bound.",
     "device": "cpu, cuda, xpu, or auto for an accelerator if there is one here or --device-memory is given.",
     "sizes": "NAME=N, for sizes that are neither samples nor tokens, such as numbers of images; may be repeated.",
 }
@@ -36,15 +35,11 @@ def plan(
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="What the process may have: 64GiB.")] = None,
     disk: Annotated[str | None, typer.Option("--disk", help="Free room for the output: 500GB.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
-    activation_memory: Annotated[str | None, typer.Option(help=_HELP["activations"])] = None,
-    statistics_memory: Annotated[str | None, typer.Option(help=_HELP["statistics"])] = None,
+    activation_memory: ActivationMemory = None,
+    statistics_memory: StatisticsMemory = None,
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
-    allow_version_skew: Annotated[
-        bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
-    ] = False,
+    allow_version_skew: Skew = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a calibration takes in memory, traffic and disk, without weights and without running it.
@@ -54,12 +49,12 @@ def plan(
     from runtime.lean_imports import prepare
     from runtime.planning.fit import Limits
     from runtime.recipe import Recipe
-    from runtime.sizes import parse_bytes
+    from runtime.sizes import optional_bytes
 
     limits = Limits(
-        device=None if device_memory is None else parse_bytes(device_memory, option="--device-memory"),
-        host=None if host_memory is None else parse_bytes(host_memory, option="--host-memory"),
-        disk=None if disk is None else parse_bytes(disk, option="--disk"),
+        device=optional_bytes(device_memory, option="--device-memory"),
+        host=optional_bytes(host_memory, option="--host-memory"),
+        disk=optional_bytes(disk, option="--disk"),
     )
     prepare(artifact)  # so that this process holds what the run's will
     given = _sizes(sizes or [])
@@ -78,9 +73,7 @@ def plan(
         dtype=resolve_dtype(dtype),
         device_type=device_type,
         budget=_budget(activation_memory, device_type, limits.device),
-        statistics_bytes=(
-            None if statistics_memory is None else parse_bytes(statistics_memory, option="--statistics-memory")
-        ),
+        statistics_bytes=optional_bytes(statistics_memory, option="--statistics-memory"),
         sizes=given,
         limits=limits,
     )

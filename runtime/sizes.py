@@ -11,6 +11,11 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", star
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 
 
+def optional_bytes(text: str | None, *, option: str) -> int | None:
+    """As `parse_bytes`; None for an option that was not given."""
+    return None if text is None else parse_bytes(text, option=option)
+
+
 def parse_bytes(text: str, *, option: str) -> int:
     """The number of bytes that a text states: kB to TB are powers of 1000, KiB to TiB powers of 1024.
 

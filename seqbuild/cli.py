@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from runtime.cli_options import Skew, Trust
 from runtime.console import human_bytes, run_app, say, warn
 from runtime.plan_cli import plan
 from seqbuild.cache_cli import app as cache_app
@@ -60,9 +61,7 @@ def compile_command(
         str, typer.Option("--leaves", help="How deep to trace: target, linear, or auto for linear where that is whole.")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
-    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
@@ -151,12 +150,8 @@ def verify(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
-    allow_version_skew: Annotated[
-        bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")
-    ] = False,
+    allow_version_skew: Skew = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file"}
 SHARED |= {
     "console",
+    "cli_options",
     "construct",
     "model_config",
     "operators",
