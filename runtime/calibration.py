@@ -25,6 +25,7 @@ from torch import nn
 
 from runtime.activations import Budget
 from runtime.checkpoint import Checkpoint
+from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.jobs import assign_jobs, make_remarks
@@ -114,7 +115,7 @@ def calibrate(
     require_free(path)
     require_outside(path, artifact.path, Path(weights))
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    checkpoint = Checkpoint(Path(weights))
+    checkpoint = open_checkpoint(Path(weights))
     prepared = _prepare(split_experts(artifact, checkpoint), checkpoint, recipe, run_dtype, place)
     if isinstance(prepared.artifact, SplitArtifact) and not prepared.artifact.are_apart(prepared.jobs):
         prepared = _prepare(artifact, checkpoint, recipe, run_dtype, place)  # stacked experts are the quicker ones

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import WeightsError
+from runtime.packed import stated
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +48,20 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.bytes_read = 0
+        self._bytes_read = 0
         self._maps: dict[str, mmap.mmap] = {}
         self._places = self._read_index()
         self.config = self._read_config()
 
     @property
+    def bytes_read(self) -> int:
+        """What was read so far."""
+        return self._bytes_read
+
+    @property
     def is_quantized(self) -> bool:
         """Whether its config says that weights are quantized."""
-        return bool(self.config.get("quantization_config"))
+        return bool(stated(self.config))
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -83,16 +89,28 @@ class Checkpoint:
         Raises:
             WeightsError: for a dtype that torch does not have.
         """
+        return self._read(self._places[key])
+
+    def read_part(self, key: str, index: int) -> torch.Tensor:
+        """One part of a tensor along its first axis, and nothing else of it."""
+        from runtime.layout import Stored
+
+        place = self._places[key]
+        stored = Stored(key, place.stored.dtype, place.stored.shape[1:])
+        begin = place.begin + index * stored.num_bytes
+        return self._read(_Place(place.shard, stored, begin, begin + stored.num_bytes))
+
+    def _read(self, place: _Place) -> torch.Tensor:
         import torch
 
         from runtime.dtypes import DTYPES, empty_bytes
 
-        place = self._places[key]
         if place.stored.dtype not in DTYPES:
-            raise WeightsError(f"tensor {key} of {self.directory / place.shard} has the dtype {place.stored.dtype}")
+            where = self.directory / place.shard
+            raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
         dtype = DTYPES[place.stored.dtype]
         data = empty_bytes(place.end - place.begin)
-        with self.raw(key) as view:
+        with self._raw(place) as view:
             if len(view):
                 data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
         tensor: torch.Tensor = data.view(dtype).reshape(place.stored.shape)
@@ -101,8 +119,12 @@ class Checkpoint:
     @contextlib.contextmanager
     def raw(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor where they lie on disk, and not after the block."""
-        place = self._places[key]
-        self.bytes_read += place.end - place.begin
+        with self._raw(self._places[key]) as view:
+            yield view
+
+    @contextlib.contextmanager
+    def _raw(self, place: _Place) -> Iterator[memoryview]:
+        self._bytes_read += place.end - place.begin
         page = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_WILLNEED") and place.end > place.begin:
             self._maps[place.shard].madvise(mmap.MADV_WILLNEED, page, place.end - page)

@@ -224,14 +224,14 @@ def _describe(device: torch.device) -> str:
 
 
 def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[str, Any]) -> str:
-    from runtime.checkpoint import Checkpoint
+    from runtime.dequantize import open_checkpoint
     from runtime.jobs import assign_jobs, least_bytes
     from runtime.recipe import Recipe
     from runtime.split import split_experts
     from runtime.weights import Weights
 
     recipe = Recipe.from_file(job.recipe)
-    checkpoint = Checkpoint(job.weights)
+    checkpoint = open_checkpoint(job.weights)
     artifact = split_experts(artifact, checkpoint)
     model = artifact.empty_model(dtype)
     source = Weights(artifact, checkpoint, dtype, model)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.activations import Activations
-from runtime.checkpoint import Checkpoint
+from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
@@ -73,7 +73,7 @@ def evaluate(
     if not num_tokens:
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    checkpoint = Checkpoint(Path(weights))
+    checkpoint = open_checkpoint(Path(weights))
     if checkpoint.is_quantized:
         artifact = split_experts(artifact, checkpoint)
     model = artifact.empty_model(run_dtype)

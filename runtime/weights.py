@@ -17,6 +17,7 @@ from torch import nn
 from runtime.checkpoint import Checkpoint
 from runtime.errors import WeightsError
 from runtime.model_config import require_same_model
+from runtime.packed import stated
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Weights:
         return value
 
     def _compressed_modules(self, model: nn.Module) -> dict[str, QuantizationScheme]:
-        config = self.checkpoint.config.get("quantization_config")
+        config = stated(self.checkpoint.config)
         if not config:
             return {}
         from runtime.schemes import CheckpointSchemes

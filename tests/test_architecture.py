@@ -41,9 +41,10 @@ SHARED |= {
     "config_rules",
     "literals",
     "guards",
+    "packed",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
-HOSTING = {"weights", "checkpoint", "inputs", "skeleton"}
+HOSTING = {"weights", "dequantize", "inputs", "skeleton"}
 # What is packed for a host is read as the host will read it.
 PACKED = {"recipe"}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import ModelError, WeightsError
+from runtime.packed import plain_shapes
 
 # What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
 COMPANIONS = (
@@ -56,7 +57,13 @@ class Source:
         return {name: path.read_bytes() for name, path in found if path.is_file()}
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there."""
+        """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there.
+
+        What is packed there in a form that a host takes apart while it reads has the names and shapes that it then has.
+
+        Raises:
+            WeightsError: when shards are missing or damaged, or are quantized in a form that no host can read.
+        """
         index = self.directory / _INDEX
         if index.is_file():
             try:
@@ -77,7 +84,7 @@ class Source:
         shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             shapes.update(_header_shapes(path))
-        return dict(sorted(shapes.items()))
+        return plain_shapes(self.config, shapes, str(self.directory))
 
 
 def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:

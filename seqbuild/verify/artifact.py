@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from runtime.artifact import load
-from runtime.checkpoint import Checkpoint
 from runtime.console import quiet
+from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.inputs import require_in_range
 from runtime.model_config import artifact_config, read_config
@@ -219,7 +219,7 @@ class _LoadedPair:
     def _source(self, twin: nn.Module) -> Weights:
         if not (self.weights / "config.json").is_file():
             raise WeightsError(f"{self.weights} is no model directory: it has no config.json")
-        source = Weights(self.artifact, Checkpoint(self.weights), self.dtype, twin)
+        source = Weights(self.artifact, open_checkpoint(self.weights), self.dtype, twin)
         if self.artifact.manifest.parameters and source.schemes:
             raise WeightsError(f"{self.weights} is quantized", hint="verify with the checkpoint that was compiled")
         return source

@@ -1,0 +1,163 @@
+"""Checkpoints that were quantized before they came here: which tensors make a plain one, by names and shapes alone.
+
+Two forms are taken apart while they are read, so that a model goes from them to any other in one step:
+
+fp8     DeepSeek's: `weight` [O, I] in float8_e4m3fn, and `weight_scale_inv` [O/b, I/b], a factor for each block; the
+        factor of a whole tensor is one block. Experts may be stacked, with one more axis in front.
+mxfp4   gpt-oss's: `X_blocks` [E, O, I/32, 16], two numbers a byte, and `X_scales` [E, O, I/32], exponents of two. What
+        the model has is X [E, I, O].
+
+What lacks a scale (`modules_to_not_convert`) is plain already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import WeightsError
+
+ENTRY = "quantization_config"
+FP8, MXFP4 = "fp8", "mxfp4"
+READABLE = "compressed-tensors"  # a reader's own matter: it takes weights as they are stored
+
+_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
+_INPUT_SCALE = "activation_scale"
+_MX_GROUP = 32
+_USUAL_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A plain tensor that is stored as two.
+
+    Attributes:
+        method: FP8 or MXFP4.
+        parts: the checkpoint's tensors: numbers and their scales.
+        shape: of the plain tensor.
+        block: rows and columns that share a scale.
+    """
+
+    method: str
+    parts: tuple[str, str]
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+
+
+def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says about quantization; nothing for a plain checkpoint.
+
+    A model with several parts may say it where its text model is described.
+    """
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and isinstance(part.get(ENTRY), Mapping) and part[ENTRY]:
+            found: Mapping[str, Any] = part[ENTRY]
+            return found
+    return {}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with plain weights."""
+    plain = {name: value for name, value in config.items() if name != ENTRY}
+    if isinstance(plain.get("text_config"), Mapping):
+        plain["text_config"] = {name: value for name, value in plain["text_config"].items() if name != ENTRY}
+    return plain
+
+
+def packed_tensors(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> tuple[dict[str, Packed], list[str]]:
+    """The tensors that are to be taken apart.
+
+    Args:
+        config: the checkpoint's config.json.
+        shapes: of all its tensors.
+        origin: what messages call the checkpoint.
+
+    Returns:
+        By the name of the plain tensor what it is made from, and the names of tensors that have no use then.
+
+    Raises:
+        WeightsError: for a quantization that is neither of these nor one of compressed-tensors, and for tensors that do
+            not fit each other.
+    """
+    entry = stated(config)
+    method = entry.get("quant_method")
+    if not entry or method == READABLE:
+        return {}, []
+    if method == FP8:
+        return _fp8(entry, shapes, origin)
+    if method == MXFP4:
+        return _mxfp4(shapes, origin), []
+    raise WeightsError(
+        f"{origin} is quantized by {method!r}, which cannot be undone here",
+        hint=f"start from the original checkpoint, or from one in {FP8}, {MXFP4} or {READABLE}",
+    )
+
+
+def plain_shapes(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint's tensors as `packed_tensors` makes them plain."""
+    packed, unused = packed_tensors(config, shapes, origin)
+    gone = dict.fromkeys([*unused, *(part for tensor in packed.values() for part in tensor.parts)])
+    plain = {key: shape for key, shape in shapes.items() if key not in gone}
+    return dict(sorted((plain | {key: tensor.shape for key, tensor in packed.items()}).items()))
+
+
+def _fp8(
+    entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> tuple[dict[str, Packed], list[str]]:
+    block = _block(entry, origin)
+    found: dict[str, Packed] = {}
+    for scale, scale_shape in shapes.items():
+        if not scale.endswith(_SCALE):
+            continue
+        key = scale.removesuffix(_SCALE)
+        shape = shapes.get(key)
+        if shape is None or len(shape) < 2:
+            raise WeightsError(f"{origin} holds {scale!r} and no weight {key!r} that it belongs to")
+        own = block if block is not None else (shape[-2], shape[-1])
+        expected = (*shape[:-2], -(-shape[-2] // own[0]), -(-shape[-1] // own[1]))
+        if scale_shape != expected and not (block is None and _size(scale_shape) == _size(expected)):
+            raise WeightsError(
+                f"{origin}: {scale!r} has shape {list(scale_shape)}, and blocks of {own[0]}x{own[1]} of {key!r} "
+                f"{list(shape)} need {list(expected)}",
+                hint="is weight_block_size in its config.json right?",
+            )
+        found[key] = Packed(method=FP8, parts=(key, scale), shape=shape, block=own)
+    return found, [key for key in shapes if key.endswith(_INPUT_SCALE)]
+
+
+def _block(entry: Mapping[str, Any], origin: str) -> tuple[int, int] | None:
+    """Rows and columns of a block; None where a tensor is one."""
+    block = entry.get("weight_block_size", _USUAL_BLOCK)
+    if block is None:
+        return None
+    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise WeightsError(f"{origin}: its config.json has weight_block_size = {block!r}, not two positive numbers")
+    return block[0], block[1]
+
+
+def _mxfp4(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Packed]:
+    found: dict[str, Packed] = {}
+    for key, shape in shapes.items():
+        if not key.endswith(_BLOCKS):
+            continue
+        name = key.removesuffix(_BLOCKS)
+        scales = f"{name}{_SCALES}"
+        if len(shape) != 4 or shape[-1] * 2 != _MX_GROUP or shapes.get(scales) != shape[:-1]:
+            found_shapes = f"{key!r} {list(shape)} and {scales!r} {list(shapes.get(scales, ()))}"
+            raise WeightsError(f"{origin}: {found_shapes} make no experts in MXFP4")
+        num_experts, num_out, num_groups, _ = shape
+        plain = (num_experts, num_groups * _MX_GROUP, num_out)
+        found[name] = Packed(method=MXFP4, parts=(key, scales), shape=plain, block=(1, _MX_GROUP))
+    return found
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for number in shape:
+        size *= number
+    return size
