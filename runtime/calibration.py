@@ -28,13 +28,14 @@ from runtime.checkpoint import Checkpoint
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
-from runtime.jobs import assign_jobs, make_remarks
+from runtime.jobs import assign_jobs
 from runtime.layout import Layout
 from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
 from runtime.planning.request import memory_here, require_plan, stored_sizes
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
+from runtime.remarks import make_remarks
 from runtime.split import SplitArtifact, split_experts
 from runtime.streaming.identity import run_identity
 from runtime.streaming.modifiers import Modifier
@@ -117,8 +118,11 @@ def calibrate(
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     checkpoint = open_checkpoint(Path(weights))
     prepared = _prepare(split_experts(artifact, checkpoint), checkpoint, recipe, run_dtype, place)
-    if isinstance(prepared.artifact, SplitArtifact) and not prepared.artifact.are_apart(prepared.jobs):
-        prepared = _prepare(artifact, checkpoint, recipe, run_dtype, place)  # stacked experts are the quicker ones
+    if isinstance(prepared.artifact, SplitArtifact):
+        owners = prepared.artifact.owners(prepared.jobs)
+        if len(owners) < len(prepared.artifact.stacks):  # the others stay as they are: stacked experts are quicker
+            fewer = split_experts(artifact, checkpoint, only=owners)
+            prepared = _prepare(fewer, checkpoint, recipe, run_dtype, place)
     artifact, model, source = prepared.artifact, prepared.model, prepared.source
     jobs, unreached = prepared.jobs, prepared.unreached
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
@@ -182,7 +186,7 @@ def calibrate(
             ),
             watch=watch,
         )
-        for remark in (*make_remarks(artifact, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
+        for remark in (*make_remarks(artifact, recipe, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))

@@ -36,15 +36,38 @@ class Stack:
         parts: for each expert the parameters that make its matrix, by their names below the experts' module.
         axis: along which those of one expert are joined.
         is_transposed: whether each is turned around before.
+        is_interleaved: whether their columns (or rows) take turns, and do not follow one after the other.
     """
 
     parts: tuple[tuple[str, ...], ...]
     axis: int
     is_transposed: bool
+    is_interleaved: bool = False
 
     def modules(self, expert: int) -> tuple[str, ...]:
         """The modules that hold an expert's parts, each once, by their names below the experts' module."""
         return tuple(dict.fromkeys(owner_of(part) for part in self.parts[expert]))
+
+    @property
+    def is_of_biases(self) -> bool:
+        """Whether it is what is added, not what is multiplied."""
+        return all(part.endswith(".bias") for part in self.parts[0])
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """An expert's own part of the stacked parameter, from tensors as they lie in its modules."""
+        turned = [part.T for part in parts] if self.is_transposed else list(parts)
+        if self.is_interleaved:
+            return torch.stack(turned, self.axis + 1).flatten(self.axis, self.axis + 1)
+        return torch.cat(turned, self.axis) if len(turned) > 1 or self.is_transposed else turned[0]
+
+    def take(self, own: torch.Tensor, place: int) -> torch.Tensor:
+        """The reverse: one part, number `place`, of what an expert has in the stack."""
+        count = len(self.parts[0])
+        if self.is_interleaved:
+            part = own[:, place::count] if self.axis else own[place::count]
+        else:
+            part = own.chunk(count, self.axis)[place]
+        return (part.T if self.is_transposed else part).contiguous()
 
 
 def owner_of(part: str) -> str:
@@ -160,10 +183,7 @@ class Experts(nn.Module):
         if name not in self.stacks:
             return self.get_parameter(name)[expert]
         stack = self.stacks[name]
-        parts = [self.get_parameter(part).detach() for part in stack.parts[expert]]
-        if stack.is_transposed:
-            return torch.cat([part.T for part in parts], stack.axis)
-        return torch.cat(parts, stack.axis) if len(parts) > 1 else parts[0]
+        return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
 
     def _hooked(
         self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
@@ -171,13 +191,15 @@ class Experts(nn.Module):
         """Have the hooks of an expert's modules see what is multiplied by their weights."""
         watched = self._watched(expert)
         matrices = {name: tensor for name, tensor in zip(self.stacked, own, strict=True) if tensor.dim() > 1}
-        found = {_storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
+        found = {storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
         return _Hooked(found, tokens) if found else contextlib.nullcontext()
 
     def _watched(self, expert: int) -> dict[str, list[nn.Module]]:
         """By the name of a stack, an expert's modules of which any has hooks."""
         modules = {
-            name: [self.get_submodule(owner) for owner in stack.modules(expert)] for name, stack in self.stacks.items()
+            name: [self.get_submodule(owner) for owner in stack.modules(expert)]
+            for name, stack in self.stacks.items()
+            if not stack.is_of_biases
         }
         return {name: own for name, own in modules.items() if any(module._forward_pre_hooks for module in own)}
 
@@ -217,10 +239,10 @@ class _Hooked(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        place = _PRODUCTS.get(func)
+        place = PRODUCTS.get(func)
         if place is not None:
             matrix, values = args[place + 1], args[place]
-            for number, module in enumerate(self.modules.get(_storage(matrix), ())):
+            for number, module in enumerate(self.modules.get(storage(matrix), ())):
                 module.__dict__[ROWS] = self.tokens
                 changed = _after_hooks(module, args[place])
                 del module.__dict__[ROWS]
@@ -230,7 +252,7 @@ class _Hooked(TorchFunctionMode):
 
 
 # Products of states with a matrix, and where in their arguments the states are; the matrix comes next.
-_PRODUCTS: dict[Any, int] = {
+PRODUCTS: dict[Any, int] = {
     torch.ops.aten.linear.default: 0,
     torch.ops.aten.matmul.default: 0,
     torch.ops.aten.mm.default: 0,
@@ -252,5 +274,6 @@ def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return changed
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from that of others; views of one have one."""
     return int(tensor.untyped_storage()._cdata)

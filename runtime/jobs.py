@@ -5,7 +5,7 @@ Whatever could go wrong when a module's turn comes is looked for here, before an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -46,19 +46,6 @@ def assign_jobs(
     jobs, unreached = _split_reached(artifact, recipe, assigned)
     _require_possible(artifact, model, source, recipe, jobs)
     return jobs, unreached
-
-
-def make_remarks(artifact: Artifact, jobs: Mapping[str, Assignment], unreached: Sequence[str]) -> Iterator[str]:
-    """What a user should know about the result before it is made, a line each."""
-    if unreached:
-        yield f"left as they are, for the model never calls them: {some(unreached)}"
-    parameters = artifact.manifest.parameters.items()
-    fused = [name for name, entry in parameters if len(entry.sources) > 1 and "expert" in name]
-    if fused and any(job.scheme.weights.type == "int" for job in jobs.values()):
-        yield (
-            f"warning: {len(fused)} fused expert weights stay as they are, and transformers does not load such experts "
-            "beside integer layers (5.17 starts them at random, 5.23 refuses)"
-        )
 
 
 def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -4,26 +4,35 @@ A checkpoint mostly has a tensor for each matrix of each expert; transformers st
 wants them apart: to stream them one by one, to measure and quantize each, and to write them back under their names. So
 the tables of an artifact are rewritten: what was one stacked parameter becomes one parameter for each tensor that it is
 made from. How it is made is read off the conversion itself, by running it on small numbered tensors.
+
+Where the checkpoint has them stacked, it is read off what an expert does (`runtime.stacked`), and their tensors are
+parts of the stacked one (`runtime.held`). Their names are then those of the model's module, the expert's number, and
+gate_proj, up_proj and down_proj: what llm-compressor writes, and vLLM reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
 from runtime.experts import Experts, Stack, input_place, owner_of
+from runtime.held import HeldStack, experts_apart
+from runtime.leaves import build_leaf
 from runtime.manifest import ParameterEntry
 from runtime.program import Run
+from runtime.stacked import stacks_of
+from runtime.weights import spellings
 
 if TYPE_CHECKING:
     from runtime.checkpoint import Checkpoint
+    from runtime.program import Program
 
 # `experts.3.gate_proj.weight`: the expert's number, the module's name, and the parameter's.
 _KEY = re.compile(r"\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(weight|bias)\Z")
@@ -40,10 +49,14 @@ class SplitArtifact(Artifact):
     Attributes:
         whole: the artifact as it was read.
         stacks: by the name of a module of experts, how its stacked parameters are made.
+        held: what the checkpoint holds stacked all the same.
+        named_anew: modules whose experts' matrices have no names of their own in the original checkpoint.
     """
 
     whole: Artifact
     stacks: Mapping[str, Mapping[str, Stack]] = field(default_factory=dict)
+    held: tuple[HeldStack, ...] = ()
+    named_anew: tuple[str, ...] = ()
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module tree, with a Linear module for each matrix of each expert."""
@@ -54,10 +67,18 @@ class SplitArtifact(Artifact):
             experts.split(stacks, dict(self._linears(name, stacks, dtype)))
         return model
 
-    def are_apart(self, names: Iterable[str]) -> bool:
-        """Whether any of these modules is one that an expert has for itself."""
-        owners = tuple(f"{name}." for name in self.stacks)
-        return any(name.startswith(owners) for name in names)
+    def seen(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, with a tensor for each matrix of each expert."""
+        return experts_apart(checkpoint, self.held) if self.held else checkpoint
+
+    def owners(self, names: Iterable[str]) -> list[str]:
+        """The modules of experts that any of these modules is a part of."""
+        wanted = dict.fromkeys(names)
+        return [
+            owner
+            for owner, stacks in self.stacks.items()
+            if any(f"{owner}.{owner_of(part)}" in wanted for part in _parts(stacks))
+        ]
 
     def inputs(self, *, all_tokens: bool) -> dict[str, tuple[str, int, int]]:
         """For each module of an expert, what it is called with: modules of one input have one value.
@@ -68,6 +89,8 @@ class SplitArtifact(Artifact):
         found: dict[str, tuple[str, int, int]] = {}
         for name, stacks in self.stacks.items():
             for position, stack in enumerate(stacks.values()):
+                if stack.is_of_biases:
+                    continue
                 for expert in range(len(stack.parts)):
                     place = input_place(position, expert, all_tokens=all_tokens)
                     found.update({f"{name}.{owner}": (name, position, place) for owner in stack.modules(expert)})
@@ -85,32 +108,38 @@ class SplitArtifact(Artifact):
                 yield owner, nn.Linear(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
 
 
-def split_experts(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Artifact:
-    """The artifact with its experts apart, as far as the checkpoint has them so.
+def split_experts(
+    artifact: Artifact, checkpoint: Checkpoint | None = None, *, only: Collection[str] | None = None
+) -> Artifact:
+    """The artifact with its experts apart.
+
+    Experts that a checkpoint has stacked are taken apart as they are read. In a quantized one they stay as they are:
+    nobody has quantized them.
 
     Args:
         artifact: a portable one, or one without experts of the host's own: then it is returned as it is.
-        checkpoint: experts that are stacked there stay so; None for one that has them as transformers writes them.
+        checkpoint: None for one that has its experts as the artifact's tables say.
+        only: the modules of experts to take apart; None for all.
     """
     tables = artifact.manifest
-    stacks: dict[str, dict[str, Stack]] = {}
+    understood = _Understood(artifact)
+    found: dict[str, _Apart] = {}
     for name, kind in tables.leaves.items():
-        if tables.leaf_kinds[kind].kind == "Experts":
-            options = tables.leaf_kinds[kind].options
-            own = _stacks(artifact, name, [str(stacked) for stacked in options["stacked"]], checkpoint)
-            if own:
-                stacks[name] = own
-    if not stacks:
+        if tables.leaf_kinds[kind].kind == "Experts" and (only is None or name in only):
+            apart = understood.module(name, checkpoint)
+            if apart is not None:
+                found[name] = apart
+    if not found:
         return artifact
     replaced = {
-        f"{name}.{stacked}": _entries(tables.parameters[f"{name}.{stacked}"], name, stack)
-        for name, own in stacks.items()
-        for stacked, stack in own.items()
+        f"{name}.{stacked}": _entries(tables.parameters[f"{name}.{stacked}"], name, stack, apart.keys)
+        for name, apart in found.items()
+        for stacked, stack in apart.stacks.items()
     }
     parameters = {
         new: entry
-        for old, found in tables.parameters.items()
-        for new, entry in (replaced[old].items() if old in replaced else [(old, found)])
+        for old, own in tables.parameters.items()
+        for new, entry in (replaced[old].items() if old in replaced else [(old, own)])
     }
     manifest = dataclasses.replace(
         tables,
@@ -127,23 +156,141 @@ def split_experts(artifact: Artifact, checkpoint: Checkpoint | None = None) -> A
         for subgraph, entry in zip(artifact.subgraphs, manifest.subgraphs, strict=True)
     )
     fields = {entry.name: getattr(artifact, entry.name) for entry in dataclasses.fields(Artifact)}
-    return SplitArtifact(**{**fields, "manifest": manifest, "subgraphs": subgraphs}, whole=artifact, stacks=stacks)
+    return SplitArtifact(
+        **{**fields, "manifest": manifest, "subgraphs": subgraphs},
+        whole=artifact,
+        stacks={name: apart.stacks for name, apart in found.items()},
+        held=tuple(held for apart in found.values() for held in apart.held),
+        named_anew=tuple(name for name, apart in found.items() if apart.is_named_anew),
+    )
 
 
-def _stacks(artifact: Artifact, name: str, stacked: list[str], checkpoint: Checkpoint | None) -> dict[str, Stack]:
-    """How the stacked parameters of one module are made; none, unless all of its matrices can be taken apart."""
-    found: dict[str, Stack] = {}
-    for own in stacked:
-        entry = artifact.manifest.parameters[f"{name}.{own}"]
-        is_stacked = checkpoint is not None and f"{name}.{own}" in checkpoint
-        stack = None if is_stacked else _stack(artifact, entry)
-        if stack is None:
-            return {}
-        found[own] = stack
-    names = [part for stack in found.values() for parts in stack.parts for part in parts]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Apart:
+    """How one module's experts come apart.
+
+    Attributes:
+        stacks: by its stacked parameters, how they are made.
+        keys: by an expert's own parameters, what the checkpoint calls them.
+        held: what the checkpoint holds stacked.
+        is_named_anew: whether these names are ours.
+    """
+
+    stacks: Mapping[str, Stack]
+    keys: Mapping[str, str]
+    held: tuple[HeldStack, ...]
+    is_named_anew: bool
+
+
+class _Understood:
+    """Finds out how the experts of an artifact's modules come apart; those of one kind do it alike."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self._watched: dict[Any, dict[str, Stack]] = {}
+
+    def module(self, name: str, checkpoint: Checkpoint | None) -> _Apart | None:
+        """How those of one module do; None where that is not known, or where they are to stay."""
+        manifest = self.artifact.manifest
+        kind = manifest.leaf_kinds[manifest.leaves[name]]
+        stacked = [str(own) for own in kind.options["stacked"]]
+        entries = {own: manifest.parameters[f"{name}.{own}"] for own in stacked}
+        found = {own: self._held(f"{name}.{own}", entry, checkpoint) for own, entry in entries.items()}
+        held = {own: key for own, key in found.items() if key is not None}
+        if held and (len(held) < len(stacked) or (checkpoint is not None and checkpoint.is_quantized)):
+            return None
+        stacks, keys = self._joined(entries), {}
+        is_named_anew = not stacks
+        if stacks:
+            keys = {_local(key): key for entry in entries.values() for key in entry.sources}
+        elif all(len(entry.sources) == 1 and _is_by_expert(self.artifact, entry) for entry in entries.values()):
+            stacks = self._watch(name)
+            prefix = checkpoint_name(held.get(stacked[0], entries[stacked[0]].sources[0]), f"{name}.{stacked[0]}")
+            keys = {part: f"{prefix}.{part}" for part in _parts(stacks)}
+        if not stacks or not _is_whole(stacks):
+            return None
+        return _Apart(
+            stacks=stacks,
+            keys=keys,
+            held=tuple(
+                HeldStack(
+                    key=key,
+                    shape=entries[own].shape,
+                    stack=stacks[own],
+                    keys=keys,
+                    program=_program(self.artifact, entries[own]) if key in entries[own].sources else None,
+                )
+                for own, key in held.items()
+            ),
+            is_named_anew=is_named_anew,
+        )
+
+    def _held(self, name: str, entry: ParameterEntry, checkpoint: Checkpoint | None) -> str | None:
+        """What the checkpoint calls a stacked parameter, if it has it in one piece."""
+        if checkpoint is None:
+            return None
+        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+        prefix = self.artifact.manifest.model.base_model_prefix
+        return next((key for own in wanted for key in spellings(own, prefix) if key in checkpoint), None)
+
+    def _joined(self, entries: Mapping[str, ParameterEntry]) -> dict[str, Stack]:
+        """How the stacks are joined of the checkpoint's tensors, if each of these is one expert's."""
+        found = {own: _stack(self.artifact, entry) for own, entry in entries.items()}
+        return {own: stack for own, stack in found.items() if stack is not None} if all(found.values()) else {}
+
+    def _watch(self, name: str) -> dict[str, Stack]:
+        manifest = self.artifact.manifest
+        kind = manifest.leaf_kinds[manifest.leaves[name]]
+        owned = {own: entry for own, entry in manifest.parameters.items() if own.rpartition(".")[0] == name}
+        shapes = {own.removeprefix(f"{name}."): entry.shape for own, entry in owned.items()}
+        known_by = (manifest.leaves[name], tuple(shapes.items()))
+        if known_by not in self._watched:
+            module = build_leaf(kind, name, shapes, self.artifact.leaf_programs.get(kind.program))
+            assert isinstance(module, Experts), "its kind says so"
+            self._watched[known_by] = stacks_of(module, shapes)
+        return self._watched[known_by]
+
+
+def _parts(stacks: Mapping[str, Stack]) -> list[str]:
+    return [part for stack in stacks.values() for parts in stack.parts for part in parts]
+
+
+def _is_whole(stacks: Mapping[str, Stack]) -> bool:
+    """Whether each matrix is there once, and none but what belongs to one."""
+    names = _parts(stacks)
     weights = {owner_of(part) for part in names if part.endswith(".weight")}
-    is_whole = len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
-    return found if is_whole else {}
+    return len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
+
+
+def checkpoint_name(key: str, name: str) -> str:
+    """What the checkpoint would call the module of a stacked parameter, if it had one.
+
+    Names differ above the layers (`model.language_model` or `language_model.model`) and in what layers hold; as far as
+    the layer's number it is the checkpoint's name, and from there on the model's.
+    """
+    parts, own = key.split("."), name.split(".")[:-1]
+    numbers = [[place for place, part in enumerate(names) if part.isdigit()] for names in (parts, own)]
+    if not all(numbers):
+        return ".".join(own)
+    return ".".join([*parts[: numbers[0][-1] + 1], *own[numbers[1][-1] + 1 :]])
+
+
+def _program(artifact: Artifact, entry: ParameterEntry) -> Program | None:
+    return artifact.conversions[entry.conversion] if entry.conversion >= 0 else None
+
+
+def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
+    """Whether what is done to a stack when it is loaded is done to each expert by itself."""
+    program = _program(artifact, entry)
+    if program is None:
+        return True
+    stack = torch.arange(3 * 4 * 6).reshape(3, 4, 6)[(slice(None),) * 3 if len(entry.shape) == 3 else (..., 0)]
+    run = Run(device=stack.device, dtype=stack.dtype)
+    try:
+        whole, one = (program(None, source_0=part, run=run)["value"] for part in (stack, stack[1:2]))
+    except (RuntimeError, IndexError, TypeError):
+        return False
+    return torch.equal(whole[1:2], one)
 
 
 def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:
@@ -193,16 +340,15 @@ def _names(entry: ParameterEntry, order: list[int], expert: int) -> tuple[str, .
     return tuple(names)
 
 
-def _entries(entry: ParameterEntry, name: str, stack: Stack) -> dict[str, ParameterEntry]:
+def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, str]) -> dict[str, ParameterEntry]:
     """The tables' entries of the parameters that a stacked one is made of."""
-    sources = {_local(key): key for key in entry.sources}
     shape = list(entry.shape[1:])
     shape[stack.axis] //= len(stack.parts[0])
     own = tuple(reversed(shape)) if stack.is_transposed else tuple(shape)
     num_bytes = entry.bytes * torch.Size(own).numel() // max(1, torch.Size(entry.shape).numel())
     return {
         f"{name}.{part}": ParameterEntry(
-            shape=own, dtype=entry.dtype, bytes=num_bytes, sources=(sources[part],), conversion=-1, tied_to=""
+            shape=own, dtype=entry.dtype, bytes=num_bytes, sources=(keys[part],), conversion=-1, tied_to=""
         )
         for parts in stack.parts
         for part in parts

@@ -60,7 +60,7 @@ class Weights:
 
     def __init__(self, artifact: Artifact, checkpoint: Checkpoint, dtype: torch.dtype, model: nn.Module) -> None:
         self.artifact = artifact
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint = artifact.seen(checkpoint)
         self.dtype = dtype
         require_same_model(artifact, checkpoint.directory)
         self.cache_scheme: QuantizationArgs | None = None
@@ -200,11 +200,7 @@ class Weights:
         return tuple(found)
 
     def _spellings(self, key: str) -> tuple[str, ...]:
-        """A key, and the same with the base model's prefix added or taken away, as transformers tolerates."""
-        prefix = self.artifact.manifest.model.base_model_prefix
-        if not prefix:
-            return (key,)
-        return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
+        return spellings(key, self.artifact.manifest.model.base_model_prefix)
 
     def _attach_key_values(self, model: nn.Module) -> list[str]:
         """Have the model round its keys and values if the checkpoint says so; returns the tensors for that."""
@@ -262,6 +258,13 @@ class Weights:
             f"tensor {key!r} of {self.checkpoint.directory} has shape {list(found)}, the artifact expects "
             f"{list(expected)} for parameter {name}"
         )
+
+
+def spellings(key: str, prefix: str) -> tuple[str, ...]:
+    """A key, and the same with the base model's prefix added or taken away, as transformers tolerates."""
+    if not prefix:
+        return (key,)
+    return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
 
 
 def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

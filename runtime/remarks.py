@@ -1,0 +1,89 @@
+"""What a user should know about a result before it is made: above all, which experts are not quantized, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from runtime.errors import RecipeError
+from runtime.recipe import some
+from runtime.split import SplitArtifact
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.recipe import Assignment, Recipe
+
+_ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear")
+
+
+def make_remarks(
+    artifact: Artifact, recipe: Recipe, jobs: Mapping[str, Assignment], unreached: Sequence[str]
+) -> Iterator[str]:
+    """A line each.
+
+    Args:
+        artifact: as the run has it, experts apart or not.
+        recipe: says what is wanted.
+        jobs: what is done.
+        unreached: modules that the recipe targets and no subgraph uses.
+    """
+    if unreached:
+        yield f"left as they are, for the model never calls them: {some(unreached)}"
+    stacked = list(_stacked_experts(artifact))
+    left: dict[str, list[str]] = {}
+    for name in stacked:
+        if _is_wanted(recipe, name.rpartition(".")[0]):
+            left.setdefault(_why_not(artifact, name), []).append(name)
+    for reason, names in left.items():
+        yield f"warning: {len(names)} stacked weights of experts are not quantized, for {reason}: {some(names)}"
+    if any(len(artifact.manifest.parameters[name].sources) > 1 for name in stacked) and _has_integers(jobs):
+        yield (
+            "warning: transformers does not load experts that are not quantized beside integer layers (5.17 starts "
+            "them at random, 5.23 refuses)"
+        )
+    if isinstance(artifact, SplitArtifact):
+        renamed = [name for name in artifact.owners(jobs) if name in artifact.named_anew]
+        if renamed:
+            yield (
+                f"warning: the checkpoint has the experts of {some(renamed)} stacked; they are written one by one, as "
+                "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts "
+                "them at random"
+            )
+
+
+def _stacked_experts(artifact: Artifact) -> Iterator[str]:
+    """Parameters with a matrix for each expert."""
+    manifest = artifact.manifest
+    used = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.parameters)
+    for name in used:
+        entry = manifest.parameters[name]
+        owner = name.rpartition(".")[0]
+        kind = manifest.leaves.get(owner)
+        is_own = kind is not None and manifest.leaf_kinds[kind].kind not in ("Experts", "DenseExperts")
+        is_stack = len(entry.shape) == 3 and 1 not in entry.shape
+        if is_stack and not is_own and any(_ABOUT_EXPERTS.search(text) for text in (name, *entry.sources[:1])):
+            yield name
+
+
+def _is_wanted(recipe: Recipe, owner: str) -> bool:
+    """Whether the recipe would quantize an expert's matrix, if it were a module."""
+    try:
+        return bool(recipe.assign({f"{owner}.0.up_proj": nn.Linear}))
+    except RecipeError:
+        return False
+
+
+def _why_not(artifact: Artifact, name: str) -> str:
+    manifest = artifact.manifest
+    if name.rpartition(".")[0] in manifest.leaves:
+        return "what one of them does is no product with a gate, a matrix up and one down"
+    if not manifest.is_portable:
+        return "the artifact calls the model's own modules (see --leaves)"
+    return "the model's code sends tokens to them in a way of its own"
+
+
+def _has_integers(jobs: Mapping[str, Assignment]) -> bool:
+    return any(job.scheme.weights.type == "int" for job in jobs.values())

@@ -1,0 +1,208 @@
+"""How stacked experts come apart, found out by watching what one expert does.
+
+Some checkpoints have a tensor for all experts at once, and then nothing in their names says what is in it. But the
+program of one expert does. It multiplies its input by one matrix, whose outputs are the next one's inputs; the way in
+which it multiplies tells rows from columns. Where the first has twice as many outputs as the second has inputs, it is a
+gate and what is gated: which outputs belong together is seen by making some of them not a number and looking where
+that arrives, and which half is the gate by what a large negative number switches off.
+
+Nothing is multiplied for it: results of the first product are made up, the matrices have no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from runtime.experts import PRODUCTS, Experts, Stack, storage
+from runtime.program import Run
+
+if TYPE_CHECKING:
+    from runtime.program import Program
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+_SWITCHED_OFF, _SMALL = -100.0, 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A stacked matrix, as an expert's program uses it.
+
+    Attributes:
+        name: of the stacked parameter.
+        is_transposed: whether an expert's own is [I, O], not [O, I] as a Linear module has it.
+        num_in: I, features of its input.
+        num_out: O, features of its output.
+    """
+
+    name: str
+    is_transposed: bool
+    num_in: int
+    num_out: int
+
+
+def stacks_of(module: Experts, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stack]:
+    """How each stacked parameter is made of an expert's own.
+
+    Args:
+        module: has the program.
+        shapes: of the stacked parameters, the first axis the expert.
+
+    Returns:
+        By the parameter's name; none where the program does something else than what is said above.
+    """
+    matrices = {name for name in module.stacked if len(shapes[name]) == 3}
+    biases = {name: _owner(name, matrices) for name in module.stacked if name not in matrices}
+    if any(owner is None or len(shapes[name]) != 2 for name, owner in biases.items()):
+        return {}
+    try:
+        found = _watch(module, shapes)
+    except (RuntimeError, TypeError, ValueError, IndexError, _OtherwiseError):
+        return {}
+    if found is None or {matrix.name for matrix in found.matrices} != matrices:
+        return {}
+    stacks: dict[str, Stack] = {}
+    for matrix, parts in zip(found.matrices, found.parts(), strict=True):
+        is_split = len(parts) > 1
+        stacks[matrix.name] = Stack(
+            parts=_named(parts, "weight", module.num_experts),
+            axis=1 if matrix.is_transposed else 0,
+            is_transposed=matrix.is_transposed,
+            is_interleaved=is_split and found.is_interleaved,
+        )
+        for name, owner in biases.items():
+            if owner == matrix.name:
+                stacks[name] = Stack(
+                    parts=_named(parts, "bias", module.num_experts),
+                    axis=0,
+                    is_transposed=False,
+                    is_interleaved=is_split and found.is_interleaved,
+                )
+    return {name: stacks[name] for name in module.stacked}
+
+
+def _named(parts: Sequence[str], leaf: str, num_experts: int) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(f"{expert}.{part}.{leaf}" for part in parts) for expert in range(num_experts))
+
+
+def _owner(bias: str, matrices: set[str]) -> str | None:
+    """The matrix that a bias belongs to, by its name."""
+    stems = {matrix.removesuffix(".weight"): matrix for matrix in sorted(matrices)}
+    return next((stems[stem] for stem in stems if bias in (f"{stem}_bias", f"{stem}.bias")), None)
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What was seen: the matrices in order, and how the first one's outputs are laid out."""
+
+    matrices: list[Matrix]
+    is_split: bool = False
+    is_interleaved: bool = False
+    is_gate_first: bool = True
+
+    def parts(self) -> list[tuple[str, ...]]:
+        """For each matrix the modules that it is made of, by their last names."""
+        first: tuple[str, ...] = (UP,)
+        if self.is_split:
+            first = (GATE, UP) if self.is_gate_first else (UP, GATE)
+        return [first, (DOWN,)]
+
+
+class _OtherwiseError(Exception):
+    """The program does not do what it is watched for."""
+
+
+def _watch(module: Experts, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
+    sizes = shapes[next(name for name in module.stacked if len(shapes[name]) == 3)][1:]
+    for width in dict.fromkeys(sizes):  # one of them is that of the input
+        products = _products(module, shapes, torch.ones(2, width))
+        if len(products) == 2 and products[0][0].num_in == width == products[1][0].num_out:
+            break
+    else:
+        return None
+    (first, states), (second, _) = products
+    found = _Found(matrices=[first, second])
+    if first.num_out == second.num_in:
+        return found
+    if first.num_out != 2 * second.num_in:
+        return None
+    found.is_split = True
+    half = second.num_in
+    chosen = torch.arange(0, half, 3)
+    apart, by_turns = torch.zeros(2, 2 * half).unbind()
+    apart[torch.cat([chosen, chosen + half])] = torch.nan
+    by_turns[torch.cat([2 * chosen, 2 * chosen + 1])] = torch.nan
+    (_, _), (_, arrived) = _products(module, shapes, states, torch.stack([apart, by_turns]))
+    expected = torch.zeros(half, dtype=torch.bool)
+    expected[chosen] = True
+    is_apart, found.is_interleaved = (torch.equal(row.isnan(), expected) for row in arrived)
+    if is_apart == found.is_interleaved:
+        return None
+    made_up = torch.ones(2, 2, half)  # [which half is switched off, half, feature]
+    made_up[0, 0] = made_up[1, 1] = _SWITCHED_OFF
+    laid_out = made_up.transpose(1, 2) if found.is_interleaved else made_up
+    (_, _), (_, arrived) = _products(module, shapes, states, laid_out.reshape(2, 2 * half))
+    is_off = [bool((row.abs() < _SMALL).all()) for row in arrived]
+    found.is_gate_first = is_off != [False, True]
+    return found
+
+
+def _products(
+    module: Experts, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor | None = None
+) -> list[tuple[Matrix, torch.Tensor]]:
+    """Run one expert's program: its products with matrices, in order, and the states that each multiplies.
+
+    Args:
+        module: the experts.
+        shapes: of their stacked parameters.
+        states: the expert's input, [N, H].
+        outputs: what the first product is said to return; None for ones.
+    """
+    own = {
+        name: torch.empty(tuple(shapes[name][1:]), device="meta")
+        if len(shapes[name]) == 3
+        else torch.zeros(tuple(shapes[name][1:]))
+        for name in module.stacked
+    }
+    program: Program | Any = module.program
+    watching = _Watching(own, outputs)
+    run = Run(device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad(), watching:
+        weights = torch.ones(len(states), 1) if module.is_column else torch.ones(len(states))
+        program(module, states, weights, *own.values(), run=run)
+    return watching.seen
+
+
+class _Watching(TorchFunctionMode):
+    """Make up the results of products with matrices that have no memory."""
+
+    def __init__(self, own: Mapping[str, torch.Tensor], outputs: torch.Tensor | None) -> None:
+        super().__init__()
+        self.own = {storage(tensor): (name, tensor) for name, tensor in own.items() if tensor.is_meta}
+        self.outputs = outputs
+        self.seen: list[tuple[Matrix, torch.Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        place = PRODUCTS.get(func)
+        if place is None or not isinstance(args[place + 1], torch.Tensor) or storage(args[place + 1]) not in self.own:
+            return func(*args, **(kwargs or {}))
+        states, used = args[place], args[place + 1]
+        name, matrix = self.own[storage(used)]
+        is_linear = func is torch.ops.aten.linear.default
+        num_out, num_in = used.shape if is_linear else reversed(used.shape)
+        is_turned = tuple(used.stride()) != tuple(matrix.stride())
+        if name in [matrix.name for matrix, _ in self.seen] or used.numel() != matrix.numel():
+            raise _OtherwiseError
+        is_transposed = is_linear == is_turned
+        self.seen.append(
+            (Matrix(name=name, is_transposed=is_transposed, num_in=num_in, num_out=num_out), states.clone())
+        )
+        if len(self.seen) == 1 and self.outputs is not None:
+            return self.outputs.clone()
+        return torch.ones(*states.shape[:-1], num_out)
