@@ -88,26 +88,22 @@ def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
     return 0 if all_tokens and position == 0 else expert
 
 
-class Experts(nn.Module):
+class Mixture(nn.Module):
     """Experts whose weights are stacked: the first axis of each is the expert.
 
     Args:
         num_experts: how many there are, E.
-        stacked: names of the parameters of which each expert gets its own part.
-        inputs: what the model's code calls the three inputs.
-        accumulator: the dtype in which results of several experts are summed: `hidden`, `weights` or `float32`.
-        is_column: whether an expert gets its routing weights as a column [N, 1] or as a vector [N].
+        stacked: names of the parameters of which each expert has its own part.
+
+    Attributes:
+        stacks: how these are made, where experts are apart.
+        sees_all: whether hooks of experts' modules see all tokens.
     """
 
-    def __init__(
-        self, *, num_experts: int, stacked: Sequence[str], inputs: Sequence[str], accumulator: str, is_column: bool
-    ) -> None:
+    def __init__(self, *, num_experts: int, stacked: Sequence[str]) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.stacked = tuple(stacked)
-        self.inputs = tuple(inputs)
-        self.accumulator = accumulator
-        self.is_column = is_column
         self.stacks: Mapping[str, Stack] = {}
         self.sees_all = False
         self.__dict__["program"] = None
@@ -131,6 +127,42 @@ class Experts(nn.Module):
                 owner = owner.get_submodule(part)
             owner.add_module(own, module)
 
+    def own(self, name: str, expert: int) -> torch.Tensor:
+        """An expert's own part of a stacked parameter, laid out as it is in the stack."""
+        if name not in self.stacks:
+            return self.get_parameter(name)[expert]
+        stack = self.stacks[name]
+        return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
+
+    def watched(self, expert: int) -> dict[str, list[nn.Module]]:
+        """By the name of a stack, an expert's modules of which any has hooks."""
+        modules = {
+            name: [self.get_submodule(owner) for owner in stack.modules(expert)]
+            for name, stack in self.stacks.items()
+            if not stack.is_of_biases
+        }
+        return {name: own for name, own in modules.items() if any(module._forward_pre_hooks for module in own)}
+
+
+class Experts(Mixture):
+    """Experts that get the tokens which are sent to them, one expert after the other.
+
+    Args:
+        num_experts: how many there are, E.
+        stacked: names of the parameters of which each expert gets its own part.
+        inputs: what the model's code calls the three inputs.
+        accumulator: the dtype in which results of several experts are summed: `hidden`, `weights` or `float32`.
+        is_column: whether an expert gets its routing weights as a column [N, 1] or as a vector [N].
+    """
+
+    def __init__(
+        self, *, num_experts: int, stacked: Sequence[str], inputs: Sequence[str], accumulator: str, is_column: bool
+    ) -> None:
+        super().__init__(num_experts=num_experts, stacked=stacked)
+        self.inputs = tuple(inputs)
+        self.accumulator = accumulator
+        self.is_column = is_column
+
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts.
 
@@ -150,7 +182,7 @@ class Experts(nn.Module):
         if self.sees_all:
             first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
             for expert in range(self.num_experts):
-                if self._watched(expert):  # nothing else comes of it
+                if self.watched(expert):  # nothing else comes of it
                     self._expert(expert, hidden_TH, first_TK)
         for expert in used:
             if expert == self.num_experts:
@@ -178,30 +210,14 @@ class Experts(nn.Module):
             output: torch.Tensor = program(self, hidden_NH, weights, *own, run=run)["output"]
         return output
 
-    def own(self, name: str, expert: int) -> torch.Tensor:
-        """An expert's own part of a stacked parameter, laid out as it is in the stack."""
-        if name not in self.stacks:
-            return self.get_parameter(name)[expert]
-        stack = self.stacks[name]
-        return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
-
     def _hooked(
         self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[Any]:
         """Have the hooks of an expert's modules see what is multiplied by their weights."""
-        watched = self._watched(expert)
+        watched = self.watched(expert)
         matrices = {name: tensor for name, tensor in zip(self.stacked, own, strict=True) if tensor.dim() > 1}
         found = {storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
         return _Hooked(found, tokens) if found else contextlib.nullcontext()
-
-    def _watched(self, expert: int) -> dict[str, list[nn.Module]]:
-        """By the name of a stack, an expert's modules of which any has hooks."""
-        modules = {
-            name: [self.get_submodule(owner) for owner in stack.modules(expert)]
-            for name, stack in self.stacks.items()
-            if not stack.is_of_biases
-        }
-        return {name: own for name, own in modules.items() if any(module._forward_pre_hooks for module in own)}
 
     def _sum_dtype(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
         return {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[self.accumulator]
@@ -212,7 +228,7 @@ def all_tokens_seen(model: nn.Module) -> Iterator[None]:
     """While the block runs, hooks of experts' modules see all tokens, not only those that are sent to their expert. The
     layer's output stays what it was: the sum over the experts that are chosen.
     """
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    experts = [module for module in model.modules() if isinstance(module, Mixture)]
     for module in experts:
         module.sees_all = True
     try:
@@ -244,7 +260,7 @@ class _Hooked(TorchFunctionMode):
             matrix, values = args[place + 1], args[place]
             for number, module in enumerate(self.modules.get(storage(matrix), ())):
                 module.__dict__[ROWS] = self.tokens
-                changed = _after_hooks(module, args[place])
+                changed = after_hooks(module, args[place])
                 del module.__dict__[ROWS]
                 values = changed if number == 0 else values
             args = (*args[:place], values, *args[place + 1 :])
@@ -260,7 +276,7 @@ PRODUCTS: dict[Any, int] = {
 }
 
 
-def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """The first argument that a module would be called with, after its pre-hooks."""
     args: Any = (states,)
     for number, hook in module._forward_pre_hooks.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from runtime.experts import Experts
+from runtime.experts import Mixture
 from runtime.grammar import SOURCE_LIMIT_BYTES
 from runtime.split import checkpoint_name
 
@@ -93,7 +93,7 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
         elif name.endswith(".weight") and not isinstance(owner, (nn.Linear, nn.Embedding)):
             matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
             found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
-        if isinstance(owner, Experts) and len(origin.keys) == 1:
+        if isinstance(owner, Mixture) and len(origin.keys) == 1:
             found["re:" + re.escape(checkpoint_name(origin.keys[0], name)) + r"(\.|$)"] = None
     return list(found)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from runtime.program import Program
 
+MIXTURES = ("Experts", "DenseExperts")
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 _CONVOLUTION_OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -65,13 +66,13 @@ def build_leaf(leaf: LeafKind, name: str, shapes: Mapping[str, Sequence[int]], p
 
     try:
         with torch.device("meta"):
-            module = _experts(leaf, shapes) if leaf.kind == "Experts" else _module(leaf, shapes)
+            module = _experts(leaf, shapes) if leaf.kind in MIXTURES else _module(leaf, shapes)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         raise ArtifactError(f"the artifact describes {name} as a {leaf.kind} that cannot be built: {error}") from error
     found = {own: tuple(parameter.shape) for own, parameter in module.named_parameters()}
     if found != {own: tuple(shape) for own, shape in shapes.items()}:
         raise ArtifactError(f"the artifact's parameters of {name} are not those of a {leaf.kind}")
-    if leaf.kind == "Experts":
+    if leaf.kind in MIXTURES:
         module.__dict__["program"] = program
     elif program is not None:
         module.__class__ = _programmed(type(module))
@@ -84,23 +85,38 @@ def _module(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
 
 def _experts(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    import torch
-    from torch import nn
+    from runtime.dense_experts import DenseExperts
+    from runtime.experts import Experts, Mixture
 
-    from runtime.experts import Experts
-
+    module: Mixture
     options: dict[str, Any] = dict(leaf.options)
+    if leaf.kind == "DenseExperts":
+        (num_experts,), stacked = options["num_experts"], options["stacked"]
+        _require_stacks(shapes, stacked, num_experts)
+        module = DenseExperts(num_experts=num_experts, stacked=stacked)
+        return _with_parameters(module, shapes)
     keys = ("num_experts", "accumulator", "is_column")
     (num_experts,), (accumulator,), (is_column,) = (options[key] for key in keys)
     stacked, inputs = options["stacked"], options["inputs"]
     is_whole = len(inputs) == 3 and len(leaf.arguments) == 2 + len(stacked)
     if accumulator not in ("hidden", "weights", "float32") or not is_whole:
         raise ValueError("its options contradict each other")
-    if not stacked or any(shapes[name][0] != num_experts for name in stacked):
-        raise ValueError("its parameters are not stacked by expert")
+    _require_stacks(shapes, stacked, num_experts)
     module = Experts(
         num_experts=num_experts, stacked=stacked, inputs=inputs, accumulator=accumulator, is_column=bool(is_column)
     )
+    return _with_parameters(module, shapes)
+
+
+def _require_stacks(shapes: Mapping[str, Sequence[int]], stacked: Sequence[str], num_experts: int) -> None:
+    if not stacked or any(shapes[name][0] != num_experts for name in stacked):
+        raise ValueError("its parameters are not stacked by expert")
+
+
+def _with_parameters(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    import torch
+    from torch import nn
+
     for name, shape in shapes.items():
         module.register_parameter(name, nn.Parameter(torch.empty(tuple(shape)), requires_grad=False))
     return module

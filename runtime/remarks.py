@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from runtime.errors import RecipeError
+from runtime.leaves import MIXTURES
 from runtime.recipe import some
 from runtime.split import SplitArtifact
 
@@ -44,14 +45,25 @@ def make_remarks(
             "warning: transformers does not load experts that are not quantized beside integer layers (5.17 starts "
             "them at random, 5.23 refuses)"
         )
-    if isinstance(artifact, SplitArtifact):
-        renamed = [name for name in artifact.owners(jobs) if name in artifact.named_anew]
-        if renamed:
-            yield (
-                f"warning: the checkpoint has the experts of {some(renamed)} stacked; they are written one by one, as "
-                "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts "
-                "them at random"
-            )
+    renamed = _unreadable_by_transformers(artifact, jobs)
+    if renamed:
+        yield (
+            f"warning: the checkpoint has the experts of {some(renamed)} stacked; they are written one by one, as "
+            "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts them "
+            "at random"
+        )
+
+
+def _unreadable_by_transformers(artifact: Artifact, jobs: Mapping[str, Assignment]) -> list[str]:
+    """Modules whose experts are written under names that no rule of transformers takes.
+
+    Dense ones are not among them: of their one class (Llama 4's) it loads the experts one by one.
+    """
+    if not isinstance(artifact, SplitArtifact):
+        return []
+    manifest = artifact.manifest
+    owners = [name for name in artifact.owners(jobs) if name in artifact.named_anew]
+    return [name for name in owners if manifest.leaf_kinds[manifest.leaves[name]].kind == "Experts"]
 
 
 def _stacked_experts(artifact: Artifact) -> Iterator[str]:
@@ -62,7 +74,7 @@ def _stacked_experts(artifact: Artifact) -> Iterator[str]:
         entry = manifest.parameters[name]
         owner = name.rpartition(".")[0]
         kind = manifest.leaves.get(owner)
-        is_own = kind is not None and manifest.leaf_kinds[kind].kind not in ("Experts", "DenseExperts")
+        is_own = kind is not None and manifest.leaf_kinds[kind].kind not in MIXTURES
         is_stack = len(entry.shape) == 3 and 1 not in entry.shape
         if is_stack and not is_own and any(_ABOUT_EXPERTS.search(text) for text in (name, *entry.sources[:1])):
             yield name

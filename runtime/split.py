@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
-from runtime.experts import Experts, Stack, input_place, owner_of
+from runtime.experts import Mixture, Stack, input_place, owner_of
 from runtime.held import HeldStack, experts_apart
-from runtime.leaves import build_leaf
+from runtime.leaves import MIXTURES, build_leaf
 from runtime.manifest import ParameterEntry
 from runtime.program import Run
 from runtime.stacked import stacks_of
@@ -63,7 +63,7 @@ class SplitArtifact(Artifact):
         model = self.whole.empty_model(dtype)
         for name, stacks in self.stacks.items():
             experts = model.get_submodule(name)
-            assert isinstance(experts, Experts), "the leaf table says so"
+            assert isinstance(experts, Mixture), "the leaf table says so"
             experts.split(stacks, dict(self._linears(name, stacks, dtype)))
         return model
 
@@ -125,7 +125,7 @@ def split_experts(
     understood = _Understood(artifact)
     found: dict[str, _Apart] = {}
     for name, kind in tables.leaves.items():
-        if tables.leaf_kinds[kind].kind == "Experts" and (only is None or name in only):
+        if tables.leaf_kinds[kind].kind in MIXTURES and (only is None or name in only):
             apart = understood.module(name, checkpoint)
             if apart is not None:
                 found[name] = apart
@@ -246,7 +246,7 @@ class _Understood:
         known_by = (manifest.leaves[name], tuple(shapes.items()))
         if known_by not in self._watched:
             module = build_leaf(kind, name, shapes, self.artifact.leaf_programs.get(kind.program))
-            assert isinstance(module, Experts), "its kind says so"
+            assert isinstance(module, Mixture), "its kind says so"
             self._watched[known_by] = stacks_of(module, shapes)
         return self._watched[known_by]
 

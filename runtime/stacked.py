@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.experts import PRODUCTS, Experts, Stack, storage
+from runtime.dense_experts import STACKED_PRODUCTS
+from runtime.experts import PRODUCTS, Experts, Mixture, Stack, storage
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Matrix:
     num_out: int
 
 
-def stacks_of(module: Experts, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stack]:
+def stacks_of(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stack]:
     """How each stacked parameter is made of an expert's own.
 
     Args:
@@ -59,10 +60,7 @@ def stacks_of(module: Experts, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     biases = {name: _owner(name, matrices) for name in module.stacked if name not in matrices}
     if any(owner is None or len(shapes[name]) != 2 for name, owner in biases.items()):
         return {}
-    try:
-        found = _watch(module, shapes)
-    except (RuntimeError, TypeError, ValueError, IndexError, _OtherwiseError):
-        return {}
+    found = _watch(module, shapes)
     if found is None or {matrix.name for matrix in found.matrices} != matrices:
         return {}
     stacks: dict[str, Stack] = {}
@@ -116,10 +114,13 @@ class _OtherwiseError(Exception):
     """The program does not do what it is watched for."""
 
 
-def _watch(module: Experts, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
+def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
     sizes = shapes[next(name for name in module.stacked if len(shapes[name]) == 3)][1:]
     for width in dict.fromkeys(sizes):  # one of them is that of the input
-        products = _products(module, shapes, torch.ones(2, width))
+        try:
+            products = _products(module, shapes, torch.ones(2, width))
+        except (RuntimeError, TypeError, ValueError, IndexError, _OtherwiseError):
+            continue
         if len(products) == 2 and products[0][0].num_in == width == products[1][0].num_out:
             break
     else:
@@ -152,7 +153,7 @@ def _watch(module: Experts, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
 
 
 def _products(
-    module: Experts, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor | None = None
+    module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor | None = None
 ) -> list[tuple[Matrix, torch.Tensor]]:
     """Run one expert's program: its products with matrices, in order, and the states that each multiplies.
 
@@ -162,19 +163,35 @@ def _products(
         states: the expert's input, [N, H].
         outputs: what the first product is said to return; None for ones.
     """
+    run = Run(device=torch.device("cpu"), dtype=torch.float32)
+    program: Program | Any = module.program
+    if not isinstance(module, Experts):
+        stacks = {name: torch.empty(tuple(shapes[name]), device="meta") for name in module.stacked}
+        watching = _Watching(stacks, outputs)
+        with torch.no_grad(), watching:
+            program(_Stacks(stacks), states.repeat(module.num_experts, 1), run=run)
+        return watching.seen
     own = {
         name: torch.empty(tuple(shapes[name][1:]), device="meta")
         if len(shapes[name]) == 3
         else torch.zeros(tuple(shapes[name][1:]))
         for name in module.stacked
     }
-    program: Program | Any = module.program
     watching = _Watching(own, outputs)
-    run = Run(device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad(), watching:
         weights = torch.ones(len(states), 1) if module.is_column else torch.ones(len(states))
         program(module, states, weights, *own.values(), run=run)
     return watching.seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacks:
+    """Stands for a module where its program asks for nothing but these."""
+
+    stacks: Mapping[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self.stacks[name]
 
 
 class _Watching(TorchFunctionMode):
@@ -189,20 +206,23 @@ class _Watching(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        place = PRODUCTS.get(func)
+        place = 0 if func in STACKED_PRODUCTS else PRODUCTS.get(func)
         if place is None or not isinstance(args[place + 1], torch.Tensor) or storage(args[place + 1]) not in self.own:
             return func(*args, **(kwargs or {}))
         states, used = args[place], args[place + 1]
         name, matrix = self.own[storage(used)]
         is_linear = func is torch.ops.aten.linear.default
-        num_out, num_in = used.shape if is_linear else reversed(used.shape)
+        num_out, num_in = used.shape if is_linear else (used.shape[-1], used.shape[-2])
         is_turned = tuple(used.stride()) != tuple(matrix.stride())
         if name in [matrix.name for matrix, _ in self.seen] or used.numel() != matrix.numel():
             raise _OtherwiseError
         is_transposed = is_linear == is_turned
         self.seen.append(
-            (Matrix(name=name, is_transposed=is_transposed, num_in=num_in, num_out=num_out), states.clone())
+            (
+                Matrix(name=name, is_transposed=is_transposed, num_in=num_in, num_out=num_out),
+                (states[0] if states.dim() == 3 else states).clone(),  # of stacks all parts are alike
+            )
         )
         if len(self.seen) == 1 and self.outputs is not None:
-            return self.outputs.clone()
+            return self.outputs.expand(*states.shape[:-1], num_out).clone()
         return torch.ones(*states.shape[:-1], num_out)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from runtime.conditions import check_condition
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
+from runtime.leaves import MIXTURES
 from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
 from runtime.model_code import is_own_module
 from runtime.scale_groups import wrong_attentions, wrong_groups
 from runtime.written import is_dimension, is_pattern
 
 POLICIES = ("target", "linear")
-KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Experts")
+KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", *MIXTURES)
 # Options of convolutions, and the words that may stand for numbers.
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 _WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
@@ -132,10 +133,10 @@ def _wrong_kind(kind: LeafKind) -> Iterator[str]:
         yield f"{kind.kind!r} is no kind of leaf; those are {', '.join(KINDS)}"
     if bool(kind.program) != bool(kind.arguments):
         yield f"a leaf of kind {kind.kind} has a program without inputs, or inputs without a program"
-    if kind.kind == "Experts" and not kind.program:
+    if kind.kind in MIXTURES and not kind.program:
         yield "experts without a program calculate nothing"
     wanted = _CONVOLUTION if kind.kind.startswith("Conv") and kind.kind != "Conv1D" else ()
-    if kind.kind != "Experts" and sorted(kind.options) != sorted(wanted):
+    if kind.kind not in MIXTURES and sorted(kind.options) != sorted(wanted):
         yield f"a leaf of kind {kind.kind} has the options {', '.join(kind.options) or 'none'}"
     for name, values in kind.options.items() if wanted else ():
         words = _WORDS.get(name, ())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import DataError
-from runtime.experts import Experts, all_tokens_seen, input_place
+from runtime.experts import Mixture, all_tokens_seen, input_place
 from runtime.planning.costs import hessian_bytes
 from runtime.recipe import some
 from runtime.statistics import InputStatistics, Needs, collect_statistics
@@ -45,7 +45,7 @@ def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
 def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[str], int]]:
     """Each expert's modules, and the bytes of the Gram matrices that they add."""
     for name, module in work.model.named_modules():
-        if not isinstance(module, Experts) or not module.stacks:
+        if not isinstance(module, Mixture) or not module.stacks:
             continue
         for expert in range(module.num_experts):
             found: dict[str, None] = {}

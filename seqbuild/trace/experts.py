@@ -118,7 +118,7 @@ def _recorded(module: nn.Module, num_tokens: int) -> tuple[fx.Graph, dict[str, t
     sums: list[torch.dtype] = []
 
     def run(states: torch.Tensor, weights: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        with _parameters(module, dict(zip(names, values, strict=True))), _UntilAdded():
+        with replaced_parameters(module, dict(zip(names, values, strict=True))), _UntilAdded():
             try:
                 forward(module, states, index, weights)
             except _AddedError as added:
@@ -149,7 +149,7 @@ def _width(module: nn.Module) -> int:
     return int(config.hidden_size)
 
 
-class _parameters:  # noqa: N801
+class replaced_parameters:  # noqa: N801
     """For a while, the parameters of a module are these tensors."""
 
     def __init__(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Which modules are leaves when a model is traced through: those that a host builds by itself, and foreign ones.
 
-The experts of a mixture are one leaf (`experts.py`). A class that inherits from `Linear` and calculates in its own way
-(Falcon's, for instance) is a leaf, too, so that it can be quantized: what it calculates is traced by itself, and the
-host executes that.
+The experts of a mixture are one leaf (`experts.py`, `dense_experts.py`). A class that inherits from `Linear` and
+calculates in its own way (Falcon's, for instance) is a leaf, too, so that it can be quantized: what it calculates is
+traced by itself, and the host executes that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from runtime.errors import SeqbuildError
 from runtime.leaves import leaf_kind
 from seqbuild.emit import EmittedCode, emit
+from seqbuild.trace.dense_experts import dense_experts_leaf, is_dense_experts
 from seqbuild.trace.experts import experts_leaf, is_experts
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class LeafPolicy:
         if is_experts(module):
             found = experts_leaf(module)
             return Leaf(kind=found[0], source=found[1].source) if found is not None else None
+        if is_dense_experts(module):
+            found = dense_experts_leaf(module)
+            if found is not None:
+                return Leaf(kind=found[0], source=found[1].source)
         kind = leaf_kind(module)
         if kind is not None or not isinstance(module, _QUANTIZED):
             return Leaf(kind=kind) if kind is not None else None
