@@ -1,0 +1,352 @@
+"""Ten architectures with mixtures of experts: apart they are the model to the bit, and what is written is read back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from runtime.checkpoint import Checkpoint
+from runtime.dense_experts import DenseExperts
+from runtime.experts import Experts, Mixture, Stack
+from runtime.split import SplitArtifact, checkpoint_name, split_experts
+from runtime.stacked import stacks_of
+from runtime.weights import Weights
+from seqbuild.verify.running import EAGER_EXPERTS, configured
+from tests.runtime.small import (
+    EXPERTS,
+    NARROW_W4,
+    RECIPES,
+    Small,
+    calibrate,
+    directory_bytes,
+    load_transformers,
+    make_small,
+    read_tensors,
+    recipe,
+    run_transformers,
+    run_weights,
+    token_batches,
+    unpacked,
+)
+from tests.tiny_models import run_chain
+
+NUM_EXPERTS = 4
+SIZES = {**EXPERTS, "num_hidden_layers": 2}
+LATENT = {
+    "n_routed_experts": NUM_EXPERTS,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+HYBRID = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_dt_rank": 16,
+}
+HEADS = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": NUM_EXPERTS}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**LATENT, **HEADS, "num_key_value_heads": 4}),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**LATENT, "head_dim": 8}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"num_local_experts": NUM_EXPERTS, "head_dim": 8, "intermediate_size": 32},
+    ),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {"num_local_experts": NUM_EXPERTS}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": NUM_EXPERTS}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {"num_local_experts": NUM_EXPERTS, "intermediate_size_mlp": 48, "head_dim": 8, "num_experts_per_tok": 1},
+    ),
+    "jamba": ("JambaForCausalLM", "JambaConfig", {**HYBRID, "num_experts": NUM_EXPERTS}),
+}
+STACKED = ("gpt_oss", "granitemoe", "llama4")  # those that a checkpoint holds stacked
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Small]:
+    known: dict[str, Small] = {}
+
+    def make(name: str) -> Small:
+        if name not in known:
+            class_name, config, sizes = MODELS[name]
+            known[name] = make_small(tmp_path_factory.mktemp(name), class_name, config, {**SIZES, **sizes})
+        return known[name]
+
+    return make
+
+
+def gptq(*ignore: str) -> Any:
+    """All Linear modules but these; of Jamba's `dt_proj` the model takes the weight, and calls no module."""
+    ignored = ", ".join(["lm_head", "'re:.*dt_proj'", *ignore])
+    return recipe(NARROW_W4.replace("lm_head", ignored), modifier="GPTQModifier")
+
+
+def matrices(small: Small) -> list[str]:
+    """The names under which the matrices of experts are to be written, without what is stored of each."""
+    artifact = split_experts(small.load(), Checkpoint(small.weights))
+    assert isinstance(artifact, SplitArtifact)
+    entries = artifact.manifest.parameters
+    return [
+        entries[f"{name}.{part}"].sources[0].removesuffix(".weight")
+        for name, stacks in artifact.stacks.items()
+        for stack in stacks.values()
+        for parts in stack.parts
+        for part in parts
+        if part.endswith(".weight")
+    ]
+
+
+def stacked_again(name: str, found: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stacked tensors of a checkpoint from what was written for single experts, as each architecture has them."""
+    owners = dict.fromkeys(re.sub(r"\.\d+\.gate_proj.*", "", key) for key in found if ".gate_proj.weight_packed" in key)
+    for owner in [owner for owner in owners if owner.endswith("experts")]:
+        each = [
+            {part: unpacked(dict(found), f"{owner}.{expert}.{part}_proj").float() for part in ("gate", "up", "down")}
+            for expert in range(NUM_EXPERTS)
+        ]
+        layer = owner.removesuffix(".experts")
+        if name == "granitemoe":
+            yield f"{layer}.input_linear.weight", torch.stack([torch.cat([e["gate"], e["up"]]) for e in each])
+            yield f"{layer}.output_linear.weight", torch.stack([e["down"] for e in each])
+            continue
+        yield f"{owner}.down_proj", torch.stack([e["down"].T for e in each]).contiguous()
+        if name == "llama4":
+            yield f"{owner}.gate_up_proj", torch.stack([torch.cat([e["gate"].T, e["up"].T], 1) for e in each])
+            continue
+        joined = torch.stack([torch.empty_like(torch.cat([e["gate"].T, e["up"].T], 1)) for e in each])
+        bias = torch.empty(NUM_EXPERTS, joined.shape[-1])
+        for expert, e in enumerate(each):
+            joined[expert, :, 0::2], joined[expert, :, 1::2] = e["gate"].T, e["up"].T
+            bias[expert, 0::2] = found[f"{owner}.{expert}.gate_proj.bias"]
+            bias[expert, 1::2] = found[f"{owner}.{expert}.up_proj.bias"]
+        yield f"{owner}.gate_up_proj", joined
+        yield f"{owner}.gate_up_proj_bias", bias
+        down = [found[f"{owner}.{expert}.down_proj.bias"] for expert in range(NUM_EXPERTS)]
+        yield f"{owner}.down_proj_bias", torch.stack(down)
+
+
+def plain_again(name: str, small: Small, quantized: Path, target: Path) -> Path:
+    """A plain checkpoint of the weights that a quantized one stands for, put together by hand."""
+    shutil.copytree(small.weights, target)
+    found, before = read_tensors(quantized), read_tensors(small.weights)
+    tensors = {key: found[key] for key in before if key in found}
+    for key in before:
+        module = key.removesuffix(".weight")
+        if f"{module}.weight_packed" in found:
+            tensors[key] = unpacked(found, module).float()
+    tensors.update(stacked_again(name, found))
+    assert sorted(tensors) == sorted(before)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_apart_they_are_the_model_to_the_bit(made: Callable[[str], Small], name: str) -> None:
+    small = made(name)
+    checkpoint = Checkpoint(small.weights)
+    artifact = split_experts(small.load(), checkpoint)
+    assert isinstance(artifact, SplitArtifact)
+    model = artifact.empty_model(torch.float32)
+    source = Weights(artifact, checkpoint, torch.float32, model)
+    source.load(model, artifact.manifest.parameters, torch.device("cpu"))
+    whole = load_transformers(small.weights)
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.clone()  # where numbers lie in memory can change the last bits of a product
+    for batch in token_batches(((2, 23), (1, 7))):
+        with torch.no_grad(), configured(whole, EAGER_EXPERTS):
+            expected = whole(**batch, use_cache=False).logits
+        assert torch.equal(run_chain(artifact.subgraphs, model, dict(batch))["logits"], expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_is_quantized_by_itself(made: Callable[[str], Small], name: str, tmp_path: Path) -> None:
+    small = made(name)
+    result = calibrate(small, gptq(), tmp_path / "out")
+    found, names = read_tensors(tmp_path / "out"), matrices(small)
+    assert len(names) % (3 * NUM_EXPERTS) == 0
+    for key in names:
+        assert f"{key}.weight_packed" in found
+        assert f"{key}.weight" not in found
+    experts = [module for module in result.modules if re.search(r"experts\.\d+\.", module.name)]
+    assert len(experts) == len(names)
+    assert all(module.algorithm == "gptq" and module.num_tokens > 0 for module in experts)
+    assert not any("not quantized" in remark for remark in result.remarks)
+    (batch,) = token_batches(((2, 23),))
+    again = run_weights(small, tmp_path / "out", batch)["logits"]
+    plain = plain_again(name, small, tmp_path / "out", tmp_path / "plain") if name in STACKED else tmp_path / "out"
+    torch.testing.assert_close(again, run_transformers(plain, batch))
+
+
+class TestStackedInTheCheckpoint:
+    """What is one tensor there comes out as one for each matrix."""
+
+    @pytest.fixture(params=STACKED)
+    def small(self, request: pytest.FixtureRequest, made: Callable[[str], Small]) -> Small:
+        return made(request.param)
+
+    def test_each_tensor_is_read_once(self, small: Small) -> None:
+        artifact = split_experts(small.load(), Checkpoint(small.weights))
+        model = artifact.empty_model(torch.float32)
+        source = Weights(artifact, Checkpoint(small.weights), torch.float32, model)
+        source.load(model, artifact.manifest.parameters, torch.device("cpu"))
+        assert source.checkpoint.bytes_read == sum(tensor.nbytes for tensor in read_tensors(small.weights).values())
+
+    def test_layers_that_are_ignored_stay_as_they_are(self, small: Small, tmp_path: Path) -> None:
+        calibrate(small, gptq("'re:.*layers[.]0[.].*experts.*'"), tmp_path / "out")
+        found, before = read_tensors(tmp_path / "out"), read_tensors(small.weights)
+        stacks = [key for key in before if ".layers.0." in key and before[key].dim() == 3]
+        assert stacks
+        for key in stacks:
+            assert torch.equal(found[key], before[key])
+        ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+        assert any(pattern.startswith("re:") and r"layers\.0\." in pattern for pattern in ignored)
+        (batch,) = token_batches(((2, 23),))
+        assert torch.isfinite(run_weights(small, tmp_path / "out", batch)["logits"]).all()
+
+    def test_memory_for_statistics_changes_nothing(self, small: Small, tmp_path: Path) -> None:
+        for bound in (None, 1):
+            calibrate(small, gptq(), tmp_path / str(bound), statistics_memory=bound)
+        assert directory_bytes(tmp_path / "None") == directory_bytes(tmp_path / "1")
+
+    def test_all_tokens_are_seen_or_only_an_experts_own(self, small: Small, tmp_path: Path) -> None:
+        total = sum(batch["input_ids"].numel() for batch in token_batches())
+        per_token = json.loads((small.weights / "config.json").read_text())["num_experts_per_tok"]
+        for is_all in (True, False):
+            result = calibrate(small, gptq(), tmp_path / str(is_all), moe_calibrate_all_experts=is_all)
+            for last in ("gate_proj", "down_proj"):
+                counts = [m.num_tokens for m in result.modules if re.search(rf"\.0\..*experts.*{last}", m.name)]
+                assert sum(counts) == (NUM_EXPERTS if is_all else per_token) * total
+
+    def test_inputs_are_rounded_as_readers_round_them(self, small: Small, tmp_path: Path) -> None:
+        calibrate(small, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "out")
+        (batch,) = token_batches(((2, 23),))
+        rounded = run_weights(small, tmp_path / "out", batch)["logits"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Mixture, "watched", lambda *args: {})
+            plain = run_weights(small, tmp_path / "out", batch)["logits"]
+        assert not torch.equal(rounded, plain)
+
+    def test_the_plan_needs_no_checkpoint(self, small: Small, tmp_path: Path) -> None:
+        from runtime.planning.request import plan_artifact
+
+        plan, _, _ = plan_artifact(small.load(), num_samples=8, seq_len=32, batch_size=2, recipe=gptq())
+        result = calibrate(small, gptq(), tmp_path / "out")
+        assert plan.output_bytes == result.num_bytes
+
+
+def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_local_experts": NUM_EXPERTS, "kv_channels": 8}
+    small = make_small(tmp_path, "JetMoeForCausalLM", "JetMoeConfig", sizes)
+    result = calibrate(small, gptq(), tmp_path / "out")
+    assert any("are not quantized, for the model's code sends tokens" in remark for remark in result.remarks)
+
+
+# What one expert does
+
+_WIDE, _NARROW = 6, 4  # features of the layer and of an expert
+
+
+def _experts(program: Callable[..., torch.Tensor], **shapes: tuple[int, ...]) -> dict[str, Stack]:
+    module = Experts(num_experts=2, stacked=list(shapes), inputs=("a", "b", "c"), accumulator="hidden", is_column=True)
+    module.__dict__["program"] = lambda self, *args, run: {"output": program(*args)}
+    return stacks_of(module, {name: (2, *shape) for name, shape in shapes.items()})
+
+
+_LINEAR, _MM = torch.ops.aten.linear.default, torch.ops.aten.mm.default
+_SILU = nn.functional.silu
+
+
+def test_the_gate_is_what_switches_off() -> None:
+    def swapped(states: Any, weights: Any, up: Any, down: Any) -> Any:
+        one, other = _LINEAR(states, up).chunk(2, -1)
+        return _LINEAR(one * _SILU(other), down) * weights
+
+    found = _experts(swapped, both=(2 * _NARROW, _WIDE), down=(_WIDE, _NARROW))
+    assert found["both"].parts[1] == ("1.up_proj.weight", "1.gate_proj.weight")
+    assert not found["both"].is_interleaved
+    assert found["down"].parts[0] == ("0.down_proj.weight",)
+
+
+def test_a_matrix_without_a_gate_goes_up() -> None:
+    def plain(states: Any, weights: Any, up: Any, down: Any) -> Any:
+        return _MM(torch.relu(_MM(states, up)), down) * weights
+
+    found = _experts(plain, up=(_WIDE, _NARROW), down=(_NARROW, _WIDE))
+    assert found["up"].parts[0] == ("0.up_proj.weight",)
+    assert found["up"].is_transposed
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(lambda x, w, a, b: _LINEAR(x, a), id="one product"),
+        pytest.param(lambda x, w, a, b: _LINEAR(_LINEAR(x, a).view(2, 2, _NARROW).sum(1), b), id="none is the gate"),
+        pytest.param(lambda x, w, a, b: _LINEAR(_LINEAR(x, a).cumsum(-1)[:, :_NARROW], b), id="all depends on all"),
+        pytest.param(lambda x, w, a, b: _LINEAR(x + _LINEAR(x, a)[:, :_WIDE], a), id="one matrix twice"),
+    ],
+)
+def test_what_is_something_else_is_left(program: Any) -> None:
+    found = _experts(program, first=(2 * _NARROW, _WIDE), second=(_WIDE, _NARROW))
+    assert found == {} or not found["first"].is_interleaved
+
+
+def test_parts_of_a_stack_are_taken_as_they_are_joined() -> None:
+    own = torch.arange(24).reshape(4, 6)
+    for axis in (0, 1):
+        for is_transposed in (False, True):
+            for is_interleaved in (False, True):
+                parts = (("0.a.weight", "0.b.weight"),)
+                stack = Stack(parts=parts, axis=axis, is_transposed=is_transposed, is_interleaved=is_interleaved)
+                assert torch.equal(stack.join([stack.take(own, 0), stack.take(own, 1)]), own)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "expected"),
+    [
+        (
+            "model.layers.3.moe.input_linear.weight",
+            "model.layers.3.moe.experts.gate_up_proj",
+            "model.layers.3.moe.experts",
+        ),
+        (
+            "language_model.model.layers.3.a.b",
+            "model.language_model.layers.3.mlp.b",
+            "language_model.model.layers.3.mlp",
+        ),
+        ("experts.b", "mlp.experts.b", "mlp.experts"),
+    ],
+)
+def test_the_checkpoints_name_goes_as_far_as_the_layer(key: str, name: str, expected: str) -> None:
+    assert checkpoint_name(key, name) == expected
+
+
+def test_dense_experts_without_hooks_only_calculate(made: Callable[[str], Small]) -> None:
+    model = made("llama4").load().empty_model()
+    assert sum(isinstance(module, DenseExperts) for module in model.modules()) == 2
