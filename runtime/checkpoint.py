@@ -19,6 +19,8 @@ from runtime.errors import WeightsError
 from runtime.packed import stated
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from runtime.layout import Stored
@@ -89,7 +91,7 @@ class Checkpoint:
         Raises:
             WeightsError: for a dtype that torch does not have.
         """
-        return self._read(self._places[key])
+        return self._tensor(self._places[key], self.raw(key))
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
         """One part of a tensor along its first axis, and nothing else of it."""
@@ -98,9 +100,10 @@ class Checkpoint:
         place = self._places[key]
         stored = Stored(key, place.stored.dtype, place.stored.shape[1:])
         begin = place.begin + index * stored.num_bytes
-        return self._read(_Place(place.shard, stored, begin, begin + stored.num_bytes))
+        part = _Place(place.shard, stored, begin, begin + stored.num_bytes)
+        return self._tensor(part, self._raw(part))
 
-    def _read(self, place: _Place) -> torch.Tensor:
+    def _tensor(self, place: _Place, raw: AbstractContextManager[memoryview]) -> torch.Tensor:
         import torch
 
         from runtime.dtypes import DTYPES, empty_bytes
@@ -110,7 +113,7 @@ class Checkpoint:
             raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
         dtype = DTYPES[place.stored.dtype]
         data = empty_bytes(place.end - place.begin)
-        with self._raw(place) as view:
+        with raw as view:
             if len(view):
                 data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
         tensor: torch.Tensor = data.view(dtype).reshape(place.stored.shape)
