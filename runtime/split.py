@@ -66,7 +66,9 @@ class SplitArtifact(Artifact):
             if not isinstance(
                 experts, Mixture
             ):  # the tree is of the model's own classes: what calls it sees no difference
-                experts = _leaf(self.whole, name)
+                inner, experts = experts, _leaf(self.whole, name)
+                for own, module in inner.named_children():
+                    experts.add_module(own, module)
                 owner, _, own = name.rpartition(".")
                 model.get_submodule(owner).add_module(own, experts)
             experts.split(stacks, dict(self._linears(name, stacks, dtype)))
@@ -246,14 +248,15 @@ class _Understood:
     def _watch(self, name: str) -> dict[str, Stack]:
         known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
         if known_by not in self._watched:
-            self._watched[known_by] = stacks_of(_leaf(self.artifact, name), _shapes(self.artifact, name))
+            self._watched[known_by] = stacks_of(_leaf(self.artifact, name), _shapes(self.artifact, name, inner=True))
         return self._watched[known_by]
 
 
-def _shapes(artifact: Artifact, name: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's own parameters."""
-    parameters = artifact.manifest.parameters.items()
-    return {own.removeprefix(f"{name}."): p.shape for own, p in parameters if own.rpartition(".")[0] == name}
+def _shapes(artifact: Artifact, name: str, *, inner: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's own parameters, and of those in it."""
+    parameters = artifact.manifest.parameters
+    below = [own.removeprefix(f"{name}.") for own in parameters if own.startswith(f"{name}.")]
+    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own}
 
 
 def _leaf(artifact: Artifact, name: str) -> Mixture:

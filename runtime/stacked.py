@@ -51,7 +51,7 @@ def stacks_of(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 
     Args:
         module: has the program.
-        shapes: of the stacked parameters, the first axis the expert.
+        shapes: of the module's parameters; of stacked ones the first axis is the expert.
 
     Returns:
         By the parameter's name; none where the program does something else than what is said above.
@@ -119,7 +119,7 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
     for width in dict.fromkeys(sizes):  # one of them is that of the input
         try:
             products = _products(module, shapes, torch.ones(2, width))
-        except (RuntimeError, TypeError, ValueError, IndexError, _OtherwiseError):
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, _OtherwiseError):
             continue
         if len(products) == 2 and products[0][0].num_in == width == products[1][0].num_out:
             break
@@ -169,7 +169,7 @@ def _products(
         stacks = {name: torch.empty(tuple(shapes[name]), device="meta") for name in module.stacked}
         watching = _Watching(stacks, outputs)
         with torch.no_grad(), watching:
-            program(_Stacks(stacks), states.repeat(module.num_experts, 1), run=run)
+            program(_Stand(stacks), states.repeat(module.num_experts, 1), run=run)
         return watching.seen
     own = {
         name: torch.empty(tuple(shapes[name][1:]), device="meta")
@@ -180,18 +180,19 @@ def _products(
     watching = _Watching(own, outputs)
     with torch.no_grad(), watching:
         weights = torch.ones(len(states), 1) if module.is_column else torch.ones(len(states))
-        program(module, states, weights, *own.values(), run=run)
+        others = {name: torch.ones(tuple(shape)) for name, shape in shapes.items() if name not in own}
+        program(_Stand(others), states, weights, *own.values(), run=run)
     return watching.seen
 
 
 @dataclass(frozen=True, slots=True)
-class _Stacks:
-    """Stands for a module where its program asks for nothing but these."""
+class _Stand:
+    """Stands for a module where its program asks for nothing but its parameters."""
 
-    stacks: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        return self.stacks[name]
+        return self.parameters[name]
 
 
 class _Watching(TorchFunctionMode):
