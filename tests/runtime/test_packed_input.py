@@ -161,6 +161,16 @@ def test_perplexity_is_that_of_the_plain_one(pair: tuple[Small, Small]) -> None:
     assert one == other
 
 
+def test_the_chain_is_the_model_with_plain_weights(
+    pair: tuple[Small, Small], gpt_oss: tuple[Small, Path], run: Run
+) -> None:
+    for small in (pair[0], gpt_oss[0]):
+        options = ["verify", str(small.artifact), "--weights", str(small.weights), "--dtype", "float32"]
+        code, printed, complaint = run(options, seqbuild.cli.main)
+        assert (code, complaint) == (0, "")
+        assert "equal bit for bit" in printed
+
+
 def test_an_interrupted_run_goes_on(pair: tuple[Small, Small], tmp_path: Path) -> None:
     class StopError(Exception):
         pass
