@@ -17,6 +17,7 @@ from torch import nn
 from runtime.checkpoint import Checkpoint
 from runtime.dense_experts import DenseExperts
 from runtime.experts import Experts, Mixture, Stack
+from runtime.held import HeldStack, experts_apart
 from runtime.split import SplitArtifact, checkpoint_name, split_experts
 from runtime.stacked import stacks_of
 from runtime.weights import Weights
@@ -341,6 +342,25 @@ def test_parts_of_a_stack_are_taken_as_they_are_joined() -> None:
                 parts = (("0.a.weight", "0.b.weight"),)
                 stack = Stack(parts=parts, axis=axis, is_transposed=is_transposed, is_interleaved=is_interleaved)
                 assert torch.equal(stack.join([stack.take(own, 0), stack.take(own, 1)]), own)
+
+
+def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp_path: Path) -> None:
+    stored = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)  # qwen3_vl_moe's checkpoint has [E, I, O], the model [E, O, I]
+    save_file({"x": stored}, tmp_path / "model.safetensors")
+    stack = Stack(parts=(("0.a.weight", "0.b.weight"), ("1.a.weight", "1.b.weight")), axis=0, is_transposed=False)
+    held = HeldStack(
+        key="x",
+        shape=(2, 4, 3),
+        stack=stack,
+        keys={part: f"m.{part}" for parts in stack.parts for part in parts},
+        program=lambda self, source_0, *, run: {"value": source_0.transpose(1, 2)},
+    )
+    seen = experts_apart(Checkpoint(tmp_path), [held])
+    assert list(seen) == ["m.0.a.weight", "m.0.b.weight", "m.1.a.weight", "m.1.b.weight"]
+    for expert in range(2):
+        both = torch.cat([seen.read(f"m.{expert}.{own}.weight") for own in ("a", "b")])
+        assert torch.equal(both, stored[expert].T)
+    assert seen.bytes_read == stored.nbytes
 
 
 @pytest.mark.parametrize(
