@@ -19,8 +19,6 @@ from runtime.errors import WeightsError
 from runtime.packed import stated
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
 
     from runtime.layout import Stored
@@ -91,7 +89,8 @@ class Checkpoint:
         Raises:
             WeightsError: for a dtype that torch does not have.
         """
-        return self._tensor(self._places[key], self.raw(key))
+        with self.raw(key) as view:
+            return self._tensor(self._places[key], view)
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
         """One part of a tensor along its first axis, and nothing else of it."""
@@ -101,9 +100,10 @@ class Checkpoint:
         stored = Stored(key, place.stored.dtype, place.stored.shape[1:])
         begin = place.begin + index * stored.num_bytes
         part = _Place(place.shard, stored, begin, begin + stored.num_bytes)
-        return self._tensor(part, self._raw(part))
+        with self._raw(part) as view:
+            return self._tensor(part, view)
 
-    def _tensor(self, place: _Place, raw: AbstractContextManager[memoryview]) -> torch.Tensor:
+    def _tensor(self, place: _Place, view: memoryview) -> torch.Tensor:
         import torch
 
         from runtime.dtypes import DTYPES, empty_bytes
@@ -111,12 +111,10 @@ class Checkpoint:
         if place.stored.dtype not in DTYPES:
             where = self.directory / place.shard
             raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
-        dtype = DTYPES[place.stored.dtype]
         data = empty_bytes(place.end - place.begin)
-        with raw as view:
-            if len(view):
-                data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
-        tensor: torch.Tensor = data.view(dtype).reshape(place.stored.shape)
+        if len(view):
+            data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
+        tensor: torch.Tensor = data.view(DTYPES[place.stored.dtype]).reshape(place.stored.shape)
         return tensor
 
     @contextlib.contextmanager

@@ -76,7 +76,7 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
 
     Those are the Linear modules that were left as they are, and what is one or more Linear modules to readers with
     other classes than ours: routers, and experts, whose weights are single matrices in the checkpoint and one stack
-    here.
+    here; and what the checkpoint has besides the model (layers that predict several tokens, DeepSeek's for instance).
 
     Args:
         model: the module tree.
@@ -95,7 +95,17 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
             found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
         if isinstance(owner, Mixture) and len(origin.keys) == 1:
             found["re:" + re.escape(checkpoint_name(origin.keys[0], name)) + r"(\.|$)"] = None
+    found.update(dict.fromkeys(_left_over(source)))
     return list(found)
+
+
+def _left_over(source: Weights) -> Iterator[str]:
+    """Modules of matrices that no parameter is made from; experts as one regular expression."""
+    used = {key for origin in source.origins.values() for key in origin.keys}
+    for key in source.checkpoint:
+        if key not in used and key.endswith(".weight") and len(source.checkpoint.shape(key)) == 2:
+            owner, number, _ = key.removesuffix(".weight").rpartition(".experts.")
+            yield "re:" + re.escape(f"{owner}.experts") + r"\.\d+\." if number else key.removesuffix(".weight")
 
 
 def _names(name: str, source: Weights) -> Iterator[str]:

@@ -91,9 +91,11 @@ def _is_wanted(recipe: Recipe, owner: str) -> bool:
 def _why_not(artifact: Artifact, name: str) -> str:
     manifest = artifact.manifest
     if name.rpartition(".")[0] in manifest.leaves:
+        if len(manifest.parameters[name].sources) > 1:
+            return "the names of their tensors do not tell whose they are"
         return "what one of them does is no product with a gate, a matrix up and one down"
     if not manifest.is_portable:
-        return "the artifact calls the model's own modules (see --leaves)"
+        return "the artifact calls the model's own modules (--leaves linear may help)"
     return "the model's code sends tokens to them in a way of its own"
 
 

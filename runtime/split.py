@@ -63,7 +63,14 @@ class SplitArtifact(Artifact):
         model = self.whole.empty_model(dtype)
         for name, stacks in self.stacks.items():
             experts = model.get_submodule(name)
-            assert isinstance(experts, Mixture), "the leaf table says so"
+            if not isinstance(
+                experts, Mixture
+            ):  # the tree is of the model's own classes: what calls it sees no difference
+                inner, experts = experts, _leaf(self.whole, name)
+                for own, module in inner.named_children():
+                    experts.add_module(own, module)
+                owner, _, own = name.rpartition(".")
+                model.get_submodule(owner).add_module(own, experts)
             experts.split(stacks, dict(self._linears(name, stacks, dtype)))
         return model
 
@@ -239,16 +246,26 @@ class _Understood:
         return {own: stack for own, stack in found.items() if stack is not None} if all(found.values()) else {}
 
     def _watch(self, name: str) -> dict[str, Stack]:
-        manifest = self.artifact.manifest
-        kind = manifest.leaf_kinds[manifest.leaves[name]]
-        owned = {own: entry for own, entry in manifest.parameters.items() if own.rpartition(".")[0] == name}
-        shapes = {own.removeprefix(f"{name}."): entry.shape for own, entry in owned.items()}
-        known_by = (manifest.leaves[name], tuple(shapes.items()))
+        known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
         if known_by not in self._watched:
-            module = build_leaf(kind, name, shapes, self.artifact.leaf_programs.get(kind.program))
-            assert isinstance(module, Mixture), "its kind says so"
-            self._watched[known_by] = stacks_of(module, shapes)
+            self._watched[known_by] = stacks_of(_leaf(self.artifact, name), _shapes(self.artifact, name, inner=True))
         return self._watched[known_by]
+
+
+def _shapes(artifact: Artifact, name: str, *, inner: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's own parameters, and of those in it."""
+    parameters = artifact.manifest.parameters
+    below = [own.removeprefix(f"{name}.") for own in parameters if own.startswith(f"{name}.")]
+    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own}
+
+
+def _leaf(artifact: Artifact, name: str) -> Mixture:
+    """The module of experts that the host builds for this name, all of them stacked."""
+    manifest = artifact.manifest
+    kind = manifest.leaf_kinds[manifest.leaves[name]]
+    module = build_leaf(kind, name, _shapes(artifact, name), artifact.leaf_programs.get(kind.program))
+    assert isinstance(module, Mixture), "its kind says so"
+    return module
 
 
 def _parts(stacks: Mapping[str, Stack]) -> list[str]:

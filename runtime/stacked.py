@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.program import Program
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-_SWITCHED_OFF, _SMALL = -100.0, 1e-6
+_SWITCHED_OFF, _TIMES_SMALLER = -100.0, 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +51,14 @@ def stacks_of(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 
     Args:
         module: has the program.
-        shapes: of the stacked parameters, the first axis the expert.
+        shapes: of the module's parameters; of stacked ones the first axis is the expert.
 
     Returns:
         By the parameter's name; none where the program does something else than what is said above.
     """
     matrices = {name for name in module.stacked if len(shapes[name]) == 3}
     biases = {name: _owner(name, matrices) for name in module.stacked if name not in matrices}
-    if any(owner is None or len(shapes[name]) != 2 for name, owner in biases.items()):
+    if not matrices or any(owner is None or len(shapes[name]) != 2 for name, owner in biases.items()):
         return {}
     found = _watch(module, shapes)
     if found is None or {matrix.name for matrix in found.matrices} != matrices:
@@ -117,11 +117,8 @@ class _OtherwiseError(Exception):
 def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
     sizes = shapes[next(name for name in module.stacked if len(shapes[name]) == 3)][1:]
     for width in dict.fromkeys(sizes):  # one of them is that of the input
-        try:
-            products = _products(module, shapes, torch.ones(2, width))
-        except (RuntimeError, TypeError, ValueError, IndexError, _OtherwiseError):
-            continue
-        if len(products) == 2 and products[0][0].num_in == width == products[1][0].num_out:
+        products = _products(module, shapes, torch.ones(2, width))
+        if products and products[0][0].num_in == width == products[1][0].num_out:
             break
     else:
         return None
@@ -137,7 +134,7 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
     apart, by_turns = torch.zeros(2, 2 * half).unbind()
     apart[torch.cat([chosen, chosen + half])] = torch.nan
     by_turns[torch.cat([2 * chosen, 2 * chosen + 1])] = torch.nan
-    (_, _), (_, arrived) = _products(module, shapes, states, torch.stack([apart, by_turns]))
+    arrived = _arrived(module, shapes, states, torch.stack([apart, by_turns]))
     expected = torch.zeros(half, dtype=torch.bool)
     expected[chosen] = True
     is_apart, found.is_interleaved = (torch.equal(row.isnan(), expected) for row in arrived)
@@ -146,10 +143,20 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
     made_up = torch.ones(2, 2, half)  # [which half is switched off, half, feature]
     made_up[0, 0] = made_up[1, 1] = _SWITCHED_OFF
     laid_out = made_up.transpose(1, 2) if found.is_interleaved else made_up
-    (_, _), (_, arrived) = _products(module, shapes, states, laid_out.reshape(2, 2 * half))
-    is_off = [bool((row.abs() < _SMALL).all()) for row in arrived]
-    found.is_gate_first = is_off != [False, True]
+    arrived = _arrived(module, shapes, states, laid_out.reshape(2, 2 * half))
+    first_off, second_off = (float(row.abs().amax()) if row.numel() else 0.0 for row in arrived)
+    if max(first_off, second_off) <= _TIMES_SMALLER * min(first_off, second_off):
+        return None
+    found.is_gate_first = first_off < second_off
     return found
+
+
+def _arrived(
+    module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """What the second product multiplies, if the first one returns this; both [N, ...]."""
+    products = _products(module, shapes, states, outputs)
+    return products[1][1] if products else torch.empty(len(outputs), 0)
 
 
 def _products(
@@ -159,39 +166,45 @@ def _products(
 
     Args:
         module: the experts.
-        shapes: of their stacked parameters.
+        shapes: of their parameters.
         states: the expert's input, [N, H].
         outputs: what the first product is said to return; None for ones.
+
+    Returns:
+        The two products; nothing where there are others, or the program cannot be run in this way.
     """
     run = Run(device=torch.device("cpu"), dtype=torch.float32)
     program: Program | Any = module.program
-    if not isinstance(module, Experts):
-        stacks = {name: torch.empty(tuple(shapes[name]), device="meta") for name in module.stacked}
-        watching = _Watching(stacks, outputs)
-        with torch.no_grad(), watching:
-            program(_Stacks(stacks), states.repeat(module.num_experts, 1), run=run)
-        return watching.seen
-    own = {
-        name: torch.empty(tuple(shapes[name][1:]), device="meta")
-        if len(shapes[name]) == 3
-        else torch.zeros(tuple(shapes[name][1:]))
-        for name in module.stacked
-    }
-    watching = _Watching(own, outputs)
-    with torch.no_grad(), watching:
+    if isinstance(module, Experts):
+        own = {name: _without_memory(shapes[name][1:]) for name in module.stacked}
+        others = {name: torch.ones(tuple(shape)) for name, shape in shapes.items() if name not in own}
         weights = torch.ones(len(states), 1) if module.is_column else torch.ones(len(states))
-        program(module, states, weights, *own.values(), run=run)
-    return watching.seen
+        given: list[Any] = [_Stand(others), states, weights, *own.values()]
+    else:
+        own = {name: _without_memory(shapes[name]) for name in module.stacked}
+        given = [_Stand(own), states.repeat(module.num_experts, 1)]
+    watching = _Watching(own, outputs)
+    try:
+        with torch.no_grad(), watching:
+            program(*given, run=run)
+    except Exception:  # whatever it does with other sizes, or without values: no list of errors is complete
+        return []
+    return watching.seen if len(watching.seen) == 2 else []
+
+
+def _without_memory(shape: Sequence[int]) -> torch.Tensor:
+    """A matrix on the meta device; what is added to its products has numbers."""
+    return torch.empty(tuple(shape), device="meta") if len(shape) > 1 else torch.zeros(tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)
-class _Stacks:
-    """Stands for a module where its program asks for nothing but these."""
+class _Stand:
+    """Stands for a module where its program asks for nothing but its parameters."""
 
-    stacks: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        return self.stacks[name]
+        return self.parameters[name]
 
 
 class _Watching(TorchFunctionMode):

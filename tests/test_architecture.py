@@ -44,7 +44,7 @@ SHARED |= {
     "packed",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
-HOSTING = {"weights", "dequantize", "inputs", "skeleton"}
+HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}
 # What is packed for a host is read as the host will read it.
 PACKED = {"recipe"}
 

@@ -86,12 +86,18 @@ def _is_ignored(group: ScaleGroup, ignore: Sequence[str]) -> bool:
 
 
 def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights, quantized: Mapping[str, None]) -> list[str]:
-    """Parameters of a group that the checkpoint has not as they stand, or under several names."""
+    """Parameters of a group that the checkpoint has not as they stand, or under several names, and stacks of experts
+    that are apart: these are rounded before anything is rescaled.
+    """
     weights = [f"{name}.weight" for name in group.modules]
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
     tied = {entry.tied_to for entry in parameters.values() if entry.tied_to}
-    return [name for name in names if source.plain_key(name) is None or parameters[name].tied_to or name in tied]
+    return [
+        name
+        for name in names
+        if name not in source.origins or source.plain_key(name) is None or parameters[name].tied_to or name in tied
+    ]
 
 
 def _named_groups(artifact: Artifact, mappings: Sequence[NamedMapping], origin: str) -> Iterator[ScaleGroup]:

@@ -24,9 +24,11 @@ import torch
 from runtime.artifact import load
 from runtime.console import quiet
 from runtime.dequantize import open_checkpoint
+from runtime.derived import DerivedCheckpoint
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.inputs import require_in_range
 from runtime.model_config import artifact_config, read_config
+from runtime.packed import ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
@@ -197,9 +199,18 @@ class _LoadedPair:
 
     def model(self) -> nn.Module:
         config = read_config(self.weights, self.artifact.config_class)
+        given: dict[str, Any] = {"pretrained_model_name_or_path": self.weights}
+        checkpoint = open_checkpoint(self.weights)
+        if isinstance(checkpoint, DerivedCheckpoint):
+            # transformers takes blocks of another size where a weight's does not divide (5.24), or has no kernel here.
+            given = {
+                "pretrained_model_name_or_path": None,
+                "state_dict": {key: checkpoint.read(key) for key in checkpoint},
+            }
+            config.__dict__.pop(ENTRY, None)
         try:
             model: nn.Module = model_class(self.artifact).from_pretrained(
-                self.weights,
+                **given,
                 config=config,
                 dtype=self.dtype,
                 attn_implementation=_attention(self.artifact),

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import runtime
 from runtime.checkpoint import Checkpoint
 from runtime.dense_experts import DenseExperts
 from runtime.experts import Experts, Mixture, Stack
+from runtime.held import HeldStack, experts_apart
 from runtime.split import SplitArtifact, checkpoint_name, split_experts
 from runtime.stacked import stacks_of
 from runtime.weights import Weights
@@ -235,6 +237,21 @@ class TestStackedInTheCheckpoint:
             calibrate(small, gptq(), tmp_path / str(bound), statistics_memory=bound)
         assert directory_bytes(tmp_path / "None") == directory_bytes(tmp_path / "1")
 
+    def test_an_interrupted_run_goes_on(self, small: Small, tmp_path: Path) -> None:
+        class StopError(Exception):
+            pass
+
+        class Stopping:
+            def tell(self, kind: str, **facts: Any) -> None:
+                if kind == "subgraph" and facts["index"] == 1:
+                    raise StopError
+
+        calibrate(small, gptq(), tmp_path / "whole")
+        with pytest.raises(StopError):
+            calibrate(small, gptq(), tmp_path / "out", watchers=[Stopping()])
+        assert calibrate(small, gptq(), tmp_path / "out", resume=True).resumed_at > 0
+        assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
+
     def test_all_tokens_are_seen_or_only_an_experts_own(self, small: Small, tmp_path: Path) -> None:
         total = sum(batch["input_ids"].numel() for batch in token_batches())
         per_token = json.loads((small.weights / "config.json").read_text())["num_experts_per_tok"]
@@ -259,6 +276,21 @@ class TestStackedInTheCheckpoint:
         plan, _, _ = plan_artifact(small.load(), num_samples=8, seq_len=32, batch_size=2, recipe=gptq())
         result = calibrate(small, gptq(), tmp_path / "out")
         assert plan.output_bytes == result.num_bytes
+
+
+@pytest.mark.parametrize("modifier", ["AWQModifier", "SmoothQuantModifier"])
+def test_what_experts_read_is_not_rescaled(made: Callable[[str], Small], tmp_path: Path, modifier: str) -> None:
+    small, text = made("qwen2_moe"), f"{modifier}: {{}}\nGPTQModifier: {{{NARROW_W4}}}"
+    plan = recipe(NARROW_W4, modifier="AWQModifier")
+    if modifier != "AWQModifier":
+        plan = runtime.Recipe.from_text(text, "recipe.yaml")
+    result = calibrate(small, plan, tmp_path / "out")
+    assert any("shared_expert" in remark and "cannot be rewritten" in remark for remark in result.remarks)
+    before, found = read_tensors(small.weights), read_tensors(tmp_path / "out")
+    norms = [key for key in before if "post_attention_layernorm" in key]
+    assert norms
+    for key in norms:
+        assert torch.equal(found[key], before[key])
 
 
 def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
@@ -310,11 +342,12 @@ def test_a_matrix_without_a_gate_goes_up() -> None:
         pytest.param(lambda x, w, a, b: _LINEAR(_LINEAR(x, a).view(2, 2, _NARROW).sum(1), b), id="none is the gate"),
         pytest.param(lambda x, w, a, b: _LINEAR(_LINEAR(x, a).cumsum(-1)[:, :_NARROW], b), id="all depends on all"),
         pytest.param(lambda x, w, a, b: _LINEAR(x + _LINEAR(x, a)[:, :_WIDE], a), id="one matrix twice"),
+        pytest.param(lambda x, w, a, b: x / 0, id="an error"),
     ],
 )
 def test_what_is_something_else_is_left(program: Any) -> None:
     found = _experts(program, first=(2 * _NARROW, _WIDE), second=(_WIDE, _NARROW))
-    assert found == {} or not found["first"].is_interleaved
+    assert found == {}
 
 
 def test_parts_of_a_stack_are_taken_as_they_are_joined() -> None:
@@ -325,6 +358,25 @@ def test_parts_of_a_stack_are_taken_as_they_are_joined() -> None:
                 parts = (("0.a.weight", "0.b.weight"),)
                 stack = Stack(parts=parts, axis=axis, is_transposed=is_transposed, is_interleaved=is_interleaved)
                 assert torch.equal(stack.join([stack.take(own, 0), stack.take(own, 1)]), own)
+
+
+def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp_path: Path) -> None:
+    stored = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)  # qwen3_vl_moe's checkpoint has [E, I, O], the model [E, O, I]
+    save_file({"x": stored}, tmp_path / "model.safetensors")
+    stack = Stack(parts=(("0.a.weight", "0.b.weight"), ("1.a.weight", "1.b.weight")), axis=0, is_transposed=False)
+    held = HeldStack(
+        key="x",
+        shape=(2, 4, 3),
+        stack=stack,
+        keys={part: f"m.{part}" for parts in stack.parts for part in parts},
+        program=lambda self, source_0, *, run: {"value": source_0.transpose(1, 2)},
+    )
+    seen = experts_apart(Checkpoint(tmp_path), [held])
+    assert list(seen) == ["m.0.a.weight", "m.0.b.weight", "m.1.a.weight", "m.1.b.weight"]
+    for expert in range(2):
+        both = torch.cat([seen.read(f"m.{expert}.{own}.weight") for own in ("a", "b")])
+        assert torch.equal(both, stored[expert].T)
+    assert seen.bytes_read == stored.nbytes
 
 
 @pytest.mark.parametrize(

@@ -156,9 +156,34 @@ def test_what_the_recipe_leaves_is_written_plain(pair: tuple[Small, Small], tmp_
         assert torch.equal(found[key], plain[key])
 
 
+def test_layers_besides_the_model_are_plain_and_said_to_be(pair: tuple[Small, Small], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    with_config(pair[0].weights, model, None)
+    tensors = read_tensors(pair[0].weights)
+    weight = torch.randn(144, 160).bfloat16()
+    for name in ("eh_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj"):
+        key = f"model.layers.61.{name}.weight"  # transformers does not load DeepSeek-V3's last layer
+        tensors[key], tensors[f"{key}_scale_inv"], dense = packed_fp8(weight)
+    save_file(tensors, model / "model.safetensors")
+    calibrate(pair[0], gptq(), tmp_path / "out", weights=model)
+    assert torch.equal(read_tensors(tmp_path / "out")["model.layers.61.eh_proj.weight"], dense)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored[-2:] == ["model.layers.61.eh_proj", r"re:model\.layers\.61\.mlp\.experts\.\d+\."]
+
+
 def test_perplexity_is_that_of_the_plain_one(pair: tuple[Small, Small]) -> None:
     one, other = (evaluate(small.load(), weights=small.weights, batches=token_batches()).perplexity for small in pair)
     assert one == other
+
+
+def test_the_chain_is_the_model_with_plain_weights(
+    pair: tuple[Small, Small], gpt_oss: tuple[Small, Path], run: Run
+) -> None:
+    for small in (pair[0], gpt_oss[0]):
+        options = ["verify", str(small.artifact), "--weights", str(small.weights), "--dtype", "float32"]
+        code, printed, complaint = run(options, seqbuild.cli.main)
+        assert (code, complaint) == (0, "")
+        assert "equal bit for bit" in printed
 
 
 def test_an_interrupted_run_goes_on(pair: tuple[Small, Small], tmp_path: Path) -> None:
