@@ -29,12 +29,14 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from runtime.activations import Budget
     from runtime.artifact import Artifact, load
     from runtime.calibration import calibrate
     from runtime.data import batches, load_tokens
     from runtime.dispatch import dispatch_for_sequential
     from runtime.evaluation import evaluate
-    from runtime.planning.request import plan_artifact
+    from runtime.planning.fit import Limits
+    from runtime.planning.request import Planned, plan_artifact
     from runtime.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -42,11 +44,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "Budget",
     "DataError",
     "DeviceError",
+    "Limits",
     "ModelError",
     "OutputError",
     "PlanError",
+    "Planned",
     "QuantizationError",
     "Recipe",
     "RecipeError",
@@ -68,6 +73,9 @@ __all__ = [
 
 _HOMES = {
     "Artifact": "runtime.artifact",
+    "Budget": "runtime.activations",
+    "Limits": "runtime.planning.fit",
+    "Planned": "runtime.planning.request",
     "Recipe": "runtime.recipe",
     "batches": "runtime.data",
     "calibrate": "runtime.calibration",

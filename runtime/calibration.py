@@ -134,7 +134,7 @@ def calibrate(
     foretold = require_plan(
         artifact,
         model,
-        jobs,
+        recipe_modifier.needs,
         batches,
         dtype=run_dtype,
         device=place,
@@ -143,6 +143,7 @@ def calibrate(
         budget=activation_memory,
         statistics_bytes=statistics_memory,
         all_tokens=moe_calibrate_all_experts,
+        modifiers=own_modifiers,
         force=force,
     )
     layout = Layout(output_tensors(plan, source, jobs), max_shard_bytes)

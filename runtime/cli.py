@@ -6,6 +6,7 @@ Only typer is imported up here; torch and transformers wait until a command need
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,6 +70,9 @@ def calibrate(
     seq_len: SeqLen = None,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     pack: Pack = True,
+    loss_mask: Annotated[
+        bool, typer.Option("--loss-mask", help="Of conversations, count only what the assistant says.")
+    ] = False,
     tokenizer: Tokenizer = None,
     max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
@@ -114,7 +118,17 @@ def calibrate(
     batches: list[dict[str, torch.Tensor]] = []
     if data is not None:
         batches = _batches(
-            loaded, data, tokenizer, weights, samples, DEFAULT_SAMPLES, seq_len, batch_size=batch_size, pack=pack
+            loaded,
+            data,
+            tokenizer,
+            weights,
+            samples,
+            DEFAULT_SAMPLES,
+            seq_len,
+            batch_size=batch_size,
+            pack=pack,
+            loss_mask=loss_mask,
+            has_masks=True,
         )
     from runtime.activations import Budget
     from runtime.calibration import calibrate as run
@@ -325,8 +339,13 @@ def _batches(
     *,
     batch_size: int,
     pack: bool,
+    loss_mask: bool = False,
+    has_masks: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """The model's inputs for a data file, refused where the artifact does not hold for them."""
+    """The model's inputs for a data file, refused where the artifact does not hold for them.
+
+    `loss_mask` asks for a mask, and `has_masks` says whether one makes a difference: to perplexity it makes none.
+    """
     from runtime.data import batches, load_tokens
     from runtime.inputs import model_inputs, require_in_range, require_length
     from runtime.model_config import text_limits
@@ -340,13 +359,16 @@ def _batches(
         num_samples=samples,
         seq_len=seq_len,
         pack=pack,
+        loss_mask=loss_mask,
         vocab_size=vocab_size,
     )
-    chosen = tokens.samples
-    if samples is None and default_samples is not None and len(chosen) > default_samples:
-        chosen = tuple(chosen[index * len(chosen) // default_samples] for index in range(default_samples))
+    places: Sequence[int] = range(len(tokens.samples))
+    if samples is None and default_samples is not None and len(places) > default_samples:
+        places = [index * len(places) // default_samples for index in range(default_samples)]
+    chosen = [tokens.samples[place] for place in places]
+    masks = [tokens.masks[place] for place in places] if has_masks and tokens.masks is not None else None
     require_length(chosen, longest)
-    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size)]
+    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size, masks)]
     require_in_range(artifact.manifest, made)
     return made
 

@@ -15,6 +15,10 @@ later windows start in the middle of the text. That is how the perplexity of GPT
 measured (WikiText-2 joined to one string, tokenized once, cut into windows), so figures can be compared.
 A model that is lost without a BOS in sight (gemma) is better measured on documents that are not packed.
 
+**Which tokens count.** All do, unless a loss mask says otherwise: that of a token file, or, if it is asked for,
+what the assistant says in conversations (`runtime.chats`); texts count whole then. A mask is for statistics,
+never for perplexity.
+
 Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined documents.
 """
 
@@ -22,13 +26,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from runtime.chats import assistant_tokens, rendered
 from runtime.console import quiet
 from runtime.documents import Document, read_documents, require_file
 from runtime.errors import DataError, UsageError
-from runtime.token_file import SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
+from runtime.token_file import LOSS_MASK, SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +51,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and which of them count
 _NO_TOKENIZER = "give the tokenizer's directory, or a token file made by `seqbuild data`, which needs none"
 
 
@@ -55,6 +62,7 @@ def load_tokens(
     num_samples: int | None = None,
     seq_len: int | None = None,
     pack: bool = True,
+    loss_mask: bool = False,
     vocab_size: int | None = None,
 ) -> TokenData:
     """Read samples from a text or a token file.
@@ -68,6 +76,8 @@ def load_tokens(
         num_samples: how many; None for all there are.
         seq_len: tokens of a window, or the most a sample may have; None where nothing is to be cut.
         pack: join the documents and cut windows, instead of one sample a document.
+        loss_mask: of conversations, count only what the assistant says; a token file must bring its mask. Without it, a
+            token file's mask counts if there is one.
         vocab_size: refuse ids that a model with so many embeddings does not have.
 
     Raises:
@@ -78,13 +88,17 @@ def load_tokens(
     if path.suffix == SUFFIX:
         _require_positive(num_samples=num_samples, seq_len=seq_len)
         data = _shortened(read_token_file(path), num_samples, seq_len)
+        if loss_mask and data.masks is None:
+            raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
     elif tokenizer_dir is None:
         require_file(path)
         raise DataError(f"{path} is text, and there is no tokenizer to read it with", hint=_NO_TOKENIZER)
     else:
-        samples, origin = tokenize_documents([path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack)
+        samples, masks, origin = tokenize_documents(
+            [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
+        )
         digest = origin.sources[0][1]
-        data = TokenData(samples=samples, path=path, digest=digest, seq_len=seq_len, origin=origin)
+        data = TokenData(samples=samples, path=path, digest=digest, seq_len=seq_len, origin=origin, masks=masks)
     if vocab_size is not None:
         _require_known_ids(data, vocab_size)
     return data
@@ -97,8 +111,9 @@ def tokenize_documents(
     num_samples: int | None,
     seq_len: int | None,
     pack: bool,
+    loss_mask: bool = False,
     tokenizer_name: str = "",
-) -> tuple[tuple[Tensor, ...], Origin]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Origin]:
     """Make samples from the documents of several files, in the order given.
 
     Args:
@@ -107,10 +122,11 @@ def tokenize_documents(
         num_samples: as for `load_tokens`, of all files together.
         seq_len: as for `load_tokens`.
         pack: as for `load_tokens`.
+        loss_mask: as for `load_tokens`.
         tokenizer_name: what the origin calls the tokenizer; by default its directory's name.
 
     Returns:
-        The samples, tensors [S] int64, and what they were made from.
+        The samples, tensors [S] int64; their masks, bool [S], if asked for; and what they were made from.
 
     Raises:
         DataError: as for `load_tokens`.
@@ -125,20 +141,24 @@ def tokenize_documents(
         raise DataError(f"{what} holds no text but white space")
     tokenizer = _load_tokenizer(tokenizer_dir)
     if pack and seq_len is not None:
-        samples = _windows(tokenizer, documents, num_samples, seq_len, what)
+        chosen = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
     else:
-        chosen = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
-        samples = tuple(_token_ids(tokenizer, document, seq_len) for document in chosen)
+        some = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
+        chosen = [_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
+    samples = tuple(ids_S for ids_S, _ in chosen)
+    masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
     origin = Origin(
         tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
         tokenizer_digest=_tokenizer_digest(tokenizer, tokenizer_dir),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         sources=tuple((path.name, _file_digest(path)) for path in paths),
     )
-    return samples, origin
+    return samples, masks, origin
 
 
-def batches(samples: Sequence[Tensor], batch_size: int) -> list[dict[str, Tensor]]:
+def batches(
+    samples: Sequence[Tensor], batch_size: int, masks: Sequence[Tensor] | None = None
+) -> list[dict[str, Tensor]]:
     """Stack samples of equal length, so that nothing is ever padded: padding would enter the statistics.
 
     The longest samples come first, so that a batch too large for the memory fails at once. Samples of equal
@@ -147,9 +167,11 @@ def batches(samples: Sequence[Tensor], batch_size: int) -> list[dict[str, Tensor
     Args:
         samples: tensors [S] int64.
         batch_size: the most samples of a batch.
+        masks: which tokens of each sample count in statistics, bool [S].
 
     Returns:
-        `{"input_ids": [B, S], "attention_mask": [B, S]}` for each batch, int64, the mask all ones.
+        `{"input_ids": [B, S], "attention_mask": [B, S]}` for each batch, int64, the mask all ones; and with masks
+        `"loss_mask": [B, S]`, likewise.
 
     Raises:
         UsageError: `batch_size` is not positive.
@@ -157,15 +179,19 @@ def batches(samples: Sequence[Tensor], batch_size: int) -> list[dict[str, Tensor
     import torch
 
     _require_positive(batch_size=batch_size)
-    by_length: dict[int, list[Tensor]] = {}
-    for sample in samples:
-        by_length.setdefault(len(sample), []).append(sample)
+    by_length: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_length.setdefault(len(sample), []).append(index)
     result = []
     for length in sorted(by_length, reverse=True):
         equals = by_length[length]
         for start in range(0, len(equals), batch_size):
-            ids_BS = torch.stack(equals[start : start + batch_size])
-            result.append({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)})
+            chosen = equals[start : start + batch_size]
+            ids_BS = torch.stack([samples[index] for index in chosen])
+            batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+            if masks is not None:
+                batch[LOSS_MASK] = torch.stack([masks[index] for index in chosen]).to(torch.int64)
+            result.append(batch)
     return result
 
 
@@ -175,16 +201,19 @@ def _windows(
     num_samples: int | None,
     seq_len: int,
     what: str,
-) -> tuple[Tensor, ...]:
+    loss_mask: bool,
+) -> list[_Tokens]:
     import torch
 
-    ids_T = torch.cat([_token_ids(tokenizer, document, None) for document in documents])
+    parts = [_tokens(tokenizer, document, None, loss_mask) for document in documents]
+    ids_T, counts_T = torch.cat([ids for ids, _ in parts]), torch.cat([counts for _, counts in parts])
     num_windows = len(ids_T) // seq_len
     gives = f"{what} gives {num_windows} windows of {seq_len} tokens ({len(ids_T)} tokens in all)"
     if num_windows == 0:
         raise DataError(gives, hint="give more text or ask for shorter windows")
     starts = _spread(range(0, num_windows * seq_len, seq_len), num_samples, gives)
-    return tuple(ids_T[start : start + seq_len].clone() for start in starts)
+    windows = [slice(start, start + seq_len) for start in starts]
+    return [(ids_T[window].clone(), counts_T[window].clone()) for window in windows]
 
 
 def _spread(items: Sequence[_T], count: int | None, there_are: str) -> Sequence[_T]:
@@ -206,7 +235,23 @@ def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) ->
         )
     chosen = _spread(data.samples, num_samples, f"{data.path} holds {len(data.samples)} samples")
     samples = tuple(sample[:seq_len] for sample in chosen)
-    return TokenData(samples=samples, path=data.path, digest=data.digest, seq_len=seq_len, origin=data.origin)
+    masks = data.masks
+    if masks is not None:
+        masks = tuple(mask[:seq_len] for mask in _spread(masks, num_samples, ""))
+    return replace(data, samples=samples, masks=masks, seq_len=seq_len)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, loss_mask: bool) -> _Tokens:
+    """The ids [S] of one document, and which of them count, bool [S]."""
+    import torch
+
+    if loss_mask and not isinstance(document.content, str):
+        _require_characters(rendered(tokenizer, document), document)
+        ids, counts = assistant_tokens(tokenizer, document, max_length)
+        _require_tokens(ids, document)
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.bool)
+    ids_S = _token_ids(tokenizer, document, max_length)
+    return ids_S, torch.ones(len(ids_S), dtype=torch.bool)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
@@ -214,11 +259,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_lengt
     import torch
 
     is_text = isinstance(document.content, str)
-    text = document.content if isinstance(document.content, str) else _rendered(tokenizer, document)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{document.where} has half of a surrogate pair, which is no character") from error
+    text = document.content if isinstance(document.content, str) else rendered(tokenizer, document)
+    _require_characters(text, document)
     encoding: dict[str, Any] = tokenizer(
         text,
         add_special_tokens=is_text,
@@ -228,26 +270,20 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_lengt
     )
     # A length with no room for anything but special tokens is not kept by every tokenizer.
     ids_S = torch.tensor(encoding["input_ids"][:max_length], dtype=torch.int64)
-    if not len(ids_S):
-        raise DataError(f"{document.where} gives no tokens", hint="take it out")
+    _require_tokens(ids_S, document)
     return ids_S
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{document.where} has messages, and the tokenizer has no chat template",
-            hint="take an instruction-tuned model's tokenizer, or give the conversations as text",
-        )
-    messages: Any = document.content
+def _require_characters(text: str, document: Document) -> None:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program and may raise anything
-        raise DataError(f"{document.where} does not fit the chat template: {error}") from error
-    assert isinstance(text, str)
-    return text
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{document.where} has half of a surrogate pair, which is no character") from error
+
+
+def _require_tokens(ids: Sequence[int] | Tensor, document: Document) -> None:
+    if not len(ids):
+        raise DataError(f"{document.where} gives no tokens", hint="take it out")
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -226,6 +226,7 @@ def _describe(device: torch.device) -> str:
 def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[str, Any]) -> str:
     from runtime.dequantize import open_checkpoint
     from runtime.jobs import assign_jobs, least_bytes
+    from runtime.modify.needs import RecipeNeeds
     from runtime.recipe import Recipe
     from runtime.split import split_experts
     from runtime.weights import Weights
@@ -237,8 +238,9 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     source = Weights(artifact, checkpoint, dtype, model)
     jobs, _ = assign_jobs(artifact, model, source, recipe)
     state["least_bytes"] = least_bytes(source, jobs)
-    if job.data is None and any(entry.algorithm == "gptq" for entry in jobs.values()):
-        raise UsageError(f"{recipe.source} asks for GPTQ, which measures calibration data", hint="give --data")
+    needs = RecipeNeeds(artifact, source, recipe, jobs)
+    if job.data is None and needs.measures(list(jobs)):
+        raise UsageError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
     return f"weights of {human_bytes(source.checkpoint.total_bytes)} fit the artifact; {len(jobs)} modules to quantize"
 
 

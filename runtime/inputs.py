@@ -9,6 +9,7 @@ import torch
 
 from runtime.conditions import holds
 from runtime.errors import DataError
+from runtime.token_file import LOSS_MASK
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -19,7 +20,7 @@ def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[
 
     Args:
         manifest: names the inputs.
-        batch: `input_ids` and `attention_mask`, int64 [B, S].
+        batch: `input_ids` and `attention_mask`, int64 [B, S]; a `loss_mask` is handed on.
 
     Returns:
         Those, and as the model asks for them: `token_type_ids` of zeros, and for encoder-decoder models the same
@@ -40,7 +41,8 @@ def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[
                 f"the model takes an input {entry.name!r}, which text data cannot give",
                 hint="compile it with --text-only to calibrate it with text, if it does without images and sounds",
             )
-    return {entry.name: known[entry.name] for entry in manifest.inputs}
+    masks = {LOSS_MASK: batch[LOSS_MASK]} if LOSS_MASK in batch else {}
+    return {entry.name: known[entry.name] for entry in manifest.inputs} | masks
 
 
 def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None:

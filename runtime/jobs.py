@@ -81,9 +81,7 @@ def _require_possible(
         if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
             owner = tied.removesuffix(".weight")
             raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
-        entry = artifact.manifest.parameters[f"{name}.weight"]
-        is_plain = len(entry.sources) == 1 and entry.conversion < 0
-        if not (is_plain if source is None else source.plain_key(f"{name}.weight") is not None):
+        if not is_plain(artifact, source, f"{name}.weight"):
             raise RecipeError(
                 f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
                 "quantized under the checkpoint's names",
@@ -96,6 +94,17 @@ def _require_possible(
                     f"{recipe.source}: {name} has {num_in} input features, which groups of {size} do not divide",
                     hint=f"{ignore}, or choose another group_size",
                 )
+
+
+def is_plain(artifact: Artifact, source: Weights | None, name: str) -> bool:
+    """Whether a parameter is one tensor of the checkpoint as it stands; without one, by what the artifact says.
+
+    Stacks of experts that are apart are not parameters any more.
+    """
+    if source is not None:
+        return name in source.origins and source.plain_key(name) is not None
+    entry = artifact.manifest.parameters.get(name)
+    return entry is not None and len(entry.sources) == 1 and entry.conversion < 0
 
 
 def _group_sizes(job: Assignment) -> Iterator[int]:

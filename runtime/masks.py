@@ -1,4 +1,7 @@
-"""Which tokens of a batch count in statistics: not padding, and not what a loss mask leaves out."""
+"""Which tokens of a batch count in statistics: not padding, and not what a loss mask leaves out.
+
+A batch may bring a `loss_mask` besides the model's inputs: [B, S], nonzero where tokens count.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 import torch
 
 from runtime.errors import DataError
+from runtime.token_file import LOSS_MASK
 
-LOSS_MASK = "loss_mask"  # a batch may bring one besides the model's inputs: [B, S], nonzero where tokens count
+__all__ = ["LOSS_MASK", "require_tokens", "token_mask"]
 
 
 def token_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:

@@ -7,13 +7,14 @@
 For each subgraph, with its weights W, its statistics S and the values A that wait for it and for later ones:
 
     while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
-    while it is solved   W + the next subgraph's W + the solve of a module + what of S it and later ones need
+    while it is solved   W + the next subgraph's W + the solve of modules + what of S they and later ones need
 
 Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,22 +24,26 @@ import torch
 from runtime.activations import Budget
 from runtime.planning.costs import (
     FLOAT32,
-    hessian_bytes,
     parameter_bytes,
-    passes_statistics,
-    solve_bytes,
+    rounding_itemsize,
+    statistics_bytes,
     stored_bytes,
 )
+from runtime.planning.modifying import Sums, modifying_bytes
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.values import ShapeValues
 from runtime.split import SplitArtifact
+from runtime.statistics import Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact, LoadedSubgraph
-    from runtime.recipe import Assignment
+    from runtime.modify.needs import RecipeNeeds
+    from runtime.streaming.modifiers import Modifier
 
 # Round numbers for what the process holds before it loads anything, and CUDA's own share of a device.
 PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
+# What libraries that multiply on the CPU load with the first batch: their code, and buffers.
+KERNEL_BYTES = 20 * 10**6
 # Code that cannot run on shapes is taken to hold so many times what goes in and comes out, and what its Linear modules
 # return.
 _GUESSED_TIMES = 6
@@ -79,7 +84,7 @@ class Step:
     Attributes:
         label: its targets.
         weights, statistics, working: see this module's head; `working` with the copies of inputs.
-        solve: the most that a module's solve takes, with the statistics that are there then.
+        solve: the most that rescaling and solving takes, with the statistics that are there then.
         activations: values of all batches that wait while it runs.
         read, written: of the original and the new checkpoint.
         device, host: peaks.
@@ -161,23 +166,25 @@ class Plan:
 
 def plan_run(
     artifact: Artifact,
-    jobs: Mapping[str, Assignment],
+    needs: RecipeNeeds,
     work: Work,
     *,
     stored: Mapping[str, int] | None = None,
     shapes: ShapeRun | None = None,
+    modifiers: Sequence[Modifier] = (),
 ) -> Plan:
     """Say what a calibration takes.
 
     Args:
         artifact: the compiled model.
-        jobs: what is done to which module.
+        needs: what is done to which module, and measured for it.
         work: the data's sizes, and where it runs.
         stored: bytes of each parameter in the checkpoint that is at hand; None for what the manifest states.
         shapes: runs its code on shapes, and remembers what it found, for several plans; without it the working memory
             is guessed.
+        modifiers: the user's own; what they hold nobody knows, but batches run for those that measure.
     """
-    planner = _Planner(artifact, jobs, work, shapes, stored)
+    planner = _Planner(artifact, needs, work, shapes, stored, modifiers)
     steps = tuple(planner.step(index) for index in range(len(artifact.subgraphs)))
     guessed = sum(step.is_estimated for step in steps)
     remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
@@ -194,12 +201,14 @@ class _Planner:
     def __init__(
         self,
         artifact: Artifact,
-        jobs: Mapping[str, Assignment],
+        needs: RecipeNeeds,
         work: Work,
         shapes: ShapeRun | None,
         stored: Mapping[str, int] | None,
+        modifiers: Sequence[Modifier],
     ) -> None:
-        self.artifact, self.jobs, self.work, self.shapes = artifact, jobs, work, shapes
+        self.artifact, self.needs, self.work, self.shapes = artifact, needs, work, shapes
+        self.jobs, self.modifiers = needs.jobs, modifiers
         self.parameters = artifact.manifest.parameters
         self.stored = stored or {name: entry.bytes for name, entry in self.parameters.items() if not entry.tied_to}
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
@@ -210,7 +219,7 @@ class _Planner:
         self._experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
-        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measured(self._new(subgraph))]
+        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measures(self._new(subgraph))]
         self.last_measured = max(measured, default=-1)
         self.done.clear()
         self.total_read = sum(self.stored.values())
@@ -219,18 +228,22 @@ class _Planner:
     def step(self, index: int) -> Step:
         subgraph, work = self.artifact.subgraphs[index], self.work
         modules = self._new(subgraph)
-        measured = self._measured(modules)
+        measured = {name: need for name, need in self.needs.of(modules).items() if need}
+        together = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `statistics` shares sums
         runs = index <= self.last_measured
         inputs = self.values.take(subgraph.entry)
-        footprint = self.shapes(subgraph, inputs, measured) if runs and self.shapes is not None else None
+        footprint = None
+        if runs and self.shapes is not None:
+            rounded = {name: rounding_itemsize(self.jobs[name], work.dtype) for name in self._called(subgraph)}
+            footprint = self.shapes(subgraph, inputs, measured, rounded)
         before = self.values.total(work)
         working = self._working(footprint, inputs, subgraph) if runs else 0
         if index < self.last_measured:
             self.values.advance(subgraph.entry, footprint)
         waiting = max(before, self.values.total(work)) if runs else 0
-        hessians = self._hessians(footprint, measured)
-        solve = self._solve(modules, hessians)
-        statistics = self._bounded(hessians)
+        sums = self._sums(footprint, list(measured), together)
+        statistics = self._bounded(sums)
+        solve = modifying_bytes(modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
         weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
         following = self._weights(index + 1) if index < self.last_measured else 0
         device = weights + following + max(working + statistics, solve)
@@ -248,7 +261,7 @@ class _Planner:
             read=sum(self.stored[name] for name in fresh),
             written=sum(self._written(name) for name in fresh),
             device=device + (on_host if is_cpu else on_device),
-            host=work.process_bytes + on_host + (device if is_cpu else following),
+            host=work.process_bytes + on_host + (device + (KERNEL_BYTES if runs else 0) if is_cpu else following),
             num_modules=len(modules),
             runs=runs,
             is_estimated=runs and footprint is None,
@@ -261,8 +274,14 @@ class _Planner:
         self.done.update(dict.fromkeys(new))
         return new
 
-    def _measured(self, modules: Sequence[str]) -> list[str]:
-        return [name for name in modules if passes_statistics(self.jobs[name])]
+    def _measures(self, modules: Sequence[str]) -> bool:
+        own = bool(modules) and any(modifier.measures(modules) for modifier in self.modifiers)
+        return own or self.needs.measures(modules)
+
+    def _called(self, subgraph: LoadedSubgraph) -> list[str]:
+        """All modules of a subgraph that something is done to, be it with this one or an earlier one."""
+        names = (name.removesuffix(".weight") for name in subgraph.entry.parameters)
+        return [name for name in names if name in self.jobs]
 
     def _shape(self, module: str) -> tuple[int, ...]:
         return self.parameters[f"{module}.weight"].shape
@@ -273,11 +292,13 @@ class _Planner:
     def _weights(self, index: int) -> int:
         return parameter_bytes(self.parameters, self.artifact.subgraphs[index].entry.parameters, self.work.dtype)
 
-    def _hessians(self, footprint: Footprint | None, measured: Sequence[str]) -> dict[tuple[str, ...], int]:
+    def _sums(self, footprint: Footprint | None, measured: Sequence[str], together: Needs) -> Sums:
         """The bytes of each sum, by the modules that share it."""
-        seen = (
-            {} if footprint is None else {names: hessian_bytes(self._shape(names[0])[1]) for names, _ in footprint.seen}
-        )
+
+        def size(name: str) -> int:
+            return statistics_bytes(self._shape(name)[1], together)
+
+        seen = {} if footprint is None else {names: size(names[0]) for names, _ in footprint.seen}
         known = {name for names in seen for name in names}
         shared: dict[tuple[Any, int], list[str]] = {}
         for name in measured:
@@ -285,9 +306,9 @@ class _Planner:
                 # Modules of one parent and width mostly see the same tensor.
                 owner = self._experts.get(name) or name.rpartition(".")[0]
                 shared.setdefault((owner, self._shape(name)[1]), []).append(name)
-        return seen | {tuple(names): hessian_bytes(width) for (_, width), names in shared.items()}
+        return seen | {tuple(names): size(names[0]) for names in shared.values()}
 
-    def _bounded(self, hessians: Mapping[tuple[str, ...], int]) -> int:
+    def _bounded(self, hessians: Sums) -> int:
         """What is held at a time: experts are measured in groups, of one at least."""
         experts = {names: size for names, size in hessians.items() if names[0] in self._experts}
         total = sum(experts.values())
@@ -300,14 +321,6 @@ class _Planner:
             module, position, _ = self._experts[names[0]]
             largest[module, position] = max(size, largest.get((module, position), 0))
         return others + min(total, max(bound, sum(largest.values())))
-
-    def _solve(self, modules: Sequence[str], hessians: Mapping[tuple[str, ...], int]) -> int:
-        """Modules are solved in turn, and a sum is freed with the last that needs it."""
-        most = 0
-        for place, name in enumerate(modules):
-            left = sum(size for names, size in hessians.items() if any(other in names for other in modules[place:]))
-            most = max(most, left + solve_bytes(self._shape(name), self.jobs[name].algorithm))
-        return most
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], subgraph: LoadedSubgraph) -> int:
         taken = storage_bytes(inputs)

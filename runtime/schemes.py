@@ -53,7 +53,7 @@ def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationSche
         QuantizationError: when weight, scale, zero point and scheme do not fit together.
     """
     weights = scheme.weights
-    shape = _scale_shape(result.weight_OI, weights)
+    shape = _scale_shape(result.weight_OI.shape, weights)
     if list(result.scale.shape) != shape:
         raise QuantizationError(
             f"{name}: a scale of shape {list(result.scale.shape)} does not fit the weight, which needs {shape}"
@@ -84,8 +84,8 @@ def input_parts(scheme: QuantizationScheme) -> tuple[str, ...]:
     return ("input_scale",) if inputs.symmetric else ("input_scale", "input_zero_point")
 
 
-def _scale_shape(weight_OI: torch.Tensor, args: QuantizationArgs) -> list[int]:
-    num_out, num_in = weight_OI.shape
+def _scale_shape(shape: Sequence[int], args: QuantizationArgs) -> list[int]:
+    num_out, num_in = shape
     if args.strategy == "tensor":
         return [1]
     if args.strategy == "block":
@@ -128,15 +128,26 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
         shape: of the dense weight, [O, I].
         scheme: with its format.
     """
-    weight_OI = torch.empty(shape, device="meta")
-    sizes = _scale_shape(weight_OI, scheme.weights)
-    state = {"weight": weight_OI, "weight_scale": torch.empty(sizes, device="meta")}
-    if scheme.weights.strategy == "tensor_group":
-        state["weight_global_scale"] = torch.empty(1, device="meta")
-    found = {name: tuple(tensor.shape) for name, tensor in _compressor(scheme).compress(state, scheme).items()}
-    if not scheme.weights.symmetric:  # packed along the rows, which `compress` does for real tensors only
+    args = scheme.weights
+    sizes = _scale_shape(shape, args)
+    # A few rows tell what all would come to. Tensors without content would do as well, but for rounding them torch
+    # imports half a second of libraries, which stay in memory for as long as the process lives.
+    height = args.block_structure[0] if args.strategy == "block" else 1
+    few = (height, shape[1])
+    state = {"weight": torch.zeros(few), "weight_scale": torch.ones(_scale_shape(few, args))}
+    if not args.symmetric:
+        state["weight_zero_point"] = torch.zeros(_scale_shape(few, args), dtype=torch.int8)
+    if args.strategy == "tensor_group":
+        state["weight_global_scale"] = torch.ones(1)
+    packed = _compressor(scheme).compress(state, scheme)
+    found = {
+        name: (shape[0], *tensor.shape[1:]) if name in ("weight", "weight_packed") else tuple(tensor.shape)
+        for name, tensor in packed.items()
+    }
+    found["weight_scale"] = tuple(sizes)
+    if not args.symmetric:  # packed along the rows
         num_rows, *rest = sizes
-        found["weight_zero_point"] = (math.ceil(num_rows * scheme.weights.num_bits / 32), *rest)
+        found["weight_zero_point"] = (math.ceil(num_rows * args.num_bits / 32), *rest)
     return found | dict.fromkeys(input_parts(scheme), (1,))
 
 

@@ -17,6 +17,7 @@ from runtime.experts import ROWS
 
 RunBatches = Callable[[Callable[[int], None]], None]
 AVERAGING_CONSTANT = 0.01
+_TOKENS_OF_A_SUM = 256
 
 
 class _SharingBrokenError(Exception):
@@ -77,6 +78,7 @@ class InputStatistics:
             inputs: all leading dimensions are tokens.
             counts: bool, of as many numbers as there are tokens; None when all count.
         """
+        assert self._scale_I is None, "what is added later would not be divided"
         flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
         if counts is not None:
             kept_TI = flat_TI[counts.reshape(-1)]
@@ -88,24 +90,24 @@ class InputStatistics:
         if self._hessian is not None:
             self._hessian.add(flat_TI)
         if self.needs.channels:
-            self._add_channels(flat_TI.to(torch.float32))
+            self._add_channels(flat_TI)
 
     def _add_channels(self, flat_TI: torch.Tensor) -> None:
-        smallest_I, largest_I = flat_TI.amin(dim=0), flat_TI.amax(dim=0)
+        smallest_I, largest_I = flat_TI.amin(dim=0).to(torch.float32), flat_TI.amax(dim=0).to(torch.float32)
         self.smallest_I = torch.minimum(self.smallest_I, smallest_I)
         self.largest_I = torch.maximum(self.largest_I, largest_I)
         if len(self.average_smallest_I):
             smallest_I = torch.lerp(self.average_smallest_I, smallest_I, AVERAGING_CONSTANT)
             largest_I = torch.lerp(self.average_largest_I, largest_I, AVERAGING_CONSTANT)
         self.average_smallest_I, self.average_largest_I = smallest_I, largest_I
-        self._sum_abs_I += flat_TI.abs().sum(dim=0, dtype=torch.float64)
+        for part_TI in torch.split(flat_TI, _TOKENS_OF_A_SUM):  # adding up in float64 copies what is added
+            self._sum_abs_I += part_TI.abs().sum(dim=0, dtype=torch.float64)
 
     @property
     def hessian_II(self) -> torch.Tensor:
-        """H of the inputs as they are after scaling; float32."""
+        """H of the inputs as they are after scaling, float32: the sum itself, no copy."""
         assert self._hessian is not None, "H was not asked for"
-        hessian_II = self._hessian.hessian_II
-        return hessian_II if self._scale_I is None else hessian_II / self._scale_I / self._scale_I[:, None]
+        return self._hessian.hessian_II
 
     @property
     def mean_abs_I(self) -> torch.Tensor:
@@ -124,6 +126,8 @@ class InputStatistics:
         """Make these the statistics of inputs divided by positive factors [I]: no second pass is needed for them."""
         factors_I = scale_I.to(self._sum_abs_I.device, torch.float32)
         self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
+        if self._hessian is not None:
+            self._hessian.rescale_(factors_I)
 
 
 def collect_statistics(

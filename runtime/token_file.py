@@ -1,12 +1,15 @@
-"""The token file: samples of token ids that need no tokenizer any more. Format version 1.0.
+"""The token file: samples of token ids that need no tokenizer any more. Format version 1.1.
 
 A safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
 `offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets
 start at 0, grow strictly and end at the number of tokens; every id lies in `[0, vocab_size)`.
 
+Since 1.1 there may be `loss_mask`, bool, uint8, or an integer of 8, 32 or 64 bits: as many numbers as tokens,
+1 for those that count in statistics and 0 for those that do not. A file without one is of version 1.0.
+
 Its metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
 
-    version             "1.0"
+    version             "1.0" or "1.1"
     tokenizer           its name, for people
     tokenizer_digest    over the names and contents of its files
     vocab_size          one more than the largest id it can give
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".safetensors"
-VERSION = "1.0"
+VERSION, MASKED_VERSION = "1.0", "1.1"
 METADATA_KEY = "seqbuild_tokens"
+LOSS_MASK = "loss_mask"  # a tensor's name
 _MAKE_ANEW = "make it again with `seqbuild data`"
 
 
@@ -71,6 +75,7 @@ class TokenData:
         digest: of that file.
         seq_len: no sample is longer; None where nothing was cut.
         origin: the tokenizer and the texts.
+        masks: for each sample which of its tokens count in statistics, bool [S]; None where all do.
     """
 
     samples: tuple[Tensor, ...]
@@ -78,9 +83,17 @@ class TokenData:
     digest: str
     seq_len: int | None
     origin: Origin
+    masks: tuple[Tensor, ...] | None = None
 
 
-def save_tokens(path: Path, samples: Sequence[Tensor], *, seq_len: int | None, origin: Origin) -> TokenData:
+def save_tokens(
+    path: Path,
+    samples: Sequence[Tensor],
+    *,
+    seq_len: int | None,
+    origin: Origin,
+    masks: Sequence[Tensor] | None = None,
+) -> TokenData:
     """Write samples as a token file, whole or not at all. A file of that name is replaced.
 
     Args:
@@ -88,6 +101,7 @@ def save_tokens(path: Path, samples: Sequence[Tensor], *, seq_len: int | None, o
         samples: one or more tensors [S] of ids, none empty.
         seq_len: no sample is longer; None where nothing was cut.
         origin: what the ids were made from.
+        masks: which tokens of each sample count, bool [S].
 
     Raises:
         OutputError: the place cannot be written to.
@@ -100,13 +114,23 @@ def save_tokens(path: Path, samples: Sequence[Tensor], *, seq_len: int | None, o
     tokens_T = torch.cat(list(samples)).to(torch.int64)
     dtype = torch.int32 if origin.vocab_size <= 2**31 else torch.int64
     offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
-    metadata = {"version": VERSION, "seq_len": seq_len, **asdict(origin)}
+    metadata = {"version": VERSION if masks is None else MASKED_VERSION, "seq_len": seq_len, **asdict(origin)}
+    tensors = {"tokens": tokens_T.to(dtype), "offsets": offsets}
+    if masks is not None:
+        tensors[LOSS_MASK] = torch.cat(list(masks)).to(torch.uint8)
     content = save(
-        {"tokens": tokens_T.to(dtype), "offsets": offsets},
+        tensors,
         metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))},
     )
     write_file(path, content)
-    return TokenData(samples=tuple(samples), path=path, digest=_sha256(content), seq_len=seq_len, origin=origin)
+    return TokenData(
+        samples=tuple(samples),
+        path=path,
+        digest=_sha256(content),
+        seq_len=seq_len,
+        origin=origin,
+        masks=None if masks is None else tuple(masks),
+    )
 
 
 def require_place(path: Path) -> None:
@@ -151,8 +175,29 @@ def read_token_file(path: Path) -> TokenData:
     for wrong in (int(tokens_T.min()), int(tokens_T.max())):
         if not 0 <= wrong < origin.vocab_size:
             raise _broken(path, f"token id {wrong} is outside its vocabulary of {origin.vocab_size}")
-    samples = tuple(tokens_T[start:end] for start, end in pairwise(offsets.tolist()))
-    return TokenData(samples=samples, path=path, digest=_sha256(content), seq_len=seq_len, origin=origin)
+    spans = [slice(start, end) for start, end in pairwise(offsets.tolist())]
+    mask_T = _read_mask(tensors, len(tokens_T), path)
+    return TokenData(
+        samples=tuple(tokens_T[span] for span in spans),
+        path=path,
+        digest=_sha256(content),
+        seq_len=seq_len,
+        origin=origin,
+        masks=None if mask_T is None else tuple(mask_T[span] for span in spans),
+    )
+
+
+def _read_mask(tensors: Mapping[str, Tensor], num_tokens: int, path: Path) -> Tensor | None:
+    import torch
+
+    if LOSS_MASK not in tensors:
+        return None
+    mask_T = _tensor(tensors, LOSS_MASK, (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64), path)
+    if len(mask_T) != num_tokens:
+        raise _broken(path, f"its loss_mask has {len(mask_T)} numbers for {num_tokens} tokens")
+    if not bool(((mask_T == 0) | (mask_T == 1)).all()):
+        raise _broken(path, "its loss_mask holds other numbers than 0 and 1")
+    return mask_T.to(torch.bool)
 
 
 def _metadata_of(content: bytes) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.planning.request import plan_artifact as plan
     from seqbuild.build import compile_model
     from seqbuild.partition import (
         find_target_nodes,
@@ -36,6 +37,7 @@ __all__ = [
     "graph_is_well_formed",
     "match_modules",
     "partition_graph",
+    "plan",
     "populate_concrete_args",
     "topological_partition",
     "trace_consumed_names",
@@ -53,6 +55,7 @@ _HOMES = {
     "graph_is_well_formed": "seqbuild.partition",
     "match_modules": "seqbuild.targets",
     "partition_graph": "seqbuild.partition",
+    "plan": "runtime.planning.request:plan_artifact",
     "populate_concrete_args": "seqbuild.sample.inputs",
     "topological_partition": "seqbuild.partition",
     "trace_consumed_names": "seqbuild.partition",
@@ -64,5 +67,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Load torch only when something that needs it is asked for."""
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home, _, other_name = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(home), other_name or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -229,11 +229,18 @@ def data(
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="How many samples; by default all.")] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sample.")] = 2048,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one each.")] = True,
+    loss_mask: Annotated[
+        bool, typer.Option("--loss-mask", help="Save which tokens the assistant says: in calibration only those count.")
+    ] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
     from seqbuild.data import tokenize_files
 
-    made = tokenize_files(tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out)
+    made = tokenize_files(
+        tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
+    )
+    if made.masks is not None:
+        say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
     say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens")
 
 

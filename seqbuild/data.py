@@ -17,6 +17,7 @@ def tokenize_files(
     seq_len: int | None,
     pack: bool,
     out: str | Path,
+    loss_mask: bool = False,
 ) -> TokenData:
     """Make a token file of the documents in `files`; what `seqbuild data` does.
 
@@ -27,6 +28,7 @@ def tokenize_files(
         seq_len: tokens of a window, or the most a document may have; None only when not packed.
         pack: join the documents and cut windows, instead of one sample a document.
         out: the token file; replaced when it is there.
+        loss_mask: save which tokens the assistant says in conversations; in calibration no others count then.
 
     Returns:
         What was written.
@@ -41,15 +43,16 @@ def tokenize_files(
         raise UsageError("no files were given", hint="name one or more .txt, .jsonl or .parquet files")
     require_place(out)
     directory = _tokenizer_directory(str(tokenizer))
-    samples, origin = tokenize_documents(
+    samples, masks, origin = tokenize_documents(
         paths,
         directory,
         num_samples=num_samples,
         seq_len=seq_len,
         pack=pack,
+        loss_mask=loss_mask,
         tokenizer_name=directory.resolve().name if directory == Path(tokenizer) else str(tokenizer),
     )
-    return save_tokens(out, samples, seq_len=seq_len, origin=origin)
+    return save_tokens(out, samples, seq_len=seq_len, origin=origin, masks=masks)
 
 
 def _tokenizer_directory(name: str) -> Path:

@@ -56,6 +56,7 @@ from runtime.errors import QuantizationError
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
+_COLUMNS_OF_A_SUM = 128
 
 
 def quantize_gptq(
@@ -142,7 +143,7 @@ def quantize_siblings(
     fitting = _Fitting(args, scale_dtype, global_scale, hessian_II.diagonal().to(dtype))
     grids = fitting.all_grids(weights, dtype)
     stacked_OI = torch.cat([weight.to(dtype) for weight in weights])
-    residual_IO = stacked_OI.t()[order_I].contiguous()  # a copy, for indexing with a tensor copies
+    residual_IO = torch.index_select(stacked_OI.t(), 0, order_I)  # contiguous, unlike what indexing would give
     del stacked_OI
     group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     is_refitted = grid.is_grouped(args) and actorder is None
@@ -150,20 +151,31 @@ def quantize_siblings(
     quantized_IO, loss_O = _solve_(
         residual_IO, factors, grids, args, group_of_I, width, fitting if is_refitted else None
     )
-    quantized_OI = quantized_IO[torch.argsort(order_I)].t().to(torch.float32)
-    loss_O -= factors.added_I.double() @ residual_IO.square().double()
-    return list(_split(weights, quantized_OI, loss_O, grids, fitting, factors.damping))
+    loss_O -= _weighed_squares(residual_IO, factors.added_I)
+    damping = factors.damping
+    del residual_IO, factors  # what follows holds the results twice
+    return list(_split(weights, quantized_IO, order_I, loss_O, grids, fitting, damping))
+
+
+def _weighed_squares(residual_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
+    """The sum over columns of factor times residual squared, for each row; in float64, a few columns at a time."""
+    total_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
+    for start in range(0, len(factor_I), _COLUMNS_OF_A_SUM):
+        part = slice(start, start + _COLUMNS_OF_A_SUM)
+        total_O += factor_I[part].double() @ residual_IO[part].square().double()
+    return total_O
 
 
 def _split(
     weights: Sequence[torch.Tensor],
-    quantized_OI: torch.Tensor,
+    quantized_IO: torch.Tensor,
+    order_I: torch.Tensor,
     loss_O: torch.Tensor,
     grids: _Grids,
     fitting: _Fitting,
     damping: float,
 ) -> Iterator[QuantizedWeight]:
-    """Each weight's rows of a solve."""
+    """Each weight's rows of a solve, its columns in their own order again."""
     start = 0
     args = fitting.args
     for weight_OI in weights:
@@ -171,8 +183,10 @@ def _split(
         start = rows.stop
         scale_dtype = torch.float32 if args.scale_dtype is not None else fitting.scale_dtype
         zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
+        quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=quantized_IO.device)
+        quantized_OI[:, order_I] = quantized_IO[:, rows].t().to(torch.float32)
         yield QuantizedWeight(
-            weight_OI=quantized_OI[rows].contiguous(),
+            weight_OI=quantized_OI,
             scale=_stored(grids.scale_GO[:, rows], args, scale_dtype),
             zero_point=None if zero_GO is None else _stored(zero_GO, args, torch.int8),
             global_scale=fitting.global_scale,

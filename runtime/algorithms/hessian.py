@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PANEL_WIDTH = 512  # columns that a Hessian is summed up in at a time
+PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
 
 
 class HessianAccumulator:
@@ -23,15 +23,17 @@ class HessianAccumulator:
         num_tokens: how many inputs are in the sum.
     """
 
-    __slots__ = ("_upper_II", "num_tokens")
+    __slots__ = ("_is_whole", "_upper_II", "num_tokens")
 
     def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
         self._upper_II = torch.zeros(num_in_features, num_in_features, dtype=torch.float32, device=device)
+        self._is_whole = True
         self.num_tokens = 0
 
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
+        self._is_whole = False
         # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
         is_narrow = flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16)
         if not is_narrow:
@@ -48,7 +50,12 @@ class HessianAccumulator:
     @property
     def hessian_II(self) -> torch.Tensor:
         """The sum so far: the accumulator's own tensor, which a later `add` changes."""
-        for left in range(0, len(self._upper_II), PANEL_WIDTH):
+        for left in range(0, 0 if self._is_whole else len(self._upper_II), PANEL_WIDTH):
             right = left + PANEL_WIDTH
             self._upper_II[right:, left:right] = self._upper_II[left:right, right:].t()
+        self._is_whole = True
         return self._upper_II
+
+    def rescale_(self, scale_I: torch.Tensor) -> None:
+        """Make this the sum over inputs divided by these factors, in place: a copy would take as much again."""
+        self.hessian_II.div_(scale_I).div_(scale_I[:, None])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.errors import RecipeError
+from runtime.jobs import is_plain
 from runtime.manifest import ScaleGroup
 from runtime.recipe import some
 
@@ -28,13 +29,13 @@ class Rescaling:
 
 
 def rescalings(
-    artifact: Artifact, source: Weights, jobs: Iterable[str], transform: Transform, origin: str
+    artifact: Artifact, source: Weights | None, jobs: Iterable[str], transform: Transform, origin: str
 ) -> tuple[list[Rescaling], list[str]]:
     """The groups that a modifier rescales, in order of execution.
 
     Args:
         artifact: has the groups that the compiler has found.
-        source: says which parameters are tensors of the checkpoint as they stand.
+        source: says which parameters are tensors of the checkpoint as they stand; None to go by the manifest.
         jobs: modules that are quantized.
         transform: the modifier.
         origin: the recipe's name, for messages.
@@ -85,7 +86,7 @@ def _is_ignored(group: ScaleGroup, ignore: Sequence[str]) -> bool:
     return any(matches_name(pattern, name) for pattern in ignore for name in names)
 
 
-def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights, quantized: Mapping[str, None]) -> list[str]:
+def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, quantized: Mapping[str, None]) -> list[str]:
     """Parameters of a group that the checkpoint has not as they stand, or under several names, and stacks of experts
     that are apart: these are rounded before anything is rescaled.
     """
@@ -93,11 +94,7 @@ def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights, quantized: Ma
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
     tied = {entry.tied_to for entry in parameters.values() if entry.tied_to}
-    return [
-        name
-        for name in names
-        if name not in source.origins or source.plain_key(name) is None or parameters[name].tied_to or name in tied
-    ]
+    return [name for name in names if not is_plain(artifact, source, name) or parameters[name].tied_to or name in tied]
 
 
 def _named_groups(artifact: Artifact, mappings: Sequence[NamedMapping], origin: str) -> Iterator[ScaleGroup]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.errors import DataError, RecipeError
-from runtime.key_values import PARTS, KeyValues, attach
+from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure
-from runtime.modify.mappings import Rescaling, rescalings
+from runtime.modify.needs import RecipeNeeds
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
 from runtime.modify.smoothing import Rescaled, find_scales
@@ -27,7 +27,6 @@ from runtime.statistics import InputStatistics, Needs
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.recipe import Assignment, Recipe
-    from runtime.recipe_transforms import Transform
     from runtime.streaming.work import Work
     from runtime.weights import Weights
 
@@ -44,6 +43,7 @@ class RecipeModifier:
         jobs: what is done to each module.
 
     Attributes:
+        needs: what of it is measured and rescaled.
         remarks: what a user should know before it begins, a line each.
 
     Raises:
@@ -53,20 +53,10 @@ class RecipeModifier:
     def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
         self.jobs = jobs
         self.recipe = recipe
-        self.remarks: list[str] = []
-        self.rescalings: list[tuple[Transform, list[Rescaling]]] = []
-        for transform in recipe.transforms:
-            found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
-            self.rescalings.append((transform, found))
-            self.remarks += remarks
-        self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
         self.source = source
-        for module in self.key_values.all_modules() if self.key_values is not None else ():
-            if not any(name.startswith(f"{module}.") for name in jobs):
-                raise RecipeError(
-                    f"{recipe.source}: {module} keeps keys and values, and nothing in it is quantized",
-                    hint="target one of its Linear modules, or leave kv_cache_scheme out",
-                )
+        self.needs = RecipeNeeds(artifact, source, recipe, jobs)
+        self.key_values = self.needs.key_values
+        self.remarks = list(self.needs.remarks)
         groups = artifact.manifest.scale_groups
         self.siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
         if not groups and any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values()):
@@ -76,26 +66,18 @@ class RecipeModifier:
 
     def measures(self, names: Sequence[str]) -> bool:
         """Hessians, sizes of channels, ranges of inputs, keys and values."""
-        return any(self._needs(names).values()) or bool(self._attentions(names))
+        return self.needs.measures(names)
 
     def adds(self, names: Sequence[str]) -> Sequence[Stored]:
         """The scales of keys and values."""
         dtype = self.source.checkpoint.stored(self.source.plain_key(f"{names[0]}.weight") or "").dtype if names else ""
-        prefixes = [self.source.checkpoint_prefix(module) for module in self._attentions(names)]
+        prefixes = [self.source.checkpoint_prefix(module) for module in self.needs.attentions(names)]
         return [Stored(f"{prefix}.{part}", dtype, (1,)) for prefix in prefixes for part in PARTS]
-
-    def _attentions(self, names: Sequence[str]) -> list[str]:
-        """The attention modules whose keys and values are rounded with a step that quantizes these modules."""
-        if self.key_values is None:
-            return []
-        return [
-            module for module in self.key_values.all_modules() if any(name.startswith(f"{module}.") for name in names)
-        ]
 
     def rewrites(self, names: Sequence[str]) -> Sequence[str]:
         """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
         found: dict[str, None] = {}
-        for _, rescaling in self._of_step(names):
+        for _, rescaling in self.needs.rescaled(names):
             group = rescaling.group
             touched = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
             touched += [other.name for other in group.others]
@@ -105,12 +87,12 @@ class RecipeModifier:
     def apply(self, work: Work) -> None:
         """Measure, rescale, round; experts first, in groups that fit into memory."""
         names = work.step.modules
-        needs = {name: need for name, need in self._needs(names).items() if need}
+        needs = {name: need for name, need in self.needs.of(names).items() if need}
         groups = expert_groups(work, needs)
         grouped = {name for group in groups for name in group}
         others = {name: need for name, need in needs.items() if name not in grouped}
         statistics: dict[str, InputStatistics] = {}
-        attentions = self._attentions(names)
+        attentions = self.needs.attentions(names)
         for index, group in enumerate(groups):
             first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
             wanted = first | {name: needs[name] for name in group}
@@ -163,27 +145,9 @@ class RecipeModifier:
                 work.add(f"{prefix}.{part}", scale)
             self.key_values.scales[module] = scales
 
-    def _needs(self, names: Sequence[str]) -> dict[str, Needs]:
-        needs = {name: _needs_of(self.jobs[name]) for name in names}
-        for transform, rescaling in self._of_step(names):
-            kind = Needs(hessian=transform.algorithm == "awq", channels=True)
-            for name in rescaling.group.modules:
-                needs[name] = needs.get(name, Needs()) | kind
-        return needs
-
-    def _of_step(self, names: Sequence[str]) -> list[tuple[Transform, Rescaling]]:
-        """What is rescaled with a step that quantizes these modules, in order."""
-        owned = dict.fromkeys(names)
-        return [
-            (transform, rescaling)
-            for transform, found in self.rescalings
-            for rescaling in found
-            if next((name for name in rescaling.group.modules if name in self.jobs), None) in owned
-        ]
-
     def _rescale(self, work: Work, rescaled: Rescaled, statistics: Mapping[str, InputStatistics]) -> None:
         scaled: dict[str, torch.Tensor] = {}
-        for transform, rescaling in self._of_step(work.step.modules):
+        for transform, rescaling in self.needs.rescaled(work.step.modules):
             group = rescaling.group
             measured = {id(statistics[name]): statistics[name] for name in group.modules if name in statistics}
             if not measured or not all(entry.num_tokens for entry in measured.values()):
@@ -206,9 +170,11 @@ class RecipeModifier:
         self,
         work: Work,
         names: Sequence[str],
-        rescaled: Mapping[str, torch.Tensor],
-        statistics: Mapping[str, InputStatistics],
+        rescaled: dict[str, torch.Tensor],
+        statistics: dict[str, InputStatistics],
     ) -> None:
+        """Round modules in order; what nobody needs any more of rescaled weights and statistics is taken out."""
+
         def weight_of(name: str) -> torch.Tensor:
             tensor = rescaled.get(f"{name}.weight")
             return tensor if tensor is not None else work.weight(name)
@@ -226,6 +192,9 @@ class RecipeModifier:
                 error=_relative_error(rounded, found),
                 start=rounded.start,
             )
+            rescaled.pop(f"{rounded.name}.weight", None)
+            statistics.pop(rounded.name, None)
+            del found, rounded  # or the last of them would keep its weight and its sums while the next is solved
 
     def _input_parts(
         self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype
@@ -241,12 +210,6 @@ class RecipeModifier:
         args = scheme.input_activations
         low_I, high_I = found.span(average=args.observer == "minmax")
         return static_input_parts(low_I.amin(), high_I.amax(), args, scale_dtype)
-
-
-def _needs_of(job: Assignment) -> Needs:
-    is_weighed = job.scheme.weights.observer == "imatrix_mse"
-    is_measured = job.algorithm == "gptq" or is_weighed or job.clip
-    return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)))
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

@@ -71,21 +71,33 @@ def round_modules(
     """
     shared = _global_scales(names, jobs, weight_of, siblings)
     for together in _batches(names, jobs, scale_dtype_of, statistics):
-        start = time.perf_counter()
-        weights = [weight_of(name) for name in together]
-        results, algorithm, warning = _solve(together, weights, jobs, scale_dtype_of, statistics, shared)
-        seconds = (time.perf_counter() - start) / len(together)
-        for index, (name, weight_OI, result) in enumerate(zip(together, weights, results, strict=True)):
-            # Each gets its part of the time that all of them took.
-            begun = time.perf_counter() - seconds
-            yield Rounded(
-                name=name,
-                result=result,
-                algorithm=algorithm,
-                warning=warning if index == 0 else "",
-                start=begun,
-                weight_OI=weight_OI,
-            )
+        # In a frame of its own, so that nothing of one batch is held while the next is solved.
+        yield from _rounded_together(together, jobs, weight_of, scale_dtype_of, statistics, shared)
+
+
+def _rounded_together(
+    together: Sequence[str],
+    jobs: Mapping[str, Assignment],
+    weight_of: Callable[[str], torch.Tensor],
+    scale_dtype_of: Callable[[str], torch.dtype],
+    statistics: Mapping[str, InputStatistics],
+    shared: Mapping[str, torch.Tensor],
+) -> Iterator[Rounded]:
+    start = time.perf_counter()
+    weights = [weight_of(name) for name in together]
+    results, algorithm, warning = _solve(together, weights, jobs, scale_dtype_of, statistics, shared)
+    seconds = (time.perf_counter() - start) / len(together)
+    for index, name in enumerate(together):
+        # Each gets its part of the time that all of them took.
+        begun = time.perf_counter() - seconds
+        yield Rounded(
+            name=name,
+            result=results.pop(0),
+            algorithm=algorithm,
+            warning=warning if index == 0 else "",
+            start=begun,
+            weight_OI=weights.pop(0),
+        )
 
 
 def _global_scales(

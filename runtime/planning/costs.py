@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from runtime.manifest import ParameterEntry
     from runtime.recipe import Assignment
+    from runtime.statistics import Needs
 
-FLOAT32 = 4
+FLOAT32, FLOAT64 = 4, 8
 
 
 def itemsize(name: str, dtype: torch.dtype) -> int:
@@ -42,18 +43,62 @@ def hessian_bytes(num_in: int) -> int:
     return num_in * num_in * FLOAT32
 
 
-def solve_bytes(shape: Sequence[int], algorithm: str) -> int:
-    """The most that quantizing and packing one weight holds beside the weight and its Hessian.
+def statistics_bytes(num_in: int, needs: Needs) -> int:
+    """What `statistics.InputStatistics` holds of one distinct input: H, and three numbers or five of each feature."""
+    channels = num_in * (FLOAT64 + (4 if needs.channels else 2) * FLOAT32) if needs else 0
+    return channels + (hessian_bytes(num_in) if needs.hessian else 0)
 
-    `quantize_gptq` holds two matrices [I, I] while it factorizes; in the end one, and with it errors, results in both
-    orders and squares in two widths, which come to six weights in float32. Round-to-nearest, and packing what either
-    has found, hold up to four.
+
+def copy_bytes(shape: Sequence[int]) -> int:
+    """A parameter in float32."""
+    return math.prod(shape) * FLOAT32
+
+
+def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
+    """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
+
+    `quantize_siblings` holds two matrices [I, I] while it factorizes, as checking that H is finite does; then one, and
+    two copies of all weights, residuals and results, with three of a block's columns. Round-to-nearest holds four
+    copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix. Packing holds three, beside all
+    results.
     """
-    num_out, num_in = shape
-    copy = num_out * num_in * FLOAT32
-    if algorithm != "gptq":
-        return 4 * copy
-    return max(2 * hessian_bytes(num_in), hessian_bytes(num_in) + 6 * copy)
+    num_in = shapes[0][1]
+    copies = [copy_bytes(shape) for shape in shapes]
+    largest, total = max(copies), sum(copies)
+    packing = total + 3 * largest
+    if job.algorithm != "gptq":
+        return (5 if job.clip else 4) * largest
+    hessian = hessian_bytes(num_in)
+    refining = hessian + 5 * largest + total if job.options is not None and job.options.refine else 0
+    block = min(job.options.block_size if job.options is not None else num_in, num_in)
+    solving = hessian + 2 * total + 3 * total * block // num_in
+    return max(2 * hessian, solving, packing, refining)
+
+
+def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
+    """The most that finding the factors of a group of weights, and multiplying by them, holds beside its statistics.
+
+    `awq.search_scales` gets all of them in float32. It holds three copies of one while it compares columns, five of the
+    rows that it tries candidates on, and two matrices [I, I] while it checks that H is finite. `smoothquant` looks at a
+    weight at a time.
+    """
+    from runtime.algorithms.awq import NUM_ROWS
+
+    copies = [copy_bytes(shape) for shape in shapes]
+    multiplying = sum(copies) + max(copies)
+    if algorithm != "awq":
+        return multiplying
+    rows = [copy_bytes((min(shape[0], NUM_ROWS), shape[1])) for shape in shapes]
+    trying = sum(copies) + max(3 * max(copies), 5 * max(rows), 2 * hessian_bytes(shapes[0][1]))
+    return max(multiplying, trying)
+
+
+def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:
+    """Bytes that rounding an input takes for each of its numbers, `schemes.quantize_activation`."""
+    args = job.scheme.input_activations
+    if args is None:
+        return 0
+    return (10 if args.strategy in ("group", "tensor_group") else 4) * dtype.itemsize
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, dtype: torch.dtype) -> int:
@@ -62,8 +107,3 @@ def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, dtype: torc
 
     shapes = stored_shapes(shape, scheme)
     return sum(math.prod(shapes[name]) * own.itemsize for name, own in stored_dtypes(scheme, dtype).items())
-
-
-def passes_statistics(job: Assignment) -> bool:
-    """Whether a module is measured before it is quantized."""
-    return job.algorithm == "gptq"

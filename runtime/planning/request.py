@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from runtime.conditions import holds
 from runtime.errors import UsageError
 from runtime.jobs import assign_jobs
 from runtime.machine import available_bytes, resident_bytes
+from runtime.modify.needs import RecipeNeeds
 from runtime.plan import Plan, Work, plan_run
 from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.shapes import ShapeRun
@@ -23,11 +24,31 @@ from runtime.split import split_experts
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.manifest import Manifest
+    from runtime.streaming.modifiers import Modifier
     from runtime.weights import Weights
 
 BATCH, SEQUENCE = "batch", "sequence"
 # What is planned without a recipe: of all that is offered it measures most.
 _USUAL = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
+
+
+class Planned(NamedTuple):
+    """A plan, and how it compares with what there is.
+
+    Attributes:
+        plan: what the run takes, subgraph by subgraph and in all.
+        shortages: what does not fit, a sentence each; empty where all does, or no limits were given.
+        advice: options that would make it fit.
+    """
+
+    plan: Plan
+    shortages: list[str]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a run would go through."""
+        return not self.shortages
 
 
 def plan_artifact(
@@ -43,8 +64,12 @@ def plan_artifact(
     statistics_bytes: int | None = None,
     sizes: Mapping[str, int] | None = None,
     limits: Limits | None = None,
-) -> tuple[Plan, list[str], list[str]]:
-    """Plan a calibration by the artifact alone.
+) -> Planned:
+    """Plan a calibration by the artifact alone: nothing runs, and no weights are needed.
+
+        planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8,
+                                        limits=runtime.Limits(device=24 * 2**30))
+        planned.fits, planned.plan.device_bytes, planned.advice
 
     Args:
         artifact: the compiled model.
@@ -74,8 +99,10 @@ def plan_artifact(
     if recipe is not None:
         jobs, _ = assign_jobs(artifact, model, None, recipe)
     else:
-        jobs = _usual_jobs(artifact, model)
+        recipe = Recipe.from_text(_USUAL, "the usual recipe")
+        jobs = _usual_jobs(artifact, model, recipe)
         remarks.append(f"without --recipe: {_USUAL}")
+    needs = RecipeNeeds(artifact, None, recipe, jobs)
     work = Work(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -88,16 +115,16 @@ def plan_artifact(
     )
     limits = limits or Limits()
     with ShapeRun(artifact, model, run_dtype, device_type) as shapes:
-        plan = plan_run(artifact, jobs, work, shapes=shapes)
+        plan = plan_run(artifact, needs, work, shapes=shapes)
         missing = shortages(plan, limits)
-        mended = advice(plan, limits, lambda w: plan_run(artifact, jobs, w, shapes=shapes)) if missing else []
-    return replace(plan, remarks=(*plan.remarks, *remarks)), missing, mended
+        mended = advice(plan, limits, lambda w: plan_run(artifact, needs, w, shapes=shapes)) if missing else []
+    return Planned(plan=replace(plan, remarks=(*plan.remarks, *remarks)), shortages=missing, advice=mended)
 
 
 def require_plan(
     artifact: Artifact,
     model: nn.Module,
-    jobs: Mapping[str, Assignment],
+    needs: RecipeNeeds,
     batches: Sequence[Mapping[str, Any]],
     *,
     dtype: torch.dtype,
@@ -107,6 +134,7 @@ def require_plan(
     budget: Budget | None = None,
     statistics_bytes: int | None = None,
     all_tokens: bool = True,
+    modifiers: Sequence[Modifier] = (),
     force: bool = False,
 ) -> Plan:
     """Plan the run that is about to begin, and refuse it when it does not fit.
@@ -117,7 +145,7 @@ def require_plan(
     Args:
         artifact: the compiled model.
         model: its module tree, on the meta device but for its computed buffers.
-        jobs: what is done to which module.
+        needs: what is done to which module, and measured for it.
         batches: the run's own.
         dtype: of weights and activations.
         device: where subgraphs run.
@@ -126,6 +154,7 @@ def require_plan(
         budget: the run's.
         statistics_bytes: likewise.
         all_tokens: likewise.
+        modifiers: the user's own.
         force: say what does not fit in the plan's warnings, and go on.
 
     Raises:
@@ -143,13 +172,13 @@ def require_plan(
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )
-    guess = plan_run(artifact, jobs, work, stored=stored)
+    guess = plan_run(artifact, needs, work, stored=stored, modifiers=modifiers)
     if is_ample(guess, limits):
         return guess
     with ShapeRun(artifact, model, dtype, device.type) as shapes:
 
         def again(other: Work) -> Plan:
-            return plan_run(artifact, jobs, other, stored=stored, shapes=shapes)
+            return plan_run(artifact, needs, other, stored=stored, shapes=shapes, modifiers=modifiers)
 
         plan = again(work)
         if not force:
@@ -232,9 +261,8 @@ def _samples(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
 
 
-def _usual_jobs(artifact: Artifact, model: nn.Module) -> dict[str, Assignment]:
+def _usual_jobs(artifact: Artifact, model: nn.Module, recipe: Recipe) -> dict[str, Assignment]:
     """The usual recipe, for modules that it can be applied to; none for a model without Linear modules."""
-    recipe = Recipe.from_text(_USUAL, "the usual recipe")
     used = {name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters}
     entries = artifact.manifest.parameters
     tied = {entry.tied_to for entry in entries.values()}

@@ -81,7 +81,11 @@ class ShapeRun:
                 module.__dict__.pop("forward", None)
 
     def __call__(
-        self, subgraph: LoadedSubgraph, inputs: Mapping[str, Any], measured: Collection[str] = ()
+        self,
+        subgraph: LoadedSubgraph,
+        inputs: Mapping[str, Any],
+        measured: Collection[str] = (),
+        rounded: Mapping[str, int] | None = None,
     ) -> Footprint | None:
         """The footprint of one batch, or None where the code needs values.
 
@@ -89,13 +93,17 @@ class ShapeRun:
             subgraph: one of the artifact's.
             inputs: its inputs, on the meta device.
             measured: names of the Linear modules whose inputs are summed up on the way.
+            rounded: bytes that rounding their inputs takes, for each number, by the names of modules.
         """
         entry = subgraph.entry
         scope = f"{entry.scope}." if entry.scope else ""
         own = tuple(name.removeprefix(scope) for name in measured if name.startswith(scope))
-        key = (own, self._key(subgraph, inputs))
+        sizes = {
+            name.removeprefix(scope): size for name, size in (rounded or {}).items() if size and name.startswith(scope)
+        }
+        key = (own, tuple(sizes.items()), self._key(subgraph, inputs))
         if key not in self._known:
-            self._known[key] = self._measure(subgraph, inputs, own)
+            self._known[key] = self._measure(subgraph, inputs, _Seen(own, sizes))
         found = self._known[key]
         if found is None:
             return None
@@ -120,9 +128,7 @@ class ShapeRun:
         )
         return entry.file, shapes, described, str(structure)
 
-    def _measure(
-        self, subgraph: LoadedSubgraph, inputs: Mapping[str, Any], measured: Collection[str]
-    ) -> Footprint | None:
+    def _measure(self, subgraph: LoadedSubgraph, inputs: Mapping[str, Any], seen: _Seen) -> Footprint | None:
         scope = self.model.get_submodule(subgraph.entry.scope)
         given = [
             *pytree.tree_leaves(dict(inputs)),
@@ -131,7 +137,6 @@ class ShapeRun:
             *self._run.constants.values(),
         ]
         memory = _Memory(given)
-        seen = _Seen(measured)
         with torch.no_grad(), seen.watching(scope), _FusedAttention(self.device_type), memory:
             try:
                 outputs = subgraph.execute(self.model, inputs, self._run)
@@ -193,10 +198,12 @@ class _Seen:
 
     Args:
         measured: names of the modules that count, in the scope.
+        rounded: bytes that rounding inputs takes for each of their numbers, by name.
     """
 
-    def __init__(self, measured: Collection[str]) -> None:
-        self._measured = measured
+    def __init__(self, measured: Collection[str], rounded: Mapping[str, int]) -> None:
+        self._measured = dict.fromkeys(measured)
+        self._rounded = rounded
         self._groups: list[tuple[dict[str, None], int]] = []
         self._latest: list[tuple[torch.Tensor, int]] = []  # of each group: its tensor and version
 
@@ -208,7 +215,7 @@ class _Seen:
     def watching(self, scope: nn.Module) -> Iterator[None]:
         handles = [
             scope.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name in self._measured
+            for name in {**self._measured, **self._rounded}
         ]
         try:
             yield
@@ -220,6 +227,9 @@ class _Seen:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
+            torch.empty(inputs.numel() * self._rounded.get(name, 0), dtype=torch.uint8, device=META)
+            if name not in self._measured:
+                return
             for (names, _), (tensor, version) in zip(self._groups, self._latest, strict=True):
                 if tensor is inputs and version == inputs._version:
                     names[name] = None

@@ -31,6 +31,11 @@ DEPTH_LIMIT, PLAN_LIMIT = 0.10, 0.15
 RECIPES = {
     "gptq": "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}\n",
     "rtn": "QuantizationModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}\n",
+    "awq": "AWQModifier: {}\nQuantizationModifier: {targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]}\n",
+    "smoothquant": "SmoothQuantModifier: {}\nGPTQModifier: {targets: Linear, scheme: W8A8, ignore: [lm_head]}\n",
+    "static": "QuantizationModifier: {config_groups: {all: {targets: [Linear], "
+    "weights: {num_bits: 8, strategy: channel}, "
+    "input_activations: {num_bits: 8, strategy: tensor, dynamic: false}}}, ignore: [lm_head]}\n",
 }
 
 
@@ -55,7 +60,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--recipe", choices=RECIPES, default="gptq")
+    parser.add_argument("--recipe", choices=RECIPES, default="gptq", help="each is planned, and run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--activation-memory", help="handed on to both commands")
     parser.add_argument("--peer-python", help="an interpreter that has llm-compressor")

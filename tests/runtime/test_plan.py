@@ -12,15 +12,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import runtime
+import seqbuild
 import seqbuild.cli
 from runtime.activations import Activations, Budget
-from runtime.algorithms.gptq import quantize_gptq
+from runtime.algorithms.awq import ScaleSearch, search_scales
+from runtime.algorithms.gptq import quantize_siblings
+from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.artifact import Artifact
 from runtime.checkpoint import Checkpoint
 from runtime.jobs import assign_jobs
-from runtime.plan import Plan
-from runtime.planning.costs import solve_bytes
+from runtime.plan import KERNEL_BYTES, Plan
+from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
 from runtime.planning.request import plan_artifact
 from runtime.planning.shapes import ShapeRun
@@ -117,19 +120,39 @@ def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
 # Costs
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
-@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
-def test_a_solve_takes_what_the_formula_says(shape: tuple[int, int], algorithm: str) -> None:
-    args = scheme_from_preset("W4A16", ["Linear"]).weights
-    weight_OI, inputs_TI = torch.randn(shape).bfloat16(), torch.randn(2 * shape[1], shape[1])
+@pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)]])
+@pytest.mark.parametrize("modifier", ["GPTQModifier", "QuantizationModifier"])
+def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], modifier: str) -> None:
+    (job,) = recipe(RECIPES["W4A16"], modifier=modifier).assign({"one": "Linear"}).values()
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
     hessian_II = inputs_TI.t() @ inputs_TI
-    calls = {
-        "gptq": lambda: quantize_gptq(weight_OI, hessian_II, args, scale_dtype=torch.bfloat16),
-        "rtn": lambda: quantize_rtn(weight_OI, args, scale_dtype=torch.bfloat16),
-    }
-    calls[algorithm]()
-    measured = allocated(calls[algorithm])
-    assert measured * 0.85 <= solve_bytes(shape, algorithm) <= measured * 1.35
+
+    def solve() -> list[QuantizedWeight]:
+        if job.algorithm == "gptq":
+            return quantize_siblings(weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16)
+        return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
+
+    solve()
+    measured = allocated(solve)
+    assert measured * 0.85 <= solve_bytes(shapes, job) <= measured * 1.35
+
+
+@pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256), (1024, 256)]])
+def test_a_search_takes_what_the_formula_says(shapes: list[tuple[int, int]]) -> None:
+    args = scheme_from_preset("W4A16", ["Linear"]).weights
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
+    hessian_II, mean_abs_I = inputs_TI.t() @ inputs_TI, inputs_TI.abs().mean(dim=0)
+
+    def search() -> ScaleSearch:
+        copies = [weight.float() for weight in weights]
+        kinds = [args] * len(weights)
+        return search_scales(copies, hessian_II, mean_abs_I, kinds, scale_dtype=torch.bfloat16, n_grid=2)
+
+    search()
+    measured = allocated(search)
+    assert measured * 0.85 <= search_bytes(shapes, "awq") <= measured * 1.35
 
 
 # A whole run, to the byte
@@ -183,6 +206,60 @@ def test_values_between_subgraphs_take_what_is_planned(
     inputs = sum(value.nbytes for batch in batches for value in batch.values())  # the caller's; not counted there
     assert plan.activation_bytes - inputs <= most[0] * 1.15
     assert plan.activation_bytes >= most[0]
+
+
+# What is measured
+
+_STATIC = (
+    "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}, "
+    "input_activations: {num_bits: 8, strategy: tensor, dynamic: false}}}, ignore: [lm_head]"
+)
+_CACHE = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, dynamic: false, symmetric: true}"
+MEASURING = {
+    "static inputs": f"QuantizationModifier: {{{_STATIC}}}",
+    "awq": f"AWQModifier: {{}}\nQuantizationModifier: {{{RECIPES['W4A16_ASYM']}}}",
+    "smoothquant": f"SmoothQuantModifier: {{}}\nQuantizationModifier: {{{RECIPES['W8A8']}}}",
+    "key-value cache": f"QuantizationModifier: {{{RECIPES['FP8_DYNAMIC']}, {_CACHE}}}",
+}
+MEASURING["observer"] = (
+    "QuantizationModifier: {config_groups: {a: {targets: [Linear], weights: {num_bits: 4, strategy: group, "
+    "group_size: 128, observer: imatrix_mse}}}, ignore: [lm_head]}"
+)
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_what_measures_without_gptq_is_planned_to_run_and_refused_without_data(
+    llama: Small, tmp_path: Path, run: Run, name: str
+) -> None:
+    text = MEASURING[name]
+    plan = planned(llama.load(), recipe=runtime.Recipe.from_text(text, "recipe.yaml"))
+    assert [step.runs for step in plan.steps] == [True, True, True, False]
+    assert all(step.working > 0 for step in plan.steps[:3])
+    has_matrices = name in ("awq", "observer")  # 128 wide, float32, q and o; 256 wide after the activation
+    assert all((step.statistics > 2 * 128 * 128 * 4 + 256 * 256 * 4) is has_matrices for step in plan.steps[:3])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    options = ["--weights", str(llama.weights), "--recipe", str(file), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    code, said, _ = run(["doctor", str(llama.artifact), *options])
+    assert code == 1
+    assert "asks for what measures calibration data (give --data)" in said
+    assert_refused(run(["calibrate", str(llama.artifact), *options]), "asks for what measures calibration data")
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC"])
+def test_what_measures_nothing_is_planned_without_a_run(llama: Small, scheme: str) -> None:
+    plan = planned(llama.load(), recipe=recipe(RECIPES[scheme]))
+    assert not any(step.runs or step.statistics for step in plan.steps)
+
+
+def test_the_names_at_the_top_plan(llama: Small) -> None:
+    sizes = {"num_samples": 8, "seq_len": 40, "batch_size": 4}
+    found = seqbuild.plan(runtime.load(llama.artifact), limits=runtime.Limits(host=10**6), **sizes)
+    assert seqbuild.plan is runtime.plan_artifact
+    assert isinstance(found, runtime.Planned)
+    assert not found.fits
+    assert found.advice
+    assert runtime.plan_artifact(llama.load(), budget=runtime.Budget(host_bytes=0), **sizes).fits
 
 
 # Models of other kinds
@@ -303,7 +380,7 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
     plan = planned(llama.load())
     assert shortages(plan, Limits(device=1)) == []
     assert shortages(plan, Limits(disk=1))[0].startswith("disk: ")
-    assert plan.host_bytes == plan.device_bytes + plan.work.process_bytes
+    assert plan.host_bytes == plan.device_bytes + plan.work.process_bytes + KERNEL_BYTES
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""What a recipe measures and rescales, module by module: one answer for the run, its plan, and the doctor.
+
+It follows from the artifact and the recipe alone. A checkpoint only says besides which parameters are tensors of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.errors import RecipeError
+from runtime.key_values import KeyValues
+from runtime.modify.mappings import Rescaling, rescalings
+from runtime.schemes import input_parts
+from runtime.statistics import Needs
+
+if TYPE_CHECKING:
+    from runtime.artifact import Artifact
+    from runtime.recipe import Assignment, Recipe
+    from runtime.recipe_transforms import Transform
+    from runtime.weights import Weights
+
+
+class RecipeNeeds:
+    """What a recipe asks of a model's modules, before any of them is loaded.
+
+    Args:
+        artifact: the compiled model.
+        source: the checkpoint; None where there is none yet, and the manifest says what it will hold.
+        recipe: in order: modifiers that rescale, then those that round.
+        jobs: what is done to each module.
+
+    Attributes:
+        rescalings: each modifier that rescales, with the groups that it does it to.
+        key_values: the cache whose keys and values are measured, or None.
+        remarks: what a user should know before it begins, a line each.
+
+    Raises:
+        RecipeError: when a modifier finds nothing to do.
+    """
+
+    def __init__(
+        self, artifact: Artifact, source: Weights | None, recipe: Recipe, jobs: Mapping[str, Assignment]
+    ) -> None:
+        self.jobs = jobs
+        self.remarks: list[str] = []
+        self.rescalings: list[tuple[Transform, list[Rescaling]]] = []
+        for transform in recipe.transforms:
+            found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
+            self.rescalings.append((transform, found))
+            self.remarks += remarks
+        self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
+        for module in self.key_values.all_modules() if self.key_values is not None else ():
+            if not any(name.startswith(f"{module}.") for name in jobs):
+                raise RecipeError(
+                    f"{recipe.source}: {module} keeps keys and values, and nothing in it is quantized",
+                    hint="target one of its Linear modules, or leave kv_cache_scheme out",
+                )
+
+    def measures(self, names: Sequence[str]) -> bool:
+        """Whether batches must run for a step that quantizes these modules."""
+        return any(self.of(names).values()) or bool(self.attentions(names))
+
+    def of(self, names: Sequence[str]) -> dict[str, Needs]:
+        """What is measured of the inputs of each module of a step, those included that are rescaled alone."""
+        needs = {name: _needs_of(self.jobs[name]) for name in names}
+        for transform, rescaling in self.rescaled(names):
+            kind = Needs(hessian=transform.algorithm == "awq", channels=True)
+            for name in rescaling.group.modules:
+                needs[name] = needs.get(name, Needs()) | kind
+        return needs
+
+    def rescaled(self, names: Sequence[str]) -> list[tuple[Transform, Rescaling]]:
+        """What is rescaled with a step that quantizes these modules, in order."""
+        owned = dict.fromkeys(names)
+        return [
+            (transform, rescaling)
+            for transform, found in self.rescalings
+            for rescaling in found
+            if next((name for name in rescaling.group.modules if name in self.jobs), None) in owned
+        ]
+
+    def attentions(self, names: Sequence[str]) -> list[str]:
+        """The attention modules whose keys and values are rounded with a step that quantizes these modules."""
+        if self.key_values is None:
+            return []
+        return [
+            module for module in self.key_values.all_modules() if any(name.startswith(f"{module}.") for name in names)
+        ]
+
+
+def _needs_of(job: Assignment) -> Needs:
+    is_weighed = job.scheme.weights.observer == "imatrix_mse"
+    is_measured = job.algorithm == "gptq" or is_weighed or job.clip
+    return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)))

@@ -1,0 +1,78 @@
+"""What a subgraph takes while its weights are rescaled and rounded: `modify.modifier.RecipeModifier.apply`, in bytes.
+
+Batches have gone through by then. What is left of them are sums of statistics, each until the last module that needs it
+is rounded; rescaled weights lie beside the original ones in float32, each until it is rounded itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.planning.costs import copy_bytes, search_bytes, solve_bytes
+
+if TYPE_CHECKING:
+    from runtime.modify.needs import RecipeNeeds
+    from runtime.recipe import Assignment
+
+Sums = Mapping[tuple[str, ...], int]  # the bytes of each sum, by the modules that share it
+_MOST_TOGETHER = 8  # as `modify.rounding` has it
+
+
+def modifying_bytes(
+    modules: Sequence[str],
+    needs: RecipeNeeds,
+    shape_of: Callable[[str], tuple[int, ...]],
+    sums: Sums,
+    most_sums: int,
+) -> int:
+    """The most that is held beside the weights as they were.
+
+    Args:
+        modules: that are quantized with a subgraph, in order.
+        needs: what the recipe does.
+        shape_of: a parameter's shape, by name.
+        sums: of its statistics.
+        most_sums: of them at a time: experts are measured and rounded in groups.
+    """
+    most = 0
+    copies: dict[str, int] = {}  # rescaled parameters
+
+    def held(left: Sequence[str]) -> int:
+        waiting = sum(size for names, size in sums.items() if any(name in names for name in left))
+        return min(waiting, most_sums) + sum(copies.values())
+
+    for transform, rescaling in needs.rescaled(modules):
+        group = rescaling.group
+        weights = [f"{name}.weight" for name in group.modules]
+        taken = search_bytes([shape_of(name) for name in weights], transform.algorithm)
+        most = max(most, held([*modules, *group.modules]) + taken)
+        touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
+        copies.update({name: copy_bytes(shape_of(name)) for name in touched if name})
+    left = list(modules)
+    for together in _together(modules, needs.jobs, sums):
+        shapes = [shape_of(f"{name}.weight") for name in together]
+        most = max(most, held(left) + solve_bytes(shapes, needs.jobs[together[0]]))
+        left = [name for name in left if name not in together]
+        for name in together:
+            copies.pop(f"{name}.weight", None)
+    return most
+
+
+def _together(modules: Sequence[str], jobs: Mapping[str, Assignment], sums: Sums) -> Iterator[list[str]]:
+    """Modules that are solved at a time, as in `modify.rounding`."""
+    shared = {name: names for names in sums for name in names}
+    done: dict[str, None] = {}
+    for name in modules:
+        if name in done:
+            continue
+        together = [name]
+        if jobs[name].algorithm == "gptq" and name in shared:
+            alike = (other for other in shared[name] if other in jobs and other not in done)
+            together = [other for other in alike if _is_alike(jobs[name], jobs[other])][:_MOST_TOGETHER]
+        done.update(dict.fromkeys(together))
+        yield together
+
+
+def _is_alike(one: Assignment, two: Assignment) -> bool:
+    return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights
