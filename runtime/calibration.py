@@ -182,7 +182,7 @@ def calibrate(
             ),
             watch=watch,
         )
-        for remark in (*make_remarks(artifact, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
+        for remark in (*make_remarks(artifact, model, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))
