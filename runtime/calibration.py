@@ -187,7 +187,8 @@ def calibrate(
             ),
             watch=watch,
         )
-        for remark in (*make_remarks(artifact, recipe, jobs, unreached), *recipe_modifier.remarks, *foretold.warnings):
+        remarks = make_remarks(artifact, model, recipe, jobs, unreached)
+        for remark in (*remarks, *recipe_modifier.remarks, *foretold.warnings):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))

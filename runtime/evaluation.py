@@ -22,6 +22,7 @@ from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
+from runtime.streaming.weight_stream import WeightStream
 from runtime.weights import Weights, place_buffers, unload
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class Evaluation:
     num_tokens: int
     num_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A subgraph, for the stream of weights."""
+
+    index: int
+    loads: Sequence[str]
 
 
 def evaluate(
@@ -81,9 +90,16 @@ def evaluate(
     source = Weights(artifact, checkpoint, run_dtype, model)
     activations, last = Activations(batches, torch.device(device)), artifact.subgraphs[-1]
     total = 0.0
-    with torch.no_grad(), input_quantization(model, source.schemes):
+    parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]
+    with (
+        torch.no_grad(),
+        input_quantization(model, source.schemes),
+        WeightStream(source, parts, torch.device(device)) as stream,
+    ):
         for index, subgraph in enumerate(artifact.subgraphs):
-            source.load(model, subgraph.entry.parameters, torch.device(device))
+            stream.load(model, index)
+            for name in subgraph.entry.parameters:
+                source.load_input_parts(model, name)
             for batch in range(len(activations)):
                 outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
                 activations.drop(batch, subgraph.consumed_names)

@@ -42,7 +42,17 @@ def assign_jobs(
             f"and the artifact was cut at {', '.join(compiled)}",
             hint="compile with --targets, or leave sequential_targets out",
         )
-    assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
+    try:
+        assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
+    except RecipeError as error:
+        kept = transposed(model)
+        if not kept:
+            raise
+        raise RecipeError(
+            f"{error.message}; {len(kept)} modules of this model are Conv1D, which cannot be quantized: readers "
+            "of the checkpoint load quantized weights of Linear modules alone",
+            hint=error.hint or "take a model whose layers are Linear modules",
+        ) from error
     jobs, unreached = _split_reached(artifact, recipe, assigned)
     _require_possible(artifact, model, source, recipe, jobs)
     return jobs, unreached
@@ -50,6 +60,15 @@ def assign_jobs(
 
 def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def transposed(model: nn.Module) -> list[str]:
+    """Modules of transformers' class Conv1D, as in GPT-2: Linear but for a weight that is [in, out].
+
+    compressed-tensors gives quantized weights to Linear and Embedding modules and to no others, so that transformers
+    would find no place for the tensors of a quantized Conv1D, and start it at random.
+    """
+    return [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
 
 
 def _split_reached(

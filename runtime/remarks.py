@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from runtime.errors import RecipeError
+from runtime.jobs import transposed
 from runtime.leaves import MIXTURES
 from runtime.recipe import some
 from runtime.split import SplitArtifact
@@ -21,16 +22,27 @@ _ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear
 
 
 def make_remarks(
-    artifact: Artifact, recipe: Recipe, jobs: Mapping[str, Assignment], unreached: Sequence[str]
+    artifact: Artifact,
+    model: nn.Module,
+    recipe: Recipe,
+    jobs: Mapping[str, Assignment],
+    unreached: Sequence[str],
 ) -> Iterator[str]:
     """A line each.
 
     Args:
         artifact: as the run has it, experts apart or not.
+        model: its modules.
         recipe: says what is wanted.
         jobs: what is done.
         unreached: modules that the recipe targets and no subgraph uses.
     """
+    kept = transposed(model)
+    if kept:
+        yield (
+            f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
+            "quantized weights of Linear modules alone"
+        )
     if unreached:
         yield f"left as they are, for the model never calls them: {some(unreached)}"
     stacked = list(_stacked_experts(artifact))

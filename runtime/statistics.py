@@ -20,6 +20,10 @@ AVERAGING_CONSTANT = 0.01
 _TOKENS_OF_A_SUM = 256
 
 
+class EnoughSeenError(Exception):
+    """A batch has reached the last module that is measured: what would still be computed of it is thrown away."""
+
+
 class _SharingBrokenError(Exception):
     """Modules that were taken to see the same inputs do not."""
 
@@ -136,6 +140,8 @@ def collect_statistics(
     run_batches: RunBatches,
     device: torch.device,
     masks: Sequence[torch.Tensor | None] = (),
+    *,
+    may_stop: bool = False,
 ) -> dict[str, InputStatistics]:
     """Sum up what modules need of every distinct input while all batches run.
 
@@ -149,14 +155,16 @@ def collect_statistics(
         device: where sums are kept.
         masks: for each batch which tokens count, bool [B, S], or None for all. An input of as many tokens is in their
             order, and so is one of experts, which say which tokens they see; all of any other counts.
+        may_stop: whether `run_batches` takes `EnoughSeenError` out of a batch for its end, as nobody needs its results,
+            and every batch calls the modules as the first one does.
 
     Returns:
         The statistics of the modules that were called, by name; one object may stand under several names.
     """
     try:
-        return _collect(modules, run_batches, _Observer(device, needs, masks, share=True))
+        return _collect(modules, run_batches, _Observer(device, needs, masks, share=True, may_stop=may_stop))
     except _SharingBrokenError:
-        return _collect(modules, run_batches, _Observer(device, needs, masks, share=False))
+        return _collect(modules, run_batches, _Observer(device, needs, masks, share=False, may_stop=may_stop))
 
 
 def _collect(
@@ -182,6 +190,7 @@ class _Observer:
         masks: Sequence[torch.Tensor | None],
         *,
         share: bool,
+        may_stop: bool,
     ) -> None:
         self.device = device
         self.share = share
@@ -196,15 +205,24 @@ class _Observer:
         self._leaders: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
         self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # what each leader was handed last, and its version
+        self._calls: list[str] = []  # of the batch that runs
+        self._usual_calls: list[str] | None = None  # of the first one
+        self._may_stop = may_stop
 
     def begin(self, batch: int) -> None:
         """The batch that runs from here on."""
+        if self._calls and self._usual_calls is None:
+            self._usual_calls = self._calls
+        self._calls = []
         mask = self.masks[batch] if batch < len(self.masks) else None
         self._mask = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.bool)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._observe(name, args[0] if args else next(iter(kwargs.values())), module.__dict__.get(ROWS))
+            self._calls.append(name)
+            if self._may_stop and self._calls == self._usual_calls:
+                raise EnoughSeenError
 
         return observe
 

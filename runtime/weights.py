@@ -75,12 +75,15 @@ class Weights:
         """Put parameters into the module tree, on `device` and in the run's dtype."""
         for name in names:
             assign(model, name, self.read(name, device))
-            packed = self.origins[name].packed
-            if packed is not None:
-                self._load_input_parts(model, name, packed)
+            self.load_input_parts(model, name)
+
+    def load_input_parts(self, model: nn.Module, name: str) -> None:
+        """Give the module of a compressed weight the scales of its static inputs, if it has any."""
+        packed = self.origins[name].packed
+        if packed is not None:
+            self._load_input_parts(model, name, packed)
 
     def _load_input_parts(self, model: nn.Module, name: str, scheme: QuantizationScheme) -> None:
-        """Give a compressed module the scales of its static inputs, if it has any."""
         from runtime.quantized import set_input_parts
         from runtime.schemes import input_parts
 

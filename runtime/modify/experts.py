@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import DataError
 from runtime.experts import Mixture, all_tokens_seen, input_place
+from runtime.key_values import of_model
 from runtime.planning.costs import hessian_bytes
 from runtime.recipe import some
 from runtime.statistics import InputStatistics, Needs, collect_statistics
@@ -89,7 +90,21 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
 def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
-        return collect_statistics(modules, needs, work.run_batches, work.device, work.masks)
+        return collect_statistics(
+            modules, needs, work.run_batches, work.device, work.masks, may_stop=_may_stop(work, needs)
+        )
+
+
+def _may_stop(work: Work, names: Iterable[str]) -> bool:
+    """Whether a batch may end with the last measured module.
+
+    Code without loops that calls these modules itself calls them in one order whatever the batch. Others, such as
+    experts, are called as their owners see fit. Keys and values are measured by others than the modules' hooks.
+    """
+    subgraph, key_values = work.step.subgraph, of_model(work.model)
+    has_loops = any(line.lstrip().startswith("for ") for line in subgraph.source.splitlines())
+    is_measuring = key_values is not None and key_values.is_measuring
+    return work.forgets and not has_loops and not is_measuring and set(names) <= set(subgraph.entry.submodules)
 
 
 def _starved(

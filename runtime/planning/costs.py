@@ -44,8 +44,10 @@ def hessian_bytes(num_in: int) -> int:
 
 
 def statistics_bytes(num_in: int, needs: Needs) -> int:
-    """What `statistics.InputStatistics` holds of one distinct input: H, and three numbers or five of each feature."""
-    channels = num_in * (FLOAT64 + (4 if needs.channels else 2) * FLOAT32) if needs else 0
+    """What `statistics.InputStatistics` holds of one distinct input: H, and five numbers of each feature where these
+    are asked for; the few that it always holds are nothing beside H.
+    """
+    channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
     return channels + (hessian_bytes(num_in) if needs.hessian else 0)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtime.quantized import input_quantization
+from runtime.statistics import EnoughSeenError
 from runtime.streaming.memory import trim_heap
 
 if TYPE_CHECKING:
@@ -51,17 +52,29 @@ class Passes:
         self.num_tokens = 0
 
     def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
-        """Run all batches and forget what they return; hooks see what passes, and `before` which batch comes."""
-        keeps = step.goes_on and not self.propagate_error and not self._went_on
+        """Run all batches and forget what they return; hooks see what passes, and `before` which batch comes.
+
+        Where nothing of it is kept (`forgets`), a hook may end a batch by `EnoughSeenError`.
+        """
+        keeps = not self.forgets(step) and not self._went_on
         with self._running():
             for batch, inputs in self.activations.stream(step.subgraph.input_names, private=True):
                 before(batch)
-                outputs = step.subgraph.forward(self.model, **inputs)
+                try:
+                    outputs = step.subgraph.forward(self.model, **inputs)
+                except EnoughSeenError:
+                    assert not keeps, "what is needed has ended early"
+                    outputs = {}
                 del inputs
                 if keeps:
                     self.activations.store(batch, outputs)
+                del outputs  # or it would lie beside what the next batch computes
                 self._passed(step, batch)
         self._went_on |= keeps
+
+    def forgets(self, step: Step) -> bool:
+        """Whether nobody needs what the step returns while it is measured."""
+        return self.propagate_error or not step.goes_on
 
     def first(self, step: Step) -> Any:
         """What the subgraph returns for the first batch, which stays as it was."""

@@ -189,6 +189,7 @@ class StreamingRun:
             masks=[token_mask(batch) for batch in self.batches],
             all_tokens=self.options.all_tokens,
             statistics_bytes=self.options.statistics_bytes,
+            forgets=self.passes.forgets(step),
         )
 
     def _pass_through(self, key: str) -> None:

@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,11 +21,22 @@ from runtime.weights import assign
 if TYPE_CHECKING:
     from torch import nn
 
-    from runtime.streaming.steps import Step
     from runtime.weights import Weights
 
 OnRead = Callable[[str, torch.Tensor], None]
 Loaded = tuple[dict[str, torch.Tensor], Any]  # the parameters of a step, and the mark of their arrival
+
+
+class Loading(Protocol):
+    """What is loaded at a time: a step of a run, or a subgraph that is evaluated."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the chain."""
+
+    @property
+    def loads(self) -> Sequence[str]:
+        """The names of its parameters."""
 
 
 class WeightStream:
@@ -39,7 +50,11 @@ class WeightStream:
     """
 
     def __init__(
-        self, source: Weights, steps: Sequence[Step], device: torch.device, on_read: OnRead = lambda key, tensor: None
+        self,
+        source: Weights,
+        steps: Sequence[Loading],
+        device: torch.device,
+        on_read: OnRead = lambda key, tensor: None,
     ) -> None:
         self.source = source
         self.device = device
@@ -79,7 +94,7 @@ class WeightStream:
     def _submit(self, index: int) -> Future[Loaded]:
         return self._thread.submit(self._read_step, self._steps[index])
 
-    def _read_step(self, step: Step) -> Loaded:
+    def _read_step(self, step: Loading) -> Loaded:
         tensors: dict[str, torch.Tensor] = {}
         with torch.no_grad(), self._side.active():
             for name in step.loads:
@@ -99,5 +114,5 @@ class WeightStream:
             self._kept[key] = tensor
         return tensor
 
-    def _keys(self, step: Step) -> list[str]:
+    def _keys(self, step: Loading) -> list[str]:
         return [key for name in step.loads for key in self.source.origins[name].keys]

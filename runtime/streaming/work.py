@@ -42,6 +42,8 @@ class Work:
         masks: for each batch which of its tokens count in statistics, bool [B, S]; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those it is chosen for.
         statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
+        forgets: whether `run_batches` forgets what batches return, so that a hook may end one by
+            `runtime.statistics.EnoughSeenError` when it has seen all it wants.
         reports: of the modules that are done.
         kept: quantized and rewritten parameters that later subgraphs use as well.
         warnings: what a user should know, a line each.
@@ -60,6 +62,7 @@ class Work:
     masks: Sequence[torch.Tensor | None] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
+    forgets: bool = False
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -10,6 +10,7 @@ import transformers
 
 import runtime
 import seqbuild.build
+from runtime.inputs import model_inputs
 from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
@@ -205,3 +206,40 @@ def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llam
     assert calibrate(at_layers, ignored, tmp_path / "ignored").remarks == ()
     assert calibrate(qwen3_moe, recipe(NARROW_W4), tmp_path / "apart").remarks == ()
     assert calibrate(llama, recipe(NARROW_W4), tmp_path / "llama").remarks == ()
+
+
+# Conv1D
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 258, "n_positions": 64, "tie_word_embeddings": False}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 1}
+
+
+def test_conv1d_modules_stay_as_they_are_and_it_is_said(small: Callable[..., Small], tmp_path: Path) -> None:
+    gpt2 = small("GPT2LMHeadModel", "GPT2Config", GPT2)
+    batches = [model_inputs(gpt2.load().manifest, batch) for batch in token_batches()]
+    everything = recipe(NARROW_W4.partition(", ignore")[0], modifier="GPTQModifier")
+    done = calibrate(gpt2, everything, tmp_path / "out", batches=batches)
+    assert [module.name for module in done.modules] == ["lm_head"]
+    (said,) = [remark for remark in done.remarks if "Conv1D" in remark]
+    assert said.startswith("warning: 8 Conv1D modules stay as they are (transformer.h.0.attn.c_attn, ")
+    before, after = read_tensors(gpt2.weights), read_tensors(tmp_path / "out")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if ".h." in name)
+
+
+@pytest.mark.parametrize("target", ["Conv1D", "'re:.*c_fc'"])
+def test_a_recipe_for_conv1d_alone_is_refused(small: Callable[..., Small], tmp_path: Path, target: str) -> None:
+    gpt2 = small("GPT2LMHeadModel", "GPT2Config", GPT2)
+    with pytest.raises(runtime.RecipeError, match="8 modules of this model are Conv1D, which cannot be quantized"):
+        calibrate(gpt2, recipe(f"targets: [{target}], scheme: W4A16", modifier="GPTQModifier"), tmp_path / "out")
+
+
+def test_the_library_gives_conv1d_no_quantized_weight() -> None:
+    """Should this fail, Conv1D can be quantized: readers would load it then."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from transformers.pytorch_utils import Conv1D
+
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(128, 128), "conv": Conv1D(128, 128)})  # type: ignore[no-untyped-call]
+    groups = {"a": preset_name_to_scheme("W4A16", ["Linear", "Conv1D"])}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups))
+    assert hasattr(model["linear"], "weight_scale")
+    assert not hasattr(model["conv"], "weight_scale")

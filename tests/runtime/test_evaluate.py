@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers
 import runtime
 import seqbuild.build
 from runtime.artifact import LoadedSubgraph
+from runtime.checkpoint import Checkpoint
 from tests.runtime.small import NARROW, RECIPES, Small, calibrate, load_transformers, recipe, token_batches
 from tests.tiny_models import minilm_directory
 
@@ -55,6 +57,21 @@ def test_result_does_not_depend_on_the_size_of_batches(llama: Small) -> None:
     )
     assert one.num_tokens == all_at_once.num_tokens == 166
     assert one.perplexity == pytest.approx(all_at_once.perplexity, rel=1e-6)
+
+
+def test_a_thread_of_its_own_reads_each_tensor_once(llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next subgraph's weights are read while one computes; those that are tied are kept, not read again."""
+    read: list[tuple[str, str]] = []
+    real = Checkpoint.read
+
+    def recorded(self: Checkpoint, key: str) -> torch.Tensor:
+        read.append((key, threading.current_thread().name))
+        return real(self, key)
+
+    monkeypatch.setattr(Checkpoint, "read", recorded)
+    runtime.evaluate(llama.load(), weights=llama.weights, batches=token_batches())
+    assert sorted(key for key, _ in read) == sorted(Checkpoint(llama.weights))
+    assert {name for _, name in read} == {"weights_0"}
 
 
 def test_progress_names_the_targets(llama: Small) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from runtime.statistics import InputStatistics, Needs, collect_statistics
+from runtime.statistics import EnoughSeenError, InputStatistics, Needs, collect_statistics
+from tests.runtime.small import RECIPES, Small, calibrate, directory_bytes, recipe
 
 
 def linears(*names: str, width: int = 2) -> dict[str, nn.Linear]:
@@ -281,3 +283,70 @@ def test_statistics_of_rescaled_inputs_need_no_second_pass() -> None:
     assert torch.equal(before.hessian_II, after.hessian_II)
     assert torch.equal(before.mean_abs_I, after.mean_abs_I)
     assert all(torch.equal(*pair) for pair in zip(before.span(average=False), after.span(average=False), strict=True))
+
+
+# A batch that need not run to its end
+
+
+class Batches:
+    """Runs two modules for each batch as a run does, and counts how often the second one computes."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], orders: Sequence[str]) -> None:
+        self.modules = linears("a", "b")
+        self.parts, self.orders = parts, orders
+        self.num_ends = 0
+
+    def __call__(self, begin: Callable[[int], None]) -> None:
+        for batch, (part, order) in enumerate(zip(self.parts, self.orders, strict=True)):
+            begin(batch)
+            try:
+                for name in order:
+                    self.modules[name](part)
+                self.num_ends += 1
+            except EnoughSeenError:
+                pass
+
+    def measure(self, *, may_stop: bool = True) -> dict[str, InputStatistics]:
+        needs = dict.fromkeys(self.modules, Needs(hessian=True))
+        return collect_statistics(self.modules, needs, self, torch.device("cpu"), may_stop=may_stop)
+
+
+PARTS = [whole_numbers(2, 3, 2, seed=seed) for seed in range(3)]
+
+
+def test_batches_end_with_the_last_module_that_is_measured() -> None:
+    batches = Batches(PARTS, ["ab"] * 3)
+    found = batches.measure()
+    assert batches.num_ends == 1  # the first shows which module is the last
+    assert found["b"].hessian_II.tolist() == gram(PARTS)
+    assert found["b"].num_tokens == 18
+
+
+def test_batches_run_to_their_end_where_results_are_needed() -> None:
+    batches = Batches(PARTS, ["ab"] * 3)
+    batches.measure(may_stop=False)
+    assert batches.num_ends == 3
+
+
+def test_a_run_ends_batches_early_and_computes_the_same(
+    llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[torch.Size] = []
+    real = nn.Linear.forward
+
+    def counted(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(self.weight.shape)
+        return real(self, inputs)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    plan = recipe(RECIPES["W4A16"], modifier="GPTQModifier")
+    calibrate(llama, plan, tmp_path / "early")
+    # Three batches, three layers. While measuring, down_proj computes in the first batch of each layer alone; then all
+    # go on through the first two layers.
+    assert calls.count(torch.Size([128, 256])) == 3 * 1 + 2 * 3
+    assert calls.count(torch.Size([256, 128])) == 2 * (3 * 3 + 2 * 3)
+    monkeypatch.setattr("runtime.modify.experts._may_stop", lambda work, names: False)
+    calls.clear()
+    calibrate(llama, plan, tmp_path / "whole")
+    assert calls.count(torch.Size([128, 256])) == 3 * 3 + 2 * 3
+    assert directory_bytes(tmp_path / "early") == directory_bytes(tmp_path / "whole")
