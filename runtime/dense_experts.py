@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.experts import ROWS, Mixture, after_hooks, storage
+from runtime.experts import Mixture, after_hooks, storage
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Hooked(TorchFunctionMode):
 
     Args:
         experts: whose program runs.
-        modules: for each expert, by the name of a stack, the modules whose hooks are run. They see one input.
+        modules: for each expert, by the name of a stack, the modules whose hooks are run.
         tokens: for each expert which of the batch's tokens are its own; None for all.
         shared: what all experts' first matrices are multiplied with, if that is one tensor.
     """
@@ -119,11 +119,8 @@ class _Hooked(TorchFunctionMode):
             states = states_ETI[expert] if tokens is None else states_ETI[expert, tokens]
             if is_first and self.shared is not None:
                 states = self.shared
-            for number, module in enumerate(stacks.get(name, ())):
-                module.__dict__[ROWS] = tokens
-                changed = after_hooks(module, states)
-                del module.__dict__[ROWS]
-                if number == 0 and changed is not states:
-                    changed_ETI = changed_ETI.clone() if changed_ETI is states_ETI else changed_ETI
-                    changed_ETI[expert, slice(None) if tokens is None else tokens] = changed
+            changed = after_hooks(stacks.get(name, ()), states, tokens)
+            if changed is not states:
+                changed_ETI = changed_ETI.clone() if changed_ETI is states_ETI else changed_ETI
+                changed_ETI[expert, slice(None) if tokens is None else tokens] = changed
         return changed_ETI

@@ -7,6 +7,7 @@ once to the dtype that the config states.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from runtime.packed import FP8, Packed, packed_tensors, without_quantization
 
 if TYPE_CHECKING:
     import torch
+    from compressed_tensors.quantization import QuantizationScheme
 
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _USUAL = "bfloat16"
@@ -100,15 +102,22 @@ def _undo_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int],
     return made[0].reshape(weight.shape) if len(made) == 1 else torch.stack(made).reshape(weight.shape)
 
 
-def _undo_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Experts [..., I, O] from blocks [..., O, I/32, 16] and scales [..., O, I/32]."""
-    import torch
+@functools.cache  # a stack is read expert by expert
+def _mxfp4() -> QuantizationScheme:
     from compressed_tensors.quantization import preset_name_to_scheme
 
     from runtime.presets import checked
+
+    return checked(preset_name_to_scheme("MXFP4A16", ["Linear"]))
+
+
+def _undo_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Experts [..., I, O] from blocks [..., O, I/32, 16] and scales [..., O, I/32]."""
+    import torch
+
     from runtime.schemes import decompress_module
 
-    scheme = checked(preset_name_to_scheme("MXFP4A16", ["Linear"]))
+    scheme = _mxfp4()
     num_out, num_groups = scales.shape[-2:]
     packed = blocks.reshape(-1, num_out, num_groups * block[1] // 2)
     factors = scales.reshape(len(packed), num_out, num_groups)

@@ -53,6 +53,12 @@ class Stack:
         """Whether it is what is added, not what is multiplied."""
         return all(part.endswith(".bias") for part in self.parts[0])
 
+    def part_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one part of a stacked parameter of this shape, [E, ...]."""
+        own = list(shape[1:])
+        own[self.axis] //= len(self.parts[0])
+        return tuple(reversed(own)) if self.is_transposed else tuple(own)
+
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """An expert's own part of the stacked parameter, from tensors as they lie in its modules."""
         turned = [part.T for part in parts] if self.is_transposed else list(parts)
@@ -242,8 +248,7 @@ class _Hooked(TorchFunctionMode):
     """Run forward pre-hooks of Linear modules for products with their weights.
 
     Args:
-        modules: by the storage of a matrix, the modules that it is made of. They see one input, so what the hooks of
-            the first make of it holds for all.
+        modules: by the storage of a matrix, the modules that it is made of.
         tokens: which of the batch's tokens those are, see `ROWS`.
     """
 
@@ -258,11 +263,7 @@ class _Hooked(TorchFunctionMode):
         place = PRODUCTS.get(func)
         if place is not None:
             matrix, values = args[place + 1], args[place]
-            for number, module in enumerate(self.modules.get(storage(matrix), ())):
-                module.__dict__[ROWS] = self.tokens
-                changed = after_hooks(module, args[place])
-                del module.__dict__[ROWS]
-                values = changed if number == 0 else values
+            values = after_hooks(self.modules.get(storage(matrix), ()), values, self.tokens)
             args = (*args[:place], values, *args[place + 1 :])
         return func(*args, **(kwargs or {}))
 
@@ -276,7 +277,25 @@ PRODUCTS: dict[Any, int] = {
 }
 
 
-def after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """Show the modules of a matrix what is multiplied by it, and return that after the pre-hooks of the first: they see
+    one input, so what its hooks make of it holds for all.
+
+    Args:
+        modules: that the matrix is made of.
+        states: what is multiplied.
+        tokens: which of the batch's tokens those are, see `ROWS`.
+    """
+    values = states
+    for number, module in enumerate(modules):
+        module.__dict__[ROWS] = tokens
+        changed = _after_hooks(module, states)
+        del module.__dict__[ROWS]
+        values = changed if number == 0 else values
+    return values
+
+
+def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """The first argument that a module would be called with, after its pre-hooks."""
     args: Any = (states,)
     for number, hook in module._forward_pre_hooks.items():

@@ -51,16 +51,14 @@ def _derived(checkpoint: Checkpoint, held: HeldStack, rows: _Rows, expert: int, 
     from runtime.layout import Stored
 
     stack = held.stack
-    shape = list(held.shape[1:])
-    shape[stack.axis] //= len(stack.parts[0])
-    own = tuple(reversed(shape)) if stack.is_transposed else tuple(shape)
     key = held.keys[stack.parts[expert][place]]
 
     def make(source: Checkpoint, index: int | None) -> torch.Tensor:
         part = stack.take(rows.read(source, expert), place)
         return part if index is None else part[index].contiguous()
 
-    return Derived(stored=Stored(key, checkpoint.stored(held.key).dtype, own), sources=(held.key,), make=make)
+    stored = Stored(key, checkpoint.stored(held.key).dtype, stack.part_shape(held.shape))
+    return Derived(stored=stored, sources=(held.key,), make=make)
 
 
 class _Rows:

@@ -13,8 +13,6 @@ import torch
 from runtime.errors import DataError
 from runtime.token_file import LOSS_MASK
 
-__all__ = ["LOSS_MASK", "require_tokens", "token_mask"]
-
 
 def token_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
     """The tokens of a batch that count, bool [B, S]; None when all do, or it is not said."""

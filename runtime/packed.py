@@ -12,6 +12,7 @@ What lacks a scale (`modules_to_not_convert`) is plain already.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ def _fp8(
             raise WeightsError(f"{origin} holds {scale!r} and no weight {key!r} that it belongs to")
         own = block if block is not None else (shape[-2], shape[-1])
         expected = (*shape[:-2], -(-shape[-2] // own[0]), -(-shape[-1] // own[1]))
-        if scale_shape != expected and not (block is None and _size(scale_shape) == _size(expected)):
+        if scale_shape != expected and not (block is None and math.prod(scale_shape) == math.prod(expected)):
             raise WeightsError(
                 f"{origin}: {scale!r} has shape {list(scale_shape)}, and blocks of {own[0]}x{own[1]} of {key!r} "
                 f"{list(shape)} need {list(expected)}",
@@ -154,10 +155,3 @@ def _mxfp4(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Pack
         plain = (num_experts, num_groups * _MX_GROUP, num_out)
         found[name] = Packed(method=MXFP4, parts=(key, scales), shape=plain, block=(1, _MX_GROUP))
     return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for number in shape:
-        size *= number
-    return size

@@ -62,17 +62,22 @@ class SplitArtifact(Artifact):
         """The module tree, with a Linear module for each matrix of each expert."""
         model = self.whole.empty_model(dtype)
         for name, stacks in self.stacks.items():
-            experts = model.get_submodule(name)
-            if not isinstance(
-                experts, Mixture
-            ):  # the tree is of the model's own classes: what calls it sees no difference
-                inner, experts = experts, _leaf(self.whole, name)
-                for own, module in inner.named_children():
-                    experts.add_module(own, module)
-                owner, _, own = name.rpartition(".")
-                model.get_submodule(owner).add_module(own, experts)
-            experts.split(stacks, dict(self._linears(name, stacks, dtype)))
+            self._mixture(model, name).split(stacks, dict(self._linears(name, stacks, dtype)))
         return model
+
+    def _mixture(self, model: nn.Module, name: str) -> Mixture:
+        """The module of experts of this name. In a tree of the model's own classes it takes the place of theirs: what
+        calls it sees no difference.
+        """
+        inner = model.get_submodule(name)
+        if isinstance(inner, Mixture):
+            return inner
+        experts = _leaf(self.whole, name)
+        for own, module in inner.named_children():
+            experts.add_module(own, module)
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner).add_module(own, experts)
+        return experts
 
     def seen(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, with a tensor for each matrix of each expert."""
@@ -359,9 +364,7 @@ def _names(entry: ParameterEntry, order: list[int], expert: int) -> tuple[str, .
 
 def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, str]) -> dict[str, ParameterEntry]:
     """The tables' entries of the parameters that a stacked one is made of."""
-    shape = list(entry.shape[1:])
-    shape[stack.axis] //= len(stack.parts[0])
-    own = tuple(reversed(shape)) if stack.is_transposed else tuple(shape)
+    own = stack.part_shape(entry.shape)
     num_bytes = entry.bytes * torch.Size(own).numel() // max(1, torch.Size(entry.shape).numel())
     return {
         f"{name}.{part}": ParameterEntry(

@@ -16,15 +16,12 @@ from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
+from runtime.modify.together import solved_together
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
     from runtime.recipe import Assignment
     from runtime.statistics import InputStatistics
-
-
-# The most modules that are solved together: experts that are measured on all tokens see one input by the hundred.
-_MOST_TOGETHER = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +67,8 @@ def round_modules(
         QuantizationError: naming the module.
     """
     shared = _global_scales(names, jobs, weight_of, siblings)
-    for together in _batches(names, jobs, scale_dtype_of, statistics):
+    inputs = {name: (id(statistics[name]), scale_dtype_of(name)) for name in names if name in statistics}
+    for together in solved_together(names, jobs, inputs):
         # In a frame of its own, so that nothing of one batch is held while the next is solved.
         yield from _rounded_together(together, jobs, weight_of, scale_dtype_of, statistics, shared)
 
@@ -117,32 +115,6 @@ def _global_scales(
         for scale in [grid.global_scale_of(*(weight_of(name).detach() for name in group))]
         for name in group
     }
-
-
-def _batches(
-    names: Sequence[str],
-    jobs: Mapping[str, Assignment],
-    scale_dtype_of: Callable[[str], torch.dtype],
-    statistics: Mapping[str, InputStatistics],
-) -> Iterator[list[str]]:
-    """Modules that are solved together: those by GPTQ that see one input and have one scheme and the same options."""
-    done: set[str] = set()
-    for name in names:
-        if name in done:
-            continue
-        together = [name]
-        if jobs[name].algorithm == "gptq" and name in statistics:
-            together = [other for other in names if other not in done and _is_alike(name, other, jobs, statistics)]
-            together = [other for other in together if scale_dtype_of(other) == scale_dtype_of(name)]
-            together = together[:_MOST_TOGETHER]
-        done.update(together)
-        yield together
-
-
-def _is_alike(name: str, other: str, jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]) -> bool:
-    one, two = jobs[name], jobs[other]
-    is_same = one.algorithm == two.algorithm and one.options == two.options
-    return is_same and one.scheme.weights == two.scheme.weights and statistics.get(other) is statistics.get(name)
 
 
 def _solve(

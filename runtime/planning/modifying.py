@@ -6,17 +6,16 @@ is rounded; rescaled weights lie beside the original ones in float32, each until
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from runtime.modify.together import solved_together
 from runtime.planning.costs import copy_bytes, search_bytes, solve_bytes
 
 if TYPE_CHECKING:
     from runtime.modify.needs import RecipeNeeds
-    from runtime.recipe import Assignment
 
 Sums = Mapping[tuple[str, ...], int]  # the bytes of each sum, by the modules that share it
-_MOST_TOGETHER = 8  # as `modify.rounding` has it
 
 
 def modifying_bytes(
@@ -50,29 +49,11 @@ def modifying_bytes(
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
         copies.update({name: copy_bytes(shape_of(name)) for name in touched if name})
     left = list(modules)
-    for together in _together(modules, needs.jobs, sums):
+    inputs = {name: number for number, names in enumerate(sums) for name in names}
+    for together in solved_together(modules, needs.jobs, inputs):
         shapes = [shape_of(f"{name}.weight") for name in together]
         most = max(most, held(left) + solve_bytes(shapes, needs.jobs[together[0]]))
         left = [name for name in left if name not in together]
         for name in together:
             copies.pop(f"{name}.weight", None)
     return most
-
-
-def _together(modules: Sequence[str], jobs: Mapping[str, Assignment], sums: Sums) -> Iterator[list[str]]:
-    """Modules that are solved at a time, as in `modify.rounding`."""
-    shared = {name: names for names in sums for name in names}
-    done: dict[str, None] = {}
-    for name in modules:
-        if name in done:
-            continue
-        together = [name]
-        if jobs[name].algorithm == "gptq" and name in shared:
-            alike = (other for other in shared[name] if other in jobs and other not in done)
-            together = [other for other in alike if _is_alike(jobs[name], jobs[other])][:_MOST_TOGETHER]
-        done.update(dict.fromkeys(together))
-        yield together
-
-
-def _is_alike(one: Assignment, two: Assignment) -> bool:
-    return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights

@@ -13,7 +13,7 @@ import torch
 
 from runtime.errors import DataError, SeqbuildError
 from runtime.inputs import require_in_range
-from runtime.masks import LOSS_MASK
+from runtime.token_file import LOSS_MASK
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest

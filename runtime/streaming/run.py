@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from runtime.activations import DEVICE, Activations, Budget
-from runtime.masks import LOSS_MASK, token_mask
+from runtime.masks import token_mask
 from runtime.streaming import journal
 from runtime.streaming.boundary import load_boundary
 from runtime.streaming.catch_up import Written, run_again
@@ -32,6 +32,7 @@ from runtime.streaming.report import ModuleReport
 from runtime.streaming.steps import lasting_values
 from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
+from runtime.token_file import LOSS_MASK
 from runtime.weights import assign, unload
 
 if TYPE_CHECKING:

@@ -40,6 +40,26 @@ WIDTHS = {
 }
 NARROW = {**WIDTHS, "hidden_size": 32, "intermediate_size": 48}
 EXPERTS = {**NARROW, "num_experts_per_tok": 2}
+# DeepSeek's way to route, and its heads.
+GROUPED_EXPERTS = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT_HEADS = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+DEEPSEEK = {
+    **{key: value for key, value in EXPERTS.items() if key != "num_key_value_heads"},
+    **GROUPED_EXPERTS,
+    **LATENT_HEADS,
+}
 
 # Insides of recipes.
 _GROUPS_OF_16 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}"
@@ -142,6 +162,18 @@ def run_transformers(weights: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     with torch.no_grad(), configured(model, EAGER_EXPERTS):
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits
+
+
+class StopError(Exception):
+    """Raised by `Stopping`."""
+
+
+class Stopping:
+    """A watcher that ends a run with its second subgraph."""
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        if kind == "subgraph" and facts["index"] == 1:
+            raise StopError
 
 
 def load_transformers(weights: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

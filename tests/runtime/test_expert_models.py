@@ -25,9 +25,13 @@ from runtime.weights import Weights
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     EXPERTS,
+    GROUPED_EXPERTS,
+    LATENT_HEADS,
     NARROW_W4,
     RECIPES,
     Small,
+    StopError,
+    Stopping,
     calibrate,
     directory_bytes,
     load_transformers,
@@ -43,13 +47,6 @@ from tests.tiny_models import run_chain
 
 NUM_EXPERTS = 4
 SIZES = {**EXPERTS, "num_hidden_layers": 2}
-LATENT = {
-    "n_routed_experts": NUM_EXPERTS,
-    "moe_intermediate_size": 16,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
 HYBRID = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
@@ -59,7 +56,6 @@ HYBRID = {
     "mamba_expand": 1,
     "mamba_dt_rank": 16,
 }
-HEADS = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": NUM_EXPERTS}),
     "qwen3_moe": (
@@ -72,8 +68,12 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     ),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**LATENT, **HEADS, "num_key_value_heads": 4}),
-    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**LATENT, "head_dim": 8}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**GROUPED_EXPERTS, **LATENT_HEADS, "num_key_value_heads": 4},
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**GROUPED_EXPERTS, "head_dim": 8}),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -238,14 +238,6 @@ class TestStackedInTheCheckpoint:
         assert directory_bytes(tmp_path / "None") == directory_bytes(tmp_path / "1")
 
     def test_an_interrupted_run_goes_on(self, small: Small, tmp_path: Path) -> None:
-        class StopError(Exception):
-            pass
-
-        class Stopping:
-            def tell(self, kind: str, **facts: Any) -> None:
-                if kind == "subgraph" and facts["index"] == 1:
-                    raise StopError
-
         calibrate(small, gptq(), tmp_path / "whole")
         with pytest.raises(StopError):
             calibrate(small, gptq(), tmp_path / "out", watchers=[Stopping()])

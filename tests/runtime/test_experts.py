@@ -19,7 +19,7 @@ from runtime.experts import Experts
 from runtime.split import SplitArtifact, split_experts
 from runtime.weights import Weights
 from tests.runtime.small import (
-    EXPERTS,
+    DEEPSEEK,
     NARROW_W4,
     RECIPES,
     Small,
@@ -33,19 +33,6 @@ from tests.runtime.small import (
 )
 from tests.tiny_models import assert_same, run_chain
 
-DEEPSEEK = {
-    **{key: value for key, value in EXPERTS.items() if key != "num_key_value_heads"},
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 16,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
 NAMES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
 

@@ -23,9 +23,12 @@ from runtime.packed import packed_tensors
 from seqbuild.build import build
 from tests.runtime.place import Run
 from tests.runtime.small import (
+    DEEPSEEK,
     EXPERTS,
     NARROW_W4,
     Small,
+    StopError,
+    Stopping,
     calibrate,
     directory_bytes,
     make_small,
@@ -36,21 +39,12 @@ from tests.runtime.small import (
 
 BLOCK = 128
 # Neither 160 nor 144 is a multiple of 128.
-DEEPSEEK = {
-    **{key: value for key, value in EXPERTS.items() if key != "num_key_value_heads"},
+UNEVEN_DEEPSEEK = {
+    **DEEPSEEK,
     "hidden_size": 160,
     "intermediate_size": 144,
     "num_hidden_layers": 2,
-    "n_routed_experts": 4,
     "moe_intermediate_size": 144,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
 }
 PLAIN = ("lm_head", "model.layers.0.self_attn.kv_b_proj")  # the second as `modules_to_not_convert` would have it
 FP8_CONFIG = {
@@ -93,7 +87,7 @@ def with_config(source: Path, target: Path, entry: dict[str, Any] | None) -> Non
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Small, Small]:
     """A model in FP8, and the same dequantized."""
     root = tmp_path_factory.mktemp("fp8")
-    made = make_small(root, "DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, dtype=torch.bfloat16)
+    made = make_small(root, "DeepseekV3ForCausalLM", "DeepseekV3Config", UNEVEN_DEEPSEEK, dtype=torch.bfloat16)
     plain, packed = root / "plain" / "deepseek", root / "packed" / "deepseek"
     with_config(made.weights, plain, None)
     with_config(made.weights, packed, FP8_CONFIG)
@@ -187,14 +181,6 @@ def test_the_chain_is_the_model_with_plain_weights(
 
 
 def test_an_interrupted_run_goes_on(pair: tuple[Small, Small], tmp_path: Path) -> None:
-    class StopError(Exception):
-        pass
-
-    class Stopping:
-        def tell(self, kind: str, **facts: Any) -> None:
-            if kind == "subgraph" and facts["index"] == 1:
-                raise StopError
-
     calibrate(pair[0], gptq(), tmp_path / "whole")
     with pytest.raises(StopError):
         calibrate(pair[0], gptq(), tmp_path / "out", watchers=[Stopping()])

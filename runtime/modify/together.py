@@ -1,0 +1,39 @@
+"""Which modules are solved together: one answer for the run that rounds them and the plan of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.recipe import Assignment
+
+# The most modules that are solved together: experts that are measured on all tokens see one input by the hundred.
+_MOST_TOGETHER = 8
+
+
+def solved_together(
+    names: Sequence[str], jobs: Mapping[str, Assignment], inputs: Mapping[str, Hashable]
+) -> Iterator[list[str]]:
+    """Modules in batches: those by GPTQ that see one input and have one scheme and the same options.
+
+    Args:
+        names: the modules, in order.
+        jobs: what is done to each.
+        inputs: something that is equal for those that see one input; modules that are not measured have none.
+    """
+    done: set[str] = set()
+    for name in names:
+        if name in done:
+            continue
+        together = [name]
+        if jobs[name].algorithm == "gptq" and name in inputs:
+            fellows = [other for other in names if other in inputs and inputs[other] == inputs[name]]
+            together = [other for other in fellows if other not in done and _is_alike(jobs[name], jobs[other])]
+            together = together[:_MOST_TOGETHER]
+        done.update(together)
+        yield together
+
+
+def _is_alike(one: Assignment, two: Assignment) -> bool:
+    return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights
