@@ -71,6 +71,14 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
     yield from seen
 
 
+def is_statable(relation: Any) -> bool:
+    """Whether a relation between sizes could be a condition, or needs none."""
+    if type(relation) not in _RELATIONS or not relation.free_symbols or _is_range(relation):
+        return True
+    names = {symbol: str(symbol) for symbol in relation.free_symbols}
+    return all(_written(side, names) is not None for side in relation.args) or _is_certain(relation)
+
+
 def is_assumption(relation: Any) -> bool:
     """Whether a relation between sizes makes a trace hold for some data only: it is not true for all sizes, nor does it
     only say that two inputs belong together.

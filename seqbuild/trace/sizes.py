@@ -25,7 +25,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
-from seqbuild.trace.guards import holds_in_turns
+from seqbuild.trace.guards import holds_in_turns, is_statable
 
 # Functions of torch in which one operator is executed, their `func`.
 _EXECUTES = (
@@ -63,6 +63,7 @@ class WatchedSizes(ShapeEnv):
         self.is_strict = False
         self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
+        self.unstatable: list[tuple[Any, Culprit | None]] = []  # what the code decided by, and no artifact can state
         self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
         self.doubts: list[Any] = []  # relations that do not hold in all turns
         self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
@@ -128,6 +129,8 @@ class WatchedSizes(ShapeEnv):
         try:
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
             self._set_turns_aside(num_guards)
+            fresh = [] if self.is_strict else [guard.expr for guard in self.guards[num_guards:]]
+            self.unstatable += [(relation, find_culprit()) for relation in fresh if not is_statable(relation)]
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
                 added = [guard.expr for guard in self.guards[num_guards:]]
                 if any(isinstance(relation, sympy.Eq) for relation in added) or not _is_asked_by_kernel():

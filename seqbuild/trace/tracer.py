@@ -33,7 +33,7 @@ from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, not_offered
 from seqbuild.trace.constant_values import constant_answer
 from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
-from seqbuild.trace.guards import is_assumption
+from seqbuild.trace.guards import is_assumption, is_statable
 from seqbuild.trace.indices import SymbolicIndices
 from seqbuild.trace.leaf_memory import LeafMemory
 from seqbuild.trace.leaf_policy import LeafPolicy
@@ -47,7 +47,7 @@ from seqbuild.trace.ordered_sets import sets_in_order
 from seqbuild.trace.proofs import Proofs
 from seqbuild.trace.sections import Sections
 from seqbuild.trace.sequences import JoinsRecorded
-from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable
+from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable, sample_sizes
 from seqbuild.trace.steps import Steps
 from seqbuild.trace.untouched import leaves_left_alone
 from seqbuild.trace.values import ValueTracer
@@ -221,6 +221,15 @@ class SequentialTracer(ValueTracer):
         for relation, culprit in self.shape_env.assumed:
             if not relation.free_symbols <= self.shape_env.own and is_assumption(relation):
                 raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
+        assumed = {guard.expr for guard in self.shape_env.guards}
+        for relation, culprit in self.shape_env.unstatable:
+            known = self.shape_env.replace(relation)
+            if (
+                relation in assumed
+                and known.free_symbols <= set(sample_sizes(self.shape_env))
+                and not is_statable(known)
+            ):
+                raise burnt_in(f"the relation {known} of sizes, which no artifact can state,", culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer, disable_proxy_mo
 from runtime.errors import TraceError
 from seqbuild.emit import is_offered
 from seqbuild.partition import WITHIN
-from seqbuild.trace.blame import find_culprit
+from seqbuild.trace.blame import UntraceableError, find_culprit
 from seqbuild.trace.sequences import UnknownLength
 
 if TYPE_CHECKING:
@@ -92,9 +92,25 @@ class ValueTracer(PythonKeyTracer):
         node = fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
         if self._within and kind != "get_attr":
             node.meta[WITHIN] = self._within
-        if isinstance(target, torch._ops.OpOverload) and not is_offered(target):
-            node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
+        if isinstance(target, torch._ops.OpOverload):
+            if not is_offered(target):
+                node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
+            written = next((a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"), None)
+            if written is not None and written is node.args[0] and target._schema.is_mutable:
+                self._refuse_writing(str(written.target))
         return node
+
+    def _refuse_writing(self, name: str) -> None:
+        """Refuse code that changes a parameter or buffer: a chain would do so for every batch, a model perhaps once."""
+        if any(name in names for names in self.parameter_names.values()):
+            place = find_culprit()
+            where = f"{place.name} ({place.file}, line {place.line})" if place is not None else "the model's code"
+            raise UntraceableError(
+                f"{where} changes its own {name} in place while the model runs; "
+                "an artifact would do so for every batch anew",
+                culprit=None,  # nor may it be done out of sight, in an opaque step
+                hint="switch it off in the model's config, if that offers to, or save the weights so changed",
+            )
 
     def _tensor_arg(self, tensor: torch.Tensor) -> fx.Node:
         tracked = self.unwrap_proxy(tensor)

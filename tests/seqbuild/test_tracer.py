@@ -393,6 +393,17 @@ class TestIgnore:
         assert "--ignore RowLoop.glue" in error.hint
         check(randomize(toys.RowLoop()).eval(), "RowLoop.glue")
 
+    def test_a_model_that_changes_its_own_weights_is_refused(self) -> None:
+        with pytest.raises(TraceError) as caught:
+            trace(toys.RescalesItself())
+        assert "RescalesItself.glue (" in caught.value.message
+        assert "changes its own layers.1.linear.weight in place" in caught.value.message
+
+    def test_what_cannot_be_stated_of_sizes_is_decided_anew(self) -> None:
+        error = refused(toys.PowerOfLength())
+        assert "which no artifact can state, is burnt in: PowerOfLength.glue (" in error.message
+        check(randomize(toys.PowerOfLength()).eval(), shapes=((2, 5), (1, 2), (3, 9)))
+
     def test_a_branch_in_an_ancestors_forward_gets_other_advice(self) -> None:
         with pytest.raises(TraceError) as caught:
             trace(toys.BranchInForward())

@@ -321,6 +321,25 @@ class RowLoop(Toy):
         return torch.stack([row * 2 for row in x])
 
 
+class PowerOfLength(Toy):
+    """A decision by a length which is no condition that an artifact can state."""
+
+    def glue(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if torch.sym_float(x.shape[1]) ** 1.5 > 4 else x
+
+
+class RescalesItself(Toy):
+    """Weights that the first forward divides, as transformers' RWKV does."""
+
+    is_rescaled = False
+
+    def glue(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_rescaled:
+            self.layers[1].linear.weight.div_(2)
+            self.is_rescaled = True
+        return x
+
+
 class DataDependentLeaf(Toy):
     """A leaf, not an opaque step, that cannot run without values."""
 
