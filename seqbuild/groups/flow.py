@@ -214,7 +214,15 @@ def _escape(inputs: Sequence[fx.Node], tracked: Mapping[fx.Node, Any], flow: Flo
 
 def _channels(value: Any) -> list[int]:
     parts = value if isinstance(value, (tuple, list)) else [value]
-    return [channel for part in parts for channel in part.unique().tolist() if channel != FREE]
+    return [channel for part in parts for channel in _once(part).unique().tolist() if channel != FREE]
+
+
+def _once(value: torch.Tensor) -> torch.Tensor:
+    """The value without the repetitions that take no memory: to sort them would."""
+    for axis, stride in enumerate(value.stride()):
+        if stride == 0:
+            value = value.narrow(axis, 0, min(1, value.shape[axis]))
+    return value
 
 
 def _arrive(node: fx.Node, value: torch.Tensor, weights: Sequence[Weight], flow: Flow) -> bool:
