@@ -24,7 +24,7 @@ _TORCH_VALUES = frozenset(
         *("inf", "nan"),
     )
 )
-_TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"))
+_TORCH_FUNCTIONS = frozenset(("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sqrt"))
 _RUN_VALUES = frozenset(("device", "dtype", "lowest", "highest", "eps", "tiny"))
 _BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)

@@ -285,6 +285,8 @@ class _Emitter:
             return f"{operands[0]} {_INFIX[target]} {operands[1]}"
         if target is operator.pow and node.args[1] in (2, 3, 4):
             return " * ".join([operands[0]] * int(operands[1]))
+        if target is operator.pow and node.args[1] == 0.5:
+            return f"torch.sym_sqrt({operands[0]})"
         if target in _ROUNDED and not node.kwargs:
             return _ROUNDED[target].format(*operands)
         if target in _FUNCTIONS and not node.kwargs:

@@ -217,7 +217,7 @@ def _channels(value: Any) -> list[int]:
     return [channel for part in parts for channel in _once(part).unique().tolist() if channel != FREE]
 
 
-def _once(value: torch.Tensor) -> torch.Tensor:
+def _once(value: Any) -> Any:
     """The value without the repetitions that take no memory: to sort them would."""
     for axis, stride in enumerate(value.stride()):
         if stride == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +173,15 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
-def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) -> dict[str, Any]:
+def symbolic_inputs(
+    sample_input: Mapping[str, Any], fake_mode: FakeTensorMode, fixed: Collection[tuple[str, int]] = ()
+) -> dict[str, Any]:
     """Fake tensors of symbolic size for the sample's tensors; anything else is returned as it is.
+
+    Args:
+        sample_input: the sample.
+        fake_mode: of the trace.
+        fixed: inputs and axes whose sizes are the sample's all the same.
 
     Token inputs (integers, [batch, sequence]) share one symbol for the batch; every other size has its own, until the
     model's code shows that two must be equal. A leading size of one would be burnt in, so a batch of one is traced as
@@ -193,7 +200,8 @@ def symbolic_inputs(sample_input: Mapping[str, Any], fake_mode: FakeTensorMode) 
         if is_single:
             shape[0] = batch
         template = torch.empty(shape, dtype=value.dtype, device="meta")
-        sizes = [DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in shape]
+        is_free = [size > 1 and (name, axis) not in fixed for axis, size in enumerate(shape)]
+        sizes = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC for free in is_free]
         if len(shape) == 2 and shape[0] > 1 and not value.is_floating_point():
             sizes[0] = DimDynamic.DUCK  # equal hints, one symbol
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * len(shape))

@@ -68,6 +68,7 @@ class UntraceableError(TraceError):
 
     Attributes:
         earlier: a line before it that has turned the size of an input into a number, if one has.
+        insisted_on: inputs and axes whose sizes the model itself had refused to take others of by then.
     """
 
     def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
@@ -75,6 +76,7 @@ class UntraceableError(TraceError):
         self.culprit = culprit
         self.is_refusal = is_refusal
         self.earlier: Culprit | None = None
+        self.insisted_on: tuple[tuple[str, int], ...] = ()
 
 
 def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:

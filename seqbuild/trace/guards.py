@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -38,6 +38,7 @@ _ROUNDED: dict[Any, str] = {CeilToInt: "ceil", FloorToInt: "floor", RoundToInt: 
 # First size and step to the next one: sizes that a relation is tried on.
 _TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
 
+_ENOUGH_TRIALS = 4
 _MOST_SUMMED = 2000
 
 
@@ -77,6 +78,31 @@ def is_statable(relation: Any) -> bool:
         return True
     names = {symbol: str(symbol) for symbol in relation.free_symbols}
     return all(_written(side, names) is not None for side in relation.args) or _is_certain(relation)
+
+
+def is_implied(relation: Any, known: Iterable[Any]) -> bool:
+    """Whether a relation holds whenever those known do that are about the same sizes, as far as a few sizes show."""
+    same = [other for other in known if other.free_symbols and other.free_symbols <= relation.free_symbols]
+    try:
+        trials = [
+            trial
+            for trial in _trials(sorted(relation.free_symbols, key=str))
+            if all(bool(other.xreplace(trial)) for other in same)
+        ]
+        return len(trials) >= _ENOUGH_TRIALS and all(bool(relation.xreplace(trial)) for trial in trials)
+    except (TypeError, ZeroDivisionError):
+        return False
+
+
+def with_equalities(relation: Any, known: Iterable[Any]) -> Any:
+    """A relation, with numbers for those parts of it that are known to be equal to numbers.
+
+    Torch itself puts in numbers for single symbols only, not for products such as the patches of an image.
+    """
+    for other in known:
+        if isinstance(other, sympy.Eq) and other.free_symbols <= relation.free_symbols and other.rhs.is_Integer:
+            relation = relation.subs(other.lhs, other.rhs)
+    return relation
 
 
 def is_assumption(relation: Any) -> bool:

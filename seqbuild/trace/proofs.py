@@ -8,7 +8,9 @@ and compared, bit for bit, with the module itself. The same is done for loops (`
 turns.
 
 What is proven is forgotten: whoever decides by the same relation elsewhere is noted, and proven, for itself. Equalities
-are never proven, for torch simplifies sizes by them from then on.
+are never proven, for torch simplifies sizes by them from then on. But the module may insist on one, as a vision tower
+does on the size of images that its position table is made for: if it fails for other sizes, the equality is the
+model's own, and becomes a condition of the artifact.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from runtime.errors import TraceError
 from runtime.program import Run, compile_program
 from seqbuild.emit import emit
 from seqbuild.trace.blame import UntraceableError
-from seqbuild.trace.guards import is_assumption
+from seqbuild.trace.guards import is_assumption, is_statable
 from seqbuild.trace.rehearse import LIMIT_BYTES
 from seqbuild.trace.replay import for_real, mapped
-from seqbuild.trace.trials import Sizes, trials
+from seqbuild.trace.trials import Sizes, otherwise, trials
 from seqbuild.trace.used import Real, really_there
 from seqbuild.trace.weightless import kept_as_found
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from seqbuild.trace.tracer import SequentialTracer
 
 _SIZE = torch.ops.aten.sym_size.int
+_MOST_TRIED = 2**26  # parameters of a module that is executed to see which sizes it accepts
 _logger = logging.getLogger(__name__)
 
 
@@ -105,27 +108,53 @@ class Proofs:
         inputs = {node: tensor for tensor in tensors if (node := self.tracer.known_node(tensor)) is not None}
         attributes = [(inner, dict(inner.__dict__)) for inner in module.modules()]
         output = forward(*args, **kwargs)
+        call = Call(
+            module=module,
+            args=args,
+            kwargs=kwargs,
+            inputs=inputs,
+            nodes=tuple(nodes_after(last)),
+            output=output,
+            known=known,
+            attributes=attributes,
+        )
+        self._set_demands_aside(call, num_assumed)
         assumed = [shape_env.replace(relation) for relation, _ in shape_env.assumed[num_assumed:]]
         turns = [question for loop in self.loops.unproven[num_loops:] for question in loop.questions()]
         questions = [*(relation for relation in dict.fromkeys(assumed) if is_assumption(relation)), *turns]
-        if questions and not any(isinstance(relation, sympy.Eq) for relation in questions):
-            call = Call(
-                module=module,
-                args=args,
-                kwargs=kwargs,
-                inputs=inputs,
-                nodes=tuple(nodes_after(last)),
-                output=output,
-                known=known,
-                attributes=attributes,
-            )
-            if self._is_proven(call, questions):
-                culprits = [culprit for _, culprit in shape_env.assumed[num_assumed:]]
-                self._close(call, [*culprits, *(loop.culprit for loop in self.loops.unproven[num_loops:])][0])
-                del self.loops.unproven[num_loops:]
-                del shape_env.assumed[num_assumed:]
-                shape_env.forget(known, lambda relation: is_assumption(shape_env.replace(relation)))
+        is_provable = questions and not any(isinstance(relation, sympy.Eq) for relation in questions)
+        if is_provable and self._is_proven(call, questions):
+            culprits = [culprit for _, culprit in shape_env.assumed[num_assumed:]]
+            self._close(call, [*culprits, *(loop.culprit for loop in self.loops.unproven[num_loops:])][0])
+            del self.loops.unproven[num_loops:]
+            del shape_env.assumed[num_assumed:]
+            shape_env.forget(known, lambda relation: is_assumption(shape_env.replace(relation)))
         return output
+
+    def _set_demands_aside(self, call: Call, num_assumed: int) -> None:
+        """Take from what is assumed the equalities that the call's module insists on."""
+        assumed = self.tracer.shape_env.assumed
+        fresh = assumed[num_assumed:]
+        relations = list(dict.fromkeys(relation for relation, _ in fresh if is_assumption(relation)))
+        equalities = [relation for relation in relations if isinstance(relation, sympy.Eq) and is_statable(relation)]
+        if not equalities or sum(p.numel() for p in call.module.parameters()) > _MOST_TRIED:
+            return
+        demanded = [equality for equality in equalities if self._is_demanded(call, equality, relations)]
+        self.tracer.shape_env.demanded += demanded
+        assumed[num_assumed:] = [known for known in fresh if known[0] not in demanded]
+
+    def _is_demanded(self, call: Call, equality: Any, relations: Sequence[Any]) -> bool:
+        """Whether the call's module works with the sample's sizes, and fails whenever this does not hold of them."""
+        shape_env = self.tracer.shape_env
+        values = list(leaves((call.args, call.kwargs)))
+        symbols = {symbol for value in values for size in _sizes(value) for symbol in size.node._expr.free_symbols}
+        sizes = otherwise(shape_env, call.known, symbols, equality, [r for r in relations if r is not equality])
+        try:
+            with disable_proxy_modes_tracing(), shape_env.sizes_kept_free(), _as_before(call):
+                return bool(sizes) and [_works(call, chosen) for chosen in sizes] == [True] + [False] * (len(sizes) - 1)
+        except Exception as error:
+            _logger.debug("%s may not insist on %s: %s", type(call.module).__name__, equality, error)
+            return False
 
     def _is_proven(self, call: Call, questions: Sequence[Any]) -> bool:
         try:
@@ -166,6 +195,18 @@ class _Closed:
     inside: Mapping[fx.Node, None]
     compared: Mapping[fx.Node, None]
     culprit: Culprit | None
+
+
+def _works(call: Call, sizes: Sizes) -> bool:
+    """Whether the call's module accepts arguments of these sizes."""
+    with for_real(), kept_as_found(call.module), really_there([call.module], LIMIT_BYTES) as real:
+        made = _MadeUp(sizes, real)
+        args, kwargs = made.of(tuple(call.args)), made.of(dict(call.kwargs))
+        try:
+            call.module.forward(*args, **kwargs)
+        except (ValueError, RuntimeError, AssertionError):
+            return False
+    return True
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -25,13 +25,14 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
-from seqbuild.trace.guards import holds_in_turns, is_statable
+from seqbuild.trace.guards import holds_in_turns, is_assumption, is_implied, is_statable, with_equalities
 
 # Functions of torch in which one operator is executed, their `func`.
 _EXECUTES = (
     (inspect.getfile(torch._subclasses.fake_tensor), "dispatch"),
     (inspect.getfile(torch.fx.experimental.proxy_tensor), "proxy_call"),
 )
+_MOST_COORDINATES = 4
 # Where a result's memory layout is noted down.
 _DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 
@@ -63,6 +64,7 @@ class WatchedSizes(ShapeEnv):
         self.is_strict = False
         self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
+        self.demanded: list[Any] = []  # equalities without which the model fails
         self.unstatable: list[tuple[Any, Culprit | None]] = []  # what the code decided by, and no artifact can state
         self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
         self.doubts: list[Any] = []  # relations that do not hold in all turns
@@ -132,8 +134,10 @@ class WatchedSizes(ShapeEnv):
             fresh = [] if self.is_strict else [guard.expr for guard in self.guards[num_guards:]]
             self.unstatable += [(relation, find_culprit()) for relation in fresh if not is_statable(relation)]
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
+                before = [guard.expr for guard in self.guards[:num_guards]]
                 added = [guard.expr for guard in self.guards[num_guards:]]
-                if any(isinstance(relation, sympy.Eq) for relation in added) or not _is_asked_by_kernel():
+                added = [relation for relation in added if is_assumption(with_equalities(relation, before))]
+                if not _is_asked_by_kernel() or any(_is_new_equality(relation, before) for relation in added):
                     self.assumed += [(relation, find_culprit()) for relation in added]
             return found
         except GuardOnDataDependentSymNode:
@@ -188,6 +192,18 @@ class WatchedSizes(ShapeEnv):
         super()._set_replacement(a, tgt, msg)
 
 
+def _is_new_equality(relation: Any, known: Iterable[Any]) -> bool:
+    """Whether torch may simplify sizes by a relation, in a way that does not follow from what was assumed before.
+
+    Of each stride it asks whether it is the larger of one and itself, for one axis first and then for products.
+    """
+    if not isinstance(relation, sympy.Eq):
+        return False
+    bounds = [side for side in relation.args if type(side).__name__ == "Max"]
+    is_bound = len(bounds) == 1 and set(bounds[0].args) == {sympy.S.One, *(set(relation.args) - set(bounds))}
+    return not is_bound and not is_implied(relation, known)
+
+
 def _is_asked_by_kernel() -> bool:
     """Whether torch asks while it works out the shape of one operator's result, and not the model's own code.
 
@@ -234,12 +250,17 @@ def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
 
 
 def model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
-    """Symbols for axes of floating point inputs which no model leaves open: a vector's width, an image's channels."""
+    """Symbols for axes which no model leaves open: a vector's width, an image's channels, how many coordinates a place
+    has.
+    """
     own_axis = {3: 2, 4: 1, 5: 2}
     for value in inputs.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in own_axis:
-            if value.dim() == 3 and type(value.shape[1]) is int and value.shape[1] == 1:
-                continue  # sound of one channel, as long as it may be
-            size: Any = value.shape[own_axis[value.dim()]]
-            if isinstance(size, torch.SymInt):
-                yield size.node._expr
+        if not isinstance(value, torch.Tensor) or value.dim() not in own_axis:
+            continue
+        size: Any = value.shape[own_axis[value.dim()]]
+        if value.is_floating_point():
+            is_own = value.dim() != 3 or type(value.shape[1]) is not int or value.shape[1] != 1  # sound of one channel
+        else:
+            is_own = value.dim() == 3 and isinstance(size, torch.SymInt) and size.node.hint <= _MOST_COORDINATES
+        if is_own and isinstance(size, torch.SymInt):
+            yield size.node._expr

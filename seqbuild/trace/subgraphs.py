@@ -122,7 +122,10 @@ def trace_model(
     def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
         try:
             return attempt_with(sample_input, paths, answers)
-        except UntraceableError:
+        except UntraceableError as error:
+            if error.insisted_on:  # sizes that might as well be numbers
+                with contextlib.suppress(TraceError):
+                    return attempt_with(sample_input, paths, answers, error.insisted_on)
             longer = longer_text(sample_input) if leaves != "target" else None
             if longer is None:
                 raise
@@ -133,7 +136,10 @@ def trace_model(
             raise
 
     def attempt_with(
-        sizes: Mapping[str, Any], paths: Sequence[str], answers: Sequence[Answer]
+        sizes: Mapping[str, Any],
+        paths: Sequence[str],
+        answers: Sequence[Answer],
+        fixed: Collection[tuple[str, int]] = (),
     ) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
@@ -145,13 +151,18 @@ def trace_model(
             targets=targets,
             answers=answers,
             samples=samples,
+            fixed=fixed,
         )
         try:
             traced = tracer.trace(model, sizes, arguments)
-        except (UntraceableError, UndecidedError) as error:
+            tracer.require_free_sizes(is_batch_only=is_batch_only)
+        except UntraceableError as error:
+            error.earlier = _burnt_before(tracer, is_batch_only)
+            error.insisted_on = tracer.insisted_on()
+            raise
+        except UndecidedError as error:
             error.earlier = _burnt_before(tracer, is_batch_only)
             raise
-        tracer.require_free_sizes(is_batch_only=is_batch_only)
         return traced, tracer
 
     def is_alike(

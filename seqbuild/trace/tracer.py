@@ -74,6 +74,7 @@ class SequentialTracer(ValueTracer):
         leaves: `target` makes every module that contains no target one step; `linear` only what the host can build by
             itself (see `runtime.leaves`), and everything else is traced through, targets included.
         foreign: paths of forwards (`module:Class.forward`) whose modules are one step all the same.
+        fixed: inputs and axes whose sizes are no symbols.
 
     After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the
     glue needs, and `unmatched_ignore` the names in `ignore` that fit no function.
@@ -91,6 +92,7 @@ class SequentialTracer(ValueTracer):
         samples: Sequence[Mapping[str, Any]] = (),
         leaves: str = "target",
         foreign: Collection[str] = (),
+        fixed: Collection[tuple[str, int]] = (),
     ) -> None:
         super().__init__(dtype)
         self.policy = LeafPolicy(foreign, dtype) if leaves != "target" else None
@@ -100,6 +102,7 @@ class SequentialTracer(ValueTracer):
         self.unmatched_ignore: tuple[str, ...] = ()
         self.targets = frozenset(targets)
         self.samples = samples
+        self.fixed = frozenset(fixed)
         self.decisions = Decisions(answers, self, self._constant_answer)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
@@ -134,7 +137,7 @@ class SequentialTracer(ValueTracer):
         if self.policy is not None:
             self.policy.prepare(root)
         opaque, self.unmatched_ignore = find_opaque_steps(root, self.ignore)
-        inputs = symbolic_inputs(sample_input, self.fake_mode)
+        inputs = symbolic_inputs(sample_input, self.fake_mode, self.fixed)
         self.shape_env.own.update(model_sizes(inputs))
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
         with contextlib.ExitStack() as stack:
@@ -238,6 +241,16 @@ class SequentialTracer(ValueTracer):
                 if isinstance(size, torch.SymInt) and is_meant and self.shape_env.is_fixed(size):
                     what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
                     raise burnt_in(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
+
+    def insisted_on(self) -> tuple[tuple[str, int], ...]:
+        """Inputs and axes whose sizes the model takes but some of (see `seqbuild.trace.proofs`), in their order."""
+        symbols = {symbol for equality in self.shape_env.demanded for symbol in equality.free_symbols}
+        return tuple(
+            (str(node.target), axis)
+            for node in self.graph.find_nodes(op="placeholder")
+            for axis, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, torch.SymInt) and size.node._expr in symbols
+        )
 
     def is_for(self, sample_input: Mapping[str, Any]) -> bool:
         """Whether a trace that was made with other sizes holds for those of this sample, too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,17 @@ _SIZES = sorted({*range(2, 16), *(size + step for size in _POWERS for step in (-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """A number for each symbol."""
+    """A number for each symbol.
+
+    Attributes:
+        shape_env: holds the symbols.
+        numbers: for them.
+        is_before: take sizes as they were before any symbol was found to be a number or another symbol.
+    """
 
     shape_env: WatchedSizes
     numbers: Mapping[Any, Any]
+    is_before: bool = False
 
     def number(self, size: int | torch.SymInt) -> int:
         """What a size is.
@@ -40,7 +47,8 @@ class Sizes:
         """
         if not isinstance(size, torch.SymInt):
             return int(size)
-        value = self.shape_env.replace(size.node.expr).xreplace(self.numbers)
+        expression = size.node._expr if self.is_before else self.shape_env.replace(size.node.expr)
+        value = expression.xreplace(self.numbers)
         if not value.is_Integer:
             raise TraceError("a size that comes from values")
         return int(value)
@@ -91,6 +99,52 @@ def trials(
         for numbers in chosen:
             found[tuple(numbers.values())] = Sizes(shape_env=shape_env, numbers=numbers)
     return list(found.values())
+
+
+def otherwise(
+    shape_env: WatchedSizes, known: Known, symbols: Collection[Any], relation: Any, others: Sequence[Any]
+) -> list[Sizes]:
+    """Sizes near those of the sample for which a relation does not hold, but others do; the sample's sizes come first.
+
+    Sizes that are the same change together. Where a side of an equality is one there is nothing to learn: every
+    operator broadcasts that.
+
+    Args:
+        shape_env: holds the symbols.
+        known: what the sizes must respect.
+        symbols: those to choose numbers for.
+        relation: an equality.
+        others: relations.
+    """
+    usual = {symbol: sympy.Integer(number) for symbol, number in sample_sizes(shape_env).items() if symbol in symbols}
+    equalities = [guard.expr for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
+    ties = [tie for tie in equalities if not tie.free_symbols <= relation.free_symbols]
+    found: list[dict[Any, Any]] = []
+    for symbol in sorted(relation.free_symbols, key=str):
+        if symbol not in usual:
+            return []
+        size, same = usual[symbol], _same_as(symbol, ties)
+        for number in (2 * size, size // 2, size + 1, size - 1, 3 * size, size // 3):
+            numbers = {**usual, **dict.fromkeys(same, sympy.Integer(number))}
+            sides = [side.xreplace(numbers) for side in relation.args]
+            is_telling = number > 1 and sides[0] != sides[1] and 1 not in sides
+            holds = all(
+                _answer(other, numbers) == 1 for other in (*others, *ties) if other.free_symbols <= set(numbers)
+            )
+            if is_telling and holds and shape_env.allows(numbers, known):
+                found.append(numbers)
+    chosen = [usual, *found] if len(found) >= _NUM_EACH else []
+    return [Sizes(shape_env=shape_env, numbers=numbers, is_before=True) for numbers in chosen]
+
+
+def _same_as(symbol: Any, equalities: Sequence[Any]) -> set[Any]:
+    """A symbol and those that are the same size."""
+    same = {symbol}
+    for _ in equalities:
+        for tie in equalities:
+            if all(side.is_Symbol for side in tie.args) and same & set(tie.args):
+                same |= set(tie.args)
+    return same
 
 
 def _for_question(

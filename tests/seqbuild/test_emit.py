@@ -105,6 +105,7 @@ def test_what_a_run_chooses(kwargs: dict[str, Any], source: str) -> None:
         (operator.neg, ("x",), "-x"),
         (operator.pow, ("x", 2), "x * x"),
         (operator.pow, ("x", 3), "x * x * x"),
+        (operator.pow, ("x", 0.5), "torch.sym_sqrt(x)"),
         (operator.le, ("x", "y"), "x <= y"),
         (operator.and_, ("x", "y"), "x & y"),
         (torch.sym_max, ("x", 3), "torch.sym_max(x, 3)"),

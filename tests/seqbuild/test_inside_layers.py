@@ -139,6 +139,71 @@ def test_a_decision_that_makes_a_difference_is_left_to_the_models_code(part: typ
     check(part, portable=False)
 
 
+class OneLength(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 5:
+            raise ValueError("the length must be five")
+        return x * 2
+
+
+class SquareOnly(nn.Module):
+    """Patches along both axes, as in a vision tower, and a position for each: other lengths have other counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2, 2, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = x[:, 1:].reshape(x.shape[0], -1, 2, WIDTH)
+        side = int((patches.shape[1] * 2) ** 0.5)
+        return (patches + self.table).reshape(x.shape[0], side, side, WIDTH).sum(dim=2) + x[:, :1]
+
+
+@pytest.mark.parametrize("part", [OneLength, SquareOnly])
+def test_a_size_that_the_model_insists_on_is_no_assumption(part: type[nn.Module]) -> None:
+    model = randomize(OfOneLayer(part)).eval()
+    trace = traced(model, is_batch_only=True)
+    assert is_portable(trace)
+    for batch in (1, 2, 4):
+        x = torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(batch))
+        assert_same(run_chain(trace.subgraphs, model, {"x": x.clone()}), run_model(model, {"x": x.clone()}))
+
+
+class OfOneLayer(nn.Module):
+    def __init__(self, part: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(part())])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x)  # type: ignore[no-any-return]
+
+
+class AtOneLength(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[1] == 5 else x
+
+
+class NotAtSomeLengths(nn.Module):
+    """Some other lengths are refused, but not all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == 5:
+            return x * 2
+        if x.shape[1] > 6:
+            raise ValueError("too long")
+        return x
+
+
+@pytest.mark.parametrize("part", [AtOneLength, NotAtSomeLengths])
+def test_a_size_that_makes_a_difference_is_not_insisted_on(part: type[nn.Module]) -> None:
+    model = randomize(OfOneLayer(part)).eval()
+    trace = traced(model, is_batch_only=True)
+    assert not is_portable(trace)
+    for length in (5, 6, 2):
+        x = torch.randn(3, length, WIDTH, generator=torch.Generator().manual_seed(length))
+        assert_same(run_chain(trace.subgraphs, model, {"x": x.clone()}), run_model(model, {"x": x.clone()}))
+
+
 class Asked(nn.Module):
     """The same decision twice: harmless inside, where it is proven, and not so outside."""
 
@@ -249,3 +314,35 @@ def test_a_number_in_the_dtype_of_the_weights_is_not_known() -> None:
     sample = {"x": torch.zeros(2, 5, WIDTH, dtype=torch.bfloat16)}
     options: dict[str, Any] = {"leaves": "linear", "dtype": torch.bfloat16, "may_ignore": lambda function: True}
     assert not is_portable(trace_model(model, sample, ["Layer"], **options))
+
+
+class TwoInputs(nn.Module):
+    """A mask of the same length: other lengths of one of the two alone would be refused by any model."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x) * mask.unsqueeze(2)
+            return x * 2 if x.shape[1] == 5 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([TwoInputs.Part()])
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x, mask)  # type: ignore[no-any-return]
+
+
+def test_sizes_that_belong_together_change_together() -> None:
+    model = randomize(TwoInputs()).eval()
+    sample = {"x": torch.zeros(2, 5, WIDTH), "mask": torch.zeros(2, 5)}
+    options: Any = {"leaves": "linear", "is_batch_only": True}
+    trace = trace_model(model, sample, ["Part"], may_ignore=lambda function: True, **options)
+    assert not is_portable(trace)
+    for length in (5, 3, 8):
+        generator = torch.Generator().manual_seed(length)
+        inputs = {"x": torch.randn(2, length, WIDTH, generator=generator), "mask": torch.ones(2, length)}
+        assert_same(run_chain(trace.subgraphs, model, dict(inputs)), run_model(model, dict(inputs)))
