@@ -121,7 +121,7 @@ def _check(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, mean_abs_I
     num_in = len(mean_abs_I)
     if not weights or any(weight.shape[1] != num_in for weight in weights) or hessian_II.shape != (num_in, num_in):
         raise QuantizationError(f"inputs of {num_in} features do not fit the weights that read them")
-    if not torch.isfinite(mean_abs_I).all() or not torch.isfinite(hessian_II).all():
+    if not torch.isfinite(mean_abs_I).all() or not grid.is_finite(hessian_II):
         raise QuantizationError("the inputs of an AWQ search are not finite", hint="an activation overflowed")
     if n_grid < 1:
         raise QuantizationError(f"n_grid must be at least 1, not {n_grid}")
@@ -189,7 +189,7 @@ def quantize_clipped(
     """
     weight_OI = weight_OI.detach()
     grid.check_weight(weight_OI, args, offered=("channel", "group", "tensor_group"))
-    if hessian_II.shape != (weight_OI.shape[1],) * 2 or not torch.isfinite(hessian_II).all():
+    if hessian_II.shape != (weight_OI.shape[1],) * 2 or not grid.is_finite(hessian_II):
         raise QuantizationError(f"a Gram matrix of shape {list(hessian_II.shape)} does not fit, or is not finite")
     if grid.needs_global_scale(args) and global_scale is None:
         global_scale = grid.global_scale_of(weight_OI)

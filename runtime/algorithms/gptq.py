@@ -56,6 +56,7 @@ from runtime.errors import QuantizationError
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
+_NUMBERS_AT_A_TIME = 2**17
 _COLUMNS_OF_A_SUM = 128
 
 
@@ -201,7 +202,7 @@ def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:
         raise QuantizationError(
             f"a Hessian of shape {list(hessian_II.shape)} does not fit a weight of shape {list(weight_OI.shape)}"
         )
-    if not hessian_II.is_floating_point() or not torch.isfinite(hessian_II).all():
+    if not hessian_II.is_floating_point() or not grid.is_finite(hessian_II):
         raise QuantizationError(
             f"the Hessian of a weight of shape {list(weight_OI.shape)} is not finite",
             hint="an activation of the calibration run overflowed",
@@ -257,9 +258,10 @@ def _factorize(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
         added_I = damping * mean + mean * dead_I
         damped_II = hessian_II[backwards_I[:, None], backwards_I].to(dtype)
         damped_II.diagonal().add_(added_I.flip(0))
-        cholesky_II, failed = torch.linalg.cholesky_ex(damped_II)
-        del damped_II
-        if not failed and torch.isfinite(cholesky_II.diagonal()).all():
+        # LAPACK's order of memory, so that nothing is copied: the largest Hessians decide what a host needs.
+        in_place = damped_II.t(), torch.empty((), dtype=torch.int32, device=damped_II.device)
+        failed = torch.linalg.cholesky_ex(in_place[0], out=in_place).info
+        if not failed and torch.isfinite(damped_II.diagonal()).all():
             break
         if damping >= MAX_DAMPING:
             raise QuantizationError(
@@ -267,9 +269,20 @@ def _factorize(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
                 hint="it is no sum of x x^T; calibrate with more data or in a wider dtype",
             )
         damping = min(damping * 10, MAX_DAMPING)
-    lower_II = cholesky_II.flip(0, 1).t()
+    _reverse_(damped_II.view(-1))
+    lower_II = damped_II
     root_I = lower_II.diagonal().clone()
     return _Factors(lower_II=lower_II.div_(root_I[:, None]), pivot_I=root_I.square(), added_I=added_I, damping=damping)
+
+
+def _reverse_(values_N: torch.Tensor) -> None:
+    """Put the last number first and so on, in place, a part at a time."""
+    num_values = len(values_N)
+    for start in range(0, num_values // 2, _NUMBERS_AT_A_TIME):
+        stop = min(start + _NUMBERS_AT_A_TIME, num_values // 2)
+        first_N = values_N[start:stop].flip(0)
+        values_N[start:stop] = values_N[num_values - stop : num_values - start].flip(0)
+        values_N[num_values - stop : num_values - start] = first_N
 
 
 def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch.Tensor) -> torch.Tensor:

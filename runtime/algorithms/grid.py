@@ -80,8 +80,13 @@ def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tu
             f"a weight of shape {shape} cannot be cut into groups of {args.group_size} columns",
             hint="choose a group size that divides the number of columns, or ignore this module",
         )
-    if not weight_OI.is_floating_point() or not torch.isfinite(weight_OI).all():
+    if not weight_OI.is_floating_point() or not is_finite(weight_OI):
         raise QuantizationError(f"a weight of shape {shape} holds numbers that are not finite floats")
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether all numbers are finite. Least and largest say so without a copy: they are no number if any is none."""
+    return values.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
 def strategy_of(args: QuantizationArgs) -> str:

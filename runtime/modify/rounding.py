@@ -160,7 +160,7 @@ def _solve(
                     for weight, result in zip(weights, results, strict=True)
                 ]
         except QuantizationError as error:
-            if job.options.fallback != "rtn" or not all(torch.isfinite(weight).all() for weight in weights):
+            if job.options.fallback != "rtn" or not all(grid.is_finite(weight) for weight in weights):
                 raise
             nearest = [
                 _nearest(name, weight, jobs, scale_dtype, found, shared)
@@ -168,7 +168,7 @@ def _solve(
             ]
             return nearest, "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
     except QuantizationError as error:
-        culprits = (name for name, w in zip(together, weights, strict=True) if not torch.isfinite(w).all())
+        culprits = (name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w))
         raise QuantizationError(f"{next(culprits, first)}: {error.message}", hint=error.hint) from error
     used = results[0].damping
     is_raised = used > job.options.dampening_frac

@@ -59,10 +59,9 @@ def copy_bytes(shape: Sequence[int]) -> int:
 def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
 
-    `quantize_siblings` holds two matrices [I, I] while it factorizes, as checking that H is finite does; then one, and
-    two copies of all weights, residuals and results, with three of a block's columns. Round-to-nearest holds four
-    copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix. Packing holds three, beside all
-    results.
+    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of all weights, residuals and results, with
+    three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram matrices five,
+    `refine` six beside a matrix. Packing holds three, beside all results.
     """
     num_in = shapes[0][1]
     copies = [copy_bytes(shape) for shape in shapes]
@@ -74,15 +73,14 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     refining = hessian + 5 * largest + total if job.options is not None and job.options.refine else 0
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     solving = hessian + 2 * total + 3 * total * block // num_in
-    return max(2 * hessian, solving, packing, refining)
+    return max(solving, packing, refining)
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
     """The most that finding the factors of a group of weights, and multiplying by them, holds beside its statistics.
 
-    `awq.search_scales` gets all of them in float32. It holds three copies of one while it compares columns, five of the
-    rows that it tries candidates on, and two matrices [I, I] while it checks that H is finite. `smoothquant` looks at a
-    weight at a time.
+    `awq.search_scales` gets all of them in float32. It holds three copies of one while it compares columns, and five of
+    the rows that it tries candidates on. `smoothquant` looks at a weight at a time.
     """
     from runtime.algorithms.awq import NUM_ROWS
 
@@ -91,7 +89,7 @@ def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
     if algorithm != "awq":
         return multiplying
     rows = [copy_bytes((min(shape[0], NUM_ROWS), shape[1])) for shape in shapes]
-    trying = sum(copies) + max(3 * max(copies), 5 * max(rows), 2 * hessian_bytes(shapes[0][1]))
+    trying = sum(copies) + max(3 * max(copies), 5 * max(rows))
     return max(multiplying, trying)
 
 
