@@ -59,7 +59,7 @@ def copy_bytes(shape: Sequence[int]) -> int:
 def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of all weights, residuals and results, with
+    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of weights, residuals and results, with
     three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram matrices five,
     `refine` six beside a matrix. Packing holds three, beside all results.
     """
