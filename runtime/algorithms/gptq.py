@@ -42,6 +42,8 @@ a Hessian that cannot be used is an error, which the caller may answer otherwise
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +58,7 @@ from runtime.errors import QuantizationError
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
+_NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
 _NUMBERS_AT_A_TIME = 2**17
 _COLUMNS_OF_A_SUM = 128
 
@@ -115,8 +118,9 @@ def quantize_siblings(
     block_size: int = 128,
     actorder: str | None = "static",
     global_scale: torch.Tensor | None = None,
-) -> list[QuantizedWeight]:
-    """Quantize weights that see the same input, in one solve.
+) -> Iterator[QuantizedWeight]:
+    """Quantize weights that see the same input: one factorization, and one pass over the columns for all rows of small
+    weights, which takes large ones by themselves. The next is begun when the one before has been taken.
 
     Args:
         weights: [O, I] each; I is the same for all.
@@ -128,8 +132,11 @@ def quantize_siblings(
         actorder: likewise.
         global_scale: likewise; NVFP4 siblings share one.
 
-    Returns:
+    Yields:
         One result for each weight, in order.
+
+    Raises:
+        QuantizationError: as `quantize_gptq`, before the first result.
     """
     weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
     for weight_OI in weights:
@@ -142,20 +149,40 @@ def quantize_siblings(
     if grid.needs_global_scale(args) and global_scale is None:
         global_scale = grid.global_scale_of(*weights)
     fitting = _Fitting(args, scale_dtype, global_scale, hessian_II.diagonal().to(dtype))
-    grids = fitting.all_grids(weights, dtype)
-    stacked_OI = torch.cat([weight.to(dtype) for weight in weights])
-    residual_IO = torch.index_select(stacked_OI.t(), 0, order_I)  # contiguous, unlike what indexing would give
-    del stacked_OI
     group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     is_refitted = grid.is_grouped(args) and actorder is None
     width = args.group_size if is_refitted else block_size
-    quantized_IO, loss_O = _solve_(
-        residual_IO, factors, grids, args, group_of_I, width, fitting if is_refitted else None
-    )
-    loss_O -= _weighed_squares(residual_IO, factors.added_I)
-    damping = factors.damping
-    del residual_IO, factors  # what follows holds the results twice
-    return list(_split(weights, quantized_IO, order_I, loss_O, grids, fitting, damping))
+    damping, refit = factors.damping, fitting if is_refitted else None
+    parts = list(in_passes([weight.shape for weight in weights]))
+    for index, part in enumerate(parts):
+        taken = weights[part]
+        grids = fitting.all_grids(taken, dtype)
+        stacked_OI = torch.cat([weight.to(dtype) for weight in taken])
+        residual_IO = torch.index_select(stacked_OI.t(), 0, order_I)  # contiguous, unlike what indexing would give
+        del stacked_OI
+        quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, group_of_I, width, refit)
+        loss_O -= _weighed_squares(residual_IO, factors.added_I)
+        del residual_IO
+        if index == len(parts) - 1:
+            del factors  # what follows holds the results twice
+        ends = list(itertools.accumulate(len(weight) for weight in taken))
+        for weight_OI, end in zip(taken, ends, strict=True):
+            rows = slice(end - len(weight_OI), end)
+            result = [_result(weight_OI, rows, quantized_IO, order_I, loss_O, grids, fitting, damping)]
+            if end == ends[-1]:
+                del quantized_IO
+            yield result.pop()  # none is held here while it is worked with
+
+
+def in_passes(shapes: Sequence[Sequence[int]]) -> Iterator[slice]:
+    """Which of several weights share a pass over the columns: neighbours, as long as they are small together."""
+    start = num_numbers = 0
+    for index, shape in enumerate(shapes):
+        if index > start and num_numbers + math.prod(shape) > _NUMBERS_OF_A_PASS:
+            yield slice(start, index)
+            start, num_numbers = index, 0
+        num_numbers += math.prod(shape)
+    yield slice(start, len(shapes))
 
 
 def _weighed_squares(residual_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
@@ -167,33 +194,30 @@ def _weighed_squares(residual_IO: torch.Tensor, factor_I: torch.Tensor) -> torch
     return total_O
 
 
-def _split(
-    weights: Sequence[torch.Tensor],
+def _result(
+    weight_OI: torch.Tensor,
+    rows: slice,
     quantized_IO: torch.Tensor,
     order_I: torch.Tensor,
     loss_O: torch.Tensor,
     grids: _Grids,
     fitting: _Fitting,
     damping: float,
-) -> Iterator[QuantizedWeight]:
-    """Each weight's rows of a solve, its columns in their own order again."""
-    start = 0
+) -> QuantizedWeight:
+    """A weight's rows of a solve, its columns in their own order again."""
     args = fitting.args
-    for weight_OI in weights:
-        rows = slice(start, start + len(weight_OI))
-        start = rows.stop
-        scale_dtype = torch.float32 if args.scale_dtype is not None else fitting.scale_dtype
-        zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
-        quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=quantized_IO.device)
-        quantized_OI[:, order_I] = quantized_IO[:, rows].t().to(torch.float32)
-        yield QuantizedWeight(
-            weight_OI=quantized_OI,
-            scale=_stored(grids.scale_GO[:, rows], args, scale_dtype),
-            zero_point=None if zero_GO is None else _stored(zero_GO, args, torch.int8),
-            global_scale=fitting.global_scale,
-            loss=max(float(loss_O[rows].sum()), 0.0),
-            damping=damping,
-        )
+    scale_dtype = torch.float32 if args.scale_dtype is not None else fitting.scale_dtype
+    zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
+    quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=quantized_IO.device)
+    quantized_OI[:, order_I] = quantized_IO[:, rows].t().to(torch.float32)
+    return QuantizedWeight(
+        weight_OI=quantized_OI,
+        scale=_stored(grids.scale_GO[:, rows], args, scale_dtype),
+        zero_point=None if zero_GO is None else _stored(zero_GO, args, torch.int8),
+        global_scale=fitting.global_scale,
+        loss=max(float(loss_O[rows].sum()), 0.0),
+        damping=damping,
+    )
 
 
 def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,21 +82,20 @@ def _rounded_together(
     statistics: Mapping[str, InputStatistics],
     shared: Mapping[str, torch.Tensor],
 ) -> Iterator[Rounded]:
-    start = time.perf_counter()
     weights = [weight_of(name) for name in together]
+    start = time.perf_counter()
     results, algorithm, warning = _solve(together, weights, jobs, scale_dtype_of, statistics, shared)
-    seconds = (time.perf_counter() - start) / len(together)
     for index, name in enumerate(together):
-        # Each gets its part of the time that all of them took.
-        begun = time.perf_counter() - seconds
+        result = [next(results)]
         yield Rounded(
             name=name,
-            result=results.pop(0),
+            result=result.pop(),
             algorithm=algorithm,
             warning=warning if index == 0 else "",
-            start=begun,
-            weight_OI=weights.pop(0),
+            start=start,
+            weight_OI=weights[index],
         )
+        start = time.perf_counter()
 
 
 def _global_scales(
@@ -124,12 +124,13 @@ def _solve(
     scale_dtype_of: Callable[[str], torch.dtype],
     statistics: Mapping[str, InputStatistics],
     shared: Mapping[str, torch.Tensor],
-) -> tuple[list[QuantizedWeight], str, str]:
+) -> tuple[Iterator[QuantizedWeight], str, str]:
+    """The results, one after the other, the algorithm, and a warning or ""."""
     first = together[0]
     job, found, scale_dtype = jobs[first], statistics.get(first), scale_dtype_of(first)
     try:
         if job.algorithm == "rtn":
-            return [_nearest(first, weights[0], jobs, scale_dtype, found, shared)], "rtn", ""
+            return iter([_nearest(first, weights[0], jobs, scale_dtype, found, shared)]), "rtn", ""
         assert job.options is not None, "GPTQ comes with options"
         try:
             if found is None or not found.num_tokens:
@@ -147,18 +148,7 @@ def _solve(
                 actorder=job.options.actorder,
                 global_scale=shared.get(first),
             )
-            if job.options.refine:
-                results = [
-                    refine(
-                        weight,
-                        result,
-                        found.hessian_II,
-                        job.scheme.weights,
-                        sweeps=job.options.refine,
-                        dampening_frac=result.damping,
-                    )
-                    for weight, result in zip(weights, results, strict=True)
-                ]
+            one = next(results)  # if there is one, there will be the others
         except QuantizationError as error:
             if job.options.fallback != "rtn" or not all(grid.is_finite(weight) for weight in weights):
                 raise
@@ -166,14 +156,35 @@ def _solve(
                 _nearest(name, weight, jobs, scale_dtype, found, shared)
                 for name, weight in zip(together, weights, strict=True)
             ]
-            return nearest, "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
+            return iter(nearest), "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
     except QuantizationError as error:
         culprits = (name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w))
         raise QuantizationError(f"{next(culprits, first)}: {error.message}", hint=error.hint) from error
-    used = results[0].damping
+    used = one.damping
     is_raised = used > job.options.dampening_frac
     raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
-    return results, "gptq", raised
+    return _refined(itertools.chain([one], results), weights, job, found), "gptq", raised
+
+
+def _refined(
+    results: Iterator[QuantizedWeight], weights: Sequence[torch.Tensor], job: Assignment, found: InputStatistics
+) -> Iterator[QuantizedWeight]:
+    """The results of a solve, improved where the recipe asks for it."""
+    for weight_OI in weights:
+        result = [next(results)]
+        if job.options is not None and job.options.refine:
+            result.append(
+                refine(
+                    weight_OI,
+                    result[0],
+                    found.hessian_II,
+                    job.scheme.weights,
+                    sweeps=job.options.refine,
+                    dampening_frac=result[0].damping,
+                )
+            )
+            del result[0]
+        yield result.pop()  # none is held here while it is worked with
 
 
 def _nearest(

@@ -59,21 +59,28 @@ def copy_bytes(shape: Sequence[int]) -> int:
 def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of weights, residuals and results, with
-    three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram matrices five,
-    `refine` six beside a matrix. Packing holds three, beside all results.
+    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of the weights of a pass, residuals and
+    results, with three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram
+    matrices five, `refine` six beside a matrix. Packing holds three of one weight, beside the results of the pass and,
+    where another follows, the factor.
     """
+    from runtime.algorithms.gptq import in_passes
+
     num_in = shapes[0][1]
-    copies = [copy_bytes(shape) for shape in shapes]
-    largest, total = max(copies), sum(copies)
-    packing = total + 3 * largest
+    largest = max(copy_bytes(shape) for shape in shapes)
     if job.algorithm != "gptq":
         return (5 if job.clip else 4) * largest
     hessian = hessian_bytes(num_in)
-    refining = hessian + 5 * largest + total if job.options is not None and job.options.refine else 0
+    refining = hessian + 5 * largest if job.options is not None and job.options.refine else 0
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
-    solving = hessian + 2 * total + 3 * total * block // num_in
-    return max(solving, packing, refining)
+    passes = list(in_passes(shapes))
+    most = 0
+    for part in passes:
+        total = sum(copy_bytes(shape) for shape in shapes[part])
+        factor = 0 if part is passes[-1] else hessian
+        solving = hessian + 2 * total + 3 * total * block // num_in
+        most = max(most, solving, factor + total + 3 * largest, factor + total + refining)
+    return most
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:

@@ -130,7 +130,7 @@ def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], modi
 
     def solve() -> list[QuantizedWeight]:
         if job.algorithm == "gptq":
-            return quantize_siblings(weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16)
+            return list(quantize_siblings(weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16))
         return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
 
     solve()
