@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
-from runtime.experts import Mixture, Stack, input_place, owner_of
+from runtime.experts import Mixture, Stack, input_place, owner_of, stack_shape
 from runtime.held import HeldStack, experts_apart
 from runtime.leaves import MIXTURES, build_leaf
-from runtime.manifest import ParameterEntry
+from runtime.manifest import LeafKind, ParameterEntry
 from runtime.program import Run
 from runtime.stacked import stacks_of
 from runtime.weights import spellings
@@ -144,7 +144,7 @@ def split_experts(
     if not found:
         return artifact
     replaced = {
-        f"{name}.{stacked}": _entries(tables.parameters[f"{name}.{stacked}"], name, stack, apart.keys)
+        f"{name}.{stacked}": _entries(apart.entries[stacked], name, stack, apart.keys)
         for name, apart in found.items()
         for stacked, stack in apart.stacks.items()
     }
@@ -183,12 +183,14 @@ class _Apart:
 
     Attributes:
         stacks: by its stacked parameters, how they are made.
+        entries: what the tables say of these, with an axis for experts.
         keys: by an expert's own parameters, what the checkpoint calls them.
         held: what the checkpoint holds stacked.
         is_named_anew: whether these names are ours.
     """
 
     stacks: Mapping[str, Stack]
+    entries: Mapping[str, ParameterEntry]
     keys: Mapping[str, str]
     held: tuple[HeldStack, ...]
     is_named_anew: bool
@@ -206,44 +208,64 @@ class _Understood:
         manifest = self.artifact.manifest
         kind = manifest.leaf_kinds[manifest.leaves[name]]
         stacked = [str(own) for own in kind.options["stacked"]]
-        entries = {own: manifest.parameters[f"{name}.{own}"] for own in stacked}
-        found = {own: self._held(f"{name}.{own}", entry, checkpoint) for own, entry in entries.items()}
-        held = {own: key for own, key in found.items() if key is not None}
+        flat = [str(own) for own in kind.options.get("flat", ())]
+        whole = {own: manifest.parameters[f"{name}.{own}"] for own in stacked}
+        if any(whole[own].conversion >= 0 for own in flat):
+            return None  # what it makes has no axis for experts
+        entries = {own: _by_expert(entry, _num_experts(kind), own in flat) for own, entry in whole.items()}
+        stacks, keys = self._joined(entries), {}
+        found = {own: self._held(f"{name}.{own}", entry, checkpoint, stacks) for own, entry in whole.items()}
+        held = {own: names for own, names in found.items() if names}
         if held and (len(held) < len(stacked) or (checkpoint is not None and checkpoint.is_quantized)):
             return None
-        stacks, keys = self._joined(entries), {}
         is_named_anew = not stacks
         if stacks:
             keys = {_local(key): key for entry in entries.values() for key in entry.sources}
-        elif all(len(entry.sources) == 1 and _is_by_expert(self.artifact, entry) for entry in entries.values()):
+        elif all(_is_by_expert(self.artifact, entry) for entry in entries.values()):
             stacks = self._watch(name)
-            prefix = checkpoint_name(held.get(stacked[0], entries[stacked[0]].sources[0]), f"{name}.{stacked[0]}")
+            first = held[stacked[0]][0] if held else entries[stacked[0]].sources[0]
+            prefix = checkpoint_name(first, f"{name}.{stacked[0]}")
             keys = {part: f"{prefix}.{part}" for part in _parts(stacks)}
         if not stacks or not _is_whole(stacks):
             return None
         return _Apart(
             stacks=stacks,
+            entries=entries,
             keys=keys,
             held=tuple(
                 HeldStack(
-                    key=key,
+                    sources=sources,
                     shape=entries[own].shape,
                     stack=stacks[own],
                     keys=keys,
-                    program=_program(self.artifact, entries[own]) if key in entries[own].sources else None,
+                    program=_program(self.artifact, whole[own]) if sources[0] in self._spelled(whole[own]) else None,
+                    is_flat=own in flat,
                 )
-                for own, key in held.items()
+                for own, sources in held.items()
             ),
             is_named_anew=is_named_anew,
         )
 
-    def _held(self, name: str, entry: ParameterEntry, checkpoint: Checkpoint | None) -> str | None:
-        """What the checkpoint calls a stacked parameter, if it has it in one piece."""
+    def _held(
+        self, name: str, entry: ParameterEntry, checkpoint: Checkpoint | None, joined: Mapping[str, Stack]
+    ) -> tuple[str, ...]:
+        """What the checkpoint calls a stacked parameter, or the stacks that it is made of; nothing where these are an
+        expert's own.
+        """
         if checkpoint is None:
-            return None
-        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+            return ()
         prefix = self.artifact.manifest.model.base_model_prefix
-        return next((key for own in wanted for key in spellings(own, prefix) if key in checkpoint), None)
+        if len(entry.sources) > 1 and not joined:
+            found = [next((key for key in spellings(own, prefix) if key in checkpoint), "") for own in entry.sources]
+            if all(found):
+                return tuple(found)
+        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+        return next(((key,) for own in wanted for key in spellings(own, prefix) if key in checkpoint), ())
+
+    def _spelled(self, entry: ParameterEntry) -> list[str]:
+        """All names under which a checkpoint may have a parameter's sources."""
+        prefix = self.artifact.manifest.model.base_model_prefix
+        return [key for own in entry.sources for key in spellings(own, prefix)]
 
     def _joined(self, entries: Mapping[str, ParameterEntry]) -> dict[str, Stack]:
         """How the stacks are joined of the checkpoint's tensors, if each of these is one expert's."""
@@ -253,7 +275,9 @@ class _Understood:
     def _watch(self, name: str) -> dict[str, Stack]:
         known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
         if known_by not in self._watched:
-            self._watched[known_by] = stacks_of(_leaf(self.artifact, name), _shapes(self.artifact, name, inner=True))
+            module, shapes = _leaf(self.artifact, name), _shapes(self.artifact, name, inner=True)
+            shapes |= {own: stack_shape(shapes[own], module.num_experts) for own in module.flat}
+            self._watched[known_by] = stacks_of(module, shapes)
         return self._watched[known_by]
 
 
@@ -261,13 +285,28 @@ def _shapes(artifact: Artifact, name: str, *, inner: bool = False) -> dict[str, 
     """The shapes of a module's own parameters, and of those in it."""
     parameters = artifact.manifest.parameters
     below = [own.removeprefix(f"{name}.") for own in parameters if own.startswith(f"{name}.")]
-    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own}
+    stacked = _kind(artifact, name).options["stacked"]
+    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own or own in stacked}
+
+
+def _kind(artifact: Artifact, name: str) -> LeafKind:
+    return artifact.manifest.leaf_kinds[artifact.manifest.leaves[name]]
+
+
+def _num_experts(kind: LeafKind) -> int:
+    return int(kind.options["num_experts"][0])
+
+
+def _by_expert(entry: ParameterEntry, num_experts: int, is_flat: bool) -> ParameterEntry:
+    """What the tables say of a stacked parameter, as one whose first axis is the expert: those with weights."""
+    shape = stack_shape(entry.shape, num_experts) if is_flat else (num_experts, *entry.shape[1:])
+    num_bytes = entry.bytes * torch.Size(shape).numel() // max(1, torch.Size(entry.shape).numel())
+    return dataclasses.replace(entry, shape=shape, bytes=num_bytes)
 
 
 def _leaf(artifact: Artifact, name: str) -> Mixture:
     """The module of experts that the host builds for this name, all of them stacked."""
-    manifest = artifact.manifest
-    kind = manifest.leaf_kinds[manifest.leaves[name]]
+    kind = _kind(artifact, name)
     module = build_leaf(kind, name, _shapes(artifact, name), artifact.leaf_programs.get(kind.program))
     assert isinstance(module, Mixture), "its kind says so"
     return module
@@ -278,10 +317,15 @@ def _parts(stacks: Mapping[str, Stack]) -> list[str]:
 
 
 def _is_whole(stacks: Mapping[str, Stack]) -> bool:
-    """Whether each matrix is there once, and none but what belongs to one."""
+    """Whether each matrix is there once, and none but what belongs to one; and an expert's have one number in all."""
     names = _parts(stacks)
     weights = {owner_of(part) for part in names if part.endswith(".weight")}
-    return len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
+    numbers = [
+        dict.fromkeys(part.partition(".")[0] for parts in own for part in parts)
+        for own in zip(*(stack.parts for stack in stacks.values()), strict=True)
+    ]
+    is_numbered = all(len(own) == 1 for own in numbers) and len({next(iter(own)) for own in numbers}) == len(numbers)
+    return is_numbered and len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
 
 
 def checkpoint_name(key: str, name: str) -> str:
@@ -302,23 +346,27 @@ def _program(artifact: Artifact, entry: ParameterEntry) -> Program | None:
 
 
 def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
-    """Whether what is done to a stack when it is loaded is done to each expert by itself."""
+    """Whether what is done to a stack, or to several of them, when they are loaded is done to each expert by itself."""
     program = _program(artifact, entry)
     if program is None:
-        return True
-    stack = torch.arange(3 * 4 * 6).reshape(3, 4, 6)[(slice(None),) * 3 if len(entry.shape) == 3 else (..., 0)]
-    run = Run(device=stack.device, dtype=stack.dtype)
+        return len(entry.sources) == 1
+    numbered = torch.arange(len(entry.sources) * 3 * 4 * 6).reshape(-1, 3, 4, 6)
+    stacks = [stack if len(entry.shape) == 3 else stack[..., 0] for stack in numbered]
+    run = Run(device=numbered.device, dtype=numbered.dtype)
     try:
-        whole, one = (program(None, source_0=part, run=run)["value"] for part in (stack, stack[1:2]))
+        whole, one = (
+            program(None, **{f"source_{place}": stack[rows] for place, stack in enumerate(stacks)}, run=run)["value"]
+            for rows in (slice(None), slice(1, 2))
+        )
     except (RuntimeError, IndexError, TypeError):
         return False
-    return torch.equal(whole[1:2], one)
+    return whole.shape[:1] == (3,) and torch.equal(whole[1:2], one)
 
 
 def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:
     """How one stacked parameter is made; None when it is not joined of whole tensors of single experts."""
     num_experts, num_sources = entry.shape[0], len(entry.sources)
-    if entry.conversion < 0 or num_sources % num_experts or len(entry.shape) not in _SMALL:
+    if entry.conversion < 0 or len(entry.shape) not in _SMALL:
         return None
     shape = _SMALL[len(entry.shape)]
     size = torch.Size(shape).numel()
@@ -329,11 +377,13 @@ def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:
         made = program(None, **{f"source_{number}": source for number, source in enumerate(sources)}, run=run)["value"]
     except (RuntimeError, IndexError, TypeError):
         return None  # it wants tensors of one size only
+    if len(made) < num_experts or num_sources % len(made):
+        return None
     for axis in range(len(shape)):
         for is_transposed in (False, True) if len(shape) > 1 else (False,):
-            orders = [_order(one, sources, axis, num_sources // num_experts, is_transposed) for one in made]
-            parts = [_names(entry, order, expert) for expert, order in enumerate(orders)]
-            if len(made) == num_experts and all(parts):
+            orders = [_order(one, sources, axis, num_sources // len(made), is_transposed) for one in made]
+            parts = [_names(entry, order) for order in orders[:num_experts]]
+            if all(parts):
                 return Stack(parts=tuple(parts), axis=axis, is_transposed=is_transposed)
     return None
 
@@ -351,15 +401,13 @@ def _order(one: torch.Tensor, sources: list[torch.Tensor], axis: int, num_parts:
     return order if is_joined else []
 
 
-def _names(entry: ParameterEntry, order: list[int], expert: int) -> tuple[str, ...]:
+def _names(entry: ParameterEntry, order: list[int]) -> tuple[str, ...]:
     """Names of an expert's parameters, after those of the checkpoint's tensors; empty when these do not tell."""
-    names = []
-    for number in order:
-        found = _KEY.search(entry.sources[number])
-        if found is None or int(found[1]) != expert:
-            return ()
-        names.append(f"{found[1]}.{found[2]}.{found[3]}")
-    return tuple(names)
+    found = [_KEY.search(entry.sources[number]) for number in order]
+    numbers = dict.fromkeys(match[1] if match is not None else "" for match in found)
+    if len(numbers) != 1 or "" in numbers:
+        return ()
+    return tuple(f"{match[1]}.{match[2]}.{match[3]}" for match in found if match is not None)
 
 
 def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, str]) -> dict[str, ParameterEntry]:

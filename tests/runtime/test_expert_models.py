@@ -357,7 +357,7 @@ def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp
     save_file({"x": stored}, tmp_path / "model.safetensors")
     stack = Stack(parts=(("0.a.weight", "0.b.weight"), ("1.a.weight", "1.b.weight")), axis=0, is_transposed=False)
     held = HeldStack(
-        key="x",
+        sources=("x",),
         shape=(2, 4, 3),
         stack=stack,
         keys={part: f"m.{part}" for parts in stack.parts for part in parts},
