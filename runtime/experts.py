@@ -150,7 +150,9 @@ class Mixture(nn.Module):
         """An expert's own part of a stacked parameter, laid out as it is in the stack."""
         if name not in self.stacks:
             stacked = self.get_parameter(name)
-            return (stacked.view(stack_shape(stacked.shape, self.num_experts)) if name in self.flat else stacked)[expert]
+            return (stacked.view(stack_shape(stacked.shape, self.num_experts)) if name in self.flat else stacked)[
+                expert
+            ]
         stack = self.stacks[name]
         return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
 

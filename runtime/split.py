@@ -51,12 +51,14 @@ class SplitArtifact(Artifact):
         stacks: by the name of a module of experts, how its stacked parameters are made.
         held: what the checkpoint holds stacked all the same.
         named_anew: modules whose experts' matrices have no names of their own in the original checkpoint.
+        spare: by the name of a module of experts, parameters that a checkpoint has and no expert uses.
     """
 
     whole: Artifact
     stacks: Mapping[str, Mapping[str, Stack]] = field(default_factory=dict)
     held: tuple[HeldStack, ...] = ()
     named_anew: tuple[str, ...] = ()
+    spare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module tree, with a Linear module for each matrix of each expert."""
@@ -111,7 +113,7 @@ class SplitArtifact(Artifact):
     def _linears(
         self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, nn.Linear]]:
-        names = [part for stack in stacks.values() for parts in stack.parts for part in parts]
+        names = [*_parts(stacks), *self.spare.get(name, ())]
         biases = {owner_of(part) for part in names if part.endswith(".bias")}
         for part in names:
             owner, _, own = part.rpartition(".")
@@ -153,6 +155,8 @@ def split_experts(
         for old, own in tables.parameters.items()
         for new, entry in (replaced[old].items() if old in replaced else [(old, own)])
     }
+    for name, apart in found.items():
+        parameters.update({f"{name}.{part}": entry for part, entry in apart.spare.items()})
     manifest = dataclasses.replace(
         tables,
         parameters=parameters,
@@ -174,6 +178,7 @@ def split_experts(
         stacks={name: apart.stacks for name, apart in found.items()},
         held=tuple(held for apart in found.values() for held in apart.held),
         named_anew=tuple(name for name, apart in found.items() if apart.is_named_anew),
+        spare={name: tuple(apart.spare) for name, apart in found.items() if apart.spare},
     )
 
 
@@ -187,6 +192,7 @@ class _Apart:
         keys: by an expert's own parameters, what the checkpoint calls them.
         held: what the checkpoint holds stacked.
         is_named_anew: whether these names are ours.
+        spare: what the tables say of tensors that no expert uses, by the names that these would have.
     """
 
     stacks: Mapping[str, Stack]
@@ -194,6 +200,7 @@ class _Apart:
     keys: Mapping[str, str]
     held: tuple[HeldStack, ...]
     is_named_anew: bool
+    spare: Mapping[str, ParameterEntry]
 
 
 class _Understood:
@@ -224,7 +231,7 @@ class _Understood:
         elif all(_is_by_expert(self.artifact, entry) for entry in entries.values()):
             stacks = self._watch(name)
             first = held[stacked[0]][0] if held else entries[stacked[0]].sources[0]
-            prefix = checkpoint_name(first, f"{name}.{stacked[0]}")
+            prefix = checkpoint_name(first, f"{name}.{stacked[0].rpartition('.')[2]}")
             keys = {part: f"{prefix}.{part}" for part in _parts(stacks)}
         if not stacks or not _is_whole(stacks):
             return None
@@ -244,6 +251,7 @@ class _Understood:
                 for own, sources in held.items()
             ),
             is_named_anew=is_named_anew,
+            spare={} if is_named_anew else _spare(entries, stacks),
         )
 
     def _held(
@@ -421,6 +429,19 @@ def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, 
         for parts in stack.parts
         for part in parts
     }
+
+
+def _spare(entries: Mapping[str, ParameterEntry], stacks: Mapping[str, Stack]) -> dict[str, ParameterEntry]:
+    """Entries of the tensors that are in a stack and are no expert's: it has rows for those without weights, too."""
+    used = dict.fromkeys(_parts(stacks))
+    found: dict[str, ParameterEntry] = {}
+    for own, entry in entries.items():
+        left = {_local(key): key for key in entry.sources if _local(key) not in used}
+        shape = stacks[own].part_shape(entry.shape)
+        num_bytes = entry.bytes * torch.Size(shape).numel() // max(1, torch.Size(entry.shape).numel())
+        for part, key in left.items():
+            found[part] = dataclasses.replace(entry, shape=shape, bytes=num_bytes, sources=(key,), conversion=-1)
+    return found
 
 
 def _local(key: str) -> str:

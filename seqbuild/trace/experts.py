@@ -241,7 +241,13 @@ def _is_identity(graph: fx.Graph, stacked: Mapping[str, bool], is_column: bool) 
     places = graph.find_nodes(op="placeholder")
     (output,) = graph.find_nodes(op="output")
     is_all = len(graph.nodes) == len(calls) + len(places) + 1 == 4
-    return is_all and is_column and not stacked and calls[0].args == tuple(places) and output.args[0] == {"output": calls[0]}
+    return (
+        is_all
+        and is_column
+        and not stacked
+        and calls[0].args == tuple(places)
+        and output.args[0] == {"output": calls[0]}
+    )
 
 
 def _needed(result: fx.Node) -> dict[fx.Node, None]:

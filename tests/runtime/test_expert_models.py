@@ -1,4 +1,4 @@
-"""Ten architectures with mixtures of experts: apart they are the model to the bit, and what is written is read back."""
+"""Fourteen architectures with mixtures of experts: apart they are the model to the bit, and what is written is read back."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ HYBRID = {
     "mamba_expand": 1,
     "mamba_dt_rank": 16,
 }
+# Text alone: no token is one of an image's.
+ERNIE = {
+    **{**SIZES, "head_dim": 8, "moe_intermediate_size": [16, 32], "moe_num_experts": NUM_EXPERTS, "moe_k": 2},
+    **{"mlp_layer_types": ["dense", "sparse"], "rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    **{"tie_word_embeddings": False, "moe_num_shared_experts": 1},
+}
+ERNIE_TOWER = {"depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}
+STEP = {
+    **{**SIZES, "head_dim": 8, "moe_intermediate_size": 16, "share_expert_dim": 16, "n_routed_experts": NUM_EXPERTS},
+    **{"mlp_layer_types": ["dense", "sparse"], "swiglu_limits": [None, 0.05], "sliding_window": 16},
+}
+STEP_TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
 MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": NUM_EXPERTS}),
     "qwen3_moe": (
@@ -86,9 +98,39 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "Llama4TextConfig",
         {"num_local_experts": NUM_EXPERTS, "intermediate_size_mlp": 48, "head_dim": 8, "num_experts_per_tok": 1},
     ),
+    "dbrx": (
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            **{"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
+        },
+    ),
+    "longcat_flash": (
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        {
+            **{**LATENT_HEADS, "head_dim": 16, "num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+            **{"n_routed_experts": NUM_EXPERTS, "zero_expert_num": 2, "moe_topk": 3, "num_key_value_heads": 4},
+        },
+    ),
+    "step3p7": (
+        "Step3p7ForConditionalGeneration",
+        "Step3p7Config",
+        {"text_config": STEP, "vision_config": STEP_TOWER, "image_token_id": 1},
+    ),
+    "ernie4_5_vl_moe": (
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        "Ernie4_5_VLMoeConfig",
+        {"text_config": ERNIE, "vision_config": ERNIE_TOWER, "tie_word_embeddings": False},
+    ),
     "jamba": ("JambaForCausalLM", "JambaConfig", {**HYBRID, "num_experts": NUM_EXPERTS}),
 }
-STACKED = ("gpt_oss", "granitemoe", "llama4")  # those that a checkpoint holds stacked
+STACKED = ("gpt_oss", "granitemoe", "llama4", "dbrx", "step3p7")  # those that a checkpoint holds stacked
+# transformers 5.24 refuses such checkpoints: it wants tensors for LongCat's experts without weights and finds them not
+# quantized, and its conversion of Ernie's experts takes none that are packed.
+REFUSED = ("longcat_flash", "ernie4_5_vl_moe")
 
 
 @pytest.fixture(scope="module")
@@ -98,30 +140,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Small]:
     def make(name: str) -> Small:
         if name not in known:
             class_name, config, sizes = MODELS[name]
-            known[name] = make_small(tmp_path_factory.mktemp(name), class_name, config, {**SIZES, **sizes})
+            is_seeing = "vision_config" in sizes
+            all_sizes = sizes if is_seeing else {**SIZES, **sizes}
+            root = tmp_path_factory.mktemp(name)
+            known[name] = make_small(root, class_name, config, all_sizes, text_only=is_seeing)
         return known[name]
 
     return make
 
 
 def gptq(*ignore: str) -> Any:
-    """All Linear modules but these; of Jamba's `dt_proj` the model takes the weight, and calls no module."""
-    ignored = ", ".join(["lm_head", "'re:.*dt_proj'", *ignore])
+    """All Linear modules but these; of Jamba's `dt_proj` and LongCat's router the model takes the weight alone."""
+    ignored = ", ".join(["lm_head", "'re:.*dt_proj'", "'re:.*classifier'", *ignore])
     return recipe(NARROW_W4.replace("lm_head", ignored), modifier="GPTQModifier")
 
 
 def matrices(small: Small) -> list[str]:
-    """The names under which the matrices of experts are to be written, without what is stored of each."""
+    """The names under which the matrices of experts that text reaches are to be written, without what is stored of each."""
     artifact = split_experts(small.load(), Checkpoint(small.weights))
     assert isinstance(artifact, SplitArtifact)
     entries = artifact.manifest.parameters
+    used = [name for entry in artifact.manifest.subgraphs for name in entry.parameters]
     return [
         entries[f"{name}.{part}"].sources[0].removesuffix(".weight")
         for name, stacks in artifact.stacks.items()
         for stack in stacks.values()
         for parts in stack.parts
         for part in parts
-        if part.endswith(".weight")
+        if part.endswith(".weight") and f"{name}.{part}" in used
     ]
 
 
@@ -134,6 +180,15 @@ def stacked_again(name: str, found: Mapping[str, torch.Tensor]) -> Iterator[tupl
             for expert in range(NUM_EXPERTS)
         ]
         layer = owner.removesuffix(".experts")
+        if name == "dbrx":
+            for own, part in (("w1", "gate"), ("v1", "up")):
+                yield f"{owner}.mlp.{own}", torch.cat([e[part] for e in each])
+            yield f"{owner}.mlp.w2", torch.cat([e["down"].T for e in each])
+            continue
+        if name == "step3p7":
+            moe = layer.replace(".mlp", ".moe")
+            yield from ((f"{moe}.{part}_proj.weight", torch.stack([e[part] for e in each])) for part in each[0])
+            continue
         if name == "granitemoe":
             yield f"{layer}.input_linear.weight", torch.stack([torch.cat([e["gate"], e["up"]]) for e in each])
             yield f"{layer}.output_linear.weight", torch.stack([e["down"] for e in each])
@@ -163,7 +218,8 @@ def plain_again(name: str, small: Small, quantized: Path, target: Path) -> Path:
         module = key.removesuffix(".weight")
         if f"{module}.weight_packed" in found:
             tensors[key] = unpacked(found, module).float()
-    tensors.update(stacked_again(name, found))
+    if name in STACKED:
+        tensors.update(stacked_again(name, found))
     assert sorted(tensors) == sorted(before)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / "model.safetensors")
     return target
@@ -202,7 +258,9 @@ def test_every_matrix_is_quantized_by_itself(made: Callable[[str], Small], name:
     assert not any("not quantized" in remark for remark in result.remarks)
     (batch,) = token_batches(((2, 23),))
     again = run_weights(small, tmp_path / "out", batch)["logits"]
-    plain = plain_again(name, small, tmp_path / "out", tmp_path / "plain") if name in STACKED else tmp_path / "out"
+    plain = tmp_path / "out"
+    if name in STACKED + REFUSED:
+        plain = plain_again(name, small, tmp_path / "out", tmp_path / "plain")
     torch.testing.assert_close(again, run_transformers(plain, batch))
 
 
