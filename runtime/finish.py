@@ -86,6 +86,13 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
     found = dict.fromkeys(other for name in linear for other in _names(name, source))
+    mixtures = {
+        f"{name}.{own}": f"{name}.{own.rpartition('.')[2]}"
+        for name, module in modules.items()
+        if isinstance(module, Mixture)
+        for own in module.stacked
+        if own not in module.stacks
+    }
     lists = _lists(key for name in modules if name in quantized for key in _names(name, source))
     for name, origin in source.origins.items():
         owner = modules.get(name.rpartition(".")[0])
@@ -94,8 +101,8 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
         elif name.endswith(".weight") and not isinstance(owner, (nn.Linear, nn.Embedding)):
             matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
             found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
-        if isinstance(owner, Mixture) and len(origin.keys) == 1:
-            found["re:" + re.escape(checkpoint_name(origin.keys[0], name)) + r"(\.|$)"] = None
+        if name in mixtures and len(origin.keys) == 1:
+            found["re:" + re.escape(checkpoint_name(origin.keys[0], mixtures[name])) + r"(\.|$)"] = None
     found.update(dict.fromkeys(_left_over(source)))
     return list(found)
 

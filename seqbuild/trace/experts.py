@@ -205,7 +205,7 @@ def _body(
         if node.op == "call_function" and node.args and node.args[0] in named and _is_unflattened(node, num_experts)
     }
     own = {
-        node: named[flat.get(node.args[0], node.args[0])]  # type: ignore[call-overload]
+        node: named[flat.get(node.args[0], node.args[0])]
         for node in traced.nodes
         if node in needed and node.op == "call_function" and node.args and _is_choice(node)
         if node.args[0] in named or node.args[0] in flat
@@ -282,7 +282,8 @@ def _is_rows(node: fx.Node) -> bool:
     if node.target not in _RESHAPES:
         return False
     whole: torch.Size = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    return node.meta["val"].dim() == 2 and node.meta["val"].shape[-1] == whole[-1]
+    shape: torch.Size = node.meta["val"].shape
+    return len(shape) == 2 and shape[-1] == whole[-1]
 
 
 def _is_view(node: fx.Node) -> bool:
