@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # `experts.3.gate_proj.weight`: the expert's number, the module's name, and the parameter's.
 _KEY = re.compile(r"\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(weight|bias)\Z")
+_SMALL_STACKS = {3: (4, 6), 2: (4,)}  # sizes of an expert's part of a stack, for the same
 _SMALL = {
     3: (2, 3),
     2: (3,),
@@ -209,6 +210,7 @@ class _Understood:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self._watched: dict[Any, dict[str, Stack]] = {}
+        self._by_expert: dict[Any, bool] = {}
 
     def module(self, name: str, checkpoint: Checkpoint | None) -> _Apart | None:
         """How those of one module do; None where that is not known, or where they are to stay."""
@@ -228,7 +230,7 @@ class _Understood:
         is_named_anew = not stacks
         if stacks:
             keys = {_local(key): key for entry in entries.values() for key in entry.sources}
-        elif all(_is_by_expert(self.artifact, entry) for entry in entries.values()):
+        elif all(self._is_by_expert(entry) for entry in entries.values()):
             stacks = self._watch(name)
             first = held[stacked[0]][0] if held else entries[stacked[0]].sources[0]
             prefix = checkpoint_name(first, f"{name}.{stacked[0].rpartition('.')[2]}")
@@ -279,6 +281,12 @@ class _Understood:
         """How the stacks are joined of the checkpoint's tensors, if each of these is one expert's."""
         found = {own: _stack(self.artifact, entry) for own, entry in entries.items()}
         return {own: stack for own, stack in found.items() if stack is not None} if all(found.values()) else {}
+
+    def _is_by_expert(self, entry: ParameterEntry) -> bool:
+        known_by = entry.conversion, entry.shape, len(entry.sources)
+        if known_by not in self._by_expert:
+            self._by_expert[known_by] = _is_by_expert(self.artifact, entry)
+        return self._by_expert[known_by]
 
     def _watch(self, name: str) -> dict[str, Stack]:
         known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
@@ -358,17 +366,20 @@ def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
     program = _program(artifact, entry)
     if program is None:
         return len(entry.sources) == 1
-    numbered = torch.arange(len(entry.sources) * 3 * 4 * 6).reshape(-1, 3, 4, 6)
-    stacks = [stack if len(entry.shape) == 3 else stack[..., 0] for stack in numbered]
-    run = Run(device=numbered.device, dtype=numbered.dtype)
-    try:
-        whole, one = (
-            program(None, **{f"source_{place}": stack[rows] for place, stack in enumerate(stacks)}, run=run)["value"]
-            for rows in (slice(None), slice(1, 2))
-        )
-    except (RuntimeError, IndexError, TypeError):
-        return False
-    return whole.shape[:1] == (3,) and torch.equal(whole[1:2], one)
+    small = _SMALL_STACKS[len(entry.shape)] if len(entry.shape) in _SMALL_STACKS else ()
+    for sizes in (small, entry.shape[1:]):  # a program may insist on those that it was recorded with
+        generator = torch.Generator().manual_seed(0)
+        stacks = [torch.randint(2**15, (3, *sizes), generator=generator, dtype=torch.int16) for _ in entry.sources]
+        run = Run(device=torch.device("cpu"), dtype=torch.int16)
+        try:
+            whole, one = (
+                program(None, **{f"source_{place}": own[rows] for place, own in enumerate(stacks)}, run=run)["value"]
+                for rows in (slice(None), slice(1, 2))
+            )
+        except (RuntimeError, IndexError, TypeError):
+            continue
+        return whole.shape[:1] == (3,) and torch.equal(whole[1:2], one)
+    return False
 
 
 def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:

@@ -30,6 +30,7 @@ from tests.runtime.small import (
     NARROW_W4,
     RECIPES,
     Small,
+    VOCABULARY,
     StopError,
     Stopping,
     calibrate,
@@ -147,9 +148,19 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "Ernie4_5_VLMoeConfig",
         {"text_config": ERNIE, "vision_config": ERNIE_TOWER, "tie_word_embeddings": False},
     ),
+    # A checkpoint that has gates and what they open by turns, in one tensor for all experts.
+    "inkling2_text": (
+        "Inkling2ForCausalLM",
+        "Inkling2TextConfig",
+        {
+            **{"n_routed_experts": NUM_EXPERTS, "moe_intermediate_size": 16, "head_dim": 16, "swa_head_dim": 16},
+            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "sliding_window_size": 16},
+            **{"layer_types": ["hybrid_sliding", "hybrid"], "unpadded_vocab_size": VOCABULARY, "rel_extent": 64},
+        },
+    ),
     "jamba": ("JambaForCausalLM", "JambaConfig", {**HYBRID, "num_experts": NUM_EXPERTS}),
 }
-STACKED = ("gpt_oss", "granitemoe", "llama4", "dbrx", "step3p7")  # those that a checkpoint holds stacked
+STACKED = ("gpt_oss", "granitemoe", "llama4", "dbrx", "step3p7", "inkling2_text")  # those that a checkpoint holds stacked
 # transformers 5.24 refuses such checkpoints: it wants tensors for LongCat's experts without weights and finds them not
 # quantized, and its conversion of Ernie's experts takes none that are packed.
 REFUSED = ("longcat_flash", "ernie4_5_vl_moe")
@@ -206,6 +217,12 @@ def stacked_again(name: str, found: Mapping[str, torch.Tensor]) -> Iterator[tupl
             for own, part in (("w1", "gate"), ("v1", "up")):
                 yield f"{owner}.mlp.{own}", torch.cat([e[part] for e in each])
             yield f"{owner}.mlp.w2", torch.cat([e["down"].T for e in each])
+            continue
+        if name == "inkling2_text":
+            by_turns = [torch.stack([e["gate"], e["up"]], 1).flatten(0, 1) for e in each]
+            layer = layer.replace("model.layers", "model.llm.layers")
+            yield f"{layer}.experts.w13_weight", torch.stack(by_turns)
+            yield f"{layer}.experts.w2_weight", torch.stack([e["down"] for e in each])
             continue
         if name == "step3p7":
             moe = layer.replace(".mlp", ".moe")
