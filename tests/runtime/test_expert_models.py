@@ -1,4 +1,4 @@
-"""Fourteen architectures with mixtures of experts: apart they are the model, and what is written is read back."""
+"""Fifteen architectures with mixtures of experts: apart they are the model, and what is written is read back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 import runtime
 from runtime.checkpoint import Checkpoint
 from runtime.dense_experts import DenseExperts
+from runtime.errors import RecipeError
 from runtime.experts import Experts, Mixture, Stack
 from runtime.held import HeldStack, experts_apart
 from runtime.split import SplitArtifact, checkpoint_name, split_experts
@@ -29,8 +30,8 @@ from tests.runtime.small import (
     LATENT_HEADS,
     NARROW_W4,
     RECIPES,
-    Small,
     VOCABULARY,
+    Small,
     StopError,
     Stopping,
     calibrate,
@@ -153,14 +154,28 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "Inkling2ForCausalLM",
         "Inkling2TextConfig",
         {
-            **{"n_routed_experts": NUM_EXPERTS, "moe_intermediate_size": 16, "head_dim": 16, "swa_head_dim": 16},
-            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "sliding_window_size": 16},
-            **{"layer_types": ["hybrid_sliding", "hybrid"], "unpadded_vocab_size": VOCABULARY, "rel_extent": 64},
+            "n_routed_experts": NUM_EXPERTS,
+            "moe_intermediate_size": 16,
+            "head_dim": 16,
+            "swa_head_dim": 16,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "sliding_window_size": 16,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "unpadded_vocab_size": VOCABULARY,
+            "rel_extent": 64,
         },
     ),
     "jamba": ("JambaForCausalLM", "JambaConfig", {**HYBRID, "num_experts": NUM_EXPERTS}),
 }
-STACKED = ("gpt_oss", "granitemoe", "llama4", "dbrx", "step3p7", "inkling2_text")  # those that a checkpoint holds stacked
+STACKED = (
+    "gpt_oss",
+    "granitemoe",
+    "llama4",
+    "dbrx",
+    "step3p7",
+    "inkling2_text",
+)  # those that a checkpoint holds stacked
 # transformers 5.24 refuses such checkpoints: it wants tensors for LongCat's experts without weights and finds them not
 # quantized, and its conversion of Ernie's experts takes none that are packed.
 REFUSED = ("longcat_flash", "ernie4_5_vl_moe")
@@ -183,8 +198,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Small]:
 
 
 def gptq(*ignore: str) -> Any:
-    """All Linear modules but these; of Jamba's `dt_proj` and LongCat's router the model takes the weight alone."""
-    ignored = ", ".join(["lm_head", "'re:.*dt_proj'", "'re:.*classifier'", *ignore])
+    """All Linear modules but these; of Jamba's `dt_proj` and LongCat's router the model takes the weight alone, and
+    Inkling's `weight_proj` has a name that says nothing of a module.
+    """
+    ignored = ", ".join(["lm_head", "'re:.*dt_proj'", "'re:.*classifier'", "'re:.*[.]weight_proj'", *ignore])
     return recipe(NARROW_W4.replace("lm_head", ignored), modifier="GPTQModifier")
 
 
@@ -357,7 +374,8 @@ class TestStackedInTheCheckpoint:
                 assert sum(counts) == (NUM_EXPERTS if is_all else per_token) * total
 
     def test_inputs_are_rounded_as_readers_round_them(self, small: Small, tmp_path: Path) -> None:
-        calibrate(small, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "out")
+        text = RECIPES["FP8_DYNAMIC"].replace("lm_head", "lm_head, 're:.*[.]weight_proj'")
+        calibrate(small, recipe(text), tmp_path / "out")
         (batch,) = token_batches(((2, 23),))
         rounded = run_weights(small, tmp_path / "out", batch)["logits"]
         with pytest.MonkeyPatch.context() as patch:
@@ -386,6 +404,12 @@ def test_what_experts_read_is_not_rescaled(made: Callable[[str], Small], tmp_pat
     assert norms
     for key in norms:
         assert torch.equal(found[key], before[key])
+
+
+def test_a_weight_whose_name_is_no_modules_is_refused(made: Callable[[str], Small], tmp_path: Path) -> None:
+    plan = recipe(NARROW_W4.replace("Linear", "'re:.*weight_proj'"))
+    with pytest.raises(RecipeError, match=r"calls the weight of .*weight_proj 'model\.llm.*weight_proj'"):
+        calibrate(made("inkling2_text"), plan, tmp_path / "out")
 
 
 def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
