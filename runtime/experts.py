@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from runtime.program import Program
 
 
+# What the matrices of an expert are called where a checkpoint has no names for them: the first ones, and the last.
+FIRST, LAST = ("gate_proj", "up_proj"), "down_proj"
 # Under this key a module says which of a batch's tokens it is called with: indices [N], while it is called.
 ROWS = "rows"
 
@@ -96,13 +98,27 @@ def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
     return module
 
 
+def input_positions(stacks: Mapping[str, Stack]) -> dict[str, int]:
+    """For each stack, which of the inputs of an expert it is multiplied with: gates and what they open have one, where
+    these are stacks of their own.
+    """
+    found: dict[str, int] = {}
+    first: int | None = None
+    for position, (name, stack) in enumerate(stacks.items()):
+        found[name] = position
+        if {owner_of(part).rpartition(".")[2] for part in stack.parts[0]} <= set(FIRST):
+            first = position if first is None else first
+            found[name] = first
+    return found
+
+
 def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
     """Which of the inputs of a stack an expert is called with; those of one place are one tensor.
 
     What the first matrix is multiplied with is the layer's input: called with all tokens, it is one for all experts.
 
     Args:
-        position: of the stack among those of its module.
+        position: of the input among those of its module, see `input_positions`.
         expert: its number.
         all_tokens: whether experts are called with all tokens, or with those that are sent to them.
     """

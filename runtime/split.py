@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
-from runtime.experts import Mixture, Stack, input_place, owner_of, stack_shape
+from runtime.experts import Mixture, Stack, input_place, input_positions, owner_of, stack_shape
 from runtime.held import HeldStack, experts_apart
 from runtime.leaves import MIXTURES, build_leaf
 from runtime.manifest import LeafKind, ParameterEntry
@@ -103,7 +103,9 @@ class SplitArtifact(Artifact):
         """
         found: dict[str, tuple[str, int, int]] = {}
         for name, stacks in self.stacks.items():
-            for position, stack in enumerate(stacks.values()):
+            positions = input_positions(stacks)
+            for own, stack in stacks.items():
+                position = positions[own]
                 if stack.is_of_biases:
                     continue
                 for expert in range(len(stack.parts)):
@@ -366,7 +368,7 @@ def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
     program = _program(artifact, entry)
     if program is None:
         return len(entry.sources) == 1
-    small = _SMALL_STACKS[len(entry.shape)] if len(entry.shape) in _SMALL_STACKS else ()
+    small = _SMALL_STACKS.get(len(entry.shape), ())
     for sizes in (small, entry.shape[1:]):  # a program may insist on those that it was recorded with
         generator = torch.Generator().manual_seed(0)
         stacks = [torch.randint(2**15, (3, *sizes), generator=generator, dtype=torch.int16) for _ in entry.sources]

@@ -20,13 +20,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from runtime.dense_experts import STACKED_PRODUCTS
-from runtime.experts import PRODUCTS, Experts, Mixture, Stack, storage
+from runtime.experts import FIRST, LAST, PRODUCTS, Experts, Mixture, Stack, storage
 from runtime.program import Run
 
 if TYPE_CHECKING:
     from runtime.program import Program
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+(GATE, UP), DOWN = FIRST, LAST
 _SWITCHED_OFF, _TIMES_SMALLER = -100.0, 50
 
 
