@@ -255,7 +255,7 @@ class _Understood:
                 for own, sources in held.items()
             ),
             is_named_anew=is_named_anew,
-            spare={} if is_named_anew else _spare(entries, stacks),
+            spare={} if is_named_anew else self._spare(entries, stacks, checkpoint),
         )
 
     def _held(
@@ -273,6 +273,15 @@ class _Understood:
                 return tuple(found)
         wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
         return next(((key,) for own in wanted for key in spellings(own, prefix) if key in checkpoint), ())
+
+    def _spare(
+        self, entries: Mapping[str, ParameterEntry], stacks: Mapping[str, Stack], checkpoint: Checkpoint | None
+    ) -> dict[str, ParameterEntry]:
+        """What of the tensors that are no expert's the checkpoint has."""
+        found = _spare(entries, stacks)
+        if checkpoint is None:
+            return found
+        return {part: entry for part, entry in found.items() if any(key in checkpoint for key in self._spelled(entry))}
 
     def _spelled(self, entry: ParameterEntry) -> list[str]:
         """All names under which a checkpoint may have a parameter's sources."""

@@ -406,6 +406,21 @@ def test_what_experts_read_is_not_rescaled(made: Callable[[str], Small], tmp_pat
         assert torch.equal(found[key], before[key])
 
 
+def test_experts_without_weights_need_none(made: Callable[[str], Small], tmp_path: Path) -> None:
+    """Transformers saves some for them; LongCat's own checkpoints have none."""
+    small = made("longcat_flash")
+    shutil.copytree(small.weights, tmp_path / "model")
+    spare = re.compile(rf"experts\.({NUM_EXPERTS}|{NUM_EXPERTS + 1})\.")
+    kept = {key: tensor for key, tensor in read_tensors(small.weights).items() if not spare.search(key)}
+    assert len(read_tensors(small.weights)) - len(kept) == 4
+    save_file(kept, tmp_path / "model" / "model.safetensors")
+    calibrate(small, gptq(), tmp_path / "whole")
+    calibrate(Small(weights=tmp_path / "model", artifact=small.artifact), gptq(), tmp_path / "out")
+    found, before = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "whole")
+    assert sorted(found) == sorted(key for key in before if not spare.search(key))
+    assert all(torch.equal(found[key], before[key]) for key in found)
+
+
 def test_a_weight_whose_name_is_no_modules_is_refused(made: Callable[[str], Small], tmp_path: Path) -> None:
     plan = recipe(NARROW_W4.replace("Linear", "'re:.*weight_proj'"))
     with pytest.raises(RecipeError, match=r"calls the weight of .*weight_proj 'model\.llm.*weight_proj'"):
