@@ -13,8 +13,7 @@ gate_proj, up_proj and down_proj: what llm-compressor writes, and vLLM reads.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +23,14 @@ from torch import nn
 from runtime.artifact import Artifact, LoadedSubgraph
 from runtime.experts import Mixture, Stack, input_place, input_positions, owner_of, stack_shape
 from runtime.held import HeldStack, experts_apart
+from runtime.joined import is_by_expert, joined_stack, local_name, program_of
 from runtime.leaves import MIXTURES, build_leaf
 from runtime.manifest import LeafKind, ParameterEntry
-from runtime.program import Run
 from runtime.stacked import stacks_of
 from runtime.weights import spellings
 
 if TYPE_CHECKING:
     from runtime.checkpoint import Checkpoint
-    from runtime.program import Program
-
-# `experts.3.gate_proj.weight`: the expert's number, the module's name, and the parameter's.
-_KEY = re.compile(r"\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(weight|bias)\Z")
-_SMALL_STACKS = {3: (4, 6), 2: (4,)}  # sizes of an expert's part of a stack, for the same
-_SMALL = {
-    3: (2, 3),
-    2: (3,),
-}  # shapes for one expert's tensors on which a conversion is tried, by the stack's dimensions
 
 
 @dataclass(kw_only=True)
@@ -231,7 +221,7 @@ class _Understood:
             return None
         is_named_anew = not stacks
         if stacks:
-            keys = {_local(key): key for entry in entries.values() for key in entry.sources}
+            keys = {local_name(key): key for entry in entries.values() for key in entry.sources}
         elif all(self._is_by_expert(entry) for entry in entries.values()):
             stacks = self._watch(name)
             first = held[stacked[0]][0] if held else entries[stacked[0]].sources[0]
@@ -249,7 +239,7 @@ class _Understood:
                     shape=entries[own].shape,
                     stack=stacks[own],
                     keys=keys,
-                    program=_program(self.artifact, whole[own]) if sources[0] in self._spelled(whole[own]) else None,
+                    program=program_of(self.artifact, whole[own]) if sources[0] in self._spelled(whole[own]) else None,
                     is_flat=own in flat,
                 )
                 for own, sources in held.items()
@@ -290,13 +280,13 @@ class _Understood:
 
     def _joined(self, entries: Mapping[str, ParameterEntry]) -> dict[str, Stack]:
         """How the stacks are joined of the checkpoint's tensors, if each of these is one expert's."""
-        found = {own: _stack(self.artifact, entry) for own, entry in entries.items()}
+        found = {own: joined_stack(self.artifact, entry) for own, entry in entries.items()}
         return {own: stack for own, stack in found.items() if stack is not None} if all(found.values()) else {}
 
     def _is_by_expert(self, entry: ParameterEntry) -> bool:
         known_by = entry.conversion, entry.shape, len(entry.sources)
         if known_by not in self._by_expert:
-            self._by_expert[known_by] = _is_by_expert(self.artifact, entry)
+            self._by_expert[known_by] = is_by_expert(self.artifact, entry)
         return self._by_expert[known_by]
 
     def _watch(self, name: str) -> dict[str, Stack]:
@@ -368,78 +358,6 @@ def checkpoint_name(key: str, name: str) -> str:
     return ".".join([*parts[: numbers[0][-1] + 1], *own[numbers[1][-1] + 1 :]])
 
 
-def _program(artifact: Artifact, entry: ParameterEntry) -> Program | None:
-    return artifact.conversions[entry.conversion] if entry.conversion >= 0 else None
-
-
-def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
-    """Whether what is done to a stack, or to several of them, when they are loaded is done to each expert by itself."""
-    program = _program(artifact, entry)
-    if program is None:
-        return len(entry.sources) == 1
-    small = _SMALL_STACKS.get(len(entry.shape), ())
-    for sizes in (small, entry.shape[1:]):  # a program may insist on those that it was recorded with
-        generator = torch.Generator().manual_seed(0)
-        stacks = [torch.randint(2**15, (3, *sizes), generator=generator, dtype=torch.int16) for _ in entry.sources]
-        run = Run(device=torch.device("cpu"), dtype=torch.int16)
-        try:
-            whole, one = (
-                program(None, **{f"source_{place}": own[rows] for place, own in enumerate(stacks)}, run=run)["value"]
-                for rows in (slice(None), slice(1, 2))
-            )
-        except (RuntimeError, IndexError, TypeError):
-            continue
-        return whole.shape[:1] == (3,) and torch.equal(whole[1:2], one)
-    return False
-
-
-def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:
-    """How one stacked parameter is made; None when it is not joined of whole tensors of single experts."""
-    num_experts, num_sources = entry.shape[0], len(entry.sources)
-    if entry.conversion < 0 or len(entry.shape) not in _SMALL:
-        return None
-    shape = _SMALL[len(entry.shape)]
-    size = torch.Size(shape).numel()
-    sources = [torch.arange(size).reshape(shape) + number * size for number in range(num_sources)]
-    run = Run(device=torch.device("cpu"), dtype=torch.int64)
-    program: Callable[..., dict[str, torch.Tensor]] = artifact.conversions[entry.conversion]
-    try:
-        made = program(None, **{f"source_{number}": source for number, source in enumerate(sources)}, run=run)["value"]
-    except (RuntimeError, IndexError, TypeError):
-        return None  # it wants tensors of one size only
-    if len(made) < num_experts or num_sources % len(made):
-        return None
-    for axis in range(len(shape)):
-        for is_transposed in (False, True) if len(shape) > 1 else (False,):
-            orders = [_order(one, sources, axis, num_sources // len(made), is_transposed) for one in made]
-            parts = [_names(entry, order) for order in orders[:num_experts]]
-            if all(parts):
-                return Stack(parts=tuple(parts), axis=axis, is_transposed=is_transposed)
-    return None
-
-
-def _order(one: torch.Tensor, sources: list[torch.Tensor], axis: int, num_parts: int, is_transposed: bool) -> list[int]:
-    """Which sources one expert's tensor is joined of; empty when it is not."""
-    if one.shape[axis] % num_parts:
-        return []
-    size = sources[0].numel()
-    parts = [part.T if is_transposed else part for part in one.chunk(num_parts, axis)]
-    order = [int(part.flatten()[0]) // size for part in parts]
-    is_joined = len(parts) == num_parts and all(
-        torch.equal(part, sources[number]) for part, number in zip(parts, order, strict=True)
-    )
-    return order if is_joined else []
-
-
-def _names(entry: ParameterEntry, order: list[int]) -> tuple[str, ...]:
-    """Names of an expert's parameters, after those of the checkpoint's tensors; empty when these do not tell."""
-    found = [_KEY.search(entry.sources[number]) for number in order]
-    numbers = dict.fromkeys(match[1] if match is not None else "" for match in found)
-    if len(numbers) != 1 or "" in numbers:
-        return ()
-    return tuple(f"{match[1]}.{match[2]}.{match[3]}" for match in found if match is not None)
-
-
 def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, str]) -> dict[str, ParameterEntry]:
     """The tables' entries of the parameters that a stacked one is made of."""
     own = stack.part_shape(entry.shape)
@@ -458,15 +376,9 @@ def _spare(entries: Mapping[str, ParameterEntry], stacks: Mapping[str, Stack]) -
     used = dict.fromkeys(_parts(stacks))
     found: dict[str, ParameterEntry] = {}
     for own, entry in entries.items():
-        left = {_local(key): key for key in entry.sources if _local(key) not in used}
+        left = {local_name(key): key for key in entry.sources if local_name(key) not in used}
         shape = stacks[own].part_shape(entry.shape)
         num_bytes = entry.bytes * torch.Size(shape).numel() // max(1, torch.Size(entry.shape).numel())
         for part, key in left.items():
             found[part] = dataclasses.replace(entry, shape=shape, bytes=num_bytes, sources=(key,), conversion=-1)
     return found
-
-
-def _local(key: str) -> str:
-    found = _KEY.search(key)
-    assert found is not None, "its name was understood before"
-    return f"{found[1]}.{found[2]}.{found[3]}"
