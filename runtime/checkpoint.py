@@ -94,11 +94,15 @@ class Checkpoint:
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
         """One part of a tensor along its first axis, and nothing else of it."""
+        return self.read_rows(key, index, 1)[0]
+
+    def read_rows(self, key: str, first: int, count: int) -> torch.Tensor:
+        """Some parts of a tensor along its first axis, one after the other, and nothing else of it."""
         from runtime.layout import Stored
 
         place = self._places[key]
-        stored = Stored(key, place.stored.dtype, place.stored.shape[1:])
-        begin = place.begin + index * stored.num_bytes
+        stored = Stored(key, place.stored.dtype, (count, *place.stored.shape[1:]))
+        begin = place.begin + first * (stored.num_bytes // count)
         part = _Place(place.shard, stored, begin, begin + stored.num_bytes)
         with self._raw(part) as view:
             return self._tensor(part, view)

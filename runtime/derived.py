@@ -91,6 +91,12 @@ class DerivedCheckpoint(Checkpoint):
         derived = self._derived.get(key)
         return derived.make(self.inner, index) if derived is not None else self.inner.read_part(key, index)
 
+    def read_rows(self, key: str, first: int, count: int) -> torch.Tensor:
+        """Some parts of a tensor along its first axis, one after the other."""
+        if key not in self._derived:
+            return self.inner.read_rows(key, first, count)
+        return self.read(key)[first : first + count].clone()
+
     @contextlib.contextmanager
     def raw(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor, and not after the block."""

@@ -18,12 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from runtime.errors import ArtifactError
 from runtime.program import Run
 
 if TYPE_CHECKING:
     from runtime.program import Program
 
 
+# What the matrices of an expert are called where a checkpoint has no names for them: the first ones, and the last.
+FIRST, LAST = ("gate_proj", "up_proj"), "down_proj"
 # Under this key a module says which of a batch's tokens it is called with: indices [N], while it is called.
 ROWS = "rows"
 
@@ -81,13 +84,41 @@ def owner_of(part: str) -> str:
     return part.rpartition(".")[0]
 
 
+def stack_shape(shape: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """The shape that a flat parameter [E * R, ...] has with an axis for experts: [E, R, ...]."""
+    return (num_experts, shape[0] // num_experts, *shape[1:])
+
+
+def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The module of these names below another one; those that are not there are made."""
+    for name in names:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module
+
+
+def input_positions(stacks: Mapping[str, Stack]) -> dict[str, int]:
+    """For each stack, which of the inputs of an expert it is multiplied with: gates and what they open have one, where
+    these are stacks of their own.
+    """
+    found: dict[str, int] = {}
+    first: int | None = None
+    for position, (name, stack) in enumerate(stacks.items()):
+        found[name] = position
+        if {owner_of(part).rpartition(".")[2] for part in stack.parts[0]} <= set(FIRST):
+            first = position if first is None else first
+            found[name] = first
+    return found
+
+
 def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
     """Which of the inputs of a stack an expert is called with; those of one place are one tensor.
 
     What the first matrix is multiplied with is the layer's input: called with all tokens, it is one for all experts.
 
     Args:
-        position: of the stack among those of its module.
+        position: of the input among those of its module, see `input_positions`.
         expert: its number.
         all_tokens: whether experts are called with all tokens, or with those that are sent to them.
     """
@@ -100,16 +131,18 @@ class Mixture(nn.Module):
     Args:
         num_experts: how many there are, E.
         stacked: names of the parameters of which each expert has its own part.
+        flat: those of them whose rows are one axis for all experts: [E * R, ...], not [E, R, ...].
 
     Attributes:
         stacks: how these are made, where experts are apart.
         sees_all: whether hooks of experts' modules see all tokens.
     """
 
-    def __init__(self, *, num_experts: int, stacked: Sequence[str]) -> None:
+    def __init__(self, *, num_experts: int, stacked: Sequence[str], flat: Sequence[str] = ()) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.stacked = tuple(stacked)
+        self.flat = tuple(flat)
         self.stacks: Mapping[str, Stack] = {}
         self.sees_all = False
         self.__dict__["program"] = None
@@ -122,21 +155,20 @@ class Mixture(nn.Module):
             modules: the new modules, by their names below this one.
         """
         for name in stacks:
-            del self._parameters[name]
+            owner, _, own = name.rpartition(".")
+            del self.get_submodule(owner)._parameters[own]
         self.stacks = dict(stacks)
         for name, module in modules.items():
-            owner: nn.Module = self
             *branches, own = name.split(".")
-            for part in branches:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.add_module(own, module)
+            branch(self, branches).add_module(own, module)
 
     def own(self, name: str, expert: int) -> torch.Tensor:
         """An expert's own part of a stacked parameter, laid out as it is in the stack."""
         if name not in self.stacks:
-            return self.get_parameter(name)[expert]
+            stacked = self.get_parameter(name)
+            return (stacked.view(stack_shape(stacked.shape, self.num_experts)) if name in self.flat else stacked)[
+                expert
+            ]
         stack = self.stacks[name]
         return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
 
@@ -159,31 +191,46 @@ class Experts(Mixture):
         inputs: what the model's code calls the three inputs.
         accumulator: the dtype in which results of several experts are summed: `hidden`, `weights` or `float32`.
         is_column: whether an expert gets its routing weights as a column [N, 1] or as a vector [N].
+        num_identity: how many there are besides, numbered after the others, that hand on their tokens, times weights.
+        num_dims: of the hidden states and of what is returned: 2, or 3 with the tokens in two axes.
+        flat: see `Mixture`.
     """
 
     def __init__(
-        self, *, num_experts: int, stacked: Sequence[str], inputs: Sequence[str], accumulator: str, is_column: bool
+        self,
+        *,
+        num_experts: int,
+        stacked: Sequence[str],
+        inputs: Sequence[str],
+        accumulator: str,
+        is_column: bool,
+        num_identity: int = 0,
+        num_dims: int = 2,
+        flat: Sequence[str] = (),
     ) -> None:
-        super().__init__(num_experts=num_experts, stacked=stacked)
+        super().__init__(num_experts=num_experts, stacked=stacked, flat=flat)
         self.inputs = tuple(inputs)
         self.accumulator = accumulator
         self.is_column = is_column
+        self.num_identity = num_identity
+        self.num_dims = num_dims
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts.
 
         Args:
-            args: hidden states [T, H], indices of each token's experts [T, K] (E itself means none), and their weights
-                [T, K].
+            args: hidden states [T, H], indices of each token's experts [T, K] (the number after the last one means
+                none), and their weights [T, K].
             kwargs: the same by the names that the model's code has for them.
 
         Returns:
-            Sums over each token's experts, [T, H], in the dtype of the hidden states.
+            Sums over each token's experts, in shape and dtype of the hidden states.
         """
-        values = [*args, *(kwargs[name] for name in self.inputs[len(args) :])]
-        hidden_TH, index_TK, weight_TK = values
+        hidden, index_TK, weight_TK = self.values(*args, **kwargs)
+        hidden_TH = self.rows(hidden)
         sum_TH = torch.zeros_like(hidden_TH, dtype=self._sum_dtype(hidden_TH, weight_TK))
-        mask_EKT = F.one_hot(index_TK, num_classes=self.num_experts + 1).permute(2, 1, 0)
+        num_all = self.num_experts + self.num_identity
+        mask_EKT = F.one_hot(index_TK, num_classes=num_all + 1).permute(2, 1, 0)
         used = torch.greater(mask_EKT.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
         if self.sees_all:
             first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
@@ -191,13 +238,26 @@ class Experts(Mixture):
                 if self.watched(expert):  # nothing else comes of it
                     self._expert(expert, hidden_TH, first_TK)
         for expert in used:
-            if expert == self.num_experts:
+            if expert == num_all:
                 continue
             places, tokens = torch.where(mask_EKT[expert])
             weights = weight_TK[tokens, places, None] if self.is_column else weight_TK[tokens, places]
-            output_NH = self._expert(expert, hidden_TH[tokens], weights, tokens, is_hooked=not self.sees_all)
+            if expert < self.num_experts:
+                output_NH = self._expert(expert, hidden_TH[tokens], weights, tokens, is_hooked=not self.sees_all)
+            else:
+                output_NH = hidden_TH[tokens] * weights
             sum_TH.index_add_(0, tokens, output_NH.to(sum_TH.dtype))
-        return sum_TH.to(hidden_TH.dtype)
+        return sum_TH.to(hidden_TH.dtype).view(hidden.shape)
+
+    def values(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> list[torch.Tensor]:
+        """The inputs in order."""
+        return [*args, *(kwargs[name] for name in self.inputs[len(args) :])]
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states, a row for each token."""
+        if hidden.dim() != self.num_dims:
+            raise ArtifactError(f"experts get hidden states of {hidden.dim()} dimensions, and take {self.num_dims}")
+        return hidden.reshape(-1, hidden.shape[-1]) if self.num_dims > 2 else hidden
 
     def _expert(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +86,23 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
     found = dict.fromkeys(other for name in linear for other in _names(name, source))
+    mixtures = {
+        f"{name}.{own}": f"{name}.{own.rpartition('.')[2]}"
+        for name, module in modules.items()
+        if isinstance(module, Mixture)
+        for own in module.stacked
+        if own not in module.stacks
+    }
+    lists = _lists(key for name in modules if name in quantized for key in _names(name, source))
     for name, origin in source.origins.items():
         owner = modules.get(name.rpartition(".")[0])
         if origin.conversion >= 0:
-            found.update(dict.fromkeys(_stacked(origin.keys)))
+            found.update(dict.fromkeys(_stacked(origin.keys, lists)))
         elif name.endswith(".weight") and not isinstance(owner, (nn.Linear, nn.Embedding)):
             matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
             found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
-        if isinstance(owner, Mixture) and len(origin.keys) == 1:
-            found["re:" + re.escape(checkpoint_name(origin.keys[0], name)) + r"(\.|$)"] = None
+        if name in mixtures and len(origin.keys) == 1:
+            found["re:" + re.escape(checkpoint_name(origin.keys[0], mixtures[name])) + r"(\.|$)"] = None
     found.update(dict.fromkeys(_left_over(source)))
     return list(found)
 
@@ -116,12 +124,28 @@ def _names(name: str, source: Weights) -> Iterator[str]:
         yield key.removesuffix(".weight")
 
 
-def _stacked(keys: tuple[str, ...]) -> Iterator[str]:
-    """The modules of several tensors: one regular expression where they are the members of a list."""
+def _lists(names: Iterable[str]) -> set[str]:
+    """Names of what has a numbered member among these modules or around them."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:depth]) for depth, part in enumerate(parts) if part.isdigit())
+    return found
+
+
+def _stacked(keys: tuple[str, ...], lists: Container[str]) -> Iterator[str]:
+    """The modules of several tensors: one regular expression where they are the members of a list.
+
+    Args:
+        keys: the tensors.
+        lists: those of which other members are quantized (Ernie has experts for text and for images in one).
+    """
     parts = [key.split(".")[:-1] for key in keys]
     columns = zip(*parts, strict=False)
     depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     if len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts):
-        yield "re:" + re.escape(".".join(parts[0][:depth])) + r"\.\d+\."
+        owner = ".".join(parts[0][:depth])
+        numbers = "|".join(dict.fromkeys(part[depth] for part in parts))
+        yield "re:" + re.escape(owner) + (rf"\.({numbers})\." if owner in lists else r"\.\d+\.")
     else:
         yield from (".".join(part) for part in parts)

@@ -22,18 +22,20 @@ class HeldStack:
     """A stacked parameter as a checkpoint has it.
 
     Attributes:
-        key: the tensor.
+        sources: the tensor, or those of which the parameter is made, expert by expert.
         shape: of the parameter, [E, ...].
         stack: how it is made of an expert's own.
         keys: by these, what they are to be called.
-        program: makes the parameter from the tensor, expert by expert; None where it is that.
+        program: makes the parameter from the tensors, expert by expert; None where it is the only one.
+        is_flat: whether the tensor has no axis for experts: [E * R, ...], an expert's rows one after the other.
     """
 
-    key: str
+    sources: tuple[str, ...]
     shape: tuple[int, ...]
     stack: Stack
     keys: Mapping[str, str]
     program: Program | None
+    is_flat: bool = False
 
 
 def experts_apart(checkpoint: Checkpoint, stacks: Iterable[HeldStack]) -> Checkpoint:
@@ -57,8 +59,8 @@ def _derived(checkpoint: Checkpoint, held: HeldStack, rows: _Rows, expert: int, 
         part = stack.take(rows.read(source, expert), place)
         return part if index is None else part[index].contiguous()
 
-    stored = Stored(key, checkpoint.stored(held.key).dtype, stack.part_shape(held.shape))
-    return Derived(stored=stored, sources=(held.key,), make=make)
+    stored = Stored(key, checkpoint.stored(held.sources[0]).dtype, stack.part_shape(held.shape))
+    return Derived(stored=stored, sources=held.sources, make=make)
 
 
 class _Rows:
@@ -73,10 +75,20 @@ class _Rows:
         if last is not None and last[0] == expert:
             _, left, row = last
         else:
-            left, row = len(self.held.stack.parts[0]), source.read_part(self.held.key, expert)
-            if self.held.program is not None:
-                run = Run(device=row.device, dtype=row.dtype)
-                row = self.held.program(None, source_0=row[None], run=run)["value"][0]
+            left, row = len(self.held.stack.parts[0]), self._made(source, expert)
         if left > 1:
             self._last = (expert, left - 1, row)
         return row
+
+    def _made(self, source: Checkpoint, expert: int) -> torch.Tensor:
+        held = self.held
+        if held.is_flat:
+            num_rows = held.shape[1]
+            return source.read_rows(held.sources[0], expert * num_rows, num_rows)
+        rows = [source.read_part(key, expert) for key in held.sources]
+        if held.program is None:
+            return rows[0]
+        run = Run(device=rows[0].device, dtype=rows[0].dtype)
+        sources = {f"source_{place}": row[None] for place, row in enumerate(rows)}
+        made: torch.Tensor = held.program(None, **sources, run=run)["value"][0]
+        return made

@@ -106,6 +106,14 @@ def _require_possible(
                 "quantized under the checkpoint's names",
                 hint=ignore,
             )
+        entry = artifact.manifest.parameters[f"{name}.weight"]
+        key = source.plain_key(f"{name}.weight") if source is not None else entry.sources[0]
+        if key is None or not key.endswith(".weight"):
+            raise RecipeError(
+                f"{recipe.source}: the checkpoint calls the weight of {name} {key!r}; what belongs to a quantized "
+                "weight is called by the name before .weight, and there is none",
+                hint=ignore,
+            )
         num_in = model.get_submodule(name).get_parameter("weight").shape[1]
         for size in _group_sizes(job):
             if num_in % size:

@@ -98,18 +98,39 @@ def _experts(leaf: LeafKind, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     keys = ("num_experts", "accumulator", "is_column")
     (num_experts,), (accumulator,), (is_column,) = (options[key] for key in keys)
     stacked, inputs = options["stacked"], options["inputs"]
-    is_whole = len(inputs) == 3 and len(leaf.arguments) == 2 + len(stacked)
-    if accumulator not in ("hidden", "weights", "float32") or not is_whole:
+    (num_identity,), (num_dims,) = options.get("num_identity", (0,)), options.get("num_dims", (2,))
+    flat = options.get("flat", ())
+    is_whole = len(inputs) == 3 and len(leaf.arguments) == 2 + len(stacked) and set(flat) <= set(stacked)
+    is_plain = num_identity == 0 or (0 < num_identity < 2**20 and bool(is_column))
+    if accumulator not in ("hidden", "weights", "float32") or not is_whole or not is_plain or num_dims not in (2, 3):
         raise ValueError("its options contradict each other")
-    _require_stacks(shapes, stacked, num_experts)
+    _require_stacks(shapes, stacked, num_experts, num_identity, flat)
     module = Experts(
-        num_experts=num_experts, stacked=stacked, inputs=inputs, accumulator=accumulator, is_column=bool(is_column)
+        num_experts=num_experts,
+        stacked=stacked,
+        inputs=inputs,
+        accumulator=accumulator,
+        is_column=bool(is_column),
+        num_identity=num_identity,
+        num_dims=num_dims,
+        flat=flat,
     )
     return _with_parameters(module, shapes)
 
 
-def _require_stacks(shapes: Mapping[str, Sequence[int]], stacked: Sequence[str], num_experts: int) -> None:
-    if not stacked or any(shapes[name][0] != num_experts for name in stacked):
+def _require_stacks(
+    shapes: Mapping[str, Sequence[int]],
+    stacked: Sequence[str],
+    num_experts: int,
+    num_identity: int = 0,
+    flat: Sequence[str] = (),
+) -> None:
+    """Refuse parameters that do not hold a part for each expert; what there is for those without weights is unused."""
+    counts = (num_experts, num_experts + num_identity)
+    are_stacked = (
+        shapes[name][0] % num_experts == 0 if name in flat else shapes[name][0] in counts for name in stacked
+    )
+    if not stacked or num_experts < 1 or not all(are_stacked):
         raise ValueError("its parameters are not stacked by expert")
 
 
@@ -117,8 +138,12 @@ def _with_parameters(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
     import torch
     from torch import nn
 
+    from runtime.experts import branch
+
     for name, shape in shapes.items():
-        module.register_parameter(name, nn.Parameter(torch.empty(tuple(shape)), requires_grad=False))
+        *branches, own = name.split(".")
+        parameter = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
+        branch(module, branches).register_parameter(own, parameter)
     return module
 
 

@@ -82,8 +82,16 @@ def _stacked_experts(artifact: Artifact) -> Iterator[str]:
     """Parameters with a matrix for each expert."""
     manifest = artifact.manifest
     used = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.parameters)
+    flat = {
+        f"{owner}.{own}"
+        for owner, kind in manifest.leaves.items()
+        for own in manifest.leaf_kinds[kind].options.get("flat", ())
+    }
     for name in used:
         entry = manifest.parameters[name]
+        if name in flat:
+            yield name
+            continue
         owner = name.rpartition(".")[0]
         kind = manifest.leaves.get(owner)
         is_own = kind is not None and manifest.leaf_kinds[kind].kind not in MIXTURES
@@ -102,7 +110,7 @@ def _is_wanted(recipe: Recipe, owner: str) -> bool:
 
 def _why_not(artifact: Artifact, name: str) -> str:
     manifest = artifact.manifest
-    if name.rpartition(".")[0] in manifest.leaves:
+    if any(name.startswith(f"{owner}.") for owner in manifest.leaves):
         if len(manifest.parameters[name].sources) > 1:
             return "the names of their tensors do not tell whose they are"
         return "what one of them does is no product with a gate, a matrix up and one down"

@@ -13,8 +13,7 @@ gate_proj, up_proj and down_proj: what llm-compressor writes, and vLLM reads.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +21,16 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
-from runtime.experts import Mixture, Stack, input_place, owner_of
+from runtime.experts import Mixture, Stack, input_place, input_positions, owner_of, stack_shape
 from runtime.held import HeldStack, experts_apart
+from runtime.joined import is_by_expert, joined_stack, local_name, program_of
 from runtime.leaves import MIXTURES, build_leaf
-from runtime.manifest import ParameterEntry
-from runtime.program import Run
+from runtime.manifest import LeafKind, ParameterEntry
 from runtime.stacked import stacks_of
 from runtime.weights import spellings
 
 if TYPE_CHECKING:
     from runtime.checkpoint import Checkpoint
-    from runtime.program import Program
-
-# `experts.3.gate_proj.weight`: the expert's number, the module's name, and the parameter's.
-_KEY = re.compile(r"\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(weight|bias)\Z")
-_SMALL = {
-    3: (2, 3),
-    2: (3,),
-}  # shapes for one expert's tensors on which a conversion is tried, by the stack's dimensions
 
 
 @dataclass(kw_only=True)
@@ -51,12 +42,14 @@ class SplitArtifact(Artifact):
         stacks: by the name of a module of experts, how its stacked parameters are made.
         held: what the checkpoint holds stacked all the same.
         named_anew: modules whose experts' matrices have no names of their own in the original checkpoint.
+        spare: by the name of a module of experts, parameters that a checkpoint has and no expert uses.
     """
 
     whole: Artifact
     stacks: Mapping[str, Mapping[str, Stack]] = field(default_factory=dict)
     held: tuple[HeldStack, ...] = ()
     named_anew: tuple[str, ...] = ()
+    spare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module tree, with a Linear module for each matrix of each expert."""
@@ -100,7 +93,9 @@ class SplitArtifact(Artifact):
         """
         found: dict[str, tuple[str, int, int]] = {}
         for name, stacks in self.stacks.items():
-            for position, stack in enumerate(stacks.values()):
+            positions = input_positions(stacks)
+            for own, stack in stacks.items():
+                position = positions[own]
                 if stack.is_of_biases:
                     continue
                 for expert in range(len(stack.parts)):
@@ -111,7 +106,7 @@ class SplitArtifact(Artifact):
     def _linears(
         self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, nn.Linear]]:
-        names = [part for stack in stacks.values() for parts in stack.parts for part in parts]
+        names = [*_parts(stacks), *self.spare.get(name, ())]
         biases = {owner_of(part) for part in names if part.endswith(".bias")}
         for part in names:
             owner, _, own = part.rpartition(".")
@@ -144,7 +139,7 @@ def split_experts(
     if not found:
         return artifact
     replaced = {
-        f"{name}.{stacked}": _entries(tables.parameters[f"{name}.{stacked}"], name, stack, apart.keys)
+        f"{name}.{stacked}": _entries(apart.entries[stacked], name, stack, apart.keys)
         for name, apart in found.items()
         for stacked, stack in apart.stacks.items()
     }
@@ -153,6 +148,8 @@ def split_experts(
         for old, own in tables.parameters.items()
         for new, entry in (replaced[old].items() if old in replaced else [(old, own)])
     }
+    for name, apart in found.items():
+        parameters.update({f"{name}.{part}": entry for part, entry in apart.spare.items()})
     manifest = dataclasses.replace(
         tables,
         parameters=parameters,
@@ -174,6 +171,7 @@ def split_experts(
         stacks={name: apart.stacks for name, apart in found.items()},
         held=tuple(held for apart in found.values() for held in apart.held),
         named_anew=tuple(name for name, apart in found.items() if apart.is_named_anew),
+        spare={name: tuple(apart.spare) for name, apart in found.items() if apart.spare},
     )
 
 
@@ -183,15 +181,19 @@ class _Apart:
 
     Attributes:
         stacks: by its stacked parameters, how they are made.
+        entries: what the tables say of these, with an axis for experts.
         keys: by an expert's own parameters, what the checkpoint calls them.
         held: what the checkpoint holds stacked.
         is_named_anew: whether these names are ours.
+        spare: what the tables say of tensors that no expert uses, by the names that these would have.
     """
 
     stacks: Mapping[str, Stack]
+    entries: Mapping[str, ParameterEntry]
     keys: Mapping[str, str]
     held: tuple[HeldStack, ...]
     is_named_anew: bool
+    spare: Mapping[str, ParameterEntry]
 
 
 class _Understood:
@@ -200,60 +202,99 @@ class _Understood:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self._watched: dict[Any, dict[str, Stack]] = {}
+        self._by_expert: dict[Any, bool] = {}
 
     def module(self, name: str, checkpoint: Checkpoint | None) -> _Apart | None:
         """How those of one module do; None where that is not known, or where they are to stay."""
         manifest = self.artifact.manifest
         kind = manifest.leaf_kinds[manifest.leaves[name]]
         stacked = [str(own) for own in kind.options["stacked"]]
-        entries = {own: manifest.parameters[f"{name}.{own}"] for own in stacked}
-        found = {own: self._held(f"{name}.{own}", entry, checkpoint) for own, entry in entries.items()}
-        held = {own: key for own, key in found.items() if key is not None}
+        flat = [str(own) for own in kind.options.get("flat", ())]
+        whole = {own: manifest.parameters[f"{name}.{own}"] for own in stacked}
+        if any(whole[own].conversion >= 0 for own in flat):
+            return None  # what it makes has no axis for experts
+        entries = {own: _by_expert(entry, _num_experts(kind), own in flat) for own, entry in whole.items()}
+        stacks, keys = self._joined(entries), {}
+        found = {own: self._held(f"{name}.{own}", entry, checkpoint, stacks) for own, entry in whole.items()}
+        held = {own: names for own, names in found.items() if names}
         if held and (len(held) < len(stacked) or (checkpoint is not None and checkpoint.is_quantized)):
             return None
-        stacks, keys = self._joined(entries), {}
         is_named_anew = not stacks
         if stacks:
-            keys = {_local(key): key for entry in entries.values() for key in entry.sources}
-        elif all(len(entry.sources) == 1 and _is_by_expert(self.artifact, entry) for entry in entries.values()):
+            keys = {local_name(key): key for entry in entries.values() for key in entry.sources}
+        elif all(self._is_by_expert(entry) for entry in entries.values()):
             stacks = self._watch(name)
-            prefix = checkpoint_name(held.get(stacked[0], entries[stacked[0]].sources[0]), f"{name}.{stacked[0]}")
+            first = held[stacked[0]][0] if held else entries[stacked[0]].sources[0]
+            prefix = checkpoint_name(first, f"{name}.{stacked[0].rpartition('.')[2]}")
             keys = {part: f"{prefix}.{part}" for part in _parts(stacks)}
         if not stacks or not _is_whole(stacks):
             return None
         return _Apart(
             stacks=stacks,
+            entries=entries,
             keys=keys,
             held=tuple(
                 HeldStack(
-                    key=key,
+                    sources=sources,
                     shape=entries[own].shape,
                     stack=stacks[own],
                     keys=keys,
-                    program=_program(self.artifact, entries[own]) if key in entries[own].sources else None,
+                    program=program_of(self.artifact, whole[own]) if sources[0] in self._spelled(whole[own]) else None,
+                    is_flat=own in flat,
                 )
-                for own, key in held.items()
+                for own, sources in held.items()
             ),
             is_named_anew=is_named_anew,
+            spare={} if is_named_anew else self._spare(entries, stacks, checkpoint),
         )
 
-    def _held(self, name: str, entry: ParameterEntry, checkpoint: Checkpoint | None) -> str | None:
-        """What the checkpoint calls a stacked parameter, if it has it in one piece."""
+    def _held(
+        self, name: str, entry: ParameterEntry, checkpoint: Checkpoint | None, joined: Mapping[str, Stack]
+    ) -> tuple[str, ...]:
+        """What the checkpoint calls a stacked parameter, or the stacks that it is made of; nothing where these are an
+        expert's own.
+        """
         if checkpoint is None:
-            return None
-        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+            return ()
         prefix = self.artifact.manifest.model.base_model_prefix
-        return next((key for own in wanted for key in spellings(own, prefix) if key in checkpoint), None)
+        if len(entry.sources) > 1 and not joined:
+            found = [next((key for key in spellings(own, prefix) if key in checkpoint), "") for own in entry.sources]
+            if all(found):
+                return tuple(found)
+        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+        return next(((key,) for own in wanted for key in spellings(own, prefix) if key in checkpoint), ())
+
+    def _spare(
+        self, entries: Mapping[str, ParameterEntry], stacks: Mapping[str, Stack], checkpoint: Checkpoint | None
+    ) -> dict[str, ParameterEntry]:
+        """What of the tensors that are no expert's the checkpoint has."""
+        found = _spare(entries, stacks)
+        if checkpoint is None:
+            return found
+        return {part: entry for part, entry in found.items() if any(key in checkpoint for key in self._spelled(entry))}
+
+    def _spelled(self, entry: ParameterEntry) -> list[str]:
+        """All names under which a checkpoint may have a parameter's sources."""
+        prefix = self.artifact.manifest.model.base_model_prefix
+        return [key for own in entry.sources for key in spellings(own, prefix)]
 
     def _joined(self, entries: Mapping[str, ParameterEntry]) -> dict[str, Stack]:
         """How the stacks are joined of the checkpoint's tensors, if each of these is one expert's."""
-        found = {own: _stack(self.artifact, entry) for own, entry in entries.items()}
+        found = {own: joined_stack(self.artifact, entry) for own, entry in entries.items()}
         return {own: stack for own, stack in found.items() if stack is not None} if all(found.values()) else {}
+
+    def _is_by_expert(self, entry: ParameterEntry) -> bool:
+        known_by = entry.conversion, entry.shape, len(entry.sources)
+        if known_by not in self._by_expert:
+            self._by_expert[known_by] = is_by_expert(self.artifact, entry)
+        return self._by_expert[known_by]
 
     def _watch(self, name: str) -> dict[str, Stack]:
         known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
         if known_by not in self._watched:
-            self._watched[known_by] = stacks_of(_leaf(self.artifact, name), _shapes(self.artifact, name, inner=True))
+            module, shapes = _leaf(self.artifact, name), _shapes(self.artifact, name, inner=True)
+            shapes |= {own: stack_shape(shapes[own], module.num_experts) for own in module.flat}
+            self._watched[known_by] = stacks_of(module, shapes)
         return self._watched[known_by]
 
 
@@ -261,13 +302,28 @@ def _shapes(artifact: Artifact, name: str, *, inner: bool = False) -> dict[str, 
     """The shapes of a module's own parameters, and of those in it."""
     parameters = artifact.manifest.parameters
     below = [own.removeprefix(f"{name}.") for own in parameters if own.startswith(f"{name}.")]
-    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own}
+    stacked = _kind(artifact, name).options["stacked"]
+    return {own: parameters[f"{name}.{own}"].shape for own in below if inner or "." not in own or own in stacked}
+
+
+def _kind(artifact: Artifact, name: str) -> LeafKind:
+    return artifact.manifest.leaf_kinds[artifact.manifest.leaves[name]]
+
+
+def _num_experts(kind: LeafKind) -> int:
+    return int(kind.options["num_experts"][0])
+
+
+def _by_expert(entry: ParameterEntry, num_experts: int, is_flat: bool) -> ParameterEntry:
+    """What the tables say of a stacked parameter, as one whose first axis is the expert: those with weights."""
+    shape = stack_shape(entry.shape, num_experts) if is_flat else (num_experts, *entry.shape[1:])
+    num_bytes = entry.bytes * torch.Size(shape).numel() // max(1, torch.Size(entry.shape).numel())
+    return dataclasses.replace(entry, shape=shape, bytes=num_bytes)
 
 
 def _leaf(artifact: Artifact, name: str) -> Mixture:
     """The module of experts that the host builds for this name, all of them stacked."""
-    manifest = artifact.manifest
-    kind = manifest.leaf_kinds[manifest.leaves[name]]
+    kind = _kind(artifact, name)
     module = build_leaf(kind, name, _shapes(artifact, name), artifact.leaf_programs.get(kind.program))
     assert isinstance(module, Mixture), "its kind says so"
     return module
@@ -278,10 +334,15 @@ def _parts(stacks: Mapping[str, Stack]) -> list[str]:
 
 
 def _is_whole(stacks: Mapping[str, Stack]) -> bool:
-    """Whether each matrix is there once, and none but what belongs to one."""
+    """Whether each matrix is there once, and none but what belongs to one; and an expert's have one number in all."""
     names = _parts(stacks)
     weights = {owner_of(part) for part in names if part.endswith(".weight")}
-    return len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
+    numbers = [
+        dict.fromkeys(part.partition(".")[0] for parts in own for part in parts)
+        for own in zip(*(stack.parts for stack in stacks.values()), strict=True)
+    ]
+    is_numbered = all(len(own) == 1 for own in numbers) and len({next(iter(own)) for own in numbers}) == len(numbers)
+    return is_numbered and len(set(names)) == len(names) and all(owner_of(part) in weights for part in names)
 
 
 def checkpoint_name(key: str, name: str) -> str:
@@ -297,71 +358,6 @@ def checkpoint_name(key: str, name: str) -> str:
     return ".".join([*parts[: numbers[0][-1] + 1], *own[numbers[1][-1] + 1 :]])
 
 
-def _program(artifact: Artifact, entry: ParameterEntry) -> Program | None:
-    return artifact.conversions[entry.conversion] if entry.conversion >= 0 else None
-
-
-def _is_by_expert(artifact: Artifact, entry: ParameterEntry) -> bool:
-    """Whether what is done to a stack when it is loaded is done to each expert by itself."""
-    program = _program(artifact, entry)
-    if program is None:
-        return True
-    stack = torch.arange(3 * 4 * 6).reshape(3, 4, 6)[(slice(None),) * 3 if len(entry.shape) == 3 else (..., 0)]
-    run = Run(device=stack.device, dtype=stack.dtype)
-    try:
-        whole, one = (program(None, source_0=part, run=run)["value"] for part in (stack, stack[1:2]))
-    except (RuntimeError, IndexError, TypeError):
-        return False
-    return torch.equal(whole[1:2], one)
-
-
-def _stack(artifact: Artifact, entry: ParameterEntry) -> Stack | None:
-    """How one stacked parameter is made; None when it is not joined of whole tensors of single experts."""
-    num_experts, num_sources = entry.shape[0], len(entry.sources)
-    if entry.conversion < 0 or num_sources % num_experts or len(entry.shape) not in _SMALL:
-        return None
-    shape = _SMALL[len(entry.shape)]
-    size = torch.Size(shape).numel()
-    sources = [torch.arange(size).reshape(shape) + number * size for number in range(num_sources)]
-    run = Run(device=torch.device("cpu"), dtype=torch.int64)
-    program: Callable[..., dict[str, torch.Tensor]] = artifact.conversions[entry.conversion]
-    try:
-        made = program(None, **{f"source_{number}": source for number, source in enumerate(sources)}, run=run)["value"]
-    except (RuntimeError, IndexError, TypeError):
-        return None  # it wants tensors of one size only
-    for axis in range(len(shape)):
-        for is_transposed in (False, True) if len(shape) > 1 else (False,):
-            orders = [_order(one, sources, axis, num_sources // num_experts, is_transposed) for one in made]
-            parts = [_names(entry, order, expert) for expert, order in enumerate(orders)]
-            if len(made) == num_experts and all(parts):
-                return Stack(parts=tuple(parts), axis=axis, is_transposed=is_transposed)
-    return None
-
-
-def _order(one: torch.Tensor, sources: list[torch.Tensor], axis: int, num_parts: int, is_transposed: bool) -> list[int]:
-    """Which sources one expert's tensor is joined of; empty when it is not."""
-    if one.shape[axis] % num_parts:
-        return []
-    size = sources[0].numel()
-    parts = [part.T if is_transposed else part for part in one.chunk(num_parts, axis)]
-    order = [int(part.flatten()[0]) // size for part in parts]
-    is_joined = len(parts) == num_parts and all(
-        torch.equal(part, sources[number]) for part, number in zip(parts, order, strict=True)
-    )
-    return order if is_joined else []
-
-
-def _names(entry: ParameterEntry, order: list[int], expert: int) -> tuple[str, ...]:
-    """Names of an expert's parameters, after those of the checkpoint's tensors; empty when these do not tell."""
-    names = []
-    for number in order:
-        found = _KEY.search(entry.sources[number])
-        if found is None or int(found[1]) != expert:
-            return ()
-        names.append(f"{found[1]}.{found[2]}.{found[3]}")
-    return tuple(names)
-
-
 def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, str]) -> dict[str, ParameterEntry]:
     """The tables' entries of the parameters that a stacked one is made of."""
     own = stack.part_shape(entry.shape)
@@ -375,7 +371,14 @@ def _entries(entry: ParameterEntry, name: str, stack: Stack, keys: Mapping[str, 
     }
 
 
-def _local(key: str) -> str:
-    found = _KEY.search(key)
-    assert found is not None, "its name was understood before"
-    return f"{found[1]}.{found[2]}.{found[3]}"
+def _spare(entries: Mapping[str, ParameterEntry], stacks: Mapping[str, Stack]) -> dict[str, ParameterEntry]:
+    """Entries of the tensors that are in a stack and are no expert's: it has rows for those without weights, too."""
+    used = dict.fromkeys(_parts(stacks))
+    found: dict[str, ParameterEntry] = {}
+    for own, entry in entries.items():
+        left = {local_name(key): key for key in entry.sources if local_name(key) not in used}
+        shape = stacks[own].part_shape(entry.shape)
+        num_bytes = entry.bytes * torch.Size(shape).numel() // max(1, torch.Size(entry.shape).numel())
+        for part, key in left.items():
+            found[part] = dataclasses.replace(entry, shape=shape, bytes=num_bytes, sources=(key,), conversion=-1)
+    return found

@@ -4,7 +4,8 @@ Some checkpoints have a tensor for all experts at once, and then nothing in thei
 program of one expert does. It multiplies its input by one matrix, whose outputs are the next one's inputs; the way in
 which it multiplies tells rows from columns. Where the first has twice as many outputs as the second has inputs, it is a
 gate and what is gated: which outputs belong together is seen by making some of them not a number and looking where
-that arrives, and which half is the gate by what a large negative number switches off.
+that arrives, and which half is the gate by what a large negative number switches off. Where two matrices multiply the
+input before a third, these are the two halves.
 
 Nothing is multiplied for it: results of the first product are made up, the matrices have no memory.
 """
@@ -19,13 +20,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from runtime.dense_experts import STACKED_PRODUCTS
-from runtime.experts import PRODUCTS, Experts, Mixture, Stack, storage
+from runtime.experts import FIRST, LAST, PRODUCTS, Experts, Mixture, Stack, storage
 from runtime.program import Run
 
 if TYPE_CHECKING:
     from runtime.program import Program
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+(GATE, UP), DOWN = FIRST, LAST
 _SWITCHED_OFF, _TIMES_SMALLER = -100.0, 50
 
 
@@ -104,10 +105,10 @@ class _Found:
 
     def parts(self) -> list[tuple[str, ...]]:
         """For each matrix the modules that it is made of, by their last names."""
-        first: tuple[str, ...] = (UP,)
-        if self.is_split:
-            first = (GATE, UP) if self.is_gate_first else (UP, GATE)
-        return [first, (DOWN,)]
+        halves = (GATE, UP) if self.is_gate_first else (UP, GATE)
+        if len(self.matrices) == 3:
+            return [(halves[0],), (halves[1],), (DOWN,)]
+        return [halves if self.is_split else (UP,), (DOWN,)]
 
 
 class _OtherwiseError(Exception):
@@ -117,33 +118,37 @@ class _OtherwiseError(Exception):
 def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
     sizes = shapes[next(name for name in module.stacked if len(shapes[name]) == 3)][1:]
     for width in dict.fromkeys(sizes):  # one of them is that of the input
-        products = _products(module, shapes, torch.ones(2, width))
-        if products and products[0][0].num_in == width == products[1][0].num_out:
+        given = torch.linspace(1, 2, width).repeat(2, 1)  # not what products are said to return
+        products = _products(module, shapes, given)
+        if products and products[0][0].num_in == width == products[-1][0].num_out:
             break
     else:
         return None
-    (first, states), (second, _) = products
-    found = _Found(matrices=[first, second])
-    if first.num_out == second.num_in:
+    *firsts, (last, _) = products
+    states = firsts[0][1]
+    found = _Found(matrices=[matrix for matrix, _ in products])
+    half, num_outputs = last.num_in, sum(matrix.num_out for matrix, _ in firsts)
+    if len(firsts) == 1 and num_outputs == half:
         return found
-    if first.num_out != 2 * second.num_in:
+    if num_outputs != 2 * half or any(matrix.num_in != width or len(own) != 2 for matrix, own in firsts):
         return None
-    found.is_split = True
-    half = second.num_in
+    if len(firsts) == 2 and (firsts[0][0].num_out != half or not torch.equal(states, firsts[1][1])):
+        return None
+    found.is_split = len(firsts) == 1
     chosen = torch.arange(0, half, 3)
     apart, by_turns = torch.zeros(2, 2 * half).unbind()
     apart[torch.cat([chosen, chosen + half])] = torch.nan
     by_turns[torch.cat([2 * chosen, 2 * chosen + 1])] = torch.nan
-    arrived = _arrived(module, shapes, states, torch.stack([apart, by_turns]))
+    arrived = _arrived(module, shapes, states, torch.stack([apart, by_turns]), len(firsts))
     expected = torch.zeros(half, dtype=torch.bool)
     expected[chosen] = True
     is_apart, found.is_interleaved = (torch.equal(row.isnan(), expected) for row in arrived)
-    if is_apart == found.is_interleaved:
+    if is_apart == found.is_interleaved or (found.is_interleaved and not found.is_split):
         return None
     made_up = torch.ones(2, 2, half)  # [which half is switched off, half, feature]
     made_up[0, 0] = made_up[1, 1] = _SWITCHED_OFF
     laid_out = made_up.transpose(1, 2) if found.is_interleaved else made_up
-    arrived = _arrived(module, shapes, states, laid_out.reshape(2, 2 * half))
+    arrived = _arrived(module, shapes, states, laid_out.reshape(2, 2 * half), len(firsts))
     first_off, second_off = (float(row.abs().amax()) if row.numel() else 0.0 for row in arrived)
     if max(first_off, second_off) <= _TIMES_SMALLER * min(first_off, second_off):
         return None
@@ -152,15 +157,18 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
 
 
 def _arrived(
-    module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor
+    module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor, num_firsts: int
 ) -> torch.Tensor:
-    """What the second product multiplies, if the first one returns this; both [N, ...]."""
-    products = _products(module, shapes, states, outputs)
-    return products[1][1] if products else torch.empty(len(outputs), 0)
+    """What the last product multiplies, if those before it return this, one after the other; both [N, ...]."""
+    products = _products(module, shapes, states, outputs.chunk(num_firsts, -1))
+    return products[-1][1] if len(products) == num_firsts + 1 else torch.empty(len(outputs), 0)
 
 
 def _products(
-    module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor | None = None
+    module: Mixture,
+    shapes: Mapping[str, Sequence[int]],
+    states: torch.Tensor,
+    outputs: Sequence[torch.Tensor] = (),
 ) -> list[tuple[Matrix, torch.Tensor]]:
     """Run one expert's program: its products with matrices, in order, and the states that each multiplies.
 
@@ -168,10 +176,10 @@ def _products(
         module: the experts.
         shapes: of their parameters.
         states: the expert's input, [N, H].
-        outputs: what the first product is said to return; None for ones.
+        outputs: what the first products are said to return; others return ones.
 
     Returns:
-        The two products; nothing where there are others, or the program cannot be run in this way.
+        Two or three products; nothing where there are others, or the program cannot be run in this way.
     """
     run = Run(device=torch.device("cpu"), dtype=torch.float32)
     program: Program | Any = module.program
@@ -189,7 +197,7 @@ def _products(
             program(*given, run=run)
     except Exception:  # whatever it does with other sizes, or without values: no list of errors is complete
         return []
-    return watching.seen if len(watching.seen) == 2 else []
+    return watching.seen if len(watching.seen) in (2, 3) else []
 
 
 def _without_memory(shape: Sequence[int]) -> torch.Tensor:
@@ -210,7 +218,7 @@ class _Stand:
 class _Watching(TorchFunctionMode):
     """Make up the results of products with matrices that have no memory."""
 
-    def __init__(self, own: Mapping[str, torch.Tensor], outputs: torch.Tensor | None) -> None:
+    def __init__(self, own: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.own = {storage(tensor): (name, tensor) for name, tensor in own.items() if tensor.is_meta}
         self.outputs = outputs
@@ -236,6 +244,6 @@ class _Watching(TorchFunctionMode):
                 (states[0] if states.dim() == 3 else states).clone(),  # of stacks all parts are alike
             )
         )
-        if len(self.seen) == 1 and self.outputs is not None:
-            return self.outputs.expand(*states.shape[:-1], num_out).clone()
+        if len(self.seen) <= len(self.outputs):
+            return self.outputs[len(self.seen) - 1].expand(*states.shape[:-1], num_out).clone()
         return torch.ones(*states.shape[:-1], num_out)

@@ -57,7 +57,9 @@ def _tree(artifact: Artifact, dtype: torch.dtype) -> nn.Module:
     called = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.submodules)
     for name in dict.fromkeys((*called, *manifest.leaves)):  # in the order of execution
         kind = manifest.leaf_kinds[manifest.leaves[name]]
+        inner = [str(own) for own in kind.options.get("stacked", ()) if "." in str(own)]
         shapes = {own: entry.shape for own, entry in owned.get(name, {}).items()}
+        shapes |= {own: manifest.parameters[f"{name}.{own}"].shape for own in inner}
         program = artifact.leaf_programs[kind.program] if kind.program else None
         _attach(root, name, build_leaf(kind, name, shapes, program))
     for owner, entries in owned.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import DataError
-from runtime.experts import Mixture, all_tokens_seen, input_place
+from runtime.experts import Mixture, all_tokens_seen, input_place, input_positions
 from runtime.key_values import of_model
 from runtime.planning.costs import hessian_bytes
 from runtime.recipe import some
@@ -48,15 +48,19 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
     for name, module in work.model.named_modules():
         if not isinstance(module, Mixture) or not module.stacks:
             continue
+        positions = input_positions(module.stacks)
         for expert in range(module.num_experts):
             found: dict[str, None] = {}
+            counted: dict[int, None] = {}
             num_bytes = 0
-            for position, stack in enumerate(module.stacks.values()):
+            for own, stack in module.stacks.items():
+                position = positions[own]
                 owners = [f"{name}.{owner}" for owner in stack.modules(expert)]
                 wanted = [owner for owner in owners if needs.get(owner) and owner not in found]
                 found.update(dict.fromkeys(wanted))
                 is_first = input_place(position, expert, all_tokens=work.all_tokens) == expert
-                if is_first and any(needs[owner].hessian for owner in wanted):
+                if is_first and position not in counted and any(needs[owner].hessian for owner in wanted):
+                    counted[position] = None
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
                     num_bytes += hessian_bytes(width)
             if found:

@@ -275,17 +275,18 @@ def _experts_on_shapes(module: Experts) -> Callable[..., torch.Tensor]:
     """Experts that need no values: one of them, with as many rows as all tokens come to, which is the most."""
 
     def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        values = [*args, *(kwargs[name] for name in module.inputs[len(args) :])]
-        hidden_TH, index_TK, weight_TK = values
+        hidden, index_TK, weight_TK = module.values(*args, **kwargs)
+        hidden_TH = module.rows(hidden)
         own = [module.own(name, 0) for name in module.stacked]
         run = Run(device=META, dtype=own[0].dtype)
         sum_TH = torch.zeros_like(hidden_TH, dtype=module._sum_dtype(hidden_TH, weight_TK))
-        mask_EKT = torch.empty(module.num_experts + 1, *index_TK.t().shape, dtype=torch.int64, device=META)
+        num_all = module.num_experts + module.num_identity
+        mask_EKT = torch.empty(num_all + 1, *index_TK.t().shape, dtype=torch.int64, device=META)
         weights = weight_TK[:, :1] if module.is_column else weight_TK[:, 0]
         program: Any = module.program
         output_NH = program(module, hidden_TH.clone(), weights.clone(), *own, run=run)["output"]
         sum_TH.add_(output_NH.to(sum_TH.dtype))
         del mask_EKT
-        return sum_TH.to(hidden_TH.dtype)
+        return sum_TH.to(hidden_TH.dtype).view(hidden.shape)
 
     return forward

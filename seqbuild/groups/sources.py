@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from seqbuild.groups.flow import Weight, operator_name, size_of
-from seqbuild.trace.experts import is_experts
+from seqbuild.trace.experts import is_marked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,7 @@ def _module_weights(name: str, module: nn.Module) -> Iterator[Weight]:
         yield Weight(name=f"{name}.weight", axis=1)
     elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         yield Weight(name=f"{name}.weight", axis=0)
-    elif is_experts(module):
+    elif is_marked(module):
         marked: Any = module
         stacked = "gate_up_proj" if marked.has_gate else "up_proj"
         if isinstance(getattr(module, stacked, None), nn.Parameter):

@@ -259,8 +259,21 @@ def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
     for node in graph.nodes:
         if node in needed and node.op != "placeholder":
             copies[node] = part.node_copy(node, lambda source: copies[source])
+            _let_rows_vary(node, copies[node])
     part.output({"value": copies[result]})
     return emit(part, traced_dtype=torch.bfloat16).source, used
+
+
+def _let_rows_vary(node: fx.Node, copy_of: fx.Node) -> None:
+    """Do not insist on the number of rows where a tensor gets other sizes beside it: of a stack of experts a host may
+    want a part alone.
+    """
+    if node.target not in (torch.ops.aten.reshape.default, torch.ops.aten.view.default):
+        return
+    source, sizes = node.args
+    before, after = source.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    if len(before) > 1 and before[:1] == after[:1] and after.numel() and -1 not in sizes:  # type: ignore[operator]
+        copy_of.args = (copy_of.args[0], [-1, *after[1:]])
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

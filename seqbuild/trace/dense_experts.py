@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.manifest import LeafKind
 from seqbuild.emit import EmittedCode, emit
-from seqbuild.trace.experts import is_experts, replaced_parameters
+from seqbuild.trace.expert_loops import replaced_parameters
+from seqbuild.trace.experts import is_experts
 
 _DTYPE = torch.bfloat16
 

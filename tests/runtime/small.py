@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import runtime
 from runtime.calibration import Calibration
@@ -182,7 +184,9 @@ def load_transformers(weights: Path, dtype: torch.dtype | str = "auto") -> PreTr
     transformers 5.23 lays out packed zero points wrongly before it reads them; it loads them when it is told to
     dequantize at once.
     """
-    auto = transformers.AutoModelForCausalLM
+    architecture = json.loads((weights / "config.json").read_text())["architectures"][0]
+    is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    auto: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForImageTextToText
     model: PreTrainedModel
     try:
         model = auto.from_pretrained(weights, dtype=dtype)

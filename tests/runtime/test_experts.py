@@ -14,8 +14,10 @@ import torch
 import transformers
 
 from runtime.checkpoint import Checkpoint
-from runtime.errors import DataError
+from runtime.errors import ArtifactError, DataError
 from runtime.experts import Experts
+from runtime.leaves import build_leaf
+from runtime.manifest import LeafKind
 from runtime.split import SplitArtifact, split_experts
 from runtime.weights import Weights
 from tests.runtime.small import (
@@ -209,3 +211,68 @@ def test_the_plan_counts_what_experts_need_and_its_bound(qwen3_moe: Small) -> No
     # q, k and v share one sum of 32 x 32, o has one; experts share one, and each has one of 16 x 16 for itself.
     assert free.statistics_bytes == 4 * (32 * 32 + 32 * 32 + 32 * 32 + 4 * 16 * 16)
     assert bounded.statistics_bytes < free.statistics_bytes
+
+
+USUAL: dict[str, tuple[int | str, ...]] = {
+    "num_experts": (3,),
+    "stacked": ("up", "inner.down"),
+    "inputs": ("states", "index", "weights"),
+    "accumulator": ("hidden",),
+    "is_column": (1,),
+}
+
+
+def leaf_of_experts(**options: tuple[int | str, ...]) -> LeafKind:
+    arguments = ("hidden_states", "weights", "up", "inner_down")
+    return LeafKind(kind="Experts", options={**USUAL, **options}, program="leaves/000.py", arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, ((3, 4, 8), (3, 8, 4))),
+        ({"num_identity": (2,)}, ((5, 4, 8), (3, 8, 4))),
+        ({"flat": ("up", "inner.down"), "num_dims": (3,)}, ((12, 8), (12, 8))),
+    ],
+)
+def test_experts_are_built_as_they_are_described(
+    options: dict[str, tuple[int | str, ...]], sizes: tuple[tuple[int, ...], ...]
+) -> None:
+    shapes = dict(zip(("up", "inner.down"), sizes, strict=True))
+    module = build_leaf(leaf_of_experts(**options), "a.leaf", shapes, None)
+    assert isinstance(module, Experts)
+    assert {name: tuple(parameter.shape) for name, parameter in module.named_parameters()} == shapes
+    assert [tuple(module.own(name, 2).shape) for name in shapes] == [
+        (4, 8),
+        (8, 4) if sizes[1][1:] == (8, 4) else (4, 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_experts": (4,)},
+        {"num_experts": (0,)},
+        {"num_experts": ("3",)},
+        {"num_identity": (-1,)},
+        {"num_identity": (2**40,)},
+        {"num_identity": (1,), "is_column": (0,)},
+        {"num_dims": (4,)},
+        {"flat": ("other",)},
+        {"stacked": ("up", "forward.down")},
+        {"stacked": ("up", "..")},
+        {"accumulator": ("float64",)},
+        {"inputs": ("states",)},
+    ],
+)
+def test_experts_that_are_none_are_refused(options: dict[str, tuple[int | str, ...]]) -> None:
+    kind = leaf_of_experts(**options)
+    shapes = dict(zip(map(str, kind.options["stacked"]), ((3, 4, 8), (3, 8, 4)), strict=True))
+    with pytest.raises(ArtifactError, match=r"describes a\.leaf as a Experts that cannot be built"):
+        build_leaf(kind, "a.leaf", shapes, None)
+
+
+def test_experts_refuse_states_of_other_dimensions() -> None:
+    module = build_leaf(leaf_of_experts(), "a.leaf", {"up": (3, 4, 8), "inner.down": (3, 8, 4)}, None)
+    with pytest.raises(ArtifactError, match="hidden states of 3 dimensions, and take 2"):
+        module(torch.zeros(1, 2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))
