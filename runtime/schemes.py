@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
 
 METHOD = "compressed-tensors"
+_ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
+NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
 
 
 def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
@@ -70,8 +72,29 @@ def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationSche
         state["weight_zero_point"] = result.zero_point
     if result.global_scale is not None:
         state["weight_global_scale"] = result.global_scale
-    packed = {key: t.contiguous() for key, t in _compressor(scheme).compress(state, scheme).items()}
+    compressor = _compressor(scheme)
+    num_out = len(result.weight_OI)
+    by_row = [key for key, tensor in state.items() if len(tensor) == num_out > 1]
+    parts = [
+        compressor.compress({key: t[rows] if key in by_row else t for key, t in state.items()}, scheme)
+        for rows in _rows(result.weight_OI.shape, is_cut="weight_scale" in by_row)
+    ]
+    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
+    if "weight_shape" in packed:
+        packed["weight_shape"] = packed["weight_shape"].new_tensor(result.weight_OI.shape)
     return {**packed, **result.inputs}
+
+
+def _rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
+    """Parts of the rows of a weight, which are worked with one after the other, or all of them."""
+    num_out, num_in = shape
+    step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
+    return [slice(start, start + step) for start in range(0, num_out, step)] if is_cut else [slice(0, num_out)]
+
+
+def _joined(key: str, parts: Sequence[torch.Tensor], by_row: Sequence[str]) -> torch.Tensor:
+    is_cut = key in by_row or key == "weight_packed"
+    return torch.cat(list(parts)) if is_cut and len(parts) > 1 else parts[0].contiguous()
 
 
 def input_parts(scheme: QuantizationScheme) -> tuple[str, ...]:
@@ -117,8 +140,20 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
             f"a {CompressionFormat(scheme.format).value} module lacks {', '.join(missing)}",
             hint=f"it has {', '.join(tensors)}",
         )
-    weight_OI: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
-    return weight_OI
+    by_row = [key for key in ("weight", "weight_packed", "weight_scale") if key in parts]
+    num_out = len(parts[by_row[0]])
+    is_cut = "weight_zero_point" not in parts and num_out == len(parts["weight_scale"]) > _ROWS_AT_A_TIME
+    if not is_cut:
+        weight_OI: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
+        return weight_OI
+    num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
+    dense = []
+    for rows in _rows((num_out, num_in), is_cut=True):
+        some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
+        if "weight_shape" in some:
+            some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))
+        dense.append(compressor.decompress(some, scheme)["weight"])
+    return torch.cat(dense)
 
 
 def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, tuple[int, ...]]:

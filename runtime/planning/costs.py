@@ -61,10 +61,11 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
 
     `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of the weights of a pass, residuals and
     results, with three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram
-    matrices five, `refine` six beside a matrix. Packing holds three of one weight, beside the results of the pass and,
-    where another follows, the factor.
+    matrices five, `refine` six beside a matrix. Packing holds one copy of one weight, in the dtype of the run twice,
+    and a few more of some of its rows, beside the results of the pass and, where another follows, the factor.
     """
     from runtime.algorithms.gptq import in_passes
+    from runtime.schemes import NUMBERS_AT_A_TIME
 
     num_in = shapes[0][1]
     largest = max(copy_bytes(shape) for shape in shapes)
@@ -73,13 +74,14 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     hessian = hessian_bytes(num_in)
     refining = hessian + 5 * largest if job.options is not None and job.options.refine else 0
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
+    packing = largest + min(2 * largest, 6 * NUMBERS_AT_A_TIME * FLOAT32)
     passes = list(in_passes(shapes))
     most = 0
     for part in passes:
         total = sum(copy_bytes(shape) for shape in shapes[part])
         factor = 0 if part is passes[-1] else hessian
         solving = hessian + 2 * total + 3 * total * block // num_in
-        most = max(most, solving, factor + total + 3 * largest, factor + total + refining)
+        most = max(most, solving, factor + total + packing, factor + total + refining)
     return most
 
 

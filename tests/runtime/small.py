@@ -184,8 +184,8 @@ def load_transformers(weights: Path, dtype: torch.dtype | str = "auto") -> PreTr
     transformers 5.23 lays out packed zero points wrongly before it reads them; it loads them when it is told to
     dequantize at once.
     """
-    architecture = json.loads((weights / "config.json").read_text())["architectures"][0]
-    is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    named = json.loads((weights / "config.json").read_text()).get("architectures")
+    is_causal = not named or named[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     auto: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForImageTextToText
     model: PreTrainedModel
     try:

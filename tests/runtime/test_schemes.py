@@ -102,6 +102,19 @@ def test_compress_and_decompress_give_the_weight_back(name: str, dtype: torch.dt
     assert stored_dtypes(scheme, dtype) == {key: tensor.dtype for key, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("name", OFFERED)
+def test_rows_are_packed_a_part_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = OFFERED[name]
+    got = quantized(random(1100, 128), scheme, torch.bfloat16)
+    whole = compress_module("m", got, scheme)
+    dense = decompress_module(whole, scheme)
+    monkeypatch.setattr("runtime.schemes.NUMBERS_AT_A_TIME", 480 * 128)
+    parts = compress_module("m", got, scheme)
+    assert list(parts) == list(whole)
+    assert all(torch.equal(parts[key], whole[key]) and parts[key].dtype == whole[key].dtype for key in whole)
+    assert torch.equal(decompress_module(parts, scheme), dense)
+
+
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int]]]:
     return {key: (tensor.dtype, list(tensor.shape)) for key, tensor in sorted(tensors.items())}
 
