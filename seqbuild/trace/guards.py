@@ -54,12 +54,21 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
         TraceError: for one that cannot be written down.
     """
     seen: dict[str, None] = {}
-    for guard in shape_env.guards:
-        relation = shape_env.replace(guard.expr)
+    relations = list(dict.fromkeys(shape_env.replace(guard.expr) for guard in shape_env.guards))
+    equalities: list[Any] = []
+    for relation in relations:
+        if (
+            isinstance(relation, sympy.Eq)
+            and is_statable(relation)
+            and with_equalities(relation, equalities) != sympy.true
+        ):
+            equalities.append(relation)
+    for relation in relations:
         symbols = relation.free_symbols
         if type(relation) not in _RELATIONS or not symbols or any(symbol not in names for symbol in symbols):
             continue
-        if _is_range(relation) or _is_certain(relation):
+        known = with_equalities(relation, (other for other in equalities if other is not relation))
+        if known == sympy.true or _is_range(relation) or _is_certain(relation) or _is_certain(known):
             continue
         left, right = (_written(side, names) for side in relation.args)
         if left is None or right is None:
@@ -100,7 +109,7 @@ def with_equalities(relation: Any, known: Iterable[Any]) -> Any:
     Torch itself puts in numbers for single symbols only, not for products such as the patches of an image.
     """
     for other in known:
-        if isinstance(other, sympy.Eq) and other.free_symbols <= relation.free_symbols and other.rhs.is_Integer:
+        if relation.free_symbols and isinstance(other, sympy.Eq) and other.rhs.is_Integer:
             relation = relation.subs(other.lhs, other.rhs)
     return relation
 
