@@ -37,6 +37,17 @@ def thin_copy(model: nn.Module) -> nn.Module:
     return _copies[model]
 
 
+def _with_attention(cls: Any, config: Any) -> nn.Module:
+    """The model with attention that holds no matrix of patches by patches, where it can: images have thousands."""
+    thin: nn.Module
+    try:
+        thin = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, ImportError):  # how transformers refuses
+        torch.manual_seed(0)
+        thin = cls._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return thin
+
+
 def _build(model: nn.Module) -> nn.Module:
     config: Any = getattr(model, "config", None)
     cls: Any = type(model)
@@ -58,7 +69,7 @@ def _build(model: nn.Module) -> nn.Module:
         ):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            thin: nn.Module = cls._from_config(narrow, dtype=torch.float32, attn_implementation="eager")
+            thin = _with_attention(cls, narrow)
     except Exception as error:
         raise TraceError(
             f"a narrow copy of {cls.__name__}, to count the tokens of its images, cannot be built: {error}",

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import os
 import sys
 import types
@@ -177,6 +178,8 @@ class Look:
             return kind, frozenset([self._value(item) for item in value])
         if isinstance(value, _IDENTICAL):
             return kind, value
+        if kind is functools.partial:
+            return kind, self._value(value.func), self._value(value.args), self._value(value.keywords)
         if _is_config(kind):
             return self._config(value)
         raise _UnknownError
