@@ -81,8 +81,9 @@ class Symbols:
 
     def dims(self) -> tuple[DimEntry, ...]:
         """The ranges in which the trace holds. Tracing assumes sizes above one; one is the broadcasting that every
-        operator does by itself.
+        operator does by itself, unless the model's code has asked for it.
         """
+        above_one = {self.shape_env.replace(symbol) for symbol in self.shape_env.more_than_one}
         entries = [DimEntry(name=name, min=size, max=size) for name, size in self.fixed.items()]
         for symbol, name in self.names.items():
             bounds = self.shape_env.var_to_range[symbol]
@@ -90,7 +91,7 @@ class Symbols:
             entries.append(
                 DimEntry(
                     name=name,
-                    min=1 if int(lower) <= 2 else int(lower),
+                    min=1 if int(lower) <= 2 and symbol not in above_one else int(lower),
                     max=int(upper) if upper.is_Integer and int(upper) < 2**62 else UNBOUNDED,
                 )
             )

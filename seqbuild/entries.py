@@ -20,6 +20,7 @@ from seqbuild.recall import RECORD_SUFFIX, Record, read_record
 
 _NAME = re.compile(r".+-[0-9a-f]{12}\Z")
 _LEFT = re.compile(rf"\.(.+-[0-9a-f]{{12}})\.[^.]+({re.escape(PARTIAL)}|{re.escape(DAMAGED)})\Z")
+_LEFT_RECORD = re.compile(rf"\.\..+{re.escape(RECORD_SUFFIX)}\.[^.]+{re.escape(PARTIAL)}\Z")
 _LOCK = re.compile(r"\.(.+-[0-9a-f]{12})\.lock\Z")
 
 
@@ -135,6 +136,11 @@ def _sweep(out: Path) -> Iterator[Pruned]:
                     _remove(path)
                     why = "it was damaged" if match[2] == DAMAGED else "a compilation was killed"
                     yield Pruned(path=path, why=why, num_bytes=num_bytes)
+        elif _LEFT_RECORD.match(path.name) and path.is_file():
+            # Whoever is writing it at this moment goes without a record, and is no worse off otherwise.
+            num_bytes = path.lstat().st_size
+            _remove(path)
+            yield Pruned(path=path, why="a compilation was killed", num_bytes=num_bytes)
     for path in _listed(out):
         if path.name.endswith(RECORD_SUFFIX) and read_record(path) is None:
             _remove(path)

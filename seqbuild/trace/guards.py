@@ -24,7 +24,7 @@ from torch.utils._sympy.functions import (
 from runtime.errors import TraceError
 
 if TYPE_CHECKING:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from seqbuild.trace.sizes import WatchedSizes
 
 _RELATIONS: dict[Any, str] = {
     sympy.Eq: "==",
@@ -42,7 +42,7 @@ _ENOUGH_TRIALS = 4
 _MOST_SUMMED = 2000
 
 
-def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterator[str]:
+def conditions(shape_env: WatchedSizes, names: Mapping[sympy.Symbol, str]) -> Iterator[str]:
     """Relations between sizes of inputs that the trace needs besides their ranges, each once.
 
     Args:
@@ -55,6 +55,7 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
     """
     seen: dict[str, None] = {}
     relations = list(dict.fromkeys(shape_env.replace(guard.expr) for guard in shape_env.guards))
+    decided = {shape_env.replace(relation) for relation in shape_env.decided}
     equalities: list[Any] = []
     for relation in relations:
         if (
@@ -68,7 +69,10 @@ def conditions(shape_env: ShapeEnv, names: Mapping[sympy.Symbol, str]) -> Iterat
         if type(relation) not in _RELATIONS or not symbols or any(symbol not in names for symbol in symbols):
             continue
         known = with_equalities(relation, (other for other in equalities if other is not relation))
-        if known == sympy.true or _is_range(relation) or _is_certain(relation) or _is_certain(known):
+        is_decided = relation in decided
+        if known == sympy.true or _is_range(relation, is_decided=is_decided):
+            continue
+        if not is_decided and (_is_certain(relation) or _is_certain(known)):
             continue
         left, right = (_written(side, names) for side in relation.args)
         if left is None or right is None:
@@ -114,14 +118,19 @@ def with_equalities(relation: Any, known: Iterable[Any]) -> Any:
     return relation
 
 
-def is_assumption(relation: Any) -> bool:
+def is_assumption(relation: Any, *, is_decided: bool = False) -> bool:
     """Whether a relation between sizes makes a trace hold for some data only: it is not true for all sizes, nor does it
     only say that two inputs belong together.
+
+    Args:
+        relation: between sizes.
+        is_decided: whether the model's code decided by it. Then it is no matter of how a tensor lies in memory, and a
+            few sizes for which it holds say nothing: who asks for one length in particular asks for a rare one.
     """
     if type(relation) not in _RELATIONS or not relation.free_symbols:
         return False
     is_match = isinstance(relation, sympy.Eq) and all(side.is_Symbol for side in relation.args)
-    return not is_match and not _is_certain(relation)
+    return not is_match and (is_decided or not _is_certain(relation))
 
 
 def holds_in_turns(relation: Any, turns: Mapping[sympy.Symbol, Any]) -> bool:
@@ -166,9 +175,11 @@ def _trials(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, Any]]:
     return [{s: sympy.Integer(base + step * place) for place, s in enumerate(symbols)} for base, step in _TRIALS]
 
 
-def _is_range(relation: Any) -> bool:
-    """Whether the relation only bounds a symbol: the dims state that."""
+def _is_range(relation: Any, *, is_decided: bool = False) -> bool:
+    """Whether the relation only bounds a symbol: the dims state that. They have no gaps."""
     left, right = relation.args
+    if is_decided and isinstance(relation, sympy.Ne):
+        return any(side.is_Integer and side < 1 for side in relation.args) and left.is_Symbol | right.is_Symbol
     return bool(left.is_Symbol and right.is_Integer) or bool(right.is_Symbol and left.is_Integer)
 
 

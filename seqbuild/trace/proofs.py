@@ -119,23 +119,25 @@ class Proofs:
             attributes=attributes,
         )
         self._set_demands_aside(call, num_assumed)
-        assumed = [shape_env.replace(relation) for relation, _ in shape_env.assumed[num_assumed:]]
+        assumed = [relation for relation, _ in shape_env.assumed[num_assumed:] if shape_env.is_assumption(relation)]
         turns = [question for loop in self.loops.unproven[num_loops:] for question in loop.questions()]
-        questions = [*(relation for relation in dict.fromkeys(assumed) if is_assumption(relation)), *turns]
+        questions = [*dict.fromkeys(map(shape_env.replace, assumed)), *turns]
         is_provable = questions and not any(isinstance(relation, sympy.Eq) for relation in questions)
         if is_provable and self._is_proven(call, questions):
             culprits = [culprit for _, culprit in shape_env.assumed[num_assumed:]]
             self._close(call, [*culprits, *(loop.culprit for loop in self.loops.unproven[num_loops:])][0])
             del self.loops.unproven[num_loops:]
             del shape_env.assumed[num_assumed:]
-            shape_env.forget(known, lambda relation: is_assumption(shape_env.replace(relation)))
+            shape_env.forget(known, shape_env.is_assumption)
         return output
 
     def _set_demands_aside(self, call: Call, num_assumed: int) -> None:
         """Take from what is assumed the equalities that the call's module insists on."""
         assumed = self.tracer.shape_env.assumed
         fresh = assumed[num_assumed:]
-        relations = list(dict.fromkeys(relation for relation, _ in fresh if is_assumption(relation)))
+        decided = self.tracer.shape_env.decided
+        found = (relation for relation, _ in fresh if is_assumption(relation, is_decided=relation in decided))
+        relations = list(dict.fromkeys(found))
         equalities = [relation for relation in relations if isinstance(relation, sympy.Eq) and is_statable(relation)]
         if not equalities or sum(p.numel() for p in call.module.parameters()) > _MOST_TRIED:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,16 @@ from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
 from seqbuild.trace.guards import holds_in_turns, is_assumption, is_implied, is_statable, with_equalities
 
+# Where a comparison of symbols becomes true or false, and what lies between it and whoever asks.
+_NUMBERS = inspect.getfile(torch.SymBool)
+_EVALUATES = (
+    __file__,
+    functools.__file__,
+    inspect.getfile(torch.fx.experimental.symbolic_shapes),
+    inspect.getfile(torch.fx.experimental.sym_node),
+    inspect.getfile(torch.fx.experimental.recording),
+)
+_FUNCTIONS = (inspect.getfile(torch.nn.functional), inspect.getfile(torch.functional))
 # Functions of torch in which one operator is executed, their `func`.
 _EXECUTES = (
     (inspect.getfile(torch._subclasses.fake_tensor), "dispatch"),
@@ -64,6 +75,8 @@ class WatchedSizes(ShapeEnv):
         self.is_strict = False
         self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
         self.assumed: list[tuple[Any, Culprit | None]] = []
+        self.decided: set[Any] = set()  # relations that the model's own code has decided by
+        self.more_than_one: set[Any] = set()  # symbols for sizes that may not be one
         self.demanded: list[Any] = []  # equalities without which the model fails
         self.unstatable: list[tuple[Any, Culprit | None]] = []  # what the code decided by, and no artifact can state
         self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
@@ -132,11 +145,13 @@ class WatchedSizes(ShapeEnv):
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
             self._set_turns_aside(num_guards)
             fresh = [] if self.is_strict else [guard.expr for guard in self.guards[num_guards:]]
+            if not self.is_strict and sym_node.pytype is bool and _is_asked_by_code():
+                self._note_decision(sym_node.expr, found, fresh)
             self.unstatable += [(relation, find_culprit()) for relation in fresh if not is_statable(relation)]
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
                 before = [guard.expr for guard in self.guards[:num_guards]]
                 added = [guard.expr for guard in self.guards[num_guards:]]
-                added = [relation for relation in added if is_assumption(with_equalities(relation, before))]
+                added = [relation for relation in added if self._is_open(relation, before)]
                 if not _is_asked_by_kernel() or any(_is_new_equality(relation, before) for relation in added):
                     self.assumed += [(relation, find_culprit()) for relation in added]
             return found
@@ -158,6 +173,30 @@ class WatchedSizes(ShapeEnv):
             if isinstance(sym_node.expr, sympy.Symbol):
                 self._set_replacement(sym_node.expr, sympy.Integer(number), "all samples have it")
             return sympy.Integer(number)
+
+    def is_assumption(self, relation: Any) -> bool:
+        """As `guards.is_assumption`, for a relation as it was when it was assumed."""
+        return is_assumption(self.replace(relation), is_decided=relation in self.decided)
+
+    def _is_open(self, relation: Any, known: Iterable[Any]) -> bool:
+        return is_assumption(with_equalities(relation, known), is_decided=relation in self.decided)
+
+    def _note_decision(self, relation: Any, found: Any, fresh: Iterable[Any]) -> None:
+        """Remember what the model's code has decided by, and sizes that may not be one for it to come out so.
+
+        Torch takes it for granted that sizes are larger than one, and need not be told so.
+        """
+        self.decided.update(fresh)
+        sizes = {symbol: sympy.Integer(size) for symbol, size in sample_sizes(self).items()}
+        if list(fresh) or not relation.free_symbols or not relation.free_symbols <= set(sizes):
+            return
+        symbols = sorted(relation.free_symbols, key=str)
+        for ones in (*([symbol] for symbol in symbols), symbols):
+            numbers = {**sizes, **dict.fromkeys(ones, sympy.S.One)}
+            if bool(relation.xreplace(numbers)) != bool(found) and all(
+                self.replace(guard.expr).xreplace(numbers) != sympy.false for guard in self.guards
+            ):
+                self.more_than_one.update(ones[:1])
 
     def turn(self, count: torch.SymInt) -> torch.SymInt:
         """The number of a turn of a loop; what is decided by it must be so in all of the turns."""
@@ -220,6 +259,25 @@ def _is_asked_by_kernel() -> bool:
             return schema is not None and not any("[]" in str(result.type) for result in schema.returns)
         if is_models_code(frame.f_code.co_filename):
             return False
+        frame = frame.f_back
+    return False
+
+
+def _is_asked_by_code() -> bool:
+    """Whether Python code of the model, or a function of torch in its place, asks for the outcome of a comparison.
+
+    Not so an operator, which asks from C++ or while it is executed, for how a tensor lies in memory, or to fail.
+    """
+    if get_proxy_mode() is None:
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    is_python = False
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file == _NUMBERS:
+            is_python = True
+        elif file not in _EVALUATES:
+            return is_python and (is_models_code(file) or file in _FUNCTIONS)
         frame = frame.f_back
     return False
 

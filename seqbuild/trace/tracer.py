@@ -222,7 +222,8 @@ class SequentialTracer(ValueTracer):
             TraceError: naming the input and the line of the model's code that decided by its size.
         """
         for relation, culprit in self.shape_env.assumed:
-            if not relation.free_symbols <= self.shape_env.own and is_assumption(relation):
+            is_assumed = is_assumption(relation, is_decided=relation in self.shape_env.decided)
+            if not relation.free_symbols <= self.shape_env.own and is_assumed:
                 raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
         assumed = {guard.expr for guard in self.shape_env.guards}
         for relation, culprit in self.shape_env.unstatable:

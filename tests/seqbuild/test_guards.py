@@ -18,7 +18,7 @@ PATCHES = FloorDiv(H, 14) * FloorDiv(W, 14)
 
 def stated(*relations: Any) -> list[str]:
     shape_env: Any = SimpleNamespace(
-        guards=[SimpleNamespace(expr=r) for r in relations], replace=lambda relation: relation
+        decided=(), guards=[SimpleNamespace(expr=r) for r in relations], replace=lambda relation: relation
     )
     return list(conditions(shape_env, {H: "height", W: "width", N: "batch"}))
 

@@ -362,6 +362,15 @@ class TestPrune:
         assert (out / "note.txt").is_file()
         assert (out / f".not-ours{PARTIAL}").is_dir()
 
+    def test_half_of_a_record_goes(self, out: Path) -> None:
+        (record,) = out.glob(f".*{recall.RECORD_SUFFIX}")
+        half = out / f".{record.name}.a1b2c3{PARTIAL}"
+        half.write_bytes(b"{")
+        (gone,) = prune(out)
+        assert (gone.path, gone.why, gone.num_bytes) == (half, "a compilation was killed", 1)
+        assert record.is_file()
+        assert not half.exists()
+
     def test_by_age(self, out: Path) -> None:
         assert list(prune(out, older_than_s=3600)) == []
         for path in (artifact(out), *out.glob(f".*{recall.RECORD_SUFFIX}")):
