@@ -122,12 +122,19 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
     if artifact.manifest.is_portable and artifact.model_code is not None:
         compiled, found = stated  # the classes that know more are the model's own code
     else:
+        kinds = [table.get("model_type") for table in stated]
+        if None not in kinds and kinds[0] != kinds[1]:  # its own code may have to tell what the rest means
+            raise _another(directory, "model_type", *kinds)
         compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
     for name, expected, got in _differences(compiled, found):
-        raise WeightsError(
-            f"{directory / 'config.json'} has {name} = {got!r}, the artifact was compiled with {expected!r}",
-            hint="compile the model of this checkpoint",
-        )
+        raise _another(directory, name, expected, got)
+
+
+def _another(directory: Path, name: str, expected: Any, got: Any) -> WeightsError:
+    return WeightsError(
+        f"{directory / 'config.json'} has {name} = {got!r}, the artifact was compiled with {expected!r}",
+        hint="compile the model of this checkpoint",
+    )
 
 
 def _stated(directory: Path) -> dict[str, Any]:

@@ -11,13 +11,15 @@ end         seconds, bytes, path
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from runtime.console import human_bytes
+from runtime.console import human_bytes, warn
+from runtime.publish import disk_errors
 
 
 class Watcher(Protocol):
@@ -92,22 +94,43 @@ class Lines:
 class EventLog:
     """Every event but `batch` and `load` as a line of JSON, with the time in seconds since 1970.
 
+    A disk that takes no more events ends the log, with a warning, and not the run.
+
     Args:
         path: of the file; a resumed run goes on with it.
+
+    Raises:
+        OutputError: when it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with disk_errors(path):
+            self._file: TextIO | None = path.open("a", encoding="utf-8")
 
     def tell(self, event: str, **facts: Any) -> None:
         """Take an event."""
-        if event not in ("batch", "load"):
-            line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
+        if event in ("batch", "load") or self._file is None:
+            return
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
+        try:
             self._file.write(line + "\n")
             self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warn(f"{self._path} takes no more events ({error.strerror}): the run goes on without them")
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is left in the buffer was told already
+                self._file.close()
+            self._file = None
 
     def __enter__(self) -> EventLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()

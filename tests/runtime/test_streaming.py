@@ -231,6 +231,17 @@ def test_a_resumed_run_has_the_rewritten_norms(
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with EventLog(Path("/dev/full")) as log:
+        log.tell("warning", text="first")
+        log.tell("warning", text="second")
+    complaint = capfd.readouterr().err
+    assert complaint.count("/dev/full takes no more events (No space left on device): the run goes on") == 1
+    with pytest.raises(runtime.OutputError, match="part of the path is not a directory"):
+        EventLog(Path("/dev/null/log"))
+
+
 def test_events(narrow_llama: Small, tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl") as log:
         plan = recipe(NARROW_W4, modifier="GPTQModifier")

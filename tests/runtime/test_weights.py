@@ -196,6 +196,9 @@ def test_a_config_of_another_model_is_refused(llama: Small, tmp_path: Path) -> N
     set_config(directory, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 5.0})
     with pytest.raises(runtime.WeightsError, match=r"has rope_parameters\.rope_theta = 5\.0, .* with 10000\.0"):
         open_weights(llama, directory)
+    set_config(directory, model_type="their_own", auto_map={"AutoConfig": "their.Config"})
+    with pytest.raises(runtime.WeightsError, match="has model_type = 'their_own', the artifact was compiled with"):
+        open_weights(llama, directory)
 
 
 def test_entries_of_a_config_that_change_nothing_may_differ(llama: Small, tmp_path: Path) -> None:
