@@ -34,6 +34,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.observers import fitted_grid
+from runtime.algorithms.products import multiplied
 from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import rounded
 from runtime.algorithms.smoothquant import pooled
@@ -161,7 +162,7 @@ def _loss(
     importance_I = gram_II.diagonal() / scale_I.square()
     found = fitted_grid(scaled_RI, args, scale_dtype=scale_dtype, importance_I=importance_I)
     error_RI = rounded(scaled_RI, found, args).div_(scale_I).sub_(rows_RI)
-    return float((error_RI @ gram_II).mul_(error_RI).sum(dtype=torch.float64))
+    return float(multiplied(error_RI, gram_II).mul_(error_RI).sum(dtype=torch.float64))
 
 
 def quantize_clipped(
@@ -202,7 +203,7 @@ def quantize_clipped(
         scale=grid.stored(found.scale_RC, args),
         zero_point=None if found.zero_point_RC is None else grid.stored(found.zero_point_RC, args),
         global_scale=found.global_scale,
-        loss=float((error_OI @ hessian_II.to(dtype)).mul_(error_OI).sum(dtype=torch.float64)),
+        loss=float(multiplied(error_OI, hessian_II.to(dtype)).mul_(error_OI).sum(dtype=torch.float64)),
         damping=0.0,
     )
 

@@ -52,6 +52,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import gptq_cuda, grid
 from runtime.algorithms.observers import fitted_grid
+from runtime.algorithms.products import factorize_, multiplied
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -59,7 +60,6 @@ STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
 _NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
-_NUMBERS_AT_A_TIME = 2**17
 _COLUMNS_OF_A_SUM = 128
 
 
@@ -259,7 +259,8 @@ class _Factors:
     """H + diag(added) = M D M^T with the columns in the order of the solve.
 
     Args:
-        lower_II: M^T, unit lower triangular: row k holds what column k takes of each earlier error.
+        lower_II: M^T, unit lower triangular: row k holds what column k takes of each earlier error. What is above the
+            diagonal means nothing.
         pivot_I: D.
         added_I: what was added to the diagonal.
         damping: the dampening, as a fraction of the mean diagonal.
@@ -275,17 +276,12 @@ def _factorize(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
     diagonal_I = hessian_II.diagonal()[order_I].to(dtype)
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean()
-    # An upper triangular factor is a lower triangular one of the matrix read backwards.
-    backwards_I = order_I.flip(0)
     damping = dampening_frac
     while True:
         added_I = damping * mean + mean * dead_I
-        damped_II = hessian_II[backwards_I[:, None], backwards_I].to(dtype)
-        damped_II.diagonal().add_(added_I.flip(0))
-        # LAPACK's order of memory, so that nothing is copied: the largest Hessians decide what a host needs.
-        in_place = damped_II.t(), torch.empty((), dtype=torch.int32, device=damped_II.device)
-        failed = torch.linalg.cholesky_ex(in_place[0], out=in_place).info
-        if not failed and torch.isfinite(damped_II.diagonal()).all():
+        lower_II = hessian_II[order_I[:, None], order_I].to(dtype)
+        lower_II.diagonal().add_(added_I)
+        if factorize_(lower_II):
             break
         if damping >= MAX_DAMPING:
             raise QuantizationError(
@@ -293,20 +289,8 @@ def _factorize(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
                 hint="it is no sum of x x^T; calibrate with more data or in a wider dtype",
             )
         damping = min(damping * 10, MAX_DAMPING)
-    _reverse_(damped_II.view(-1))
-    lower_II = damped_II
     root_I = lower_II.diagonal().clone()
     return _Factors(lower_II=lower_II.div_(root_I[:, None]), pivot_I=root_I.square(), added_I=added_I, damping=damping)
-
-
-def _reverse_(values_N: torch.Tensor) -> None:
-    """Put the last number first and so on, in place, a part at a time."""
-    num_values = len(values_N)
-    for start in range(0, num_values // 2, _NUMBERS_AT_A_TIME):
-        stop = min(start + _NUMBERS_AT_A_TIME, num_values // 2)
-        first_N = values_N[start:stop].flip(0)
-        values_N[start:stop] = values_N[num_values - stop : num_values - start].flip(0)
-        values_N[num_values - stop : num_values - start] = first_N
 
 
 def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch.Tensor) -> torch.Tensor:
@@ -420,7 +404,9 @@ def _solve_(
     for start in range(0, len(group_of_I), width):
         block = slice(start, start + width)
         lower_BB = factors.lower_II[block, block].contiguous()
-        target_BO = torch.addmm(residual_IO[block], factors.lower_II[block, :start], residual_IO[:start])
+        target_BO = residual_IO[block].clone()
+        if start:
+            target_BO += multiplied(factors.lower_II[block, :start], residual_IO[:start].t())
         if fitting is not None:
             fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
         solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from runtime.algorithms.products import multiplied
+
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
+_TOKENS = 2048  # that a product is summed up over before it is added to the others: a longer sum loses more digits
 
 
 class HessianAccumulator:
@@ -34,18 +37,21 @@ class HessianAccumulator:
         """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
         self._is_whole = False
-        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
-        is_narrow = flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16)
-        if not is_narrow:
-            flat_TI = flat_TI.to(torch.float32)
-        for left in range(0, flat_TI.shape[1], PANEL_WIDTH):
-            panel = slice(left, left + PANEL_WIDTH)
-            target, first_TP, second_TR = self._upper_II[panel, left:], flat_TI[:, panel], flat_TI[:, left:]
-            if is_narrow:
-                target.add_(torch.mm(first_TP.t(), second_TR, out_dtype=torch.float32))
-            else:
-                target.addmm_(first_TP.t(), second_TR)
+        for start in range(0, flat_TI.shape[0], _TOKENS):
+            self._add_(flat_TI[start : start + _TOKENS])
         self.num_tokens += flat_TI.shape[0]
+
+    def _add_(self, inputs_TI: torch.Tensor) -> None:
+        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
+        is_narrow = inputs_TI.is_cuda and inputs_TI.dtype in (torch.bfloat16, torch.float16)
+        inputs_IT = inputs_TI.t() if is_narrow else inputs_TI.t().to(torch.float32).contiguous()
+        for left in range(0, len(inputs_IT), PANEL_WIDTH):
+            first_PT, second_RT = inputs_IT[left : left + PANEL_WIDTH], inputs_IT[left:]
+            if is_narrow:
+                product_PR = torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32)
+            else:
+                product_PR = multiplied(first_PT, second_RT)
+            self._upper_II[left : left + PANEL_WIDTH, left:].add_(product_PR)
 
     @property
     def hessian_II(self) -> torch.Tensor:

@@ -30,6 +30,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
+from runtime.algorithms.products import multiplied
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -111,7 +112,7 @@ class _State:
     def improve(self, block: slice) -> None:
         """One group's scales, then its columns."""
         group = block.start // self.width if self.is_grouped else 0
-        pull_BO = self.hessian_II[block] @ self.residual_IO
+        pull_BO = multiplied(self.hessian_II[block], self.residual_IO.t())
         inner_BB = self.hessian_II[block, block].contiguous()
         if self.fits_scales:
             pull_BO -= inner_BB @ self._fit_scale(block, group, pull_BO, inner_BB)
@@ -157,7 +158,9 @@ class _State:
 
     def result(self, before: QuantizedWeight, added: float) -> QuantizedWeight:
         """The refined weight, or the one before where nothing was gained; `added` is the damping."""
-        damped = float((self.residual_IO * (self.hessian_II @ self.residual_IO)).sum(dtype=torch.float64))
+        damped = float(
+            (self.residual_IO * (multiplied(self.hessian_II, self.residual_IO.t()))).sum(dtype=torch.float64)
+        )
         loss = damped - added * float(self.residual_IO.square().sum(dtype=torch.float64))
         original_IO = self.residual_IO + self.quantized_IO
         error = float((original_IO - before.weight_OI.to(self.dtype).t()).square().sum(dtype=torch.float64))

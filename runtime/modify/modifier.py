@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.algorithms.products import multiplied
 from runtime.errors import DataError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
@@ -229,6 +230,6 @@ def _relative_error(rounded: Rounded, found: InputStatistics | None) -> float:
     stride = -(-len(weight_OI) // _NUM_ROWS)
     rows_RI = weight_OI[::stride].float()
     has_hessian = rounded.algorithm == "gptq" and found is not None
-    seen_RI = rows_RI @ found.hessian_II.to(rows_RI.device) if has_hessian and found is not None else rows_RI
+    seen_RI = multiplied(rows_RI, found.hessian_II.to(rows_RI.device)) if has_hessian and found is not None else rows_RI
     size = float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)
     return float(result.loss / size) ** 0.5 if size > 0 and result.loss > 0 else 0.0

@@ -1,0 +1,101 @@
+"""Products of float32 matrices, and a triangular factorization made of them, as fast as the processor is.
+
+torch multiplies float32 matrices by MKL, which takes processors of other makers for old ones: on an AMD EPYC with
+AVX-512 it reaches less than half of what oneDNN does, which asks what the processor has, and which torch brings along.
+Both are IEEE float32; they add up in another order. LAPACK's factorization is slower still, so it is only asked for
+small blocks: halves are factorized one after the other, and all between them is products (Gustavson, "Recursion leads
+to automatic variable blocking for dense linear-algebra algorithms", IBM J. Res. Dev. 41, 1997).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+
+_SMALL, _SMALL_ELSEWHERE = 128, 2048  # a block that LAPACK factorizes or solves for; on other devices their library
+_ROWS, _COLUMNS = 1024, 512  # of a product that is subtracted at a time: what is held besides stays small
+
+
+def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
+    """First second^T.
+
+    Args:
+        first_MK: [M, K], any float dtype.
+        second_NK: [N, K], likewise.
+
+    Returns:
+        [M, N], in the same dtype and on the same device.
+    """
+    if first_MK.dtype != torch.float32 or first_MK.device.type != "cpu" or not first_MK.numel() or not _has_onednn():
+        return first_MK @ second_NK.t()
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        _dense(first_MK), _dense(second_NK), None, "none", [], ""
+    )
+    return product
+
+
+def _dense(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or its copy where neither rows nor columns lie one after the other: oneDNN is slow at such."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether oneDNN is there for ordinary tensors: on x86, in builds that have it."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def factorize_(matrix_NN: torch.Tensor) -> bool:
+    """Find the lower triangular L with L^T L the matrix, in place: Cholesky's factorization from the last column on.
+
+    Args:
+        matrix_NN: [N, N], symmetric, of which the lower triangle is read; overwritten with L, and with what means
+            nothing above its diagonal.
+
+    Returns:
+        Whether there is such a matrix: whether this one is positive definite.
+    """
+    middle = _middle(matrix_NN)
+    if not middle:
+        return _factorize_small_(matrix_NN)
+    first_II, second_KK = matrix_NN[:middle, :middle], matrix_NN[middle:, middle:]
+    between_KI = matrix_NN[middle:, :middle]
+    if not factorize_(second_KK):
+        return False
+    _solve_(second_KK, between_KI)
+    for top in range(0, middle, _ROWS):
+        bottom = min(top + _ROWS, middle)
+        rows_RK = between_KI[:, top:bottom].contiguous().t()
+        for left in range(0, bottom, _COLUMNS):
+            columns_CK = between_KI[:, left : left + _COLUMNS].contiguous().t()
+            first_II[top:bottom, left : left + _COLUMNS] -= multiplied(rows_RK, columns_CK)
+    return factorize_(first_II)
+
+
+def _middle(matrix_NN: torch.Tensor) -> int:
+    """Where a matrix is cut in two, the second part being a whole number of small blocks; 0 for a small one."""
+    size, small = len(matrix_NN), _SMALL if matrix_NN.device.type == "cpu" else _SMALL_ELSEWHERE
+    return 0 if size <= small else size - (size // 2 + small - 1) // small * small
+
+
+def _factorize_small_(matrix_NN: torch.Tensor) -> bool:
+    lower_NN, info = torch.linalg.cholesky_ex(matrix_NN.flip(0, 1))
+    matrix_NN.copy_(lower_NN.flip(0, 1).t())
+    return not info and bool(torch.isfinite(matrix_NN.diagonal()).all())
+
+
+def _solve_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
+    """Overwrite what is on the right with X, where L^T X is that."""
+    middle = _middle(lower_KK)
+    if not middle:
+        right_KI.copy_(torch.linalg.solve_triangular(lower_KK.t(), right_KI, upper=True))
+        return
+    _solve_(lower_KK[middle:, middle:], right_KI[middle:])
+    across_FS = lower_KK[middle:, :middle].t().contiguous()
+    for left in range(0, right_KI.shape[1], _ROWS):
+        part = slice(left, left + _ROWS)
+        right_KI[:middle, part] -= multiplied(across_FS, right_KI[middle:, part].contiguous().t())
+    _solve_(lower_KK[:middle, :middle], right_KI[:middle])
