@@ -91,7 +91,9 @@ def _solve_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
     """Overwrite what is on the right with X, where L^T X is that."""
     middle = _middle(lower_KK)
     if not middle:
-        right_KI.copy_(torch.linalg.solve_triangular(lower_KK.t(), right_KI, upper=True))
+        one_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device)
+        inverse_KK = torch.linalg.solve_triangular(lower_KK.t(), one_KK, upper=True)
+        right_KI.copy_(multiplied(inverse_KK, right_KI.contiguous().t()))
         return
     _solve_(lower_KK[middle:, middle:], right_KI[middle:])
     across_FS = lower_KK[middle:, :middle].t().contiguous()
