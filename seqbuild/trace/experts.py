@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from runtime.manifest import LeafKind
 from seqbuild.emit import EmittedCode, emit
-from seqbuild.trace.expert_loops import HIDDEN, WEIGHTS, Loop, replaced_parameters, watched_loop
+from seqbuild.trace.expert_loops import Loop, replaced_parameters, watched_loop
+from seqbuild.trace.expert_watch import HIDDEN, WEIGHTS
 
 _ONE_EXPERT = 0
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
