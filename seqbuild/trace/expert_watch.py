@@ -260,10 +260,7 @@ class Watching(TorchFunctionMode):
             return self._added(args, kwargs)
         if _is_in_place(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
             raise OtherwiseError
-        if name == "__getitem__":
-            note = self._chosen(*args)
-        else:
-            note = func, self._described(args), self._described(kwargs)
+        note = self._chosen(*args) if name == "__getitem__" else (func, self._described(args), self._described(kwargs))
         result = func(*args, **kwargs)
         made = pytree.tree_leaves(result)
         if not made or not all(isinstance(value, torch.Tensor) and value.is_meta for value in made):
