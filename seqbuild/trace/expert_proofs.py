@@ -106,7 +106,7 @@ class _Trial:
         used, num_all = self._used(), self.num_experts + self.num_identity
         for num_places in (1, 2, 4):
             if num_places <= len(used):
-                for num_tokens in (1, 2, 7, _MANY):
+                for num_tokens in (1, 2, 7, *([_MANY] if num_places == 2 else [])):
                     index = self._drawn(used, num_tokens, num_places)
                     yield _Case(index=index, may_fail=num_places == 1 < len(used))
         for expert in (used[0], used[-1]):

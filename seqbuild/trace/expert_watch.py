@@ -26,7 +26,7 @@ _INDEX_STEPS: Mapping[str, Mapping[str, str | None]] = {
     "number": {
         **dict.fromkeys(("flatten", "squeeze", "__getitem__", "__iter__", "unbind"), "number"),
         **dict.fromkeys(("__eq__", "__ne__", "eq", "ne"), "equal"),
-        **dict.fromkeys(("tolist", "item", "__int__", "__index__")),
+        **dict.fromkeys(("tolist", "item", "dim", "__int__", "__index__")),
     },
     "equal": {"__bool__": None, "item": None},
     "own mask": {"squeeze": "own mask", "where": "lists"},
