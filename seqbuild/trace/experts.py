@@ -4,13 +4,12 @@ Their forward takes hidden states, indices and weights of each token's experts, 
 the experts that are used: transformers marks most such classes, others are known by what their forward calls. That loop
 is run once, for one expert, on tensors without values, and recorded up to where the expert's result is added to the
 sum: the rest is the same for all (`runtime.experts`). That it is the same is looked at, too, where nothing marks the
-class (`seqbuild.trace.expert_loops`).
+class (`seqbuild.trace.expert_loops`), and what is learned is executed (`seqbuild.trace.expert_proofs`).
 """
 
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,10 @@ from torch.utils import _pytree as pytree
 
 from runtime.manifest import LeafKind
 from seqbuild.emit import EmittedCode, emit
-from seqbuild.trace.expert_loops import HIDDEN, WEIGHTS, Loop, replaced_parameters, watched_loop
+from seqbuild.trace.expert_loops import Loop, replaced_parameters, watched_loop
+from seqbuild.trace.expert_proofs import is_proven
+from seqbuild.trace.expert_signatures import signature
+from seqbuild.trace.expert_watch import HIDDEN, WEIGHTS
 
 _ONE_EXPERT = 0
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
@@ -30,7 +32,6 @@ _CALLED = ("one_hot", "where", "index_add_")  # what the forward of such a class
 # What is learned of one layer's experts holds for those of all layers like it.
 _learned_before: dict[Any, tuple[LeafKind, EmittedCode] | None] = {}
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-_COMPARED = (type(None), bool, int, float, str, types.FunctionType, types.BuiltinFunctionType, type)
 
 
 class _AddedError(Exception):
@@ -81,7 +82,7 @@ def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     Returns:
         None when their code is not a loop of this kind.
     """
-    key = _signature(module)
+    key = signature(module)
     if key is None:
         return _learned(module)
     if key not in _learned_before:
@@ -100,20 +101,7 @@ def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     if code.source != codes[1].source or code.opaque or code.constants or code.submodules:
         return None
     kind = LeafKind(kind="Experts", options=options, arguments=code.arguments, attributes=code.attributes)
-    return kind, code
-
-
-def _signature(module: nn.Module) -> Any:
-    """All that decides what experts do, besides the numbers in their weights; None where that cannot be compared."""
-    parts: list[Any] = []
-    for name, inner in module.named_modules():
-        own = {key: value for key, value in vars(inner).items() if not key.startswith("_") and key != "forward"}
-        config = own.pop("config", None)
-        if any(not isinstance(value, _COMPARED) for value in own.values()):
-            return None
-        shapes = tuple((key, tuple(p.shape)) for key, p in inner._parameters.items() if p is not None)
-        parts.append((name, type(inner), tuple(sorted(own.items(), key=lambda item: item[0])), id(config), shapes))
-    return tuple(parts)
+    return (kind, code) if is_proven(module, loop, _width(module), kind, code) else None
 
 
 def _recorded(module: nn.Module, loop: Loop, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:
