@@ -68,6 +68,8 @@ def _compared(value: Any) -> Hashable:
         return kind, value.hex()
     if kind in (list, tuple):
         return kind, tuple(_compared(item) for item in value)
+    if kind in (set, frozenset):
+        return kind, frozenset(_compared(item) for item in value)
     if isinstance(value, dict):
         return kind, tuple((_compared(key), _compared(item)) for key, item in value.items())
     if isinstance(value, PretrainedConfig):

@@ -25,6 +25,7 @@ from seqbuild.trace.expert_loops import Loop, replaced_parameters, watched_loop
 from seqbuild.trace.expert_proofs import is_proven
 from seqbuild.trace.expert_signatures import signature
 from seqbuild.trace.expert_watch import HIDDEN, WEIGHTS
+from seqbuild.trace.replay import for_real
 
 _ONE_EXPERT = 0
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
@@ -83,11 +84,13 @@ def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
         None when their code is not a loop of this kind.
     """
     key = signature(module)
-    if key is None:
-        return _learned(module)
-    if key not in _learned_before:
-        _learned_before[key] = _learned(module)
-    return _learned_before[key]
+    if key is not None and key in _learned_before:
+        return _learned_before[key]
+    with for_real():
+        found = _learned(module)
+    if key is not None:
+        _learned_before[key] = found
+    return found
 
 
 def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
