@@ -52,7 +52,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import gptq_cuda, grid
 from runtime.algorithms.observers import fitted_grid
-from runtime.algorithms.products import factorize_, multiplied
+from runtime.algorithms.products import add_product_, factorize_
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -60,7 +60,7 @@ STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
 _NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
-_BLOCKS_AT_A_TIME = 4  # that take errors of earlier ones in one product: a taller one runs faster
+BLOCKS_AT_A_TIME = 4  # that take errors of earlier ones in one product: a taller one runs faster
 _COLUMNS_OF_A_SUM = 128
 _ROWS_OF_A_COPY = 512  # that are put in another order at a time: they fit a cache
 
@@ -419,21 +419,22 @@ def _solve_(
     """
     quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
-    for first in range(0, len(group_of_I), width * _BLOCKS_AT_A_TIME):
-        some = slice(first, first + width * _BLOCKS_AT_A_TIME)
+    for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
+        some = slice(first, first + width * BLOCKS_AT_A_TIME)
         targets_SO = residual_IO[some].clone()
         if first:
-            targets_SO += multiplied(factors.lower_II[some, :first], residual_IO[:first].t())
+            add_product_(targets_SO, factors.lower_II[some, :first], residual_IO[:first].t())
         for start in range(first, first + len(targets_SO), width):
             block = slice(start, start + width)
             lower_BB = factors.lower_II[block, block].contiguous()
             target_BO = targets_SO[start - first : start - first + width]
             if start > first:
-                target_BO += multiplied(factors.lower_II[block, first:start], residual_IO[first:start].t())
+                add_product_(target_BO, factors.lower_II[block, first:start], residual_IO[first:start].t())
             if fitting is not None:
                 fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
             solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
             loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
+        del targets_SO, target_BO  # before there are the next
     return quantized_IO, loss_O
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.algorithms.products import multiplied
+from runtime.algorithms.products import add_product_
 
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
 _TOKENS = 2048  # that a product is summed up over before it is added to the others: a longer sum loses more digits
@@ -47,11 +47,11 @@ class HessianAccumulator:
         inputs_IT = inputs_TI.t() if is_narrow else inputs_TI.t().to(torch.float32).contiguous()
         for left in range(0, len(inputs_IT), PANEL_WIDTH):
             first_PT, second_RT = inputs_IT[left : left + PANEL_WIDTH], inputs_IT[left:]
+            target_PR = self._upper_II[left : left + PANEL_WIDTH, left:]
             if is_narrow:
-                product_PR = torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32)
+                target_PR.add_(torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32))
             else:
-                product_PR = multiplied(first_PT, second_RT)
-            self._upper_II[left : left + PANEL_WIDTH, left:].add_(product_PR)
+                add_product_(target_PR, first_PT, second_RT)
 
     @property
     def hessian_II(self) -> torch.Tensor:

@@ -15,7 +15,8 @@ import platform
 import torch
 
 _SMALL, _SMALL_ELSEWHERE = 128, 2048  # a block that LAPACK factorizes or solves for; on other devices their library
-_ROWS, _COLUMNS = 1024, 512  # of a product that is subtracted at a time: what is held besides stays small
+_ROWS, _COLUMNS = 512, 256  # of a product that is added at a time, the columns at least: what it holds stays small
+NUMBERS_OF_A_COPY = 2**20
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
@@ -36,9 +37,23 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1) -> None:
+    """Add first second^T, or with a sign of -1 subtract it, in place.
+
+    A part of the columns at a time: oneDNN puts all of the second matrix in an order of its own before it multiplies,
+    and that copy is to be small.
+    """
+    num_columns = max(NUMBERS_OF_A_COPY // max(second_NK.shape[1], 1), _COLUMNS)
+    for left in range(0, len(second_NK), num_columns):
+        part = slice(left, left + num_columns)
+        target_MN[:, part].add_(multiplied(first_MK, second_NK[part]), alpha=sign)
+
+
 def _dense(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix, or its copy where neither rows nor columns lie one after the other: oneDNN is slow at such."""
-    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+    if matrix.is_contiguous() or matrix.t().is_contiguous():
+        return matrix
+    return matrix.t().contiguous().t() if matrix.stride(0) == 1 else matrix.contiguous()
 
 
 @functools.cache
@@ -69,9 +84,7 @@ def factorize_(matrix_NN: torch.Tensor) -> bool:
     for top in range(0, middle, _ROWS):
         bottom = min(top + _ROWS, middle)
         rows_RK = between_KI[:, top:bottom].contiguous().t()
-        for left in range(0, bottom, _COLUMNS):
-            columns_CK = between_KI[:, left : left + _COLUMNS].contiguous().t()
-            first_II[top:bottom, left : left + _COLUMNS] -= multiplied(rows_RK, columns_CK)
+        add_product_(first_II[top:bottom, :bottom], rows_RK, between_KI[:, :bottom].t(), sign=-1)
     return factorize_(first_II)
 
 
@@ -97,7 +110,5 @@ def _solve_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
         return
     _solve_(lower_KK[middle:, middle:], right_KI[middle:])
     across_FS = lower_KK[middle:, :middle].t().contiguous()
-    for left in range(0, right_KI.shape[1], _ROWS):
-        part = slice(left, left + _ROWS)
-        right_KI[:middle, part] -= multiplied(across_FS, right_KI[middle:, part].contiguous().t())
+    add_product_(right_KI[:middle], across_FS, right_KI[middle:].t(), sign=-1)
     _solve_(lower_KK[:middle, :middle], right_KI[:middle])

@@ -60,11 +60,13 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
 
     `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of the weights of a pass, residuals and
-    results, with three of a block's columns. Round-to-nearest holds four copies, with a search of ranges on Gram
-    matrices five, `refine` six beside a matrix. Packing holds one copy of one weight, in the dtype of the run twice,
+    results, with those of four blocks and of one twice, and copies of what is multiplied. Round-to-nearest holds four
+    copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix. Packing holds one copy of one
+    weight, in the dtype of the run twice,
     and a few more of some of its rows, beside the results of the pass and, where another follows, the factor.
     """
-    from runtime.algorithms.gptq import in_passes
+    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
+    from runtime.algorithms.products import NUMBERS_OF_A_COPY
     from runtime.schemes import NUMBERS_AT_A_TIME
 
     num_in = shapes[0][1]
@@ -80,7 +82,8 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     for part in passes:
         total = sum(copy_bytes(shape) for shape in shapes[part])
         factor = 0 if part is passes[-1] else hessian
-        solving = hessian + 2 * total + 3 * total * block // num_in
+        targets = min((BLOCKS_AT_A_TIME + 3) * total * block // num_in, 2 * total)
+        solving = hessian + 2 * total + targets + min(4 * NUMBERS_OF_A_COPY * FLOAT32, hessian)
         most = max(most, solving, factor + total + packing, factor + total + refining)
     return most
 
