@@ -69,6 +69,8 @@ class Steps:
                 if self._opaque_depth and module in self.tracer.targets:
                     raise TargetInsideError(f"an opaque step calls the target {name}")
                 return forward(*args, **kwargs)
+            if _modules(args, kwargs) and module not in self.tracer.targets:
+                return forward(*args, **kwargs)  # an artifact hands modules to opaque steps alone: it is traced through
             return self._record(
                 forward,
                 args,

@@ -53,6 +53,7 @@ CONTAINERS = ["tuple", "list", "dict", "userdict", "namedtuple", "dataclass", "m
         toys.Toy,
         toys.Parameters,
         toys.PlainTensor,
+        toys.GivesModule,
         toys.CalledTwice,
         toys.SharedUnderTwoNames,
         toys.Identity,
@@ -94,6 +95,11 @@ def test_plain_tensors_become_constants() -> None:
     assert subgraphs[1].constants["constant_1"].tolist() == [1, 0, 2, 3]
     model.table.zero_()
     assert subgraphs[1].constants["constant_0"].tolist() == [3.0, 1.0, 4.0, 1.0]
+
+
+def test_a_leaf_that_is_given_a_module_is_traced_through() -> None:
+    calls = [str(node.target) for s in trace(toys.GivesModule()) for node in s.graph.find_nodes(op="call_module")]
+    assert calls == ["layers.0", "head.own", "layers.1"]
 
 
 def test_a_tensor_without_value_is_refused() -> None:

@@ -66,6 +66,31 @@ class PlainTensor(Toy):
         return (x + self.table.to(x.dtype))[..., self.other] - self.table.to(x.dtype)
 
 
+class Tied(nn.Module):
+    """Uses the weights of a module that it is given, and a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(WIDTH))
+        self.own = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, other: nn.Linear) -> torch.Tensor:
+        return self.own(x) @ other.weight + self.bias
+
+
+class GivesModule(Toy):
+    """Glue that calls a leaf with a module, as decoders with tied embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(WIDTH, WIDTH)
+        self.head = Tied()
+
+    def glue(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(x, other=self.embedding)
+        return out
+
+
 class Pair(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor
