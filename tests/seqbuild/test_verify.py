@@ -230,7 +230,7 @@ def test_a_sample_that_cannot_be_made_up(tmp_path: Path) -> None:
         (lambda folder: rewrite(folder, lambda t: t | {"lm_head.weight": torch.zeros(9, 9)}), "has shape [9, 9]"),
         (
             lambda folder: save_bert(folder),
-            "config.json has hidden_act = 'gelu', the artifact was compiled with 'silu'",
+            "config.json has model_type = 'bert', the artifact was compiled with 'llama'",
         ),
     ],
 )
