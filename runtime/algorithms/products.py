@@ -15,8 +15,8 @@ import platform
 import torch
 
 _SMALL, _SMALL_ELSEWHERE = 128, 2048  # a block that LAPACK factorizes or solves for; on other devices their library
-_ROWS, _COLUMNS = 512, 256  # of a product that is added at a time, the columns at least: what it holds stays small
-NUMBERS_OF_A_COPY = 2**20
+_ROWS = 512  # of a product that is added at a time
+SQUARE = 1024
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
@@ -40,13 +40,14 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
 def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1) -> None:
     """Add first second^T, or with a sign of -1 subtract it, in place.
 
-    A part of the columns at a time: oneDNN puts all of the second matrix in an order of its own before it multiplies,
-    and that copy is to be small.
+    A square of the second matrix at a time: oneDNN puts it in an order of its own before it multiplies, and that copy
+    is to be small; and it keeps a program of nearly a megabyte for each shape that it meets, so they are to be few.
     """
-    num_columns = max(NUMBERS_OF_A_COPY // max(second_NK.shape[1], 1), _COLUMNS)
-    for left in range(0, len(second_NK), num_columns):
-        part = slice(left, left + num_columns)
-        target_MN[:, part].add_(multiplied(first_MK, second_NK[part]), alpha=sign)
+    for left in range(0, len(second_NK), SQUARE):
+        columns = slice(left, left + SQUARE)
+        for start in range(0, second_NK.shape[1], SQUARE):
+            inner = slice(start, start + SQUARE)
+            target_MN[:, columns].add_(multiplied(first_MK[:, inner], second_NK[columns, inner]), alpha=sign)
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:

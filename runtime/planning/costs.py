@@ -66,7 +66,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     and a few more of some of its rows, beside the results of the pass and, where another follows, the factor.
     """
     from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
-    from runtime.algorithms.products import NUMBERS_OF_A_COPY
+    from runtime.algorithms.products import SQUARE
     from runtime.schemes import NUMBERS_AT_A_TIME
 
     num_in = shapes[0][1]
@@ -83,7 +83,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
         total = sum(copy_bytes(shape) for shape in shapes[part])
         factor = 0 if part is passes[-1] else hessian
         targets = min((BLOCKS_AT_A_TIME + 3) * total * block // num_in, 2 * total)
-        solving = hessian + 2 * total + targets + min(4 * NUMBERS_OF_A_COPY * FLOAT32, hessian)
+        solving = hessian + 2 * total + targets + min(4 * copy_bytes((SQUARE, SQUARE)), hessian)
         most = max(most, solving, factor + total + packing, factor + total + refining)
     return most
 
