@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from runtime.algorithms.products import add_product_
+from runtime.algorithms.products import SQUARE, add_product_
 
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
-_TOKENS = 2048  # that a product is summed up over before it is added to the others: a longer sum loses more digits
 
 
 class HessianAccumulator:
@@ -37,21 +36,22 @@ class HessianAccumulator:
         """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
         self._is_whole = False
-        for start in range(0, flat_TI.shape[0], _TOKENS):
-            self._add_(flat_TI[start : start + _TOKENS])
+        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
+        if flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16):
+            self._add_(flat_TI.t())
+        else:
+            for part_TI in torch.split(flat_TI, SQUARE):  # a product takes no more tokens at a time without a copy
+                self._add_(part_TI.t().to(torch.float32).contiguous())
         self.num_tokens += flat_TI.shape[0]
 
-    def _add_(self, inputs_TI: torch.Tensor) -> None:
-        # Tensor cores multiply bf16 and fp16 exactly and add up in float32, at many times the speed of float32.
-        is_narrow = inputs_TI.is_cuda and inputs_TI.dtype in (torch.bfloat16, torch.float16)
-        inputs_IT = inputs_TI.t() if is_narrow else inputs_TI.t().to(torch.float32).contiguous()
+    def _add_(self, inputs_IT: torch.Tensor) -> None:
         for left in range(0, len(inputs_IT), PANEL_WIDTH):
-            first_PT, second_RT = inputs_IT[left : left + PANEL_WIDTH], inputs_IT[left:]
-            target_PR = self._upper_II[left : left + PANEL_WIDTH, left:]
-            if is_narrow:
-                target_PR.add_(torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32))
-            else:
+            panel = slice(left, left + PANEL_WIDTH)
+            target_PR, first_PT, second_RT = self._upper_II[panel, left:], inputs_IT[panel], inputs_IT[left:]
+            if inputs_IT.dtype == torch.float32:
                 add_product_(target_PR, first_PT, second_RT)
+            else:
+                target_PR.add_(torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32))
 
     @property
     def hessian_II(self) -> torch.Tensor:

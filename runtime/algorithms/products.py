@@ -16,7 +16,7 @@ import torch
 
 _SMALL, _SMALL_ELSEWHERE = 128, 2048  # a block that LAPACK factorizes or solves for; on other devices their library
 _ROWS = 512  # of a product that is added at a time
-SQUARE = 1024
+SQUARE = 1024  # of a matrix that oneDNN gets at a time
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
     Returns:
         [M, N], in the same dtype and on the same device.
     """
-    if first_MK.dtype != torch.float32 or first_MK.device.type != "cpu" or not first_MK.numel() or not _has_onednn():
+    if not _is_for_onednn(first_MK):
         return first_MK @ second_NK.t()
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         _dense(first_MK), _dense(second_NK), None, "none", [], ""
@@ -40,9 +40,12 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
 def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1) -> None:
     """Add first second^T, or with a sign of -1 subtract it, in place.
 
-    A square of the second matrix at a time: oneDNN puts it in an order of its own before it multiplies, and that copy
-    is to be small; and it keeps a program of nearly a megabyte for each shape that it meets, so they are to be few.
+    By oneDNN a square of the second matrix at a time: it puts that in an order of its own before it multiplies, and the
+    copy is to be small; and it keeps a program of nearly a megabyte for each shape, so shapes are to be few.
     """
+    if not _is_for_onednn(first_MK):
+        target_MN.addmm_(first_MK, second_NK.t(), alpha=sign)
+        return
     for left in range(0, len(second_NK), SQUARE):
         columns = slice(left, left + SQUARE)
         for start in range(0, second_NK.shape[1], SQUARE):
@@ -55,6 +58,11 @@ def _dense(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.is_contiguous() or matrix.t().is_contiguous():
         return matrix
     return matrix.t().contiguous().t() if matrix.stride(0) == 1 else matrix.contiguous()
+
+
+def _is_for_onednn(matrix: torch.Tensor) -> bool:
+    is_float32 = matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+    return is_float32 and matrix.numel() > 0 and _has_onednn()
 
 
 @functools.cache
