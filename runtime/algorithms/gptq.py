@@ -51,18 +51,17 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms.gptq_factors import MAX_DAMPING, ROWS_OF_A_COPY, Factors, column_order, factors_of
 from runtime.algorithms.observers import fitted_grid
-from runtime.algorithms.products import add_product_, factorize_
+from runtime.algorithms.products import add_product_
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-MAX_DAMPING = 1.0
 STRIP_WIDTH = 32  # columns that a block is solved in at a time
 _NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
 BLOCKS_AT_A_TIME = 4  # that take errors of earlier ones in one product: a taller one runs faster
 _COLUMNS_OF_A_SUM = 128
-_ROWS_OF_A_COPY = 512  # that are put in another order at a time: they fit a cache
 
 
 def quantize_gptq(
@@ -146,8 +145,8 @@ def quantize_siblings(
         _check_hessian(hessian_II, weight_OI)
     _check_options(dampening_frac, block_size, actorder)
     dtype = grid.work_dtype(*weights, hessian_II)
-    order_I = _column_order(hessian_II, actorder)
-    factors = _factorize(hessian_II, order_I, dampening_frac, dtype)
+    order_I = column_order(hessian_II, actorder)
+    factors = factors_of(hessian_II, order_I, dampening_frac, dtype)
     if grid.needs_global_scale(args) and global_scale is None:
         global_scale = grid.global_scale_of(*weights)
     fitting = _Fitting(args, scale_dtype, global_scale, hessian_II.diagonal().to(dtype))
@@ -191,8 +190,8 @@ def _columns_as_rows(weights: Sequence[torch.Tensor], order_I: torch.Tensor, dty
     columns_IO = torch.empty(len(order_I), num_rows, dtype=dtype, device=order_I.device)
     places = torch.split(columns_IO, [len(weight) for weight in weights], dim=1)
     for weight_OI, place_IO in zip(weights, places, strict=True):
-        for top in range(0, len(weight_OI), _ROWS_OF_A_COPY):
-            rows = slice(top, top + _ROWS_OF_A_COPY)
+        for top in range(0, len(weight_OI), ROWS_OF_A_COPY):
+            rows = slice(top, top + ROWS_OF_A_COPY)
             place_IO[:, rows] = weight_OI[rows].to(dtype).t().contiguous().index_select(0, order_I)
     return columns_IO
 
@@ -222,7 +221,7 @@ def _result(
     zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
     quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=quantized_IO.device)
     places_I = torch.argsort(order_I)
-    pieces = torch.split(quantized_OI, _ROWS_OF_A_COPY), torch.split(quantized_IO[:, rows], _ROWS_OF_A_COPY, dim=1)
+    pieces = torch.split(quantized_OI, ROWS_OF_A_COPY), torch.split(quantized_IO[:, rows], ROWS_OF_A_COPY, dim=1)
     for piece_RI, piece_IR in zip(*pieces, strict=True):
         piece_RI.copy_(piece_IR.index_select(0, places_I).t())
     return QuantizedWeight(
@@ -260,55 +259,6 @@ def _check_options(dampening_frac: float, block_size: int, actorder: str | None)
         raise QuantizationError(f"block_size must be at least 1, not {block_size}")
     if actorder not in (None, "static", "weight"):
         raise QuantizationError(f"actorder {actorder!r} is not offered", hint="offered are static, weight and null")
-
-
-def _column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor:
-    """The order in which columns are solved; ties stay in place, so that it is the same everywhere."""
-    if actorder is None:
-        return torch.arange(hessian_II.shape[0], device=hessian_II.device)
-    return torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Factors:
-    """H + diag(added) = M D M^T with the columns in the order of the solve.
-
-    Args:
-        lower_II: M^T, unit lower triangular: row k holds what column k takes of each earlier error. What is above the
-            diagonal means nothing.
-        pivot_I: D.
-        added_I: what was added to the diagonal.
-        damping: the dampening, as a fraction of the mean diagonal.
-    """
-
-    lower_II: torch.Tensor
-    pivot_I: torch.Tensor
-    added_I: torch.Tensor
-    damping: float
-
-
-def _factorize(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: float, dtype: torch.dtype) -> _Factors:
-    diagonal_I = hessian_II.diagonal()[order_I].to(dtype)
-    dead_I = diagonal_I == 0
-    mean = diagonal_I[~dead_I].mean()
-    damping = dampening_frac
-    while True:
-        added_I = damping * mean + mean * dead_I
-        lower_II = torch.empty(hessian_II.shape, dtype=dtype, device=hessian_II.device)
-        parts = torch.split(lower_II, _ROWS_OF_A_COPY), torch.split(order_I, _ROWS_OF_A_COPY)
-        for part_RI, part_R in zip(*parts, strict=True):
-            part_RI.copy_(hessian_II.index_select(0, part_R).index_select(1, order_I))
-        lower_II.diagonal().add_(added_I)
-        if factorize_(lower_II):
-            break
-        if damping >= MAX_DAMPING:
-            raise QuantizationError(
-                f"a Hessian of shape {list(hessian_II.shape)} does not factor with dampening {damping:g}",
-                hint="it is no sum of x x^T; calibrate with more data or in a wider dtype",
-            )
-        damping = min(damping * 10, MAX_DAMPING)
-    root_I = lower_II.diagonal().clone()
-    return _Factors(lower_II=lower_II.div_(root_I[:, None]), pivot_I=root_I.square(), added_I=added_I, damping=damping)
 
 
 def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch.Tensor) -> torch.Tensor:
@@ -395,7 +345,7 @@ def _columns_of_a_scale(args: QuantizationArgs, num_columns: int) -> int:
 
 def _solve_(
     residual_IO: torch.Tensor,
-    factors: _Factors,
+    factors: Factors,
     grids: _Grids,
     args: QuantizationArgs,
     group_of_I: list[int],

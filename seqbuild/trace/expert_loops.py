@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,13 +42,11 @@ class Loop:
         num_experts: how many have weights; 0 where the parameters tell.
         num_identity: how many there are besides, numbered after those.
         num_dims: of the hidden states.
-        num_classes: how many numbers the forward tells apart: one more where the last is for no expert at all.
     """
 
     num_experts: int = 0
     num_identity: int = 0
     num_dims: int = 2
-    num_classes: int = field(default=0, compare=False)
 
 
 class _CountedError(Exception):
@@ -84,7 +82,7 @@ def watched_loop(module: nn.Module, width: int) -> Loop:
             except (OtherwiseError, _FailedError):
                 continue
             _require_same(blocks, watched, num_all, has_none=num_all < count)
-            return _understood([blocks[number] for number in range(num_all)], num_dims, count)
+            return _understood([blocks[number] for number in range(num_all)], num_dims)
     raise OtherwiseError
 
 
@@ -120,7 +118,7 @@ def _require_same(blocks: Mapping[int, Block], watched: _Watched, num_all: int, 
             return  # there is no such number, then
 
 
-def _understood(blocks: Sequence[Block], num_dims: int, num_classes: int) -> Loop:
+def _understood(blocks: Sequence[Block], num_dims: int) -> Loop:
     num_experts = sum(block.has_own for block in blocks)
     groups = [group for group in (blocks[:num_experts], blocks[num_experts:]) if group]
     if not num_experts or any(block.notes != group[0].notes for group in groups for block in group):
@@ -129,7 +127,6 @@ def _understood(blocks: Sequence[Block], num_dims: int, num_classes: int) -> Loo
         num_experts=num_experts,
         num_identity=len(blocks) - num_experts,
         num_dims=num_dims,
-        num_classes=num_classes,
     )
 
 

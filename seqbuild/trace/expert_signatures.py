@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from seqbuild.trace.leaf_memory import MODULES_OWN
+
 # What every module has of its own is looked at one by one. accelerate's hooks move weights, and keep the forward that
-# they wrap; `forward` may be wrapped while a model is traced. What is learned is the class's forward.
-_MODULES_OWN = {*vars(nn.Module())} - {"training"} | {"forward", "_hf_hook", "_old_forward"}
+# they wrap; what is learned is the class's forward.
+_NOT_COMPARED = MODULES_OWN | {"_hf_hook", "_old_forward"}
 _BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, torch.dtype, torch.device)
 
 
@@ -39,7 +41,7 @@ def _parts(module: nn.Module) -> Iterator[Hashable]:
     for name, inner in module.named_modules(remove_duplicate=False):
         if any(buffer is not None for buffer in inner._buffers.values()) or (inner is not module and _is_hooked(inner)):
             raise _UnknownError
-        own = {key: value for key, value in vars(inner).items() if key not in _MODULES_OWN}
+        own = {key: value for key, value in vars(inner).items() if key not in _NOT_COMPARED}
         shapes = tuple(
             (key, p if p is None else (tuple(p.shape), places.setdefault(id(p), len(places))))
             for key, p in inner._parameters.items()

@@ -43,7 +43,7 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
 # What `nn.Module` keeps for itself and a forward pass does not look at, and what is compared in another way.
-_SKIPPED = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 
 
 # Whose looking at all attributes of a module says nothing about the model's code.
@@ -232,7 +232,7 @@ class Look:
             raise _UnknownError
         if not is_outer and (own["_forward_hooks"] or own["_forward_pre_hooks"]):
             raise _UnknownError  # those of the leaf itself run around what is remembered
-        attributes = [self._attribute(module, name, value) for name, value in own.items() if name not in _SKIPPED]
+        attributes = [self._attribute(module, name, value) for name, value in own.items() if name not in MODULES_OWN]
         tensors = [
             (name, None if tensor is None else self._tensor(tensor))
             for kind in ("_parameters", "_buffers")
