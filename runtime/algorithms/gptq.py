@@ -50,7 +50,8 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms import grid
+from runtime.algorithms.gptq_columns import Grids, solve_block_
 from runtime.algorithms.gptq_factors import MAX_DAMPING, ROWS_OF_A_COPY, Factors, column_order, factors_of
 from runtime.algorithms.observers import fitted_grid
 from runtime.algorithms.products import add_product_
@@ -58,7 +59,6 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-STRIP_WIDTH = 32  # columns that a block is solved in at a time
 _NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
 BLOCKS_AT_A_TIME = 4  # that take errors of earlier ones in one product: a taller one runs faster
 _COLUMNS_OF_A_SUM = 128
@@ -211,7 +211,7 @@ def _result(
     quantized_IO: torch.Tensor,
     order_I: torch.Tensor,
     loss_O: torch.Tensor,
-    grids: _Grids,
+    grids: Grids,
     fitting: _Fitting,
     damping: float,
 ) -> QuantizedWeight:
@@ -269,19 +269,6 @@ def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch
     return weight_BO + shift_BO
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Grids:
-    """Each group's scale and zero point, a contiguous row each, in the dtype of the solve.
-
-    Strategies tensor and channel are one group. `scale_GO` are the numbers that will be stored: rounded already;
-    `factor_GO` what grid points are multiplied by, which is the same but for NVFP4.
-    """
-
-    scale_GO: torch.Tensor
-    factor_GO: torch.Tensor
-    zero_GO: torch.Tensor | None
-
-
 @dataclass(frozen=True, slots=True)
 class _Fitting:
     """How grids are fitted: scheme, stored dtype of scales, NVFP4's global scale, and H's diagonal."""
@@ -291,7 +278,7 @@ class _Fitting:
     global_scale: torch.Tensor | None
     diagonal_I: torch.Tensor
 
-    def all_grids(self, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> _Grids:
+    def all_grids(self, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Grids:
         """All grids at once, from the original weights."""
         found = [self._fitted(weight_OI, self.args, self.diagonal_I) for weight_OI in weights]
 
@@ -302,13 +289,13 @@ class _Fitting:
             return torch.cat(spread, dim=1).contiguous()
 
         zeros = [entry.zero_point_RC for entry in found if entry.zero_point_RC is not None]
-        return _Grids(
+        return Grids(
             scale_GO=rows([entry.scale_RC for entry in found]),
             factor_GO=rows([entry.factor_RC(torch.float32) for entry in found]),
             zero_GO=rows(zeros) if zeros else None,
         )
 
-    def refit_(self, grids: _Grids, group: int, weight_BO: torch.Tensor) -> None:
+    def refit_(self, grids: Grids, group: int, weight_BO: torch.Tensor) -> None:
         """Fill in a group's row from its weights as they are when the solve reaches it."""
         width = len(weight_BO)
         diagonal_B = self.diagonal_I[group * width : (group + 1) * width]
@@ -346,7 +333,7 @@ def _columns_of_a_scale(args: QuantizationArgs, num_columns: int) -> int:
 def _solve_(
     residual_IO: torch.Tensor,
     factors: Factors,
-    grids: _Grids,
+    grids: Grids,
     args: QuantizationArgs,
     group_of_I: list[int],
     width: int,
@@ -386,45 +373,3 @@ def _solve_(
             loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
         del targets_SO, target_BO  # before there are the next
     return quantized_IO, loss_O
-
-
-def solve_block_(
-    residual_BO: torch.Tensor,
-    target_BO: torch.Tensor,
-    quantized_BO: torch.Tensor,
-    lower_BB: torch.Tensor,
-    grids: _Grids,
-    args: QuantizationArgs,
-    group_of_B: Sequence[int],
-) -> None:
-    """Round the columns of one block, strip by strip: within a strip column by column, and what the strip has done to
-    the rest of the block in one multiplication.
-
-    Args:
-        residual_BO: w_k on entry, w_k - q_k on return.
-        target_BO: on entry w_k and what it takes of the errors of earlier blocks; t_k - q_k on return.
-        quantized_BO: overwritten with q_k.
-        lower_BB: the block of M^T.
-        grids: scales and zero points.
-        args: bits and symmetry.
-        group_of_B: each column's group.
-    """
-    if residual_BO.is_cuda and gptq_cuda.is_offered(residual_BO, args):
-        gptq_cuda.solve_block_(
-            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
-        )
-        return
-    for left in range(0, len(target_BO), STRIP_WIDTH):
-        right = min(left + STRIP_WIDTH, len(target_BO))
-        for column in range(left, right):
-            target_O = target_BO[column]
-            if column > left:
-                torch.addmv(target_O, residual_BO[left:column].t(), lower_BB[column, left:column], out=target_O)
-            group = group_of_B[column]
-            zero_O = None if grids.zero_GO is None else grids.zero_GO[group]
-            quantized_O = quantized_BO[column].copy_(target_O)
-            grid.snap_(quantized_O, grids.factor_GO[group], zero_O, args)
-            residual_BO[column].sub_(quantized_O)
-            target_O.sub_(quantized_O)
-        if right < len(target_BO):
-            target_BO[right:].addmm_(lower_BB[right:, left:right], residual_BO[left:right])

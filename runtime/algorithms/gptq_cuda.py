@@ -53,7 +53,7 @@ def solve_block_(
     group_of_B: Sequence[int],
     num_bits: int,
 ) -> None:
-    """Round the columns of one block; arguments as for `gptq.solve_block_`, all contiguous and float32."""
+    """Round the columns of one block; arguments as for `gptq_columns.solve_block_`, all contiguous and float32."""
     num_columns, num_rows = residual_BO.shape
     groups_B = torch.tensor(group_of_B, dtype=torch.int32, device=residual_BO.device)
     padded = 1 << (num_columns - 1).bit_length() if num_columns > 1 else 1

@@ -149,7 +149,7 @@ class _State:
                 continue  # an input that is always zero: any value is as good
             pull_O = pull_BO[column]
             if column:
-                torch.addmv(pull_O, changes_BO[:column].t(), inner_BB[column, :column], alpha=-1, out=pull_O)
+                pull_O.addmv_(changes_BO[:column].t(), inner_BB[column, :column], alpha=-1)
             current_O = self.quantized_IO[block.start + column]
             new_O = grid.snap_(pull_O.div_(curve_B[column]).add_(current_O), factor_O, zero_O, self.args)
             torch.sub(new_O, current_O, out=changes_BO[column])

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is a part of the test extra where i
 PROGRAM = """
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from runtime.algorithms import gptq, gptq_cuda
+from runtime.algorithms import gptq_columns, gptq_cuda
 
 assert gptq_cuda.has_triton()
 generator = torch.Generator().manual_seed(0)
@@ -30,8 +30,8 @@ for columns, rows, choices in ((24, 70, (4,)), (5, 3, (2, 8)), (128, 33, (3,))):
             weight = torch.randn(columns, rows, generator=generator)
             one = [weight.clone(), weight + 0.1, torch.empty(columns, rows)]
             two = [tensor.clone() for tensor in one]
-            grids = gptq._Grids(scale_GO=scale, factor_GO=scale, zero_GO=zero)
-            gptq.solve_block_(*one, lower, grids, args, groups)
+            grids = gptq_columns.Grids(scale_GO=scale, factor_GO=scale, zero_GO=zero)
+            gptq_columns.solve_block_(*one, lower, grids, args, groups)
             gptq_cuda.solve_block_(*two, lower, scale, zero, groups, bits)
             # Sums in another order; a number next to a tie may fall to the other side, and later ones follow it.
             same = one[2] == two[2]

@@ -1,0 +1,128 @@
+"""GPTQ's columns: the part that has to go one after the other, a block at a time.
+
+Shapes: B columns of a block, G groups, O out features. See `runtime.algorithms.gptq`.
+
+A column costs some microseconds of calling torch and less of calculating, so calls are what is saved: integers are
+found as they stand behind a number that leaves no room for a fraction, and what nobody needs before the block is done
+is calculated for the whole block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+
+from runtime.algorithms import gptq_cuda, grid
+
+STRIP_WIDTH = 32  # columns that a block is solved in at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grids:
+    """Each group's scale and zero point, a contiguous row each, in the dtype of the solve.
+
+    Strategies tensor and channel are one group. `scale_GO` are the numbers that will be stored: rounded already;
+    `factor_GO` what grid points are multiplied by, which is the same but for NVFP4.
+    """
+
+    scale_GO: torch.Tensor
+    factor_GO: torch.Tensor
+    zero_GO: torch.Tensor | None
+
+
+def solve_block_(
+    residual_BO: torch.Tensor,
+    target_BO: torch.Tensor,
+    quantized_BO: torch.Tensor,
+    lower_BB: torch.Tensor,
+    grids: Grids,
+    args: QuantizationArgs,
+    group_of_B: Sequence[int],
+) -> None:
+    """Round the columns of one block, strip by strip: within a strip column by column, and what the strip has done to
+    the rest of the block in one multiplication.
+
+    Args:
+        residual_BO: w_k on entry, w_k - q_k on return.
+        target_BO: on entry w_k and what it takes of the errors of earlier blocks; t_k - q_k on return.
+        quantized_BO: overwritten with q_k.
+        lower_BB: the block of M^T.
+        grids: scales and zero points.
+        args: bits and symmetry.
+        group_of_B: each column's group.
+    """
+    if residual_BO.is_cuda and gptq_cuda.is_offered(residual_BO, args):
+        gptq_cuda.solve_block_(
+            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
+        )
+        return
+    is_integer = args.type == QuantizationType.INT
+    rounded = _Integers(grids, args, group_of_B) if is_integer else _Others(grids, args, group_of_B)
+    for left in range(0, len(target_BO), STRIP_WIDTH):
+        right = min(left + STRIP_WIDTH, len(target_BO))
+        for column in range(left, right):
+            target_O = target_BO[column]
+            if column > left:
+                target_O.addmv_(residual_BO[left:column].t(), lower_BB[column, left:column])
+            rounded.round_(column, target_O, quantized_BO[column], residual_BO[column])
+        if right < len(target_BO):
+            target_BO[right:].addmm_(lower_BB[right:, left:right], residual_BO[left:right])
+    rounded.finish_(quantized_BO)
+    target_BO.sub_(quantized_BO)
+
+
+class _Integers:
+    """Rounding to integer grids: q = (n - z) s with n = clamp(round(t / s + z)).
+
+    Added to 1.5 * 2^23, a float32 of this size loses exactly its fraction, rounded half to even; the integer is clamped
+    where it stands, and what was added is subtracted again, together with z. torch.round does so too, but wakes all
+    threads for more than 2048 numbers.
+    """
+
+    def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
+        self.factor_GO, zero_GO = grids.factor_GO, grids.zero_GO
+        half = 2 ** (args.num_bits - 1)
+        shift = 1.5 * 2.0 ** (52 if self.factor_GO.dtype == torch.float64 else 23)
+        self.group_of_B = group_of_B
+        self.least, self.most = shift - half, shift + half - 1
+        self.factors = self.factor_GO.unbind()
+        self.shift_O = torch.full_like(self.factor_GO[0], shift)
+        self.zeros = () if zero_GO is None else zero_GO.unbind()
+        self.shifts = () if zero_GO is None else (zero_GO + shift).unbind()
+
+    def round_(self, column: int, target_O: torch.Tensor, quantized_O: torch.Tensor, residual_O: torch.Tensor) -> None:
+        """Overwrite `quantized_O` with t's n - z, and take the grid point from the residual."""
+        group = self.group_of_B[column]
+        factor_O = self.factors[group]
+        if self.zeros:
+            torch.addcdiv(self.zeros[group], target_O, factor_O, out=quantized_O)
+            quantized_O.add_(self.shift_O).clamp_(self.least, self.most).sub_(self.shifts[group])
+        else:
+            torch.addcdiv(self.shift_O, target_O, factor_O, out=quantized_O)
+            quantized_O.clamp_(self.least, self.most).sub_(self.shift_O)
+        residual_O.addcmul_(quantized_O, factor_O, value=-1)
+
+    def finish_(self, quantized_BO: torch.Tensor) -> None:
+        """Make the integers grid points."""
+        groups_B = torch.tensor(self.group_of_B, device=quantized_BO.device)
+        quantized_BO.mul_(self.factor_GO.index_select(0, groups_B))
+
+
+class _Others:
+    """Rounding to grids of floats."""
+
+    def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
+        self.grids, self.args, self.group_of_B = grids, args, group_of_B
+
+    def round_(self, column: int, target_O: torch.Tensor, quantized_O: torch.Tensor, residual_O: torch.Tensor) -> None:
+        """Overwrite `quantized_O` with t's grid point, and take it from the residual."""
+        group = self.group_of_B[column]
+        zero_O = None if self.grids.zero_GO is None else self.grids.zero_GO[group]
+        grid.snap_(quantized_O.copy_(target_O), self.grids.factor_GO[group], zero_O, self.args)
+        residual_O.sub_(quantized_O)
+
+    def finish_(self, quantized_BO: torch.Tensor) -> None:
+        """Nothing is left to do."""
