@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
-from runtime.literals import is_field, wrong_argument
+from runtime.literals import is_field, is_power, wrong_argument
 from runtime.opaque_paths import is_opaque_path
 from runtime.operators import changes_in_place, is_allowed, is_view
 
@@ -116,7 +116,11 @@ class Expressions:
             self.expression(value, depth)
 
     def _arithmetic(self, node: ast.BinOp, depth: int) -> None:
-        if not isinstance(node.op, _BINARY):
+        if isinstance(node.op, ast.Pow):
+            exponent = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
+            if not isinstance(exponent, ast.Constant) or not is_power(exponent.value):
+                raise self.refuse(node, "a power other than a small literal float")
+        elif not isinstance(node.op, _BINARY):
             raise self.refuse(node, f"the operator {type(node.op).__name__}")
         for operand in (node.left, node.right):
             if isinstance(operand, ast.Constant) and type(operand.value) not in (int, float, bool):

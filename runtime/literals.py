@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 ELEMENTS_LIMIT = 2**34  # no literal size is larger: a model's sizes come from its inputs and weights
+_LARGEST_EXPONENT = 8.0
 _WORD = re.compile(r"[A-Za-z_., >()-]{0,200}\Z")
 _DEVICE = re.compile(
     r"(cpu|cuda|ipu|xpu|mkldnn|opengl|opencl|ideep|hip|ve|fpga|maia|xla|lazy|vulkan|mps|meta|hpu|mtia"
@@ -20,6 +21,11 @@ _INTROSPECTION = re.compile(r"(gi|cr|ag|f|tb|co|func|im)_|mro\Z|grad_fn\Z")
 def is_field(name: str) -> bool:
     """Whether a result's field may have this name."""
     return not name.startswith("_") and _INTROSPECTION.match(name) is None
+
+
+def is_power(exponent: object) -> bool:
+    """Whether a size may be raised to this literal: to a float, so that numbers do not grow digits without end."""
+    return type(exponent) is float and abs(exponent) <= _LARGEST_EXPONENT
 
 
 def wrong_argument(node: ast.expr, keyword: str | None) -> str:

@@ -32,6 +32,7 @@ from torch import fx, nn
 
 from runtime.errors import TraceError
 from runtime.grammar import RESERVED
+from runtime.literals import is_power
 from runtime.operators import is_allowed
 from seqbuild.trace import loop_marks as marks
 from seqbuild.trace.decisions import require
@@ -285,8 +286,8 @@ class _Emitter:
             return f"{operands[0]} {_INFIX[target]} {operands[1]}"
         if target is operator.pow and node.args[1] in (2, 3, 4):
             return " * ".join([operands[0]] * int(operands[1]))
-        if target is operator.pow and node.args[1] == 0.5:
-            return f"torch.sym_sqrt({operands[0]})"
+        if target is operator.pow and is_power(exponent := _fractional(node.args[1])):
+            return f"{operands[0]} ** {exponent!r}"
         if target in _ROUNDED and not node.kwargs:
             return _ROUNDED[target].format(*operands)
         if target in _FUNCTIONS and not node.kwargs:
@@ -366,6 +367,11 @@ class _Emitter:
         if math.isinf(value):
             return "torch.inf" if value > 0 else "-torch.inf"
         return repr(value)
+
+
+def _fractional(exponent: Any) -> Any:
+    """The exponent as a float, where the power is one in any case."""
+    return float(exponent) if type(exponent) is int and exponent < 0 else exponent
 
 
 _REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "uses", "constants", "opaque")

@@ -54,6 +54,8 @@ ACCEPTED = [
     "z = torch.sym_max(x, 9223372036854775807)",
     "z = torch.sym_ite(x, y, 1)",
     "z = torch.sym_sqrt(x)",
+    "z = x ** 0.5",
+    "z = x ** -0.5",
     "z = torch.ops.aten.neg.default(x); del x, y",
 ]
 
@@ -206,6 +208,12 @@ HOSTILE = [
     "z = +x",
     "z = x @ y",
     "z = x ** 100000",
+    "z = x ** 3",
+    "z = x ** y",
+    "z = x ** 1e9",
+    "z = x ** -9.0",
+    "z = x ** 'a'",
+    "z = x ** True",
     "z = x << 100000",
     "z = x ^ y",
     "z = x in y",
