@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.layout import Stored
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+_PIECE_BYTES = 2**25  # of a tensor that goes from one file to another
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Checkpoint:
         Raises:
             WeightsError: for a dtype that torch does not have.
         """
-        with self.raw(key) as view:
+        with self._raw(self._places[key]) as view:
             return self._tensor(self._places[key], view)
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
@@ -121,11 +122,33 @@ class Checkpoint:
         tensor: torch.Tensor = data.view(DTYPES[place.stored.dtype]).reshape(place.stored.shape)
         return tensor
 
-    @contextlib.contextmanager
-    def raw(self, key: str) -> Iterator[memoryview]:
-        """The bytes of a tensor where they lie on disk, and not after the block."""
-        with self._raw(self._places[key]) as view:
-            yield view
+    def mapped(self, key: str) -> torch.Tensor | None:
+        """A tensor that stays where it lies on disk: what of it is looked at takes memory until `release`, and is not
+        counted as read. None for one that is made, or begins at an odd place.
+        """
+        import torch
+
+        from runtime.dtypes import DTYPES
+
+        place = self._places[key]
+        dtype = DTYPES.get(place.stored.dtype)
+        if dtype is None or place.begin == place.end or place.begin % dtype.itemsize:
+            return None
+        shard = self._maps[place.shard]
+        data = torch.frombuffer(shard, dtype=torch.uint8, count=place.end - place.begin, offset=place.begin)
+        return data.view(dtype).reshape(place.stored.shape)
+
+    def release(self) -> None:
+        """Give the pages of all shards back that were looked at."""
+        for name in self._maps:
+            self._release(name)
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, some after the other, each as long as the next is not asked for."""
+        place = self._places[key]
+        for begin in range(place.begin, place.end, _PIECE_BYTES):
+            with self._raw(_Place(place.shard, place.stored, begin, min(begin + _PIECE_BYTES, place.end))) as view:
+                yield view
 
     @contextlib.contextmanager
     def _raw(self, place: _Place) -> Iterator[memoryview]:
@@ -137,22 +160,22 @@ class Checkpoint:
             try:
                 yield view
             finally:
-                self._release(place)
+                self._release(place.shard)
 
-    def _release(self, place: _Place) -> None:
+    def _release(self, shard: str) -> None:
         """Give the pages of a shard back; the file still has them.
 
         Of the whole shard, for with the pages that were asked for the kernel maps some of those around them.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
-            self._maps[place.shard].madvise(mmap.MADV_DONTNEED)
+            self._maps[shard].madvise(mmap.MADV_DONTNEED)
 
     def sample(self, key: str, count: int) -> bytes:
         """A few bytes from the middle of a tensor; not counted as reading it."""
         place = self._places[key]
         middle = max(place.begin, (place.begin + place.end - count) // 2)
         found = self._maps[place.shard][middle : min(middle + count, place.end)]
-        self._release(place)
+        self._release(place.shard)
         return found
 
     @property

@@ -5,7 +5,6 @@ Nothing of it is ever written down: what was packed is plain, and what was stack
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,12 +96,18 @@ class DerivedCheckpoint(Checkpoint):
             return self.inner.read_rows(key, first, count)
         return self.read(key)[first : first + count].clone()
 
-    @contextlib.contextmanager
-    def raw(self, key: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, and not after the block."""
+    def mapped(self, key: str) -> torch.Tensor | None:
+        """A tensor that stays on disk; None for one that is made."""
+        return self.inner.mapped(key) if key not in self._derived else None
+
+    def release(self) -> None:
+        """Give pages back."""
+        self.inner.release()
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, some after the other."""
         if key not in self._derived:
-            with self.inner.raw(key) as view:
-                yield view
+            yield from self.inner.pieces(key)
             return
         from runtime.dtypes import bytes_of
 

@@ -9,7 +9,8 @@ For each subgraph, with its weights W, its statistics S and the values A that wa
     while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
     while it is solved   W + the next subgraph's W + the solve of modules + what of S they and later ones need
 
-Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's.
+Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's, and
+tables that are only looked up in count while batches run: they stay on disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.activations import Budget
+from runtime.lookup_tables import lookup_tables
 from runtime.planning.costs import (
     FLOAT32,
     parameter_bytes,
@@ -217,6 +219,7 @@ class _Planner:
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self._experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
+        self.looked_up = lookup_tables(artifact)
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
         measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measures(self._new(subgraph))]
@@ -244,9 +247,10 @@ class _Planner:
         sums = self._sums(footprint, list(measured), together)
         statistics = self._bounded(sums)
         solve = modifying_bytes(modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
+        tables = self._tables(index) if runs else 0
         weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
-        following = self._weights(index + 1) if index < self.last_measured else 0
-        device = weights + following + max(working + statistics, solve)
+        following = self._weights(index + 1) - self._tables(index + 1) if index < self.last_measured else 0
+        device = weights - tables + following + max(tables + working + statistics, solve)
         on_device, on_host = _split(waiting, work)
         is_cpu = work.device_type == "cpu"
         fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
@@ -291,6 +295,13 @@ class _Planner:
 
     def _weights(self, index: int) -> int:
         return parameter_bytes(self.parameters, self.artifact.subgraphs[index].entry.parameters, self.work.dtype)
+
+    def _tables(self, index: int) -> int:
+        """What of a subgraph's weights stays on disk, if the checkpoint has it in the dtype of the run."""
+        if self.work.device_type != "cpu" or self.work.dtype != self.dtype:
+            return 0
+        names = [name for name in self.artifact.subgraphs[index].entry.parameters if name in self.looked_up]
+        return parameter_bytes(self.parameters, names, self.work.dtype)
 
     def _sums(self, footprint: Footprint | None, measured: Sequence[str], together: Needs) -> Sums:
         """The bytes of each sum, by the modules that share it."""

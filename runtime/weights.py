@@ -16,6 +16,7 @@ from torch import nn
 
 from runtime.checkpoint import Checkpoint
 from runtime.errors import WeightsError
+from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
 from runtime.program import Run
@@ -70,6 +71,7 @@ class Weights:
         self._require_no_leftovers(cache_keys)
         for name in self.origins:
             self._require_shape(name)
+        self._tables = lookup_tables(artifact)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Put parameters into the module tree, on `device` and in the run's dtype."""
@@ -105,10 +107,23 @@ class Weights:
         """
         read = read_key or self.checkpoint.read
         value = self._make(name, [read(key) for key in self.origins[name].keys])
+        return value.to(self._used_dtype(name, value)).to(device)
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """A parameter that is only looked up in, where it lies on disk; None for any other, and for one that the
+        checkpoint does not have as the model uses it.
+        """
+        key = self.plain_key(name) if name in self._tables else None
+        value = self.checkpoint.mapped(key) if key is not None else None
+        return value if value is not None and value.dtype == self._used_dtype(name, value) else None
+
+    def _used_dtype(self, name: str, stored: torch.Tensor) -> torch.dtype:
+        """The dtype of a parameter in the run."""
         entry = self.artifact.manifest.parameters[name]
-        if value.is_floating_point():
-            value = value.to(self.dtype if entry.dtype == "model" else getattr(torch, entry.dtype))
-        return value.to(device)
+        if not stored.is_floating_point():
+            return stored.dtype
+        dtype: torch.dtype = self.dtype if entry.dtype == "model" else getattr(torch, entry.dtype)
+        return dtype
 
     def plain_key(self, name: str) -> str | None:
         """The one checkpoint tensor that is the parameter as it stands, or None where something must be computed."""

@@ -54,24 +54,28 @@ class ShardWriter:
         slot = self.layout.slots[name]
         assert tensor.dtype == DTYPES.get(slot.stored.dtype), f"{name} was to be {slot.stored.dtype}"
         assert tuple(tensor.shape) == slot.stored.shape, f"{name} was to have shape {slot.stored.shape}"
-        return self.write_bytes(name, bytes_of(tensor.detach().cpu().contiguous()))
+        return self.write_bytes(name, [bytes_of(tensor.detach().cpu().contiguous())])
 
-    def write_bytes(self, name: str, data: memoryview) -> int:
+    def write_bytes(self, name: str, pieces: Iterable[memoryview]) -> int:
         """Write the bytes of a tensor, as they lie in the checkpoint that it comes from, and return their number.
 
         Raises:
             OSError: where the operating system says why.
         """
         slot = self.layout.slots[name]
-        assert len(data) == slot.stored.num_bytes, f"{name} was to have {slot.stored.num_bytes} bytes"
         descriptor = self._file(slot)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(descriptor, data[done : done + 2**30], slot.offset + done)
+        total = 0
+        for data in pieces:
+            assert total + len(data) <= slot.stored.num_bytes, f"{name} was to have {slot.stored.num_bytes} bytes"
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done : done + 2**30], slot.offset + total + done)
+            total += done
+        assert total == slot.stored.num_bytes, f"{name} was to have {slot.stored.num_bytes} bytes"
         with self._lock:
             self._count(name)
             self._unsynced[slot.shard] = None
-        return len(data)
+        return total
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor that was written, on the CPU."""

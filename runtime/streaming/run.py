@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -152,6 +152,7 @@ class StreamingRun:
             modifier.apply(work)
         if step.goes_on:
             self.passes.go_on(step)
+            self.source.checkpoint.release()
         for key in step.passes:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
@@ -185,7 +186,7 @@ class StreamingRun:
             writer=self.writer,
             jobs=self.jobs,
             device=self.options.device,
-            run_batches=lambda before=_ignore: self.passes.measure(step, before),
+            run_batches=lambda before=_ignore: self._measure(step, before),
             run_first=lambda: self.passes.first(step),
             masks=[token_mask(batch) for batch in self.batches],
             all_tokens=self.options.all_tokens,
@@ -193,11 +194,14 @@ class StreamingRun:
             forgets=self.passes.forgets(step),
         )
 
+    def _measure(self, step: Step, before: Callable[[int], None]) -> None:
+        self.passes.measure(step, before)
+        self.source.checkpoint.release()  # rows of tables would stay in memory while modules are solved
+
     def _pass_through(self, key: str) -> None:
         """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""
         if not self.writer.is_written(key):
-            with self.source.checkpoint.raw(key) as data:
-                self.writer.write_bytes(key, data)
+            self.writer.write_bytes(key, self.source.checkpoint.pieces(key))
 
     def _write_as_it_is(self, key: str, tensor: torch.Tensor) -> None:
         """Likewise, of a tensor that was just read."""

@@ -2,7 +2,7 @@
 
 A thread reads and converts; for a GPU it copies from pinned memory on a stream of its own. What must be written as it
 is goes to the output from there, so that nobody has to read it again, and a tensor that a later step uses too (tied
-embeddings, layers that share weights) is kept until then.
+embeddings, layers that share weights) is kept until then. On the CPU, tables that are only looked up in stay on disk.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class WeightStream:
         self.on_read = on_read
         self._steps = {step.index: step for step in steps}
         self._next = {step.index: after.index for step, after in itertools.pairwise(steps)}
-        self._uses = Counter(key for step in steps for key in self._keys(step))  # how often it will be asked for
+        names = [name for step in steps for name in step.loads]
+        self._tables = self._left_on_disk(names) if device.type == "cpu" else {}
+        # How often each tensor will be asked for.
+        self._uses = Counter(key for name in names if name not in self._tables for key in source.origins[name].keys)
         self._kept: dict[str, torch.Tensor] = {}
         self._pending: dict[int, Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -89,7 +92,8 @@ class WeightStream:
     def reload(self, model: nn.Module, index: int) -> None:
         """Load a step again whose weights were changed; this reads what was read before."""
         for name in self._steps[index].loads:
-            assign(model, name, self.source.read(name, self.device))
+            table = self._tables.get(name)
+            assign(model, name, table if table is not None else self.source.read(name, self.device))
 
     def _submit(self, index: int) -> Future[Loaded]:
         return self._thread.submit(self._read_step, self._steps[index])
@@ -97,7 +101,10 @@ class WeightStream:
     def _read_step(self, step: Loading) -> Loaded:
         tensors: dict[str, torch.Tensor] = {}
         with torch.no_grad(), self._side.active():
+            tensors.update({name: self._tables[name] for name in step.loads if name in self._tables})
             for name in step.loads:
+                if name in tensors:
+                    continue
                 value = self.source.read(name, torch.device("cpu"), self._read_key)
                 if self._side.is_real:
                     value = value.pin_memory().to(self.device, non_blocking=True)
@@ -114,5 +121,8 @@ class WeightStream:
             self._kept[key] = tensor
         return tensor
 
-    def _keys(self, step: Loading) -> list[str]:
-        return [key for name in step.loads for key in self.source.origins[name].keys]
+    def _left_on_disk(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Those of the parameters that are only looked up in, and whose tensor nobody needs as a whole."""
+        tables = {name: tensor for name in names if (tensor := self.source.mapped(name)) is not None}
+        others = {key for name in names if name not in tables for key in self.source.origins[name].keys}
+        return {name: tensor for name, tensor in tables.items() if self.source.plain_key(name) not in others}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,17 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]
     """How often each tensor is read from the checkpoint, and written to the new one."""
     reads: Counter[str] = Counter()
     writes: Counter[str] = Counter()
-    real_raw, real_write = Checkpoint.raw, ShardWriter.write_bytes
+    real_raw, real_write = Checkpoint._raw, ShardWriter.write_bytes
 
-    def raw(self: Checkpoint, key: str) -> AbstractContextManager[memoryview]:
-        reads[key] += 1
-        return real_raw(self, key)
+    def raw(self: Checkpoint, place: Any) -> AbstractContextManager[memoryview]:
+        reads[place.stored.name] += 1
+        return real_raw(self, place)
 
-    def write_bytes(self: ShardWriter, name: str, data: memoryview) -> int:
+    def write_bytes(self: ShardWriter, name: str, pieces: Iterable[memoryview]) -> int:
         writes[name] += 1
-        return real_write(self, name, data)
+        return real_write(self, name, pieces)
 
-    monkeypatch.setattr(Checkpoint, "raw", raw)
+    monkeypatch.setattr(Checkpoint, "_raw", raw)
     monkeypatch.setattr(ShardWriter, "write_bytes", write_bytes)
     return reads, writes
 
