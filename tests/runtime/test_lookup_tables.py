@@ -20,6 +20,7 @@ from runtime.weights import Weights
 from tests.runtime.small import NARROW, NARROW_W4, Small, calibrate, read_tensors, recipe, save_model
 
 EMBEDDING = "model.embed_tokens.weight"
+LOOKUP = 'torch.ops.aten.embedding.default(self.get_parameter("table"), ids)'
 
 
 def small_of(model: Any, tmp_path: Path, **options: Any) -> Small:
@@ -62,25 +63,21 @@ def test_of_models_own_modules_nothing_is_known(tmp_path: Path) -> None:
         'a = self.get_parameter("table")\n    x = torch.ops.aten.embedding.default(a, ids)\n    y = a + 1',
         'a = self.get_parameter("table")\n    x = torch.ops.aten.embedding.default(b, a)',
         'a = ids\n    x = torch.ops.aten.embedding.default(a, ids)\n    a = self.get_parameter("table")',
-        'x = torch.ops.aten.embedding.default(self.get_parameter("table"), ids)\n    y = torch.ops.aten.neg.default(self.get_parameter("table"))',
+        f'x = {LOOKUP}\n    y = torch.ops.aten.neg.default(self.get_parameter("table"))',
         'x = torch.ops.aten.linear.default(ids, self.get_parameter("table"))',
     ],
 )
 def test_what_is_used_otherwise_is_none(body: str) -> None:
     source = f"def forward(self, ids, *, run):\n    {body}\n"
-    entry, manifest = SimpleNamespace(scope="inner"), SimpleNamespace(leaves={"inner": 0}, leaf_kinds=[Kind])
+    entry, manifest = (
+        SimpleNamespace(scope="inner"),
+        SimpleNamespace(leaves={"inner": 0}, leaf_kinds=[SimpleNamespace(kind="Embedding")]),
+    )
     artifact: Any = SimpleNamespace(manifest=manifest, subgraphs=[SimpleNamespace(source=source, entry=entry)])
     assert lookup_tables(artifact) == {"inner.weight"}
     looked_up = f"def forward(self, ids, *, run):\n    x = {LOOKUP}\n"
     artifact.subgraphs = [SimpleNamespace(source=looked_up, entry=entry)]
     assert lookup_tables(artifact) == {"inner.weight", "inner.table"}
-
-
-class Kind:
-    kind = "Embedding"
-
-
-LOOKUP = 'torch.ops.aten.embedding.default(self.get_parameter("table"), ids)'
 
 
 def test_it_is_not_read(narrow_llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:
