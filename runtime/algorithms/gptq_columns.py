@@ -2,9 +2,9 @@
 
 Shapes: B columns of a block, G groups, O out features. See `runtime.algorithms.gptq`.
 
-A column costs some microseconds of calling torch and less of calculating, so calls are what is saved: integers are
-found as they stand behind a number that leaves no room for a fraction, and what nobody needs before the block is done
-is calculated for the whole block.
+A column costs some microseconds of calling torch and less of calculating, so calls are what is saved: views are made
+once, integers are found as they stand behind a number that leaves no room for a fraction, and what nobody needs before
+the block is done is calculated for the whole block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
 from runtime.algorithms import gptq_cuda, grid
 
-STRIP_WIDTH = 32  # columns that a block is solved in at a time
+STRIP_WIDTH = 16  # columns that a block is solved in at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +61,23 @@ def solve_block_(
         return
     is_integer = args.type == QuantizationType.INT
     rounded = _Integers(grids, args, group_of_B) if is_integer else _Others(grids, args, group_of_B)
-    for left in range(0, len(target_BO), STRIP_WIDTH):
-        right = min(left + STRIP_WIDTH, len(target_BO))
-        for column in range(left, right):
-            target_O = target_BO[column]
-            if column > left:
-                target_O.addmv_(residual_BO[left:column].t(), lower_BB[column, left:column])
-            rounded.round_(column, target_O, quantized_BO[column], residual_BO[column])
-        if right < len(target_BO):
-            target_BO[right:].addmm_(lower_BB[right:, left:right], residual_BO[left:right])
+    num_columns, width = len(target_BO), min(STRIP_WIDTH, len(target_BO))
+    errors_SO, inner_SS = residual_BO.new_empty(width, residual_BO.shape[1]), lower_BB.new_empty(width, width)
+    earlier = [(errors_SO[:place].t(), inner_SS[place, :place]) for place in range(width)]
+    targets, quantized, weights = target_BO.unbind(), quantized_BO.unbind(), residual_BO.unbind()
+    errors = errors_SO.unbind()
+    for left in range(0, num_columns, width):
+        strip = range(left, min(left + width, num_columns))
+        inside, count = slice(left, strip.stop), len(strip)
+        inner_SS[:count, :count] = lower_BB[inside, inside]
+        for place, column in enumerate(strip):
+            target_O = targets[column]
+            if place:
+                target_O.addmv_(*earlier[place])
+            rounded.round_(column, target_O, quantized[column], weights[column], errors[place])
+        residual_BO[inside] = errors_SO[:count]
+        if strip.stop < num_columns:
+            target_BO[strip.stop :].addmm_(lower_BB[strip.stop :, inside], errors_SO[:count])
     rounded.finish_(quantized_BO)
     target_BO.sub_(quantized_BO)
 
@@ -93,8 +101,15 @@ class _Integers:
         self.zeros = () if zero_GO is None else zero_GO.unbind()
         self.shifts = () if zero_GO is None else (zero_GO + shift).unbind()
 
-    def round_(self, column: int, target_O: torch.Tensor, quantized_O: torch.Tensor, residual_O: torch.Tensor) -> None:
-        """Overwrite `quantized_O` with t's n - z, and take the grid point from the residual."""
+    def round_(
+        self,
+        column: int,
+        target_O: torch.Tensor,
+        quantized_O: torch.Tensor,
+        weight_O: torch.Tensor,
+        error_O: torch.Tensor,
+    ) -> None:
+        """Overwrite `quantized_O` with t's n - z, and `error_O` with the weight less the grid point."""
         group = self.group_of_B[column]
         factor_O = self.factors[group]
         if self.zeros:
@@ -103,7 +118,7 @@ class _Integers:
         else:
             torch.addcdiv(self.shift_O, target_O, factor_O, out=quantized_O)
             quantized_O.clamp_(self.least, self.most).sub_(self.shift_O)
-        residual_O.addcmul_(quantized_O, factor_O, value=-1)
+        torch.addcmul(weight_O, quantized_O, factor_O, value=-1, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:
         """Make the integers grid points."""
@@ -117,12 +132,19 @@ class _Others:
     def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
         self.grids, self.args, self.group_of_B = grids, args, group_of_B
 
-    def round_(self, column: int, target_O: torch.Tensor, quantized_O: torch.Tensor, residual_O: torch.Tensor) -> None:
-        """Overwrite `quantized_O` with t's grid point, and take it from the residual."""
+    def round_(
+        self,
+        column: int,
+        target_O: torch.Tensor,
+        quantized_O: torch.Tensor,
+        weight_O: torch.Tensor,
+        error_O: torch.Tensor,
+    ) -> None:
+        """Overwrite `quantized_O` with t's grid point, and `error_O` with the weight less that."""
         group = self.group_of_B[column]
         zero_O = None if self.grids.zero_GO is None else self.grids.zero_GO[group]
         grid.snap_(quantized_O.copy_(target_O), self.grids.factor_GO[group], zero_O, self.args)
-        residual_O.sub_(quantized_O)
+        torch.sub(weight_O, quantized_O, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:
         """Nothing is left to do."""
