@@ -20,6 +20,7 @@ _OURS = Path(__file__).resolve().parents[1]
 _STEPS = _OURS / "trace" / "steps.py"
 _TRACER = _OURS / "trace" / "tracer.py"
 _TORCH = Path(torch.__file__).resolve().parent
+_MOST_WRAPPERS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +160,9 @@ def _name(frame: FrameType) -> str:
 
 
 def _function(frame: FrameType) -> Function | None:
-    """The function, if it is found under its name: one that was made inside another is not."""
+    """The function, if it is found under its name, or as what a decorator has made of a method: one that was made
+    inside another is not.
+    """
     owner, name = frame.f_locals.get("self"), frame.f_code.co_name
     if owner is None:
         home: Any = inspect.getmodule(frame.f_code)
@@ -167,17 +170,34 @@ def _function(frame: FrameType) -> Function | None:
     else:
         homes = [cls for cls in type(owner).__mro__ if name in cls.__dict__]
     for home in homes:
-        found = home.__dict__.get(name) or _name
-        plain = inspect.unwrap(found.__func__ if isinstance(found, staticmethod) else found)
-        if getattr(plain, "__code__", None) is frame.f_code:
-            is_class = isinstance(home, type)
-            return Function(
-                name=_name(frame),
-                path=f"{home.__module__}:{home.__qualname__}.{name}" if is_class else f"{home.__name__}:{name}",
-                owner=owner,
-                is_forward=name == "forward",
-            )
-    return None
+        if _has_code(home.__dict__.get(name), frame):
+            return _named(home, name, owner)
+    decorated = [
+        (cls, method) for cls in type(owner).__mro__ for method, value in vars(cls).items() if _has_code(value, frame)
+    ]
+    # One decorator's code is the same around all of a class's methods: which one this is cannot be told.
+    return _named(*decorated[0], owner) if owner is not None and len({name for _, name in decorated}) == 1 else None
+
+
+def _has_code(value: Any, frame: FrameType) -> bool:
+    """Whether a function, or any that it is wrapped around, is the one that is executed."""
+    value = value.__func__ if isinstance(value, staticmethod) else value
+    for _ in range(_MOST_WRAPPERS):
+        if getattr(value, "__code__", None) is frame.f_code:
+            return True
+        value = getattr(value, "__wrapped__", None)
+    return False
+
+
+def _named(home: Any, name: str, owner: Any) -> Function:
+    is_class = isinstance(home, type)
+    short = f"{type(owner).__name__}." if owner is not None else f"{home.__name__}."
+    return Function(
+        name=f"{short}{name}",
+        path=f"{home.__module__}:{home.__qualname__}.{name}" if is_class else f"{home.__name__}:{name}",
+        owner=owner,
+        is_forward=name == "forward",
+    )
 
 
 def _classes_of(module: Any) -> list[type]:

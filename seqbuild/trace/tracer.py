@@ -50,7 +50,7 @@ from seqbuild.trace.sequences import JoinsRecorded
 from seqbuild.trace.sizes import WatchedSizes, model_sizes, numbers_hashable, sample_sizes
 from seqbuild.trace.steps import Steps
 from seqbuild.trace.untouched import leaves_left_alone
-from seqbuild.trace.values import ValueTracer
+from seqbuild.trace.values import ValueTracer, changed_in_place
 from seqbuild.trace.vmapped import vmap_recorded
 from seqbuild.trace.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
 
@@ -188,6 +188,7 @@ class SequentialTracer(ValueTracer):
         for node in self.graph.nodes:
             if "culprit" in node.meta:
                 raise not_offered(node.target, node.meta["culprit"], self.ancestors)
+        self._require_overwritten_unseen()
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -196,6 +197,23 @@ class SequentialTracer(ValueTracer):
         }
         self.graph.owning_module = root  # type: ignore[assignment]
         return self.graph
+
+    def _is_own_buffer(self, name: str) -> bool:
+        own = self._real_buffers.get(name)
+        tensors = [*self._real_buffers.items(), *self.root.named_parameters(remove_duplicate=False)]
+        return own is not None and not any(
+            other != name and tensor.untyped_storage()._cdata == own.untyped_storage()._cdata
+            for other, tensor in tensors
+        )
+
+    def _require_overwritten_unseen(self) -> None:
+        """Refuse steps that are handed, or that are, a module of a buffer that was overwritten around them: they would
+        see what the buffer held before.
+        """
+        seen = [str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")]
+        for name, place in self.overwritten.items():
+            if any(name != other and (not other or name.startswith(f"{other}.")) for other in seen):
+                raise changed_in_place(name, place)
 
     def _run(self, root: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Run the model's forward while it is recorded; what goes wrong is laid at the door of a line of its code."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import UserDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, disable_proxy_modes_tracing, track_tensor_tree
+from torch.utils import _pytree as pytree
 
 from runtime.errors import TraceError
+from runtime.operators import is_view
 from seqbuild.emit import is_offered
 from seqbuild.partition import WITHIN
-from seqbuild.trace.blame import UntraceableError, find_culprit
+from seqbuild.trace.blame import Culprit, UntraceableError, find_culprit
 from seqbuild.trace.sequences import UnknownLength
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ class ValueTracer(PythonKeyTracer):
     Attributes:
         constants: tensors of the code's own, by the names of their nodes.
         parameter_names: all dotted names of each parameter and buffer, by its id.
+        overwritten: buffers that the code fills anew whenever it runs, by name, and where.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -40,6 +44,7 @@ class ValueTracer(PythonKeyTracer):
         self.dtype = dtype
         self.constants: dict[str, torch.Tensor] = {}
         self.parameter_names: dict[int, tuple[str, ...]] = {}
+        self.overwritten: dict[str, Culprit | None] = {}
         self._tensor_names: dict[int, str] = {}
         self._object_names: dict[int, str] = {}
         self._attribute_nodes: dict[str, fx.Node] = {}
@@ -89,28 +94,43 @@ class ValueTracer(PythonKeyTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         """Create a node as `fx.Tracer` does: attributes keep their dotted names."""
+        if target is torch.ops.aten.copy_.default and self._overwrites(args):
+            target = torch.ops.aten.copy.default
         node = fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
         if self._within and kind != "get_attr":
             node.meta[WITHIN] = self._within
         if isinstance(target, torch._ops.OpOverload):
             if not is_offered(target):
                 node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
-            written = next((a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"), None)
-            if written is not None and written is node.args[0] and target._schema.is_mutable:
-                self._refuse_writing(str(written.target))
+            for written in _written(node, target._schema):
+                if written.op == "get_attr":
+                    self._refuse_writing(str(written.target))
         return node
+
+    def _overwrites(self, args: tuple[Any, ...]) -> bool:
+        """Whether a buffer gets other content before anything of it was read. What is read from then on is a result
+        like any other, and the buffer itself stays as it is: whoever runs the chain again overwrites it again.
+        """
+        buffer = args[0]
+        if not isinstance(buffer, fx.Node) or buffer.op != "get_attr" or buffer.users:
+            return False
+        name = str(buffer.target)
+        ids = [number for number, names in self.parameter_names.items() if name in names]
+        if not self._is_own_buffer(name) or any(len(self.parameter_names[number]) > 1 for number in ids):
+            return False
+        for number in ids:
+            self._tensor_names.pop(number, None)
+        self.overwritten[name] = find_culprit()
+        return True
+
+    def _is_own_buffer(self, name: str) -> bool:
+        """Whether this is a buffer whose memory nothing else has; only who has the model can say so."""
+        return False
 
     def _refuse_writing(self, name: str) -> None:
         """Refuse code that changes a parameter or buffer: a chain would do so for every batch, a model perhaps once."""
         if any(name in names for names in self.parameter_names.values()):
-            place = find_culprit()
-            where = f"{place.name} ({place.file}, line {place.line})" if place is not None else "the model's code"
-            raise UntraceableError(
-                f"{where} changes its own {name} in place while the model runs; "
-                "an artifact would do so for every batch anew",
-                culprit=None,  # nor may it be done out of sight, in an opaque step
-                hint="switch it off in the model's config, if that offers to, or save the weights so changed",
-            )
+            raise changed_in_place(name, find_culprit())
 
     def _tensor_arg(self, tensor: torch.Tensor) -> fx.Node:
         tracked = self.unwrap_proxy(tensor)
@@ -222,6 +242,23 @@ class ValueTracer(PythonKeyTracer):
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
 
 
+def _written(node: fx.Node, schema: Any) -> Iterator[fx.Node]:
+    """What an operator's node writes into, whatever it is a view of."""
+    for place, argument in enumerate(schema.arguments if schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            yield from (_seen_through(part) for part in pytree.tree_leaves(given) if isinstance(part, fx.Node))
+
+
+def _seen_through(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], fx.Node):
+        if not is_view(node.target.overloadpacket.__name__):
+            break
+        node = node.args[0]
+    return node
+
+
 def _plain_key(key: Any) -> Any:
     if isinstance(key, (str, int, bool)):
         return key
@@ -230,4 +267,14 @@ def _plain_key(key: Any) -> Any:
     raise TraceError(
         f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",
+    )
+
+
+def changed_in_place(name: str, place: Culprit | None) -> UntraceableError:
+    """The model's code changes a parameter or buffer."""
+    where = f"{place.name} ({place.file}, line {place.line})" if place is not None else "the model's code"
+    return UntraceableError(
+        f"{where} changes its own {name} in place while the model runs; an artifact would do so for every batch anew",
+        culprit=None,  # nor may it be done out of sight, in an opaque step
+        hint="switch it off in the model's config, if that offers to, or save the weights so changed",
     )
