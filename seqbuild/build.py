@@ -204,6 +204,8 @@ def _build(
                 leaves=options.leaves,
             )
             _require_matched(traced.trace, options.ignore)
+            if traced.hindrance:
+                remarks.append(f"layers are not traced through: {traced.hindrance}")
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, own, model, traced, keys, ingredients)
             found = _write(path, files, manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import inspect
 import os
 import re
@@ -39,12 +39,14 @@ class Traced:
         patterns: what the model was cut at.
         fixed_dtype: the only dtype of the weights in which the trace holds; None when it holds for any.
         leaves: how deep it goes, `target` or `linear`.
+        hindrance: why it does not go deeper, where that was tried.
     """
 
     trace: Trace
     patterns: tuple[str, ...]
     fixed_dtype: torch.dtype | None
     leaves: str
+    hindrance: str = ""
 
     @property
     def marker(self) -> torch.dtype | None:
@@ -207,7 +209,10 @@ def _trace_portably(
     is_hopeless: bool,
 ) -> Traced:
     """A trace that leaves nothing whole but what a host builds by itself, or one that stops at the targets."""
+    hindrance = ""
     if not is_hopeless:
-        with contextlib.suppress(TraceError):
+        try:
             return trace("linear", lambda function: False)
-    return trace("target", may_ignore)
+        except TraceError as error:
+            hindrance = error.message
+    return dataclasses.replace(trace("target", may_ignore), hindrance=hindrance)

@@ -231,3 +231,10 @@ def test_frequencies_that_grow_are_their_modules_matter(tmp_path: Path) -> None:
     """They are kept for the next batch, so the module itself is called; the function is a decorator's."""
     artifact = assert_all_lengths("Llama", DYNAMIC, "linear", tmp_path)
     assert not artifact.manifest.is_portable
+
+
+def test_why_layers_stay_whole_is_said(tmp_path: Path) -> None:
+    rotating("Llama", DYNAMIC).save_pretrained(tmp_path / "model")
+    done = seqbuild.build.build(tmp_path / "model", out=tmp_path / "artifacts")
+    (remark,) = done.remarks
+    assert remark.startswith("layers are not traced through: LlamaRotaryEmbedding.dynamic_frequency_update cannot")
