@@ -171,6 +171,7 @@ class Weights:
             return self._packed_origin(name, entry, self.schemes[module])
         own = self._present((name,))  # a tied parameter may have been saved under its own name
         keys = self._present(entry.sources) or (own if entry.tied_to or entry.conversion < 0 else None)
+        keys = keys or self._saved_as_another(name)
         if keys is None:
             missing = next(key for key in entry.sources if self._present((key,)) is None)
             raise WeightsError(
@@ -180,6 +181,11 @@ class Weights:
         if own is not None and entry.tied_to:
             return Origin(keys=own, conversion=-1)
         return Origin(keys=keys, conversion=entry.conversion)
+
+    def _saved_as_another(self, name: str) -> tuple[str, ...] | None:
+        """What the checkpoint has under the name of a parameter that is tied to this one."""
+        tied = (other for other, entry in self.artifact.manifest.parameters.items() if entry.tied_to == name)
+        return next((keys for other in tied if (keys := self._present((other,))) is not None), None)
 
     def _packed_origin(self, name: str, entry: ParameterEntry, scheme: QuantizationScheme) -> Origin:
         from runtime.schemes import stored_shapes

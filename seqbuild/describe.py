@@ -188,7 +188,8 @@ def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str
 def describe_parameters(
     model: nn.Module, keys: KeyTable, default_dtype: str, fixed_dtype: torch.dtype | None
 ) -> dict[str, ParameterEntry]:
-    """Every parameter and persistent buffer; those that share memory name the first of them.
+    """Every parameter and persistent buffer; those that share memory name the one that is saved: the first of those
+    that transformers does not tie to another.
 
     Args:
         model: in the dtype that marks the weights'.
@@ -197,11 +198,15 @@ def describe_parameters(
         fixed_dtype: the only one in which the trace holds; None when it holds for all.
     """
     entries: dict[str, ParameterEntry] = {}
-    first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    saved: dict[int, str] = {}
+    for name in (*(name for name in tensors if name not in tied), *tensors):
+        saved.setdefault(id(tensors[name]), name)
     keep = kept_in_float32(model)
     model_bytes = getattr(torch, default_dtype).itemsize
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tied_to = first.setdefault(id(tensor), name)
+    for name, tensor in tensors.items():
+        tied_to = saved[id(tensor)]
         dtype = "float32" if tensor.is_floating_point() and any(part in name for part in keep) else ""
         own = fixed_dtype if fixed_dtype is not None and tensor.dtype == TRACE_DTYPE else tensor.dtype
         dtype = dtype or _dtype_name(own, TRACE_DTYPE)

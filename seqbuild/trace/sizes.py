@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from runtime.errors import TraceError
 from seqbuild.trace.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decisions import Decisions
 from seqbuild.trace.guards import holds_in_turns, is_assumption, is_implied, is_statable, with_equalities
@@ -44,6 +46,8 @@ _EXECUTES = (
     (inspect.getfile(torch.fx.experimental.proxy_tensor), "proxy_call"),
 )
 _MOST_COORDINATES = 4
+# Of an expression. Sympy takes its time to simplify quotients and remainders in each other, a power of their depth.
+_MOST_PARTS = 400
 # Where a result's memory layout is noted down.
 _DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 
@@ -139,7 +143,13 @@ class WatchedSizes(ShapeEnv):
         return bool(expression.is_number or bounds.lower == bounds.upper)
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `sym_node` is; a question that only values answer goes to `decisions`."""
+        """What `sym_node` is; a question that only values answer goes to `decisions`.
+
+        Raises:
+            TraceError: for one that it would take sympy too long to think about.
+        """
+        if _has_more_parts(sym_node.expr, _MOST_PARTS):
+            raise TraceError(f"a size is calculated in more than {_MOST_PARTS} steps")
         num_guards = len(self.guards)
         try:
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
@@ -241,6 +251,11 @@ def _is_new_equality(relation: Any, known: Iterable[Any]) -> bool:
     bounds = [side for side in relation.args if type(side).__name__ == "Max"]
     is_bound = len(bounds) == 1 and set(bounds[0].args) == {sympy.S.One, *(set(relation.args) - set(bounds))}
     return not is_bound and not is_implied(relation, known)
+
+
+def _has_more_parts(expression: Any, count: int) -> bool:
+    """Whether an expression consists of more parts than this, repeated ones counted each time."""
+    return next(itertools.islice(sympy.preorder_traversal(expression), count, None), None) is not None
 
 
 def _is_asked_by_kernel() -> bool:

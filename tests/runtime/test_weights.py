@@ -186,6 +186,15 @@ def test_a_tied_head_that_was_saved_under_its_own_name_is_used_as_transformers_d
     assert torch.equal(run_weights(sharded_llama, directory, inputs)["logits"], run_transformers(directory, inputs))
 
 
+def test_one_that_was_saved_as_the_other_that_it_is_tied_to_is_used(sharded_llama: Small, tmp_path: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    directory = rewrite(sharded_llama, tmp_path / "model", rename)
+    inputs = token_batches([(2, 9)])[0]
+    assert torch.equal(run_weights(sharded_llama, directory, inputs)["logits"], run_transformers(directory, inputs))
+
+
 def test_a_config_of_another_model_is_refused(llama: Small, tmp_path: Path) -> None:
     """The tensors fit; what they mean does not."""
     directory = rewrite(llama, tmp_path / "model", lambda tensors: None)

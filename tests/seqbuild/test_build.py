@@ -474,6 +474,21 @@ class TestCheckpointKeys:
         assert untied.parameters["lm_head.weight"].sources == ("lm_head.weight",)
         assert untied.model.num_parameters - manifest.model.num_parameters == 128 * 32
 
+    def test_a_head_that_stands_before_what_it_is_tied_to(self, tmp_path: Path, out: Path) -> None:
+        """XLM-RoBERTa's: what is saved is what the head is tied to, though the head comes first."""
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        config = transformers.XLMRobertaConfig(**sizes, num_attention_heads=4, max_position_embeddings=40)
+        model = transformers.XLMRobertaForMaskedLM(config).eval()
+        model.save_pretrained(tmp_path / "model")
+        embedding, head = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+        assert next(name for name in model.state_dict() if name in (embedding, head)) == head
+        path = compile_model(tmp_path / "model", out=out)
+        parameters = runtime.artifact.load(path).manifest.parameters
+        assert (parameters[head].tied_to, parameters[head].sources) == (embedding, (embedding,))
+        assert parameters[embedding].tied_to == ""
+        made = load_by_manifest(runtime.artifact.load(path), tmp_path / "model")
+        assert all(torch.equal(made[key], tensor) for key, tensor in model.state_dict().items())
+
     def test_parameters_of_subgraphs(self, llama: Path, out: Path) -> None:
         manifest = build(llama, out=out, leaves="target").manifest
         first, *_, last = manifest.subgraphs

@@ -405,6 +405,12 @@ class TestIgnore:
         assert "RescalesItself.glue (" in caught.value.message
         assert "changes its own layers.1.linear.weight in place" in caught.value.message
 
+    def test_what_is_calculated_in_too_many_steps_is_decided_anew(self) -> None:
+        error = refused(toys.SizesWithinSizes())
+        assert "a size is calculated in more than 400 steps (" in error.message
+        assert "--ignore SizesWithinSizes.glue" in error.hint
+        check(randomize(toys.SizesWithinSizes()).eval(), shapes=((2, 5), (1, 6), (3, 7), (1, 9)))
+
     def test_what_cannot_be_stated_of_sizes_is_decided_anew(self) -> None:
         error = refused(toys.PowerOfLength())
         assert "which no artifact can state, is burnt in: PowerOfLength.glue (" in error.message

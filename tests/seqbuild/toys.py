@@ -353,6 +353,16 @@ class PowerOfLength(Toy):
         return x * 2 if torch.sym_float(x.shape[1]) ** 1.5 > 4 else x
 
 
+class SizesWithinSizes(Toy):
+    """A length that is calculated in steps of which each uses the one before twice."""
+
+    def glue(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        for number in range(2, 14):
+            length = length // number * 2 + length % number + 2
+        return x * 2 if length % 3 else x
+
+
 class RescalesItself(Toy):
     """Weights that the first forward divides, as transformers' RWKV does."""
 
