@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,27 @@ def without_weights() -> Iterator[None]:
 
     with init_empty_weights(include_buffers=False), LargeOnMeta(), _nothing_to_initialize():
         yield
+
+
+def from_config(cls: Any, config: Any, *, dtype: torch.dtype, attention: str | None) -> Any:
+    """A model of a class of transformers.
+
+    Args:
+        cls: the class.
+        config: its config.
+        dtype: of the weights.
+        attention: `eager` or `sdpa`, None for what transformers takes by itself. Parts that have no such attention keep
+            theirs, as they do when transformers chooses it.
+    """
+    try:
+        return cls._from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    except ValueError:
+        if attention is None:
+            raise
+        model = cls._from_config(config, dtype=dtype, attn_implementation=None)
+        if str(model.config._attn_implementation) != attention:
+            raise
+        return model
 
 
 def calculate_buffers(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     """
     import torch
 
-    from runtime.construct import calculate_buffers, without_weights
+    from runtime.construct import calculate_buffers, from_config, without_weights
     from runtime.model_config import artifact_config
 
     entry, path = artifact.manifest.model, artifact.path
@@ -43,7 +43,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
         with without_weights():
-            model: nn.Module = cls._from_config(config, dtype=dtype, attn_implementation=entry.attn_implementation)
+            model: nn.Module = from_config(cls, config, dtype=dtype, attention=entry.attn_implementation)
             calculate_buffers(model)
     except Exception as error:
         raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.console import quiet
-from runtime.construct import calculate_buffers, without_weights
+from runtime.construct import calculate_buffers, from_config, without_weights
 from runtime.errors import ModelError, UsageError
 from runtime.manifest import ATTENTIONS
 from runtime.model_config import parse_config, require_plain_attention
@@ -63,7 +63,7 @@ def build_weightless(
         attn_implementation = str(like.config._attn_implementation)  # type: ignore[union-attr]
     try:
         with without_weights(), quiet("transformers"):  # its remarks on generation configs and the like
-            model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            model: PreTrainedModel = from_config(cls, config, dtype=dtype, attention=attn_implementation)
             calculate_buffers(model)
     except Exception as error:
         raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_reason(error)}") from error

@@ -23,6 +23,7 @@ import torch
 
 from runtime.artifact import load
 from runtime.console import quiet
+from runtime.construct import from_config
 from runtime.dequantize import open_checkpoint
 from runtime.derived import DerivedCheckpoint
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
@@ -177,7 +178,7 @@ class _RandomPair:
             config = artifact_config(self.artifact)
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
-                self._model = cls._from_config(config, dtype=self.dtype, attn_implementation=_attention(self.artifact))
+                self._model = from_config(cls, config, dtype=self.dtype, attention=_attention(self.artifact))
             randomize(self._model)
             self._model.eval()
         return self._model

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from runtime.construct import without_weights
+from runtime.construct import from_config, without_weights
 
 
 class Experts(nn.Module):
@@ -34,3 +38,26 @@ def test_everything_is_as_before_afterwards() -> None:
         pass
     assert not torch.empty(2**25).is_meta
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+class _Mixed:
+    """A model of which a part has no SDPA: transformers refuses that for all, and chooses well by itself."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def _from_config(cls, config: Any, *, dtype: torch.dtype, attn_implementation: str | None) -> _Mixed:
+        config._attn_implementation = attn_implementation or config.usual
+        if attn_implementation == "sdpa":
+            raise ValueError("VisionModel does not support an attention implementation through SDPA yet")
+        return cls(config)
+
+
+def test_parts_keep_the_attention_that_they_have() -> None:
+    config = SimpleNamespace(usual="sdpa")
+    for attention in ("sdpa", "eager", None):
+        model = from_config(_Mixed, config, dtype=torch.float32, attention=attention)
+        assert model.config._attn_implementation == (attention or "sdpa")
+    with pytest.raises(ValueError, match="does not support"):
+        from_config(_Mixed, SimpleNamespace(usual="eager"), dtype=torch.float32, attention="sdpa")
