@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format version 1.0 do not have
 _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
+_SINCE_5: Mapping[str, int] = {"since": 5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +233,7 @@ class Manifest:
     limits: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
     scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
     attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
+    defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
 
     @property
     def is_portable(self) -> bool:

@@ -100,6 +100,9 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
             yield f"the parameter {name!r} has the shape {list(parameter.shape)!r}, which is none"
         if parameter.tied_to and (parameter.tied_to not in manifest.parameters or parameter.tied_to == name):
             yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is no other parameter"
+    for name, constant in manifest.defaults.items():
+        if name not in manifest.parameters or constant not in manifest.constants:
+            yield f"the default {constant!r} of {name!r} is no constant, or that of no parameter"
     for name, limit in manifest.limits.items():
         if not 0 < limit < 2**62:
             yield f"the limit {name!r} is {limit}"

@@ -36,7 +36,7 @@ class Origin:
     """Where a parameter comes from in one checkpoint.
 
     Attributes:
-        keys: its tensors, by the checkpoint's names.
+        keys: its tensors, by the checkpoint's names; none for one that the checkpoint lacks and the artifact has.
         conversion: index of the program that makes the parameter from them, or -1.
         packed: the scheme under which the tensors are compressed; `keys` then are all of the module's tensors.
     """
@@ -139,7 +139,7 @@ class Weights:
             parts = {key.removeprefix(f"{prefix}."): value for key, value in zip(origin.keys, tensors, strict=True)}
             return decompress_module(parts, origin.packed)
         if origin.conversion < 0:
-            return tensors[0]
+            return tensors[0] if tensors else self.artifact.constants[self.artifact.manifest.defaults[name]].clone()
         program = self.artifact.conversions[origin.conversion]
         run = Run(device=tensors[0].device, dtype=tensors[0].dtype)
         sources = {f"source_{index}": tensor for index, tensor in enumerate(tensors)}
@@ -172,6 +172,8 @@ class Weights:
         own = self._present((name,))  # a tied parameter may have been saved under its own name
         keys = self._present(entry.sources) or (own if entry.tied_to or entry.conversion < 0 else None)
         keys = keys or self._saved_as_another(name)
+        if keys is None and name in self.artifact.manifest.defaults:
+            return Origin(keys=(), conversion=-1)
         if keys is None:
             missing = next(key for key in entry.sources if self._present((key,)) is None)
             raise WeightsError(
@@ -275,7 +277,7 @@ class Weights:
         except (RuntimeError, IndexError):
             found = shapes
         if found != expected:
-            raise WeightsError(self._misfit(origin.keys[0], found, expected, name), hint=_OTHER_MODEL)
+            raise WeightsError(self._misfit((*origin.keys, name)[0], found, expected, name), hint=_OTHER_MODEL)
 
     def _misfit(self, key: str, found: Iterable[Any], expected: Iterable[int], name: str) -> str:
         return (

@@ -36,6 +36,7 @@ from seqbuild.emit import common_scope
 from seqbuild.groups.attention import attentions
 from seqbuild.groups.derive import scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
+from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
 from seqbuild.model.own_code import OwnCode, own_code_of
 from seqbuild.model.relied_on import made_of, relied_on
@@ -271,7 +272,9 @@ def _assemble(
         found = portable_parts(model, entries, rebuilt, TRACE_DTYPE)
     files |= {file: program.encode("ascii") for file, program in found.programs.items()}
     is_portable = traced.leaves != "target" and not found.foreign and not any(entry.opaque for entry in entries)
-    constants = {**trace.tracer.constants, **found.constants}
+    values = default_values(model)
+    defaults = {name: f"default_{place}" for place, name in enumerate(values)}
+    constants = {**trace.tracer.constants, **found.constants, **{defaults[name]: values[name] for name in values}}
     if constants:
         from safetensors.torch import save
 
@@ -307,6 +310,7 @@ def _assemble(
         foreign=found.foreign,
         limits=limits(model.config),
         attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
+        defaults=defaults,
         scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )

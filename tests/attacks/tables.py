@@ -136,6 +136,8 @@ VALUES = [
     changed("a condition that is code", "that is none", conditions=("__import__('os').system('touch owned') == 0",)),
     changed("a condition with an exponent", "that is none", conditions=("9 ** 9 ** 9 == 0",)),
     changed("a condition that is endless", "that is none", conditions=("batch" + " + 1" * 5000 + " == 0",)),
+    changed("a default that is no constant", "is no constant, or", defaults={"head.weight": "nowhere"}),
+    changed("a default of no parameter", "is no constant, or", defaults={"nowhere.weight": "constant_0"}),
     changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
     parameter("a parameter of negative shape", "which is none", shape=(-2, 2)),
     parameter("a parameter beyond all memory", "which is none", shape=(2**62, 2**62)),

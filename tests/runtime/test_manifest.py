@@ -154,7 +154,7 @@ def test_this_version_may_not(level: str) -> None:
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
 def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
-    changed = plain() | {"format_version": [1, 5 if newer else FORMAT_VERSION[1]]}
+    changed = plain() | {"format_version": [1, 6 if newer else FORMAT_VERSION[1]]}
     del changed[name]
     with pytest.raises(ArtifactError, match=f"no entry '{name}'"):
         Manifest.from_bytes(sealed(changed))
@@ -163,7 +163,9 @@ def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
 def of_version_1(minor: int) -> dict[str, Any]:
     """As a compiler of that minor version would have written it."""
     older = plain() | {"format_version": [1, minor]}
-    del older["scale_groups"], older["attentions"]
+    del older["defaults"]
+    if minor < 3:
+        del older["scale_groups"], older["attentions"]
     if minor < 2:
         for name in ("policy", "leaf_kinds", "leaves", "buffers", "foreign", "limits"):
             del older[name]
@@ -181,7 +183,7 @@ def of_version_1(minor: int) -> dict[str, Any]:
     return older
 
 
-@pytest.mark.parametrize("minor", [0, 1, 2])
+@pytest.mark.parametrize("minor", [0, 1, 2, 3, 4])
 def test_an_older_minor_version_is_read(minor: int) -> None:
     assert Manifest.from_bytes(sealed(of_version_1(minor))) == manifest()
     assert (manifest().sources, manifest().model.code, manifest().model.config_module) == ({}, (), "")

@@ -1,0 +1,57 @@
+"""Parameters that a checkpoint may lack, for transformers knows their values: Marian's table of positions, or a bias
+that is zero.
+
+Which they are, a model's class states. Their values are those of the buffer as it was built, or what the class fills
+the parameter with, if that is the same each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_MOST_NUMBERS = 2**24  # of a module that is filled, and of values that an artifact carries
+
+
+def default_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of parameters and saved buffers that a checkpoint may lack, their values."""
+    tensors = model.state_dict(keep_vars=True)
+    found = {name: _value(model, name, tensors[name]) for name in _may_be_missing(model, tensors)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _may_be_missing(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    patterns = {pattern for part in parts for pattern in part._keys_to_ignore_on_load_missing or ()}
+    return (name for name in tensors if any(re.search(pattern, name) for pattern in sorted(patterns)))
+
+
+def _value(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    if tensor.numel() > _MOST_NUMBERS:
+        return None
+    if not tensor.is_meta:
+        return tensor.detach().clone()
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if sum(parameter.numel() for parameter in module.parameters()) > _MOST_NUMBERS:
+        return None
+    one, other = (_filled(model, module, leaf, seed) for seed in range(2))
+    return one if torch.equal(one, other) else None  # nor are they equal where they are no numbers
+
+
+def _filled(model: Any, module: nn.Module, leaf: str, seed: int) -> torch.Tensor:
+    """A parameter after the class has initialized a copy of its module, in float32."""
+    fresh = copy.deepcopy(module).to_empty(device="cpu").float()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in fresh.parameters():
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+            parameter.fill_(torch.nan)
+        model._init_weights(fresh)
+    return fresh.get_parameter(leaf).detach()
