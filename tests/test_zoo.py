@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.zoo import cases
-from tests.zoo_check import check
+from tests.zoo_check import check, misread_parameters
 
 NAMES = (
     *(
@@ -21,6 +23,11 @@ NAMES = (
     *("image-text-to-text/qwen2_vl", "image-text-to-text/llava", "image-text-to-text/paligemma"),
     *("image-text-to-text/mllama", "image-text-to-text/qwen3_vl"),
 )
+SAVED = (
+    *("causal LM/gpt-sw3", "causal LM/mixtral", "causal LM/gpt_oss", "causal LM/falcon", "causal LM/bamba"),
+    *("masked LM/xlm-roberta", "masked LM/albert", "seq2seq/marian", "seq2seq/switch_transformers"),
+    *("speech seq2seq/whisper", "image encoder/detr", "image-text-to-text/qwen2_5_vl"),
+)
 ALL = {case.name: case for case in cases()}
 
 
@@ -31,3 +38,8 @@ def test_the_chain_is_the_model(name: str) -> None:
     assert not row.problem
     assert row.equal == row.deep == "bit for bit"
     assert row.subgraphs > 1
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_transformers_saves_is_read(name: str, tmp_path: Path) -> None:
+    assert misread_parameters(ALL[name], tmp_path) == []

@@ -91,7 +91,7 @@ def small_config(case: Case) -> PretrainedConfig:
     return config
 
 
-def small_model(case: Case, attention: str = "eager") -> PreTrainedModel:
+def small_model(case: Case, attention: str | None = "eager") -> PreTrainedModel:
     """The case's model with random weights, in eval mode."""
     cls, config = getattr(transformers, case.class_name), small_config(case)
     with torch.no_grad(), warnings.catch_warnings():

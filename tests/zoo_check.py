@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 import runtime
 from runtime.artifact import Artifact
+from runtime.dequantize import open_checkpoint
 from runtime.errors import SeqbuildError
+from runtime.weights import Weights
 from seqbuild.build import Compiled, build
 from seqbuild.sample.inputs import SampleShape, default_sample
 from seqbuild.verify.difference import difference
@@ -164,6 +166,22 @@ def differences(
             got = run_chain(artifact.subgraphs, twin, copy.deepcopy(dict(sample)))
         found.append(difference(got, wanted).relative)
     return found
+
+
+def misread_parameters(case: Case, directory: Path) -> list[str]:
+    """Names of parameters that are not what transformers loads, of a checkpoint that it has saved; with the attention
+    that it takes by itself.
+    """
+    model = small_model(case, attention=None)
+    model.save_pretrained(directory / "model")
+    artifact = runtime.load(build(directory / "model", out=directory / "artifacts", leaves="target").path)
+    source = Weights(artifact, open_checkpoint(directory / "model"), torch.float32, artifact.empty_model(torch.float32))
+    loaded = type(model).from_pretrained(directory / "model", dtype=torch.float32).state_dict()
+    parameters = artifact.manifest.parameters
+    return [
+        *(name for name in loaded if name not in parameters),
+        *(name for name in parameters if not torch.equal(source.read(name, torch.device("cpu")), loaded[name])),
+    ]
 
 
 def misplaced_targets(artifact: Artifact) -> str:
