@@ -47,7 +47,7 @@ _EXECUTES = (
 )
 _MOST_COORDINATES = 4
 # Of an expression. Sympy takes its time to simplify quotients and remainders in each other, a power of their depth.
-_MOST_PARTS = 400
+_MOST_PARTS = 1000
 # Where a result's memory layout is noted down.
 _DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,3 +118,17 @@ def test_what_is_passed_through_has_all_its_bytes(
     before, found = read_tensors(narrow_llama.weights), read_tensors(tmp_path / "out")
     for key in (EMBEDDING, "lm_head.weight", "model.norm.weight"):
         assert torch.equal(found[key], before[key])
+
+
+def test_one_at_an_odd_place_is_read(tmp_path: Path) -> None:
+    """Torch looks at numbers where the processor likes them to be; other writers of the format do not care."""
+    entry = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+    header = json.dumps({"odd": entry, "none": {"dtype": "F32", "shape": [0], "data_offsets": [12, 12]}}).encode()
+    header += b" " * (1 - len(header) % 2)
+    data = torch.tensor([1.0, 2.0, 3.0]).numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.mapped("odd") is None and checkpoint.mapped("none") is None
+    assert checkpoint.read("odd").tolist() == [1.0, 2.0, 3.0]
+    assert b"".join(map(bytes, checkpoint.pieces("odd"))) == data
+    assert list(checkpoint.pieces("none")) == []
