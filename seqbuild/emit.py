@@ -284,7 +284,7 @@ class _Emitter:
             return f"-{operands[0]}"
         if target in _INFIX and len(operands) == 2:
             return f"{operands[0]} {_INFIX[target]} {operands[1]}"
-        if target is operator.pow and node.args[1] in (2, 3, 4):
+        if target is operator.pow and type(node.args[1]) is int and node.args[1] in (2, 3, 4):
             return " * ".join([operands[0]] * int(operands[1]))
         if target is operator.pow and is_power(exponent := _fractional(node.args[1])):
             return f"{operands[0]} ** {exponent!r}"

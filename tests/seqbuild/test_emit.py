@@ -105,6 +105,7 @@ def test_what_a_run_chooses(kwargs: dict[str, Any], source: str) -> None:
         (operator.neg, ("x",), "-x"),
         (operator.pow, ("x", 2), "x * x"),
         (operator.pow, ("x", 3), "x * x * x"),
+        (operator.pow, ("x", 2.0), "x ** 2.0"),
         (operator.pow, ("x", 0.5), "x ** 0.5"),
         (operator.pow, ("x", -0.5), "x ** -0.5"),
         (operator.pow, ("x", -1), "x ** -1.0"),
