@@ -186,7 +186,9 @@ class Weights:
 
     def _saved_as_another(self, name: str) -> tuple[str, ...] | None:
         """What the checkpoint has under the name of a parameter that is tied to this one."""
-        tied = (other for other, entry in self.artifact.manifest.parameters.items() if entry.tied_to == name)
+        parameters = self.artifact.manifest.parameters
+        owner = parameters[name].tied_to or name
+        tied = (other for other, entry in parameters.items() if other == owner or entry.tied_to == owner)
         return next((keys for other in tied if (keys := self._present((other,))) is not None), None)
 
     def _packed_origin(self, name: str, entry: ParameterEntry, scheme: QuantizationScheme) -> Origin:

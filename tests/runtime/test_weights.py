@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 import runtime
+import seqbuild.build
 from runtime.checkpoint import Checkpoint
 from runtime.weights import Weights, assign, unload
 from tests.runtime.small import (
@@ -193,6 +195,23 @@ def test_one_that_was_saved_as_the_other_that_it_is_tied_to_is_used(sharded_llam
     directory = rewrite(sharded_llama, tmp_path / "model", rename)
     inputs = token_batches([(2, 9)])[0]
     assert torch.equal(run_weights(sharded_llama, directory, inputs)["logits"], run_transformers(directory, inputs))
+
+
+@pytest.mark.parametrize("kept", ["encoder", "decoder", "both"])
+def test_of_several_that_are_tied_any_will_do(kept: str, tmp_path: Path) -> None:
+    """T5's embedding has four names."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    shared = tensors.pop("shared.weight")
+    names = ["encoder", "decoder"] if kept == "both" else [kept]
+    save_file(tensors | {f"{name}.embed_tokens.weight": shared.clone() for name in names}, file, {"format": "pt"})
+    artifact = runtime.load(seqbuild.build.build(tmp_path / "model", out=tmp_path / "artifacts").path)
+    source = Weights(artifact, Checkpoint(tmp_path / "model"), torch.float32, artifact.empty_model(torch.float32))
+    for name in ("shared.weight", "lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        assert torch.equal(source.read(name, torch.device("cpu")), shared), name
 
 
 def test_a_config_of_another_model_is_refused(llama: Small, tmp_path: Path) -> None:
