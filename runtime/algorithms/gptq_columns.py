@@ -118,7 +118,10 @@ class _Integers:
         else:
             torch.addcdiv(self.shift_O, target_O, factor_O, out=quantized_O)
             quantized_O.clamp_(self.least, self.most).sub_(self.shift_O)
-        torch.addcmul(weight_O, quantized_O, factor_O, value=-1, out=error_O)
+        torch.mul(
+            quantized_O, factor_O, out=error_O
+        )  # addcmul would not round it, as whoever reads the grid point does
+        torch.sub(weight_O, error_O, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:
         """Make the integers grid points."""
