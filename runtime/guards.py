@@ -90,6 +90,8 @@ def calculate(kind: str, left: Any, right: Any) -> Any:
         if type(value) not in _NUMBERS and not _is_number(value):
             raise ArtifactError(f"an artifact's code calculates with {type(value).__name__}, which is no number")
     result = _BY_NAME[kind](left, right)
+    if type(result) is complex:
+        raise ArtifactError("an artifact's code calculates a root of a negative number")
     if type(result) is int and abs(result) > _LARGEST:
         raise ArtifactError("an artifact's code calculates a number of more than 64 bits")
     return result
