@@ -219,11 +219,11 @@ class _Planner:
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self._experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
-        self.looked_up = lookup_tables(artifact)
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
         measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measures(self._new(subgraph))]
         self.last_measured = max(measured, default=-1)
+        self.looked_up = self._left_on_disk() if work.device_type == "cpu" else frozenset()
         self.done.clear()
         self.total_read = sum(self.stored.values())
         self.total_written = sum(self._written(name) for name in self.stored)
@@ -296,10 +296,18 @@ class _Planner:
     def _weights(self, index: int) -> int:
         return parameter_bytes(self.parameters, self.artifact.subgraphs[index].entry.parameters, self.work.dtype)
 
+    def _left_on_disk(self) -> frozenset[str]:
+        """The tables that the checkpoint has in the dtype of the run, as far as its size tells, and that nobody loads
+        as a whole under another name.
+        """
+        tables = lookup_tables(self.artifact)
+        loaded = (name for part in self.artifact.subgraphs[: self.last_measured + 1] for name in part.entry.parameters)
+        whole = {self.parameters[name].tied_to or name for name in loaded if name not in tables}
+        used = {name: parameter_bytes(self.parameters, [name], self.work.dtype) for name in tables}
+        return frozenset(name for name in tables if name not in whole and self.stored.get(name) == used[name])
+
     def _tables(self, index: int) -> int:
-        """What of a subgraph's weights stays on disk, if the checkpoint has it in the dtype of the run."""
-        if self.work.device_type != "cpu" or self.work.dtype != self.dtype:
-            return 0
+        """What of a subgraph's weights stays on disk."""
         names = [name for name in self.artifact.subgraphs[index].entry.parameters if name in self.looked_up]
         return parameter_bytes(self.parameters, names, self.work.dtype)
 
