@@ -118,9 +118,8 @@ class _Integers:
         else:
             torch.addcdiv(self.shift_O, target_O, factor_O, out=quantized_O)
             quantized_O.clamp_(self.least, self.most).sub_(self.shift_O)
-        torch.mul(
-            quantized_O, factor_O, out=error_O
-        )  # addcmul would not round it, as whoever reads the grid point does
+        # Not addcmul, which would not round the product, as whoever reads the grid point does.
+        torch.mul(quantized_O, factor_O, out=error_O)
         torch.sub(weight_O, error_O, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:

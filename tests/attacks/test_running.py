@@ -68,6 +68,13 @@ def test_no_number_grows_without_end(tmp_path: Path) -> None:
         run(tmp_path / "a", *lines, x=3)
 
 
+def test_no_root_of_a_negative_number(tmp_path: Path) -> None:
+    """What came of it would be complex, of which nothing is checked."""
+    assert run(tmp_path / "a", "y = x ** 0.5", x=4) == 2.0
+    with pytest.raises(ArtifactError, match="root of a negative number"):
+        run(tmp_path / "b", "y = x ** 0.5", x=-4)
+
+
 @pytest.mark.parametrize("x", [2**62, TURNS_LIMIT + 1])
 def test_no_loop_without_end(x: int, tmp_path: Path) -> None:
     lines = ("y = x + 0", "for i in range(x):", "    y = y + 0")

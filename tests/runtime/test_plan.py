@@ -22,7 +22,8 @@ from runtime.algorithms.rtn import quantize_rtn
 from runtime.artifact import Artifact
 from runtime.checkpoint import Checkpoint
 from runtime.jobs import assign_jobs
-from runtime.plan import KERNEL_BYTES, Plan
+from runtime.modify.needs import RecipeNeeds
+from runtime.plan import KERNEL_BYTES, Plan, plan_run
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
 from runtime.planning.request import plan_artifact
@@ -352,6 +353,22 @@ def test_peaks_do_not_grow_with_depth(small: Callable[..., Small]) -> None:
     ]
     assert plans[0].device_bytes == plans[1].device_bytes
     assert len(plans[1].steps) == 10
+
+
+def test_a_table_counts_unless_it_is_left_on_disk(llama: Small) -> None:
+    """It is left where the checkpoint has it as the run uses it."""
+    artifact = llama.load()
+    plan = planned(artifact, num_samples=1, seq_len=8, batch_size=1)  # the solve is what takes most
+    table = artifact.manifest.parameters["model.embed_tokens.weight"].bytes
+    text = recipe(RECIPES["W4A16"], modifier="GPTQModifier")
+    jobs, _ = assign_jobs(artifact, artifact.empty_model(torch.float32), None, text)
+    needs = RecipeNeeds(artifact, None, text, jobs)
+    sizes = {name: entry.bytes for name, entry in artifact.manifest.parameters.items() if not entry.tied_to}
+    first = [
+        plan_run(artifact, needs, plan.work, stored=sizes | {"model.embed_tokens.weight": stored}).steps[0].device
+        for stored in (table, table // 2)
+    ]
+    assert first[1] - first[0] == table
 
 
 def test_a_run_that_does_not_fit_is_refused(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
