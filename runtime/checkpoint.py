@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _PIECE_BYTES = 2**25  # of a tensor that goes from one file to another
+_ANNOUNCED_BYTES = 2**17  # at a time: of a longer piece Linux reads the beginning, as much as it reads ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,20 @@ class Checkpoint:
         for name in self._maps:
             self._release(name)
 
+    def announce(self, keys: Iterable[str]) -> None:
+        """Have the operating system read tensors into its page cache, if it can; they take none of the process's
+        memory, and are not counted as read.
+        """
+        for key in keys:
+            place = self._places[key]
+            self._announce(place.shard, place.begin, place.end)
+
+    def _announce(self, shard: str, begin: int, end: int) -> None:
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for start in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _ANNOUNCED_BYTES):
+            self._maps[shard].madvise(mmap.MADV_WILLNEED, start, min(_ANNOUNCED_BYTES, end - start))
+
     def pieces(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor, some after the other, each as long as the next is not asked for."""
         place = self._places[key]
@@ -153,9 +168,7 @@ class Checkpoint:
     @contextlib.contextmanager
     def _raw(self, place: _Place) -> Iterator[memoryview]:
         self._bytes_read += place.end - place.begin
-        page = place.begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED") and place.end > place.begin:
-            self._maps[place.shard].madvise(mmap.MADV_WILLNEED, page, place.end - page)
+        self._announce(place.shard, place.begin, place.end)
         with memoryview(self._maps[place.shard]) as whole, whole[place.begin : place.end] as view:
             try:
                 yield view

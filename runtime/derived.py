@@ -5,7 +5,7 @@ Nothing of it is ever written down: what was packed is plain, and what was stack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,11 @@ class DerivedCheckpoint(Checkpoint):
     def release(self) -> None:
         """Give pages back."""
         self.inner.release()
+
+    def announce(self, keys: Iterable[str]) -> None:
+        """Have what tensors are made from read into the page cache."""
+        made = ((key,) if key not in self._derived else self._derived[key].sources for key in keys)
+        self.inner.announce(dict.fromkeys(source for sources in made for source in sources))
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor, some after the other."""

@@ -20,6 +20,7 @@ import torch
 from runtime.activations import Activations
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
+from runtime.half_products import quick_halves
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
 from runtime.streaming.weight_stream import WeightStream
@@ -93,6 +94,7 @@ def evaluate(
     parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]
     with (
         torch.no_grad(),
+        quick_halves(torch.device(device).type),
         input_quantization(model, source.schemes),
         WeightStream(source, parts, torch.device(device)) as stream,
     ):

@@ -9,8 +9,8 @@ For each subgraph, with its weights W, its statistics S and the values A that wa
     while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
     while it is solved   W + the next subgraph's W + the solve of modules + what of S they and later ones need
 
-Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's, and
-tables that are only looked up in count while batches run: they stay on disk.
+Both on the device; on the host the values A, and the process itself. Where the device is the CPU all is the host's, the
+next subgraph's W stays on disk, and so do tables that are only looked up in, which count while batches run.
 """
 
 from __future__ import annotations
@@ -249,7 +249,8 @@ class _Planner:
         solve = modifying_bytes(modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
         tables = self._tables(index) if runs else 0
         weights = self._weights(index) if runs else max((self._weight(name) for name in modules), default=0)
-        following = self._weights(index + 1) - self._tables(index + 1) if index < self.last_measured else 0
+        is_ahead = work.device_type != "cpu" and index < self.last_measured
+        following = self._weights(index + 1) if is_ahead else 0
         device = weights - tables + following + max(tables + working + statistics, solve)
         on_device, on_host = _split(waiting, work)
         is_cpu = work.device_type == "cpu"

@@ -113,6 +113,11 @@ class InputStatistics:
         assert self._hessian is not None, "H was not asked for"
         return self._hessian.hessian_II
 
+    def take_hessian(self) -> torch.Tensor:
+        """H, for one who may overwrite it; nobody can ask for it afterwards."""
+        hessian_II, self._hessian = self.hessian_II, None
+        return hessian_II
+
     @property
     def mean_abs_I(self) -> torch.Tensor:
         """The mean magnitude of each feature; float32."""

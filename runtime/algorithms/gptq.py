@@ -42,7 +42,6 @@ a Hessian that cannot be used is an error, which the caller may answer otherwise
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +118,7 @@ def quantize_siblings(
     block_size: int = 128,
     actorder: str | None = "static",
     global_scale: torch.Tensor | None = None,
+    overwrite_hessian: bool = False,
 ) -> Iterator[QuantizedWeight]:
     """Quantize weights that see the same input: one factorization, and one pass over the columns for all rows of small
     weights, which takes large ones by themselves. The next is begun when the one before has been taken.
@@ -132,6 +132,7 @@ def quantize_siblings(
         block_size: likewise.
         actorder: likewise.
         global_scale: likewise; NVFP4 siblings share one.
+        overwrite_hessian: work in H's own memory, for whoever needs it no more: a factor takes as much.
 
     Yields:
         One result for each weight, in order.
@@ -146,31 +147,35 @@ def quantize_siblings(
     _check_options(dampening_frac, block_size, actorder)
     dtype = grid.work_dtype(*weights, hessian_II)
     order_I = column_order(hessian_II, actorder)
-    factors = factors_of(hessian_II, order_I, dampening_frac, dtype)
+    diagonal_I = hessian_II.diagonal().to(dtype, copy=True)
+    factors = factors_of(hessian_II, order_I, dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
+    del hessian_II
     if grid.needs_global_scale(args) and global_scale is None:
         global_scale = grid.global_scale_of(*weights)
-    fitting = _Fitting(args, scale_dtype, global_scale, hessian_II.diagonal().to(dtype))
+    fitting = _Fitting(args, scale_dtype, global_scale, diagonal_I)
     group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     is_refitted = grid.is_grouped(args) and actorder is None
     width = args.group_size if is_refitted else block_size
     damping, refit = factors.damping, fitting if is_refitted else None
-    parts = list(in_passes([weight.shape for weight in weights]))
-    for index, part in enumerate(parts):
-        taken = weights[part]
+    sizes = [part.stop - part.start for part in in_passes([weight.shape for weight in weights])]
+    while sizes:
+        taken, weights = weights[: sizes[0]], weights[sizes.pop(0) :]
         grids = fitting.all_grids(taken, dtype)
         residual_IO = _columns_as_rows(taken, order_I, dtype)
         quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, group_of_I, width, refit)
         loss_O -= _weighed_squares(residual_IO, factors.added_I)
         del residual_IO
-        if index == len(parts) - 1:
+        if not sizes:
             del factors  # what follows holds the results twice
-        ends = list(itertools.accumulate(len(weight) for weight in taken))
-        for weight_OI, end in zip(taken, ends, strict=True):
-            rows = slice(end - len(weight_OI), end)
-            result = [_result(weight_OI, rows, quantized_IO, order_I, loss_O, grids, fitting, damping)]
-            if end == ends[-1]:
+        # What is done is held no longer: neither weights that were rounded, nor results that were taken.
+        first = 0
+        while taken:
+            end = first + len(taken[0])
+            result = [_result(taken.pop(0), slice(first, end), quantized_IO, order_I, loss_O, grids, fitting, damping)]
+            first = end
+            if not taken:
                 del quantized_IO
-            yield result.pop()  # none is held here while it is worked with
+            yield result.pop()
 
 
 def in_passes(shapes: Sequence[Sequence[int]]) -> Iterator[slice]:

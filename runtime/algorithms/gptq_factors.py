@@ -5,15 +5,17 @@ Shapes: I in features. See `runtime.algorithms.gptq`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from runtime.algorithms.products import factorize_
+from runtime.algorithms.products import factorize_, reach
 from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # that are put in another order at a time: they fit a cache
+ROWS_OF_A_BAND = 128  # along the diagonal
 
 
 def column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor:
@@ -41,8 +43,22 @@ class Factors:
     damping: float
 
 
-def factors_of(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: float, dtype: torch.dtype) -> Factors:
+def factors_of(
+    hessian_II: torch.Tensor,
+    order_I: torch.Tensor,
+    dampening_frac: float,
+    dtype: torch.dtype,
+    *,
+    overwrite_hessian: bool = False,
+) -> Factors:
     """Factor a Hessian with its columns in this order; dampening is raised tenfold as long as that fails, up to 1.
+
+    Args:
+        hessian_II: H, symmetric.
+        order_I: the columns in the order of the solve.
+        dampening_frac: what is added to the diagonal at first, as a fraction of its mean.
+        dtype: of the factors.
+        overwrite_hessian: make them in H's own memory, if it has that dtype.
 
     Raises:
         QuantizationError: for one that does not factor even with dampening 1.
@@ -51,12 +67,11 @@ def factors_of(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean()
     damping = dampening_frac
+    is_inside = overwrite_hessian and hessian_II.dtype == dtype
+    fresh = _inside(hessian_II, order_I) if is_inside else _copies(hessian_II, order_I, dtype)
     while True:
         added_I = damping * mean + mean * dead_I
-        lower_II = torch.empty(hessian_II.shape, dtype=dtype, device=hessian_II.device)
-        parts = torch.split(lower_II, ROWS_OF_A_COPY), torch.split(order_I, ROWS_OF_A_COPY)
-        for part_RI, part_R in zip(*parts, strict=True):
-            part_RI.copy_(hessian_II.index_select(0, part_R).index_select(1, order_I))
+        lower_II = next(fresh)
         lower_II.diagonal().add_(added_I)
         if factorize_(lower_II):
             break
@@ -68,3 +83,43 @@ def factors_of(hessian_II: torch.Tensor, order_I: torch.Tensor, dampening_frac: 
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()
     return Factors(lower_II=lower_II.div_(root_I[:, None]), pivot_I=root_I.square(), added_I=added_I, damping=damping)
+
+
+def _copies(hessian_II: torch.Tensor, order_I: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Copies with the columns in this order, as many as are asked for."""
+    while True:
+        copy_II = torch.empty(hessian_II.shape, dtype=dtype, device=hessian_II.device)
+        parts = torch.split(copy_II, ROWS_OF_A_COPY), torch.split(order_I, ROWS_OF_A_COPY)
+        for part_RI, part_R in zip(*parts, strict=True):
+            part_RI.copy_(hessian_II.index_select(0, part_R).index_select(1, order_I))
+        yield copy_II
+
+
+def _inside(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The matrix itself with the columns in this order, again and again: a factorization leaves what is far above the
+    diagonal as it is, and what is near is kept.
+    """
+    for _ in range(2):  # columns, then what has become of the rows; it is symmetric, so that need not be undone
+        for part_RI in torch.split(hessian_II, ROWS_OF_A_COPY):
+            part_RI.copy_(part_RI.index_select(1, order_I))
+        _transpose_(hessian_II)
+    width = reach(hessian_II.device)
+    kept = [
+        hessian_II[top : top + ROWS_OF_A_BAND, top : top + ROWS_OF_A_BAND + width].clone()
+        for top in range(0, len(hessian_II), ROWS_OF_A_BAND)
+    ]
+    while True:
+        yield hessian_II
+        for top, near in zip(range(0, len(hessian_II), ROWS_OF_A_BAND), kept, strict=True):
+            bottom = top + ROWS_OF_A_BAND
+            hessian_II[top:bottom, top : top + near.shape[1]] = near
+            hessian_II[bottom:, top:bottom] = hessian_II[top:bottom, bottom:].t()
+
+
+def _transpose_(matrix_II: torch.Tensor) -> None:
+    parts = [slice(top, top + ROWS_OF_A_COPY) for top in range(0, len(matrix_II), ROWS_OF_A_COPY)]
+    for index, rows in enumerate(parts):
+        for columns in parts[: index + 1]:
+            above = matrix_II[columns, rows].clone()
+            matrix_II[columns, rows] = matrix_II[rows, columns].t().clone()
+            matrix_II[rows, columns] = above.t()

@@ -77,7 +77,7 @@ def factorize_(matrix_NN: torch.Tensor) -> bool:
 
     Args:
         matrix_NN: [N, N], symmetric, of which the lower triangle is read; overwritten with L, and with what means
-            nothing above its diagonal.
+            nothing above its diagonal, no further from it than `reach` says.
 
     Returns:
         Whether there is such a matrix: whether this one is positive definite.
@@ -97,9 +97,18 @@ def factorize_(matrix_NN: torch.Tensor) -> bool:
     return factorize_(first_II)
 
 
+def reach(device: torch.device) -> int:
+    """How many columns to the right of the diagonal `factorize_` may overwrite."""
+    return max(_ROWS, _small(device))
+
+
+def _small(device: torch.device) -> int:
+    return _SMALL if device.type == "cpu" else _SMALL_ELSEWHERE
+
+
 def _middle(matrix_NN: torch.Tensor) -> int:
     """Where a matrix is cut in two, the second part being a whole number of small blocks; 0 for a small one."""
-    size, small = len(matrix_NN), _SMALL if matrix_NN.device.type == "cpu" else _SMALL_ELSEWHERE
+    size, small = len(matrix_NN), _small(matrix_NN.device)
     return 0 if size <= small else size - (size // 2 + small - 1) // small * small
 
 

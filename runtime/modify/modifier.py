@@ -7,12 +7,11 @@ then GPTQ or AWQ then GPTQ, the batches pass through a subgraph once to be measu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms.products import multiplied
 from runtime.errors import DataError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from runtime.recipe import Assignment, Recipe
     from runtime.streaming.work import Work
     from runtime.weights import Weights
-
-_NUM_ROWS = 64  # that the relative error is estimated from
 
 
 class RecipeModifier:
@@ -99,7 +96,7 @@ class RecipeModifier:
             wanted = first | {name: needs[name] for name in group}
             measured = self._measured(work, wanted)
             statistics.update({name: measured.pop(name) for name in first if name in measured})
-            self._round(work, group, {}, measured)
+            self._round(work, group, {}, measured, others=list(statistics.values()))
         if not groups and (others or attentions):
             statistics = self._measured(work, others)
         self._add_key_value_scales(work, attentions)
@@ -173,6 +170,7 @@ class RecipeModifier:
         names: Sequence[str],
         rescaled: dict[str, torch.Tensor],
         statistics: dict[str, InputStatistics],
+        others: Collection[InputStatistics] = (),
     ) -> None:
         """Round modules in order; what nobody needs any more of rescaled weights and statistics is taken out."""
 
@@ -180,7 +178,8 @@ class RecipeModifier:
             tensor = rescaled.get(f"{name}.weight")
             return tensor if tensor is not None else work.weight(name)
 
-        for rounded in round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings):
+        rounding = round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings, others)
+        for rounded in rounding:
             found = statistics.get(rounded.name)
             if rounded.warning:
                 work.warnings.append(rounded.warning)
@@ -190,7 +189,7 @@ class RecipeModifier:
                 with_inputs(rounded.result, parts),
                 algorithm=rounded.algorithm,
                 num_tokens=found.num_tokens if found is not None else 0,
-                error=_relative_error(rounded, found),
+                error=_relative_error(rounded),
                 start=rounded.start,
             )
             rescaled.pop(f"{rounded.name}.weight", None)
@@ -224,12 +223,7 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
     return found.detach()
 
 
-def _relative_error(rounded: Rounded, found: InputStatistics | None) -> float:
-    """See `ModuleReport`; all rows would cost as much as the solve."""
-    weight_OI, result = rounded.weight_OI.detach(), rounded.result
-    stride = -(-len(weight_OI) // _NUM_ROWS)
-    rows_RI = weight_OI[::stride].float()
-    has_hessian = rounded.algorithm == "gptq" and found is not None
-    seen_RI = multiplied(rows_RI, found.hessian_II.to(rows_RI.device)) if has_hessian and found is not None else rows_RI
-    size = float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)
-    return float(result.loss / size) ** 0.5 if size > 0 and result.loss > 0 else 0.0
+def _relative_error(rounded: Rounded) -> float:
+    """See `ModuleReport`."""
+    size, loss = rounded.size, rounded.result.loss
+    return float(loss / size) ** 0.5 if size > 0 and loss > 0 else 0.0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,15 +13,18 @@ import torch
 from runtime.algorithms import grid
 from runtime.algorithms.awq import quantize_clipped
 from runtime.algorithms.gptq import quantize_siblings
+from runtime.algorithms.products import multiplied
 from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
-from runtime.modify.together import solved_together
+from runtime.modify.together import may_overwrite, solved_together
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
     from runtime.recipe import Assignment
     from runtime.statistics import InputStatistics
+
+_NUM_ROWS = 64  # that sizes are estimated from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class Rounded:
         algorithm: what was used in the end.
         warning: what a user should know, or "".
         start: the clock (`perf_counter`) when work on the module began.
-        weight_OI: what was rounded.
+        size: ||W X||^2 over the inputs X that its loss is about, estimated from some of its rows.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Rounded:
     algorithm: str
     warning: str
     start: float
-    weight_OI: torch.Tensor
+    size: float
 
 
 def round_modules(
@@ -53,6 +55,7 @@ def round_modules(
     scale_dtype_of: Callable[[str], torch.dtype],
     statistics: Mapping[str, InputStatistics],
     siblings: Mapping[str, int],
+    others: Collection[InputStatistics] = (),
 ) -> Iterator[Rounded]:
     """Quantize modules, in order of execution.
 
@@ -61,8 +64,10 @@ def round_modules(
         jobs: what is done to each.
         weight_of: a module's weight [O, I].
         scale_dtype_of: in what the checkpoint stores its scales.
-        statistics: of its inputs, where they were measured.
+        statistics: of its inputs, where they were measured. Whoever takes a module that comes out takes its statistics
+            out of here: GPTQ works in the memory of a Hessian that no module is left for.
         siblings: which modules read one tensor: a number for each, as far as it is known.
+        others: statistics that are still to be used for other modules than these.
 
     Raises:
         QuantizationError: naming the module.
@@ -71,7 +76,11 @@ def round_modules(
     inputs = {name: (id(statistics[name]), scale_dtype_of(name)) for name in names if name in statistics}
     for together in solved_together(names, jobs, inputs):
         # In a frame of its own, so that nothing of one batch is held while the next is solved.
-        yield from _rounded_together(together, jobs, weight_of, scale_dtype_of, statistics, shared)
+        found = statistics.get(together[0])
+        users = [name for name, entry in statistics.items() if entry is found]
+        is_free = not any(found is other for other in others) and may_overwrite(jobs[together[0]], together, users)
+        del found
+        yield from _rounded_together(together, jobs, weight_of, scale_dtype_of, statistics, shared, overwrite=is_free)
 
 
 def _rounded_together(
@@ -81,21 +90,33 @@ def _rounded_together(
     scale_dtype_of: Callable[[str], torch.dtype],
     statistics: Mapping[str, InputStatistics],
     shared: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool,
 ) -> Iterator[Rounded]:
     weights = [weight_of(name) for name in together]
     start = time.perf_counter()
-    results, algorithm, warning = _solve(together, weights, jobs, scale_dtype_of, statistics, shared)
-    for index, name in enumerate(together):
+    found = statistics.get(together[0]) if jobs[together[0]].algorithm == "gptq" else None
+    seen = found if found is not None and found.num_tokens else None
+    sizes = [_size(weight, seen) for weight in weights]
+    del found, seen
+    results, algorithm, warning = _solve(
+        together, weights, jobs, scale_dtype_of, statistics, shared, overwrite=overwrite
+    )
+    if algorithm != jobs[together[0]].algorithm:
+        sizes = [_size(weight, None) for weight in weights]
+    del weights  # those that are rounded are replaced
+    for name, size in zip(together, sizes, strict=True):
         result = [next(results)]
-        yield Rounded(
-            name=name,
-            result=result.pop(),
-            algorithm=algorithm,
-            warning=warning if index == 0 else "",
-            start=start,
-            weight_OI=weights[index],
-        )
-        start = time.perf_counter()
+        yield Rounded(name=name, result=result.pop(), algorithm=algorithm, warning=warning, start=start, size=size)
+        start, warning = time.perf_counter(), ""
+
+
+def _size(weight_OI: torch.Tensor, found: InputStatistics | None) -> float:
+    """||W X||^2, or ||W||^2 where nothing was measured; by some rows, for all would cost as much as a solve."""
+    weight_OI = weight_OI.detach()
+    rows_RI = weight_OI[:: -(-len(weight_OI) // _NUM_ROWS)].float()
+    seen_RI = rows_RI if found is None else multiplied(rows_RI, found.hessian_II.to(rows_RI.device))
+    return float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)
 
 
 def _global_scales(
@@ -124,6 +145,8 @@ def _solve(
     scale_dtype_of: Callable[[str], torch.dtype],
     statistics: Mapping[str, InputStatistics],
     shared: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool,
 ) -> tuple[Iterator[QuantizedWeight], str, str]:
     """The results, one after the other, the algorithm, and a warning or ""."""
     first = together[0]
@@ -140,13 +163,14 @@ def _solve(
                 )
             results = quantize_siblings(
                 weights,
-                found.hessian_II,
+                found.take_hessian() if overwrite else found.hessian_II,
                 job.scheme.weights,
                 scale_dtype=scale_dtype,
                 dampening_frac=job.options.dampening_frac,
                 block_size=job.options.block_size,
                 actorder=job.options.actorder,
                 global_scale=shared.get(first),
+                overwrite_hessian=overwrite,
             )
             one = next(results)  # if there is one, there will be the others
         except QuantizationError as error:
@@ -163,27 +187,35 @@ def _solve(
     used = one.damping
     is_raised = used > job.options.dampening_frac
     raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
-    return _refined(itertools.chain([one], results), weights, job, found), "gptq", raised
+    results = _both([one], results)
+    del one
+    return (_refined(results, weights, job, found) if job.options.refine else results), "gptq", raised
+
+
+def _both(first: list[QuantizedWeight], others: Iterator[QuantizedWeight]) -> Iterator[QuantizedWeight]:
+    """One after the other, as `itertools.chain`, which would hold the first one to the end."""
+    yield first.pop()
+    yield from others
 
 
 def _refined(
     results: Iterator[QuantizedWeight], weights: Sequence[torch.Tensor], job: Assignment, found: InputStatistics
 ) -> Iterator[QuantizedWeight]:
-    """The results of a solve, improved where the recipe asks for it."""
+    """The results of a solve, improved."""
+    assert job.options is not None, "GPTQ comes with options"
     for weight_OI in weights:
         result = [next(results)]
-        if job.options is not None and job.options.refine:
-            result.append(
-                refine(
-                    weight_OI,
-                    result[0],
-                    found.hessian_II,
-                    job.scheme.weights,
-                    sweeps=job.options.refine,
-                    dampening_frac=result[0].damping,
-                )
+        result.append(
+            refine(
+                weight_OI,
+                result[0],
+                found.hessian_II,
+                job.scheme.weights,
+                sweeps=job.options.refine,
+                dampening_frac=result[0].damping,
             )
-            del result[0]
+        )
+        del result[0]
         yield result.pop()  # none is held here while it is worked with
 
 

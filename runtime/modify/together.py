@@ -1,8 +1,8 @@
-"""Which modules are solved together: one answer for the run that rounds them and the plan of its memory."""
+"""Which modules are solved together, and in what memory: one answer for the run and for the plan of its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +33,19 @@ def solved_together(
             together = together[:_MOST_TOGETHER]
         done.update(together)
         yield together
+
+
+def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]) -> bool:
+    """Whether a solve may work in the memory of its Hessian: whether nobody asks for that afterwards.
+
+    Args:
+        job: of the modules that are solved.
+        together: these modules.
+        users: all that have not been solved and see the same input.
+    """
+    # Who improves on the result, or rounds to nearest instead, asks for it again.
+    is_asked_again = job.options is None or bool(job.options.refine) or job.options.fallback == "rtn"
+    return not is_asked_again and all(name in together for name in users)
 
 
 def _is_alike(one: Assignment, two: Assignment) -> bool:

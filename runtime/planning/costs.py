@@ -56,17 +56,23 @@ def copy_bytes(shape: Sequence[int]) -> int:
     return math.prod(shape) * FLOAT32
 
 
-def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
+def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool = False) -> int:
     """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, and two copies of the weights of a pass, residuals and
-    results, with those of four blocks and of one twice, and copies of what is multiplied. Round-to-nearest holds four
-    copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix. Packing holds one copy of one
-    weight, in the dtype of the run twice,
-    and a few more of some of its rows, beside the results of the pass and, where another follows, the factor.
+    `quantize_siblings` holds a matrix [I, I], the factor of H, unless that is made in the memory of H itself, and two
+    copies of the weights of a pass, residuals and results, with those of four blocks and of one twice, and copies of
+    what is multiplied. Round-to-nearest holds four copies, with a search of ranges on Gram matrices five, `refine` six
+    beside a matrix. Packing holds one copy of one weight, in the dtype of the run twice, and a few more of some of its
+    rows, beside the results of the pass and, where another follows, the factor.
+
+    Args:
+        shapes: [O, I] each.
+        job: what is done to them.
+        overwrites: whether H is overwritten, as nobody needs it any more.
     """
     from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
-    from runtime.algorithms.products import SQUARE
+    from runtime.algorithms.gptq_factors import ROWS_OF_A_BAND
+    from runtime.algorithms.products import SQUARE, reach
     from runtime.schemes import NUMBERS_AT_A_TIME
 
     num_in = shapes[0][1]
@@ -78,12 +84,15 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment) -> int:
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     packing = largest + min(2 * largest, 6 * NUMBERS_AT_A_TIME * FLOAT32)
     passes = list(in_passes(shapes))
-    most = 0
+    kept = hessian
+    if overwrites:
+        hessian, kept = 0, min(copy_bytes((num_in, ROWS_OF_A_BAND + reach(torch.device("cpu")))), hessian)
+    most = kept
     for part in passes:
         total = sum(copy_bytes(shape) for shape in shapes[part])
         factor = 0 if part is passes[-1] else hessian
         targets = min((BLOCKS_AT_A_TIME + 3) * total * block // num_in, 2 * total)
-        solving = hessian + 2 * total + targets + min(4 * copy_bytes((SQUARE, SQUARE)), hessian)
+        solving = hessian + 2 * total + targets + min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
         most = max(most, solving, factor + total + packing, factor + total + refining)
     return most
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.modify.together import solved_together
+from runtime.modify.together import may_overwrite, solved_together
 from runtime.planning.costs import copy_bytes, search_bytes, solve_bytes
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def modifying_bytes(
     inputs = {name: number for number, names in enumerate(sums) for name in names}
     for together in solved_together(modules, needs.jobs, inputs):
         shapes = [shape_of(f"{name}.weight") for name in together]
-        most = max(most, held(left) + solve_bytes(shapes, needs.jobs[together[0]]))
+        job = needs.jobs[together[0]]
+        users = {name for names in sums if together[0] in names for name in names if name in left}
+        overwrites = together[0] in inputs and may_overwrite(job, together, users)
+        most = max(most, held(left) + solve_bytes(shapes, job, overwrites=overwrites))
         left = [name for name in left if name not in together]
         for name in together:
             copies.pop(f"{name}.weight", None)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.experts import Experts
+from runtime.half_products import quick_halves, slow_halves
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ class ShapeRun:
             *self._run.constants.values(),
         ]
         memory = _Memory(given)
-        with torch.no_grad(), seen.watching(scope), _FusedAttention(self.device_type), memory:
+        modes = (_FusedAttention(self.device_type), memory, quick_halves(self.device_type))
+        with torch.no_grad(), seen.watching(scope), modes[0], modes[1], modes[2]:
             try:
                 outputs = subgraph.execute(self.model, inputs, self._run)
             except Exception:  # whatever code does that asks for values: no list of errors is complete
@@ -168,6 +170,11 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live_bytes = 0
         self._given = [tensor.untyped_storage() for tensor in given if isinstance(tensor, torch.Tensor)]
         self._storages: dict[int, Any] = {storage._cdata: storage for storage in self._given}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not ask torch's compiler to keep away: it would be imported, a hundred megabytes and two seconds."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -267,6 +274,10 @@ class _FusedAttention(TorchFunctionMode):
             numbers = torch.empty(mask.shape, dtype=query.dtype, device=META)
         sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=META)
         result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=META)
+        if self.device_type == "cpu" and query.dtype in slow_halves():
+            copied = [tensor[:1].float() for tensor in (query, key, value, result)]
+            joined = torch.empty_like(result)
+            del copied, joined
         del numbers, sums
         return result
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from runtime.half_products import quick_halves
 from runtime.quantized import input_quantization
 from runtime.statistics import EnoughSeenError
 from runtime.streaming.memory import trim_heap
@@ -79,7 +80,8 @@ class Passes:
     def first(self, step: Step) -> Any:
         """What the subgraph returns for the first batch, which stays as it was."""
         for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
-            return step.subgraph.forward(self.model, **inputs)
+            with self._quick_halves():
+                return step.subgraph.forward(self.model, **inputs)
         return {}
 
     def go_on(self, step: Step) -> None:
@@ -100,9 +102,13 @@ class Passes:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         self.is_running = True
-        yield
+        with self._quick_halves():
+            yield
         self.is_running = False  # not after an exception: it says where that came from
         trim_heap()
+
+    def _quick_halves(self) -> contextlib.AbstractContextManager[None]:
+        return quick_halves(self.activations.device.type)
 
     def _rounded_inputs(self, step: Step) -> contextlib.AbstractContextManager[None]:
         used = dict.fromkeys(step.subgraph.entry.parameters)

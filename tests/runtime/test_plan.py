@@ -122,21 +122,26 @@ def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
 
 
 @pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)]])
-@pytest.mark.parametrize("modifier", ["GPTQModifier", "QuantizationModifier"])
-def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], modifier: str) -> None:
+@pytest.mark.parametrize("kind", ["gptq", "gptq in place", "rtn"])
+def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind: str) -> None:
+    modifier = "QuantizationModifier" if kind == "rtn" else "GPTQModifier"
     (job,) = recipe(RECIPES["W4A16"], modifier=modifier).assign({"one": "Linear"}).values()
     weights = [torch.randn(shape).bfloat16() for shape in shapes]
     inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
-    hessian_II = inputs_TI.t() @ inputs_TI
+    overwrites = kind == "gptq in place"
 
-    def solve() -> list[QuantizedWeight]:
-        if job.algorithm == "gptq":
-            return list(quantize_siblings(weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16))
-        return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
+    def solve(hessian_II: torch.Tensor) -> list[QuantizedWeight]:
+        if job.algorithm != "gptq":
+            return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
+        results = quantize_siblings(
+            weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16, overwrite_hessian=overwrites
+        )
+        return list(results)
 
-    solve()
-    measured = allocated(solve)
-    assert measured * 0.85 <= solve_bytes(shapes, job) <= measured * 1.35
+    hessians = [inputs_TI.t() @ inputs_TI for _ in range(2)]
+    solve(hessians[0])
+    measured = allocated(lambda: solve(hessians[1]))
+    assert measured * 0.85 <= solve_bytes(shapes, job, overwrites=overwrites) <= measured * 1.35
 
 
 @pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256), (1024, 256)]])

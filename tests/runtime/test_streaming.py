@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import runtime
 import runtime.calibration
 import seqbuild.build
 from runtime.artifact import LoadedSubgraph
 from runtime.checkpoint import Checkpoint
+from runtime.derived import Derived, DerivedCheckpoint
+from runtime.layout import Stored
 from runtime.streaming.watch import EventLog
+from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
+from runtime.weights import Weights
 from runtime.writer import ShardWriter
 from tests.runtime.small import (
     NARROW,
@@ -109,25 +117,63 @@ def test_a_step_that_is_not_run_holds_one_weight_at_a_time(
     assert held == [[f"{report.name}.weight"] for report in result.modules]
 
 
-def test_the_next_weights_are_read_while_this_step_computes(
-    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touched: tuple[Counter[str], Counter[str]]
+def test_the_next_weights_come_to_the_page_cache_while_this_step_computes(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layer waits until the next one's weights were asked for: without prefetch that would be never."""
-    import time
-
-    reads, _ = touched
+    announced: dict[str, None] = {}
+    monkeypatch.setattr(Checkpoint, "announce", lambda self, keys: announced.update(dict.fromkeys(keys)))
     real = LoadedSubgraph.forward
 
     def forward(self: LoadedSubgraph, model: Any, **inputs: Any) -> dict[str, Any]:
         layer = int(self.entry.targets[0].rpartition(".")[2])
         end = time.monotonic() + 30
-        while layer < 2 and not reads[f"model.layers.{layer + 1}.mlp.up_proj.weight"]:
-            assert time.monotonic() < end, "nobody reads ahead"
+        while layer < 2 and f"model.layers.{layer + 1}.mlp.up_proj.weight" not in announced:
+            assert time.monotonic() < end, "nobody asks for them"
             time.sleep(0.001)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        assert parameters[f"model.layers.{layer}.mlp.up_proj.weight"].device.type == "cpu"
         return real(self, model, **inputs)
 
     monkeypatch.setattr(LoadedSubgraph, "forward", forward)
     calibrate(narrow_llama, recipe(NARROW_W4, modifier="GPTQModifier"), tmp_path / "out")
+    assert not any(key.startswith("model.layers.0.") for key in announced)
+
+
+def test_on_a_gpu_they_are_read(narrow_llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told apart by the device's name alone, which tensors here do not have."""
+    artifact = narrow_llama.load()
+    model = artifact.empty_model()
+    source = Weights(artifact, Checkpoint(narrow_llama.weights), torch.float32, model)
+    parts = [SimpleNamespace(index=i, loads=part.entry.parameters) for i, part in enumerate(artifact.subgraphs[:2])]
+    stream = WeightStream(source, parts, torch.device("cpu"))
+    monkeypatch.setattr(stream, "_is_ahead", True)
+    asked: list[str] = []
+    monkeypatch.setattr(Checkpoint, "announce", lambda self, keys: asked.extend(keys))
+    with stream:
+        stream.load(model, 0)
+        tensors, _ = stream._pending[1].result()
+        assert list(tensors) == list(parts[1].loads)
+    assert not asked
+
+
+def test_what_is_announced_is_what_tensors_are_made_from(tmp_path: Path) -> None:
+    """By the page: whoever asks for what lies in no shard would hear so."""
+    save_file({"a": torch.zeros(70_000), "b": torch.zeros(3), "c": torch.zeros(0)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    asked: list[list[str]] = []
+    real = checkpoint.announce
+    made = Derived(stored=Stored("d", "F32", (3,)), sources=("a", "b"), make=lambda inner, part: inner.read("b"))
+    seen = DerivedCheckpoint(checkpoint, {"d": made, "e": dataclasses.replace(made, stored=Stored("e", "F32", (3,)))})
+
+    def announce(keys: Iterable[str]) -> None:
+        asked.append(list(keys))
+        real(asked[-1])
+
+    checkpoint.announce = announce  # type: ignore[method-assign]
+    seen.announce(["d", "e", "c"])
+    assert asked == [["a", "b", "c"]]
+    assert checkpoint.bytes_read == 0
 
 
 def test_an_error_while_reading_ahead_is_the_runs(
