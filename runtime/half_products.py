@@ -49,6 +49,8 @@ def slow_halves() -> tuple[torch.dtype, ...]:
 
 
 class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    supports_higher_order_operators = True  # they are handed on like all else
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # to ask it would import it
