@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.algorithms.products import multiplied
-
 _HALVES = (torch.bfloat16, torch.float16)
-_NUMBERS_AT_A_TIME = 2**22  # that are copied: 16 MiB
+NUMBERS_AT_A_TIME = 2**22  # that are copied: 16 MiB
 
 
 @contextlib.contextmanager
@@ -48,8 +46,17 @@ def slow_halves() -> tuple[torch.dtype, ...]:
     return tuple(dtype for dtype, ask in supported.items() if not torch._C._has_mkldnn or ask is None or not ask())
 
 
+def names_of_slow_halves() -> list[str]:
+    """The same, to be written down."""
+    return [str(dtype).removeprefix("torch.") for dtype in slow_halves()]
+
+
 class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True  # they are handed on like all else
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or attention that is compiled as it is called would not find its way
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -64,11 +71,17 @@ class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         make = _PRODUCTS.get(func)
-        if make is None or not isinstance(args[0], torch.Tensor) or args[0].dtype not in self._dtypes:
-            return func(*args, **kwargs)
-        if args[0].device.type not in ("cpu", "meta"):
+        if make is None or not self._takes([value for value in args if isinstance(value, torch.Tensor)]):
             return func(*args, **kwargs)
         return make(*args, **kwargs)
+
+    def _takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Plain tensors of one dtype; of anything else torch has its own opinion."""
+        dtype = tensors[0].dtype
+        return dtype in self._dtypes and all(
+            tensor.dtype == dtype and tensor.layout == torch.strided and tensor.device.type in ("cpu", "meta")
+            for tensor in tensors
+        )
 
 
 def _mm(first_MK: torch.Tensor, second_KN: torch.Tensor) -> torch.Tensor:
@@ -78,20 +91,25 @@ def _mm(first_MK: torch.Tensor, second_KN: torch.Tensor) -> torch.Tensor:
 def _addmm(
     added: torch.Tensor | None, first_MK: torch.Tensor, second_KN: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """Columns of the second matrix, which are rows of a weight, are copied some at a time."""
-    full_MK, second_NK = first_MK.float(), second_KN.t()
-    result_MN = first_MK.new_empty(len(full_MK), len(second_NK))
-    for rows in _parts(len(second_NK), second_NK.shape[1] + len(full_MK)):
-        product_MR = multiplied(full_MK, second_NK[rows].float())
-        if added is not None and beta:
-            product_MR.mul_(alpha).add_(added.expand_as(result_MN)[:, rows], alpha=beta)
-        result_MN[:, rows] = product_MR
+    """Columns of the second matrix, which are rows of a weight, are copied some at a time.
+
+    Not by oneDNN: it would keep a program for each number of rows, and tokens come in any number.
+    """
+    full_MK = first_MK.float()
+    result_MN = first_MK.new_empty(len(full_MK), second_KN.shape[1])
+    for columns in _parts(second_KN.shape[1], len(second_KN) + len(full_MK)):
+        product_MR = full_MK @ second_KN[:, columns].float()
+        _add_(product_MR, None if added is None else added.expand_as(result_MN)[:, columns], beta, alpha)
+        result_MN[:, columns] = product_MR
     return result_MN
 
 
-def _linear(inputs: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    flat_MK = inputs.reshape(-1, inputs.shape[-1])
-    return _addmm(bias_N, flat_MK, weight_NK.t()).view(*inputs.shape[:-1], len(weight_NK))
+def _add_(product: torch.Tensor, added: torch.Tensor | None, beta: float, alpha: float) -> None:
+    """What is multiplied by nothing is not looked at, be it infinite."""
+    if alpha != 1:
+        product.mul_(alpha)
+    if added is not None and beta:
+        product.add_(added, alpha=beta)
 
 
 def _bmm(first_BMK: torch.Tensor, second_BKN: torch.Tensor) -> torch.Tensor:
@@ -105,8 +123,7 @@ def _baddbmm(
     result_BMN = first_BMK.new_empty(len(first_BMK), num_rows, num_columns)
     for some in _parts(len(first_BMK), num_inner * (num_rows + num_columns) + num_rows * num_columns):
         product_RMN = torch.bmm(first_BMK[some].float(), second_BKN[some].float())
-        if added is not None and beta:
-            product_RMN.mul_(alpha).add_(added.expand_as(result_BMN)[some], alpha=beta)
+        _add_(product_RMN, None if added is None else added.expand_as(result_BMN)[some], beta, alpha)
         result_BMN[some] = product_RMN
     return result_BMN
 
@@ -121,22 +138,30 @@ def _attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fused kernel, for some samples at a time; its result is laid out as its query."""
+    """The fused kernel, for some samples at a time, and where there is a mask for some queries of one."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    results, sums = [], []
-    tensors = (query_BHSD, key_BHTD, value_BHTD)
-    for some in _parts(len(query_BHSD), sum(math.prod(tensor.shape[1:]) for tensor in tensors)):
-        mask = attn_mask
-        if mask is not None:
-            mask = mask[some] if mask.dim() == 4 and mask.shape[0] > 1 else mask
-            mask = _float(mask)
-        parts = (tensor[some].float() for tensor in tensors)
-        found_RHSD, sums_RSH = fused(*parts, dropout_p, is_causal, attn_mask=mask, scale=scale)
-        results.append(found_RHSD.to(query_BHSD.dtype))
-        sums.append(sums_RSH)
-    strides = (math.prod(results[0].shape[1:]), *results[0].stride()[1:])
-    result_BHSD = torch.empty_strided(query_BHSD.shape, strides, dtype=query_BHSD.dtype, device=query_BHSD.device)
-    return torch.cat(results, out=result_BHSD), torch.cat(sums)
+    result_BHSD = torch.empty_like(query_BHSD)
+    sums_BHS = torch.empty_like(query_BHSD[..., 0], dtype=torch.float32)
+    numbers = sum(math.prod(tensor.shape[1:]) for tensor in (query_BHSD, key_BHTD, value_BHTD))
+    of_a_query = 0 if attn_mask is None else attn_mask.shape[-1] * (attn_mask.shape[1] if attn_mask.dim() == 4 else 1)
+    for some in _parts(len(query_BHSD), numbers + of_a_query * query_BHSD.shape[2]):
+        key_RHTD, value_RHTD = key_BHTD[some].float(), value_BHTD[some].float()
+        for rows in _parts(query_BHSD.shape[2], of_a_query * (some.stop - some.start)):
+            mask = None if attn_mask is None else _float(_of_mask(attn_mask, some, rows))
+            query_RHQD = query_BHSD[some, :, rows].float()
+            found_RHQD, found_RHQ = fused(
+                query_RHQD, key_RHTD, value_RHTD, dropout_p, is_causal, attn_mask=mask, scale=scale
+            )
+            result_BHSD[some, :, rows] = found_RHQD
+            sums_BHS[some, :, rows] = found_RHQ
+    return result_BHSD, sums_BHS
+
+
+def _of_mask(mask: torch.Tensor, some: slice, rows: slice) -> torch.Tensor:
+    """A part of what may be [S, T], [B, H, S, T], or 1 in the place of B, H and S."""
+    if mask.dim() == 4 and mask.shape[0] > 1:
+        mask = mask[some]
+    return mask[..., rows, :] if mask.shape[-2] > 1 else mask
 
 
 def _whole(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,17 +175,16 @@ def _float(value: Any) -> Any:
 
 
 def _parts(count: int, numbers_of_one: int) -> Iterator[slice]:
-    """Slices of so many, each of as much as is copied at a time."""
-    step = max(_NUMBERS_AT_A_TIME // max(numbers_of_one, 1), 1)
+    """Slices of so many, each of as much as is copied at a time; all in one where that is nothing."""
+    step = max(NUMBERS_AT_A_TIME // numbers_of_one, 1) if numbers_of_one else max(count, 1)
     for first in range(0, count, step):
-        yield slice(first, first + step)
+        yield slice(first, min(first + step, count))
 
 
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
-    _aten.linear.default: _linear,
     _aten.bmm.default: _bmm,
     _aten.baddbmm.default: _baddbmm,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,

@@ -9,6 +9,19 @@ from runtime.algorithms.products import SQUARE, add_product_
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
 
 
+_MULTIPLE = 128  # oneDNN keeps a program for each number of tokens: of experts it is another in every batch
+
+
+def _padded(inputs_TI: torch.Tensor) -> torch.Tensor:
+    """Inputs as [I, T] in float32, with zeros up to the next multiple of tokens, which add nothing."""
+    num_tokens, num_in = inputs_TI.shape
+    num_columns = -(-num_tokens // _MULTIPLE) * _MULTIPLE
+    inputs_IT = torch.empty(num_in, num_columns, dtype=torch.float32, device=inputs_TI.device)
+    inputs_IT[:, :num_tokens] = inputs_TI.t()
+    inputs_IT[:, num_tokens:] = 0
+    return inputs_IT
+
+
 class HessianAccumulator:
     """Sums up H = X X^T over calibration inputs, in float32.
 
@@ -41,7 +54,7 @@ class HessianAccumulator:
             self._add_(flat_TI.t())
         else:
             for part_TI in torch.split(flat_TI, SQUARE):  # a product takes no more tokens at a time without a copy
-                self._add_(part_TI.t().to(torch.float32).contiguous())
+                self._add_(_padded(part_TI))
         self.num_tokens += flat_TI.shape[0]
 
     def _add_(self, inputs_IT: torch.Tensor) -> None:

@@ -113,7 +113,8 @@ def _middle(matrix_NN: torch.Tensor) -> int:
 
 
 def _factorize_small_(matrix_NN: torch.Tensor) -> bool:
-    lower_NN, info = torch.linalg.cholesky_ex(matrix_NN.flip(0, 1))
+    # Transposed, for what is above the diagonal may be out of date: the lower triangle is to be read.
+    lower_NN, info = torch.linalg.cholesky_ex(matrix_NN.t().flip(0, 1))
     matrix_NN.copy_(lower_NN.flip(0, 1).t())
     return not info and bool(torch.isfinite(matrix_NN.diagonal()).all())
 

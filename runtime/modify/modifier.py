@@ -105,7 +105,10 @@ class RecipeModifier:
         for name, tensor in rescaled.tensors.items():
             if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
                 work.rewrite(name, tensor.to(_parameter(work, name).dtype))
-        self._round(work, [name for name in names if name not in grouped], rescaled.tensors, statistics)
+        left = [name for name in names if name not in grouped]
+        used = {name: statistics[name] for name in left if name in statistics}
+        del statistics  # of modules that are rescaled and not rounded
+        self._round(work, left, rescaled.tensors, used)
 
     def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
         with self._measuring(work):

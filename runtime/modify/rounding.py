@@ -114,6 +114,8 @@ def _rounded_together(
 def _size(weight_OI: torch.Tensor, found: InputStatistics | None) -> float:
     """||W X||^2, or ||W||^2 where nothing was measured; by some rows, for all would cost as much as a solve."""
     weight_OI = weight_OI.detach()
+    if not weight_OI.numel() or (found is not None and found.num_in_features != weight_OI.shape[-1]):
+        return 0.0  # the solve says what is wrong
     rows_RI = weight_OI[:: -(-len(weight_OI) // _NUM_ROWS)].float()
     seen_RI = rows_RI if found is None else multiplied(rows_RI, found.hessian_II.to(rows_RI.device))
     return float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)

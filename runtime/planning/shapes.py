@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.experts import Experts
-from runtime.half_products import quick_halves, slow_halves
+from runtime.half_products import NUMBERS_AT_A_TIME, quick_halves, slow_halves
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -276,8 +276,10 @@ class _FusedAttention(TorchFunctionMode):
         result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=META)
         if self.device_type == "cpu" and query.dtype in slow_halves():
             copied = [tensor[:1].float() for tensor in (query, key, value, result)]
-            joined = torch.empty_like(result)
-            del copied, joined
+            if mask is not None:  # of some queries at a time
+                size = min(mask.numel() // (len(mask) if mask.dim() == 4 else 1), NUMBERS_AT_A_TIME)
+                copied.append(torch.empty(size, dtype=torch.float32, device=META))
+            del copied
         del numbers, sums
         return result
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from runtime.activations import DEVICE, Activations, Budget
+from runtime.half_products import names_of_slow_halves
 from runtime.masks import token_mask
 from runtime.streaming import journal
 from runtime.streaming.boundary import load_boundary
@@ -216,10 +217,12 @@ class StreamingRun:
         for entry in log.entries:
             self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
             self.watch.warnings += entry.get("warnings", ())
-        threads = log.of_kind(journal.RUN)[0]["threads"]
-        if threads != torch.get_num_threads():
-            text = f"warning: begun with {threads} threads and resumed with {torch.get_num_threads()}: sums may differ"
-            self.watch.tell("warning", text=text)
+        begun = log.of_kind(journal.RUN)[0]
+        if begun["threads"] != torch.get_num_threads():
+            found = f"begun with {begun['threads']} threads and resumed with {torch.get_num_threads()}"
+            self.watch.tell("warning", text=f"warning: {found}: sums may differ")
+        if begun.get("slow_halves", names_of_slow_halves()) != names_of_slow_halves():
+            self.watch.tell("warning", text="warning: begun on another kind of processor: sums may differ")
         for step in self.plan.steps[:first]:
             self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
             for name in step.subgraph.entry.parameters:

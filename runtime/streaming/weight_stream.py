@@ -74,11 +74,13 @@ class WeightStream:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._side = SideStream(device)
         self._is_ahead = device.type != "cpu"
+        self._is_over = False
 
     def __enter__(self) -> WeightStream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over = True
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._kept.clear()
@@ -108,7 +110,9 @@ class WeightStream:
     def _announce(self, step: Loading) -> None:
         names = [name for name in step.loads if name not in self._tables]
         keys = dict.fromkeys(key for name in names for key in self.source.origins[name].keys)
-        self.source.checkpoint.announce(key for key in keys if key not in self._kept)
+        for key in keys:
+            if key not in self._kept and not self._is_over:
+                self.source.checkpoint.announce([key])
 
     def _read_step(self, step: Loading) -> Loaded:
         tensors: dict[str, torch.Tensor] = {}

@@ -56,6 +56,8 @@ class Workplace:
         """
         import torch
 
+        from runtime.half_products import names_of_slow_halves
+
         if self.journal.of_kind(journal.RUN):
             self.journal.require_same_run(identity)
         for folder in (self.checkpoint, self.values):
@@ -63,7 +65,12 @@ class Workplace:
         flush_one(self.root)
         flush_one(self.root.parent)
         if not self.journal.entries:
-            self.journal.append(journal.RUN, identity=identity, threads=torch.get_num_threads())
+            self.journal.append(
+                journal.RUN,
+                identity=identity,
+                threads=torch.get_num_threads(),
+                slow_halves=names_of_slow_halves(),
+            )
         for path in self.checkpoint.iterdir():
             if path.suffix != ".safetensors":  # half of a file, perhaps; they are all written in the end
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

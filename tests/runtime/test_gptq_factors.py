@@ -11,6 +11,7 @@ import torch
 from runtime.algorithms import products
 from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.gptq_factors import column_order, factors_of
+from runtime.recipe import Recipe
 from runtime.statistics import InputStatistics
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
 from tests.runtime.test_gptq import int_args
@@ -115,3 +116,18 @@ def test_none_is_overwritten_that_is_wanted_again(
     inside, copied = read_tensors(tmp_path / "inside"), read_tensors(tmp_path / "copied")
     assert list(inside) == list(copied)
     assert all(torch.equal(inside[key], copied[key]) for key in copied)
+
+
+def test_sums_of_what_is_only_rescaled_are_not_waited_for(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of query, key and value, which share a Hessian, one is rounded."""
+    text = (
+        "SmoothQuantModifier: {mappings: [[['re:.*q_proj', 're:.*k_proj', 're:.*v_proj'], 're:.*input_layernorm']]}\n"
+        "GPTQModifier: {config_groups: {a: {targets: ['re:.*q_proj$'], weights: {num_bits: 8, strategy: channel}}}}"
+    )
+    taken: list[InputStatistics] = []
+    real: Callable[[InputStatistics], torch.Tensor] = InputStatistics.take_hessian
+    monkeypatch.setattr(InputStatistics, "take_hessian", lambda self: taken.append(self) or real(self))
+    calibrate(narrow_llama, Recipe.from_text(text, "recipe.yaml"), tmp_path / "out")
+    assert len(taken) == 3

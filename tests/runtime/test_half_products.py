@@ -28,6 +28,15 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The products of two matrices that are made from here on."""
+    made: list[Any] = []
+    real = half_products._PRODUCTS[torch.ops.aten.mm.default]
+    record = {torch.ops.aten.mm.default: lambda *args: made.append(args) or real(*args)}
+    monkeypatch.setattr(half_products, "_PRODUCTS", half_products._PRODUCTS | record)
+    return made
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -54,6 +63,14 @@ CASES: dict[str, tuple[Product, list[torch.Tensor]]] = {
     "linear": (functional.linear, [random(2, 3, 40), random(9, 40, seed=1)]),
     "linear with bias": (functional.linear, [random(2, 3, 40), random(9, 40, seed=1), random(9, seed=2)]),
     "addmm": (lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2), [random(7, 1), random(7, 40), random(40, 9)]),
+    "addmm, nothing of one": (
+        lambda c, a, b: torch.addmm(c, a, b, beta=0, alpha=2),
+        [torch.full((9,), math.inf), random(7, 40), random(40, 9)],
+    ),
+    "baddbmm, nothing of one": (
+        lambda c, a, b: torch.baddbmm(c, a, b, beta=0, alpha=0.5),
+        [torch.full((5, 7, 9), math.nan), random(5, 7, 40), random(5, 40, 9)],
+    ),
     "bmm": (torch.bmm, [random(5, 7, 40), random(5, 40, 9, seed=1)]),
     "matmul with heads": (torch.matmul, [random(2, 3, 7, 40), random(2, 3, 40, 9, seed=1)]),
     "baddbmm": (
@@ -81,19 +98,36 @@ CASES: dict[str, tuple[Product, list[torch.Tensor]]] = {
         attend,
         [random(3, 4, 6, 8), random(3, 4, 11, 8, seed=1), random(3, 4, 11, 8, seed=2), random(6, 11, seed=3)],
     ),
+    "attention, mask of heads": (
+        attend,
+        [random(3, 4, 6, 8), random(3, 4, 11, 8), random(3, 4, 11, 8, seed=2), random(1, 4, 6, 11, seed=3)],
+    ),
+    "attention, mask for all queries": (
+        attend,
+        [random(3, 4, 6, 8), random(3, 4, 11, 8), random(3, 4, 11, 8, seed=2), random(3, 1, 1, 11, seed=3)],
+    ),
+    "attention, grouped": (
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        [random(3, 4, 6, 8), random(3, 2, 11, 8, seed=1), random(3, 2, 11, 8, seed=2)],
+    ),
+    "attention, a slice": (
+        lambda q, k, v: attend(q[:, 1:, ::2], k, v),
+        [random(3, 5, 6, 8), random(3, 4, 11, 8, seed=1), random(3, 4, 11, 8, seed=2)],
+    ),
+    "attention, no samples": (attend, [random(0, 4, 6, 8), random(0, 4, 6, 8), random(0, 4, 6, 8)]),
     "attention, causal": (attend_causal, [random(3, 4, 6, 8), random(3, 4, 6, 8, seed=1), random(3, 4, 6, 8, seed=2)]),
     "attention, heads": (attend_in_heads, [random(3, 6, 32), random(3, 11, 32, seed=1), random(3, 11, 32, seed=2)]),
 }
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("numbers", [64, half_products._NUMBERS_AT_A_TIME])
+@pytest.mark.parametrize("numbers", [64, half_products.NUMBERS_AT_A_TIME])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_product_rounded_once(
     name: str, dtype: torch.dtype, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(half_products, "_NUMBERS_AT_A_TIME", numbers)
+    monkeypatch.setattr(half_products, "NUMBERS_AT_A_TIME", numbers)
     product, tensors = CASES[name]
     halves = [tensor.to(dtype) for tensor in tensors]
     exact = product(*(half.double() for half in halves))
@@ -107,6 +141,28 @@ def test_it_is_the_product_rounded_once(
 
 
 @pytest.mark.usefixtures("slow")
+def test_what_torch_refuses_is_refused() -> None:
+    half = random(7, 40).bfloat16()
+    with torch.no_grad(), quick_halves("cpu"):
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.mm(half, random(40, 9))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            torch.mm(half, random(41, 9).bfloat16())
+        assert torch.equal(torch.mm(half.to_sparse(), half.t()).float(), torch.mm(half.to_sparse(), half.t()).float())
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_higher_order_operators_go_through() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query = random(1, 2, 16, 16)
+    with torch.no_grad(), quick_halves("cpu"):
+        found = flex_attention(query, query, query)
+    assert torch.allclose(found, functional.scaled_dot_product_attention(query, query, query), atol=1e-5)
+
+
+@pytest.mark.usefixtures("slow")
 def test_whole_numbers_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(-3, 4, shape, generator=generator).bfloat16() for shape in ((50, 30), (30, 20)))
@@ -117,9 +173,7 @@ def test_whole_numbers_are_exact() -> None:
 
 def test_nothing_is_changed_where_the_processor_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(half_products, "slow_halves", lambda: (torch.float16,))
-    made: list[Any] = []
-    real = half_products.multiplied
-    monkeypatch.setattr(half_products, "multiplied", lambda *args: made.append(args) or real(*args))
+    made = recorded(monkeypatch)
     first, second = random(7, 40).bfloat16(), random(40, 9).bfloat16()
     with quick_halves("cpu"):
         assert torch.equal(first @ second, torch.mm(first, second))
@@ -146,9 +200,7 @@ def test_the_processor_is_asked(numbers: Callable[[], bool] | None, monkeypatch:
 @pytest.mark.usefixtures("slow")
 def test_runs_use_it(sharded_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both passes of a calibration, and an evaluation; the result is nearly the same, and quantized as well."""
-    made: list[Any] = []
-    real = half_products.multiplied
-    monkeypatch.setattr(half_products, "multiplied", lambda *args: made.append(args) or real(*args))
+    made = recorded(monkeypatch)
     one = calibrate(sharded_llama, recipe(RECIPES["W4A16"], modifier="GPTQModifier"), tmp_path / "quick")
     measured = 3 * (7 + 6 + 6)  # the first batch tells which module is the last one
     assert len(made) == measured + 2 * 3 * 7

@@ -63,6 +63,18 @@ class TestFactorize:
         tolerance = 1e-6 if dtype == torch.float32 else 1e-14
         assert float((lower.t() @ lower - matrix.double()).norm() / matrix.double().norm()) < tolerance
 
+    @pytest.mark.parametrize("size", [200, 1025, 1200, 1500])
+    @pytest.mark.parametrize("small", [128, 700])
+    def test_reads_the_lower_triangle_alone(self, size: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of small blocks as well, wherever pieces of rows end: what is above the diagonal is out of date by then."""
+        monkeypatch.setattr(products, "_SMALL", small)
+        inputs = numbers(size + 50, size)
+        matrix = inputs.t() @ inputs
+        found = matrix + torch.full_like(matrix, torch.nan).triu(1)
+        assert factorize_(found)
+        lower = found.tril().double()
+        assert float((lower.t() @ lower - matrix.double()).norm() / matrix.double().norm()) < 1e-6
+
     @pytest.mark.parametrize("size", [3, 300])
     @pytest.mark.parametrize("place", [0, -1])
     def test_says_when_there_is_none(self, size: int, place: int) -> None:

@@ -22,6 +22,7 @@ import runtime
 from runtime.artifact import LoadedSubgraph
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
+from runtime.streaming.watch import Lines
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused
 from tests.runtime.small import (
     NARROW_W4,
@@ -88,6 +89,23 @@ def test_what_is_finished_is_not_done_again(
     assert result.modules == expected.modules
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+def test_another_processor_is_a_warning(
+    narrow_llama: Small, tmp_path: Path, stop_at: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that multiplies halves, and another that does not; and so is another number of threads."""
+    monkeypatch.setattr("runtime.half_products.slow_halves", lambda: (torch.float16,))
+    stop_at(8)
+    with pytest.raises(Stop):
+        calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
+    monkeypatch.setattr("runtime.half_products.slow_halves", lambda: ())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    stop_at(0)
+    lines: list[str] = []
+    calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True, watchers=[Lines(lines.append)])
+    assert [line for line in lines if "another kind of processor" in line]
+    assert [line for line in lines if "resumed with 77" in line]
 
 
 def test_a_run_can_be_stopped_again_and_again(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import runtime.algorithms.hessian
+from runtime.algorithms.hessian import HessianAccumulator
 from runtime.statistics import EnoughSeenError, InputStatistics, Needs, collect_statistics
 from tests.runtime.small import RECIPES, Small, calibrate, directory_bytes, recipe
 
@@ -350,3 +352,23 @@ def test_a_run_ends_batches_early_and_computes_the_same(
     calibrate(llama, plan, tmp_path / "whole")
     assert calls.count(torch.Size([128, 256])) == 3 * 3 + 2 * 3
     assert directory_bytes(tmp_path / "early") == directory_bytes(tmp_path / "whole")
+
+
+def test_numbers_of_tokens_are_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What multiplies keeps a program for each size that it meets, and experts see another number in every batch."""
+    sizes: dict[tuple[int, ...], None] = {}
+    real = runtime.algorithms.hessian.add_product_
+
+    def record(target: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+        sizes[tuple(second.shape)] = None
+        real(target, first, second)
+
+    monkeypatch.setattr(runtime.algorithms.hessian, "add_product_", record)
+    found = HessianAccumulator(5)
+    batches = [whole_numbers(count, 5, seed=count) for count in range(1, 301)]
+    for batch in batches:
+        found.add(batch)
+    inputs = torch.cat(batches)
+    assert torch.equal(found.hessian_II, inputs.t() @ inputs)
+    assert found.num_tokens == len(inputs)
+    assert len(sizes) == 3
