@@ -106,8 +106,16 @@ class DerivedCheckpoint(Checkpoint):
 
     def announce(self, keys: Iterable[str]) -> None:
         """Have what tensors are made from read into the page cache."""
-        made = ((key,) if key not in self._derived else self._derived[key].sources for key in keys)
-        self.inner.announce(dict.fromkeys(source for sources in made for source in sources))
+        self.inner.announce(self._sources_of(keys))
+
+    def _sources_of(self, keys: Iterable[str]) -> Iterator[str]:
+        """What tensors are made from, each once, as it is asked for: of experts, the stack that hundreds share."""
+        seen: dict[str, None] = {}
+        for key in keys:
+            for source in self._derived[key].sources if key in self._derived else (key,):
+                if source not in seen:
+                    seen[source] = None
+                    yield source
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor, some after the other."""

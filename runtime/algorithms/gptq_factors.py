@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
 from runtime.algorithms.products import factorize_, reach
 from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # that are put in another order at a time: they fit a cache
-ROWS_OF_A_BAND = 128  # along the diagonal
 
 
 def column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor:
@@ -103,17 +103,14 @@ def _inside(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iterator[torch.T
         for part_RI in torch.split(hessian_II, ROWS_OF_A_COPY):
             part_RI.copy_(part_RI.index_select(1, order_I))
         _transpose_(hessian_II)
-    width = reach(hessian_II.device)
-    kept = [
-        hessian_II[top : top + ROWS_OF_A_BAND, top : top + ROWS_OF_A_BAND + width].clone()
-        for top in range(0, len(hessian_II), ROWS_OF_A_BAND)
-    ]
+    width = PANEL_WIDTH + reach(hessian_II.device)
+    band = [hessian_II[top : top + PANEL_WIDTH, top : top + width] for top in range(0, len(hessian_II), PANEL_WIDTH)]
+    kept = [near.clone() for near in band]
     while True:
         yield hessian_II
-        for top, near in zip(range(0, len(hessian_II), ROWS_OF_A_BAND), kept, strict=True):
-            bottom = top + ROWS_OF_A_BAND
-            hessian_II[top:bottom, top : top + near.shape[1]] = near
-            hessian_II[bottom:, top:bottom] = hessian_II[top:bottom, bottom:].t()
+        for near, before in zip(band, kept, strict=True):
+            near.copy_(before)
+        mirror_(hessian_II)
 
 
 def _transpose_(matrix_II: torch.Tensor) -> None:

@@ -7,9 +7,14 @@ import torch
 from runtime.algorithms.products import SQUARE, add_product_
 
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
-
-
 _MULTIPLE = 128  # oneDNN keeps a program for each number of tokens: of experts it is another in every batch
+
+
+def mirror_(upper_II: torch.Tensor) -> None:
+    """Make a matrix symmetric of which panels from the diagonal to the right are right, squares on it included."""
+    for left in range(0, len(upper_II), PANEL_WIDTH):
+        right = left + PANEL_WIDTH
+        upper_II[right:, left:right] = upper_II[left:right, right:].t()
 
 
 def _padded(inputs_TI: torch.Tensor) -> torch.Tensor:
@@ -69,9 +74,8 @@ class HessianAccumulator:
     @property
     def hessian_II(self) -> torch.Tensor:
         """The sum so far: the accumulator's own tensor, which a later `add` changes."""
-        for left in range(0, 0 if self._is_whole else len(self._upper_II), PANEL_WIDTH):
-            right = left + PANEL_WIDTH
-            self._upper_II[right:, left:right] = self._upper_II[left:right, right:].t()
+        if not self._is_whole:
+            mirror_(self._upper_II)
         self._is_whole = True
         return self._upper_II
 

@@ -118,7 +118,7 @@ def _size(weight_OI: torch.Tensor, found: InputStatistics | None) -> float:
         return 0.0  # the solve says what is wrong
     rows_RI = weight_OI[:: -(-len(weight_OI) // _NUM_ROWS)].float()
     seen_RI = rows_RI if found is None else multiplied(rows_RI, found.hessian_II.to(rows_RI.device))
-    return float((seen_RI * rows_RI).sum()) * len(weight_OI) / max(len(rows_RI), 1)
+    return float((seen_RI * rows_RI).sum()) * len(weight_OI) / len(rows_RI)
 
 
 def _global_scales(

@@ -71,7 +71,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
         overwrites: whether H is overwritten, as nobody needs it any more.
     """
     from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
-    from runtime.algorithms.gptq_factors import ROWS_OF_A_BAND
+    from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
     from runtime.schemes import NUMBERS_AT_A_TIME
 
@@ -86,7 +86,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     passes = list(in_passes(shapes))
     kept = hessian
     if overwrites:
-        hessian, kept = 0, min(copy_bytes((num_in, ROWS_OF_A_BAND + reach(torch.device("cpu")))), hessian)
+        hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
     most = kept
     for part in passes:
         total = sum(copy_bytes(shape) for shape in shapes[part])

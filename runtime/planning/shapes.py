@@ -138,8 +138,13 @@ class ShapeRun:
             *self._run.constants.values(),
         ]
         memory = _Memory(given)
-        modes = (_FusedAttention(self.device_type), memory, quick_halves(self.device_type))
-        with torch.no_grad(), seen.watching(scope), modes[0], modes[1], modes[2]:
+        with (
+            torch.no_grad(),
+            seen.watching(scope),
+            _FusedAttention(self.device_type),
+            memory,
+            quick_halves(self.device_type),
+        ):
             try:
                 outputs = subgraph.execute(self.model, inputs, self._run)
             except Exception:  # whatever code does that asks for values: no list of errors is complete

@@ -110,9 +110,8 @@ class WeightStream:
     def _announce(self, step: Loading) -> None:
         names = [name for name in step.loads if name not in self._tables]
         keys = dict.fromkeys(key for name in names for key in self.source.origins[name].keys)
-        for key in keys:
-            if key not in self._kept and not self._is_over:
-                self.source.checkpoint.announce([key])
+        waiting = itertools.takewhile(lambda key: not self._is_over, keys)
+        self.source.checkpoint.announce(key for key in waiting if key not in self._kept)
 
     def _read_step(self, step: Loading) -> Loaded:
         tensors: dict[str, torch.Tensor] = {}
