@@ -82,16 +82,18 @@ def factors_of(
             )
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()
-    return Factors(lower_II=lower_II.div_(root_I[:, None]), pivot_I=root_I.square(), added_I=added_I, damping=damping)
+    for rows in _parts(len(root_I)):
+        lower_II[rows, : rows.stop].div_(root_I[rows, None])
+    return Factors(lower_II=lower_II, pivot_I=root_I.square(), added_I=added_I, damping=damping)
 
 
 def _copies(hessian_II: torch.Tensor, order_I: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Copies with the columns in this order, as many as are asked for."""
+    """Copies of the lower triangle with the columns in this order, as many as are asked for."""
     while True:
         copy_II = torch.empty(hessian_II.shape, dtype=dtype, device=hessian_II.device)
-        parts = torch.split(copy_II, ROWS_OF_A_COPY), torch.split(order_I, ROWS_OF_A_COPY)
-        for part_RI, part_R in zip(*parts, strict=True):
-            part_RI.copy_(hessian_II.index_select(0, part_R).index_select(1, order_I))
+        for rows in _parts(len(order_I)):
+            chosen_RI = hessian_II.index_select(0, order_I[rows])
+            copy_II[rows, : rows.stop] = chosen_RI.index_select(1, order_I[: rows.stop])
         yield copy_II
 
 
@@ -113,8 +115,12 @@ def _inside(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iterator[torch.T
         mirror_(hessian_II)
 
 
+def _parts(num_rows: int) -> list[slice]:
+    return [slice(top, min(top + ROWS_OF_A_COPY, num_rows)) for top in range(0, num_rows, ROWS_OF_A_COPY)]
+
+
 def _transpose_(matrix_II: torch.Tensor) -> None:
-    parts = [slice(top, top + ROWS_OF_A_COPY) for top in range(0, len(matrix_II), ROWS_OF_A_COPY)]
+    parts = _parts(len(matrix_II))
     for index, rows in enumerate(parts):
         for columns in parts[: index + 1]:
             above = matrix_II[columns, rows].clone()

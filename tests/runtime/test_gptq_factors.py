@@ -65,6 +65,25 @@ def test_a_factorization_reaches_no_further(size: int, small: int, monkeypatch: 
     assert torch.equal(after_II.triu(reached), before_II.triu(reached))
 
 
+def test_what_is_above_the_diagonal_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody filled holds anything: here it is filled with NaN."""
+    hessian_II = hessian(1300, 0.1)
+    weight_OI = torch.randn(40, 1300, generator=torch.Generator().manual_seed(0))
+
+    def solved() -> torch.Tensor:
+        (result,) = quantize_siblings([weight_OI], hessian_II, int_args(strategy="channel"), scale_dtype=torch.float32)
+        return result.weight_OI
+
+    expected_OI = solved()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        assert torch.equal(solved(), expected_OI)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("actorder", ["static", None])
 def test_integers_are_those_of_a_copy(actorder: str | None) -> None:
     weights = [torch.randn(height, 1024, generator=torch.Generator().manual_seed(height)) for height in (40, 8)]
