@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from runtime.errors import ArtifactError, ModelError, SeqbuildError
@@ -22,6 +23,7 @@ FILE_LIMIT_BYTES = 4 * 2**20
 _PREFIX = "seqbuild_modeling_"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _CATCHES_IMPORTS = ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
+_HOLDS_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
 
 Read = Callable[[str], "bytes | None"]
 
@@ -86,7 +88,8 @@ class Import:
     is_guarded: bool
 
 
-def parse_imports(data: bytes) -> list[Import]:
+@lru_cache(maxsize=512)  # of a library's files, which every model of a process is made of
+def parse_imports(data: bytes) -> tuple[Import, ...]:
     """Every import statement of a file, wherever it is.
 
     Raises:
@@ -95,7 +98,7 @@ def parse_imports(data: bytes) -> list[Import]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an invalid escape in somebody else's string
         tree = ast.parse(data)
-    return list(_imports(tree, False))
+    return tuple(_imports(tree, False))
 
 
 def _imports(node: ast.AST, is_guarded: bool) -> Iterator[Import]:
@@ -106,8 +109,10 @@ def _imports(node: ast.AST, is_guarded: bool) -> Iterator[Import]:
         names = tuple((alias.name, alias.asname or alias.name) for alias in node.names)
         yield Import(level=node.level, module=node.module or "", names=names, line=node.lineno, is_guarded=is_guarded)
     guarded = _guarded_body(node)
-    for child in ast.iter_child_nodes(node):
-        yield from _imports(child, is_guarded or child in guarded)
+    for _, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else ():
+            if isinstance(child, _HOLDS_STATEMENTS):
+                yield from _imports(child, is_guarded or child in guarded)
 
 
 def _guarded_body(node: ast.AST) -> Sequence[ast.AST]:

@@ -82,6 +82,49 @@ class TestClosure:
         assert str(caught.value).startswith("toy brings its own code, and ")
         assert why in str(caught.value)
 
+    def test_imports_are_found_in_statements_of_all_kinds(self) -> None:
+        text = """
+import m1
+def f():
+    async def g():
+        async with x:
+            import m2
+        async for x in y:
+            import m3
+        else:
+            import m4
+    for x in y:
+        import m5
+    while x:
+        import m6
+    else:
+        import m7
+class C:
+    import m8
+    with x:
+        import m9
+if x: import m10
+elif y: import m11
+else: import m12
+try:
+    import m13
+except (OSError, ImportError):
+    import m14
+else:
+    import m15
+finally:
+    import m16
+match x:
+    case 1:
+        import m17
+    case _:
+        if TYPE_CHECKING:
+            import m18
+"""
+        found = parse_imports(text.encode())
+        assert [statement.module for statement in found] == [f"m{index}" for index in range(1, 19)]
+        assert [statement.module for statement in found if statement.is_guarded] == ["m13", "m18"]
+
     def test_strange_strings_in_somebody_elses_code_are_no_complaint(self) -> None:
         assert parse_imports(b'"\\d"\nimport a.b') == parse_imports(b"0\nimport a.b")
 
