@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.zoo import Case, small_model, unusable
 
 # SDPA may choose another kernel for another mask, so it is looked at on fewer shapes and only up to this.
 SDPA_SHAPES, SDPA_TOLERANCE = (SHAPES[0], SHAPES[2]), 1e-5
+WAYS = ("target", "linear", "sdpa")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +68,8 @@ class Row:
         return self.deep == "bit for bit" and not self.foreign
 
 
-def check(case: Case) -> Row:
-    """Compile, load, run and compare one case in all ways."""
+def check(case: Case, ways: Collection[str] = WAYS) -> Row:
+    """Compile, load, run and compare one case: down to its targets, down to Linear, with SDPA."""
     reason = unusable(case)
     if reason:
         return Row(case=case, problem=f"unusable: {reason}")
@@ -79,6 +80,8 @@ def check(case: Case) -> Row:
         return Row(case=case, problem=f"unusable: {_line(error)}")
     row = Row(case=case)
     for leaves in ("target", "linear"):
+        if leaves not in ways:
+            continue
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
             try:
@@ -102,6 +105,8 @@ def check(case: Case) -> Row:
                 whole = (*artifact.manifest.foreign.values(), *artifact.manifest.opaque_steps)
                 deep = problem and f"down to linear: {problem}"
                 row = dataclasses.replace(row, deep=equal, foreign=_last_names(whole), problem=row.problem or deep)
+    if "sdpa" not in ways:
+        return row
     sdpa, problem = check_sdpa(case)
     return dataclasses.replace(row, sdpa=sdpa, problem=row.problem or problem)
 

@@ -106,7 +106,7 @@ class SequentialTracer(ValueTracer):
         self.decisions = Decisions(answers, self, self._constant_answer)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        self.fake_mode.cache_enabled = False  # remembering results costs more than finding them: few are asked for twice
+        self.fake_mode.cache_enabled = False  # what it remembers is seldom asked for
         self._real_buffers: dict[str, torch.Tensor] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

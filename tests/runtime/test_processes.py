@@ -94,16 +94,15 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
 
-@pytest.mark.parametrize("package", ["runtime", "seqbuild"])
-def test_public_names_are_not_hidden_by_modules_of_the_same_name(package: str, environment: dict[str, str]) -> None:
-    code = f"""
+def test_public_names_are_not_hidden_by_modules_of_the_same_name(environment: dict[str, str]) -> None:
+    code = """
 import pkgutil, importlib, types
-import {package}
-modules = [module.name for module in pkgutil.iter_modules({package}.__path__) if module.name != "__main__"]
-for name in modules:
-    importlib.import_module("{package}." + name)
-for name in {package}.__all__:
-    assert not isinstance(getattr({package}, name), types.ModuleType), name
+for package in map(importlib.import_module, ("runtime", "seqbuild")):
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__"]
+    for name in modules:
+        importlib.import_module(f"{package.__name__}.{name}")
+    for name in package.__all__:
+        assert not isinstance(getattr(package, name), types.ModuleType), name
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

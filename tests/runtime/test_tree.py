@@ -15,6 +15,7 @@ from torch import nn
 import runtime
 from runtime.errors import ArtifactError, VersionError
 from runtime.manifest import LeafKind
+from runtime.recipe import Recipe
 from runtime.tables import check_tables
 from runtime.tree import Branch
 from seqbuild.build import build
@@ -48,17 +49,21 @@ def test_a_run_without_any_models_code_gives_the_same_bytes(small: Small, tmp_pa
         f"GPTQModifier: {{{NARROW_W4.replace('lm_head', 'lm_head, re:.*experts.*')}}}\n"
     )
     data = write_token_file(tmp_path / "tokens.safetensors")
-    results = []
-    for artifact, program in ((at_layers, ["-m", "runtime"]), (small.artifact, ["-c", WITHOUT_MODELS])):
-        out = tmp_path / f"out{len(results)}"
-        command = ["calibrate", artifact, "--weights", small.weights, "--data", data]
-        command += ["--recipe", tmp_path / "recipe.yaml", "-o", out]
-        run = subprocess.run(
-            [sys.executable, *program, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == 0, run.stderr
-        results.append(directory_bytes(out))
-    assert results[0] == results[1]
+    recipe, batches = Recipe.from_file(tmp_path / "recipe.yaml"), runtime.batches(runtime.load_tokens(data).samples, 8)
+    runtime.calibrate(
+        runtime.load(at_layers), weights=small.weights, recipe=recipe, batches=batches, out=tmp_path / "here"
+    )
+    command = ["calibrate", small.artifact, "--weights", small.weights, "--data", data]
+    command += ["--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "there"]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MODELS, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert directory_bytes(tmp_path / "here") == directory_bytes(tmp_path / "there")
     refused = subprocess.run(
         [sys.executable, "-c", WITHOUT_MODELS, "evaluate", *map(str, (at_layers, "--weights", small.weights))],
         cwd=ROOT,

@@ -24,7 +24,7 @@ import os, sys
 os.umask(int(sys.argv[4]))
 ballast = [bytearray(int(sys.argv[3])) for _ in range(50)]  # another layout of the memory
 from seqbuild import compile_model
-print(compile_model(sys.argv[1], out=sys.argv[2]))
+print(compile_model(sys.argv[1], out=sys.argv[2], targets_per_subgraph=2))
 """
 # Hash seed, user, home, language, time zone, allocator, environment: whatever machines and users differ in.
 WORLDS: list[dict[str, str]] = [
@@ -46,13 +46,12 @@ def unrandomized() -> list[str]:
     return command if can else []
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_processes_of_several_worlds(name: str, tmp_path: Path) -> None:
+def test_processes_of_several_worlds(tmp_path: Path) -> None:
     found = []
     for index, world in enumerate(WORLDS):
         home = tmp_path / f"home{index}"
         (home / "deeper").mkdir(parents=True)
-        model = save_config(name, home / "somewhere" / "model")
+        model = save_config("qwen3_moe", home / "somewhere" / "model")
         command = [sys.executable, "-c", PROGRAM, os.path.relpath(model, home / "deeper") if index else str(model)]
         command += [str(tmp_path / f"out{index}"), str(10**index * 1000), str((0, 0o022, 0o077)[index])]
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(home), "TMPDIR": str(home)}
