@@ -35,7 +35,7 @@ from runtime.modify.modifier import RecipeModifier
 from runtime.planning.request import memory_here, require_plan, stored_sizes
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
-from runtime.remarks import make_remarks
+from runtime.remarks import make_remarks, targeted_tables
 from runtime.split import SplitArtifact, split_experts
 from runtime.streaming.identity import run_identity
 from runtime.streaming.modifiers import Modifier
@@ -235,6 +235,6 @@ def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
 
     return quantization_config(
         [group.scheme for group in recipe.groups],
-        not_quantized(run.model, run.source, run.jobs),
+        not_quantized(run.model, run.source, run.jobs, targeted_tables(run.model, recipe)),
         recipe.cache,
     )

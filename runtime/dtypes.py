@@ -37,7 +37,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, not a copy."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # of a single number, the step to the next may be anything
+    array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 

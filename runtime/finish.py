@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,9 @@ def _is_companion(path: Path) -> bool:
     return path.suffix in kinds and path.stat().st_size <= 32 * SOURCE_LIMIT_BYTES
 
 
-def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) -> list[str]:
+def not_quantized(
+    model: nn.Module, source: Weights, quantized: Container[str], tables: Sequence[str] = ()
+) -> list[str]:
     """Patterns for everything that a reader could take for a quantized Linear and that is none.
 
     Those are the Linear modules that were left as they are, and what is one or more Linear modules to readers with
@@ -82,10 +84,11 @@ def not_quantized(model: nn.Module, source: Weights, quantized: Container[str]) 
         model: the module tree.
         source: says which tensors make which parameter.
         quantized: names of the modules that were quantized.
+        tables: names of the embeddings that a target matches.
     """
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
-    found = dict.fromkeys(other for name in linear for other in _names(name, source))
+    found = dict.fromkeys(other for name in (*linear, *tables) for other in _names(name, source))
     mixtures = {
         f"{name}.{own}": f"{name}.{own.rpartition('.')[2]}"
         for name, module in modules.items()

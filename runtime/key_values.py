@@ -4,8 +4,9 @@ Readers round keys and values when they enter the cache: keys after their positi
 for a layer. Rounding each number by itself, it does not matter that the chain repeats heads before its operator
 `scaled_dot_product_attention`, where both can be had whatever the architecture: a mode of torch hands them out.
 
-The scale is that of llm-compressor's default observer, the largest magnitude over all batches and tokens over 448.
-Padding is part of it: the operator does not know which tokens are padded.
+The scale is the largest magnitude over 448: of all batches and tokens with the observer `static_minmax`, else that of
+the moving average of each batch's smallest and largest number, as llm-compressor's default has it. Padding is part of
+it: the operator does not know which tokens are padded.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class KeyValues:
     Attributes:
         args: its scheme.
         modules: the attention modules of each subgraph, in order of their calls.
-        sizes: the largest magnitude of keys and of values that was seen while measuring.
+        spans: the smallest and the largest number of keys and of values that were seen while measuring.
         scales: of keys and values by module, each [1]; where there are some, they are rounded.
         is_measuring: whether sizes are taken, and nothing is rounded.
     """
 
     args: QuantizationArgs
     modules: Mapping[tuple[str, ...], tuple[str, ...]]
-    sizes: dict[str, list[float]] = field(default_factory=dict)
+    spans: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     scales: dict[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     is_measuring: bool = False
 
@@ -75,20 +76,37 @@ class KeyValues:
     def scale_of(self, module: str, dtype: torch.dtype) -> list[torch.Tensor]:
         """The scales of keys and values that were measured, each [1]."""
         largest = torch.finfo(torch.float8_e4m3fn).max
-        return [torch.tensor([max(size, 1e-12) / largest]).to(dtype) for size in self.sizes[module]]
+        sizes = [max(abs(low), abs(high)) for low, high in self.spans[module]]
+        return [torch.tensor([max(size, 1e-12) / largest]).to(dtype) for size in sizes]
 
     def handle(self, module: str, which: int, states: torch.Tensor) -> torch.Tensor:
         """Keys (0) or values (1) on their way into attention."""
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
         if self.is_measuring:
-            sizes = self.sizes.setdefault(module, [0.0, 0.0])
-            sizes[which] = max(sizes[which], float(states.abs().max()) if states.numel() else 0.0)
+            if states.numel():
+                self._measure(module, which, *map(float, states.aminmax()))
         elif module in self.scales:
             scale = self.scales[module][which].to(states.device)
             rounded: torch.Tensor = fake_quantize(states, scale, torch.zeros_like(scale), self.args)
             return rounded.to(states.dtype)
         return states
+
+    def _measure(self, module: str, which: int, low: float, high: float) -> None:
+        from runtime.presets import averaging_of
+
+        spans = self.spans.setdefault(module, [])
+        if which >= len(spans):
+            spans.append((low, high))  # of the first batch; keys come before values
+            return
+        before, averaging = spans[which], averaging_of(self.args)
+        if averaging is None:
+            spans[which] = min(before[0], low), max(before[1], high)
+        else:
+            spans[which] = (
+                before[0] + averaging * (low - before[0]),
+                before[1] + averaging * (high - before[1]),
+            )
 
 
 def attach(model: nn.Module, key_values: KeyValues) -> None:

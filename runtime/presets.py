@@ -30,6 +30,7 @@ from compressed_tensors.quantization import (
 )
 
 from runtime.errors import RecipeError
+from runtime.statistics import AVERAGING_CONSTANT
 
 _NAMES = (
     *(f"W{bits}A16" for bits in range(2, 9)),
@@ -111,6 +112,16 @@ def checked_cache(args: QuantizationArgs) -> QuantizationArgs:
     return args
 
 
+def averaging_of(args: QuantizationArgs) -> float | None:
+    """The weight of the newest batch in the moving average of what inputs or a cache span; None for no average.
+
+    The average is what `minmax` means, and an observer that is not named.
+    """
+    if args.observer not in (None, "minmax"):
+        return None
+    return float(args.observer_kwargs.get("averaging_constant", AVERAGING_CONSTANT))
+
+
 def _check_weights(weights: QuantizationArgs) -> None:
     if weights.dynamic:
         raise RecipeError("weights cannot be dynamic")
@@ -178,7 +189,9 @@ def _format(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> str:
         )
     elif weights.num_bits == 8 and weights.scale_dtype is None and strategy in ("channel", "tensor", "block"):
         if inputs is not None and (inputs.type != "float" or inputs.num_bits != 8):
-            raise RecipeError(f"8 bit float weights with {inputs.num_bits} bit {inputs.type} inputs are not offered")
+            raise RecipeError(
+                f"8 bit float weights with {inputs.num_bits} bit {plain_value(inputs.type)} inputs are not offered"
+            )
         found = CompressionFormat.naive_quantized if inputs is None else CompressionFormat.float_quantized
     else:
         raise RecipeError(

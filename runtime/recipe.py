@@ -136,6 +136,20 @@ class Recipe:
             raise RecipeError(f"{self.source}: the recipe ignores every module that it targets")
         return assigned
 
+    def means(self, name: str, module_class: type | str) -> bool:
+        """Whether a target matches a module, whatever can be done to it."""
+        return bool(
+            _match(name, module_class, [(owner, group) for owner in self.modifiers for group in owner.groups]).seen
+        )
+
+    def idle_ignores(self, modules: Mapping[str, type | str]) -> list[str]:
+        """Names and regular expressions to ignore that match none of these modules, by name or class."""
+        from runtime.schemes import class_names, matches_name
+
+        texts = dict.fromkeys(text for modifier in self.modifiers for text in modifier.ignore)
+        classes = {known for module_class in dict.fromkeys(modules.values()) for known in class_names(module_class)}
+        return [text for text in texts if text not in classes and not any(matches_name(text, name) for name in modules)]
+
     def _clips(self, scheme: QuantizationScheme) -> bool:
         """Whether an AWQModifier searches ranges, and the scheme does not ask for a search of its own."""
         from runtime.presets import MIN_MAX_OBSERVERS

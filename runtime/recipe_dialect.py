@@ -323,7 +323,10 @@ def _read_args(value: Value) -> QuantizationArgs:
         if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
             raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {plain!r}")
     try:
-        return QuantizationArgs(**{name: field.plain() for name, field in fields.items()})
+        given = {name: field.plain() for name, field in fields.items()}
+        if isinstance(given.get("observer"), str):
+            given["observer"] = given["observer"].lower()  # the peer finds observers in any spelling
+        return QuantizationArgs(**given)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise _culprit(value, fields, error).error(f"{value.name}: {_reason(error)}") from error
 

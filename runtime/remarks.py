@@ -43,6 +43,12 @@ def make_remarks(
             f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
             "quantized weights of Linear modules alone"
         )
+    tables = targeted_tables(model, recipe)
+    if tables:
+        yield f"warning: {some(tables)} stay as they are: targets match them, but embeddings are not quantized"
+    idle = recipe.idle_ignores({name: type(module) for name, module in model.named_modules()})
+    if idle:
+        yield f"no module is ignored as {some(idle)}, for none has such a name (seqbuild inspect shows names)"
     if unreached:
         yield f"left as they are, for the model never calls them: {some(unreached)}"
     stacked = list(_stacked_experts(artifact))
@@ -64,6 +70,12 @@ def make_remarks(
             "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts them "
             "at random"
         )
+
+
+def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Embeddings that a recipe's targets match: readers of the checkpoint would take them for quantized ones."""
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Embedding) and recipe.means(name, type(module))]
 
 
 def _unreadable_by_transformers(artifact: Artifact, jobs: Mapping[str, Assignment]) -> list[str]:

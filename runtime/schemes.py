@@ -180,9 +180,11 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
         for name, tensor in packed.items()
     }
     found["weight_scale"] = tuple(sizes)
-    if not args.symmetric:  # packed along the rows
+    if not args.symmetric:
         num_rows, *rest = sizes
-        found["weight_zero_point"] = (math.ceil(num_rows * args.num_bits / 32), *rest)
+        if scheme.format == CompressionFormat.pack_quantized.value:  # packed along the rows
+            num_rows = math.ceil(num_rows * args.num_bits / 32)
+        found["weight_zero_point"] = (num_rows, *rest)
     return found | dict.fromkeys(input_parts(scheme), (1,))
 
 
@@ -196,7 +198,7 @@ def stored_dtypes(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> dict[
     from runtime.algorithms.rtn import quantize_rtn
 
     args = scheme.weights
-    weight_OI = torch.ones(1, args.group_size or 32)
+    weight_OI = torch.ones(1, max(args.group_size or 0, 32))  # -1 stands for all of a row
     plain = args.model_copy(update={"observer": None, "observer_kwargs": {}})
     result = quantize_rtn(weight_OI, plain, scale_dtype=scale_dtype)
     dtypes = {"input_scale": scale_dtype, "input_zero_point": torch.int8, "input_global_scale": torch.float32}
@@ -288,6 +290,21 @@ def _readable(scheme: QuantizationScheme) -> QuantizationScheme:
     return scheme.model_copy(update={"weights": weights})
 
 
+def _unobserved(args: QuantizationArgs) -> QuantizationArgs:
+    """Without observers, which are spent when a checkpoint is written: those of any other tool will do."""
+    return args.model_copy(update={"observer": None, "observer_kwargs": {}})
+
+
+def _stored(scheme: QuantizationScheme, format_of_all: str) -> QuantizationScheme:
+    """A scheme of a checkpoint, with its format; numbers of few bits may lie in a byte each."""
+    parts = {name: getattr(scheme, name) for name in ("weights", "input_activations")}
+    bare = {name: _unobserved(args) for name, args in parts.items() if args is not None}
+    named = CompressionFormat(scheme.format or format_of_all)
+    is_spread = named == CompressionFormat.int_quantized and scheme.weights is not None and scheme.weights.type == "int"
+    found = checked(scheme.model_copy(update={**bare, "format": None if is_spread else named.value}))
+    return found.model_copy(update={"format": named.value}) if is_spread else found
+
+
 def class_names(module_class: type | str) -> tuple[str, ...]:
     """The names by which a target can mean a class: its own and those of the classes it derives from."""
     return (module_class,) if isinstance(module_class, str) else tuple(c.__name__ for c in module_class.__mro__)
@@ -337,11 +354,8 @@ class CheckpointSchemes:
             raise WeightsError(f"the checkpoint is {parsed.quantization_status.value}, not compressed")
         cache = parsed.kv_cache_scheme
         try:
-            cache = None if cache is None else checked_cache(cache)
-            groups = tuple(
-                checked(scheme.model_copy(update={"format": scheme.format or parsed.format}))
-                for scheme in parsed.config_groups.values()
-            )
+            cache = None if cache is None else checked_cache(_unobserved(cache))
+            groups = tuple(_stored(scheme, parsed.format) for scheme in parsed.config_groups.values())
         except RecipeError as error:
             raise WeightsError(f"the checkpoint's quantization_config: {error.message}", hint=error.hint) from error
         return cls(groups=groups, ignore=tuple(parsed.ignore or ()), cache=cache)

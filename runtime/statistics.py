@@ -61,6 +61,7 @@ class InputStatistics:
         hessian_II: H, or None.
         smallest_I: of each feature, or None; `largest_I` and `mean_abs_I` likewise.
         average_smallest_I: the moving average over batches of a batch's smallest; `average_largest_I` likewise.
+        spans: the smallest and the largest number of each batch, each [2].
     """
 
     def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
@@ -73,6 +74,7 @@ class InputStatistics:
         self.smallest_I = torch.full((num_in_features,), torch.inf, device=device)
         self.largest_I = -self.smallest_I
         self.average_smallest_I = self.average_largest_I = torch.zeros(0, device=device)
+        self.spans: list[torch.Tensor] = []
         self._scale_I: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
@@ -100,6 +102,7 @@ class InputStatistics:
         smallest_I, largest_I = flat_TI.amin(dim=0).to(torch.float32), flat_TI.amax(dim=0).to(torch.float32)
         self.smallest_I = torch.minimum(self.smallest_I, smallest_I)
         self.largest_I = torch.maximum(self.largest_I, largest_I)
+        self.spans.append(torch.stack((smallest_I.amin(), largest_I.amax())))
         if len(self.average_smallest_I):
             smallest_I = torch.lerp(self.average_smallest_I, smallest_I, AVERAGING_CONSTANT)
             largest_I = torch.lerp(self.average_largest_I, largest_I, AVERAGING_CONSTANT)
@@ -124,12 +127,27 @@ class InputStatistics:
         mean_I = (self._sum_abs_I / max(self.num_tokens, 1)).to(torch.float32)
         return mean_I if self._scale_I is None else mean_I / self._scale_I
 
-    def span(self, *, average: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def feature_span(self, *, average: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The smallest and the largest number of each feature, over all batches or as a moving average."""
         low_I, high_I = self.smallest_I, self.largest_I
         if average:
             low_I, high_I = self.average_smallest_I, self.average_largest_I
         return (low_I, high_I) if self._scale_I is None else (low_I / self._scale_I, high_I / self._scale_I)
+
+    def span(self, averaging: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest number, scalars: over all batches, or a batch's as a moving average.
+
+        Args:
+            averaging: the weight of the newest batch in the average; None for no average. Where inputs were scaled
+                since, features are averaged one by one, with a weight of 0.01.
+        """
+        if averaging is None or self._scale_I is not None:
+            low_I, high_I = self.feature_span(average=averaging is not None)
+            return low_I.amin(), high_I.amax()
+        average = self.spans[0]
+        for newest in self.spans[1:]:
+            average = torch.lerp(average, newest, averaging)
+        return average[0], average[1]
 
     def scale(self, scale_I: torch.Tensor) -> None:
         """Make these the statistics of inputs divided by positive factors [I]: no second pass is needed for them."""

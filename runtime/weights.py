@@ -158,9 +158,16 @@ class Weights:
         for name, module in model.named_modules():
             entry = self.artifact.manifest.parameters.get(f"{name}.weight")
             scheme = schemes.find(name, type(module)) if entry is not None else None
+            if entry is None or scheme is None:
+                continue
             # What is ignored may be written as the checkpoint spells it: an expert's modules have a name of ours.
-            spelled = _module_key(entry.sources[0]) if entry is not None and len(entry.sources) == 1 else name
-            if scheme is not None and schemes.find(spelled, type(module)) is not None:
+            spelled = _module_key(entry.sources[0]) if len(entry.sources) == 1 else name
+            if schemes.find(spelled, type(module)) is None:
+                continue
+            # A regular expression can match modules of any class, of which readers take Linear alone for quantized,
+            # unless others are stored so.
+            keys = (key for source in (*entry.sources, f"{name}.weight") for key in self._spellings(source))
+            if isinstance(module, nn.Linear) or any(f"{_module_key(k)}.weight_scale" in self.checkpoint for k in keys):
                 found[name] = scheme
         return found
 

@@ -20,6 +20,7 @@ from runtime.modify.needs import RecipeNeeds
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
 from runtime.modify.smoothing import Rescaled, find_scales
+from runtime.presets import averaging_of
 from runtime.recipe import some
 from runtime.schemes import input_parts, static_input_parts
 from runtime.statistics import InputStatistics, Needs
@@ -137,7 +138,7 @@ class RecipeModifier:
     def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
         for module in attentions:
             assert self.key_values is not None, "there are attentions"
-            if module not in self.key_values.sizes:
+            if module not in self.key_values.spans:
                 raise DataError(f"{module} was never run, so its keys and values have no scale")
             prefix = self.source.checkpoint_prefix(module)
             first = next(name for name in work.step.modules if name.startswith(f"{module}."))
@@ -211,8 +212,7 @@ class RecipeModifier:
                 hint="calibrate with more data, or add it to ignore",
             )
         args = scheme.input_activations
-        low_I, high_I = found.span(average=args.observer == "minmax")
-        return static_input_parts(low_I.amin(), high_I.amax(), args, scale_dtype)
+        return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

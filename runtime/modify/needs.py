@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from runtime.errors import RecipeError
 from runtime.key_values import KeyValues
 from runtime.modify.mappings import Rescaling, rescalings
+from runtime.presets import averaging_of
 from runtime.schemes import input_parts
-from runtime.statistics import Needs
+from runtime.statistics import AVERAGING_CONSTANT, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -49,6 +50,8 @@ class RecipeNeeds:
             found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
             self.rescalings.append((transform, found))
             self.remarks += remarks
+        if recipe.transforms:
+            _require_usual_averages(jobs, recipe.source)
         self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
         for module in self.key_values.all_modules() if self.key_values is not None else ():
             if not any(name.startswith(f"{module}.") for name in jobs):
@@ -87,6 +90,17 @@ class RecipeNeeds:
         return [
             module for module in self.key_values.all_modules() if any(name.startswith(f"{module}.") for name in names)
         ]
+
+
+def _require_usual_averages(jobs: Mapping[str, Assignment], source: str) -> None:
+    """What is rescaled has its features averaged one by one while it is measured, before anything else is known."""
+    for name, job in jobs.items():
+        inputs = job.scheme.input_activations
+        if input_parts(job.scheme) and averaging_of(inputs) not in (None, AVERAGING_CONSTANT):
+            raise RecipeError(
+                f"{source}: {name}: the averaging_constant of inputs is not offered beside modifiers that rescale them",
+                hint="leave it out, or use the observer static_minmax",
+            )
 
 
 def _needs_of(job: Assignment) -> Needs:

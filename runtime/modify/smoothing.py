@@ -105,7 +105,7 @@ def find_scales(
     channels = torch.tensor(channels_of(group), device=statistics.smallest_I.device)
     try:
         if transform.algorithm == "smoothquant":
-            low_I, high_I = statistics.span(average=False)
+            low_I, high_I = statistics.feature_span()
             weights = [rescaled.get(f"{name}.weight") for name in group.modules]
             return smoothing_factors(
                 torch.maximum(-low_I, high_I), weights, strength=transform.strength, channel_I=channels

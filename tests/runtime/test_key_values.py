@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compressed_tensors.quantization import QuantizationArgs
 
 import runtime
+from runtime.key_values import KeyValues
 from runtime.recipe import Recipe
 from seqbuild.build import build
 from tests.runtime.small import (
@@ -35,7 +37,8 @@ def model(small: Callable[..., Small]) -> Small:
 
 def test_scales_are_those_of_the_largest_keys_and_values(model: Small, tmp_path: Path) -> None:
     """The first layer sees what it sees without quantization: its keys and values are transformers'."""
-    calibrate(model, Recipe.from_text(RECIPE, "r"), tmp_path / "out")
+    text = RECIPE.replace("dynamic: false}", "dynamic: false, observer: static_minmax}")
+    calibrate(model, Recipe.from_text(text, "r"), tmp_path / "out")
     tensors = read_tensors(tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model.weights, dtype="auto").eval()
     largest = [0.0, 0.0]
@@ -49,6 +52,16 @@ def test_scales_are_those_of_the_largest_keys_and_values(model: Small, tmp_path:
         assert got.dtype == torch.bfloat16 and got.shape == (1,)
         assert float(got) == float(torch.tensor(size / 448).bfloat16())
     assert sum(name.endswith(("k_scale", "v_scale")) for name in tensors) == 6
+
+
+def test_without_an_observer_scales_are_those_of_a_moving_average() -> None:
+    args = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+    key_values = KeyValues(args=args, modules={}, is_measuring=True)
+    for batch in ([-448.0, 44.8], [-4.48, 89.6]):
+        for which, factor in enumerate((1.0, 2.0)):
+            key_values.handle("a", which, torch.tensor(batch) * factor)
+    scales = [float(scale) for scale in key_values.scale_of("a", torch.float32)]
+    assert scales == pytest.approx([0.9901, 1.9802])
 
 
 def test_equal_to_attention_of_rounded_keys_and_values(

@@ -233,7 +233,7 @@ def test_sizes_of_channels_by_hand() -> None:
     modules = linears("a")
     found = collect(modules, lambda: modules["a"](torch.tensor([[1.0, -2.0], [-3.0, 4.0]])))["a"]
     assert found.mean_abs_I.tolist() == [2.0, 3.0]
-    assert [bound.tolist() for bound in found.span(average=False)] == [[-3.0, -2.0], [1.0, 4.0]]
+    assert [bound.tolist() for bound in found.feature_span()] == [[-3.0, -2.0], [1.0, 4.0]]
 
 
 def test_the_moving_average_takes_a_hundredth_of_each_batch() -> None:
@@ -243,8 +243,12 @@ def test_the_moving_average_takes_a_hundredth_of_each_batch() -> None:
         modules["a"](torch.tensor([[0.0, 1.0]]))
         modules["a"](torch.tensor([[100.0, 1.0]]))
 
-    low, high = collect(modules, calls)["a"].span(average=True)
+    found = collect(modules, calls)["a"]
+    low, high = found.feature_span(average=True)
     assert low.tolist() == high.tolist() == [1.0, 1.0]
+    assert [bound.item() for bound in found.span(0.01)] == pytest.approx([0.01, 1.99])  # of the tensor, not of features
+    assert [bound.item() for bound in found.span(0.5)] == [0.5, 50.5]
+    assert [bound.item() for bound in found.span(None)] == [0.0, 100.0]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2), (6, 2)])
@@ -284,7 +288,8 @@ def test_statistics_of_rescaled_inputs_need_no_second_pass() -> None:
     after = collect(modules, lambda: modules["a"](batch / factors))["a"]
     assert torch.equal(before.hessian_II, after.hessian_II)
     assert torch.equal(before.mean_abs_I, after.mean_abs_I)
-    assert all(torch.equal(*pair) for pair in zip(before.span(average=False), after.span(average=False), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before.feature_span(), after.feature_span(), strict=True))
+    assert before.span(0.01) == before.span(None) == after.span(None)
 
 
 # A batch that need not run to its end
