@@ -91,6 +91,10 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
         bundle = read_bundle(path)
         for name in damaged(bundle, with_weights=False):
             raise ArtifactError(f"{name} of the bundle {path} is damaged or missing", hint="copy the bundle again")
+        if recipe is None and RECIPE not in bundle.files:
+            raise ArtifactError(f"{path / BUNDLE_NAME} lists no {RECIPE}", hint="name one with --recipe")
+        if weights is None and bundle.weights:
+            _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
         data = data or (path / DATA if bundle.data else None)
         weights = weights or (path / WEIGHTS if bundle.weights else None)
@@ -101,6 +105,18 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
             raise UsageError(f"Missing option '{option}'", hint="only a bundle does without")
     assert weights is not None and recipe is not None and out is not None
     return Job(artifact=artifact_of(path), weights=weights, recipe=recipe, data=data, out=out)
+
+
+def _require_listed(bundle: Bundle, folder: str) -> None:
+    """Refuse files in a folder of a bundle that are not part of it: nobody has vouched for them.
+
+    Raises:
+        ArtifactError: naming the first.
+    """
+    for path in sorted((bundle.root / folder).rglob("*")):
+        name = path.relative_to(bundle.root).as_posix()
+        if name not in bundle.files and (path.is_symlink() or not path.is_dir()):
+            raise ArtifactError(f"{path} is not a file of the bundle: {BUNDLE_NAME} does not list it", hint="remove it")
 
 
 def read_bundle(root: Path) -> Bundle:
@@ -127,7 +143,7 @@ def read_bundle(root: Path) -> Bundle:
             data=DATA in files,
             weights=any(name.startswith(f"{WEIGHTS}/") for name in files),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} describes no bundle: {error}", hint="copy the bundle again") from error
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.errors import SeqbuildError
@@ -42,10 +43,10 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except (KeyboardInterrupt, Abort):
         code = INTERRUPTED
-    except Exception as error:
-        message = _user_error(error)
-        if message is None:
-            raise  # a bug of ours
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's: of a tokenizer
+            raise
+        message = _user_error(error) or _unforeseen(error)
         if is_debug:
             import traceback
 
@@ -60,7 +61,17 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     return code
 
 
-def _user_error(error: Exception) -> str | None:
+def _unforeseen(error: BaseException) -> str:
+    """What to say about an error that nobody has thought of: where it is from, for whoever reports it."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    text = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}{where}: {text} (nobody has foreseen this: report it with what --debug shows)"
+
+
+def _user_error(error: BaseException) -> str | None:
     """What to say about an error that is not ours: a mistake of the user's, or something the machine lacks."""
     if isinstance(error, SeqbuildError):
         return str(error)

@@ -18,6 +18,9 @@ from runtime.errors import ArtifactError
 from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, sha256
 
 FILES_LIMIT = 20_000
+_PARTS_LIMIT, _PATH_LIMIT = 16, 400
+# Of one file, and of all together, besides constants: they are read whole before anything of them is believed.
+_FILE_LIMIT_BYTES, _TOTAL_LIMIT_BYTES = 2**28, 2**30
 # Opening a pipe must not wait for its other end.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
@@ -96,8 +99,17 @@ def _listed(root: Path, files: Collection[FileEntry]) -> dict[str, FileEntry]:
     if len(files) > FILES_LIMIT:
         raise ArtifactError(f"{root} lists {len(files)} files, more than the {FILES_LIMIT} allowed")
     listed: dict[str, FileEntry] = {}
+    total = 0
     for entry in files:
-        parts = entry.path.split("/")
+        total += entry.bytes if entry.path != CONSTANTS_NAME else 0
+        if entry.path != CONSTANTS_NAME and (entry.bytes > _FILE_LIMIT_BYTES or total > _TOTAL_LIMIT_BYTES):
+            raise ArtifactError(
+                f"{root} lists {entry.path[:_PATH_LIMIT]} with {entry.bytes} bytes, {total} in all: more than the "
+                f"{_FILE_LIMIT_BYTES} of one and the {_TOTAL_LIMIT_BYTES} of all that are allowed"
+            )
+        parts = entry.path[: _PATH_LIMIT + 1].split("/")
+        if len(entry.path) > _PATH_LIMIT or len(parts) > _PARTS_LIMIT:
+            raise ArtifactError(f"{root} lists a file with a path of {len(entry.path)} characters: {parts[0][:40]}/...")
         if not all(map(_PART.match, parts)) or entry.path in (MANIFEST_NAME, SIGNATURE_NAME):
             raise ArtifactError(f"{root} lists a file with the path {entry.path!r}, which leaves it or is not plain")
         if entry.path in listed:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.weights import Weights
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".index.json")
+_NEVER_COPIED = ("adapter_config.json",)  # it has readers load other weights on top
 
 
 def write_companions(
@@ -48,12 +49,27 @@ def write_companions(
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     for path in sorted(checkpoint.directory.iterdir()):
         target = directory / path.name
-        is_wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED)
-        if is_wanted and not target.exists() and _is_companion(path):
+        if _may_be_copied(path.name) and not target.exists() and _is_inside(path) and _is_companion(path):
             target.write_bytes(path.read_bytes())
     for name, data in artifact.companions.items():
-        if not (directory / name).exists():
+        if _may_be_copied(name) and not (directory / name).exists():
             (directory / name).write_bytes(data)
+
+
+def _may_be_copied(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _NEVER_COPIED
+
+
+def _is_inside(path: Path) -> bool:
+    """Whether this is a file of its directory: none elsewhere that a link leads to, but for the hub's cache, which
+    keeps all files beside its snapshots.
+    """
+    if not path.is_file():
+        return False
+    home, target = path.parent.resolve(), path.resolve()
+    return home in target.parents or (
+        home.parent.name == "snapshots" and home.parent.parent / "blobs" in target.parents
+    )
 
 
 def _local(auto_map: Any) -> Any:

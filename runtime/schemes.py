@@ -30,11 +30,13 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 
 from runtime.errors import QuantizationError, RecipeError, WeightsError
 from runtime.presets import MIN_MAX_OBSERVERS, checked, checked_cache
+from runtime.written import compiles, repeats_groups
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
 
 METHOD = "compressed-tensors"
+_LONGEST_PATTERN = 2000
 _ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
 NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
 
@@ -358,7 +360,13 @@ class CheckpointSchemes:
             groups = tuple(_stored(scheme, parsed.format) for scheme in parsed.config_groups.values())
         except RecipeError as error:
             raise WeightsError(f"the checkpoint's quantization_config: {error.message}", hint=error.hint) from error
-        return cls(groups=groups, ignore=tuple(parsed.ignore or ()), cache=cache)
+        ignore = tuple(parsed.ignore or ())
+        for text in (*ignore, *(target for group in groups for target in group.targets)):
+            expression = text.removeprefix("re:") if text.startswith("re:") else ""
+            if len(expression) > _LONGEST_PATTERN or not compiles(expression) or repeats_groups(expression):
+                what = f"{text[:80]!r} is no regular expression, or one whose search may never end"
+                raise WeightsError(f"the checkpoint's quantization_config: {what}")
+        return cls(groups=groups, ignore=ignore, cache=cache)
 
     def find(self, name: str, module_class: type | str) -> QuantizationScheme | None:
         """The scheme of a Linear, or `None` when it is stored as it is.

@@ -42,6 +42,7 @@ class ShardWriter:
         self._files: dict[int, int] = {}
         self._unsynced: dict[int, None] = {}
         self._has_new_files = False
+        self._taken: set[int] = set()
         self._missing = dict.fromkeys(layout.slots)
         self._num_missing = Counter(slot.shard for slot in layout.slots.values())
 
@@ -94,10 +95,34 @@ class ShardWriter:
         return name not in self._missing
 
     def take_as_written(self, names: Iterable[str]) -> None:
-        """Count tensors as there that an earlier run has written."""
+        """Count tensors as there that an earlier run has written.
+
+        Raises:
+            OutputError: when a file of theirs is not there as that run has begun it.
+        """
         with self._lock:
             for name in names:
+                number = self.layout.slots[name].shard
+                if number not in self._taken:
+                    self._require_begun(number)
+                    self._taken.add(number)
                 self._count(name)
+
+    def _require_begun(self, number: int) -> None:
+        shard = self.layout.shards[number]
+        path = self.directory / shard.name
+        try:
+            with path.open("rb") as file:
+                is_begun = os.fstat(file.fileno()).st_size == shard.num_bytes and (
+                    file.read(len(shard.header)) == shard.header
+                )
+        except FileNotFoundError:
+            is_begun = False
+        if not is_begun:
+            raise OutputError(
+                f"{path} is not as the interrupted run has left it: it is gone, cut short or overwritten",
+                hint=f"remove {self.directory.parent} to start anew",
+            )
 
     def sync(self) -> None:
         """Have the disk keep all that was written so far.
@@ -147,7 +172,7 @@ class ShardWriter:
         if number not in self._files:
             shard = self.layout.shards[number]
             path = self.directory / shard.name
-            self._files[number] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._files[number] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             os.pwrite(self._files[number], shard.header, 0)
             os.ftruncate(self._files[number], shard.num_bytes)
             self._unsynced[number] = None

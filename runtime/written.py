@@ -31,20 +31,29 @@ def is_pattern(pattern: str) -> bool:
     """Whether this is a regular expression whose search ends in time: at most a few repetitions, and none of a group,
     for a repetition of repetitions takes time that doubles with each character.
     """
+    if len(pattern) > _PATTERN_LENGTH or not compiles(pattern):
+        return False
+    plain = re.sub(r"\\.", "_", pattern)  # what a backslash takes the meaning from
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", plain)
+    # A flag can make another language of what follows.
+    has_reference = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[A-Za-z-]", pattern.replace("(?P<", "(")) is not None
+    repeats = len(re.findall(r"[*+{]|(?<![(*+}])\?", plain))
+    return not has_reference and repeats <= _REPEATS and not repeats_groups(pattern)
+
+
+def compiles(pattern: str) -> bool:
+    """Whether this is a regular expression at all."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
         return False
-    plain = re.sub(r"\\.", "_", pattern)  # what a backslash takes the meaning from
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", plain)
-    has_reference = re.search(r"\\[1-9]|\(\?P=|\(\?\(", pattern) is not None
-    repeats = len(re.findall(r"[*+{]", plain))
-    return (
-        len(pattern) <= _PATTERN_LENGTH
-        and not has_reference
-        and repeats <= _REPEATS
-        and re.search(r"\)[*+{]", plain) is None
-    )
+    return True
+
+
+def repeats_groups(pattern: str) -> bool:
+    """Whether a group is repeated, which can take time that doubles with each character of a name."""
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", re.sub(r"\\.", "_", pattern))
+    return re.search(r"\)\s*[*+{]", plain) is not None
 
 
 def _is_part(node: ast.AST) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class Value:
         """
         value = self.plain()
         if not isinstance(value, str):
-            raise self.error(f"{self.name} must be a string, not {value!r}")
+            raise self.error(f"{self.name} must be a string, not {reprlib.repr(value)}")
         return value
 
     def pattern(self) -> str:
@@ -115,8 +116,8 @@ class Value:
         if text.startswith("re:"):
             try:
                 re.compile(text.removeprefix("re:"))
-            except re.error as error:
-                raise self.error(f"{text!r} is no regular expression: {error}") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self.error(f"{text[:200]!r} is no regular expression: {error}") from error
         if not text.removeprefix("re:"):
             raise self.error(f"{self.name} is an empty pattern")
         return text

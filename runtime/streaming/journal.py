@@ -67,8 +67,14 @@ class Journal:
         Raises:
             OutputError: naming each ingredient that differs.
         """
-        (begun,) = self.of_kind(RUN)
-        before = begun["identity"]
+        begun = self.of_kind(RUN)
+        before = begun[0].get("identity") if len(begun) == 1 else None
+        steps = [entry.get("index") for entry in self.of_kind(STEP)]
+        if not isinstance(before, dict) or steps != list(range(len(steps))):
+            raise OutputError(
+                f"{self.path} is damaged: it is not the journal of one run",
+                hint=f"remove {self.path.parent} to start anew",
+            )
         names = [name for name in dict.fromkeys((*before, *identity)) if before.get(name) != identity.get(name)]
         if names:
             differences = ", ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
@@ -107,8 +113,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             break
         try:
-            entries.append(json.loads(line[9:]))
-        except ValueError:
+            entry = json.loads(line[9:])
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+            break
+        entries.append(entry)
         whole += len(line)
     return entries, whole

@@ -100,7 +100,7 @@ class StreamingRun:
         remaining = self.plan.steps[first:]
         with ExitStack() as stack:
             stack.callback(self.writer.close)
-            stack.callback(lambda: self.passes.activations.close())
+            stack.callback(self._forget_activations)
             self.committer = stack.enter_context(
                 Committer(self.writer, self.workplace, self.options.checkpoint_every, self.watch)
             )
@@ -115,6 +115,10 @@ class StreamingRun:
             self.committer.wait()
             self.writer.finish()
         return first
+
+    def _forget_activations(self) -> None:
+        if hasattr(self, "passes"):  # not when what was finished could not be taken over
+            self.passes.activations.close()
 
     def _do(self, step: Step) -> None:
         """One step, with fewer samples at a time for as long as it runs out of memory."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Workplace:
 
         from runtime.half_products import names_of_slow_halves
 
-        if self.journal.of_kind(journal.RUN):
+        if self.journal.entries:
             self.journal.require_same_run(identity)
         for folder in (self.checkpoint, self.values):
             folder.mkdir(exist_ok=True)
@@ -103,6 +104,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
     """
     require_free(out)
     root = out.parent.resolve() / f".{out.name}.run.partial"
+    _require_plain(root)
     with disk_errors(out, lambda: _what_is_left(out)), _locked(root, out):
         count = num_finished(out)
         if count and not resume:
@@ -125,6 +127,30 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         finally:
             place.journal.close()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _require_plain(root: Path) -> None:
+    """Refuse a directory that another hand has prepared: through a link in it, a run would empty or overwrite what lies
+    elsewhere.
+
+    Raises:
+        OutputError: naming what is no plain file or directory.
+    """
+    pending = [root]
+    while pending:
+        path = pending.pop()
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        is_directory = stat.S_ISDIR(status.st_mode)
+        if not is_directory and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or path == root):
+            raise OutputError(
+                f"{path} is not what a run leaves behind: it is a link or a special file",
+                hint=f"see where it comes from, and remove {root} to start anew",
+            )
+        if is_directory:
+            pending.extend(path.iterdir())
 
 
 def _what_is_left(out: Path) -> str:

@@ -275,12 +275,17 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     assert place.tree() == before
 
 
-def test_a_bug_of_ours_is_not_dressed_up(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_has_foreseen_is_a_line_that_says_so(
+    place: Place, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr("runtime.modify.experts.collect_statistics", fail)
     before = place.tree()
-    with pytest.raises(AssertionError, match="a bug"):
-        run(place.calibrate())
+    assert_refused(
+        run(place.calibrate()), "AssertionError at test_cli.py:", "a bug (nobody has foreseen this", "--debug"
+    )
+    code, _, complaint = run(place.calibrate("--debug"))
+    assert code == 2 and "Traceback" in complaint
     assert place.tree() == before
