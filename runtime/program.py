@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DataError
+from runtime.errors import ArtifactError, DataError
 from runtime.guards import guarded, guards
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Program = Callable[..., dict[str, Any]]
+
+_DEPTH_LIMIT, _ITEMS_LIMIT = 32, 100_000  # of containers in a dictionary that code fills
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +73,23 @@ class Run:
 
     @staticmethod
     def copied(value: Mapping[Any, Any]) -> dict[Any, Any]:
-        """A dictionary that steps fill, as it is now."""
-        return dict(value)
+        """A dictionary that steps fill, as it is now.
+
+        Raises:
+            ArtifactError: for one that holds more than any model's code puts together: hashing it would not end.
+        """
+        found = dict(value)
+        pending = [(item, 0) for item in found.values()]
+        num_seen = 0
+        while pending:
+            item, depth = pending.pop()
+            num_seen += 1
+            if depth > _DEPTH_LIMIT or num_seen > _ITEMS_LIMIT:
+                raise ArtifactError("the artifact's code puts containers into each other without end")
+            if isinstance(item, (tuple, list, dict)):
+                inner = item.values() if isinstance(item, dict) else item
+                pending += [(one, depth + 1) for one in inner]
+        return found
 
     @staticmethod
     def require(value: Any, expected: bool) -> None:

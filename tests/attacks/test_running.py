@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import runtime
 from runtime.console import printable
 from runtime.errors import ArtifactError
 from runtime.guards import TURNS_LIMIT
+from runtime.program import Run
 from tests.attacks.attack import OWNED, program
 from tests.runtime.artifacts import write
 
@@ -192,3 +194,13 @@ def test_a_check_from_inside_of_an_artifact_runs_nothing_of_it(name: str, tmp_pa
 )
 def test_what_terminals_obey_is_shown_instead(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize("together", [lambda value: (value,), lambda value: (value, value), lambda value: {"a": value}])
+def test_containers_are_not_put_into_each_other_without_end(together: Callable[[Any], Any]) -> None:
+    """Python hashes and compares them by recursion, without a bound of its own."""
+    value: Any = (1.5, 2.5)
+    with pytest.raises(ArtifactError, match="into each other without end"):
+        for _ in range(1_000_000):
+            value = Run.copied({"t": together(value)})["t"]
+    assert Run.copied({"a": (1, [2, {"b": 3}])}) == {"a": (1, [2, {"b": 3}])}
