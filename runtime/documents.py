@@ -14,6 +14,8 @@ from typing import Any
 
 from runtime.errors import DataError
 
+_ROWS_AT_A_TIME = 16  # of a parquet file: a row of a few compressed bytes may be a text of megabytes
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -90,11 +92,12 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             if not columns:
                 raise DataError(f"{path} has no column text or messages", hint=f"its columns are {names}")
             number = 0
-            for batch in file.iter_batches(columns=columns):
-                for record in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=columns):
+                for row in range(batch.num_rows):
                     number += 1
+                    (record,) = batch.slice(row, 1).to_pylist()
                     yield _as_document(record, f"row {number} of {path}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is no intact parquet file: {error}") from error
 
 

@@ -17,6 +17,7 @@ refused by name.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 import torch
@@ -145,7 +146,7 @@ def _check_observer(args: QuantizationArgs, offered: tuple[str, ...]) -> None:
                 hint=f"offered are {', '.join(known)}" if known else "leave them out",
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise RecipeError(f"observer_kwargs {name} must be a positive number, not {value!r}")
+            raise RecipeError(f"observer_kwargs {name} must be a positive number, not {reprlib.repr(value)}")
 
 
 def _check_inputs(inputs: QuantizationArgs) -> None:

@@ -92,7 +92,8 @@ class Value:
             return yaml.SafeLoader("").construct_document(copy.deepcopy(self.node))
         except yaml.YAMLError as error:
             raise _from_yaml(error, self.origin) from error
-        except (ValueError, RecursionError) as error:  # a date that is none, an integer of thousands of digits
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            # A date that is none, an integer of thousands of digits, a tag of a type that the text is not of.
             raise self.error(f"{self.name} cannot be read: {error}") from error
 
     def text(self) -> str:
@@ -143,7 +144,7 @@ class Value:
 
 
 def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else f"{node.value!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else reprlib.repr(node.value)
 
 
 def _from_yaml(error: yaml.YAMLError, origin: str) -> RecipeError:
