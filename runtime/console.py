@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import reprlib
 import signal
 import sys
 import threading
@@ -113,6 +114,13 @@ def say(line: str = "") -> None:
 def warn(line: str) -> None:
     """Print a line where it does not mix with results."""
     print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def shown(value: object) -> str:
+    """A value for a message: of one that is large, a beginning."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel = 2
+    return shortener.repr(value)
 
 
 def printable(text: str) -> str:

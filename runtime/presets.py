@@ -17,7 +17,6 @@ refused by name.
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +29,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from runtime.console import shown
 from runtime.errors import RecipeError
 from runtime.statistics import AVERAGING_CONSTANT
 
@@ -146,7 +146,7 @@ def _check_observer(args: QuantizationArgs, offered: tuple[str, ...]) -> None:
                 hint=f"offered are {', '.join(known)}" if known else "leave them out",
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise RecipeError(f"observer_kwargs {name} must be a positive number, not {reprlib.repr(value)}")
+            raise RecipeError(f"observer_kwargs {name} must be a positive number, not {shown(value)}")
 
 
 def _check_inputs(inputs: QuantizationArgs) -> None:

@@ -8,11 +8,11 @@ Modifiers that rescale (AWQModifier, SmoothQuantModifier; `recipe_transforms`) s
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from runtime.console import shown
 from runtime.errors import RecipeError
 from runtime.recipe_fields import as_number, read_observers, read_whole, require_no_op, with_observers
 from runtime.recipe_transforms import TRANSFORMS, Transform, read_transform
@@ -184,9 +184,7 @@ def _find_in_stage(stage: Value) -> Iterator[Value]:
             yield from (entry for entry in value.mapping().values() if _is_modifier(entry))
         elif value.name == "run_type":
             if value.plain() != "oneshot":
-                raise value.error(
-                    f"run_type {reprlib.repr(value.plain())} is not offered", hint="recipes run as oneshot"
-                )
+                raise value.error(f"run_type {shown(value.plain())} is not offered", hint="recipes run as oneshot")
         else:
             raise value.unknown("key", ("*_modifiers", "run_type"))
 
@@ -324,7 +322,7 @@ def _read_args(value: Value) -> QuantizationArgs:
             raise field.unknown(f"key of {value.name}", QuantizationArgs.model_fields)
         plain = field.plain()
         if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
-            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {reprlib.repr(plain)}")
+            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {shown(plain)}")
     try:
         given = {name: field.plain() for name, field in fields.items()}
         if isinstance(given.get("observer"), str):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runtime.console import shown
 from runtime.errors import RecipeError
 from runtime.yaml_lines import Value
 
@@ -57,7 +57,7 @@ def read_part(value: Value | None, *, default: float) -> float:
         return default
     number = as_number(value.plain())
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
-        raise value.error(f"{value.name} must be a number from 0 to 1, not {reprlib.repr(value.plain())}")
+        raise value.error(f"{value.name} must be a number from 0 to 1, not {shown(value.plain())}")
     return float(number)
 
 
@@ -70,7 +70,7 @@ def require_no_op(value: Value, harmless: tuple[Any, ...], reason: str) -> None:
     plain = value.plain()
     # The type, because in Python 0 is False.
     if not any(plain == other and type(plain) is type(other) for other in harmless):
-        raise value.error(f"{value.name} {reprlib.repr(plain)} cannot be obeyed: {reason}", hint="leave it out")
+        raise value.error(f"{value.name} {shown(plain)} cannot be obeyed: {reason}", hint="leave it out")
 
 
 def read_observers(fields: Mapping[str, Value]) -> Observers:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from runtime.console import shown
 from runtime.errors import RecipeError
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -104,7 +104,7 @@ class Value:
         """
         value = self.plain()
         if not isinstance(value, str):
-            raise self.error(f"{self.name} must be a string, not {reprlib.repr(value)}")
+            raise self.error(f"{self.name} must be a string, not {shown(value)}")
         return value
 
     def pattern(self) -> str:
@@ -144,7 +144,7 @@ class Value:
 
 
 def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else reprlib.repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else shown(node.value)
 
 
 def _from_yaml(error: yaml.YAMLError, origin: str) -> RecipeError:
