@@ -61,15 +61,12 @@ def _may_be_copied(name: str) -> bool:
 
 
 def _is_inside(path: Path) -> bool:
-    """Whether this is a file of its directory: none elsewhere that a link leads to, but for the hub's cache, which
-    keeps all files beside its snapshots.
-    """
+    """Whether this is a file of its directory: none elsewhere that a link leads to, but for files of the hub's cache."""
     if not path.is_file():
         return False
     home, target = path.parent.resolve(), path.resolve()
-    return home in target.parents or (
-        home.parent.name == "snapshots" and home.parent.parent / "blobs" in target.parents
-    )
+    is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return home in target.parents or is_of_hub
 
 
 def _local(auto_map: Any) -> Any:
