@@ -61,7 +61,7 @@ def _may_be_copied(name: str) -> bool:
 
 
 def _is_inside(path: Path) -> bool:
-    """Whether this is a file of its directory: none elsewhere that a link leads to, but for files of the hub's cache."""
+    """Whether this is a file of its directory: none elsewhere that a link leads to, but for the hub's cache."""
     if not path.is_file():
         return False
     home, target = path.parent.resolve(), path.resolve()
