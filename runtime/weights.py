@@ -7,7 +7,7 @@ anything is loaded; the first tensor that is missing, left over or of another sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +166,8 @@ class Weights:
                 continue
             # A regular expression can match modules of any class, of which readers take Linear alone for quantized,
             # unless others are stored so.
-            keys = (key for source in (*entry.sources, f"{name}.weight") for key in self._spellings(source))
-            if isinstance(module, nn.Linear) or any(f"{_module_key(k)}.weight_scale" in self.checkpoint for k in keys):
+            prefixes = self._module_spellings(f"{name}.weight", entry)
+            if isinstance(module, nn.Linear) or any(f"{p}.weight_scale" in self.checkpoint for p in prefixes):
                 found[name] = scheme
         return found
 
@@ -201,9 +201,9 @@ class Weights:
     def _packed_origin(self, name: str, entry: ParameterEntry, scheme: QuantizationScheme) -> Origin:
         from runtime.schemes import stored_shapes
 
-        spellings = (_module_key(key) for source in (*entry.sources, name) for key in self._spellings(source))
         marks = ("weight_scale", "weight_packed")
-        prefix = next((p for p in spellings if any(f"{p}.{mark}" in self.checkpoint for mark in marks)), None)
+        prefixes = self._module_spellings(name, entry)
+        prefix = next((p for p in prefixes if any(f"{p}.{mark}" in self.checkpoint for mark in marks)), None)
         if prefix is None:
             raise WeightsError(
                 f"{self.checkpoint.directory} lacks the compressed tensors of {name}",
@@ -223,6 +223,10 @@ class Weights:
                 raise WeightsError(self._misfit(key, found, expected, name), hint=_OTHER_MODEL)
             keys.append(key)
         return Origin(keys=tuple(keys), conversion=-1, packed=scheme)
+
+    def _module_spellings(self, name: str, entry: ParameterEntry) -> Iterator[str]:
+        """What the module of a weight may be called in this checkpoint."""
+        return (_module_key(key) for source in (*entry.sources, name) for key in self._spellings(source))
 
     def _present(self, keys: tuple[str, ...]) -> tuple[str, ...] | None:
         """The keys as this checkpoint spells them, or None unless all are there."""

@@ -33,11 +33,9 @@ def is_pattern(pattern: str) -> bool:
     """
     if len(pattern) > _PATTERN_LENGTH or not compiles(pattern):
         return False
-    plain = re.sub(r"\\.", "_", pattern)  # what a backslash takes the meaning from
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", plain)
     # A flag can make another language of what follows.
     has_reference = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[A-Za-z-]", pattern.replace("(?P<", "(")) is not None
-    repeats = len(re.findall(r"[*+{]|(?<![(*+}])\?", plain))
+    repeats = len(re.findall(r"[*+{]|(?<![(*+}])\?", _plain(pattern)))
     return not has_reference and repeats <= _REPEATS and not repeats_groups(pattern)
 
 
@@ -52,8 +50,12 @@ def compiles(pattern: str) -> bool:
 
 def repeats_groups(pattern: str) -> bool:
     """Whether a group is repeated, which can take time that doubles with each character of a name."""
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "_", re.sub(r"\\.", "_", pattern))
-    return re.search(r"\)\s*[*+{]", plain) is not None
+    return re.search(r"\)\s*[*+{]", _plain(pattern)) is not None
+
+
+def _plain(pattern: str) -> str:
+    """A regular expression with an underscore for what a backslash takes the meaning from, and for classes."""
+    return re.sub(r"\[\^?\]?[^\]]*\]", "_", re.sub(r"\\.", "_", pattern))
 
 
 def _is_part(node: ast.AST) -> bool:

@@ -6,20 +6,17 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import nn
 
 import runtime
-from runtime.artifact import LoadedSubgraph
 from runtime.bundle import BUNDLE_NAME, find_job
 from runtime.errors import ArtifactError, OutputError
 from seqbuild.pack import pack
 from tests.runtime.conftest import narrow_llama, small
-from tests.runtime.small import NARROW_W4, Small, calibrate, recipe, token_batches, write_token_file
+from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, recipe, stop_at, token_batches, write_token_file
 
 __all__ = ["narrow_llama", "small"]
 
@@ -27,26 +24,14 @@ GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")
 SHARDS = {"max_shard_bytes": 30_000}
 
 
-class Stop(BaseException):
-    """What a power cut is to a process."""
-
-
 @pytest.fixture
-def interrupted(narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def interrupted(narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a run has left that was stopped after two of three layers."""
-    real, calls = LoadedSubgraph.forward, [0]
-
-    def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
-        calls[0] += 1
-        if calls[0] == 15:
-            raise Stop
-        return real(self, model, **inputs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LoadedSubgraph, "forward", forward)
+        stop_at(patch, 15)
         with pytest.raises(Stop):
             calibrate(narrow_llama, GPTQ, tmp_path / "out", **SHARDS)
-    yield tmp_path / ".out.run.partial"
+    return tmp_path / ".out.run.partial"
 
 
 @pytest.fixture

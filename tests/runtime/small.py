@@ -14,10 +14,12 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import runtime
+from runtime.artifact import LoadedSubgraph
 from runtime.calibration import Calibration
 from runtime.checkpoint import Checkpoint
 from runtime.quantized import input_quantization
@@ -114,6 +116,27 @@ def make_small(
 def recipe(text: str, *, modifier: str = "QuantizationModifier") -> runtime.Recipe:
     """A recipe of one modifier, from the inside of its braces."""
     return runtime.Recipe.from_text(f"{modifier}: {{{text}}}", "recipe.yaml")
+
+
+class Stop(BaseException):
+    """Nobody catches it: what a power cut is to a process."""
+
+
+_FORWARD = LoadedSubgraph.forward
+
+
+def stop_at(patch: pytest.MonkeyPatch, number: int, kind: type[BaseException] = Stop) -> list[int]:
+    """Stop at the n-th time that a subgraph runs; 0 never does. The list counts how often one ran."""
+    calls = [0]
+
+    def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        calls[0] += 1
+        if calls[0] == number:
+            raise kind
+        return _FORWARD(self, model, **inputs)
+
+    patch.setattr(LoadedSubgraph, "forward", forward)
+    return calls
 
 
 def token_batches(

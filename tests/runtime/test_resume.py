@@ -9,7 +9,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from tests.runtime.small import (
     NARROW_W4,
     RECIPES,
     Small,
+    Stop,
     calibrate,
     directory_bytes,
     read_tensors,
     recipe,
+    stop_at,
     token_batches,
     write_token_file,
 )
@@ -39,28 +42,9 @@ from tests.runtime.small import (
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
 
 
-class Stop(BaseException):
-    """Nobody catches it: what a power cut is to a process."""
-
-
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]]]:
-    """Stop at the n-th time that a subgraph runs; 0 never does. The list counts how often one ran."""
-    real = LoadedSubgraph.forward
-
-    def arrange(number: int) -> list[int]:
-        calls = [0]
-
-        def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
-            calls[0] += 1
-            if calls[0] == number:
-                raise Stop
-            return real(self, model, **inputs)
-
-        monkeypatch.setattr(LoadedSubgraph, "forward", forward)
-        return calls
-
-    yield arrange
+@pytest.fixture(name="stop_at")
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    return partial(stop_at, monkeypatch)
 
 
 # Three batches, three layers: 6 passes of a batch for the first and the second layer, 3 for the last.
@@ -308,15 +292,7 @@ def test_killed_at_random_moments_a_run_comes_to_the_same_bytes(place: Place, ru
 
 
 def test_interrupted_on_the_command_line(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = LoadedSubgraph.forward, [0]
-
-    def forward(self: LoadedSubgraph, model: nn.Module, **inputs: Any) -> dict[str, Any]:
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        return real(self, model, **inputs)
-
-    monkeypatch.setattr(LoadedSubgraph, "forward", forward)
+    stop_at(monkeypatch, 4, KeyboardInterrupt)
     code, _, complaint = run(place.calibrate())
     assert (code, complaint) == (130, "runtime: interrupted; 1 finished subgraph is kept: go on with --resume\n")
     assert_refused(run(place.calibrate()), "an interrupted run has left 1 finished subgraph of", "--resume")

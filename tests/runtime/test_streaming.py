@@ -44,6 +44,7 @@ from tests.runtime.small import (
     run_transformers,
     run_weights,
     save_model,
+    stop_at,
     token_batches,
 )
 
@@ -261,16 +262,8 @@ def test_a_resumed_run_has_the_rewritten_norms(
     plan = recipe(NARROW_W4, modifier="GPTQModifier")
     smoothed()
     calibrate(narrow_llama, plan, tmp_path / "expected")
-    real, calls = LoadedSubgraph.forward, [0]
-
-    def forward(self: LoadedSubgraph, model: Any, **inputs: Any) -> dict[str, Any]:
-        calls[0] += 1
-        if calls[0] == 20:
-            raise KeyboardInterrupt
-        return real(self, model, **inputs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LoadedSubgraph, "forward", forward)
+        stop_at(patch, 20, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrate(narrow_llama, plan, tmp_path / "out")
     assert calibrate(narrow_llama, plan, tmp_path / "out", resume=True).resumed_at == 2
