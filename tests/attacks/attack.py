@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,8 +79,10 @@ sys.addaudithook(WATCH)
 @contextlib.contextmanager
 def watched(root: Path) -> Iterator[list[str]]:
     """Note all that an artifact must never make happen; the list fills while the block runs."""
+    gc.freeze()  # or what other tests have left would be cleared away, and its files with it, while this one is watched
     WATCH.root, WATCH.seen, WATCH.is_on = str(root), [], True
     try:
         yield WATCH.seen
     finally:
         WATCH.is_on = False
+        gc.unfreeze()
