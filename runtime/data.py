@@ -145,6 +145,11 @@ def tokenize_documents(
     else:
         some = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
         chosen = [_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
+    if loss_mask and not any(bool(counts_S.any()) for _, counts_S in chosen):
+        raise DataError(
+            f"the loss mask leaves no token of {what}: no sample contains text of the assistant",
+            hint="use longer samples, give conversations with assistant messages, or leave --loss-mask out",
+        )
     samples = tuple(ids_S for ids_S, _ in chosen)
     masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
     origin = Origin(
@@ -262,7 +267,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_lengt
     text = document.content if isinstance(document.content, str) else rendered(tokenizer, document)
     _require_characters(text, document)
     encoding: dict[str, Any] = tokenizer(
-        text,
+        _without_added_tokens(tokenizer, text) if is_text else text,
         add_special_tokens=is_text,
         truncation=max_length is not None,
         max_length=max_length,
@@ -272,6 +277,29 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_lengt
     ids_S = torch.tensor(encoding["input_ids"][:max_length], dtype=torch.int64)
     _require_tokens(ids_S, document)
     return ids_S
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the special tokens at its ends that the tokenizer adds itself, so that none is there twice.
+
+    Texts that were written by a chat template mostly begin with one.
+    """
+    probe = tokenizer("a", verbose=False)["input_ids"]
+    if len(probe) < 2:
+        return text
+    for token, token_id in _named(tokenizer, "bos", "cls"):
+        if probe[0] == token_id:
+            text = text.removeprefix(token)
+    for token, token_id in _named(tokenizer, "eos", "sep"):
+        if probe[-1] == token_id:
+            text = text.removesuffix(token)
+    return text
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, *kinds: str) -> list[tuple[str, int]]:
+    """Special tokens of these kinds that the tokenizer has, each once, with their ids."""
+    tokens = dict.fromkeys(getattr(tokenizer, f"{kind}_token", None) for kind in kinds)
+    return [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens if token]
 
 
 def _require_characters(text: str, document: Document) -> None:

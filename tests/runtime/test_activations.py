@@ -151,14 +151,16 @@ def test_a_run_whose_values_are_on_disk_gives_the_same_bytes(
         ("1.5 GB", 0, 1_500_000_000),
         ("0", 0, 0),
         ("device=2GiB,host=512MiB", 2**31, 2**29),
-        ("host=1e6", 0, 1_000_000),
+        ("host=1e6B", 0, 1_000_000),
     ],
 )
 def test_budgets_are_read(text: str, device_bytes: int, host_bytes: int) -> None:
     assert Budget.parse(text) == Budget(device_bytes=device_bytes, host_bytes=host_bytes)
 
 
-@pytest.mark.parametrize("text", ["much", "16 GX", "disk=3GB", "host=1GB,host=2GB", "", "-3GB", "host="])
+@pytest.mark.parametrize(
+    "text", ["much", "16 GX", "disk=3GB", "host=1GB,host=2GB", "", "-3GB", "host=", "24", "host=1e6"]
+)
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(runtime.UsageError, match="--activation-memory"):
         Budget.parse(text)

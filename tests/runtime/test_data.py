@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from runtime.data import Origin, TokenData, batches, load_tokens, save_tokens
 from runtime.errors import DataError, UsageError
@@ -312,3 +313,21 @@ def test_importing_the_module_and_reading_a_token_file_load_no_tokenizer_library
         "assert not {'transformers', 'tokenizers', 'pyarrow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_special_tokens_of_a_text_are_not_added_twice(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
+    """Texts that a chat template has written begin with the BOS token."""
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer_dir)
+    path = tmp_path / "x.jsonl"
+    texts = [f"{tokenizer.bos_token}ab", "ab", f"{tokenizer.bos_token}{tokenizer.bos_token}ab"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = [ids.tolist() for ids in load_tokens(path, tokenizer_dir=byte_tokenizer_dir, pack=False).samples]
+    assert found == [tokenizer("ab")["input_ids"]] * 2 + [tokenizer(f"{tokenizer.bos_token}ab")["input_ids"]]
+
+
+def test_special_tokens_at_both_ends_are_not_added_twice(tmp_path: Path, minilm_tokenizer_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm_tokenizer_dir)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "[CLS] some words [SEP]"}) + "\n" + json.dumps({"text": "words [SEP] more"}))
+    found = [ids.tolist() for ids in load_tokens(path, tokenizer_dir=minilm_tokenizer_dir, pack=False).samples]
+    assert found == [tokenizer("some words")["input_ids"], tokenizer("words [SEP] more")["input_ids"]]

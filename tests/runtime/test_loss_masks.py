@@ -82,6 +82,18 @@ def test_a_template_without_marks_is_refused(byte_tokenizer_dir: Path, chats: Pa
         load_tokens(chats, tokenizer_dir=byte_tokenizer_dir, pack=False, loss_mask=True)
 
 
+@pytest.mark.parametrize(("seq_len", "pack"), [(2, False), (None, False)])
+def test_a_mask_that_leaves_no_token_is_rejected(
+    marking: Path, tmp_path: Path, seq_len: int | None, pack: bool
+) -> None:
+    """Cut before the assistant says anything, or without an assistant at all."""
+    path, out = tmp_path / "chats.jsonl", tmp_path / "calib.safetensors"
+    path.write_text(json.dumps({"messages": CHAT if seq_len else CHAT[:1]}) + "\n")
+    with pytest.raises(runtime.DataError, match=r"the loss mask leaves no token of .*chats\.jsonl"):
+        tokenize_files(marking, [path], num_samples=None, seq_len=seq_len, pack=pack, out=out, loss_mask=True)
+    assert not out.exists()
+
+
 def test_token_files_keep_masks(marking: Path, chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "calib.safetensors"
     tokenize_files(marking, [chats], num_samples=None, seq_len=None, pack=False, out=out, loss_mask=True)
