@@ -21,7 +21,7 @@ from runtime.checks import Checked, check_artifact, check_versions, read_manifes
 from runtime.constants import load_constants
 from runtime.contents import CONSTANTS_NAME
 from runtime.errors import ArtifactError, SeqbuildError
-from runtime.manifest import Manifest, SubgraphEntry
+from runtime.manifest import Manifest, ParameterEntry, SubgraphEntry
 from runtime.model_code import ModelCode, is_own_module
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ class Artifact:
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     _private: Path | None = field(default=None, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
+
+    @property
+    def compiled_parameters(self) -> Mapping[str, ParameterEntry]:
+        """The parameter table as it was compiled, where a view of the artifact may have another."""
+        return self.manifest.parameters
 
     @property
     def companions_path(self) -> Path:

@@ -188,7 +188,7 @@ def calibrate(
             watch=watch,
         )
         remarks = make_remarks(artifact, model, recipe, jobs, unreached)
-        for remark in (*remarks, *recipe_modifier.remarks, *foretold.warnings):
+        for remark in (*source.remarks, *remarks, *recipe_modifier.remarks, *foretold.warnings):
             watch.tell("warning", text=remark)
         resumed_at = run.execute()
         write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))

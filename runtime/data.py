@@ -298,8 +298,8 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _named(tokenizer: PreTrainedTokenizerBase, *kinds: str) -> list[tuple[str, int]]:
     """Special tokens of these kinds that the tokenizer has, each once, with their ids."""
-    tokens = dict.fromkeys(getattr(tokenizer, f"{kind}_token", None) for kind in kinds)
-    return [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens if token]
+    tokens = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
+    return [(token, getattr(tokenizer, f"{kind}_token_id")) for token, kind in tokens.items() if token]
 
 
 def _require_characters(text: str, document: Document) -> None:

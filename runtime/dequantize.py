@@ -15,6 +15,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.derived import Derived, DerivedCheckpoint
 from runtime.errors import WeightsError
 from runtime.packed import FP8, Packed, packed_tensors, without_quantization
+from runtime.source_checks import require_no_adapter, require_true_names
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         WeightsError: when there is none, it is damaged, or it is quantized in a form that cannot be read.
     """
+    require_no_adapter(directory)
     stored = Checkpoint(directory)
     shapes = {key: stored.shape(key) for key in stored}
+    require_true_names(directory, stored.config, {key: stored.stored(key).dtype for key in stored})
     packed, unused = packed_tensors(stored.config, shapes, str(directory))
     if not packed:
         return stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -13,7 +12,9 @@ from torch import nn
 
 from runtime.experts import Mixture
 from runtime.grammar import SOURCE_LIMIT_BYTES
+from runtime.source_checks import ADAPTER_FILES, QUANTIZATION_FILES
 from runtime.split import checkpoint_name
+from runtime.weights import numbered_list
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from runtime.weights import Weights
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".index.json")
-_NEVER_COPIED = ("adapter_config.json",)  # it has readers load other weights on top
+# With these, readers would load other weights on top, or take the result for another tool's.
+_NEVER_COPIED = (*ADAPTER_FILES, *QUANTIZATION_FILES)
 
 
 def write_companions(
@@ -126,10 +128,20 @@ def not_quantized(
 def _left_over(source: Weights) -> Iterator[str]:
     """Modules of matrices that no parameter is made from; experts as one regular expression."""
     used = {key for origin in source.origins.values() for key in origin.keys}
-    for key in source.checkpoint:
-        if key not in used and key.endswith(".weight") and len(source.checkpoint.shape(key)) == 2:
-            owner, number, _ = key.removesuffix(".weight").rpartition(".experts.")
-            yield "re:" + re.escape(f"{owner}.experts") + r"\.\d+\." if number else key.removesuffix(".weight")
+    around = {".".join(parts[:depth]) for parts in (key.split(".") for key in used) for depth in range(len(parts))}
+    for key in source.unused:
+        if len(source.checkpoint.shape(key)) < 2:
+            continue
+        module, _, own = key.rpartition(".")
+        owner, number, _ = module.rpartition(".experts.")
+        if own == "weight" and number:
+            yield "re:" + re.escape(f"{owner}.experts") + r"\.\d+\."
+        elif own == "weight":
+            yield module
+        elif module in around:
+            yield key
+        else:  # stacked experts: to readers they are a module, or one for each of them
+            yield "re:" + re.escape(module) + r"(\.|$)"
 
 
 def _names(name: str, source: Weights) -> Iterator[str]:
@@ -156,12 +168,9 @@ def _stacked(keys: tuple[str, ...], lists: Container[str]) -> Iterator[str]:
         keys: the tensors.
         lists: those of which other members are quantized (Ernie has experts for text and for images in one).
     """
-    parts = [key.split(".")[:-1] for key in keys]
-    columns = zip(*parts, strict=False)
-    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    if len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts):
-        owner = ".".join(parts[0][:depth])
-        numbers = "|".join(dict.fromkeys(part[depth] for part in parts))
+    owner = numbered_list(keys)
+    if owner:
+        numbers = "|".join(dict.fromkeys(key.removeprefix(f"{owner}.").partition(".")[0] for key in keys))
         yield "re:" + re.escape(owner) + (rf"\.({numbers})\." if owner in lists else r"\.\d+\.")
     else:
-        yield from (".".join(part) for part in parts)
+        yield from (key.rpartition(".")[0] for key in keys)

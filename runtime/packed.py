@@ -58,6 +58,13 @@ def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def described(entry: Mapping[str, Any]) -> str:
+    """What a quantization entry says about itself: its method, and the algorithm or number of bits if stated."""
+    bits = entry.get("bits", entry.get("w_bit"))
+    detail = entry.get("quant_algo") or (f"{bits} bits" if bits is not None else "")
+    return " ".join(str(part) for part in (entry.get("quant_method") or "no quant_method", detail) if part)[:200]
+
+
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model with plain weights."""
     plain = {name: value for name, value in config.items() if name != ENTRY}
@@ -92,7 +99,7 @@ def packed_tensors(
     if method == MXFP4:
         return _mxfp4(shapes, origin), []
     raise WeightsError(
-        f"{origin} is quantized by {method!r}, which cannot be undone here",
+        f"{origin} is quantized by {described(entry)!r}, a format that is not supported as input",
         hint=f"start from the original checkpoint, or from one in {FP8}, {MXFP4} or {READABLE}",
     )
 

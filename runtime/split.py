@@ -51,6 +51,11 @@ class SplitArtifact(Artifact):
     named_anew: tuple[str, ...] = ()
     spare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def compiled_parameters(self) -> Mapping[str, ParameterEntry]:
+        """The table before experts were taken apart."""
+        return self.whole.manifest.parameters
+
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module tree, with a Linear module for each matrix of each expert."""
         model = self.whole.empty_model(dtype)

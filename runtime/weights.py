@@ -1,13 +1,15 @@
 """Stream weights into a module tree, one subgraph at a time.
 
 The artifact's parameter table says which checkpoint tensors make each parameter. Everything is compared before
-anything is loaded; the first tensor that is missing, left over or of another shape is an error.
+anything is loaded; the first tensor that is missing or of another shape is an error. Tensors that the model does not
+use (heads that predict several tokens, value heads, a head beside a base model) belong to the checkpoint all the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
 from runtime.program import Run
+from runtime.recipe import some
+from runtime.source_checks import is_quantization_name
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -68,9 +72,10 @@ class Weights:
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
         cache_keys = self._attach_key_values(model)
-        self._require_no_leftovers(cache_keys)
+        self.unused = self._unused(cache_keys)
         for name in self.origins:
             self._require_shape(name)
+        self.remarks = tuple(self._remarks())
         self._tables = lookup_tables(artifact)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
@@ -269,15 +274,52 @@ class Weights:
             key, end = _module_key(key), inner.rpartition(".")[0]
         return key.removesuffix(end)
 
-    def _require_no_leftovers(self, others: Iterable[str]) -> None:
+    def _unused(self, others: Iterable[str]) -> tuple[str, ...]:
+        """Tensors that no parameter is made from.
+
+        Raises:
+            WeightsError: for one that says that another tensor is not what the artifact takes it for.
+        """
         used = {key for origin in self.origins.values() for key in origin.keys} | set(others)
-        ignored = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
-        for key in self.checkpoint:
-            if key not in used and not any(pattern.search(key) for pattern in ignored):
+        unused = tuple(key for key in self.checkpoint if key not in used)
+        modules = {_module_key(key) for key in used}
+        packed = {_module_key(origin.keys[0]) for origin in self.origins.values() if origin.packed is not None}
+        members = self._members()
+        for key in unused:
+            module, own = _module_key(key), key.rpartition(".")[2]
+            if (module in packed and own != "bias") or (module in modules and is_quantization_name(key)):
                 raise WeightsError(
-                    f"{self.checkpoint.directory} holds tensor {key!r}, which the artifact does not know",
-                    hint=_OTHER_MODEL,
+                    f"{self.checkpoint.directory} holds tensor {key!r}, but {module} is not quantized in a "
+                    "way that has such a tensor",
+                    hint="does its config.json describe this checkpoint?",
                 )
+            for name, numbers in members.items():
+                if key.startswith(f"{name}.") and key.removeprefix(f"{name}.").partition(".")[0] not in numbers:
+                    raise WeightsError(
+                        f"{self.checkpoint.directory} holds tensor {key!r}, but the artifact expects only "
+                        f"{len(numbers)} members of {name}",
+                        hint=_OTHER_MODEL,
+                    )
+        return unused
+
+    def _members(self) -> dict[str, set[str]]:
+        """By the names of lists whose members make one parameter together, the members' numbers."""
+        found: dict[str, set[str]] = {}
+        for entry in self.artifact.compiled_parameters.values():
+            prefix = numbered_list(entry.sources)
+            for spelling in self._spellings(prefix) if prefix else ():
+                numbers = (key.removeprefix(f"{prefix}.").partition(".")[0] for key in entry.sources)
+                found.setdefault(spelling, set()).update(numbers)
+        return found
+
+    def _remarks(self) -> Iterator[str]:
+        patterns = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
+        found = [key for key in self.unused if not any(pattern.search(key) for pattern in patterns)]
+        if found:
+            yield (
+                f"warning: the model does not use {len(found)} tensors of the checkpoint, which are copied "
+                f"unchanged: {some(found)}"
+            )
 
     def _require_shape(self, name: str) -> None:
         origin, expected = self.origins[name], self.artifact.manifest.parameters[name].shape
@@ -297,6 +339,15 @@ class Weights:
             f"tensor {key!r} of {self.checkpoint.directory} has shape {list(found)}, the artifact expects "
             f"{list(expected)} for parameter {name}"
         )
+
+
+def numbered_list(keys: Sequence[str]) -> str:
+    """The name of the list of which these tensors belong to several members; empty where they do not."""
+    parts = [key.split(".") for key in keys]
+    columns = zip(*parts, strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    is_list = len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts)
+    return ".".join(parts[0][:depth]) if is_list else ""
 
 
 def spellings(key: str, prefix: str) -> tuple[str, ...]:

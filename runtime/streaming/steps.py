@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.dtypes import dtype_name
+from runtime.errors import WeightsError
 from runtime.layout import Stored
 
 if TYPE_CHECKING:
@@ -134,7 +135,23 @@ def _owned_modules(artifact: Artifact, jobs: Mapping[str, Assignment]) -> Iterat
 
 
 def output_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
-    """Every tensor of the checkpoint that a run writes, in the order in which they fill its shards."""
+    """Every tensor of the checkpoint that a run writes, in the order in which they fill its shards.
+
+    Raises:
+        WeightsError: when quantization makes a tensor that the checkpoint holds already.
+    """
+    written: dict[str, None] = {}
+    for stored in _all_tensors(plan, source, jobs):
+        if stored.name in written:
+            raise WeightsError(
+                f"{source.checkpoint.directory} holds tensor {stored.name!r}, and quantization makes one of that name",
+                hint="remove it from the checkpoint",
+            )
+        written[stored.name] = None
+        yield stored
+
+
+def _all_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
     checkpoint = source.checkpoint
     for step in plan.steps:
         for name in step.modules:

@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.errors import ModelError, WeightsError
 from runtime.packed import plain_shapes
+from runtime.source_checks import require_no_adapter, require_true_names
 
 # What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
 COMPANIONS = (
@@ -81,20 +82,27 @@ class Source:
                 f"{self.directory} lacks {missing[0].name}, one of the {len(paths)} shards of its checkpoint",
                 hint="complete the checkpoint, or compile from the config.json alone",
             )
-        shapes: dict[str, tuple[int, ...]] = {}
+        require_no_adapter(self.directory)
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path in paths:
-            shapes.update(_header_shapes(path))
-        return plain_shapes(self.config, shapes, str(self.directory))
+            tensors.update(_header(path))
+        require_true_names(self.directory, self.config, {name: dtype for name, (dtype, _) in tensors.items()})
+        return plain_shapes(self.config, {name: shape for name, (_, shape) in tensors.items()}, str(self.directory))
 
 
-def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a shard."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER_LIMIT_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return {
+            name: (str(entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise WeightsError(f"{path} is not a safetensors file: {error}") from error
 
@@ -148,6 +156,7 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 def _from_file(name: str, config_file: Path, source: str) -> Source:
     if not config_file.is_file():
+        require_no_adapter(config_file.parent)
         raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))

@@ -243,10 +243,15 @@ def test_other_forms_are_refused_before_anything_runs(
     model = tmp_path / "model"
     shutil.copytree(pair[1].weights, model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "a": 1}}))
+    (model / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}})
+    )
+    tensors = read_tensors(model)
+    tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "artifacts")], seqbuild.cli.main)
     assert code != 0
-    assert f"is quantized by {method!r}" in complaint
+    assert f"is quantized by '{method or 'no quant_method'} 4 bits', a format that is not supported" in complaint
     with pytest.raises(WeightsError, match="is quantized by"):
         calibrate(pair[1], gptq(), tmp_path / "out", weights=model)
     with pytest.raises(WeightsError, match="is quantized by"):

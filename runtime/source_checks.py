@@ -1,0 +1,145 @@
+"""Reject model directories whose weights are not what their names and config.json say.
+
+Three cases would otherwise give a wrong result without a message: a LoRA adapter that readers load on top of the
+weights, weights that another tool quantized and config.json does not mention, and a quantization entry that was left
+in config.json although the weights are plain. Only file names, config files and the headers of shards are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import WeightsError
+from runtime.packed import ENTRY, described, stated
+
+# Files in which other tools describe a quantization, and the tools.
+QUANTIZATION_FILES: Mapping[str, str] = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "quantization_config.json": "AutoRound",
+    "quant_model_description.json": "msModelSlim",
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_FILE_LIMIT_BYTES = 2**20
+
+# Last parts of names that only tensors of a quantized checkpoint have, and what made them.
+_MARKS: Mapping[str, str] = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "nested_absmax": "bitsandbytes",
+    "nested_quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_format": "bitsandbytes",
+    "weight_scale": "compressed-tensors or ModelOpt",
+    "input_scale": "compressed-tensors or ModelOpt",
+    "weight_scale_2": "ModelOpt",
+    "pre_quant_scale": "ModelOpt",
+    "weight_packed": "compressed-tensors",
+    "weight_global_scale": "compressed-tensors",
+    "weight_zero_point": "compressed-tensors",
+    "input_global_scale": "compressed-tensors",
+    "input_zero_point": "compressed-tensors",
+}
+_CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
+_BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
+_NARROW = ("F8_", "F6_", "F4")
+
+
+def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+    """Reject quantized weights that config.json does not mention, and quantization entries of plain weights.
+
+    Args:
+        directory: of the model.
+        config: its config.json; empty where there is none.
+        dtypes: safetensors' name of the dtype of each tensor, by the tensor's name.
+
+    Raises:
+        WeightsError: naming the file, the tensor or the entry.
+    """
+    quantized = next((key for key in dtypes if _mark(key, dtypes) or dtypes[key].startswith(_NARROW)), None)
+    entry = stated(config)
+    if entry and quantized is None and not _may_have_plain_weights(entry, dtypes):
+        raise WeightsError(
+            f"{directory / 'config.json'} has a {ENTRY} ({described(entry)}), but the weights are not quantized",
+            hint=f"remove the entry {_entry_path(config)!r} from config.json",
+        )
+    if quantized is not None and not entry:
+        raise WeightsError(
+            f"{directory} holds quantized weights ({quantized!r} in {dtypes[quantized]}, "
+            f"{described_files(directory) or _mark(quantized, dtypes) or 'unknown format'}), "
+            f"and its config.json has no {ENTRY}",
+            hint="start from the original checkpoint, or restore that entry if the format is supported",
+        )
+
+
+def require_no_adapter(directory: Path) -> None:
+    """Reject a directory with a PEFT adapter: readers would apply it on top of the weights.
+
+    Raises:
+        WeightsError: naming the file.
+    """
+    for name in ADAPTER_FILES:
+        if (directory / name).is_file():
+            raise WeightsError(
+                f"{directory} holds a PEFT adapter ({name}), which quantization would leave out",
+                hint="merge it into the weights (merge_and_unload) and save the result, or move the adapter elsewhere",
+            )
+
+
+def is_quantization_name(key: str) -> bool:
+    """Whether only a quantized checkpoint has tensors of this name."""
+    return bool(_mark(key, ()))
+
+
+def described_files(directory: Path) -> str:
+    """The files of other tools in a directory that describe a quantization, with what they say; may be empty."""
+    found = []
+    for name, tool in QUANTIZATION_FILES.items():
+        path = directory / name
+        if path.is_file():
+            found.append(f"{name}: {' '.join(part for part in (tool, _algorithm(path)) if part)}")
+    return ", ".join(found)
+
+
+def _algorithm(path: Path) -> str:
+    """The algorithm or number of bits that such a file states; empty where it does not say."""
+    try:
+        if path.stat().st_size > _FILE_LIMIT_BYTES:
+            return ""
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    inner = table.get("quantization", table) if isinstance(table, dict) else {}
+    if not isinstance(inner, dict):
+        return ""
+    bits = inner.get("bits", inner.get("w_bit"))
+    return str(inner.get("quant_algo") or (f"{bits} bits" if bits is not None else ""))[:60]
+
+
+def _mark(key: str, names: Container[str]) -> str:
+    """The format that gives tensors this name; empty for the name of a plain tensor."""
+    leaf = key.rpartition(".")[2]
+    if leaf.startswith("quant_state"):
+        return "bitsandbytes"
+    if leaf.endswith(_SCALE_INV) and key.removesuffix(_SCALE_INV) in names:
+        return "DeepSeek's FP8"
+    if leaf.endswith(_BLOCKS) and f"{key.removesuffix(_BLOCKS)}{_SCALES}" in names:
+        return "MXFP4"
+    return _MARKS.get(leaf, "")
+
+
+def _may_have_plain_weights(entry: Mapping[str, Any], dtypes: Mapping[str, str]) -> bool:
+    """Whether the entry is about something else than weights: a key-value cache, or rotations."""
+    has_cache = any(key.rpartition(".")[2] in _CACHE_MARKS for key in dtypes)
+    return has_cache or bool(entry.get("transform_config")) or entry.get("config_groups") == {}
+
+
+def _entry_path(config: Mapping[str, Any]) -> str:
+    return ENTRY if config.get(ENTRY) else f"text_config.{ENTRY}"
