@@ -9,13 +9,17 @@ PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test bench coverage lint venv
+.PHONY: demo test test-all bench coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
 
 test: lint
 	$(PYTHON) -m pytest -n $(WORKERS)
+
+# Sweeps over many architectures, hours on two cores, besides what `make test` runs.
+test-all: lint
+	$(PYTHON) -m pytest -n $(WORKERS) -m ""
 
 lint: venv
 	$(PYTHON) -m ruff check .
