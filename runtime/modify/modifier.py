@@ -16,6 +16,7 @@ from runtime.errors import DataError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure
+from runtime.modify.inputs_seen import only_zeros
 from runtime.modify.needs import RecipeNeeds
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
@@ -114,6 +115,11 @@ class RecipeModifier:
     def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
         with self._measuring(work):
             statistics = measure(work, needs, self.jobs)
+        dead = only_zeros(statistics)
+        if dead:
+            work.warnings.append(
+                f"warning: {some(dead)} saw nothing but zeros, so every rounding loses the same: rounded to nearest"
+            )
         few = few_tokens(needs, statistics)
         if few:
             fewest = min(statistics[name].num_tokens for name in few)
@@ -194,6 +200,7 @@ class RecipeModifier:
                 algorithm=rounded.algorithm,
                 num_tokens=found.num_tokens if found is not None else 0,
                 error=_relative_error(rounded),
+                loss=rounded.loss,
                 start=rounded.start,
             )
             rescaled.pop(f"{rounded.name}.weight", None)
@@ -206,11 +213,7 @@ class RecipeModifier:
         scheme = self.jobs[name].scheme
         if not input_parts(scheme):
             return {}
-        if found is None or not found.num_tokens:
-            raise DataError(
-                f"{name} rounds its inputs by a scale that was to be measured, and no token reached it",
-                hint="calibrate with more data, or add it to ignore",
-            )
+        assert found is not None, f"{name} was measured, or the run has ended"
         args = scheme.input_activations
         return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
 
@@ -228,5 +231,5 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
 
 def _relative_error(rounded: Rounded) -> float:
     """See `ModuleReport`."""
-    size, loss = rounded.size, rounded.result.loss
+    size, loss = rounded.size, rounded.loss
     return float(loss / size) ** 0.5 if size > 0 and loss > 0 else 0.0

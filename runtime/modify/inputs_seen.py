@@ -1,0 +1,84 @@
+"""What measured inputs are worth: numbers that overflowed, modules that no token reached, inputs of nothing but zeros.
+
+All of it is looked at as soon as a subgraph is measured, before any of its weights is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.errors import DataError, QuantizationError
+from runtime.schemes import input_parts
+
+if TYPE_CHECKING:
+    from runtime.recipe import Assignment
+    from runtime.statistics import InputStatistics, Needs
+
+_MORE_DATA = "calibrate with more data, or add it to ignore"
+
+
+def require_finite_inputs(statistics: Mapping[str, InputStatistics], dtype: torch.dtype) -> None:
+    """Refuse what overflowed or was no number on its way.
+
+    Args:
+        statistics: in the order in which modules were called.
+        dtype: of the run.
+
+    Raises:
+        QuantizationError: naming the first module whose inputs are not finite.
+    """
+    for name, found in statistics.items():
+        if found.num_tokens and not found.is_finite():
+            narrow = dtype == torch.float16
+            plain = str(dtype).removeprefix("torch.")
+            raise QuantizationError(
+                f"the calibration inputs of {name} are not finite in {plain}",
+                hint="activations overflow float16: run with --dtype bfloat16"
+                if narrow
+                else "check the weights before it and the data, or run with --dtype float32",
+            )
+
+
+def require_inputs(
+    needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
+) -> None:
+    """Refuse modules that no token has reached and that cannot do without.
+
+    Args:
+        needs: what was to be measured.
+        jobs: what is done to each module.
+        statistics: what was.
+
+    Raises:
+        DataError: naming the module, and what to do.
+    """
+    for name in _unreached(needs, jobs, statistics):
+        job = jobs[name]
+        if input_parts(job.scheme):
+            raise DataError(
+                f"no calibration token reached {name}, so its static input scale is undefined",
+                hint=_MORE_DATA,
+                is_resumable=True,
+            )
+        if job.algorithm == "gptq" and job.options is not None and job.options.fallback != "rtn":
+            raise DataError(
+                f"no calibration token reached {name}, so GPTQ has nothing to go by",
+                hint=f"set fallback: rtn in the recipe, {_MORE_DATA}",
+                is_resumable=True,
+            )
+
+
+def _unreached(
+    needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
+) -> Iterator[str]:
+    for name, need in needs.items():
+        if need and name in jobs and (name not in statistics or not statistics[name].num_tokens):
+            yield name
+
+
+def only_zeros(statistics: Mapping[str, InputStatistics]) -> list[str]:
+    """Modules whose inputs were zero in every token: whatever their weights are rounded to, nothing is lost."""
+    return [name for name, found in statistics.items() if found.num_tokens and found.is_zero()]
