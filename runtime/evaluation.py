@@ -89,6 +89,7 @@ def evaluate(
     model = artifact.empty_model(run_dtype)
     place_buffers(model, torch.device(device))
     source = Weights(artifact, checkpoint, run_dtype, model)
+    source.checks.require_outside()
     activations, last = Activations(batches, torch.device(device)), artifact.subgraphs[-1]
     total = 0.0
     parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]

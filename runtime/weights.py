@@ -20,6 +20,7 @@ from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
 from runtime.program import Run
+from runtime.tensor_checks import TensorChecks
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -55,6 +56,9 @@ class Weights:
         dtype: of the floating point parameters that follow the run.
         model: the artifact's module tree, to find the classes of compressed modules.
 
+    Attributes:
+        checks: of the tensors' numbers.
+
     Raises:
         WeightsError: naming the first tensor that does not fit.
     """
@@ -71,6 +75,8 @@ class Weights:
         self._require_no_leftovers(cache_keys)
         for name in self.origins:
             self._require_shape(name)
+        targets = artifact.manifest.targets
+        self.checks = TensorChecks(checkpoint, self.origins, artifact.manifest.parameters, model, targets)
         self._tables = lookup_tables(artifact)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
