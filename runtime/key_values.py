@@ -78,7 +78,10 @@ class KeyValues:
         """The scales of keys and values that were measured, each [1]."""
         from runtime.schemes import static_cache_scale
 
-        return [static_cache_scale(low, high, self.args, dtype) for low, high in self.spans[module]]
+        try:
+            return [static_cache_scale(low, high, self.args, dtype) for low, high in self.spans[module]]
+        except QuantizationError as error:
+            raise QuantizationError(f"the keys and values of {module}: {error.message}", hint=error.hint) from error
 
     def handle(self, module: str, which: int, states: torch.Tensor) -> torch.Tensor:
         """Keys (0) or values (1) on their way into attention."""

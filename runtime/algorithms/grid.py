@@ -200,7 +200,7 @@ def fit(
         zero_point = torch.where(is_lost, exact_zero.to(zero_point.dtype), zero_point)
     if not bool(_finite(scale).all()):
         span = f"{float(minimum.min()):g} to {float(maximum.max()):g}"
-        raise QuantizationError(f"a scale for numbers from {span} overflows {stored_dtype}")
+        raise QuantizationError(f"a scale for numbers from {span} overflows {str(stored_dtype).removeprefix('torch.')}")
     # For zeros calculate_qparams divides 0 by 0, and NaN as int8 may be anything.
     zero_point = None if args.symmetric or own_dtype is not None else zero_point.masked_fill(is_zero, 0)
     return scale if own_dtype is None else scale.to(torch.float32), zero_point
@@ -215,6 +215,11 @@ def _smallest(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).tiny) * float(torch.finfo(dtype).eps)
 
 
+def _coarse(dtype: torch.dtype) -> float:
+    """Up to where the next number of a dtype is so much larger that rounding down would cut a range short."""
+    return (2 if dtype.itemsize == 1 else 16) * _smallest(dtype)
+
+
 def _is_below(
     minimum: torch.Tensor,
     maximum: torch.Tensor,
@@ -225,8 +230,8 @@ def _is_below(
     """Where a scale is so small that rounding it to the nearest number would make it zero, or far too small."""
     dtype = work_dtype(minimum)
     low, high = minimum.to(dtype), maximum.to(dtype)
-    is_below = _spread(low, high, args, global_scale) < 2 * _smallest(stored_dtype)
-    return is_below | (_spread(low, high, args, None) < 2 * _smallest(minimum.dtype))
+    is_below = _spread(low, high, args, global_scale) < _coarse(stored_dtype)
+    return is_below | (_spread(low, high, args, None) < _coarse(minimum.dtype))
 
 
 def _spread(
@@ -245,7 +250,7 @@ def _spread(
 def _rounded_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scales in the dtype that is stored: where its numbers are far apart the next larger one, never zero."""
     step = _smallest(dtype)
-    return torch.where(scale < 8 * step, (scale / step).ceil().clamp(min=1) * step, scale).to(dtype)
+    return torch.where(scale < _coarse(dtype), (scale / step).ceil().clamp(min=1) * step, scale).to(dtype)
 
 
 def _powers_of_two(minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:

@@ -65,7 +65,7 @@ def require_inputs(
             )
         if job.algorithm == "gptq" and job.options is not None and job.options.fallback != "rtn":
             raise DataError(
-                f"no calibration token reached {name}, so GPTQ has nothing to go by",
+                f"no calibration token reached {name}, so GPTQ has no inputs to judge its rounding by",
                 hint=f"set fallback: rtn in the recipe, {_MORE_DATA}",
                 is_resumable=True,
             )

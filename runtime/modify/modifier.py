@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.errors import DataError, RecipeError
+from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure
@@ -215,7 +215,12 @@ class RecipeModifier:
             return {}
         assert found is not None, f"{name} was measured, or the run has ended"
         args = scheme.input_activations
-        return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+        try:
+            return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"the inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
+            ) from error
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:
