@@ -111,7 +111,8 @@ class TensorChecks:
         value = _odd_number(part, may_be_infinite=self._may_be_infinite[key])
         if value:
             raise WeightsError(
-                f"tensor {key!r} of {self.checkpoint.directory} holds {value}", hint="copy or export the checkpoint again"
+                f"tensor {key!r} of {self.checkpoint.directory} holds {value}",
+                hint="copy or export the checkpoint again",
             )
 
     def _require_kind(self, name: str, origin: Origin, entry: ParameterEntry) -> None:
@@ -142,7 +143,8 @@ class TensorChecks:
             key = next((key for key in origin.keys if key.rpartition(".")[2] == suffix), None)
             if key is None:
                 continue
-            allowed = _FLOATS if expected in (torch.bfloat16, torch.float32) else (dtype_name(expected),)
+            is_plain = expected in (torch.bfloat16, torch.float32)
+            allowed: tuple[str, ...] = _FLOATS if is_plain else (dtype_name(expected),)
             if suffix == "weight_shape":
                 allowed = ("I32", "I64")
             found = self.checkpoint.stored(key).dtype
@@ -152,6 +154,24 @@ class TensorChecks:
                     f"{' or '.join(allowed)}",
                     hint="export the checkpoint again",
                 )
+
+
+def read_scale(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+    """The scale, or the zero point, of static inputs or of a key-value cache.
+
+    Raises:
+        WeightsError: for a scale that is not finite and above zero.
+    """
+    tensor = checkpoint.read(key)
+    numbers = tensor.to(torch.float32)
+    bad = ~(torch.isfinite(numbers) & (numbers > 0))
+    if key.endswith("_scale") and bool(bad.any()):
+        raise WeightsError(
+            f"tensor {key!r} of {checkpoint.directory} is {float(numbers[bad][0]):g}, and a scale must be finite and "
+            "above zero",
+            hint="quantize again",
+        )
+    return tensor
 
 
 def _odd_number(values: torch.Tensor, *, may_be_infinite: bool) -> str:

@@ -20,7 +20,7 @@ from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
 from runtime.program import Run
-from runtime.tensor_checks import TensorChecks
+from runtime.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -98,7 +98,7 @@ class Weights:
         parts = input_parts(scheme)
         if parts:
             prefix = _module_key(self.origins[name].keys[0])
-            read = {part: self.checkpoint.read(f"{prefix}.{part}") for part in parts}
+            read = {part: read_scale(self.checkpoint, f"{prefix}.{part}") for part in parts}
             set_input_parts(model.get_submodule(name.removesuffix(".weight")), read)
 
     def read(
@@ -260,7 +260,7 @@ class Weights:
             missing = [name for name in names if name not in self.checkpoint]
             if missing:
                 raise WeightsError(f"{self.checkpoint.directory} lacks tensor {missing[0]!r} of its key-value cache")
-            key_values.scales[module] = [self.checkpoint.read(name) for name in names]
+            key_values.scales[module] = [read_scale(self.checkpoint, name) for name in names]
             keys += names
         attach(model, key_values)
         return keys

@@ -244,7 +244,8 @@ def _spread(
     else:
         steps = _LARGEST_OF_8_BITS if args.num_bits == 8 else _SMALL_FLOATS[args.num_bits][1]
     scale = torch.maximum(-low, high) / steps if args.symmetric else (high - low) / (2 * steps)
-    return scale if global_scale is None else scale * global_scale.to(scale.dtype)
+    found: torch.Tensor = scale if global_scale is None else scale * global_scale.to(scale.dtype)
+    return found
 
 
 def _rounded_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -257,8 +258,11 @@ def _powers_of_two(minimum: torch.Tensor, maximum: torch.Tensor, args: Quantizat
     """Scales of MX formats, float32: in float16 small ones would be zero, and then become one."""
     scale, _ = calculate_qparams(minimum.float(), maximum.float(), args)
     if not bool(_finite(scale).all()):
-        raise QuantizationError(f"a scale for numbers up to {float(maximum.max()):g} overflows a power of two in 8 bits")
-    return scale.clamp(min=torch.finfo(torch.float32).tiny)  # a reader may take a smaller one for zero
+        raise QuantizationError(
+            f"a scale for numbers up to {float(maximum.max()):g} overflows a power of two in 8 bits"
+        )
+    found: torch.Tensor = scale.clamp(min=torch.finfo(torch.float32).tiny)  # readers may take a smaller one for zero
+    return found
 
 
 def effective(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:

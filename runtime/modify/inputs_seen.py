@@ -5,8 +5,9 @@ All of it is looked at as soon as a subgraph is measured, before any of its weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,8 @@ from runtime.errors import DataError, QuantizationError
 from runtime.schemes import input_parts
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from runtime.recipe import Assignment
     from runtime.statistics import InputStatistics, Needs
 
@@ -42,24 +45,36 @@ def require_finite_inputs(statistics: Mapping[str, InputStatistics], dtype: torc
             )
 
 
-def require_inputs(
-    needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
-) -> None:
-    """Refuse modules that no token has reached and that cannot do without.
+def unreached(needs: Mapping[str, Needs], statistics: Mapping[str, InputStatistics]) -> list[str]:
+    """Modules that were to be measured and that no token has reached."""
+    return [
+        name for name, need in needs.items() if need and (name not in statistics or not statistics[name].num_tokens)
+    ]
+
+
+def require_inputs(names: Iterable[str], jobs: Mapping[str, Assignment]) -> None:
+    """Refuse modules that cannot do without inputs.
 
     Args:
-        needs: what was to be measured.
+        names: those that no token has reached.
         jobs: what is done to each module.
-        statistics: what was.
 
     Raises:
         DataError: naming the module, and what to do.
     """
-    for name in _unreached(needs, jobs, statistics):
-        job = jobs[name]
+    for name in names:
+        job = jobs.get(name)
+        if job is None:
+            continue
         if input_parts(job.scheme):
             raise DataError(
                 f"no calibration token reached {name}, so its static input scale is undefined",
+                hint=_MORE_DATA,
+                is_resumable=True,
+            )
+        if job.algorithm == "rtn" and job.scheme.weights.observer == "imatrix_mse":
+            raise DataError(
+                f"no calibration token reached {name}, so its observer imatrix_mse has no inputs to weigh errors by",
                 hint=_MORE_DATA,
                 is_resumable=True,
             )
@@ -71,12 +86,24 @@ def require_inputs(
             )
 
 
-def _unreached(
-    needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
-) -> Iterator[str]:
-    for name, need in needs.items():
-        if need and name in jobs and (name not in statistics or not statistics[name].num_tokens):
-            yield name
+@contextlib.contextmanager
+def reached_modules(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, None]]:
+    """Which modules are called with tokens while the block runs."""
+    found: dict[str, None] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (args[0] if args else next(iter(kwargs.values()))).numel():
+                found[name] = None
+
+        return note
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def only_zeros(statistics: Mapping[str, InputStatistics]) -> list[str]:

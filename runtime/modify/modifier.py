@@ -15,8 +15,8 @@ import torch
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
-from runtime.modify.experts import expert_groups, few_tokens, measure
-from runtime.modify.inputs_seen import only_zeros
+from runtime.modify.experts import expert_groups, few_tokens, measure, measured_again
+from runtime.modify.inputs_seen import only_zeros, reached_modules, require_inputs, unreached
 from runtime.modify.needs import RecipeNeeds
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
@@ -89,14 +89,19 @@ class RecipeModifier:
         names = work.step.modules
         needs = {name: need for name, need in self.needs.of(names).items() if need}
         groups = expert_groups(work, needs)
-        grouped = {name for group in groups for name in group}
+        grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
         statistics: dict[str, InputStatistics] = {}
         attentions = self.needs.attentions(names)
         for index, group in enumerate(groups):
             first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
             wanted = first | {name: needs[name] for name in group}
-            measured = self._measured(work, wanted)
+            later = [name for name in grouped if name not in group] if index == 0 else []
+            # Experts that no token reaches are to end the run before others are solved.
+            with reached_modules(work.model, later) as reached:
+                measured = self._measured(work, wanted)
+            missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
+            require_inputs(missed, self.jobs)
             statistics.update({name: measured.pop(name) for name in first if name in measured})
             self._round(work, group, {}, measured, others=list(statistics.values()))
         if not groups and (others or attentions):
@@ -115,6 +120,9 @@ class RecipeModifier:
     def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
         with self._measuring(work):
             statistics = measure(work, needs, self.jobs)
+        blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
+        if blind:
+            work.warnings.append(f"warning: no token reached {some(blind)}: rounded to nearest, ranges not searched")
         dead = only_zeros(statistics)
         if dead:
             work.warnings.append(

@@ -116,9 +116,7 @@ def _rounded_together(
         start, warning = time.perf_counter(), ""
 
 
-def _size(
-    weight_OI: torch.Tensor, found: InputStatistics | None, quantized_OI: torch.Tensor | None = None
-) -> float:
+def _size(weight_OI: torch.Tensor, found: InputStatistics | None, quantized_OI: torch.Tensor | None = None) -> float:
     """||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
     if not weight_OI.numel() or (found is not None and found.num_in_features != weight_OI.shape[-1]):
         return 0.0  # the solve says what is wrong
@@ -195,7 +193,9 @@ def _solve(
     except QuantizationError as error:
         culprit = next((name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w)), "")
         raise QuantizationError(
-            f"{culprit or first}: {error.message}", hint=error.hint, is_resumable=job.algorithm == "gptq" and not culprit
+            f"{culprit or first}: {error.message}",
+            hint=error.hint,
+            is_resumable=job.algorithm == "gptq" and not culprit,
         ) from error
     used = one.damping
     is_raised = used > job.options.dampening_frac
@@ -248,6 +248,8 @@ def _nearest(
     importance_I = None
     if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
         importance_I = found.hessian_II.diagonal()
+    elif args.observer == "imatrix_mse" and jobs[name].algorithm == "gptq":  # a fallback, which has no inputs to go by
+        importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
     return quantize_rtn(
         weight_OI, args, scale_dtype=scale_dtype, global_scale=shared.get(name), importance_I=importance_I
     )

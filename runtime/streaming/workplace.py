@@ -215,5 +215,6 @@ def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
     """Whether going on could come further than this run did."""
     if not found.of_kind(journal.STEP):
         return False
-    is_kept = not isinstance(error, SeqbuildError) or isinstance(error, (OutputError, MemoryError, RuntimeError))
-    return is_kept or error.is_resumable
+    if not isinstance(error, SeqbuildError):
+        return True
+    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))

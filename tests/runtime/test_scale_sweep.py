@@ -1,4 +1,4 @@
-"""Every preset on models of every dtype whose numbers are extreme: what is stored is sound, or the run says what is not."""
+"""Every preset, on models of every dtype with extreme numbers: stored scales are sound, or the run names a module."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SIZES = {
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ASYM = {
-    f"W{bits}_ASYM": "config_groups: {a: {targets: [Linear], weights: {num_bits: %d, type: int, symmetric: false, "
-    "strategy: group, group_size: 32}}}" % bits
+    f"W{bits}_ASYM": f"config_groups: {{a: {{targets: [Linear], weights: {{num_bits: {bits}, type: int, "
+    "symmetric: false, strategy: group, group_size: 32}}}"
     for bits in range(2, 9)
 }
 STATIC_INT8 = (

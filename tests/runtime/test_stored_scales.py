@@ -223,4 +223,3 @@ def test_masked_tokens_may_overflow() -> None:
     assert found.is_finite()
     found.add(inputs, None)
     assert not found.is_finite()
-
