@@ -22,7 +22,7 @@ from runtime.algorithms.products import multiplied
 NUM_SAMPLED = 1024
 WIDEST_GRAM = 512  # features: up to here a Gram matrix takes no more memory than a sample
 _ROWS = 1024  # that are multiplied at a time
-_PANEL = 1024  # columns of H that are multiplied at a time
+_PANEL = 512  # columns of H that are multiplied at a time
 
 
 class TokenSample:

@@ -32,6 +32,7 @@ from runtime.errors import QuantizationError
 # Of small floats by their bits: bits of the mantissa, and the largest number. All have normal numbers from 1 on.
 _SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
 _LARGEST_OF_8_BITS = 448.0
+_LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply that of a weight by that of its input, and invert the product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +155,8 @@ def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tens
     largest = torch.maximum(-minimum, maximum).clamp(min=0)
     limits = torch.finfo(largest.dtype)
     product = _LARGEST_OF_8_BITS * _SMALL_FLOATS[4][1]
-    if bool(largest > 0) and (bool(torch.isinf(product / largest)) or bool(largest < limits.tiny)):
-        exact = (product / largest.double()).clamp(max=torch.finfo(torch.float32).max)
+    if bool(largest > 0) and (float(product / largest) > _LARGEST_GLOBAL_SCALE or bool(largest < limits.tiny)):
+        exact = (product / largest.double()).clamp(max=_LARGEST_GLOBAL_SCALE)
         return exact.to(torch.float32).reshape(1)
     found: torch.Tensor = generate_gparam(minimum, maximum)
     return found
@@ -211,8 +212,8 @@ def _finite(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The smallest positive number of a dtype."""
-    return float(torch.finfo(dtype).tiny) * float(torch.finfo(dtype).eps)
+    """The smallest scale of a dtype that readers can divide by: its inverse is a float32."""
+    return max(float(torch.finfo(dtype).tiny) * float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).tiny))
 
 
 def _coarse(dtype: torch.dtype) -> float:

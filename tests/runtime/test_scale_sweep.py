@@ -132,8 +132,28 @@ def test_what_is_stored_is_sound(
     dtype: str,
     fault: str,
 ) -> None:
-    small, expected = models(dtype, fault)
-    plan = runtime.Recipe.from_text(f"{modifier}: {{{SCHEMES[scheme]}, ignore: [lm_head]}}", "recipe.yaml")
+    run(models(dtype, fault), tmp_path, f"{modifier}: {{{SCHEMES[scheme]}, ignore: [lm_head]}}", scheme, dtype, fault)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", ["W4A16", "W4_ASYM", "FP8", "NVFP4", "W8A8"])
+@pytest.mark.parametrize("modifier", ["SmoothQuantModifier", "AWQModifier"])
+def test_what_is_stored_is_sound_after_rescaling(
+    models: Callable[[str, str], tuple[Small, torch.Tensor]],
+    tmp_path: Path,
+    modifier: str,
+    scheme: str,
+    dtype: str,
+    fault: str,
+) -> None:
+    text = f"{modifier}: {{}}\nQuantizationModifier: {{{SCHEMES[scheme]}, ignore: [lm_head]}}"
+    run(models(dtype, fault), tmp_path, text, scheme, dtype, fault)
+
+
+def run(made: tuple[Small, torch.Tensor], tmp_path: Path, text: str, scheme: str, dtype: str, fault: str) -> None:
+    small, expected = made
+    plan = runtime.Recipe.from_text(text, "recipe.yaml")
     try:
         runtime.calibrate(
             small.load(), weights=small.weights, recipe=plan, batches=token_batches(), out=tmp_path / "out"

@@ -69,6 +69,20 @@ def test_nvfp4_in_float16_uses_its_scales() -> None:
     assert float(grid.global_scale_of(torch.zeros(4, 4))) == 1.0
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-30, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_readers_can_invert_the_scales_of_inputs_that_are_almost_zero(dtype: torch.dtype, size: float) -> None:
+    """Engines divide by static scales, and by the product of two global ones, in float32."""
+    bounds = torch.tensor(0.0), torch.tensor(size)
+    (scale,) = static_input_parts(*bounds, FP8_INPUTS, dtype).values()
+    assert float(scale) >= torch.finfo(torch.float32).tiny
+    nvfp4 = scheme_from_preset("NVFP4", ["Linear"]).input_activations
+    (inputs,) = static_input_parts(*bounds, nvfp4, dtype).values()
+    product = inputs * grid.global_scale_of(torch.full((2, 2), size, dtype=dtype))
+    assert 0 < float(1 / product) < float("inf")
+    assert float(1 / product) >= torch.finfo(torch.float32).tiny
+
+
 def test_a_group_far_below_the_others_has_the_smallest_float8() -> None:
     weight = torch.full((1, 32), 1.0)
     weight[0, 16:] = 2e-6
