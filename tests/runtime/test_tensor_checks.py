@@ -158,7 +158,9 @@ def test_static_scales_are_above_zero(narrow_llama: Small, tmp_path: Path, part:
     calibrate(narrow_llama, recipe(f"targets: Linear, scheme: FP8, ignore: [lm_head], {cache}"), tmp_path / "fp8")
     quantized = Small(weights=tmp_path / "fp8", artifact=narrow_llama.artifact)
     weights = broken(quantized, tmp_path / "model", f"model.layers.1.{part}", bad)
-    with pytest.raises(runtime.WeightsError, match=rf"layers\.1\.{part}' of .* (is {said}, and a scale must be|holds NaN)"):
+    with pytest.raises(
+        runtime.WeightsError, match=rf"layers\.1\.{part}' of .* (is {said}, and a scale must be|holds NaN)"
+    ):
         runtime.evaluate(narrow_llama.load(), weights=weights, batches=token_batches())
 
 
