@@ -80,9 +80,9 @@ class TensorChecks:
             is_inside = name.startswith(self.targets) or any(part.isdigit() for part in name.split("."))
             for key in origin.keys if name not in others else ():
                 if key not in self._sound and (not is_inside or self.checkpoint.num_bytes(key) <= SMALL_BYTES):
-                    tensor = self.checkpoint.mapped(key)  # not counted as read: that happens later
-                    if tensor is not None:
-                        self.require_finite(key, tensor)
+                    for part in self.checkpoint.looked_at(key):
+                        self._require_part(key, part)
+                        self._sound.add(key)
 
     def require_finite(self, key: str, tensor: torch.Tensor) -> None:
         """Look at a tensor that was read, unless that was done.
@@ -94,7 +94,6 @@ class TensorChecks:
             return
         for part in torch.split(tensor.reshape(-1), _NUMBERS_AT_A_TIME):
             self._require_part(key, part)
-            self.checkpoint.release()
         self._sound.add(key)
 
     def pieces(self, key: str) -> Iterator[memoryview]:
