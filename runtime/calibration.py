@@ -131,6 +131,7 @@ def calibrate(
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
     require_tokens(batches)
+    source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
     foretold = require_plan(
         artifact,
         model,

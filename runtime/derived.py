@@ -100,6 +100,10 @@ class DerivedCheckpoint(Checkpoint):
         """A tensor that stays on disk; None for one that is made."""
         return self.inner.mapped(key) if key not in self._derived else None
 
+    def looked_at(self, key: str) -> Iterator[torch.Tensor]:
+        """The numbers of a tensor; none for one that is made."""
+        return self.inner.looked_at(key) if key not in self._derived else iter(())
+
     def release(self) -> None:
         """Give pages back."""
         self.inner.release()

@@ -30,12 +30,14 @@ class SeqbuildError(Exception):
     Args:
         message: what is wrong, naming the offending value.
         hint: what to do next; empty when the message already says it.
+        is_resumable: whether a run that it ends can go on with `--resume` when that is done.
     """
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", is_resumable: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.is_resumable = is_resumable
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

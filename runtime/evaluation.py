@@ -91,6 +91,7 @@ def evaluate(
     source = Weights(artifact, checkpoint, run_dtype, model)
     for remark in source.remarks:
         progress(remark)
+    source.checks.require_outside()
     activations, last = Activations(batches, torch.device(device)), artifact.subgraphs[-1]
     total = 0.0
     parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]

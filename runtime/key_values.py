@@ -12,6 +12,7 @@ it: the operator does not know which tokens are padded.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from runtime.errors import RecipeError
+from runtime.errors import QuantizationError, RecipeError
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -75,9 +76,12 @@ class KeyValues:
 
     def scale_of(self, module: str, dtype: torch.dtype) -> list[torch.Tensor]:
         """The scales of keys and values that were measured, each [1]."""
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        sizes = [max(abs(low), abs(high)) for low, high in self.spans[module]]
-        return [torch.tensor([max(size, 1e-12) / largest]).to(dtype) for size in sizes]
+        from runtime.schemes import static_cache_scale
+
+        try:
+            return [static_cache_scale(low, high, self.args, dtype) for low, high in self.spans[module]]
+        except QuantizationError as error:
+            raise QuantizationError(f"the keys and values of {module}: {error.message}", hint=error.hint) from error
 
     def handle(self, module: str, which: int, states: torch.Tensor) -> torch.Tensor:
         """Keys (0) or values (1) on their way into attention."""
@@ -95,6 +99,12 @@ class KeyValues:
     def _measure(self, module: str, which: int, low: float, high: float) -> None:
         from runtime.presets import averaging_of
 
+        if not (math.isfinite(low) and math.isfinite(high)):
+            what = ("keys", "values")[which]
+            raise QuantizationError(
+                f"the {what} of {module} are not finite: they reach from {low} to {high}",
+                hint="an activation overflowed: calibrate with --dtype bfloat16 or float32",
+            )
         spans = self.spans.setdefault(module, [])
         if which >= len(spans):
             spans.append((low, high))  # of the first batch; keys come before values

@@ -316,7 +316,7 @@ class _Planner:
         """The bytes of each sum, by the modules that share it."""
 
         def size(name: str) -> int:
-            return statistics_bytes(self._shape(name)[1], together)
+            return statistics_bytes(self._shape(name)[1], together, self.work.dtype)
 
         seen = {} if footprint is None else {names: size(names[0]) for names, _ in footprint.seen}
         known = {name for names in seen for name in names}

@@ -26,7 +26,7 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from runtime.errors import QuantizationError, RecipeError, WeightsError
 from runtime.presets import MIN_MAX_OBSERVERS, checked, checked_cache
@@ -246,11 +246,21 @@ def static_input_parts(
     minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, scale_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The tensors that `input_parts` names, from the smallest and largest number of an input, both scalars."""
+    from runtime.algorithms import grid
+
+    low, high = minimum.float().reshape(1), maximum.float().reshape(1)
     if args.dynamic == "local":
-        return {"input_global_scale": generate_gparam(minimum.float(), maximum.float())}
-    scale, zero_point = calculate_qparams(minimum.float(), maximum.float(), args)
-    parts = {"input_scale": scale.reshape(1).to(scale_dtype)}
-    return parts if args.symmetric else {**parts, "input_zero_point": zero_point.reshape(1).to(torch.int8)}
+        return {"input_global_scale": grid.global_scale_for(low, high)}
+    scale, zero_point = grid.fit(low, high, args, scale_dtype=scale_dtype)
+    return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
+
+
+def static_cache_scale(minimum: float, maximum: float, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:
+    """The scale [1] of keys or of values, from the smallest and largest number of theirs."""
+    from runtime.algorithms import grid
+
+    scale, _ = grid.fit(torch.tensor([minimum]), torch.tensor([maximum]), args, scale_dtype=dtype)
+    return scale
 
 
 def quantization_config(

@@ -14,6 +14,7 @@ from torch import nn
 
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.experts import ROWS
+from runtime.output_squares import WIDEST_GRAM, TokenSample, gram_square, sample_square, summed
 
 RunBatches = Callable[[Callable[[int], None]], None]
 AVERAGING_CONSTANT = 0.01
@@ -76,6 +77,11 @@ class InputStatistics:
         self.average_smallest_I = self.average_largest_I = torch.zeros(0, device=device)
         self.spans: list[torch.Tensor] = []
         self._scale_I: torch.Tensor | None = None
+        # Of inputs that nobody needs H of, the report of errors has a small one or some tokens.
+        is_reported = needs.channels and not needs.hessian
+        is_narrow = num_in_features <= WIDEST_GRAM
+        self._gram = HessianAccumulator(num_in_features, device=device) if is_reported and is_narrow else self._hessian
+        self._sample = TokenSample() if is_reported and not is_narrow else None
 
     def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
         """Add a batch of inputs [..., I].
@@ -93,8 +99,10 @@ class InputStatistics:
         self.num_tokens += len(flat_TI)
         if not len(flat_TI):
             return
-        if self._hessian is not None:
-            self._hessian.add(flat_TI)
+        if self._gram is not None:
+            self._gram.add(flat_TI)
+        if self._sample is not None:
+            self._sample.add(flat_TI)
         if self.needs.channels:
             self._add_channels(flat_TI)
 
@@ -116,10 +124,40 @@ class InputStatistics:
         assert self._hessian is not None, "H was not asked for"
         return self._hessian.hessian_II
 
+    def is_finite(self) -> bool:
+        """Whether all inputs that counted were finite, and their squares have room in float32."""
+        sums = [] if self._hessian is None else [self._hessian.hessian_II.diagonal()]
+        if self.needs.channels:
+            sums += [self.smallest_I, self.largest_I]
+        return all(bool(torch.isfinite(one).all()) for one in sums)
+
+    def is_zero(self) -> bool:
+        """Whether all inputs that counted were zero."""
+        if self.needs.channels:
+            return not bool(self.smallest_I.any()) and not bool(self.largest_I.any())
+        return self._hessian is not None and not bool(self._hessian.hessian_II.diagonal().any())
+
     def take_hessian(self) -> torch.Tensor:
         """H, for one who may overwrite it; nobody can ask for it afterwards."""
-        hessian_II, self._hessian = self.hessian_II, None
+        hessian_II, self._hessian, self._gram = self.hessian_II, None, None
         return hessian_II
+
+    def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
+        """||W X||^2 over the inputs as they are after scaling, or ||W X - Q X||^2; see `runtime.output_squares`.
+
+        Args:
+            weight_OI: [O, I], on the device of the inputs.
+            quantized_OI: Q.
+        """
+        if self._gram is not None:
+            gram_II = self._gram.hessian_II
+            return summed(weight_OI, quantized_OI, lambda rows_RI: gram_square(rows_RI, gram_II))
+        assert self._sample is not None, "nothing was measured, or H was taken"
+        inputs_TI = self._sample.inputs_TI
+        if self._scale_I is not None:
+            inputs_TI /= self._scale_I
+        square = summed(weight_OI, quantized_OI, lambda rows_RI: sample_square(rows_RI, inputs_TI))
+        return square * self._sample.share
 
     @property
     def mean_abs_I(self) -> torch.Tensor:
@@ -153,8 +191,8 @@ class InputStatistics:
         """Make these the statistics of inputs divided by positive factors [I]: no second pass is needed for them."""
         factors_I = scale_I.to(self._sum_abs_I.device, torch.float32)
         self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
-        if self._hessian is not None:
-            self._hessian.rescale_(factors_I)
+        if self._gram is not None:
+            self._gram.rescale_(factors_I)
 
 
 def collect_statistics(

@@ -24,6 +24,7 @@ from runtime.packed import stated
 from runtime.program import Run
 from runtime.recipe import some
 from runtime.source_checks import is_quantization_name
+from runtime.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -59,6 +60,9 @@ class Weights:
         dtype: of the floating point parameters that follow the run.
         model: the artifact's module tree, to find the classes of compressed modules.
 
+    Attributes:
+        checks: of the tensors' numbers.
+
     Raises:
         WeightsError: naming the first tensor that does not fit.
     """
@@ -76,6 +80,8 @@ class Weights:
         for name in self.origins:
             self._require_shape(name)
         self.remarks = tuple(self._remarks())
+        targets = artifact.manifest.targets
+        self.checks = TensorChecks(checkpoint, self.origins, artifact.manifest.parameters, model, targets)
         self._tables = lookup_tables(artifact)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
@@ -97,7 +103,7 @@ class Weights:
         parts = input_parts(scheme)
         if parts:
             prefix = _module_key(self.origins[name].keys[0])
-            read = {part: self.checkpoint.read(f"{prefix}.{part}") for part in parts}
+            read = {part: read_scale(self.checkpoint, f"{prefix}.{part}") for part in parts}
             set_input_parts(model.get_submodule(name.removesuffix(".weight")), read)
 
     def read(
@@ -259,7 +265,7 @@ class Weights:
             missing = [name for name in names if name not in self.checkpoint]
             if missing:
                 raise WeightsError(f"{self.checkpoint.directory} lacks tensor {missing[0]!r} of its key-value cache")
-            key_values.scales[module] = [self.checkpoint.read(name) for name in names]
+            key_values.scales[module] = [read_scale(self.checkpoint, name) for name in names]
             keys += names
         attach(model, key_values)
         return keys

@@ -78,7 +78,7 @@ def factors_of(
         if damping >= MAX_DAMPING:
             raise QuantizationError(
                 f"a Hessian of shape {list(hessian_II.shape)} does not factor with dampening {damping:g}",
-                hint="it is no sum of x x^T; calibrate with more data or in a wider dtype",
+                hint="calibrate with more data or in a wider dtype, or set fallback: rtn in the recipe",
             )
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()

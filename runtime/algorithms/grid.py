@@ -31,6 +31,8 @@ from runtime.errors import QuantizationError
 
 # Of small floats by their bits: bits of the mantissa, and the largest number. All have normal numbers from 1 on.
 _SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
+_LARGEST_OF_8_BITS = 448.0
+_LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply that of a weight by that of its input, and invert the product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,22 @@ def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
     """NVFP4's global scale [1], float32, for weights that are stored with the same: 448 * 6 / max |w|."""
     smallest = torch.stack([weight.amin() for weight in weights]).amin()
     largest = torch.stack([weight.amax() for weight in weights]).amax()
-    found: torch.Tensor = generate_gparam(smallest, largest)
+    return global_scale_for(smallest, largest)
+
+
+def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """NVFP4's global scale [1], float32, for numbers of a range; 1 if they are all zero.
+
+    The division is done in the range's own dtype, as compressed-tensors does it, unless it overflows there, as
+    448 * 6 over a number below 0.04 does in float16.
+    """
+    largest = torch.maximum(-minimum, maximum).clamp(min=0)
+    limits = torch.finfo(largest.dtype)
+    product = _LARGEST_OF_8_BITS * _SMALL_FLOATS[4][1]
+    if bool(largest > 0) and (float(product / largest) > _LARGEST_GLOBAL_SCALE or bool(largest < limits.tiny)):
+        exact = (product / largest.double()).clamp(max=_LARGEST_GLOBAL_SCALE)
+        return exact.to(torch.float32).reshape(1)
+    found: torch.Tensor = generate_gparam(minimum, maximum)
     return found
 
 
@@ -165,19 +182,88 @@ def fit(
     Raises:
         QuantizationError: when a scale cannot be represented in `scale_dtype`.
     """
+    own_dtype = args.scale_dtype
+    stored_dtype = own_dtype or scale_dtype
+    if stored_dtype == torch.uint8:
+        return _powers_of_two(minimum, maximum, args), None
     scale, zero_point = calculate_qparams(minimum, maximum, args, global_scale=global_scale)
-    if args.scale_dtype is not None:
-        return scale.to(torch.float32), None
-    scale = scale.to(scale_dtype)
-    if not torch.isfinite(scale).all():
-        raise QuantizationError(f"a scale for weights up to {float(maximum.max()):g} overflows {scale_dtype}")
-    # A scale that the narrower dtype rounds to nothing gets what calculate_qparams gives to a scale of zero.
-    scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
-    if args.symmetric:
-        return scale, None
-    # For a range of nothing but zeros calculate_qparams divides 0 by 0, and NaN as int8 may be anything.
-    zero_point = zero_point.masked_fill((minimum >= 0) & (maximum <= 0), 0)
-    return scale, zero_point
+    if own_dtype is None:
+        scale = scale.to(scale_dtype)
+    is_zero = (minimum >= 0) & (maximum <= 0)
+    # The scale of a range of nothing but zeros is eps, as compressed-tensors has it.
+    scale = torch.where(is_zero, torch.finfo(stored_dtype).eps, scale)
+    is_lost = ~is_zero & (_is_below(minimum, maximum, args, global_scale, stored_dtype) | ~_finite(scale))
+    if bool(is_lost.any()):
+        exact = _spread(minimum.double(), maximum.double(), args, global_scale)
+        scale = torch.where(is_lost, _rounded_up(exact, stored_dtype).to(scale.dtype), scale)
+        half = 2.0 ** (args.num_bits - 1)
+        exact_zero = (-half - minimum.double().clamp(max=0) / scale.double()).round().clamp(-half, half - 1)
+        zero_point = torch.where(is_lost, exact_zero.to(zero_point.dtype), zero_point)
+    if not bool(_finite(scale).all()):
+        span = f"{float(minimum.min()):g} to {float(maximum.max()):g}"
+        raise QuantizationError(f"a scale for numbers from {span} overflows {str(stored_dtype).removeprefix('torch.')}")
+    # For zeros calculate_qparams divides 0 by 0, and NaN as int8 may be anything.
+    zero_point = None if args.symmetric or own_dtype is not None else zero_point.masked_fill(is_zero, 0)
+    return scale if own_dtype is None else scale.to(torch.float32), zero_point
+
+
+def _finite(scale: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(scale.to(torch.float32))
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest scale of a dtype that readers can divide by: its inverse is a float32."""
+    return max(float(torch.finfo(dtype).tiny) * float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).tiny))
+
+
+def _coarse(dtype: torch.dtype) -> float:
+    """Up to where the next number of a dtype is so much larger that rounding down would cut a range short."""
+    return (2 if dtype.itemsize == 1 else 16) * _smallest(dtype)
+
+
+def _is_below(
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    args: QuantizationArgs,
+    global_scale: torch.Tensor | None,
+    stored_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Where a scale is so small that rounding it to the nearest number would make it zero, or far too small."""
+    dtype = work_dtype(minimum)
+    low, high = minimum.to(dtype), maximum.to(dtype)
+    is_below = _spread(low, high, args, global_scale) < _coarse(stored_dtype)
+    return is_below | (_spread(low, high, args, None) < _coarse(minimum.dtype))
+
+
+def _spread(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, global_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Scales before they are rounded to what is stored."""
+    low, high = minimum.clamp(max=0), maximum.clamp(min=0)
+    if args.type == QuantizationType.INT:
+        steps = (2.0**args.num_bits - 1) / 2
+    else:
+        steps = _LARGEST_OF_8_BITS if args.num_bits == 8 else _SMALL_FLOATS[args.num_bits][1]
+    scale = torch.maximum(-low, high) / steps if args.symmetric else (high - low) / (2 * steps)
+    found: torch.Tensor = scale if global_scale is None else scale * global_scale.to(scale.dtype)
+    return found
+
+
+def _rounded_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales in the dtype that is stored: where its numbers are far apart the next larger one, never zero."""
+    step = _smallest(dtype)
+    return torch.where(scale < _coarse(dtype), (scale / step).ceil().clamp(min=1) * step, scale).to(dtype)
+
+
+def _powers_of_two(minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """Scales of MX formats, float32: in float16 small ones would be zero, and then become one."""
+    scale, _ = calculate_qparams(minimum.float(), maximum.float(), args)
+    if not bool(_finite(scale).all()):
+        raise QuantizationError(
+            f"a scale for numbers up to {float(maximum.max()):g} overflows a power of two in 8 bits"
+        )
+    found: torch.Tensor = scale.clamp(min=torch.finfo(torch.float32).tiny)  # readers may take a smaller one for zero
+    return found
 
 
 def effective(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:

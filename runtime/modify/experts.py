@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from runtime.errors import DataError
 from runtime.experts import Mixture, all_tokens_seen, input_place, input_positions
 from runtime.key_values import of_model
+from runtime.modify.inputs_seen import require_finite_inputs, require_inputs, unreached
 from runtime.planning.costs import hessian_bytes
 from runtime.recipe import some
+from runtime.schemes import input_parts
 from runtime.statistics import InputStatistics, Needs, collect_statistics
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
     """The statistics of modules, experts' among them.
 
     Raises:
-        DataError: when a module saw fewer tokens than the recipe's `min_tokens`, and no `fallback` helps.
+        DataError: when a module saw no token or fewer than the recipe's `min_tokens`, and no `fallback` helps.
+        QuantizationError: when inputs are not finite.
     """
     statistics = _measured(work, needs, all_tokens=work.all_tokens)
     starved = _starved(needs, jobs, statistics)
@@ -81,11 +84,14 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
         statistics.update(_measured(work, {name: needs[name] for name in again}, all_tokens=True))
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
-        if _fallback(jobs[name]) != "rtn":
+        if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
             raise DataError(
                 f"{name} saw {count} tokens, and the recipe asks for {jobs[name].min_tokens} (min_tokens)",
                 hint="calibrate with more data, ignore the module, or set fallback: rtn",
+                is_resumable=True,
             )
+    require_inputs(unreached(needs, statistics), jobs)
+    require_finite_inputs(statistics, work.source.dtype)
     for name in starved:
         statistics.pop(name, None)  # it is rounded to nearest then, which is said in the summary
     return statistics
@@ -120,6 +126,11 @@ def _starved(
     seen = {name: statistics[name].num_tokens if name in statistics else 0 for name in needs if name in jobs}
     least = {name: max(jobs[name].min_tokens, int(_fallback(jobs[name]) == ALL_TOKENS)) for name in seen}
     return {name: count for name, count in seen.items() if count < least[name]}
+
+
+def measured_again(name: str, jobs: Mapping[str, Assignment]) -> bool:
+    """Whether an expert is measured on all tokens if it saw too few."""
+    return name in jobs and _fallback(jobs[name]) == ALL_TOKENS
 
 
 def _fallback(job: Assignment) -> str | None:

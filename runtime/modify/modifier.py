@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.errors import DataError, RecipeError
+from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
-from runtime.modify.experts import expert_groups, few_tokens, measure
+from runtime.modify.experts import expert_groups, few_tokens, measure, measured_again
+from runtime.modify.inputs_seen import only_zeros, reached_modules, require_inputs, unreached
 from runtime.modify.needs import RecipeNeeds
 from runtime.modify.proof import require_same_output
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
@@ -88,14 +89,19 @@ class RecipeModifier:
         names = work.step.modules
         needs = {name: need for name, need in self.needs.of(names).items() if need}
         groups = expert_groups(work, needs)
-        grouped = {name for group in groups for name in group}
+        grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
         statistics: dict[str, InputStatistics] = {}
         attentions = self.needs.attentions(names)
         for index, group in enumerate(groups):
             first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
             wanted = first | {name: needs[name] for name in group}
-            measured = self._measured(work, wanted)
+            later = [name for name in grouped if name not in group] if index == 0 else []
+            # Experts that no token reaches are to end the run before others are solved.
+            with reached_modules(work.model, later) as reached:
+                measured = self._measured(work, wanted)
+            missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
+            require_inputs(missed, self.jobs)
             statistics.update({name: measured.pop(name) for name in first if name in measured})
             self._round(work, group, {}, measured, others=list(statistics.values()))
         if not groups and (others or attentions):
@@ -114,6 +120,14 @@ class RecipeModifier:
     def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
         with self._measuring(work):
             statistics = measure(work, needs, self.jobs)
+        blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
+        if blind:
+            work.warnings.append(f"warning: no token reached {some(blind)}: rounded to nearest, ranges not searched")
+        dead = only_zeros(statistics)
+        if dead:
+            work.warnings.append(
+                f"warning: {some(dead)} saw nothing but zeros, so every rounding loses the same: rounded to nearest"
+            )
         few = few_tokens(needs, statistics)
         if few:
             fewest = min(statistics[name].num_tokens for name in few)
@@ -194,6 +208,7 @@ class RecipeModifier:
                 algorithm=rounded.algorithm,
                 num_tokens=found.num_tokens if found is not None else 0,
                 error=_relative_error(rounded),
+                loss=rounded.loss,
                 start=rounded.start,
             )
             rescaled.pop(f"{rounded.name}.weight", None)
@@ -206,13 +221,14 @@ class RecipeModifier:
         scheme = self.jobs[name].scheme
         if not input_parts(scheme):
             return {}
-        if found is None or not found.num_tokens:
-            raise DataError(
-                f"{name} rounds its inputs by a scale that was to be measured, and no token reached it",
-                hint="calibrate with more data, or add it to ignore",
-            )
+        assert found is not None, f"{name} was measured, or the run has ended"
         args = scheme.input_activations
-        return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+        try:
+            return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"the inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
+            ) from error
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:
@@ -228,5 +244,5 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
 
 def _relative_error(rounded: Rounded) -> float:
     """See `ModuleReport`."""
-    size, loss = rounded.size, rounded.result.loss
+    size, loss = rounded.size, rounded.loss
     return float(loss / size) ** 0.5 if size > 0 and loss > 0 else 0.0

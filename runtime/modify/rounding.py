@@ -13,18 +13,16 @@ import torch
 from runtime.algorithms import grid
 from runtime.algorithms.awq import quantize_clipped
 from runtime.algorithms.gptq import quantize_siblings
-from runtime.algorithms.products import multiplied
 from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 from runtime.modify.together import may_overwrite, solved_together
+from runtime.output_squares import plain_square, summed
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
     from runtime.recipe import Assignment
     from runtime.statistics import InputStatistics
-
-_NUM_ROWS = 64  # that sizes are estimated from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +35,8 @@ class Rounded:
         algorithm: what was used in the end.
         warning: what a user should know, or "".
         start: the clock (`perf_counter`) when work on the module began.
-        size: ||W X||^2 over the inputs X that its loss is about, estimated from some of its rows.
+        size: ||W X||^2 over the measured inputs X, or ||W||^2 where none were measured.
+        loss: ||W X - Q X||^2 over the same inputs, or ||W - Q||^2.
     """
 
     name: str
@@ -46,6 +45,7 @@ class Rounded:
     warning: str
     start: float
     size: float
+    loss: float
 
 
 def round_modules(
@@ -95,30 +95,34 @@ def _rounded_together(
 ) -> Iterator[Rounded]:
     weights = [weight_of(name) for name in together]
     start = time.perf_counter()
-    found = statistics.get(together[0]) if jobs[together[0]].algorithm == "gptq" else None
+    found = statistics.get(together[0])
     seen = found if found is not None and found.num_tokens else None
     sizes = [_size(weight, seen) for weight in weights]
-    del found, seen
     results, algorithm, warning = _solve(
         together, weights, jobs, scale_dtype_of, statistics, shared, overwrite=overwrite
     )
-    if algorithm != jobs[together[0]].algorithm:
-        sizes = [_size(weight, None) for weight in weights]
-    del weights  # those that are rounded are replaced
+    # GPTQ knows its loss, and may have worked in H's own memory. What is not needed any more is not held.
+    del found
+    left = list(weights) if algorithm == "rtn" else []
+    seen = seen if left else None
+    del weights
     for name, size in zip(together, sizes, strict=True):
         result = [next(results)]
-        yield Rounded(name=name, result=result.pop(), algorithm=algorithm, warning=warning, start=start, size=size)
+        loss = _size(left.pop(0), seen, result[0].weight_OI) if left else result[0].loss
+        seen = seen if left else None
+        yield Rounded(
+            name=name, result=result.pop(), algorithm=algorithm, warning=warning, start=start, size=size, loss=loss
+        )
         start, warning = time.perf_counter(), ""
 
 
-def _size(weight_OI: torch.Tensor, found: InputStatistics | None) -> float:
-    """||W X||^2, or ||W||^2 where nothing was measured; by some rows, for all would cost as much as a solve."""
-    weight_OI = weight_OI.detach()
+def _size(weight_OI: torch.Tensor, found: InputStatistics | None, quantized_OI: torch.Tensor | None = None) -> float:
+    """||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
     if not weight_OI.numel() or (found is not None and found.num_in_features != weight_OI.shape[-1]):
         return 0.0  # the solve says what is wrong
-    rows_RI = weight_OI[:: -(-len(weight_OI) // _NUM_ROWS)].float()
-    seen_RI = rows_RI if found is None else multiplied(rows_RI, found.hessian_II.to(rows_RI.device))
-    return float((seen_RI * rows_RI).sum()) * len(weight_OI) / len(rows_RI)
+    if found is None:
+        return summed(weight_OI, quantized_OI, plain_square)
+    return found.output_square(weight_OI, quantized_OI)
 
 
 def _global_scales(
@@ -159,10 +163,13 @@ def _solve(
         assert job.options is not None, "GPTQ comes with options"
         try:
             if found is None or not found.num_tokens:
-                raise QuantizationError(
-                    "GPTQ was asked for, but no calibration batch reached the module",
-                    hint="add it to ignore, quantize it with QuantizationModifier, or set fallback: rtn",
-                )
+                raise QuantizationError("no calibration token reached it")
+            if found.is_zero():  # every rounding has the same loss, which the modifier says
+                nearest = [
+                    _nearest(name, weight, jobs, scale_dtype, found, shared)
+                    for name, weight in zip(together, weights, strict=True)
+                ]
+                return iter(nearest), "rtn", ""
             results = quantize_siblings(
                 weights,
                 found.take_hessian() if overwrite else found.hessian_II,
@@ -184,8 +191,12 @@ def _solve(
             ]
             return iter(nearest), "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
     except QuantizationError as error:
-        culprits = (name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w))
-        raise QuantizationError(f"{next(culprits, first)}: {error.message}", hint=error.hint) from error
+        culprit = next((name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w)), "")
+        raise QuantizationError(
+            f"{culprit or first}: {error.message}",
+            hint=error.hint,
+            is_resumable=job.algorithm == "gptq" and not culprit,
+        ) from error
     used = one.damping
     is_raised = used > job.options.dampening_frac
     raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
@@ -237,6 +248,8 @@ def _nearest(
     importance_I = None
     if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
         importance_I = found.hessian_II.diagonal()
+    elif args.observer == "imatrix_mse" and jobs[name].algorithm == "gptq":  # a fallback, which has no inputs to go by
+        importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
     return quantize_rtn(
         weight_OI, args, scale_dtype=scale_dtype, global_scale=shared.get(name), importance_I=importance_I
     )

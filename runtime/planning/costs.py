@@ -43,12 +43,16 @@ def hessian_bytes(num_in: int) -> int:
     return num_in * num_in * FLOAT32
 
 
-def statistics_bytes(num_in: int, needs: Needs) -> int:
+def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
     """What `statistics.InputStatistics` holds of one distinct input: H, and five numbers of each feature where these
-    are asked for; the few that it always holds are nothing beside H.
+    are asked for, with a small H or some tokens in the run's dtype; the few that it always holds are nothing beside H.
     """
+    from runtime.output_squares import NUM_SAMPLED, WIDEST_GRAM
+
     channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
-    return channels + (hessian_bytes(num_in) if needs.hessian else 0)
+    if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
+        return channels + hessian_bytes(num_in)
+    return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
 def copy_bytes(shape: Sequence[int]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from runtime.dtypes import bytes_of
+from runtime.errors import RecipeError
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES = 4096
 _SAMPLE_BYTES = 1024
+_MAY_CHANGE = ("fallback", "min_tokens")  # of a recipe
 
 
 def run_identity(
@@ -35,18 +38,37 @@ def run_identity(
         artifact: by its digest.
         checkpoint: by the sizes, times and headers of its files, some numbers of each tensor, and the content of the
             files that go with it. Reading it all would take as long as the run's own reading.
-        recipe: by its text.
+        recipe: by what it says, without `fallback` and `min_tokens`.
         batches: by their content.
         options: others that matter, by name.
     """
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
         "checkpoint": _checkpoint_digest(checkpoint),
-        "recipe": hashlib.sha256(recipe.text.encode()).hexdigest(),
+        "recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest(),
         "data": _data_digest(batches),
         "torch": torch.__version__,
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def _lasting_text(recipe: Recipe) -> str:
+    """What a recipe says, without the fields that may change before a run goes on: they decide whether a module that
+    saw too little ends the run, and none of the finished ones did.
+    """
+    from runtime.yaml_lines import Value
+
+    try:
+        value = Value.parse(recipe.text, origin=recipe.source).plain()
+    except RecipeError:  # a recipe that was made in Python
+        return recipe.text
+    return json.dumps(_without(value, _MAY_CHANGE), default=str)
+
+
+def _without(value: Any, keys: Collection[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(entry, keys) for key, entry in value.items() if key not in keys}
+    return [_without(entry, keys) for entry in value] if isinstance(value, list) else value
 
 
 def _checkpoint_digest(checkpoint: Checkpoint) -> str:

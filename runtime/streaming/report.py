@@ -18,11 +18,12 @@ class ModuleReport:
     Attributes:
         name: its dotted name.
         algorithm: what quantized it.
-        loss: as in `QuantizedWeight`.
-        damping: likewise.
-        num_tokens: how many inputs its Hessian is the sum of; 0 for an algorithm without.
-        error: the loss in parts of what the output itself comes to, as a root: |WX - QX| / |WX|; without a Hessian
-            |W - Q| / |W|. The denominator is estimated from at most 64 rows of the weight.
+        loss: ‖WX-QX‖² over the inputs X that were measured, as they are before they are rounded themselves; ‖W-Q‖²
+            where none were.
+        damping: as in `QuantizedWeight`.
+        num_tokens: how many inputs were measured; 0 for none.
+        error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ where none were measured; 0 where the output is zero.
+            See `runtime.output_squares`.
         seconds: time of the solve.
         num_bytes: size of its tensors in the checkpoint.
     """
@@ -70,10 +71,20 @@ def summary_lines(result: Calibration) -> Iterator[str]:
     again = f", after {result.resumed_at} subgraphs that were finished before" if result.resumed_at else ""
     size = human_bytes(result.num_bytes)
     yield f"{len(result.modules)} modules quantized in {result.seconds:.1f} s{again}; {size} in {result.path}"
-    worst = worst_first(result.modules)[:_NUM_SHOWN]
-    width = max(len(module.name) for module in worst) if worst else 0
-    yield f"the worst {len(worst)} of them, by the error of what they return in parts of it:"
+    measured = [module for module in result.modules if module.num_tokens]
+    others = [module for module in result.modules if not module.num_tokens]
+    if measured:
+        yield "Largest relative output error (‖WX−QX‖/‖WX‖):"
+        yield from _table(measured)
+    if others:
+        yield "Largest relative weight error (‖W−Q‖/‖W‖) of modules whose inputs were not measured:"
+        yield from _table(others)
+    yield from result.remarks
+
+
+def _table(modules: Iterable[ModuleReport]) -> Iterator[str]:
+    worst = worst_first(modules)[:_NUM_SHOWN]
+    width = max(len(module.name) for module in worst)
     for module in worst:
         damping = f", dampening {module.damping:g}" if module.damping else ""
         yield f"  {module.name:{width}}  {module.error:.4f}  loss {module.loss:.4g}{damping}"
-    yield from result.remarks

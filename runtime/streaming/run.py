@@ -206,7 +206,7 @@ class StreamingRun:
     def _pass_through(self, key: str) -> None:
         """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""
         if not self.writer.is_written(key):
-            self.writer.write_bytes(key, self.source.checkpoint.pieces(key))
+            self.writer.write_bytes(key, self.source.checks.pieces(key))
 
     def _write_as_it_is(self, key: str, tensor: torch.Tensor) -> None:
         """Likewise, of a tensor that was just read."""

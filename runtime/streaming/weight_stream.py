@@ -130,6 +130,7 @@ class WeightStream:
         tensor = self._kept.pop(key, None)
         if tensor is None:
             tensor = self.source.checkpoint.read(key)
+            self.source.checks.require_finite(key, tensor)
             self.on_read(key, tensor)
         self._uses[key] -= 1
         if self._uses[key]:

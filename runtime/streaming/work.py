@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.dtypes import DTYPES
+from runtime.stored_scales import require_finite, require_sound_scales, require_sound_weight
 from runtime.streaming.memory import trim_heap
 from runtime.streaming.report import ModuleReport
 from runtime.weights import assign, unload
@@ -91,6 +92,7 @@ class Work:
         *,
         num_tokens: int,
         error: float = 0.0,
+        loss: float | None = None,
         start: float | None = None,
         algorithm: str = "",
     ) -> None:
@@ -101,6 +103,7 @@ class Work:
             result: what an algorithm returned.
             num_tokens: how many inputs it has seen.
             error: see `ModuleReport`.
+            loss: likewise; by default the result's own.
             start: the clock (`perf_counter`) when work on the module began.
             algorithm: what was used; by default what the job says.
         """
@@ -108,7 +111,9 @@ class Work:
         from runtime.schemes import compress_module, decompress_module
 
         job, key = self.jobs[name], self._key(f"{name}.weight")
+        require_sound_weight(name, result, job.scheme, self.scale_dtype(name))
         tensors = compress_module(name, result, job.scheme)
+        require_sound_scales(name, tensors)
         if self.step.is_run or f"{name}.weight" in self.plan.reused:
             dense = decompress_module(tensors, job.scheme).to(self.weight(name).dtype)
             self._go_on_with(f"{name}.weight", dense)
@@ -122,7 +127,7 @@ class Work:
             ModuleReport(
                 name=name,
                 algorithm=algorithm or job.algorithm,
-                loss=result.loss,
+                loss=result.loss if loss is None else loss,
                 damping=result.damping,
                 num_tokens=num_tokens,
                 error=error,
@@ -140,11 +145,13 @@ class Work:
         key = self._key(name)
         assert name in self.plan.rewritten, f"no modifier has said that it rewrites {name}"
         stored = tensor.detach().to(DTYPES[self.source.checkpoint.stored(key).dtype])
+        require_finite(name, stored)
         self.num_bytes += self.writer.write(key, stored)
         self._go_on_with(name, stored.to(tensor.dtype))
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor that the original checkpoint does not have; the modifier must have named it in `adds`."""
+        require_sound_scales(name.rpartition(".")[0], {name: tensor})
         self.num_bytes += self.writer.write(name, tensor)
 
     def change(self, name: str, tensor: torch.Tensor) -> None:

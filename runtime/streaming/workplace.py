@@ -123,6 +123,8 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
                 shutil.rmtree(root, ignore_errors=True)
             elif not isinstance(error, SeqbuildError):
                 tell_when_stopped(_what_is_left(out))
+            elif error.is_resumable:
+                error.hint = f"{error.hint}; {_what_is_left(out)}"
             raise
         finally:
             place.journal.close()
@@ -213,4 +215,6 @@ def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
     """Whether going on could come further than this run did."""
     if not found.of_kind(journal.STEP):
         return False
-    return not isinstance(error, SeqbuildError) or isinstance(error, (OutputError, MemoryError, RuntimeError))
+    if not isinstance(error, SeqbuildError):
+        return True
+    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))

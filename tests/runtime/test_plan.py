@@ -241,7 +241,11 @@ def test_what_measures_without_gptq_is_planned_to_run_and_refused_without_data(
     plan = planned(llama.load(), recipe=runtime.Recipe.from_text(text, "recipe.yaml"))
     assert [step.runs for step in plan.steps] == [True, True, True, False]
     assert all(step.working > 0 for step in plan.steps[:3])
-    has_matrices = name in ("awq", "observer")  # 128 wide, float32, q and o; 256 wide after the activation
+    has_matrices = name in (
+        "awq",
+        "observer",
+        "static inputs",
+    )  # 128 wide, float32, q and o; 256 wide after the activation
     assert all((step.statistics > 2 * 128 * 128 * 4 + 256 * 256 * 4) is has_matrices for step in plan.steps[:3])
     file = tmp_path / "recipe.yaml"
     file.write_text(text)

