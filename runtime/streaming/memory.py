@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import DataError, SeqbuildError
-from runtime.inputs import require_in_range
-from runtime.token_file import LOSS_MASK
+from runtime.inputs import BESIDE_INPUTS, require_in_range
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -48,7 +47,7 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
         return None
     symbol = manifest.inputs[0].shape[0]
     dims = {entry.name: entry.shape.index(symbol) for entry in manifest.inputs if symbol in entry.shape}
-    dims[LOSS_MASK] = 0
+    dims |= {name: 0 for name in BESIDE_INPUTS if name not in dims}
     parts: Batches = []
     for batch in batches:
         count = batch[manifest.inputs[0].name].shape[0]

@@ -32,10 +32,11 @@ from runtime.model_config import artifact_config, read_config
 from runtime.packed import ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
+from seqbuild.sample.thin import randomize
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.difference import difference, tensors
 from seqbuild.verify.report import Compared, Verification
-from seqbuild.verify.running import SHAPES, Prints, fingerprints, randomize, run_chain, run_model, with_weights
+from seqbuild.verify.running import SHAPES, Prints, fingerprints, run_chain, run_model, with_weights
 
 if TYPE_CHECKING:
     from torch import nn
