@@ -3,8 +3,8 @@
     labels              x_1    x_2   ...   x_T                  what is predicted, position by position
     decoder_input_ids   start  x_1   ...   x_(T-1)              what each prediction follows from, beside the encoder
 
-Most families begin with a token of their config (T5 with padding, BART with the end of a sentence). mBART, PLBart and FSMT
-begin with the last token of the labels themselves, which is a language or the end of a sentence. Which rule is a
+Most families begin with a token of their config (T5 with padding, BART with the end of a sentence). mBART, PLBart and
+FSMT begin with the last token of the labels themselves, which is a language or the end of a sentence. Which rule is a
 model's own, the compiler finds out by running it; the manifest's `decoder` states it.
 
 A label of -100 is none, as everywhere in transformers: it is not predicted, and its place in the decoder's inputs is

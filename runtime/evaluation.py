@@ -10,8 +10,8 @@ stands before. Of an encoder-decoder model, all labels y of a source x are predi
     ppl = exp( - 1/N sum over samples, over positions t >= 1, of log p(y_t | x, y_1 ... y_{t-1}) )
 
 What the decoder reads follows from the labels by the model's own rule (`runtime.decoder`). A text without a target is
-source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`, as a mean over
-all tokens instead of each batch's.
+source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`, as a mean
+over all tokens instead of each batch's.
 """
 
 from __future__ import annotations

@@ -103,6 +103,19 @@ def _not_given(manifest: Manifest, name: str) -> DataError:
     )
 
 
+def require_decoder(manifest: Manifest, targets: Sequence[torch.Tensor] | None) -> None:
+    """Refuse pairs of source and target for a model that does not read the one and write the other.
+
+    Raises:
+        DataError: naming the model.
+    """
+    if targets is not None and DECODER_IDS not in {entry.name for entry in manifest.inputs}:
+        raise DataError(
+            f"the data has pairs of source and target, and {manifest.model.class_name} is no encoder-decoder model",
+            hint='give texts: {"text": "..."}',
+        )
+
+
 def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None:
     """Refuse samples that are longer than the model's positions reach.
 

@@ -127,8 +127,8 @@ def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
     """Numbers in the place of inputs that data lacks, where there can be none: such tensors are made by their shape."""
     for entry in manifest.inputs:
         of_each = entry.shape[2:]  # besides rows and their tokens
-        are_numbers = all(isinstance(size, int) for size in of_each)
-        is_fit = entry.dtype in _COUNTED and are_numbers and len(of_each) < 4 and math.prod(map(int, of_each)) <= _LARGEST_ROW
+        is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
+        is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
         if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
             yield f"the number {entry.absent} cannot stand for the absence of the input {entry.name!r}"
     rule = manifest.decoder

@@ -1,11 +1,11 @@
 """The plain call of a model, and what that leaves out.
 
-A plain call is `model(input_ids, attention_mask)`, of an encoder-decoder model `model(input_ids, attention_mask, labels)`:
-that is what data of text gives, and what every figure about a model is measured with. A forward takes more than that, and
-an input that is filled in is not always the same as one that is missing: GPT-2 adds the embedding of token 0 where
-`token_type_ids` are zeros, and nothing where there are none. So an input that a plain call leaves out belongs to a sample
-only if a value for it is known that stands for its absence. That is tried: a small random copy of the model runs with it
-and without, and every bit of the outputs must be equal.
+A plain call is `model(input_ids, attention_mask)`, and of an encoder-decoder model has `labels` as well: that is what
+data of text gives, and what every figure about a model is measured with. A forward takes more than that, and an input
+that is filled in is not always the same as one that is missing: GPT-2 adds the embedding of token 0 where
+`token_type_ids` are zeros, and nothing where there are none. So an input that a plain call leaves out belongs to a
+sample only if a value for it is known that stands for its absence. That is tried: a small random copy of the model runs
+with it and without, and every bit of the outputs must be equal.
 """
 
 from __future__ import annotations
@@ -151,7 +151,11 @@ def _rule(trial: _Trial, config: Any, row: Row, absent: Mapping[str, int | None]
     plain = {name: value for name, value in given.items() if not name.startswith("decoder_") or absent[name] is None}
     references = [
         [trial.run(plain | {"labels": each}) for each in labels],
-        [trial.run(plain | {"decoder_input_ids": made}) for each in labels if (made := trial.prepared(each)) is not None],
+        [
+            trial.run(plain | {"decoder_input_ids": made})
+            for each in labels
+            if (made := trial.prepared(each)) is not None
+        ],
     ]
     for wanted in references:
         for here, there in _candidates(trial.config, config) if len(wanted) == len(labels) else ():
@@ -198,7 +202,6 @@ class _Trial:
         except Exception:  # the model's code may raise anything
             return None
         return dict(output) if isinstance(output, Mapping) else {"output": output}
-
 
     def prepared(self, labels_BT: torch.Tensor) -> torch.Tensor | None:
         """What its own method makes of labels; None if it has none that works."""
