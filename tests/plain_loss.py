@@ -1,4 +1,4 @@
-"""A zoo's model saved and compiled, and its loss: what `runtime evaluate` measures beside what transformers' call gives."""
+"""A model of the zoo, saved and compiled, and its loss by `evaluate` and by transformers' plain call."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ PADDINGS = ("", "left", "right")
 
 
 def saved(case: Case, directory: Path) -> tuple[Any, runtime.Artifact]:
-    """The case's model, its weights in `directory`, and its artifact, compiled from there."""
+    """The case's model as transformers loads it from `directory`, and its artifact, compiled from there.
+
+    Some weights are not saved: Marian's tables of positions are made when it is loaded.
+    """
     model = small_model(case)
     if model.config.is_encoder_decoder:
         state_start(model.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(directory)
+        model = type(model).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
         path = build(directory, out=directory / "artifacts", attn_implementation="eager", text_only=True).path
     return model, runtime.load(path)
 
@@ -83,3 +87,19 @@ def evaluated(artifact: runtime.Artifact, weights: Path, **batch: torch.Tensor) 
         torch.manual_seed(3)
         found = runtime.evaluate(artifact, weights=weights, batches=batches)
     return math.log(found.perplexity) * found.num_tokens, found.num_tokens
+
+
+def plain_target_loss(model: Any, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None, labels_BT: torch.Tensor) -> Any:
+    """The summed loss of `model(input_ids, labels=labels)` over the labels that are some, and how many they are.
+
+    FSMT looks at no labels: it is given what its own method for transformers' collator makes of them.
+    """
+    given = {"input_ids": ids_BS} if mask_BS is None else {"input_ids": ids_BS, "attention_mask": mask_BS}
+    if model.config.model_type == "fsmt":
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels_BT.clone())
+    else:
+        given["labels"] = labels_BT.clone()
+    logits_BTV = plain_logits(model, **given)
+    is_label_BT = labels_BT != NOT_A_LABEL
+    losses = cross_entropy(logits_BTV[is_label_BT].double(), labels_BT[is_label_BT], reduction="sum")
+    return float(losses), int(is_label_BT.sum())

@@ -89,7 +89,7 @@ _TRIED_SHAPES = (
 
 
 def default_sample(
-    model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False
+    model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False, wanted: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Inputs that fit the model's signature and config, on the CPU.
 
@@ -100,6 +100,7 @@ def default_sample(
         model: whose inputs they are.
         shape: how they shall look.
         text_only: leave images and sounds away, for a model that does without.
+        wanted: inputs to make even if a plain call leaves them out.
 
     Raises:
         TraceError: when the model's forward takes nothing that is known.
@@ -121,8 +122,8 @@ def default_sample(
         from seqbuild.sample.vision import with_images  # builds models: text alone does without it
 
         return with_images(model, parameters, sample, shape, generator)
-    known = plain_call_of(model).absent
-    return {name: value for name, value in sample.items() if name in known or not is_left_out(name, parameters)}
+    kept = {*plain_call_of(model).absent, *wanted}
+    return {name: value for name, value in sample.items() if name in kept or not is_left_out(name, parameters)}
 
 
 def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
@@ -142,6 +143,12 @@ def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
     if not set(names) <= make(getattr(model, "config", None), SampleShape()).keys():
         return PlainCall()
     return plain_call(model, make, _TRIED_SHAPES)
+
+
+def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collection[str]) -> list[str]:
+    """Which of these inputs a plain call of text leaves out."""
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in names if is_left_out(name, parameters)]
 
 
 def _text(

@@ -74,8 +74,10 @@ def plain_call(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleSha
 def _find(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
     parameters = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
-    left_out = [name for name in make_text(config, shapes[0]) if is_left_out(name, parameters)]
-    has_labels = "decoder_input_ids" in parameters and "labels" in parameters
+    text = make_text(config, shapes[0])
+    left_out = [name for name in text if is_left_out(name, parameters)]
+    read = text.get("decoder_input_ids")
+    has_labels = "labels" in parameters and read is not None and read.dim() == 2  # not several streams of codes
     if not left_out and not has_labels:
         return PlainCall()
     try:
