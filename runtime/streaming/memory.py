@@ -77,7 +77,9 @@ def _is_splittable(manifest: Manifest, batch: Mapping[str, Any]) -> bool:
     known = {symbol for symbol in first.shape if isinstance(symbol, str)}
     for entry in manifest.inputs:
         symbols = [symbol for symbol in entry.shape if isinstance(symbol, str)]
-        if any(symbol not in known for symbol in symbols) or symbols.count(first.shape[0]) > 1:
+        is_by_row = entry.shape[:1] == first.shape[:1]  # a decoder's tokens are another size
+        is_foreign = not is_by_row and any(symbol not in known for symbol in symbols)
+        if is_foreign or symbols.count(first.shape[0]) > 1:
             return False
         if not isinstance(batch.get(entry.name), torch.Tensor):
             return False
