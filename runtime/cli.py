@@ -368,8 +368,7 @@ def _batches(
     chosen = [tokens.samples[place] for place in places]
     masks = [tokens.masks[place] for place in places] if has_masks and tokens.masks is not None else None
     targets = None if tokens.targets is None else [tokens.targets[place] for place in places]
-    require_length(chosen, longest)
-    require_length(targets or (), longest)
+    require_length((*chosen, *(targets or ())), longest)
     require_decoder(artifact.manifest, targets)
     made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size, masks, targets)]
     require_in_range(artifact.manifest, made)

@@ -61,8 +61,9 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
     made = dict(batch)
     names = [entry.name for entry in manifest.inputs]
     if DECODER_IDS in names and DECODER_IDS not in made and (IDS in made or LABELS in made):
-        made.setdefault(LABELS, _own_tokens(made))
-        made[DECODER_IDS] = shifted(made[LABELS], _rule(manifest))
+        rule = _rule(manifest)
+        made[LABELS] = _labels(made)
+        made[DECODER_IDS] = shifted(made[LABELS], rule)
     for entry in manifest.inputs:
         like = made.get(DECODER_IDS if entry.name.startswith("decoder_") else IDS)
         if entry.name not in made and entry.absent != UNKNOWN_ABSENCE and like is not None:
@@ -70,9 +71,15 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
     return made
 
 
-def _own_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Labels of a text that is to be written as it is."""
-    return batch[IDS] if MASK not in batch else batch[IDS].masked_fill(batch[MASK] == 0, NOT_A_LABEL)
+def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A batch's labels; without any, the text is to be written as it is."""
+    if LABELS not in batch:
+        return batch[IDS] if MASK not in batch else batch[IDS].masked_fill(batch[MASK] == 0, NOT_A_LABEL)
+    found = batch[LABELS]
+    if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.dtype != torch.int64:
+        kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise DataError(f"a batch has labels of {kind}", hint="give an int64 tensor [batch, sequence], -100 for none")
+    return found
 
 
 def _rule(manifest: Manifest) -> Mapping[str, int]:
