@@ -98,15 +98,15 @@ def _stand_in(entry: InputEntry, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _not_given(manifest: Manifest, name: str) -> DataError:
-    if name.removeprefix("decoder_") in ("token_type_ids", "position_ids", "lang_ids", "bbox"):
+    if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
         return DataError(
-            f"the artifact takes an input {name!r}, which the data does not give, and {manifest.model.class_name} "
-            "may compute something else with zeros than without it",
-            hint="compile the model again, without this input in --sample, or give batches that have it from Python",
+            f"the model takes an input {name!r}, which text data cannot give",
+            hint="compile it with --text-only to calibrate it with text, if it does without images and sounds",
         )
     return DataError(
-        f"the model takes an input {name!r}, which text data cannot give",
-        hint="compile it with --text-only to calibrate it with text, if it does without images and sounds",
+        f"the artifact takes an input {name!r}, which the data does not give, and {manifest.model.class_name} "
+        "may compute something else with zeros than without it",
+        hint="compile the model again, without this input in --sample, or give batches that have it from Python",
     )
 
 

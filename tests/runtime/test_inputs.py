@@ -77,7 +77,7 @@ def test_what_data_gives_is_not_replaced() -> None:
     assert made["token_type_ids"] is types
 
 
-@pytest.mark.parametrize("name", ["token_type_ids", "bbox", "lang_ids", "position_ids", "decoder_token_type_ids"])
+@pytest.mark.parametrize("name", ["token_type_ids", "bbox", "lang_ids", "position_ids", "cache_position"])
 def test_zeros_are_not_filled_in_where_they_may_mean_something(name: str) -> None:
     with pytest.raises(DataError, match=f"takes an input '{name}', which the data does not give, and SomeModel may"):
         model_inputs(make("input_ids", name), BATCH)
@@ -104,6 +104,20 @@ def test_padding_is_handed_on_to_whoever_counts_tokens() -> None:
     assert list(model_inputs(make("input_ids"), padded)) == ["input_ids", "attention_mask"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[1, 2]], "labels of list"),
+        (torch.ones(1, 2), r"labels of torch.float32 \[1, 2\]"),
+        (torch.ones(2, dtype=torch.int64), r"labels of torch.int64 \[2\]"),
+    ],
+)
+def test_labels_that_are_none(labels: Any, message: str) -> None:
+    manifest = make("input_ids", "decoder_input_ids", decoder={"start": 9, "pad": 0})
+    with pytest.raises(DataError, match=message):
+        model_inputs(manifest, BATCH | {"labels": labels})
+
+
 def test_pairs_are_for_models_with_a_decoder() -> None:
     targets = [torch.tensor([1])]
     require_decoder(make("input_ids"), None)
@@ -112,9 +126,12 @@ def test_pairs_are_for_models_with_a_decoder() -> None:
         require_decoder(make("input_ids"), targets)
 
 
-def test_an_input_that_is_no_text() -> None:
-    with pytest.raises(DataError, match="'pixel_values', which text data cannot give"):
-        model_inputs(make("input_ids", "pixel_values"), BATCH)
+@pytest.mark.parametrize("dtype", ["model", "float32"])
+def test_an_input_that_is_no_text(dtype: str) -> None:
+    manifest = make("input_ids", "image_sizes")
+    manifest.inputs += (InputEntry(name="pixel_values", dtype=dtype, shape=("images", 3)),)
+    with pytest.raises(DataError, match=r"'image_sizes', which text data cannot give .*--text-only"):
+        model_inputs(manifest, BATCH)
 
 
 @pytest.mark.parametrize(
