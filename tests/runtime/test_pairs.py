@@ -218,6 +218,20 @@ def test_a_target_that_is_too_long(bart: Small, tmp_path: Path, run: Run) -> Non
     assert_refused(run(command), "a sample has 99 tokens, and the model's config allows 64")
 
 
+@pytest.mark.parametrize("layers", [(3, 1), (1, 2)])
+def test_encoder_and_decoder_of_different_depth(small: Callable[..., Small], layers: tuple[int, int]) -> None:
+    sizes = {"d_model": 32, "d_ff": 48, "num_heads": 4, "d_kv": 8, "vocab_size": 258, "decoder_start_token_id": 0}
+    depths = {"num_layers": layers[0], "num_decoder_layers": layers[1]}
+    t5 = small("T5ForConditionalGeneration", "T5Config", sizes | depths)
+    ids_BS, labels_BT = torch.arange(24).reshape(2, 12), torch.arange(14).reshape(2, 7)  # token 0 is a token
+    model = transformers.T5ForConditionalGeneration.from_pretrained(t5.weights).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=ids_BS, labels=labels_BT).loss.exp().item()
+    batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": labels_BT}
+    found = runtime.evaluate(t5.load(), weights=t5.weights, batches=[batch])
+    assert (found.perplexity, found.num_tokens) == (pytest.approx(wanted, rel=1e-5), 14)
+
+
 # Calibration.
 
 _STATIC = "{num_bits: 8, type: float, strategy: tensor, dynamic: false, observer: static_minmax}"
