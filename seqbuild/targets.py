@@ -128,11 +128,11 @@ def _other_lists(model: nn.Module) -> Iterator[tuple[str, ...]]:
     from torch import nn
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    ranked = sorted(outermost(model, lists), key=len, reverse=True)  # of equal length in the order of the tree
+    outer = outermost(model, lists)
     longest = max(lists, key=len, default=None)
-    for found in ranked:
+    for found in sorted((each for each in lists if each in outer), key=len, reverse=True):  # of equal ones the first
         if found is not longest:
-            names = {type(module).__name__ for module in found if isinstance(module, nn.Module)}
+            names = {type(module).__name__ for module in found}
             yield _patterns(model, outermost(model, [m for m in model.modules() if type(m).__name__ in names]))
 
 
