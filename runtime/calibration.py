@@ -28,6 +28,7 @@ from runtime.checkpoint import Checkpoint
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
+from runtime.inputs import completed
 from runtime.jobs import assign_jobs
 from runtime.layout import Layout
 from runtime.masks import require_tokens
@@ -130,6 +131,7 @@ def calibrate(
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
+    batches = [completed(artifact.manifest, batch) for batch in batches]
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
     foretold = require_plan(

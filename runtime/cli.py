@@ -347,7 +347,7 @@ def _batches(
     `loss_mask` asks for a mask, and `has_masks` says whether one makes a difference: to perplexity it makes none.
     """
     from runtime.data import batches, load_tokens
-    from runtime.inputs import model_inputs, require_in_range, require_length
+    from runtime.inputs import model_inputs, require_decoder, require_in_range, require_length
     from runtime.model_config import text_limits
 
     vocab_size, longest = text_limits(artifact)
@@ -367,8 +367,10 @@ def _batches(
         places = [index * len(places) // default_samples for index in range(default_samples)]
     chosen = [tokens.samples[place] for place in places]
     masks = [tokens.masks[place] for place in places] if has_masks and tokens.masks is not None else None
-    require_length(chosen, longest)
-    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size, masks)]
+    targets = None if tokens.targets is None else [tokens.targets[place] for place in places]
+    require_length((*chosen, *(targets or ())), longest)
+    require_decoder(artifact.manifest, targets)
+    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size, masks, targets)]
     require_in_range(artifact.manifest, made)
     return made
 

@@ -9,6 +9,10 @@ do without the tokenizer and its libraries.
 cut at `seq_len`. Where there are more samples than asked for, those with index `i * total // num_samples` are
 taken: the same ones every time, spread over the whole text.
 
+**Pairs.** A record of source and target is one sample and its labels, for encoder-decoder models, each cut at
+`seq_len`; pairs are never joined, whether packing is asked for or not. The target is tokenized as targets are where a
+tokenizer tells them apart (another vocabulary, the code of another language).
+
 **Special tokens.** A document gets those that its tokenizer adds by default, a conversation those that its
 template writes and no others, a window none of its own. So a text in one `.txt` starts with one BOS and its
 later windows start in the middle of the text. That is how the perplexity of GPTQ and those who followed it is
@@ -32,9 +36,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from runtime.chats import assistant_tokens, rendered
 from runtime.console import quiet
-from runtime.documents import Document, read_documents, require_file
+from runtime.decoder import LABELS
+from runtime.documents import Document, read_documents, require_file, require_pairs
 from runtime.errors import DataError, UsageError
-from runtime.token_file import LOSS_MASK, SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
+from runtime.token_file import (
+    LOSS_MASK,
+    SUFFIX,
+    Origin,
+    TokenData,
+    Tokenized,
+    read_token_file,
+    require_place,
+    save_tokens,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,11 +108,18 @@ def load_tokens(
         require_file(path)
         raise DataError(f"{path} is text, and there is no tokenizer to read it with", hint=_NO_TOKENIZER)
     else:
-        samples, masks, origin = tokenize_documents(
+        found = tokenize_documents(
             [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
         )
-        digest = origin.sources[0][1]
-        data = TokenData(samples=samples, path=path, digest=digest, seq_len=seq_len, origin=origin, masks=masks)
+        data = TokenData(
+            samples=found.samples,
+            path=path,
+            digest=found.origin.sources[0][1],
+            seq_len=seq_len,
+            origin=found.origin,
+            masks=found.masks,
+            targets=found.targets,
+        )
     if vocab_size is not None:
         _require_known_ids(data, vocab_size)
     return data
@@ -113,7 +134,7 @@ def tokenize_documents(
     pack: bool,
     loss_mask: bool = False,
     tokenizer_name: str = "",
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Origin]:
+) -> Tokenized:
     """Make samples from the documents of several files, in the order given.
 
     Args:
@@ -125,11 +146,8 @@ def tokenize_documents(
         loss_mask: as for `load_tokens`.
         tokenizer_name: what the origin calls the tokenizer; by default its directory's name.
 
-    Returns:
-        The samples, tensors [S] int64; their masks, bool [S], if asked for; and what they were made from.
-
     Raises:
-        DataError: as for `load_tokens`.
+        DataError: as for `load_tokens`; also when some of the documents are pairs and others are not.
         UsageError: as for `load_tokens`.
     """
     _require_positive(num_samples=num_samples, seq_len=seq_len)
@@ -140,7 +158,15 @@ def tokenize_documents(
     if not documents:
         raise DataError(f"{what} holds no text but white space")
     tokenizer = _load_tokenizer(tokenizer_dir)
-    if pack and seq_len is not None:
+    targets = None
+    if any(document.target is not None for document in documents):
+        require_pairs(documents)
+        if loss_mask:
+            raise DataError("pairs of source and target have no loss mask", hint="leave --loss-mask out")
+        some = _spread(documents, num_samples, f"{what} holds {len(documents)} pairs")
+        chosen = [_tokens(tokenizer, document, seq_len, False) for document in some]
+        targets = tuple(_target_ids(tokenizer, document, seq_len) for document in some)
+    elif pack and seq_len is not None:
         chosen = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
     else:
         some = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
@@ -158,11 +184,14 @@ def tokenize_documents(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         sources=tuple((path.name, _file_digest(path)) for path in paths),
     )
-    return samples, masks, origin
+    return Tokenized(samples=samples, masks=masks, targets=targets, origin=origin)
 
 
 def batches(
-    samples: Sequence[Tensor], batch_size: int, masks: Sequence[Tensor] | None = None
+    samples: Sequence[Tensor],
+    batch_size: int,
+    masks: Sequence[Tensor] | None = None,
+    targets: Sequence[Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Stack samples of equal length, so that nothing is ever padded: padding would enter the statistics.
 
@@ -173,10 +202,11 @@ def batches(
         samples: tensors [S] int64.
         batch_size: the most samples of a batch.
         masks: which tokens of each sample count in statistics, bool [S].
+        targets: what is to be written for each sample, [T] int64; those of a batch are equally long, too.
 
     Returns:
         `{"input_ids": [B, S], "attention_mask": [B, S]}` for each batch, int64, the mask all ones; and with masks
-        `"loss_mask": [B, S]`, likewise.
+        `"loss_mask": [B, S]`, with targets `"labels": [B, T]`, likewise.
 
     Raises:
         UsageError: `batch_size` is not positive.
@@ -184,9 +214,9 @@ def batches(
     import torch
 
     _require_positive(batch_size=batch_size)
-    by_length: dict[int, list[int]] = {}
+    by_length: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
-        by_length.setdefault(len(sample), []).append(index)
+        by_length.setdefault((len(sample), 0 if targets is None else len(targets[index])), []).append(index)
     result = []
     for length in sorted(by_length, reverse=True):
         equals = by_length[length]
@@ -196,6 +226,8 @@ def batches(
             batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
             if masks is not None:
                 batch[LOSS_MASK] = torch.stack([masks[index] for index in chosen]).to(torch.int64)
+            if targets is not None:
+                batch[LABELS] = torch.stack([targets[index] for index in chosen])
             result.append(batch)
     return result
 
@@ -243,7 +275,10 @@ def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) ->
     masks = data.masks
     if masks is not None:
         masks = tuple(mask[:seq_len] for mask in _spread(masks, num_samples, ""))
-    return replace(data, samples=samples, masks=masks, seq_len=seq_len)
+    targets = data.targets
+    if targets is not None:
+        targets = tuple(target[:seq_len] for target in _spread(targets, num_samples, ""))
+    return replace(data, samples=samples, masks=masks, targets=targets, seq_len=seq_len)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, loss_mask: bool) -> _Tokens:
@@ -257,6 +292,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: 
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.bool)
     ids_S = _token_ids(tokenizer, document, max_length)
     return ids_S, torch.ones(len(ids_S), dtype=torch.bool)
+
+
+def _target_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
+    """The ids [T] of what is to be written."""
+    import torch
+
+    assert document.target is not None
+    _require_characters(document.target, document)
+    found: Any = tokenizer(
+        text_target=_without_added_tokens(tokenizer, document.target),
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+    )
+    ids_T = torch.tensor(found["input_ids"][:max_length], dtype=torch.int64)
+    _require_tokens(ids_T, document)
+    return ids_T
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
@@ -365,7 +417,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _require_known_ids(data: TokenData, vocab_size: int) -> None:
-    largest = max(int(sample.max()) for sample in data.samples)
+    largest = max(int(sample.max()) for sample in (*data.samples, *(data.targets or ())))
     if largest >= vocab_size:
         raise DataError(
             f"{data.path} gives token id {largest}, and the model's vocabulary has {vocab_size} entries",

@@ -246,7 +246,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
 
 def _data(artifact: Artifact, job: Job, state: dict[str, Any]) -> str:
     from runtime.data import load_tokens
-    from runtime.inputs import require_length
+    from runtime.inputs import require_decoder, require_length
     from runtime.model_config import text_limits
 
     assert job.data is not None
@@ -254,7 +254,8 @@ def _data(artifact: Artifact, job: Job, state: dict[str, Any]) -> str:
         return f"{job.data} is text, which is tokenized when the run begins"
     vocab_size, longest = text_limits(artifact)
     tokens = load_tokens(job.data, vocab_size=vocab_size)
-    require_length(tokens.samples, longest)
+    require_length((*tokens.samples, *(tokens.targets or ())), longest)
+    require_decoder(artifact.manifest, tokens.targets)
     state["tokens"] = tokens
     return f"{len(tokens.samples)} samples of data"
 

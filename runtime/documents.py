@@ -1,19 +1,22 @@
 """Text files as documents: `.txt` is one, `.jsonl` and `.parquet` hold one a line or row.
 
-A record has `text`, or `messages` for a chat template; `text` counts where it has both. Text is UTF-8, with
-or without a byte order mark. Documents of nothing but white space are skipped. Nothing here knows tokens.
+A record has `text`, or `messages` for a chat template, or a pair for an encoder-decoder model: `source` (or `input`)
+and `target`. `text` counts where it has several. Text is UTF-8, with or without a byte order mark. Documents of nothing
+but white space are skipped, and so are pairs of which a half is that. Nothing here knows tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import DataError
 
+_SOURCES = ("source", "input")
+_FIELDS = ("text", "messages", *_SOURCES, "target")
 _ROWS_AT_A_TIME = 16  # of a parquet file: a row of a few compressed bytes may be a text of megabytes
 
 
@@ -24,10 +27,18 @@ class Document:
     Attributes:
         where: the place it was read from, for error messages.
         content: a text, or the messages of a conversation, each with what the chat template wants to see.
+        target: what an encoder-decoder model is to write when it reads `content`; None where that is not said.
     """
 
     where: str
     content: str | list[dict[str, Any]]
+    target: str | None = None
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it says nothing."""
+        texts = [text for text in (self.content, self.target) if isinstance(text, str)]
+        return not all(text.strip() for text in texts)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -44,7 +55,7 @@ def read_documents(path: Path) -> Iterator[Document]:
             hint="known are .txt, .jsonl, .parquet and .safetensors",
         )
     for document in readers[path.suffix](path):
-        if not isinstance(document.content, str) or document.content.strip():
+        if not document.is_blank:
             yield document
 
 
@@ -57,6 +68,15 @@ def require_file(path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if is_empty:
         raise DataError(f"{path} is empty")
+
+
+def require_pairs(documents: Sequence[Document]) -> None:
+    """Raise a `DataError` unless each document has a target."""
+    alone = next((document for document in documents if document.target is None), None)
+    if alone is not None:
+        raise DataError(
+            f"{alone.where} has no target, and other records have one", hint="keep pairs in a file of their own"
+        )
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
@@ -88,7 +108,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in ("text", "messages") if name in names]
+            columns = [name for name in _FIELDS if name in names]
             if not columns:
                 raise DataError(f"{path} has no column text or messages", hint=f"its columns are {names}")
             number = 0
@@ -107,6 +127,8 @@ def _as_document(record: Mapping[str, Any], where: str) -> Document:
         return Document(where, text)
     if text is not None:
         raise DataError(f"{where} has a text of type {type(text).__name__} instead of a string")
+    if messages is None and record.get("target") is not None:
+        return _as_pair(record, where)
     if messages is None:
         raise DataError(f"{where} has neither text nor messages", hint=f"its fields are {list(record)}")
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
@@ -115,6 +137,18 @@ def _as_document(record: Mapping[str, Any], where: str) -> Document:
             hint='each message looks like {"role": "user", "content": "..."}',
         )
     return Document(where, messages)
+
+
+def _as_pair(record: Mapping[str, Any], where: str) -> Document:
+    source = next((record[name] for name in _SOURCES if record.get(name) is not None), None)
+    for name, text in (("source", source), ("target", record["target"])):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where} has a {name} of type {type(text).__name__} instead of a string",
+                hint='a pair looks like {"source": "...", "target": "..."}',
+            )
+    assert isinstance(source, str)
+    return Document(where, source, target=record["target"])
 
 
 def _decoded(content: bytes, where: str) -> str:

@@ -1,8 +1,17 @@
 """Perplexity, streamed through the subgraphs: one layer in memory at a time.
 
+Of a causal language model, over the tokens of each sample that are no padding, N of them predicted:
+
     ppl = exp( - 1/N sum over samples, over positions t >= 2, of log p(x_t | x_1 ... x_{t-1}) )
 
-N counts the predicted tokens, one less than each sample's length.
+The first token of a sample is predicted by none, so a sample of n tokens counts n - 1; nor is a token that padding
+stands before. Of an encoder-decoder model, all labels y of a source x are predicted, the first one as well:
+
+    ppl = exp( - 1/N sum over samples, over positions t >= 1, of log p(y_t | x, y_1 ... y_{t-1}) )
+
+What the decoder reads follows from the labels by the model's own rule (`runtime.decoder`). A text without a target is
+source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`, as a mean
+over all tokens instead of each batch's.
 """
 
 from __future__ import annotations
@@ -18,9 +27,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.activations import Activations
+from runtime.decoder import LABELS, NOT_A_LABEL
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.half_products import quick_halves
+from runtime.inputs import DECODER_IDS, IDS, MASK, completed
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
 from runtime.streaming.weight_stream import WeightStream
@@ -61,12 +72,14 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Measure a causal language model's perplexity.
+    """Measure the perplexity of a causal or an encoder-decoder language model.
 
     Args:
         artifact: the compiled model.
         weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format.
-        batches: the model's inputs, one mapping a batch, on the CPU, without padding.
+        batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
+            Of an encoder-decoder model, `labels` [B, T] are what is predicted, -100 where nothing is; without them, and
+            without `decoder_input_ids`, the text itself.
         device: where subgraphs run.
         dtype: of weights and activations; None for the model's own.
         progress: called with one line for each subgraph.
@@ -74,12 +87,14 @@ def evaluate(
     Raises:
         WeightsError: when the checkpoint does not fit the artifact.
         ModelError: when the model does not predict the next token.
-        DataError: when no sample has two tokens.
+        DataError: when no token is predicted, or nothing says what the decoder reads.
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
-    _require_causal(artifact.manifest)
-    num_tokens = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    _require_predicting(artifact.manifest)
+    batches = [completed(artifact.manifest, batch) for batch in batches]
+    labels = [_labels(artifact.manifest, batch) for batch in batches]
+    num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
     if not num_tokens:
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
@@ -109,7 +124,7 @@ def evaluate(
                 outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
                 activations.drop(batch, subgraph.consumed_names)
                 if subgraph is last:
-                    total += _loss(outputs[LOGITS], batches[batch]["input_ids"])
+                    total += _loss(outputs[LOGITS], labels[batch])
                 else:
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
@@ -128,26 +143,50 @@ def evaluate(
     )
 
 
-def _require_causal(manifest: Manifest) -> None:
+def _require_predicting(manifest: Manifest) -> None:
     """Refuse what has no perplexity: a model that does not predict each token from those before it."""
     logits = manifest.values.get(LOGITS)
     inputs = {entry.name: entry.shape for entry in manifest.inputs}
+    read = DECODER_IDS if DECODER_IDS in inputs else IDS
     name = manifest.model.class_name
     if logits is None:
         why = f"{name} returns {', '.join(manifest.subgraphs[-1].output_names)} and no logits"
-    elif "decoder_input_ids" in inputs or name.endswith("ForMaskedLM"):
+    elif name.endswith("ForMaskedLM"):
         why = f"{name} does not predict each token from those before it alone"
-    elif logits.shape[:-1] != inputs.get("input_ids"):
+    elif logits.shape[:-1] != inputs.get(read):
         why = f"the logits of {name} have the shape {list(logits.shape)}, which is not one for each token"
+    elif IDS not in inputs:
+        why = f"{name} does not read text"
     else:
         return
-    raise ModelError(why, hint="perplexity is for causal language models")
+    raise ModelError(why, hint="perplexity is for causal and encoder-decoder language models")
 
 
-def _loss(logits_BSV: torch.Tensor, tokens_BS: torch.Tensor) -> float:
+def _labels(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What each position of the logits predicts, int64 [B, S]; -100 where that does not count.
+
+    Raises:
+        DataError: when that cannot be known.
+    """
+    if any(entry.name == DECODER_IDS for entry in manifest.inputs):
+        if LABELS not in batch:
+            raise DataError("the batches have decoder_input_ids and no labels", hint="give labels [batch, sequence]")
+        return batch[LABELS]
+    ids_BS = batch[IDS]
+    labels_BS = torch.full_like(ids_BS, NOT_A_LABEL)
+    labels_BS[:, :-1] = ids_BS[:, 1:]
+    if MASK in batch:
+        is_token_BS = batch[MASK] != 0
+        labels_BS[:, :-1].masked_fill_(~(is_token_BS[:, 1:] & is_token_BS[:, :-1]), NOT_A_LABEL)
+    return labels_BS
+
+
+def _loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> float:
     """Summed negative log-likelihood in nats; sample by sample, for the vocabulary makes this the largest tensor."""
     losses = [
-        torch.nn.functional.cross_entropy(logits_SV[:-1].float(), tokens_S[1:].to(logits_SV.device), reduction="none")
-        for logits_SV, tokens_S in zip(logits_BSV, tokens_BS, strict=True)
+        torch.nn.functional.cross_entropy(
+            logits_SV.float(), labels_S.to(logits_SV.device), reduction="none", ignore_index=NOT_A_LABEL
+        )
+        for logits_SV, labels_S in zip(logits_BSV, labels_BS, strict=True)
     ]
     return float(torch.stack(losses).sum(dtype=torch.float64))

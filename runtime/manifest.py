@@ -21,11 +21,12 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 5)
+FORMAT_VERSION = (1, 6)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 _TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a byte there and 64 in memory
 UNBOUNDED = -1
+UNKNOWN_ABSENCE = -1
 DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64"),
     *("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64"),
@@ -39,6 +40,7 @@ _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format 
 _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
 _SINCE_5: Mapping[str, int] = {"since": 5}
+_SINCE_6: Mapping[str, int] = {"since": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +75,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputEntry:
-    """An input of the model."""
+    """An input of the model. `absent` is the number that stands for its absence, everywhere in the tensor; -1 where the
+    model computes something else without the input, or that is not known.
+    """
 
     name: str
     dtype: str
     shape: Shape
+    absent: int = field(default=UNKNOWN_ABSENCE, metadata=_SINCE_6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +239,7 @@ class Manifest:
     scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
     attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
     defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
+    decoder: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_6)
 
     @property
     def is_portable(self) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.experts import ROWS
+from runtime.masks import TokenMask
 from runtime.output_squares import WIDEST_GRAM, TokenSample, gram_square, sample_square, summed
 
 RunBatches = Callable[[Callable[[int], None]], None]
@@ -200,7 +201,7 @@ def collect_statistics(
     needs: Mapping[str, Needs],
     run_batches: RunBatches,
     device: torch.device,
-    masks: Sequence[torch.Tensor | None] = (),
+    masks: Sequence[TokenMask] = (),
     *,
     may_stop: bool = False,
 ) -> dict[str, InputStatistics]:
@@ -214,8 +215,8 @@ def collect_statistics(
         needs: what to measure for each.
         run_batches: executes the subgraph for every batch; calls what it is given with a batch's index before it runs.
         device: where sums are kept.
-        masks: for each batch which tokens count, bool [B, S], or None for all. An input of as many tokens is in their
-            order, and so is one of experts, which say which tokens they see; all of any other counts.
+        masks: for each batch which tokens count, see `runtime.masks`. An input of as many tokens is in their order, and
+            so is one of experts, which say which tokens they see (not beside a decoder's); all of any other counts.
         may_stop: whether `run_batches` takes `EnoughSeenError` out of a batch for its end, as nobody needs its results,
             and every batch calls the modules as the first one does.
 
@@ -248,7 +249,7 @@ class _Observer:
         self,
         device: torch.device,
         needs: Mapping[str, Needs],
-        masks: Sequence[torch.Tensor | None],
+        masks: Sequence[TokenMask],
         *,
         share: bool,
         may_stop: bool,
@@ -262,7 +263,7 @@ class _Observer:
         for need in needs.values():
             together |= need
         self._needs = dict.fromkeys(needs, together) if share else dict(needs)
-        self._mask: torch.Tensor | None = None
+        self._masks: tuple[torch.Tensor, ...] = ()  # of the batch that runs
         self._leaders: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
         self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # what each leader was handed last, and its version
@@ -276,7 +277,9 @@ class _Observer:
             self._usual_calls = self._calls
         self._calls = []
         mask = self.masks[batch] if batch < len(self.masks) else None
-        self._mask = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.bool)
+        parts = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
+        is_whole = all(bool(part.all()) for part in parts)
+        self._masks = () if is_whole else tuple(part.to(self.device, torch.bool) for part in parts)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -296,15 +299,22 @@ class _Observer:
         if leader == name:
             if name not in self.found:
                 self.found[name] = InputStatistics(inputs.shape[-1], self._needs[name], self.device)
-            mask = self._mask
-            if mask is not None and rows is not None:
-                mask = mask.flatten()[rows]
-            self.found[name].add(inputs, mask if mask is not None and mask.numel() == num_tokens else None)
+            self.found[name].add(inputs, self._counts(inputs, num_tokens, rows))
             self._latest[name] = (inputs, inputs._version)
         elif self._is_latest(leader, inputs):
             self.found[name] = self.found[leader]
         else:
             raise _SharingBrokenError
+
+    def _counts(self, inputs: torch.Tensor, num_tokens: int, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of these inputs count; None for all."""
+        if rows is not None:
+            chosen = self._masks[0].flatten()[rows] if len(self._masks) == 1 else None
+            return chosen if chosen is not None and chosen.numel() == num_tokens else None
+        fit = [mask for mask in self._masks if mask.numel() == num_tokens]
+        if len(fit) > 1 and inputs.dim() == 3:
+            fit = [mask for mask in fit if mask.shape == inputs.shape[:2]] or fit
+        return fit[0] if fit else None
 
     def _find_leader(self, inputs: torch.Tensor) -> str | None:
         """A module that was handed this tensor, and nothing before it."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 from runtime.conditions import check_condition
+from runtime.decoder import PAD, START
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
 from runtime.leaves import MIXTURES
-from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
+from runtime.manifest import (
+    ATTENTIONS,
+    DTYPES,
+    UNKNOWN_ABSENCE,
+    InputEntry,
+    LeafKind,
+    Manifest,
+    TensorEntry,
+    canonical,
+    sha256,
+)
 from runtime.model_code import is_own_module
 from runtime.scale_groups import wrong_attentions, wrong_groups
 from runtime.written import is_dimension, is_pattern
@@ -21,6 +33,8 @@ _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 _WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
 _OTHER_DTYPES = ("uint16", "uint32", "uint64", "complex128", "complex32")
 _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]+")
+# Of an input that can be made of one number: its dtype, and how many numbers it has for each token.
+_COUNTED, _LARGEST_ROW = ("bool", "int32", "int64"), 4096
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -95,6 +109,7 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
             yield f"the value {name!r} has the dtype {entry.dtype!r} or the shape {list(entry.shape)!r}, which is none"
     if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):
         yield "the manifest states an input twice"
+    yield from _wrong_stand_ins(manifest)
     for name, parameter in manifest.parameters.items():
         if not all(map(is_dimension, parameter.shape)) or parameter.bytes < 0:
             yield f"the parameter {name!r} has the shape {list(parameter.shape)!r}, which is none"
@@ -106,6 +121,19 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     for name, limit in manifest.limits.items():
         if not 0 < limit < 2**62:
             yield f"the limit {name!r} is {limit}"
+
+
+def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
+    """Numbers in the place of inputs that data lacks, where there can be none: such tensors are made by their shape."""
+    for entry in manifest.inputs:
+        of_each = entry.shape[2:]  # besides rows and their tokens
+        is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
+        is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
+        if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
+            yield f"the number {entry.absent} cannot stand for the absence of the input {entry.name!r}"
+    rule = manifest.decoder
+    if rule and (PAD not in rule or rule.keys() - {PAD, START} or not all(0 <= id < 2**31 for id in rule.values())):
+        yield f"the decoder's inputs are made from labels by {dict(rule)!r}, which is no rule"
 
 
 def _is_class(module: str, class_name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The token file: samples of token ids that need no tokenizer any more. Format version 1.1.
+"""The token file: samples of token ids that need no tokenizer any more. Format version 1.2.
 
 A safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
 `offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets
@@ -7,9 +7,12 @@ start at 0, grow strictly and end at the number of tokens; every id lies in `[0,
 Since 1.1 there may be `loss_mask`, bool, uint8, or an integer of 8, 32 or 64 bits: as many numbers as tokens,
 1 for those that count in statistics and 0 for those that do not. A file without one is of version 1.0.
 
+Since 1.2 there may be `targets` and `target_offsets`, which are to `targets` what the two above are to samples, and as
+many: what an encoder-decoder model is to write for each of them.
+
 Its metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
 
-    version             "1.0" or "1.1"
+    version             "1.0", "1.1" or "1.2": the first that has all that the file holds
     tokenizer           its name, for people
     tokenizer_digest    over the names and contents of its files
     vocab_size          one more than the largest id it can give
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".safetensors"
-VERSION, MASKED_VERSION = "1.0", "1.1"
+VERSION, MASKED_VERSION, PAIRED_VERSION = "1.0", "1.1", "1.2"
 METADATA_KEY = "seqbuild_tokens"
 LOSS_MASK = "loss_mask"  # a tensor's name
 _MAKE_ANEW = "make it again with `seqbuild data`"
@@ -76,6 +79,7 @@ class TokenData:
         seq_len: no sample is longer; None where nothing was cut.
         origin: the tokenizer and the texts.
         masks: for each sample which of its tokens count in statistics, bool [S]; None where all do.
+        targets: for each sample what is to be written for it, [T] int64; None where samples are texts.
     """
 
     samples: tuple[Tensor, ...]
@@ -84,6 +88,17 @@ class TokenData:
     seq_len: int | None
     origin: Origin
     masks: tuple[Tensor, ...] | None = None
+    targets: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Tokenized:
+    """Samples, tensors [S] int64, and what they were made from; masks and targets as `TokenData` has them."""
+
+    samples: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...] | None
+    targets: tuple[Tensor, ...] | None
+    origin: Origin
 
 
 def save_tokens(
@@ -93,6 +108,7 @@ def save_tokens(
     seq_len: int | None,
     origin: Origin,
     masks: Sequence[Tensor] | None = None,
+    targets: Sequence[Tensor] | None = None,
 ) -> TokenData:
     """Write samples as a token file, whole or not at all. A file of that name is replaced.
 
@@ -102,6 +118,7 @@ def save_tokens(
         seq_len: no sample is longer; None where nothing was cut.
         origin: what the ids were made from.
         masks: which tokens of each sample count, bool [S].
+        targets: what is to be written for each sample, [T]; none empty.
 
     Raises:
         OutputError: the place cannot be written to.
@@ -111,11 +128,14 @@ def save_tokens(
     from safetensors.torch import save
 
     require_place(path)
-    tokens_T = torch.cat(list(samples)).to(torch.int64)
     dtype = torch.int32 if origin.vocab_size <= 2**31 else torch.int64
-    offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
-    metadata = {"version": VERSION if masks is None else MASKED_VERSION, "seq_len": seq_len, **asdict(origin)}
-    tensors = {"tokens": tokens_T.to(dtype), "offsets": offsets}
+    tokens, offsets = _joined(samples)
+    version = PAIRED_VERSION if targets is not None else VERSION if masks is None else MASKED_VERSION
+    metadata = {"version": version, "seq_len": seq_len, **asdict(origin)}
+    tensors = {"tokens": tokens.to(dtype), "offsets": offsets}
+    if targets is not None:
+        tokens, tensors["target_offsets"] = _joined(targets)
+        tensors["targets"] = tokens.to(dtype)
     if masks is not None:
         tensors[LOSS_MASK] = torch.cat(list(masks)).to(torch.uint8)
     content = save(
@@ -130,7 +150,16 @@ def save_tokens(
         seq_len=seq_len,
         origin=origin,
         masks=None if masks is None else tuple(masks),
+        targets=None if targets is None else tuple(targets),
     )
+
+
+def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens, and where each sample begins and ends."""
+    import torch
+
+    offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
+    return torch.cat(list(samples)).to(torch.int64), offsets
 
 
 def require_place(path: Path) -> None:
@@ -160,31 +189,47 @@ def read_token_file(path: Path) -> TokenData:
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} is no intact safetensors file: {error}", hint=_MAKE_ANEW) from error
     seq_len, origin = _read_metadata(_metadata_of(content), path)
-    tokens_T = _tensor(tensors, "tokens", (torch.int32, torch.int64), path).to(torch.int64)
-    offsets = _tensor(tensors, "offsets", (torch.int64,), path)
+    samples = _read_samples(tensors, ("tokens", "offsets"), seq_len, origin, path)
+    targets = None
+    if "targets" in tensors:
+        targets = _read_samples(tensors, ("targets", "target_offsets"), seq_len, origin, path)
+        if len(targets) != len(samples):
+            raise _broken(path, f"it has {len(targets)} targets for {len(samples)} samples")
+    lengths = [len(sample) for sample in samples]
+    mask_T = _read_mask(tensors, sum(lengths), path)
+    return TokenData(
+        samples=samples,
+        path=path,
+        digest=_sha256(content),
+        seq_len=seq_len,
+        origin=origin,
+        masks=None if mask_T is None else torch.split(mask_T, lengths),
+        targets=targets,
+    )
+
+
+def _read_samples(
+    tensors: Mapping[str, Tensor], names: tuple[str, str], seq_len: int | None, origin: Origin, path: Path
+) -> tuple[Tensor, ...]:
+    """Samples that are joined in one tensor, by the tensor that says where each begins and ends."""
+    import torch
+
+    tokens_T = _tensor(tensors, names[0], (torch.int32, torch.int64), path).to(torch.int64)
+    offsets = _tensor(tensors, names[1], (torch.int64,), path)
     if (
         len(offsets) < 2
         or int(offsets[0]) != 0
         or int(offsets[-1]) != len(tokens_T)
         or not bool((offsets[1:] > offsets[:-1]).all())
     ):
-        raise _broken(path, f"its offsets do not grow from 0 to the {len(tokens_T)} tokens")
-    lengths = offsets.diff()
-    if seq_len is not None and int(lengths.max()) > seq_len:
-        raise _broken(path, f"a sample has {int(lengths.max())} tokens and seq_len is {seq_len}")
+        raise _broken(path, f"its {names[1]} do not grow from 0 to the {len(tokens_T)} tokens")
+    longest = int(offsets.diff().max())
+    if seq_len is not None and longest > seq_len:
+        raise _broken(path, f"a sample has {longest} tokens and seq_len is {seq_len}")
     for wrong in (int(tokens_T.min()), int(tokens_T.max())):
         if not 0 <= wrong < origin.vocab_size:
             raise _broken(path, f"token id {wrong} is outside its vocabulary of {origin.vocab_size}")
-    spans = [slice(start, end) for start, end in pairwise(offsets.tolist())]
-    mask_T = _read_mask(tensors, len(tokens_T), path)
-    return TokenData(
-        samples=tuple(tokens_T[span] for span in spans),
-        path=path,
-        digest=_sha256(content),
-        seq_len=seq_len,
-        origin=origin,
-        masks=None if mask_T is None else tuple(mask_T[span] for span in spans),
-    )
+    return tuple(tokens_T[start:end] for start, end in pairwise(offsets.tolist()))
 
 
 def _read_mask(tensors: Mapping[str, Tensor], num_tokens: int, path: Path) -> Tensor | None:

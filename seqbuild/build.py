@@ -45,6 +45,7 @@ from seqbuild.options import Options, make_options
 from seqbuild.portable import Parts, limits
 from seqbuild.portable import parts as portable_parts
 from seqbuild.recall import Compiled, recall, remember, request
+from seqbuild.sample.inputs import plain_call_of
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
 from seqbuild.trace.subgraphs import Trace
@@ -280,6 +281,7 @@ def _assemble(
 
         files[CONSTANTS_NAME] = save(constants)
     symbols = describe.Symbols(trace, traced.marker)
+    plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
     manifest = Manifest(
         input_key=cache.input_key(ingredients),
@@ -291,7 +293,7 @@ def _assemble(
         ignore=tuple(name for name in trace.tracer.ignore if name not in trace.auto_ignore),
         auto_ignore=trace.auto_ignore,
         targets_per_subgraph=int(ingredients["targets_per_subgraph"]),
-        inputs=describe.describe_inputs(trace, symbols),
+        inputs=describe.describe_inputs(trace, symbols, plain.absent),
         dims=symbols.dims(),
         conditions=symbols.conditions(),
         subgraphs=tuple(entries),
@@ -311,6 +313,7 @@ def _assemble(
         limits=limits(model.config),
         attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
         defaults=defaults,
+        decoder=plain.decoder,
         scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )

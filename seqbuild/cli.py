@@ -241,7 +241,8 @@ def data(
     )
     if made.masks is not None:
         say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
-    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens")
+    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} of targets"
+    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens{targets}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ def tokenize_files(
         files: `.txt`, `.jsonl` or `.parquet`, read in this order as one text.
         num_samples: how many, spread evenly; None for all there are.
         seq_len: tokens of a window, or the most a document may have; None only when not packed.
-        pack: join the documents and cut windows, instead of one sample a document.
+        pack: join the documents and cut windows, instead of one sample a document; pairs are never joined.
         out: the token file; replaced when it is there.
         loss_mask: save which tokens the assistant says in conversations; in calibration no others count then.
 
@@ -43,7 +43,7 @@ def tokenize_files(
         raise UsageError("no files were given", hint="name one or more .txt, .jsonl or .parquet files")
     require_place(out)
     directory = _tokenizer_directory(str(tokenizer))
-    samples, masks, origin = tokenize_documents(
+    found = tokenize_documents(
         paths,
         directory,
         num_samples=num_samples,
@@ -52,7 +52,9 @@ def tokenize_files(
         loss_mask=loss_mask,
         tokenizer_name=directory.resolve().name if directory == Path(tokenizer) else str(tokenizer),
     )
-    return save_tokens(out, samples, seq_len=seq_len, origin=origin, masks=masks)
+    return save_tokens(
+        out, found.samples, seq_len=seq_len, origin=found.origin, masks=found.masks, targets=found.targets
+    )
 
 
 def _tokenizer_directory(name: str) -> Path:

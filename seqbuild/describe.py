@@ -12,6 +12,7 @@ from torch import nn
 
 from runtime.manifest import (
     UNBOUNDED,
+    UNKNOWN_ABSENCE,
     DimEntry,
     InputEntry,
     ModelEntry,
@@ -102,13 +103,24 @@ class Symbols:
         return tuple(conditions(self.shape_env, self.names))
 
 
-def describe_inputs(trace: Trace, symbols: Symbols) -> tuple[InputEntry, ...]:
-    """The model's inputs, in the order of the sample."""
+def describe_inputs(trace: Trace, symbols: Symbols, absent: Mapping[str, int | None]) -> tuple[InputEntry, ...]:
+    """The model's inputs, in the order of the sample.
+
+    Args:
+        trace: whose inputs they are.
+        symbols: names of their sizes.
+        absent: what stands for the absence of some, see `seqbuild.sample.plain`.
+    """
+    values = {str(node.target): node.meta["val"] for node in trace.graph.find_nodes(op="placeholder")}
+    numbers = {name: absent.get(name) for name in values}
     return tuple(
         InputEntry(
-            name=str(node.target), dtype=symbols.dtype(node.meta["val"].dtype), shape=symbols.shape(node.meta["val"])
+            name=name,
+            dtype=symbols.dtype(value.dtype),
+            shape=symbols.shape(value),
+            absent=UNKNOWN_ABSENCE if (number := numbers[name]) is None else number,
         )
-        for node in trace.graph.find_nodes(op="placeholder")
+        for name, value in values.items()
     )
 
 

@@ -98,7 +98,8 @@ def infer_targets(model: nn.Module) -> tuple[str, ...]:
 def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Patterns to cut at when nobody says, the best first: of the part that handles text (all of it, unless the model
     also sees or hears) the no-split classes that exist, outermost only; then the class of its longest ModuleList; then
-    the same of the whole model.
+    the same of the whole model; then the classes of its other ModuleLists that lie in no other, the longest first: a
+    model may name the layers of what it sees alone, and be given text.
 
     Raises:
         TargetError: after the last, when there was none.
@@ -114,11 +115,25 @@ def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
             if found:
                 is_found = True
                 yield _patterns(model, found)
+    yield from _other_lists(model)
     if not is_found:
         raise TargetError(
             f"{type(model).__name__} names no layer classes and has no list of layers",
             hint="name the modules to cut at with --targets",
         )
+
+
+def _other_lists(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """The classes of all outermost lists of modules but the longest, the longer ones first."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    outer = outermost(model, lists)
+    longest = max(lists, key=len, default=None)
+    for found in sorted((each for each in lists if each in outer), key=len, reverse=True):  # of equal ones the first
+        if found is not longest:
+            names = {type(module).__name__ for module in found}
+            yield _patterns(model, outermost(model, [m for m in model.modules() if type(m).__name__ in names]))
 
 
 def text_model(model: nn.Module) -> nn.Module:

@@ -43,6 +43,7 @@ SHARED |= {
     "guards",
     "packed",
     "source_checks",
+    "decoder",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from seqbuild.sample.thin import randomize
 from seqbuild.shrink.config import shrink_table
 from seqbuild.verify.again import stated
-from seqbuild.verify.running import randomize
 from tests.zoo_exceptions import EXCEPTIONS, PARTS, UNUSABLE
 from tests.zoo_vision import BROKEN, VISION
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import DataError, SeqbuildError
-from runtime.inputs import require_in_range
-from runtime.token_file import LOSS_MASK
+from runtime.inputs import BESIDE_INPUTS, require_in_range
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -48,7 +47,7 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
         return None
     symbol = manifest.inputs[0].shape[0]
     dims = {entry.name: entry.shape.index(symbol) for entry in manifest.inputs if symbol in entry.shape}
-    dims[LOSS_MASK] = 0
+    dims |= {name: 0 for name in BESIDE_INPUTS if name not in dims}
     parts: Batches = []
     for batch in batches:
         count = batch[manifest.inputs[0].name].shape[0]
@@ -78,7 +77,9 @@ def _is_splittable(manifest: Manifest, batch: Mapping[str, Any]) -> bool:
     known = {symbol for symbol in first.shape if isinstance(symbol, str)}
     for entry in manifest.inputs:
         symbols = [symbol for symbol in entry.shape if isinstance(symbol, str)]
-        if any(symbol not in known for symbol in symbols) or symbols.count(first.shape[0]) > 1:
+        is_by_row = entry.shape[:1] == first.shape[:1]  # a decoder's tokens are another size
+        is_foreign = not is_by_row and any(symbol not in known for symbol in symbols)
+        if is_foreign or symbols.count(first.shape[0]) > 1:
             return False
         if not isinstance(batch.get(entry.name), torch.Tensor):
             return False

@@ -33,7 +33,6 @@ from runtime.streaming.report import ModuleReport
 from runtime.streaming.steps import lasting_values
 from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
-from runtime.token_file import LOSS_MASK
 from runtime.weights import assign, unload
 
 if TYPE_CHECKING:
@@ -260,7 +259,8 @@ class StreamingRun:
 
     def _set_batches(self) -> None:
         outlives = lasting_values(self.plan)
-        inputs = [{name: value for name, value in batch.items() if name != LOSS_MASK} for batch in self.batches]
+        taken = {entry.name for entry in self.artifact.manifest.inputs}
+        inputs = [{name: value for name, value in batch.items() if name in taken} for batch in self.batches]
         self.passes = Passes(
             model=self.model,
             activations=Activations(inputs, self.options.device, self.options.budget, self.workplace.values, outlives),

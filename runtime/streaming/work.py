@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runtime.algorithms.result import QuantizedWeight
+    from runtime.masks import TokenMask
     from runtime.recipe import Assignment
     from runtime.streaming.steps import Plan, Step
     from runtime.weights import Weights
@@ -40,7 +41,7 @@ class Work:
         run_batches: sends all batches through the subgraph once; what it returns is thrown away. Hooks on modules see
             what passes. What it is given, if anything, it calls with the index of each batch before that runs.
         run_first: sends the first batch through the subgraph and returns what that returns.
-        masks: for each batch which of its tokens count in statistics, bool [B, S]; None for all.
+        masks: for each batch which of its tokens count in statistics, see `runtime.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those it is chosen for.
         statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
         forgets: whether `run_batches` forgets what batches return, so that a hook may end one by
@@ -60,7 +61,7 @@ class Work:
     device: torch.device
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
-    masks: Sequence[torch.Tensor | None] = ()
+    masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
     forgets: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Collection, Mapping
@@ -14,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from runtime.errors import TraceError
 from seqbuild.sample.audio import hears, with_audio
+from seqbuild.sample.plain import PlainCall, is_left_out, plain_call
 from seqbuild.sample.tokens import tokens
 
 if TYPE_CHECKING:
@@ -78,15 +80,27 @@ REHEARSAL_SHAPES = (
 )
 
 
+# What the plain call of a model is looked at with.
+_TRIED_SHAPES = (
+    SampleShape(),
+    SampleShape(batch=2, sequence=19, padding="left", seed=1),
+    SampleShape(batch=1, sequence=24, padding="right", seed=2),
+)
+
+
 def default_sample(
-    model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False
+    model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False, wanted: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Inputs that fit the model's signature and config, on the CPU.
+
+    Of text alone they are those of a plain call, and others for whose absence a value stands; see
+    `seqbuild.sample.plain`.
 
     Args:
         model: whose inputs they are.
         shape: how they shall look.
         text_only: leave images and sounds away, for a model that does without.
+        wanted: inputs to make even if a plain call leaves them out.
 
     Raises:
         TraceError: when the model's forward takes nothing that is known.
@@ -94,16 +108,8 @@ def default_sample(
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
-
-    def text(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
-        if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
-            return inputs
-        shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
-        return inputs | tokens(config, parameters, "decoder_", shorter, generator)
-
     if not text_only and hears(parameters):
-        return with_audio(model, parameters, text, shape)
+        return with_audio(model, parameters, functools.partial(_text, parameters, shape), shape)
     is_seeing = not text_only and takes_images(parameters)
     if "input_ids" not in parameters and not is_seeing:
         raise TraceError(
@@ -111,12 +117,49 @@ def default_sample(
             hint="bring a sample of its inputs with --sample",
         )
     generator = torch.Generator().manual_seed(shape.seed)
-    sample = text(config, generator)
+    sample = _text(parameters, shape, config, generator)
     if is_seeing:
         from seqbuild.sample.vision import with_images  # builds models: text alone does without it
 
-        sample = with_images(model, parameters, sample, shape, generator)
-    return sample
+        return with_images(model, parameters, sample, shape, generator)
+    kept = {*plain_call_of(model).absent, *wanted}
+    return {name: value for name, value in sample.items() if name in kept or not is_left_out(name, parameters)}
+
+
+def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
+    """What a plain call of text leaves out, and what stands for it.
+
+    Args:
+        model: whose call it is.
+        names: the inputs that are given; where one of them is no text, nothing is known.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        return PlainCall()
+
+    def make(config: Any, shape: SampleShape) -> dict[str, torch.Tensor]:
+        return _text(parameters, shape, config, torch.Generator().manual_seed(shape.seed))
+
+    if not set(names) <= make(getattr(model, "config", None), SampleShape()).keys():
+        return PlainCall()
+    return plain_call(model, make, _TRIED_SHAPES)
+
+
+def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collection[str]) -> list[str]:
+    """Which of these inputs a plain call of text leaves out."""
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in names if is_left_out(name, parameters)]
+
+
+def _text(
+    parameters: Mapping[str, Any], shape: SampleShape, config: Any, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """All inputs of text among the parameters."""
+    inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
+    if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
+        return inputs
+    shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
+    return inputs | tokens(config, parameters, "decoder_", shorter, generator)
 
 
 def takes_images(parameters: Mapping[str, Any]) -> bool:

@@ -37,18 +37,42 @@ def thin_copy(model: nn.Module) -> nn.Module:
     return _copies[model]
 
 
-def _with_attention(cls: Any, config: Any) -> nn.Module:
+def random_copy(model: nn.Module) -> nn.Module:
+    """Another such copy, with eager attention and with weights that all matter: none is zero, nor one.
+
+    Raises:
+        TraceError: likewise.
+    """
+    copied = _build(model, attention="eager")
+    randomize(copied)
+    return copied
+
+
+def randomize(model: nn.Module) -> None:
+    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.dim() > 1:
+                    parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
+                else:
+                    parameter.add_(noise * 0.05)
+
+
+def _with_attention(cls: Any, config: Any, attention: str) -> nn.Module:
     """The model with attention that holds no matrix of patches by patches, where it can: images have thousands."""
     thin: nn.Module
     try:
-        thin = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+        thin = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
     except (ValueError, ImportError):  # how transformers refuses
         torch.manual_seed(0)
         thin = cls._from_config(config, dtype=torch.float32, attn_implementation="eager")
     return thin
 
 
-def _build(model: nn.Module) -> nn.Module:
+def _build(model: nn.Module, attention: str = "sdpa") -> nn.Module:
     config: Any = getattr(model, "config", None)
     cls: Any = type(model)
     if config is None or not hasattr(cls, "_from_config"):
@@ -69,10 +93,10 @@ def _build(model: nn.Module) -> nn.Module:
         ):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            thin = _with_attention(cls, narrow)
+            thin = _with_attention(cls, narrow, attention)
     except Exception as error:
         raise TraceError(
-            f"a narrow copy of {cls.__name__}, to count the tokens of its images, cannot be built: {error}",
+            f"a narrow copy of {cls.__name__}, to ask what it takes, cannot be built: {error}",
             hint="bring a sample of its inputs with --sample",
         ) from error
     return thin.eval()

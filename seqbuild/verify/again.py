@@ -127,7 +127,7 @@ def compile_alike(manifest: Manifest, directory: Path, out: Path) -> Compiled:
 def is_text_only(model: nn.Module, names: list[str]) -> bool:
     """Whether a sample of text alone has these inputs."""
     try:
-        return set(names) <= set(default_sample(model, text_only=True))
+        return set(names) <= set(default_sample(model, text_only=True, wanted=names))
     except TraceError:
         return False
 
@@ -138,7 +138,7 @@ def sample_of(model: nn.Module, names: list[str], shape: SampleShape, *, text_on
     Raises:
         TraceError: when one of them cannot be made up.
     """
-    made = default_sample(model, shape, text_only=text_only)
+    made = default_sample(model, shape, text_only=text_only, wanted=names)
     missing = [name for name in names if name not in made]
     if missing:
         raise TraceError(

@@ -5,6 +5,7 @@ again       without weights: the same architecture small, compiled      seqbuild
 model       run on inputs of several shapes, then freed                 seqbuild.verify.running
 chain       run on the same inputs with the same weights
 compare     outputs, and where they first part                          seqbuild.verify.difference
+plain       the same for what data gives: the model's plain call        seqbuild.verify.plain
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from runtime.model_config import artifact_config, read_config
 from runtime.packed import ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
+from seqbuild.sample.thin import randomize
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.difference import difference, tensors
+from seqbuild.verify.plain import PlainReference, about_other_inputs, plain_difference, plain_reference
 from seqbuild.verify.report import Compared, Verification
-from seqbuild.verify.running import SHAPES, Prints, fingerprints, randomize, run_chain, run_model, with_weights
+from seqbuild.verify.running import SHAPES, Prints, fingerprints, run_chain, run_model, with_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +102,7 @@ def verify_artifact(
         else:
             pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=Path(weights))
         compared = tuple(_compare(pair, shapes, tolerance))
+        remarks += about_other_inputs(artifact.manifest, model_class(artifact))
     return Verification(
         path=Path(path),
         class_name=artifact.manifest.model.class_name,
@@ -249,6 +253,7 @@ class _Reference:
     sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
     output: Mapping[str, Any] = field(default_factory=dict)
     prints: Prints = field(default_factory=dict)
+    plain: PlainReference | None = None
     refusal: str = ""
 
 
@@ -278,13 +283,14 @@ def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _Reference:
         require_in_range(manifest, [sample])
         with fingerprints(model, _called(pair.artifact)) as prints:
             output = run_model(model, sample)
+        plain = plain_reference(manifest, model, sample)
     except DataError as error:
         return _Reference(row=row, refusal=error.message)
     except MemoryError:
         raise
     except Exception as error:
         return _Reference(row=row, refusal=f"the model itself fails: {_line(error)}")
-    return _Reference(row=row, sample=sample, output=output, prints=prints)
+    return _Reference(row=row, sample=sample, output=output, prints=prints, plain=plain)
 
 
 def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, Any]:
@@ -308,11 +314,13 @@ def _compared(artifact: Artifact, twin: nn.Module, reference: _Reference, tolera
     try:
         with fingerprints(twin, _called(artifact)) as prints:
             got = run_chain(artifact.subgraphs, twin, reference.sample)
+        found = difference(got, reference.output)
+        if not found.absolute and reference.plain is not None:
+            found = plain_difference(artifact, twin, reference.plain)
     except MemoryError:
         raise
     except Exception as error:
         return Compared(**reference.row, problem=_line(error))
-    found = difference(got, reference.output)
     return Compared(
         **reference.row,
         absolute=found.absolute,

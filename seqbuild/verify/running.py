@@ -120,18 +120,5 @@ def with_weights(artifact: Artifact, model: nn.Module) -> nn.Module:
     return twin
 
 
-def randomize(model: nn.Module) -> None:
-    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() > 1:
-                    parameter.copy_(noise / max(1, parameter.numel() // max(1, parameter.shape[0])) ** 0.5)
-                else:
-                    parameter.add_(noise * 0.05)
-
-
 def _configs(model: nn.Module) -> Iterable[Any]:
     return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()

@@ -50,6 +50,14 @@ def encoded(name: str, reason: str, change: Callable[[dict[str, Any]], object]) 
     return Attack(name, reason, make)
 
 
+def absent(name: str, **changes: Any) -> Attack:
+    """The usual artifact with one more input, for which a number stands."""
+    entry: dict[str, Any] = {"name": "types", "dtype": "int64", "shape": ("batch", "sequence"), "absent": 0}
+    more = InputEntry(**(entry | changes))
+    reason = "which is none" if more.dtype == "load" else "cannot stand for the absence"
+    return changed(name, reason, inputs=(*manifest().inputs, more))
+
+
 def raw(name: str, reason: str, data: Callable[[], bytes]) -> Attack:
     """The usual artifact with these bytes for a manifest."""
 
@@ -139,6 +147,18 @@ VALUES = [
     changed("a default that is no constant", "is no constant, or", defaults={"head.weight": "nowhere"}),
     changed("a default of no parameter", "is no constant, or", defaults={"nowhere.weight": "constant_0"}),
     changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
+    absent("the absence of numbers with fractions", dtype="model"),
+    absent("the absence of what has no name", dtype="load"),
+    absent("an absence beyond all numbers", absent=2**40),
+    absent("a negative absence", absent=-2),
+    absent("an absence beyond all memory", shape=("batch", "sequence", 2**40)),
+    absent("an absence of many small axes", shape=("batch", "sequence", 64, 64, 64)),
+    absent("an absence of endless axes", shape=("batch", "sequence", *[1] * 10000)),
+    absent("an absence of an unknown size", shape=("batch", "sequence", "u0")),
+    changed("a decoder without padding", "which is no rule", decoder={"start": 1}),
+    changed("a decoder with another entry", "which is no rule", decoder={"pad": 0, "end": 1}),
+    changed("a decoder that begins before its tokens", "which is no rule", decoder={"pad": 0, "start": -1}),
+    changed("a decoder that begins beyond all numbers", "which is no rule", decoder={"pad": 2**40}),
     parameter("a parameter of negative shape", "which is none", shape=(-2, 2)),
     parameter("a parameter beyond all memory", "which is none", shape=(2**62, 2**62)),
     parameter("a parameter of an unknown dtype", "unknown dtype", dtype="load"),

@@ -208,6 +208,29 @@ def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llam
     assert calibrate(llama, recipe(NARROW_W4), tmp_path / "llama").remarks == ()
 
 
+# Inputs that a plain call leaves out.
+
+
+def test_static_scales_are_those_of_a_plain_call(small: Callable[..., Small], tmp_path: Path) -> None:
+    """GPT-J adds the embedding of token 0 everywhere where token types are zeros."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 258, "n_positions": 64}
+    gptj = small("GPTJForCausalLM", "GPTJConfig", sizes | {"bos_token_id": 0, "eos_token_id": 1})
+    static = "{num_bits: 8, type: float, strategy: tensor, dynamic: false, observer: static_minmax}"
+    weights = "{num_bits: 8, type: float, strategy: tensor}"
+    plan = recipe(
+        f"config_groups: {{a: {{targets: ['re:.*q_proj'], weights: {weights}, input_activations: {static}}}}}"
+    )
+    calibrate(gptj, plan, tmp_path / "out")
+    model, largest = load_transformers(gptj.weights), []
+    module = model.get_submodule("transformer.h.0.attn.q_proj")
+    module.register_forward_pre_hook(lambda _, inputs: largest.append(inputs[0].abs().max().item()))
+    with torch.no_grad():
+        for batch in token_batches():
+            model(**batch)
+    scale = read_tensors(tmp_path / "out")["transformer.h.0.attn.q_proj.input_scale"]
+    assert scale.item() == pytest.approx(max(largest) / 448, rel=1e-5)
+
+
 # Conv1D
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 258, "n_positions": 64, "tie_word_embeddings": False}

@@ -125,7 +125,6 @@ def t5(directory: Path) -> Path:
         (lambda directory: minilm_directory(), "BertModel returns last_hidden_state, pooler_output and no logits"),
         (llama_classifier, "LlamaForSequenceClassification"),
         (masked_bert, "BertForMaskedLM does not predict each token from those before it alone"),
-        (t5, "T5ForConditionalGeneration does not predict each token from those before it alone"),
     ],
 )
 def test_models_that_are_no_causal_language_models(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
@@ -134,4 +133,14 @@ def test_models_that_are_no_causal_language_models(tmp_path: Path, make: Callabl
     with pytest.raises(runtime.ModelError) as caught:
         runtime.evaluate(artifact, weights=weights, batches=BATCHES)
     assert message in str(caught.value)
-    assert "perplexity is for causal language models" in str(caught.value)
+    assert "perplexity is for causal and encoder-decoder language models" in str(caught.value)
+
+
+def test_a_decoder_that_nobody_says_how_to_begin(tmp_path: Path) -> None:
+    weights = t5(tmp_path / "model")  # its config has no decoder_start_token_id
+    artifact = runtime.load(seqbuild.build.build(weights, out=tmp_path / "artifacts").path)
+    with pytest.raises(runtime.DataError, match="does not say what the decoder of T5ForConditionalGeneration reads"):
+        runtime.evaluate(artifact, weights=weights, batches=BATCHES)
+    given = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in BATCHES]
+    with pytest.raises(runtime.DataError, match="have decoder_input_ids and no labels"):
+        runtime.evaluate(artifact, weights=weights, batches=given)

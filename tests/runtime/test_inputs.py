@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from runtime.activations import Activations
 from runtime.errors import DataError
-from runtime.inputs import model_inputs, require_in_range, require_length
+from runtime.inputs import model_inputs, require_decoder, require_in_range, require_length
 from runtime.manifest import DimEntry, InputEntry
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
@@ -16,14 +18,25 @@ BATCH = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1,
 class Inputs:
     """The part of a manifest that is looked at."""
 
-    def __init__(self, shapes: dict[str, tuple[int | str, ...]], dims: tuple[DimEntry, ...] = ()) -> None:
-        self.inputs = tuple(InputEntry(name=name, dtype="int64", shape=shape) for name, shape in shapes.items())
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int | str, ...]],
+        dims: tuple[DimEntry, ...] = (),
+        absent: Mapping[str, int] | None = None,
+        decoder: Mapping[str, int] | None = None,
+    ) -> None:
+        self.inputs = tuple(
+            InputEntry(name=name, dtype="int64", shape=shape, absent=(absent or {}).get(name, -1))
+            for name, shape in shapes.items()
+        )
         self.dims = dims
         self.conditions: tuple[str, ...] = ()
+        self.decoder = decoder or {}
+        self.model = SimpleNamespace(class_name="SomeModel")
 
 
-def make(*names: str) -> Any:
-    return Inputs(dict.fromkeys(names, ("batch", "sequence")))
+def make(*names: str, **options: Any) -> Any:
+    return Inputs(dict.fromkeys(names, ("batch", "sequence")), **options)
 
 
 def test_inputs_come_in_the_order_of_the_model() -> None:
@@ -32,20 +45,93 @@ def test_inputs_come_in_the_order_of_the_model() -> None:
     assert made["input_ids"] is BATCH["input_ids"]
 
 
-def test_what_text_does_not_state_is_filled_in() -> None:
-    names = ("input_ids", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
-    made = model_inputs(make(*names), BATCH)
+def test_what_stands_for_absence_is_filled_in() -> None:
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "input_ids": ("batch", "sequence"),
+        "token_type_ids": ("batch", "sequence"),
+        "bbox": ("batch", "sequence", 2),
+        "lang_ids": ("batch",),
+        "decoder_input_ids": ("batch", "decoder_input_ids_1"),
+        "decoder_attention_mask": ("batch", "decoder_input_ids_1"),
+    }
+    absent = {"token_type_ids": 0, "bbox": 0, "lang_ids": 4, "decoder_attention_mask": 1}
+    manifest: Any = Inputs(shapes, absent=absent, decoder={"start": 9, "pad": 0})
+    made = model_inputs(manifest, BATCH | {"labels": torch.tensor([[8, 4]])})
     assert {name: tensor.tolist() for name, tensor in made.items()} == {
         "input_ids": [[5, 6, 7]],
         "token_type_ids": [[0, 0, 0]],
-        "decoder_input_ids": [[5, 6, 7]],
-        "decoder_attention_mask": [[1, 1, 1]],
+        "bbox": [[[0, 0]] * 3],
+        "lang_ids": [4],
+        "decoder_input_ids": [[9, 8]],
+        "decoder_attention_mask": [[1, 1]],
+        "labels": [[8, 4]],
     }
+    assert {tensor.dtype for tensor in made.values()} == {torch.int64}
 
 
-def test_an_input_that_is_no_text() -> None:
-    with pytest.raises(DataError, match="'pixel_values', which text data cannot give"):
-        model_inputs(make("input_ids", "pixel_values"), BATCH)
+def test_what_data_gives_is_not_replaced() -> None:
+    types = torch.tensor([[0, 1, 1]])
+    made = model_inputs(
+        make("input_ids", "token_type_ids", absent={"token_type_ids": 0}), BATCH | {"token_type_ids": types}
+    )
+    assert made["token_type_ids"] is types
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "bbox", "lang_ids", "position_ids", "cache_position"])
+def test_zeros_are_not_filled_in_where_they_may_mean_something(name: str) -> None:
+    with pytest.raises(DataError, match=f"takes an input '{name}', which the data does not give, and SomeModel may"):
+        model_inputs(make("input_ids", name), BATCH)
+
+
+def test_a_text_without_a_target_is_to_be_written_as_it_is() -> None:
+    manifest = make("input_ids", "attention_mask", "decoder_input_ids", decoder={"start": 9, "pad": 0})
+    ids, mask = torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    made = model_inputs(manifest, {"input_ids": ids, "attention_mask": mask})
+    assert made["labels"].tolist() == [[5, 6, 7], [5, 6, -100]]
+    assert made["decoder_input_ids"].tolist() == [[9, 5, 6], [9, 5, 6]]
+
+
+def test_a_decoder_without_a_rule() -> None:
+    with pytest.raises(DataError, match="does not say what the decoder of SomeModel reads"):
+        model_inputs(make("input_ids", "decoder_input_ids"), BATCH)
+    given = {"decoder_input_ids": torch.tensor([[1, 2]])}
+    assert model_inputs(make("input_ids", "decoder_input_ids"), BATCH | given).keys() == {"input_ids", *given}
+
+
+def test_padding_is_handed_on_to_whoever_counts_tokens() -> None:
+    padded = {"input_ids": BATCH["input_ids"], "attention_mask": torch.tensor([[0, 1, 1]])}
+    assert list(model_inputs(make("input_ids"), BATCH)) == ["input_ids"]
+    assert list(model_inputs(make("input_ids"), padded)) == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[1, 2]], "labels of list"),
+        (torch.ones(1, 2), r"labels of torch.float32 \[1, 2\]"),
+        (torch.ones(2, dtype=torch.int64), r"labels of torch.int64 \[2\]"),
+    ],
+)
+def test_labels_that_are_none(labels: Any, message: str) -> None:
+    manifest = make("input_ids", "decoder_input_ids", decoder={"start": 9, "pad": 0})
+    with pytest.raises(DataError, match=message):
+        model_inputs(manifest, BATCH | {"labels": labels})
+
+
+def test_pairs_are_for_models_with_a_decoder() -> None:
+    targets = [torch.tensor([1])]
+    require_decoder(make("input_ids"), None)
+    require_decoder(make("input_ids", "decoder_input_ids"), targets)
+    with pytest.raises(DataError, match="SomeModel is no encoder-decoder model"):
+        require_decoder(make("input_ids"), targets)
+
+
+@pytest.mark.parametrize("dtype", ["model", "float32"])
+def test_an_input_that_is_no_text(dtype: str) -> None:
+    manifest = make("input_ids", "image_sizes")
+    manifest.inputs += (InputEntry(name="pixel_values", dtype=dtype, shape=("images", 3)),)
+    with pytest.raises(DataError, match=r"'image_sizes', which text data cannot give .*--text-only"):
+        model_inputs(manifest, BATCH)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import nn
 
 from runtime.errors import TargetError, TraceError
 from seqbuild import get_sequential_ancestors, get_sequential_targets, match_modules, trace_subgraphs
-from seqbuild.targets import as_names, infer_targets, outermost, require_targets
+from seqbuild.targets import as_names, infer_targets, inferred_targets, outermost, require_targets
 from tests.seqbuild import toys
 from tests.tiny_models import make_inputs, tiny_model
+from tests.zoo import cases, small_model
 
 X = torch.zeros(2, 5, toys.WIDTH)
 
@@ -176,3 +177,11 @@ def test_one_name_may_be_given_as_it_is() -> None:
     assert as_names("LlamaDecoderLayer") == ("LlamaDecoderLayer",)
     assert as_names(["a", "b"]) == ("a", "b")
     assert as_names(None) == ()
+
+
+def test_layers_that_the_sample_does_not_reach_are_not_the_only_ones() -> None:
+    """GIT names the layers of its image encoder alone, and reads text without images."""
+    model = small_model(next(case for case in cases() if case.name == "causal LM/git"))
+    first, *others = inferred_targets(model)
+    assert first == ("GitVisionEncoderLayer",)
+    assert ("GitLayer",) in others

@@ -1,0 +1,241 @@
+"""The plain call of a model, and what that leaves out.
+
+A plain call is `model(input_ids, attention_mask)`, and of an encoder-decoder model has `labels` as well: that is what
+data of text gives, and what every figure about a model is measured with. A forward takes more than that, and an input
+that is filled in is not always the same as one that is missing: GPT-2 adds the embedding of token 0 where
+`token_type_ids` are zeros, and nothing where there are none. So an input that a plain call leaves out belongs to a
+sample only if a value for it is known that stands for its absence. That is tried: a small random copy of the model runs
+with it and without, and every bit of the outputs must be equal.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.console import quiet
+from runtime.decoder import NOT_A_LABEL, PAD, START, shifted
+from runtime.errors import TraceError
+from seqbuild.sample.thin import random_copy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from seqbuild.sample.inputs import SampleShape
+
+Row = dict[str, torch.Tensor]
+MakeText = Callable[[Any, "SampleShape"], Row]
+
+# What could stand for the absence of an input, by its name without `decoder_`.
+_STANDS_FOR_ABSENCE = {"token_type_ids": 0, "bbox": 0, "lang_ids": 0, "decoder_attention_mask": 1}
+_STARTS = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainCall:
+    """What is known of a model's plain call.
+
+    Attributes:
+        absent: inputs that it leaves out and a sample may have: the number that stands for absence, everywhere in the
+            tensor; None where the model does not run without the input.
+        decoder: how the decoder's inputs follow from labels, see `runtime.decoder`; empty where that is not known.
+    """
+
+    absent: Mapping[str, int | None] = field(default_factory=dict)
+    decoder: Mapping[str, int] = field(default_factory=dict)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, PlainCall] = weakref.WeakKeyDictionary()
+
+
+def is_left_out(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a plain call leaves this input out, as its default is None."""
+    return _value_for(name) is not None and name in parameters and parameters[name].default is None
+
+
+def plain_call(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
+    """Find out; once for each model.
+
+    Args:
+        model: neither run nor changed.
+        make_text: makes all inputs of text that the model takes, from a config and a shape.
+        shapes: of the samples that are tried.
+    """
+    if model not in _known:
+        _known[model] = _find(model, make_text, shapes)
+    return _known[model]
+
+
+def _find(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
+    parameters = inspect.signature(model.forward).parameters
+    config: Any = getattr(model, "config", None)
+    text = make_text(config, shapes[0])
+    left_out = [name for name in text if is_left_out(name, parameters)]
+    read = text.get("decoder_input_ids")
+    has_labels = "labels" in parameters and read is not None and read.dim() == 2  # not several streams of codes
+    if not left_out and not has_labels:
+        return PlainCall()
+    try:
+        trial = _Trial(random_copy(model))
+    except TraceError:
+        return PlainCall()
+    rows = [make_text(trial.config, shape) for shape in shapes]
+    absent = _stand_ins(trial, rows, left_out)
+    if not has_labels:
+        return PlainCall(absent=absent)
+    decoder = _rule(trial, config, rows[0], absent)
+    if decoder is None:  # beside the decoder's other inputs there may be none
+        fewer = {name: value for name, value in absent.items() if not name.startswith("decoder_") or value is None}
+        decoder = _rule(trial, config, rows[0], fewer)
+        absent = absent if decoder is None else fewer
+    return PlainCall(absent=absent, decoder=decoder or {})
+
+
+def _value_for(name: str) -> int | None:
+    return _STANDS_FOR_ABSENCE.get(name, _STANDS_FOR_ABSENCE.get(name.removeprefix("decoder_")))
+
+
+def with_stand_ins(row: Row, absent: Mapping[str, int | None]) -> Row:
+    """A sample with the numbers that stand for absence in those of its inputs that have one."""
+    values = {name: absent.get(name) for name in row}
+    return {
+        name: tensor if (value := values[name]) is None else torch.full_like(tensor, value)
+        for name, tensor in row.items()
+    }
+
+
+def _stand_ins(trial: _Trial, rows: Sequence[Row], left_out: Sequence[str]) -> dict[str, int | None]:
+    """The inputs among `left_out` that a sample may have, as `PlainCall.absent` has them."""
+    needed = _needed(trial, rows[0], left_out)
+    others = [name for name in left_out if name not in needed]
+    plain = [{name: value for name, value in row.items() if name not in others} for row in rows]
+    wanted = [trial.run(row) for row in plain]
+    if any(output is None for output in wanted):
+        return dict.fromkeys(needed)
+    found: dict[str, int | None] = dict.fromkeys(needed)
+    for name in others:
+        tried = found | {name: _value_for(name)}
+        given = [{key: row[key] for key in row if key not in others or key in tried} for row in rows]
+        given = [with_stand_ins(row, tried) for row in given]
+        if all(_is_same(trial.run(row), output) for row, output in zip(given, wanted, strict=True)):
+            found = tried
+    return found
+
+
+def _needed(trial: _Trial, row: Row, left_out: Sequence[str]) -> list[str]:
+    """Which of them the model does not run without, as few as can be."""
+    plain = {name: value for name, value in row.items() if name not in left_out}
+    if trial.run(plain) is not None:
+        return []
+    for name in left_out:
+        if trial.run(plain | {name: row[name]}) is not None:
+            return [name]
+    return list(left_out) if trial.run(row) is not None else []
+
+
+def _rule(trial: _Trial, config: Any, row: Row, absent: Mapping[str, int | None]) -> dict[str, int] | None:
+    """How the decoder's inputs follow from labels: tried on labels with padding at their ends, and without.
+
+    The model says so itself when it is called with labels; FSMT, which does not look at them then, by the method that
+    transformers' collator calls.
+    """
+    kept = {name: value for name, value in row.items() if name in absent or not is_left_out(name, trial.parameters)}
+    given = with_stand_ins(kept, absent)
+    labels_BT = given.pop("decoder_input_ids")
+    padded_BT = labels_BT.clone()
+    padded_BT[0, -3:] = NOT_A_LABEL
+    labels = (labels_BT, padded_BT)
+    plain = {name: value for name, value in given.items() if not name.startswith("decoder_") or absent[name] is None}
+    references = [
+        [trial.run(plain | {"labels": each}) for each in labels],
+        [
+            trial.run(plain | {"decoder_input_ids": made})
+            for each in labels
+            if (made := trial.prepared(each)) is not None
+        ],
+    ]
+    for wanted in references:
+        for here, there in _candidates(trial.config, config) if len(wanted) == len(labels) else ():
+            tried = [trial.run(given | {"decoder_input_ids": shifted(each, here)}) for each in labels]
+            if all(map(_predicts_alike, tried, wanted, labels)):
+                return there
+    return None
+
+
+def _candidates(thin: Any, config: Any) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Rules, for the copy and for the model itself: their tokens may have other numbers."""
+    padding = [{PAD: _token(one, "pad_token_id") or 0} for one in (thin, config)]
+    for name in _STARTS:
+        start, own = _token(thin, name), _token(config, name)
+        if start is not None and own is not None:
+            yield padding[0] | {START: start}, padding[1] | {START: own}
+    yield padding[0], padding[1]
+
+
+def _token(config: Any, name: str) -> int | None:
+    """A special token's id; some models have it in the config of a part."""
+    parts = [config, config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config]
+    found = [getattr(part, name, None) for part in parts]
+    return next((value for value in found if type(value) is int and value >= 0), None)
+
+
+class _Trial:
+    """A copy of the model, to run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.parameters = inspect.signature(model.forward).parameters
+
+    def run(self, row: Row) -> dict[str, Any] | None:
+        """What it returns, field by field; None where it does not run."""
+        extra = {"use_cache": False} if "use_cache" in self.parameters else {}
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), quiet("transformers"):
+                torch.manual_seed(0)
+                output = self.model(**{name: value.clone() for name, value in row.items()}, **extra)
+        except MemoryError:
+            raise
+        except Exception:  # the model's code may raise anything
+            return None
+        return dict(output) if isinstance(output, Mapping) else {"output": output}
+
+    def prepared(self, labels_BT: torch.Tensor) -> torch.Tensor | None:
+        """What its own method makes of labels; None if it has none that works."""
+        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        try:
+            made = None if prepare is None else prepare(labels_BT.clone())
+        except MemoryError:
+            raise
+        except Exception:  # likewise
+            return None
+        return made if isinstance(made, torch.Tensor) and made.shape == labels_BT.shape else None
+
+
+def _is_same(got: Any, wanted: Any) -> bool:
+    """Whether two outputs are equal, to the bit."""
+    if isinstance(wanted, torch.Tensor):
+        return isinstance(got, torch.Tensor) and torch.equal(got, wanted)
+    if isinstance(wanted, Mapping):
+        return isinstance(got, Mapping) and list(got) == list(wanted) and all(_is_same(got[k], wanted[k]) for k in got)
+    if isinstance(wanted, (tuple, list)):
+        is_alike = isinstance(got, (tuple, list)) and len(got) == len(wanted)
+        return is_alike and all(map(_is_same, got, wanted))
+    return got is not None and type(got) is type(wanted)
+
+
+def _predicts_alike(got: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None, labels_BT: torch.Tensor) -> bool:
+    """Whether logits are equal wherever there is a label."""
+    pair = [None if output is None else output.get("logits") for output in (got, wanted)]
+    ours, theirs = pair
+    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape:
+        return False
+    if ours.shape[:2] != labels_BT.shape:
+        return False
+    is_label = labels_BT != NOT_A_LABEL
+    return torch.equal(ours[is_label], theirs[is_label])

@@ -1,0 +1,71 @@
+"""The chain beside the model's plain call: `model(input_ids, attention_mask)`, with `labels` where there is a decoder.
+
+Inputs that both sides are given alike cannot show that data would not have given them. So the chain is also run on what
+the runtime makes of a plain call's inputs, and the model on these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.decoder import LABELS
+from runtime.inputs import DECODER_IDS, model_inputs
+from runtime.manifest import UNKNOWN_ABSENCE
+from seqbuild.sample.inputs import left_out_of_plain_calls
+from seqbuild.verify.difference import Difference, difference
+from seqbuild.verify.running import run_chain, run_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainReference:
+    """What data gives, and what the model itself makes of it: all its output, or with labels its logits alone."""
+
+    given: Mapping[str, torch.Tensor]
+    output: Mapping[str, Any]
+
+
+def plain_reference(manifest: Manifest, model: nn.Module, sample: Mapping[str, torch.Tensor]) -> PlainReference | None:
+    """The plain call of the model; None where it is the sample itself that the artifact takes."""
+    left_out = [entry.name for entry in manifest.inputs if entry.absent != UNKNOWN_ABSENCE]
+    has_labels = DECODER_IDS in sample and bool(manifest.decoder)
+    if not left_out and not has_labels:
+        return None
+    given = {name: value for name, value in sample.items() if name not in left_out}
+    if not has_labels:
+        return PlainReference(given=given, output=run_model(model, given))
+    given[LABELS] = labels_BT = given.pop(DECODER_IDS)
+    output = run_model(model, given)
+    if output[LOGITS].shape[:-1] != labels_BT.shape:  # it looks at no labels: transformers' collator does it for FSMT
+        made = model.prepare_decoder_input_ids_from_labels(labels_BT.clone())  # type: ignore[operator]
+        output = run_model(model, {**given, DECODER_IDS: made})
+    return PlainReference(given=given, output={LOGITS: output[LOGITS]})
+
+
+def plain_difference(artifact: Artifact, twin: nn.Module, reference: PlainReference) -> Difference:
+    """How far the chain, on what the runtime makes of a plain call's inputs, is from that call."""
+    got = run_chain(artifact.subgraphs, twin, model_inputs(artifact.manifest, reference.given))
+    found = difference({name: got[name] for name in got if name in reference.output}, reference.output)
+    return replace(found, output=f"{found.output} of a plain call") if found.output else found
+
+
+def about_other_inputs(manifest: Manifest, model: type[nn.Module]) -> list[str]:
+    """A sentence about each input that data of text must bring although a plain call leaves it out."""
+    if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
+        return []  # no text: a processor makes them all
+    names = [entry.name for entry in manifest.inputs if entry.absent == UNKNOWN_ABSENCE]
+    return [
+        f"The artifact takes {name}, which a plain call leaves out, and no value stands for that: batches must have it."
+        for name in left_out_of_plain_calls(model, names)
+    ]
