@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Llama 4's are.
 DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT = "dense", "expert", "renamed expert", "separate expert"
 UNQUANTIZED_EXPERT = "expert that is not quantized"  # beside modules that are
+CACHE = "cache"  # of keys and values, of an attention module
 ANYWHERE = (DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT)
 EXPERTS = (EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT)
 
@@ -107,6 +108,21 @@ LIMITS = (
         consequence="does not load experts that are not quantized beside integer layers",
     ),
     Limit(
+        reader="transformers",
+        versions="5.24",
+        places=(CACHE,),
+        scheme=ANY,
+        consequence="ignores the scales of a key-value cache, and keeps it in 16 bits",
+    ),
+    Limit(
+        reader="transformers",
+        versions="5.17",
+        places=(CACHE,),
+        scheme=ANY,
+        consequence="does not load a key-value cache's scales for a config without num_key_value_heads",
+        model_types=("opt",),
+    ),
+    Limit(
         reader="vLLM",
         versions="0.32",
         places=(RENAMED_EXPERT,),
@@ -132,7 +148,10 @@ LIMITS = (
 
 
 def reader_limits(
-    model_type: str, places: Mapping[str, str], jobs: Mapping[str, Assignment], unquantized: Sequence[str] = ()
+    model_type: str,
+    places: Mapping[str, str],
+    jobs: Mapping[str, Assignment],
+    others: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[str]:
     """What should be known before a checkpoint is made, a sentence for each row of the table that matters.
 
@@ -140,18 +159,11 @@ def reader_limits(
         model_type: of the config.
         places: where a module is; those that are not in it are dense.
         jobs: what is done to each module.
-        unquantized: stacked weights of experts that stay as they are, and have a tensor for each expert in the
-            checkpoint.
+        others: what matters besides, by its place: stacked weights of experts that stay as they are and have a tensor
+            for each expert in the checkpoint, attention modules whose keys and values have scales.
     """
     found: dict[Limit, list[str]] = {}
     kinds: dict[tuple[str, int], tuple[Limit, ...]] = {}
-    if unquantized:
-        of_all = frozenset(trait for job in jobs.values() for trait in traits(job.scheme))
-        found = {
-            limit: list(unquantized)
-            for limit in LIMITS
-            if UNQUANTIZED_EXPERT in limit.places and limit.scheme in of_all
-        }
     for name, job in jobs.items():
         place = places.get(name, DENSE)
         known_by = place, job.group
@@ -159,6 +171,10 @@ def reader_limits(
             kinds[known_by] = tuple(_matching(model_type, place, traits(job.scheme)))
         for limit in kinds[known_by]:
             found.setdefault(limit, []).append(name)
+    of_all = frozenset(trait for job in jobs.values() for trait in traits(job.scheme))
+    for place, names in (others or {}).items():
+        if names:
+            found.update({limit: list(names) for limit in _matching(model_type, place, of_all | {ANY})})
     for limit in LIMITS:
         if limit in found:
             names = found[limit]
@@ -167,12 +183,14 @@ def reader_limits(
 
 
 def _matching(model_type: str, place: str, scheme_traits: frozenset[str]) -> Iterator[Limit]:
-    readers: set[str] = set()
+    said: set[tuple[str, str]] = set()  # reader and version
     for limit in LIMITS:
         is_about = not limit.model_types or model_type in limit.model_types
-        if is_about and place in limit.places and limit.scheme in scheme_traits and limit.reader not in readers:
-            readers.add(limit.reader)
-            yield limit
+        if is_about and place in limit.places and limit.scheme in scheme_traits:
+            versions = {(limit.reader, version) for version in limit.versions.split(" and ")}
+            if not versions & said:
+                said |= versions
+                yield limit
 
 
 def traits(scheme: QuantizationScheme) -> frozenset[str]:

@@ -14,7 +14,7 @@ from runtime.errors import RecipeError
 from runtime.fused import mixed_layers
 from runtime.jobs import transposed
 from runtime.leaves import MIXTURES
-from runtime.readers import EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT, reader_limits
+from runtime.readers import CACHE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT, UNQUANTIZED_EXPERT, reader_limits
 from runtime.recipe import some
 from runtime.split import SplitArtifact
 
@@ -62,19 +62,22 @@ def make_remarks(
             left.setdefault(_why_not(artifact, name), []).append(name)
     for reason, names in left.items():
         yield f"warning: {len(names)} stacked weights of experts are not quantized, for {reason}: {some(names)}"
-    yield from _of_readers(artifact, model, jobs, stacked)
+    yield from _of_readers(artifact, model, recipe, jobs, stacked)
 
 
 def _of_readers(
-    artifact: Artifact, model: nn.Module, jobs: Mapping[str, Assignment], stacked: Sequence[str]
+    artifact: Artifact, model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment], stacked: Sequence[str]
 ) -> Iterator[str]:
     """What readers do not load, or load wrongly."""
     manifest, experts = artifact.manifest, _experts(artifact)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for text in mixed_layers(linears, manifest.scale_groups, experts, jobs):
         yield f"warning: {text}"
-    apart = [name for name in stacked if len(manifest.parameters[name].sources) > 1]
-    for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, apart):
+    others = {
+        UNQUANTIZED_EXPERT: [name for name in stacked if len(manifest.parameters[name].sources) > 1],
+        CACHE: [entry.module for entry in manifest.attentions] if recipe.cache is not None else [],
+    }
+    for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, others):
         yield f"warning: {text}"
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runtime.companions import companion_files
+from seqbuild.pack import pack
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 RTN = recipe(NARROW_W4)
@@ -157,3 +158,10 @@ def test_tokenizer_and_processor_load_from_the_output(narrow_llama: Small, weigh
     for path in (tmp_path / "out", weights):
         assert AutoTokenizer.from_pretrained(path)(text).input_ids == tokenizer(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_a_bundle_with_weights_has_them_too(narrow_llama: Small, weights: Path, tmp_path: Path) -> None:
+    fill(weights, COPIED)
+    (tmp_path / "r.yaml").write_text(f"QuantizationModifier: {{{NARROW_W4}}}\n")
+    bundle = pack(narrow_llama.artifact, recipe=tmp_path / "r.yaml", weights=weights, out=tmp_path / "bundle")
+    assert {f"weights/{name}" for name in COPIED} <= names(bundle)

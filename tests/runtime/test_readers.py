@@ -12,12 +12,24 @@ import runtime
 from runtime.fused import mixed_layers
 from runtime.manifest import ScaleGroup
 from runtime.presets import scheme_from_preset
-from runtime.readers import DENSE, EXPERT, LIMITS, RENAMED_EXPERT, SEPARATE_EXPERT, reader_limits
+from runtime.readers import (
+    CACHE,
+    DENSE,
+    EXPERT,
+    LIMITS,
+    RENAMED_EXPERT,
+    SEPARATE_EXPERT,
+    UNQUANTIZED_EXPERT,
+    reader_limits,
+)
 from runtime.recipe import Assignment
 from tests.runtime.small import DEEPSEEK, EXPERTS, NARROW, Small, calibrate, recipe
 
 _FOUR = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}"
 _EIGHT = "{num_bits: 8, type: int, symmetric: true, strategy: group, group_size: 16}"
+
+
+STACKED = {UNQUANTIZED_EXPERT: ["mlp.experts.gate_up_proj"]}
 
 
 def job(preset: str, group: int = 0) -> Assignment:
@@ -72,9 +84,15 @@ class TestReaders:
 
     @pytest.mark.parametrize(("preset", "count"), [("W4A16", 2), ("W8A8", 2), ("FP8_DYNAMIC", 0), ("NVFP4A16", 0)])
     def test_experts_that_stay_beside_integers(self, preset: str, count: int) -> None:
-        texts = list(reader_limits("qwen3_moe", {}, {"a.b": job(preset)}, ["mlp.experts.gate_up_proj"]))
+        texts = list(reader_limits("qwen3_moe", {}, {"a.b": job(preset)}, STACKED))
         assert len(texts) == count
         assert all(text.endswith(": mlp.experts.gate_up_proj") and "not quantized" in text for text in texts)
+
+    def test_a_cache_is_named_by_its_attention(self) -> None:
+        texts = list(reader_limits("llama", {}, {"a.b": job("W4A16")}, {CACHE: ["layers.0.self_attn"]}))
+        (text,) = texts
+        assert text.startswith("transformers 5.24 ignores the scales of a key-value cache")
+        assert text.endswith(": layers.0.self_attn")
 
     def test_a_row_lists_its_modules_once(self) -> None:
         names = [f"layers.{number}.experts.0.up_proj" for number in range(5)]
@@ -89,7 +107,8 @@ class TestReaders:
             for place in (DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT):
                 for preset in runtime.presets.PRESETS:
                     met.update(self.told(preset, place, model_type).splitlines())
-        met.update(reader_limits("any_model", {}, {"a.b": job("W4A16")}, ["a.b"]))
+            for place in (UNQUANTIZED_EXPERT, CACHE):
+                met.update(reader_limits(model_type, {}, {"c": job("W4A16")}, {place: ["a.b"]}))
         texts = {line.removesuffix(": a.b") for line in met}
         assert {f"{limit.reader} {limit.versions} {limit.consequence}" for limit in LIMITS} == texts
 
