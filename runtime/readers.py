@@ -33,6 +33,7 @@ ZERO_POINTS = "packed zero points"
 BLOCKS = "blocks"
 INTEGERS = "integers"
 ROUNDED_INPUTS = "rounded inputs"
+SEVERAL_GROUPS = "one of several"  # groups of the config
 PACKED_ROUNDED_INPUTS = "packed integers with rounded inputs"
 
 
@@ -67,6 +68,13 @@ LIMITS = (
         scheme=ANY,
         consequence="starts these experts at random, without an error: they are written one by one, as llm-compressor "
         "writes them, and it looks for the stacked ones of the original checkpoint",
+    ),
+    Limit(
+        reader="transformers",
+        versions=_BOTH,
+        places=(EXPERT,),
+        scheme=SEVERAL_GROUPS,
+        consequence="does not load these experts where the config has several groups, even of the same scheme",
     ),
     Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme=ZERO_POINTS, consequence=_REFUSES),
     Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme="int-quantized", consequence=_REFUSES),
@@ -127,7 +135,8 @@ LIMITS = (
         versions="0.32",
         places=(RENAMED_EXPERT,),
         scheme=ANY,
-        consequence="skips these experts without an error: of this architecture it reads stacked ones alone",
+        consequence="does not load these experts, in some schemes without an error: of this architecture it reads "
+        "stacked ones alone",
         model_types=("gpt_oss",),
     ),
     Limit(
@@ -164,11 +173,12 @@ def reader_limits(
     """
     found: dict[Limit, list[str]] = {}
     kinds: dict[tuple[str, int], tuple[Limit, ...]] = {}
+    several = frozenset([SEVERAL_GROUPS] if len({job.group for job in jobs.values()}) > 1 else [])
     for name, job in jobs.items():
         place = places.get(name, DENSE)
         known_by = place, job.group
         if known_by not in kinds:
-            kinds[known_by] = tuple(_matching(model_type, place, traits(job.scheme)))
+            kinds[known_by] = tuple(_matching(model_type, place, traits(job.scheme) | several))
         for limit in kinds[known_by]:
             found.setdefault(limit, []).append(name)
     of_all = frozenset(trait for job in jobs.values() for trait in traits(job.scheme))

@@ -77,8 +77,8 @@ class TestReaders:
         assert consequence in lines[0]
         assert lines[0].endswith(": a.b")
 
-    def test_vllm_skips_gpt_oss_experts_and_no_others(self) -> None:
-        assert "vLLM 0.32 skips these experts" in self.told("W4A16", RENAMED_EXPERT, "gpt_oss")
+    def test_vllm_does_not_load_gpt_oss_experts_and_no_others_fail(self) -> None:
+        assert "vLLM 0.32 does not load these experts" in self.told("W4A16", RENAMED_EXPERT, "gpt_oss")
         assert "vLLM" not in self.told("W4A16", RENAMED_EXPERT, "granitemoe")
         assert "vLLM" not in self.told("W4A16", DENSE, "gpt_oss")
 
@@ -87,6 +87,13 @@ class TestReaders:
         texts = list(reader_limits("qwen3_moe", {}, {"a.b": job(preset)}, STACKED))
         assert len(texts) == count
         assert all(text.endswith(": mlp.experts.gate_up_proj") and "not quantized" in text for text in texts)
+
+    def test_experts_of_one_of_several_groups(self) -> None:
+        two = {"experts.0.w1": job("W4A16"), "attention.q_proj": job("W4A16", 1)}
+        (text,) = reader_limits("mixtral", {"experts.0.w1": EXPERT}, two)
+        assert "does not load these experts where the config has several groups" in text
+        assert text.endswith(": experts.0.w1")
+        assert not list(reader_limits("llama", {}, two))
 
     def test_a_cache_is_named_by_its_attention(self) -> None:
         texts = list(reader_limits("llama", {}, {"a.b": job("W4A16")}, {CACHE: ["layers.0.self_attn"]}))
@@ -107,6 +114,8 @@ class TestReaders:
             for place in (DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT):
                 for preset in runtime.presets.PRESETS:
                     met.update(self.told(preset, place, model_type).splitlines())
+            two = {"a.b": job("W4A16"), "c": job("W4A16", 1)}
+            met.update(reader_limits(model_type, {"a.b": EXPERT}, two))
             for place in (UNQUANTIZED_EXPERT, CACHE):
                 met.update(reader_limits(model_type, {}, {"c": job("W4A16")}, {place: ["a.b"]}))
         texts = {line.removesuffix(": a.b") for line in met}
@@ -267,7 +276,7 @@ def test_calibrate_says_who_does_not_read_gpt_oss(small: Callable[..., Small], t
     texts = warnings_of(gpt_oss, plan, tmp_path / "out")
     assert [text.split(" ")[1] for text in texts] == ["transformers", "vLLM"]
     assert "starts these experts at random" in texts[0]
-    assert "skips these experts without an error" in texts[1]
+    assert "does not load these experts" in texts[1]
 
 
 def test_the_example_of_mixed_bits_is_read_by_all(small: Callable[..., Small], tmp_path: Path) -> None:
