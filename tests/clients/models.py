@@ -43,6 +43,7 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
+    "topk_method": "noaux_tc",  # as DeepSeek's own config says, and vLLM asks for
 }
 
 
