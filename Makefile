@@ -9,7 +9,7 @@ PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all bench coverage lint venv
+.PHONY: demo test test-all bench clients coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
@@ -31,6 +31,10 @@ coverage: venv
 
 bench: venv
 	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+# Other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
+clients: venv
+	$(PYTHON) tests/clients/readers.py --update
 
 venv: $(INSTALLED)
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from runtime.companions import copy_companions, may_be_copied
 from runtime.experts import Mixture
-from runtime.grammar import SOURCE_LIMIT_BYTES
-from runtime.source_checks import ADAPTER_FILES, QUANTIZATION_FILES
 from runtime.split import checkpoint_name
 from runtime.weights import numbered_list
 
@@ -21,15 +20,11 @@ if TYPE_CHECKING:
     from runtime.checkpoint import Checkpoint
     from runtime.weights import Weights
 
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".index.json")
-# With these, readers would load other weights on top, or take the result for another tool's.
-_NEVER_COPIED = (*ADAPTER_FILES, *QUANTIZATION_FILES)
-
 
 def write_companions(
     directory: Path, artifact: Artifact, checkpoint: Checkpoint, quantization_config: dict[str, Any]
 ) -> None:
-    """Write config.json with the quantization config, and copy tokenizer, generation config and their kin.
+    """Write config.json with the quantization config, and copy what else belongs to a model (`runtime.companions`).
 
     The checkpoint's own files go before the artifact's: they belong to the weights. The model's own code is the
     artifact's: it is what was allowed and what ran.
@@ -49,26 +44,10 @@ def write_companions(
             (directory / name).write_bytes(data)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-    for path in sorted(checkpoint.directory.iterdir()):
-        target = directory / path.name
-        if _may_be_copied(path.name) and not target.exists() and _is_inside(path) and _is_companion(path):
-            target.write_bytes(path.read_bytes())
+    copy_companions(checkpoint.directory, directory)
     for name, data in artifact.companions.items():
-        if _may_be_copied(name) and not (directory / name).exists():
+        if may_be_copied(name) and not (directory / name).exists():
             (directory / name).write_bytes(data)
-
-
-def _may_be_copied(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _NEVER_COPIED
-
-
-def _is_inside(path: Path) -> bool:
-    """Whether this is a file of its directory: none elsewhere that a link leads to, but for the hub's cache."""
-    if not path.is_file():
-        return False
-    home, target = path.parent.resolve(), path.resolve()
-    is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    return home in target.parents or is_of_hub
 
 
 def _local(auto_map: Any) -> Any:
@@ -78,12 +57,6 @@ def _local(auto_map: Any) -> Any:
     if isinstance(auto_map, list):
         return [_local(value) for value in auto_map]
     return auto_map.rpartition("--")[2] if isinstance(auto_map, str) else auto_map
-
-
-def _is_companion(path: Path) -> bool:
-    """What readers look for in a model's directory."""
-    kinds = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-    return path.suffix in kinds and path.stat().st_size <= 32 * SOURCE_LIMIT_BYTES
 
 
 def not_quantized(

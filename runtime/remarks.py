@@ -1,4 +1,6 @@
-"""What a user should know about a result before it is made: above all, which experts are not quantized, and why."""
+"""What a user should know about a result before it is made: which experts are not quantized, and why; which readers do
+not load it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from runtime.errors import RecipeError
+from runtime.fused import mixed_layers
 from runtime.jobs import transposed
 from runtime.leaves import MIXTURES
+from runtime.readers import CACHE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT, UNQUANTIZED_EXPERT, reader_limits
 from runtime.recipe import some
 from runtime.split import SplitArtifact
 
@@ -58,18 +62,23 @@ def make_remarks(
             left.setdefault(_why_not(artifact, name), []).append(name)
     for reason, names in left.items():
         yield f"warning: {len(names)} stacked weights of experts are not quantized, for {reason}: {some(names)}"
-    if any(len(artifact.manifest.parameters[name].sources) > 1 for name in stacked) and _has_integers(jobs):
-        yield (
-            "warning: transformers does not load experts that are not quantized beside integer layers (5.17 starts "
-            "them at random, 5.23 refuses)"
-        )
-    renamed = _unreadable_by_transformers(artifact, jobs)
-    if renamed:
-        yield (
-            f"warning: the checkpoint has the experts of {some(renamed)} stacked; they are written one by one, as "
-            "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts them "
-            "at random"
-        )
+    yield from _of_readers(artifact, model, recipe, jobs, stacked)
+
+
+def _of_readers(
+    artifact: Artifact, model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment], stacked: Sequence[str]
+) -> Iterator[str]:
+    """What readers do not load, or load wrongly."""
+    manifest, experts = artifact.manifest, _experts(artifact)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for text in mixed_layers(linears, manifest.scale_groups, experts, jobs):
+        yield f"warning: {text}"
+    others = {
+        UNQUANTIZED_EXPERT: [name for name in stacked if len(manifest.parameters[name].sources) > 1],
+        CACHE: [entry.module for entry in manifest.attentions] if recipe.cache is not None else [],
+    }
+    for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, others):
+        yield f"warning: {text}"
 
 
 def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -78,16 +87,25 @@ def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:
     return [name for name, module in modules if isinstance(module, nn.Embedding) and recipe.means(name, type(module))]
 
 
-def _unreadable_by_transformers(artifact: Artifact, jobs: Mapping[str, Assignment]) -> list[str]:
-    """Modules whose experts are written under names that no rule of transformers takes.
+def _experts(artifact: Artifact) -> dict[str, list[str]]:
+    """By the name of a mixture that is taken apart, the modules of its experts."""
+    found: dict[str, list[str]] = {}
+    if isinstance(artifact, SplitArtifact):
+        for name, (owner, _, _) in artifact.inputs(all_tokens=True).items():
+            found.setdefault(owner, []).append(name)
+    return found
 
-    Dense ones are not among them: of their one class (Llama 4's) it loads the experts one by one.
-    """
+
+def _places(artifact: Artifact, experts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Where experts' modules are, in the words of `runtime.readers`."""
     if not isinstance(artifact, SplitArtifact):
-        return []
-    manifest = artifact.manifest
-    owners = [name for name in artifact.owners(jobs) if name in artifact.named_anew]
-    return [name for name in owners if manifest.leaf_kinds[manifest.leaves[name]].kind == "Experts"]
+        return {}
+    manifest, found = artifact.manifest, {}
+    for owner, names in experts.items():
+        is_stacked = manifest.leaf_kinds[manifest.leaves[owner]].kind == "Experts"
+        renamed = RENAMED_EXPERT if owner in artifact.named_anew else EXPERT
+        found.update(dict.fromkeys(names, renamed if is_stacked else SEPARATE_EXPERT))
+    return found
 
 
 def _stacked_experts(artifact: Artifact) -> Iterator[str]:
@@ -129,7 +147,3 @@ def _why_not(artifact: Artifact, name: str) -> str:
     if not manifest.is_portable:
         return "the artifact calls the model's own modules (--leaves linear may help)"
     return "the model's code sends tokens to them in a way of its own"
-
-
-def _has_integers(jobs: Mapping[str, Assignment]) -> bool:
-    return any(job.scheme.weights.type == "int" for job in jobs.values())

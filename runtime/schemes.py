@@ -142,6 +142,9 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
             f"a {CompressionFormat(scheme.format).value} module lacks {', '.join(missing)}",
             hint=f"it has {', '.join(tensors)}",
         )
+    if "weight_zero_point" in parts and len(parts["weight_zero_point"]) == 1:
+        # The package views its transpose as bytes, for which torch wants the last of the strides to be one.
+        parts["weight_zero_point"] = parts["weight_zero_point"].as_strided(parts["weight_zero_point"].shape, (1, 1))
     by_row = [key for key in ("weight", "weight_packed", "weight_scale") if key in parts]
     num_out = len(parts[by_row[0]])
     is_cut = "weight_zero_point" not in parts and num_out == len(parts["weight_scale"]) > _ROWS_AT_A_TIME

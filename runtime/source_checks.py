@@ -21,6 +21,7 @@ QUANTIZATION_FILES: Mapping[str, str] = {
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
     "quantization_config.json": "AutoRound",
+    "quant_strategy.json": "EXL2",
     "quant_model_description.json": "msModelSlim",
 }
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -7,7 +7,7 @@ made from. How it is made is read off the conversion itself, by running it on sm
 
 Where the checkpoint has them stacked, it is read off what an expert does (`runtime.stacked`), and their tensors are
 parts of the stacked one (`runtime.held`). Their names are then those of the model's module, the expert's number, and
-gate_proj, up_proj and down_proj: what llm-compressor writes, and vLLM reads.
+gate_proj, up_proj and down_proj: what llm-compressor writes. Not all readers know them: see `runtime.readers`.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from runtime.bundle import (
     file_digest,
 )
 from runtime.checks import check_artifact
+from runtime.companions import companion_files
 from runtime.contents import SIGNATURE_NAME, read_signature
 from runtime.errors import UsageError, WeightsError
 from runtime.manifest import MANIFEST_NAME, Manifest
@@ -100,7 +101,7 @@ def pack(
     if data is not None:
         files[DATA] = Path(data)
     if weights is not None:
-        files |= {f"{WEIGHTS}/{source.name}": source for source in _weight_files(Path(weights))}
+        files |= {f"{WEIGHTS}/{name}": source for name, source in _weight_files(Path(weights)).items()}
     requirements = {name: importlib.metadata.version(name).partition("+")[0] for name in REQUIRED}
     files[REQUIREMENTS_NAME] = "".join(f"{name}=={version}\n" for name, version in requirements.items()).encode()
     files[README_NAME] = _readme(
@@ -120,14 +121,15 @@ def _runtime_files() -> Iterator[tuple[str, Path]]:
             yield source.relative_to(folder).as_posix(), source
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The checkpoint's files, and nothing beside them that is none."""
+def _weight_files(directory: Path) -> dict[str, Path]:
+    """The checkpoint's files and what belongs to them, and nothing beside them that does not; by relative name."""
     if not directory.is_dir():
         raise WeightsError(f"there is no checkpoint directory {directory}")
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _KINDS]
     if not any(path.suffix == ".safetensors" for path in found):
         raise WeightsError(f"{directory} holds no safetensors checkpoint")
-    return [path for path in found if not path.name.startswith(".")]
+    files = {path.name: path for path in found if not path.name.startswith(".")} | dict(companion_files(directory))
+    return dict(sorted(files.items()))
 
 
 def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed: bool) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-collect_ignore = ["bench"]
+collect_ignore = ["bench", "clients"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,7 +48,7 @@ SHARED |= {
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}
 # What is packed for a host is read as the host will read it.
-PACKED = {"recipe"}
+PACKED = {"companions", "recipe"}
 # `seqbuild.plan` is the host's planner under the compiler's name, as `seqbuild plan` is.
 NAMED = {"planning"}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from runtime.companions import companion_files
 from runtime.dtypes import bytes_of
 from runtime.errors import RecipeError
 
@@ -81,15 +82,15 @@ def _checkpoint_digest(checkpoint: Checkpoint) -> str:
         stored = checkpoint.stored(key)
         digest.update(f"{key} {stored.dtype} {stored.shape}\n".encode())
         digest.update(checkpoint.sample(key, _SAMPLE_BYTES))
-    for path in _companions(checkpoint.directory):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for name, path in _companions(checkpoint.directory):
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _companions(directory: Path) -> list[Path]:
-    kinds = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-    return [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in kinds]
+def _companions(directory: Path) -> list[tuple[str, Path]]:
+    code = [(path.name, path) for path in sorted(directory.glob("*.py")) if path.is_file()]
+    return companion_files(directory) + code
 
 
 def _data_digest(batches: Sequence[Mapping[str, Any]]) -> str:

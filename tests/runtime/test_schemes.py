@@ -219,6 +219,15 @@ def test_decompress_names_what_is_missing() -> None:
         decompress_module({"weight_packed": torch.zeros(1), "weight_scale": torch.ones(1)}, weight_only(4))
 
 
+@pytest.mark.parametrize("num_out", [4, 8, 9])
+def test_zero_points_of_few_rows_are_unpacked(num_out: int) -> None:
+    """Up to eight rows their words are a single row, whose transpose compressed-tensors cannot view as bytes."""
+    scheme = OFFERED["W4A16_ASYM"]
+    result = quantized(random(num_out, 256), scheme, torch.float32)
+    dense = decompress_module(compress_module("m", result, scheme), scheme)
+    assert torch.allclose(dense, result.weight_OI, atol=1e-5)
+
+
 def test_presets_are_found_in_any_case() -> None:
     assert scheme_from_preset("w4a16_asym", ["a", "b"]).targets == ["a", "b"]
     assert not scheme_from_preset("w4a16_asym", LINEAR).weights.symmetric
