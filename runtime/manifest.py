@@ -21,7 +21,7 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 5)
+FORMAT_VERSION = (1, 6)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 _TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a byte there and 64 in memory
@@ -39,6 +39,7 @@ _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format 
 _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
 _SINCE_5: Mapping[str, int] = {"since": 5}
+_SINCE_6: Mapping[str, int] = {"since": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +235,7 @@ class Manifest:
     scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
     attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
     defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
+    mixture_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_6)
 
     @property
     def is_portable(self) -> bool:

@@ -34,7 +34,7 @@ from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
 from seqbuild.groups.attention import attentions
-from seqbuild.groups.derive import scale_groups
+from seqbuild.groups.derive import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -281,6 +281,7 @@ def _assemble(
         files[CONSTANTS_NAME] = save(constants)
     symbols = describe.Symbols(trace, traced.marker)
     dtype = default_dtype(source)
+    groups = scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else ()
     manifest = Manifest(
         input_key=cache.input_key(ingredients),
         ingredients=dict(ingredients),
@@ -311,7 +312,8 @@ def _assemble(
         limits=limits(model.config),
         attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
         defaults=defaults,
-        scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
+        scale_groups=tuple(group for group in groups if group.modules),
+        mixture_groups=mixture_groups(groups),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )
     return files, manifest
