@@ -39,13 +39,15 @@ class Opened:
     Attributes:
         stack: the stacked parameter whose rows make them.
         bias: the stacked parameter that is added to them, or "".
-        rows: for each input feature of the last matrix the row of an expert's own matrix [O, I], as the program sees it.
+        rows: for each input feature of the last matrix the output of an expert's own matrix.
+        axis: of an expert's own matrix along its outputs, as it lies in the stack.
         last: the stacked parameter of the last matrix.
     """
 
     stack: str
     bias: str
     rows: tuple[int, ...]
+    axis: int
     last: str
 
 
@@ -60,7 +62,7 @@ def input_readings(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> tupl
         Nothing where the input is used for more than products with these, or they have no axis of their own for it.
     """
     usual = usual_products(module, shapes)
-    if not usual or getattr(module, "num_identity", 0):  # such experts hand on their input itself
+    if not usual or module.num_identity:  # such experts hand on their input itself
         return ()
     generator = torch.Generator().manual_seed(0)
     states, powers = _wide((4, usual[0][0].num_in), generator), _powers(usual[0][0].num_in, generator)
@@ -79,6 +81,11 @@ def input_readings(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> tupl
         Reading(name=matrix.name, axis=1 if matrix.is_transposed or matrix.name in module.flat else 2)
         for matrix in found
     )
+
+
+def first_stacks(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """The stacked matrices that multiply an expert's input; nothing where that is not known."""
+    return tuple(matrix.name for matrix, _ in usual_products(module, shapes)[:-1])
 
 
 def opened_rows(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> Opened | None:
@@ -105,8 +112,13 @@ def opened_rows(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> Opened 
             for matrix in firsts:
                 own = rows - start
                 if bool(((own >= 0) & (own < matrix.num_out)).all()):
-                    bias = biases[matrix.name]
-                    return Opened(stack=matrix.name, bias=bias, rows=tuple(own.tolist()), last=last.name)
+                    return Opened(
+                        stack=matrix.name,
+                        bias=biases[matrix.name],
+                        rows=tuple(own.tolist()),
+                        axis=1 if matrix.is_transposed else 0,
+                        last=last.name,
+                    )
                 start += matrix.num_out
     return None
 
@@ -130,7 +142,7 @@ def _is_proportional(
     for factor in (torch.ones_like(powers), powers):
         scale = torch.ones(sum(sizes))
         scale[rows] = factor
-        parts, vectors = (outputs * scale).split(sizes, -1), (added * scale).split(sizes)
+        parts, vectors = torch.split(outputs * scale, sizes, -1), torch.split(added * scale, sizes)
         values = {biases[matrix.name]: vector for matrix, vector in zip(firsts, vectors, strict=True)}
         values.pop("", None)
         seen, _ = watched_run(module, shapes, state.expand(_NUM_ROWS, -1), parts, values)

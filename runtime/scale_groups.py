@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.leaves import MIXTURES
@@ -94,3 +94,14 @@ def channels_of(group: ScaleGroup) -> list[int]:
     """For each feature of the group's tensor, the producer's channel."""
     pairs = zip(group.channels[::2], group.channels[1::2], strict=True)
     return [channel for start, length in pairs for channel in range(start, start + length)]
+
+
+def runs_of(channels: Sequence[int]) -> tuple[int, ...]:
+    """Channels as runs of consecutive ones: start, length, start, length."""
+    runs: list[int] = []
+    for channel in channels:
+        if runs and runs[-2] + runs[-1] == channel:
+            runs[-1] += 1
+        else:
+            runs += [channel, 1]
+    return tuple(runs)

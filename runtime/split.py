@@ -13,7 +13,7 @@ gate_proj, up_proj and down_proj: what llm-compressor writes, and vLLM reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ import torch
 from torch import nn
 
 from runtime.artifact import Artifact, LoadedSubgraph
+from runtime.expert_flow import first_stacks, opened_rows
+from runtime.expert_groups import Insides, groups_apart, siblings_apart
 from runtime.experts import Mixture, Stack, input_place, input_positions, owner_of, stack_shape
 from runtime.held import HeldStack, experts_apart
 from runtime.joined import is_by_expert, joined_stack, local_name, program_of
@@ -41,12 +43,14 @@ class SplitArtifact(Artifact):
         whole: the artifact as it was read.
         stacks: by the name of a module of experts, how its stacked parameters are made.
         held: what the checkpoint holds stacked all the same.
+        insides: by the same names, what an expert does.
         named_anew: modules whose experts' matrices have no names of their own in the original checkpoint.
         spare: by the name of a module of experts, parameters that a checkpoint has and no expert uses.
     """
 
     whole: Artifact
     stacks: Mapping[str, Mapping[str, Stack]] = field(default_factory=dict)
+    insides: Mapping[str, Insides] = field(default_factory=dict)
     held: tuple[HeldStack, ...] = ()
     named_anew: tuple[str, ...] = ()
     spare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -115,6 +119,26 @@ class SplitArtifact(Artifact):
                 yield owner, nn.Linear(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
 
 
+def expert_of(artifact: Artifact) -> dict[str, tuple[str, int]]:
+    """For each module of an expert that is apart the mixture's name and the expert's number."""
+    if not isinstance(artifact, SplitArtifact):
+        return {}
+    return {name: (owner, expert) for name, (owner, _, expert) in artifact.inputs(all_tokens=False).items()}
+
+
+def siblings_of(artifact: Artifact) -> dict[str, Hashable]:
+    """For each module that an engine may join with others something that is equal for these: they read one tensor, and
+    are of one expert, if of any.
+    """
+    tables = artifact.whole.manifest if isinstance(artifact, SplitArtifact) else artifact.manifest
+    found: dict[str, Hashable] = {
+        name: number for number, group in enumerate(tables.scale_groups) for name in group.modules
+    }
+    if isinstance(artifact, SplitArtifact):
+        found |= siblings_apart(artifact.stacks, artifact.insides)
+    return found
+
+
 def split_experts(
     artifact: Artifact, checkpoint: Checkpoint | None = None, *, only: Collection[str] | None = None
 ) -> Artifact:
@@ -150,9 +174,12 @@ def split_experts(
     }
     for name, apart in found.items():
         parameters.update({f"{name}.{part}": entry for part, entry in apart.spare.items()})
+    stacks = {name: apart.stacks for name, apart in found.items()}
+    insides = {name: understood.insides(name) for name in found}
     manifest = dataclasses.replace(
         tables,
         parameters=parameters,
+        scale_groups=groups_apart(tables, stacks, insides),
         subgraphs=tuple(
             dataclasses.replace(
                 entry, parameters=tuple(new for old in entry.parameters for new in replaced.get(old, {old: None}))
@@ -168,7 +195,8 @@ def split_experts(
     return SplitArtifact(
         **{**fields, "manifest": manifest, "subgraphs": subgraphs},
         whole=artifact,
-        stacks={name: apart.stacks for name, apart in found.items()},
+        stacks=stacks,
+        insides=insides,
         held=tuple(held for apart in found.values() for held in apart.held),
         named_anew=tuple(name for name, apart in found.items() if apart.is_named_anew),
         spare={name: tuple(apart.spare) for name, apart in found.items() if apart.spare},
@@ -202,6 +230,7 @@ class _Understood:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self._watched: dict[Any, dict[str, Stack]] = {}
+        self._insides: dict[Any, Insides] = {}
         self._by_expert: dict[Any, bool] = {}
 
     def module(self, name: str, checkpoint: Checkpoint | None) -> _Apart | None:
@@ -290,12 +319,26 @@ class _Understood:
         return self._by_expert[known_by]
 
     def _watch(self, name: str) -> dict[str, Stack]:
-        known_by = (self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items()))
+        known_by = self._kind_of(name)
         if known_by not in self._watched:
-            module, shapes = _leaf(self.artifact, name), _shapes(self.artifact, name, inner=True)
-            shapes |= {own: stack_shape(shapes[own], module.num_experts) for own in module.flat}
-            self._watched[known_by] = stacks_of(module, shapes)
+            self._watched[known_by] = stacks_of(*self._runnable(name))
         return self._watched[known_by]
+
+    def insides(self, name: str) -> Insides:
+        """What an expert of a module does."""
+        known_by = self._kind_of(name)
+        if known_by not in self._insides:
+            module, shapes = self._runnable(name)
+            self._insides[known_by] = Insides(firsts=first_stacks(module, shapes), opened=opened_rows(module, shapes))
+        return self._insides[known_by]
+
+    def _kind_of(self, name: str) -> Any:
+        return self.artifact.manifest.leaves[name], tuple(_shapes(self.artifact, name).items())
+
+    def _runnable(self, name: str) -> tuple[Mixture, dict[str, tuple[int, ...]]]:
+        """The module, and its parameters' shapes with an axis for experts."""
+        module, shapes = _leaf(self.artifact, name), _shapes(self.artifact, name, inner=True)
+        return module, shapes | {own: stack_shape(shapes[own], module.num_experts) for own in module.flat}
 
 
 def _shapes(artifact: Artifact, name: str, *, inner: bool = False) -> dict[str, tuple[int, ...]]:

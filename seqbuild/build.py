@@ -121,7 +121,8 @@ def build(
         trust_remote_code: allow the code that the model brings, if any, to be executed.
         leaves: how deep to trace. `target` stops at the targets, which a host calls as modules of the model's own
             classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
-            `auto` does that where nothing must be left whole, so that the artifact is portable, and `target` otherwise.
+            `auto` does that where nothing must be left whole, so that the artifact is portable, and where it reaches
+            the experts of a mixture, so that they can be quantized, and `target` otherwise.
     """
     start, directory = time.perf_counter(), Path(out)
     options = make_options(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from runtime.manifest import ScaledParameter, ScaleGroup, SubgraphEntry
+from runtime.scale_groups import runs_of
 from seqbuild.groups.flow import Arrival, follow, operator_name, size_of
 from seqbuild.groups.mixtures import Mixtures
 from seqbuild.groups.sources import Source, parameter_of, sources, weights_of
@@ -164,7 +165,7 @@ def _group(
         producer=source.weight,
         bias=source.bias,
         offset=source.offset,
-        channels=_runs(channels),
+        channels=runs_of(channels),
     )
 
 
@@ -190,14 +191,3 @@ def _same_tensor(value: object) -> fx.Node:
             break
         value = before
     return value
-
-
-def _runs(channels: Sequence[int]) -> tuple[int, ...]:
-    """Channels as runs of consecutive ones: start, length, start, length."""
-    runs: list[int] = []
-    for channel in channels:
-        if runs and runs[-2] + runs[-1] == channel:
-            runs[-1] += 1
-        else:
-            runs += [channel, 1]
-    return tuple(runs)

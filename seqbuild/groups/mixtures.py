@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.experts import Mixture, stack_shape
 from runtime.expert_flow import Reading, input_readings
+from runtime.experts import Mixture, stack_shape
 from runtime.leaves import MIXTURES, build_leaf
 from runtime.program import compile_program
 from seqbuild.model.from_config import TRACE_DTYPE

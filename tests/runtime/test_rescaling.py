@@ -223,7 +223,7 @@ def test_rounded_norms_are_made_up_for() -> None:
     rescaled = Rescaled(read=tensors.__getitem__, stored_dtype=lambda name: torch.bfloat16, jobs=jobs)
     group = ScaleGroup(subgraph=0, modules=("a",), producer="n.weight", channels=(0, 8))
     used = rescaled.apply(group, torch.rand(8, generator=generator) + 0.5)
-    product = rescaled.tensors["n.weight"] * rescaled.tensors["a.weight"]
+    product = rescaled.get("n.weight") * rescaled.get("a.weight")
     torch.testing.assert_close(product, tensors["n.weight"] * tensors["a.weight"], rtol=1e-6, atol=0)
     assert torch.equal(rescaled.tensors["n.weight"], rescaled.tensors["n.weight"].bfloat16().float())
     assert used.shape == (8,)
