@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 (GATE, UP), DOWN = FIRST, LAST
 _SWITCHED_OFF, _TIMES_SMALLER = -100.0, 50
+_MOST_FEATURES = 2**20  # of an expert's matrices; what is multiplied by them has memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +155,8 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
 def usual_products(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> list[tuple[Matrix, torch.Tensor]]:
     """The products of one expert's program with an input of the width that fits; nothing where none fits."""
     sizes = next((shapes[name][1:] for name in module.stacked if len(shapes[name]) == 3), ())
+    if max(sizes, default=0) > _MOST_FEATURES:
+        return []
     for width in dict.fromkeys(sizes):  # one of them is that of the input
         given = torch.linspace(1, 2, width).repeat(2, 1)  # not what products are said to return
         products = _products(module, shapes, given)

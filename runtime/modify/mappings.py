@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from runtime.errors import RecipeError
 from runtime.jobs import is_plain
 from runtime.manifest import Manifest, ScaledParameter, ScaleGroup
 from runtime.recipe import some
+from runtime.split import siblings_of
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -110,9 +112,15 @@ def _nothing_to_do(
 
 
 def _unmade(artifact: Artifact, transform: Transform, names: Sequence[str]) -> list[str]:
-    """Modules among these that a modifier would rescale if anything made their inputs."""
+    """Modules among these that a modifier would rescale if anything made their inputs: SmoothQuant those that norms
+    mostly make the inputs of, which several modules read.
+    """
+    if transform.algorithm == "awq":
+        return list(names)
+    siblings = siblings_of(artifact)
+    count = Counter(siblings.values())
     made = {name for group in artifact.manifest.scale_groups if group.producer for name in group.modules}
-    return [name for name in names if transform.algorithm == "awq" or name not in made]
+    return [name for name in names if name not in made and count[siblings.get(name)] > 1]
 
 
 def _with_all_readers(artifact: Artifact) -> Iterator[ScaleGroup]:

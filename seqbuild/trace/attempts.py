@@ -156,7 +156,7 @@ def trace_somehow(
             ),
             may_ignore,
             is_hopeless=bool(ignore or always_foreign(model)),
-            has_experts=_has_experts(model),
+            has_experts=lambda: _has_experts(model),
         )
 
     def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
@@ -211,7 +211,7 @@ def _trace_portably(
     may_ignore: Callable[[Function], bool],
     *,
     is_hopeless: bool,
-    has_experts: bool,
+    has_experts: Callable[[], bool],
 ) -> Traced:
     """A trace that leaves nothing whole but what a host builds by itself; or one that reaches the experts of a mixture,
     whatever else it leaves whole; or one that stops at the targets.
@@ -222,7 +222,7 @@ def _trace_portably(
             return trace("linear", lambda function: False)
         except TraceError as error:
             hindrance = error.message
-    if has_experts:
+    if has_experts():
         try:
             return dataclasses.replace(trace("linear", may_ignore), hindrance="")
         except (TraceError, TargetError) as error:

@@ -1,4 +1,4 @@
-"""Scale groups of mixtures: who belongs to them, that scaling by them changes nothing, and what is written with them."""
+"""Scale groups of mixtures: who belongs to them, and that scaling by them changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.experts import Experts
 from runtime.split import SplitArtifact, expert_of, siblings_of, split_experts
 from runtime.weights import Weights
 from tests.runtime.small import Small, calibrate, make_small, read_tensors, run_weights, token_batches
-from tests.runtime.test_expert_models import GROUPED_EXPERTS, MODELS, NUM_EXPERTS, SIZES
+from tests.runtime.test_expert_models import MODELS, NUM_EXPERTS, SIZES
 from tests.scaling import scaled
 from tests.tiny_models import run_chain
 
@@ -119,7 +119,7 @@ def test_scaling_by_powers_of_two_changes_no_bit(made: Callable[[str], Small], n
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_share_global_scales(made: Callable[[str], Small], name: str, modifiers: str, tmp_path: Path) -> None:
-    """vLLM keeps one global scale for both halves of an expert's first matrix."""
+    """VLLM keeps one global scale for both halves of an expert's first matrix."""
     ignored = IGNORED + (", 're:.*conv1d', 're:.*mamba'" if name == "jamba" else "")
     text = modifiers.replace("IGNORED", ignored)
     calibrate(made(name), runtime.Recipe.from_text(text, "recipe.yaml"), tmp_path / "out")
@@ -208,8 +208,8 @@ def by_token(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 def test_rescaled_experts_stay_the_model(
     made: Callable[[str], Small], name: str, transform: str, tmp_path: Path
 ) -> None:
-    """With eight bits what is left of the difference is that of rounding, though every norm has changed; but for the few
-    tokens that a router in doubt now sends elsewhere.
+    """With eight bits what is left of the difference is that of rounding, though every norm has changed: for most
+    tokens, as a router in doubt may send others elsewhere.
     """
     small = made(name)
     fine = ROUNDING.replace("num_bits: 3", "num_bits: 8").replace("IGNORED", IGNORED)
