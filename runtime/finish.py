@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from runtime.expert_tables import checkpoint_name
 from runtime.experts import Mixture
 from runtime.grammar import SOURCE_LIMIT_BYTES
-from runtime.split import checkpoint_name
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact

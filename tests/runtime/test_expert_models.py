@@ -18,9 +18,10 @@ import runtime
 from runtime.checkpoint import Checkpoint
 from runtime.dense_experts import DenseExperts
 from runtime.errors import RecipeError
+from runtime.expert_tables import checkpoint_name
 from runtime.experts import Experts, Mixture, Stack
 from runtime.held import HeldStack, experts_apart
-from runtime.split import SplitArtifact, checkpoint_name, split_experts
+from runtime.split import SplitArtifact, split_experts
 from runtime.stacked import stacks_of
 from runtime.weights import Weights
 from seqbuild.verify.running import EAGER_EXPERTS, configured
