@@ -14,6 +14,7 @@ from runtime.expert_groups import Insides
 from runtime.experts import Mixture, Stack, owner_of, stack_shape
 from runtime.held import HeldStack
 from runtime.joined import is_by_expert, joined_stack, local_name, program_of
+from runtime.leaves import build_leaf
 from runtime.manifest import LeafKind, ParameterEntry
 from runtime.stacked import stacks_of
 from runtime.weights import spellings
