@@ -43,6 +43,10 @@ def scale_groups(
             for name in _read(node, modules):
                 if name in names:
                     uses[names[name]] += 1
+    for entry in entries:  # opaque steps look into the modules that they are handed
+        for name in entry.uses:
+            if name in names:
+                uses[names[name]] += 1
     shared = {name for name, key in names.items() if uses[key] > 1}
     found: list[ScaleGroup] = []
     known: dict[str, tuple[str, list[ScaleGroup]]] = {}
