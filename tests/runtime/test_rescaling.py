@@ -13,6 +13,7 @@ import runtime
 from runtime.manifest import ScaleGroup
 from runtime.modify.smoothing import Rescaled
 from runtime.recipe import Recipe
+from seqbuild.build import build
 from tests.runtime.small import (
     NARROW_W4,
     WIDTHS,
@@ -126,6 +127,61 @@ def test_ignored_groups_stay_as_they_are(llama: Small, tmp_path: Path) -> None:
     for name, tensor in before.items():
         if name.endswith(NORMS):
             assert torch.equal(after[name], tensor) is name.endswith(NORMS[1])
+
+
+@pytest.mark.parametrize(
+    "ignored", ["'re:.*v_proj'", "'re:.*v_proj', 're:.*up_proj'", "'re:.*q_proj', 're:.*down_proj'"]
+)
+def test_modules_that_are_not_quantized_are_rescaled_with_their_siblings(
+    llama: Small, tmp_path: Path, ignored: str
+) -> None:
+    """An AWQModifier's scheme leaves them as they are, and not its factors: these belong to all that read the norm."""
+    one = f"AWQModifier: {{{SCHEME.replace('lm_head', f'lm_head, {ignored}')}}}"
+    done = calibrate(llama, plan(one), tmp_path / "out")
+    assert not [remark for remark in done.remarks if "rescale" in remark or "leaves" in remark]
+    before, after = read_tensors(llama.weights), read_tensors(tmp_path / "out")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}"
+        for norm, together in zip(NORMS, SIBLINGS, strict=True):
+            factor = before[f"{prefix}.{norm}"] / after[f"{prefix}.{norm}"]
+            assert not torch.equal(factor, torch.ones_like(factor))
+            for name in together:
+                key = f"{prefix}.{name}.weight"
+                if key in after and not name.endswith(("v_proj", "up_proj")):
+                    torch.testing.assert_close(after[key], before[key] * factor)
+    assert loss(llama, tmp_path / "out") < loss_without(llama, tmp_path, ignored) * 2
+
+
+def loss_without(small: Small, root: Path, ignored: str) -> float:
+    """The loss of round-to-nearest of the same modules."""
+    calibrate(
+        small, plan(f"QuantizationModifier: {{{SCHEME.replace('lm_head', f'lm_head, {ignored}')}}}"), root / "plain"
+    )
+    return loss(small, root / "plain")
+
+
+def test_why_nothing_is_rescaled_is_said(llama: Small, tmp_path: Path) -> None:
+    rounding = f"QuantizationModifier: {{{SCHEME}}}"
+    with pytest.raises(runtime.RecipeError, match="it ignores all that could be rescaled") as caught:
+        calibrate(llama, plan("AWQModifier: {ignore: ['re:.*']}", rounding), tmp_path / "out")
+    assert caught.value.hint is not None
+    assert "--leaves" not in caught.value.hint
+    shallow = Small(weights=llama.weights, artifact=build(llama.weights, out=tmp_path / "a", leaves="target").path)
+    with pytest.raises(runtime.RecipeError, match="compiled down to its targets alone") as caught:
+        calibrate(shallow, plan("AWQModifier: {}", rounding), tmp_path / "out")
+    assert caught.value.hint is not None
+    assert "--leaves linear" in caught.value.hint
+
+
+def test_siblings_are_known_by_name_where_the_artifact_does_not_say(llama: Small, tmp_path: Path) -> None:
+    shallow = Small(weights=llama.weights, artifact=build(llama.weights, out=tmp_path / "a", leaves="target").path)
+    recipe = plan("QuantizationModifier: {targets: Linear, scheme: NVFP4A16, ignore: [lm_head]}")
+    done = calibrate(shallow, recipe, tmp_path / "o")
+    assert [remark for remark in done.remarks if "by their names (q_proj/k_proj/v_proj" in remark]
+    tensors = read_tensors(tmp_path / "o")
+    for together in SIBLINGS:
+        found = {float(tensors[f"model.layers.1.{name}.weight_global_scale"]) for name in together}
+        assert len(found) == 1
 
 
 def test_padding_and_masked_tokens_change_nothing(narrow_llama: Small, tmp_path: Path) -> None:
