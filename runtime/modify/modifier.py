@@ -17,6 +17,7 @@ from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure, measured_on_all
 from runtime.modify.needs import RecipeNeeds
+from runtime.modify.proof import assigned
 from runtime.modify.rescaling import StepRescaler
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
 from runtime.modify.siblings import JOINED, siblings_by_name
@@ -29,6 +30,7 @@ from runtime.statistics import InputStatistics, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.manifest import ScaleGroup
     from runtime.modify.mappings import Rescaling
     from runtime.recipe import Assignment, Recipe
     from runtime.recipe_transforms import Transform
@@ -83,10 +85,7 @@ class RecipeModifier:
         """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
         found: dict[str, None] = {}
         for _, rescaling in self.needs.rescaled(names):
-            group = rescaling.group
-            touched = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
-            touched += [other.name for other in group.others]
-            found.update(dict.fromkeys(name for name in touched if name))
+            found.update(dict.fromkeys(_touched(rescaling.group)))
         return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
 
     def apply(self, work: Work) -> None:
@@ -104,12 +103,15 @@ class RecipeModifier:
         rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
         rescaler = StepRescaler(work, rescaled, self.recipe.source)
         inside, outside = self._rescalings(names)
+        attentions = self.needs.attentions(names)
         statistics: dict[str, InputStatistics] = {}
         for index, group in enumerate(groups or [[]]):
             wanted = others if index == 0 else {}  # what else there is is measured before any weight is rounded
-            measured = self._measured(work, {**{name: needs[name] for name in group}, **wanted}, index == 0)
+            own = {name: needs[name] for name in group}
+            measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             if index == 0:
                 rescaler.rescale(outside, measured, self._witnesses(work))
+                self._measure_cache_again(work, rescaled, [rescaling.group for _, rescaling in outside], attentions)
                 found = {name: measured.pop(name) for name in wanted if name in measured}
                 statistics = {name: entry for name, entry in found.items() if name in self.jobs and name not in grouped}
                 del found  # the others were rescaled alone
@@ -119,7 +121,7 @@ class RecipeModifier:
                 rescaler.rescale(inside.get(expert, ()), measured, {})
             self._round(work, group, rescaled, measured, others=list(statistics.values()))
         rescaler.say_what_was_left()
-        self._add_key_value_scales(work, self.needs.attentions(names))
+        self._add_key_value_scales(work, attentions)
         self._rewrite(work, rescaled)
         left = [name for name in names if name not in grouped]
         used = {name: statistics[name] for name in left if name in statistics}
@@ -151,8 +153,25 @@ class RecipeModifier:
                 work.rewrite(name, rescaled.rounded(name, _parameter(work, name).dtype))
                 rescaled.forget(name)
 
-    def _measured(self, work: Work, needs: Mapping[str, Needs], is_first: bool) -> dict[str, InputStatistics]:
-        if not needs and not (is_first and self.needs.attentions(work.step.modules)):
+    def _measure_cache_again(
+        self, work: Work, rescaled: Rescaled, groups: Sequence[ScaleGroup], attentions: Sequence[str]
+    ) -> None:
+        """Measure keys and values once more where what makes them has been divided, as the values of AWQ are."""
+        inside = tuple(f"{module}." for module in attentions)
+        if not any(group.producer.startswith(inside) for group in groups):
+            return
+        changed = dict.fromkeys(rescaled.changed())
+        touching = [names for names in map(_touched, groups) if any(name.startswith(inside) for name in names)]
+        assert self.key_values is not None, "there are attentions"
+        for module in attentions:
+            self.key_values.spans.pop(module, None)
+        with assigned(work, rescaled, dict.fromkeys(name for names in touching for name in names if name in changed)):
+            self._measured(work, {}, attentions)
+
+    def _measured(
+        self, work: Work, needs: Mapping[str, Needs], attentions: Sequence[str] = ()
+    ) -> dict[str, InputStatistics]:
+        if not needs and not attentions:
             return {}
         with self._measuring(work):
             statistics = measure(work, needs, self.jobs)
@@ -233,6 +252,12 @@ class RecipeModifier:
             )
         args = scheme.input_activations
         return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+
+
+def _touched(group: ScaleGroup) -> list[str]:
+    """The parameters that rescaling a group changes."""
+    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+    return [name for name in (*names, *(other.name for other in group.others)) if name]
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,20 +42,27 @@ def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: st
 
 
 def _outputs(work: Work, changed: Rescaled) -> list[torch.Tensor]:
-    kept = {}
-    for name in changed.changed():
-        owner, _, leaf = name.rpartition(".")
-        parameter = work.model.get_submodule(owner).get_parameter(leaf)
-        values = changed.rounded(name, parameter.dtype)  # made of the parameter as it was
-        kept[name] = parameter
-        assign(work.model, name, values)
-    try:
+    with assigned(work, changed, changed.changed()):
         outputs: Any = work.run_first()
-    finally:
-        for name, parameter in kept.items():
-            assign(work.model, name, parameter.detach())
     return [
         tensor.detach().float()
         for tensor in pytree.tree_leaves(outputs)
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     ]
+
+
+@contextlib.contextmanager
+def assigned(work: Work, changed: Rescaled, names: Iterable[str]) -> Iterator[None]:
+    """Let the model compute with rescaled parameters while the block runs."""
+    kept = {}
+    try:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parameter = work.model.get_submodule(owner).get_parameter(leaf)
+            values = changed.rounded(name, parameter.dtype)  # made of the parameter as it was
+            kept[name] = parameter
+            assign(work.model, name, values)
+        yield
+    finally:
+        for name, parameter in kept.items():
+            assign(work.model, name, parameter.detach())

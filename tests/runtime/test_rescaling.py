@@ -293,3 +293,19 @@ def test_widths_that_groups_do_not_divide_are_refused_before_anything_runs(
     with pytest.raises(runtime.RecipeError, match=r"input features, which groups of (128|32) do not divide"):
         calibrate(narrow_llama, recipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_the_cache_are_those_of_rescaled_values(llama: Small, tmp_path: Path) -> None:
+    """The value projection is not rounded here, so the checkpoint says what the cache of its first layer holds."""
+    cache = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, dynamic: false, observer: static_minmax}"
+    ignored = SCHEME.replace("lm_head", "lm_head, 're:.*v_proj'")
+    calibrate(llama, plan("AWQModifier: {}", f"QuantizationModifier: {{{ignored}, {cache}}}"), tmp_path / "out")
+    after = read_tensors(tmp_path / "out")
+    largest = 0.0
+    for batch in token_batches():
+        states = after["model.embed_tokens.weight"][batch["input_ids"]]
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+        states = states * after["model.layers.0.input_layernorm.weight"]
+        values = states @ after["model.layers.0.self_attn.v_proj.weight"].T
+        largest = max(largest, float(values.abs().max()))
+    assert float(after["model.layers.0.self_attn.v_scale"]) == pytest.approx(largest / 448, rel=1e-3)
