@@ -73,7 +73,10 @@ def round_modules(
         QuantizationError: naming the module.
     """
     shared = _global_scales(names, jobs, weight_of, siblings)
-    inputs = {name: (id(statistics[name]), scale_dtype_of(name)) for name in names if name in statistics}
+    # What is solved together has one global scale, too; siblings have the very same tensor.
+    inputs = {
+        name: (id(statistics[name]), scale_dtype_of(name), id(shared.get(name))) for name in names if name in statistics
+    }
     for together in solved_together(names, jobs, inputs):
         # In a frame of its own, so that nothing of one batch is held while the next is solved.
         found = statistics.get(together[0])
