@@ -33,6 +33,7 @@ from runtime.jobs import assign_jobs
 from runtime.layout import Layout
 from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
+from runtime.modify.needs import RecipeNeeds
 from runtime.planning.request import memory_here, require_plan, stored_sizes
 from runtime.publish import require_free, require_outside
 from runtime.recipe import Recipe
@@ -120,7 +121,7 @@ def calibrate(
     checkpoint = open_checkpoint(Path(weights))
     prepared = _prepare(split_experts(artifact, checkpoint), checkpoint, recipe, run_dtype, place)
     if isinstance(prepared.artifact, SplitArtifact):
-        owners = prepared.artifact.owners(prepared.jobs)
+        owners = _apart(prepared.artifact, prepared, recipe)
         if len(owners) < len(prepared.artifact.stacks):  # the others stay as they are: stacked experts are quicker
             fewer = split_experts(artifact, checkpoint, only=owners)
             prepared = _prepare(fewer, checkpoint, recipe, run_dtype, place)
@@ -218,6 +219,18 @@ class _Prepared:
     source: Weights
     jobs: dict[str, Assignment]
     unreached: list[str]
+
+
+def _apart(artifact: SplitArtifact, prepared: _Prepared, recipe: Recipe) -> list[str]:
+    """The modules of experts that are to be apart: those that are quantized, and those that are rescaled, unless the
+    checkpoint has them stacked.
+    """
+    owners = dict.fromkeys(artifact.owners(prepared.jobs))
+    if recipe.transforms and len(owners) < len(artifact.stacks):
+        needs = RecipeNeeds(artifact, prepared.source, recipe, prepared.jobs)
+        rescaled = artifact.owners(needs.rescaled_modules())
+        owners |= dict.fromkeys(name for name in rescaled if name not in artifact.named_anew)
+    return [name for name in artifact.stacks if name in owners]
 
 
 def _prepare(

@@ -134,6 +134,7 @@ class Mixture(nn.Module):
         flat: those of them whose rows are one axis for all experts: [E * R, ...], not [E, R, ...].
 
     Attributes:
+        num_identity: how many there are besides that hand on their tokens.
         stacks: how these are made, where experts are apart.
         sees_all: whether hooks of experts' modules see all tokens.
     """
@@ -143,6 +144,7 @@ class Mixture(nn.Module):
         self.num_experts = num_experts
         self.stacked = tuple(stacked)
         self.flat = tuple(flat)
+        self.num_identity = 0
         self.stacks: Mapping[str, Stack] = {}
         self.sees_all = False
         self.__dict__["program"] = None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from runtime.companions import copy_companions, may_be_copied
+from runtime.expert_tables import checkpoint_name
 from runtime.experts import Mixture
-from runtime.split import checkpoint_name
 from runtime.weights import numbered_list
 
 if TYPE_CHECKING:

@@ -240,6 +240,7 @@ class Manifest:
     attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
     defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
     decoder: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_6)
+    mixture_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_6)
 
     @property
     def is_portable(self) -> bool:

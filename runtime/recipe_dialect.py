@@ -146,11 +146,12 @@ def read_modifiers(root: Value) -> tuple[tuple[Modifier, ...], tuple[Transform, 
             raise value.error(f"{value.name} comes after {modifiers[-1].name}", hint="rescale before rounding")
         fields = value.mapping()
         is_awq = value.name == "AWQModifier"
-        plain = {name: f for name, f in fields.items() if not is_awq or name not in SCHEME_FIELDS}
-        transforms.append(read_transform(value, plain))
-        # In the dialect's older form an AWQModifier rounds its modules, too.
+        # In the dialect's older form an AWQModifier rounds its modules, too, and says which it leaves unrounded.
+        rounds = is_awq and any(name in fields for name in ("scheme", "config_groups"))
+        other = (*(SCHEME_FIELDS if is_awq else ()), *(("ignore",) if rounds else ()))
+        transforms.append(read_transform(value, {name: f for name, f in fields.items() if name not in other}))
         own = {name: field for name, field in fields.items() if name in (*FIELDS, *NO_OPS)}
-        if is_awq and any(name in fields for name in ("scheme", "config_groups")):
+        if rounds:
             modifiers.append(_read_modifier(value, own))
         elif any(name in fields for name in SCHEME_FIELDS):
             raise next(fields[name] for name in SCHEME_FIELDS if name in fields).error(

@@ -144,6 +144,8 @@ def _why_not(artifact: Artifact, name: str) -> str:
         if len(manifest.parameters[name].sources) > 1:
             return "the names of their tensors do not tell whose they are"
         return "what one of them does is no product with a gate, a matrix up and one down"
+    if manifest.policy == "target" and manifest.ingredients.get("leaves") == "target":
+        return "the artifact calls the model's own modules (compile without --leaves target)"
     if not manifest.is_portable:
-        return "the artifact calls the model's own modules (--leaves linear may help)"
+        return "the artifact calls the model's own modules, which could not be traced through"
     return "the model's code sends tokens to them in a way of its own"

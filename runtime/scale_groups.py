@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from runtime.leaves import MIXTURES
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest, ScaleGroup
@@ -25,6 +27,22 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             yield f"{twice[0]} lies in two scale groups"
         seen.update(group.modules)
         yield from _wrong_group(manifest, group)
+    stacked = {
+        f"{name}.{own}"
+        for name, kind in manifest.leaves.items()
+        if 0 <= kind < len(manifest.leaf_kinds) and manifest.leaf_kinds[kind].kind in MIXTURES
+        for own in manifest.leaf_kinds[kind].options.get("stacked", ())
+    }
+    for group in manifest.mixture_groups:
+        experts = [other.name for other in group.others if other.name in stacked]
+        if group.modules or not group.producer or not experts or not 0 <= group.subgraph < len(manifest.subgraphs):
+            yield f"a mixture group has modules, or no producer or experts, in subgraph {group.subgraph}"
+            continue
+        twice = [name for name in experts if name in seen]
+        if twice:
+            yield f"{twice[0]} lies in two mixture groups"
+        seen.update(experts)
+        yield from _wrong_group(manifest, group)
 
 
 def wrong_attentions(manifest: Manifest) -> Iterator[str]:
@@ -40,7 +58,7 @@ def wrong_attentions(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
-    first = group.modules[0]
+    first = (*group.modules, group.others[0].name if group.others else "")[0]
     held = manifest.subgraphs[group.subgraph].parameters
     weights = [f"{name}.weight" for name in group.modules]
     named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
@@ -76,3 +94,14 @@ def channels_of(group: ScaleGroup) -> list[int]:
     """For each feature of the group's tensor, the producer's channel."""
     pairs = zip(group.channels[::2], group.channels[1::2], strict=True)
     return [channel for start, length in pairs for channel in range(start, start + length)]
+
+
+def runs_of(channels: Sequence[int]) -> tuple[int, ...]:
+    """Channels as runs of consecutive ones: start, length, start, length."""
+    runs: list[int] = []
+    for channel in channels:
+        if runs and runs[-2] + runs[-1] == channel:
+            runs[-1] += 1
+        else:
+            runs += [channel, 1]
+    return tuple(runs)

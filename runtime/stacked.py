@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 (GATE, UP), DOWN = FIRST, LAST
 _SWITCHED_OFF, _TIMES_SMALLER = -100.0, 50
+_MOST_FEATURES = 2**20  # of an expert's matrices; what is multiplied by them has memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ def stacks_of(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> dict[str,
         By the parameter's name; none where the program does something else than what is said above.
     """
     matrices = {name for name in module.stacked if len(shapes[name]) == 3}
-    biases = {name: _owner(name, matrices) for name in module.stacked if name not in matrices}
+    biases = {name: owner_of_bias(name, matrices) for name in module.stacked if name not in matrices}
     if not matrices or any(owner is None or len(shapes[name]) != 2 for name, owner in biases.items()):
         return {}
     found = _watch(module, shapes)
@@ -88,7 +89,7 @@ def _named(parts: Sequence[str], leaf: str, num_experts: int) -> tuple[tuple[str
     return tuple(tuple(f"{expert}.{part}.{leaf}" for part in parts) for expert in range(num_experts))
 
 
-def _owner(bias: str, matrices: set[str]) -> str | None:
+def owner_of_bias(bias: str, matrices: set[str]) -> str | None:
     """The matrix that a bias belongs to, by its name."""
     stems = {matrix.removesuffix(".weight"): matrix for matrix in sorted(matrices)}
     return next((stems[stem] for stem in stems if bias in (f"{stem}_bias", f"{stem}.bias")), None)
@@ -116,16 +117,11 @@ class _OtherwiseError(Exception):
 
 
 def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
-    sizes = shapes[next(name for name in module.stacked if len(shapes[name]) == 3)][1:]
-    for width in dict.fromkeys(sizes):  # one of them is that of the input
-        given = torch.linspace(1, 2, width).repeat(2, 1)  # not what products are said to return
-        products = _products(module, shapes, given)
-        if products and products[0][0].num_in == width == products[-1][0].num_out:
-            break
-    else:
+    products = usual_products(module, shapes)
+    if not products:
         return None
     *firsts, (last, _) = products
-    states = firsts[0][1]
+    states, width = firsts[0][1], firsts[0][0].num_in
     found = _Found(matrices=[matrix for matrix, _ in products])
     half, num_outputs = last.num_in, sum(matrix.num_out for matrix, _ in firsts)
     if len(firsts) == 1 and num_outputs == half:
@@ -156,6 +152,19 @@ def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | Non
     return found
 
 
+def usual_products(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> list[tuple[Matrix, torch.Tensor]]:
+    """The products of one expert's program with an input of the width that fits; nothing where none fits."""
+    sizes = next((shapes[name][1:] for name in module.stacked if len(shapes[name]) == 3), ())
+    if max(sizes, default=0) > _MOST_FEATURES:
+        return []
+    for width in dict.fromkeys(sizes):  # one of them is that of the input
+        given = torch.linspace(1, 2, width).repeat(2, 1)  # not what products are said to return
+        products = _products(module, shapes, given)
+        if products and products[0][0].num_in == width == products[-1][0].num_out:
+            return products
+    return []
+
+
 def _arrived(
     module: Mixture, shapes: Mapping[str, Sequence[int]], states: torch.Tensor, outputs: torch.Tensor, num_firsts: int
 ) -> torch.Tensor:
@@ -170,6 +179,17 @@ def _products(
     states: torch.Tensor,
     outputs: Sequence[torch.Tensor] = (),
 ) -> list[tuple[Matrix, torch.Tensor]]:
+    """The products of `watched_run`."""
+    return watched_run(module, shapes, states, outputs)[0]
+
+
+def watched_run(
+    module: Mixture,
+    shapes: Mapping[str, Sequence[int]],
+    states: torch.Tensor,
+    outputs: Sequence[torch.Tensor] = (),
+    vectors: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[list[tuple[Matrix, torch.Tensor]], torch.Tensor | None]:
     """Run one expert's program: its products with matrices, in order, and the states that each multiplies.
 
     Args:
@@ -177,14 +197,16 @@ def _products(
         shapes: of their parameters.
         states: the expert's input, [N, H].
         outputs: what the first products are said to return; others return ones.
+        vectors: values for the expert's part of stacked biases, by name; others are zeros.
 
     Returns:
-        Two or three products; nothing where there are others, or the program cannot be run in this way.
+        Two or three products, and what the program returns; nothing where there are others, or the program cannot be
+        run in this way.
     """
     run = Run(device=torch.device("cpu"), dtype=torch.float32)
     program: Program | Any = module.program
     if isinstance(module, Experts):
-        own = {name: _without_memory(shapes[name][1:]) for name in module.stacked}
+        own = {name: _without_memory(shapes[name][1:]) for name in module.stacked} | dict(vectors or {})
         others = {name: torch.ones(tuple(shape)) for name, shape in shapes.items() if name not in own}
         weights = torch.ones(len(states), 1) if module.is_column else torch.ones(len(states))
         given: list[Any] = [_Stand(others), states, weights, *own.values()]
@@ -194,10 +216,10 @@ def _products(
     watching = _Watching(own, outputs)
     try:
         with torch.no_grad(), watching:
-            program(*given, run=run)
+            output = program(*given, run=run)["output"]
     except Exception:  # whatever it does with other sizes, or without values: no list of errors is complete
-        return []
-    return watching.seen if len(watching.seen) in (2, 3) else []
+        return [], None
+    return (watching.seen, output) if len(watching.seen) in (2, 3) else ([], None)
 
 
 def _without_memory(shape: Sequence[int]) -> torch.Tensor:

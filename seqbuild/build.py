@@ -34,7 +34,7 @@ from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
 from seqbuild.groups.attention import attentions
-from seqbuild.groups.derive import scale_groups
+from seqbuild.groups.derive import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -122,7 +122,8 @@ def build(
         trust_remote_code: allow the code that the model brings, if any, to be executed.
         leaves: how deep to trace. `target` stops at the targets, which a host calls as modules of the model's own
             classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
-            `auto` does that where nothing must be left whole, so that the artifact is portable, and `target` otherwise.
+            `auto` does that where nothing must be left whole, so that the artifact is portable, and where it reaches
+            the experts of a mixture, so that they can be quantized, and `target` otherwise.
     """
     start, directory = time.perf_counter(), Path(out)
     options = make_options(
@@ -283,6 +284,7 @@ def _assemble(
     symbols = describe.Symbols(trace, traced.marker)
     plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
+    groups = scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else ()
     manifest = Manifest(
         input_key=cache.input_key(ingredients),
         ingredients=dict(ingredients),
@@ -314,7 +316,8 @@ def _assemble(
         attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
         defaults=defaults,
         decoder=plain.decoder,
-        scale_groups=scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else (),
+        scale_groups=tuple(group for group in groups if group.modules),
+        mixture_groups=mixture_groups(groups),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
     )
     return files, manifest

@@ -26,7 +26,7 @@ Shapes: O out features, I in features, R rows that are looked at, G groups of g 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,8 @@ from runtime.algorithms.smoothquant import pooled
 from runtime.errors import QuantizationError
 
 NUM_ROWS = 512  # of each weight that the search looks at
+_MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # of all weights, where there are many, and of each all the same
+_MISFIT = "inputs of {} features do not fit the weights that read them"
 _STEPS_OF_CLIPPING = 20
 _LEAST_CLIPPING = 0.5
 _SMALLEST = 1e-4
@@ -66,7 +68,7 @@ class ScaleSearch:
 
 
 def search_scales(
-    weights: Sequence[torch.Tensor],
+    weights: Iterable[torch.Tensor],
     hessian_II: torch.Tensor,
     mean_abs_I: torch.Tensor,
     schemes: Sequence[QuantizationArgs],
@@ -75,12 +77,12 @@ def search_scales(
     n_grid: int = 20,
     duo_scaling: bool | str = True,
     channel_I: torch.Tensor | None = None,
-    num_rows: int = NUM_ROWS,
+    num_rows: int | None = None,
 ) -> ScaleSearch:
     """Find the factors by which the columns of weights that read one input are multiplied.
 
     Args:
-        weights: [O, I] each.
+        weights: [O, I] each; looked at one after the other, so they may be made when they are asked for.
         hessian_II: H, the sum of x x^T over the inputs.
         mean_abs_I: mean |x|.
         schemes: of each weight.
@@ -88,17 +90,19 @@ def search_scales(
         n_grid: how many a are tried, from 0 to 1.
         duo_scaling: whether s_W takes part; "both" tries both.
         channel_I: the producer's channel that each feature is proportional to; by default each its own.
-        num_rows: of each weight that are looked at, spread evenly.
+        num_rows: of each weight that are looked at, spread evenly; None for `rows_of_each`.
 
     Raises:
         QuantizationError: for shapes that do not fit, and numbers that cannot be worked with.
     """
-    _check(weights, hessian_II, mean_abs_I, n_grid)
-    dtype = grid.work_dtype(hessian_II, *weights)
-    sample = [weight[:: max(1, -(-len(weight) // num_rows))].to(dtype) for weight in weights]
+    _check(hessian_II, mean_abs_I, n_grid)
+    num_rows = rows_of_each(len(schemes)) if num_rows is None else num_rows
+    sample, relative_I = _looked_at(weights, schemes, len(mean_abs_I), num_rows)
+    dtype = grid.work_dtype(hessian_II, *sample)
+    sample = [rows_RI.to(dtype) for rows_RI in sample]
     gram_II = hessian_II.to(dtype)
     inputs_I = pooled(mean_abs_I.to(dtype), channel_I, "mean").clamp(min=_SMALLEST)
-    relative_I = pooled(_relative_sizes(weights, schemes).to(dtype), channel_I, "mean")
+    relative_I = pooled(relative_I.to(dtype), channel_I, "mean")
 
     def loss_with(scale_I: torch.Tensor) -> float:
         return sum(
@@ -118,28 +122,43 @@ def search_scales(
     return best
 
 
-def _check(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, mean_abs_I: torch.Tensor, n_grid: int) -> None:
-    num_in = len(mean_abs_I)
-    if not weights or any(weight.shape[1] != num_in for weight in weights) or hessian_II.shape != (num_in, num_in):
-        raise QuantizationError(f"inputs of {num_in} features do not fit the weights that read them")
+def rows_of_each(num_weights: int) -> int:
+    """How many rows of each weight are looked at: the experts of a mixture are hundreds."""
+    return min(NUM_ROWS, max(_FEWEST_ROWS, _MOST_ROWS // max(num_weights, 1)))
+
+
+def _check(hessian_II: torch.Tensor, mean_abs_I: torch.Tensor, n_grid: int) -> None:
+    if hessian_II.shape != (len(mean_abs_I),) * 2:
+        raise QuantizationError(_MISFIT.format(len(mean_abs_I)))
     if not torch.isfinite(mean_abs_I).all() or not grid.is_finite(hessian_II):
         raise QuantizationError("the inputs of an AWQ search are not finite", hint="an activation overflowed")
     if n_grid < 1:
         raise QuantizationError(f"n_grid must be at least 1, not {n_grid}")
 
 
-def _relative_sizes(weights: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs]) -> torch.Tensor:
-    """s_W: |w| over the largest |w| of its group, averaged over all rows of all weights, [I]."""
-    dtype = grid.work_dtype(*weights)
-    total_I, num_rows = torch.zeros(weights[0].shape[1], dtype=dtype, device=weights[0].device), 0
+def _looked_at(
+    weights: Iterable[torch.Tensor], schemes: Sequence[QuantizationArgs], num_in: int, num_rows: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Rows of each weight, and s_W: |w| over the largest |w| of its group, averaged over all rows of all weights, [I].
+
+    Weights are looked at once, in order, and not kept.
+    """
+    sample: list[torch.Tensor] = []
+    total_I, count = torch.zeros(0), 0
     for weight_OI, args in zip(weights, schemes, strict=True):
-        size_OI = weight_OI.abs().to(dtype)
+        if weight_OI.shape[1] != num_in:
+            raise QuantizationError(_MISFIT.format(num_in))
+        sample.append(weight_OI[:: max(1, -(-len(weight_OI) // num_rows))].clone())
+        size_OI = weight_OI.abs().to(grid.work_dtype(weight_OI))
         tiles_RhCw = grid.tile(size_OI, args)
         relative = tiles_RhCw / tiles_RhCw.amax(dim=(1, 3), keepdim=True).clamp(min=1e-8)
-        shape = (weight_OI.shape[0], weight_OI.shape[1])
-        total_I += grid.untile(relative, shape=shape).sum(dim=0)
-        num_rows += len(weight_OI)
-    return total_I / num_rows
+        own_I = grid.untile(relative, shape=(weight_OI.shape[0], num_in)).sum(dim=0)
+        total_I = total_I + own_I if count else own_I
+        count += len(weight_OI)
+        del weight_OI, size_OI, tiles_RhCw, relative
+    if not sample:
+        raise QuantizationError(_MISFIT.format(num_in))
+    return sample, total_I / count
 
 
 def _candidate(inputs_I: torch.Tensor, relative_I: torch.Tensor | None, ratio: float) -> torch.Tensor:

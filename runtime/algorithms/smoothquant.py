@@ -22,7 +22,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -33,7 +33,7 @@ SMALLEST = 1e-5  # of maxima: a channel that is always zero would make a factor 
 
 def smoothing_factors(
     absmax_I: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Iterable[torch.Tensor],
     *,
     strength: float = 0.5,
     channel_I: torch.Tensor | None = None,
@@ -42,7 +42,7 @@ def smoothing_factors(
 
     Args:
         absmax_I: the largest magnitude of each input feature.
-        weights: [O, I] each, all that read the input.
+        weights: [O, I] each, all that read the input; looked at one after the other.
         strength: a, between 0 and 1.
         channel_I: the producer's channel that each feature is proportional to; by default each its own.
 
@@ -54,13 +54,18 @@ def smoothing_factors(
     """
     if not 0 <= strength <= 1:
         raise QuantizationError(f"smoothing_strength must lie between 0 and 1, not {strength}")
-    if not weights or any(weight.shape[1:] != absmax_I.shape for weight in weights):
-        raise QuantizationError(f"inputs of {list(absmax_I.shape)} features do not fit the weights that read them")
     if not torch.isfinite(absmax_I).all():
         raise QuantizationError("the inputs to be smoothed are not finite", hint="an activation overflowed")
-    columns_I = torch.stack([weight.abs().amax(dim=0).to(absmax_I.device, torch.float32) for weight in weights])
+    columns: list[torch.Tensor] = []
+    for weight_OI in weights:
+        if weight_OI.shape[1:] != absmax_I.shape:
+            columns.clear()
+            break
+        columns.append(weight_OI.abs().amax(dim=0).to(absmax_I.device, torch.float32))
+    if not columns:
+        raise QuantizationError(f"inputs of {list(absmax_I.shape)} features do not fit the weights that read them")
     inputs_I = pooled(absmax_I.to(torch.float32), channel_I, "amax").clamp(min=SMALLEST)
-    largest_I = pooled(columns_I.amax(dim=0), channel_I, "amax").clamp(min=SMALLEST)
+    largest_I = pooled(torch.stack(columns).amax(dim=0), channel_I, "amax").clamp(min=SMALLEST)
     return inputs_I.pow(strength) / largest_I.pow(1 - strength)
 
 

@@ -97,6 +97,11 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
     return statistics
 
 
+def measured_on_all(work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
+    """The statistics of modules of experts on all tokens, whoever is sent them."""
+    return _measured(work, needs, all_tokens=True)
+
+
 def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():

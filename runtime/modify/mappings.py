@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.errors import RecipeError
 from runtime.jobs import is_plain
-from runtime.manifest import ScaleGroup
+from runtime.manifest import Manifest, ScaledParameter, ScaleGroup
 from runtime.recipe import some
+from runtime.split import siblings_of
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescaling:
-    """A group, and whether the recipe named it: what nobody has proven is checked by running it."""
+    """A group, and whether only the recipe names it: what nobody has proven is checked by running it."""
 
     group: ScaleGroup
     is_named: bool
@@ -47,31 +49,99 @@ def rescalings(
         RecipeError: when there are none, or a mapping fits nothing.
     """
     wanted = dict.fromkeys(jobs)
-    remarks: list[str] = []
     if transform.mappings:
-        found = [Rescaling(group=group, is_named=True) for group in _named_groups(artifact, transform.mappings, origin)]
+        found = list(_named_rescalings(artifact, transform.mappings, origin))
     else:
         found = [
             Rescaling(group=group, is_named=False)
-            for group in artifact.manifest.scale_groups
+            for group in _with_all_readers(artifact)
             if group.producer and _is_wanted(group, artifact, transform)
         ]
-    kept = []
+    tied = {entry.tied_to for entry in artifact.manifest.parameters.values() if entry.tied_to}
+    kept: list[Rescaling] = []
+    left: dict[str, list[str]] = {}  # by the reason, modules whose inputs stay as they are
     for rescaling in found:
         group = rescaling.group
-        if not any(name in wanted for name in group.modules) or _is_ignored(group, transform.ignore):
+        if not any(name in wanted for name in group.modules):
             continue
-        fixed = _fixed(group, artifact, source, wanted)
+        if _is_ignored(group, transform.ignore):
+            left.setdefault("", []).extend(group.modules)
+            continue
+        fixed = _fixed(group, artifact, source, tied)
         if fixed:
-            remarks.append(f"{transform.name} leaves {some(group.modules)} alone: {fixed[0]} cannot be rewritten")
+            left.setdefault(fixed, []).extend(group.modules)
         else:
             kept.append(rescaling)
+    remarks = [
+        f"warning: {transform.name} does not rescale the inputs of {some(names)}: {reason}"
+        for reason, names in left.items()
+        if reason
+    ]
+    seen = {name for own in left.values() for name in own} | {n for entry in kept for n in entry.group.modules}
+    unmade = [] if transform.mappings else _unmade(artifact, transform, [name for name in wanted if name not in seen])
     if not kept:
-        raise RecipeError(
-            f"{origin}:{transform.line}: {transform.name} finds nothing to rescale in this artifact",
-            hint="compile with --leaves linear, so that the compiler looks for it, or give mappings",
+        raise _nothing_to_do(artifact, transform, origin, remarks, is_ignored="" in left)
+    if unmade:
+        remarks.append(
+            f"warning: {transform.name} does not rescale the inputs of {some(unmade)}: no norm or Linear makes them "
+            f"that could be scaled without changing the model ({len(unmade)} of {len(wanted)} quantized modules)"
         )
     return kept, remarks
+
+
+def _nothing_to_do(
+    artifact: Artifact, transform: Transform, origin: str, remarks: Sequence[str], *, is_ignored: bool
+) -> RecipeError:
+    """Why a modifier rescales nothing at all."""
+    what = f"{origin}:{transform.line}: {transform.name} finds nothing to rescale in this artifact"
+    without = f"leave {transform.name} out"
+    if artifact.manifest.policy == "target" and not transform.mappings:
+        return RecipeError(
+            f"{what}: it was compiled down to its targets alone, so what makes their modules' inputs is not known",
+            hint="compile with --leaves linear, so that the compiler looks for it, or give mappings",
+        )
+    if remarks:
+        return RecipeError(f"{what}: {remarks[0].partition(': ')[2]}", hint=f"{without}, or give mappings")
+    if is_ignored:
+        return RecipeError(f"{what}: it ignores all that could be rescaled", hint=f"narrow ignore, or {without}")
+    return RecipeError(
+        f"{what}: no norm or Linear makes the inputs of a quantized module that could be scaled without changing "
+        "the model",
+        hint=f"{without}, or give mappings",
+    )
+
+
+def _unmade(artifact: Artifact, transform: Transform, names: Sequence[str]) -> list[str]:
+    """Modules among these that a modifier would rescale if anything made their inputs: SmoothQuant those that norms
+    mostly make the inputs of, which several modules read.
+    """
+    if transform.algorithm == "awq":
+        return list(names)
+    siblings = siblings_of(artifact)
+    count = Counter(siblings.values())
+    made = {name for group in artifact.manifest.scale_groups if group.producer for name in group.modules}
+    return [name for name in names if name not in made and count[siblings.get(name)] > 1]
+
+
+def _with_all_readers(artifact: Artifact) -> Iterator[ScaleGroup]:
+    """The artifact's groups, Linear modules that read the tensor in another shape or times a number among their own."""
+    manifest = artifact.manifest
+    for group in manifest.scale_groups:
+        linears = [
+            other.name.removesuffix(".weight")
+            for other in group.others
+            if other.axis == 1 and other.name.endswith(".weight") and _is_linear(manifest, other.name)
+        ]
+        if not linears:
+            yield group
+            continue
+        rest = tuple(other for other in group.others if other.name.removesuffix(".weight") not in linears)
+        yield dataclasses.replace(group, modules=(*group.modules, *linears), others=rest)
+
+
+def _is_linear(manifest: Manifest, weight: str) -> bool:
+    kind = manifest.leaves.get(weight.removesuffix(".weight"))
+    return kind is not None and manifest.leaf_kinds[kind].kind == "Linear"
 
 
 def _is_wanted(group: ScaleGroup, artifact: Artifact, transform: Transform) -> bool:
@@ -86,18 +156,20 @@ def _is_ignored(group: ScaleGroup, ignore: Sequence[str]) -> bool:
     return any(matches_name(pattern, name) for pattern in ignore for name in names)
 
 
-def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, quantized: Mapping[str, None]) -> list[str]:
-    """Parameters of a group that the checkpoint has not as they stand, or under several names, and stacks of experts
-    that are apart: these are rounded before anything is rescaled.
-    """
+def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, tied: Collection[str]) -> str:
+    """Why a group cannot be rescaled: a parameter that the checkpoint has not as it stands, or under several names."""
     weights = [f"{name}.weight" for name in group.modules]
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
-    tied = {entry.tied_to for entry in parameters.values() if entry.tied_to}
-    return [name for name in names if not is_plain(artifact, source, name) or parameters[name].tied_to or name in tied]
+    for name in names:
+        if not is_plain(artifact, source, name):
+            return f"{name} is not one tensor of the checkpoint, and cannot be rewritten"
+        if parameters[name].tied_to or name in tied:
+            return f"{name} is used under several names, and cannot be rewritten for one of them"
+    return ""
 
 
-def _named_groups(artifact: Artifact, mappings: Sequence[NamedMapping], origin: str) -> Iterator[ScaleGroup]:
+def _named_rescalings(artifact: Artifact, mappings: Sequence[NamedMapping], origin: str) -> Iterator[Rescaling]:
     for mapping in mappings:
         found = list(_matches(artifact, mapping))
         if not found:
@@ -107,8 +179,11 @@ def _named_groups(artifact: Artifact, mappings: Sequence[NamedMapping], origin: 
                 hint="smooth_layer and each of balance_layers must match modules of one subgraph; "
                 "seqbuild inspect shows their names",
             )
+        known: dict[str, list[ScaleGroup]] = {}
+        for group in _with_all_readers(artifact):
+            known.setdefault(group.producer, []).append(group)
         for group in found:
-            yield _completed(artifact, group, f"{origin}:{mapping.line}")
+            yield _completed(artifact, group, known.get(group.producer, ()), f"{origin}:{mapping.line}")
 
 
 def _matches(artifact: Artifact, mapping: NamedMapping) -> Iterator[ScaleGroup]:
@@ -117,20 +192,17 @@ def _matches(artifact: Artifact, mapping: NamedMapping) -> Iterator[ScaleGroup]:
 
     for index, subgraph in enumerate(artifact.manifest.subgraphs):
         modules = [name.removesuffix(".weight") for name in subgraph.parameters if name.endswith(".weight")]
-        for producer in (name for name in modules if matches_name(mapping.smooth_layer, name)):
-            balanced = [
-                name
-                for pattern in mapping.balance_layers
-                for name in _nearest(producer, [name for name in modules if matches_name(pattern, name)])
-            ]
-            if balanced:
-                bias = f"{producer}.bias"
-                yield ScaleGroup(
-                    subgraph=index,
-                    modules=tuple(dict.fromkeys(balanced)),
-                    producer=f"{producer}.weight",
-                    bias=bias if bias in subgraph.parameters else "",
-                )
+        producers = [name for name in modules if matches_name(mapping.smooth_layer, name)]
+        readers = [[name for name in modules if matches_name(pattern, name)] for pattern in mapping.balance_layers]
+        for producer in producers if any(readers) else ():
+            balanced = [name for own in readers for name in _nearest(producer, own)]
+            bias = f"{producer}.bias"
+            yield ScaleGroup(
+                subgraph=index,
+                modules=tuple(dict.fromkeys(balanced)),
+                producer=f"{producer}.weight",
+                bias=bias if bias in subgraph.parameters else "",
+            )
 
 
 def _nearest(producer: str, names: Sequence[str]) -> list[str]:
@@ -144,16 +216,16 @@ def _nearest(producer: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if shared(name) == most]
 
 
-def _completed(artifact: Artifact, group: ScaleGroup, where: str) -> ScaleGroup:
-    """A named group with the channels and the offset that the compiler knows, or each channel its own.
+def _completed(artifact: Artifact, group: ScaleGroup, known: Sequence[ScaleGroup], where: str) -> Rescaling:
+    """A named group with what the compiler knows of its producer, which needs no proof, or each channel its own.
 
     Raises:
         RecipeError: when shapes do not fit.
     """
     parameters = artifact.manifest.parameters
-    for known in artifact.manifest.scale_groups:
-        if known.producer == group.producer and set(group.modules) <= {*known.modules, *_linears(known)}:
-            return known
+    for own in known:
+        if set(group.modules) <= {*own.modules, *_modules_of(own.others)}:
+            return Rescaling(group=own, is_named=False)
     widths = {parameters[f"{name}.weight"].shape[1] for name in group.modules}
     rows = parameters[group.producer].shape[0]
     if widths != {rows}:
@@ -162,9 +234,9 @@ def _completed(artifact: Artifact, group: ScaleGroup, where: str) -> ScaleGroup:
             f"{some(group.modules)} take {', '.join(map(str, sorted(widths)))}",
             hint="which channel feeds which must be known; leave mappings out where the compiler finds them",
         )
-    offset = next((g.offset for g in artifact.manifest.scale_groups if g.producer == group.producer), 0)
-    return dataclasses.replace(group, channels=(0, rows), offset=offset)
+    offset = next((own.offset for own in known), 0)
+    return Rescaling(group=dataclasses.replace(group, channels=(0, rows), offset=offset), is_named=True)
 
 
-def _linears(group: ScaleGroup) -> Iterator[str]:
-    yield from (other.name.removesuffix(".weight") for other in group.others)
+def _modules_of(others: Iterable[ScaledParameter]) -> Iterator[str]:
+    yield from (other.name.removesuffix(".weight") for other in others)

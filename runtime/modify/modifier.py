@@ -15,20 +15,26 @@ import torch
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
-from runtime.modify.experts import expert_groups, few_tokens, measure, measured_again
+from runtime.modify.experts import expert_groups, few_tokens, measure, measured_again, measured_on_all
 from runtime.modify.inputs_seen import only_zeros, reached_modules, require_inputs, unreached
 from runtime.modify.needs import RecipeNeeds
-from runtime.modify.proof import require_same_output
+from runtime.modify.proof import assigned
+from runtime.modify.rescaling import StepRescaler
 from runtime.modify.rounding import Rounded, round_modules, with_inputs
-from runtime.modify.smoothing import Rescaled, find_scales
+from runtime.modify.siblings import JOINED, siblings_by_name
+from runtime.modify.smoothing import Rescaled
 from runtime.presets import averaging_of
 from runtime.recipe import some
 from runtime.schemes import input_parts, static_input_parts
+from runtime.split import siblings_of
 from runtime.statistics import InputStatistics, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.manifest import ScaleGroup
+    from runtime.modify.mappings import Rescaling
     from runtime.recipe import Assignment, Recipe
+    from runtime.recipe_transforms import Transform
     from runtime.streaming.work import Work
     from runtime.weights import Weights
 
@@ -57,11 +63,13 @@ class RecipeModifier:
         self.needs = RecipeNeeds(artifact, source, recipe, jobs)
         self.key_values = self.needs.key_values
         self.remarks = list(self.needs.remarks)
-        groups = artifact.manifest.scale_groups
-        self.siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
-        if not groups and any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values()):
+        self.siblings = siblings_of(artifact)
+        needs_siblings = any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values())
+        if needs_siblings and not any(name in self.siblings for name in jobs):
+            self.siblings = siblings_by_name(jobs)
             self.remarks.append(
-                "warning: this artifact does not say which modules are siblings, so each has its own NVFP4 global scale"
+                "warning: this artifact does not say which modules read one tensor, so those that engines join by "
+                f"their names ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's global scale"
             )
 
     def measures(self, names: Sequence[str]) -> bool:
@@ -78,46 +86,99 @@ class RecipeModifier:
         """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
         found: dict[str, None] = {}
         for _, rescaling in self.needs.rescaled(names):
-            group = rescaling.group
-            touched = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
-            touched += [other.name for other in group.others]
-            found.update(dict.fromkeys(name for name in touched if name))
+            found.update(dict.fromkeys(_touched(rescaling.group)))
         return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
 
     def apply(self, work: Work) -> None:
-        """Measure, rescale, round; experts first, in groups that fit into memory."""
-        names = work.step.modules
-        needs = {name: need for name, need in self.needs.of(names).items() if need}
-        groups = expert_groups(work, needs)
+        """Measure, rescale, round; experts first, in groups that fit into memory.
+
+        The last experts come first: nothing that is measured later is computed from what they return.
+        """
+        names, all_tokens = work.step.modules, work.all_tokens
+        needs = {name: need for name, need in self.needs.of(names, all_tokens=all_tokens).items() if need}
+        groups = expert_groups(work, needs)[::-1]
         grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
-        statistics: dict[str, InputStatistics] = {}
+        if groups and all_tokens:  # one expert stands for all of its mixture
+            others |= {name: need for name, need in self.needs.witnesses(names).items() if name not in groups[0]}
+        rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
+        rescaler = StepRescaler(work, rescaled, self.recipe.source)
+        inside, outside = self._rescalings(names)
         attentions = self.needs.attentions(names)
-        for index, group in enumerate(groups):
-            first = others if index == 0 else {}  # what else there is is measured before any weight is rounded
-            wanted = first | {name: needs[name] for name in group}
-            later = [name for name in grouped if name not in group] if index == 0 else []
+        statistics: dict[str, InputStatistics] = {}
+        for index, group in enumerate(groups or [[]]):
+            wanted = others if index == 0 else {}  # what else there is is measured before any weight is rounded
+            own = {name: needs[name] for name in group}
+            later = [name for name in grouped if name not in own] if index == 0 else []
             # Experts that no token reaches are to end the run before others are solved.
             with reached_modules(work.model, later) as reached:
-                measured = self._measured(work, wanted)
+                measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
-            statistics.update({name: measured.pop(name) for name in first if name in measured})
-            self._round(work, group, {}, measured, others=list(statistics.values()))
-        if not groups and (others or attentions):
-            statistics = self._measured(work, others)
+            if index == 0:
+                rescaler.rescale(outside, measured, self._witnesses(work))
+                self._measure_cache_again(work, rescaled, [rescaling.group for _, rescaling in outside], attentions)
+                found = {name: measured.pop(name) for name in wanted if name in measured}
+                statistics = {name: entry for name, entry in found.items() if name in self.jobs and name not in grouped}
+                del found  # the others were rescaled alone
+            else:
+                rescaler.adjust(measured)
+            for expert in dict.fromkeys(self.needs.experts[name] for name in group):
+                rescaler.rescale(inside.get(expert, ()), measured, {})
+            self._round(work, group, rescaled, measured, others=list(statistics.values()))
+        rescaler.say_what_was_left()
         self._add_key_value_scales(work, attentions)
-        rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
-        self._rescale(work, rescaled, statistics)
-        for name, tensor in rescaled.tensors.items():
-            if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
-                work.rewrite(name, tensor.to(_parameter(work, name).dtype))
+        self._rewrite(work, rescaled)
         left = [name for name in names if name not in grouped]
         used = {name: statistics[name] for name in left if name in statistics}
         del statistics  # of modules that are rescaled and not rounded
-        self._round(work, left, rescaled.tensors, used)
+        self._round(work, left, rescaled, used)
 
-    def _measured(self, work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
+    def _rescalings(
+        self, names: Sequence[str]
+    ) -> tuple[dict[tuple[str, int], list[tuple[Transform, Rescaling]]], list[tuple[Transform, Rescaling]]]:
+        """A step's rescalings inside of single experts, by the expert, and the others."""
+        inside: dict[tuple[str, int], list[tuple[Transform, Rescaling]]] = {}
+        outside = []
+        for transform, rescaling in self.needs.rescaled(names):
+            if self.needs.is_inside(rescaling):
+                inside.setdefault(self.needs.experts[rescaling.group.modules[0]], []).append((transform, rescaling))
+            else:
+                outside.append((transform, rescaling))
+        return inside, outside
+
+    def _witnesses(self, work: Work) -> dict[str, InputStatistics]:
+        """What all tokens are for modules of experts that are measured on their own."""
+        needs = {} if work.all_tokens else self.needs.witnesses(work.step.modules)
+        return measured_on_all(work, needs) if needs else {}
+
+    def _rewrite(self, work: Work, rescaled: Rescaled) -> None:
+        """Write what has been rescaled and is not rounded."""
+        for name in rescaled.changed():
+            if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
+                work.rewrite(name, rescaled.rounded(name, _parameter(work, name).dtype))
+                rescaled.forget(name)
+
+    def _measure_cache_again(
+        self, work: Work, rescaled: Rescaled, groups: Sequence[ScaleGroup], attentions: Sequence[str]
+    ) -> None:
+        """Measure keys and values once more where what makes them has been divided, as the values of AWQ are."""
+        inside = tuple(f"{module}." for module in attentions)
+        if not any(group.producer.startswith(inside) for group in groups):
+            return
+        changed = dict.fromkeys(rescaled.changed())
+        touching = [names for names in map(_touched, groups) if any(name.startswith(inside) for name in names)]
+        assert self.key_values is not None, "there are attentions"
+        for module in attentions:
+            self.key_values.spans.pop(module, None)
+        with assigned(work, rescaled, dict.fromkeys(name for names in touching for name in names if name in changed)):
+            self._measured(work, {}, attentions)
+
+    def _measured(
+        self, work: Work, needs: Mapping[str, Needs], attentions: Sequence[str] = ()
+    ) -> dict[str, InputStatistics]:
+        if not needs and not attentions:
+            return {}
         with self._measuring(work):
             statistics = measure(work, needs, self.jobs)
         blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
@@ -161,40 +222,18 @@ class RecipeModifier:
                 work.add(f"{prefix}.{part}", scale)
             self.key_values.scales[module] = scales
 
-    def _rescale(self, work: Work, rescaled: Rescaled, statistics: Mapping[str, InputStatistics]) -> None:
-        scaled: dict[str, torch.Tensor] = {}
-        for transform, rescaling in self.needs.rescaled(work.step.modules):
-            group = rescaling.group
-            measured = {id(statistics[name]): statistics[name] for name in group.modules if name in statistics}
-            if not measured or not all(entry.num_tokens for entry in measured.values()):
-                work.warnings.append(f"warning: {some(group.modules)} saw no tokens and are not rescaled")
-                continue
-            dtypes = {name: work.scale_dtype(name) for name in group.modules if name in self.jobs}
-            scale_I = find_scales(transform, group, rescaled, next(iter(measured.values())), dtypes)
-            before = dict(rescaled.tensors)
-            used_I = rescaled.apply(group, scale_I)
-            if rescaling.is_named:
-                where = (
-                    f"{self.recipe.source}:{transform.line}: the mapping of {group.producer.removesuffix('.weight')}"
-                )
-                require_same_output(work, before, rescaled.tensors, where)
-            for entry in measured.values():
-                entry.scale(used_I)
-            scaled[group.modules[0]] = used_I
-
     def _round(
         self,
         work: Work,
         names: Sequence[str],
-        rescaled: dict[str, torch.Tensor],
+        rescaled: Rescaled,
         statistics: dict[str, InputStatistics],
         others: Collection[InputStatistics] = (),
     ) -> None:
         """Round modules in order; what nobody needs any more of rescaled weights and statistics is taken out."""
 
         def weight_of(name: str) -> torch.Tensor:
-            tensor = rescaled.get(f"{name}.weight")
-            return tensor if tensor is not None else work.weight(name)
+            return rescaled.get(f"{name}.weight") if f"{name}.weight" in rescaled.factors else work.weight(name)
 
         rounding = round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings, others)
         for rounded in rounding:
@@ -211,7 +250,7 @@ class RecipeModifier:
                 loss=rounded.loss,
                 start=rounded.start,
             )
-            rescaled.pop(f"{rounded.name}.weight", None)
+            rescaled.forget(f"{rounded.name}.weight")
             statistics.pop(rounded.name, None)
             del found, rounded  # or the last of them would keep its weight and its sums while the next is solved
 
@@ -229,6 +268,12 @@ class RecipeModifier:
             raise QuantizationError(
                 f"the inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
             ) from error
+
+
+def _touched(group: ScaleGroup) -> list[str]:
+    """The parameters that rescaling a group changes."""
+    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+    return [name for name in (*names, *(other.name for other in group.others)) if name]
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

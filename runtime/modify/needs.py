@@ -13,10 +13,12 @@ from runtime.key_values import KeyValues
 from runtime.modify.mappings import Rescaling, rescalings
 from runtime.presets import averaging_of
 from runtime.schemes import input_parts
+from runtime.split import expert_of
 from runtime.statistics import AVERAGING_CONSTANT, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.manifest import ScaleGroup
     from runtime.recipe import Assignment, Recipe
     from runtime.recipe_transforms import Transform
     from runtime.weights import Weights
@@ -33,6 +35,7 @@ class RecipeNeeds:
 
     Attributes:
         rescalings: each modifier that rescales, with the groups that it does it to.
+        experts: for each module of an expert that is apart the mixture's name and the expert's number.
         key_values: the cache whose keys and values are measured, or None.
         remarks: what a user should know before it begins, a line each.
 
@@ -45,11 +48,13 @@ class RecipeNeeds:
     ) -> None:
         self.jobs = jobs
         self.remarks: list[str] = []
+        self.experts = expert_of(artifact)
         self.rescalings: list[tuple[Transform, list[Rescaling]]] = []
         for transform in recipe.transforms:
             found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
             self.rescalings.append((transform, found))
             self.remarks += remarks
+        self._by_owner: dict[str, list[tuple[int, Transform, Rescaling]]] | None = None
         if recipe.transforms:
             _require_usual_averages(jobs, recipe.source)
         self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
@@ -64,24 +69,59 @@ class RecipeNeeds:
         """Whether batches must run for a step that quantizes these modules."""
         return any(self.of(names).values()) or bool(self.attentions(names))
 
-    def of(self, names: Sequence[str]) -> dict[str, Needs]:
-        """What is measured of the inputs of each module of a step, those included that are rescaled alone."""
+    def of(self, names: Sequence[str], *, all_tokens: bool = True) -> dict[str, Needs]:
+        """What is measured of the inputs of each module of a step, those included that are rescaled alone.
+
+        Args:
+            names: the modules that are quantized with the step.
+            all_tokens: whether experts are measured on all tokens, so that one of them can stand for those that read
+                the same tensor; otherwise it is measured besides (`witnesses`).
+        """
         needs = {name: _needs_of(self.jobs[name]) for name in names}
         for transform, rescaling in self.rescaled(names):
-            kind = Needs(hessian=transform.algorithm == "awq", channels=True)
-            for name in rescaling.group.modules:
-                needs[name] = needs.get(name, Needs()) | kind
+            for name in self._measured(rescaling.group, with_witness=all_tokens):
+                needs[name] = needs.get(name, Needs()) | _needs_to_rescale(transform)
         return needs
+
+    def witnesses(self, names: Sequence[str]) -> dict[str, Needs]:
+        """Modules of experts that are measured on all tokens, for all modules that read the same tensor."""
+        needs: dict[str, Needs] = {}
+        for transform, rescaling in self.rescaled(names):
+            for name in self._measured(rescaling.group, with_witness=True):
+                if name in self.experts and not self.is_inside(rescaling):
+                    needs[name] = needs.get(name, Needs()) | _needs_to_rescale(transform)
+        return needs
+
+    def rescaled_modules(self) -> list[str]:
+        """All modules whose inputs are rescaled, quantized or not."""
+        return list(dict.fromkeys(name for _, own in self.rescalings for entry in own for name in entry.group.modules))
+
+    def is_inside(self, rescaling: Rescaling) -> bool:
+        """Whether all of a rescaling lies inside of one expert."""
+        return rescaling.group.producer.rpartition(".")[0] in self.experts
+
+    def _measured(self, group: ScaleGroup, *, with_witness: bool) -> list[str]:
+        """The modules of a group whose inputs are measured for it. A mixture's experts are many and see one tensor: the
+        first is enough, and none is needed where another module reads it as well.
+        """
+        others = [name for name in group.modules if name not in self.experts]
+        if others or group.producer.rpartition(".")[0] in self.experts:
+            return others or list(group.modules)
+        return list(group.modules[:1]) if with_witness else []
 
     def rescaled(self, names: Sequence[str]) -> list[tuple[Transform, Rescaling]]:
         """What is rescaled with a step that quantizes these modules, in order."""
-        owned = dict.fromkeys(names)
-        return [
-            (transform, rescaling)
-            for transform, found in self.rescalings
-            for rescaling in found
-            if next((name for name in rescaling.group.modules if name in self.jobs), None) in owned
-        ]
+        if self._by_owner is None:
+            self._by_owner = {}
+            order = 0
+            for transform, found in self.rescalings:
+                for rescaling in found:
+                    owner = next((name for name in rescaling.group.modules if name in self.jobs), None)
+                    if owner is not None:
+                        self._by_owner.setdefault(owner, []).append((order, transform, rescaling))
+                        order += 1
+        own = [entry for name in dict.fromkeys(names) for entry in self._by_owner.get(name, ())]
+        return [(transform, rescaling) for _, transform, rescaling in sorted(own, key=lambda entry: entry[0])]
 
     def attentions(self, names: Sequence[str]) -> list[str]:
         """The attention modules whose keys and values are rounded with a step that quantizes these modules."""
@@ -101,6 +141,10 @@ def _require_usual_averages(jobs: Mapping[str, Assignment], source: str) -> None
                 f"{source}: {name}: the averaging_constant of inputs is not offered beside modifiers that rescale them",
                 hint="leave it out, or use the observer static_minmax",
             )
+
+
+def _needs_to_rescale(transform: Transform) -> Needs:
+    return Needs(hessian=transform.algorithm == "awq", channels=True)
 
 
 def _needs_of(job: Assignment) -> Needs:

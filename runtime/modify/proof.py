@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,19 +13,18 @@ from runtime.errors import RecipeError
 from runtime.weights import assign
 
 if TYPE_CHECKING:
+    from runtime.modify.smoothing import Rescaled
     from runtime.streaming.work import Work
 
 TOLERANCE = 0.05  # of the largest number; what is wrong is off by as much as the factors are
 
 
-def require_same_output(
-    work: Work, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], where: str
-) -> None:
+def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: str) -> None:
     """Run the first batch through the subgraph with both sets of parameters.
 
     Args:
         work: the step.
-        before: parameters that differ from the checkpoint's, by name.
+        before: parameters that differ from the checkpoint's.
         after: the same after the rescaling.
         where: the mapping, for the message.
 
@@ -41,19 +41,28 @@ def require_same_output(
             )
 
 
-def _outputs(work: Work, changed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    kept = {}
-    for name, tensor in changed.items():
-        owner, _, leaf = name.rpartition(".")
-        kept[name] = work.model.get_submodule(owner).get_parameter(leaf)
-        assign(work.model, name, tensor.to(kept[name].dtype))
-    try:
+def _outputs(work: Work, changed: Rescaled) -> list[torch.Tensor]:
+    with assigned(work, changed, changed.changed()):
         outputs: Any = work.run_first()
-    finally:
-        for name, parameter in kept.items():
-            assign(work.model, name, parameter.detach())
     return [
         tensor.detach().float()
         for tensor in pytree.tree_leaves(outputs)
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     ]
+
+
+@contextlib.contextmanager
+def assigned(work: Work, changed: Rescaled, names: Iterable[str]) -> Iterator[None]:
+    """Let the model compute with rescaled parameters while the block runs."""
+    kept = {}
+    try:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parameter = work.model.get_submodule(owner).get_parameter(leaf)
+            values = changed.rounded(name, parameter.dtype)  # made of the parameter as it was
+            kept[name] = parameter
+            assign(work.model, name, values)
+        yield
+    finally:
+        for name, parameter in kept.items():
+            assign(work.model, name, parameter.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ def round_modules(
     weight_of: Callable[[str], torch.Tensor],
     scale_dtype_of: Callable[[str], torch.dtype],
     statistics: Mapping[str, InputStatistics],
-    siblings: Mapping[str, int],
+    siblings: Mapping[str, Hashable],
     others: Collection[InputStatistics] = (),
 ) -> Iterator[Rounded]:
     """Quantize modules, in order of execution.
@@ -66,14 +66,17 @@ def round_modules(
         scale_dtype_of: in what the checkpoint stores its scales.
         statistics: of its inputs, where they were measured. Whoever takes a module that comes out takes its statistics
             out of here: GPTQ works in the memory of a Hessian that no module is left for.
-        siblings: which modules read one tensor: a number for each, as far as it is known.
+        siblings: something that is equal for modules that read one tensor, as far as that is known.
         others: statistics that are still to be used for other modules than these.
 
     Raises:
         QuantizationError: naming the module.
     """
     shared = _global_scales(names, jobs, weight_of, siblings)
-    inputs = {name: (id(statistics[name]), scale_dtype_of(name)) for name in names if name in statistics}
+    # What is solved together has one global scale, too; siblings have the very same tensor.
+    inputs = {
+        name: (id(statistics[name]), scale_dtype_of(name), id(shared.get(name))) for name in names if name in statistics
+    }
     for together in solved_together(names, jobs, inputs):
         # In a frame of its own, so that nothing of one batch is held while the next is solved.
         found = statistics.get(together[0])
@@ -129,10 +132,10 @@ def _global_scales(
     names: Sequence[str],
     jobs: Mapping[str, Assignment],
     weight_of: Callable[[str], torch.Tensor],
-    siblings: Mapping[str, int],
+    siblings: Mapping[str, Hashable],
 ) -> dict[str, torch.Tensor]:
     """NVFP4's global scales: engines fuse siblings into one matrix, which has one."""
-    groups: dict[int | str, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name in names:
         if grid.needs_global_scale(jobs[name].scheme.weights):
             groups.setdefault(siblings.get(name, name), []).append(name)

@@ -8,7 +8,7 @@ gives, so that the model computes the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,22 +29,56 @@ if TYPE_CHECKING:
 class Rescaled:
     """Parameters of a step that differ from the checkpoint's.
 
+    Vectors are kept as they are now; of matrices only what has become of them, and they are made when they are asked
+    for: those of a mixture's experts would take twice as much memory in float32 as the model itself.
+
     Attributes:
         read: a parameter as it was, by name.
         stored_dtype: the dtype of a parameter in the checkpoint, by name.
         jobs: modules that are quantized.
-        tensors: those that have changed, float32.
-        factors: what the inputs of each module were divided by in all, [I].
+        tensors: vectors that have changed, float32.
+        factors: by the names of matrices, what to divide or multiply them by, one after the other.
     """
 
     read: Callable[[str], torch.Tensor]
     stored_dtype: Callable[[str], torch.dtype]
     jobs: Mapping[str, Assignment]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    factors: dict[str, list[_Factor]] = field(default_factory=dict)
 
     def get(self, name: str) -> torch.Tensor:
-        """A parameter as it is now."""
-        return self.tensors[name] if name in self.tensors else self.read(name)
+        """A parameter as it is now; float32 where it has changed."""
+        tensor = self.tensors[name] if name in self.tensors else self.read(name)
+        for factor in self.factors.get(name, ()):
+            tensor = factor.applied(tensor.to(torch.float32))
+        return tensor
+
+    def changed(self) -> list[str]:
+        """The names of all that has changed."""
+        return [*self.tensors, *self.factors]
+
+    def rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter as it is now, in this dtype; stacks are made expert by expert."""
+        tensor = self.read(name)
+        if name not in self.factors or tensor.dim() < 3:
+            return self.get(name).to(dtype)
+        result = torch.empty_like(tensor, dtype=dtype)
+        for place, part in enumerate(tensor):
+            values = part[None].to(torch.float32)
+            for factor in self.factors[name]:
+                values = factor.applied(values)
+            result[place] = values[0]
+        return result
+
+    def forget(self, name: str) -> None:
+        """Drop what has become of a parameter that has been written."""
+        self.tensors.pop(name, None)
+        self.factors.pop(name, None)
+
+    def copy(self) -> Rescaled:
+        """The same as it is now."""
+        factors = {name: list(own) for name, own in self.factors.items()}
+        return replace(self, tensors=dict(self.tensors), factors=factors)
 
     def apply(self, group: ScaleGroup, scale_I: torch.Tensor) -> torch.Tensor:
         """Divide what makes a group's channels by these factors, and multiply what takes them.
@@ -56,12 +90,12 @@ class Rescaled:
         Returns:
             The factors [I] by which inputs really are divided.
         """
-        weight = self.get(group.producer).to(torch.float32)
-        channels = torch.tensor(channels_of(group), device=weight.device)
-        factor_C = torch.ones(len(weight), device=weight.device)
-        factor_C[channels] = scale_I.to(weight.device, torch.float32)
-        is_kept = group.producer.removesuffix(".weight") in self.jobs
-        if weight.dim() == 1 and not is_kept:
+        producer = self.read(group.producer)
+        channels = torch.tensor(channels_of(group), device=producer.device)
+        factor_C = torch.ones(len(producer), device=producer.device)
+        factor_C[channels] = scale_I.to(producer.device, torch.float32)
+        if producer.dim() == 1:
+            weight = self.get(group.producer).to(torch.float32)
             divided = (weight + group.offset) / factor_C - group.offset
             rounded = divided.to(self.stored_dtype(group.producer)).to(torch.float32)
             really = (weight + group.offset) / (rounded + group.offset)
@@ -69,18 +103,32 @@ class Rescaled:
             factor_C = torch.where(is_sound, really, factor_C)
             self.tensors[group.producer] = rounded
         else:
-            column = factor_C.reshape(-1, *[1] * (weight.dim() - 1))
-            self.tensors[group.producer] = (weight + group.offset) / column - group.offset
+            self._change(group.producer, factor_C, axis=0, is_division=True)
         if group.bias:
             self.tensors[group.bias] = self.get(group.bias).to(torch.float32) / factor_C
         used_I = factor_C[channels]
-        takers = [(f"{name}.weight", 1) for name in group.modules] + [(o.name, o.axis) for o in group.others]
-        for name, axis in takers:
-            tensor = self.get(name).to(torch.float32)
-            shape = [1] * tensor.dim()
-            shape[axis] = -1
-            self.tensors[name] = tensor * used_I.reshape(shape)
+        for name in group.modules:
+            self._change(f"{name}.weight", used_I, axis=1)
+        for other in group.others:
+            self._change(other.name, used_I, axis=other.axis)
         return used_I
+
+    def _change(self, name: str, values: torch.Tensor, *, axis: int, is_division: bool = False) -> None:
+        shape = [1] * self.read(name).dim()
+        shape[axis] = -1
+        self.factors.setdefault(name, []).append(_Factor(values=values.reshape(shape), is_division=is_division))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Factor:
+    """What a matrix is multiplied with, or divided by; as many dimensions, all but one of size 1."""
+
+    values: torch.Tensor
+    is_division: bool
+
+    def applied(self, tensor: torch.Tensor) -> torch.Tensor:
+        values = self.values.to(tensor.device)
+        return tensor / values if self.is_division else tensor * values
 
 
 def find_scales(
@@ -106,7 +154,7 @@ def find_scales(
     try:
         if transform.algorithm == "smoothquant":
             low_I, high_I = statistics.feature_span()
-            weights = [rescaled.get(f"{name}.weight") for name in group.modules]
+            weights = (rescaled.get(f"{name}.weight") for name in group.modules)
             return smoothing_factors(
                 torch.maximum(-low_I, high_I), weights, strength=transform.strength, channel_I=channels
             )
@@ -125,7 +173,7 @@ def _search(
     channels: torch.Tensor,
 ) -> torch.Tensor:
     found = search_scales(
-        [rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized],
+        (rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized),
         statistics.hessian_II,
         statistics.mean_abs_I,
         [rescaled.jobs[name].scheme.weights for name in quantized],

@@ -102,20 +102,18 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
-    """The most that finding the factors of a group of weights, and multiplying by them, holds beside its statistics.
+    """The most that finding the factors of a group of weights holds beside its statistics.
 
-    `awq.search_scales` gets all of them in float32. It holds three copies of one while it compares columns, and five of
-    the rows that it tries candidates on. `smoothquant` looks at a weight at a time.
+    Weights are looked at one after the other, each in float32. `awq.search_scales` makes three copies more of one while
+    it compares columns, keeps some rows of each, and holds five copies of those of one that it tries candidates on.
     """
-    from runtime.algorithms.awq import NUM_ROWS
+    from runtime.algorithms.awq import rows_of_each
 
-    copies = [copy_bytes(shape) for shape in shapes]
-    multiplying = sum(copies) + max(copies)
+    largest = max(copy_bytes(shape) for shape in shapes)
     if algorithm != "awq":
-        return multiplying
-    rows = [copy_bytes((min(shape[0], NUM_ROWS), shape[1])) for shape in shapes]
-    trying = sum(copies) + max(3 * max(copies), 5 * max(rows))
-    return max(multiplying, trying)
+        return 2 * largest
+    rows = [copy_bytes((min(shape[0], rows_of_each(len(shapes))), shape[1])) for shape in shapes]
+    return sum(rows) + max(3 * largest, 5 * max(rows))
 
 
 def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:

@@ -1,12 +1,12 @@
 """What a subgraph takes while its weights are rescaled and rounded: `modify.modifier.RecipeModifier.apply`, in bytes.
 
 Batches have gone through by then. What is left of them are sums of statistics, each until the last module that needs it
-is rounded; rescaled weights lie beside the original ones in float32, each until it is rounded itself.
+is rounded; rescaled weights are made in float32 when they are rounded or written, vectors at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.modify.together import may_overwrite, solved_together
@@ -35,28 +35,36 @@ def modifying_bytes(
         most_sums: of them at a time: experts are measured and rounded in groups.
     """
     most = 0
-    copies: dict[str, int] = {}  # rescaled parameters
+    copies: dict[str, int] = {}  # rescaled vectors
+    rescaled: dict[str, int] = {}  # matrices, which are multiplied when their turn comes
 
-    def held(left: Sequence[str]) -> int:
-        waiting = sum(size for names, size in sums.items() if any(name in names for name in left))
+    def held(left: Collection[str] | None = None) -> int:
+        """With the sums of the modules that are left, all by default."""
+        waiting = sum(size for names, size in sums.items() if left is None or any(name in left for name in names))
         return min(waiting, most_sums) + sum(copies.values())
 
     for transform, rescaling in needs.rescaled(modules):
         group = rescaling.group
         weights = [f"{name}.weight" for name in group.modules]
         taken = search_bytes([shape_of(name) for name in weights], transform.algorithm)
-        most = max(most, held([*modules, *group.modules]) + taken)
+        most = max(most, held() + taken)
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
-        copies.update({name: copy_bytes(shape_of(name)) for name in touched if name})
-    left = list(modules)
+        for name in (name for name in touched if name):
+            shape = shape_of(name)
+            if len(shape) == 1:
+                copies[name] = copy_bytes(shape)
+            else:
+                rescaled[name] = 2 * copy_bytes(shape[-2:])
+    most = max(most, held() + max(rescaled.values(), default=0))
+    left = dict.fromkeys(modules)
     inputs = {name: number for number, names in enumerate(sums) for name in names}
     for together in solved_together(modules, needs.jobs, inputs):
         shapes = [shape_of(f"{name}.weight") for name in together]
         job = needs.jobs[together[0]]
         users = {name for names in sums if together[0] in names for name in names if name in left}
         overwrites = together[0] in inputs and may_overwrite(job, together, users)
-        most = max(most, held(left) + solve_bytes(shapes, job, overwrites=overwrites))
-        left = [name for name in left if name not in together]
+        multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
+        most = max(most, held(left) + multiplied + solve_bytes(shapes, job, overwrites=overwrites))
         for name in together:
-            copies.pop(f"{name}.weight", None)
+            left.pop(name, None)
     return most

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from runtime.manifest import ScaledParameter, ScaleGroup, SubgraphEntry
+from runtime.scale_groups import runs_of
 from seqbuild.groups.flow import Arrival, follow, operator_name, size_of
+from seqbuild.groups.mixtures import Mixtures
 from seqbuild.groups.sources import Source, parameter_of, sources, weights_of
+from seqbuild.trace.dense_experts import is_dense_experts
+from seqbuild.trace.experts import is_experts
 
 if TYPE_CHECKING:
     from seqbuild.subgraph import Subgraph
@@ -39,17 +43,27 @@ def scale_groups(
             for name in _read(node, modules):
                 if name in names:
                     uses[names[name]] += 1
+    for entry in entries:  # opaque steps look into the modules that they are handed
+        for name in entry.uses:
+            if name in names:
+                uses[names[name]] += 1
     shared = {name for name, key in names.items() if uses[key] > 1}
     found: list[ScaleGroup] = []
     known: dict[str, tuple[str, list[ScaleGroup]]] = {}
+    mixtures = Mixtures()
     for index, (subgraph, entry) in enumerate(zip(subgraphs, entries, strict=True)):
         groups = _renamed(known.get(entry.file), entry.scope, index)
         if groups is None or shared.intersection(entry.parameters):
-            groups = _groups_of(subgraph.graph, index, modules, shared)
+            groups = _groups_of(subgraph.graph, index, modules, shared, mixtures)
         if entry.scope and not shared.intersection(entry.parameters):
             known.setdefault(entry.file, (entry.scope, groups))
         found += groups
     return tuple(_each_once(found))
+
+
+def mixture_groups(groups: Sequence[ScaleGroup]) -> tuple[ScaleGroup, ...]:
+    """Those of no Linear module: what reads their tensors is a mixture's experts, and what sends tokens to them."""
+    return tuple(group for group in groups if not group.modules)
 
 
 def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
@@ -58,7 +72,7 @@ def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
     for group in groups:
         new = tuple(name for name in group.modules if name not in seen)
         seen.update(new)
-        if len(new) == len(group.modules):
+        if len(new) == len(group.modules):  # also one without modules, whose parameters are used once
             yield group
         elif new:
             yield ScaleGroup(subgraph=group.subgraph, modules=new)
@@ -95,8 +109,10 @@ def _read(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[str]:
     return [f"{node.target}.{name}" for name, _ in modules[str(node.target)].named_parameters()]
 
 
-def _groups_of(graph: fx.Graph, index: int, modules: Mapping[str, nn.Module], shared: set[str]) -> list[ScaleGroup]:
-    weights = weights_of(graph, modules)
+def _groups_of(
+    graph: fx.Graph, index: int, modules: Mapping[str, nn.Module], shared: set[str], mixtures: Mixtures
+) -> list[ScaleGroup]:
+    weights = weights_of(graph, modules, mixtures)
     siblings: dict[fx.Node, list[str]] = {}
     tensor_of: dict[str, fx.Node] = {}
     for node, (weight, *_) in weights.items():
@@ -105,14 +121,17 @@ def _groups_of(graph: fx.Graph, index: int, modules: Mapping[str, nn.Module], sh
             tensor = _same_tensor(node.args[0])
             siblings.setdefault(tensor, []).append(name)
             tensor_of[name] = tensor
-    produced: dict[fx.Node, ScaleGroup] = {}
+    produced: dict[fx.Node | str, ScaleGroup] = {}
     for source in sources(graph, modules):
-        group = _group(source, graph, index, weights, siblings, tensor_of, shared)
+        group = _group(source, graph, index, weights, siblings, tensor_of, shared, modules)
         if group is not None:  # of several producers the last, which is the nearest
-            produced[tensor_of[group.modules[0]]] = group
+            produced[tensor_of[group.modules[0]] if group.modules else group.others[0].name] = group
     return [
-        produced.get(tensor) or ScaleGroup(subgraph=index, modules=tuple(dict.fromkeys(names)))
-        for tensor, names in siblings.items()
+        *(
+            produced.get(tensor) or ScaleGroup(subgraph=index, modules=tuple(dict.fromkeys(names)))
+            for tensor, names in siblings.items()
+        ),
+        *(group for group in produced.values() if not group.modules),
     ]
 
 
@@ -124,6 +143,7 @@ def _group(
     siblings: Mapping[fx.Node, Sequence[str]],
     tensor_of: Mapping[str, fx.Node],
     shared: set[str],
+    modules: Mapping[str, nn.Module],
 ) -> ScaleGroup | None:
     """The group that a source can be the producer of."""
     if source.weight in shared or source.bias in shared:
@@ -135,9 +155,9 @@ def _group(
     if flow.escaped.intersection(channels) or any(arrival.parameter in shared for arrival in flow.arrivals):
         return None
     first = next((name for arrival in flow.arrivals for name in _linear_name(arrival, tensor_of)), None)
-    if first is None:
+    if first is None and not any(_is_mixture(arrival, modules) for arrival in flow.arrivals):
         return None
-    members = tuple(dict.fromkeys(siblings[tensor_of[first]]))
+    members = tuple(dict.fromkeys(siblings[tensor_of[first]])) if first is not None else ()
     met = {arrival.parameter for arrival in flow.arrivals}
     if not met.issuperset(f"{name}.weight" for name in members):
         return None
@@ -149,13 +169,18 @@ def _group(
         producer=source.weight,
         bias=source.bias,
         offset=source.offset,
-        channels=_runs(channels),
+        channels=runs_of(channels),
     )
 
 
 def _linear_name(arrival: Arrival, tensor_of: Mapping[str, fx.Node]) -> list[str]:
     name = arrival.parameter.removesuffix(".weight")
     return [name] if arrival.node.op == "call_module" and name in tensor_of else []
+
+
+def _is_mixture(arrival: Arrival, modules: Mapping[str, nn.Module]) -> bool:
+    module = modules.get(str(arrival.node.target)) if arrival.node.op == "call_module" else None
+    return module is not None and (is_experts(module) or is_dense_experts(module))
 
 
 def _same_tensor(value: object) -> fx.Node:
@@ -170,14 +195,3 @@ def _same_tensor(value: object) -> fx.Node:
             break
         value = before
     return value
-
-
-def _runs(channels: Sequence[int]) -> tuple[int, ...]:
-    """Channels as runs of consecutive ones: start, length, start, length."""
-    runs: list[int] = []
-    for channel in channels:
-        if runs and runs[-2] + runs[-1] == channel:
-            runs[-1] += 1
-        else:
-            runs += [channel, 1]
-    return tuple(runs)

@@ -92,6 +92,8 @@ _METADATA = frozenset(
         *("empty_like", "zeros_like", "ones_like", "full_like"),
     )
 )
+# Operators that look at the numbers of their first argument, and only at shape and dtype of the second.
+_LIKE = frozenset(("type_as", "to", "expand_as", "view_as", "reshape_as"))
 # Contractions over tokens: the argument whose last axis survives, and the place of that argument.
 _WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
@@ -187,7 +189,7 @@ def _step(
     weights: Mapping[fx.Node, Sequence[Weight]],
     flow: Flow,
 ) -> None:
-    if operator_name(node) in _METADATA:
+    if operator_name(node) in _METADATA or (operator_name(node) in _LIKE and node.args[0] not in inputs):
         return
     if node in weights:
         if inputs == [node.all_input_nodes[0]] and _arrive(node, tracked[inputs[0]], weights[node], flow):

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from seqbuild.groups.flow import Weight, operator_name, size_of
-from seqbuild.trace.experts import is_marked
+from seqbuild.groups.mixtures import Mixtures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,13 +37,15 @@ class Source:
     channels: torch.Tensor
 
 
-def weights_of(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, tuple[Weight, ...]]:
-    """The calls that take channels in along the last axis of their first argument, and the weights that they meet."""
+def weights_of(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], mixtures: Mixtures
+) -> dict[fx.Node, tuple[Weight, ...]]:
+    """The calls that take channels in along the last axis of their first input, and the weights that they meet."""
     found: dict[fx.Node, tuple[Weight, ...]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and str(node.target) in modules:
-            weights = tuple(_module_weights(str(node.target), modules[str(node.target)]))
-            if weights and node.args and isinstance(node.args[0], fx.Node):
+            weights = tuple(_module_weights(str(node.target), modules[str(node.target)], mixtures))
+            if weights and node.all_input_nodes and _first_input(node) is node.all_input_nodes[0]:
                 found[node] = weights
         elif operator_name(node) == "linear":
             name = parameter_of(node.args[1])
@@ -52,16 +54,18 @@ def weights_of(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Nod
     return found
 
 
-def _module_weights(name: str, module: nn.Module) -> Iterator[Weight]:
+def _first_input(node: fx.Node) -> object:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _module_weights(name: str, module: nn.Module, mixtures: Mixtures) -> Iterator[Weight]:
     if isinstance(module, nn.Linear):
         yield Weight(name=f"{name}.weight", axis=1)
     elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         yield Weight(name=f"{name}.weight", axis=0)
-    elif is_marked(module):
-        marked: Any = module
-        stacked = "gate_up_proj" if marked.has_gate else "up_proj"
-        if isinstance(getattr(module, stacked, None), nn.Parameter):
-            yield Weight(name=f"{name}.{stacked}", axis=1 if marked.is_transposed else 2)
+    else:
+        for reading in mixtures.readings(module):
+            yield Weight(name=f"{name}.{reading.name}", axis=reading.axis)
 
 
 def sources(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[Source]:

@@ -16,7 +16,9 @@ import torch
 from runtime.errors import DataError, TargetError, TraceError
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.sample.inputs import REHEARSAL_SHAPES, default_sample, rehearsal_samples
-from seqbuild.trace.leaf_policy import always_foreign
+from seqbuild.trace.dense_experts import is_dense_experts
+from seqbuild.trace.experts import is_experts
+from seqbuild.trace.leaf_policy import LeafPolicy, always_foreign
 from seqbuild.trace.subgraphs import Trace, trace_model
 
 if TYPE_CHECKING:
@@ -133,7 +135,8 @@ def trace_somehow(
         targets_per_subgraph: likewise.
         drop_uncalled: likewise.
         is_batch_only: likewise.
-        leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, else `target`.
+        leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, or if the model is a
+            mixture whose experts it reaches, else `target`.
 
     Raises:
         TargetError, TraceError: of the first attempt, when none works.
@@ -153,6 +156,7 @@ def trace_somehow(
             ),
             may_ignore,
             is_hopeless=bool(ignore or always_foreign(model)),
+            has_experts=lambda: _has_experts(model),
         )
 
     def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
@@ -207,12 +211,27 @@ def _trace_portably(
     may_ignore: Callable[[Function], bool],
     *,
     is_hopeless: bool,
+    has_experts: Callable[[], bool],
 ) -> Traced:
-    """A trace that leaves nothing whole but what a host builds by itself, or one that stops at the targets."""
+    """A trace that leaves nothing whole but what a host builds by itself; or one that reaches the experts of a mixture,
+    whatever else it leaves whole; or one that stops at the targets.
+    """
     hindrance = ""
     if not is_hopeless:
         try:
             return trace("linear", lambda function: False)
         except TraceError as error:
             hindrance = error.message
+    if has_experts():
+        try:
+            return dataclasses.replace(trace("linear", may_ignore), hindrance="")
+        except (TraceError, TargetError) as error:
+            hindrance = hindrance or error.message
     return dataclasses.replace(trace("target", may_ignore), hindrance=hindrance)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether a host would take experts of this model apart, so that they can be quantized."""
+    policy = LeafPolicy(dtype=TRACE_DTYPE)
+    found = (module for module in model.modules() if is_experts(module) or is_dense_experts(module))
+    return any(policy.leaf(module) is not None for module in found)

@@ -152,7 +152,7 @@ def test_a_search_takes_what_the_formula_says(shapes: list[tuple[int, int]]) -> 
     hessian_II, mean_abs_I = inputs_TI.t() @ inputs_TI, inputs_TI.abs().mean(dim=0)
 
     def search() -> ScaleSearch:
-        copies = [weight.float() for weight in weights]
+        copies = (weight.float() for weight in weights)
         kinds = [args] * len(weights)
         return search_scales(copies, hessian_II, mean_abs_I, kinds, scale_dtype=torch.bfloat16, n_grid=2)
 

@@ -13,6 +13,7 @@ import runtime
 from runtime.manifest import ScaleGroup
 from runtime.modify.smoothing import Rescaled
 from runtime.recipe import Recipe
+from seqbuild.build import build
 from tests.runtime.small import (
     NARROW_W4,
     WIDTHS,
@@ -128,6 +129,61 @@ def test_ignored_groups_stay_as_they_are(llama: Small, tmp_path: Path) -> None:
             assert torch.equal(after[name], tensor) is name.endswith(NORMS[1])
 
 
+@pytest.mark.parametrize(
+    "ignored", ["'re:.*v_proj'", "'re:.*v_proj', 're:.*up_proj'", "'re:.*q_proj', 're:.*down_proj'"]
+)
+def test_modules_that_are_not_quantized_are_rescaled_with_their_siblings(
+    llama: Small, tmp_path: Path, ignored: str
+) -> None:
+    """An AWQModifier's scheme leaves them as they are, and not its factors: these belong to all that read the norm."""
+    one = f"AWQModifier: {{{SCHEME.replace('lm_head', f'lm_head, {ignored}')}}}"
+    done = calibrate(llama, plan(one), tmp_path / "out")
+    assert not [remark for remark in done.remarks if "rescale" in remark or "leaves" in remark]
+    before, after = read_tensors(llama.weights), read_tensors(tmp_path / "out")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}"
+        for norm, together in zip(NORMS, SIBLINGS, strict=True):
+            factor = before[f"{prefix}.{norm}"] / after[f"{prefix}.{norm}"]
+            assert not torch.equal(factor, torch.ones_like(factor))
+            for name in together:
+                key = f"{prefix}.{name}.weight"
+                if key in after and not name.endswith(("v_proj", "up_proj")):
+                    torch.testing.assert_close(after[key], before[key] * factor)
+    assert loss(llama, tmp_path / "out") < loss_without(llama, tmp_path, ignored) * 2
+
+
+def loss_without(small: Small, root: Path, ignored: str) -> float:
+    """The loss of round-to-nearest of the same modules."""
+    calibrate(
+        small, plan(f"QuantizationModifier: {{{SCHEME.replace('lm_head', f'lm_head, {ignored}')}}}"), root / "plain"
+    )
+    return loss(small, root / "plain")
+
+
+def test_why_nothing_is_rescaled_is_said(llama: Small, tmp_path: Path) -> None:
+    rounding = f"QuantizationModifier: {{{SCHEME}}}"
+    with pytest.raises(runtime.RecipeError, match="it ignores all that could be rescaled") as caught:
+        calibrate(llama, plan("AWQModifier: {ignore: ['re:.*']}", rounding), tmp_path / "out")
+    assert caught.value.hint is not None
+    assert "--leaves" not in caught.value.hint
+    shallow = Small(weights=llama.weights, artifact=build(llama.weights, out=tmp_path / "a", leaves="target").path)
+    with pytest.raises(runtime.RecipeError, match="compiled down to its targets alone") as caught:
+        calibrate(shallow, plan("AWQModifier: {}", rounding), tmp_path / "out")
+    assert caught.value.hint is not None
+    assert "--leaves linear" in caught.value.hint
+
+
+def test_siblings_are_known_by_name_where_the_artifact_does_not_say(llama: Small, tmp_path: Path) -> None:
+    shallow = Small(weights=llama.weights, artifact=build(llama.weights, out=tmp_path / "a", leaves="target").path)
+    recipe = plan("QuantizationModifier: {targets: Linear, scheme: NVFP4A16, ignore: [lm_head]}")
+    done = calibrate(shallow, recipe, tmp_path / "o")
+    assert [remark for remark in done.remarks if "by their names (q_proj/k_proj/v_proj" in remark]
+    tensors = read_tensors(tmp_path / "o")
+    for together in SIBLINGS:
+        found = {float(tensors[f"model.layers.1.{name}.weight_global_scale"]) for name in together}
+        assert len(found) == 1
+
+
 def test_padding_and_masked_tokens_change_nothing(narrow_llama: Small, tmp_path: Path) -> None:
     batch = token_batches([(3, 24)])[0]
     mask = torch.ones_like(batch["input_ids"])
@@ -223,7 +279,7 @@ def test_rounded_norms_are_made_up_for() -> None:
     rescaled = Rescaled(read=tensors.__getitem__, stored_dtype=lambda name: torch.bfloat16, jobs=jobs)
     group = ScaleGroup(subgraph=0, modules=("a",), producer="n.weight", channels=(0, 8))
     used = rescaled.apply(group, torch.rand(8, generator=generator) + 0.5)
-    product = rescaled.tensors["n.weight"] * rescaled.tensors["a.weight"]
+    product = rescaled.get("n.weight") * rescaled.get("a.weight")
     torch.testing.assert_close(product, tensors["n.weight"] * tensors["a.weight"], rtol=1e-6, atol=0)
     assert torch.equal(rescaled.tensors["n.weight"], rescaled.tensors["n.weight"].bfloat16().float())
     assert used.shape == (8,)
@@ -237,3 +293,19 @@ def test_widths_that_groups_do_not_divide_are_refused_before_anything_runs(
     with pytest.raises(runtime.RecipeError, match=r"input features, which groups of (128|32) do not divide"):
         calibrate(narrow_llama, recipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_the_cache_are_those_of_rescaled_values(llama: Small, tmp_path: Path) -> None:
+    """The value projection is not rounded here, so the checkpoint says what the cache of its first layer holds."""
+    cache = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, dynamic: false, observer: static_minmax}"
+    ignored = SCHEME.replace("lm_head", "lm_head, 're:.*v_proj'")
+    calibrate(llama, plan("AWQModifier: {}", f"QuantizationModifier: {{{ignored}, {cache}}}"), tmp_path / "out")
+    after = read_tensors(tmp_path / "out")
+    largest = 0.0
+    for batch in token_batches():
+        states = after["model.embed_tokens.weight"][batch["input_ids"]]
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+        states = states * after["model.layers.0.input_layernorm.weight"]
+        values = states @ after["model.layers.0.self_attn.v_proj.weight"].T
+        largest = max(largest, float(values.abs().max()))
+    assert float(after["model.layers.0.self_attn.v_scale"]) == pytest.approx(largest / 448, rel=1e-3)

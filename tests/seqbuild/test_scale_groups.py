@@ -193,3 +193,27 @@ def test_a_reader_refuses_unsound_groups(tmp_path: Path) -> None:
     (path / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, scale_groups=(odd,)).to_bytes())
     with pytest.raises(ArtifactError, match="its subgraph does not use"):
         check(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modules": ("model.layers.0.self_attn.q_proj",)}, "has modules, or no producer or experts"),
+        ({"producer": ""}, "has modules, or no producer or experts"),
+        ({"others": (ScaledParameter(name="model.layers.0.mlp.gate.weight", axis=1),)}, "or no producer or experts"),
+        ({"subgraph": 7}, "in subgraph 7"),
+        ({"channels": (0, 16)}, "has 16 channels, and .* the shape"),
+        ({"others": (ScaledParameter(name="model.layers.0.mlp.experts.gate_up_proj", axis=1),)}, "has 32 channels"),
+    ],
+)
+def test_unsound_groups_of_mixtures_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    manifest = manifest_of("mixtral", tmp_path)
+    first = manifest.mixture_groups[0]
+    assert [(other.name.removeprefix("model.layers.0.mlp."), other.axis) for other in first.others] == [
+        ("gate.weight", 1),
+        ("experts.gate_up_proj", 2),
+    ]
+    wrong = wrong_groups(dataclasses.replace(manifest, mixture_groups=(dataclasses.replace(first, **change),)))
+    assert re.search(message, next(wrong))
+    twice = wrong_groups(dataclasses.replace(manifest, mixture_groups=(first, first)))
+    assert "lies in two mixture groups" in next(twice)
