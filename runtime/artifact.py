@@ -181,13 +181,13 @@ class Artifact:
         from runtime.program import Run
         from runtime.skeleton import resolve_opaque
 
-        key = (str(device), str(dtype))
+        key, home = (str(device), str(dtype)), self.manifest.model.module
         if key not in self._runs:
             self._runs[key] = Run(
                 device=device,
                 dtype=dtype,
                 constants={name: tensor.to(device) for name, tensor in self.constants.items()},
-                opaque={path: resolve_opaque(path, self.code) for path in self.manifest.opaque_steps},
+                opaque={path: resolve_opaque(path, self.code, home) for path in self.manifest.opaque_steps},
             )
         return self._runs[key]
 
