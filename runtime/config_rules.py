@@ -23,6 +23,11 @@ _READS = (
 )
 _NAMES_OF_CODE = ("architecture", "backbone")
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
+# Implementations by name: one that is no plain word is a kernel, which transformers fetches from the hub and executes.
+_IMPLEMENTATION = re.compile(r"_?(attn|attention|experts|kernel|linear)_implementation(_internal)?\Z")
+_WORD = re.compile(r"[a-z0-9_]{1,60}\Z")
+# What the config's class decides, and no config: which entry stands for which, which parts there are, other files.
+_OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key", "configuration_files", "_auto_class")
 
 
 def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
@@ -47,13 +52,9 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{CONFIG_NAME} describes no model: {error}") from error
     for name, value, depth in _entries(table, "", 0):
-        wrong = _wrong(name, value, depth)
+        wrong = _wrong(name, value, depth) or ("" if has_own_code else _wrong_without_code(name, value))
         if wrong:
             raise ArtifactError(f"{CONFIG_NAME} has {name}, {wrong}", hint="nothing of the artifact was executed")
-    auto_map = table.get("auto_map")
-    names = auto_map if isinstance(auto_map, dict) else {}
-    if any(key.startswith(("AutoConfig", "AutoModel")) and value for key, value in names.items()) and not has_own_code:
-        raise ArtifactError(f"{CONFIG_NAME} has an auto_map, and the artifact lists no code of the model's own")
 
 
 def _wrong(name: str, value: Any, depth: int) -> str:
@@ -62,11 +63,38 @@ def _wrong(name: str, value: Any, depth: int) -> str:
         return "which is nested too deep"
     if own == "checkpoint_path" or (own in _READS and outer and outer[-1] in _HANDED_ON and value):
         return "which names a file for a library to read"
+    if _IMPLEMENTATION.match(own) and not _are_words(value):
+        return "which names a kernel to fetch and execute"
+    if own.startswith("__"):
+        return "which is no entry of a config"
     if own in _NAMES_OF_CODE and isinstance(value, str) and _PLACE.match(value):
         return "which names a place to load a model from"
     if type(value) is int and abs(value) > 2**63:
         return "a number of more than 64 bits"
     return ""
+
+
+def _wrong_without_code(name: str, value: Any) -> str:
+    """What only a model that brings its own code, and runs by consent, may say."""
+    own = name.rpartition(".")[2]
+    if own == "auto_map" and any(
+        str(key).startswith(("AutoConfig", "AutoModel", "AutoBackbone")) and item for key, item in _items(value)
+    ):
+        return "and the artifact lists no code of the model's own"
+    if own in _OF_THE_CLASS:
+        return "which is for the config's class to say"
+    return ""
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Pairs of a table; what is none counts as an entry of its own."""
+    yield from value.items() if isinstance(value, dict) else [("AutoModel", value)]
+
+
+def _are_words(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_are_words(item) for item in value.values())
+    return value is None or (isinstance(value, str) and _WORD.match(value) is not None)
 
 
 def _entries(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any, int]]:

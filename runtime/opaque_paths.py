@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from runtime.errors import ArtifactError
 from runtime.library import Class, Function, Source, find_path, methods, source
@@ -134,11 +134,20 @@ def wrong_call(node: ast.Call, path: str) -> str:
             return f"the keyword {keyword.arg!r}, which the signature of {path!r} does not name,"
     words = _words(functions[0].node)
     for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-        for part in ast.walk(argument):
+        for part in _parts(argument):
             is_text = isinstance(part, ast.Constant) and isinstance(part.value, str)
             if is_text and (part is not argument or part.value not in WORDS & words):
                 return f"the text {part.value[:40]!r} for an opaque step"
     return ""
+
+
+def _parts(node: ast.AST) -> Iterator[ast.AST]:
+    """An expression and its parts, but for the names of modules, weights and constants that are looked up in it."""
+    yield node
+    is_lookup = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1
+    if not is_lookup or node.func.attr not in ("get_submodule", "get_parameter", "get_buffer", "constant"):  # type: ignore[attr-defined]
+        for child in ast.iter_child_nodes(node):
+            yield from _parts(child)
 
 
 def _words(node: ast.AST) -> set[object]:

@@ -13,7 +13,7 @@ from runtime.operators import is_allowed
 
 # Where the library keeps what models calculate; functions of these modules are judged by what they refer to.
 _COMPUTING = re.compile(
-    r"transformers\.(models\.[a-z0-9_]+\.(modeling_[a-z0-9_]+|vision|perceiver)|masking_utils|modeling_attn_mask_utils"
+    r"transformers\.(models\.(?!auto\.)[a-z0-9_]+\.(modeling_[a-z0-9_]+|vision|perceiver)|masking_utils|modeling_attn_mask_utils"
     r"|modeling_rope_utils|modeling_layers|modeling_outputs|pytorch_utils|activations|cache_utils|vision_utils"
     r"|time_series_utils|integrations\.(sdpa_attention|moe))\Z"
 )
