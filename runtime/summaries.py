@@ -80,11 +80,15 @@ class _Walk(ast.NodeVisitor):
     def __init__(self, where: Source, found: Summary, bound: frozenset[str], owner: tuple[Class, ...] = ()) -> None:
         self.where = where
         self.owner = owner
+        self.called: set[str] = set()  # names that are called
         self.found = found
         self.bound = bound
 
     def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         """Everything but annotations, which say nothing that happens."""
+        self.called |= {
+            part.func.id for part in ast.walk(node) if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
+        }
         for decorator in node.decorator_list:
             self.visit(decorator)
         arguments = node.args
@@ -131,6 +135,13 @@ class _Walk(ast.NodeVisitor):
             self._problem(f"names {node.id}, which is not found")
         elif node.id not in BUILTINS and node.id not in _EXCEPTIONS:
             self._problem(f"names {node.id}")
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """A method that is given a name, and called by it, is called."""
+        names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node.value, ast.Attribute) and names & self.called:
+            self._attribute(node.value, is_called=True)
+        self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self._attribute(node, is_called=False)
@@ -237,9 +248,6 @@ class _Handed(_Walk):
     def visit_Call(self, node: ast.Call) -> None:
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
             self.visit(argument)
-
-    def _problem(self, what: str) -> None:
-        pass
 
     def _attribute(self, node: ast.Attribute, *, is_called: bool) -> None:
         for definition in resolve(self.where, node):
