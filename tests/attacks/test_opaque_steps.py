@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 import runtime
 from runtime.artifact import check
@@ -22,6 +22,7 @@ from runtime.manifest import MANIFEST_NAME, Manifest, sha256
 from runtime.opaque_calls import GuardedStep
 from runtime.opaque_paths import why_refused
 from runtime.planning.request import plan_artifact
+from runtime.recipe import Recipe
 from seqbuild.build import build
 from seqbuild.sample.inputs import default_sample
 from tests.attacks.attack import OWNED, watched
@@ -149,17 +150,18 @@ def test_a_step_is_handed_its_own_module_and_data_only() -> None:
 @pytest.mark.parametrize("error", [OSError("a file"), ImportError("a module"), ArtifactError("a step"), KeyError(1)])
 def test_what_code_raises_ends_a_plan(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan does without what needs values. What else goes wrong in an artifact's code must be seen."""
-    artifact = runtime.load(compiled(CASES["causal LM/llama"], tmp_path))
-    sizes: dict[str, Any] = {"num_samples": 1, "seq_len": 8, "batch_size": 1}
+    artifact = runtime.load(compiled(CASES["causal LM/mistral"], tmp_path))
+    recipe = Recipe.from_text("QuantizationModifier: {targets: Linear, scheme: FP8}", "a recipe")
+    sizes: dict[str, Any] = {"num_samples": 1, "seq_len": 8, "batch_size": 1, "recipe": recipe}
     plan_artifact(artifact, **sizes)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", fail)
+    monkeypatch.setattr(MistralDecoderLayer, "forward", fail)
     with pytest.raises((type(error), ArtifactError), match=str(error)):
         plan_artifact(artifact, **sizes)
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **kwargs: args[1].sum().item())
+    monkeypatch.setattr(MistralDecoderLayer, "forward", lambda *args, **kwargs: args[1].sum().item())
     assert any(step.is_estimated for step in plan_artifact(artifact, **sizes).plan.steps)
 
 
