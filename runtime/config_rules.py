@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import ArtifactError
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, _TOKENIZER_NAME = "config.json", "tokenizer_config.json"
+_TOKENIZER = re.compile(r"(?!Auto)\w{0,80}(Tokenizer|Tokenizers|SentencePiece|MistralCommon|Python)(Fast|Backend|V\d)?")
 _LIMIT_BYTES, _LIMIT_DEPTH = 16 * 2**20, 24
 # Arguments that go as they are to timm, which reads files that they name, pickles among them.
 _HANDED_ON = ("model_args", "backbone_kwargs", "timm_kwargs")
@@ -40,6 +42,7 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
     Raises:
         ArtifactError: naming the entry.
     """
+    _check_tokenizer(contents)
     data = contents.get(CONFIG_NAME)
     if data is None:
         return  # whoever needs one says so
@@ -57,6 +60,31 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
             raise ArtifactError(f"{CONFIG_NAME} has {name}, {wrong}", hint="nothing of the artifact was executed")
 
 
+def stated_tokenizers(directory: Path) -> list[str]:
+    """Names of classes that a directory's files give for its tokenizer."""
+    found: list[str] = []
+    for name in (_TOKENIZER_NAME, CONFIG_NAME):
+        if (directory / name).is_file():
+            found += [str(value) for value in _classes((directory / name).read_bytes()) if value is not None]
+    return found
+
+
+def _check_tokenizer(contents: Mapping[str, bytes]) -> None:
+    """Refuse tokenizers of a class that is none by its name: transformers would load whatever has that name."""
+    for name in (_TOKENIZER_NAME, CONFIG_NAME):
+        for value in _classes(contents.get(name, b"")):
+            if value is not None and (not isinstance(value, str) or _TOKENIZER.fullmatch(value) is None):
+                raise ArtifactError(f"{name} has the tokenizer_class {str(value)[:60]!r}, which is no tokenizer")
+
+
+def _classes(data: bytes) -> list[Any]:
+    try:
+        table = json.loads(data.decode("utf-8")) if len(data) <= _LIMIT_BYTES else None
+    except (ValueError, RecursionError):
+        return []  # nobody can load it
+    return [table.get("tokenizer_class")] if isinstance(table, dict) else []
+
+
 def _wrong(name: str, value: Any, depth: int) -> str:
     *outer, own = name.split(".")
     if depth > _LIMIT_DEPTH:
@@ -67,7 +95,7 @@ def _wrong(name: str, value: Any, depth: int) -> str:
         return "which names a kernel to fetch and execute"
     if own.startswith("__"):
         return "which is no entry of a config"
-    if own in _NAMES_OF_CODE and isinstance(value, str) and _PLACE.match(value):
+    if own in _NAMES_OF_CODE and isinstance(value, str) and (_PLACE.match(value) or "/" in value or "\\" in value):
         return "which names a place to load a model from"
     if type(value) is int and abs(value) > 2**63:
         return "a number of more than 64 bits"

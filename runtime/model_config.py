@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError, WeightsError
 from runtime.manifest import ATTENTIONS
+from runtime.offline import offline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,13 +53,14 @@ def read_config(directory: Path, config_class: type | None = None, *, origin: Pa
 
 def parse_config(path: Path, config_class: Any = None) -> PretrainedConfig:
     """The config in a file or directory, by transformers' own classes or by `config_class`; its errors come through."""
-    if config_class is None:
-        from transformers import AutoConfig
+    with offline():  # a backbone would be asked for at the hub
+        if config_class is None:
+            from transformers import AutoConfig
 
-        # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
-        found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    else:
-        found = config_class.from_pretrained(path, local_files_only=True)
+            # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
+            found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        else:
+            found = config_class.from_pretrained(path, local_files_only=True)
     return found
 
 

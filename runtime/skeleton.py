@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, ModelError
+from runtime.offline import offline
 from runtime.opaque_calls import GuardedStep
 from runtime.opaque_paths import require_harmless
 
@@ -43,7 +44,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     config = artifact_config(artifact)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
-        with without_weights():
+        with without_weights(), offline():
             model: nn.Module = from_config(cls, config, dtype=dtype, attention=entry.attn_implementation)
             calculate_buffers(model)
     except Exception as error:

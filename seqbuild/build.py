@@ -27,10 +27,12 @@ from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check
 from runtime.checks import check_programs
+from runtime.config_rules import check_config
 from runtime.errors import ArtifactError, TargetError, TraceError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
 from runtime.checks import check_programs
+from runtime.config_rules import check_config
 from runtime.opaque_paths import is_harmless
 from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe
@@ -242,17 +244,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_modules: Sequence[str]) -> None:
-    """Refuse to write code that no host would run: a function that is called whole may be no part of a forward, or do
-    more than calculate.
+    """Refuse to write what no host would accept: a function that is called whole may be no part of a forward, or do
+    more than calculate; a config may name files or code.
     """
-    if manifest.is_portable:
-        return
     try:
-        check_programs(manifest, files, own_modules)
+        check_config(files, has_own_code=bool(own_modules))
+        if not manifest.is_portable:
+            check_programs(manifest, files, own_modules)
     except ArtifactError as error:
         raise TraceError(
-            f"no host would run the code of this artifact: {error.message}",
-            hint="name another function with --ignore, or let the compiler choose",
+            f"no host would accept this artifact: {error.message}",
+            hint="name another function with --ignore, or take the entry out of the model's files",
         ) from error
 
 

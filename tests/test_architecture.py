@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file", "chats"}
 SHARED |= {
     "library",
+    "offline",
     "reach",
     "reviewed",
     "summaries",

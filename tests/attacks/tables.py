@@ -328,6 +328,7 @@ CONFIGS = [
     config("weights for timm", "names a file", '{"vision_config": {"model_args": {"pretrained": true}}}'),
     config("an architecture from a directory", "names a place", '{"architecture": "local-dir:/tmp/evil"}'),
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
+    config("a backbone from the hub by its name", "names a place", '{"vision_config": {"backbone": "evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
     config("an auto_map of a part", "lists no code", '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}'),
     config("an auto_map that is text", "lists no code", '{"auto_map": "evil/repo--m.Model"}'),
@@ -350,4 +351,22 @@ CONFIGS = [
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
 ]
 
-TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS]
+TOKENIZERS = [
+    *(
+        replaced(
+            f"{name} as the tokenizer", "is no tokenizer", {file: f'{{"tokenizer_class": {name}}}'.encode()}
+        )
+        for name, file in (
+            ('"AutoModel"', "tokenizer_config.json"),
+            ('"AutoTokenizer"', "tokenizer_config.json"),
+            ('"LlamaForCausalLM"', "tokenizer_config.json"),
+            ('"HiggsAudioV2TokenizerModel"', "tokenizer_config.json"),
+            ('"pipeline"', "tokenizer_config.json"),
+            ('"AutoProcessor"', "config.json"),
+            ('["LlamaTokenizer"]', "tokenizer_config.json"),
+            ('"../evil.Tokenizer"', "tokenizer_config.json"),
+        )
+    ),
+]
+
+TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS, *TOKENIZERS]
