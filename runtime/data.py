@@ -329,7 +329,7 @@ def _require_tokenizer_class(directory: Path) -> None:
 
     for name in stated_tokenizers(directory):
         for own in (name, name.removesuffix("Fast"), f"{name}Fast"):
-            found = tokenizer_class_from_name(own)  # type: ignore[no-untyped-call]
+            found = tokenizer_class_from_name(own)
             is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
             if found is not None and (not is_tokenizer or _STARTS_PROGRAMS.match(own)):
                 raise DataError(f"{directory} names {name} as its tokenizer, which is not a tokenizer to be loaded")

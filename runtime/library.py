@@ -25,6 +25,7 @@ class Function:
 
     @property
     def path(self) -> str:
+        """The function as an opaque step names it."""
         return f"{self.source.name}:{self.qualified}"
 
 
@@ -37,6 +38,7 @@ class Class:
 
     @property
     def path(self) -> str:
+        """The class, likewise."""
         return f"{self.source.name}:{self.node.name}"
 
 
@@ -50,6 +52,7 @@ class Value:
 
     @property
     def path(self) -> str:
+        """The name, likewise."""
         return f"{self.source.name}:{self.name}"
 
 
@@ -73,9 +76,6 @@ class Source:
     imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module, and the name in it, or ""
     values: Mapping[str, Sequence[Value]] = field(default_factory=dict)
     stars: Sequence[str] = ()
-
-    def is_bound(self, name: str) -> bool:
-        return any(name in table for table in (self.functions, self.classes, self.imports, self.values))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,8 +106,8 @@ def find(module: str, name: str, depth: int = 0) -> list[Definition]:
     return here
 
 
-def find_path(path: str) -> list[Definition]:
-    """What `module:function` or `module:Class.method` names, where that module defines it itself."""
+def find_path(path: str) -> list[Function]:
+    """The function that `module:function` or `module:Class.method` names; nothing where the module does not define it."""
     module, _, qualified = path.partition(":")
     found = source(module)
     owner, _, own = qualified.rpartition(".")

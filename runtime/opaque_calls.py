@@ -30,6 +30,11 @@ class GuardedStep:
         self._accepted: set[tuple[type, ...]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function.
+
+        Raises:
+            ArtifactError: for an argument that is no data, or the wrong module.
+        """
         from torch import nn
 
         rest: Sequence[Any] = args

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 from runtime.errors import ArtifactError
-from runtime.library import Class, Function, Source, find_path, methods, source
+from runtime.library import Class, find_path, methods, source
 from runtime.reach import Reach
 from runtime.reviewed import is_computing
 
@@ -20,10 +20,11 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _PATH = re.compile(r"[A-Za-z0-9_.]{1,300}:_?[A-Za-z][A-Za-z0-9_]{0,200}(\._?[A-Za-z][A-Za-z0-9_]{0,200})?\Z")
 # Flags that decorators of the library read, whatever the signature says.
 FLAGS = frozenset(
-    "is_causal output_attentions output_hidden_states output_router_logits return_dict use_cache".split()
+    ["is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"]
 )
+_LOOKUPS = frozenset(("get_submodule", "get_parameter", "get_buffer", "constant"))
 # Words that steps are handed: only where the step's own code states the word, too.
-WORDS = frozenset("block_sparse default full image original_full video".split())
+WORDS = frozenset(["block_sparse", "default", "full", "image", "original_full", "video"])
 
 
 def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
@@ -119,7 +120,7 @@ def wrong_call(node: ast.Call, path: str) -> str:
 
     `**kwargs` of the step admits nothing but flags: a keyword that it hands on could mean anything further down.
     """
-    functions = [found for found in find_path(path) if isinstance(found, Function)]
+    functions = find_path(path)
     if not functions:
         return ""  # it is refused as a whole
     arguments = functions[0].node.args
@@ -128,26 +129,30 @@ def wrong_call(node: ast.Call, path: str) -> str:
     if len(node.args) > len(places):
         return f"an opaque step with {len(node.args)} positional arguments"
     for keyword in node.keywords:
-        is_flag = keyword.arg in FLAGS and isinstance(keyword.value, ast.Constant)
-        is_flag = is_flag and (keyword.value.value is None or isinstance(keyword.value.value, bool))
-        if keyword.arg not in named and not (is_flag and arguments.kwarg is not None):
+        is_flag = keyword.arg in FLAGS and arguments.kwarg is not None and _is_switch(keyword.value)
+        if keyword.arg not in named and not is_flag:
             return f"the keyword {keyword.arg!r}, which the signature of {path!r} does not name,"
     words = _words(functions[0].node)
     for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
         for part in _parts(argument):
-            is_text = isinstance(part, ast.Constant) and isinstance(part.value, str)
-            if is_text and (part is not argument or part.value not in WORDS & words):
+            if not isinstance(part, ast.Constant) or not isinstance(part.value, str):
+                continue
+            if part is not argument or part.value not in WORDS & words:
                 return f"the text {part.value[:40]!r} for an opaque step"
     return ""
+
+
+def _is_switch(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool))
 
 
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
     """An expression and its parts, but for the names of modules, weights and constants that are looked up in it."""
     yield node
-    is_lookup = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1
-    if not is_lookup or node.func.attr not in ("get_submodule", "get_parameter", "get_buffer", "constant"):  # type: ignore[attr-defined]
-        for child in ast.iter_child_nodes(node):
-            yield from _parts(child)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _LOOKUPS:
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _parts(child)
 
 
 def _words(node: ast.AST) -> set[object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from runtime.library import Class, Definition, Function, Other, Source, Value, bases, find, methods, resolve
@@ -67,11 +66,11 @@ def _bound(node: ast.AST) -> frozenset[str]:
             names.append(part.id)
         elif isinstance(part, ast.arg):
             names.append(part.arg)
-        elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.append(part.name)
-        elif isinstance(part, ast.ExceptHandler) and part.name:
-            names.append(part.name)
-        elif isinstance(part, ast.MatchAs) and part.name:
+        elif (
+            isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            or (isinstance(part, ast.ExceptHandler) and part.name)
+            or (isinstance(part, ast.MatchAs) and part.name)
+        ):
             names.append(part.name)
     return frozenset(names)
 

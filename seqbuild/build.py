@@ -31,8 +31,6 @@ from runtime.config_rules import check_config
 from runtime.errors import ArtifactError, TargetError, TraceError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
-from runtime.checks import check_programs
-from runtime.config_rules import check_config
 from runtime.opaque_paths import is_harmless
 from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe

@@ -6,7 +6,10 @@ from tests.attacks.attack import Attack, program, raw_program
 
 _RUN = "__import__('os').system('touch owned')"
 _OPAQUE = "transformers.models.llama.modeling_llama"
-_LLAVA, _SPEECH = "transformers.models.llava.modeling_llava", "transformers.models.granite_speech.modeling_granite_speech"
+_LLAVA, _SPEECH = (
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.granite_speech.modeling_granite_speech",
+)
 _FEATURES = f"{_LLAVA}:LlavaModel.get_image_features"
 _OUTSIDE = "it does not name a function of transformers' modeling code"
 
@@ -15,7 +18,9 @@ def opaque(path: str, reason: str = "opaque step") -> Attack:
     return program(f"opaque step {path}", reason, f'y = run.opaque["{path}"]("touch owned")', opaque=(path,))
 
 
-def step(name: str, reason: str, path: str, arguments: str, *before: str, objects: tuple[str, ...] = ("part",)) -> Attack:
+def step(
+    name: str, reason: str, path: str, arguments: str, *before: str, objects: tuple[str, ...] = ("part",)
+) -> Attack:
     """A call of an opaque step with these arguments."""
     return program(name, reason, *before, f'y = run.opaque["{path}"]({arguments})', opaque=(path,), objects=objects)
 
@@ -342,7 +347,10 @@ STEPS = [
     ),
     *(
         step(
-            f"generate of {owner}", "no forward of the model's code calls it", f"transformers.models.{owner}.generate", _PART
+            f"generate of {owner}",
+            "no forward of the model's code calls it",
+            f"transformers.models.{owner}.generate",
+            _PART,
         )
         for owner in (
             "granite_speech.modeling_granite_speech:GraniteSpeechForConditionalGeneration",
@@ -404,7 +412,9 @@ STEPS = [
         _FEATURES,
         f'{_PART}, x, vision_feature_select_strategy="original_full"',
     ),
-    step("keywords in a table", "the text 'debug_io' for an opaque step", _FEATURES, f'{_PART}, x, {{"debug_io": True}}'),
+    step(
+        "keywords in a table", "the text 'debug_io' for an opaque step", _FEATURES, f'{_PART}, x, {{"debug_io": True}}'
+    ),
     step("a keyword that no signature names", "the keyword 'debug_io'", _FEATURES, f"{_PART}, x, debug_io=True"),
     step("a flag with a value", "the keyword 'output_attentions'", _FEATURES, f"{_PART}, x, output_attentions=x"),
     step("more arguments than there are", "positional arguments", _FEATURES, f"{_PART}, {', '.join('x' * 9)}"),
@@ -425,7 +435,10 @@ MODULES = [
         submodules=("part",),
     ),
     program(
-        "a path for a module", "the word '/etc/passwd'", 'y = self.get_submodule("part")("/etc/passwd")', submodules=("part",)
+        "a path for a module",
+        "the word '/etc/passwd'",
+        'y = self.get_submodule("part")("/etc/passwd")',
+        submodules=("part",),
     ),
 ]
 

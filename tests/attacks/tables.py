@@ -330,7 +330,9 @@ CONFIGS = [
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
     config("a backbone from the hub by its name", "names a place", '{"vision_config": {"backbone": "evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
-    config("an auto_map of a part", "lists no code", '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}'),
+    config(
+        "an auto_map of a part", "lists no code", '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}'
+    ),
     config("an auto_map that is text", "lists no code", '{"auto_map": "evil/repo--m.Model"}'),
     *(
         config(f"a kernel from the hub: {name}", "names a kernel", text)
@@ -345,7 +347,9 @@ CONFIGS = [
         )
     ),
     config("another file", "for the config's class to say", '{"configuration_files": ["config.4.0.0.json"]}'),
-    config("other names of entries", "for the config's class to say", '{"attribute_map": {"a": "_attn_implementation"}}'),
+    config(
+        "other names of entries", "for the config's class to say", '{"attribute_map": {"a": "_attn_implementation"}}'
+    ),
     config("no parts", "for the config's class to say", '{"sub_configs": {}}'),
     config("a dunder", "no entry of a config", '{"text_config": {"__class__": 1}}'),
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
@@ -353,9 +357,7 @@ CONFIGS = [
 
 TOKENIZERS = [
     *(
-        replaced(
-            f"{name} as the tokenizer", "is no tokenizer", {file: f'{{"tokenizer_class": {name}}}'.encode()}
-        )
+        replaced(f"{name} as the tokenizer", "is no tokenizer", {file: f'{{"tokenizer_class": {name}}}'.encode()})
         for name, file in (
             ('"AutoModel"', "tokenizer_config.json"),
             ('"AutoTokenizer"', "tokenizer_config.json"),

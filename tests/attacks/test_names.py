@@ -1,4 +1,4 @@
-"""What libraries make of the names in an artifact's config and tokenizer files, where the artifact's check has passed."""
+"""What libraries make of the names in an artifact's config and tokenizer files, where the check has passed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def directory(path: Path, config: dict[str, Any], tokenizer: dict[str, Any] | No
 
 @pytest.mark.parametrize("model_type", ["upernet", "dpt", "mask2former", "depth_anything"])
 def test_no_backbone_is_looked_for_at_the_hub(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks the hub whether there is a repository of that name, and takes its config from there."""
+    """Transformers asks the hub whether there is a repository of that name, and takes its config from there."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     root = directory(tmp_path, {"model_type": model_type, "backbone": "evil", "use_timm_backbone": False})
     with watched(root) as seen, pytest.raises(ModelError, match="offline"):
@@ -88,12 +88,22 @@ def test_parts_that_a_class_does_not_count_are_looked_at() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["AutoModel", "LlamaForCausalLM", "Trainer", "ProcessorMixin", "RagTokenizer", "BertJapaneseTokenizer", "VitsTokenizer"],
+    [
+        "AutoModel",
+        "LlamaForCausalLM",
+        "Trainer",
+        "ProcessorMixin",
+        "RagTokenizer",
+        "BertJapaneseTokenizer",
+        "VitsTokenizer",
+    ],
 )
 @pytest.mark.parametrize("is_in_config", [False, True])
 def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool, tmp_path: Path) -> None:
     entry = {"tokenizer_class": name}
-    root = directory(tmp_path, {"model_type": "llama", **(entry if is_in_config else {})}, {} if is_in_config else entry)
+    root = directory(
+        tmp_path, {"model_type": "llama", **(entry if is_in_config else {})}, {} if is_in_config else entry
+    )
     with pytest.raises(DataError, match=name):
         _load_tokenizer(root)
     with watched(root) as seen, pytest.raises(DataError, match=name):  # once more, with all libraries imported
@@ -101,7 +111,9 @@ def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool,
     assert seen == []
 
 
-@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "QWenTokenizer"])
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "QWenTokenizer"]
+)
 def test_ordinary_tokenizers_load(name: str, tmp_path: Path) -> None:
     assert _load_tokenizer(directory(tmp_path, {"model_type": "llama"}, {"tokenizer_class": name}))
 

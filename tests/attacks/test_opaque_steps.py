@@ -39,7 +39,9 @@ def compiled(case: Case, root: Path, **options: Any) -> Path:
     return build(root / "model", out=root / "artifacts", attn_implementation="eager", leaves="target", **options).path
 
 
-def tampered(root: Path, line: str, opaque: Sequence[str], objects: Sequence[str], before: str = "    return {") -> Path:
+def tampered(
+    root: Path, line: str, opaque: Sequence[str], objects: Sequence[str], before: str = "    return {"
+) -> Path:
     """Put a line into the first program, and make manifest and digests say so."""
     manifest = Manifest.from_bytes((root / MANIFEST_NAME).read_bytes())
     first = manifest.subgraphs[0]
@@ -53,7 +55,8 @@ def tampered(root: Path, line: str, opaque: Sequence[str], objects: Sequence[str
         objects=tuple(dict.fromkeys((*first.objects, *objects))),
     )
     files = tuple(
-        replace(file, bytes=len(data), sha256=sha256(data)) if file.path == first.file else file for file in manifest.files
+        replace(file, bytes=len(data), sha256=sha256(data)) if file.path == first.file else file
+        for file in manifest.files
     )
     changed = replace(manifest, subgraphs=(entry, *manifest.subgraphs[1:]), files=files)
     (root / MANIFEST_NAME).write_bytes(changed.to_bytes())
@@ -79,7 +82,9 @@ def test_generate_with_code_of_its_own_is_never_called(
     monkeypatch.chdir(tmp_path)
     evil = tmp_path / "evil" / "custom_generate"
     evil.mkdir(parents=True)
-    (evil / "generate.py").write_text(f"open({str(tmp_path / OWNED)!r}, 'w')\ndef generate(*args, **kwargs): return 0\n")
+    (evil / "generate.py").write_text(
+        f"open({str(tmp_path / OWNED)!r}, 'w')\ndef generate(*args, **kwargs): return 0\n"
+    )
     root = compiled(CASES["seq2seq/granite_speech"], tmp_path, text_only=True)
     step = "transformers.models.granite_speech.modeling_granite_speech:GraniteSpeechForConditionalGeneration.generate"
     arguments = f'self.get_submodule("{module}"), custom_generate="{evil.parent}", trust_remote_code=True'
@@ -165,16 +170,16 @@ def test_what_code_raises_ends_a_plan(error: Exception, tmp_path: Path, monkeypa
     assert any(step.is_estimated for step in plan_artifact(artifact, **sizes).plan.steps)
 
 
-STEPS = """
-    llava.modeling_llava:LlavaModel.get_image_features
-    qwen2_vl.modeling_qwen2_vl:Qwen2VLModel.get_rope_index
-    big_bird.modeling_big_bird:BigBirdLayer.set_attention_type
-    blt.modeling_blt:BltPatcher.patch_lengths_from_entropies
-    dinov2.modeling_dinov2:Dinov2Embeddings.interpolate_pos_encoding
-    longt5.modeling_longt5:_split_into_blocks
-    llama.modeling_llama:LlamaRotaryEmbedding.forward
-    llama.modeling_llama:apply_rotary_pos_emb
-""".split()
+STEPS = [
+    "llava.modeling_llava:LlavaModel.get_image_features",
+    "qwen2_vl.modeling_qwen2_vl:Qwen2VLModel.get_rope_index",
+    "big_bird.modeling_big_bird:BigBirdLayer.set_attention_type",
+    "blt.modeling_blt:BltPatcher.patch_lengths_from_entropies",
+    "dinov2.modeling_dinov2:Dinov2Embeddings.interpolate_pos_encoding",
+    "longt5.modeling_longt5:_split_into_blocks",
+    "llama.modeling_llama:LlamaRotaryEmbedding.forward",
+    "llama.modeling_llama:apply_rotary_pos_emb",
+]
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -210,7 +215,11 @@ def test_every_step_of_the_coverage_table_is_allowed() -> None:
     paths: dict[str, None] = {}
     for class_name, name in covered():
         owner, _, method = name.rpartition(".")
-        places = homes(f"class {owner}(") if owner else [f for f in homes(f"def {method}(") if f in homes(f"class {class_name}(")]
+        places = (
+            homes(f"class {owner}(")
+            if owner
+            else [f for f in homes(f"def {method}(") if f in homes(f"class {class_name}(")]
+        )
         for file in places:
             paths[f"transformers.models.{file.parent.name}.{file.stem}:{name}"] = None
     assert len(paths) > 100

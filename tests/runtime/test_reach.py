@@ -35,8 +35,10 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 
 def body(statements: str, head: str = "import torch\nfrom torch import nn\n") -> str:
+    """A class whose forward calls a step of these statements."""
     lines = textwrap.indent(textwrap.dedent(statements).strip(), " " * 8)
-    return f"{head}\nclass Toy(nn.Module):\n    def forward(self, x, name=None):\n        return self.step(x, name)\n\n    def step(self, x, name=None):\n{lines}\n"
+    forward = "    def forward(self, x, name=None):\n        return self.step(x, name)\n"
+    return f"{head}\nclass Toy(nn.Module):\n{forward}\n    def step(self, x, name=None):\n{lines}\n"
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,13 @@ def test_only_what_a_forward_calls_is_allowed(write: Write) -> None:
     assert why_refused(f"{TOY}:Toy.unused") == "no forward of the model's code calls it"
 
 
-@pytest.mark.parametrize("name", ["nn", "nn.Module", "load", "Toy", "Toy.alias", "alias", "Toy.step.inner", "Toy.inherited"])
+@pytest.mark.parametrize(
+    "name", ["nn", "nn.Module", "load", "Toy", "Toy.alias", "alias", "Toy.step.inner", "Toy.inherited"]
+)
 def test_only_what_the_module_defines_is_allowed(name: str, write: Write) -> None:
-    text = body("return load(x) and alias(x) and self.alias(x)", "from torch import nn\nfrom torch.hub import load\nalias = load\n")
+    text = body(
+        "return load(x) and alias(x) and self.alias(x)",
+        "from torch import nn\nfrom torch.hub import load\nalias = load\n",
+    )
     write(text + "\n    alias = load\n")
     assert why_refused(f"{TOY}:{name}") != ""
