@@ -193,7 +193,8 @@ class Expressions:
         if is_step:
             is_own = self._step(node)
         elif _is_lookup(node.func):
-            wrong = "a call of the whole model" if self._module_name(node.func) == "" else wrong_submodule_call(node)
+            is_whole = self._module_name(node.func) == ""
+            wrong = "a call of the whole model" if is_whole else self._wrong_submodule_call(node)
             if wrong:
                 raise self.refuse(node, wrong)
         for keyword, argument in (*((None, value) for value in node.args), *((k.arg, k.value) for k in node.keywords)):
@@ -223,6 +224,9 @@ class Expressions:
             if not is_first and self._module_name(argument) is not None:
                 raise self.refuse(node, "a module anywhere but as the first argument of an opaque step")
         return False
+
+    def _wrong_submodule_call(self, node: ast.Call) -> str:
+        return "" if self.allowed.own_modules else wrong_submodule_call(node)  # whose modules may take any word
 
     def _module_name(self, node: ast.expr) -> str | None:
         """The dotted name of the module that an expression is, None where it is none."""

@@ -107,7 +107,7 @@ def find(module: str, name: str, depth: int = 0) -> list[Definition]:
 
 
 def find_path(path: str) -> list[Function]:
-    """The function that `module:function` or `module:Class.method` names; nothing where the module does not define it."""
+    """The function that `module:function` or `module:Class.method` names; nothing where the module has no such."""
     module, _, qualified = path.partition(":")
     found = source(module)
     owner, _, own = qualified.rpartition(".")

@@ -66,11 +66,9 @@ def _bound(node: ast.AST) -> frozenset[str]:
             names.append(part.id)
         elif isinstance(part, ast.arg):
             names.append(part.arg)
-        elif (
-            isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            or (isinstance(part, ast.ExceptHandler) and part.name)
-            or (isinstance(part, ast.MatchAs) and part.name)
-        ):
+        elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(part.name)
+        elif isinstance(part, (ast.ExceptHandler, ast.MatchAs)) and part.name is not None:
             names.append(part.name)
     return frozenset(names)
 
