@@ -14,6 +14,7 @@ from runtime.library import Class, Definition, Function, Other, Source, Value, b
 from runtime.reviewed import BUILTINS, DUNDERS, is_computing, is_known, is_known_elsewhere
 
 _BUILTINS = frozenset(dir(builtins))
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs)
 _EXCEPTIONS = frozenset(
     name for name in _BUILTINS if isinstance(kind := getattr(builtins, name), type) and issubclass(kind, BaseException)
 )
@@ -66,9 +67,7 @@ def _bound(node: ast.AST) -> frozenset[str]:
             names.append(part.id)
         elif isinstance(part, ast.arg):
             names.append(part.arg)
-        elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.append(part.name)
-        elif isinstance(part, (ast.ExceptHandler, ast.MatchAs)) and part.name is not None:
+        elif isinstance(part, _NAMED) and part.name is not None:
             names.append(part.name)
     return frozenset(names)
 
