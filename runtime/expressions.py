@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
-from runtime.literals import is_field, is_power, wrong_argument, wrong_submodule_call
+from runtime.literals import FORBIDDEN_KEYWORDS, is_field, is_power, wrong_argument, wrong_submodule_call
 from runtime.opaque_paths import is_opaque_path, wrong_call
 from runtime.operators import changes_in_place, is_allowed, is_view
 
@@ -95,6 +95,8 @@ class Expressions:
 
     def _constant(self, node: ast.Constant, depth: int) -> None:
         value = node.value
+        if value in FORBIDDEN_KEYWORDS and not self.allowed.own_modules:
+            raise self.refuse(node, f"the word {value!r}")  # a table may be handed on as keywords
         is_plain = value is None or type(value) in (bool, float, str)
         if not is_plain and not (type(value) is int and abs(value) <= _INT_LIMIT):
             raise self.refuse(node, f"a literal of type {type(value).__name__}, or of that size,")
@@ -114,6 +116,7 @@ class Expressions:
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant) or type(key.value) not in (str, int, bool):
                 raise self.refuse(node, "a dict whose keys are not literals")
+            self._constant(key, depth)
             self.expression(value, depth)
 
     def _arithmetic(self, node: ast.BinOp, depth: int) -> None:
