@@ -23,6 +23,7 @@ from runtime.contents import CONSTANTS_NAME
 from runtime.errors import ArtifactError, SeqbuildError
 from runtime.manifest import Manifest, ParameterEntry, SubgraphEntry
 from runtime.model_code import ModelCode, is_own_module
+from runtime.offline import offline
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,8 @@ class LoadedSubgraph:
         from runtime.key_values import watched
 
         entry = self.entry
-        with watched(model, entry), _unchanged(entry, model, run):
+        fetching = contextlib.nullcontext() if self._artifact.manifest.is_portable else offline()
+        with watched(model, entry), _unchanged(entry, model, run), fetching:
             if not entry.arguments and not entry.results:
                 return self._program(model, **inputs, run=run)
             ordered = (inputs[name] for name in entry.input_names)
@@ -186,13 +188,13 @@ class Artifact:
         from runtime.program import Run
         from runtime.skeleton import resolve_opaque
 
-        key = (str(device), str(dtype))
+        key, home = (str(device), str(dtype)), self.manifest.model.module
         if key not in self._runs:
             self._runs[key] = Run(
                 device=device,
                 dtype=dtype,
                 constants={name: tensor.to(device) for name, tensor in self.constants.items()},
-                opaque={path: resolve_opaque(path, self.code) for path in self.manifest.opaque_steps},
+                opaque={path: resolve_opaque(path, self.code, home) for path in self.manifest.opaque_steps},
             )
         return self._runs[key]
 

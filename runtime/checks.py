@@ -17,7 +17,7 @@ from runtime.grammar import Allowed, check_program
 from runtime.host_sources import changed_sources
 from runtime.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, ConversionEntry, Manifest, SubgraphEntry
 from runtime.model_code import ModelCode, check_model_code
-from runtime.opaque_paths import require_defined
+from runtime.opaque_paths import require_harmless
 from runtime.operators import check_operators
 from runtime.signatures import required_keys, verify_signature
 from runtime.tables import check_tables
@@ -65,16 +65,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         verify_signature(root.resolve().name, {MANIFEST_NAME: data, **contents}, read_signature(root), key)
     code = check_model_code(manifest, contents)
     own_modules = code.modules if code is not None else ()
-    operators: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for file, allowed in dict.fromkeys(_programs(manifest, own_modules)):
-        if file not in contents:
-            raise ArtifactError(f"{file} is named as a program but not listed among the files of {root}")
-        if file in manifest.model.code:
-            raise ArtifactError(f"{file} is named as a program and as the model's own code")
-        for operator in check_program(contents[file], allowed, file):
-            operators.setdefault(operator, file)
-        sources[file] = contents[file].decode("ascii")
+    operators, sources = check_programs(manifest, contents, own_modules)
     named = sources.keys() | set(manifest.model.code)
     for path in contents:
         if path.endswith(".py") and path not in named:
@@ -83,8 +74,6 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
     check_config(contents, has_own_code=code is not None)
     check_constants(contents, manifest.constants)
     check_operators(operators)
-    for step in manifest.opaque_steps:
-        require_defined(step, own_modules)
     return Checked(
         manifest=manifest,
         manifest_bytes=data,
@@ -93,6 +82,37 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         code=code,
         signed=bool(keys),
     )
+
+
+def check_programs(
+    manifest: Manifest, contents: Mapping[str, bytes], own_modules: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Check all code but the model's own.
+
+    Args:
+        manifest: the table of contents.
+        contents: every file of the artifact by path.
+        own_modules: modules of the model's own code.
+
+    Returns:
+        The operators that it calls, each with a file that does, and the text of every program, by file.
+
+    Raises:
+        ArtifactError: naming file, line and what is not allowed.
+    """
+    operators: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for file, allowed in dict.fromkeys(_programs(manifest, own_modules)):
+        if file not in contents:
+            raise ArtifactError(f"{file} is named as a program but not listed among the artifact's files")
+        if file in manifest.model.code:
+            raise ArtifactError(f"{file} is named as a program and as the model's own code")
+        for operator in check_program(contents[file], allowed, file):
+            operators.setdefault(operator, file)
+        sources[file] = contents[file].decode("ascii")
+    for step in manifest.opaque_steps:
+        require_harmless(step, (manifest.model.module,), own_modules)
+    return operators, sources
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import ArtifactError
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, _TOKENIZER_NAME = "config.json", "tokenizer_config.json"
+_TOKENIZER = re.compile(r"(?!Auto)\w{0,80}(Tokenizer|Tokenizers|SentencePiece|MistralCommon|Python)(Fast|Backend|V\d)?")
 _LIMIT_BYTES, _LIMIT_DEPTH = 16 * 2**20, 24
 # Arguments that go as they are to timm, which reads files that they name, pickles among them.
 _HANDED_ON = ("model_args", "backbone_kwargs", "timm_kwargs")
@@ -23,6 +25,11 @@ _READS = (
 )
 _NAMES_OF_CODE = ("architecture", "backbone")
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
+# Implementations by name: one that is no plain word is a kernel, which transformers fetches from the hub and executes.
+_IMPLEMENTATION = re.compile(r"_?(attn|attention|experts|kernel|linear)_implementation(_internal)?\Z")
+_WORD = re.compile(r"[a-z0-9_]{1,60}\Z")
+# What the config's class decides, and no config: which entry stands for which, which parts there are, other files.
+_OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key", "configuration_files", "_auto_class")
 
 
 def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
@@ -35,6 +42,7 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
     Raises:
         ArtifactError: naming the entry.
     """
+    _check_tokenizer(contents)
     data = contents.get(CONFIG_NAME)
     if data is None:
         return  # whoever needs one says so
@@ -47,13 +55,34 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{CONFIG_NAME} describes no model: {error}") from error
     for name, value, depth in _entries(table, "", 0):
-        wrong = _wrong(name, value, depth)
+        wrong = _wrong(name, value, depth) or ("" if has_own_code else _wrong_without_code(name, value))
         if wrong:
             raise ArtifactError(f"{CONFIG_NAME} has {name}, {wrong}", hint="nothing of the artifact was executed")
-    auto_map = table.get("auto_map")
-    names = auto_map if isinstance(auto_map, dict) else {}
-    if any(key.startswith(("AutoConfig", "AutoModel")) and value for key, value in names.items()) and not has_own_code:
-        raise ArtifactError(f"{CONFIG_NAME} has an auto_map, and the artifact lists no code of the model's own")
+
+
+def stated_tokenizers(directory: Path) -> list[str]:
+    """Names of classes that a directory's files give for its tokenizer."""
+    found: list[str] = []
+    for name in (_TOKENIZER_NAME, CONFIG_NAME):
+        if (directory / name).is_file():
+            found += [str(value) for value in _classes((directory / name).read_bytes()) if value is not None]
+    return found
+
+
+def _check_tokenizer(contents: Mapping[str, bytes]) -> None:
+    """Refuse tokenizers of a class that is none by its name: transformers would load whatever has that name."""
+    for name in (_TOKENIZER_NAME, CONFIG_NAME):
+        for value in _classes(contents.get(name, b"")):
+            if value is not None and (not isinstance(value, str) or _TOKENIZER.fullmatch(value) is None):
+                raise ArtifactError(f"{name} has the tokenizer_class {str(value)[:60]!r}, which is no tokenizer")
+
+
+def _classes(data: bytes) -> list[Any]:
+    try:
+        table = json.loads(data.decode("utf-8")) if len(data) <= _LIMIT_BYTES else None
+    except (ValueError, RecursionError):
+        return []  # nobody can load it
+    return [table.get("tokenizer_class")] if isinstance(table, dict) else []
 
 
 def _wrong(name: str, value: Any, depth: int) -> str:
@@ -62,11 +91,38 @@ def _wrong(name: str, value: Any, depth: int) -> str:
         return "which is nested too deep"
     if own == "checkpoint_path" or (own in _READS and outer and outer[-1] in _HANDED_ON and value):
         return "which names a file for a library to read"
-    if own in _NAMES_OF_CODE and isinstance(value, str) and _PLACE.match(value):
+    if _IMPLEMENTATION.match(own) and not _are_words(value):
+        return "which names a kernel to fetch and execute"
+    if own.startswith("__"):
+        return "which is no entry of a config"
+    if own in _NAMES_OF_CODE and isinstance(value, str) and (_PLACE.match(value) or "/" in value or "\\" in value):
         return "which names a place to load a model from"
     if type(value) is int and abs(value) > 2**63:
         return "a number of more than 64 bits"
     return ""
+
+
+def _wrong_without_code(name: str, value: Any) -> str:
+    """What only a model that brings its own code, and runs by consent, may say."""
+    own = name.rpartition(".")[2]
+    if own == "auto_map" and any(
+        str(key).startswith(("AutoConfig", "AutoModel", "AutoBackbone")) and item for key, item in _items(value)
+    ):
+        return "and the artifact lists no code of the model's own"
+    if own in _OF_THE_CLASS:
+        return "which is for the config's class to say"
+    return ""
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Pairs of a table; what is none counts as an entry of its own."""
+    yield from value.items() if isinstance(value, dict) else [("AutoModel", value)]
+
+
+def _are_words(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_are_words(item) for item in value.values())
+    return value is None or (isinstance(value, str) and _WORD.match(value) is not None)
 
 
 def _entries(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any, int]]:

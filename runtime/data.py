@@ -29,16 +29,19 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from runtime.chats import assistant_tokens, rendered
+from runtime.config_rules import stated_tokenizers
 from runtime.console import quiet
 from runtime.decoder import LABELS
 from runtime.documents import Document, read_documents, require_file, require_pairs
 from runtime.errors import DataError, UsageError
+from runtime.offline import offline
 from runtime.token_file import (
     LOSS_MASK,
     SUFFIX,
@@ -366,6 +369,10 @@ def _require_tokens(ids: Sequence[int] | Tensor, document: Document) -> None:
         raise DataError(f"{document.where} gives no tokens", hint="take it out")
 
 
+# Japanese and phonemes: analysers in programs and shared libraries of their own, which the files may choose.
+_STARTS_PROGRAMS = re.compile(r"BertJapanese|Wav2Vec2Phoneme|Vits")
+
+
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -374,7 +381,8 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
         # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
-        with quiet("transformers.configuration_utils"):
+        with quiet("transformers.configuration_utils"), offline():
+            _require_tokenizer_class(directory)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
@@ -387,6 +395,24 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
         raise DataError(f"{directory} holds no tokenizer, only its config", hint=_NO_TOKENIZER)
     return tokenizer
+
+
+def _require_tokenizer_class(directory: Path) -> None:
+    """Refuse a directory whose files name a class that is no tokenizer: transformers loads whatever has that name, a
+    model for instance; or one whose tokenizers start other programs.
+
+    Raises:
+        DataError: naming the class.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    for name in stated_tokenizers(directory):
+        for own in (name, name.removesuffix("Fast"), f"{name}Fast"):
+            found = tokenizer_class_from_name(own)
+            is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+            if found is not None and (not is_tokenizer or _STARTS_PROGRAMS.match(own)):
+                raise DataError(f"{directory} names {name} as its tokenizer, which is not a tokenizer to be loaded")
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:

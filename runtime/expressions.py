@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
-from runtime.literals import is_field, is_power, wrong_argument
-from runtime.opaque_paths import is_opaque_path
+from runtime.literals import FORBIDDEN_KEYWORDS, is_field, is_power, wrong_argument, wrong_submodule_call
+from runtime.opaque_paths import is_opaque_path, wrong_call
 from runtime.operators import changes_in_place, is_allowed, is_view
 
 NESTING_LIMIT = 32
@@ -53,7 +53,7 @@ class Expressions:
     operators: dict[str, None] = field(default_factory=dict)
     used: dict[str, dict[str, None]] = field(default_factory=dict)
     defined: dict[str, None] = field(default_factory=dict)
-    objects: dict[str, None] = field(default_factory=dict)  # names that stand for whole modules and configs
+    objects: dict[str, str | None] = field(default_factory=dict)  # names of modules, with theirs, and of configs
     lists: dict[str, None] = field(default_factory=dict)  # names of lists that loops append to
     outside: list[dict[str, None]] = field(default_factory=list)  # for each loop around, the names defined before it
     kept: dict[str, None] = field(default_factory=dict)  # names of parameters, buffers and constants, and views of them
@@ -69,7 +69,8 @@ class Expressions:
         if not _NAME.match(name) or name.startswith("__") or name in RESERVED:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
-        for known in (self.objects, self.lists, self.kept):
+        self.objects.pop(name, None)
+        for known in (self.lists, self.kept):
             known.pop(name, None)
 
     def is_kept(self, node: ast.expr) -> bool:
@@ -94,6 +95,8 @@ class Expressions:
 
     def _constant(self, node: ast.Constant, depth: int) -> None:
         value = node.value
+        if value in FORBIDDEN_KEYWORDS and not self.allowed.own_modules:
+            raise self.refuse(node, f"the word {value!r}")  # a table may be handed on as keywords
         is_plain = value is None or type(value) in (bool, float, str)
         if not is_plain and not (type(value) is int and abs(value) <= _INT_LIMIT):
             raise self.refuse(node, f"a literal of type {type(value).__name__}, or of that size,")
@@ -113,6 +116,7 @@ class Expressions:
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant) or type(key.value) not in (str, int, bool):
                 raise self.refuse(node, "a dict whose keys are not literals")
+            self._constant(key, depth)
             self.expression(value, depth)
 
     def _arithmetic(self, node: ast.BinOp, depth: int) -> None:
@@ -185,16 +189,56 @@ class Expressions:
         is_operator = path[:2] == ["torch", "ops"]
         if is_operator and changes_in_place(path[3]) and node.args and self.is_kept(node.args[0]):
             raise self.refuse(node, "changing a parameter, buffer or constant in place")
-        self.may_be_object = isinstance(node.func, ast.Subscript)  # an opaque step
         for argument in node.args:
             if isinstance(argument, ast.Starred):
                 raise self.refuse(node, "an unpacked argument")
+        is_step, is_own = isinstance(node.func, ast.Subscript), False
+        if is_step:
+            is_own = self._step(node)
+        elif _is_lookup(node.func):
+            is_whole = self._module_name(node.func) == ""
+            wrong = "a call of the whole model" if is_whole else self._wrong_submodule_call(node)
+            if wrong:
+                raise self.refuse(node, wrong)
         for keyword, argument in (*((None, value) for value in node.args), *((k.arg, k.value) for k in node.keywords)):
             wrong = wrong_argument(argument, keyword) if is_operator else ""
             if wrong:
                 raise self.refuse(node, wrong)
+            self.may_be_object = is_step and (is_own or is_object(argument) or isinstance(argument, ast.Name))
             self.expression(argument, depth)
         self.may_be_object = outer
+
+    def _step(self, node: ast.Call) -> bool:
+        """The arguments of an opaque step: of modules only the one that it is a method of, and never the whole model.
+
+        Returns:
+            Whether it is a function of the model's own code: whoever runs it has allowed all that it may do.
+        """
+        step = str(ast.literal_eval(node.func.slice)) if isinstance(node.func, ast.Subscript) else ""
+        if step.partition(":")[0] in self.allowed.own_modules:
+            return True
+        wrong = wrong_call(node, step)
+        if wrong:
+            raise self.refuse(node, wrong)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+            if self._module_name(argument) == "":
+                raise self.refuse(node, "the whole model as an argument")
+            is_first = bool(node.args) and argument is node.args[0]
+            if not is_first and self._module_name(argument) is not None:
+                raise self.refuse(node, "a module anywhere but as the first argument of an opaque step")
+        return False
+
+    def _wrong_submodule_call(self, node: ast.Call) -> str:
+        return "" if self.allowed.own_modules else wrong_submodule_call(node)  # whose modules may take any word
+
+    def _module_name(self, node: ast.expr) -> str | None:
+        """The dotted name of the module that an expression is, None where it is none."""
+        if isinstance(node, ast.Name):
+            return self.objects.get(node.id)
+        if not _is_lookup(node):
+            return None
+        first = node.args[0] if isinstance(node, ast.Call) and node.args else None
+        return str(first.value) if isinstance(first, ast.Constant) else ""
 
     def _callee(self, node: ast.Call, depth: int) -> None:
         path = dotted(node.func)

@@ -144,12 +144,12 @@ class _Checker(Expressions):
         self.may_be_object = is_object(value)
         self.expression(value, 0)
         self.may_be_object = False
-        is_kept = self.is_kept(value)
+        is_kept, module = self.is_kept(value), self._module_name(value)
         self.define(node, name)
         if is_kept:
             self.kept[name] = None
         if is_object(value):
-            self.objects[name] = None
+            self.objects[name] = module
         elif is_list:
             self.lists[name] = None
 

@@ -14,6 +14,9 @@ _DEVICE = re.compile(
     r"(cpu|cuda|ipu|xpu|mkldnn|opengl|opencl|ideep|hip|ve|fpga|maia|xla|lazy|vulkan|mps|meta|hpu|mtia"
     r"|privateuseone)(:.*)?\Z"
 )
+# What transformers' decorators make of keywords that no signature names: they write what a module computes to files.
+FORBIDDEN_KEYWORDS = frozenset(("debug_io", "debug_io_dir", "prune_layers"))
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,60}\Z")
 # Generators, coroutines, frames, tracebacks, code and functions are described by names like these.
 # `data` is a tensor's memory under another name, of which nobody notices that it changes.
 _INTROSPECTION = re.compile(r"(gi|cr|ag|f|tb|co|func|im)_|(mro|grad_fn|grad|data)\Z")
@@ -43,6 +46,23 @@ def wrong_argument(node: ast.expr, keyword: str | None) -> str:
                 return f"the word {part.value[:40]!r} for an operator"
         elif isinstance(part, (ast.List, ast.Tuple)) and math.prod(_sizes(part)) > ELEMENTS_LIMIT:
             return f"a literal size of more than {ELEMENTS_LIMIT} elements"
+    return ""
+
+
+def wrong_submodule_call(node: ast.Call) -> str:
+    """Why a module may not be called with these keywords and words; empty where it may.
+
+    Words are kinds of layers, such as `full_attention`, and keys of tables by kind.
+    """
+    for keyword in node.keywords:
+        if keyword.arg in FORBIDDEN_KEYWORDS:
+            return f"the keyword {keyword.arg!r}"
+    for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+        for part in ast.walk(argument):
+            if not isinstance(part, ast.Constant) or not isinstance(part.value, str):
+                continue
+            if _KIND.match(part.value) is None or part.value in FORBIDDEN_KEYWORDS:
+                return f"the word {part.value[:40]!r} for a module"
     return ""
 
 

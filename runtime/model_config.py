@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError, WeightsError
 from runtime.manifest import ATTENTIONS
+from runtime.offline import offline
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from runtime.artifact import Artifact
 
+_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+_DEPTH_LIMIT = 24
 LIMITS = ("vocab_size", "max_position_embeddings")
 # What a run without training, sampling and cache does not look at, so that copies of one model may differ in it.
 _WITHOUT_EFFECT = re.compile(
@@ -50,29 +53,50 @@ def read_config(directory: Path, config_class: type | None = None, *, origin: Pa
 
 def parse_config(path: Path, config_class: Any = None) -> PretrainedConfig:
     """The config in a file or directory, by transformers' own classes or by `config_class`; its errors come through."""
-    if config_class is None:
-        from transformers import AutoConfig
+    with offline():  # a backbone would be asked for at the hub
+        if config_class is None:
+            from transformers import AutoConfig
 
-        # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
-        found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    else:
-        found = config_class.from_pretrained(path, local_files_only=True)
+            # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
+            found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        else:
+            found = config_class.from_pretrained(path, local_files_only=True)
     return found
 
 
 def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
-    """Refuse a config that asks for an attention outside of torch; transformers would fetch its kernel from the hub.
+    """Refuse a config that asks for an attention or experts outside of torch; transformers would fetch a kernel from
+    the hub. Every config that it holds is looked at, also where its class does not count it among its parts.
 
     Raises:
-        ModelError: naming the attention.
+        ModelError: naming what it asks for.
     """
-    wanted = str(getattr(config, "_attn_implementation", ""))
-    if wanted not in ATTENTIONS:
-        raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
-    for name in getattr(config, "sub_configs", ()):
-        part = getattr(config, name, None)
-        if part is not None:
-            require_plain_attention(part, origin)
+    for part in _configs(config, 0):
+        wanted = str(getattr(part, "_attn_implementation", ""))
+        if wanted not in ATTENTIONS:
+            raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
+        experts = getattr(part, "_experts_implementation", None)
+        if not isinstance(experts, (str, type(None))) or experts not in _EXPERTS:
+            raise ModelError(
+                f"{origin} asks for the experts {experts!r}", hint=f"{', '.join(map(str, _EXPERTS[1:]))} are offered"
+            )
+
+
+def _configs(value: Any, depth: int) -> Iterator[PretrainedConfig]:
+    from transformers import PretrainedConfig
+
+    if depth > _DEPTH_LIMIT:
+        return
+    is_config = isinstance(value, PretrainedConfig)
+    if is_config:
+        yield value
+    items = vars(value) if is_config else value
+    if isinstance(items, Mapping):
+        for item in list(items.values()):
+            yield from _configs(item, depth + 1)
+    elif isinstance(items, (list, tuple)):
+        for item in items:
+            yield from _configs(item, depth + 1)
 
 
 def artifact_config(artifact: Artifact) -> PretrainedConfig:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, ModelError
-from runtime.opaque_paths import is_opaque_path
+from runtime.offline import offline
+from runtime.opaque_calls import GuardedStep
+from runtime.opaque_paths import require_harmless
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     config = artifact_config(artifact)
     dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
     try:
-        with without_weights():
+        with without_weights(), offline():
             model: nn.Module = from_config(cls, config, dtype=dtype, attention=entry.attn_implementation)
             calculate_buffers(model)
     except Exception as error:
@@ -53,15 +55,20 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
     return model.eval()
 
 
-def resolve_opaque(path: str, code: LoadedCode | None = None) -> Callable[..., Any]:
+def resolve_opaque(path: str, code: LoadedCode | None = None, home: str = "") -> Callable[..., Any]:
     """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers or the
     model's own code.
 
+    Args:
+        path: of the step.
+        code: the model's own, ready to be imported.
+        home: the module that defines the model's class.
+
     Raises:
-        ArtifactError: when the path leads elsewhere (see `runtime.grammar.is_opaque_path`), or to nothing.
+        ArtifactError: when the path leads elsewhere (see `runtime.opaque_paths`), or to nothing.
     """
-    if not is_opaque_path(path, code.modules if code is not None else ()):
-        raise ArtifactError(f"opaque step {path!r} is not part of a model's forward", hint="it will not be called")
+    own_modules = code.modules if code is not None else ()
+    require_harmless(path, (home,), own_modules)
     module_name, _, qualified = path.partition(":")
     try:
         value: Any = importlib.import_module(module_name)
@@ -72,7 +79,7 @@ def resolve_opaque(path: str, code: LoadedCode | None = None) -> Callable[..., A
     if not callable(value) or isinstance(value, type) or getattr(value, "__module__", "") != module_name:
         raise ArtifactError(f"opaque step {path!r} is not a function that {module_name} defines")
     function: Callable[..., Any] = value
-    return function
+    return function if module_name in own_modules else GuardedStep(path, function)
 
 
 def model_class(artifact: Artifact) -> Any:

@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from runtime.artifact import CONSTANTS_NAME, check
-from runtime.errors import ArtifactError, TargetError
+from runtime.checks import check_programs
+from runtime.config_rules import check_config
+from runtime.errors import ArtifactError, TargetError, TraceError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
 from runtime.model_code import FOLDER
-from runtime.opaque_paths import is_opaque_path
+from runtime.opaque_paths import is_harmless
 from runtime.publish import disk_errors, move_aside, publish_directory
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
@@ -189,7 +191,7 @@ def _build(
     remarks: list[str] = []
 
     def may_ignore(function: Function) -> bool:
-        return options.auto_ignore and is_opaque_path(function.path, own_modules)
+        return options.auto_ignore and is_harmless(function.path, (type(model).__module__,), own_modules)
 
     with _locked(path):
         found = None if force else _find(path, key, remarks)
@@ -211,6 +213,7 @@ def _build(
                 remarks.append(f"layers are not traced through: {traced.hindrance}")
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, own, model, traced, keys, ingredients)
+            _require_accepted(files, manifest, own_modules)
             found = _write(path, files, manifest)
         remember(parts, path, found, sources)
     seconds = time.perf_counter() - start
@@ -238,6 +241,21 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_modules: Sequence[str]) -> None:
+    """Refuse to write what no host would accept: a function that is called whole may be no part of a forward, or do
+    more than calculate; a config may name files or code.
+    """
+    try:
+        check_config(files, has_own_code=bool(own_modules))
+        if not manifest.is_portable:
+            check_programs(manifest, files, own_modules)
+    except ArtifactError as error:
+        raise TraceError(
+            f"no host would accept this artifact: {error.message}",
+            hint="name another function with --ignore, or take the entry out of the model's files",
+        ) from error
 
 
 def _require_matched(trace: Trace, ignore: Sequence[str]) -> None:

@@ -17,6 +17,11 @@ ROOT = Path(__file__).parents[1]
 # What the compiler may use of the host's part: what both have to agree on, and nothing that runs a model.
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file", "chats"}
 SHARED |= {
+    "library",
+    "offline",
+    "reach",
+    "reviewed",
+    "summaries",
     "console",
     "cli_options",
     "construct",

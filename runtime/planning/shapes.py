@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.errors import ArtifactError
 from runtime.experts import Experts
 from runtime.half_products import NUMBERS_AT_A_TIME, quick_halves, slow_halves
 from runtime.program import Run
@@ -147,7 +148,11 @@ class ShapeRun:
         ):
             try:
                 outputs = subgraph.execute(self.model, inputs, self._run)
-            except Exception:  # whatever code does that asks for values: no list of errors is complete
+            except RuntimeError:  # torch's answer to whatever asks for values, or for sizes that only values tell
+                return None
+            except ArtifactError as error:  # which says so of a program; anything else is to be known
+                if not isinstance(error.__cause__, RuntimeError):
+                    raise
                 return None
         return Footprint(outputs=outputs, working_bytes=memory.peak_bytes, seen=seen.groups)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.attacks.attack import Attack, program, raw_program
+from tests.attacks.steps import MODULES, STEPS
 
 _RUN = "__import__('os').system('touch owned')"
 _OPAQUE = "transformers.models.llama.modeling_llama"
@@ -318,5 +319,5 @@ OPAQUE = [
 
 PROGRAMS = [
     *(*IMPORTS, *TRAVERSAL, *SYNTAX, *TEXT, *BOMBS),
-    *(*OPERATORS, *IN_PLACE, *NAMES, *OPAQUE),
+    *(*OPERATORS, *IN_PLACE, *NAMES, *OPAQUE, *STEPS, *MODULES),
 ]

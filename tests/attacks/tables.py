@@ -348,8 +348,47 @@ CONFIGS = [
     config("weights for timm", "names a file", '{"vision_config": {"model_args": {"pretrained": true}}}'),
     config("an architecture from a directory", "names a place", '{"architecture": "local-dir:/tmp/evil"}'),
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
+    config("a backbone from the hub by its name", "names a place", '{"vision_config": {"backbone": "evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
+    config(
+        "an auto_map of a part", "lists no code", '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}'
+    ),
+    config("an auto_map that is text", "lists no code", '{"auto_map": "evil/repo--m.Model"}'),
+    *(
+        config(f"a kernel from the hub: {name}", "names a kernel", text)
+        for name, text in (
+            ("attention", '{"_attn_implementation": "someone/kernels"}'),
+            ("attention's other name", '{"attn_implementation": "someone/kernels@main:fn"}'),
+            ("attention by part", '{"attn_implementation": {"text_config": "someone/kernels"}}'),
+            ("attention of a part", '{"backbone_config": {"_attn_implementation_internal": "someone/kernels"}}'),
+            ("paged attention", '{"_attn_implementation": "paged|someone/kernels"}'),
+            ("experts", '{"experts_implementation": "someone/kernels"}'),
+            ("experts of a part", '{"text_config": {"_experts_implementation_internal": "someone/kernels"}}'),
+        )
+    ),
+    config("another file", "for the config's class to say", '{"configuration_files": ["config.4.0.0.json"]}'),
+    config(
+        "other names of entries", "for the config's class to say", '{"attribute_map": {"a": "_attn_implementation"}}'
+    ),
+    config("no parts", "for the config's class to say", '{"sub_configs": {}}'),
+    config("a dunder", "no entry of a config", '{"text_config": {"__class__": 1}}'),
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
 ]
 
-TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS]
+TOKENIZERS = [
+    *(
+        replaced(f"{name} as the tokenizer", "is no tokenizer", {file: f'{{"tokenizer_class": {name}}}'.encode()})
+        for name, file in (
+            ('"AutoModel"', "tokenizer_config.json"),
+            ('"AutoTokenizer"', "tokenizer_config.json"),
+            ('"LlamaForCausalLM"', "tokenizer_config.json"),
+            ('"HiggsAudioV2TokenizerModel"', "tokenizer_config.json"),
+            ('"pipeline"', "tokenizer_config.json"),
+            ('"AutoProcessor"', "config.json"),
+            ('["LlamaTokenizer"]', "tokenizer_config.json"),
+            ('"../evil.Tokenizer"', "tokenizer_config.json"),
+        )
+    ),
+]
+
+TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS, *TOKENIZERS]

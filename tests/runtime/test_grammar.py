@@ -16,6 +16,7 @@ from tests.tiny_models import ZOO, make_inputs, tiny_model
 
 NAMES = Allowed(input_names=["x", "y"], output_names=["z"])
 STEP = "transformers.models.llama.modeling_llama:rotate_half"
+ATTENTION = "transformers.models.llama.modeling_llama:eager_attention_forward"
 
 
 def program(*statements: str, result: str = '{"z": z}', head: str = "def forward(self, x, y, *, run):") -> bytes:
@@ -79,7 +80,7 @@ def test_lookups_that_the_manifest_lists() -> None:
         attributes=["gain", "offset"],
         objects=["layers.0", "config"],
         constants=["constant_0"],
-        opaque=[STEP],
+        opaque=[ATTENTION],
     )
     source = program(
         'a = self.get_submodule("layers.0")(x, mask={"full": y, 0: (None,), True: [1.5]})',
@@ -88,7 +89,7 @@ def test_lookups_that_the_manifest_lists() -> None:
         'd = self.get_submodule("layers.0")',
         'e = self.get_submodule("").config',
         'f = run.constant("constant_0")',
-        f'z = run.opaque["{STEP}"](d, e, f, a=a, b=b, c=c)',
+        f'z = run.opaque["{ATTENTION}"](d, e, f, value=a, attention_mask=b, scaling=c)',
     )
     accepts(source, allowed)
     for kind in ("submodules", "attributes", "objects", "constants", "opaque"):
@@ -430,9 +431,9 @@ def test_the_example_of_the_artifact_tests() -> None:
         ("transformers.models.llama.modeling_llama:f.__globals__", False),
         ("transformers.models.llama.modeling_llama.os:system", False),
         ("transformers.models.llama.configuration_llama:LlamaConfig", False),
-        ("transformers.models.llama.modeling_llama:LlamaModel.from_pretrained", False),
-        ("transformers.models.llama.modeling_llama:LlamaModel.save_pretrained", False),
-        ("transformers.models.llama.modeling_llama:LlamaModel.push_to_hub", False),
+        ("transformers.models.auto.modeling_auto:AutoModel.from_pretrained", False),
+        ("transformers.modeling_utils:PreTrainedModel.save_pretrained", False),
+        ("transformers.utils.hub:PushToHubMixin.push_to_hub", False),
         ("transformers.dynamic_module_utils:get_class_in_module", False),
         ("os:system", False),
         (STEP + "\n", False),
