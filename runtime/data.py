@@ -34,6 +34,7 @@ from runtime.chats import assistant_tokens, rendered
 from runtime.console import quiet
 from runtime.documents import Document, read_documents, require_file
 from runtime.errors import DataError, UsageError
+from runtime.regular_files import open_regular, require_regular_entries
 from runtime.token_file import LOSS_MASK, SUFFIX, Origin, TokenData, read_token_file, require_place, save_tokens
 
 if TYPE_CHECKING:
@@ -292,6 +293,10 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not directory.is_dir():
         raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
     try:
+        require_regular_entries(directory)
+    except OSError as error:
+        raise DataError(f"the tokenizer's file {error.filename} cannot be read: {error.strerror}") from error
+    try:
         # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
         # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
         with quiet("transformers.configuration_utils"):
@@ -330,7 +335,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> st
 
 def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -110,7 +110,6 @@ def evaluate(
                 else:
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
-            source.checkpoint.release()
             progress(f"[{index + 1}/{len(artifact.subgraphs)}] {', '.join(subgraph.entry.targets) or 'no target'}")
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from runtime.experts import Mixture
 from runtime.grammar import SOURCE_LIMIT_BYTES
+from runtime.regular_files import read_regular
 from runtime.split import checkpoint_name
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def write_companions(
     for path in sorted(checkpoint.directory.iterdir()):
         target = directory / path.name
         if _may_be_copied(path.name) and not target.exists() and _is_inside(path) and _is_companion(path):
-            target.write_bytes(path.read_bytes())
+            target.write_bytes(read_regular(path))
     for name, data in artifact.companions.items():
         if _may_be_copied(name) and not (directory / name).exists():
             (directory / name).write_bytes(data)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
     from runtime.manifest import ParameterEntry
+    from runtime.stored_table import StoredTable
 
 
 _OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
@@ -109,12 +110,12 @@ class Weights:
         value = self._make(name, [read(key) for key in self.origins[name].keys])
         return value.to(self._used_dtype(name, value)).to(device)
 
-    def mapped(self, name: str) -> torch.Tensor | None:
-        """A parameter that is only looked up in, where it lies on disk; None for any other, and for one that the
+    def table(self, name: str) -> StoredTable | None:
+        """A parameter that is only looked up in, left on disk; None for any other, and for one that the
         checkpoint does not have as the model uses it.
         """
         key = self.plain_key(name) if name in self._tables else None
-        value = self.checkpoint.mapped(key) if key is not None else None
+        value = self.checkpoint.table(key) if key is not None else None
         return value if value is not None and value.dtype == self._used_dtype(name, value) else None
 
     def _used_dtype(self, name: str, stored: torch.Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from runtime.dtypes import bytes_of
+from runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -61,7 +62,7 @@ def _checkpoint_digest(checkpoint: Checkpoint) -> str:
         digest.update(checkpoint.sample(key, _SAMPLE_BYTES))
     for path in _companions(checkpoint.directory):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+        digest.update(read_regular(path))
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.errors import ModelError, WeightsError
 from runtime.packed import plain_shapes
+from runtime.regular_files import is_there, open_regular, read_regular, read_text
 
 # What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
 COMPANIONS = (
@@ -54,7 +55,10 @@ class Source:
         if self.config_file.name != "config.json":
             return {}
         found = ((name, self.directory / name) for name in COMPANIONS)
-        return {name: path.read_bytes() for name, path in found if path.is_file()}
+        try:
+            return {name: read_regular(path) for name, path in found if is_there(path)}
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there.
@@ -65,15 +69,15 @@ class Source:
             WeightsError: when shards are missing or damaged, or are quantized in a form that no host can read.
         """
         index = self.directory / _INDEX
-        if index.is_file():
+        if is_there(index):
             try:
-                shards = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+                shards = list(dict.fromkeys(json.loads(read_regular(index))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
         else:
             shards = [_SINGLE]
         paths = [self.directory / str(shard) for shard in sorted(shards)]
-        missing = [path for path in paths if not path.is_file()]
+        missing = [path for path in paths if not is_there(path)]
         if len(missing) == len(paths):
             return None
         if missing:
@@ -89,7 +93,7 @@ class Source:
 
 def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER_LIMIT_BYTES:
                 raise ValueError(f"a header of {length} bytes")
@@ -147,10 +151,10 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 
 def _from_file(name: str, config_file: Path, source: str) -> Source:
-    if not config_file.is_file():
+    if not config_file.exists():
         raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(config_file))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
