@@ -104,6 +104,8 @@ def _user_error(error: BaseException) -> str | None:
         command = getattr(getattr(error, "ctx", None), "command_path", "")
         hint = f" ({command} --help shows what it takes)" if command else ""
         return str(error.format_message()).rstrip(".") + hint
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no more threads can be started (raise ulimit -u, or pids of the container, or lower OMP_NUM_THREADS)"
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_full or "can't allocate memory" in str(error):
         what = str(error).partition(". ")[0] or "the machine has no more"

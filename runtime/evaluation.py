@@ -21,6 +21,7 @@ from runtime.activations import Activations
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.half_products import quick_halves
+from runtime.machine import OWN_THREADS, require_threads
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
 from runtime.streaming.weight_stream import WeightStream
@@ -78,6 +79,7 @@ def evaluate(
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
+    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     _require_causal(artifact.manifest)
     num_tokens = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
     if not num_tokens:

@@ -1,6 +1,6 @@
 """Standard output and standard error that never end a run.
 
-A run may take a day; that its terminal has gone, that nobody reads its pipe any more, that the disk under its log is full
+A run may take a day. That its terminal has gone, that nobody reads its pipe any more, that the disk is full
 or that its encoding has no character for a path is no reason to lose it. What cannot be encoded is escaped. After the
 first text that cannot be written the rest is dropped, and what went wrong is remembered for whoever wants to say so.
 """
@@ -13,9 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
-
-
-
 
 GONE = "nobody reads it any more"
 

@@ -7,11 +7,12 @@ a pipe can also be read only once, while most inputs are read twice or mapped. S
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 # Opening a pipe must not wait for its other end; a terminal must not become that of this process.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -113,6 +114,31 @@ def require_regular_entries(directory: Path) -> None:
     for name in sorted(os.listdir(directory)):
         if name.endswith(_READ_BY_LIBRARIES):
             is_there(directory / name)  # a link that leads nowhere is for those who need it to complain about
+
+
+def open_to_append(path: str | os.PathLike[str]) -> TextIO:
+    """Open a text file to add lines to it; a device that takes text, such as `/dev/null`, will do.
+
+    Raises:
+        NotRegularError: for a pipe, whose reader this would wait for, a socket or a directory.
+        OSError: when it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(FileNotFoundError):
+        _require_not_pipe(os.stat(path), path)
+    descriptor = os.open(path, flags | getattr(os, "O_NOCTTY", 0), 0o666)
+    try:
+        _require_not_pipe(os.fstat(descriptor), path)
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, "a", encoding="utf-8")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_not_pipe(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISCHR(status.st_mode):
+        _require(status, path)
 
 
 def _require(status: os.stat_result, path: str | os.PathLike[str]) -> None:

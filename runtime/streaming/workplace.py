@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.console import tell_when_stopped
-from runtime.errors import OutputError, SeqbuildError
+from runtime.errors import OutputError, SeqbuildError, WeightsError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
@@ -213,4 +213,6 @@ def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
     """Whether going on could come further than this run did."""
     if not found.of_kind(journal.STEP):
         return False
-    return not isinstance(error, SeqbuildError) or isinstance(error, (OutputError, MemoryError, RuntimeError))
+    return not isinstance(error, SeqbuildError) or isinstance(
+        error, (OutputError, WeightsError, MemoryError, RuntimeError)
+    )
