@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.stored_table import StoredTable
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-_PIECE_BYTES = 2**25  # of a tensor that goes from one file to another
+_PIECE_BYTES = 2**22  # of a tensor that goes from one file to another
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def unfailing() -> Iterator[tuple[Output, Output]]:
         # None is what Python has for a descriptor that was closed when the process began.
         real = [found or stack.enter_context(open(os.devnull, "w", encoding="utf-8")) for found in before]
         out, complaints = map(Output, real)
-        sys.stdout, sys.stderr = out, complaints  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, complaints
         try:
             yield out, complaints
         finally:

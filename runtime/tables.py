@@ -11,8 +11,9 @@ from runtime.host_sources import is_module_name
 from runtime.leaves import MIXTURES
 from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
 from runtime.model_code import is_own_module
+from runtime.patterns import fault
 from runtime.scale_groups import wrong_attentions, wrong_groups
-from runtime.written import is_dimension, is_pattern
+from runtime.written import is_dimension
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", *MIXTURES)
@@ -21,6 +22,7 @@ _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 _WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
 _OTHER_DTYPES = ("uint16", "uint32", "uint64", "complex128", "complex32")
 _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]+")
+_MOST_PATTERNS = 4096
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -52,9 +54,14 @@ def check_tables(manifest: Manifest) -> None:
     for module in manifest.sources:
         if not is_module_name(module):
             raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
+    if len(manifest.model.ignored_keys) > _MOST_PATTERNS:
+        raise ArtifactError(
+            f"the manifest lists {len(manifest.model.ignored_keys)} patterns of keys, more than {_MOST_PATTERNS}"
+        )
     for pattern in manifest.model.ignored_keys:
-        if not is_pattern(pattern):
-            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression that ends in time")
+        wrong = fault(pattern)
+        if wrong:
+            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression: {wrong}")
     for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest), *wrong_attentions(manifest)):
         raise ArtifactError(wrong)
 

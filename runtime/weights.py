@@ -6,7 +6,6 @@ anything is loaded; the first tensor that is missing, left over or of another sh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from runtime.errors import WeightsError
 from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
+from runtime.patterns import is_in
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -272,9 +272,9 @@ class Weights:
 
     def _require_no_leftovers(self, others: Iterable[str]) -> None:
         used = {key for origin in self.origins.values() for key in origin.keys} | set(others)
-        ignored = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
+        ignored = self.artifact.manifest.model.ignored_keys
         for key in self.checkpoint:
-            if key not in used and not any(pattern.search(key) for pattern in ignored):
+            if key not in used and not any(is_in(pattern, key) for pattern in ignored):
                 raise WeightsError(
                     f"{self.checkpoint.directory} holds tensor {key!r}, which the artifact does not know",
                     hint=_OTHER_MODEL,

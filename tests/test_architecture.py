@@ -42,6 +42,7 @@ SHARED |= {
     "literals",
     "guards",
     "packed",
+    "patterns",
     "regular_files",
     "output",
 }
