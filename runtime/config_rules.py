@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runtime.console import shown
 from runtime.errors import ArtifactError
 
 CONFIG_NAME = "config.json"
@@ -22,6 +23,20 @@ _READS = (
     "features_only_path",
 )
 _NAMES_OF_CODE = ("architecture", "backbone")
+# By the name of an entry, the largest number that is a model's: the first that fits counts.
+_LIMITS = {
+    "layers": (re.compile(r"(.*_)?n?(layers?|depths?|blocks|stages)", re.IGNORECASE), 1024),
+    "experts": (re.compile(r".*experts", re.IGNORECASE), 2**16),
+    "positions": (re.compile(r".*(max_|position|length|ctx|window|context|tokens).*", re.IGNORECASE), 2**40),
+    "sizes": (
+        re.compile(
+            r"(.*_)?(hidden_size|intermediate_size|dims?|rank|width|heads?|channels|embd|inner|model|ff|kv)|d_.*"
+        ),
+        2**20,
+    ),
+    "others": (re.compile(r"(.*_)?(size|groups)|(num|n)_.*"), 2**24),
+}
+_MOST_EXPERTS, _MOST_ITEMS = 2**20, 2**17
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
 
 
@@ -50,10 +65,45 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
         wrong = _wrong(name, value, depth)
         if wrong:
             raise ArtifactError(f"{CONFIG_NAME} has {name}, {wrong}", hint="nothing of the artifact was executed")
+    require_possible(table, CONFIG_NAME)
     auto_map = table.get("auto_map")
     names = auto_map if isinstance(auto_map, dict) else {}
     if any(key.startswith(("AutoConfig", "AutoModel")) and value for key, value in names.items()) and not has_own_code:
         raise ArtifactError(f"{CONFIG_NAME} has an auto_map, and the artifact lists no code of the model's own")
+
+
+def require_possible(table: Mapping[str, Any], origin: str) -> None:
+    """Refuse a config with numbers that no model has: whoever builds modules from it would be busy for hours.
+
+    Args:
+        table: the config.
+        origin: what messages call it.
+
+    Raises:
+        ArtifactError: naming the entry.
+    """
+    counts = {"layers": 1.0, "experts": 1.0}
+    for name, value, _ in _entries(table, "", 0):
+        if isinstance(value, (list, dict)):
+            if len(value) > _MOST_ITEMS:
+                raise ArtifactError(f"{origin} has {name} with {len(value)} items, more than {_MOST_ITEMS}")
+            continue
+        own = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+        kind = next((kind for kind, (pattern, _) in _LIMITS.items() if pattern.fullmatch(own)), "")
+        if not kind or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not value <= _LIMITS[kind][1]:  # nor is what is no number
+            raise ArtifactError(
+                f"{origin} has {name} = {shown(value)}, and no model has more than {_LIMITS[kind][1]}",
+                hint="correct the entry",
+            )
+        if kind in counts:
+            counts[kind] = max(counts[kind], value)
+    if counts["layers"] * counts["experts"] > _MOST_EXPERTS:
+        raise ArtifactError(
+            f"{origin} has {counts['layers']:.0f} layers of {counts['experts']:.0f} experts, "
+            f"and no model has more than {_MOST_EXPERTS} experts"
+        )
 
 
 def _wrong(name: str, value: Any, depth: int) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from runtime.chain import wrong_chain
 from runtime.conditions import check_condition
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
+from runtime.leaf_tables import wrong_leaf_tables
 from runtime.leaves import MIXTURES
 from runtime.manifest import ATTENTIONS, DTYPES, InputEntry, LeafKind, Manifest, TensorEntry, canonical, sha256
 from runtime.model_code import is_own_module
@@ -45,6 +47,10 @@ def check_tables(manifest: Manifest) -> None:
     for name, parameter in manifest.parameters.items():
         if not -1 <= parameter.conversion < len(manifest.conversions):
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
+        conversion = manifest.conversions[parameter.conversion] if parameter.conversion >= 0 else None
+        if conversion is not None and conversion.num_sources != len(parameter.sources):
+            takes, found = conversion.num_sources, len(parameter.sources)
+            raise ArtifactError(f"parameter {name} has {found} sources, and its conversion takes {takes}")
         if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
             raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
     if manifest.model.dtype not in RUN_DTYPES:
@@ -62,8 +68,9 @@ def check_tables(manifest: Manifest) -> None:
         wrong = fault(pattern)
         if wrong:
             raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression: {wrong}")
-    for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest), *wrong_attentions(manifest)):
-        raise ArtifactError(wrong)
+    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_attentions):
+        for wrong in wrongs(manifest):
+            raise ArtifactError(wrong)
 
 
 def _wrong_places(manifest: Manifest) -> Iterator[str]:

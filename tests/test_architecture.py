@@ -27,6 +27,8 @@ SHARED |= {
     "code_loader",
     "host_sources",
     "conditions",
+    "leaf_tables",
+    "chain",
     "tables",
     "scale_groups",
     "leaves",

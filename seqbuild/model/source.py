@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import ModelError, WeightsError
+from runtime.config_rules import require_possible
+from runtime.errors import ArtifactError, ModelError, WeightsError
 from runtime.packed import plain_shapes
 from runtime.regular_files import is_there, open_regular, read_regular, read_text
 
@@ -159,4 +160,8 @@ def _from_file(name: str, config_file: Path, source: str) -> Source:
         raise ModelError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no model config")
+    try:
+        require_possible(config, str(config_file))
+    except ArtifactError as error:
+        raise ModelError(error.message, hint=error.hint) from error
     return Source(name=name, directory=config_file.parent, config_file=config_file, config=config)

@@ -308,7 +308,8 @@ CONSTANTS = [
                 name: files()[name]
                 for name in ("config.json", "constants.safetensors", "subgraphs/001.py", "conversions/000.py")
             },
-            subgraphs=manifest().subgraphs[1:],
+            subgraphs=(replace(manifest().subgraphs[1], input_names=("layers_0",)),),
+            inputs=(InputEntry(name="layers_0", dtype="model", shape=("batch", "sequence", 2)),),
             constants=(),
         ),
     ),
