@@ -101,7 +101,7 @@ def returned_twice(manifest: Manifest) -> dict[str, Any]:
 
 
 def far_too_many(manifest: Manifest) -> dict[str, Any]:
-    return {"subgraphs": (*manifest.subgraphs[:1], *manifest.subgraphs[1:2] * 20_000, *manifest.subgraphs[1:])}
+    return {"subgraphs": (*manifest.subgraphs[:1], *manifest.subgraphs[1:2] * 8_192, *manifest.subgraphs[1:])}
 
 
 def no_value(manifest: Manifest) -> dict[str, Any]:
