@@ -331,6 +331,10 @@ CONFIGS = [
     config("an architecture from a directory", "names a place", '{"architecture": "local-dir:/tmp/evil"}'),
     config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
     config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
+    config("layers without end", "num_hidden_layers = 10000000, and no", '{"num_hidden_layers": 10000000}'),
+    config("a width without end", "text_config.hidden_size = ", '{"text_config": {"hidden_size": 1000000000000}}'),
+    config("a size that is no number", "vocab_size = inf", '{"vocab_size": Infinity}'),
+    config("experts without end", "and no model has more", '{"num_layers": 1000, "num_experts": 60000}'),
     config("a number without end", "more than 64 bits", '{"hidden_size": 1' + "0" * 400 + "}"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import torch
 
 import runtime
 from runtime.artifact import check, read_manifest
-from runtime.errors import ArtifactError, SeqbuildError
+from runtime.errors import ArtifactError, ModelError, SeqbuildError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.planning.fit import Limits
 from runtime.planning.request import plan_artifact
+from seqbuild.model.source import resolve_source
 from tests.attacks.mutations import mutated, places
 from tests.runtime.conftest import mixtral, narrow_llama, small
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe, token_batches
@@ -134,3 +136,11 @@ def test_subgraphs_that_are_no_chain(
     (root / MANIFEST_NAME).write_bytes(replace(manifest, **change(manifest)).to_bytes())
     with pytest.raises(ArtifactError, match=reason):
         check(root)
+
+
+@pytest.mark.parametrize("entry", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"])
+def test_the_compiler_names_an_entry_that_no_model_has(narrow_llama: Small, tmp_path: Path, entry: str) -> None:
+    table = json.loads((narrow_llama.weights / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | {entry: 10**12}))
+    with pytest.raises(ModelError, match=rf"{entry} = 1000000000000, and no model has more than"):
+        resolve_source(str(tmp_path))
