@@ -24,6 +24,7 @@ from typing import Any
 
 from runtime.errors import ArtifactError, UsageError
 from runtime.manifest import MANIFEST_NAME
+from runtime.regular_files import is_there, open_regular, read_text
 
 BUNDLE_NAME, SUMS_NAME, REQUIREMENTS_NAME, README_NAME = "bundle.json", "SHA256SUMS", "requirements.txt", "README.md"
 ARTIFACT, RUNTIME, RECIPE, DATA, WEIGHTS, RESULT = (
@@ -129,7 +130,7 @@ def read_bundle(root: Path) -> Bundle:
     try:
         if path.stat().st_size > _LIMIT_BYTES:
             raise ValueError("it is too large")
-        table: Any = json.loads(path.read_text(encoding="utf-8"))
+        table: Any = json.loads(read_text(path))
         if table["format"] != FORMAT or table["format_version"] != FORMAT_VERSION:
             raise ValueError(f"it has the format {table['format']!r}, version {table['format_version']!r}")
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in table["files"].items()}
@@ -159,7 +160,7 @@ def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
         path = bundle.root / name
         is_read = with_weights or not name.startswith(f"{WEIGHTS}/")
         try:
-            is_same = not path.is_symlink() and path.is_file() and path.stat().st_size == size
+            is_same = not path.is_symlink() and is_there(path) and path.stat().st_size == size
             if not is_same or (is_read and file_digest(path) != digest):
                 found.append(name)
         except OSError:
@@ -170,7 +171,7 @@ def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
 def file_digest(path: Path) -> str:
     """sha256, hex, of a file of any size."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

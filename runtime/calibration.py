@@ -31,6 +31,7 @@ from runtime.finish import not_quantized, write_companions
 from runtime.inputs import completed
 from runtime.jobs import assign_jobs
 from runtime.layout import Layout
+from runtime.machine import OWN_THREADS, require_threads
 from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
 from runtime.modify.needs import RecipeNeeds
@@ -113,6 +114,7 @@ def calibrate(
     """
     start = time.perf_counter()
     path, place = Path(out), torch.device(device)
+    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     if resume:
         require_unfinished(path)
     require_free(path)

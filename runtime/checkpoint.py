@@ -1,15 +1,9 @@
-"""A checkpoint on disk, read tensor by tensor: safetensors shards, memory-mapped, each opened once.
-
-Pages that were read count as memory of the process until they are given back, so each tensor's are given back as soon
-as its bytes have gone where they are needed.
-"""
+"""A checkpoint on disk, read tensor by tensor from safetensors shards."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import WeightsError
 from runtime.packed import stated
+from runtime.regular_files import read_text, require_regular_entries
+from runtime.shard_files import ShardFiles
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.layout import Stored
+    from runtime.stored_table import StoredTable
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-_PIECE_BYTES = 2**25  # of a tensor that goes from one file to another
-_ANNOUNCED_BYTES = 2**17  # at a time: of a longer piece Linux reads the beginning, as much as it reads ahead
+_PIECE_BYTES = 2**22  # of a tensor that goes from one file to another
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._bytes_read = 0
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files = ShardFiles(directory)
         self._places = self._read_index()
         self.config = self._read_config()
 
@@ -91,8 +87,7 @@ class Checkpoint:
         Raises:
             WeightsError: for a dtype that torch does not have.
         """
-        with self._raw(self._places[key]) as view:
-            return self._tensor(self._places[key], view)
+        return self._tensor(self._places[key])
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
         """One part of a tensor along its first axis, and nothing else of it."""
@@ -106,52 +101,49 @@ class Checkpoint:
         stored = Stored(key, place.stored.dtype, (count, *place.stored.shape[1:]))
         begin = place.begin + first * (stored.num_bytes // count)
         part = _Place(place.shard, stored, begin, begin + stored.num_bytes)
-        with self._raw(part) as view:
-            return self._tensor(part, view)
+        return self._tensor(part)
 
-    def _tensor(self, place: _Place, view: memoryview) -> torch.Tensor:
-        import torch
-
-        from runtime.dtypes import DTYPES, empty_bytes
+    def _tensor(self, place: _Place) -> torch.Tensor:
+        from runtime.dtypes import DTYPES, bytes_of, empty_bytes
 
         if place.stored.dtype not in DTYPES:
             where = self.directory / place.shard
             raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
         data = empty_bytes(place.end - place.begin)
-        if len(view):
-            data.copy_(torch.frombuffer(view, dtype=torch.uint8))  # other threads go on meanwhile
+        self._read_into(place, bytes_of(data))  # other threads go on meanwhile
         tensor: torch.Tensor = data.view(DTYPES[place.stored.dtype]).reshape(place.stored.shape)
         return tensor
 
-    def mapped(self, key: str) -> torch.Tensor | None:
-        """A tensor that stays where it lies on disk: what of it is looked at takes memory until `release`, and is not
-        counted as read. None for one that is made, or begins at an odd place.
+    def table(self, key: str) -> StoredTable | None:
+        """A tensor that stays on disk: rows that are looked up are read then, and are not counted as read. None for one
+        of another dtype than torch has, and for one without rows.
         """
-        import torch
-
         from runtime.dtypes import DTYPES
+        from runtime.stored_table import StoredTable
 
         place = self._places[key]
         dtype = DTYPES.get(place.stored.dtype)
-        if dtype is None or place.begin == place.end or place.begin % dtype.itemsize:
+        if dtype is None or place.begin == place.end or len(place.stored.shape) != 2:
             return None
-        shard = self._maps[place.shard]
-        data = torch.frombuffer(shard, dtype=torch.uint8, count=place.end - place.begin, offset=place.begin)
-        return data.view(dtype).reshape(place.stored.shape)
+        row_bytes = (place.end - place.begin) // place.stored.shape[0]
+
+        def read_rows(first: int, memory: memoryview) -> None:
+            self._files.read_into(place.shard, place.begin + first * row_bytes, memory)
+
+        return StoredTable(read_rows, place.stored.shape, dtype)
 
     def looked_at(self, key: str) -> Iterator[torch.Tensor]:
         """The numbers of a tensor, some after the other, without counting it as read; none for one that is made."""
-        import torch
+        from runtime.dtypes import DTYPES, bytes_of, empty_bytes
 
-        tensor = self.mapped(key)
-        for part in () if tensor is None else torch.split(tensor.reshape(-1), _PIECE_BYTES):
-            yield part
-            self.release()
-
-    def release(self) -> None:
-        """Give the pages of all shards back that were looked at."""
-        for name in self._maps:
-            self._release(name)
+        place = self._places[key]
+        dtype = DTYPES.get(place.stored.dtype)
+        if dtype is None:
+            return
+        for begin in range(place.begin, place.end, _PIECE_BYTES):
+            data = empty_bytes(min(_PIECE_BYTES, place.end - begin))
+            self._files.read_into(place.shard, begin, bytes_of(data))
+            yield data.view(dtype)
 
     def announce(self, keys: Iterable[str]) -> None:
         """Have the operating system read tensors into its page cache, if it can; they take none of the process's
@@ -159,51 +151,33 @@ class Checkpoint:
         """
         for key in keys:
             place = self._places[key]
-            self._announce(place.shard, place.begin, place.end)
-
-    def _announce(self, shard: str, begin: int, end: int) -> None:
-        if not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        for start in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _ANNOUNCED_BYTES):
-            self._maps[shard].madvise(mmap.MADV_WILLNEED, start, min(_ANNOUNCED_BYTES, end - start))
+            self._files.announce(place.shard, place.begin, place.end)
 
     def pieces(self, key: str) -> Iterator[memoryview]:
         """The bytes of a tensor, some after the other, each as long as the next is not asked for."""
         place = self._places[key]
+        memory = memoryview(bytearray(min(_PIECE_BYTES, place.end - place.begin)))
         for begin in range(place.begin, place.end, _PIECE_BYTES):
-            with self._raw(_Place(place.shard, place.stored, begin, min(begin + _PIECE_BYTES, place.end))) as view:
-                yield view
+            end = min(begin + _PIECE_BYTES, place.end)
+            piece = memory[: end - begin]
+            self._read_into(_Place(place.shard, place.stored, begin, end), piece)
+            yield piece
 
-    @contextlib.contextmanager
-    def _raw(self, place: _Place) -> Iterator[memoryview]:
+    def _read_into(self, place: _Place, memory: memoryview) -> None:
         self._bytes_read += place.end - place.begin
-        self._announce(place.shard, place.begin, place.end)
-        with memoryview(self._maps[place.shard]) as whole, whole[place.begin : place.end] as view:
-            try:
-                yield view
-            finally:
-                self._release(place.shard)
-
-    def _release(self, shard: str) -> None:
-        """Give the pages of a shard back; the file still has them.
-
-        Of the whole shard, for with the pages that were asked for the kernel maps some of those around them.
-        """
-        if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
-            self._maps[shard].madvise(mmap.MADV_DONTNEED)
+        self._files.announce(place.shard, place.begin, place.end)
+        self._files.read_into(place.shard, place.begin, memory)
 
     def sample(self, key: str, count: int) -> bytes:
         """A few bytes from the middle of a tensor; not counted as reading it."""
         place = self._places[key]
         middle = max(place.begin, (place.begin + place.end - count) // 2)
-        found = self._maps[place.shard][middle : min(middle + count, place.end)]
-        self._release(place.shard)
-        return found
+        return self._files.read(place.shard, middle, min(middle + count, place.end))
 
     @property
     def shards(self) -> list[Path]:
         """The files, each once."""
-        return [self.directory / name for name in self._maps]
+        return [self.directory / name for name in self._files]
 
     @property
     def total_bytes(self) -> int:
@@ -213,6 +187,10 @@ class Checkpoint:
     def _read_index(self) -> dict[str, _Place]:
         if not self.directory.is_dir():
             raise WeightsError(f"there is no checkpoint directory {self.directory}")
+        try:
+            require_regular_entries(self.directory)
+        except OSError as error:
+            raise WeightsError(f"{error.filename} cannot be read: {error.strerror}") from error
         index = self.directory / INDEX_NAME
         if index.is_file():
             found = _read_json(index).get("weight_map")
@@ -235,33 +213,30 @@ class Checkpoint:
         """Places from the shards themselves; an index must agree with them."""
         found: dict[str, _Place] = {}
         for name in names:
-            found.update(self._map_shard(name))
+            found.update(self._read_header(name))
         for key, name in (stated or {}).items():
             if key not in found or found[key].shard != name:
                 raise WeightsError(f"the index of {self.directory} puts {key} into {name}, which does not hold it")
         return {key: found[key] for key in sorted(found)}
 
-    def _map_shard(self, name: str) -> dict[str, _Place]:
-        """Map a shard into memory; safetensors checks it, but does not say where a tensor lies in it."""
+    def _read_header(self, name: str) -> dict[str, _Place]:
+        """The places in a shard; safetensors checks its header, but does not say where a tensor lies."""
         from safetensors import safe_open
 
         from runtime.layout import Stored
 
         path = self.directory / name
         try:
+            self._files.add(name)
             with safe_open(path, framework="pt"):
                 pass
-            with path.open("rb") as file:
-                # A private copy, for torch does not take memory that cannot be written; nothing ever writes into it.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except Exception as error:
             raise WeightsError(
                 f"{path} is damaged, or no safetensors file: {error}", hint="copy the checkpoint again"
             ) from error
-        size = 8 + int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8:size])
+        size = 8 + int.from_bytes(self._files.read(name, 0, 8), "little")
+        header = json.loads(self._files.read(name, 8, size))
         header.pop("__metadata__", None)
-        self._maps[name] = mapped
         places = {}
         for key, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -275,7 +250,7 @@ class Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

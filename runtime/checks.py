@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.chain import MOST_SUBGRAPHS
 from runtime.config_rules import check_config
 from runtime.constants import check_constants
 from runtime.contents import read_contents, read_manifest_bytes, read_signature
@@ -59,6 +60,8 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
     """
     data = read_manifest_bytes(root, MANIFEST_LIMIT_BYTES)
     manifest = Manifest.from_bytes(data, str(root / MANIFEST_NAME))
+    if len(manifest.subgraphs) > MOST_SUBGRAPHS:  # before each is compared with its code
+        raise ArtifactError(f"{root} has {len(manifest.subgraphs)} subgraphs, and 1 to {MOST_SUBGRAPHS} are supported")
     contents = read_contents(root, manifest)
     keys = required_keys(public_keys)
     for key in keys:

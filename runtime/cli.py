@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.cli_options import ActivationMemory, Skew, StatisticsMemory, Trust
-from runtime.console import run_app, say
+from runtime.console import require_output, run_app, say
 from runtime.plan_cli import plan
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
+    require_output()
     loaded, run_device, run_dtype = _prepare(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
@@ -254,7 +255,8 @@ def recipes(
     """List presets and algorithms, or show a commented recipe for one."""
     from runtime.recipe_examples import example, listing
 
-    typer.echo(listing() if name is None else example(name), nl=name is None)
+    require_output()
+    say((listing() if name is None else example(name)).rstrip("\n"))
 
 
 @app.command()
@@ -269,6 +271,7 @@ def check(
     from runtime.bundle import artifact_of
     from runtime.checks import check_artifact, check_versions
 
+    require_output()
     found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
     manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
@@ -297,6 +300,7 @@ def doctor(
     """Say what is missing on this host, or does not match. Exit code 1 says that something does not."""
     from runtime.doctor import Examination, examine
 
+    require_output()
     examination = Examination(
         path=artifact,
         weights=weights,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.console import shown
 from runtime.errors import ArtifactError
 
 CONFIG_NAME, _TOKENIZER_NAME = "config.json", "tokenizer_config.json"
@@ -24,6 +25,23 @@ _READS = (
     "features_only_path",
 )
 _NAMES_OF_CODE = ("architecture", "backbone")
+# By the name of an entry, the largest number that is a model's: the first that fits counts.
+_LIMITS = {
+    "layers": (re.compile(r"(.*_)?n?(layers?|depths?|blocks|stages)", re.IGNORECASE), 1024),
+    "experts": (re.compile(r".*experts", re.IGNORECASE), 2**16),
+    "positions": (re.compile(r".*(max_|position|length|ctx|window|context|tokens).*", re.IGNORECASE), 2**40),
+    "sizes": (
+        re.compile(
+            r"(.*_)?(hidden_size|intermediate_size|dims?|rank|width|heads?|channels|embd|inner|model|ff|kv)|d_.*"
+        ),
+        2**20,
+    ),
+    "others": (
+        re.compile(r"(.*_)?(vocab|image|patch|kernel|chunk|block|group|state|codebook)_size|(.*_)?groups"),
+        2**24,
+    ),
+}
+_MOST_EXPERTS, _MOST_ITEMS = 2**20, 2**17
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
 # Implementations by name: one that is no plain word is a kernel, which transformers fetches from the hub and executes.
 _IMPLEMENTATION = re.compile(r"_?(attn|attention|experts|kernel|linear)_implementation(_internal)?\Z")
@@ -58,6 +76,7 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
         wrong = _wrong(name, value, depth) or ("" if has_own_code else _wrong_without_code(name, value))
         if wrong:
             raise ArtifactError(f"{CONFIG_NAME} has {name}, {wrong}", hint="nothing of the artifact was executed")
+    require_possible(table, CONFIG_NAME)
 
 
 def stated_tokenizers(directory: Path) -> list[str]:
@@ -83,6 +102,40 @@ def _classes(data: bytes) -> list[Any]:
     except (ValueError, RecursionError):
         return []  # nobody can load it
     return [table.get("tokenizer_class")] if isinstance(table, dict) else []
+
+
+def require_possible(table: Mapping[str, Any], origin: str) -> None:
+    """Refuse a config with numbers that no model has: whoever builds modules from it would be busy for hours.
+
+    Args:
+        table: the config.
+        origin: what messages call it.
+
+    Raises:
+        ArtifactError: naming the entry.
+    """
+    counts = {"layers": 1.0, "experts": 1.0}
+    for name, value, _ in _entries(table, "", 0):
+        if isinstance(value, (list, dict)):
+            if len(value) > _MOST_ITEMS:
+                raise ArtifactError(f"{origin} has {name} with {len(value)} items, more than {_MOST_ITEMS}")
+            continue
+        own = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+        kind = next((kind for kind, (pattern, _) in _LIMITS.items() if pattern.fullmatch(own)), "")
+        if not kind or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not value <= _LIMITS[kind][1]:  # nor is what is no number
+            raise ArtifactError(
+                f"{origin} has {name} = {shown(value)}, and no model has more than {_LIMITS[kind][1]}",
+                hint="correct the entry",
+            )
+        if kind in counts:
+            counts[kind] = max(counts[kind], value)
+    if counts["layers"] * counts["experts"] > _MOST_EXPERTS:
+        raise ArtifactError(
+            f"{origin} has {counts['layers']:.0f} layers of {counts['experts']:.0f} experts, "
+            f"and no model has more than {_MOST_EXPERTS} experts"
+        )
 
 
 def _wrong(name: str, value: Any, depth: int) -> str:

@@ -10,9 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from runtime.errors import SeqbuildError
+from runtime.output import GONE, Output, unfailing
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -26,17 +27,38 @@ def tell_when_stopped(text: str) -> None:
     _left_behind[0] = text
 
 
+_needs_output = [False]
+
+
+def require_output() -> None:
+    """Let the command that runs fail in the end if its output cannot be written: it has no other result."""
+    _needs_output[0] = True
+
+
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
     `--debug`, anywhere on the command line, shows the traceback of an error. Without arguments there is the help.
     """
-    from typer import Abort
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     tell_when_stopped(_NOTHING)
+    _needs_output[0] = False
+    with unfailing() as (output, _):
+        code = _run(app, program, arguments, is_debug)
+        output.flush()
+        if output.failure and output.failure != GONE:
+            is_error = _needs_output[0] and code == 0
+            kind = "error" if is_error else "warning"
+            print(f"{program}: {kind}: standard output cannot be written: {output.failure}", file=sys.stderr)
+            code = USER_ERROR if is_error else code
+    return code
+
+
+def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: bool) -> int:
+    from typer import Abort
+
     try:
         with _terminable():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
@@ -82,6 +104,8 @@ def _user_error(error: BaseException) -> str | None:
         command = getattr(getattr(error, "ctx", None), "command_path", "")
         hint = f" ({command} --help shows what it takes)" if command else ""
         return str(error.format_message()).rstrip(".") + hint
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no more threads can be started (raise ulimit -u, or pids of the container, or lower OMP_NUM_THREADS)"
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_full or "can't allocate memory" in str(error):
         what = str(error).partition(". ")[0] or "the machine has no more"
@@ -107,13 +131,20 @@ def _terminable() -> Iterator[None]:
 
 
 def say(line: str = "") -> None:
-    """Print a line at once, also into a pipe."""
-    print(printable(line), flush=True)
+    """Print a line at once, also into a pipe; a stream that takes none ends no run."""
+    _print(printable(line), sys.stdout)
 
 
 def warn(line: str) -> None:
     """Print a line where it does not mix with results."""
-    print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+    _print(f"warning: {printable(line)}", sys.stderr)
+
+
+def _print(line: str, stream: TextIO | Output | None) -> None:
+    if stream is not None:
+        output = stream if isinstance(stream, Output) else Output(stream)
+        output.write(f"{line}\n")
+        output.flush()
 
 
 def shown(value: object) -> str:

@@ -42,6 +42,7 @@ from runtime.decoder import LABELS
 from runtime.documents import Document, read_documents, require_file, require_pairs
 from runtime.errors import DataError, UsageError
 from runtime.offline import offline
+from runtime.regular_files import open_regular, require_regular_entries
 from runtime.token_file import (
     LOSS_MASK,
     SUFFIX,
@@ -379,6 +380,10 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not directory.is_dir():
         raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
     try:
+        require_regular_entries(directory)
+    except OSError as error:
+        raise DataError(f"the tokenizer's file {error.filename} cannot be read: {error.strerror}") from error
+    try:
         # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
         # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
         with quiet("transformers.configuration_utils"), offline():
@@ -436,7 +441,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> st
 
 def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.layout import Stored
+    from runtime.stored_table import StoredTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,17 +97,13 @@ class DerivedCheckpoint(Checkpoint):
             return self.inner.read_rows(key, first, count)
         return self.read(key)[first : first + count].clone()
 
-    def mapped(self, key: str) -> torch.Tensor | None:
+    def table(self, key: str) -> StoredTable | None:
         """A tensor that stays on disk; None for one that is made."""
-        return self.inner.mapped(key) if key not in self._derived else None
+        return self.inner.table(key) if key not in self._derived else None
 
     def looked_at(self, key: str) -> Iterator[torch.Tensor]:
         """The numbers of a tensor; none for one that is made."""
         return self.inner.looked_at(key) if key not in self._derived else iter(())
-
-    def release(self) -> None:
-        """Give pages back."""
-        self.inner.release()
 
     def announce(self, keys: Iterable[str]) -> None:
         """Have what tensors are made from read into the page cache."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import DataError
+from runtime.regular_files import open_regular, read_regular
 
 _SOURCES = ("source", "input")
 _FIELDS = ("text", "messages", *_SOURCES, "target")
@@ -62,7 +63,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 def require_file(path: Path) -> None:
     """Raise a `DataError` unless `path` is a file that can be opened and is not empty."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_empty = not file.read(1)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -80,11 +81,11 @@ def require_pairs(documents: Sequence[Document]) -> None:
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
-    yield Document(str(path), _decoded(path.read_bytes(), str(path)))
+    yield Document(str(path), _decoded(read_regular(path), str(path)))
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as lines:
+    with open_regular(path) as lines:
         for number, line in enumerate(lines, start=1):
             where = f"line {number} of {path}"
             text = _decoded(line, where)
@@ -106,7 +107,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     except ModuleNotFoundError as error:
         raise DataError(f"reading {path} needs pyarrow", hint="pip install pyarrow") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             columns = [name for name in _FIELDS if name in names]
             if not columns:

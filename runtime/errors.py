@@ -11,6 +11,7 @@
     ├── WeightsError        a checkpoint that does not fit the artifact
     ├── DataError           calibration or evaluation data that is empty, too short or out of vocabulary
     ├── RecipeError         a recipe that cannot be read or asks for what is not offered
+    ├── PatternError        a regular expression that is none, or takes too long
     ├── OutputError         an output place that is in use, not empty, full or not writable
     ├── DeviceError         a device that is not there
     ├── PlanError           a run that does not fit into memory or onto the disk
@@ -81,6 +82,10 @@ class DataError(SeqbuildError):
 
 class RecipeError(SeqbuildError):
     """A recipe that cannot be read, or that asks for what is not offered."""
+
+
+class PatternError(SeqbuildError):
+    """A regular expression that is none, or takes too long."""
 
 
 class OutputError(SeqbuildError):

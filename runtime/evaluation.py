@@ -32,6 +32,7 @@ from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.half_products import quick_halves
 from runtime.inputs import DECODER_IDS, IDS, MASK, completed
+from runtime.machine import OWN_THREADS, require_threads
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
 from runtime.streaming.weight_stream import WeightStream
@@ -91,6 +92,7 @@ def evaluate(
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
+    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     _require_predicting(artifact.manifest)
     batches = [completed(artifact.manifest, batch) for batch in batches]
     labels = [_labels(artifact.manifest, batch) for batch in batches]
@@ -128,7 +130,6 @@ def evaluate(
                 else:
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
-            source.checkpoint.release()
             progress(f"[{index + 1}/{len(artifact.subgraphs)}] {', '.join(subgraph.entry.targets) or 'no target'}")
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(

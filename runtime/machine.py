@@ -6,8 +6,13 @@ import os
 import re
 import resource
 import sys
+import threading
 from pathlib import Path
 
+from runtime.errors import DeviceError
+
+# Of a run, besides those that torch calculates with: one reads weights, one values, one commits finished subgraphs.
+OWN_THREADS = 3
 _MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 # Of control groups, version 2 and 1: the limit, and what is used of it.
 _GROUPS = (
@@ -44,3 +49,27 @@ def available_bytes() -> int | None:
         except (OSError, ValueError):
             continue  # no such group, or one without a limit
     return max(min(limits), 0) if limits else None
+
+
+def require_threads(count: int) -> None:
+    """Check that this process may have so many threads more, by starting them: native libraries that cannot start one
+    end the process without a word from Python.
+
+    Raises:
+        DeviceError: when it may not.
+    """
+    done, threads = threading.Event(), []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=done.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"this process can start only {len(threads)} of the {count} threads that a run takes",
+            hint="raise the limit of processes (ulimit -u, or pids of the container), or lower OMP_NUM_THREADS",
+        ) from error
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()

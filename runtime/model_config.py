@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import ModelError, WeightsError
 from runtime.manifest import ATTENTIONS
 from runtime.offline import offline
+from runtime.regular_files import is_there, read_regular, read_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -132,12 +133,12 @@ def require_same_model(artifact: Artifact, directory: Path) -> None:
         WeightsError: naming the first entry or file that differs.
     """
     for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
-        if (directory / name).is_file() and (directory / name).read_bytes() != data:
+        if is_there(directory / name) and read_regular(directory / name) != data:
             raise WeightsError(
                 f"{directory / name} is other code than the artifact was compiled with",
                 hint="compile the model of this checkpoint",
             )
-    if not (directory / "config.json").is_file():
+    if not is_there(directory / "config.json"):
         return
     paths = (artifact.companions_path, directory)
     stated = [_stated(path) for path in paths]
@@ -165,7 +166,7 @@ def _stated(directory: Path) -> dict[str, Any]:
     """What config.json itself says."""
     path = directory / "config.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(table, dict):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.cli_options import ActivationMemory, Skew, StatisticsMemory, Trust
-from runtime.console import say
+from runtime.console import require_output, say
 
 if TYPE_CHECKING:
     from runtime.activations import Budget
@@ -51,6 +51,7 @@ def plan(
     from runtime.recipe import Recipe
     from runtime.sizes import optional_bytes
 
+    require_output()
     limits = Limits(
         device=optional_bytes(device_memory, option="--device-memory"),
         host=optional_bytes(host_memory, option="--host-memory"),

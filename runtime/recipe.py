@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import RecipeError
 from runtime.recipe_dialect import Algorithm, GptqOptions, Group, Modifier, Pattern, read_modifiers
 from runtime.recipe_transforms import Transform
+from runtime.regular_files import read_text
 from runtime.yaml_lines import Value
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Recipe:
             RecipeError: when the file cannot be read, or for what it says, with the line.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from error
         return cls.from_text(text, str(path))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,14 +28,13 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from runtime.errors import QuantizationError, RecipeError, WeightsError
+from runtime.patterns import fault, starts_with
 from runtime.presets import MIN_MAX_OBSERVERS, checked, checked_cache
-from runtime.written import compiles, repeats_groups
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
 
 METHOD = "compressed-tensors"
-_LONGEST_PATTERN = 2000
 _ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
 NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
 
@@ -331,7 +329,7 @@ def matches_name(pattern: str, name: str) -> bool:
     A regular expression must match from the name's beginning, not to its end.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
+        return starts_with(pattern.removeprefix("re:"), name)
     return pattern == name
 
 
@@ -376,8 +374,9 @@ class CheckpointSchemes:
         ignore = tuple(parsed.ignore or ())
         for text in (*ignore, *(target for group in groups for target in group.targets)):
             expression = text.removeprefix("re:") if text.startswith("re:") else ""
-            if len(expression) > _LONGEST_PATTERN or not compiles(expression) or repeats_groups(expression):
-                what = f"{text[:80]!r} is no regular expression, or one whose search may never end"
+            wrong = fault(expression)
+            if wrong:
+                what = f"{text[:80]!r} is no regular expression: {wrong}"
                 raise WeightsError(f"the checkpoint's quantization_config: {what}")
         return cls(groups=groups, ignore=ignore, cache=cache)
 

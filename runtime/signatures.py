@@ -19,6 +19,7 @@ from typing import Any
 
 from runtime.errors import SignatureError
 from runtime.manifest import sha256
+from runtime.regular_files import require_regular
 
 REQUIRED = "SEQBUILD_REQUIRE_SIGNATURE"
 _INSTALL = "pip install 'model-signing>=1.1' pyopenssl, or seqbuild[sign]; on a host without a network from wheels"
@@ -50,8 +51,7 @@ def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes 
             f"{name} is not signed, and a signature for {public_key} is required",
             hint="seqbuild sign makes one, where the private key is; nothing of the artifact was executed",
         )
-    if not public_key.is_file():
-        raise SignatureError(f"there is no public key {public_key}", hint="it is a file in PEM")
+    _require_key(public_key, "public")
     signing = _package()
     with _copied(name, contents) as folder:
         place = folder.parent / "signature"
@@ -84,8 +84,7 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
     Raises:
         SignatureError: when the key cannot be used, or the package is not there.
     """
-    if not private_key.is_file():
-        raise SignatureError(f"there is no private key {private_key}", hint="it is a file in PEM")
+    _require_key(private_key, "private")
     signing = _package()
     with _copied(name, contents) as folder:
         place = folder.parent / "signature"
@@ -102,6 +101,15 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
                 f"{private_key} cannot sign: {why}", hint="it is an elliptic curve key in PEM"
             ) from error
         return place.read_bytes()
+
+
+def _require_key(path: Path, kind: str) -> None:
+    try:
+        require_regular(path)
+    except FileNotFoundError as error:
+        raise SignatureError(f"there is no {kind} key {path}", hint="it is a file in PEM") from error
+    except OSError as error:
+        raise SignatureError(f"the {kind} key {path} cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from runtime.errors import UsageError
 _UNITS = {"B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+LARGEST = 2**60  # bytes: more than any machine has, and exact in every integer
 
 
 def optional_bytes(text: str | None, *, option: str) -> int | None:
@@ -34,4 +35,7 @@ def parse_bytes(text: str, *, option: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"{option} is {text!r}, which is no size", hint="write it as 24GiB or 500MB")
-    return int(float(match[1]) * unit)
+    number = float(match[1]) * unit
+    if number > LARGEST:
+        raise UsageError(f"{option} is {text!r}, which is larger than any memory", hint="write it as 24GiB or 500MB")
+    return int(number)

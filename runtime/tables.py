@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Iterator
 
+from runtime.chain import wrong_chain
 from runtime.conditions import check_condition
 from runtime.decoder import PAD, START
 from runtime.errors import ArtifactError
 from runtime.host_sources import is_module_name
+from runtime.leaf_tables import wrong_leaf_tables
 from runtime.leaves import MIXTURES
 from runtime.manifest import (
     ATTENTIONS,
@@ -23,8 +25,9 @@ from runtime.manifest import (
     sha256,
 )
 from runtime.model_code import is_own_module
+from runtime.patterns import fault
 from runtime.scale_groups import wrong_attentions, wrong_groups
-from runtime.written import is_dimension, is_pattern
+from runtime.written import is_dimension
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", *MIXTURES)
@@ -35,6 +38,7 @@ _OTHER_DTYPES = ("uint16", "uint32", "uint64", "complex128", "complex32")
 _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]+")
 # Of an input that can be made of one number: its dtype, and how many numbers it has for each token.
 _COUNTED, _LARGEST_ROW = ("bool", "int32", "int64"), 4096
+_MOST_PATTERNS = 4096
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -57,6 +61,10 @@ def check_tables(manifest: Manifest) -> None:
     for name, parameter in manifest.parameters.items():
         if not -1 <= parameter.conversion < len(manifest.conversions):
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
+        conversion = manifest.conversions[parameter.conversion] if parameter.conversion >= 0 else None
+        if conversion is not None and conversion.num_sources != len(parameter.sources):
+            takes, found = conversion.num_sources, len(parameter.sources)
+            raise ArtifactError(f"parameter {name} has {found} sources, and its conversion takes {takes}")
         if not parameter.sources or (parameter.dtype != "model" and parameter.dtype not in DTYPES):
             raise ArtifactError(f"parameter {name} has no sources, or the unknown dtype {parameter.dtype!r}")
     if manifest.model.dtype not in RUN_DTYPES:
@@ -66,11 +74,17 @@ def check_tables(manifest: Manifest) -> None:
     for module in manifest.sources:
         if not is_module_name(module):
             raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
+    if len(manifest.model.ignored_keys) > _MOST_PATTERNS:
+        raise ArtifactError(
+            f"the manifest lists {len(manifest.model.ignored_keys)} patterns of keys, more than {_MOST_PATTERNS}"
+        )
     for pattern in manifest.model.ignored_keys:
-        if not is_pattern(pattern):
-            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression that ends in time")
-    for wrong in (*_wrong_leaves(manifest), *wrong_groups(manifest), *wrong_attentions(manifest)):
-        raise ArtifactError(wrong)
+        wrong = fault(pattern)
+        if wrong:
+            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression: {wrong}")
+    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_attentions):
+        for wrong in wrongs(manifest):
+            raise ArtifactError(wrong)
 
 
 def _wrong_places(manifest: Manifest) -> Iterator[str]:

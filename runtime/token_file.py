@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.documents import require_file
 from runtime.errors import DataError, OutputError, UsageError
 from runtime.publish import write_file
+from runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +184,7 @@ def read_token_file(path: Path) -> TokenData:
     from safetensors.torch import load
 
     require_file(path)
-    content = path.read_bytes()
+    content = read_regular(path)
     try:
         tensors = load(content)
     except (SafetensorError, KeyError, ValueError) as error:

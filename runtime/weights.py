@@ -8,7 +8,6 @@ use (heads that predict several tokens, value heads, a head beside a base model)
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from runtime.errors import WeightsError
 from runtime.lookup_tables import lookup_tables
 from runtime.model_config import require_same_model
 from runtime.packed import stated
+from runtime.patterns import is_in
 from runtime.program import Run
 from runtime.recipe import some
 from runtime.source_checks import is_quantization_name
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
     from runtime.manifest import ParameterEntry
+    from runtime.stored_table import StoredTable
 
 
 _OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
@@ -120,12 +121,12 @@ class Weights:
         value = self._make(name, [read(key) for key in self.origins[name].keys])
         return value.to(self._used_dtype(name, value)).to(device)
 
-    def mapped(self, name: str) -> torch.Tensor | None:
-        """A parameter that is only looked up in, where it lies on disk; None for any other, and for one that the
+    def table(self, name: str) -> StoredTable | None:
+        """A parameter that is only looked up in, left on disk; None for any other, and for one that the
         checkpoint does not have as the model uses it.
         """
         key = self.plain_key(name) if name in self._tables else None
-        value = self.checkpoint.mapped(key) if key is not None else None
+        value = self.checkpoint.table(key) if key is not None else None
         return value if value is not None and value.dtype == self._used_dtype(name, value) else None
 
     def _used_dtype(self, name: str, stored: torch.Tensor) -> torch.dtype:
@@ -319,8 +320,8 @@ class Weights:
         return found
 
     def _remarks(self) -> Iterator[str]:
-        patterns = [re.compile(pattern) for pattern in self.artifact.manifest.model.ignored_keys]
-        found = [key for key in self.unused if not any(pattern.search(key) for pattern in patterns)]
+        ignored = self.artifact.manifest.model.ignored_keys
+        found = [key for key in self.unused if not any(is_in(pattern, key) for pattern in ignored)]
         if found:
             yield (
                 f"warning: the model does not use {len(found)} tensors of the checkpoint, which are copied "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 
 from runtime.console import shown
 from runtime.errors import RecipeError
+from runtime.patterns import fault
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -115,10 +115,9 @@ class Value:
         """
         text = self.text()
         if text.startswith("re:"):
-            try:
-                re.compile(text.removeprefix("re:"))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise self.error(f"{text[:200]!r} is no regular expression: {error}") from error
+            wrong = fault(text.removeprefix("re:"))
+            if wrong:
+                raise self.error(f"{text[:200]!r} is no regular expression: {wrong}")
         if not text.removeprefix("re:"):
             raise self.error(f"{self.name} is an empty pattern")
         return text

@@ -33,6 +33,7 @@ from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest
 from runtime.model_code import FOLDER
 from runtime.opaque_paths import is_harmless
 from runtime.publish import disk_errors, move_aside, publish_directory
+from runtime.regular_files import read_regular
 from seqbuild import cache, describe
 from seqbuild.emit import common_scope
 from seqbuild.groups.attention import attentions
@@ -46,7 +47,7 @@ from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import Options, make_options
 from seqbuild.portable import Parts, limits
 from seqbuild.portable import parts as portable_parts
-from seqbuild.recall import Compiled, recall, remember, request
+from seqbuild.recall import Compiled, recall, remember, request, vouched
 from seqbuild.sample.inputs import plain_call_of
 from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
@@ -194,7 +195,8 @@ def _build(
         return options.auto_ignore and is_harmless(function.path, (type(model).__module__,), own_modules)
 
     with _locked(path):
-        found = None if force else _find(path, key, remarks)
+        kept = None if force else _find(path, key, remarks)
+        found = kept if kept is not None and vouched(parts, path.parent, kept) else None
         is_cached = found is not None
         if found is None:
             traced = trace_somehow(
@@ -214,7 +216,10 @@ def _build(
             keys = key_table(model, source.checkpoint_shapes())
             files, manifest = _assemble(source, own, model, traced, keys, ingredients)
             _require_accepted(files, manifest, own_modules)
-            found = _write(path, files, manifest)
+            if kept is not None and kept != manifest:
+                remarks.append(f"{path} was not what this compilation made before; it was moved to {move_aside(path)}")
+                kept = None
+            found = kept or _write(path, files, manifest)
         remember(parts, path, found, sources)
     seconds = time.perf_counter() - start
     return Compiled(path=path, manifest=found, is_cached=is_cached, seconds=seconds, remarks=tuple(remarks))
@@ -278,7 +283,7 @@ def _assemble(
     """All files of the artifact but the manifest, and the manifest that lists them."""
     trace = traced.trace
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
-    files = {"config.json": source.config_file.read_bytes(), **source.companions(), **own_files}
+    files = {"config.json": read_regular(source.config_file), **source.companions(), **own_files}
     programs, entries = _programs(model, traced)
     files |= programs
     for index, program in enumerate(keys.programs):

@@ -17,6 +17,7 @@ from runtime import manifest
 from runtime.artifact import check
 from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
+from runtime.regular_files import read_regular
 from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def source_ingredients(source: Source, model_code: Mapping[str, bytes]) -> dict[
     """What the model's directory adds to the key, its own code included; where it lies does not count."""
     checkpoint = source.checkpoint_shapes()
     return {
-        "config": sha256(source.config_file.read_bytes()),
+        "config": sha256(read_regular(source.config_file)),
         "companions": _digest({name: sha256(data) for name, data in source.companions().items()}),
         "checkpoint_names": "none" if checkpoint is None else _digest({k: list(v) for k, v in checkpoint.items()}),
         "model_code": _digest({path: sha256(data) for path, data in model_code.items()}),

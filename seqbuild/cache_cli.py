@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.console import human_bytes, say
+from runtime.console import human_bytes, require_output, say
 
 app = typer.Typer(help="What has been compiled: list it, explain hits and misses, take it away.")
 
@@ -23,6 +23,7 @@ _SHOWN = 60
 @app.command("ls")
 def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
     """List the artifacts, the last used first."""
+    require_output()
     from seqbuild.entries import entries
 
     found = sorted(entries(out), key=lambda entry: -entry.used)
@@ -67,6 +68,7 @@ def explain(
     from seqbuild.explain import explain as run
     from seqbuild.options import make_options
 
+    require_output()
     options = make_options(
         targets=targets or None,
         ignore=ignore or (),

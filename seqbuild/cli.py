@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime.cli_options import Skew, Trust
-from runtime.console import human_bytes, run_app, say, warn
+from runtime.console import human_bytes, require_output, run_app, say, warn
 from runtime.plan_cli import plan
 from seqbuild.cache_cli import app as cache_app
 
@@ -125,6 +125,7 @@ def inspect(
     from runtime.errors import UsageError
     from seqbuild.show import as_plain, print_table
 
+    require_output()
     manifest, sources = check(artifact)
     if code is not None:
         if code >= len(manifest.subgraphs):
@@ -155,6 +156,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""
+    require_output()
     if rebuild:
         return _rebuild(artifact, source, trust_remote_code, as_json)
     from seqbuild.verify.artifact import verify_artifact
@@ -215,9 +217,10 @@ def sign(
     ] = None,
 ) -> None:
     """Sign an artifact, so that a host can ask who made it."""
+    from runtime.regular_files import read_text
     from seqbuild.sign import sign_artifact
 
-    password = password_file.read_text(encoding="utf-8").rstrip("\r\n") if password_file is not None else None
+    password = read_text(password_file).rstrip("\r\n") if password_file is not None else None
     say(f"{sign_artifact(artifact, private_key=private_key, password=password)}: signed")
 
 

@@ -13,7 +13,7 @@ from seqbuild.entries import entries, nearest
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import resolve_source
 from seqbuild.options import Options
-from seqbuild.recall import read_record, recall, record_path, request
+from seqbuild.recall import read_record, recall, record_path, request, vouched
 
 EXCLUDED = {
     "path": "where the model, the artifact and the cache lie",
@@ -83,12 +83,16 @@ def explain(
         ingredients = dict(sorted(made.items()))
     key = cache.input_key(ingredients)
     path = out / f"{source.name}-{key[:12]}"
+    reason = "there is no artifact with this key"
     try:
-        is_hit, reason = cache.find_artifact(path, key) is not None, "there is no artifact with this key"
+        there = cache.find_artifact(path, key)
+        if there is None and path.is_dir():
+            reason = "library files that the artifact relies on have changed"
+        elif there is not None:
+            reason = "no record says that a compilation made this artifact"
+        is_hit = there is not None and vouched(parts, out, there)
     except ArtifactError as error:
         is_hit, reason = False, f"what is there is damaged: {error.message}"
-    if path.is_dir() and not is_hit and "damaged" not in reason:
-        reason = "library files that the artifact relies on have changed"
     closest = nearest(ingredients, entries(out)) if out.is_dir() and not is_hit else None
     record = read_record(record_path(out, parts))
     return Explanation(

@@ -34,6 +34,7 @@ from runtime.errors import UsageError, WeightsError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.recipe import Recipe
+from runtime.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.token_file import SUFFIX, read_token_file
 
 # What a host installs; everything else that the runtime imports comes with these.
@@ -125,6 +126,7 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     """The checkpoint's files and what belongs to them, and nothing beside them that does not; by relative name."""
     if not directory.is_dir():
         raise WeightsError(f"there is no checkpoint directory {directory}")
+    require_regular_entries(directory)
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _KINDS]
     if not any(path.suffix == ".safetensors" for path in found):
         raise WeightsError(f"{directory} holds no safetensors checkpoint")
@@ -155,6 +157,7 @@ def _fill(folder: Path, files: dict[str, Path | bytes], requirements: dict[str, 
         if isinstance(content, bytes):
             place.write_bytes(content)
         else:
+            require_regular(content)
             shutil.copyfile(content, place)
         listed[name] = (place.stat().st_size, file_digest(place))
     table = {
@@ -197,5 +200,5 @@ def _add(tar: tarfile.TarFile, source: Path, name: str) -> None:
         tar.addfile(entry, io.BytesIO())
         return
     entry.size, entry.mode = source.stat().st_size, 0o644
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         tar.addfile(entry, file)

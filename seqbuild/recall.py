@@ -21,6 +21,7 @@ from runtime.errors import ArtifactError, DataError, SeqbuildError
 from runtime.host_sources import changed_sources
 from runtime.manifest import FORMAT_VERSION, MANIFEST_LIMIT_BYTES, Manifest, canonical, sha256
 from runtime.publish import write_file
+from runtime.regular_files import read_regular
 from seqbuild import cache
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import Source, resolve_source
@@ -95,7 +96,7 @@ def _sample(options: Options) -> str:
     if options.sample is None:
         return "made up, text only" if options.text_only else "made up"
     try:
-        return sha256(options.sample.read_bytes())
+        return sha256(read_regular(options.sample))
     except OSError as error:
         raise DataError(f"the sample {options.sample} cannot be read: {error.strerror}") from error
 
@@ -157,6 +158,22 @@ def remember(parts: Mapping[str, str], path: Path, manifest: Manifest, sources: 
         return
 
 
+def vouched(parts: Mapping[str, str], out: Path, manifest: Manifest) -> bool:
+    """Whether a record says that a compilation made this artifact: the request's own, or, where it has none, that of
+    another request with the same input key. What stands in an artifact itself proves nothing.
+
+    Args:
+        parts: of the request.
+        out: where artifacts are.
+        manifest: that of the artifact.
+    """
+    own = record_path(out, parts)
+    others = sorted(path for path in out.glob(f".*{RECORD_SUFFIX}") if path != own)
+    known = (record for path in (own, *others) if (record := read_record(path)) is not None)
+    made = next((record for record in known if record.input_key == manifest.input_key), None)
+    return made is not None and made.manifest == sha256(manifest.to_bytes())
+
+
 def record_path(out: Path, parts: Mapping[str, str]) -> Path:
     """Where the record of a request is."""
     return out / f".{sha256(canonical(dict(parts)))[:32]}{RECORD_SUFFIX}"
@@ -165,7 +182,7 @@ def record_path(out: Path, parts: Mapping[str, str]) -> Path:
 def read_record(path: Path) -> Record | None:
     """A record, None where there is none or it is damaged."""
     try:
-        table: Any = json.loads(path.read_bytes())
+        table: Any = json.loads(read_regular(path))
         record = Record(
             request=_texts(table["request"]),
             input_key=str(table["input_key"]),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, S
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import TargetError
+from runtime.patterns import fault, starts_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,10 @@ def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.
     Returns:
         An ordered set.
     """
+    for pattern in target_names:
+        wrong = fault(pattern[3:]) if pattern.startswith("re:") else ""
+        if wrong:
+            raise TargetError(f"target {pattern!r} is not a regular expression: {wrong}")
     return dict.fromkeys(
         module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -33,10 +38,7 @@ def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.
 
 def _fits(pattern: str, name: str, module: nn.Module) -> bool:
     if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from error
+        return starts_with(pattern[3:], name)
     return pattern == name or any(pattern == cls.__name__ for cls in type(module).__mro__)
 
 

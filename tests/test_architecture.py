@@ -32,6 +32,8 @@ SHARED |= {
     "code_loader",
     "host_sources",
     "conditions",
+    "leaf_tables",
+    "chain",
     "tables",
     "scale_groups",
     "expert_flow",
@@ -53,6 +55,9 @@ SHARED |= {
     "packed",
     "source_checks",
     "decoder",
+    "patterns",
+    "regular_files",
+    "output",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.activations import Budget
 from runtime.conditions import holds
-from runtime.errors import UsageError
+from runtime.errors import DataError, UsageError
 from runtime.jobs import assign_jobs
 from runtime.machine import available_bytes, resident_bytes
 from runtime.modify.needs import RecipeNeeds
@@ -251,7 +251,10 @@ def batch_sizes(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> dic
     sizes: dict[str, int] = {dim.name: 1 for dim in manifest.dims}
     for batch in batches:
         for entry in manifest.inputs:
-            for name, size in zip(entry.shape, batch[entry.name].shape, strict=True):
+            shape = batch[entry.name].shape
+            if len(shape) != len(entry.shape):
+                raise DataError(f"{entry.name} has shape {list(shape)}, and the artifact takes {list(entry.shape)}")
+            for name, size in zip(entry.shape, shape, strict=True):
                 if isinstance(name, str):
                     sizes[name] = max(sizes.get(name, 1), int(size))
     return sizes

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from runtime.companions import companion_files
 from runtime.dtypes import bytes_of
 from runtime.errors import RecipeError
+from runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -84,7 +85,7 @@ def _checkpoint_digest(checkpoint: Checkpoint) -> str:
         digest.update(checkpoint.sample(key, _SAMPLE_BYTES))
     for name, path in _companions(checkpoint.directory):
         digest.update(f"{name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+        digest.update(read_regular(path))
     return digest.hexdigest()
 
 

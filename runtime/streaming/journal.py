@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import OutputError
+from runtime.regular_files import is_there, read_regular
 
 NAME = "journal"
 RUN, STEP, MICRO_BATCH = "run", "step", "micro_batch"
@@ -106,7 +107,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The entries of a file, and how many of its bytes are whole lines."""
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_regular(path) if is_there(path) else b""
     entries: list[dict[str, Any]] = []
     whole = 0
     for line in data.splitlines(keepends=True):

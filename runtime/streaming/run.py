@@ -156,7 +156,6 @@ class StreamingRun:
             modifier.apply(work)
         if step.goes_on:
             self.passes.go_on(step)
-            self.source.checkpoint.release()
         for key in step.passes:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
@@ -200,7 +199,6 @@ class StreamingRun:
 
     def _measure(self, step: Step, before: Callable[[int], None]) -> None:
         self.passes.measure(step, before)
-        self.source.checkpoint.release()  # rows of tables would stay in memory while modules are solved
 
     def _pass_through(self, key: str) -> None:
         """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from runtime.console import human_bytes, warn
+from runtime.errors import OutputError
 from runtime.publish import disk_errors
+from runtime.regular_files import NotRegularError, open_to_append
 
 
 class Watcher(Protocol):
@@ -105,8 +107,11 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with disk_errors(path):
-            self._file: TextIO | None = path.open("a", encoding="utf-8")
+        try:
+            with disk_errors(path):
+                self._file: TextIO | None = open_to_append(path)
+        except NotRegularError as error:
+            raise OutputError(f"the log {path} cannot be written: {error.strerror}") from error
 
     def tell(self, event: str, **facts: Any) -> None:
         """Take an event."""

@@ -139,6 +139,8 @@ class WeightStream:
 
     def _left_on_disk(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Those of the parameters that are only looked up in, and whose tensor nobody needs as a whole."""
-        tables = {name: tensor for name in names if (tensor := self.source.mapped(name)) is not None}
+        tables: dict[str, torch.Tensor] = {
+            name: table for name in names if (table := self.source.table(name)) is not None
+        }
         others = {key for name in names if name not in tables for key in self.source.origins[name].keys}
         return {name: tensor for name, tensor in tables.items() if self.source.plain_key(name) not in others}

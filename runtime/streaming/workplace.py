@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.console import tell_when_stopped
-from runtime.errors import OutputError, SeqbuildError
+from runtime.errors import OutputError, SeqbuildError, WeightsError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
@@ -217,4 +217,4 @@ def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
         return False
     if not isinstance(error, SeqbuildError):
         return True
-    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))
+    return error.is_resumable or isinstance(error, (OutputError, WeightsError, MemoryError, RuntimeError))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ModelError
 from runtime.model_code import ModelCode, needed_files
+from runtime.regular_files import is_there, read_regular, read_text
 from seqbuild.model.source import Source, cached_snapshot
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) ->
 def _tokenizer_references(source: Source) -> list[Reference]:
     """The tokenizer's own code travels along, so that the quantized checkpoint has it too; it is never executed."""
     try:
-        config = json.loads((source.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(source.directory / "tokenizer_config.json"))
     except (OSError, ValueError, RecursionError):
         return []
     auto_map = config.get("auto_map") if isinstance(config, dict) else None
@@ -209,14 +210,17 @@ class _Reader:
 
     def _read(self, path: str) -> bytes | None:
         file = self.directory / path
-        if not file.is_file():
-            return None
+        try:
+            if not is_there(file):
+                return None
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
         real = file.resolve()
         if not real.is_relative_to(self.root):
             raise ModelError(
                 f"{file} is a link to {real}, out of the model's directory", hint="put the file itself there"
             )
         try:
-            return real.read_bytes()
+            return read_regular(real)
         except OSError as error:
             raise ModelError(f"{file} cannot be read: {error.strerror}") from error

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import ModelError, WeightsError
+from runtime.config_rules import require_possible
+from runtime.errors import ArtifactError, ModelError, WeightsError
 from runtime.packed import plain_shapes
+from runtime.regular_files import is_there, open_regular, read_regular, read_text
 from runtime.source_checks import require_no_adapter, require_true_names
 
 # What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
@@ -55,7 +57,10 @@ class Source:
         if self.config_file.name != "config.json":
             return {}
         found = ((name, self.directory / name) for name in COMPANIONS)
-        return {name: path.read_bytes() for name, path in found if path.is_file()}
+        try:
+            return {name: read_regular(path) for name, path in found if is_there(path)}
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there.
@@ -66,15 +71,15 @@ class Source:
             WeightsError: when shards are missing or damaged, or are quantized in a form that no host can read.
         """
         index = self.directory / _INDEX
-        if index.is_file():
+        if is_there(index):
             try:
-                shards = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+                shards = list(dict.fromkeys(json.loads(read_regular(index))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
         else:
             shards = [_SINGLE]
         paths = [self.directory / str(shard) for shard in sorted(shards)]
-        missing = [path for path in paths if not path.is_file()]
+        missing = [path for path in paths if not is_there(path)]
         if len(missing) == len(paths):
             return None
         if missing:
@@ -93,7 +98,7 @@ class Source:
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each tensor of a shard."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER_LIMIT_BYTES:
                 raise ValueError(f"a header of {length} bytes")
@@ -155,13 +160,17 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 
 def _from_file(name: str, config_file: Path, source: str) -> Source:
-    if not config_file.is_file():
+    if not config_file.exists():
         require_no_adapter(config_file.parent)
         raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(config_file))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no model config")
+    try:
+        require_possible(config, str(config_file))
+    except ArtifactError as error:
+        raise ModelError(error.message, hint=error.hint) from error
     return Source(name=name, directory=config_file.parent, config_file=config_file, config=config)

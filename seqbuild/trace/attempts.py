@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runtime.errors import DataError, TargetError, TraceError
+from runtime.regular_files import read_regular
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.sample.inputs import REHEARSAL_SHAPES, default_sample, rehearsal_samples
 from seqbuild.trace.dense_experts import is_dense_experts
@@ -73,10 +73,10 @@ def read_sample(
     if file is None:
         return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=text_only), TRACE_DTYPE)
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        sample = load_file(Path(file))
+        sample = load(read_regular(file))
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the sample {os.fspath(file)} cannot be read: {error}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
 from runtime.model_code import FOLDER
 from runtime.model_config import artifact_config
+from runtime.regular_files import read_text
 from seqbuild.build import build
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
@@ -46,7 +47,7 @@ def small_model_directory(artifact: Artifact, folder: Path) -> Path:
         small = type(config).from_dict(shrink_table(stated(config.to_dict())))
         small.architectures = [artifact.manifest.model.class_name]
         small.save_pretrained(folder)
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        table = json.loads(read_text(folder / "config.json"))
     except MemoryError:
         raise
     except Exception as error:  # transformers validates with many kinds of exceptions

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.manifest import TensorEntry
 from tests.runtime.artifacts import entry, write
 
 _PRIVATE = "/seqbuild-"
+VALUE = TensorEntry(dtype="model", shape=("batch", "sequence", 2))
 OWNED = "owned"  # the file that attacks try to write into the current directory
 
 
@@ -42,7 +44,8 @@ def program(name: str, reason: str, *lines: str, head: str = "", tail: str = "",
 def raw_program(name: str, reason: str, source: bytes, **changes: Any) -> Attack:
     """The same from the bytes of the file."""
     fields = {"file": "subgraphs/000.py", "input_names": ("x",), "output_names": ("y",), **changes}
-    chain = {"subgraphs": (entry(**fields),), "conversions": (), "parameters": {}, "constants": ()}
+    chain: dict[str, Any] = {"subgraphs": (entry(**fields),), "conversions": (), "parameters": {}, "constants": ()}
+    chain["values"] = dict.fromkeys(fields["output_names"], VALUE)
     contents = {"config.json": b'{"model_type": "llama"}\n', "subgraphs/000.py": source}
     return Attack(name, reason, lambda root: write(root, contents, **chain))
 

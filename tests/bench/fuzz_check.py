@@ -21,7 +21,8 @@ with atheris.instrument_imports(include=["runtime"]):
     from runtime.errors import ArtifactError
     from runtime.grammar import Allowed, check_program
     from runtime.manifest import Manifest, canonical, sha256
-    from runtime.written import is_dimension, is_pattern
+    from runtime.patterns import fault
+    from runtime.written import is_dimension
 
 ALLOWED = Allowed(input_names=("x",), output_names=("y",))
 HEAD, TAIL = b"def forward(self, x, *, run):\n    ", b"\n    return {'y': y}\n"
@@ -67,7 +68,7 @@ def _constants(data: bytes) -> None:
 def _texts(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     is_dimension(text)
-    is_pattern(text)
+    fault(text)
     check_condition(text, {"batch": None})
 
 

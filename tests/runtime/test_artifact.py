@@ -15,7 +15,7 @@ import runtime.artifact
 import runtime.program
 from runtime.artifact import check, check_versions, load, read_manifest
 from runtime.errors import ArtifactError, ModelError, VersionError
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, ModelEntry, sha256
+from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, ModelEntry, TensorEntry, sha256
 from runtime.skeleton import resolve_opaque
 from tests.runtime.artifacts import FIRST, entry, files, manifest, write
 
@@ -175,8 +175,10 @@ class TestFiles:
 
 def program(**changes: Any) -> dict[str, Any]:
     """A chain of one subgraph at subgraphs/000.py."""
+    fields = {"file": "subgraphs/000.py", "input_names": ("x",), "output_names": ("y",), **changes}
     return {
-        "subgraphs": (entry(**{"file": "subgraphs/000.py", "input_names": ("x",), "output_names": ("y",), **changes}),),
+        "subgraphs": (entry(**fields),),
+        "values": {name: TensorEntry(dtype="model", shape=("batch",)) for name in fields["output_names"]},
         "conversions": (),
         "parameters": {},
         "constants": (),

@@ -128,7 +128,7 @@ def test_one_at_an_odd_place_is_read(tmp_path: Path) -> None:
     data = torch.tensor([1.0, 2.0, 3.0]).numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     checkpoint = Checkpoint(tmp_path)
-    assert checkpoint.mapped("odd") is None and checkpoint.mapped("none") is None
+    assert checkpoint.table("odd") is None and checkpoint.table("none") is None
     assert checkpoint.read("odd").tolist() == [1.0, 2.0, 3.0]
     assert b"".join(map(bytes, checkpoint.pieces("odd"))) == data
     assert list(checkpoint.pieces("none")) == []

@@ -8,7 +8,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,17 +53,17 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]
     """How often each tensor is read from the checkpoint, and written to the new one."""
     reads: Counter[str] = Counter()
     writes: Counter[str] = Counter()
-    real_raw, real_write = Checkpoint._raw, ShardWriter.write_bytes
+    real_read, real_write = Checkpoint._read_into, ShardWriter.write_bytes
 
-    def raw(self: Checkpoint, place: Any) -> AbstractContextManager[memoryview]:
+    def read_into(self: Checkpoint, place: Any, memory: memoryview) -> None:
         reads[place.stored.name] += 1
-        return real_raw(self, place)
+        real_read(self, place, memory)
 
     def write_bytes(self: ShardWriter, name: str, pieces: Iterable[memoryview]) -> int:
         writes[name] += 1
         return real_write(self, name, pieces)
 
-    monkeypatch.setattr(Checkpoint, "_raw", raw)
+    monkeypatch.setattr(Checkpoint, "_read_into", read_into)
     monkeypatch.setattr(ShardWriter, "write_bytes", write_bytes)
     return reads, writes
 

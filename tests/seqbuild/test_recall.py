@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 import seqbuild.cli
-from runtime.artifact import check
+from runtime.artifact import check, read_manifest
 from runtime.errors import DataError, OutputError
+from runtime.manifest import MANIFEST_NAME, sha256
 from runtime.publish import DAMAGED, PARTIAL
 from seqbuild import cache, recall
 from seqbuild.build import build
@@ -146,12 +147,23 @@ class TestHits:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["cached"] is True
 
-    def test_without_a_record_the_artifact_is_found_and_the_record_made_again(self, model: Path, out: Path) -> None:
+    @pytest.mark.parametrize("replace", [lambda record: None, os.mkfifo, lambda record: record.write_bytes(b"{}")])
+    def test_without_a_record_it_is_compiled_again_and_what_is_the_same_stays(
+        self, model: Path, out: Path, replace: Callable[[Path], object]
+    ) -> None:
         (record,) = out.glob(f".*{recall.RECORD_SUFFIX}")
-        before = record.read_bytes()
+        before, inode = record.read_bytes(), artifact(out).stat().st_ino
         record.unlink()
-        assert build(model, out=out).is_cached
+        replace(record)
+        made = build(model, out=out)
+        assert not made.is_cached and made.remarks == ()
+        assert artifact(out).stat().st_ino == inode
         assert record.read_bytes() == before
+
+    def test_the_record_of_another_request_for_the_same_key_counts(self, model: Path, out: Path) -> None:
+        made = build(model, out=out, targets=["LlamaDecoderLayer"])
+        assert made.is_cached and made.path == artifact(out)
+        assert len(list(out.glob(f".*{recall.RECORD_SUFFIX}"))) == 2
 
     @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"request": 1}', b"\xff", b"[" * 100_000])
     def test_a_damaged_record_is_no_hit(self, data: bytes, model: Path, out: Path) -> None:
@@ -314,6 +326,39 @@ class TestDamage:
         assert (path / "config.json").read_bytes() == good
         assert [gone.path for gone in prune(out)] == [aside]
         assert "nothing was traced" not in said
+
+    @pytest.mark.parametrize("has_record", [True, False])
+    def test_an_artifact_that_no_compilation_made_is_moved_aside(
+        self, model: Path, out: Path, run: Run, has_record: bool
+    ) -> None:
+        """All of its digests fit, and so does its key: only what was recorded, or making it again, can tell."""
+        path = artifact(out)
+        good = directory_bytes(path)
+        manifest = read_manifest(path)
+        program = path / manifest.subgraphs[0].file
+        poisoned = program.read_bytes() + b"# poison\n"
+        program.write_bytes(poisoned)
+        files = [
+            replace(entry, bytes=len(poisoned), sha256=sha256(poisoned))
+            if entry.path == manifest.subgraphs[0].file
+            else entry
+            for entry in manifest.files
+        ]
+        (path / MANIFEST_NAME).write_bytes(replace(manifest, files=tuple(files)).to_bytes())
+        check(path)
+        if not has_record:
+            for record in out.glob(f".*{recall.RECORD_SUFFIX}"):
+                record.unlink()
+        code, said, complaint = run(["compile", str(model), "--out", str(out)], seqbuild.cli.main)
+        (aside,) = out.glob(f".{path.name}.*{DAMAGED}")
+        assert code == 0 and "nothing was traced" not in said
+        assert complaint.count("\n") == 1 and complaint.startswith("warning: ") and str(aside) in complaint
+        assert (aside / manifest.subgraphs[0].file).read_bytes() == poisoned
+        assert directory_bytes(path) == good
+
+
+def directory_bytes(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_eight_processes_trace_once(model: Path, tmp_path: Path) -> None:

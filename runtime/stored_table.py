@@ -1,0 +1,77 @@
+"""A table of embeddings that stays in its file: a tensor whose rows are read when they are looked up.
+
+It takes no memory, and what is looked up takes that of the rows alone. Whatever else is done with it reads all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from runtime.dtypes import bytes_of, empty_bytes
+
+ReadRows = Callable[[int, memoryview], None]
+_LOOK_UP = torch.ops.aten.embedding.default
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class StoredTable(torch.Tensor):
+    """A table [R, C] on disk, as a tensor on the CPU.
+
+    Args:
+        read_rows: fills memory with the rows from the given one on, as many as there is memory for.
+        shape: of the table.
+        dtype: of its numbers.
+    """
+
+    read_rows: ReadRows
+
+    @staticmethod
+    def __new__(cls, read_rows: ReadRows, shape: Sequence[int], dtype: torch.dtype) -> StoredTable:
+        """A tensor without memory."""
+        made: StoredTable = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("cpu")
+        )
+        made.read_rows = read_rows
+        return made
+
+    def whole(self) -> torch.Tensor:
+        """All of it, in memory."""
+        return self._rows(0, self.shape[0])
+
+    def looked_up(self, indices: torch.Tensor) -> torch.Tensor:
+        """The rows of these numbers, [shape of the numbers, C]; each is read once, neighbours together."""
+        wanted, places = torch.unique(indices, return_inverse=True)  # in ascending order
+        if not len(wanted):
+            return torch.empty((*indices.shape, self.shape[1]), dtype=self.dtype)
+        if int(wanted[0]) < 0 or int(wanted[-1]) >= self.shape[0]:
+            raise IndexError("index out of range in self")  # as torch says it
+        ends = [*(torch.nonzero(wanted.diff() != 1).flatten() + 1).tolist(), len(wanted)]
+        begin, found = 0, []
+        for end in ends:
+            found.append(self._rows(int(wanted[begin]), end - begin))
+            begin = end
+        return torch.cat(found)[places]
+
+    def _rows(self, first: int, count: int) -> torch.Tensor:
+        data = empty_bytes(count * self.shape[1] * self.dtype.itemsize)
+        self.read_rows(first, bytes_of(data))
+        return data.view(self.dtype).reshape(count, self.shape[1])
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Look rows up; hand anything else the whole table."""
+        table = args[0] if args else None
+        if func in _SAME and isinstance(table, cls):
+            return cls(table.read_rows, table.shape, table.dtype)
+        if func is _LOOK_UP and isinstance(table, cls) and not isinstance(args[1], cls):
+            return table.looked_up(args[1])
+        plain_args, plain_kwargs = pytree.tree_map_only(cls, cls.whole, (tuple(args), dict(kwargs or {})))
+        return func(*plain_args, **plain_kwargs)

@@ -1,0 +1,146 @@
+"""Each value of a manifest changed, with right digests: `check` refuses it, or a plan and a run end as they should."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+
+import runtime
+from runtime.artifact import check, read_manifest
+from runtime.errors import ArtifactError, ModelError, SeqbuildError
+from runtime.manifest import MANIFEST_NAME, Manifest
+from runtime.planning.fit import Limits
+from runtime.planning.request import plan_artifact
+from seqbuild.model.source import resolve_source
+from tests.attacks.mutations import mutated, places
+from tests.runtime.conftest import mixtral, narrow_llama, small
+from tests.runtime.small import NARROW_W4, Small, calibrate, recipe, token_batches
+
+__all__ = ["mixtral", "narrow_llama", "small"]
+
+RTN = recipe(NARROW_W4)
+GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")
+NO_LIMITS = Limits(device=None, host=None, disk=None)
+
+
+def survives(small: Small, root: Path, data: bytes, *, runs: bool) -> None:
+    """Check, plan and maybe run a mutated artifact; only errors that are ours may come out."""
+    (root / MANIFEST_NAME).write_bytes(data)
+    try:
+        check(root)
+    except ArtifactError:
+        return
+    try:
+        artifact = runtime.load(root)
+        plan_artifact(artifact, num_samples=4, seq_len=40, batch_size=2, recipe=GPTQ, dtype=None, limits=NO_LIMITS)
+        if runs:
+            batches = token_batches([(2, 10)])
+            calibrate(replace(small, artifact=root), RTN, root.parent / "out", batches=batches)
+            shutil.rmtree(root.parent / "out")
+    except (SeqbuildError, MemoryError, torch.OutOfMemoryError):
+        return
+
+
+def fuzz(small: Small, folder: Path, seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    root = Path(shutil.copytree(small.artifact, folder / "artifact"))
+    data = (root / MANIFEST_NAME).read_bytes()
+    of_entry: dict[str, list[tuple[Any, ...]]] = {}
+    for path in places(msgpack.unpackb(data)):
+        if path and path[0] not in ("digest", "format", "format_version"):
+            of_entry.setdefault(path[0], []).append(path)
+    for number in range(count):
+        path = rng.choice(of_entry[rng.choice(sorted(of_entry))])
+        changed = mutated(data, path, rng)
+        try:
+            survives(small, root, changed, runs=number % 5 == 0)
+        except Exception as error:
+            error.add_note(f"seed {seed}, mutation {number} at {path}")
+            raise
+
+
+@pytest.mark.parametrize("name", ["narrow_llama", "mixtral"])
+def test_no_change_of_a_value_ends_unexpectedly(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
+    fuzz(request.getfixturevalue(name), tmp_path, seed=1, count=25)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("name", ["narrow_llama", "mixtral"])
+def test_none_of_many_does(request: pytest.FixtureRequest, tmp_path: Path, name: str, seed: int) -> None:
+    fuzz(request.getfixturevalue(name), tmp_path, seed=seed, count=500)
+
+
+def in_another_order(manifest: Manifest) -> dict[str, Any]:
+    return {"subgraphs": (*manifest.subgraphs[1:], manifest.subgraphs[0])}
+
+
+def consumed_too_early(manifest: Manifest) -> dict[str, Any]:
+    first, second, *others = manifest.subgraphs
+    lasting = next(name for name in second.input_names if name not in second.consumed_names)
+    return {"subgraphs": (first, replace(second, consumed_names=(*second.consumed_names, lasting)), *others)}
+
+
+def no_such_input(manifest: Manifest) -> dict[str, Any]:
+    return {"inputs": manifest.inputs[:1]}
+
+
+def no_dtype(manifest: Manifest) -> dict[str, Any]:
+    return {"inputs": (replace(manifest.inputs[0], dtype=""), *manifest.inputs[1:])}
+
+
+def returned_twice(manifest: Manifest) -> dict[str, Any]:
+    return {"subgraphs": (*manifest.subgraphs[:2], manifest.subgraphs[1], *manifest.subgraphs[2:])}
+
+
+def far_too_many(manifest: Manifest) -> dict[str, Any]:
+    return {"subgraphs": (*manifest.subgraphs[:1], *manifest.subgraphs[1:2] * 8_192, *manifest.subgraphs[1:])}
+
+
+def no_value(manifest: Manifest) -> dict[str, Any]:
+    name = manifest.subgraphs[0].output_names[0]
+    return {"values": {key: value for key, value in manifest.values.items() if key != name}}
+
+
+def none_at_all(manifest: Manifest) -> dict[str, Any]:
+    return {"subgraphs": ()}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_another_order, "which is neither an input of the model nor what an earlier one hands on"),
+        (consumed_too_early, "which is neither an input of the model nor what an earlier one hands on"),
+        (no_such_input, "subgraph 1 of 4 takes 'attention_mask'"),
+        (no_dtype, "has the dtype '', and inputs are tensors"),
+        (returned_twice, "neither an input"),
+        (far_too_many, "1 to 8192 are supported"),
+        (no_value, "whose dtype and shape the manifest does not state"),
+        (none_at_all, "has 0 subgraphs|names as no program"),
+    ],
+)
+def test_subgraphs_that_are_no_chain(
+    narrow_llama: Small, tmp_path: Path, change: Callable[[Manifest], dict[str, Any]], reason: str
+) -> None:
+    root = Path(shutil.copytree(narrow_llama.artifact, tmp_path / "artifact"))
+    manifest = read_manifest(root)
+    (root / MANIFEST_NAME).write_bytes(replace(manifest, **change(manifest)).to_bytes())
+    with pytest.raises(ArtifactError, match=reason):
+        check(root)
+
+
+@pytest.mark.parametrize("entry", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"])
+def test_the_compiler_names_an_entry_that_no_model_has(narrow_llama: Small, tmp_path: Path, entry: str) -> None:
+    table = json.loads((narrow_llama.weights / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | {entry: 10**12}))
+    with pytest.raises(ModelError, match=rf"{entry} = 1000000000000, and no model has more than"):
+        resolve_source(str(tmp_path))
