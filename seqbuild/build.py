@@ -200,11 +200,11 @@ def _build(
                 ignore=options.ignore,
                 may_ignore=may_ignore,
                 targets_per_subgraph=options.targets_per_subgraph,
-                drop_uncalled=not options.targets,
                 is_batch_only=options.sample is not None,
                 leaves=options.leaves,
             )
             _require_matched(traced.trace, options.ignore)
+            remarks += traced.trace.remarks
             if traced.hindrance:
                 remarks.append(f"layers are not traced through: {traced.hindrance}")
             keys = key_table(model, source.checkpoint_shapes())

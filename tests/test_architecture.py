@@ -42,6 +42,8 @@ SHARED |= {
     "literals",
     "guards",
     "packed",
+    "left_as_found",
+    "mutable_state",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

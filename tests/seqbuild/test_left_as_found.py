@@ -1,0 +1,83 @@
+"""A trace leaves the process as it found it: nothing that is remembered meanwhile outlives it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.errors import TraceError
+from seqbuild import trace_subgraphs
+from tests.seqbuild import remembering
+from tests.tiny_models import run_chain
+
+X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+ALL = tuple(remembering.PLACES)
+LAYERS = [r"re:layers\.\d+$"]
+
+
+def fresh(places: tuple[str, ...], *, is_glue: bool = True) -> remembering.Model:
+    torch.manual_seed(0)
+    return remembering.Model(places, is_glue=is_glue).eval()
+
+
+def tables(model: remembering.Model) -> dict[tuple[int, str], torch.Tensor]:
+    """What the model's code gets when it asks for its tables."""
+    owners = (*model.layers, model.glue)
+    return {(number, place): owner.table(place) for number, owner in enumerate(owners) for place in owner.places}
+
+
+def forget() -> None:
+    """As in a new process."""
+    for cache in (remembering.unbounded, remembering.bounded, remembering.pair, remembering.Holder.method):
+        cache.cache_clear()
+    for kept in (remembering.TABLES, remembering.ORDERED, remembering.DEFAULT, remembering.LIST, remembering.DEQUE):
+        kept.clear()
+
+
+@pytest.mark.parametrize("is_glue", [True, False], ids=["glue", "layers"])
+def test_what_is_remembered_does_not_outlive_the_trace(is_glue: bool) -> None:
+    forget()
+    model = fresh(ALL, is_glue=is_glue)
+    for _ in range(2):  # again, with what the plain call remembers
+        chain = trace_subgraphs(model, {"x": X}, LAYERS)
+        expected = remembering.calculate()
+        assert all(
+            type(table) is torch.Tensor and torch.equal(table / table[0], expected) for table in tables(model).values()
+        )
+        with torch.no_grad():
+            plain = model(X)
+        assert torch.equal(run_chain(chain, model, {"x": X})["output"], plain)
+
+
+def test_what_was_remembered_before_the_trace_is_there_afterwards() -> None:
+    model = fresh(ALL)
+    before = tables(model)
+    trace_subgraphs(model, {"x": X}, LAYERS)
+    after = tables(model)
+    made_anew = [key for key, table in before.items() if after[key] is not table]
+    assert {place for _, place in made_anew} <= {"nested dictionaries"}  # a sum of two
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_trace_that_ends_early_leaves_nothing_behind(kind: type[BaseException]) -> None:
+    forget()
+
+    class Failing(remembering.Model):
+        is_failing = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            if self.is_failing:
+                raise kind
+            return x
+
+    model = Failing(ALL).eval()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises((kind, TraceError)):
+        trace_subgraphs(model, {"x": X}, LAYERS)
+    assert {name: vars(module) for name, module in model.named_modules()} == before
+    model.is_failing = False
+    assert all(type(table) is torch.Tensor for table in tables(model).values())
+    assert type(model(X)) is torch.Tensor
