@@ -27,13 +27,15 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from runtime.mutable_state import StateWalk, is_unrelated, related_modules
+from runtime.mutable_state import Kept, StateWalk, is_unrelated, related_modules, same_content
 
 _LRU: type = type(functools.lru_cache(lambda: None))
 _LOCK = threading.RLock()  # what is replaced while a model is traced is replaced for all threads
 _PLAIN = (str, int, float, bool, type(None), bytes, complex, types.FunctionType, types.BuiltinFunctionType, type)
 _RARELY = (100_000, 50, 50)  # as `gc.set_threshold` takes it
 _MOST_LOOKED_AT = 10_000
+# Where a module of a network keeps its parts.
+_MODULES_OWN = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks")
 
 
 class Found:
@@ -51,7 +53,7 @@ class Found:
         self._kept = walk.kept
         self._walked = walk.caches
         self._entries = [(entries, dict(entries)) for cache in walk.caches if (entries := _entries(cache)) is not None]
-        self._misses = {cache: cache.cache_info().misses for cache in walk.caches}
+        self._misses = {id(cache): cache.cache_info().misses for cache in _all_caches(walk.caches)}
         self._alive = walk  # ids of what was copied stay theirs
         self._depth = 0
         self.is_restoring = False
@@ -82,32 +84,81 @@ class Found:
         before, self.is_restoring = self.is_restoring, True
         try:
             changed = [kept for kept in self._kept if kept.is_changed]
-            poisoned = {kept.home for kept in changed if kept.home and any(map(holds_tensors, kept.fresh()))}
+            poisoned = _poisoned(changed)
             for kept in changed:
                 if not kept.home or kept.home in poisoned:
                     kept.restore()
-            for entries, content in self._entries:
-                for key in [key for key in entries if key not in content]:
-                    if holds_tensors(key) or holds_tensors(entries[key]):
-                        del entries[key]
-            for cache in _all_caches(self._walked):
-                if cache.cache_info().currsize and self._is_poisoned(cache):
-                    cache.cache_clear()
+            self._clear_caches()
         finally:
             self.is_restoring = before
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around a run on real values in the middle of another run: neither sees what the other one remembers."""
+        changed = [kept for kept in self._kept if kept.is_changed]
+        entered = {id(kept): kept.access.read(kept.owner) for kept in changed}
+        poisoned = _poisoned(changed)
+        for kept in changed:
+            if kept.home in poisoned or any(map(holds_tensors, kept.fresh())):
+                kept.access.write(kept.owner, _with_replacements(kept.content, entered[id(kept)]))
+        filled = [(entries, content, dict(entries)) for entries, content in self._entries if len(entries) > len(content)]
+        self._clear_caches()
+        try:
+            yield
+        finally:
+            self._clear_caches()
+            for entries, _, before in filled:
+                entries.update(before)
+            for kept in self._kept:
+                content = entered.get(id(kept), kept.content)
+                if not same_content(kept.access.read(kept.owner), content):
+                    if not kept.home or any(map(holds_tensors, kept.fresh())) or id(kept) in entered:
+                        kept.access.write(kept.owner, content)
+
+    def _clear_caches(self) -> None:
+        for entries, content in self._entries:
+            for key in [key for key in entries if key not in content]:
+                if holds_tensors(key) or holds_tensors(entries[key]):
+                    del entries[key]
+        for cache in _all_caches(self._walked):
+            if cache.cache_info().misses != self._misses.get(id(cache)) and self._is_poisoned(cache):
+                cache.cache_clear()
+
     def _is_poisoned(self, cache: Any) -> bool:
-        """Whether a cache holds what it must not keep. One that was there may have held real tensors before."""
-        is_new = self._misses.get(cache, -1) not in (-1, cache.cache_info().misses)
+        """Whether a cache that has been filled holds what it must not keep."""
         entries = _entries(cache)
         if entries is not None and any(entries is known for known, _ in self._entries):
             return False  # put right already
         own = (cache, cache.__dict__, getattr(cache, "__wrapped__", None), type(cache))
-        parts = [item for item in gc.get_referents(cache) if not any(item is mine for mine in own)]
-        return any(holds_tensors(item, only_valueless=not is_new) for item in parts)
+        return any(holds_tensors(item) for item in gc.get_referents(cache) if not any(item is mine for mine in own))
 
 
 _active: Found | None = None
+
+
+def _poisoned(changed: Iterable[Kept]) -> set[str]:
+    """The Python modules in which a change is or holds a tensor."""
+    return {kept.home for kept in changed if kept.home and any(map(holds_tensors, kept.fresh()))}
+
+
+def _with_replacements(found: Any, now: Any) -> Any:
+    """What was found, with what this project has replaced meanwhile: forwards, builtins, parameters."""
+    if not isinstance(found, dict):
+        return found
+    kept = {key: value for key, value in now.items() if key in _MODULES_OWN or _is_replacement(value)}
+    return {**found, **kept}
+
+
+def _is_replacement(value: Any) -> bool:
+    homes = (getattr(value, "__module__", None), type(value).__module__)
+    return any(isinstance(home, str) and home.partition(".")[0] in ("seqbuild", "runtime") for home in homes)
+
+
+@contextlib.contextmanager
+def values_apart() -> Iterator[None]:
+    """As `Found.apart`, of the run that is going on, if there is one."""
+    with _active.apart() if _active is not None else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
@@ -125,10 +176,7 @@ def left_as_found(*roots: Any) -> Iterator[Found]:
             _active = found = Found(roots)
             try:
                 with _interrupted_between(found):
-                    try:
-                        yield found
-                    finally:
-                        found.restore()
+                    yield found
             finally:
                 _active = None
 
@@ -167,20 +215,15 @@ def _interrupted_between(found: Found) -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def holds_tensors(value: Any, *, only_valueless: bool = False) -> bool:
-    """Whether a value is a tensor, a symbolic size or a node of a graph, or holds one anywhere.
-
-    Args:
-        value: anything.
-        only_valueless: real tensors do not count.
-    """
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, a symbolic size or a node of a graph, or holds one anywhere."""
     pending, seen = [value], dict[int, Any]()
     while pending and len(seen) < _MOST_LOOKED_AT:
         item = pending.pop()
         if isinstance(item, _PLAIN) or id(item) in seen:
             continue
         seen[id(item)] = item
-        if _is_traced(item, only_valueless):
+        if _is_traced(item):
             return True
         if isinstance(item, dict):
             pending += [*item.keys(), *item.values()]
@@ -207,14 +250,12 @@ def _parts(item: Any) -> list[Any]:
     return [*found, *item] if isinstance(item, Iterable) and isinstance(item, (list, set)) else found
 
 
-def _is_traced(value: Any, only_valueless: bool) -> bool:
+def _is_traced(value: Any) -> bool:
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return False
-    if isinstance(value, torch.Tensor):
-        return not only_valueless or value.is_meta or hasattr(value, "fake_mode")
-    symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
-    return isinstance(value, symbols) or type(value).__module__.startswith("torch.fx")
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(value, kinds) or type(value).__module__.startswith("torch.fx")
 
 
 def _entries(cache: Any) -> dict[Any, Any] | None:
@@ -231,20 +272,15 @@ _num_modules = 0
 
 
 def _all_caches(walked: Iterable[Any]) -> list[Any]:
-    """Every `functools.lru_cache` of the process. All objects are looked at when modules have been imported since the
-    last time, otherwise the recent ones.
+    """Every `functools.lru_cache` of the process that can outlive a trace: those that have been walked over, and those
+    of other libraries, which are looked for again when modules have been imported since the last time.
     """
     global _num_modules
-    is_same = len(sys.modules) == _num_modules
-    objects = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)] if is_same else gc.get_objects()
-    found = {id(cache): cache for cache in objects if type(cache) is _LRU}
-    del objects
-    if is_same:
-        known = (ref() for ref in _known)
-        found |= {id(cache): cache for cache in (*known, *walked) if cache is not None}
-    _num_modules = len(sys.modules)
-    _known[:] = [weakref.ref(cache) for cache in found.values()]
-    return [cache for cache in found.values() if not _is_of_sympy(cache)]
+    if len(sys.modules) != _num_modules:
+        _num_modules = len(sys.modules)
+        _known[:] = [weakref.ref(item) for item in gc.get_objects() if type(item) is _LRU and not _is_of_sympy(item)]
+    known = (ref() for ref in _known)
+    return list({id(cache): cache for cache in (*known, *walked) if cache is not None}.values())
 
 
 def _is_of_sympy(cache: Any) -> bool:

@@ -80,7 +80,7 @@ class Kept:
     @property
     def is_changed(self) -> bool:
         """Whether it holds anything else by now."""
-        return not _same(self.access.read(self.owner), self.content)
+        return not same_content(self.access.read(self.owner), self.content)
 
     def fresh(self) -> list[Any]:
         """What it holds by now and did not hold before."""
@@ -100,7 +100,8 @@ class Access:
     write: Callable[[Any, Any], None]
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_content(one: Any, other: Any) -> bool:
+    """Whether two contents are the same objects in the same order."""
     if len(one) != len(other):
         return False
     if isinstance(one, dict):

@@ -257,3 +257,19 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Deciding(Remembering):
+    """A layer that must be run on real values to be recorded."""
+
+    def forward(self, x: torch.Tensor, scale: Any = 1) -> torch.Tensor:
+        x = super().forward(x, scale)
+        return x[x.sum(-1) > float(x.mean())].sum(0) + x
+
+
+class DecidingModel(Model):
+    """In the middle of the other layers is one that decides by values."""
+
+    def __init__(self, places: tuple[str, ...]) -> None:
+        super().__init__(places)
+        self.layers.insert(1, Deciding(places))

@@ -36,6 +36,20 @@ def forget() -> None:
         kept.clear()
 
 
+def test_what_runs_on_real_values_meanwhile_remembers_apart() -> None:
+    forget()
+    torch.manual_seed(0)
+    opaque = ("local of a thread", "context")  # no step can be handed these
+    places = tuple(place for place in ALL if not place.startswith("attribute") and place not in opaque)
+    model = remembering.DecidingModel(places).eval()
+    chain = trace_subgraphs(model, {"x": X}, LAYERS)
+    assert remembering.TABLES == {}
+    assert remembering.bounded.cache_info().currsize == remembering.unbounded.cache_info().currsize == 0
+    for x in (X, torch.randn(3, 7, 4)):
+        with torch.no_grad():
+            assert torch.equal(run_chain(chain, model, {"x": x})["output"], model(x))
+
+
 @pytest.mark.parametrize("is_glue", [True, False], ids=["glue", "layers"])
 def test_what_is_remembered_does_not_outlive_the_trace(is_glue: bool) -> None:
     forget()
