@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.activations import Activations
+from runtime.arguments import as_device, as_dtype, as_path, require_artifact, require_callable
+from runtime.checked_batches import as_batches, require_inputs
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.half_products import quick_halves
@@ -72,13 +74,18 @@ def evaluate(
         progress: called with one line for each subgraph.
 
     Raises:
+        UsageError, DeviceError: an argument of the wrong type, a device that is not there.
         WeightsError: when the checkpoint does not fit the artifact.
         ModelError: when the model does not predict the next token.
-        DataError: when no sample has two tokens.
+        DataError: when batches are not the model's inputs, or no sample has two tokens.
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
+    artifact, device, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
+    weights, batches = as_path("weights", weights), as_batches(batches)
+    require_callable("progress", progress)
     _require_causal(artifact.manifest)
+    batches = require_inputs(artifact, batches)
     num_tokens = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
     if not num_tokens:
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")

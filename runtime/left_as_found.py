@@ -61,7 +61,7 @@ class Found:
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """Around each run of the model's code: afterwards everything is restored, unless this run is part of another."""
+        """Around each run of the model's code: afterwards all is restored, unless this run is part of another."""
         self._depth += 1
         try:
             yield
@@ -101,7 +101,9 @@ class Found:
         for kept in changed:
             if kept.home in poisoned or any(map(holds_tensors, kept.fresh())):
                 kept.access.write(kept.owner, _with_replacements(kept.content, entered[id(kept)]))
-        filled = [(entries, content, dict(entries)) for entries, content in self._entries if len(entries) > len(content)]
+        filled = [
+            (entries, content, dict(entries)) for entries, content in self._entries if len(entries) > len(content)
+        ]
         self._clear_caches()
         try:
             yield
@@ -111,9 +113,10 @@ class Found:
                 entries.update(before)
             for kept in self._kept:
                 content = entered.get(id(kept), kept.content)
-                if not same_content(kept.access.read(kept.owner), content):
-                    if not kept.home or any(map(holds_tensors, kept.fresh())) or id(kept) in entered:
-                        kept.access.write(kept.owner, content)
+                is_same = same_content(kept.access.read(kept.owner), content)
+                is_counted = is_same or not kept.home or id(kept) in entered or any(map(holds_tensors, kept.fresh()))
+                if is_counted and not is_same:
+                    kept.access.write(kept.owner, content)
 
     def _clear_caches(self) -> None:
         for entries, content in self._entries:

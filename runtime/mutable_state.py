@@ -1,8 +1,8 @@
 """Everything that Python code may change and keep: where it is, what it was, and how to put it back.
 
 Code may keep a table in an attribute, a dictionary of its module, a class, a helper object, a closure, or a default
-argument. `StateWalk` goes through all of these from given objects on and copies each once, one level deep; `Kept.restore`
-puts such a copy back. Tensors are values here: their numbers are neither copied nor restored.
+argument. `StateWalk` goes through all of these from given objects on and copies each once, one level deep;
+`Kept.restore` puts such a copy back. Tensors are values here: their numbers are neither copied nor restored.
 
 Objects of the standard library, of torch and of other libraries that know nothing of models are not entered, except for
 containers, functions and modules of a network: they hold locks, files and threads.
@@ -23,20 +23,26 @@ from typing import Any
 
 _LRU: type = type(functools.lru_cache(lambda: None))
 _ATOMIC = frozenset(
-    [type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(...), types.CodeType]
-    + [types.BuiltinFunctionType, types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType]
-    + [types.WrapperDescriptorType, types.GenericAlias, types.MappingProxyType, weakref.ref]
+    (
+        *(type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(...), types.CodeType),
+        *(types.BuiltinFunctionType, types.GetSetDescriptorType, types.MemberDescriptorType),
+        *(types.MethodDescriptorType, types.WrapperDescriptorType, types.GenericAlias, types.MappingProxyType),
+        weakref.ref,
+    )
 )
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, _LRU)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property, functools.partialmethod)
 # Libraries that keep nothing of a model. Whatever is neither here nor in the standard library may.
 _UNRELATED = frozenset(
-    "torch torchgen functorch sympy mpmath numpy scipy networkx triton pandas pyarrow sklearn matplotlib seqbuild runtime "
-    "huggingface_hub hf_xet filelock fsspec httpx httpcore httpx2 httpcore2 h11 anyio sniffio idna certifi requests "
-    "urllib3 charset_normalizer yaml _yaml jinja2 markupsafe tokenizers safetensors tqdm regex msgpack psutil packaging "
-    "typing_extensions pytest _pytest pluggy hypothesis xdist execnet coverage mypy mypyc pydantic pydantic_core loguru "
-    "rich typer click cffi cryptography setuptools pkg_resources _distutils_hack dateutil pytz six attr attrs "
-    "truststore annotated_types typing_inspection google cython_runtime datasets multiprocess dill IPython".split()
+    """
+    torch torchgen functorch sympy mpmath numpy scipy networkx triton pandas pyarrow sklearn matplotlib seqbuild
+    runtime huggingface_hub hf_xet filelock fsspec httpx httpcore httpx2 httpcore2 h11 anyio sniffio idna certifi
+    requests urllib3 charset_normalizer yaml _yaml jinja2 markupsafe tokenizers safetensors tqdm regex msgpack
+    psutil packaging typing_extensions pytest _pytest pluggy hypothesis xdist execnet coverage mypy mypyc pydantic
+    pydantic_core loguru rich typer click cffi cryptography setuptools pkg_resources _distutils_hack dateutil pytz
+    six attr attrs truststore annotated_types typing_inspection google cython_runtime datasets multiprocess dill
+    IPython
+    """.split()
 )
 # Large tables of names, which code that runs a model does not change.
 _TABLES = ("transformers.conversion_mapping", "transformers.core_model_loading", "transformers.utils.import_utils")
@@ -154,9 +160,10 @@ def _write_namespace(owner: types.ModuleType, content: dict[str, Any]) -> None:
 
 
 def _is_imported(value: Any) -> bool:
-    return isinstance(value, (types.ModuleType, type, types.FunctionType)) and getattr(
-        value, "__module__", None
-    ) != "__main__"
+    return (
+        isinstance(value, (types.ModuleType, type, types.FunctionType))
+        and getattr(value, "__module__", None) != "__main__"
+    )
 
 
 def _is_pythons(name: str) -> bool:

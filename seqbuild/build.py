@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from runtime.arguments import as_path
 from runtime.artifact import CONSTANTS_NAME, check
 from runtime.errors import ArtifactError, TargetError
 from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
@@ -123,7 +124,9 @@ def build(
             classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
             `auto` does that where nothing must be left whole, so that the artifact is portable, and `target` otherwise.
     """
-    start, directory = time.perf_counter(), Path(out)
+    start, directory = time.perf_counter(), as_path("out", out)
+    if model_id_or_path != "":
+        as_path("the model", model_id_or_path)
     options = make_options(
         targets=targets,
         ignore=ignore,

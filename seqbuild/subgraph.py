@@ -54,9 +54,15 @@ class Subgraph:
 
         Returns:
             Output names to values; from the last subgraph, the fields of the model's output.
+
+        Raises:
+            DataError: an input is missing, unknown, or no tensor of the rank that was traced.
         """
+        from seqbuild.sample.given import require_module, require_subgraph_inputs
         from seqbuild.trace.uncompiled import original
 
+        require_module(model)
+        require_subgraph_inputs(self.graph, self.input_names, inputs)
         model = original(model)
         if self._program is None:
             self._program = compile_program(self.code.source, f"<subgraph of {type(model).__name__}>")

@@ -24,10 +24,11 @@ def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.
     Returns:
         An ordered set.
     """
+    patterns = as_names(target_names)
     return dict.fromkeys(
         module
         for name, module in model.named_modules(remove_duplicate=False)
-        if any(_fits(pattern, name, module) for pattern in target_names)
+        if any(_fits(pattern, name, module) for pattern in patterns)
     ).keys()
 
 
@@ -185,7 +186,13 @@ def get_sequential_targets(
 
 
 def as_names(value: Any) -> tuple[str, ...]:
-    """Names, whether one, several or none were given."""
+    """Names, whether one, several or none were given.
+
+    Raises:
+        TargetError: for anything else.
+    """
     if value is None:
         return ()
+    if not isinstance(value, Iterable):
+        raise TargetError(f"a name is {value!r}"[:100], hint="give a str or a list of them")
     return (value,) if isinstance(value, str) else tuple(value)

@@ -44,6 +44,7 @@ SHARED |= {
     "packed",
     "left_as_found",
     "mutable_state",
+    "arguments",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

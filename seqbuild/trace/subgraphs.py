@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.arguments import require_count
 from runtime.errors import TargetError, TraceError
 from runtime.left_as_found import left_as_found
 from seqbuild.partition import partition_graph, target_of, topological_partition, trace_consumed_names
+from seqbuild.sample.given import require_module, require_sample
 from seqbuild.sample.inputs import longer_text, populate_concrete_args
 from seqbuild.subgraph import Subgraph
 from seqbuild.targets import (
@@ -77,7 +79,8 @@ def trace_subgraphs(
         model: real, on the meta device or offloaded; left as it was found, also when this fails.
         sample_input: named inputs; of tensors only shape and dtype matter.
         sequential_targets: class names, module names or `re:` patterns, see `match_modules`. A warning names those that
-            this sample does not reach, such as the layers of a vision tower with text alone, and those that fit nothing.
+            this sample does not reach, such as the layers of a vision tower with text alone, and those that fit no
+            module.
         ignore: functions to record as one opaque step each: `function`, `Class.method`, `module.path.function`.
             Names that fit nothing are passed over.
         targets_per_subgraph: how many targets share a subgraph.
@@ -89,6 +92,9 @@ def trace_subgraphs(
         TraceError: code that cannot be recorded, naming function, file and line.
         UsageError: `targets_per_subgraph` below one.
     """
+    require_module(model)
+    require_sample(original(model), sample_input)
+    require_count("targets_per_subgraph", targets_per_subgraph)
     trace = trace_model(
         model,
         sample_input,

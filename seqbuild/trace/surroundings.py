@@ -25,7 +25,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     (
         lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
-        lambda found: (torch.set_autocast_enabled("cpu", found[0]), torch.set_autocast_dtype("cpu", found[1])),
+        lambda found: _set_autocast(*found),
     ),
 )
 _FLAGS = (
@@ -44,7 +44,7 @@ def surroundings_as_found() -> Iterator[None]:
         for owner, names in _FLAGS:
             for name in names:
                 stack.callback(_put_back_flag, owner, name, getattr(owner, name))
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         stack.callback(_put_back, _default_device, torch.set_default_device, _default_device())
         stack.callback(random.setstate, random.getstate())
@@ -55,6 +55,11 @@ def surroundings_as_found() -> Iterator[None]:
         stack.callback(_put_back_filters, list(warnings.filters), warnings.showwarning)
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
         yield
+
+
+def _set_autocast(is_enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled("cpu", is_enabled)
+    torch.set_autocast_dtype("cpu", dtype)
 
 
 def _default_device() -> torch.device | None:

@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -210,7 +210,7 @@ PLACES: dict[str, Callable[[Any], torch.Tensor]] = {
 class Remembering(Layer):
     """A layer that adds tables."""
 
-    tables: dict[Any, torch.Tensor] = {}
+    tables: ClassVar[dict[Any, torch.Tensor]] = {}
 
     def __init__(self, places: tuple[str, ...]) -> None:
         super().__init__()

@@ -103,7 +103,7 @@ def test_require_targets_suggests() -> None:
 
 @pytest.mark.parametrize("names", [[], [""], ["re:"], [3]])
 def test_targets_that_name_nothing(names: list[Any]) -> None:
-    with pytest.raises(TargetError, match="target"):
+    with pytest.raises(TargetError, match=r"target"):
         require_targets(toys.Nested(), names)
 
 
@@ -131,7 +131,7 @@ def test_targets_that_the_sample_does_not_reach_are_named_and_ignored() -> None:
 
 
 def test_names_that_fit_nothing_are_named_and_ignored() -> None:
-    with pytest.warns(UserWarning, match="target 'VisionLayer' fits no module of Toy; it is ignored"):
+    with pytest.warns(UserWarning, match=r"target 'VisionLayer' fits no module of Toy; it is ignored"):
         subgraphs = trace_subgraphs(toys.Toy(), {"x": X}, ["Layer", "VisionLayer"])
     assert len(subgraphs) == 2
 
@@ -149,7 +149,7 @@ def test_targets_inside_of_one_that_is_never_called() -> None:
                 x = layer(x)
             return x
 
-    with pytest.warns(UserWarning, match="never called .*: encoder$"):
+    with pytest.warns(UserWarning, match=r"never called .*: encoder$"):
         subgraphs = trace_subgraphs(Bypassed(), {"x": X}, ["Toy", "Layer"])
     assert [subgraph.code.submodules for subgraph in subgraphs] == [("encoder.layers.0",), ("encoder.layers.1",)]
 
@@ -171,7 +171,7 @@ def test_infer_targets() -> None:
     assert infer_targets(tiny_model("t5")) == ("T5Block",)
     assert infer_targets(tiny_model("bart")) == ("BartEncoderLayer", "BartDecoderLayer")
     assert infer_targets(toys.Nested()) == ("Layer",)  # the longest list
-    with pytest.raises(TargetError, match="Linear names no layer classes and has no list of layers"):
+    with pytest.raises(TargetError, match=r"Linear names no layer classes and has no list of layers"):
         infer_targets(nn.Linear(1, 1))
 
 
@@ -208,7 +208,7 @@ class TestSequentialTargets:
         class Gptq:
             sequential_targets = "Linear"
 
-        with pytest.raises(TargetError, match="Gptq for Linear; the arguments for Layer"):
+        with pytest.raises(TargetError, match=r"Gptq for Linear; the arguments for Layer"):
             get_sequential_targets([Gptq()], toys.Toy(), {"sequential_targets": "Layer"})
 
 
