@@ -33,8 +33,7 @@ _ATOMIC = frozenset(
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, _LRU)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property, functools.partialmethod)
 # Libraries that keep nothing of a model. Whatever is neither here nor in the standard library may.
-_UNRELATED = frozenset(
-    """
+_UNRELATED_NAMES = """
     torch torchgen functorch sympy mpmath numpy scipy networkx triton pandas pyarrow sklearn matplotlib seqbuild
     runtime huggingface_hub hf_xet filelock fsspec httpx httpcore httpx2 httpcore2 h11 anyio sniffio idna certifi
     requests urllib3 charset_normalizer yaml _yaml jinja2 markupsafe tokenizers safetensors tqdm regex msgpack
@@ -42,8 +41,8 @@ _UNRELATED = frozenset(
     pydantic_core loguru rich typer click cffi cryptography setuptools pkg_resources _distutils_hack dateutil pytz
     six attr attrs truststore annotated_types typing_inspection google cython_runtime datasets multiprocess dill
     IPython
-    """.split()
-)
+"""
+_UNRELATED = frozenset(_UNRELATED_NAMES.split())
 # Large tables of names, which code that runs a model does not change.
 _TABLES = ("transformers.conversion_mapping", "transformers.core_model_loading", "transformers.utils.import_utils")
 _OF_LIBRARIES = (

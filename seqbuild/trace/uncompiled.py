@@ -2,8 +2,8 @@
 
 A compiled module is entered by torch's own compiler, which would trace the trace. Four forms are met: the wrapper that
 `torch.compile(model)` returns, the same in the place of a module inside, `module.compile()`, which replaces the call of
-a module, and compiled functions. The first three are exchanged for what they were made from while the block runs; for the
-last, torch is told to execute everything as it is.
+a module, and compiled functions. The first three are exchanged for what they were made from while the block runs; for
+the last, torch is told to execute everything as it is.
 """
 
 from __future__ import annotations
