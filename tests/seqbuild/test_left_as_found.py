@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 
 from runtime.errors import TraceError
 from seqbuild import trace_subgraphs
 from tests.seqbuild import remembering
-from tests.tiny_models import run_chain
+from tests.tiny_models import make_inputs, randomize, run_chain, tiny_model
 
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -95,3 +106,76 @@ def test_a_trace_that_ends_early_leaves_nothing_behind(kind: type[BaseException]
     model.is_failing = False
     assert all(type(table) is torch.Tensor for table in tables(model).values())
     assert type(model(X)) is torch.Tensor
+
+
+def test_a_model_that_compressed_tensors_has_been_applied_to() -> None:
+    """Its functions keep ranges of integers in a cache."""
+    scheme = preset_name_to_scheme("W8A8", ["Linear"])
+    config = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    model = randomize(tiny_model("llama")).eval()
+    apply_quantization_config(model, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data.fill_(0.05)
+    for cache in (item for item in gc.get_objects() if type(item) is type(remembering.unbounded)):
+        if cache.__module__.startswith("compressed_tensors"):
+            cache.cache_clear()
+    inputs = make_inputs(model, 2, 7)
+    for _ in range(2):
+        chain = trace_subgraphs(model, inputs, ["LlamaDecoderLayer"])
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        assert type(expected) is torch.Tensor
+        assert torch.equal(run_chain(chain, model, inputs)["logits"], expected)
+
+
+def test_what_is_not_the_models_is_put_back_as_well() -> None:
+    class Meddling(remembering.Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            os.environ["MEDDLED"] = "1"
+            torch.manual_seed(1)
+            random.seed(1)
+            np.random.seed(1)
+            torch.set_default_dtype(torch.float64)
+            torch.use_deterministic_algorithms(True)
+            warnings.simplefilter("ignore")
+            self.training = True
+            return super().forward(x)
+
+    def look() -> list[Any]:
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            list(warnings.filters),
+            dict(os.environ),
+            sys.path.copy(),
+            model.training,
+            signal.getsignal(signal.SIGINT),
+            gc.get_threshold(),
+        ]
+
+    model = Meddling(()).eval()
+    before = look()
+    trace_subgraphs(model, {"x": X}, LAYERS)
+    assert look() == before
+
+
+def test_two_threads_trace_one_after_the_other() -> None:
+    models = [fresh(("cache", "globals", "attribute of another module")) for _ in range(2)]
+    found: list[torch.Tensor] = [torch.empty(0)] * 2
+
+    def work(number: int) -> None:
+        chain = trace_subgraphs(models[number], {"x": X}, LAYERS)
+        with torch.no_grad():
+            found[number] = run_chain(chain, models[number], {"x": X})["output"]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        assert all(torch.equal(models[number](X), found[number]) for number in range(2))
