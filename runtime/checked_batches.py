@@ -8,6 +8,7 @@ compiled with. Everything else is refused, naming the batch, the input and what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,10 @@ def require_inputs(artifact: Artifact, batches: Sequence[Mapping[str, torch.Tens
     from runtime.inputs import require_in_range
     from runtime.model_config import text_limits
 
-    inputs = {entry.name: entry for entry in artifact.manifest.inputs}
+    # Torch tells a size of one from all others by itself, whatever the model's code does.
+    dims = tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in artifact.manifest.dims)
+    manifest = replace(artifact.manifest, dims=dims)
+    inputs = {entry.name: entry for entry in manifest.inputs}
     is_text = all(entry.dtype.startswith(("int", "bool")) for entry in inputs.values())
     num_tokens, longest = text_limits(artifact) if is_text and batches else (None, None)
     found: list[dict[str, torch.Tensor]] = []
@@ -96,7 +100,7 @@ def require_inputs(artifact: Artifact, batches: Sequence[Mapping[str, torch.Tens
                 _require_known(f"batch {index}: {name}", made[name], num_tokens, longest)
         found.append(made)
         try:
-            require_in_range(artifact.manifest, [made])
+            require_in_range(manifest, [made])
         except DataError as error:
             message = error.message.removeprefix("a batch has ")
             raise DataError(f"batch {index} has {message}", hint=error.hint) from None

@@ -45,7 +45,7 @@ def make_options(
     """
     if leaves not in POLICIES:
         raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")
-    require_count("targets_per_subgraph", targets_per_subgraph)
+    require_count("targets per subgraph", targets_per_subgraph)
     return Options(
         targets=_names("targets", targets or ()),
         ignore=_names("ignore", ignore),

@@ -94,7 +94,7 @@ def trace_subgraphs(
     """
     require_module(model)
     require_sample(original(model), sample_input)
-    require_count("targets_per_subgraph", targets_per_subgraph)
+    require_count("targets per subgraph", targets_per_subgraph)
     trace = trace_model(
         model,
         sample_input,
