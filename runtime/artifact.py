@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.arguments import as_path
 from runtime.checks import Checked, check_artifact, check_versions, read_manifest
 from runtime.constants import load_constants
 from runtime.contents import CONSTANTS_NAME
-from runtime.errors import ArtifactError, SeqbuildError
+from runtime.errors import ArtifactError, DataError, SeqbuildError
 from runtime.manifest import Manifest, ParameterEntry, SubgraphEntry
 from runtime.model_code import ModelCode, is_own_module
 from runtime.offline import offline
@@ -69,9 +70,16 @@ class LoadedSubgraph:
 
         Returns:
             Output names to values; from the last subgraph, the fields of the model's output.
+
+        Raises:
+            DataError: an input is missing, or is none of its own.
         """
         from runtime.program import run_device, run_dtype
 
+        for name in (*self.input_names, *inputs):
+            if name not in inputs or name not in self.input_names:
+                what = f"has no input {name!r}" if name in inputs else f"lacks its input {name!r}"
+                raise DataError(f"the subgraph {what}", hint=f"it takes {', '.join(self.input_names)}")
         return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
 
     def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def load(
         VersionError: when the sources on this host are not those it was compiled with.
         ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
     """
-    root = Path(path)
+    root = as_path("the artifact", path)
     checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
     check_versions(checked.manifest, allow_version_skew=allow_version_skew)
     artifact = _compile(root, checked)

@@ -24,6 +24,18 @@ import torch
 from torch import nn
 
 from runtime.activations import Budget
+from runtime.arguments import (
+    as_device,
+    as_dtype,
+    as_path,
+    require_artifact,
+    require_callable,
+    require_counts,
+    require_kind,
+    require_methods,
+    require_recipe,
+)
+from runtime.checked_batches import as_batches, require_inputs
 from runtime.checkpoint import Checkpoint
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
@@ -86,8 +98,9 @@ def calibrate(
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint.
         recipe: what to quantize, and how.
-        batches: the model's inputs, one mapping a batch, on the CPU; may be empty when the recipe measures nothing. A
-            batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not count, nor does padding.
+        batches: the model's inputs, one mapping a batch, see `runtime.checked_batches`; may be empty when the recipe
+            measures nothing. A batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not count, nor
+            does padding.
         out: a directory that does not exist or is empty; it appears when it is whole.
         device: where subgraphs run and weights are solved.
         dtype: of the weights and activations in the run; None for the model's own.
@@ -108,13 +121,23 @@ def calibrate(
         force: go on where the plan says that memory will not do.
 
     Raises:
-        WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
+        UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
         QuantizationError: when a module's numbers cannot be worked with.
         OutOfMemory: a `torch.OutOfMemoryError`, when not even one sample fits.
     """
     start = time.perf_counter()
-    path, place = Path(out), torch.device(device)
+    artifact, recipe = require_artifact(artifact), require_recipe(recipe)
+    path, weights, place = as_path("out", out), as_path("weights", weights), as_device(device)
+    dtype = as_dtype(dtype)
+    require_kind("activation_memory", activation_memory, Budget, "it must be a runtime.Budget, in bytes")
+    require_counts(max_shard_bytes=max_shard_bytes, statistics_memory=statistics_memory)
+    require_counts(checkpoint_activations=checkpoint_activations or None)
+    require_callable("progress", progress)
+    require_methods("watchers", watchers, "tell")
+    require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
+    batches = [completed(artifact.manifest, batch) for batch in as_batches(batches)]
+    batches = require_inputs(artifact, batches)
     if resume:
         require_unfinished(path)
     require_free(path)
@@ -134,7 +157,6 @@ def calibrate(
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
-    batches = [completed(artifact.manifest, batch) for batch in batches]
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
     foretold = require_plan(

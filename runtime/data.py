@@ -35,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from runtime.arguments import as_path, shown
 from runtime.chats import assistant_tokens, rendered
 from runtime.config_rules import stated_tokenizers
 from runtime.console import quiet
@@ -102,7 +103,8 @@ def load_tokens(
         DataError: the file cannot be read, does not hold what it should, or too little of it.
         UsageError: a number that is not positive, or text to be packed without `seq_len`.
     """
-    path = Path(path)
+    path = as_path("the data", path)
+    tokenizer_dir = None if tokenizer_dir is None else as_path("tokenizer_dir", tokenizer_dir)
     if path.suffix == SUFFIX:
         _require_positive(num_samples=num_samples, seq_len=seq_len)
         data = _shortened(read_token_file(path), num_samples, seq_len)
@@ -214,10 +216,20 @@ def batches(
 
     Raises:
         UsageError: `batch_size` is not positive.
+        DataError: samples that are no tensors of tokens.
     """
     import torch
 
     _require_positive(batch_size=batch_size)
+    _require_samples("sample", samples)
+    if masks is not None:
+        _require_samples("mask", masks)
+        if [mask.shape for mask in masks] != [sample.shape for sample in samples]:
+            raise DataError("the masks are not those of the samples", hint="give one mask of each sample's length")
+    if targets is not None:
+        _require_samples("target", targets)
+        if len(targets) != len(samples):
+            raise DataError(f"{len(targets)} targets for {len(samples)} samples", hint="give one target a sample")
     by_length: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         by_length.setdefault((len(sample), 0 if targets is None else len(targets[index])), []).append(index)
@@ -234,6 +246,19 @@ def batches(
                 batch[LABELS] = torch.stack([targets[index] for index in chosen])
             result.append(batch)
     return result
+
+
+def _require_samples(name: str, samples: Any) -> None:
+    """Refuse what is no sequence of tensors of tokens."""
+    import torch
+
+    if not isinstance(samples, (list, tuple)):
+        raise DataError(f"{name}s is {shown(samples)}", hint=f"give a list of tensors [sequence], one for each {name}")
+    for index, sample in enumerate(samples):
+        is_tensor = isinstance(sample, torch.Tensor)
+        if not is_tensor or sample.dim() != 1 or sample.is_floating_point() or not len(sample):
+            what = f"{sample.dtype} {list(sample.shape)}" if is_tensor else shown(sample)
+            raise DataError(f"{name} {index} is {what}", hint="it must be a tensor [sequence] of integers")
 
 
 def _windows(
@@ -458,5 +483,5 @@ def _require_known_ids(data: TokenData, vocab_size: int) -> None:
 
 def _require_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}", hint="it must be at least 1")
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise UsageError(f"{name} is {number!r}", hint="it must be a whole number, 1 or more")

@@ -9,7 +9,9 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
+from runtime.arguments import shown
 from runtime.devices import resolve_device
+from runtime.errors import UsageError
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -24,7 +26,12 @@ def dispatch_for_sequential(model: _Module) -> _Module:
 
     Returns:
         The same model.
+
+    Raises:
+        UsageError: for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is {shown(model)}", hint="it must be a torch.nn.Module")
     remove_hook_from_module(model, recurse=True)
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to("cpu")

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.activations import Activations
+from runtime.arguments import as_device, as_dtype, as_path, require_artifact, require_callable
+from runtime.checked_batches import as_batches, require_inputs
 from runtime.decoder import LABELS, NOT_A_LABEL
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
@@ -86,15 +88,21 @@ def evaluate(
         progress: called with one line for each subgraph.
 
     Raises:
+        UsageError, DeviceError: an argument of the wrong type, a device that is not there.
         WeightsError: when the checkpoint does not fit the artifact.
         ModelError: when the model does not predict the next token.
-        DataError: when no token is predicted, or nothing says what the decoder reads.
+        DataError: when batches are not the model's inputs, no token is predicted, or nothing says what the decoder
+            reads.
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
+    artifact, device, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
+    weights, batches = as_path("weights", weights), as_batches(batches)
+    require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     _require_predicting(artifact.manifest)
     batches = [completed(artifact.manifest, batch) for batch in batches]
+    batches = require_inputs(artifact, batches)
     labels = [_labels(artifact.manifest, batch) for batch in batches]
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
     if not num_tokens:

@@ -60,7 +60,8 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
     """
     made = dict(batch)
     names = [entry.name for entry in manifest.inputs]
-    if DECODER_IDS in names and DECODER_IDS not in made and (IDS in made or LABELS in made):
+    text = made.get(LABELS, made.get(IDS))
+    if DECODER_IDS in names and DECODER_IDS not in made and text is not None and text.dim() == 2:
         rule = _rule(manifest)
         made[LABELS] = _labels(made)
         made[DECODER_IDS] = shifted(made[LABELS], rule)
@@ -74,7 +75,9 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
 def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A batch's labels; without any, the text is to be written as it is."""
     if LABELS not in batch:
-        return batch[IDS] if MASK not in batch else batch[IDS].masked_fill(batch[MASK] == 0, NOT_A_LABEL)
+        ids_BS, mask_BS = batch[IDS], batch.get(MASK)
+        is_masked = mask_BS is not None and mask_BS.shape == ids_BS.shape
+        return ids_BS.masked_fill(mask_BS == 0, NOT_A_LABEL) if is_masked else ids_BS
     found = batch[LABELS]
     if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.dtype != torch.int64:
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__

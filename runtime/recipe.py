@@ -18,6 +18,7 @@ Reading a recipe imports torch and compressed-tensors; importing this module doe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ class Recipe:
         Raises:
             RecipeError: when the file cannot be read, or for what it says, with the line.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise RecipeError(f"the recipe is {path!r}"[:200], hint="give the path of a file")
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
@@ -80,6 +83,8 @@ class Recipe:
         Raises:
             RecipeError: for what the recipe says, with the line.
         """
+        if not isinstance(text, str):
+            raise RecipeError(f"the recipe {origin} is {type(text).__name__}", hint="give YAML as a str")
         modifiers, transforms = read_modifiers(Value.parse(text, origin=origin))
         return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
 

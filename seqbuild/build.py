@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from runtime.arguments import as_path
 from runtime.artifact import CONSTANTS_NAME, check
 from runtime.checks import check_programs
 from runtime.config_rules import check_config
@@ -128,7 +129,9 @@ def build(
             `auto` does that where nothing must be left whole, so that the artifact is portable, and where it reaches
             the experts of a mixture, so that they can be quantized, and `target` otherwise.
     """
-    start, directory = time.perf_counter(), Path(out)
+    start, directory = time.perf_counter(), as_path("out", out)
+    if model_id_or_path != "":
+        as_path("the model", model_id_or_path)
     options = make_options(
         targets=targets,
         ignore=ignore,
@@ -206,11 +209,11 @@ def _build(
                 ignore=options.ignore,
                 may_ignore=may_ignore,
                 targets_per_subgraph=options.targets_per_subgraph,
-                drop_uncalled=not options.targets,
                 is_batch_only=options.sample is not None,
                 leaves=options.leaves,
             )
             _require_matched(traced.trace, options.ignore)
+            remarks += traced.trace.remarks
             if traced.hindrance:
                 remarks.append(f"layers are not traced through: {traced.hindrance}")
             keys = key_table(model, source.checkpoint_shapes())

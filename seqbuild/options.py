@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.arguments import as_path, require_count, shown
 from runtime.errors import UsageError
 
 POLICIES = ("auto", "linear", "target")
@@ -40,15 +41,16 @@ def make_options(
     """Options from what users write.
 
     Raises:
-        UsageError: for leaves that there are not.
+        UsageError: for an option that cannot be.
     """
     if leaves not in POLICIES:
         raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")
+    require_count("targets per subgraph", targets_per_subgraph)
     return Options(
-        targets=_names(targets or ()),
-        ignore=_names(ignore),
+        targets=_names("targets", targets or ()),
+        ignore=_names("ignore", ignore),
         auto_ignore=auto_ignore,
-        sample=Path(sample) if sample is not None else None,
+        sample=as_path("the sample", sample) if sample is not None else None,
         text_only=text_only,
         targets_per_subgraph=targets_per_subgraph,
         attn_implementation=attn_implementation,
@@ -56,5 +58,9 @@ def make_options(
     )
 
 
-def _names(names: Sequence[str] | str) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _names(option: str, names: Sequence[str] | str) -> tuple[str, ...]:
+    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise UsageError(f"{option} has {shown(name)}", hint="it must be a name or a list of names")
+    return found

@@ -54,7 +54,16 @@ class Subgraph:
 
         Returns:
             Output names to values; from the last subgraph, the fields of the model's output.
+
+        Raises:
+            DataError: an input is missing, unknown, or no tensor of the rank that was traced.
         """
+        from seqbuild.sample.given import require_module, require_subgraph_inputs
+        from seqbuild.trace.uncompiled import original
+
+        require_module(model)
+        require_subgraph_inputs(self.graph, self.input_names, inputs)
+        model = original(model)
         if self._program is None:
             self._program = compile_program(self.code.source, f"<subgraph of {type(model).__name__}>")
         run = Run(
@@ -67,6 +76,9 @@ class Subgraph:
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
         """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
-        called = [model.get_submodule(str(node.target)) for node in self.graph.find_nodes(op="call_module")]
+        from seqbuild.trace.uncompiled import original
+
+        names = [str(node.target) for node in self.graph.find_nodes(op="call_module")]
+        called = [original(original(model).get_submodule(name)) for name in names]
         modules = [inner for module in called for inner in module.modules()] if recurse else called
         return list(dict.fromkeys(modules))

@@ -25,14 +25,15 @@ def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.
     Returns:
         An ordered set.
     """
-    for pattern in target_names:
+    patterns = as_names(target_names)
+    for pattern in patterns:
         wrong = fault(pattern[3:]) if pattern.startswith("re:") else ""
         if wrong:
             raise TargetError(f"target {pattern!r} is not a regular expression: {wrong}")
     return dict.fromkeys(
         module
         for name, module in model.named_modules(remove_duplicate=False)
-        if any(_fits(pattern, name, module) for pattern in target_names)
+        if any(_fits(pattern, name, module) for pattern in patterns)
     ).keys()
 
 
@@ -69,23 +70,36 @@ def outermost(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.M
 
 
 def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Module]:
-    """The outermost modules that `names` fit.
+    """The outermost modules that `names` fit. Some of the names may fit nothing, see `unmatched_targets`.
 
     Raises:
-        TargetError: when a name fits nothing, saying which classes exist.
+        TargetError: when nothing is fitted, saying which classes exist.
     """
+    if not names:
+        raise TargetError("no sequential targets are given", hint="name the classes of the model's layers")
     for name in names:
-        if not name.removeprefix("re:"):
-            raise TargetError("a target is empty", hint="it is a class name, a module name or re:pattern")
-        if not match_modules(model, [name]):
-            classes = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
-            close = difflib.get_close_matches(name, classes, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise TargetError(
-                f"target {name!r} fits no module of {type(model).__name__}",
-                hint=f"{hint}its classes are {', '.join(classes)}",
-            )
-    return outermost(model, match_modules(model, names))
+        if not isinstance(name, str) or not name.removeprefix("re:"):
+            what = "is empty" if isinstance(name, str) else f"is {name!r}"
+            raise TargetError(f"a target {what}", hint="it must be a class name, a module name or re:pattern")
+    found = match_modules(model, names)
+    if not found:
+        message, hint = _unmatched(model, names[0])
+        raise TargetError(message, hint=hint)
+    return outermost(model, found)
+
+
+def unmatched_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """A sentence for each name that fits no module."""
+    return [_unmatched(model, name)[0] for name in names if not match_modules(model, [name])]
+
+
+def _unmatched(model: nn.Module, name: str) -> tuple[str, str]:
+    classes = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
+    close = difflib.get_close_matches(name, classes, n=1)
+    return (
+        f"target {name!r} fits no module of {type(model).__name__}",
+        f"{f'did you mean {close[0]}? ' if close else ''}its classes are {', '.join(classes)}",
+    )
 
 
 def infer_targets(model: nn.Module) -> tuple[str, ...]:
@@ -189,7 +203,13 @@ def get_sequential_targets(
 
 
 def as_names(value: Any) -> tuple[str, ...]:
-    """Names, whether one, several or none were given."""
+    """Names, whether one, several or none were given.
+
+    Raises:
+        TargetError: for anything else.
+    """
     if value is None:
         return ()
+    if not isinstance(value, Iterable):
+        raise TargetError(f"a name is {value!r}"[:100], hint="give a str or a list of them")
     return (value,) if isinstance(value, str) else tuple(value)

@@ -58,6 +58,9 @@ SHARED |= {
     "patterns",
     "regular_files",
     "output",
+    "left_as_found",
+    "mutable_state",
+    "arguments",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

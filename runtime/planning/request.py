@@ -10,6 +10,15 @@ import torch
 from torch import nn
 
 from runtime.activations import Budget
+from runtime.arguments import (
+    as_device_type,
+    as_dtype,
+    require_artifact,
+    require_count,
+    require_counts,
+    require_kind,
+    require_recipe,
+)
 from runtime.conditions import holds
 from runtime.errors import DataError, UsageError
 from runtime.jobs import assign_jobs
@@ -88,9 +97,18 @@ def plan_artifact(
         The plan, what of it does not fit, and options that would make it fit.
 
     Raises:
-        UsageError: for a size that the artifact does not have or does not hold for.
+        UsageError, DeviceError: for a size that the artifact does not have or does not hold for, and arguments of the
+            wrong type.
         RecipeError: for a recipe that does not fit the model.
     """
+    artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
+    for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
+        require_count(name, number)
+    require_counts(statistics_bytes=statistics_bytes)
+    require_kind("budget", budget, Budget, "it must be a runtime.Budget, in bytes")
+    require_kind("limits", limits, Limits, "it must be runtime.Limits, in bytes")
+    require_kind("sizes", sizes, Mapping, "it must be a dict from the manifest's names to sizes")
+    recipe = None if recipe is None else require_recipe(recipe)
     found, assumed = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     artifact = split_experts(artifact)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.errors import ArtifactError
 from runtime.experts import Experts
 from runtime.half_products import NUMBERS_AT_A_TIME, quick_halves, slow_halves
+from runtime.left_as_found import Found, left_as_found
 from runtime.program import Run
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class ShapeRun:
         self._run = artifact.run(META, dtype)
         self._known: dict[Any, Footprint | None] = {}
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._stack = contextlib.ExitStack()
+        self._found: Found | None = None
 
     def __enter__(self) -> ShapeRun:
         for module in self.model.modules():
@@ -73,9 +76,12 @@ class ShapeRun:
                     module._buffers[name] = buffer.to(META)
             if isinstance(module, Experts):
                 module.__dict__["forward"] = _experts_on_shapes(module)
+        if not self._artifact.manifest.is_portable:  # or nothing of the model's code is run
+            self._found = self._stack.enter_context(left_as_found(self.model))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
         for module in self.model.modules():
@@ -140,6 +146,7 @@ class ShapeRun:
         ]
         memory = _Memory(given)
         with (
+            self._found.run() if self._found is not None else contextlib.nullcontext(),
             torch.no_grad(),
             seen.watching(scope),
             _FusedAttention(self.device_type),

@@ -120,7 +120,6 @@ def trace_somehow(
     ignore: Sequence[str],
     may_ignore: Callable[[Function], bool],
     targets_per_subgraph: int,
-    drop_uncalled: bool,
     is_batch_only: bool,
     leaves: str,
 ) -> Traced:
@@ -133,7 +132,6 @@ def trace_somehow(
         ignore: as for `trace_model`.
         may_ignore: likewise.
         targets_per_subgraph: likewise.
-        drop_uncalled: likewise.
         is_batch_only: likewise.
         leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, or if the model is a
             mixture whose experts it reaches, else `target`.
@@ -150,7 +148,6 @@ def trace_somehow(
                 ignore=ignore,
                 may_ignore=may,
                 targets_per_subgraph=targets_per_subgraph,
-                drop_uncalled=drop_uncalled,
                 is_batch_only=is_batch_only,
                 leaves=policy,
             ),
@@ -168,7 +165,6 @@ def trace_somehow(
             ignore=ignore,
             targets_per_subgraph=targets_per_subgraph,
             dtype=dtype,
-            drop_uncalled=drop_uncalled,
             may_ignore=may_ignore,
             samples=real,
             is_batch_only=is_batch_only,

@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.errors import TraceError
+from runtime.left_as_found import values_apart
 from seqbuild.trace.replay import Replay, copied, for_real
 from seqbuild.trace.sequences import UnknownLength
 from seqbuild.trace.used import ParametersSeen, really_there
@@ -96,7 +97,7 @@ def _run(
     names: Mapping[int, Sequence[str]],
     used: dict[str, None],
 ) -> Any:
-    with for_real(), really_there(modules, LIMIT_BYTES) as real:
+    with for_real(), values_apart(), really_there(modules, LIMIT_BYTES) as real:
         real_args = [copied(replay.real(value, variant)) for value in args]
         real_kwargs = {name: copied(replay.real(value, variant)) for name, value in kwargs.items()}
         with ParametersSeen() as seen:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from runtime.errors import TraceError
+from runtime.left_as_found import values_apart
 from seqbuild.trace.opaque import OpaqueStep
 from seqbuild.trace.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
 from seqbuild.trace.replay import Replay
@@ -201,7 +202,7 @@ class Steps:
         return None if seen is None else tuple(dict.fromkeys(n for t in seen.tensors for n in names.get(t, ())))
 
     def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        with really_there(_modules(args, kwargs), LIMIT_BYTES):
+        with values_apart(), really_there(_modules(args, kwargs), LIMIT_BYTES):
             return function(*args, **kwargs)
 
     def state_node(self, value: Any) -> fx.Node | None:

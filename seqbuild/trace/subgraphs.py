@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.arguments import require_count
 from runtime.errors import TargetError, TraceError
+from runtime.left_as_found import left_as_found
 from seqbuild.partition import partition_graph, target_of, topological_partition, trace_consumed_names
+from seqbuild.sample.given import require_module, require_sample
 from seqbuild.sample.inputs import longer_text, populate_concrete_args
 from seqbuild.subgraph import Subgraph
-from seqbuild.targets import as_names, get_sequential_ancestors, require_targets
+from seqbuild.targets import (
+    as_names,
+    get_sequential_ancestors,
+    match_modules,
+    outermost,
+    require_targets,
+    unmatched_targets,
+)
 from seqbuild.trace.alike import stands_for
 from seqbuild.trace.blame import Culprit, Function, UntraceableError
 from seqbuild.trace.decisions import Answer, UndecidedError
 from seqbuild.trace.ladder import climb
 from seqbuild.trace.leaf_policy import always_foreign
+from seqbuild.trace.surroundings import surroundings_as_found
 from seqbuild.trace.tracer import SequentialTracer
+from seqbuild.trace.uncompiled import original, uncompiled
 
 if TYPE_CHECKING:
     from torch import fx, nn
+
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +50,7 @@ class Trace:
         subgraphs: the chain.
         tracer: what it learned: symbols, constants, names that fitted nothing.
         auto_ignore: paths of the functions that became opaque steps without being asked for.
+        remarks: on targets that fit nothing, or that the sample does not reach, a sentence each.
     """
 
     graph: fx.Graph
@@ -42,6 +58,7 @@ class Trace:
     subgraphs: tuple[Subgraph, ...]
     tracer: SequentialTracer
     auto_ignore: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def trace_subgraphs(
@@ -61,17 +78,23 @@ def trace_subgraphs(
     Args:
         model: real, on the meta device or offloaded; left as it was found, also when this fails.
         sample_input: named inputs; of tensors only shape and dtype matter.
-        sequential_targets: class names, module names or `re:` patterns, see `match_modules`.
+        sequential_targets: class names, module names or `re:` patterns, see `match_modules`. A warning names those that
+            this sample does not reach, such as the layers of a vision tower with text alone, and those that fit no
+            module.
         ignore: functions to record as one opaque step each: `function`, `Class.method`, `module.path.function`.
             Names that fit nothing are passed over.
         targets_per_subgraph: how many targets share a subgraph.
         auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
 
     Raises:
-        TargetError: a target that fits nothing or is never called.
+        TargetError: no target fits a module, or none is called.
+        DataError: a sample that the model's forward does not take.
         TraceError: code that cannot be recorded, naming function, file and line.
         UsageError: `targets_per_subgraph` below one.
     """
+    require_module(model)
+    require_sample(original(model), sample_input)
+    require_count("targets per subgraph", targets_per_subgraph)
     trace = trace_model(
         model,
         sample_input,
@@ -80,6 +103,8 @@ def trace_subgraphs(
         targets_per_subgraph=targets_per_subgraph,
         may_ignore=(lambda function: True) if auto_ignore else (lambda function: False),
     )
+    for remark in trace.remarks:
+        warnings.warn(remark, stacklevel=2)
     return list(trace.subgraphs)
 
 
@@ -91,7 +116,6 @@ def trace_model(
     ignore: Sequence[str] = (),
     targets_per_subgraph: int = 1,
     dtype: torch.dtype | None = None,
-    drop_uncalled: bool = False,
     may_ignore: Callable[[Function], bool] = lambda function: False,
     samples: Sequence[Mapping[str, Any]] = (),
     is_batch_only: bool = True,
@@ -106,17 +130,66 @@ def trace_model(
         ignore: likewise.
         targets_per_subgraph: likewise.
         dtype: as for `SequentialTracer`.
-        drop_uncalled: pass over targets that the sample does not reach, instead of refusing them.
         may_ignore: whether a function that cannot be recorded may become an opaque step.
         samples: real inputs of several sizes for steps that need values, the first with the sizes of the sample.
         is_batch_only: insist on a free batch, but not on a free length of token inputs.
         leaves: as for `SequentialTracer`.
     """
-    targets = require_targets(model, as_names(sequential_targets))
+    model, patterns = original(model), as_names(sequential_targets)
+    with uncompiled(model), _in_eval_mode(model), left_as_found(model), surroundings_as_found():
+        targets = require_targets(model, patterns)
+        silent: dict[nn.Module, None] = {}
+        while True:
+            graph, tracer = _climb(
+                model,
+                sample_input,
+                targets,
+                ignore=as_names(ignore),
+                dtype=dtype,
+                may_ignore=may_ignore,
+                samples=samples,
+                is_batch_only=is_batch_only,
+                leaves=leaves,
+            )
+            called = _called(graph, model, targets)
+            silent |= dict.fromkeys(target for target in targets if target not in called)
+            # Targets inside of one that is never called may be called all the same.
+            others = outermost(model, [module for module in match_modules(model, patterns) if module not in silent])
+            if not others:
+                raise _uncalled(model, targets)
+            if others <= dict.fromkeys(called).keys():
+                remarks = _remarks(model, patterns, silent, called)
+                return _cut(model, graph, tracer, called, targets_per_subgraph, remarks)
+            targets = others
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _climb(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    targets: Collection[nn.Module],
+    *,
+    ignore: Sequence[str],
+    dtype: torch.dtype | None,
+    may_ignore: Callable[[Function], bool],
+    samples: Sequence[Mapping[str, Any]],
+    is_batch_only: bool,
+    leaves: str,
+) -> tuple[fx.Graph, SequentialTracer]:
+    """The graph of the whole forward, by the first of several ways to trace it that succeeds; see `ladder`."""
     ancestors = get_sequential_ancestors(model, targets)
     concrete = populate_concrete_args(model, sample_input)
     arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
-
     foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
 
     def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
@@ -144,7 +217,7 @@ def trace_model(
         tracer = SequentialTracer(
             list(ancestors),
             _offloaded(model, ancestors),
-            ignore=(*as_names(ignore), *(path for path in paths if path not in foreign)),
+            ignore=(*ignore, *(path for path in paths if path not in foreign)),
             leaves=leaves,
             foreign=foreign,
             dtype=dtype,
@@ -177,14 +250,7 @@ def trace_model(
             foreign[function.path] = None
         return is_wanted
 
-    was_training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        graph, tracer = climb(attempt, is_candidate, is_alike)
-    finally:
-        for module in was_training:
-            module.training = True
-    return _cut(model, graph, tracer, targets, targets_per_subgraph, drop_uncalled=drop_uncalled)
+    return climb(attempt, is_candidate, is_alike)
 
 
 def _burnt_before(tracer: SequentialTracer, is_batch_only: bool) -> Culprit | None:
@@ -200,15 +266,11 @@ def _cut(
     model: nn.Module,
     graph: fx.Graph,
     tracer: SequentialTracer,
-    targets: Collection[nn.Module],
+    called: Collection[nn.Module],
     targets_per_subgraph: int,
-    *,
-    drop_uncalled: bool,
+    remarks: tuple[str, ...],
 ) -> Trace:
     """From the graph of a whole forward to the chain."""
-    called = _called(graph, model, targets)
-    if len(called) < len(targets) and not (drop_uncalled and called):
-        raise _uncalled(model, targets, called)
     partitions = topological_partition(graph, called, targets_per_subgraph)
     subgraphs = partition_graph(model, partitions)
     trace_consumed_names(subgraphs)
@@ -221,6 +283,7 @@ def _cut(
         subgraphs=tuple(subgraphs),
         tracer=tracer,
         auto_ignore=tuple(path for path in found if path in tracer.ignore),
+        remarks=remarks,
     )
 
 
@@ -229,12 +292,33 @@ def _called(graph: fx.Graph, model: nn.Module, targets: Collection[nn.Module]) -
     return list(dict.fromkeys(target for target in found if target is not None))
 
 
-def _uncalled(model: nn.Module, targets: Collection[nn.Module], called: Collection[nn.Module]) -> TargetError:
-    silent = [name for name, module in model.named_modules() if module in targets and module not in called]
+def _uncalled(model: nn.Module, targets: Collection[nn.Module]) -> TargetError:
+    names = _names(model, targets)
+    more = f" (nor are the other {len(names) - 1})" if len(names) > 1 else ""
     return TargetError(
-        f"target {silent[0]!r} is never called by {type(model).__name__}.forward with this sample input",
-        hint=f"{len(silent)} of {len(targets)} targets are not; name only those that take part",
+        f"target {names[0]!r} is never called by {type(model).__name__}.forward with this sample input{more}",
+        hint="name modules that are called, such as the classes of its layers",
     )
+
+
+def _remarks(
+    model: nn.Module, patterns: Sequence[str], silent: Collection[nn.Module], called: Collection[nn.Module]
+) -> tuple[str, ...]:
+    """What a user should know of targets that play no part."""
+    found = [f"{sentence}; it is ignored" for sentence in unmatched_targets(model, patterns)]
+    names = _names(model, silent)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+        found.append(
+            f"{len(names)} of {len(names) + len(called)} sequential targets are never called by "
+            f"{type(model).__name__}.forward with this sample input and are ignored: {shown}"
+        )
+    return tuple(found)
+
+
+def _names(model: nn.Module, modules: Collection[nn.Module]) -> list[str]:
+    wanted = frozenset(modules)
+    return [name for name, module in model.named_modules() if module in wanted]
 
 
 def _offloaded(model: nn.Module, ancestors: Any) -> list[nn.Module]:

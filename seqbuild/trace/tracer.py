@@ -12,6 +12,7 @@ Recording happens before decomposition (`pre_dispatch`), so composite operators 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
+from runtime.left_as_found import Found, left_as_found
 from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, not_offered
@@ -133,6 +135,17 @@ class SequentialTracer(ValueTracer):
         Raises:
             TraceError: naming the function of the model, its file and its line, that could not be recorded.
         """
+        with left_as_found(root) as found, found.run():
+            # In a context of its own, so that what code keeps in context variables goes, too.
+            return contextvars.copy_context().run(self._trace, root, sample_input, concrete_args, found)
+
+    def _trace(
+        self,
+        root: nn.Module,
+        sample_input: Mapping[str, Any],
+        concrete_args: Mapping[str, Any] | None,
+        found: Found,
+    ) -> fx.Graph:
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
         if self.policy is not None:
@@ -179,6 +192,7 @@ class SequentialTracer(ValueTracer):
                 if isinstance(value, torch.Tensor):
                     self.track(value, fx.Proxy(self.graph.placeholder(name), self))
             stack.enter_context(ProxyTorchDispatchMode(self, "symbolic", pre_dispatch=True))
+            stack.enter_context(found.ended())
             self._run(root, {**inputs, **(concrete_args or {})})
         self._kept_alive.clear()
         self._steps = None

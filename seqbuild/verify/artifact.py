@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from runtime.arguments import as_path, shown
 from runtime.artifact import load
 from runtime.console import quiet
 from runtime.construct import from_config
@@ -33,6 +34,7 @@ from runtime.model_config import artifact_config, read_config
 from runtime.packed import ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
+from seqbuild.sample.inputs import SampleShape
 from seqbuild.sample.thin import randomize
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.difference import difference, tensors
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runtime.artifact import Artifact
-    from seqbuild.sample.inputs import SampleShape
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,6 +91,9 @@ def verify_artifact(
     """
     start = time.perf_counter()
     _require_sensible(dtype, tolerance)
+    if not isinstance(shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in shapes):
+        raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.inputs.SampleShape")
+    weights = None if weights is None else as_path("weights", weights)
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     artifact.require_consent()  # the model itself is run
     changed, remarks = None, []
@@ -117,10 +121,10 @@ def verify_artifact(
 
 
 def _require_sensible(dtype: str, tolerance: float) -> None:
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(_DTYPES)}")
-    if not 0 <= tolerance < float("inf"):
-        raise UsageError(f"--tolerance is {tolerance}", hint="it is a number from 0 on")
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise UsageError(f"--tolerance is {tolerance!r}", hint="it is a number from 0 on")
 
 
 def _about_code(changed: tuple[str, ...] | None, why: str) -> str:

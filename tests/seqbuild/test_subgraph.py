@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx
 
+from runtime.errors import DataError
 from seqbuild import Subgraph, trace_subgraphs
 from tests.seqbuild import toys
 from tests.tiny_models import make_inputs, tiny_model
@@ -32,7 +33,7 @@ def test_forward_returns_named_outputs() -> None:
 @pytest.mark.parametrize("inputs", [{}, {"x": X, "y": X}, {"y": X}])
 def test_other_inputs_are_refused(inputs: dict[str, torch.Tensor]) -> None:
     model = toys.Toy()
-    with pytest.raises(TypeError):
+    with pytest.raises(DataError, match=r"it takes x"):
         traced(model)[0].forward(model, **inputs)
 
 

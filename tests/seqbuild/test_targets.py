@@ -97,16 +97,68 @@ def test_nested_targets_are_cut_at_the_outermost() -> None:
 
 def test_require_targets_suggests() -> None:
     with pytest.raises(TargetError) as caught:
-        require_targets(toys.Nested(), ["Layer", "Lineal"])
+        require_targets(toys.Nested(), ["Lineal"])
     assert caught.value.message == "target 'Lineal' fits no module of Nested"
     assert caught.value.hint == "did you mean Linear? its classes are Nested, Toy, ModuleList, Layer, Linear"
 
 
-def test_a_target_that_is_never_called() -> None:
-    model = toys.Toy()
-    model.idle = toys.Layer()
-    with pytest.raises(TargetError, match=r"target 'idle' is never called by Toy\.forward with this sample input"):
-        trace_subgraphs(model, {"x": X}, ["Layer"])
+@pytest.mark.parametrize("names", [[], [""], ["re:"], [3]])
+def test_targets_that_name_nothing(names: list[Any]) -> None:
+    with pytest.raises(TargetError, match=r"target"):
+        require_targets(toys.Nested(), names)
+
+
+class VisionLayer(nn.Linear):
+    """A layer of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__(toys.WIDTH, toys.WIDTH)
+
+
+class TwoTowers(toys.Toy):
+    """A model that sees as well, whose part for images is left out where there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = toys.Nested()
+        self.vision.inner.layers = nn.ModuleList([VisionLayer(), VisionLayer()])
+
+
+def test_targets_that_the_sample_does_not_reach_are_named_and_ignored() -> None:
+    model = TwoTowers()
+    with pytest.warns(UserWarning, match=r"2 of 4 sequential targets are never called .*: vision\.inner\.layers\.0, "):
+        subgraphs = trace_subgraphs(model, {"x": X}, ["Layer", "VisionLayer"])
+    assert [subgraph.code.submodules for subgraph in subgraphs] == [("layers.0",), ("layers.1",)]
+
+
+def test_names_that_fit_nothing_are_named_and_ignored() -> None:
+    with pytest.warns(UserWarning, match=r"target 'VisionLayer' fits no module of Toy; it is ignored"):
+        subgraphs = trace_subgraphs(toys.Toy(), {"x": X}, ["Layer", "VisionLayer"])
+    assert len(subgraphs) == 2
+
+
+def test_targets_inside_of_one_that_is_never_called() -> None:
+    class Bypassed(nn.Module):
+        """Whose encoder is gone through, and never called."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = toys.Toy()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.encoder.layers:
+                x = layer(x)
+            return x
+
+    with pytest.warns(UserWarning, match=r"never called .*: encoder$"):
+        subgraphs = trace_subgraphs(Bypassed(), {"x": X}, ["Toy", "Layer"])
+    assert [subgraph.code.submodules for subgraph in subgraphs] == [("encoder.layers.0",), ("encoder.layers.1",)]
+
+
+def test_no_target_is_called() -> None:
+    model = TwoTowers()
+    with pytest.raises(TargetError, match=r"'vision.inner.layers.0' is never called by TwoTowers\.forward with this"):
+        trace_subgraphs(model, {"x": X}, ["VisionLayer"])
 
 
 def test_a_target_that_is_the_model_itself_is_one_step_too_many() -> None:
@@ -120,7 +172,7 @@ def test_infer_targets() -> None:
     assert infer_targets(tiny_model("t5")) == ("T5Block",)
     assert infer_targets(tiny_model("bart")) == ("BartEncoderLayer", "BartDecoderLayer")
     assert infer_targets(toys.Nested()) == ("Layer",)  # the longest list
-    with pytest.raises(TargetError, match="Linear names no layer classes and has no list of layers"):
+    with pytest.raises(TargetError, match=r"Linear names no layer classes and has no list of layers"):
         infer_targets(nn.Linear(1, 1))
 
 
@@ -157,7 +209,7 @@ class TestSequentialTargets:
         class Gptq:
             sequential_targets = "Linear"
 
-        with pytest.raises(TargetError, match="Gptq for Linear; the arguments for Layer"):
+        with pytest.raises(TargetError, match=r"Gptq for Linear; the arguments for Layer"):
             get_sequential_targets([Gptq()], toys.Toy(), {"sequential_targets": "Layer"})
 
 

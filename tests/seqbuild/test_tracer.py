@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -457,13 +458,14 @@ class TestIgnore:
             def glue(self, x: torch.Tensor) -> torch.Tensor:
                 return self.twin(super().glue(x))[0]
 
-        runs = []
+        runs = queue.SimpleQueue()  # a list in a closure would be put back as it was
         model = randomize(Twin()).eval()
         for loop in (model.leaf, model.twin):
             forward = loop.forward
-            loop.forward = lambda x, forward=forward: runs.append(x.shape) or forward(x)
+            loop.forward = lambda x, forward=forward: runs.put(x.shape) or forward(x)
         subgraphs = trace(model)
-        assert [list(shape) for shape in runs if type(shape[0]) is int] == [[2, 5, 4], [4, 8, 4], [6, 15, 4]]
+        shapes = [runs.get_nowait() for _ in range(runs.qsize())]
+        assert [list(shape) for shape in shapes if type(shape[0]) is int] == [[2, 5, 4], [4, 8, 4], [6, 15, 4]]
         assert_same(run_chain(subgraphs, model, {"x": values(3, 6)}), run_model(model, {"x": values(3, 6)}))
 
     def test_a_leaf_that_is_too_large_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:

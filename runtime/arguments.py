@@ -1,0 +1,169 @@
+"""Check what a caller of the Python API hands over, before anything is done with it.
+
+Each function returns what the rest of the project works with, or raises an error that names the argument.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import DeviceError, RecipeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.artifact import Artifact
+    from runtime.recipe import Recipe
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path.
+
+    Raises:
+        UsageError: for anything that is none.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value)
+        if isinstance(text, str) and text and "\0" not in text:
+            return Path(text)
+    raise UsageError(f"{name} is {shown(value)}", hint="it must be a path: a str or a pathlib.Path")
+
+
+def require_artifact(value: Any) -> Artifact:
+    """A loaded artifact.
+
+    Raises:
+        UsageError: for anything else, a path for instance.
+    """
+    from runtime.artifact import Artifact
+    from runtime.split import SplitArtifact
+
+    if isinstance(value, (Artifact, SplitArtifact)):
+        return value
+    raise UsageError(f"artifact is {shown(value)}", hint="it must be what runtime.load(path) returns")
+
+
+def require_recipe(value: Any) -> Recipe:
+    """A recipe.
+
+    Raises:
+        RecipeError: for anything else, such as a path, a text, a dict or another library's modifier.
+    """
+    from runtime.recipe import Recipe
+
+    if isinstance(value, Recipe):
+        return value
+    raise RecipeError(
+        f"recipe is {shown(value)}", hint="make it with runtime.Recipe.from_file(path) or Recipe.from_text(text, name)"
+    )
+
+
+def as_device(value: Any) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        DeviceError: for one that is not, and for what is no device at all.
+    """
+    import torch
+
+    from runtime.devices import resolve_device
+
+    if isinstance(value, (str, torch.device)):
+        return resolve_device(str(value))
+    raise DeviceError(f"device is {shown(value)}", hint="it must be a str such as 'cpu' or 'cuda:0', or a torch.device")
+
+
+def as_device_type(value: Any) -> str:
+    """The kind of a device that need not be here.
+
+    Raises:
+        DeviceError: for what is no kind of device.
+    """
+    if value in ("cpu", "cuda", "xpu"):
+        return str(value)
+    raise DeviceError(f"device_type is {shown(value)}", hint="it must be cpu, cuda or xpu")
+
+
+def as_dtype(value: Any) -> torch.dtype | None:
+    """A dtype that a model can run in; None for the model's own.
+
+    Raises:
+        UsageError: for any other, and for what is no dtype at all.
+    """
+    import torch
+
+    from runtime.devices import DTYPES
+
+    name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
+    if value is None or name == "auto":
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"dtype is {shown(value)}", hint=f"it must be {', '.join(DTYPES)} or None")
+    found: torch.dtype = getattr(torch, str(name))
+    return found
+
+
+def require_count(name: str, value: Any) -> int:
+    """A whole number from one on.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise UsageError(f"{name} is {shown(value)}", hint="it must be a whole number, 1 or more")
+
+
+def require_counts(**numbers: Any) -> None:
+    """Whole numbers from one on, or None.
+
+    Raises:
+        UsageError: naming the one that is anything else.
+    """
+    for name, number in numbers.items():
+        if number is not None:
+            require_count(name, number)
+
+
+def require_kind(name: str, value: Any, kind: type, hint: str) -> None:
+    """An object of this class, or None.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise UsageError(f"{name} is {shown(value)}", hint=hint)
+
+
+def require_methods(name: str, values: Any, method: str) -> None:
+    """A sequence of objects with this method.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if isinstance(values, (list, tuple)) and all(callable(getattr(value, method, None)) for value in values):
+        return
+    raise UsageError(f"{name} is {shown(values)}", hint=f"it must be a list of objects with a method {method}")
+
+
+def require_callable(name: str, value: Any) -> None:
+    """A function.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if not callable(value):
+        raise UsageError(f"{name} is {shown(value)}", hint="it must be a function of one line of text")
+
+
+def shown(value: Any) -> str:
+    """A value in an error: what is short as it is, of anything else the type."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, (str, os.PathLike)):
+        return repr(os.fspath(value)[:80])
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return str(value) if name == "torch.dtype" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
