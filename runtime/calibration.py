@@ -29,6 +29,7 @@ from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.jobs import assign_jobs
+from runtime.key_values import attach
 from runtime.layout import Layout
 from runtime.masks import require_tokens
 from runtime.modify.modifier import RecipeModifier
@@ -127,6 +128,8 @@ def calibrate(
     jobs, unreached = prepared.jobs, prepared.unreached
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
     modifiers: list[Modifier] = [*own_modifiers, recipe_modifier]
+    if recipe_modifier.key_values is not None:
+        attach(model, recipe_modifier.key_values)
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
@@ -223,7 +226,7 @@ def _prepare(
     model = artifact.empty_model(dtype)
     place_buffers(model, device)
     source = Weights(artifact, checkpoint, dtype, model)
-    if source.schemes:
+    if source.schemes or source.cache_scheme is not None:
         raise RecipeError(f"{checkpoint.directory} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
     return _Prepared(artifact=artifact, model=model, source=source, jobs=jobs, unreached=unreached)
@@ -233,8 +236,12 @@ def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
     """The entry for config.json."""
     from runtime.schemes import quantization_config
 
+    groups = [group.scheme for group in recipe.groups]
+    tables = targeted_tables(run.model, recipe)
+    kinds = dict.fromkeys(entry.kind for entry in run.artifact.manifest.cached)
     return quantization_config(
-        [group.scheme for group in recipe.groups],
-        not_quantized(run.model, run.source, run.jobs, targeted_tables(run.model, recipe)),
+        groups,
+        not_quantized(run.model, run.source, run.jobs, tables) if groups else (),
         recipe.cache,
+        tuple(kinds) if recipe.attention else (),
     )

@@ -53,9 +53,53 @@ def assign_jobs(
             "of the checkpoint load quantized weights of Linear modules alone",
             hint=error.hint or "take a model whose layers are Linear modules",
         ) from error
+    require_attention(artifact, model, recipe)
+    if not assigned:  # all that is quantized is the cache
+        return {}, []
     jobs, unreached = _split_reached(artifact, recipe, assigned)
     _require_possible(artifact, model, source, recipe, jobs)
     return jobs, unreached
+
+
+def require_attention(artifact: Artifact, model: nn.Module, recipe: Recipe) -> None:
+    """Refuse groups for attention that do not target just the attention modules that keep a cache, all of them: their
+    readers round queries, keys and values of every layer or of none.
+
+    Raises:
+        RecipeError: naming the target, and a module that it misses or should not match.
+    """
+    from runtime.schemes import matches_name
+
+    kinds = {entry.module: entry.kind for entry in artifact.manifest.cached}
+    targets = [pattern for group in recipe.attention for pattern in group.targets]
+    for pattern in targets:
+        where = f"{recipe.source}:{pattern.line}: the target {pattern.text!r}"
+        other = next((name for name, module in _linears(model) if recipe_means(pattern.text, name, module)), None)
+        if other is not None:
+            raise RecipeError(
+                f"{where} matches {other}, and its group has no weights",
+                hint="input_activations without weights are for attention modules alone, such as re:.*self_attn$",
+            )
+        if kinds and not any(pattern.text == kind or matches_name(pattern.text, name) for name, kind in kinds.items()):
+            raise RecipeError(
+                f"{where} matches no attention module",
+                hint=f"the model has {some(kinds)} of class {some(dict.fromkeys(kinds.values()))}",
+            )
+    texts = [pattern.text for pattern in targets]
+    missed = [name for name, kind in kinds.items() if not any(t == kind or matches_name(t, name) for t in texts)]
+    if texts and missed:
+        raise RecipeError(
+            f"{recipe.source}:{targets[0].line}: attention of {some(missed)} is not targeted, and readers round that of "
+            "all layers or of none",
+            hint=f"target the class, {some(dict.fromkeys(kinds.values()))}",
+        )
+
+
+def recipe_means(target: str, name: str, module: nn.Module) -> bool:
+    """Whether a target matches a module by name or class."""
+    from runtime.schemes import class_names, matches_name
+
+    return matches_name(target, name) or target in class_names(type(module))
 
 
 def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -21,7 +21,7 @@ import msgpack
 from runtime.errors import ArtifactError
 
 FORMAT = "seqbuild-artifact"
-FORMAT_VERSION = (1, 5)
+FORMAT_VERSION = (1, 6)
 MANIFEST_NAME = "manifest.msgpack"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 _TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a byte there and 64 in memory
@@ -39,6 +39,7 @@ _SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format 
 _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
 _SINCE_5: Mapping[str, int] = {"since": 5}
+_SINCE_6: Mapping[str, int] = {"since": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,11 +196,30 @@ class ScaleGroup:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """An attention module, and the subgraph that computes it: the next of its calls of
-    `aten.scaled_dot_product_attention` that no earlier entry stands for.
+    `aten.scaled_dot_product_attention` that no earlier entry stands for. Artifacts since 1.6 have `CachedValue` instead.
     """
 
     subgraph: int
     module: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedValue:
+    """A value that an attention module puts into its key-value cache, or compares with it.
+
+    `part` is `k` for what the model's code gives to the cache as keys, `v` for values, `q` for the queries. `name` is
+    what the subgraph's code calls the value, and `after` the name that the statement assigns to after which it is whole.
+    `kind` is the name of the module's class, `heads` the size of the value's second of four dimensions, 0 if it has
+    none.
+    """
+
+    subgraph: int
+    module: str
+    kind: str
+    part: str
+    name: str
+    after: str
+    heads: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +254,7 @@ class Manifest:
     scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
     attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
     defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
+    cached: tuple[CachedValue, ...] = field(default=(), metadata=_SINCE_6)
 
     @property
     def is_portable(self) -> bool:

@@ -42,6 +42,7 @@ SHARED |= {
     "literals",
     "guards",
     "packed",
+    "cached_values",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}
