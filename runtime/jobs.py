@@ -89,8 +89,8 @@ def require_attention(artifact: Artifact, model: nn.Module, recipe: Recipe) -> N
     missed = [name for name, kind in kinds.items() if not any(t == kind or matches_name(t, name) for t in texts)]
     if texts and missed:
         raise RecipeError(
-            f"{recipe.source}:{targets[0].line}: attention of {some(missed)} is not targeted, and readers round that of "
-            "all layers or of none",
+            f"{recipe.source}:{targets[0].line}: attention of {some(missed)} is not targeted, and readers round it in "
+            "all layers or in none",
             hint=f"target the class, {some(dict.fromkeys(kinds.values()))}",
         )
 

@@ -6,8 +6,8 @@ are not always what attention calculates with: multi-head latent attention keeps
 A scheme for attention rounds the queries as well, with the same arguments.
 
 The scale is the largest magnitude over that of the format (448 for FP8): of all batches and tokens with the observer
-`static_minmax`, else that of the moving average of each batch's smallest and largest number, as llm-compressor's default
-has it. Padding is part of it, as it is there.
+`static_minmax`, else that of the moving average of each batch's smallest and largest number, which is llm-compressor's
+default. Padding is part of it, as it is there.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class KeyValues:
         if not manifest.cached and not manifest.attentions:
             raise RecipeError(
                 "the artifact does not say which values enter a key-value cache, so none can be quantized",
-                hint="compile with --leaves linear; models without a cache, and attention modules that run several times "
-                "in one forward, have no such values",
+                hint="compile with --leaves linear; models without a cache have no such values, nor have attention "
+                "modules that run several times in one forward",
             )
         if not manifest.cached:
             _require_right_before(manifest, has_queries=has_queries)
@@ -180,7 +180,9 @@ class KeyValues:
 
         if self.is_by_head:
             if states.dim() != 4:
-                raise ArtifactError(f"what {module} keeps as its {part} has {states.dim()} dimensions, and 4 were stated")
+                raise ArtifactError(
+                    f"what {module} keeps as its {part} has {states.dim()} dimensions, and 4 were stated"
+                )
             others = [dim for dim in range(4) if dim != _HEADS]
             low, high = states.amin(others).float(), states.amax(others).float()
         else:
@@ -222,6 +224,16 @@ def _largest(args: QuantizationArgs) -> float:
     return float(torch.finfo(torch.float8_e4m3fn).max)
 
 
+def latent_attention(manifest: Manifest) -> list[str]:
+    """Modules of multi-head latent attention: they keep another tensor than they calculate with."""
+    found = dict.fromkeys((entry.subgraph, entry.module) for entry in (*manifest.cached, *manifest.attentions))
+    return [
+        module
+        for index, module in found
+        if any(name.startswith(f"{module}.") and _LATENT.search(name) for name in manifest.subgraphs[index].parameters)
+    ]
+
+
 def attach(model: nn.Module, key_values: KeyValues) -> None:
     """Have a model's subgraphs measure or round their keys and values."""
     model.__dict__[_ATTRIBUTE] = key_values
@@ -239,17 +251,12 @@ def _require_right_before(manifest: Manifest, *, has_queries: bool) -> None:
     Raises:
         RecipeError: where they are something else.
     """
-    for entry in manifest.attentions:
-        inside = (name for name in manifest.subgraphs[entry.subgraph].parameters if name.startswith(f"{entry.module}."))
-        latent = next((name for name in inside if _LATENT.search(name)), None)
-        if latent or has_queries:
-            what = f"{entry.module} may keep other values than it calculates with ({latent})" if latent else ""
-            raise RecipeError(
-                f"this artifact is of a format before 1.6, which does not say what enters the key-value cache; {what}"
-                if what
-                else "this artifact is of a format before 1.6, which does not say what attention's queries are",
-                hint="compile the model again",
-            )
+    latent = latent_attention(manifest)
+    if latent or has_queries:
+        which = f"keys and values {latent[0]} keeps" if latent else "queries attention compares"
+        raise RecipeError(
+            f"the artifact has a format before 1.6, which does not say what {which}", hint="compile the model again"
+        )
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ class ScaleGroup:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """An attention module, and the subgraph that computes it: the next of its calls of
-    `aten.scaled_dot_product_attention` that no earlier entry stands for. Artifacts since 1.6 have `CachedValue` instead.
+    `aten.scaled_dot_product_attention` that no earlier entry stands for. Artifacts since 1.6 have `CachedValue`.
     """
 
     subgraph: int
@@ -208,7 +208,7 @@ class CachedValue:
     """A value that an attention module puts into its key-value cache, or compares with it.
 
     `part` is `k` for what the model's code gives to the cache as keys, `v` for values, `q` for the queries. `name` is
-    what the subgraph's code calls the value, and `after` the name that the statement assigns to after which it is whole.
+    what the subgraph's code calls the value, and `after` the name that the statement assigns to which completes it.
     `kind` is the name of the module's class, `heads` the size of the value's second of four dimensions, 0 if it has
     none.
     """

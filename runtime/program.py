@@ -109,7 +109,9 @@ class Run:
             )
 
 
-def compile_program(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None) -> Program:
+def compile_program(
+    source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None
+) -> Program:
     """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach, and what it
     cannot be seen to do is watched (`runtime.guards`).
 

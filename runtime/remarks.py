@@ -10,6 +10,7 @@ from torch import nn
 
 from runtime.errors import RecipeError
 from runtime.jobs import transposed
+from runtime.key_values import latent_attention
 from runtime.leaves import MIXTURES
 from runtime.recipe import some
 from runtime.split import SplitArtifact
@@ -63,6 +64,16 @@ def make_remarks(
             "warning: transformers does not load experts that are not quantized beside integer layers (5.17 starts "
             "them at random, 5.23 refuses)"
         )
+    latent = latent_attention(artifact.manifest) if recipe.cache is not None else []
+    if latent:
+        yield (
+            f"warning: k_scale and v_scale of {some(latent)} are those of what transformers caches, the latent and the "
+            "rotary key; vLLM (0.32) does not read them for multi-head latent attention, and caches both with a scale "
+            "of 1"
+        )
+    odd = [kind for kind in _attention_classes(artifact) if not kind.endswith("Attention")] if recipe.attention else []
+    if odd:
+        yield f"warning: vLLM knows a group for attention by a class that ends in Attention, and not {some(odd)}"
     renamed = _unreadable_by_transformers(artifact, jobs)
     if renamed:
         yield (
@@ -70,6 +81,10 @@ def make_remarks(
             "llm-compressor writes them for vLLM, and transformers (5.24) does not load such experts: it starts them "
             "at random"
         )
+
+
+def _attention_classes(artifact: Artifact) -> Iterator[str]:
+    yield from dict.fromkeys(entry.kind for entry in artifact.manifest.cached)
 
 
 def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:

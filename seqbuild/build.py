@@ -317,9 +317,7 @@ def _assemble(
     return files, manifest
 
 
-def _programs(
-    model: nn.Module, traced: Traced
-) -> tuple[dict[str, bytes], list[SubgraphEntry], list[EmittedCode]]:
+def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry], list[EmittedCode]]:
     """The code of the subgraphs by file, their entries, and the code of each. What is the same for several is in one
     file.
     """

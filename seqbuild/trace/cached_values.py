@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,10 +50,11 @@ class CachedValues:
 
     def watched(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
         """A forward that hands its module a notebook where it would get no cache; None if it updates none."""
-        parameter = _cache_parameter(type(module))
+        kind: Any = type(module)
+        parameter = _cache_parameter(kind)
         if parameter is None or getattr(module, "is_decoder", True) is False:
             return None
-        signature = _signature(type(module))
+        signature = _signature(kind)
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -202,7 +203,7 @@ def _is_in(module: str, other: str) -> bool:
 
 
 def marked_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, str]]:
-    """The nodes of a graph that are marked, each with a module and a part, in order; not where they are handed on to."""
+    """The nodes of a graph that are marked, each with a module and a part, in order; not inputs that were marked before."""
     for node in graph.nodes:
         for module, part in node.meta.get(CACHED, ()) if node.op != "placeholder" else ():
             yield node, module, part
