@@ -226,7 +226,8 @@ def _largest(args: QuantizationArgs) -> float:
 
 def latent_attention(manifest: Manifest) -> list[str]:
     """Modules of multi-head latent attention: they keep another tensor than they calculate with."""
-    found = dict.fromkeys((entry.subgraph, entry.module) for entry in (*manifest.cached, *manifest.attentions))
+    found = dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.cached)
+    found |= dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.attentions)
     return [
         module
         for index, module in found

@@ -203,7 +203,7 @@ def _is_in(module: str, other: str) -> bool:
 
 
 def marked_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, str]]:
-    """The nodes of a graph that are marked, each with a module and a part, in order; not inputs that were marked before."""
+    """The nodes of a graph that are marked, each with a module and a part, in order; inputs are not."""
     for node in graph.nodes:
         for module, part in node.meta.get(CACHED, ()) if node.op != "placeholder" else ():
             yield node, module, part
