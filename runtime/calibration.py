@@ -237,7 +237,7 @@ def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
     from runtime.schemes import quantization_config
 
     groups = [group.scheme for group in recipe.groups]
-    tables = targeted_tables(run.model, recipe)
+    tables = targeted_tables(run.model, recipe, run.jobs)
     kinds = dict.fromkeys(entry.kind for entry in run.artifact.manifest.cached)
     return quantization_config(
         groups,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,9 +44,17 @@ def make_remarks(
             f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
             "quantized weights of Linear modules alone"
         )
-    tables = targeted_tables(model, recipe)
+    tables = targeted_tables(model, recipe, jobs)
     if tables:
-        yield f"warning: {some(tables)} stay as they are: targets match them, but embeddings are not quantized"
+        yield (
+            f"warning: {some(tables)} stay as they are: targets that match Linear modules, too, do not mean embeddings"
+        )
+    packed = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name in jobs]
+    if packed:
+        yield (
+            f"warning: vLLM (0.32) loads quantized embeddings ({some(packed)}); transformers does from 5.24 on, with "
+            "CompressedTensorsConfig(dequantize=True) and where all modules have one scheme"
+        )
     idle = recipe.idle_ignores({name: type(module) for name, module in model.named_modules()})
     if idle:
         yield f"no module is ignored as {some(idle)}, for none has such a name (seqbuild inspect shows names)"
@@ -87,10 +95,10 @@ def _attention_classes(artifact: Artifact) -> Iterator[str]:
     yield from dict.fromkeys(entry.kind for entry in artifact.manifest.cached)
 
 
-def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Embeddings that a recipe's targets match: readers of the checkpoint would take them for quantized ones."""
-    modules = model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Embedding) and recipe.means(name, type(module))]
+def targeted_tables(model: nn.Module, recipe: Recipe, jobs: Container[str]) -> list[str]:
+    """Embeddings that a recipe's targets match and that are not quantized: readers would take them for quantized."""
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return [name for name, module in tables if name not in jobs and recipe.means(name, type(module))]
 
 
 def _unreadable_by_transformers(artifact: Artifact, jobs: Mapping[str, Assignment]) -> list[str]:
