@@ -53,9 +53,10 @@ def cached_values(
         if hooked(code.source, inside) is None:
             return ()
         found += sorted(inside, key=lambda entry: (inside.index(_first(inside, entry)), PARTS.index(entry.part)))
-    # A layer that shares the keys of another one keeps none; then attention cannot be rounded in every layer.
-    queries = {entry.module for entry in found if entry.part == "q"}
-    if queries != {entry.module for entry in found if entry.part != "q"}:
+    # A layer that shares the keys of another one keeps none, and others compare several queries with theirs: then
+    # attention cannot be rounded in every layer.
+    queries = [entry.module for entry in found if entry.part == "q"]
+    if sorted(queries) != sorted(entry.module for entry in found if entry.part == "k"):
         found = [entry for entry in found if entry.part != "q"]
     return () if any(wrong_parts(found)) else tuple(found)
 

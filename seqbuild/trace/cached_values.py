@@ -90,7 +90,8 @@ class CachedValues:
         if node is None or node.op not in ("call_function", "call_module"):
             self.is_refused = True
             return
-        node.meta[CACHED] = (*node.meta.get(CACHED, ()), (module, part))
+        marks = node.meta.get(CACHED, ())
+        node.meta[CACHED] = (*marks, (module, part)) if (module, part) not in marks else marks
 
     @contextlib.contextmanager
     def queries_marked(self) -> Iterator[None]:
@@ -116,6 +117,16 @@ class CachedValues:
             return function(module, query, *args, **kwargs)
 
         return call
+
+
+def encoder_modules(root: nn.Module) -> frozenset[nn.Module]:
+    """The modules of the encoder of an encoder-decoder model, which keeps nothing: it sees all tokens at once."""
+    config, find = getattr(root, "config", None), getattr(root, "get_encoder", None)
+    if not getattr(config, "is_encoder_decoder", False) or find is None:
+        return frozenset()
+    encoder = find()
+    inside = isinstance(encoder, nn.Module) and encoder is not root
+    return frozenset(encoder.modules()) if inside else frozenset()
 
 
 class _Notebook:

@@ -31,7 +31,7 @@ from runtime.errors import SeqbuildError, TraceError
 from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, not_offered
-from seqbuild.trace.cached_values import CACHED, CachedValues
+from seqbuild.trace.cached_values import CACHED, CachedValues, encoder_modules
 from seqbuild.trace.constant_values import constant_answer
 from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption, is_statable
@@ -332,8 +332,9 @@ class SequentialTracer(ValueTracer):
                 module.forward = self._watched(module.forward)
 
     def _note_caches(self, root: nn.Module, cached: CachedValues) -> None:
+        encoding = encoder_modules(root)
         for name, module in root.named_modules():
-            if module is not root and not self._is_step(root, name, module):
+            if module is not root and module not in encoding and not self._is_step(root, name, module):
                 module.forward = cached.watched(name, module, module.forward) or module.forward
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:

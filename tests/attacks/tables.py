@@ -93,7 +93,7 @@ def _cached() -> CachedValue:
     return CachedValue(subgraph=0, module="layers.0", kind="Attention", part="k", name="add", after="add", heads=2)
 
 
-def cached(name: str, reason: str, **changes: Any) -> Attack:
+def cached(name: str, reason: str, changes: Mapping[str, Any]) -> Attack:
     """A module whose keys are not what a program has; its values are."""
     return changed(name, reason, cached=(replace(_cached(), **changes), replace(_cached(), part="v")))
 
@@ -193,7 +193,7 @@ VALUES = [
     changed("a foreign leaf of any class", "is of class", foreign={"layers.0": "os:system"}, policy="linear"),
     changed("a foreign leaf that is a path", "is of class", foreign={"layers.0": "torch.nn:../x"}, policy="linear"),
     changed("a policy that is unknown", "leaves are one of", policy="everything"),
-    *(cached(name, reason, **changes) for name, reason, changes in CACHED),
+    *(cached(*attack) for attack in CACHED),
     changed(
         "a cached value of keys alone",
         "must have k and v",

@@ -12,7 +12,9 @@ import transformers
 from transformers import CompressedTensorsConfig
 
 import runtime
+from runtime.checkpoint import Checkpoint
 from runtime.recipe import Recipe
+from runtime.weights import Weights
 from tests.runtime.small import WIDTHS, Small, calibrate, read_tensors, run_weights, token_batches
 
 ROUND = "QuantizationModifier"
@@ -23,6 +25,7 @@ def model(small: Callable[..., Small]) -> Small:
     return small("LlamaForCausalLM", "LlamaConfig", WIDTHS, dtype=torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("target", ["Embedding", "model.embed_tokens", "'re:.*embed_tokens$'"])
 def test_a_table_is_rounded_and_transformers_computes_the_same(model: Small, tmp_path: Path, target: str) -> None:
     plan = Recipe.from_text(f"{ROUND}: {{targets: [{target}], scheme: W4A16}}", "r")
@@ -49,9 +52,12 @@ def test_a_table_beside_layers_of_another_scheme(model: Small, tmp_path: Path) -
     calibrate(model, plan, tmp_path / "out", batches=())
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["ignore"] == ["lm_head"]
-    inputs = token_batches([(2, 17)], seed=5)[0]
-    rounded, plain = (run_weights(model, path, inputs)["logits"] for path in (tmp_path / "out", model.weights))
-    assert 0 < float((rounded - plain).float().norm() / plain.float().norm()) < 0.1
+    tensors, original = read_tensors(tmp_path / "out"), read_tensors(model.weights)["model.embed_tokens.weight"].float()
+    scale = tensors["model.embed_tokens.weight_scale"].float()
+    artifact = model.load()
+    reader = Weights(artifact, Checkpoint(tmp_path / "out"), torch.bfloat16, artifact.empty_model())
+    dense = reader.read("model.embed_tokens.weight", torch.device("cpu")).float()
+    assert 0 < float(((dense - original).abs() / scale).max()) < 0.6  # of a step; scales are rounded to bfloat16
 
 
 @pytest.mark.parametrize(
