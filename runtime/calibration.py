@@ -206,6 +206,7 @@ def calibrate(
         remarks=tuple(watch.warnings),
         seconds=seconds,
         resumed_at=resumed_at,
+        num_caches=sum(1 for _ in recipe_modifier.key_values.all_modules()) if recipe_modifier.key_values else 0,
     )
 
 

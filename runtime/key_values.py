@@ -130,6 +130,7 @@ class KeyValues:
 
         Raises:
             QuantizationError: when the numbers that it follows from are not finite.
+            ArtifactError: when there are other heads than the artifact states.
         """
         low, high = self.spans[module, part]
         size = torch.maximum(low.abs(), high.abs()).to("cpu", torch.float64)
@@ -142,7 +143,10 @@ class KeyValues:
         scale = (size / _largest(self.args)).to(dtype)
         # Only zeros were seen, or what no scale of this dtype can tell from them: readers divide by it.
         scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
-        return scale.reshape(-1, 1, 1) if self.is_by_head else scale.reshape(1)
+        shaped = scale.reshape(-1, 1, 1) if self.is_by_head else scale.reshape(1)
+        if shaped.shape != self.scale_shape(module, part):
+            raise ArtifactError(f"{module} has {len(shaped)} heads, and the artifact states another number")
+        return shaped
 
     def scale_shape(self, module: str, part: str) -> tuple[int, ...]:
         """The shape of a scale in the checkpoint."""

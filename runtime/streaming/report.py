@@ -49,6 +49,7 @@ class Calibration:
         remarks: what a user should know about the result, a line each; warnings of the run are among them.
         seconds: the time it took, in this process.
         resumed_at: how many subgraphs an earlier process had finished.
+        num_caches: how many attention modules have scales for what they keep.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Calibration:
     remarks: tuple[str, ...]
     seconds: float
     resumed_at: int = 0
+    num_caches: int = 0
 
 
 def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
@@ -69,10 +71,12 @@ def summary_lines(result: Calibration) -> Iterator[str]:
     """What to say at the end: the size of it, the worst modules first, and every warning, however long ago it was."""
     again = f", after {result.resumed_at} subgraphs that were finished before" if result.resumed_at else ""
     size = human_bytes(result.num_bytes)
-    yield f"{len(result.modules)} modules quantized in {result.seconds:.1f} s{again}; {size} in {result.path}"
+    caches = f" and scales of {result.num_caches} key-value caches measured" if result.num_caches else ""
+    yield f"{len(result.modules)} modules quantized{caches} in {result.seconds:.1f} s{again}; {size} in {result.path}"
     worst = worst_first(result.modules)[:_NUM_SHOWN]
     width = max(len(module.name) for module in worst) if worst else 0
-    yield f"the worst {len(worst)} of them, by the error of what they return in parts of it:"
+    if worst:
+        yield f"the worst {len(worst)} of them, by the error of what they return in parts of it:"
     for module in worst:
         damping = f", dampening {module.damping:g}" if module.damping else ""
         yield f"  {module.name:{width}}  {module.error:.4f}  loss {module.loss:.4g}{damping}"

@@ -15,12 +15,15 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from seqbuild.trace.number_reads import handed_over
 
 if TYPE_CHECKING:
     from seqbuild.trace.values import ValueTracer
@@ -150,16 +153,19 @@ class _Notebook:
 
     def update(self, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Note keys and values; an empty cache returns the same."""
+        handed_over(sys._getframe(1))
         self._owner.mark(self._module, KEY, key)
         self._owner.mark(self._module, VALUE, value)
         return key, value
 
     def update_indexer(self, key: Any, *args: Any, **kwargs: Any) -> Any:
         """Keys by which tokens are chosen; they are no part of what attention keeps."""
+        handed_over(sys._getframe(1))
         return key
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Nothing has been kept yet."""
+        handed_over(sys._getframe(1))
         return 0
 
     def __getattr__(self, name: str) -> Any:
@@ -170,8 +176,12 @@ class _Notebook:
 class _Never(dict[Any, bool]):
     """Whether layers have been filled: none has, and it is not remembered that one was."""
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        handed_over(sys._getframe(1))
+        return default
+
     def __setitem__(self, key: Any, value: bool) -> None:
-        pass
+        handed_over(sys._getframe(1))
 
 
 @functools.cache

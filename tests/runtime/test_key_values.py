@@ -182,7 +182,7 @@ def test_a_recipe_of_the_cache_alone_leaves_weights_as_they_are(model: Small, tm
     )
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["config_groups"] == {} and stated["kv_cache_scheme"]["num_bits"] == 8
-    assert stated["format"] == "dense" and not done.modules
+    assert stated["format"] == "dense" and not done.modules and done.num_caches == 3
     with pytest.raises(runtime.RecipeError, match="is quantized already"):
         calibrate(dataclasses.replace(model, weights=tmp_path / "out"), Recipe.from_text(ALONE, "r"), tmp_path / "two")
     load_transformers(tmp_path / "out")
@@ -364,6 +364,18 @@ def test_an_artifact_before_1_6_is_measured_at_the_operator(model: Small, tmp_pa
         runtime.calibrate(
             older(model, tmp_path), out=tmp_path / "q", **{**options, "recipe": Recipe.from_text(text, "r")}
         )
+
+
+def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_path: Path) -> None:
+    artifact = model.load()
+    odd = tuple(dataclasses.replace(entry, heads=7) for entry in artifact.manifest.cached)
+    artifact.manifest = dataclasses.replace(artifact.manifest, cached=odd)
+    plan = Recipe.from_text(ALONE.replace("strategy: tensor", "strategy: attn_head"), "r")
+    options = {"weights": model.weights, "recipe": plan, "batches": token_batches()}
+    with pytest.raises(
+        runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, and the artifact states another"
+    ):
+        runtime.calibrate(artifact, out=tmp_path / "out", **options)
 
 
 def test_latent_attention_before_1_6_must_be_compiled_again(small: Callable[..., Small], tmp_path: Path) -> None:
