@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
+from seqbuild.build import build
 from seqbuild.trace.number_reads import NumberReads, handed_over
 from seqbuild.trace.sections import Sections
-from seqbuild.trace.subgraphs import trace_model
 
 
 class Layer:
@@ -60,7 +60,7 @@ def test_what_counts_as_a_look(use: Callable[[Layer], None], is_looked_at: bool)
     assert bool(layer.reads) is is_looked_at
 
 
-def test_layers_that_keep_a_cache_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_keep_a_cache_are_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repeated: list[str] = []
     original = Sections._repeat
 
@@ -72,7 +72,8 @@ def test_layers_that_keep_a_cache_are_recorded_once(monkeypatch: pytest.MonkeyPa
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=64
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    sample = {"input_ids": torch.zeros(2, 5, dtype=torch.int64)}
-    trace = trace_model(model, sample, ["LlamaDecoderLayer"], leaves="linear")
-    assert "model.layers.3" in repeated and len(trace.subgraphs) == 5
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    made = build(tmp_path / "model", out=tmp_path / "artifacts")
+    assert "model.layers.3" in repeated
+    assert len(made.manifest.cached) == 3 * 4
