@@ -57,7 +57,8 @@ def test_a_table_beside_layers_of_another_scheme(model: Small, tmp_path: Path) -
     artifact = model.load()
     reader = Weights(artifact, Checkpoint(tmp_path / "out"), torch.bfloat16, artifact.empty_model())
     dense = reader.read("model.embed_tokens.weight", torch.device("cpu")).float()
-    assert 0 < float(((dense - original).abs() / scale).max()) < 0.6  # of a step; scales are rounded to bfloat16
+    # Half a step, and the rounding of up to 127 steps to bfloat16.
+    assert 0 < float(((dense - original).abs() / scale).max()) < 1
 
 
 @pytest.mark.parametrize(
