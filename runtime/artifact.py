@@ -84,15 +84,19 @@ class LoadedSubgraph:
 
     def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
         """The same in a stated run, on a device of which no input need tell."""
-        from runtime.key_values import watched
+        from runtime.key_values import of_model, watched
 
-        entry = self.entry
         fetching = contextlib.nullcontext() if self._artifact.manifest.is_portable else offline()
+        entry, key_values = self.entry, of_model(model)
+        handing_out = key_values.program(self) if key_values is not None else None
+        program = handing_out or self._program
+        if key_values is not None and handing_out is not None:
+            run = key_values.run(self, run)
         with watched(model, entry), _unchanged(entry, model, run), fetching:
             if not entry.arguments and not entry.results:
-                return self._program(model, **inputs, run=run)
+                return program(model, **inputs, run=run)
             ordered = (inputs[name] for name in entry.input_names)
-            values = self._program(model.get_submodule(entry.scope), *ordered, run=run)
+            values = program(model.get_submodule(entry.scope), *ordered, run=run)
             return dict(zip(entry.output_names, values.values(), strict=True))
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:

@@ -42,6 +42,7 @@ from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
 from runtime.inputs import completed
 from runtime.jobs import assign_jobs
+from runtime.key_values import attach
 from runtime.layout import Layout
 from runtime.machine import OWN_THREADS, require_threads
 from runtime.masks import require_tokens
@@ -154,6 +155,8 @@ def calibrate(
     jobs, unreached = prepared.jobs, prepared.unreached
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
     modifiers: list[Modifier] = [*own_modifiers, recipe_modifier]
+    if recipe_modifier.key_values is not None:
+        attach(model, recipe_modifier.key_values)
     plan = plan_steps(artifact, source, jobs, modifiers)
     if not batches and any(step.is_run for step in plan.steps):
         raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
@@ -231,6 +234,7 @@ def calibrate(
         remarks=tuple(watch.warnings),
         seconds=seconds,
         resumed_at=resumed_at,
+        num_caches=sum(1 for _ in recipe_modifier.key_values.all_modules()) if recipe_modifier.key_values else 0,
     )
 
 
@@ -263,7 +267,7 @@ def _prepare(
     model = artifact.empty_model(dtype)
     place_buffers(model, device)
     source = Weights(artifact, checkpoint, dtype, model)
-    if source.schemes:
+    if source.schemes or source.cache_scheme is not None:
         raise RecipeError(f"{checkpoint.directory} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign_jobs(artifact, model, source, recipe)
     return _Prepared(artifact=artifact, model=model, source=source, jobs=jobs, unreached=unreached)
@@ -273,8 +277,12 @@ def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
     """The entry for config.json."""
     from runtime.schemes import quantization_config
 
+    groups = [group.scheme for group in recipe.groups]
+    tables = targeted_tables(run.model, recipe, run.jobs)
+    kinds = dict.fromkeys(entry.kind for entry in run.artifact.manifest.cached)
     return quantization_config(
-        [group.scheme for group in recipe.groups],
-        not_quantized(run.model, run.source, run.jobs, targeted_tables(run.model, recipe)),
+        groups,
+        not_quantized(run.model, run.source, run.jobs, tables) if groups else (),
         recipe.cache,
+        tuple(kinds) if recipe.attention else (),
     )

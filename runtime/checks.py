@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.cached_values import wrong_cached
 from runtime.chain import MOST_SUBGRAPHS
 from runtime.config_rules import check_config
 from runtime.constants import check_constants
@@ -74,6 +75,8 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         if path.endswith(".py") and path not in named:
             raise ArtifactError(f"{path} is code that {root / MANIFEST_NAME} names as no program")
     check_tables(manifest)
+    for wrong in wrong_cached(manifest, sources):
+        raise ArtifactError(wrong)
     check_config(contents, has_own_code=code is not None)
     check_constants(contents, manifest.constants)
     check_operators(operators)

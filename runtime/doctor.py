@@ -239,7 +239,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     jobs, _ = assign_jobs(artifact, model, source, recipe)
     state["least_bytes"] = least_bytes(source, jobs)
     needs = RecipeNeeds(artifact, source, recipe, jobs)
-    if job.data is None and needs.measures(list(jobs)):
+    if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
         raise UsageError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
     return f"weights of {human_bytes(source.checkpoint.total_bytes)} fit the artifact; {len(jobs)} modules to quantize"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from runtime.errors import ArtifactError
@@ -63,12 +63,20 @@ class Turns:
         return iter(range(count))
 
 
-def guarded(source: str, filename: str) -> ast.Module:
-    """The syntax tree of a checked program, with its arithmetic and field accesses made calls of the functions below.
+def guarded(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> ast.Module:
+    """The syntax tree of a checked program, with its arithmetic and field accesses made calls of the functions below,
+    and values handed out by `run.cached`.
 
     The lines are those of the source, so that tracebacks fit it.
+
+    Args:
+        source: the program.
+        filename: for tracebacks.
+        hooks: for the name that a statement assigns to, the places and names of the values to hand out after it.
     """
     tree = _Guarded().visit(ast.parse(source, filename=filename))
+    if hooks:
+        _hand_out(tree.body[0], hooks)
     ast.fix_missing_locations(tree)
     assert isinstance(tree, ast.Module)
     return tree
@@ -116,6 +124,19 @@ def field(value: Any, name: str) -> Any:
     if is_code or isinstance(value, (nn.Module, *_NOT_DATA)) or callable(value):
         raise ArtifactError(f"an artifact's code reads the field {name!r} of {type(value).__name__}, which is no data")
     return result
+
+
+def _hand_out(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+    """Put `name = run.cached(place, name)` behind statements."""
+    body: list[ast.stmt] = []
+    for statement in function.body:
+        body.append(statement)
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        for place, name in hooks.get(target.id, ()) if isinstance(target, ast.Name) else ():
+            take = ast.Attribute(ast.Name("run", ast.Load()), "cached", ast.Load())
+            call = ast.Call(take, [ast.Constant(place), ast.Name(name, ast.Load())], [])
+            body.append(ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], call), statement))
+    function.body = body
 
 
 class _Guarded(ast.NodeTransformer):

@@ -76,8 +76,9 @@ def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A batch's labels; without any, the text is to be written as it is."""
     if LABELS not in batch:
         ids_BS, mask_BS = batch[IDS], batch.get(MASK)
-        is_masked = mask_BS is not None and mask_BS.shape == ids_BS.shape
-        return ids_BS.masked_fill(mask_BS == 0, NOT_A_LABEL) if is_masked else ids_BS
+        if mask_BS is None or mask_BS.shape != ids_BS.shape:
+            return ids_BS
+        return ids_BS.masked_fill(mask_BS == 0, NOT_A_LABEL)
     found = batch[LABELS]
     if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.dtype != torch.int64:
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__

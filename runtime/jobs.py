@@ -5,13 +5,15 @@ Whatever could go wrong when a module's turn comes is looked for here, before an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from runtime.errors import RecipeError
 from runtime.recipe import Assignment, Recipe, some
+from runtime.targeting import require_attention, targeted_modules
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
@@ -43,7 +45,7 @@ def assign_jobs(
             hint="compile with --targets, or leave sequential_targets out",
         )
     try:
-        assigned = recipe.assign({name: type(module) for name, module in _linears(model)})
+        assigned = recipe.assign(targeted_modules(model, artifact.manifest, recipe))
     except RecipeError as error:
         kept = transposed(model)
         if not kept:
@@ -53,13 +55,12 @@ def assign_jobs(
             "of the checkpoint load quantized weights of Linear modules alone",
             hint=error.hint or "take a model whose layers are Linear modules",
         ) from error
-    jobs, unreached = _split_reached(artifact, recipe, assigned)
+    require_attention(model, artifact.manifest, recipe)
+    if not assigned:  # all that is quantized is the cache
+        return {}, []
+    jobs, unreached = _split_reached(artifact, model, recipe, assigned)
     _require_possible(artifact, model, source, recipe, jobs)
     return jobs, unreached
-
-
-def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
 def transposed(model: nn.Module) -> list[str]:
@@ -72,7 +73,7 @@ def transposed(model: nn.Module) -> list[str]:
 
 
 def _split_reached(
-    artifact: Artifact, recipe: Recipe, assigned: Mapping[str, Assignment]
+    artifact: Artifact, model: nn.Module, recipe: Recipe, assigned: Mapping[str, Assignment]
 ) -> tuple[dict[str, Assignment], list[str]]:
     """What is to be done to modules that some subgraph uses, and the names of the others.
 
@@ -80,7 +81,12 @@ def _split_reached(
         RecipeError: when nothing is left to do.
     """
     used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
-    jobs = {name: job for name, job in assigned.items() if f"{name}.weight" in used}
+    tables = dict.fromkeys(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    jobs = {
+        name: replace(job, clip=job.clip and name not in tables)
+        for name, job in assigned.items()
+        if f"{name}.weight" in used
+    }
     unreached = [name for name in assigned if name not in jobs]
     if not jobs:
         raise RecipeError(

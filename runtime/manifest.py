@@ -200,11 +200,30 @@ class ScaleGroup:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """An attention module, and the subgraph that computes it: the next of its calls of
-    `aten.scaled_dot_product_attention` that no earlier entry stands for.
+    `aten.scaled_dot_product_attention` that no earlier entry stands for. Artifacts since 1.6 have `CachedValue`.
     """
 
     subgraph: int
     module: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedValue:
+    """A value that an attention module puts into its key-value cache, or compares with it.
+
+    `part` is `k` for what the model's code gives to the cache as keys, `v` for values, `q` for the queries. `name` is
+    what the subgraph's code calls the value, and `after` the name that the statement assigns to which completes it.
+    `kind` is the name of the module's class, `heads` the size of the value's second of four dimensions, 0 if it has
+    none.
+    """
+
+    subgraph: int
+    module: str
+    kind: str
+    part: str
+    name: str
+    after: str
+    heads: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +260,7 @@ class Manifest:
     defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
     decoder: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_6)
     mixture_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_6)
+    cached: tuple[CachedValue, ...] = field(default=(), metadata=_SINCE_6)
 
     @property
     def is_portable(self) -> bool:

@@ -221,7 +221,7 @@ class _Planner:
         self._experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.read: dict[str, None] = {}
         self.done: dict[str, None] = {}
-        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measures(self._new(subgraph))]
+        measured = [index for index, subgraph in enumerate(artifact.subgraphs) if self._measures(subgraph)]
         self.last_measured = max(measured, default=-1)
         self.looked_up = self._left_on_disk() if work.device_type == "cpu" else frozenset()
         self.done.clear()
@@ -279,9 +279,10 @@ class _Planner:
         self.done.update(dict.fromkeys(new))
         return new
 
-    def _measures(self, modules: Sequence[str]) -> bool:
+    def _measures(self, subgraph: LoadedSubgraph) -> bool:
+        modules = self._new(subgraph)
         own = bool(modules) and any(modifier.measures(modules) for modifier in self.modifiers)
-        return own or self.needs.measures(modules)
+        return own or self.needs.measures(modules) or self.needs.measures_cache(subgraph.entry)
 
     def _called(self, subgraph: LoadedSubgraph) -> list[str]:
         """All modules of a subgraph that something is done to, be it with this one or an earlier one."""

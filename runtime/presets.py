@@ -50,6 +50,7 @@ MIN_MAX_OBSERVERS = ("minmax", "memoryless_minmax", "static_minmax")
 MSE_OBSERVERS = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
 WEIGHT_OBSERVERS = (*MIN_MAX_OBSERVERS, *MSE_OBSERVERS, "percentile")
 INPUT_OBSERVERS = ("minmax", "static_minmax")
+CACHE_STRATEGIES = ("tensor", "attn_head")
 OBSERVER_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(MIN_MAX_OBSERVERS, ("averaging_constant",)),
     **dict.fromkeys(MSE_OBSERVERS, ("maxshrink", "patience", "grid", "norm", "expand", "averaging_constant")),
@@ -97,17 +98,19 @@ def checked(scheme: QuantizationScheme) -> QuantizationScheme:
 
 
 def checked_cache(args: QuantizationArgs) -> QuantizationArgs:
-    """The scheme of a key-value cache.
+    """The scheme of a key-value cache, or of attention.
 
     Raises:
-        RecipeError: for anything but 8 bit float by tensor with static scales.
+        RecipeError: for anything but 8 bit float with static scales, by tensor or by head.
     """
-    plain = (args.num_bits, plain_value(args.type), args.symmetric, plain_value(args.strategy), bool(args.dynamic))
-    if plain != (8, "float", True, "tensor", False) or args.scale_dtype is not None:
+    strategy = plain_value(args.strategy)
+    plain = (args.num_bits, plain_value(args.type), args.symmetric, strategy in CACHE_STRATEGIES, bool(args.dynamic))
+    if plain != (8, "float", True, True, False) or args.scale_dtype is not None:
         raise RecipeError(
-            f"a key-value cache of {args.num_bits} bit {plain_value(args.type)} by {plain_value(args.strategy)} "
+            f"a key-value cache of {args.num_bits} bit {plain_value(args.type)} by {strategy} "
             f"(symmetric={args.symmetric}, dynamic={args.dynamic}) is not offered",
-            hint="offered is {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}",
+            hint="supported is {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}, "
+            "and strategy: attn_head",
         )
     _check_observer(args, INPUT_OBSERVERS)
     return args

@@ -7,7 +7,7 @@ things that a run may choose, so that the same bytes serve every device and dtyp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,15 @@ class Run:
         dtype: the floating point dtype of the model's weights in this run.
         constants: tensors that the artifact brings, by name.
         opaque: functions that are called whole, by path.
+        cached: takes values that enter the key-value cache, each by its place among the program's, and returns what the
+            program goes on with. Only programs that were compiled for it call it.
     """
 
     device: torch.device
     dtype: torch.dtype
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     opaque: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    cached: Callable[[int, Any], Any] | None = None
 
     @property
     def lowest(self) -> float:
@@ -106,14 +109,21 @@ class Run:
             )
 
 
-def compile_program(source: str, filename: str) -> Program:
+def compile_program(
+    source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None
+) -> Program:
     """Compile checked source (see `runtime.grammar`) to its `forward`; nothing but `torch` is in its reach, and what it
     cannot be seen to do is watched (`runtime.guards`).
+
+    Args:
+        source: the program.
+        filename: for tracebacks.
+        hooks: behind which statements values are handed to `Run.cached`, see `runtime.cached_values`.
     """
     import torch
 
     namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice, **guards()}
-    exec(compile(guarded(source, filename), filename, "exec", dont_inherit=True), namespace)
+    exec(compile(guarded(source, filename, hooks or {}), filename, "exec", dont_inherit=True), namespace)
     program: Program = namespace["forward"]
     return program
 

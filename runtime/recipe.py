@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import RecipeError
-from runtime.recipe_dialect import Algorithm, GptqOptions, Group, Modifier, Pattern, read_modifiers
+from runtime.recipe_cache import AttentionGroup
+from runtime.recipe_dialect import Algorithm, GptqOptions, Group, Modifier, read_modifiers
+from runtime.recipe_fields import Pattern
 from runtime.recipe_transforms import Transform
 from runtime.regular_files import read_text
 from runtime.yaml_lines import Value
@@ -99,6 +101,11 @@ class Recipe:
         return next((modifier.cache for modifier in self.modifiers if modifier.cache is not None), None)
 
     @property
+    def attention(self) -> tuple[AttentionGroup, ...]:
+        """The groups that round attention's queries as well."""
+        return tuple(group for modifier in self.modifiers for group in modifier.attention)
+
+    @property
     def sequential_targets(self) -> tuple[str, ...]:
         """The sequential targets that modifiers ask for, each once, in the file's order."""
         return tuple(dict.fromkeys(t for modifier in self.modifiers for t in modifier.sequential_targets))
@@ -113,9 +120,12 @@ class Recipe:
             Assignments in the order of `linears`.
 
         Raises:
-            RecipeError: when a target matches no module, two modifiers or groups claim one, or none is left.
+            RecipeError: when a target matches no module, two modifiers or groups claim one, or none is left, unless all
+                that the recipe quantizes is the cache.
         """
         owned = [(modifier, group) for modifier in self.modifiers for group in modifier.groups]
+        if not owned and self.cache is not None:
+            return {}
         unmatched = {pattern: None for _, group in owned for pattern in group.targets}
         assigned: dict[str, Assignment] = {}
         for name, module_class in linears.items():

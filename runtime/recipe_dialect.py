@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.console import shown
 from runtime.errors import RecipeError
-from runtime.recipe_fields import as_number, read_observers, read_whole, require_no_op, with_observers
+from runtime.recipe_cache import AttentionGroup, CacheSchemes, read_cache
+from runtime.recipe_fields import (
+    Pattern,
+    as_number,
+    read_args,
+    read_observers,
+    read_patterns,
+    read_targets,
+    read_whole,
+    reason_of,
+    require_no_op,
+    with_observers,
+)
 from runtime.recipe_transforms import TRANSFORMS, Transform, read_transform
 from runtime.yaml_lines import Value
 
@@ -54,16 +66,6 @@ GPTQ_FIELDS = ("dampening_frac", "block_size", "actorder", "batched_quantization
 GROUP_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
 DEFAULT_TARGETS = ("Linear",)
 
-# compressed-tensors would take "4" for 4 and 1 for true.
-ARGS_TYPES: dict[str, type] = {
-    "num_bits": int,
-    "type": str,
-    "symmetric": bool,
-    "strategy": str,
-    "group_size": int,
-    "observer": str,
-}
-
 _TRAINING = "schedules belong to training"
 _STATE = "it is a modifier's state, not a setting"
 
@@ -82,14 +84,6 @@ NO_OPS: dict[str, tuple[tuple[Any, ...], str]] = {
     "started_": ((False,), _STATE),
     "ended_": ((False,), _STATE),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pattern:
-    """A target: a module's name, `re:` with a regular expression, or a class; and its line."""
-
-    text: str
-    line: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +111,7 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modifier:
     """An algorithm with its groups of targets, patterns of modules that it leaves alone, the scheme of the key-value
-    cache, and how many tokens each module must have seen.
+    cache, those of attention, and how many tokens each module must have seen.
     """
 
     algorithm: Algorithm
@@ -127,6 +121,7 @@ class Modifier:
     name: str
     line: int
     cache: QuantizationArgs | None = None
+    attention: tuple[AttentionGroup, ...] = ()
     min_tokens: int = 0
 
 
@@ -203,8 +198,9 @@ def _read_modifier(value: Value, fields: Mapping[str, Value]) -> Modifier:
     is_gptq = algorithm == "gptq"
     _check_fields(value.name, fields, is_gptq=is_gptq)
     observers = read_observers(fields)
+    cache = read_cache(fields, observers)
     groups = []
-    for origin, plain, targets in _read_schemes(value, fields):
+    for origin, plain, targets in _read_schemes(value, fields, cache):
         scheme = with_observers(origin, plain, observers)
         options = None
         if is_gptq:
@@ -213,24 +209,14 @@ def _read_modifier(value: Value, fields: Mapping[str, Value]) -> Modifier:
     return Modifier(
         algorithm=algorithm,
         groups=tuple(groups),
-        ignore=tuple(pattern.text for pattern in _read_patterns(fields.get("ignore"))),
-        sequential_targets=tuple(pattern.text for pattern in _read_patterns(fields.get("sequential_targets"))),
+        ignore=tuple(pattern.text for pattern in read_patterns(fields.get("ignore"))),
+        sequential_targets=tuple(pattern.text for pattern in read_patterns(fields.get("sequential_targets"))),
         name=value.name,
         line=value.line,
-        cache=_read_cache(fields.get("kv_cache_scheme")),
+        cache=cache.args,
+        attention=cache.attention,
         min_tokens=read_whole(fields.get("min_tokens"), default=0, least=0),
     )
-
-
-def _read_cache(value: Value | None) -> QuantizationArgs | None:
-    from runtime.presets import checked_cache
-
-    if value is None or value.plain() is None:
-        return None
-    try:
-        return checked_cache(_read_args(value))
-    except RecipeError as error:
-        raise value.error(error.message, hint=error.hint) from error
 
 
 def _check_fields(modifier: str, fields: Mapping[str, Value], *, is_gptq: bool) -> None:
@@ -242,29 +228,21 @@ def _check_fields(modifier: str, fields: Mapping[str, Value], *, is_gptq: bool) 
             raise field.unknown(f"key of {modifier}", known)
 
 
-def _read_patterns(value: Value | None) -> tuple[Pattern, ...]:
-    items = [] if value is None else value.items()
-    return tuple(Pattern(text=item.pattern(), line=item.line) for item in items)
-
-
-def _read_targets(value: Value) -> tuple[Pattern, ...]:
-    targets = _read_patterns(value)
-    if not targets:
-        raise value.error("targets must name at least one module")
-    return targets
-
-
 _Schemed = tuple[Value, "QuantizationScheme", tuple[Pattern, ...]]
 
 
-def _read_schemes(modifier: Value, fields: Mapping[str, Value]) -> list[_Schemed]:
-    """The schemes of a modifier, with their targets and the value that an error about them points to."""
+def _read_schemes(modifier: Value, fields: Mapping[str, Value], cache: CacheSchemes) -> list[_Schemed]:
+    """The schemes of a modifier, with their targets and the value that an error about them points to. None where all
+    that it rounds is the cache.
+    """
     given = [fields[n] for n in ("scheme", "config_groups") if n in fields and fields[n].plain() is not None]
+    if cache and not any(value.plain() for value in given):
+        return []
     if len(given) != 1:
         found = "both scheme and config_groups" if given else "neither scheme nor config_groups"
         raise modifier.error(f"{modifier.name} has {found}", hint="give one of them")
     value = given[0]
-    targets = _read_targets(fields["targets"]) if "targets" in fields else ()
+    targets = read_targets(fields["targets"]) if "targets" in fields else ()
     if value.name == "scheme" and isinstance(value.plain(), str):
         default = tuple(Pattern(text=text, line=modifier.line) for text in DEFAULT_TARGETS)
         return [_read_preset(value, value.text(), targets or default)]
@@ -275,8 +253,8 @@ def _read_schemes(modifier: Value, fields: Mapping[str, Value]) -> list[_Schemed
     if not entries:
         raise value.error(f"{value.name} is empty")
     if value.name == "scheme":
-        return [_read_preset(entry, entry.name, _read_targets(entry)) for entry in entries]
-    return [_read_group(entry) for entry in entries]
+        return [_read_preset(entry, entry.name, read_targets(entry)) for entry in entries]
+    return [_read_group(entry) for entry in entries if entry.name not in cache.groups]
 
 
 def _read_preset(value: Value, name: str, targets: tuple[Pattern, ...]) -> _Schemed:
@@ -299,11 +277,11 @@ def _read_group(value: Value) -> _Schemed:
             raise field.unknown(f"key of {value.name}", GROUP_FIELDS)
     if "targets" not in fields:
         raise value.error(f"{value.name} has no targets")
-    targets = _read_targets(fields["targets"])
+    targets = read_targets(fields["targets"])
     content: dict[str, Any] = {"targets": [pattern.text for pattern in targets]}
     for name in GROUP_FIELDS[1:-1]:
         if name in fields and fields[name].plain() is not None:
-            content[name] = _read_args(fields[name])
+            content[name] = read_args(fields[name])
     if "format" in fields:
         content["format"] = fields["format"].plain()
     try:
@@ -311,38 +289,7 @@ def _read_group(value: Value) -> _Schemed:
     except RecipeError as error:
         raise value.error(error.message, hint=error.hint) from error
     except (ValueError, NotImplementedError) as error:
-        raise value.error(f"{value.name} is no scheme: {_reason(error)}") from error
-
-
-def _read_args(value: Value) -> QuantizationArgs:
-    from compressed_tensors.quantization import QuantizationArgs
-
-    fields = value.mapping()
-    for name, field in fields.items():
-        if name not in QuantizationArgs.model_fields:
-            raise field.unknown(f"key of {value.name}", QuantizationArgs.model_fields)
-        plain = field.plain()
-        if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
-            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {shown(plain)}")
-    try:
-        given = {name: field.plain() for name, field in fields.items()}
-        if isinstance(given.get("observer"), str):
-            given["observer"] = given["observer"].lower()  # the peer finds observers in any spelling
-        return QuantizationArgs(**given)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise _culprit(value, fields, error).error(f"{value.name}: {_reason(error)}") from error
-
-
-def _culprit(value: Value, fields: Mapping[str, Value], error: Exception) -> Value:
-    """The field that compressed-tensors' complaint is about, or the whole mapping."""
-    errors = error.errors() if hasattr(error, "errors") else []
-    location = errors[0]["loc"] if errors else ()
-    return fields.get(location[0], value) if location else value
-
-
-def _reason(error: Exception) -> str:
-    message = str(error.errors()[0]["msg"] if hasattr(error, "errors") else error)
-    return message.removeprefix("Value error, ").splitlines()[0]
+        raise value.error(f"{value.name} is no scheme: {reason_of(error)}") from error
 
 
 def _read_options(

@@ -66,6 +66,17 @@ GPTQModifier:
       weights: {{num_bits: 8, type: int, symmetric: true, strategy: channel}}
   ignore: [lm_head]
 """,
+    "cache": """\
+# A key-value cache in 8 bits, and weights as they are. Needs data. Stands beside any scheme for weights, too.
+QuantizationModifier:
+  kv_cache_scheme: {{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}}
+  # strategy: attn_head  # a scale for each head
+  # or queries as well, where the reader computes attention in FP8:
+  # config_groups:
+  #   attention:
+  #     targets: ['re:.*self_attn$']
+  #     input_activations: {{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}}
+""",
 }
 _USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
 

@@ -11,9 +11,26 @@ from runtime.errors import RecipeError
 from runtime.yaml_lines import Value
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+# compressed-tensors would take "4" for 4 and 1 for true.
+ARGS_TYPES: dict[str, type] = {
+    "num_bits": int,
+    "type": str,
+    "symmetric": bool,
+    "strategy": str,
+    "group_size": int,
+    "observer": str,
+}
 _ROLES = {"weights": "weight_observer", "input": "input_observer", "output": "output_observer"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """A target: a module's name, `re:` with a regular expression, or a class; and its line."""
+
+    text: str
+    line: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,3 +131,58 @@ def with_observers(origin: Value, scheme: QuantizationScheme, observers: Observe
         except RecipeError as error:
             raise value.error(error.message, hint=error.hint) from error
     return scheme
+
+
+def read_patterns(value: Value | None) -> tuple[Pattern, ...]:
+    """Names and patterns, each with its line; none where there is no value."""
+    items = [] if value is None else value.items()
+    return tuple(Pattern(text=item.pattern(), line=item.line) for item in items)
+
+
+def read_targets(value: Value) -> tuple[Pattern, ...]:
+    """The targets of a group.
+
+    Raises:
+        RecipeError: when there is none.
+    """
+    targets = read_patterns(value)
+    if not targets:
+        raise value.error("targets must name at least one module")
+    return targets
+
+
+def read_args(value: Value) -> QuantizationArgs:
+    """How numbers are rounded.
+
+    Raises:
+        RecipeError: for what compressed-tensors does not take, with the line.
+    """
+    from compressed_tensors.quantization import QuantizationArgs
+
+    fields = value.mapping()
+    for name, field in fields.items():
+        if name not in QuantizationArgs.model_fields:
+            raise field.unknown(f"key of {value.name}", QuantizationArgs.model_fields)
+        plain = field.plain()
+        if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
+            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {shown(plain)}")
+    try:
+        given = {name: field.plain() for name, field in fields.items()}
+        if isinstance(given.get("observer"), str):
+            given["observer"] = given["observer"].lower()  # the peer finds observers in any spelling
+        return QuantizationArgs(**given)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise _culprit(value, fields, error).error(f"{value.name}: {reason_of(error)}") from error
+
+
+def _culprit(value: Value, fields: Mapping[str, Value], error: Exception) -> Value:
+    """The field that compressed-tensors' complaint is about, or the whole mapping."""
+    errors = error.errors() if hasattr(error, "errors") else []
+    location = errors[0]["loc"] if errors else ()
+    return fields.get(location[0], value) if location else value
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what compressed-tensors complains about."""
+    message = str(error.errors()[0]["msg"] if hasattr(error, "errors") else error)
+    return message.removeprefix("Value error, ").splitlines()[0]

@@ -5,7 +5,7 @@ not load it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from runtime.errors import RecipeError
 from runtime.fused import mixed_layers
 from runtime.jobs import transposed
+from runtime.key_values import latent_attention
 from runtime.leaves import MIXTURES
 from runtime.readers import CACHE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT, UNQUANTIZED_EXPERT, reader_limits
 from runtime.recipe import some
@@ -20,6 +21,7 @@ from runtime.split import SplitArtifact
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
+    from runtime.manifest import Manifest
     from runtime.recipe import Assignment, Recipe
 
 _ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear")
@@ -47,9 +49,17 @@ def make_remarks(
             f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
             "quantized weights of Linear modules alone"
         )
-    tables = targeted_tables(model, recipe)
+    tables = targeted_tables(model, recipe, jobs)
     if tables:
-        yield f"warning: {some(tables)} stay as they are: targets match them, but embeddings are not quantized"
+        yield (
+            f"warning: {some(tables)} stay as they are: targets that match Linear modules, too, do not mean embeddings"
+        )
+    packed = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name in jobs]
+    if packed:
+        yield (
+            f"warning: vLLM (0.32) loads quantized embeddings ({some(packed)}); transformers does from 5.24 on, with "
+            "CompressedTensorsConfig(dequantize=True) and where all modules have one scheme"
+        )
     idle = recipe.idle_ignores({name: type(module) for name, module in model.named_modules()})
     if idle:
         yield f"no module is ignored as {some(idle)}, for none has such a name (seqbuild inspect shows names)"
@@ -75,16 +85,35 @@ def _of_readers(
         yield f"warning: {text}"
     others = {
         UNQUANTIZED_EXPERT: [name for name in stacked if len(manifest.parameters[name].sources) > 1],
-        CACHE: [entry.module for entry in manifest.attentions] if recipe.cache is not None else [],
+        CACHE: _caching(manifest) if recipe.cache is not None else [],
     }
     for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, others):
         yield f"warning: {text}"
+    latent = latent_attention(artifact.manifest) if recipe.cache is not None else []
+    if latent:
+        yield (
+            f"warning: k_scale and v_scale of {some(latent)} are those of what transformers caches, the latent and the "
+            "rotary key; vLLM (0.32) does not read them for multi-head latent attention, and caches both with a scale "
+            "of 1"
+        )
+    odd = [kind for kind in _attention_classes(artifact) if not kind.endswith("Attention")] if recipe.attention else []
+    if odd:
+        yield f"warning: vLLM knows a group for attention by a class that ends in Attention, and not {some(odd)}"
 
 
-def targeted_tables(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Embeddings that a recipe's targets match: readers of the checkpoint would take them for quantized ones."""
-    modules = model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Embedding) and recipe.means(name, type(module))]
+def _caching(manifest: Manifest) -> list[str]:
+    """The attention modules that keep keys and values."""
+    return list(dict.fromkeys(entry.module for entry in (*manifest.cached, *manifest.attentions)))
+
+
+def _attention_classes(artifact: Artifact) -> Iterator[str]:
+    yield from dict.fromkeys(entry.kind for entry in artifact.manifest.cached)
+
+
+def targeted_tables(model: nn.Module, recipe: Recipe, jobs: Container[str]) -> list[str]:
+    """Embeddings that a recipe's targets match and that are not quantized: readers would take them for quantized."""
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return [name for name, module in tables if name not in jobs and recipe.means(name, type(module))]
 
 
 def _experts(artifact: Artifact) -> dict[str, list[str]]:

@@ -256,16 +256,21 @@ def static_input_parts(
     return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
 
 
-def static_cache_scale(minimum: float, maximum: float, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:
-    """The scale [1] of keys or of values, from the smallest and largest number of theirs."""
+def static_cache_scale(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype
+) -> torch.Tensor:
+    """The scales [N] of keys, values or queries, from their smallest and largest numbers, [N] or []."""
     from runtime.algorithms import grid
 
-    scale, _ = grid.fit(torch.tensor([minimum]), torch.tensor([maximum]), args, scale_dtype=dtype)
+    scale, _ = grid.fit(minimum.float().cpu().reshape(-1), maximum.float().cpu().reshape(-1), args, scale_dtype=dtype)
     return scale
 
 
 def quantization_config(
-    groups: Sequence[QuantizationScheme], ignore: Sequence[str], cache: QuantizationArgs | None = None
+    groups: Sequence[QuantizationScheme],
+    ignore: Sequence[str],
+    cache: QuantizationArgs | None = None,
+    attention: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What goes into config.json as "quantization_config".
 
@@ -273,12 +278,15 @@ def quantization_config(
         groups: the schemes, in order; they become group_0, group_1 and so on.
         ignore: every Linear that a target would hit and that was left as it is, by the checkpoint's names.
         cache: the key-value cache's scheme.
+        attention: the classes of attention modules whose queries are rounded by it, too.
 
     Returns:
         Plain values, ready for `json.dumps`.
     """
     schemes = [_readable(checked(scheme)) for scheme in groups]
-    formats = list(dict.fromkeys(str(scheme.format) for scheme in schemes))
+    formats = list(dict.fromkeys(str(scheme.format) for scheme in schemes)) or [CompressionFormat.dense.value]
+    # A group for each class: vLLM knows groups for attention by a single target that ends in its name.
+    schemes += [QuantizationScheme(targets=[kind], input_activations=cache) for kind in attention]
     config = QuantizationConfig(
         config_groups={f"group_{index}": scheme for index, scheme in enumerate(schemes)},
         format=formats[0] if len(formats) == 1 else CompressionFormat.mixed_precision.value,
@@ -341,11 +349,13 @@ class CheckpointSchemes:
         groups: the schemes in the config's order, each with its format.
         ignore: patterns of modules that are stored as they are.
         cache: the key-value cache's scheme.
+        has_queries: whether attention's queries are rounded by it, too.
     """
 
     groups: tuple[QuantizationScheme, ...]
     ignore: tuple[str, ...]
     cache: QuantizationArgs | None = None
+    has_queries: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CheckpointSchemes:
@@ -365,10 +375,13 @@ class CheckpointSchemes:
             raise WeightsError(f"the checkpoint's quantization_config cannot be read: {error}") from error
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:
             raise WeightsError(f"the checkpoint is {parsed.quantization_status.value}, not compressed")
-        cache = parsed.kv_cache_scheme
+        schemes = parsed.config_groups.values()
+        queries = [scheme.input_activations for scheme in schemes if scheme.weights is None]
+        has_queries = any(args is not None for args in queries)
+        cache = next((args for args in (parsed.kv_cache_scheme, *queries) if args is not None), None)
         try:
             cache = None if cache is None else checked_cache(_unobserved(cache))
-            groups = tuple(_stored(scheme, parsed.format) for scheme in parsed.config_groups.values())
+            groups = tuple(_stored(scheme, parsed.format) for scheme in schemes if scheme.weights is not None)
         except RecipeError as error:
             raise WeightsError(f"the checkpoint's quantization_config: {error.message}", hint=error.hint) from error
         ignore = tuple(parsed.ignore or ())
@@ -378,7 +391,7 @@ class CheckpointSchemes:
             if wrong:
                 what = f"{text[:80]!r} is no regular expression: {wrong}"
                 raise WeightsError(f"the checkpoint's quantization_config: {what}")
-        return cls(groups=groups, ignore=ignore, cache=cache)
+        return cls(groups=groups, ignore=ignore, cache=cache, has_queries=has_queries)
 
     def find(self, name: str, module_class: type | str) -> QuantizationScheme | None:
         """The scheme of a Linear, or `None` when it is stored as it is.

@@ -74,6 +74,7 @@ class Weights:
         self.dtype = dtype
         require_same_model(artifact, checkpoint.directory)
         self.cache_scheme: QuantizationArgs | None = None
+        self.has_queries = False
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
         cache_keys = self._attach_key_values(model)
@@ -165,7 +166,7 @@ class Weights:
         from runtime.schemes import CheckpointSchemes
 
         schemes = CheckpointSchemes.from_config(config)
-        self.cache_scheme = schemes.cache
+        self.cache_scheme, self.has_queries = schemes.cache, schemes.has_queries
         found = {}
         for name, module in model.named_modules():
             entry = self.artifact.manifest.parameters.get(f"{name}.weight")
@@ -257,17 +258,17 @@ class Weights:
         """Have the model round its keys and values if the checkpoint says so; returns the tensors for that."""
         if self.cache_scheme is None:
             return []
-        from runtime.key_values import PARTS, KeyValues, attach
+        from runtime.key_values import KeyValues, attach
 
-        key_values = KeyValues.of(self.artifact.manifest, self.cache_scheme)
+        key_values = KeyValues.of(self.artifact.manifest, self.cache_scheme, has_queries=self.has_queries)
         keys = []
         for module in key_values.all_modules():
-            names = [f"{self.checkpoint_prefix(module)}.{part}" for part in PARTS]
-            missing = [name for name in names if name not in self.checkpoint]
-            if missing:
-                raise WeightsError(f"{self.checkpoint.directory} lacks tensor {missing[0]!r} of its key-value cache")
-            key_values.scales[module] = [read_scale(self.checkpoint, name) for name in names]
-            keys += names
+            for part in key_values.parts:
+                name = f"{self.checkpoint_prefix(module)}.{part}_scale"
+                if name not in self.checkpoint:
+                    raise WeightsError(f"{self.checkpoint.directory} lacks tensor {name!r} of its key-value cache")
+                key_values.scales[module, part] = read_scale(self.checkpoint, name)
+                keys.append(name)
         attach(model, key_values)
         return keys
 

@@ -36,8 +36,8 @@ from runtime.opaque_paths import is_harmless
 from runtime.publish import disk_errors, move_aside, publish_directory
 from runtime.regular_files import read_regular
 from seqbuild import cache, describe
-from seqbuild.emit import common_scope
-from seqbuild.groups.attention import attentions
+from seqbuild.emit import EmittedCode, common_scope
+from seqbuild.groups.attention import cached_values
 from seqbuild.groups.derive import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.defaults import default_values
@@ -287,7 +287,7 @@ def _assemble(
     trace = traced.trace
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
     files = {"config.json": read_regular(source.config_file), **source.companions(), **own_files}
-    programs, entries = _programs(model, traced)
+    programs, entries, codes = _programs(model, traced)
     files |= programs
     for index, program in enumerate(keys.programs):
         files[f"conversions/{index:03d}.py"] = program.encode("ascii")
@@ -339,7 +339,7 @@ def _assemble(
         buffers=found.buffers,
         foreign=found.foreign,
         limits=limits(model.config),
-        attentions=attentions(trace.subgraphs) if traced.leaves != "target" else (),
+        cached=cached_values(model, trace.subgraphs, codes) if traced.leaves != "target" else (),
         defaults=defaults,
         decoder=plain.decoder,
         scale_groups=tuple(group for group in groups if group.modules),
@@ -349,18 +349,22 @@ def _assemble(
     return files, manifest
 
 
-def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry]]:
-    """The code of the subgraphs by file, and their entries. What is the same for several is in one file."""
+def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry], list[EmittedCode]]:
+    """The code of the subgraphs by file, their entries, and the code of each. What is the same for several is in one
+    file.
+    """
     subgraphs = traced.trace.subgraphs
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = describe.target_names(model, [subgraph.graph for subgraph in subgraphs], traced.trace.targets)
     entries: list[SubgraphEntry] = []
+    codes: list[EmittedCode] = []
     users: dict[str, list[int]] = {}
     for index, subgraph in enumerate(subgraphs):
         scope = None
         if traced.leaves != "target":
             scope = common_scope(subgraph.graph, targets[index][0]) if len(targets[index]) == 1 else ""
         code = subgraph.emit(traced.marker, scope=scope, is_last=index == len(subgraphs) - 1)
+        codes.append(code)
         like = users.setdefault(code.source, [])
         like.append(index)
         file = f"subgraphs/{like[0]:03d}.py"
@@ -372,7 +376,7 @@ def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[
         shown = ", ".join(names[:1] + names[-1:] if len(like) > 1 else names) or "no target"
         title = f"# {which} of {len(subgraphs)}: {shown}\n"
         files[entries[like[0]].file] = (title + source).encode("ascii")
-    return files, entries
+    return files, entries, codes
 
 
 def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:

@@ -23,7 +23,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ class EmittedCode:
         opaque: paths of the functions called whole.
         output_names: names of the results in the chain.
         results: keys of the returned dict, in the same order.
+        names: what the function calls its values, by their nodes.
     """
 
     source: str
@@ -94,6 +95,7 @@ class EmittedCode:
     opaque: tuple[str, ...]
     output_names: tuple[str, ...]
     results: tuple[str, ...]
+    names: Mapping[fx.Node, str] = field(compare=False, repr=False)
 
 
 def emit(
@@ -183,6 +185,7 @@ class _Emitter:
             arguments=tuple(arguments),
             output_names=tuple(output.args[0]),
             results=tuple(self._results(output.args[0])),
+            names=self.names,
             **{kind: tuple(self.references.get(kind, ())) for kind in _REFERENCE_KINDS},
         )
 

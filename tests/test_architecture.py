@@ -61,6 +61,7 @@ SHARED |= {
     "left_as_found",
     "mutable_state",
     "arguments",
+    "cached_values",
 }
 # Verifying an artifact is being its host: only there the compiler may use what runs a model.
 HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}

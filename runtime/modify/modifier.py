@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.dtypes import DTYPES, dtype_name
 from runtime.errors import DataError, QuantizationError, RecipeError
-from runtime.key_values import PARTS, attach
 from runtime.layout import Stored
 from runtime.modify.experts import expert_groups, few_tokens, measure, measured_again, measured_on_all
 from runtime.modify.inputs_seen import only_zeros, reached_modules, require_inputs, unreached
@@ -31,12 +31,14 @@ from runtime.statistics import InputStatistics, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
-    from runtime.manifest import ScaleGroup
+    from runtime.manifest import ScaleGroup, SubgraphEntry
     from runtime.modify.mappings import Rescaling
     from runtime.recipe import Assignment, Recipe
     from runtime.recipe_transforms import Transform
     from runtime.streaming.work import Work
     from runtime.weights import Weights
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class RecipeModifier:
@@ -76,11 +78,27 @@ class RecipeModifier:
         """Hessians, sizes of channels, ranges of inputs, keys and values."""
         return self.needs.measures(names)
 
-    def adds(self, names: Sequence[str]) -> Sequence[Stored]:
-        """The scales of keys and values."""
-        dtype = self.source.checkpoint.stored(self.source.plain_key(f"{names[0]}.weight") or "").dtype if names else ""
-        prefixes = [self.source.checkpoint_prefix(module) for module in self.needs.attentions(names)]
-        return [Stored(f"{prefix}.{part}", dtype, (1,)) for prefix in prefixes for part in PARTS]
+    def measures_cache(self, entry: SubgraphEntry) -> bool:
+        """Whether a subgraph keeps keys and values, whatever is quantized in it."""
+        return self.needs.measures_cache(entry)
+
+    def adds(self, entry: SubgraphEntry) -> Sequence[Stored]:
+        """The scales of keys and values, in float32 where a checkpoint's own dtype is none for them."""
+        found = []
+        for module in self.needs.attentions(entry):
+            assert self.key_values is not None, "there are attentions"
+            prefix, dtype = self.source.checkpoint_prefix(module), self._cache_dtype(entry, module)
+            for part in self.key_values.parts:
+                shape = self.key_values.scale_shape(module, part)
+                found.append(Stored(f"{prefix}.{part}_scale", dtype_name(dtype), shape))
+        return found
+
+    def _cache_dtype(self, entry: SubgraphEntry, module: str) -> torch.dtype:
+        """The dtype of a module's first parameter in the checkpoint, which its scales get, too."""
+        inside = (name for name in entry.parameters if name.startswith(f"{module}."))
+        keys = (key for name in inside for key in self.source.origins[name].keys[:1])
+        dtypes = (DTYPES[self.source.checkpoint.stored(key).dtype] for key in keys)
+        return next((dtype for dtype in dtypes if dtype in _SCALE_DTYPES), torch.float32)
 
     def rewrites(self, names: Sequence[str]) -> Sequence[str]:
         """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
@@ -104,7 +122,7 @@ class RecipeModifier:
         rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
         rescaler = StepRescaler(work, rescaled, self.recipe.source)
         inside, outside = self._rescalings(names)
-        attentions = self.needs.attentions(names)
+        attentions = self.needs.attentions(work.step.subgraph.entry)
         statistics: dict[str, InputStatistics] = {}
         for index, group in enumerate(groups or [[]]):
             wanted = others if index == 0 else {}  # what else there is is measured before any weight is rounded
@@ -169,8 +187,6 @@ class RecipeModifier:
         changed = dict.fromkeys(rescaled.changed())
         touching = [names for names in map(_touched, groups) if any(name.startswith(inside) for name in names)]
         assert self.key_values is not None, "there are attentions"
-        for module in attentions:
-            self.key_values.spans.pop(module, None)
         with assigned(work, rescaled, dict.fromkeys(name for names in touching for name in names if name in changed)):
             self._measured(work, {}, attentions)
 
@@ -179,7 +195,7 @@ class RecipeModifier:
     ) -> dict[str, InputStatistics]:
         if not needs and not attentions:
             return {}
-        with self._measuring(work):
+        with self._measuring(work, attentions):
             statistics = measure(work, needs, self.jobs)
         blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
         if blind:
@@ -198,29 +214,33 @@ class RecipeModifier:
         return statistics
 
     @contextlib.contextmanager
-    def _measuring(self, work: Work) -> Iterator[None]:
-        """Keys and values are measured, too, if anybody wants them."""
-        if self.key_values is None:
+    def _measuring(self, work: Work, attentions: Sequence[str]) -> Iterator[None]:
+        """Keys and values are measured, too, if there are some: in each pass from the beginning."""
+        if self.key_values is None or not attentions:
             yield
             return
-        attach(work.model, self.key_values)
-        self.key_values.is_measuring = True
+        key_values, run_batches = self.key_values, work.run_batches
+
+        def from_the_beginning(*before: Any) -> None:
+            key_values.forget(attentions)
+            run_batches(*before)
+
+        key_values.is_measuring, work.run_batches = True, from_the_beginning
         try:
             yield
         finally:
-            self.key_values.is_measuring = False
+            key_values.is_measuring, work.run_batches = False, run_batches
 
     def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
         for module in attentions:
             assert self.key_values is not None, "there are attentions"
-            if module not in self.key_values.spans:
-                raise DataError(f"{module} was never run, so its keys and values have no scale")
-            prefix = self.source.checkpoint_prefix(module)
-            first = next(name for name in work.step.modules if name.startswith(f"{module}."))
-            scales = self.key_values.scale_of(module, work.scale_dtype(first))
-            for part, scale in zip(PARTS, scales, strict=True):
-                work.add(f"{prefix}.{part}", scale)
-            self.key_values.scales[module] = scales
+            entry, prefix = work.step.subgraph.entry, self.source.checkpoint_prefix(module)
+            for part in self.key_values.parts:
+                if (module, part) not in self.key_values.spans:
+                    raise DataError(f"{module} was never run, so its keys and values have no scale")
+                scale = self.key_values.scale_of(module, part, self._cache_dtype(entry, module))
+                work.add(f"{prefix}.{part}_scale", scale)
+                self.key_values.scales[module, part] = scale
 
     def _round(
         self,

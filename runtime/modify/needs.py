@@ -18,7 +18,7 @@ from runtime.statistics import AVERAGING_CONSTANT, Needs
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
-    from runtime.manifest import ScaleGroup
+    from runtime.manifest import ScaleGroup, SubgraphEntry
     from runtime.recipe import Assignment, Recipe
     from runtime.recipe_transforms import Transform
     from runtime.weights import Weights
@@ -57,17 +57,17 @@ class RecipeNeeds:
         self._by_owner: dict[str, list[tuple[int, Transform, Rescaling]]] | None = None
         if recipe.transforms:
             _require_usual_averages(jobs, recipe.source)
-        self.key_values = KeyValues.of(artifact.manifest, recipe.cache) if recipe.cache is not None else None
-        for module in self.key_values.all_modules() if self.key_values is not None else ():
-            if not any(name.startswith(f"{module}.") for name in jobs):
-                raise RecipeError(
-                    f"{recipe.source}: {module} keeps keys and values, and nothing in it is quantized",
-                    hint="target one of its Linear modules, or leave kv_cache_scheme out",
-                )
+        self.key_values = None
+        if recipe.cache is not None:
+            self.key_values = KeyValues.of(artifact.manifest, recipe.cache, has_queries=bool(recipe.attention))
 
     def measures(self, names: Sequence[str]) -> bool:
         """Whether batches must run for a step that quantizes these modules."""
-        return any(self.of(names).values()) or bool(self.attentions(names))
+        return any(self.of(names).values())
+
+    def measures_cache(self, entry: SubgraphEntry) -> bool:
+        """Whether batches must run through a subgraph for the scales of its key-value cache."""
+        return bool(self.attentions(entry))
 
     def of(self, names: Sequence[str], *, all_tokens: bool = True) -> dict[str, Needs]:
         """What is measured of the inputs of each module of a step, those included that are rescaled alone.
@@ -123,13 +123,9 @@ class RecipeNeeds:
         own = [entry for name in dict.fromkeys(names) for entry in self._by_owner.get(name, ())]
         return [(transform, rescaling) for _, transform, rescaling in sorted(own, key=lambda entry: entry[0])]
 
-    def attentions(self, names: Sequence[str]) -> list[str]:
-        """The attention modules whose keys and values are rounded with a step that quantizes these modules."""
-        if self.key_values is None:
-            return []
-        return [
-            module for module in self.key_values.all_modules() if any(name.startswith(f"{module}.") for name in names)
-        ]
+    def attentions(self, entry: SubgraphEntry) -> tuple[str, ...]:
+        """The attention modules of a subgraph whose keys and values are rounded."""
+        return self.key_values.of_subgraph(entry) if self.key_values is not None else ()
 
 
 def _require_usual_averages(jobs: Mapping[str, Assignment], source: str) -> None:

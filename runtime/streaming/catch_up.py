@@ -83,11 +83,11 @@ class Written:
         from runtime.key_values import of_model
 
         key_values = of_model(model)
-        if key_values is not None and step.adds:
-            scales = [self.writer.read(stored.name).to(self.device) for stored in step.adds]
-            modules = key_values.modules[step.subgraph.entry.parameters]
-            for index, module in enumerate(modules):
-                key_values.scales[module] = scales[2 * index : 2 * index + 2]
+        for module in key_values.of_subgraph(step.subgraph.entry) if key_values is not None else ():
+            assert key_values is not None, "it has modules"
+            prefix = self.source.checkpoint_prefix(module)
+            for part in key_values.parts:
+                key_values.scales[module, part] = self.writer.read(f"{prefix}.{part}_scale").to(self.device)
 
 
 def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:

@@ -50,6 +50,7 @@ class Calibration:
         remarks: what a user should know about the result, a line each; warnings of the run are among them.
         seconds: the time it took, in this process.
         resumed_at: how many subgraphs an earlier process had finished.
+        num_caches: how many attention modules have scales for what they keep.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Calibration:
     remarks: tuple[str, ...]
     seconds: float
     resumed_at: int = 0
+    num_caches: int = 0
 
 
 def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
@@ -70,7 +72,8 @@ def summary_lines(result: Calibration) -> Iterator[str]:
     """What to say at the end: the size of it, the worst modules first, and every warning, however long ago it was."""
     again = f", after {result.resumed_at} subgraphs that were finished before" if result.resumed_at else ""
     size = human_bytes(result.num_bytes)
-    yield f"{len(result.modules)} modules quantized in {result.seconds:.1f} s{again}; {size} in {result.path}"
+    caches = f" and scales of {result.num_caches} key-value caches measured" if result.num_caches else ""
+    yield f"{len(result.modules)} modules quantized{caches} in {result.seconds:.1f} s{again}; {size} in {result.path}"
     measured = [module for module in result.modules if module.num_tokens]
     others = [module for module in result.modules if not module.num_tokens]
     if measured:

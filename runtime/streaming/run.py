@@ -30,7 +30,7 @@ from runtime.streaming.memory import (
 )
 from runtime.streaming.passes import Passes
 from runtime.streaming.report import ModuleReport
-from runtime.streaming.steps import lasting_values
+from runtime.streaming.steps import is_measured, lasting_values
 from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
 from runtime.weights import assign, unload
@@ -247,9 +247,10 @@ class StreamingRun:
 
     def _num_passes(self, step: Step) -> int:
         """How often all batches go through a step, if no modifier takes more than one pass."""
-        is_measured = any(modifier.measures(step.modules) for modifier in self.modifiers if step.modules)
-        goes_on = step.goes_on and not (is_measured and not self.options.propagate_error)
-        return is_measured + goes_on
+        entry = step.subgraph.entry
+        measures = any(is_measured(modifier, step.modules, entry) for modifier in self.modifiers)
+        goes_on = step.goes_on and not (measures and not self.options.propagate_error)
+        return measures + goes_on
 
     @property
     def _written(self) -> Written:

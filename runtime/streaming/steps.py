@@ -12,6 +12,7 @@ from runtime.layout import Stored
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact, LoadedSubgraph
+    from runtime.manifest import SubgraphEntry
     from runtime.recipe import Assignment
     from runtime.streaming.modifiers import Modifier
     from runtime.weights import Weights
@@ -84,8 +85,11 @@ def plan_steps(
         modifiers: say what they measure and rewrite.
     """
     owned = list(_owned_modules(artifact, jobs))
-    measured = [bool(names) and any(modifier.measures(names) for modifier in modifiers) for names in owned]
-    last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
+    measured = [
+        any(is_measured(modifier, names, subgraph.entry) for modifier in modifiers)
+        for names, subgraph in zip(owned, artifact.subgraphs, strict=True)
+    ]
+    last = max((index for index, runs in enumerate(measured) if runs), default=-1)
     replaced = {source.plain_key(f"{name}.weight") for name in jobs}
     seen: dict[str, None] = {}
     users: dict[str, int] = {}
@@ -106,7 +110,7 @@ def plan_steps(
                 goes_on=index < last,
                 loads=tuple(name for name in names if name not in quantized) if index <= last else (),
                 passes=passes,
-                adds=tuple(stored for modifier in modifiers for stored in _added(modifier, owned[index])),
+                adds=tuple(stored for modifier in modifiers for stored in _added(modifier, subgraph.entry)),
             )
         )
         quantized.update(dict.fromkeys(f"{name}.weight" for name in owned[index]))
@@ -118,10 +122,16 @@ def plan_steps(
     )
 
 
-def _added(modifier: Modifier, names: Sequence[str]) -> Sequence[Stored]:
-    """What a modifier adds to the checkpoint with a step; most add nothing, and do not say so."""
+def is_measured(modifier: Modifier, names: Sequence[str], entry: SubgraphEntry) -> bool:
+    """Whether batches must run through a subgraph for a modifier, which quantizes these modules with it."""
+    measures_cache = getattr(modifier, "measures_cache", None)
+    return (bool(names) and modifier.measures(names)) or (measures_cache is not None and measures_cache(entry))
+
+
+def _added(modifier: Modifier, entry: SubgraphEntry) -> Sequence[Stored]:
+    """What a modifier adds to the checkpoint with a subgraph; most add nothing, and do not say so."""
     adds = getattr(modifier, "adds", None)
-    return adds(names) if adds is not None else ()
+    return adds(entry) if adds is not None else ()
 
 
 def _owned_modules(artifact: Artifact, jobs: Mapping[str, Assignment]) -> Iterator[tuple[str, ...]]:

@@ -36,6 +36,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fa
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.sym_node import SymNode
 
+from seqbuild.trace.number_reads import NumberReads
+
 # Attributes that number a layer. They always differ, and hardly any forward looks at them.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
 
@@ -292,12 +294,11 @@ def _is_config(kind: type) -> bool:
 
 
 @contextlib.contextmanager
-def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[list[str]]:
+def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[NumberReads]:
     """Note whenever one of these attributes is looked at, or all attributes at once, through any module of their
     class.
     """
-    reads: list[str] = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, NumberReads() as reads:
         for cls, name in numbered:
             setattr(cls, name, _Watched(name, reads))
             stack.callback(delattr, cls, name)
@@ -307,13 +308,13 @@ def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _dictionary_watched(cls: Any, reads: list[str]) -> Iterator[None]:
+def _dictionary_watched(cls: Any, reads: NumberReads) -> Iterator[None]:
     """Note whenever a module of this class is asked for `__dict__`, other than by torch or by us."""
     looked_up, own = cls.__getattribute__, vars(cls).get("__getattribute__")
 
     def watching(module: Any, name: str) -> Any:
         if name == "__dict__" and not sys._getframe(1).f_code.co_filename.startswith(_OURS):
-            reads.append(name)
+            reads.note(name)
         return looked_up(module, name)
 
     cls.__getattribute__ = watching
@@ -329,22 +330,25 @@ def _dictionary_watched(cls: Any, reads: list[str]) -> Iterator[None]:
 class _Watched:
     """Stands in a class for an attribute that its objects have: being able to write, it goes before theirs."""
 
-    def __init__(self, name: str, reads: list[str]) -> None:
+    def __init__(self, name: str, reads: NumberReads) -> None:
         self.name = name
         self.reads = reads
 
     def __get__(self, owner: Any, cls: type) -> Any:
-        self.reads.append(self.name)
+        reader: types.FrameType | None = sys._getframe(1)
+        while reader is not None and reader.f_code.co_filename == __file__:
+            reader = reader.f_back
+        self.reads.note(self.name, reader)
         if owner is None or self.name not in vars(owner):
             raise AttributeError(self.name)
         return vars(owner)[self.name]
 
     def __set__(self, owner: Any, value: Any) -> None:
-        self.reads.append(self.name)
+        self.reads.note(self.name)
         vars(owner)[self.name] = value
 
     def __delete__(self, owner: Any) -> None:
-        self.reads.append(self.name)
+        self.reads.note(self.name)
         del vars(owner)[self.name]
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import track_tensor_tree
 
 from seqbuild.partition import WITHIN
+from seqbuild.trace.cached_values import CACHED, is_marked_outside, moved
 from seqbuild.trace.decisions import require
 from seqbuild.trace.leaf_memory import Description, LeafMemory, Look
 
@@ -78,6 +79,8 @@ class Sections:
         while node.op != "root":
             nodes.append(node)
             node = node.next
+        if is_marked_outside(nodes, name, self.tracer.graph):
+            return None
         inside = dict.fromkeys(nodes)
         known = {self.tracer.known_node(tensor): place for place, tensor in enumerate(look.tensors)}
         places: dict[fx.Node, int] = {}
@@ -114,6 +117,8 @@ class Sections:
                 copy.name = tracer.graph._graph_namespace.create_name(copy.target.replace(".", "_"), copy)
             if WITHIN in copy.meta:
                 copy.meta[WITHIN] = name
+            if CACHED in copy.meta:
+                copy.meta[CACHED] = moved(copy.meta[CACHED], section.name, name)
             copies[node] = copy
         output = self.memory.made_again(section.description, look)
         arguments = {id(tensor) for tensor in look.tensors}

@@ -213,6 +213,7 @@ def _climb(
         paths: Sequence[str],
         answers: Sequence[Answer],
         fixed: Collection[tuple[str, int]] = (),
+        marks_cache: bool = True,
     ) -> tuple[fx.Graph, SequentialTracer]:
         tracer = SequentialTracer(
             list(ancestors),
@@ -225,17 +226,22 @@ def _climb(
             answers=answers,
             samples=samples,
             fixed=fixed,
+            marks_cache=marks_cache,
         )
         try:
             traced = tracer.trace(model, sizes, arguments)
             tracer.require_free_sizes(is_batch_only=is_batch_only)
         except UntraceableError as error:
+            if tracer.cached is not None and tracer.cached.is_refused:
+                return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
             error.earlier = _burnt_before(tracer, is_batch_only)
             error.insisted_on = tracer.insisted_on()
             raise
         except UndecidedError as error:
             error.earlier = _burnt_before(tracer, is_batch_only)
             raise
+        if tracer.cached is not None and tracer.cached.is_refused:
+            return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
         return traced, tracer
 
     def is_alike(

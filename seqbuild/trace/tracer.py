@@ -33,6 +33,7 @@ from runtime.left_as_found import Found, left_as_found
 from seqbuild.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.blame import UntraceableError, advice, blame, burnt_in, not_offered
+from seqbuild.trace.cached_values import CACHED, CachedValues, encoder_modules
 from seqbuild.trace.constant_values import constant_answer
 from seqbuild.trace.decisions import Answer, Decisions, UndecidedError, require
 from seqbuild.trace.guards import is_assumption, is_statable
@@ -77,6 +78,7 @@ class SequentialTracer(ValueTracer):
             itself (see `runtime.leaves`), and everything else is traced through, targets included.
         foreign: paths of forwards (`module:Class.forward`) whose modules are one step all the same.
         fixed: inputs and axes whose sizes are no symbols.
+        marks_cache: note which values would enter the key-value cache, where leaves are traced to.
 
     After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the
     glue needs, and `unmatched_ignore` the names in `ignore` that fit no function.
@@ -95,6 +97,7 @@ class SequentialTracer(ValueTracer):
         leaves: str = "target",
         foreign: Collection[str] = (),
         fixed: Collection[tuple[str, int]] = (),
+        marks_cache: bool = True,
     ) -> None:
         super().__init__(dtype)
         self.policy = LeafPolicy(foreign, dtype) if leaves != "target" else None
@@ -105,6 +108,7 @@ class SequentialTracer(ValueTracer):
         self.targets = frozenset(targets)
         self.samples = samples
         self.fixed = frozenset(fixed)
+        self.cached = CachedValues(self) if marks_cache and leaves != "target" else None
         self.decisions = Decisions(answers, self, self._constant_answer)
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
@@ -173,6 +177,9 @@ class SequentialTracer(ValueTracer):
             proofs = Proofs(self, loops)
             self._watch(root, proofs)
             self._watch_inside(root, Sections(self, leaf_memory))
+            if self.cached is not None:
+                self._note_caches(root, self.cached)
+                stack.enter_context(self.cached.queries_marked())
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
             deeper = {} if self.policy is None else {"min": smallest, "max": largest, "range": loops.range}
@@ -338,6 +345,12 @@ class SequentialTracer(ValueTracer):
             elif root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
                 module.forward = self._watched(module.forward)
 
+    def _note_caches(self, root: nn.Module, cached: CachedValues) -> None:
+        encoding = encoder_modules(root)
+        for name, module in root.named_modules():
+            if module is not root and module not in encoding and not self._is_step(root, name, module):
+                module.forward = cached.watched(name, module, module.forward) or module.forward
+
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             outer, self.shape_env.is_noting = self.shape_env.is_noting, True
@@ -373,6 +386,8 @@ def _drop_dropout(graph: fx.Graph) -> None:
     """In eval mode it hands on its argument, the very same tensor."""
     for node in list(graph.nodes):
         if node.target in _DROPOUT and not node.args[2]:
+            if CACHED in node.meta:
+                node.args[0].meta[CACHED] = (*node.args[0].meta.get(CACHED, ()), *node.meta[CACHED])
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

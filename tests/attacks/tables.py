@@ -12,6 +12,7 @@ import msgpack
 
 from runtime.manifest import (
     MANIFEST_NAME,
+    CachedValue,
     ConversionEntry,
     DimEntry,
     FileEntry,
@@ -95,6 +96,36 @@ def _doubled() -> bytes:
     more = b"\xb4targets_per_subgraph\x01"
     return b"\xde" + (int.from_bytes(good[1:3], "big") + 1).to_bytes(2, "big") + good[3:] + more
 
+
+def _cached() -> CachedValue:
+    return CachedValue(subgraph=0, module="layers.0", kind="Attention", part="k", name="add", after="add", heads=2)
+
+
+def cached(name: str, reason: str, changes: Mapping[str, Any]) -> Attack:
+    """A module whose keys are not what a program has; its values are."""
+    return changed(name, reason, cached=(replace(_cached(), **changes), replace(_cached(), part="v")))
+
+
+_NO_VALUE, _NO_MODULE = "has no such values", "is of no module of subgraph"
+CACHED: list[tuple[str, str, dict[str, Any]]] = [
+    ("a cached value that no statement makes", _NO_VALUE, {"name": "nowhere"}),
+    ("a cached value that is an input", _NO_VALUE, {"name": "x", "after": "x"}),
+    ("a cached value that is the run", _NO_VALUE, {"name": "run", "after": "add"}),
+    ("a cached value that is the model", _NO_VALUE, {"name": "self", "after": "add"}),
+    ("a cached value that is code", _NO_VALUE, {"name": "__import__('os')", "after": "add"}),
+    ("a cached value before it is made", _NO_VALUE, {"name": "layers_0", "after": "add"}),
+    ("a cached value after it is gone", _NO_VALUE, {"name": "constant_0", "after": "layers_0"}),
+    ("a cached value after no statement", _NO_VALUE, {"after": "nowhere"}),
+    ("a cached value of no subgraph", _NO_MODULE, {"subgraph": 9}),
+    ("a cached value of a negative subgraph", _NO_MODULE, {"subgraph": -1}),
+    ("a cached value of another subgraph's module", _NO_MODULE, {"subgraph": 1}),
+    ("a cached value of a module that is not there", _NO_MODULE, {"module": "layers.7"}),
+    ("a cached value of the whole model", _NO_MODULE, {"module": ""}),
+    ("a cached value of an unknown part", _NO_MODULE, {"part": "__class__"}),
+    ("a cached value of a class that is code", _NO_MODULE, {"kind": "a.b()"}),
+    ("a cached value of a negative number of heads", _NO_MODULE, {"heads": -1}),
+    ("a cached value of a billion heads", _NO_MODULE, {"heads": 2**30}),
+]
 
 ENCODING = [
     raw("an empty manifest", "is damaged", lambda: b""),
@@ -183,6 +214,17 @@ VALUES = [
     changed("a foreign leaf of any class", "is of class", foreign={"layers.0": "os:system"}, policy="linear"),
     changed("a foreign leaf that is a path", "is of class", foreign={"layers.0": "torch.nn:../x"}, policy="linear"),
     changed("a policy that is unknown", "leaves are one of", policy="everything"),
+    *(cached(*attack) for attack in CACHED),
+    changed(
+        "a cached value of keys alone",
+        "must have k and v",
+        cached=(replace(_cached(), part="k"),),
+    ),
+    changed(
+        "a module that keeps its keys twice",
+        "must have k and v",
+        cached=(_cached(), replace(_cached(), part="v"), _cached()),
+    ),
     changed("a kind of leaf that is unknown", "no kind of leaf", leaf_kinds=(LeafKind(kind="system"),)),
     changed("a leaf with odd options", "has the options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)),
     changed(

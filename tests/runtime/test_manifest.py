@@ -167,6 +167,7 @@ def of_version_1(minor: int) -> dict[str, Any]:
     for entry in older["inputs"]:
         del entry["absent"]
     del older["mixture_groups"]
+    del older["cached"]
     if minor < 5:
         del older["defaults"]
     if minor < 3:

@@ -41,7 +41,9 @@ def test_targets_that_match_other_modules_than_linear(model: Small, tmp_path: Pa
     result = calibrate(model, recipe(f"targets: ['{target}'], scheme: W8A8, ignore: [lm_head]"), out)
     has_table = target != "re:.*self_attn.*"
     assert ("model.embed_tokens" in config_of(out)["quantization_config"]["ignore"]) is has_table
-    said = "warning: model.embed_tokens stay as they are: targets match them, but embeddings are not quantized"
+    said = (
+        "warning: model.embed_tokens stay as they are: targets that match Linear modules, too, do not mean embeddings"
+    )
     assert (said in result.remarks) is has_table
     assert perplexity(model, out) > 1
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
