@@ -103,7 +103,8 @@ def _of_readers(
 
 def _caching(manifest: Manifest) -> list[str]:
     """The attention modules that keep keys and values."""
-    return list(dict.fromkeys(entry.module for entry in (*manifest.cached, *manifest.attentions)))
+    found = dict.fromkeys(entry.module for entry in manifest.cached)
+    return list(found | dict.fromkeys(entry.module for entry in manifest.attentions))
 
 
 def _attention_classes(artifact: Artifact) -> Iterator[str]:
