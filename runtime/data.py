@@ -28,22 +28,16 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.arguments import as_path, shown
-from runtime.chats import assistant_tokens, rendered
-from runtime.config_rules import stated_tokenizers
-from runtime.console import quiet
 from runtime.decoder import LABELS
+from runtime.document_tokens import Tokens, document_tokens, target_tokens
 from runtime.documents import Document, read_documents, require_file, require_pairs
 from runtime.errors import DataError, UsageError
-from runtime.offline import offline
-from runtime.regular_files import open_regular, require_regular_entries
 from runtime.token_file import (
     LOSS_MASK,
     SUFFIX,
@@ -54,6 +48,7 @@ from runtime.token_file import (
     require_place,
     save_tokens,
 )
+from runtime.tokenizer import NO_TOKENIZER, file_digest, load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +65,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and which of them count
-_NO_TOKENIZER = "give the tokenizer's directory, or a token file made by `seqbuild data`, which needs none"
 
 
 def load_tokens(
@@ -112,7 +105,7 @@ def load_tokens(
             raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
     elif tokenizer_dir is None:
         require_file(path)
-        raise DataError(f"{path} is text, and there is no tokenizer to read it with", hint=_NO_TOKENIZER)
+        raise DataError(f"{path} is text, and there is no tokenizer to read it with", hint=NO_TOKENIZER)
     else:
         found = tokenize_documents(
             [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
@@ -163,20 +156,20 @@ def tokenize_documents(
     documents = [document for path in paths for document in read_documents(path)]
     if not documents:
         raise DataError(f"{what} holds no text but white space")
-    tokenizer = _load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     targets = None
     if any(document.target is not None for document in documents):
         require_pairs(documents)
         if loss_mask:
             raise DataError("pairs of source and target have no loss mask", hint="leave --loss-mask out")
         some = _spread(documents, num_samples, f"{what} holds {len(documents)} pairs")
-        chosen = [_tokens(tokenizer, document, seq_len, False) for document in some]
-        targets = tuple(_target_ids(tokenizer, document, seq_len) for document in some)
+        chosen = [document_tokens(tokenizer, document, seq_len, False) for document in some]
+        targets = tuple(target_tokens(tokenizer, document, seq_len) for document in some)
     elif pack and seq_len is not None:
         chosen = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
     else:
         some = _spread(documents, num_samples, f"{what} holds {len(documents)} documents")
-        chosen = [_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
+        chosen = [document_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
     if loss_mask and not any(bool(counts_S.any()) for _, counts_S in chosen):
         raise DataError(
             f"the loss mask leaves no token of {what}: no sample contains text of the assistant",
@@ -186,9 +179,9 @@ def tokenize_documents(
     masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
     origin = Origin(
         tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
-        tokenizer_digest=_tokenizer_digest(tokenizer, tokenizer_dir),
+        tokenizer_digest=tokenizer_digest(tokenizer, tokenizer_dir),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        sources=tuple((path.name, _file_digest(path)) for path in paths),
+        sources=tuple((path.name, file_digest(path)) for path in paths),
     )
     return Tokenized(samples=samples, masks=masks, targets=targets, origin=origin)
 
@@ -268,10 +261,10 @@ def _windows(
     seq_len: int,
     what: str,
     loss_mask: bool,
-) -> list[_Tokens]:
+) -> list[Tokens]:
     import torch
 
-    parts = [_tokens(tokenizer, document, None, loss_mask) for document in documents]
+    parts = [document_tokens(tokenizer, document, None, loss_mask) for document in documents]
     ids_T, counts_T = torch.cat([ids for ids, _ in parts]), torch.cat([counts for _, counts in parts])
     num_windows = len(ids_T) // seq_len
     gives = f"{what} gives {num_windows} windows of {seq_len} tokens ({len(ids_T)} tokens in all)"
@@ -308,168 +301,6 @@ def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) ->
     if targets is not None:
         targets = tuple(target[:seq_len] for target in _spread(targets, num_samples, ""))
     return replace(data, samples=samples, masks=masks, targets=targets, seq_len=seq_len)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, loss_mask: bool) -> _Tokens:
-    """The ids [S] of one document, and which of them count, bool [S]."""
-    import torch
-
-    if loss_mask and not isinstance(document.content, str):
-        _require_characters(rendered(tokenizer, document), document)
-        ids, counts = assistant_tokens(tokenizer, document, max_length)
-        _require_tokens(ids, document)
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.bool)
-    ids_S = _token_ids(tokenizer, document, max_length)
-    return ids_S, torch.ones(len(ids_S), dtype=torch.bool)
-
-
-def _target_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
-    """The ids [T] of what is to be written."""
-    import torch
-
-    assert document.target is not None
-    _require_characters(document.target, document)
-    found: Any = tokenizer(
-        text_target=_without_added_tokens(tokenizer, document.target),
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
-    )
-    ids_T = torch.tensor(found["input_ids"][:max_length], dtype=torch.int64)
-    _require_tokens(ids_T, document)
-    return ids_T
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
-    """The ids [S] of one document. Where it is too long, the tokenizer keeps room for its special tokens."""
-    import torch
-
-    is_text = isinstance(document.content, str)
-    text = document.content if isinstance(document.content, str) else rendered(tokenizer, document)
-    _require_characters(text, document)
-    encoding: dict[str, Any] = tokenizer(
-        _without_added_tokens(tokenizer, text) if is_text else text,
-        add_special_tokens=is_text,
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
-    )
-    # A length with no room for anything but special tokens is not kept by every tokenizer.
-    ids_S = torch.tensor(encoding["input_ids"][:max_length], dtype=torch.int64)
-    _require_tokens(ids_S, document)
-    return ids_S
-
-
-def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text without the special tokens at its ends that the tokenizer adds itself, so that none is there twice.
-
-    Texts that were written by a chat template mostly begin with one.
-    """
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    if len(probe) < 2:
-        return text
-    for token, token_id in _named(tokenizer, "bos", "cls"):
-        if probe[0] == token_id:
-            text = text.removeprefix(token)
-    for token, token_id in _named(tokenizer, "eos", "sep"):
-        if probe[-1] == token_id:
-            text = text.removesuffix(token)
-    return text
-
-
-def _named(tokenizer: PreTrainedTokenizerBase, *kinds: str) -> list[tuple[str, int]]:
-    """Special tokens of these kinds that the tokenizer has, each once, with their ids."""
-    tokens = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
-    return [(token, getattr(tokenizer, f"{kind}_token_id")) for token, kind in tokens.items() if token]
-
-
-def _require_characters(text: str, document: Document) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{document.where} has half of a surrogate pair, which is no character") from error
-
-
-def _require_tokens(ids: Sequence[int] | Tensor, document: Document) -> None:
-    if not len(ids):
-        raise DataError(f"{document.where} gives no tokens", hint="take it out")
-
-
-# Japanese and phonemes: analysers in programs and shared libraries of their own, which the files may choose.
-_STARTS_PROGRAMS = re.compile(r"BertJapanese|Wav2Vec2Phoneme|Vits")
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not directory.is_dir():
-        raise DataError(f"{directory} is no directory with a tokenizer", hint=_NO_TOKENIZER)
-    try:
-        require_regular_entries(directory)
-    except OSError as error:
-        raise DataError(f"the tokenizer's file {error.filename} cannot be read: {error.strerror}") from error
-    try:
-        # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
-        # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
-        with quiet("transformers.configuration_utils"), offline():
-            _require_tokenizer_class(directory)
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-    except MemoryError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain `Exception`
-        why = str(error).partition("\n")[0]
-        raise DataError(f"{directory} holds no tokenizer that loads: {why}", hint=_NO_TOKENIZER) from error
-    # Given a config alone, transformers makes tokenizers without a vocabulary and does not complain.
-    if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
-        raise DataError(f"{directory} holds no tokenizer, only its config", hint=_NO_TOKENIZER)
-    return tokenizer
-
-
-def _require_tokenizer_class(directory: Path) -> None:
-    """Refuse a directory whose files name a class that is no tokenizer: transformers loads whatever has that name, a
-    model for instance; or one whose tokenizers start other programs.
-
-    Raises:
-        DataError: naming the class.
-    """
-    from transformers import PreTrainedTokenizerBase
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    for name in stated_tokenizers(directory):
-        for own in (name, name.removesuffix("Fast"), f"{name}Fast"):
-            found = tokenizer_class_from_name(own)
-            is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
-            if found is not None and (not is_tokenizer or _STARTS_PROGRAMS.match(own)):
-                raise DataError(f"{directory} names {name} as its tokenizer, which is not a tokenizer to be loaded")
-
-
-def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str:
-    """Over the names and contents of those files of the directory that determine what the tokenizer does."""
-    settings = [
-        "added_tokens.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    ]
-    digest = hashlib.sha256()
-    for name in [*_vocabulary_files(tokenizer), *settings]:
-        if (directory / name).is_file():
-            digest.update(f"{name} {_file_digest(directory / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _require_known_ids(data: TokenData, vocab_size: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from runtime.companions import copy_companions, may_be_copied
 from runtime.expert_tables import checkpoint_name
 from runtime.experts import Mixture
-from runtime.weights import numbered_list
+from runtime.source_checks import numbered_list
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact

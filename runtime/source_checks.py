@@ -7,8 +7,9 @@ in config.json although the weights are plain. Only file names, config files and
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def require_no_adapter(directory: Path) -> None:
 def is_quantization_name(key: str) -> bool:
     """Whether only a quantized checkpoint has tensors of this name."""
     return bool(_mark(key, ()))
+
+
+def numbered_list(keys: Sequence[str]) -> str:
+    """The name of the list of which these tensors belong to several members; empty where they do not."""
+    parts = [key.split(".") for key in keys]
+    columns = zip(*parts, strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    is_list = len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts)
+    return ".".join(parts[0][:depth]) if is_list else ""
 
 
 def described_files(directory: Path) -> str:

@@ -7,8 +7,7 @@ use (heads that predict several tokens, value heads, a head beside a base model)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from runtime.packed import stated
 from runtime.patterns import is_in
 from runtime.program import Run
 from runtime.recipe import some
-from runtime.source_checks import is_quantization_name
+from runtime.source_checks import is_quantization_name, numbered_list
 from runtime.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
@@ -347,15 +346,6 @@ class Weights:
             f"tensor {key!r} of {self.checkpoint.directory} has shape {list(found)}, the artifact expects "
             f"{list(expected)} for parameter {name}"
         )
-
-
-def numbered_list(keys: Sequence[str]) -> str:
-    """The name of the list of which these tensors belong to several members; empty where they do not."""
-    parts = [key.split(".") for key in keys]
-    columns = zip(*parts, strict=False)
-    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    is_list = len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts)
-    return ".".join(parts[0][:depth]) if is_list else ""
 
 
 def spellings(key: str, prefix: str) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models
 
-from runtime.data import _load_tokenizer
 from runtime.errors import DataError, ModelError
 from runtime.model_config import read_config, require_plain_attention
 from runtime.offline import offline
+from runtime.tokenizer import load_tokenizer
 from tests.attacks.attack import watched
 
 
@@ -105,9 +105,9 @@ def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool,
         tmp_path, {"model_type": "llama", **(entry if is_in_config else {})}, {} if is_in_config else entry
     )
     with pytest.raises(DataError, match=name):
-        _load_tokenizer(root)
+        load_tokenizer(root)
     with watched(root) as seen, pytest.raises(DataError, match=name):  # once more, with all libraries imported
-        _load_tokenizer(root)
+        load_tokenizer(root)
     assert seen == []
 
 
@@ -115,7 +115,7 @@ def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool,
     "name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "QWenTokenizer"]
 )
 def test_ordinary_tokenizers_load(name: str, tmp_path: Path) -> None:
-    assert _load_tokenizer(directory(tmp_path, {"model_type": "llama"}, {"tokenizer_class": name}))
+    assert load_tokenizer(directory(tmp_path, {"model_type": "llama"}, {"tokenizer_class": name}))
 
 
 def test_code_of_a_tokenizer_is_not_executed(tmp_path: Path) -> None:
@@ -123,5 +123,5 @@ def test_code_of_a_tokenizer_is_not_executed(tmp_path: Path) -> None:
     root = directory(tmp_path, {"model_type": "llama"}, entry)
     (root / "evil.py").write_text("raise SystemExit('it was executed')")
     with watched(root) as seen, pytest.raises(DataError, match="custom code"):
-        _load_tokenizer(root)
+        load_tokenizer(root)
     assert seen == []
