@@ -104,7 +104,7 @@ def model_batches(artifact: Artifact, batches: Any, *, is_scored: bool = False) 
         if LABELS in batch and (is_scored or DECODER_IDS in inputs):
             batch[LABELS] = _label_ids(where, batch, num_tokens)
         _require_token_masks(where, batch, inputs)
-        batch = completed(manifest, batch)  # noqa: PLW2901 - the same batch, with what follows from it
+        batch = completed(manifest, batch)
         _require_names(index, batch, inputs)
         made = {name: value for name, value in batch.items() if name in inputs or name in BESIDE_INPUTS}
         for name, entry in inputs.items():
