@@ -31,7 +31,7 @@ from runtime.derived import DerivedCheckpoint
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.inputs import require_in_range
 from runtime.model_config import artifact_config, read_config
-from runtime.packed import ENTRY
+from runtime.packed import ENTRY, OLD_ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
 from seqbuild.sample.inputs import SampleShape
@@ -216,7 +216,8 @@ class _LoadedPair:
                 "pretrained_model_name_or_path": None,
                 "state_dict": {key: checkpoint.read(key) for key in checkpoint},
             }
-            config.__dict__.pop(ENTRY, None)
+            for entry in (ENTRY, OLD_ENTRY):
+                config.__dict__.pop(entry, None)
         try:
             model: nn.Module = model_class(self.artifact).from_pretrained(
                 **given,
