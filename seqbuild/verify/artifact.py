@@ -228,6 +228,7 @@ class _LoadedPair:
             )
         except Exception as error:
             raise WeightsError(f"transformers cannot load {self.weights}: {' '.join(str(error).split())}") from error
+        _align(model)
         return model.eval()
 
     def twin(self) -> nn.Module:
@@ -244,6 +245,16 @@ class _LoadedPair:
         if self.artifact.manifest.parameters and source.schemes:
             raise WeightsError(f"{self.weights} is quantized", hint="verify with the checkpoint that was compiled")
         return source
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights to where memory that torch reserves begins.
+
+    transformers leaves them where they lie in the file. Vectorized loops add numbers up in an order that depends on
+    where they begin, and so the last bits of a sum do.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _attention(artifact: Artifact) -> str | None:
