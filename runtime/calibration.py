@@ -35,12 +35,11 @@ from runtime.arguments import (
     require_methods,
     require_recipe,
 )
-from runtime.checked_batches import as_batches, require_inputs
+from runtime.checked_batches import model_batches
 from runtime.checkpoint import Checkpoint
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, RecipeError
 from runtime.finish import not_quantized, write_companions
-from runtime.inputs import completed
 from runtime.jobs import assign_jobs
 from runtime.key_values import attach
 from runtime.layout import Layout
@@ -137,8 +136,7 @@ def calibrate(
     require_methods("watchers", watchers, "tell")
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    batches = [completed(artifact.manifest, batch) for batch in as_batches(batches)]
-    batches = require_inputs(artifact, batches)
+    batches = model_batches(artifact, batches)
     if resume:
         require_unfinished(path)
     require_free(path)

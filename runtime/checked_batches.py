@@ -7,7 +7,7 @@ compiled with. Everything else is refused, naming the batch, the input and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,15 @@ import torch
 from runtime.arguments import shown
 from runtime.decoder import LABELS, NOT_A_LABEL
 from runtime.errors import DataError
+from runtime.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK, completed, require_in_range
 from runtime.token_file import LOSS_MASK
 
 if TYPE_CHECKING:
     from runtime.artifact import Artifact
     from runtime.manifest import InputEntry
 
-# What a batch may have besides the model's inputs: it says which tokens count.
-_MASK = "attention_mask"
-_BESIDE = (_MASK, LOSS_MASK, LABELS)
-_TOKENS = ("input_ids", "decoder_input_ids")
+_TOKENS = (IDS, DECODER_IDS)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EXPECTED = "a list of batches, each a dict from input names to tensors [batch, ...]"
 
 
@@ -70,6 +69,8 @@ def _as_tensor(where: str, name: Any, value: Any) -> torch.Tensor:
         raise DataError(f"{where} is {shown(value)}", hint=hint)
     if value.is_meta or hasattr(value, "fake_mode"):
         raise DataError(f"{where} is a tensor without values", hint="give real data")
+    if value.is_nested or value.is_quantized:
+        raise DataError(f"{where} is a nested or quantized tensor", hint="give a plain one")
     if value.layout is not torch.strided:
         raise DataError(f"{where} is a tensor of layout {value.layout}", hint="give a dense one: tensor.to_dense()")
     if not value.numel():
@@ -77,35 +78,39 @@ def _as_tensor(where: str, name: Any, value: Any) -> torch.Tensor:
     return value.detach().cpu()
 
 
-def require_inputs(artifact: Artifact, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Batches of the inputs that the artifact takes, in its dtypes.
+def model_batches(artifact: Artifact, batches: Any, *, is_scored: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Batches of the inputs that the artifact takes, in its dtypes; those that follow from others are made.
+
+    Args:
+        artifact: says what it takes.
+        batches: as of `as_batches`.
+        is_scored: whether labels of a causal model matter, too; those of a decoder always do.
 
     Raises:
         DataError: naming the batch, the input and what is expected.
     """
-    from runtime.inputs import require_in_range
     from runtime.model_config import text_limits
 
     # Torch tells a size of one from all others by itself, whatever the model's code does.
     dims = tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in artifact.manifest.dims)
     manifest = replace(artifact.manifest, dims=dims)
     inputs = {entry.name: entry for entry in manifest.inputs}
+    given = as_batches(batches)
     is_text = all(entry.dtype.startswith(("int", "bool")) for entry in inputs.values())
-    num_tokens, longest = text_limits(artifact) if is_text and batches else (None, None)
+    num_tokens, longest = text_limits(artifact) if is_text and given else (None, None)
     found: list[dict[str, torch.Tensor]] = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(given):
+        where = f"batch {index}: "
+        if LABELS in batch and (is_scored or DECODER_IDS in inputs):
+            batch[LABELS] = _label_ids(where, batch, num_tokens)
+        _require_token_masks(where, batch, inputs)
+        batch = completed(manifest, batch)
         _require_names(index, batch, inputs)
-        made = {name: value for name, value in batch.items() if name in inputs or name in _BESIDE}
+        made = {name: value for name, value in batch.items() if name in inputs or name in BESIDE_INPUTS}
         for name, entry in inputs.items():
-            made[name] = _fitting(f"batch {index}: {name}", batch[name], entry)
+            made[name] = _fitting(f"{where}{name}", batch[name], entry)
             if is_text and name in _TOKENS:
-                _require_known(f"batch {index}: {name}", made[name], num_tokens, longest)
-        mask, ids = made.get(_MASK), made.get(_TOKENS[0])
-        if mask is not None and _MASK not in inputs and ids is not None and mask.shape != ids.shape:
-            raise DataError(f"batch {index}: {_MASK} has the shape {list(mask.shape)} for {list(ids.shape)} tokens")
-        if is_text and LABELS in made:
-            labels = made[LABELS]
-            _require_known(f"batch {index}: {LABELS}", labels[labels != NOT_A_LABEL], num_tokens, None)
+                _require_known(f"{where}{name}", made[name], num_tokens, longest)
         found.append(made)
         try:
             require_in_range(manifest, [made])
@@ -113,6 +118,38 @@ def require_inputs(artifact: Artifact, batches: Sequence[Mapping[str, torch.Tens
             message = error.message.removeprefix("a batch has ")
             raise DataError(f"batch {index} has {message}", hint=error.hint) from None
     return found
+
+
+def _label_ids(where: str, batch: Mapping[str, torch.Tensor], num_tokens: int | None) -> torch.Tensor:
+    """Labels in int64, which are token ids or -100."""
+    labels, ids, own = batch[LABELS], batch.get(IDS), batch.get(DECODER_IDS)
+    expected = "expected integers [batch, sequence], -100 where there is no label"
+    if labels.dtype not in _INTEGERS:
+        raise DataError(f"{where}{LABELS} is {labels.dtype}", hint=expected)
+    if labels.dim() != 2:
+        raise DataError(f"{where}{LABELS} has the shape {list(labels.shape)}", hint=expected)
+    if ids is not None and ids.dim() == 2 and len(ids) != len(labels):
+        raise DataError(f"{where}{LABELS} has the shape {list(labels.shape)} for {len(ids)} samples", hint=expected)
+    if own is not None and own.shape != labels.shape:
+        raise DataError(f"{where}{LABELS} has the shape {list(labels.shape)} for {DECODER_IDS} of {list(own.shape)}")
+    known = labels[labels != NOT_A_LABEL]
+    if known.numel() and int(known.min()) < 0:
+        raise DataError(f"{where}{LABELS} has the token id {int(known.min())}", hint=expected)
+    _require_known(f"{where}{LABELS}", known, num_tokens, None)
+    return labels.to(torch.int64)
+
+
+def _require_token_masks(where: str, batch: Mapping[str, torch.Tensor], inputs: Container[str]) -> None:
+    """Refuse masks that say of other tokens, or by other numbers, whether they count."""
+    ids = batch.get(IDS)
+    for name in (MASK, LOSS_MASK):
+        mask = batch.get(name)
+        if mask is None or name in inputs:
+            continue
+        if mask.dtype not in (*_INTEGERS, torch.bool):
+            raise DataError(f"{where}{name} is {mask.dtype}", hint="expected integers [batch, sequence], 0 or 1")
+        if ids is not None and mask.shape != ids.shape:
+            raise DataError(f"{where}{name} has the shape {list(mask.shape)} for {list(ids.shape)} tokens")
 
 
 def _require_names(index: int, batch: Mapping[str, torch.Tensor], inputs: Mapping[str, InputEntry]) -> None:
@@ -123,7 +160,7 @@ def _require_names(index: int, batch: Mapping[str, torch.Tensor], inputs: Mappin
         raise DataError(f"batch {index} has no {missing[0]}; {has}", hint=f"the artifact takes {expected}")
     for name, value in batch.items():
         # A tokenizer that gives these gives zeros for text, which are as good as none.
-        is_harmless = name in _BESIDE or (name == "token_type_ids" and not bool(value.any()))
+        is_harmless = name in BESIDE_INPUTS or (name == "token_type_ids" and not bool(value.any()))
         if name not in inputs and not is_harmless:
             raise DataError(
                 f"batch {index} has {name}, which the artifact does not take",

@@ -18,6 +18,7 @@ from pathlib import Path
 from runtime.source_checks import ADAPTER_FILES, QUANTIZATION_FILES
 
 _KINDS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".codes", ".tokenizer")
+_NUMBERED_MODEL = re.compile(r"tokenizer\.model\.v[0-9]+(m[0-9]+)?")  # of Mistral's own tokenizers
 _LICENCE = re.compile(
     r"(.*[-_])?(licen[cs]es?|notices?|copying|copyright|use[-_]policy)([-_.].*)?", re.IGNORECASE | re.DOTALL
 )
@@ -27,6 +28,7 @@ _NOT_COPIED = (*_WEIGHT_KINDS, ".py", ".index.json")
 _NEVER_COPIED = (
     *ADAPTER_FILES,  # readers load other weights on top
     *QUANTIZATION_FILES,  # describe a quantization that the result does not have
+    "trainer_state.json",  # of a training, not of the model
     "params.json",  # describes the original weights in Mistral's and Meta's own form
 )
 _LARGEST_BYTES = 128 * 2**20
@@ -78,6 +80,8 @@ def _of_folder(folder: Path, home: Path) -> Iterator[Path]:
 def _is_companion(name: str) -> bool:
     suffix = Path(name).suffix.lower()
     is_licence = _LICENCE.fullmatch(name) is not None
+    if _NUMBERED_MODEL.fullmatch(name):
+        return True
     return suffix in _KINDS or (is_licence and (suffix in _LICENCE_KINDS or suffix[1:].isdigit()))
 
 

@@ -43,7 +43,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         return stored
     dtype = _dtype(stored.config)
     tensors = {key: _derived(stored, key, tensor, dtype) for key, tensor in packed.items()}
-    _require_all_scaled(stored, tensors)
     config = without_quantization(stored.config)
     return DerivedCheckpoint(stored, tensors, hidden=tuple(unused), config=config)
 
@@ -76,15 +75,6 @@ def _derived(checkpoint: Checkpoint, key: str, packed: Packed, dtype: str) -> De
         return undo(read(numbers), read(scales), packed.block, getattr(torch, dtype))
 
     return Derived(stored=Stored(key, _FLOATS[dtype], packed.shape), sources=packed.parts, make=make)
-
-
-def _require_all_scaled(checkpoint: Checkpoint, tensors: dict[str, Derived]) -> None:
-    for key in checkpoint:
-        if checkpoint.stored(key).dtype == "F8_E4M3" and key not in tensors:
-            raise WeightsError(
-                f"{checkpoint.directory}: {key!r} is in float8 and has no scale ({key}_scale_inv)",
-                hint="copy the checkpoint again",
-            )
 
 
 def _undo_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

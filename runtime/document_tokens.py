@@ -79,16 +79,25 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
     Texts that were written by a chat template mostly begin with one.
     """
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    if len(probe) < 2:
-        return text
+    before, after = _added_ids(tokenizer)
     for token, token_id in _named(tokenizer, "bos", "cls"):
-        if probe[0] == token_id:
+        if before[:1] == [token_id]:
             text = text.removeprefix(token)
     for token, token_id in _named(tokenizer, "eos", "sep"):
-        if probe[-1] == token_id:
+        if after[-1:] == [token_id]:
             text = text.removesuffix(token)
     return text
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after those of a text."""
+    for probe in ("a", "1", "."):  # some know few characters
+        plain = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
+        whole = list(tokenizer(probe, verbose=False)["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+    return [], []
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, *kinds: str) -> list[tuple[str, int]]:

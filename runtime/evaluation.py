@@ -28,12 +28,12 @@ import torch
 
 from runtime.activations import Activations
 from runtime.arguments import as_device, as_dtype, as_path, require_artifact, require_callable
-from runtime.checked_batches import as_batches, require_inputs
+from runtime.checked_batches import model_batches
 from runtime.decoder import LABELS, NOT_A_LABEL
 from runtime.dequantize import open_checkpoint
 from runtime.errors import DataError, ModelError, QuantizationError
 from runtime.half_products import quick_halves
-from runtime.inputs import DECODER_IDS, IDS, MASK, completed
+from runtime.inputs import DECODER_IDS, IDS, MASK
 from runtime.machine import OWN_THREADS, require_threads
 from runtime.quantized import input_quantization
 from runtime.split import split_experts
@@ -81,8 +81,8 @@ def evaluate(
         artifact: the compiled model.
         weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
-            Of an encoder-decoder model, `labels` [B, T] are what is predicted, -100 where nothing is; without them, and
-            without `decoder_input_ids`, the text itself.
+            `labels` [B, S] are what is predicted, -100 where nothing is, those of a causal model in the place of the
+            token itself; without them, and without `decoder_input_ids`, the text itself.
         device: where subgraphs run.
         dtype: of weights and activations; None for the model's own.
         progress: called with one line for each subgraph.
@@ -97,15 +97,16 @@ def evaluate(
     """
     start = time.perf_counter()
     artifact, device, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
-    weights, batches = as_path("weights", weights), as_batches(batches)
+    weights = as_path("weights", weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     _require_predicting(artifact.manifest)
-    batches = [completed(artifact.manifest, batch) for batch in batches]
-    batches = require_inputs(artifact, batches)
-    labels = [_labels(artifact.manifest, batch) for batch in batches]
+    batches = model_batches(artifact, batches, is_scored=True)
+    labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
     if not num_tokens:
+        if any(LABELS in batch for batch in batches):
+            raise DataError("no label counts, so nothing is predicted", hint=f"{NOT_A_LABEL} marks what does not")
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
     checkpoint = open_checkpoint(Path(weights))
@@ -171,7 +172,7 @@ def _require_predicting(manifest: Manifest) -> None:
     raise ModelError(why, hint="perplexity is for causal and encoder-decoder language models")
 
 
-def _labels(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _labels(manifest: Manifest, index: int, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What each position of the logits predicts, int64 [B, S]; -100 where that does not count.
 
     Raises:
@@ -179,9 +180,13 @@ def _labels(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> torch.Tens
     """
     if any(entry.name == DECODER_IDS for entry in manifest.inputs):
         if LABELS not in batch:
-            raise DataError("the batches have decoder_input_ids and no labels", hint="give labels [batch, sequence]")
+            what = f"batch {index} has {DECODER_IDS} and no labels"
+            raise DataError(what, hint="give labels [batch, sequence]")
         return batch[LABELS]
-    ids_BS = batch[IDS]
+    ids_BS = batch.get(LABELS, batch[IDS])
+    if ids_BS.shape != batch[IDS].shape:
+        shapes = f"{list(ids_BS.shape)} for {list(batch[IDS].shape)}"
+        raise DataError(f"batch {index}: {LABELS} has the shape {shapes} tokens", hint="give one label a token")
     labels_BS = torch.full_like(ids_BS, NOT_A_LABEL)
     labels_BS[:, :-1] = ids_BS[:, 1:]
     if MASK in batch:

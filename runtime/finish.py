@@ -13,6 +13,7 @@ from torch import nn
 from runtime.companions import copy_companions, may_be_copied
 from runtime.expert_tables import checkpoint_name
 from runtime.experts import Mixture
+from runtime.packed import without_quantization
 from runtime.source_checks import numbered_list
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def write_companions(
         quantization_config: for config.json.
     """
     compiled = json.loads(artifact.companions.get("config.json", b"{}").decode("utf-8"))
-    config = (checkpoint.config or compiled) | {"quantization_config": quantization_config}
+    config = without_quantization(checkpoint.config or compiled) | {"quantization_config": quantization_config}
     if artifact.model_code is not None:
         config["auto_map"] = _local(compiled.get("auto_map", {}))
         for name, data in artifact.model_code.files.items():

@@ -60,8 +60,8 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
     """
     made = dict(batch)
     names = [entry.name for entry in manifest.inputs]
-    text = made.get(LABELS, made.get(IDS))
-    if DECODER_IDS in names and DECODER_IDS not in made and text is not None and text.dim() == 2:
+    has_text = LABELS in made or (IDS in made and made[IDS].dim() == 2)
+    if DECODER_IDS in names and DECODER_IDS not in made and has_text:
         rule = _rule(manifest)
         made[LABELS] = _labels(made)
         made[DECODER_IDS] = shifted(made[LABELS], rule)

@@ -20,6 +20,7 @@ from typing import Any
 from runtime.errors import WeightsError
 
 ENTRY = "quantization_config"
+OLD_ENTRY = "compression_config"  # of early versions of compressed-tensors, which vLLM still reads
 FP8, MXFP4 = "fp8", "mxfp4"
 READABLE = "compressed-tensors"  # a reader's own matter: it takes weights as they are stored
 
@@ -51,11 +52,20 @@ def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A model with several parts may say it where its text model is described.
     """
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get(ENTRY), Mapping) and part[ENTRY]:
-            found: Mapping[str, Any] = part[ENTRY]
-            return found
-    return {}
+    path = entry_path(config)
+    found: Mapping[str, Any] = config
+    for name in path.split(".") if path else ():
+        found = found[name]
+    return found if path else {}
+
+
+def entry_path(config: Mapping[str, Any]) -> str:
+    """Where a config.json says it, by the names of entries; empty for a plain checkpoint."""
+    for prefix, part in (("", config), ("text_config.", config.get("text_config"))):
+        for name in (ENTRY, OLD_ENTRY):
+            if isinstance(part, Mapping) and isinstance(part.get(name), Mapping) and part[name]:
+                return f"{prefix}{name}"
+    return ""
 
 
 def described(entry: Mapping[str, Any]) -> str:
@@ -67,9 +77,10 @@ def described(entry: Mapping[str, Any]) -> str:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model with plain weights."""
-    plain = {name: value for name, value in config.items() if name != ENTRY}
+    entries = (ENTRY, OLD_ENTRY)
+    plain = {name: value for name, value in config.items() if name not in entries}
     if isinstance(plain.get("text_config"), Mapping):
-        plain["text_config"] = {name: value for name, value in plain["text_config"].items() if name != ENTRY}
+        plain["text_config"] = {name: value for name, value in plain["text_config"].items() if name not in entries}
     return plain
 
 

@@ -146,7 +146,7 @@ class Recipe:
         for pattern in unmatched:
             raise RecipeError(
                 f"{self.source}:{pattern.line}: the target {pattern.text!r} matches no module",
-                hint=f"the model has {some(linears)}",
+                hint=f"the model has {some(linears)}" if linears else "it has no Linear module",
             )
         if not assigned:
             raise RecipeError(f"{self.source}: the recipe ignores every module that it targets")

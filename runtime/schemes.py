@@ -374,8 +374,18 @@ class CheckpointSchemes:
         except (ValueError, TypeError, NotImplementedError, KeyError) as error:
             raise WeightsError(f"the checkpoint's quantization_config cannot be read: {error}") from error
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:
-            raise WeightsError(f"the checkpoint is {parsed.quantization_status.value}, not compressed")
+            status = parsed.quantization_status.value
+            raise WeightsError(
+                f"the checkpoint's quantization_config says that it is {status}, not compressed",
+                hint="save it compressed (save_compressed=True); if its weights are plain, remove the entry",
+            )
         schemes = parsed.config_groups.values()
+        for scheme in schemes:
+            if scheme.weights is None and (
+                scheme.input_activations is None or set(scheme.targets) & {"Linear", "Embedding"}
+            ):
+                listed = ", ".join(scheme.targets)
+                raise WeightsError(f"the checkpoint's quantization_config has a group without weights for {listed}")
         queries = [scheme.input_activations for scheme in schemes if scheme.weights is None]
         has_queries = any(args is not None for args in queries)
         cache = next((args for args in (parsed.kv_cache_scheme, *queries) if args is not None), None)

@@ -91,7 +91,8 @@ class ShardFiles:
             try:
                 count = os.preadv(opened.number, [memory[done : done + _PIECE_BYTES]], begin + done)
             except OSError as error:
-                raise WeightsError(f"{self.directory / name} cannot be read: {error.strerror}") from error
+                what = f"{self.directory / name} cannot be read: {error.strerror}"
+                raise WeightsError(what, is_resumable=True) from error
             if not count:
                 break
             done += count
@@ -133,7 +134,8 @@ class ShardFiles:
                 try:
                     opened = _Descriptor(self.directory / name)
                 except OSError as error:
-                    raise WeightsError(f"{self.directory / name} cannot be read: {error.strerror}") from error
+                    what = f"{self.directory / name} cannot be read: {error.strerror}"
+                    raise WeightsError(what, is_resumable=True) from error
                 if opened.version() != self._versions[name]:
                     raise self._changed(name, opened.version())
             self._open[name] = opened
@@ -149,5 +151,6 @@ class ShardFiles:
         sizes = f": it had {expected.size} bytes and now has {found.size}" if found.size != expected.size else ""
         return WeightsError(
             f"{self.directory / name} was changed while it was read{sizes}",
-            hint="put the file back as it was, with its time of change (cp -p), and go on with --resume, or start anew",
+            hint="put the file back as it was, with its time of change (cp -p), or start anew",
+            is_resumable=True,
         )

@@ -97,8 +97,11 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
             raise
         except Exception as error:
             why = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, AttributeError):  # that is how the package finds out
+                why = "it is a key of another kind"
+            make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
             raise SignatureError(
-                f"{private_key} cannot sign: {why}", hint="it is an elliptic curve key in PEM"
+                f"{private_key} cannot sign: {why}", hint=f"it must be an elliptic curve key in PEM: {make}"
             ) from error
         return place.read_bytes()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import WeightsError
-from runtime.packed import ENTRY, described, stated
+from runtime.packed import ENTRY, FP8, described, entry_path, stated
 
 # Files in which other tools describe a quantization, and the tools.
 QUANTIZATION_FILES: Mapping[str, str] = {
@@ -30,6 +30,7 @@ _FILE_LIMIT_BYTES = 2**20
 
 # Last parts of names that only tensors of a quantized checkpoint have, and what made them.
 _MARKS: Mapping[str, str] = {
+    "_weight_qdata": "torchao",
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
     "g_idx": "GPTQ",
@@ -51,6 +52,7 @@ _MARKS: Mapping[str, str] = {
 }
 _CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
 _BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
+_ROUND_WHILE_RUNNING = ("bitnet",)  # with plain weights, which are not what the model computes with
 _NARROW = ("F8_", "F6_", "F4")
 
 
@@ -68,9 +70,15 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
     quantized = next((key for key in dtypes if _mark(key, dtypes) or dtypes[key].startswith(_NARROW)), None)
     entry = stated(config)
     if entry and quantized is None and not _may_have_plain_weights(entry, dtypes):
+        path = entry_path(config)
+        message = f"{directory / 'config.json'} has a {path.rpartition('.')[2]} ({described(entry)})"
+        if entry.get("quant_method") in _ROUND_WHILE_RUNNING:
+            raise WeightsError(
+                f"{message}: layers of this model round their weights and inputs while it runs, which is not supported",
+                hint="take a model that is computed with its weights as they are",
+            )
         raise WeightsError(
-            f"{directory / 'config.json'} has a {ENTRY} ({described(entry)}), but the weights are not quantized",
-            hint=f"remove the entry {_entry_path(config)!r} from config.json",
+            f"{message}, but the weights are not quantized", hint=f"remove the entry {path!r} from config.json"
         )
     if quantized is not None and not entry:
         raise WeightsError(
@@ -79,6 +87,8 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
             f"and its config.json has no {ENTRY}",
             hint="start from the original checkpoint, or restore that entry if the format is supported",
         )
+    if entry.get("quant_method") == FP8:
+        _require_scales(directory, dtypes)
 
 
 def require_no_adapter(directory: Path) -> None:
@@ -149,8 +159,15 @@ def _mark(key: str, names: Container[str]) -> str:
 def _may_have_plain_weights(entry: Mapping[str, Any], dtypes: Mapping[str, str]) -> bool:
     """Whether the entry is about something else than weights: a key-value cache, or rotations."""
     has_cache = any(key.rpartition(".")[2] in _CACHE_MARKS for key in dtypes)
-    return has_cache or bool(entry.get("transform_config")) or entry.get("config_groups") == {}
+    has_no_groups = entry.get("config_groups") == {} and bool(entry.get("kv_cache_scheme"))
+    return has_cache or bool(entry.get("transform_config")) or has_no_groups
 
 
-def _entry_path(config: Mapping[str, Any]) -> str:
-    return ENTRY if config.get(ENTRY) else f"text_config.{ENTRY}"
+def _require_scales(directory: Path, dtypes: Mapping[str, str]) -> None:
+    """Refuse float8 weights without a factor in a checkpoint whose config says that they have one."""
+    for key, dtype in dtypes.items():
+        if dtype.startswith("F8_") and not key.endswith(_SCALE_INV) and f"{key}{_SCALE_INV}" not in dtypes:
+            raise WeightsError(
+                f"{directory}: {key!r} is in float8 and has no scale ({key}{_SCALE_INV})",
+                hint="copy the checkpoint again, or start from the original one",
+            )

@@ -325,7 +325,7 @@ class Weights:
         if found:
             yield (
                 f"warning: the model does not use {len(found)} tensors of the checkpoint, which are copied "
-                f"unchanged: {some(found)}"
+                f"and not quantized: {some(found)}"
             )
 
     def _require_shape(self, name: str) -> None:

@@ -16,6 +16,7 @@ import seqbuild
 ROOT = Path(__file__).parents[1]
 # What the compiler may use of the host's part: what both have to agree on, and nothing that runs a model.
 SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file", "chats"}
+SHARED |= {"document_tokens", "tokenizer"}
 SHARED |= {
     "library",
     "offline",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.console import tell_when_stopped
-from runtime.errors import OutputError, SeqbuildError, WeightsError
+from runtime.errors import OutputError, SeqbuildError
 from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
@@ -124,7 +124,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             elif not isinstance(error, SeqbuildError):
                 tell_when_stopped(_what_is_left(out))
             elif error.is_resumable:
-                error.hint = f"{error.hint}; {_what_is_left(out)}"
+                error.hint = "; ".join(part for part in (error.hint, _what_is_left(out)) if part)
             raise
         finally:
             place.journal.close()
@@ -217,4 +217,4 @@ def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
         return False
     if not isinstance(error, SeqbuildError):
         return True
-    return error.is_resumable or isinstance(error, (OutputError, WeightsError, MemoryError, RuntimeError))
+    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))

@@ -51,6 +51,22 @@ def require_sample(model: nn.Module, sample: Any) -> None:
             raise DataError(
                 f"the sample has no {name}, which {type(model).__name__}.forward requires", hint=f"it takes {takes}"
             )
+    for prefix in ("", "decoder_"):
+        _require_mask_of_tokens(model, sample, prefix)
+
+
+def _require_mask_of_tokens(model: nn.Module, sample: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a mask of other tokens than the sample has; with a cache, or code that adds some, it may be longer."""
+    ids, mask = sample.get(f"{prefix}input_ids"), sample.get(f"{prefix}attention_mask")
+    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or mask.dim() != 2 or ids.dim() != 2:
+        return
+    has_cache = any(sample.get(name) is not None for name in ("past_key_values", "cache"))
+    may_be_longer = has_cache or not type(model).__module__.startswith("transformers.")
+    if len(mask) != len(ids) or mask.shape[1] < ids.shape[1] or (mask.shape[1] > ids.shape[1] and not may_be_longer):
+        raise DataError(
+            f"{prefix}attention_mask of the sample has the shape {list(mask.shape)} for {list(ids.shape)} tokens",
+            hint="give one number for each token",
+        )
 
 
 def _require_value(name: str, value: Any, annotation: str) -> None:

@@ -31,7 +31,7 @@ from runtime.derived import DerivedCheckpoint
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.inputs import require_in_range
 from runtime.model_config import artifact_config, read_config
-from runtime.packed import ENTRY
+from runtime.packed import ENTRY, OLD_ENTRY
 from runtime.skeleton import model_class
 from runtime.weights import Weights, place_buffers
 from seqbuild.sample.inputs import SampleShape
@@ -216,7 +216,8 @@ class _LoadedPair:
                 "pretrained_model_name_or_path": None,
                 "state_dict": {key: checkpoint.read(key) for key in checkpoint},
             }
-            config.__dict__.pop(ENTRY, None)
+            for entry in (ENTRY, OLD_ENTRY):
+                config.__dict__.pop(entry, None)
         try:
             model: nn.Module = model_class(self.artifact).from_pretrained(
                 **given,
@@ -227,6 +228,7 @@ class _LoadedPair:
             )
         except Exception as error:
             raise WeightsError(f"transformers cannot load {self.weights}: {' '.join(str(error).split())}") from error
+        _align(model)
         return model.eval()
 
     def twin(self) -> nn.Module:
@@ -243,6 +245,16 @@ class _LoadedPair:
         if self.artifact.manifest.parameters and source.schemes:
             raise WeightsError(f"{self.weights} is quantized", hint="verify with the checkpoint that was compiled")
         return source
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights to where memory that torch reserves begins.
+
+    transformers leaves them where they lie in the file. Vectorized loops add numbers up in an order that depends on
+    where they begin, and so the last bits of a sum do.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _attention(artifact: Artifact) -> str | None:

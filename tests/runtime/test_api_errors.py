@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 import runtime
 import seqbuild
 from runtime.errors import DataError, DeviceError, RecipeError, SeqbuildError, UsageError
-from tests.runtime.small import NARROW_W4, Small, recipe, token_batches
+from tests.runtime.small import NARROW_W4, Small, load_transformers, recipe, token_batches
 
 (BATCH,) = token_batches([(2, 16)])
 IDS, MASK = BATCH["input_ids"], BATCH["attention_mask"]
@@ -72,6 +72,18 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "tensors": (lambda: [IDS], "batch 0 is a torch.Tensor"),
     "texts": (lambda: ["text"], "batch 0 is 'text'"),
     "keys": (lambda: [{0: IDS}], "batch 0: 0 is no name of an input"),
+    "nested": (
+        lambda: [{**BATCH, "input_ids": torch.nested.as_nested_tensor([IDS[0], IDS[1, :3]], layout=torch.jagged)}],
+        "batch 0: input_ids is a nested or quantized tensor",
+    ),
+    "fractions": (
+        lambda: [BATCH, {**BATCH, "loss_mask": torch.rand(2, 16)}],
+        r"batch 1: loss_mask is torch\.float32 \(expected integers",
+    ),
+    "lengths of a mask": (
+        lambda: [BATCH, {**BATCH, "loss_mask": MASK[:, :7]}],
+        r"batch 1: loss_mask has the shape \[2, 7\] for \[2, 16\] tokens",
+    ),
 }
 
 
@@ -271,3 +283,78 @@ def test_options_of_compile(changed: dict[str, Any], tmp_path: Path) -> None:
 def test_errors_survive_being_sent_to_another_process() -> None:
     error = DataError("batch 0 is None", hint="give a list")
     assert str(pickle.loads(pickle.dumps(error))).startswith("batch 0 is None")
+
+
+@pytest.fixture(scope="module")
+def t5(small: Callable[..., Small]) -> Small:
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 258}
+    return small("T5ForConditionalGeneration", "T5Config", {**sizes, "decoder_start_token_id": 0, "pad_token_id": 0})
+
+
+LABELS = IDS[:, :5]
+BAD_LABELS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank 3": ({"labels": LABELS[..., None]}, r"labels has the shape \[2, 5, 1\] \(expected"),
+    "rank 1": ({"labels": LABELS[0]}, r"labels has the shape \[5\] \(expected"),
+    "rows": ({"labels": LABELS[:1]}, r"labels has the shape \[1, 5\] for 2 samples"),
+    "float": ({"labels": LABELS.float()}, r"labels is torch\.float32 \(expected"),
+    "bool": ({"labels": LABELS.bool()}, r"labels is torch\.bool \(expected"),
+    "large": ({"labels": LABELS * 0 + 258}, "labels has the token id 258, and the model's vocabulary has 258"),
+    "negative": ({"labels": LABELS * 0 - 1}, r"labels has the token id -1 \(.*-100"),
+    "lengths": (
+        {"labels": LABELS, "decoder_input_ids": LABELS[:, :3]},
+        r"labels has the shape \[2, 5\] for decoder_input_ids of \[2, 3\]",
+    ),
+    "list": ({"labels": LABELS.tolist()}, "labels is a list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_labels_of_a_decoder_that_are_none(t5: Small, tmp_path: Path, name: str) -> None:
+    entries, message = BAD_LABELS[name]
+    bad = [{**BATCH, "labels": LABELS}, {**BATCH, **entries}]
+    with pytest.raises(DataError, match="batch 1: " + message):
+        runtime.evaluate(t5.load(), weights=t5.weights, batches=bad)
+    with pytest.raises(DataError, match="batch 1: " + message):
+        runtime.calibrate(t5.load(), weights=t5.weights, recipe=RTN, batches=bad, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_another_width(t5: Small, dtype: torch.dtype) -> None:
+    labels = LABELS.clamp(max=200)
+    wide, narrow = ([{**BATCH, "labels": value}] for value in (labels, labels.to(dtype)))
+    expected = runtime.evaluate(t5.load(), weights=t5.weights, batches=wide)
+    assert runtime.evaluate(t5.load(), weights=t5.weights, batches=narrow).perplexity == expected.perplexity
+
+
+def test_labels_of_which_none_counts(t5: Small) -> None:
+    with pytest.raises(DataError, match="no label counts"):
+        runtime.evaluate(t5.load(), weights=t5.weights, batches=[{**BATCH, "labels": LABELS * 0 - 100}])
+
+
+def test_labels_of_a_causal_model_say_what_counts(narrow_llama: Small) -> None:
+    """As in transformers' own loss; tokens of padding do not count in any case."""
+    model = load_transformers(narrow_llama.weights)
+    labels = IDS.clone()
+    labels[0, :9] = labels[1, 3:5] = -100
+    with torch.no_grad():
+        expected = model(**BATCH, labels=labels).loss.double().exp().item()
+    found = runtime.evaluate(narrow_llama.load(), weights=narrow_llama.weights, batches=[{**BATCH, "labels": labels}])
+    assert found.num_tokens == int((labels[:, 1:] != -100).sum())
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_of_a_causal_model_that_do_not_fit(narrow_llama: Small) -> None:
+    for labels, message in (
+        (LABELS, r"labels has the shape \[2, 5\] for \[2, 16\] tokens"),
+        (IDS.float(), "labels is"),
+    ):
+        with pytest.raises(DataError, match=f"batch 0: {message}"):
+            runtime.evaluate(narrow_llama.load(), weights=narrow_llama.weights, batches=[{**BATCH, "labels": labels}])
+
+
+def test_labels_that_are_classes_do_not_matter_to_a_calibration(narrow_llama: Small, tmp_path: Path) -> None:
+    batches = [{**BATCH, "labels": torch.tensor([-1.5, 1e6])}]
+    runtime.calibrate(
+        narrow_llama.load(), weights=narrow_llama.weights, recipe=RTN, batches=batches, out=tmp_path / "out"
+    )

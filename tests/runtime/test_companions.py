@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runtime.companions import companion_files
+from runtime.source_checks import ADAPTER_FILES
 from seqbuild.pack import pack
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
@@ -34,6 +35,8 @@ COPIED = {
     "merges.txt": "#version: 0.2",
     "vocab.json": "{}",
     "source.spm": "pieces",
+    "tokenizer.model.v3": "pieces",
+    "tokenizer.model.v7m1": "pieces",
     "bpe.codes": "a b",
     "qwen.tiktoken": "AA== 0",
     "sentencepiece.bpe.model": "pieces",
@@ -48,6 +51,8 @@ LEFT_OUT = {
     "consolidated.00.pth": "weights",
     "consolidated.safetensors": "weights",
     "params.json": '{"dim": 32}',
+    "trainer_state.json": "{}",
+    "tokenizer.model.bin": "weights",
     "pytorch_model.bin": "weights",
     "pytorch_model.bin.index.json": "{}",
     "model.gguf": "weights",
@@ -88,6 +93,9 @@ def weights(narrow_llama: Small, tmp_path: Path) -> Path:
 
 def test_the_output_is_a_complete_model_directory(narrow_llama: Small, weights: Path, tmp_path: Path) -> None:
     fill(weights, COPIED | LEFT_OUT)
+    assert not set(LEFT_OUT) & {name for name, _ in companion_files(weights)}
+    for name in ADAPTER_FILES:  # beside these nothing is quantized at all
+        (weights / name).unlink(missing_ok=True)
     (weights / "2_Dense").mkdir()
     dense = {"linear.weight": torch.ones(4, 32)}
     save_file(dense, weights / "2_Dense" / "model.safetensors")

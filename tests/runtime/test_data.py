@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.data import Origin, TokenData, batches, load_tokens, save_tokens
 from runtime.errors import DataError, UsageError
@@ -331,3 +334,17 @@ def test_special_tokens_at_both_ends_are_not_added_twice(tmp_path: Path, minilm_
     path.write_text(json.dumps({"text": "[CLS] some words [SEP]"}) + "\n" + json.dumps({"text": "words [SEP] more"}))
     found = [ids.tolist() for ids in load_tokens(path, tokenizer_dir=minilm_tokenizer_dir, pack=False).samples]
     assert found == [tokenizer("some words")["input_ids"], tokenizer("words [SEP] more")["input_ids"]]
+
+
+def test_special_tokens_are_not_added_twice_by_a_tokenizer_of_few_characters(tmp_path: Path) -> None:
+    """One of digits alone makes nothing of letters."""
+    vocabulary = {token: index for index, token in enumerate(("<s>", "</s>", *"0123456789"))}
+    core = Tokenizer(BPE(vocabulary, []))
+    ends = [("<s>", 0), ("</s>", 1)]
+    core.post_processor = TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("<s>12</s>", "12", "<s>12")))
+    found = [ids.tolist() for ids in load_tokens(path, tokenizer_dir=tmp_path / "tokenizer", pack=False).samples]
+    assert found == [[0, 3, 4, 1]] * 3

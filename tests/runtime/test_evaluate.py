@@ -142,5 +142,5 @@ def test_a_decoder_that_nobody_says_how_to_begin(tmp_path: Path) -> None:
     with pytest.raises(runtime.DataError, match="does not say what the decoder of T5ForConditionalGeneration reads"):
         runtime.evaluate(artifact, weights=weights, batches=BATCHES)
     given = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in BATCHES]
-    with pytest.raises(runtime.DataError, match="have decoder_input_ids and no labels"):
+    with pytest.raises(runtime.DataError, match="batch 0 has decoder_input_ids and no labels"):
         runtime.evaluate(artifact, weights=weights, batches=given)

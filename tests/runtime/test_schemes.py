@@ -374,6 +374,7 @@ def test_a_group_without_format_has_the_config_s() -> None:
         ({"kv_cache_scheme": {"num_bits": 4, "type": "float", "strategy": "tensor"}}, "key-value cache"),
         ({"config_groups": {"group_0": {"targets": "Linear"}}}, "cannot be read"),
         ({"config_groups": {"UNQUANTIZED": ["Linear"]}}, "without weights"),
+        ({"config_groups": {"a": {"targets": ["Linear"], "input_activations": {"num_bits": 8}}}}, "without weights"),
     ],
 )
 def test_configs_that_cannot_be_read(change: dict[str, Any], message: str) -> None:

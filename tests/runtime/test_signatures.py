@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 import runtime
 import seqbuild.cli
@@ -179,9 +179,15 @@ def test_keys_that_are_none(signed: Path, keys: tuple[Path, Path], tmp_path: Pat
     plain = rsa.generate_private_key(65537, 2048)
     private = plain.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "rsa.pem").write_bytes(private)
+    edwards = ed25519.Ed25519PrivateKey.generate()
+    private = edwards.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "edwards.pem").write_bytes(private)
     for key in (tmp_path / "nothing", tmp_path / "odd.pub", tmp_path / "rsa.pem", keys[1]):
         with pytest.raises(SignatureError):
             sign_artifact(signed, private_key=key)
+    for name in ("rsa", "edwards"):
+        with pytest.raises(SignatureError, match="cannot sign: it is a key of another kind"):
+            sign_artifact(signed, private_key=tmp_path / f"{name}.pem")
 
 
 def test_a_key_with_a_password(tmp_path: Path, run: Run) -> None:

@@ -88,7 +88,54 @@ def stale_compressed_tensors(directory: Path) -> list[str]:
     return ["compressed-tensors", "remove the entry 'quantization_config'"]
 
 
+def stale_old_entry(directory: Path) -> list[str]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    set_entry(directory, compression_config={"quant_method": "compressed-tensors", "config_groups": {"g": group}})
+    return ["has a compression_config (compressed-tensors)", "remove the entry 'compression_config'"]
+
+
+def no_groups(directory: Path) -> list[str]:
+    set_entry(directory, quantization_config={"quant_method": "compressed-tensors", "config_groups": {}})
+    return ["has a quantization_config (compressed-tensors), but the weights are not quantized"]
+
+
+def rounds_while_running(directory: Path) -> list[str]:
+    entry = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    set_entry(directory, quantization_config=entry)
+    return ["(bitnet): layers of this model round their weights and inputs while it runs"]
+
+
+def fp8_without_scales(directory: Path) -> list[str]:
+    float8_without_scales(directory)
+    set_entry(directory, quantization_config={"quant_method": "fp8"})
+    return [f"'{UP}.weight' is in float8 and has no scale ({UP}.weight_scale_inv)"]
+
+
+def torchao(directory: Path) -> list[str]:
+    rewrite(directory, lambda t: t.update({f"{UP}._weight_qdata": t.pop(f"{UP}.weight").to(torch.int8)}))
+    return [f"'{UP}._weight_qdata' in I8, torchao"]
+
+
+def sharded(directory: Path) -> list[str]:
+    tensors = read_tensors(directory)
+    (directory / "model.safetensors").unlink()
+    tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(torch.float8_e5m2)
+    parts = [dict(list(tensors.items())[start::2]) for start in (0, 1)]
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, directory / name, metadata={"format": "pt"})
+    index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return [f"'{UP}.weight' in F8_E5M2"]
+
+
 SPOILS = [
+    stale_old_entry,
+    no_groups,
+    rounds_while_running,
+    fp8_without_scales,
+    torchao,
+    sharded,
     adapter,
     adapter_without_config,
     float8_without_scales,

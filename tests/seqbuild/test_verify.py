@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import runtime
 import seqbuild.cli
 import seqbuild.verify.again
 import seqbuild.verify.artifact
@@ -282,6 +283,17 @@ def test_errors_of_the_checkpoint_and_the_artifact_keep_their_kind(llama: tuple[
         verify_artifact(tmp_path / "nothing")
     with pytest.raises(WeightsError):
         verify_artifact(llama[1], weights=tmp_path / "nothing")
+
+
+def test_weights_at_odd_places_of_a_file_are_moved(llama: tuple[Path, Path]) -> None:
+    """The order in which torch adds numbers up, and so the last bits of a sum, depend on where they begin."""
+    weights, root = llama
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype="auto")
+    assert any(parameter.data_ptr() % 64 for parameter in loaded.parameters())
+    pair = seqbuild.verify.artifact._LoadedPair(artifact=runtime.load(root), dtype=loaded.dtype, weights=weights)
+    model = pair.model()
+    assert not any(parameter.data_ptr() % 64 for parameter in model.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
 def test_differences() -> None:
