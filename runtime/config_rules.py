@@ -42,6 +42,9 @@ _LIMITS = {
     ),
 }
 _MOST_EXPERTS, _MOST_ITEMS = 2**20, 2**17
+# What transformers writes for a number that JSON has none for, as the only entry of a table.
+_NUMBER = "__float__"
+_NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
 # Implementations by name: one that is no plain word is a kernel, which transformers fetches from the hub and executes.
 _IMPLEMENTATION = re.compile(r"_?(attn|attention|experts|kernel|linear)_implementation(_internal)?\Z")
@@ -179,6 +182,8 @@ def _are_words(value: Any) -> bool:
 
 
 def _entries(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+    if isinstance(value, dict) and list(value) == [_NUMBER] and isinstance(value[_NUMBER], str):
+        value = _NUMBERS.get(value[_NUMBER], value)
     if name:
         yield name, value, depth
     if depth > _LIMIT_DEPTH:

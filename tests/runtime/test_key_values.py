@@ -290,17 +290,17 @@ def test_equal_to_attention_of_rounded_keys_and_values(
     assert not torch.equal(got, run_weights(model, tmp_path / "without", inputs)["logits"])
 
 
-@pytest.mark.parametrize("text", [RECIPE, ALONE])
+@pytest.mark.parametrize(("text", "propagates"), [(RECIPE, True), (ALONE, True), (RECIPE, False), (ALONE, False)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    model: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+    model: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, propagates: bool
 ) -> None:
     plan = Recipe.from_text(text, "r")
-    calibrate(model, plan, tmp_path / "whole")
+    calibrate(model, plan, tmp_path / "whole", propagate_error=propagates)
     with monkeypatch.context() as patch:
-        stop_at(patch, 11)
+        stop_at(patch, 11 if propagates else 8)  # in the second layer, or the third
         with pytest.raises(Stop):
-            calibrate(model, plan, tmp_path / "out")
-    calibrate(model, plan, tmp_path / "out", resume=True)
+            calibrate(model, plan, tmp_path / "out", propagate_error=propagates)
+    assert calibrate(model, plan, tmp_path / "out", propagate_error=propagates, resume=True).resumed_at
     whole, resumed = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "out")
     assert all(torch.equal(tensor.view(torch.uint8), resumed[name].view(torch.uint8)) for name, tensor in whole.items())
 
