@@ -103,16 +103,18 @@ class Symbols:
         return tuple(conditions(self.shape_env, self.names))
 
 
-def describe_inputs(trace: Trace, symbols: Symbols, absent: Mapping[str, int | None]) -> tuple[InputEntry, ...]:
+def describe_inputs(
+    trace: Trace, symbols: Symbols, absent: Mapping[str, int | None] | None = None
+) -> tuple[InputEntry, ...]:
     """The model's inputs, in the order of the sample.
 
     Args:
         trace: whose inputs they are.
         symbols: names of their sizes.
-        absent: what stands for the absence of some, see `seqbuild.sample.plain`.
+        absent: what stands for the absence of some, if that is known, see `seqbuild.sample.plain`.
     """
     values = {str(node.target): node.meta["val"] for node in trace.graph.find_nodes(op="placeholder")}
-    numbers = {name: absent.get(name) for name in values}
+    numbers = {name: (absent or {}).get(name) for name in values}
     return tuple(
         InputEntry(
             name=name,

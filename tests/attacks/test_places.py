@@ -167,12 +167,12 @@ def test_what_a_link_leads_to_is_copied_from_the_hubs_cache_alone(narrow_llama: 
     (snapshot / "generation_config.json").unlink(missing_ok=True)
     (snapshot / "generation_config.json").symlink_to("../../blobs/ab")
     (snapshot / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    (snapshot / "adapter_config.json").write_text("{}")
+    (snapshot / "quantize_config.json").write_text("{}")
     calibrate(narrow_llama, GPTQ, tmp_path / "out", weights=snapshot)
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"bos_token_id": 7}'
     assert not (tmp_path / "out" / "generation_config.json").is_symlink()
     assert not (tmp_path / "out" / "notes.txt").exists()
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
 
 
 def test_an_artifact_plants_no_files_that_readers_follow(narrow_llama: Small, tmp_path: Path) -> None:

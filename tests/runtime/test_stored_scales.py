@@ -109,8 +109,9 @@ def test_zeros_have_a_scale_and_stay_zero(name: str, dtype: torch.dtype) -> None
 def test_static_scales_of_inputs_and_caches(dtype: torch.dtype, size: float) -> None:
     low, high = torch.tensor(-size / 2), torch.tensor(size)
     (scale,) = static_input_parts(low, high, FP8_INPUTS, dtype).values()
-    cache = KeyValues(args=FP8_INPUTS, modules={}, spans={"a": [(-size / 2, size), (0.0, size)]})
-    scales = [scale, *cache.scale_of("a", dtype)]
+    spans = {("a", "k"): (low, high), ("a", "v"): (torch.tensor(0.0), high)}
+    cache = KeyValues(args=FP8_INPUTS, modules={}, entries={}, spans=spans)
+    scales = [scale, *(cache.scale_of("a", part, dtype) for part in ("k", "v"))]
     wanted = size / 448 if size else torch.finfo(dtype).eps  # what llm-compressor writes for a dead projection
     smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     for found in scales:
@@ -195,10 +196,10 @@ def test_keys_that_are_not_finite_are_named(observer: str) -> None:
     args = QuantizationArgs(num_bits=8, type="float", strategy="tensor", observer=observer.rpartition(" ")[2] or None)
     for bad in (float("nan"), float("inf")):
         cache = KeyValues(args=args, modules={}, is_measuring=True)
-        cache.handle("a", 0, torch.ones(4))
-        cache.handle("a", 1, torch.ones(4))
-        with pytest.raises(runtime.QuantizationError, match="the values of a are not finite"):
-            cache.handle("a", 1, torch.tensor([1.0, bad, -1.0]))
+        for number in (1.0, bad, 1.0):
+            cache.handle("a", "v", torch.tensor([1.0, number, -1.0]))
+        with pytest.raises(runtime.QuantizationError, match="the values of a reach .*, so their v_scale is undefined"):
+            cache.scale_of("a", "v", torch.float32)
 
 
 def test_a_dead_projection_has_the_scale_that_its_readers_use(half_llama: Small, tmp_path: Path) -> None:
