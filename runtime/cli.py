@@ -74,7 +74,7 @@ def calibrate(
         bool, typer.Option("--loss-mask", help="Of conversations, count only what the assistant says.")
     ] = False,
     tokenizer: Tokenizer = None,
-    max_shard_size: Annotated[float, typer.Option("--max-shard-size", min=1e-3, max=1e6, help="GB of a shard.")] = 2.0,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Of a file of weights: 5GB, 500MB.")] = "2GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     checkpoint_activations: Annotated[
         str,
@@ -103,8 +103,10 @@ def calibrate(
     from runtime.lean_imports import prepare
     from runtime.publish import require_free
     from runtime.recipe import Recipe
+    from runtime.sizes import optional_bytes, parse_bytes
     from runtime.streaming.workplace import require_unfinished
 
+    shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
     job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
     artifact, weights, recipe, data, out = job.artifact, job.weights, job.recipe, job.data, job.out
     if resume:
@@ -132,7 +134,6 @@ def calibrate(
         )
     from runtime.activations import Budget
     from runtime.calibration import calibrate as run
-    from runtime.sizes import optional_bytes
 
     with ExitStack() as stack:
         watchers = _watchers(stack, log, as_json)
@@ -144,7 +145,7 @@ def calibrate(
             out=out,
             device=run_device,
             dtype=run_dtype,
-            max_shard_bytes=int(max_shard_size * 1e9),
+            max_shard_bytes=shard_bytes,
             progress=(lambda line: None) if as_json else say,
             resume=resume,
             checkpoint_activations=_interval(checkpoint_activations),

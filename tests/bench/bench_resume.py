@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     recipe.write_text(RECIPE)
     command = [sys.executable, "-m", "runtime", "calibrate", str(artifact), "--weights", str(options.model)]
     command += ["--data", str(tokens), "--recipe", str(recipe), "-o", str(out), "--device", "cpu", "--resume"]
-    command += ["--max-shard-size", "0.001"]
+    command += ["--max-shard-size", "1MB"]
     start = time.perf_counter()
     run(command, None)
     whole = time.perf_counter() - start

@@ -109,7 +109,7 @@ def test_round_to_nearest_needs_no_data(place: Place, run: Run) -> None:
 
 def test_shard_size_dtype_and_an_empty_directory(place: Place, run: Run) -> None:
     place.out.mkdir()
-    code, _, complaint = run(place.calibrate("--max-shard-size", "0.001", "--dtype", "bfloat16", "--device", "cpu"))
+    code, _, complaint = run(place.calibrate("--max-shard-size", "1MB", "--dtype", "bfloat16", "--device", "cpu"))
     assert (code, complaint) == (0, "")
     assert torch.equal(read_tensors(place.out)["lm_head.weight"], read_tensors(place.weights)["lm_head.weight"]), (
         "the run's dtype is not the checkpoint's"

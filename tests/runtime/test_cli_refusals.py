@@ -294,3 +294,10 @@ def test_evaluate_refuses(place: Place, run: Run, spoil: Callable[[Place], list[
 def test_check_refuses(place: Place, run: Run, spoil: Callable[[Place], list[str]]) -> None:
     parts = spoil(place)
     assert_refused(run(["check", str(place.artifact)]), *parts)
+
+
+@pytest.mark.parametrize("option", ["--max-shard-size", "--activation-memory", "--statistics-memory"])
+def test_sizes_have_units(place: Place, run: Run, option: str) -> None:
+    before = place.tree()
+    assert_refused(run(place.calibrate(option, "24")), "'24', a size without a unit", "24GiB")
+    assert place.tree() == before

@@ -271,7 +271,7 @@ def test_killed_at_random_moments_a_run_comes_to_the_same_bytes(place: Place, ru
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     place.recipe.write_text(GPTQ)
-    options = ["--batch-size", "1", "--max-shard-size", "0.001", "--resume", "--checkpoint-activations", "2"]
+    options = ["--batch-size", "1", "--max-shard-size", "1MB", "--resume", "--checkpoint-activations", "2"]
     command = [*place.calibrate(*options)]
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "runtime", *command], env=environment, check=True, capture_output=True)

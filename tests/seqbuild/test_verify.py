@@ -227,10 +227,7 @@ def test_a_sample_that_cannot_be_made_up(tmp_path: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "weights"), "config.json"),
         (lambda folder: (folder / "weights/model.safetensors").unlink(), "holds no safetensors checkpoint"),
         (lambda folder: (folder / "weights/model.safetensors").write_text("x"), "is damaged"),
-        (
-            lambda folder: rewrite(folder, lambda t: {key: t[key] for key in t if key != "model.norm.weight"}),
-            "lacks tensor 'model.norm.weight'",
-        ),
+        (lambda folder: rewrite(folder, without_norm), "lacks tensor 'model.norm.weight'"),
         (lambda folder: rewrite(folder, lambda t: t | {"lm_head.weight": torch.zeros(9, 9)}), "has shape [9, 9]"),
         (
             lambda folder: save_bert(folder),
@@ -255,9 +252,19 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+def without_norm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+
+
 def save_bert(folder: Path) -> None:
     shutil.rmtree(folder / "weights")
     tiny_model("bert").save_pretrained(folder / "weights")
+
+
+def test_tensors_that_the_model_does_not_use_do_not_matter(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(llama[0], tmp_path / "weights")
+    rewrite(tmp_path, lambda tensors: tensors | {"mtp.fc.weight": torch.ones(2, 2), "value_head.bias": torch.ones(1)})
+    assert verify_artifact(llama[1], weights=tmp_path / "weights", shapes=FEW).is_equal
 
 
 def test_a_config_that_cannot_be_made_small(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
