@@ -1,4 +1,4 @@
-"""Numbers that JSON has none for, as transformers writes them into config.json: entries of a model, not of an attack."""
+"""Numbers that JSON has none for, as transformers writes them into config.json: they are entries of a model."""
 
 from __future__ import annotations
 
