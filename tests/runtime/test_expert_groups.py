@@ -322,3 +322,14 @@ def test_attention_that_is_called_whole_has_siblings_by_name(made: Callable[[str
     (remark,) = (text for text in result.remarks if "engines join by their names" in text)
     assert "model.layers.0.self_attn.q_proj" in remark
     assert ".experts." not in remark
+
+
+def test_a_mixture_of_one_expert_comes_apart(tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_local_experts": 1, "num_experts_per_tok": 1}
+    small = make_small(tmp_path, "MixtralForCausalLM", "MixtralConfig", sizes)
+    text = "QuantizationModifier: {targets: Linear, scheme: FP8_DYNAMIC, ignore: [lm_head]}"
+    plan = runtime.Recipe.from_text(text, "r")
+    calibrate(small, plan, tmp_path / "out")
+    tensors = read_tensors(tmp_path / "out")
+    for name in ("w1", "w2", "w3"):
+        assert any(key.endswith(f"experts.0.{name}.weight_scale") for key in tensors)
