@@ -111,7 +111,8 @@ class Understood:
             found = [next((key for key in spellings(own, prefix) if key in checkpoint), "") for own in entry.sources]
             if all(found):
                 return tuple(found)
-        wanted = (*(entry.sources if len(entry.sources) == 1 else ()), name)
+        is_stored = len(entry.sources) == 1 and not joined  # otherwise the only expert's own tensor
+        wanted = (*(entry.sources if is_stored else ()), name)
         return next(((key,) for own in wanted for key in spellings(own, prefix) if key in checkpoint), ())
 
     def _spare(

@@ -66,12 +66,14 @@ class RecipeModifier:
         self.key_values = self.needs.key_values
         self.remarks = list(self.needs.remarks)
         self.siblings = siblings_of(artifact)
-        needs_siblings = any(job.scheme.weights.strategy == "tensor_group" for job in jobs.values())
-        if needs_siblings and not any(name in self.siblings for name in jobs):
-            self.siblings = siblings_by_name(jobs)
+        joined = [name for name, job in jobs.items() if job.scheme.weights.strategy == "tensor_group"]
+        named = siblings_by_name(name for name in joined if name not in self.siblings)
+        self.siblings |= named
+        if named:
             self.remarks.append(
-                "warning: this artifact does not say which modules read one tensor, so those that engines join by "
-                f"their names ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's global scale"
+                f"warning: this artifact does not say which modules read one tensor with {some(list(named))}, so those "
+                f"that engines join by their names ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's "
+                "global scale"
             )
 
     def measures(self, names: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable
 
 # By the last parts of their names, modules of one parent that vLLM's models join.
@@ -16,11 +17,12 @@ JOINED = (
 
 
 def siblings_by_name(names: Iterable[str]) -> dict[str, Hashable]:
-    """For each module that engines join with others something that is equal for these."""
-    found: dict[str, Hashable] = {}
+    """For each module that engines join with others of these something that is equal for these."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")
         together = next((joined for joined in JOINED if own in joined), None)
         if together is not None:
             found[name] = (parent, together)
-    return found
+    count = Counter(found.values())
+    return {name: key for name, key in found.items() if count[key] > 1}

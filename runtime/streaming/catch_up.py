@@ -117,9 +117,7 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
                 module = name.removesuffix(".weight")
                 if module in written.jobs and name.endswith(".weight"):
                     written.give_input_parts(passes.model, module)
-            if (
-                passes.propagate_error
-            ):  # otherwise the run went on with what it had measured, before anything was rounded
+            if passes.propagate_error:  # otherwise the run went on with values from before anything was rounded
                 written.give_key_value_scales(passes.model, step)
             passes.begin()
             passes.go_on(step)

@@ -154,7 +154,7 @@ def text_without_a_tokenizer(place: Place) -> list[str]:
 def model_with_other_inputs(place: Place) -> list[str]:
     manifest = read_manifest(place.artifact)
     edit_manifest(place, inputs=(*manifest.inputs, replace(manifest.inputs[0], name="pixel_values")))
-    return ["'pixel_values', which text data cannot give"]
+    return ["takes an input 'pixel_values', which the data does not give"]
 
 
 BOTH = [

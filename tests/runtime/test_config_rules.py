@@ -1,4 +1,4 @@
-"""Numbers that JSON has none for, as transformers writes them into config.json: entries of a model, not of an attack."""
+"""Infinity and NaN, which JSON does not have, as transformers writes them into config.json."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -299,3 +300,36 @@ def test_gptq_after_awq_sees_the_rescaled_inputs(made: Callable[[str], Small], t
         calibrate(small, runtime.Recipe.from_text(text, "r.yaml"), tmp_path / name)
         losses[name] = float(by_token(run_weights(small, tmp_path / name, batch)["logits"], original).median())
     assert losses["both"] < 1.2 * losses["gptq"]
+
+
+def test_attention_that_is_called_whole_has_siblings_by_name(made: Callable[[str], Small], tmp_path: Path) -> None:
+    """Its artifact says which modules of experts read one tensor, and not which modules inside of attention do."""
+    artifact = made("mixtral").load()
+    groups = tuple(group for group in artifact.manifest.scale_groups if "self_attn" not in group.modules[0])
+    assert groups != artifact.manifest.scale_groups
+    artifact.manifest = dataclasses.replace(artifact.manifest, scale_groups=groups)
+    plan = runtime.Recipe.from_text("QuantizationModifier: {targets: Linear, scheme: NVFP4A16, ignore: [lm_head]}", "r")
+    result = runtime.calibrate(
+        artifact, weights=made("mixtral").weights, recipe=plan, batches=token_batches(), out=tmp_path / "out"
+    )
+    tensors = read_tensors(tmp_path / "out")
+    queries = [key for key in tensors if key.endswith("q_proj.weight_global_scale")]
+    assert queries
+    for key in queries:
+        own = [float(tensors[key.replace("q_proj", name)]) for name in ("q_proj", "k_proj", "v_proj")]
+        assert own == own[:1] * 3
+    assert len({float(tensors[key]) for key in queries}) > 1  # each layer has its own
+    (remark,) = (text for text in result.remarks if "engines join by their names" in text)
+    assert "model.layers.0.self_attn.q_proj" in remark
+    assert ".experts." not in remark
+
+
+def test_a_mixture_of_one_expert_comes_apart(tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_local_experts": 1, "num_experts_per_tok": 1}
+    small = make_small(tmp_path, "MixtralForCausalLM", "MixtralConfig", sizes)
+    text = "QuantizationModifier: {targets: Linear, scheme: FP8_DYNAMIC, ignore: [lm_head]}"
+    plan = runtime.Recipe.from_text(text, "r")
+    calibrate(small, plan, tmp_path / "out")
+    tensors = read_tensors(tmp_path / "out")
+    for name in ("w1", "w2", "w3"):
+        assert any(key.endswith(f"experts.0.{name}.weight_scale") for key in tensors)

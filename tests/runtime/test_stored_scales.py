@@ -198,7 +198,7 @@ def test_keys_that_are_not_finite_are_named(observer: str) -> None:
         cache = KeyValues(args=args, modules={}, is_measuring=True)
         for number in (1.0, bad, 1.0):
             cache.handle("a", "v", torch.tensor([1.0, number, -1.0]))
-        with pytest.raises(runtime.QuantizationError, match="the values of a reach .*, so their v_scale is undefined"):
+        with pytest.raises(runtime.QuantizationError, match=r"the values of a reach .*, so their v_scale is undefined"):
             cache.scale_of("a", "v", torch.float32)
 
 
