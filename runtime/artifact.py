@@ -39,6 +39,8 @@ __all__ = ["CONSTANTS_NAME", "Artifact", "LoadedSubgraph", "check", "check_versi
 
 # What torch says of memory and devices: that is no fault of the code.
 _ABOUT_MACHINE = re.compile(r"memory|CUDA|XPU|device-side", re.IGNORECASE)
+# What code raises that makes no sense for its values. A RuntimeError does not say whether it is one of these.
+_OF_CODE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, StopIteration)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,8 +275,9 @@ def _unchanged(entry: SubgraphEntry, model: nn.Module, run: Run) -> Iterator[Non
         yield
     except (SeqbuildError, MemoryError):
         raise
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or _ABOUT_MACHINE.search(str(error))):
+    except (*_OF_CODE, RuntimeError) as error:
+        is_torchs = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+        if is_torchs or (isinstance(error, RuntimeError) and _ABOUT_MACHINE.search(str(error))):
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ArtifactError(f"{entry.file} cannot be executed with this model and data: {what}") from error

@@ -285,7 +285,9 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         if func is not _OPERATOR:
             return func(*args, **(kwargs or {}))
-        module = next(self.waiting)
+        module = next(self.waiting, None)
+        if module is None:
+            raise ArtifactError("a subgraph computes attention more often than the manifest lists attention modules")
         query, key, value, *rest = args
         with torch._C.DisableTorchFunction():
             key = self.key_values.handle(module, "k", key)

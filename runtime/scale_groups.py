@@ -71,6 +71,9 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
             yield f"the scale group of {first} has channels and no producer"
         return
     shape = manifest.parameters[group.producer].shape
+    if len(shape) not in (1, 2) or (group.offset and len(shape) == 2):
+        yield f"the scale group of {first} has a producer of shape {list(shape)}"
+        return
     lengths = group.channels[1::2]
     pairs = zip(group.channels[::2], lengths, strict=False)
     if len(group.channels) % 2 or not all(
@@ -78,8 +81,6 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     ):
         yield f"the scale group of {first} names channels that {group.producer} does not have"
         return
-    if len(shape) not in (1, 2) or (group.offset and len(shape) == 2):
-        yield f"the scale group of {first} has a producer of shape {list(shape)}"
     if group.bias and manifest.parameters[group.bias].shape != shape[:1]:
         yield f"the scale group of {first} has the bias {group.bias}, which does not fit its producer"
     if group.producer in weights or len(set(named) - {""}) != len([name for name in named if name]):

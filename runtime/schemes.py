@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 METHOD = "compressed-tensors"
 _ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
+_LONG_ROW = 2**20  # an artifact states the shapes, and may state any
 NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
 
 
@@ -168,15 +169,16 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
     """
     args = scheme.weights
     sizes = _scale_shape(shape, args)
-    # A few rows tell what all would come to. Tensors without content would do as well, but for rounding them torch
-    # imports half a second of libraries, which stay in memory for as long as the process lives.
+    # A few rows tell what all would come to. Tensors without content do as well, but for rounding them torch imports
+    # half a second of libraries, which stay in memory for as long as the process lives.
     height = args.block_structure[0] if args.strategy == "block" else 1
     few = (height, shape[1])
-    state = {"weight": torch.zeros(few), "weight_scale": torch.ones(_scale_shape(few, args))}
-    if not args.symmetric:
-        state["weight_zero_point"] = torch.zeros(_scale_shape(few, args), dtype=torch.int8)
-    if args.strategy == "tensor_group":
-        state["weight_global_scale"] = torch.ones(1)
+    with torch.device("cpu" if shape[1] <= _LONG_ROW else "meta"):
+        state = {"weight": torch.zeros(few), "weight_scale": torch.ones(_scale_shape(few, args))}
+        if not args.symmetric:
+            state["weight_zero_point"] = torch.zeros(_scale_shape(few, args), dtype=torch.int8)
+        if args.strategy == "tensor_group":
+            state["weight_global_scale"] = torch.ones(1)
     packed = _compressor(scheme).compress(state, scheme)
     found = {
         name: (shape[0], *tensor.shape[1:]) if name in ("weight", "weight_packed") else tuple(tensor.shape)

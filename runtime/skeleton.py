@@ -49,6 +49,7 @@ def build_skeleton(artifact: Artifact, dtype: torch.dtype | None) -> nn.Module:
             calculate_buffers(model)
     except Exception as error:
         raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error
+    _require_shapes(model, artifact.manifest)
     _apply_dtypes(model, artifact.manifest, dtype)
     if artifact.code is not None:
         model.__dict__["_own_code"] = artifact.code  # its functions may import more of it when they are called
@@ -108,6 +109,26 @@ def model_class(artifact: Artifact) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ArtifactError(f"{module_name}.{class_name} is not a model class")
     return cls
+
+
+def _require_shapes(model: nn.Module, manifest: Manifest) -> None:
+    """Whatever works with a weight's shape takes it from the manifest, and the modules follow from the config.
+
+    Raises:
+        ArtifactError: where the two differ.
+    """
+    found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, entry in manifest.parameters.items():
+        if name not in found:
+            raise ArtifactError(
+                f"the manifest lists {name!r}, and the model that config.json describes has no such tensor"
+            )
+        shape = tuple(found[name].shape)
+        if shape != tuple(entry.shape):
+            raise ArtifactError(
+                f"the manifest states the shape {list(entry.shape)} for {name}, and config.json makes it {list(shape)}",
+                hint="compile the model again",
+            )
 
 
 def _apply_dtypes(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:

@@ -39,6 +39,7 @@ _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]
 # Of an input that can be made of one number: its dtype, and how many numbers it has for each token.
 _COUNTED, _LARGEST_ROW = ("bool", "int32", "int64"), 4096
 _MOST_PATTERNS = 4096
+_MOST_ELEMENTS = 2**40  # of a parameter: all experts of a layer are one
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -125,7 +126,8 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
         yield "the manifest states an input twice"
     yield from _wrong_stand_ins(manifest)
     for name, parameter in manifest.parameters.items():
-        if not all(map(is_dimension, parameter.shape)) or parameter.bytes < 0:
+        is_shape = all(map(is_dimension, parameter.shape)) and math.prod(parameter.shape) <= _MOST_ELEMENTS
+        if not is_shape or parameter.bytes < 0:
             yield f"the parameter {name!r} has the shape {list(parameter.shape)!r}, which is none"
         if parameter.tied_to and (parameter.tied_to not in manifest.parameters or parameter.tied_to == name):
             yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is no other parameter"
@@ -148,6 +150,12 @@ def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
     rule = manifest.decoder
     if rule and (PAD not in rule or rule.keys() - {PAD, START} or not all(0 <= id < 2**31 for id in rule.values())):
         yield f"the decoder's inputs are made from labels by {dict(rule)!r}, which is no rule"
+    most = max((entry.shape[0] for entry in manifest.parameters.values() if len(entry.shape) > 1), default=0)
+    ids = {f"the decoder's {name} token": token for name, token in rule.items()}
+    ids |= {f"what stands for the absence of {entry.name}": entry.absent for entry in manifest.inputs}
+    for what, number in ids.items():
+        if number >= max(most, 2):  # a mask's numbers are 0 and 1, others are looked up
+            yield f"{what} is {number}, and no table of the model has more than {most} rows"
 
 
 def _is_class(module: str, class_name: str) -> bool:

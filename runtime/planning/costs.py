@@ -79,7 +79,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     from runtime.algorithms.products import SQUARE, reach
     from runtime.schemes import NUMBERS_AT_A_TIME
 
-    num_in = shapes[0][1]
+    num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
     if job.algorithm != "gptq":
         return (5 if job.clip else 4) * largest

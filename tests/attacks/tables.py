@@ -51,11 +51,10 @@ def encoded(name: str, reason: str, change: Callable[[dict[str, Any]], object]) 
     return Attack(name, reason, make)
 
 
-def absent(name: str, **changes: Any) -> Attack:
+def absent(name: str, reason: str = "cannot stand for the absence", **changes: Any) -> Attack:
     """The usual artifact with one more input, for which a number stands."""
     entry: dict[str, Any] = {"name": "types", "dtype": "int64", "shape": ("batch", "sequence"), "absent": 0}
     more = InputEntry(**(entry | changes))
-    reason = "which is none" if more.dtype == "load" else "cannot stand for the absence"
     return changed(name, reason, inputs=(*manifest().inputs, more))
 
 
@@ -179,7 +178,7 @@ VALUES = [
     changed("a default of no parameter", "is no constant, or", defaults={"nowhere.weight": "constant_0"}),
     changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
     absent("the absence of numbers with fractions", dtype="model"),
-    absent("the absence of what has no name", dtype="load"),
+    absent("the absence of what has no name", "which is none", dtype="load"),
     absent("an absence beyond all numbers", absent=2**40),
     absent("a negative absence", absent=-2),
     absent("an absence beyond all memory", shape=("batch", "sequence", 2**40)),
@@ -189,6 +188,9 @@ VALUES = [
     changed("a decoder without padding", "which is no rule", decoder={"start": 1}),
     changed("a decoder with another entry", "which is no rule", decoder={"pad": 0, "end": 1}),
     changed("a decoder that begins before its tokens", "which is no rule", decoder={"pad": 0, "start": -1}),
+    changed("a decoder that begins outside of the vocabulary", "more than", decoder={"pad": 0, "start": 100_000}),
+    changed("padding outside of the vocabulary", "more than", decoder={"pad": 100_000}),
+    absent("an absence outside of all tables", "more than", absent=100_000),
     changed("a decoder that begins beyond all numbers", "which is no rule", decoder={"pad": 2**40}),
     parameter("a parameter of negative shape", "which is none", shape=(-2, 2)),
     parameter("a parameter beyond all memory", "which is none", shape=(2**62, 2**62)),

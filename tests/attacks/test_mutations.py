@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import random
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ from runtime.errors import ArtifactError, ModelError, SeqbuildError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.planning.fit import Limits
 from runtime.planning.request import plan_artifact
+from runtime.recipe import Recipe
+from runtime.schemes import stored_shapes
+from seqbuild.build import build
 from seqbuild.model.source import resolve_source
 from tests.attacks.mutations import mutated, places
 from tests.runtime.conftest import mixtral, narrow_llama, small
@@ -30,6 +36,26 @@ __all__ = ["mixtral", "narrow_llama", "small"]
 RTN = recipe(NARROW_W4)
 GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")
 NO_LIMITS = Limits(device=None, host=None, disk=None)
+ROOM_BYTES = 4 * 2**30  # more than any of these small models needs
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """A mutation that asks for all memory there is fails, and leaves the machine alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    wanted = own + ROOM_BYTES
+    with contextlib.suppress(ValueError):  # where a lower limit holds already
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def llama_by_layers(narrow_llama: Small, tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """An artifact that calls layers whole: its modules are built from config.json."""
+    out = tmp_path_factory.mktemp("by layers")
+    return replace(narrow_llama, artifact=build(narrow_llama.weights, out=out, leaves="target").path)
 
 
 def survives(small: Small, root: Path, data: bytes, *, runs: bool) -> None:
@@ -68,14 +94,14 @@ def fuzz(small: Small, folder: Path, seed: int, count: int) -> None:
             raise
 
 
-@pytest.mark.parametrize("name", ["narrow_llama", "mixtral"])
+@pytest.mark.parametrize("name", ["narrow_llama", "mixtral", "llama_by_layers"])
 def test_no_change_of_a_value_ends_unexpectedly(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
-    fuzz(request.getfixturevalue(name), tmp_path, seed=1, count=25)
+    fuzz(request.getfixturevalue(name), tmp_path, seed=1, count=15)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("seed", range(2, 6))
-@pytest.mark.parametrize("name", ["narrow_llama", "mixtral"])
+@pytest.mark.parametrize("name", ["narrow_llama", "mixtral", "llama_by_layers"])
 def test_none_of_many_does(request: pytest.FixtureRequest, tmp_path: Path, name: str, seed: int) -> None:
     fuzz(request.getfixturevalue(name), tmp_path, seed=seed, count=500)
 
@@ -144,3 +170,53 @@ def test_the_compiler_names_an_entry_that_no_model_has(narrow_llama: Small, tmp_
     (tmp_path / "config.json").write_text(json.dumps(table | {entry: 10**12}))
     with pytest.raises(ModelError, match=rf"{entry} = 1000000000000, and no model has more than"):
         resolve_source(str(tmp_path))
+
+
+def of_shape(small: Small, root: Path, name: str, shape: tuple[int, ...]) -> Path:
+    shutil.copytree(small.artifact, root)
+    manifest = read_manifest(root)
+    entry = replace(manifest.parameters[name], shape=shape)
+    (root / MANIFEST_NAME).write_bytes(replace(manifest, parameters={**manifest.parameters, name: entry}).to_bytes())
+    return root
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+SHAPES: list[tuple[int, ...]] = [(), (4,), (32, 32, 3), (32, 2**31), (0, 0), (16, 32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_are_those_of_the_modules(llama_by_layers: Small, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    root = of_shape(llama_by_layers, tmp_path / "artifact", Q_PROJ, shape)
+    with pytest.raises(ArtifactError, match="q_proj"):
+        plan_artifact(runtime.load(root), num_samples=4, seq_len=40, batch_size=2, recipe=GPTQ, limits=NO_LIMITS)
+
+
+def test_a_tensor_that_the_model_lacks_is_named(llama_by_layers: Small, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(llama_by_layers.artifact, tmp_path / "artifact"))
+    manifest = read_manifest(root)
+    more = {**manifest.parameters, "model.layers.9.mlp.up_proj.weight": manifest.parameters[Q_PROJ]}
+    (root / MANIFEST_NAME).write_bytes(replace(manifest, parameters=more).to_bytes())
+    with pytest.raises(ArtifactError, match=r"lists 'model.layers.9.mlp.up_proj.weight', and the model"):
+        runtime.load(root).empty_model()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", Q_PROJ, "model.norm.weight"])
+@pytest.mark.parametrize("shape", [(), (2**45,)], ids=str)
+def test_check_refuses_shapes_that_do_not_fit(
+    narrow_llama: Small, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    """A norm without axes ended the check of the scale groups that it is the producer of."""
+    with pytest.raises(ArtifactError):
+        check(of_shape(narrow_llama, tmp_path / "artifact", name, shape))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4"])
+def test_long_rows_take_no_memory_to_be_planned(scheme: str) -> None:
+    """The size is 16 GiB in float32, four times what the test may take."""
+    (group,) = Recipe.from_text(f"QuantizationModifier: {{targets: Linear, scheme: {scheme}}}", "a recipe").groups
+    shapes = [stored_shapes((64, width), group.scheme) for width in (2**16, 2**32)]
+    names = [name for name in shapes[0] if not name.endswith("_shape")]
+    assert [list(found) for found in shapes] == [list(shapes[0])] * 2
+    for name in names:
+        counts = [math.prod(found[name]) for found in shapes]
+        assert counts[1] in (counts[0], 2**16 * counts[0])

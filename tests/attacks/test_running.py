@@ -154,6 +154,31 @@ def test_what_makes_no_sense_is_an_error_with_the_programs_name(tmp_path: Path) 
             )
 
 
+class Refusing(nn.Module):
+    """A module of the library, which states by `assert` what it takes."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Any) -> Any:
+        raise self.error("it takes three axes")
+
+
+@pytest.mark.parametrize("error", [AssertionError, StopIteration, NotImplementedError])
+def test_what_modules_refuse_is_an_error_with_the_programs_name(error: type[Exception], tmp_path: Path) -> None:
+    program("a", "", 'y = self.get_submodule("same")(x)', submodules=("same",)).make(tmp_path / "a")
+    model = Model()
+    model.same = Refusing(error)
+    with pytest.raises(ArtifactError, match=rf"subgraphs/000.py cannot be executed .*{error.__name__}: it takes three"):
+        runtime.load(tmp_path / "a", allow_version_skew=True).subgraphs[0].forward(model, x=torch.ones(2))
+
+
+def test_what_operators_do_not_offer_is_an_error_with_the_programs_name(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"subgraphs/000.py cannot be executed .*bitwise"):
+        run(tmp_path / "a", "y = torch.ops.aten.bitwise_not.default(x)", x=torch.ones(2))
+
+
 def test_the_bytes_that_were_checked_are_those_that_run(tmp_path: Path) -> None:
     """Whatever is done to the files after the check, no reader looks at them again."""
     root = write(tmp_path / "artifact")

@@ -18,7 +18,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from transformers.cache_utils import EncoderDecoderCache
 
 import runtime
-from runtime.key_values import KeyValues, attach
+from runtime.errors import ArtifactError
+from runtime.key_values import KeyValues, _Interception, attach
 from runtime.manifest import Attention
 from runtime.recipe import Recipe
 from runtime.weights import Weights
@@ -387,3 +388,12 @@ def test_latent_attention_before_1_6_must_be_compiled_again(small: Callable[...,
         )
     done = calibrate(latent, plan, tmp_path / "new")
     assert any("vLLM (0.32) does not read them" in remark for remark in done.remarks)
+
+
+def test_attention_that_the_manifest_does_not_list_is_an_error() -> None:
+    """Artifacts before 1.6 list modules, and are taken at their word."""
+    states = torch.ones(1, 1, 2, 4)
+    with _Interception(KeyValues(args=QuantizationArgs(**WHOLE)), ["attention"]):
+        torch.ops.aten.scaled_dot_product_attention.default(states, states, states)
+        with pytest.raises(ArtifactError, match="more often than the manifest lists"):
+            torch.ops.aten.scaled_dot_product_attention.default(states, states, states)
