@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from runtime.dtypes import bytes_of, empty_bytes
@@ -61,7 +62,27 @@ class StoredTable(torch.Tensor):
         self.read_rows(first, bytes_of(data))
         return data.view(self.dtype).reshape(count, self.shape[1])
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    def as_parameter(self) -> StoredTable:
+        """The table as a parameter. `nn.Parameter` would detach it, for which torch imports distributed tensors and
+        sympy: a second and 60 MB.
+        """
+        self._is_param = True  # what `isinstance(table, nn.Parameter)` asks
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Look rows up before torch dispatches, which imports the same."""
+        kwargs = kwargs or {}
+        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")  # would change the table
+        is_plain = func is F.embedding and len(args) > 1 and max_norm is None
+        if is_plain and isinstance(args[1], cls) and not isinstance(args[0], cls):
+            return args[1].looked_up(args[0])
+        if func is _LOOK_UP and len(args) > 1 and isinstance(args[0], cls) and not isinstance(args[1], cls):
+            return args[0].looked_up(args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

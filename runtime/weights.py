@@ -23,6 +23,7 @@ from runtime.patterns import is_in
 from runtime.program import Run
 from runtime.recipe import some
 from runtime.source_checks import is_quantization_name, numbered_list
+from runtime.stored_table import StoredTable
 from runtime.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from runtime.artifact import Artifact
     from runtime.manifest import ParameterEntry
-    from runtime.stored_table import StoredTable
 
 
 _OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
@@ -364,7 +364,8 @@ def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        made: Any = tensor.as_parameter() if isinstance(tensor, StoredTable) else None
+        module._parameters[leaf] = made if made is not None else nn.Parameter(tensor, tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
 
