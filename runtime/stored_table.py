@@ -41,7 +41,7 @@ class StoredTable(torch.Tensor):
 
     def whole(self) -> torch.Tensor:
         """All of it, in memory."""
-        return self._rows(0, self.shape[0])
+        return self._rows(range(self.shape[0]), [self.shape[0]])
 
     def looked_up(self, indices: torch.Tensor) -> torch.Tensor:
         """The rows of these numbers, [shape of the numbers, C]; each is read once, neighbours together."""
@@ -51,16 +51,19 @@ class StoredTable(torch.Tensor):
         if int(wanted[0]) < 0 or int(wanted[-1]) >= self.shape[0]:
             raise IndexError("index out of range in self")  # as torch says it
         ends = [*(torch.nonzero(wanted.diff() != 1).flatten() + 1).tolist(), len(wanted)]
-        begin, found = 0, []
-        for end in ends:
-            found.append(self._rows(int(wanted[begin]), end - begin))
-            begin = end
-        return torch.cat(found)[places]
+        return self._rows(wanted.tolist(), ends)[places]
 
-    def _rows(self, first: int, count: int) -> torch.Tensor:
-        data = empty_bytes(count * self.shape[1] * self.dtype.itemsize)
-        self.read_rows(first, bytes_of(data))
-        return data.view(self.dtype).reshape(count, self.shape[1])
+    def _rows(self, wanted: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
+        """Rows by their numbers, in runs of neighbours that end before these places. All go into one piece of memory:
+        a call of torch for each run would take longer than reading it.
+        """
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        data = empty_bytes(len(wanted) * row_bytes)
+        memory, begin = bytes_of(data), 0
+        for end in ends:
+            self.read_rows(wanted[begin], memory[begin * row_bytes : end * row_bytes])
+            begin = end
+        return data.view(self.dtype).reshape(len(wanted), self.shape[1])
 
     def as_parameter(self) -> StoredTable:
         """The table as a parameter. `nn.Parameter` would detach it, for which torch imports distributed tensors and
