@@ -7,6 +7,7 @@ Shapes: S tokens of a document, T tokens of a target.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from runtime.documents import Document
 
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and which of them count
+# By tokenizer, the ids that it puts before and after a text.
+_ADDED: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def document_tokens(
@@ -79,7 +82,9 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
     Texts that were written by a chat template mostly begin with one.
     """
-    before, after = _added_ids(tokenizer)
+    if tokenizer not in _ADDED:  # the same for all of its documents
+        _ADDED[tokenizer] = _added_ids(tokenizer)
+    before, after = _ADDED[tokenizer]
     for token, token_id in _named(tokenizer, "bos", "cls"):
         if before[:1] == [token_id]:
             text = text.removeprefix(token)
