@@ -16,8 +16,8 @@ from pathlib import Path
 
 import runtime
 from runtime.calibration import calibrate
+from runtime.data.inputs import model_inputs
 from runtime.evaluation import evaluate
-from runtime.inputs import model_inputs
 from seqbuild.build import build
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def main() -> None:
 
 def run(out: Path, device_name: str) -> None:
     """Compile once, then quantize and evaluate each recipe."""
-    from runtime.devices import resolve_device
+    from runtime.host.devices import resolve_device
 
     start = time.perf_counter()
     compiled = build(MODEL, out=HERE.parent / "artifacts")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import runtime
 import seqbuild
-from runtime.inputs import model_inputs
+from runtime.data.inputs import model_inputs
 
 RECIPE = Path(__file__).resolve().parent / "recipes" / "w4a16_gptq.yaml"
 

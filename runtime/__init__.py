@@ -29,15 +29,15 @@ from runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from runtime.activations import Budget
-    from runtime.artifact import Artifact, load
     from runtime.calibration import calibrate
-    from runtime.data import batches, load_tokens
-    from runtime.dispatch import dispatch_for_sequential
+    from runtime.chain import Artifact, load
+    from runtime.data.samples import batches, load_tokens
     from runtime.evaluation import evaluate
+    from runtime.host.devices import dispatch_for_sequential
     from runtime.planning.fit import Limits
     from runtime.planning.request import Planned, plan_artifact
-    from runtime.recipe import Recipe
+    from runtime.recipe.recipe import Recipe
+    from runtime.streaming.activations import Budget
 
 __version__ = "0.1.0"
 
@@ -72,17 +72,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Artifact": "runtime.artifact",
-    "Budget": "runtime.activations",
+    "Artifact": "runtime.chain",
+    "Budget": "runtime.streaming.activations",
     "Limits": "runtime.planning.fit",
     "Planned": "runtime.planning.request",
-    "Recipe": "runtime.recipe",
-    "batches": "runtime.data",
+    "Recipe": "runtime.recipe.recipe",
+    "batches": "runtime.data.samples",
     "calibrate": "runtime.calibration",
-    "dispatch_for_sequential": "runtime.dispatch",
+    "dispatch_for_sequential": "runtime.host.devices",
     "evaluate": "runtime.evaluation",
-    "load": "runtime.artifact",
-    "load_tokens": "runtime.data",
+    "load": "runtime.chain",
+    "load_tokens": "runtime.data.samples",
     "plan_artifact": "runtime.planning.request",
 }
 

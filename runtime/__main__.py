@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from runtime import lean_imports
-from runtime.cli import main
+from runtime.cli import imports as lean_imports
+from runtime.cli.app import main
 
 if __name__ == "__main__":
     lean_imports.allow()

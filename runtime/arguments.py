@@ -9,13 +9,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DeviceError, RecipeError, UsageError
+from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-    from runtime.artifact import Artifact
-    from runtime.recipe import Recipe
+    pass
 
 
 def as_path(name: str, value: Any) -> Path:
@@ -29,80 +26,6 @@ def as_path(name: str, value: Any) -> Path:
         if isinstance(text, str) and text and "\0" not in text:
             return Path(text)
     raise UsageError(f"{name} is {shown(value)}", hint="it must be a path: a str or a pathlib.Path")
-
-
-def require_artifact(value: Any) -> Artifact:
-    """A loaded artifact.
-
-    Raises:
-        UsageError: for anything else, a path for instance.
-    """
-    from runtime.artifact import Artifact
-    from runtime.split import SplitArtifact
-
-    if isinstance(value, (Artifact, SplitArtifact)):
-        return value
-    raise UsageError(f"artifact is {shown(value)}", hint="it must be what runtime.load(path) returns")
-
-
-def require_recipe(value: Any) -> Recipe:
-    """A recipe.
-
-    Raises:
-        RecipeError: for anything else, such as a path, a text, a dict or another library's modifier.
-    """
-    from runtime.recipe import Recipe
-
-    if isinstance(value, Recipe):
-        return value
-    raise RecipeError(
-        f"recipe is {shown(value)}", hint="make it with runtime.Recipe.from_file(path) or Recipe.from_text(text, name)"
-    )
-
-
-def as_device(value: Any) -> torch.device:
-    """A device that is there.
-
-    Raises:
-        DeviceError: for one that is not, and for what is no device at all.
-    """
-    import torch
-
-    from runtime.devices import resolve_device
-
-    if isinstance(value, (str, torch.device)):
-        return resolve_device(str(value))
-    raise DeviceError(f"device is {shown(value)}", hint="it must be a str such as 'cpu' or 'cuda:0', or a torch.device")
-
-
-def as_device_type(value: Any) -> str:
-    """The kind of a device that need not be here.
-
-    Raises:
-        DeviceError: for what is no kind of device.
-    """
-    if value in ("cpu", "cuda", "xpu"):
-        return str(value)
-    raise DeviceError(f"device_type is {shown(value)}", hint="it must be cpu, cuda or xpu")
-
-
-def as_dtype(value: Any) -> torch.dtype | None:
-    """A dtype that a model can run in; None for the model's own.
-
-    Raises:
-        UsageError: for any other, and for what is no dtype at all.
-    """
-    import torch
-
-    from runtime.devices import DTYPES
-
-    name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
-    if value is None or name == "auto":
-        return None
-    if name not in DTYPES:
-        raise UsageError(f"dtype is {shown(value)}", hint=f"it must be {', '.join(DTYPES)} or None")
-    found: torch.dtype = getattr(torch, str(name))
-    return found
 
 
 def require_count(name: str, value: Any) -> int:

@@ -23,48 +23,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runtime.activations import Budget
-from runtime.arguments import (
-    as_device,
-    as_dtype,
-    as_path,
-    require_artifact,
-    require_callable,
-    require_counts,
-    require_kind,
-    require_methods,
-    require_recipe,
-)
-from runtime.checked_batches import model_batches
-from runtime.checkpoint import Checkpoint
-from runtime.dequantize import open_checkpoint
+from runtime.arguments import as_path, require_callable, require_counts, require_kind, require_methods
+from runtime.checkpoint.companions import write_companions
+from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
+from runtime.data.checked_batches import model_batches
+from runtime.data.masks import require_tokens
 from runtime.errors import DataError, RecipeError
-from runtime.finish import not_quantized, write_companions
-from runtime.jobs import assign_jobs
-from runtime.key_values import attach
-from runtime.layout import Layout
-from runtime.machine import OWN_THREADS, require_threads
-from runtime.masks import require_tokens
-from runtime.modify.modifier import RecipeModifier
-from runtime.modify.needs import RecipeNeeds
+from runtime.experts.split import SplitArtifact, require_artifact, split_experts
+from runtime.formats.key_values import attach
+from runtime.host.devices import as_device, as_dtype
+from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.host.publish import require_free, require_outside
 from runtime.planning.request import memory_here, require_plan, stored_sizes
-from runtime.publish import require_free, require_outside
-from runtime.recipe import Recipe
-from runtime.remarks import make_remarks, targeted_tables
-from runtime.split import SplitArtifact, split_experts
+from runtime.quantize.assignments import assign_jobs
+from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.recipe_modifier import RecipeModifier
+from runtime.quantize.remarks import make_remarks, targeted_tables
+from runtime.quantize.unquantized import not_quantized
+from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.streaming.activations import Budget
+from runtime.streaming.events import Lines, Watcher, Watchers
 from runtime.streaming.identity import run_identity
-from runtime.streaming.modifiers import Modifier
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import Options, StreamingRun
-from runtime.streaming.steps import output_tensors, plan_steps
-from runtime.streaming.watch import Lines, Watcher, Watchers
+from runtime.streaming.schedule import plan_steps
+from runtime.streaming.steps import output_tensors
+from runtime.streaming.work import Modifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
-from runtime.weights import Weights, place_buffers
-from runtime.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
+from runtime.weights.parameters import Weights, place_buffers
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
-    from runtime.recipe import Assignment
+    from runtime.chain import Artifact
+    from runtime.recipe.recipe import Assignment
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
@@ -98,9 +91,9 @@ def calibrate(
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint.
         recipe: what to quantize, and how.
-        batches: the model's inputs, one mapping a batch, see `runtime.checked_batches`; may be empty when the recipe
-            measures nothing. A batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not count, nor
-            does padding.
+        batches: the model's inputs, one mapping a batch, see `runtime.data.checked_batches`; may be empty when the
+            recipe measures nothing. A batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not
+            count, nor does padding.
         out: a directory that does not exist or is empty; it appears when it is whole.
         device: where subgraphs run and weights are solved.
         dtype: of the weights and activations in the run; None for the model's own.
@@ -110,13 +103,13 @@ def calibrate(
             the result has the same bytes. Without one, begin.
         checkpoint_activations: save the values between subgraphs to disk after every so many, so that a resumed run
             need not run the finished ones again; 0 for never.
-        activation_memory: what these values may take; see `runtime.activations`.
+        activation_memory: what these values may take; see `runtime.streaming.activations`.
         propagate_error: let later subgraphs see what the quantized ones return. False saves a pass for each subgraph.
         moe_calibrate_all_experts: measure every expert of a mixture on all tokens, while a layer's output stays the sum
             over those that are chosen; False measures each on the tokens that are sent to it.
         statistics_memory: bytes that the statistics of a layer's experts may take at a time; more of them are measured
             in several passes, with the same result. None sets no bound.
-        watchers: are told what happens, see `runtime.streaming.watch`.
+        watchers: are told what happens, see `runtime.streaming.events`.
         own_modifiers: are applied to each subgraph before the recipe, see docs/modifiers.md.
         force: go on where the plan says that memory will not do.
 
@@ -273,7 +266,7 @@ def _prepare(
 
 def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
     """The entry for config.json."""
-    from runtime.schemes import quantization_config
+    from runtime.formats.checkpoint_config import quantization_config
 
     groups = [group.scheme for group in recipe.groups]
     tables = targeted_tables(run.model, recipe, run.jobs)

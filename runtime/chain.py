@@ -1,72 +1,287 @@
-"""Do the subgraphs of a manifest make a chain? Each must find its inputs: what the model is given, or what an earlier
-one has returned and nobody has consumed since.
+"""Read an artifact: check everything, then compile, and never trace.
+
+The order is the point: manifest, then the digest of every file, then the grammar of every program, and only then is
+code compiled (docs/format.md, "What a reader must do").
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import contextlib
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from runtime.manifest import DTYPES, Manifest, SubgraphEntry
+from runtime.arguments import as_path
+from runtime.artifact.check import Checked, check_artifact, check_versions, read_manifest
+from runtime.artifact.constants import load_constants
+from runtime.artifact.files import CONSTANTS_NAME
+from runtime.artifact.manifest import Manifest, ParameterEntry, SubgraphEntry
+from runtime.artifact.parts import ArtifactParts
+from runtime.errors import ArtifactError, DataError, SeqbuildError
+from runtime.host.offline import offline
+from runtime.language.opaque import require_harmless
+from runtime.language.opaque_calls import GuardedStep
 
-# Targets are layers, in fine cuts their Linear modules: hundreds. Each is executed once for a plan at least.
-MOST_SUBGRAPHS = 8192
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
+    from runtime.artifact.own_code_import import LoadedCode
+    from runtime.checkpoint.reader import Checkpoint
+    from runtime.language.program import Program, Run
 
-def wrong_chain(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the order of the subgraphs, and with what they hand on."""
-    entries = manifest.subgraphs
-    if not 0 < len(entries) <= MOST_SUBGRAPHS:
-        yield f"the manifest has {len(entries)} subgraphs, and 1 to {MOST_SUBGRAPHS} are supported"
-        return
-    for given in manifest.inputs:
-        if given.dtype not in DTYPES and given.dtype != "model":
-            yield f"the input {given.name!r} has the dtype {given.dtype!r}, and inputs are tensors"
-    present = dict.fromkeys(given.name for given in manifest.inputs)
-    for index, entry in enumerate(entries):
-        where = f"subgraph {index + 1} of {len(entries)}"
-        yield from _wrong_names(entry, where)
-        for name in entry.input_names:
-            if name not in present:
-                yield f"{where} takes {name!r}, which is neither an input of the model nor what an earlier one hands on"
-        for name in entry.consumed_names:
-            present.pop(name, None)
-        for name in entry.output_names:
-            if name in present:
-                yield f"{where} returns {name!r}, which is there already"
-            if name not in manifest.values:
-                yield f"{where} returns {name!r}, whose dtype and shape the manifest does not state"
-            present[name] = None
-    if not entries[-1].output_names:
-        yield "the last subgraph returns nothing"
-    yield from _wrong_targets(manifest)
+__all__ = ["CONSTANTS_NAME", "Artifact", "LoadedSubgraph", "check", "check_versions", "load", "read_manifest"]
 
 
-def _wrong_names(entry: SubgraphEntry, where: str) -> Iterator[str]:
-    names = {
-        "takes": entry.input_names,
-        "consumes": entry.consumed_names,
-        "returns": entry.output_names,
-        "needs": entry.parameters,
-        "calls its inputs": entry.arguments,
-        "calls its results": entry.results,
-    }
-    for verb, listed in names.items():
-        for name in _twice(listed):
-            yield f"{where} {verb} {name!r} twice"
-    if entry.results and len(entry.results) != len(entry.output_names):
-        yield f"{where} has {len(entry.output_names)} outputs, and its program {len(entry.results)} results"
+# What torch says of memory and devices: that is no fault of the code.
+_ABOUT_MACHINE = re.compile(r"memory|CUDA|XPU|device-side", re.IGNORECASE)
+# What code raises that makes no sense for its values. A RuntimeError does not say whether it is one of these.
+_OF_CODE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, StopIteration)
 
 
-def _wrong_targets(manifest: Manifest) -> Iterator[str]:
-    reached = [name for entry in manifest.subgraphs for name in entry.targets]
-    for name in _twice(manifest.targets):
-        yield f"the target {name!r} is listed twice"
-    listed = dict.fromkeys(manifest.targets)
-    for name in reached:
-        if name not in listed:
-            yield f"a subgraph has the target {name!r}, which the manifest does not list"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSubgraph:
+    """One step of the chain, compiled from the artifact's code."""
+
+    entry: SubgraphEntry
+    source: str
+    _artifact: Artifact = field(repr=False)
+    _program: Program = field(repr=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What `forward` takes, in the order of the generated signature."""
+        return self.entry.input_names
+
+    @property
+    def consumed_names(self) -> tuple[str, ...]:
+        """The inputs that no later subgraph takes, so that they can be freed afterwards."""
+        return self.entry.consumed_names
+
+    def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        """Execute the subgraph with the weights of `model`.
+
+        Args:
+            model: the artifact's module tree (see `Artifact.empty_model`) with at least this subgraph's parameters
+                loaded.
+            inputs: a value for each of `input_names`, on the device to run on.
+
+        Returns:
+            Output names to values; from the last subgraph, the fields of the model's output.
+
+        Raises:
+            DataError: an input is missing, or is none of its own.
+        """
+        from runtime.language.program import run_device, run_dtype
+
+        for name in (*self.input_names, *inputs):
+            if name not in inputs or name not in self.input_names:
+                what = f"has no input {name!r}" if name in inputs else f"lacks its input {name!r}"
+                raise DataError(f"the subgraph {what}", hint=f"it takes {', '.join(self.input_names)}")
+        return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
+
+    def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        """The same in a stated run, on a device of which no input need tell."""
+        from runtime.formats.key_values import of_model, watched
+
+        fetching = contextlib.nullcontext() if self._artifact.manifest.is_portable else offline()
+        entry, key_values = self.entry, of_model(model)
+        handing_out = key_values.program(self) if key_values is not None else None
+        program = handing_out or self._program
+        if key_values is not None and handing_out is not None:
+            run = key_values.run(self, run)
+        with watched(model, entry), _unchanged(entry, model, run), fetching:
+            if not entry.arguments and not entry.results:
+                return program(model, **inputs, run=run)
+            ordered = (inputs[name] for name in entry.input_names)
+            values = program(model.get_submodule(entry.scope), *ordered, run=run)
+            return dict(zip(entry.output_names, values.values(), strict=True))
+
+    def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
+        """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
+        called = [model.get_submodule(name) for name in self.entry.submodules]
+        modules = [inner for module in called for inner in module.modules()] if recurse else called
+        return list(dict.fromkeys(modules))
 
 
-def _twice(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
+@dataclass(kw_only=True)
+class Artifact(ArtifactParts):
+    """A checked artifact.
+
+    Attributes:
+        subgraphs: the compiled chain, in order of execution.
+        conversions: programs that make parameters from several tensors.
+    """
+
+    subgraphs: tuple[LoadedSubgraph, ...] = ()
+    conversions: tuple[Program, ...] = field(default=(), repr=False)
+    _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
+
+    @property
+    def compiled_parameters(self) -> Mapping[str, ParameterEntry]:
+        """The parameter table as it was compiled, where a view of the artifact may have another."""
+        return self.manifest.parameters
+
+    def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model's module tree with every parameter on the meta device, in eval mode.
+
+        Args:
+            dtype: of the floating point parameters; None takes the dtype of the manifest.
+
+        Raises:
+            ModelError: when the installed transformers does not have the model's class, or its own code fails.
+        """
+        from runtime.model.build import build_skeleton
+
+        return build_skeleton(self, dtype)
+
+    def seen(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint as the tables want to see it."""
+        return checkpoint
+
+    def run(self, device: torch.device, dtype: torch.dtype) -> Run:
+        """What generated code is given on `device` with weights of `dtype`; constants are moved there once."""
+        from runtime.language.program import Run
+
+        key, home = (str(device), str(dtype)), self.manifest.model.module
+        if key not in self._runs:
+            self._runs[key] = Run(
+                device=device,
+                dtype=dtype,
+                constants={name: tensor.to(device) for name, tensor in self.constants.items()},
+                opaque={path: resolve_opaque(path, self.code, home) for path in self.manifest.opaque_steps},
+            )
+        return self._runs[key]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    allow_version_skew: bool = False,
+    trust_remote_code: bool = False,
+    public_key: str | os.PathLike[str] | None = None,
+) -> Artifact:
+    """Check an artifact and compile its code.
+
+    Args:
+        path: the artifact's directory.
+        allow_version_skew: go on when the sources on this host are not those it was compiled with.
+        trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
+        public_key: a file in PEM; whoever has the private key must have signed the artifact. A host can ask for that
+            by itself, with the environment variable SEQBUILD_REQUIRE_SIGNATURE.
+
+    Raises:
+        SignatureError: when it is not signed as is asked for; nothing has been executed then.
+        ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
+        VersionError: when the sources on this host are not those it was compiled with.
+        ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
+    """
+    root = as_path("the artifact", path)
+    checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
+    check_versions(checked.manifest, allow_version_skew=allow_version_skew)
+    artifact = _compile(root, checked)
+    if checked.code is not None and not trust_remote_code and not checked.manifest.is_portable:
+        artifact.require_consent()
+    if checked.code is not None and trust_remote_code:
+        from runtime.artifact.own_code_import import LoadedCode
+
+        artifact.code = LoadedCode(checked.code)
+    return artifact
+
+
+def check(root: Path) -> tuple[Manifest, Mapping[str, str]]:
+    """Check an artifact without executing or importing anything of it.
+
+    Returns:
+        The manifest and the source of every program, by file path.
+
+    Raises:
+        ArtifactError: naming the file and what is wrong with it.
+    """
+    checked = check_artifact(root)
+    return checked.manifest, checked.sources
+
+
+@contextlib.contextmanager
+def _unchanged(entry: SubgraphEntry, model: nn.Module, run: Run) -> Iterator[None]:
+    """Watch that a subgraph leaves weights and constants as they are, and say which subgraph's code fails.
+
+    Raises:
+        ArtifactError: for code that changes them, and for what Python and torch say of code that makes no sense.
+    """
+    watched = [(name, _find(model, name)) for name in entry.parameters]
+    watched += [(name, run.constants[name]) for name in entry.constants]
+    before = [(name, tensor, tensor._version) for name, tensor in watched if not tensor.is_inference()]
+    try:
+        yield
+    except (SeqbuildError, MemoryError):
+        raise
+    except (*_OF_CODE, RuntimeError) as error:
+        is_torchs = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+        if is_torchs or (isinstance(error, RuntimeError) and _ABOUT_MACHINE.search(str(error))):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ArtifactError(f"{entry.file} cannot be executed with this model and data: {what}") from error
+    for name, tensor, version in before:
+        if tensor._version != version:
+            raise ArtifactError(f"{entry.file} changes {name} in place", hint="weights are for reading only")
+
+
+def _find(model: nn.Module, name: str) -> torch.Tensor:
+    owner, _, own = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(owner), own)
+    return found
+
+
+def _compile(root: Path, checked: Checked) -> Artifact:
+    from runtime.language.program import compile_program
+
+    manifest, contents = checked.manifest, checked.contents
+    artifact = Artifact(path=root, manifest=manifest, model_code=checked.code)
+    artifact.companions = {name: data for name, data in contents.items() if "/" not in name and name != CONSTANTS_NAME}
+    if manifest.constants:
+        artifact.constants = load_constants(contents[CONSTANTS_NAME])
+    programs = {file: compile_program(source, str(root / file)) for file, source in checked.sources.items()}
+    artifact.subgraphs = tuple(
+        LoadedSubgraph(
+            entry=entry,
+            source=checked.sources[entry.file],
+            _artifact=artifact,
+            _program=programs[entry.file],
+        )
+        for entry in manifest.subgraphs
+    )
+    artifact.leaf_programs = {kind.program: programs[kind.program] for kind in manifest.leaf_kinds if kind.program}
+    artifact.conversions = tuple(programs[entry.file] for entry in manifest.conversions)
+    return artifact
+
+
+def resolve_opaque(path: str, code: LoadedCode | None = None, home: str = "") -> Callable[..., Any]:
+    """Find the function of an opaque step, `module:function` or `module:Class.method`, inside transformers or the
+    model's own code.
+
+    Args:
+        path: of the step.
+        code: the model's own, ready to be imported.
+        home: the module that defines the model's class.
+
+    Raises:
+        ArtifactError: when the path leads elsewhere (see `runtime.language.opaque`), or to nothing.
+    """
+    own_modules = code.modules if code is not None else ()
+    require_harmless(path, (home,), own_modules)
+    module_name, _, qualified = path.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in qualified.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise ArtifactError(f"opaque step {path!r} does not exist on this host") from error
+    if not callable(value) or isinstance(value, type) or getattr(value, "__module__", "") != module_name:
+        raise ArtifactError(f"opaque step {path!r} is not a function that {module_name} defines")
+    function: Callable[..., Any] = value
+    return function if module_name in own_modules else GuardedStep(path, function)

@@ -4,130 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import reprlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from collections.abc import Iterator
+from typing import TextIO
 
-from runtime.errors import SeqbuildError
-from runtime.output import GONE, Output, unfailing
+from runtime.errors import UsageError
+from runtime.standard_output import Output
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
-
-
-_NOTHING = "nothing half-written was left behind"
-_left_behind = [_NOTHING]
+NOTHING_LEFT = "nothing half-written was left behind"
+left_behind = [NOTHING_LEFT]
 
 
 def tell_when_stopped(text: str) -> None:
     """What to say of a command that was interrupted: typer keeps no exception that could carry it."""
-    _left_behind[0] = text
-
-
-_needs_output = [False]
-
-
-def require_output() -> None:
-    """Let the command that runs fail in the end if its output cannot be written: it has no other result."""
-    _needs_output[0] = True
-
-
-def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
-    """Run a typer application and return the process's exit code.
-
-    `--debug`, anywhere on the command line, shows the traceback of an error. Without arguments there is the help.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    is_debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    tell_when_stopped(_NOTHING)
-    _needs_output[0] = False
-    with unfailing() as (output, _):
-        code = _run(app, program, arguments, is_debug)
-        output.flush()
-        if output.failure and output.failure != GONE:
-            is_error = _needs_output[0] and code == 0
-            kind = "error" if is_error else "warning"
-            print(f"{program}: {kind}: standard output cannot be written: {output.failure}", file=sys.stderr)
-            code = USER_ERROR if is_error else code
-    return code
-
-
-def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: bool) -> int:
-    from typer import Abort
-
-    try:
-        with _terminable():
-            result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except (KeyboardInterrupt, Abort):
-        code = INTERRUPTED
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's: of a tokenizer
-            raise
-        message = _user_error(error) or _unforeseen(error)
-        if is_debug:
-            import traceback
-
-            traceback.print_exc()
-        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
-        return USER_ERROR
-    else:
-        code = int(result or 0) if arguments else USER_ERROR
-    if code in (INTERRUPTED, TERMINATED):
-        word = "interrupted" if code == INTERRUPTED else "terminated"
-        print(f"{program}: {word}; {_left_behind[0]}", file=sys.stderr)
-    return code
-
-
-def _unforeseen(error: BaseException) -> str:
-    """What to say about an error that nobody has thought of: where it is from, for whoever reports it."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    text = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}{where}: {text} (nobody has foreseen this: report it with what --debug shows)"
-
-
-def _user_error(error: BaseException) -> str | None:
-    """What to say about an error that is not ours: a mistake of the user's, or something the machine lacks."""
-    if isinstance(error, SeqbuildError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
-        command = getattr(getattr(error, "ctx", None), "command_path", "")
-        hint = f" ({command} --help shows what it takes)" if command else ""
-        return str(error.format_message()).rstrip(".") + hint
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "no more threads can be started (raise ulimit -u, or pids of the container, or lower OMP_NUM_THREADS)"
-    is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if is_full or "can't allocate memory" in str(error):
-        what = str(error).partition(". ")[0] or "the machine has no more"
-        return f"out of memory: {what} (lower --batch-size or --seq-len)"
-    return None
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half-written is taken away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    left_behind[0] = text
 
 
 def say(line: str = "") -> None:
@@ -184,3 +76,38 @@ def quiet(*loggers: str, level: int = logging.ERROR) -> Iterator[None]:
     finally:
         for logger, usual in zip(found, before, strict=True):
             logger.setLevel(usual)
+
+
+_UNITS = {"B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+LARGEST = 2**60  # bytes: more than any machine has, and exact in every integer
+
+
+def optional_bytes(text: str | None, *, option: str) -> int | None:
+    """As `parse_bytes`; None for an option that was not given."""
+    return None if text is None else parse_bytes(text, option=option)
+
+
+def parse_bytes(text: str, *, option: str) -> int:
+    """The number of bytes that a text states: kB to TB are powers of 1000, KiB to TiB powers of 1024.
+
+    Args:
+        text: a number and a unit.
+        option: where it was given, for the message.
+
+    Raises:
+        UsageError: when it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is not None and not match[2]:
+        if not float(match[1]):
+            return 0  # the same in every unit
+        raise UsageError(f"{option} is {text!r}, a size without a unit", hint=f"write {match[1]}GiB or {match[1]}B")
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{option} is {text!r}, which is no size", hint="write it as 24GiB or 500MB")
+    number = float(match[1]) * unit
+    if number > LARGEST:
+        raise UsageError(f"{option} is {text!r}, which is larger than any memory", hint="write it as 24GiB or 500MB")
+    return int(number)

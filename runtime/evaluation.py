@@ -9,9 +9,9 @@ stands before. Of an encoder-decoder model, all labels y of a source x are predi
 
     ppl = exp( - 1/N sum over samples, over positions t >= 1, of log p(y_t | x, y_1 ... y_{t-1}) )
 
-What the decoder reads follows from the labels by the model's own rule (`runtime.decoder`). A text without a target is
-source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`, as a mean
-over all tokens instead of each batch's.
+What the decoder reads follows from the labels by the model's own rule (`runtime.data.decoder`). A text without a
+target is source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`,
+as a mean over all tokens instead of each batch's.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.activations import Activations
-from runtime.arguments import as_device, as_dtype, as_path, require_artifact, require_callable
-from runtime.checked_batches import model_batches
-from runtime.decoder import LABELS, NOT_A_LABEL
-from runtime.dequantize import open_checkpoint
+from runtime.arguments import as_path, require_callable
+from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.data.checked_batches import model_batches
+from runtime.data.decoder import LABELS, NOT_A_LABEL
+from runtime.data.inputs import DECODER_IDS, IDS, MASK
 from runtime.errors import DataError, ModelError, QuantizationError
-from runtime.half_products import quick_halves
-from runtime.inputs import DECODER_IDS, IDS, MASK
-from runtime.machine import OWN_THREADS, require_threads
-from runtime.quantized import input_quantization
-from runtime.split import split_experts
-from runtime.streaming.weight_stream import WeightStream
-from runtime.weights import Weights, place_buffers, unload
+from runtime.experts.split import require_artifact, split_experts
+from runtime.formats.rounded_inputs import input_quantization
+from runtime.host.devices import as_device, as_dtype
+from runtime.host.half_precision import quick_halves
+from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.streaming.activations import Activations
+from runtime.weights.parameters import Weights, place_buffers, unload
+from runtime.weights.stream import WeightStream
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
-    from runtime.manifest import Manifest
+    from runtime.artifact.manifest import Manifest
+    from runtime.chain import Artifact
 
 LOGITS = "logits"
 _LARGEST_LOSS = 700.0  # its exponential is still a float

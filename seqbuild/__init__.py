@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.planning.request import plan_artifact as plan
     from seqbuild.build import compile_model
-    from seqbuild.partition import (
+    from seqbuild.chain.partition import (
         find_target_nodes,
         graph_is_well_formed,
         partition_graph,
         topological_partition,
         trace_consumed_names,
     )
+    from seqbuild.chain.subgraph import Subgraph
+    from seqbuild.chain.targets import get_sequential_ancestors, get_sequential_targets, match_modules
     from seqbuild.sample.inputs import populate_concrete_args
-    from seqbuild.subgraph import Subgraph
-    from seqbuild.targets import get_sequential_ancestors, get_sequential_targets, match_modules
-    from seqbuild.trace.subgraphs import trace_subgraphs
-    from seqbuild.trace.tracer import SequentialTracer
+    from seqbuild.trace.model import trace_subgraphs
+    from seqbuild.trace.record.tracer import SequentialTracer
     from seqbuild.verify.artifact import verify_artifact
 
 __version__ = "0.1.0"
@@ -46,20 +46,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SequentialTracer": "seqbuild.trace.tracer",
-    "Subgraph": "seqbuild.subgraph",
+    "SequentialTracer": "seqbuild.trace.record.tracer",
+    "Subgraph": "seqbuild.chain.subgraph",
     "compile_model": "seqbuild.build",
-    "find_target_nodes": "seqbuild.partition",
-    "get_sequential_ancestors": "seqbuild.targets",
-    "get_sequential_targets": "seqbuild.targets",
-    "graph_is_well_formed": "seqbuild.partition",
-    "match_modules": "seqbuild.targets",
-    "partition_graph": "seqbuild.partition",
+    "find_target_nodes": "seqbuild.chain.partition",
+    "get_sequential_ancestors": "seqbuild.chain.targets",
+    "get_sequential_targets": "seqbuild.chain.targets",
+    "graph_is_well_formed": "seqbuild.chain.partition",
+    "match_modules": "seqbuild.chain.targets",
+    "partition_graph": "seqbuild.chain.partition",
     "plan": "runtime.planning.request:plan_artifact",
     "populate_concrete_args": "seqbuild.sample.inputs",
-    "topological_partition": "seqbuild.partition",
-    "trace_consumed_names": "seqbuild.partition",
-    "trace_subgraphs": "seqbuild.trace.subgraphs",
+    "topological_partition": "seqbuild.chain.partition",
+    "trace_consumed_names": "seqbuild.chain.partition",
+    "trace_subgraphs": "seqbuild.trace.model",
     "verify_artifact": "seqbuild.verify.artifact",
 }
 

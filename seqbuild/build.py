@@ -3,14 +3,14 @@
 source      what the user named: hub id, directory or config            seqbuild.model.source
 own code    what the model brings, if that is allowed to run            seqbuild.model.own_code
 model       its module tree without weights                             seqbuild.model.from_config
-targets     where to cut                                                seqbuild.targets
-request     has it been asked for before?                               seqbuild.recall
-key         is it there already?                                        seqbuild.cache
+targets     where to cut                                                seqbuild.chain.targets
+request     has it been asked for before?                               seqbuild.cache.recall
+key         is it there already?                                        seqbuild.cache.key
 trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
 keys        which checkpoint tensors make which parameter               seqbuild.model.checkpoint_keys
-emit        source code, one file a subgraph                            seqbuild.emit
-describe    the manifest                                                seqbuild.describe, relied_on
-publish     all of it appears under its name at once                    runtime.publish
+emit        source code, one file a subgraph                            seqbuild.chain.emit
+describe    the manifest                                                seqbuild.manifest.describe, relied_on
+publish     all of it appears under its name at once                    runtime.host.publish
 """
 
 from __future__ import annotations
@@ -26,19 +26,25 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from runtime.arguments import as_path
-from runtime.artifact import CONSTANTS_NAME, check
-from runtime.checks import check_programs
-from runtime.config_rules import check_config
+from runtime.artifact.check import check_programs
+from runtime.artifact.config_policy import check_config
+from runtime.artifact.encoding import sha256
+from runtime.artifact.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry
+from runtime.artifact.own_code import FOLDER
+from runtime.chain import CONSTANTS_NAME, check
 from runtime.errors import ArtifactError, TargetError, TraceError
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, Manifest, SubgraphEntry, sha256
-from runtime.model_code import FOLDER
-from runtime.opaque_paths import is_harmless
-from runtime.publish import disk_errors, move_aside, publish_directory
-from runtime.regular_files import read_regular
-from seqbuild import cache, describe
-from seqbuild.emit import EmittedCode, common_scope
-from seqbuild.groups.attention import cached_values
-from seqbuild.groups.derive import mixture_groups, scale_groups
+from runtime.host.publish import disk_errors, move_aside, publish_directory
+from runtime.host.regular_files import read_regular
+from runtime.language.opaque import is_harmless
+from seqbuild.cache import key as cache
+from seqbuild.cache.recall import Compiled, recall, remember, request, vouched
+from seqbuild.chain.emit import EmittedCode, common_scope
+from seqbuild.chain.targets import as_names, inferred_targets
+from seqbuild.manifest import describe
+from seqbuild.manifest.attention import cached_values
+from seqbuild.manifest.portable import Parts, limits
+from seqbuild.manifest.portable import parts as portable_parts
+from seqbuild.manifest.scale_groups import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -46,20 +52,16 @@ from seqbuild.model.own_code import OwnCode, own_code_of
 from seqbuild.model.relied_on import made_of, relied_on
 from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import Options, make_options
-from seqbuild.portable import Parts, limits
-from seqbuild.portable import parts as portable_parts
-from seqbuild.recall import Compiled, recall, remember, request, vouched
 from seqbuild.sample.inputs import plain_call_of
-from seqbuild.targets import as_names, inferred_targets
 from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
-from seqbuild.trace.subgraphs import Trace
+from seqbuild.trace.model import Trace
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-    from seqbuild.trace.blame import Function
+    from seqbuild.blame import Function
 
 DEFAULT_OUT = Path("artifacts")
 # As `gc.set_threshold` takes it; by default the first is some hundred or thousand.

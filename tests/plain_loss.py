@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import runtime
-from runtime.inputs import model_inputs
+from runtime.data.inputs import model_inputs
 from seqbuild.build import build
 from seqbuild.sample.tokens import vocabulary
 from seqbuild.verify.running import EAGER_EXPERTS, configured

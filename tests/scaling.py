@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from runtime.manifest import ScaleGroup
-from runtime.scale_groups import channels_of
+from runtime.artifact.manifest import ScaleGroup
+from runtime.artifact.scale_groups import channels_of
 
 
 def scaled(

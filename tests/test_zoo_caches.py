@@ -57,7 +57,7 @@ def test_the_cache_holds_what_is_measured(case: Case, tmp_path: Path) -> None:
 
 
 def sample(
-    manifest: runtime.manifest.Manifest, config: transformers.PretrainedConfig, size: tuple[int, int]
+    manifest: runtime.artifact.manifest.Manifest, config: transformers.PretrainedConfig, size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
     """Tokens for each input of text, masks of ones."""
     vocabulary = min(int(getattr(config.get_text_config(decoder=True), "vocab_size", 50) or 50), 50)

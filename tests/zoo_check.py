@@ -17,12 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 import runtime
-from runtime.artifact import Artifact
-from runtime.dequantize import open_checkpoint
+from runtime.chain import Artifact
+from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.errors import SeqbuildError
-from runtime.weights import Weights
+from runtime.weights.parameters import Weights
 from seqbuild.build import Compiled, build
-from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.sample.inputs import default_sample
+from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.difference import difference
 from seqbuild.verify.running import EAGER_EXPERTS, SEED, SHAPES, configured, run_model, with_weights
 from tests.tiny_models import run_chain

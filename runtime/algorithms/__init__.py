@@ -1,1 +1,1 @@
-"""One algorithm, one file: pure functions of tensors."""
+"""Quantization algorithms: one file for each, pure functions of tensors."""

@@ -6,6 +6,8 @@ import torch
 
 from runtime.algorithms.products import SQUARE, add_product_
 
+FLOAT32, FLOAT64 = 4, 8
+
 PANEL_WIDTH = 128  # columns that a Hessian is summed up in at a time: narrower ones multiply more slowly
 _MULTIPLE = 128  # oneDNN keeps a program for each number of tokens: of experts it is another in every batch
 
@@ -82,3 +84,8 @@ class HessianAccumulator:
     def rescale_(self, scale_I: torch.Tensor) -> None:
         """Make this the sum over inputs divided by these factors, in place: a copy would take as much again."""
         self.hessian_II.div_(scale_I).div_(scale_I[:, None])
+
+
+def hessian_bytes(num_in: int) -> int:
+    """A sum of x x^T, `gptq.HessianAccumulator`: [I, I] in float32."""
+    return num_in * num_in * FLOAT32

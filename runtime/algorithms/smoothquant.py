@@ -12,7 +12,7 @@ and with (equation 4), over all tokens and all rows of all weights that read X,
 
 both are equally hard to round at a = 1/2; a larger strength a takes more from the activations. Dividing X costs
 nothing, for it is done to the weights of the norm or Linear that makes X: what that can be is the scale group's matter
-(`runtime.scale_groups`).
+(`runtime.artifact.scale_groups`).
 
 Where several features come from one channel of the producer, as when heads of queries share a head of values, they get
 one factor, from the largest of their maxima.

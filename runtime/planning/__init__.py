@@ -1,1 +1,1 @@
-"""The rooms behind `runtime.plan`: shapes, costs, what fits, and how it is said."""
+"""Predict the memory, traffic and disk space of a calibration before it runs."""

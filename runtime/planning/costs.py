@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.algorithms.hessian import FLOAT32, FLOAT64, hessian_bytes
+
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from runtime.manifest import ParameterEntry
-    from runtime.recipe import Assignment
-    from runtime.statistics import Needs
-
-FLOAT32, FLOAT64 = 4, 8
+    from runtime.artifact.manifest import ParameterEntry
+    from runtime.quantize.statistics import Needs
+    from runtime.recipe.recipe import Assignment
 
 
 def itemsize(name: str, dtype: torch.dtype) -> int:
@@ -38,16 +38,11 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
     )
 
 
-def hessian_bytes(num_in: int) -> int:
-    """A sum of x x^T, `gptq.HessianAccumulator`: [I, I] in float32."""
-    return num_in * num_in * FLOAT32
-
-
 def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
     """What `statistics.InputStatistics` holds of one distinct input: H, and five numbers of each feature where these
     are asked for, with a small H or some tokens in the run's dtype; the few that it always holds are nothing beside H.
     """
-    from runtime.output_squares import NUM_SAMPLED, WIDEST_GRAM
+    from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 
     channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
@@ -77,7 +72,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
-    from runtime.schemes import NUMBERS_AT_A_TIME
+    from runtime.formats.compressed import NUMBERS_AT_A_TIME
 
     num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
@@ -126,7 +121,7 @@ def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:
 
 def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, dtype: torch.dtype) -> int:
     """What a checkpoint holds for a quantized weight [O, I] that it had in `dtype`, as its scales are."""
-    from runtime.schemes import stored_dtypes, stored_shapes
+    from runtime.formats.compressed import stored_dtypes, stored_shapes
 
     shapes = stored_shapes(shape, scheme)
     return sum(math.prod(shapes[name]) * own.itemsize for name, own in stored_dtypes(scheme, dtype).items())

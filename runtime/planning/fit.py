@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from runtime.console import human_bytes
 from runtime.errors import PlanError
-from runtime.plan import CONTEXT_BYTES, Plan, Work
+from runtime.planning.forecast import Plan
+from runtime.planning.workload import CONTEXT_BYTES, Work
 
 _MOST_ADVICE = 3
 _MOST_SCORES_BYTES = 128 * 4 * 2  # for each pair of tokens: as many heads, in float32, before and after the softmax

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.modify.together import may_overwrite, solved_together
 from runtime.planning.costs import copy_bytes, search_bytes, solve_bytes
+from runtime.quantize.solve_batches import may_overwrite, solved_together
 
 if TYPE_CHECKING:
-    from runtime.modify.needs import RecipeNeeds
+    from runtime.quantize.needs import RecipeNeeds
 
 Sums = Mapping[tuple[str, ...], int]  # the bytes of each sum, by the modules that share it
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime.console import human_bytes
-from runtime.plan import Plan, Step
+from runtime.planning.forecast import Plan, Step
 
 _COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", "written", "device", "host")
 

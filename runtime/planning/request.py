@@ -9,32 +9,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from runtime.activations import Budget
-from runtime.arguments import (
-    as_device_type,
-    as_dtype,
-    require_artifact,
-    require_count,
-    require_counts,
-    require_kind,
-    require_recipe,
-)
-from runtime.conditions import holds
+from runtime.arguments import require_count, require_counts, require_kind
+from runtime.artifact.size_expressions import holds
 from runtime.errors import DataError, UsageError
-from runtime.jobs import assign_jobs
-from runtime.machine import available_bytes, resident_bytes
-from runtime.modify.needs import RecipeNeeds
-from runtime.plan import Plan, Work, plan_run
+from runtime.experts.split import require_artifact, split_experts
+from runtime.host.devices import as_device_type, as_dtype
+from runtime.host.memory import available_bytes, resident_bytes
 from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
+from runtime.planning.forecast import Plan, plan_run
 from runtime.planning.shapes import ShapeRun
-from runtime.recipe import Assignment, Recipe
-from runtime.split import split_experts
+from runtime.planning.workload import Work
+from runtime.quantize.assignments import assign_jobs
+from runtime.quantize.needs import RecipeNeeds
+from runtime.recipe.recipe import Assignment, Recipe, require_recipe
+from runtime.streaming.activations import Budget
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
-    from runtime.manifest import Manifest
-    from runtime.streaming.modifiers import Modifier
-    from runtime.weights import Weights
+    from runtime.artifact.manifest import Manifest
+    from runtime.chain import Artifact
+    from runtime.streaming.work import Modifier
+    from runtime.weights.parameters import Weights
 
 BATCH, SEQUENCE = "batch", "sequence"
 # What is planned without a recipe: of all that is offered it measures most.

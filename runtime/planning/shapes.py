@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import ArtifactError
-from runtime.experts import Experts
-from runtime.half_products import NUMBERS_AT_A_TIME, quick_halves, slow_halves
-from runtime.left_as_found import Found, left_as_found
-from runtime.program import Run
+from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_halves
+from runtime.host.left_as_found import Found, left_as_found
+from runtime.language.program import Run
+from runtime.model.experts import Experts
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact, LoadedSubgraph
+    from runtime.chain import Artifact, LoadedSubgraph
 
 META = torch.device("meta")
 
@@ -218,7 +218,7 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 class _Seen:
     """Which Linear modules are handed one and the same tensor; what is summed up is held, and copied in float32, as
-    `runtime.statistics` does it.
+    `runtime.quantize.statistics` does it.
 
     Args:
         measured: names of the modules that count, in the scope.

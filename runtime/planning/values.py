@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.conditions import size_of
+from runtime.artifact.size_expressions import size_of
 from runtime.errors import ArtifactError
 from runtime.planning.shapes import META, Footprint, storage_bytes
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest, SubgraphEntry, TensorEntry
-    from runtime.plan import Work
+    from runtime.artifact.manifest import Manifest, SubgraphEntry, TensorEntry
+    from runtime.planning.workload import Work
 
 
 class ShapeValues:

@@ -1,1 +1,1 @@
-"""The rooms behind the calibration loop: what is streamed in, kept between subgraphs, written, and remembered."""
+"""The loop over subgraphs: schedule, activations, checkpoints of progress, and replay after an interruption."""

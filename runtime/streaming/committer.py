@@ -7,15 +7,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from runtime.streaming import journal
-from runtime.streaming.boundary import CannotSaveError, remove_boundary, save_boundary
+from runtime.streaming.saved_values import CannotSaveError, remove_boundary, save_boundary
 
 if TYPE_CHECKING:
-    from runtime.activations import Activations
+    from runtime.checkpoint.writer import ShardWriter
+    from runtime.streaming.activations import Activations
+    from runtime.streaming.events import Watchers
     from runtime.streaming.steps import Step
-    from runtime.streaming.watch import Watchers
     from runtime.streaming.work import Work
     from runtime.streaming.workplace import Workplace
-    from runtime.writer import ShardWriter
 
 
 class Committer:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runtime.console import human_bytes
-from runtime.streaming.memory import peak_device_bytes, peak_host_bytes
+from runtime.host.memory import peak_device_bytes, peak_host_bytes
 
 
 class Display:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from runtime.companions import companion_files
-from runtime.dtypes import bytes_of
+from runtime.checkpoint.companions import companion_files
+from runtime.checkpoint.dtypes import bytes_of
 from runtime.errors import RecipeError
-from runtime.regular_files import read_regular
+from runtime.host.regular_files import read_regular
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
-    from runtime.checkpoint import Checkpoint
-    from runtime.recipe import Recipe
+    from runtime.chain import Artifact
+    from runtime.checkpoint.reader import Checkpoint
+    from runtime.recipe.recipe import Recipe
 
 _NUM_SAMPLES = 4096
 _SAMPLE_BYTES = 1024
@@ -58,7 +58,7 @@ def _lasting_text(recipe: Recipe) -> str:
     """What a recipe says, without the fields that may change before a run goes on: they decide whether a module that
     saw too little ends the run, and none of the finished ones did.
     """
-    from runtime.yaml_lines import Value
+    from runtime.recipe.yaml import Value
 
     try:
         value = Value.parse(recipe.text, origin=recipe.source).plain()

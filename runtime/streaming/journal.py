@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import OutputError
-from runtime.regular_files import is_there, read_regular
+from runtime.host.regular_files import is_there, read_regular
 
 NAME = "journal"
 RUN, STEP, MICRO_BATCH = "run", "step", "micro_batch"

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runtime.half_products import quick_halves
-from runtime.quantized import input_quantization
-from runtime.statistics import EnoughSeenError
-from runtime.streaming.memory import trim_heap
+from runtime.formats.rounded_inputs import input_quantization
+from runtime.host.half_precision import quick_halves
+from runtime.host.memory import trim_heap
+from runtime.streaming.work import EnoughSeenError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runtime.activations import Activations
-    from runtime.recipe import Assignment
+    from runtime.recipe.recipe import Assignment
+    from runtime.streaming.activations import Activations
+    from runtime.streaming.events import Watcher
     from runtime.streaming.steps import Step
-    from runtime.streaming.watch import Watcher
 
 
 @dataclass(kw_only=True)

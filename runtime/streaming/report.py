@@ -23,7 +23,7 @@ class ModuleReport:
         damping: as in `QuantizedWeight`.
         num_tokens: how many inputs were measured; 0 for none.
         error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ where none were measured; 0 where the output is zero.
-            See `runtime.output_squares`.
+            See `runtime.algorithms.output_squares`.
         seconds: time of the solve.
         num_bytes: size of its tensors in the checkpoint.
     """

@@ -11,39 +11,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runtime.activations import DEVICE, Activations, Budget
-from runtime.half_products import names_of_slow_halves
-from runtime.masks import token_mask
-from runtime.streaming import journal
-from runtime.streaming.boundary import load_boundary
-from runtime.streaming.catch_up import Written, run_again
-from runtime.streaming.committer import Committer
-from runtime.streaming.memory import (
+from runtime.data.batches import largest_batch, split_batches
+from runtime.data.masks import token_mask
+from runtime.host.half_precision import names_of_slow_halves
+from runtime.host.memory import (
     OutOfMemory,
     give_memory_back,
     is_out_of_memory,
-    largest_batch,
     peak_device_bytes,
     peak_host_bytes,
-    split_batches,
     trim_heap,
 )
+from runtime.streaming import journal
+from runtime.streaming.activations import DEVICE, Activations, Budget
+from runtime.streaming.committer import Committer
 from runtime.streaming.passes import Passes
+from runtime.streaming.replay import Written, run_again
 from runtime.streaming.report import ModuleReport
-from runtime.streaming.steps import is_measured, lasting_values
-from runtime.streaming.weight_stream import WeightStream
+from runtime.streaming.saved_values import load_boundary
+from runtime.streaming.schedule import is_measured
+from runtime.streaming.steps import lasting_values
 from runtime.streaming.work import Work
-from runtime.weights import assign, unload
+from runtime.weights.parameters import assign, unload
+from runtime.weights.stream import WeightStream
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
-    from runtime.recipe import Assignment
-    from runtime.streaming.modifiers import Modifier
+    from runtime.chain import Artifact
+    from runtime.checkpoint.writer import ShardWriter
+    from runtime.recipe.recipe import Assignment
+    from runtime.streaming.events import Watchers
     from runtime.streaming.steps import Plan, Step
-    from runtime.streaming.watch import Watchers
+    from runtime.streaming.work import Modifier
     from runtime.streaming.workplace import Workplace
-    from runtime.weights import Weights
-    from runtime.writer import ShardWriter
+    from runtime.weights.parameters import Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

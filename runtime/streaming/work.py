@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from runtime.dtypes import DTYPES
-from runtime.stored_scales import require_finite, require_sound_scales, require_sound_weight
-from runtime.streaming.memory import trim_heap
+from runtime.checkpoint.dtypes import DTYPES
+from runtime.formats.stored_scales import require_finite, require_sound_scales, require_sound_weight
+from runtime.host.memory import trim_heap
 from runtime.streaming.report import ModuleReport
-from runtime.weights import assign, unload
+from runtime.weights.parameters import assign, unload
 
 if TYPE_CHECKING:
     from torch import nn
 
     from runtime.algorithms.result import QuantizedWeight
-    from runtime.masks import TokenMask
-    from runtime.recipe import Assignment
+    from runtime.checkpoint.writer import ShardWriter
+    from runtime.data.masks import TokenMask
+    from runtime.recipe.recipe import Assignment
     from runtime.streaming.steps import Plan, Step
-    from runtime.weights import Weights
-    from runtime.writer import ShardWriter
+    from runtime.weights.parameters import Weights
 
 
 @dataclass(kw_only=True)
@@ -41,11 +41,11 @@ class Work:
         run_batches: sends all batches through the subgraph once; what it returns is thrown away. Hooks on modules see
             what passes. What it is given, if anything, it calls with the index of each batch before that runs.
         run_first: sends the first batch through the subgraph and returns what that returns.
-        masks: for each batch which of its tokens count in statistics, see `runtime.masks`; None for all.
+        masks: for each batch which of its tokens count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those it is chosen for.
         statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
         forgets: whether `run_batches` forgets what batches return, so that a hook may end one by
-            `runtime.statistics.EnoughSeenError` when it has seen all it wants.
+            `runtime.streaming.work.EnoughSeenError` when it has seen all it wants.
         reports: of the modules that are done.
         kept: quantized and rewritten parameters that later subgraphs use as well.
         warnings: what a user should know, a line each.
@@ -108,8 +108,8 @@ class Work:
             start: the clock (`perf_counter`) when work on the module began.
             algorithm: what was used; by default what the job says.
         """
-        from runtime.quantized import set_input_parts
-        from runtime.schemes import compress_module, decompress_module
+        from runtime.formats.compressed import compress_module, decompress_module
+        from runtime.formats.rounded_inputs import set_input_parts
 
         job, key = self.jobs[name], self._key(f"{name}.weight")
         require_sound_weight(name, result, job.scheme, self.scale_dtype(name))
@@ -168,3 +168,20 @@ class Work:
         key = self.source.plain_key(name)
         assert key is not None, f"{name} is not one tensor of the checkpoint"
         return key
+
+
+class Modifier(Protocol):
+    """One thing that is done to the modules of each step."""
+
+    def measures(self, names: Sequence[str]) -> bool:
+        """Whether batches must run to do it to these modules."""
+
+    def rewrites(self, names: Sequence[str]) -> Sequence[str]:
+        """The parameters, besides the weights of these modules, that it will change with `Work.rewrite`."""
+
+    def apply(self, work: Work) -> None:
+        """Do it to the modules of one step."""
+
+
+class EnoughSeenError(Exception):
+    """A batch has reached the last module that is measured: what would still be computed of it is thrown away."""

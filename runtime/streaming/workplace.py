@@ -21,7 +21,7 @@ from pathlib import Path
 
 from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
-from runtime.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
+from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
 
@@ -57,7 +57,7 @@ class Workplace:
         """
         import torch
 
-        from runtime.half_products import names_of_slow_halves
+        from runtime.host.half_precision import names_of_slow_halves
 
         if self.journal.entries:
             self.journal.require_same_run(identity)

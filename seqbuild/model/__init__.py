@@ -1,1 +1,1 @@
-"""The model that is compiled: where it comes from, its code, its checkpoint's names."""
+"""Find the model to compile: its source, its code, and the names of its checkpoint's tensors."""

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.errors import WeightsError
-from seqbuild.emit import emit
+from seqbuild.chain.emit import emit
 from seqbuild.model.alike import fill_in, find_alike
 from seqbuild.model.renaming import Renamer, is_blind, natural_order
 

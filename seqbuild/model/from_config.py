@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.artifact.manifest import ATTENTIONS
 from runtime.console import quiet
-from runtime.construct import calculate_buffers, from_config, without_weights
 from runtime.errors import ModelError, UsageError
-from runtime.manifest import ATTENTIONS
-from runtime.model_config import parse_config, require_plain_attention
+from runtime.model.config import parse_config, require_plain_attention
+from runtime.model.weightless import calculate_buffers, from_config, without_weights
 from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from seqbuild.model.own_code import OwnCode
 
-# The dtype that models are traced in: code that names it means "the dtype of the weights" (see seqbuild.emit).
+# The dtype that models are traced in: code that names it means "the dtype of the weights" (see seqbuild.chain.emit).
 TRACE_DTYPE = torch.bfloat16
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.artifact.own_code import ModelCode, needed_files
 from runtime.errors import ModelError
-from runtime.model_code import ModelCode, needed_files
-from runtime.regular_files import is_there, read_regular, read_text
+from runtime.host.regular_files import is_there, read_regular, read_text
 from seqbuild.model.source import Source, cached_snapshot
 
 if TYPE_CHECKING:
-    from runtime.code_loader import LoadedCode
+    from runtime.artifact.own_code_import import LoadedCode
 
 # `module.Class`, or `owner/name--module.Class` for code that another repository holds.
 _REFERENCE = re.compile(
@@ -114,7 +114,7 @@ def own_code_of(source: Source, *, is_allowed: bool) -> Iterator[OwnCode | None]
     if not is_allowed:
         names = dict.fromkeys(f"{entry.class_name} ({entry.kind})" for entry in references)
         raise code.refusal(source.name, names, (f"{code.package}.{entry.module}" for entry in chosen))
-    from runtime.code_loader import LoadedCode
+    from runtime.artifact.own_code_import import LoadedCode
 
     with LoadedCode(code) as loaded:
         yield OwnCode(references=references, architectures=architectures, loaded=loaded)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from runtime.host_sources import source_digest, source_file
-from runtime.manifest import SubgraphEntry
-from runtime.model_code import is_own_module, parse_imports
+from runtime.artifact.manifest import SubgraphEntry
+from runtime.artifact.own_code import is_own_module, parse_imports
+from runtime.language.library_sources import source_digest, source_file
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config_rules import require_possible
+from runtime.artifact.config_policy import require_possible
+from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
+from runtime.checkpoint.source_formats import plain_shapes
 from runtime.errors import ArtifactError, ModelError, WeightsError
-from runtime.packed import plain_shapes
-from runtime.regular_files import is_there, open_regular, read_regular, read_text
-from runtime.source_checks import require_no_adapter, require_true_names
+from runtime.host.regular_files import is_there, open_regular, read_regular, read_text
 
 # What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
 COMPANIONS = (

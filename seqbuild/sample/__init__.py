@@ -1,1 +1,1 @@
-"""Inputs made up for a model, from its signature and config."""
+"""Sample inputs for a trace, derived from the model's signature and config."""

@@ -21,7 +21,7 @@ from seqbuild.sample.thin import thin_copy
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample.inputs import SampleShape
+    from seqbuild.sample.shape import SampleShape
 
 Row = dict[str, torch.Tensor]
 MakeText = Callable[[Any, torch.Generator], Row]

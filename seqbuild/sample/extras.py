@@ -10,7 +10,7 @@ import torch
 from seqbuild.sample.geometry import Geometry
 
 if TYPE_CHECKING:
-    from seqbuild.sample.inputs import SampleShape
+    from seqbuild.sample.shape import SampleShape
 
 Row = dict[str, torch.Tensor]
 Extra = Callable[[Any, Row, Row, "SampleShape", torch.Generator], "torch.Tensor | None"]

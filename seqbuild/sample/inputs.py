@@ -7,7 +7,6 @@ import functools
 import inspect
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +15,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from runtime.errors import TraceError
 from seqbuild.sample.audio import hears, with_audio
 from seqbuild.sample.plain import PlainCall, is_left_out, plain_call
+from seqbuild.sample.shape import SAMPLE_BATCH, SAMPLE_SHORTER, SampleShape
 from seqbuild.sample.tokens import tokens
 
 if TYPE_CHECKING:
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-# Sizes that no model has, so that a size of the data is never taken for one of the model's own.
-SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_SHORTER = 3, 37, 6
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,36 +45,6 @@ def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) ->
         else:
             concrete[name] = False if name == "use_cache" else parameter.default
     return concrete
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleShape:
-    """How a made-up sample shall look.
-
-    Attributes:
-        batch: rows of text.
-        sequence: tokens of a row, besides those that stand for images and sounds.
-        padding: `left`, `right` or nothing; row i of the first three is padded by three tokens less i.
-        images: how many images (or sounds) each row has, where a model takes them by row.
-        scale: which of the sizes that the model allows for images and sounds; 0 is the smallest, and where it allows
-            one only, all are the same.
-        seed: of token ids, pixels and the like.
-    """
-
-    batch: int = SAMPLE_BATCH
-    sequence: int = SAMPLE_SEQUENCE
-    padding: str = ""
-    images: int = 1
-    scale: int = 0
-    seed: int = 0
-
-
-# What steps that need values are rehearsed on: the sample, and others whose sizes differ from it and among each other.
-REHEARSAL_SHAPES = (
-    SampleShape(images=2),  # an axis of one would be burnt in
-    SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=3, scale=1, seed=1),
-    SampleShape(batch=SAMPLE_BATCH - 1, sequence=SAMPLE_SEQUENCE + 4, scale=2, seed=2),
-)
 
 
 # What the plain call of a model is looked at with.

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
-from runtime.decoder import NOT_A_LABEL, PAD, START, shifted
+from runtime.data.decoder import NOT_A_LABEL, shifted
 from runtime.errors import TraceError
 from seqbuild.sample.thin import random_copy
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample.inputs import SampleShape
+    from seqbuild.sample.shape import SampleShape
 
 Row = dict[str, torch.Tensor]
 MakeText = Callable[[Any, "SampleShape"], Row]
@@ -43,7 +44,7 @@ class PlainCall:
     Attributes:
         absent: inputs that it leaves out and a sample may have: the number that stands for absence, everywhere in the
             tensor; None where the model does not run without the input.
-        decoder: how the decoder's inputs follow from labels, see `runtime.decoder`; empty where that is not known.
+        decoder: how the decoder's inputs follow from labels, see `runtime.data.decoder`; empty where that is not known.
     """
 
     absent: Mapping[str, int | None] = field(default_factory=dict)

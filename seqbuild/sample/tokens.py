@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from seqbuild.sample.inputs import SampleShape
+    from seqbuild.sample.shape import SampleShape
 
 _FIRST_PLAIN_TOKEN = 10
 _PAGE = 1000  # pages are a thousand units wide and high

@@ -20,7 +20,7 @@ from seqbuild.sample.thin import thin_copy
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample.inputs import SampleShape
+    from seqbuild.sample.shape import SampleShape
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id")
 _STARTS = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")

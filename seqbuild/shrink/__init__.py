@@ -1,1 +1,1 @@
-"""Configs made small, for models of the same architecture that are built in a moment."""
+"""Shrink a config, so that a model of the same architecture can be built in seconds."""

@@ -1,1 +1,1 @@
-"""Record a model's forward as a graph of whole steps."""
+"""Trace a model's forward into a graph."""

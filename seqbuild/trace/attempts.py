@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import DataError, TargetError, TraceError
-from runtime.regular_files import read_regular
+from runtime.host.regular_files import read_regular
 from seqbuild.model.from_config import TRACE_DTYPE
-from seqbuild.sample.inputs import REHEARSAL_SHAPES, default_sample, rehearsal_samples
-from seqbuild.trace.dense_experts import is_dense_experts
-from seqbuild.trace.experts import is_experts
-from seqbuild.trace.leaf_policy import LeafPolicy, always_foreign
-from seqbuild.trace.subgraphs import Trace, trace_model
+from seqbuild.sample.inputs import default_sample, rehearsal_samples
+from seqbuild.sample.shape import REHEARSAL_SHAPES
+from seqbuild.trace.experts.dense import is_dense_experts
+from seqbuild.trace.experts.learn import is_experts
+from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.record.leaf_policy import LeafPolicy, always_foreign
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.trace.blame import Function
+    from seqbuild.blame import Function
 
 Sample = Mapping[str, torch.Tensor]
 

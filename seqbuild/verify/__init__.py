@@ -1,1 +1,1 @@
-"""The proof that a chain computes what the model computes."""
+"""Verify that an artifact computes what its model computes."""

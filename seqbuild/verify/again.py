@@ -11,25 +11,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.artifact.own_code import FOLDER
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
-from runtime.model_code import FOLDER
-from runtime.model_config import artifact_config
-from runtime.regular_files import read_text
+from runtime.host.regular_files import read_text
+from runtime.model.config import artifact_config
 from seqbuild.build import build
+from seqbuild.cache.recall import Compiled
+from seqbuild.chain.targets import inferred_targets, match_modules
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
-from seqbuild.recall import Compiled
-from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.sample.inputs import default_sample
+from seqbuild.sample.shape import SampleShape
 from seqbuild.shrink.config import shrink_table
-from seqbuild.targets import inferred_targets, match_modules
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from runtime.artifact import Artifact
-    from runtime.manifest import Manifest
+    from runtime.artifact.manifest import Manifest
+    from runtime.chain import Artifact
 
 _WITH_WEIGHTS = "verify the artifact itself, with --weights"
 # Ingredients of the input key that do not decide what the code of the subgraphs is, or are as they were by making.

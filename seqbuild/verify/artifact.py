@@ -1,6 +1,6 @@
 """Verify an artifact: does the chain compute what the model computes?
 
-load        the artifact, as a host does                                runtime.artifact
+load        the artifact, as a host does                                runtime.chain
 again       without weights: the same architecture small, compiled      seqbuild.verify.again
 model       run on inputs of several shapes, then freed                 seqbuild.verify.running
 chain       run on the same inputs with the same weights
@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from runtime.arguments import as_path, shown
-from runtime.artifact import load
+from runtime.chain import load
+from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.checkpoint.source_formats import ENTRY, OLD_ENTRY
+from runtime.checkpoint.view import DerivedCheckpoint
 from runtime.console import quiet
-from runtime.construct import from_config
-from runtime.dequantize import open_checkpoint
-from runtime.derived import DerivedCheckpoint
+from runtime.data.inputs import require_in_range
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
-from runtime.inputs import require_in_range
-from runtime.model_config import artifact_config, read_config
-from runtime.packed import ENTRY, OLD_ENTRY
-from runtime.skeleton import model_class
-from runtime.weights import Weights, place_buffers
-from seqbuild.sample.inputs import SampleShape
+from runtime.model.build import model_class
+from runtime.model.config import artifact_config, read_config
+from runtime.model.weightless import from_config
+from runtime.weights.parameters import Weights, place_buffers
+from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import randomize
 from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.difference import difference, tensors
@@ -45,7 +45,7 @@ from seqbuild.verify.running import SHAPES, Prints, fingerprints, run_chain, run
 if TYPE_CHECKING:
     from torch import nn
 
-    from runtime.artifact import Artifact
+    from runtime.chain import Artifact
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +92,7 @@ def verify_artifact(
     start = time.perf_counter()
     _require_sensible(dtype, tolerance)
     if not isinstance(shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in shapes):
-        raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.inputs.SampleShape")
+        raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.shape.SampleShape")
     weights = None if weights is None else as_path("weights", weights)
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     artifact.require_consent()  # the model itself is run

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.decoder import LABELS
-from runtime.inputs import DECODER_IDS, model_inputs
-from runtime.manifest import UNKNOWN_ABSENCE
+from runtime.artifact.manifest import UNKNOWN_ABSENCE
+from runtime.data.decoder import LABELS
+from runtime.data.inputs import DECODER_IDS, model_inputs
 from seqbuild.sample.inputs import left_out_of_plain_calls
 from seqbuild.verify.difference import Difference, difference
 from seqbuild.verify.running import run_chain, run_model
@@ -22,8 +22,8 @@ from seqbuild.verify.running import run_chain, run_model
 if TYPE_CHECKING:
     from torch import nn
 
-    from runtime.artifact import Artifact
-    from runtime.manifest import Manifest
+    from runtime.artifact.manifest import Manifest
+    from runtime.chain import Artifact
 
 LOGITS = "logits"
 

@@ -7,10 +7,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.checks import Checked, check_artifact
+from runtime.artifact.check import Checked, check_artifact
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.artifact.own_code import is_own_module
 from runtime.errors import UsageError
-from runtime.manifest import MANIFEST_NAME
-from runtime.model_code import is_own_module
 from seqbuild.verify.again import compile_alike
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.console import say
-
-_HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relative", "result")
+HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relative", "result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,33 +118,3 @@ def as_plain(found: Verification) -> dict[str, Any]:
         "remarks": list(found.remarks),
         "seconds": found.seconds,
     }
-
-
-def print_report(found: Verification) -> None:
-    """What was compared, the table, the remarks and the verdict, on standard output."""
-    from seqbuild.show import print_rows
-
-    what = "a small model of its architecture, random weights" if found.weights is None else f"{found.weights}"
-    print_rows(
-        [f"{found.path}: {found.class_name}, {what}, {found.dtype} on the CPU"],
-        _HEADINGS,
-        _rows(found),
-    )
-    for remark in found.remarks:
-        say(remark)
-    say(f"{found.verdict}; {found.seconds:.1f} s")
-
-
-def _rows(found: Verification) -> Iterator[tuple[str, ...]]:
-    for shape in found.shapes:
-        is_measured = not (shape.skipped or shape.problem)
-        yield (
-            str(shape.batch),
-            str(shape.sequence),
-            shape.padding or "-",
-            "-" if shape.images is None else str(shape.images),
-            str(shape.seed),
-            f"{shape.absolute:.3g}" if is_measured else "-",
-            f"{shape.relative:.3g}" if is_measured else "-",
-            shape.result,
-        )

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from runtime.weights import assign
-from seqbuild.sample.inputs import SampleShape
+from runtime.weights.parameters import assign
+from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.difference import named, tensors
 
 if TYPE_CHECKING:
-    from runtime.artifact import Artifact
+    from runtime.chain import Artifact
 
 # The sample's own shape, other values, and other sizes, paddings, images and grids.
 SHAPES = (

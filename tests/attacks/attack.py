@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.manifest import TensorEntry
+from runtime.artifact.manifest import TensorEntry
 from tests.runtime.artifacts import entry, write
 
 _PRIVATE = "/seqbuild-"

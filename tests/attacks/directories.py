@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.manifest import MANIFEST_NAME
+from runtime.artifact.manifest import MANIFEST_NAME
 from tests.attacks.attack import Attack
 from tests.runtime.artifacts import write
 

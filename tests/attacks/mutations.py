@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 
-from runtime.manifest import canonical, sha256
+from runtime.artifact.encoding import canonical, sha256
 
 Path = tuple[Any, ...]
 _INTEGERS = (0, 1, -1, 2, 3, 7, 2**20, 2**31, 2**47, 2**63 - 1, -(2**63))

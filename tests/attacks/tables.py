@@ -10,7 +10,8 @@ from typing import Any
 
 import msgpack
 
-from runtime.manifest import (
+from runtime.artifact.encoding import canonical, sha256
+from runtime.artifact.manifest import (
     MANIFEST_NAME,
     CachedValue,
     ConversionEntry,
@@ -19,8 +20,6 @@ from runtime.manifest import (
     InputEntry,
     LeafKind,
     TensorEntry,
-    canonical,
-    sha256,
 )
 from tests.attacks.attack import Attack
 from tests.runtime.artifacts import FIRST, files, manifest, write

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.artifact import check
+from runtime.chain import check
 from runtime.errors import ArtifactError
 from tests.attacks.attack import OWNED, Attack, watched
 from tests.attacks.directories import DIRECTORIES
@@ -22,10 +22,10 @@ def _libraries() -> None:
     """What the check needs is imported before anything is watched."""
     import torch
 
-    import runtime.artifact
-    import runtime.program
+    import runtime.chain
+    import runtime.language.program
 
-    assert torch.ops.aten.neg.default and runtime.artifact and runtime.program
+    assert torch.ops.aten.neg.default and runtime.chain and runtime.language.program
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

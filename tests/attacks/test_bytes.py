@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.checks import check_artifact
+from runtime.artifact.check import check_artifact
+from runtime.artifact.encoding import FORMAT_VERSION, canonical, sha256
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from runtime.artifact.sizes import is_dimension
 from runtime.errors import ArtifactError
-from runtime.grammar import Allowed, check_program
-from runtime.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, canonical, sha256
+from runtime.language.grammar import Allowed, check_program
 from runtime.patterns import fault
-from runtime.written import is_dimension
 from tests.runtime.artifacts import FIRST, files, manifest, write
 
 ALLOWED = Allowed(input_names=("x",), output_names=("layers_0",), submodules=("layers.0",), constants=("constant_0",))

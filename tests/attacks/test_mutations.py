@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import runtime
-from runtime.artifact import check, read_manifest
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from runtime.chain import check, read_manifest
 from runtime.errors import ArtifactError, ModelError, SeqbuildError
-from runtime.manifest import MANIFEST_NAME, Manifest
+from runtime.formats.compressed import stored_shapes
 from runtime.planning.fit import Limits
 from runtime.planning.request import plan_artifact
-from runtime.recipe import Recipe
-from runtime.schemes import stored_shapes
+from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from seqbuild.model.source import resolve_source
 from tests.attacks.mutations import mutated, places

@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models
 
+from runtime.data.tokenizer import load_tokenizer
 from runtime.errors import DataError, ModelError
-from runtime.model_config import read_config, require_plain_attention
-from runtime.offline import offline
-from runtime.tokenizer import load_tokenizer
+from runtime.host.offline import offline
+from runtime.model.config import read_config, require_plain_attention
 from tests.attacks.attack import watched
 
 

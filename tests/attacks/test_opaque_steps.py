@@ -15,14 +15,15 @@ from torch import nn
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 import runtime
-from runtime.artifact import check
-from runtime.cli import main
+from runtime.artifact.encoding import sha256
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from runtime.chain import check
+from runtime.cli.app import main
 from runtime.errors import ArtifactError, TraceError
-from runtime.manifest import MANIFEST_NAME, Manifest, sha256
-from runtime.opaque_calls import GuardedStep
-from runtime.opaque_paths import why_refused
+from runtime.language.opaque import why_refused
+from runtime.language.opaque_calls import GuardedStep
 from runtime.planning.request import plan_artifact
-from runtime.recipe import Recipe
+from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from seqbuild.sample.inputs import default_sample
 from tests.attacks.attack import OWNED, watched

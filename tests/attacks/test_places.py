@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.bundle import BUNDLE_NAME, find_job
+from runtime.artifact.bundle import BUNDLE_NAME, find_job
 from runtime.errors import ArtifactError, OutputError
-from seqbuild.pack import pack
+from seqbuild.ship.pack import pack
 from tests.runtime.conftest import narrow_llama, small
 from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, recipe, stop_at, token_batches, write_token_file
 

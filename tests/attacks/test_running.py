@@ -17,8 +17,8 @@ from torch import nn
 import runtime
 from runtime.console import printable
 from runtime.errors import ArtifactError
-from runtime.guards import TURNS_LIMIT
-from runtime.program import Run
+from runtime.language.guards import TURNS_LIMIT
+from runtime.language.program import Run
 from tests.attacks.attack import OWNED, program
 from tests.runtime.artifacts import write
 
@@ -85,7 +85,7 @@ def test_no_loop_without_end(x: int, tmp_path: Path) -> None:
 
 
 def test_no_loops_in_loops_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.guards.TURNS_LIMIT", 20_000)
+    monkeypatch.setattr("runtime.language.guards.TURNS_LIMIT", 20_000)
     lines = [
         "y = x + 0",
         *(f"{'    ' * depth}for i{depth} in range(x):" for depth in range(4)),

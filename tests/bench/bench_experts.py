@@ -24,8 +24,8 @@ _RUNS = {
 }
 _MEASURED = """
 import resource, sys
-import runtime.cli
-code = runtime.cli.main(sys.argv[1:])
+import runtime.cli.app
+code = runtime.cli.app.main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)
 sys.exit(code)
 """
@@ -92,7 +92,7 @@ def memory(folder: Path) -> None:
     import torch
     import transformers
 
-    from runtime.token_file import Origin, save_tokens
+    from runtime.data.token_file import Origin, save_tokens
     from seqbuild.build import build
 
     torch.manual_seed(0)

@@ -35,12 +35,12 @@ from processes import forget
 from random_models import LLAMA_8B, TINY, make_llama
 
 import runtime
-from runtime.statistics import HessianAccumulator
+from runtime.quantize.statistics import HessianAccumulator
 from runtime.streaming.committer import Committer
 from runtime.streaming.passes import Passes
 from runtime.streaming.run import StreamingRun
-from runtime.streaming.weight_stream import WeightStream
 from runtime.streaming.work import Work
+from runtime.weights.stream import WeightStream
 
 RECIPE = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
 _CHUNK_BYTES = 2**26

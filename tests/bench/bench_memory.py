@@ -96,7 +96,7 @@ def sized(hidden: int, depth: int) -> dict[str, Any]:
 def one(config: dict[str, Any], options: Namespace) -> Peak:
     """Make a model, plan its calibration, run it."""
     from seqbuild.build import build
-    from seqbuild.data import tokenize_files
+    from seqbuild.ship.tokens import tokenize_files
 
     folder = Path(tempfile.mkdtemp(prefix="seqbuild-bench-"))
     try:

@@ -73,7 +73,7 @@ def main() -> None:
 def run(options: argparse.Namespace, folder: Path) -> None:
     """All recipes."""
     from seqbuild.build import build
-    from seqbuild.data import tokenize_files
+    from seqbuild.ship.tokens import tokenize_files
 
     model = make_llama(folder / "model", RANDOM[options.random]) if options.random else options.model
     artifact = build(model, out=folder).path

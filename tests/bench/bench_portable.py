@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import runtime
-from runtime.artifact import Artifact
+from runtime.chain import Artifact
 from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured, run_chain, run_model, with_weights
 

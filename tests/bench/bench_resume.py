@@ -74,7 +74,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """All runs, and what came of them."""
     from seqbuild.build import build
-    from seqbuild.data import tokenize_files
+    from seqbuild.ship.tokens import tokenize_files
 
     artifact = build(options.model, out=folder).path
     tokens, recipe, out = folder / "calib.safetensors", folder / "recipe.yaml", folder / "out"

@@ -14,15 +14,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import atheris
 
 with atheris.instrument_imports(include=["runtime"]):
-    import runtime.checks  # noqa: F401 - everything below is instrumented by it
-    from runtime.conditions import check_condition
-    from runtime.constants import check_constants
-    from runtime.contents import CONSTANTS_NAME
+    import runtime.artifact.check  # noqa: F401 - everything below is instrumented by it
+    from runtime.artifact.constants import check_constants
+    from runtime.artifact.encoding import canonical, sha256
+    from runtime.artifact.files import CONSTANTS_NAME
+    from runtime.artifact.manifest import Manifest
+    from runtime.artifact.size_expressions import check_condition
+    from runtime.artifact.sizes import is_dimension
     from runtime.errors import ArtifactError
-    from runtime.grammar import Allowed, check_program
-    from runtime.manifest import Manifest, canonical, sha256
+    from runtime.language.grammar import Allowed, check_program
     from runtime.patterns import fault
-    from runtime.written import is_dimension
 
 ALLOWED = Allowed(input_names=("x",), output_names=("y",))
 HEAD, TAIL = b"def forward(self, x, *, run):\n    ", b"\n    return {'y': y}\n"

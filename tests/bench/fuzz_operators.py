@@ -1,7 +1,7 @@
 """Call every operator that artifacts may use with hostile arguments: `python tests/bench/fuzz_operators.py [seconds]`.
 
 Each operator runs in a process of its own for so many seconds (1 by default). What ends by a signal believes sizes or
-indices that it is handed, or runs without end (SIGALRM): the former must not be in `runtime/operators.py`.
+indices that it is handed, or runs without end (SIGALRM): the former must not be in `runtime/language/operators.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from runtime.operators import ALLOWED, is_allowed
+from runtime.language.operators import ALLOWED, is_allowed
 
 INTEGERS = [0, 1, -1, 2, 3, 5, -5, 100, 2**31 - 1, -(2**31), 2**31, 2**62, -(2**63), 2**63 - 1, 1000003]
 FLOATS = [0.0, 1.0, -1.0, 0.5, 1e30, float("inf"), float("nan")]

@@ -13,13 +13,13 @@ from clients.schemes import recipe_text
 
 import runtime
 from runtime.calibration import calibrate
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.reader import Checkpoint
+from runtime.data.inputs import model_inputs
 from runtime.errors import SeqbuildError
 from runtime.evaluation import evaluate
-from runtime.inputs import model_inputs
-from runtime.quantized import input_quantization
-from runtime.split import split_experts
-from runtime.weights import Weights
+from runtime.experts.split import split_experts
+from runtime.formats.rounded_inputs import input_quantization
+from runtime.weights.parameters import Weights
 from seqbuild.build import build
 
 NUM_WINDOWS, WINDOW = 8, 128

@@ -2,8 +2,9 @@
 
     python tests/clients/readers.py [--folder .clients] [--only PATTERN] [--update]
 
-`--update` writes the tables of docs/readers.md. The exit code is 1 if a reader does otherwise than `runtime/readers.py`
-says. What was found for a checkpoint is kept in the folder, and found again for the same bytes.
+`--update` writes the tables of docs/readers.md. The exit code is 1 if a reader does otherwise than
+`runtime/quantize/reader_limits.py` says. What was found for a checkpoint is kept in the folder, and found again for
+the same bytes.
 """
 
 from __future__ import annotations

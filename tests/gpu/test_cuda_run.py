@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import runtime
-from runtime.inputs import model_inputs
+from runtime.data.inputs import model_inputs
 from seqbuild.build import build
 
 pytestmark = pytest.mark.gpu

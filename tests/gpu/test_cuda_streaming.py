@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import runtime
-from runtime.activations import DEVICE, DISK, HOST, Activations, Budget
 from runtime.algorithms.hessian import HessianAccumulator
-from runtime.artifact import LoadedSubgraph
-from runtime.inputs import model_inputs
+from runtime.chain import LoadedSubgraph
+from runtime.data.inputs import model_inputs
+from runtime.streaming.activations import DEVICE, DISK, HOST, Activations, Budget
 from seqbuild.build import build
 from tests.runtime.small import directory_bytes
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from runtime.manifest import (
+from runtime.artifact.encoding import canonical, sha256
+from runtime.artifact.manifest import (
     MANIFEST_NAME,
     ConversionEntry,
     DimEntry,
@@ -19,8 +20,6 @@ from runtime.manifest import (
     ParameterEntry,
     SubgraphEntry,
     TensorEntry,
-    canonical,
-    sha256,
 )
 
 FIRST = """\

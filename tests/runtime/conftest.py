@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import runtime.cli
+import runtime.cli.app
 from tests.runtime.place import Place, Run
 from tests.runtime.small import EXPERTS, NARROW, WIDTHS, Small, make_small
 
@@ -74,7 +74,7 @@ def place(tmp_path: Path, llama: Small) -> Place:
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process: exit code, what it printed, what it complained about."""
 
-    def call(arguments: list[str], main: Callable[[list[str]], int] = runtime.cli.main) -> tuple[int, str, str]:
+    def call(arguments: list[str], main: Callable[[list[str]], int] = runtime.cli.app.main) -> tuple[int, str, str]:
         capfd.readouterr()
         code = main(arguments)
         return code, *capfd.readouterr()

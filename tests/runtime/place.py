@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime.artifact import read_manifest
-from runtime.manifest import MANIFEST_NAME
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.chain import read_manifest
 from tests.runtime.small import Small, write_token_file
 
 ROOT = Path(__file__).parents[2]

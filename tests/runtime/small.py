@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import runtime
-from runtime.artifact import LoadedSubgraph
 from runtime.calibration import Calibration
-from runtime.checkpoint import Checkpoint
-from runtime.quantized import input_quantization
-from runtime.split import split_experts
-from runtime.token_file import Origin, save_tokens
-from runtime.weights import Weights
+from runtime.chain import LoadedSubgraph
+from runtime.checkpoint.reader import Checkpoint
+from runtime.data.token_file import Origin, save_tokens
+from runtime.experts.split import split_experts
+from runtime.formats.rounded_inputs import input_quantization
+from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.tiny_models import randomize

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import runtime
-from runtime.activations import DEVICE, DISK, HOST, Activations, Budget
-from runtime.streaming.boundary import CannotSaveError, load_boundary, save_boundary
+from runtime.streaming.activations import DEVICE, DISK, HOST, Activations, Budget
+from runtime.streaming.saved_values import CannotSaveError, load_boundary, save_boundary
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, recipe
 
 CPU = torch.device("cpu")

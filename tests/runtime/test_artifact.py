@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-import runtime.artifact
-import runtime.program
-from runtime.artifact import check, check_versions, load, read_manifest
+import runtime.chain
+import runtime.language.program
+from runtime.artifact.encoding import sha256
+from runtime.artifact.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, ModelEntry, TensorEntry
+from runtime.chain import check, check_versions, load, read_manifest, resolve_opaque
 from runtime.errors import ArtifactError, ModelError, VersionError
-from runtime.manifest import MANIFEST_NAME, ConversionEntry, FileEntry, ModelEntry, TensorEntry, sha256
-from runtime.skeleton import resolve_opaque
 from tests.runtime.artifacts import FIRST, entry, files, manifest, write
 
 
@@ -37,7 +37,7 @@ def _nothing_is_executed(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     """In tests of what is refused, the step from text to code must not be reached."""
     if "refused" in request.node.name:
         monkeypatch.setattr(
-            runtime.program, "compile_program", lambda *_: pytest.fail("code of a bad artifact was compiled")
+            runtime.language.program, "compile_program", lambda *_: pytest.fail("code of a bad artifact was compiled")
         )
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import seqbuild.cli
-from runtime.bundle import damaged, read_bundle
-from runtime.doctor import Examination, examine
+import seqbuild.cli.app
+from runtime.artifact.bundle import damaged, read_bundle
+from runtime.cli.doctor import Examination, examine
 from runtime.errors import ArtifactError, OutputError, RecipeError, UsageError, WeightsError
 from runtime.planning.fit import Limits
-from seqbuild.pack import REQUIRED, pack
+from seqbuild.ship.pack import REQUIRED, pack
 from tests.runtime.place import Run
 from tests.runtime.small import Small, directory_bytes, write_token_file
 
@@ -127,7 +127,7 @@ class TestPacking:
 
     def test_on_the_command_line(self, llama: Small, parts: Path, tmp_path: Path, run: Run) -> None:
         arguments = ["pack", str(llama.artifact), "--recipe", str(parts / "r.yaml"), "-o", str(tmp_path / "out")]
-        code, said, _ = run(arguments, seqbuild.cli.main)
+        code, said, _ = run(arguments, seqbuild.cli.app.main)
         assert (code, said.startswith(f"{tmp_path / 'out'}: ")) == (0, True)
         assert "python -m runtime calibrate . --weights MODEL_DIR" in (tmp_path / "out" / "README.md").read_text()
         code, _, complaint = run(["calibrate", str(tmp_path / "out"), "--device", "cpu"])
@@ -155,7 +155,9 @@ class TestDoctor:
         assert re.search(r"disk: the result takes .* at least, .* are free", said)
         assert found["note"] == ["it is not signed"]
 
-    @pytest.mark.parametrize("name", ["artifact/config.json", "runtime/grammar.py", "data.safetensors", "recipe.yaml"])
+    @pytest.mark.parametrize(
+        "name", ["artifact/config.json", "runtime/language/grammar.py", "data.safetensors", "recipe.yaml"]
+    )
     def test_damage(self, name: str, bundle: Path, tmp_path: Path, run: Run) -> None:
         copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
         (copy / name).write_bytes((copy / name).read_bytes()[:-1])

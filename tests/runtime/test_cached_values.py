@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.cached_values import hooked, wrong_parts
-from runtime.manifest import CachedValue
-from runtime.program import Run, compile_program
+from runtime.artifact.cached_values import hooked, wrong_parts
+from runtime.artifact.manifest import CachedValue
+from runtime.language.program import Run, compile_program
 
 PROGRAM = """\
 def forward(self, x, *, run):

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import runtime
-from runtime.artifact import LoadedSubgraph
+from runtime.chain import LoadedSubgraph
 from tests.runtime.small import (
     NARROW_W4,
     RECIPES,

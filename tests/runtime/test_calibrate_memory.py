@@ -9,8 +9,8 @@ import safetensors.torch
 from torch import nn
 
 import runtime
-from runtime.artifact import LoadedSubgraph
 from runtime.calibration import ModuleReport
+from runtime.chain import LoadedSubgraph
 from tests.runtime.small import (
     RECIPES,
     Small,

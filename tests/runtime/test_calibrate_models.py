@@ -10,7 +10,7 @@ import transformers
 
 import runtime
 import seqbuild.build
-from runtime.inputs import model_inputs
+from runtime.data.inputs import model_inputs
 from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (

@@ -13,7 +13,7 @@ from torch import nn
 
 import runtime
 import seqbuild.build
-from runtime.artifact import LoadedSubgraph
+from runtime.chain import LoadedSubgraph
 from tests.runtime.small import (
     NARROW,
     NARROW_W4,

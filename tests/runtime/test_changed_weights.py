@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.stored_table import StoredTable
 from runtime.errors import WeightsError
-from runtime.stored_table import StoredTable
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
 
 GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")

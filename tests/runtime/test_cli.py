@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import runtime
-import runtime.cli
+import runtime.cli.app
 import seqbuild.build
-import seqbuild.cli
-from runtime.artifact import read_manifest
+import seqbuild.cli.app
+from runtime.chain import read_manifest
 from tests.runtime.place import RTN, Place, Run, assert_refused, rely_on_other_sources
 from tests.runtime.small import directory_bytes, read_tensors
 from tests.tiny_models import minilm_directory
@@ -166,10 +166,10 @@ def test_command_lines_that_do_not_parse(run: Run, arguments: list[str], part: s
     ],
 )
 def test_command_lines_of_the_compiler_that_do_not_parse(run: Run, arguments: list[str], part: str) -> None:
-    assert_refused(run(arguments, seqbuild.cli.main), part, program="seqbuild")
+    assert_refused(run(arguments, seqbuild.cli.app.main), part, program="seqbuild")
 
 
-@pytest.mark.parametrize("main", [runtime.cli.main, seqbuild.cli.main])
+@pytest.mark.parametrize("main", [runtime.cli.app.main, seqbuild.cli.app.main])
 def test_without_arguments_there_is_help(run: Run, main: Callable[[list[str]], int]) -> None:
     code, printed, complaint = run([], main)
     assert (code, complaint) == (2, "")
@@ -269,7 +269,7 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("runtime.modify.experts.collect_statistics", fail)
+    monkeypatch.setattr("runtime.quantize.expert_groups.collect_statistics", fail)
     before = place.tree()
     assert_refused(run(place.calibrate()), "out of memory", "lower --batch-size or --seq-len")
     assert place.tree() == before
@@ -281,7 +281,7 @@ def test_what_nobody_has_foreseen_is_a_line_that_says_so(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("runtime.modify.experts.collect_statistics", fail)
+    monkeypatch.setattr("runtime.quantize.expert_groups.collect_statistics", fail)
     before = place.tree()
     assert_refused(
         run(place.calibrate()), "AssertionError at test_cli.py:", "a bug (nobody has foreseen this", "--debug"

@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 import runtime
-import runtime.cli
-from runtime.artifact import read_manifest
-from runtime.manifest import MANIFEST_NAME
+import runtime.cli.app
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.chain import read_manifest
 from tests.runtime.place import RTN, Place, Run, assert_refused, edit_manifest, rely_on_other_sources
 from tests.runtime.small import read_tensors, write_token_file
 
@@ -188,7 +188,7 @@ BOTH = [
 
 def quantized_weights(place: Place) -> list[str]:
     place.recipe.write_text(RTN)
-    assert runtime.cli.main(place.calibrate()) == 0
+    assert runtime.cli.app.main(place.calibrate()) == 0
     place.out.rename(place.folder / "quantized")
     place.weights = place.folder / "quantized"
     return ["quantized is quantized already", "calibrate from the original checkpoint"]

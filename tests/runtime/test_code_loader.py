@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.code_loader import LoadedCode
+from runtime.artifact.own_code import ModelCode
+from runtime.artifact.own_code_import import LoadedCode
 from runtime.errors import ModelError
-from runtime.model_code import ModelCode
 
 MAIN = """\
 from .part import Part, double

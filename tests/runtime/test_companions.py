@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.companions import companion_files
-from runtime.source_checks import ADAPTER_FILES
-from seqbuild.pack import pack
+from runtime.checkpoint.companions import companion_files
+from runtime.checkpoint.source_checks import ADAPTER_FILES
+from seqbuild.ship.pack import pack
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 RTN = recipe(NARROW_W4)

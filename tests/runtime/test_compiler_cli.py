@@ -6,42 +6,45 @@ from pathlib import Path
 import pytest
 
 import seqbuild.build
-import seqbuild.cli
+import seqbuild.cli.app
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import directory_bytes, read_tensors
 
 
 def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
     command = ["compile", str(place.weights), "-o", str(place.folder / "artifacts"), "--json"]
-    code, printed, complaint = run(command, seqbuild.cli.main)
+    code, printed, complaint = run(command, seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     facts = json.loads(printed)
     assert (facts["cached"], facts["targets"], facts["subgraphs"]) == (False, 3, 4)
     assert facts["parameters"] == sum(tensor.numel() for tensor in read_tensors(place.weights).values())
-    assert json.loads(run(command, seqbuild.cli.main)[1])["cached"] is True
-    code, printed, complaint = run(command[:-1], seqbuild.cli.main)
+    assert json.loads(run(command, seqbuild.cli.app.main)[1])["cached"] is True
+    code, printed, complaint = run(command[:-1], seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     assert printed.splitlines()[0] == (
         f"LlamaForCausalLM: 3 layers by LlamaDecoderLayer, 4 subgraphs, {facts['parameters']:,} parameters"
     )
     assert "is there already, nothing was traced" in printed
 
-    code, printed, complaint = run(["inspect", facts["path"], "--json"], seqbuild.cli.main)
+    code, printed, complaint = run(["inspect", facts["path"], "--json"], seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     assert json.loads(printed)["input_key"] == facts["input_key"]
-    code, printed, complaint = run(["inspect", facts["path"], "--code", "1"], seqbuild.cli.main)
+    code, printed, complaint = run(["inspect", facts["path"], "--code", "1"], seqbuild.cli.app.main)
     assert printed == (Path(facts["path"]) / "subgraphs" / "001.py").read_text()
-    code, printed, complaint = run(["inspect", facts["path"]], seqbuild.cli.main)
+    code, printed, complaint = run(["inspect", facts["path"]], seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     assert "model.layers.2" in printed
     assert_refused(
-        run(["inspect", facts["path"], "--code", "4"], seqbuild.cli.main), "no subgraph 4", "0 to 3", program="seqbuild"
+        run(["inspect", facts["path"], "--code", "4"], seqbuild.cli.app.main),
+        "no subgraph 4",
+        "0 to 3",
+        program="seqbuild",
     )
 
     text = place.write("text.txt", "to be or not to be " * 30)
     tokens = place.folder / "made.safetensors"
     command = ["data", str(place.weights), str(text), "-o", str(tokens), "--seq-len", "32"]
-    code, printed, complaint = run(command, seqbuild.cli.main)
+    code, printed, complaint = run(command, seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     assert printed == f"{tokens}: 17 samples, 544 tokens\n"
     assert run(place.calibrate("--data", tokens))[0] == 0
@@ -77,7 +80,7 @@ def test_compile_refuses_sources(
     if content is not None:
         Path(source).write_text(content)
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(run(["compile", source, "-o", "artifacts"], seqbuild.cli.main), part, program="seqbuild")
+    assert_refused(run(["compile", source, "-o", "artifacts"], seqbuild.cli.app.main), part, program="seqbuild")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -94,7 +97,7 @@ def test_compile_refuses_sources(
 def test_compile_refuses_checkpoints(place: Place, run: Run, name: str, content: str | bytes, part: str) -> None:
     (place.weights / name).write_bytes(content.encode() if isinstance(content, str) else content)
     command = ["compile", str(place.weights), "-o", str(place.folder / "artifacts")]
-    assert_refused(run(command, seqbuild.cli.main), name, part, program="seqbuild")
+    assert_refused(run(command, seqbuild.cli.app.main), name, part, program="seqbuild")
     assert not list((place.folder / "artifacts").glob("*/"))
 
 
@@ -102,5 +105,5 @@ def test_compile_refuses_checkpoints(place: Place, run: Run, name: str, content:
 def test_compile_refuses_outputs(place: Place, run: Run, out: str) -> None:
     before = place.tree()
     command = ["compile", str(place.weights), "-o", str(place.folder / out)]
-    assert_refused(run(command, seqbuild.cli.main), out, "not a directory", program="seqbuild")
+    assert_refused(run(command, seqbuild.cli.app.main), out, "not a directory", program="seqbuild")
     assert place.tree() == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.conditions import check_condition, holds
+from runtime.artifact.size_expressions import check_condition, holds
 from runtime.errors import ArtifactError
 
 SIZES = {"batch": 4, "width": 20}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from runtime.config_rules import check_config, require_possible
+from runtime.artifact.config_policy import check_config, require_possible
 from runtime.errors import ArtifactError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.construct import from_config, without_weights
+from runtime.model.weightless import from_config, without_weights
 
 
 class Experts(nn.Module):

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runtime.data import Origin, TokenData, batches, load_tokens, save_tokens
+from runtime.data.samples import Origin, TokenData, batches, load_tokens, save_tokens
 from runtime.errors import DataError, UsageError
 
 BOS, EOS = 0, 1
@@ -310,9 +310,9 @@ def test_importing_the_module_and_reading_a_token_file_load_no_tokenizer_library
     path = tmp_path / "x.safetensors"
     save_tokens(path, [torch.tensor([1, 2])], seq_len=2, origin=origin)
     program = (
-        "import sys, runtime.data\n"
+        "import sys, runtime.data.samples\n"
         "assert 'torch' not in sys.modules\n"
-        f"runtime.data.load_tokens({str(path)!r}, tokenizer_dir='/nowhere')\n"
+        f"runtime.data.samples.load_tokens({str(path)!r}, tokenizer_dir='/nowhere')\n"
         "assert not {'transformers', 'tokenizers', 'pyarrow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

@@ -12,7 +12,7 @@ from transformers.models.fsmt import modeling_fsmt
 from transformers.models.mbart import modeling_mbart
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
-from runtime.decoder import shifted
+from runtime.data.decoder import shifted
 
 PAD, START = 1, 7
 # Padding at the end, none, all but one place, and in the middle of nothing.

@@ -6,8 +6,8 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
 import runtime
-from runtime import dispatch
-from runtime.devices import resolve_device
+from runtime.host import devices as dispatch
+from runtime.host.devices import resolve_device
 from tests.tiny_models import make_inputs, tiny_model
 
 

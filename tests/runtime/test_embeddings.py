@@ -12,9 +12,9 @@ import transformers
 from transformers import CompressedTensorsConfig
 
 import runtime
-from runtime.checkpoint import Checkpoint
-from runtime.recipe import Recipe
-from runtime.weights import Weights
+from runtime.checkpoint.reader import Checkpoint
+from runtime.recipe.recipe import Recipe
+from runtime.weights.parameters import Weights
 from tests.runtime.small import WIDTHS, Small, calibrate, read_tensors, run_weights, token_batches
 
 ROUND = "QuantizationModifier"

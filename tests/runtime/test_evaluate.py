@@ -12,8 +12,8 @@ import transformers
 
 import runtime
 import seqbuild.build
-from runtime.artifact import LoadedSubgraph
-from runtime.checkpoint import Checkpoint
+from runtime.chain import LoadedSubgraph
+from runtime.checkpoint.reader import Checkpoint
 from tests.runtime.small import NARROW, RECIPES, Small, calibrate, load_transformers, recipe, token_batches
 from tests.tiny_models import minilm_directory
 
@@ -35,7 +35,7 @@ def perplexity(model: Any) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "sharded_llama", "gemma2", "qwen3_moe", "mixtral"])
 def test_original(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.half_products.slow_halves", lambda: ())  # transformers multiplies as torch does
+    monkeypatch.setattr("runtime.host.half_precision.slow_halves", lambda: ())  # transformers multiplies as torch does
     small: Small = request.getfixturevalue(name)
     result = runtime.evaluate(small.load(), weights=small.weights, batches=BATCHES)
     assert result.perplexity == pytest.approx(perplexity(load_transformers(small.weights)), rel=1e-5)

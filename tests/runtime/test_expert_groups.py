@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import runtime
-from runtime.checkpoint import Checkpoint
-from runtime.expert_flow import input_readings, opened_rows
-from runtime.experts import Experts
-from runtime.split import SplitArtifact, expert_of, siblings_of, split_experts
-from runtime.weights import Weights
+from runtime.checkpoint.reader import Checkpoint
+from runtime.experts.channel_flow import input_readings, opened_rows
+from runtime.experts.split import SplitArtifact, expert_of, siblings_of, split_experts
+from runtime.model.experts import Experts
+from runtime.weights.parameters import Weights
 from tests.runtime.small import Small, calibrate, make_small, read_tensors, run_weights, token_batches
 from tests.runtime.test_expert_models import MODELS, NUM_EXPERTS, SIZES
 from tests.scaling import scaled
@@ -152,7 +152,7 @@ def test_siblings_are_of_one_expert(made: Callable[[str], Small]) -> None:
 
 def experts(body: str) -> tuple[Experts, dict[str, tuple[int, ...]]]:
     """Two experts of width 4 with 6 features inside, that calculate what this says."""
-    from runtime.program import compile_program
+    from runtime.language.program import compile_program
 
     module = Experts(
         num_experts=2, stacked=("both", "down"), inputs=("h", "i", "w"), accumulator="hidden", is_column=True

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from runtime.checkpoint import Checkpoint
-from runtime.dense_experts import DenseExperts
+from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import RecipeError
-from runtime.expert_tables import checkpoint_name
-from runtime.experts import Experts, Mixture, Stack
-from runtime.held import HeldStack, experts_apart
-from runtime.split import SplitArtifact, split_experts
-from runtime.stacked import stacks_of
-from runtime.weights import Weights
+from runtime.experts.checkpoint_view import HeldStack, experts_apart
+from runtime.experts.layout_from_program import stacks_of
+from runtime.experts.split import SplitArtifact, split_experts
+from runtime.experts.tables import checkpoint_name
+from runtime.model.dense_experts import DenseExperts
+from runtime.model.experts import Experts, Mixture, Stack
+from runtime.weights.parameters import Weights
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     EXPERTS,

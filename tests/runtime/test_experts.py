@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
-from runtime.checkpoint import Checkpoint
+from runtime.artifact.manifest import LeafKind
+from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import ArtifactError, DataError
-from runtime.experts import Experts
-from runtime.leaves import build_leaf
-from runtime.manifest import LeafKind
-from runtime.split import SplitArtifact, split_experts
-from runtime.weights import Weights
+from runtime.experts.split import SplitArtifact, split_experts
+from runtime.model.experts import Experts
+from runtime.model.leaves import build_leaf
+from runtime.weights.parameters import Weights
 from tests.runtime.small import (
     DEEPSEEK,
     NARROW_W4,

@@ -11,8 +11,8 @@ import torch
 from runtime.algorithms import products
 from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.gptq_factors import column_order, factors_of
-from runtime.recipe import Recipe
-from runtime.statistics import InputStatistics
+from runtime.quantize.statistics import InputStatistics
+from runtime.recipe.recipe import Recipe
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
 from tests.runtime.test_gptq import int_args
 

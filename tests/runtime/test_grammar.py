@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from runtime.errors import ArtifactError
-from runtime.grammar import LOOP_LIMIT, NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program
-from runtime.opaque_paths import is_opaque_path
+from runtime.language.grammar import LOOP_LIMIT, NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program
+from runtime.language.opaque import is_opaque_path
 from seqbuild import trace_subgraphs
-from seqbuild.targets import infer_targets
+from seqbuild.chain.targets import infer_targets
 from tests.runtime.artifacts import FIRST
 from tests.tiny_models import ZOO, make_inputs, tiny_model
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 import runtime
-from runtime import half_products
-from runtime.half_products import quick_halves, slow_halves
+from runtime.host import half_precision as half_products
+from runtime.host.half_precision import quick_halves, slow_halves
 from runtime.planning.request import plan_artifact
 from tests.runtime.small import NARROW_W4, RECIPES, Small, calibrate, recipe, token_batches
 

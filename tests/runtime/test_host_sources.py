@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from runtime.artifact import check, check_versions
+from runtime.chain import check, check_versions
 from runtime.errors import ArtifactError, VersionError
-from runtime.host_sources import changed_sources, is_module_name, source_digest, source_file
+from runtime.language.library_sources import changed_sources, is_module_name, source_digest, source_file
 from tests.runtime.artifacts import manifest, write
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_digests() -> None:
 def test_nothing_is_imported() -> None:
     program = (
         "import sys\n"
-        "from runtime.host_sources import source_digest\n"
+        "from runtime.language.library_sources import source_digest\n"
         f"assert len(source_digest({LLAMA!r})) == 64\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
     )

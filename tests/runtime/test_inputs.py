@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.activations import Activations
+from runtime.artifact.manifest import DimEntry, InputEntry
+from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
 from runtime.errors import DataError
-from runtime.inputs import model_inputs, require_decoder, require_in_range, require_length
-from runtime.manifest import DimEntry, InputEntry
+from runtime.streaming.activations import Activations
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
 

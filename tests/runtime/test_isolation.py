@@ -73,7 +73,7 @@ for attempt in (
 """
 
 RUN = """
-from runtime.cli import main
+from runtime.cli.app import main
 artifact, data, weights, recipe, out = sys.argv[1:]
 common = [artifact, "--data", data, "--weights"]
 code = main(["calibrate", *common, weights, "--recipe", recipe, "-o", out, "--json"])

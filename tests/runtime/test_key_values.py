@@ -18,11 +18,11 @@ from compressed_tensors.quantization import QuantizationArgs
 from transformers.cache_utils import EncoderDecoderCache
 
 import runtime
+from runtime.artifact.manifest import Attention
 from runtime.errors import ArtifactError
-from runtime.key_values import KeyValues, _Interception, attach
-from runtime.manifest import Attention
-from runtime.recipe import Recipe
-from runtime.weights import Weights
+from runtime.formats.key_values import KeyValues, _Interception, attach
+from runtime.recipe.recipe import Recipe
+from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from tests.runtime.small import (
     DEEPSEEK,
@@ -76,7 +76,7 @@ def measured(small: Small, batches: Sequence[Mapping[str, Any]], **changes: Any)
     """What the chain of an artifact measures of the same batches."""
     artifact = small.load()
     model = artifact.empty_model(torch.float32)
-    source = Weights(artifact, runtime.checkpoint.Checkpoint(small.weights), torch.float32, model)
+    source = Weights(artifact, runtime.checkpoint.reader.Checkpoint(small.weights), torch.float32, model)
     args = QuantizationArgs(**{**WHOLE, "observer": "static_minmax", **changes})
     key_values = KeyValues.of(artifact.manifest, args)
     attach(model, key_values)

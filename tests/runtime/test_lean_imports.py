@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.leaves import build_leaf
-from runtime.machine import available_bytes, resident_bytes
-from runtime.manifest import LeafKind
-from runtime.streaming.memory import trim_heap
+from runtime.artifact.manifest import LeafKind
+from runtime.host.memory import available_bytes, resident_bytes, trim_heap
+from runtime.model.leaves import build_leaf
 from tests.runtime.place import ROOT, Place
 from tests.runtime.small import directory_bytes
 
@@ -30,7 +29,7 @@ RUN = (
     "import sys\n"
     "from runtime import lean_imports\n"
     "if sys.argv[1] == 'lean': lean_imports.allow()\n"
-    "from runtime.cli import main\n"
+    "from runtime.cli.app import main\n"
     "code = main(sys.argv[2:])\n"
     f"print('heavy', *(name for name in {HEAVY} if name in sys.modules))\n"
     "sys.exit(code)\n"

@@ -12,12 +12,12 @@ import torch
 import transformers
 
 import runtime
-import runtime.checkpoint
+import runtime.checkpoint.reader
 import seqbuild.build
-from runtime.checkpoint import Checkpoint
-from runtime.lookup_tables import lookup_tables
-from runtime.streaming.weight_stream import WeightStream
-from runtime.weights import Weights
+from runtime.checkpoint.reader import Checkpoint
+from runtime.weights.parameters import Weights
+from runtime.weights.row_lookups import lookup_tables
+from runtime.weights.stream import WeightStream
 from tests.runtime.small import NARROW, NARROW_W4, Small, calibrate, read_tensors, recipe, save_model
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -113,7 +113,7 @@ def test_one_that_is_tied_is_read_where_both_are_used(tmp_path: Path) -> None:
 def test_what_is_passed_through_has_all_its_bytes(
     narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.checkpoint, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(runtime.checkpoint.reader, "_PIECE_BYTES", 1000)
     calibrate(narrow_llama, recipe(NARROW_W4, modifier="GPTQModifier"), tmp_path / "out")
     before, found = read_tensors(narrow_llama.weights), read_tensors(tmp_path / "out")
     for key in (EMBEDDING, "lm_head.weight", "model.norm.weight"):

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 
 import runtime
-from runtime.data import batches, load_tokens
-from runtime.token_file import Origin, save_tokens
-from seqbuild.data import tokenize_files
+from runtime.data.samples import batches, load_tokens
+from runtime.data.token_file import Origin, save_tokens
+from seqbuild.ship.tokens import tokenize_files
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import read_tensors
 

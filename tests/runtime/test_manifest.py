@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.artifact.encoding import FORMAT_VERSION, canonical, sha256
+from runtime.artifact.manifest import Manifest
 from runtime.errors import ArtifactError
-from runtime.manifest import FORMAT_VERSION, Manifest, canonical, sha256
 from tests.runtime.artifacts import manifest
 
 ROOT = Path(__file__).parents[2]
@@ -326,5 +327,6 @@ def test_entries_cannot_be_changed() -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    program = "import runtime.manifest, runtime.grammar, runtime.artifact, sys; sys.exit('torch' in sys.modules)"
+    modules = "runtime.artifact.manifest, runtime.language.grammar, runtime.chain"
+    program = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

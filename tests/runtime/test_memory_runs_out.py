@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import runtime
-from runtime.artifact import LoadedSubgraph
-from runtime.streaming.memory import OutOfMemory, largest_batch, split_batches
+from runtime.chain import LoadedSubgraph
+from runtime.data.batches import largest_batch, split_batches
+from runtime.host.memory import OutOfMemory
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, read_tensors, recipe, token_batches
 
@@ -145,7 +146,7 @@ def test_memory_that_runs_out_while_a_weight_is_solved_is_no_matter_of_samples(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room for a Hessian")
 
-    monkeypatch.setattr("runtime.modify.rounding.quantize_siblings", fail)
+    monkeypatch.setattr("runtime.quantize.rounding.quantize_siblings", fail)
     with pytest.raises(torch.OutOfMemoryError, match="with its weights and statistics: no room for a Hessian"):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from runtime.artifact import check, load
+from runtime.artifact.encoding import sha256
+from runtime.artifact.own_code import FILE_LIMIT_BYTES, ModelCode, needed_files, package_name, parse_imports
+from runtime.chain import check, load
 from runtime.errors import ArtifactError, ModelError
-from runtime.manifest import sha256
-from runtime.model_code import FILE_LIMIT_BYTES, ModelCode, needed_files, package_name, parse_imports
 from tests.runtime.artifacts import files, manifest, write
 
 

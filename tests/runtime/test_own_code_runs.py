@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runtime
-import runtime.cli
-from runtime.artifact import check
-from runtime.checkpoint import Checkpoint
+import runtime.cli.app
+from runtime.chain import check
+from runtime.checkpoint.companions import write_companions
+from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import ArtifactError, ModelError, WeightsError
-from runtime.finish import write_companions
-from runtime.model_config import require_same_model
-from runtime.quantized import input_quantization
-from runtime.weights import Weights
+from runtime.formats.rounded_inputs import input_quantization
+from runtime.model.config import require_same_model
+from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from tests.own_code_model import FILES, write_own_code_model
 from tests.runtime.place import GPTQ, Run, assert_refused
@@ -77,7 +77,7 @@ def _no_mark(toy: Toy) -> None:
 @pytest.fixture(scope="module")
 def quantized(toy: Toy) -> Path:
     out = toy.folder / "quantized"
-    assert runtime.cli.main(toy.calibrate(out, "--trust-remote-code")) == 0
+    assert runtime.cli.app.main(toy.calibrate(out, "--trust-remote-code")) == 0
     return out
 
 
@@ -219,7 +219,7 @@ def test_text_needs_no_consent_of_its_own(toy: Toy, tmp_path: Path, run: Run, ca
 
 
 def test_the_same_run_gives_the_same_bytes(toy: Toy, quantized: Path, tmp_path: Path) -> None:
-    assert runtime.cli.main(toy.calibrate(tmp_path / "again", "--trust-remote-code")) == 0
+    assert runtime.cli.app.main(toy.calibrate(tmp_path / "again", "--trust-remote-code")) == 0
     assert directory_bytes(tmp_path / "again") == directory_bytes(quantized)
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import runtime
-import seqbuild.cli
-from runtime.checkpoint import Checkpoint
-from runtime.dequantize import open_checkpoint
+import seqbuild.cli.app
+from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.source_formats import packed_tensors
 from runtime.errors import WeightsError
 from runtime.evaluation import evaluate
-from runtime.packed import packed_tensors
 from seqbuild.build import build
 from tests.runtime.place import Run
 from tests.runtime.small import (
@@ -175,7 +175,7 @@ def test_the_chain_is_the_model_with_plain_weights(
 ) -> None:
     for small in (pair[0], gpt_oss[0]):
         options = ["verify", str(small.artifact), "--weights", str(small.weights), "--dtype", "float32"]
-        code, printed, complaint = run(options, seqbuild.cli.main)
+        code, printed, complaint = run(options, seqbuild.cli.app.main)
         assert (code, complaint) == (0, "")
         assert "equal bit for bit" in printed
 
@@ -249,7 +249,7 @@ def test_other_forms_are_refused_before_anything_runs(
     tensors = read_tensors(model)
     tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "artifacts")], seqbuild.cli.main)
+    code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "artifacts")], seqbuild.cli.app.main)
     assert code != 0
     assert f"is quantized by '{method or 'no quant_method'} 4 bits', a format that is not supported" in complaint
     with pytest.raises(WeightsError, match="is quantized by"):

@@ -13,13 +13,13 @@ import torch
 import transformers
 
 import runtime
-import seqbuild.cli
-from runtime.data import batches, load_tokens, save_tokens
-from runtime.decoder import NOT_A_LABEL
+import seqbuild.cli.app
+from runtime.data.decoder import NOT_A_LABEL
+from runtime.data.inputs import model_inputs
+from runtime.data.masks import require_tokens, token_mask
+from runtime.data.samples import batches, load_tokens, save_tokens
+from runtime.data.token_file import Origin
 from runtime.errors import DataError
-from runtime.inputs import model_inputs
-from runtime.masks import require_tokens, token_mask
-from runtime.token_file import Origin
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, read_tensors, recipe
 
@@ -125,16 +125,16 @@ def test_parquet_holds_pairs(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
 def test_a_token_file_keeps_pairs(tmp_path: Path, pairs: Path, byte_tokenizer_dir: Path, run: Run) -> None:
     out = tmp_path / "pairs.safetensors"
     command = ["data", str(byte_tokenizer_dir), str(pairs), "-o", str(out), "--seq-len", "16"]
-    code, said, _ = run(command, seqbuild.cli.main)
+    code, said, _ = run(command, seqbuild.cli.app.main)
     assert (code, said.strip()) == (0, f"{out}: 4 samples, 17 tokens, and 12 of targets")
     first = out.read_bytes()
     assert b'\\"version\\":\\"1.2\\"' in first
     found = load_tokens(out, num_samples=2, seq_len=3)
     assert lists(found.samples) == [ids("ab"), ids("ij")]
     assert lists(found.targets) == [ids("xy"), ids("vw")]
-    run(command, seqbuild.cli.main)
+    run(command, seqbuild.cli.app.main)
     assert out.read_bytes() == first
-    refused = run([*command, "--loss-mask"], seqbuild.cli.main)
+    refused = run([*command, "--loss-mask"], seqbuild.cli.app.main)
     assert_refused(refused, "pairs of source and target have no loss mask", program="seqbuild")
     with pytest.raises(DataError, match="token id 124, and the model's vocabulary has 123 entries"):
         load_tokens(out, vocab_size=123)  # "y"
@@ -190,7 +190,7 @@ def test_perplexity_of_targets(bart: Small, pairs: Path, run: Run, tmp_path: Pat
     assert found["tokens"] == 12
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 12), rel=1e-5)
     tokens = tmp_path / "pairs.safetensors"
-    run(["data", str(byte_tokenizer_dir), str(pairs), "-o", str(tokens)], seqbuild.cli.main)
+    run(["data", str(byte_tokenizer_dir), str(pairs), "-o", str(tokens)], seqbuild.cli.app.main)
     again = json.loads(run([*command, "--data", str(tokens)])[1])
     assert again["perplexity"] == pytest.approx(found["perplexity"], rel=1e-12)
 
@@ -307,7 +307,7 @@ def test_masks_of_equal_shape_that_differ_cannot_be_told_apart() -> None:
 
 
 def test_a_batch_of_pairs_can_be_halved(bart: Small, pairs: Path, tmp_path: Path) -> None:
-    from runtime.streaming.memory import split_batches
+    from runtime.data.batches import split_batches
 
     manifest = bart.load().manifest
     labels = torch.arange(8).reshape(4, 2)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from runtime import patterns
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import PatternError, RecipeError, TargetError, WeightsError
+from runtime.formats.checkpoint_config import CheckpointSchemes
 from runtime.patterns import fault, is_in, starts_with
-from runtime.schemes import CheckpointSchemes
-from seqbuild.targets import match_modules
+from seqbuild.chain.targets import match_modules
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, recipe
 from tests.tiny_models import tiny_model
@@ -173,7 +173,7 @@ def test_an_artifacts_own_patterns(tmp_path: Path, place: Place, run: Run, soon:
 
     from safetensors.torch import load_file, save_file
 
-    from runtime.artifact import read_manifest
+    from runtime.chain import read_manifest
     from tests.runtime.place import edit_manifest
 
     manifest = read_manifest(place.artifact)

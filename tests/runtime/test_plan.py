@@ -13,24 +13,24 @@ from torch.profiler import ProfilerActivity, profile
 
 import runtime
 import seqbuild
-import seqbuild.cli
-from runtime.activations import Activations, Budget
+import seqbuild.cli.app
 from runtime.algorithms.awq import ScaleSearch, search_scales
 from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
-from runtime.artifact import Artifact
-from runtime.checkpoint import Checkpoint
-from runtime.jobs import assign_jobs
-from runtime.modify.needs import RecipeNeeds
-from runtime.plan import KERNEL_BYTES, Plan, plan_run
+from runtime.chain import Artifact
+from runtime.checkpoint.reader import Checkpoint
+from runtime.formats.presets import scheme_from_preset
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
+from runtime.planning.forecast import KERNEL_BYTES, Plan, plan_run
 from runtime.planning.request import plan_artifact
 from runtime.planning.shapes import ShapeRun
-from runtime.presets import scheme_from_preset
-from runtime.streaming.watch import EventLog
-from runtime.weights import Weights
+from runtime.quantize.assignments import assign_jobs
+from runtime.quantize.needs import RecipeNeeds
+from runtime.streaming.activations import Activations, Budget
+from runtime.streaming.events import EventLog
+from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import RECIPES, Small, recipe, token_batches
@@ -394,7 +394,7 @@ def test_a_plan_needs_nothing_but_the_artifact(place: Place, run: Run) -> None:
     for path in place.weights.iterdir():
         path.unlink()
     said = {}
-    for main in (runtime.cli.main, seqbuild.cli.main):
+    for main in (runtime.cli.app.main, seqbuild.cli.app.main):
         code, said[main], _ = run(["plan", str(place.artifact), "--recipe", str(place.recipe), "--json"], main)
         assert code == 0
     steps = [json.loads(text)["subgraphs"] for text in said.values()]

@@ -14,14 +14,14 @@ from tests.runtime.place import ROOT, Place, Run
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from runtime.artifact import LoadedSubgraph
+from runtime.chain import LoadedSubgraph
 real = LoadedSubgraph.forward
 def forward(self, model, **inputs):
     print("step", flush=True)
     time.sleep(0.2)
     return real(self, model, **inputs)
 LoadedSubgraph.forward = forward
-from runtime.cli import main
+from runtime.cli.app import main
 sys.exit(main())
 """
 

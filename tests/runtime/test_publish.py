@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import OutputError
-from runtime.publish import disk_errors, publish_directory, require_free, write_file
+from runtime.host.publish import disk_errors, publish_directory, require_free, write_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ class TestDirectory:
 
     def test_a_killed_process_leaves_only_a_partial(self, tmp_path: Path) -> None:
         program = (
-            "import os, sys\nfrom pathlib import Path\nfrom runtime.publish import publish_directory\n"
+            "import os, sys\nfrom pathlib import Path\nfrom runtime.host.publish import publish_directory\n"
             "with publish_directory(Path(sys.argv[1]) / 'result') as partial:\n"
             "    (partial / 'a').write_text('x')\n"
             "    os.kill(os.getpid(), 9)\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.recipe import Recipe
+from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import library, opaque_paths
-from runtime.host_sources import source_file
-from runtime.opaque_paths import why_refused
+from runtime.language import library
+from runtime.language import opaque as opaque_paths
+from runtime.language.library_sources import source_file
+from runtime.language.opaque import why_refused
 
 TOY = "transformers.models.toy.modeling_toy"
 Write = Callable[..., None]

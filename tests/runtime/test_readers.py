@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import runtime
-from runtime.fused import mixed_layers
-from runtime.manifest import ScaleGroup
-from runtime.presets import scheme_from_preset
-from runtime.readers import (
+from runtime.artifact.manifest import ScaleGroup
+from runtime.formats.presets import scheme_from_preset
+from runtime.quantize.fused_layers import mixed_layers
+from runtime.quantize.reader_limits import (
     CACHE,
     DENSE,
     EXPERT,
@@ -22,7 +22,7 @@ from runtime.readers import (
     UNQUANTIZED_EXPERT,
     reader_limits,
 )
-from runtime.recipe import Assignment
+from runtime.recipe.recipe import Assignment
 from tests.runtime.small import DEEPSEEK, EXPERTS, NARROW, Small, calibrate, recipe
 
 _FOUR = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 16}"
@@ -112,7 +112,7 @@ class TestReaders:
         met = set()
         for model_type in ("any_model", *(name for limit in LIMITS for name in limit.model_types)):
             for place in (DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT):
-                for preset in runtime.presets.PRESETS:
+                for preset in runtime.formats.presets.PRESETS:
                     met.update(self.told(preset, place, model_type).splitlines())
             two = {"a.b": job("W4A16"), "c": job("W4A16", 1)}
             met.update(reader_limits(model_type, {"a.b": EXPERT}, two))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runtime.errors import RecipeError
-from runtime.presets import scheme_from_preset
-from runtime.recipe import Assignment, GptqOptions, Recipe
+from runtime.formats.presets import scheme_from_preset
+from runtime.recipe.recipe import Assignment, GptqOptions, Recipe
 
 LINEARS = {
     "model.layers.0.self_attn.q_proj": "Linear",
@@ -406,7 +406,7 @@ def test_an_ignore_pattern_without_match_is_fine() -> None:
 
 
 def test_importing_does_not_load_torch() -> None:
-    code = "import sys, runtime.recipe; sys.exit('torch' in sys.modules or 'compressed_tensors' in sys.modules)"
+    code = "import sys, runtime.recipe.recipe; sys.exit('torch' in sys.modules or 'compressed_tensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from runtime.cli import app
-from runtime.presets import PRESETS
-from runtime.recipe import Recipe
-from runtime.recipe_examples import EXAMPLES, example, preset_line
+from runtime.cli.app import app
+from runtime.formats.presets import PRESETS
+from runtime.recipe.examples import EXAMPLES, example, preset_line
+from runtime.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, *PRESETS])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import runtime
+from runtime.algorithms.output_squares import NUM_SAMPLED, gram_square
 from runtime.calibration import Calibration
-from runtime.output_squares import NUM_SAMPLED, gram_square
-from runtime.statistics import InputStatistics, Needs
+from runtime.quantize.statistics import InputStatistics, Needs
 from tests.runtime.small import Small, calibrate, load_transformers, read_tensors, token_batches
 
 LAYER = "model.layers.0"

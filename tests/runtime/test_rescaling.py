@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import runtime
-from runtime.manifest import ScaleGroup
-from runtime.modify.smoothing import Rescaled
-from runtime.recipe import Recipe
+from runtime.artifact.manifest import ScaleGroup
+from runtime.quantize.smoothing import Rescaled
+from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from tests.runtime.small import (
     NARROW_W4,
@@ -262,7 +262,7 @@ def test_a_fallback_is_used_only_when_asked_for_and_said(narrow_llama: Small, tm
         raise runtime.QuantizationError("the Hessian does not factor")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.modify.rounding.quantize_siblings", fail)
+        patch.setattr("runtime.quantize.rounding.quantize_siblings", fail)
         with pytest.raises(runtime.QuantizationError, match="does not factor"):
             calibrate(narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}}}"), tmp_path / "no", batches=batches)
         done = calibrate(

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 import runtime
-from runtime.artifact import LoadedSubgraph
+from runtime.chain import LoadedSubgraph
 from runtime.streaming import journal
+from runtime.streaming.events import Lines
 from runtime.streaming.journal import Journal
-from runtime.streaming.watch import Lines
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused
 from tests.runtime.small import (
     NARROW_W4,
@@ -79,11 +79,11 @@ def test_another_processor_is_a_warning(
     narrow_llama: Small, tmp_path: Path, stop_at: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that multiplies halves, and another that does not; and so is another number of threads."""
-    monkeypatch.setattr("runtime.half_products.slow_halves", lambda: (torch.float16,))
+    monkeypatch.setattr("runtime.host.half_precision.slow_halves", lambda: (torch.float16,))
     stop_at(8)
     with pytest.raises(Stop):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
-    monkeypatch.setattr("runtime.half_products.slow_halves", lambda: ())
+    monkeypatch.setattr("runtime.host.half_precision.slow_halves", lambda: ())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     stop_at(0)
     lines: list[str] = []
@@ -258,7 +258,7 @@ def test_two_runs_of_one_output_at_once_are_refused(
 
 KILL = """
 import os, signal, sys, threading
-from runtime.cli import main
+from runtime.cli.app import main
 seconds = float(sys.argv.pop(1))
 threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 code = main()

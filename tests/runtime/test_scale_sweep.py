@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runtime
-from runtime.presets import PRESETS
+from runtime.formats.presets import PRESETS
 from tests.runtime.small import Small, load_transformers, make_small, token_batches
 
 pytestmark = pytest.mark.wide

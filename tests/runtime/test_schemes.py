@@ -16,18 +16,17 @@ from safetensors.torch import save_file
 from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError, RecipeError, WeightsError
-from runtime.presets import PRESETS, checked, checked_cache, scheme_from_preset
-from runtime.schemes import (
-    CheckpointSchemes,
+from runtime.formats.checkpoint_config import CheckpointSchemes, quantization_config
+from runtime.formats.compressed import (
     compress_module,
     decompress_module,
     input_parts,
-    quantization_config,
-    quantize_activation,
     static_input_parts,
     stored_dtypes,
     stored_shapes,
 )
+from runtime.formats.presets import PRESETS, checked, checked_cache, scheme_from_preset
+from runtime.formats.rounded_inputs import quantize_activation
 from tests.runtime.small import load_transformers
 
 LINEAR = ["Linear"]
@@ -108,7 +107,7 @@ def test_rows_are_packed_a_part_at_a_time(name: str, monkeypatch: pytest.MonkeyP
     got = quantized(random(1100, 128), scheme, torch.bfloat16)
     whole = compress_module("m", got, scheme)
     dense = decompress_module(whole, scheme)
-    monkeypatch.setattr("runtime.schemes.NUMBERS_AT_A_TIME", 480 * 128)
+    monkeypatch.setattr("runtime.formats.compressed.NUMBERS_AT_A_TIME", 480 * 128)
     parts = compress_module("m", got, scheme)
     assert list(parts) == list(whole)
     assert all(torch.equal(parts[key], whole[key]) and parts[key].dtype == whole[key].dtype for key in whole)

@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 import runtime
-import seqbuild.cli
-from runtime.artifact import check
-from runtime.contents import SIGNATURE_NAME
+import seqbuild.cli.app
+from runtime.artifact.files import SIGNATURE_NAME
+from runtime.artifact.signature import REQUIRED
+from runtime.chain import check
 from runtime.errors import ArtifactError, SignatureError
-from runtime.signatures import REQUIRED
-from seqbuild.sign import sign_artifact
+from seqbuild.ship.sign import sign_artifact
 from tests.attacks.attack import watched
 from tests.runtime.artifacts import files, manifest, write
 from tests.runtime.place import Run
@@ -195,9 +195,9 @@ def test_a_key_with_a_password(tmp_path: Path, run: Run) -> None:
     root = write(tmp_path / "artifact")
     (tmp_path / "password").write_text("open sesame\n")
     arguments = ["sign", str(root), "--private-key", str(private)]
-    assert run(arguments, seqbuild.cli.main)[0] == 2
+    assert run(arguments, seqbuild.cli.app.main)[0] == 2
     assert not (root / SIGNATURE_NAME).exists()
-    assert run([*arguments, "--password-file", str(tmp_path / "password")], seqbuild.cli.main)[0] == 0
+    assert run([*arguments, "--password-file", str(tmp_path / "password")], seqbuild.cli.app.main)[0] == 0
     load(root, public)
 
 

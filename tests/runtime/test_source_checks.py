@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import seqbuild.cli
+import seqbuild.cli.app
 from tests.runtime.place import RTN, Place, Run, assert_refused
 from tests.runtime.small import Small, calibrate, read_tensors, recipe
 
@@ -155,14 +155,14 @@ def test_what_would_be_read_wrongly_is_rejected(place: Place, run: Run, spoil: S
     before = place.tree()
     assert_refused(run(place.calibrate()), *expected)
     assert_refused(run(place.evaluate()), *expected)
-    compiled = run(["compile", str(place.weights), "--out", str(place.folder / "other")], seqbuild.cli.main)
+    compiled = run(["compile", str(place.weights), "--out", str(place.folder / "other")], seqbuild.cli.app.main)
     assert_refused(compiled, *expected, program="seqbuild")
     assert [name for name in place.tree() if not name.startswith("other")] == before
 
 
 def test_an_adapter_alone_is_named(tmp_path: Path, run: Run) -> None:
     expected = adapter(tmp_path)
-    result = run(["compile", str(tmp_path), "--out", str(tmp_path / "out")], seqbuild.cli.main)
+    result = run(["compile", str(tmp_path), "--out", str(tmp_path / "out")], seqbuild.cli.app.main)
     assert_refused(result, *expected, program="seqbuild")
 
 

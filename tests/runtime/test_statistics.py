@@ -9,7 +9,8 @@ from torch import nn
 
 import runtime.algorithms.hessian
 from runtime.algorithms.hessian import HessianAccumulator
-from runtime.statistics import EnoughSeenError, InputStatistics, Needs, collect_statistics
+from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
+from runtime.streaming.work import EnoughSeenError
 from tests.runtime.small import RECIPES, Small, calibrate, directory_bytes, recipe
 
 
@@ -352,7 +353,7 @@ def test_a_run_ends_batches_early_and_computes_the_same(
     # go on through the first two layers.
     assert calls.count(torch.Size([128, 256])) == 3 * 1 + 2 * 3
     assert calls.count(torch.Size([256, 128])) == 2 * (3 * 3 + 2 * 3)
-    monkeypatch.setattr("runtime.modify.experts._may_stop", lambda work, names: False)
+    monkeypatch.setattr("runtime.quantize.expert_groups._may_stop", lambda work, names: False)
     calls.clear()
     calibrate(llama, plan, tmp_path / "whole")
     assert calls.count(torch.Size([128, 256])) == 3 * 3 + 2 * 3

@@ -13,11 +13,11 @@ import runtime
 from runtime.algorithms import grid
 from runtime.algorithms.gptq import quantize_gptq
 from runtime.algorithms.rtn import quantize_rtn
-from runtime.key_values import KeyValues
-from runtime.presets import scheme_from_preset
-from runtime.schemes import static_input_parts
-from runtime.statistics import Needs
-from runtime.stored_scales import require_finite, require_sound_scales
+from runtime.formats.compressed import static_input_parts
+from runtime.formats.key_values import KeyValues
+from runtime.formats.presets import scheme_from_preset
+from runtime.formats.stored_scales import require_finite, require_sound_scales
+from runtime.quantize.statistics import Needs
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
@@ -229,7 +229,7 @@ def test_what_overflows_when_it_is_read_is_refused(half_llama: Small, tmp_path: 
 
 
 def test_masked_tokens_may_overflow() -> None:
-    from runtime.statistics import InputStatistics
+    from runtime.quantize.statistics import InputStatistics
 
     found = InputStatistics(4, Needs(hessian=True, channels=True), torch.device("cpu"))
     inputs: Any = torch.ones(3, 4)

@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 import runtime
 import runtime.calibration
 import seqbuild.build
-from runtime.artifact import LoadedSubgraph
-from runtime.checkpoint import Checkpoint
-from runtime.derived import Derived, DerivedCheckpoint
-from runtime.layout import Stored
-from runtime.streaming.watch import EventLog
-from runtime.streaming.weight_stream import WeightStream
+from runtime.chain import LoadedSubgraph
+from runtime.checkpoint.dtypes import Stored
+from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.view import Derived, DerivedCheckpoint
+from runtime.checkpoint.writer import ShardWriter
+from runtime.streaming.events import EventLog
 from runtime.streaming.work import Work
-from runtime.weights import Weights
-from runtime.writer import ShardWriter
+from runtime.weights.parameters import Weights
+from runtime.weights.stream import WeightStream
 from tests.runtime.small import (
     NARROW,
     NARROW_W4,

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import runtime.cli
-import seqbuild.cli
-from runtime.machine import require_threads
-from runtime.output import Output
-from runtime.regular_files import NotRegularError, open_regular, require_regular_entries
+import runtime.cli.app
+import seqbuild.cli.app
+from runtime.host.memory import require_threads
+from runtime.host.regular_files import NotRegularError, open_regular, require_regular_entries
+from runtime.standard_output import Output
 from tests.runtime.place import ROOT, RTN, Place, Run, assert_refused
 
 LIMIT_S = 60
@@ -81,16 +81,16 @@ class TestInputs:
             content = path.read_bytes()
             path.unlink()
             KINDS[kind](path)
-            assert_refused(run(command, seqbuild.cli.main), name, program="seqbuild")
+            assert_refused(run(command, seqbuild.cli.app.main), name, program="seqbuild")
             path.rmdir() if kind == "directory" else path.unlink()
             path.write_bytes(content)
         odd = tmp_path / "odd.safetensors"
         KINDS[kind](odd)
-        assert_refused(run([*command, "--sample", str(odd)], seqbuild.cli.main), str(odd), program="seqbuild")
+        assert_refused(run([*command, "--sample", str(odd)], seqbuild.cli.app.main), str(odd), program="seqbuild")
         texts = tmp_path / "text.txt"
         KINDS[kind](texts)
         data = ["data", str(place.weights), str(texts), "-o", str(tmp_path / "t.safetensors")]
-        assert_refused(run(data, seqbuild.cli.main), "text.txt", program="seqbuild")
+        assert_refused(run(data, seqbuild.cli.app.main), "text.txt", program="seqbuild")
 
     def test_opened(self, tmp_path: Path, kind: str) -> None:
         KINDS[kind](tmp_path / "a.json")
@@ -128,13 +128,13 @@ def test_output_that_nobody_takes_ends_no_run(place: Place, monkeypatch: pytest.
     complaints = io.StringIO()
     monkeypatch.setattr(sys, "stdout", Failing(number))
     monkeypatch.setattr(sys, "stderr", complaints)
-    assert runtime.cli.main(place.calibrate()) == 0
+    assert runtime.cli.app.main(place.calibrate()) == 0
     assert (place.out / "model.safetensors").exists()
     lines = complaints.getvalue().splitlines()
     assert len(lines) == (number != errno.EPIPE)
     assert all(line.startswith("runtime: warning: standard output cannot be written: ") for line in lines)
     # A command whose only result is what it prints has failed then.
-    assert runtime.cli.main(["check", str(place.artifact)]) == (0 if number == errno.EPIPE else 2)
+    assert runtime.cli.app.main(["check", str(place.artifact)]) == (0 if number == errno.EPIPE else 2)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/null | true"])

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import runtime
-import runtime.tensor_checks
-from runtime.artifact import LoadedSubgraph
-from runtime.checkpoint import Checkpoint
-from runtime.tensor_checks import TensorChecks
-from runtime.weights import Origin
+import runtime.weights.tensor_checks
+from runtime.chain import LoadedSubgraph
+from runtime.checkpoint.reader import Checkpoint
+from runtime.weights.origins import Origin
+from runtime.weights.tensor_checks import TensorChecks
 from tests.runtime.place import Run
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe, token_batches
 
@@ -119,14 +119,14 @@ def test_large_ones_inside_of_layers_when_they_are_read(
     narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
 ) -> None:
     """Whether batches go through them, or they are copied."""
-    monkeypatch.setattr(runtime.tensor_checks, "SMALL_BYTES", 16)
+    monkeypatch.setattr(runtime.weights.tensor_checks, "SMALL_BYTES", 16)
     weights = broken(narrow_llama, tmp_path / "model", IGNORED, float("nan"))
     assert f"tensor {IGNORED!r}" in refusal(narrow_llama, weights, tmp_path / "out", plan)
 
 
 def test_a_look_at_them_reads_nothing_twice(narrow_llama: Small, tmp_path: Path) -> None:
     checkpoint = Checkpoint(narrow_llama.weights)
-    from runtime.weights import Weights
+    from runtime.weights.parameters import Weights
 
     artifact = narrow_llama.load()
     source = Weights(artifact, checkpoint, torch.float32, artifact.empty_model())
@@ -198,7 +198,7 @@ def test_floats_where_integers_belong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.float8_e4m3fn, 0xFF), (torch.float8_e5m2, 0x7D)])
 def test_float8_that_is_no_number(tmp_path: Path, dtype: torch.dtype, code: int) -> None:
-    from runtime.tensor_checks import _odd_number
+    from runtime.weights.tensor_checks import _odd_number
 
     sound = torch.arange(0, 0x7C, dtype=torch.uint8)
     assert not _odd_number(sound.view(dtype), may_be_infinite=False)

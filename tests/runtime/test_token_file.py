@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from runtime.data import load_tokens, save_tokens
+from runtime.data.samples import load_tokens, save_tokens
+from runtime.data.token_file import Origin, read_token_file
 from runtime.errors import DataError, OutputError, UsageError
-from runtime.token_file import Origin, read_token_file
 
 ORIGIN = Origin(
     tokenizer="tiny",
@@ -76,7 +76,7 @@ def test_the_bytes_are_those_of_the_specification(tmp_path: Path) -> None:
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     program = (
-        "import sys, torch; from pathlib import Path; from runtime.data import load_tokens, save_tokens\n"
+        "import sys, torch; from pathlib import Path; from runtime.data.samples import load_tokens, save_tokens\n"
         "data = load_tokens(sys.argv[1])\n"
         "save_tokens(Path(sys.argv[2]), data.samples, seq_len=data.seq_len, origin=data.origin)\n"
     )

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import runtime
+from runtime.artifact.manifest import LeafKind
+from runtime.artifact.tables import check_tables
 from runtime.errors import ArtifactError, VersionError
-from runtime.manifest import LeafKind
-from runtime.recipe import Recipe
-from runtime.tables import check_tables
-from runtime.tree import Branch
+from runtime.model.tree import Branch
+from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from tests.runtime.small import EXPERTS, NARROW, NARROW_W4, Small, directory_bytes, make_small, write_token_file
 
@@ -30,8 +30,8 @@ class NoModels(importlib.abc.MetaPathFinder):
         if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name:
             raise ImportError(f"no model's code here: {name}")
 sys.meta_path.insert(0, NoModels())
-import runtime.cli
-sys.exit(runtime.cli.main(sys.argv[1:]))
+import runtime.cli.app
+sys.exit(runtime.cli.app.main(sys.argv[1:]))
 """
 
 
@@ -76,7 +76,7 @@ def test_a_run_without_any_models_code_gives_the_same_bytes(small: Small, tmp_pa
 
 def test_the_tree_has_the_models_names_and_no_code(small: Small) -> None:
     tree = small.load().empty_model()
-    ours = ("runtime.tree", "runtime.leaves", "runtime.experts")
+    ours = ("runtime.model.tree", "runtime.model.leaves", "runtime.model.experts")
     assert all(type(m).__module__.startswith("torch.nn") or type(m).__module__ in ours for m in tree.modules())
     assert isinstance(tree.get_submodule("model.layers.1"), Branch)
     assert type(tree.get_submodule("model.layers.1.self_attn.q_proj")) is nn.Linear
@@ -91,7 +91,7 @@ def test_another_version_of_transformers_is_no_matter(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_layers = build(small.weights, out=tmp_path, leaves="target").path
-    monkeypatch.setattr("runtime.host_sources.source_digest", lambda module: "of another version")
+    monkeypatch.setattr("runtime.language.library_sources.source_digest", lambda module: "of another version")
     assert runtime.load(small.artifact).manifest.is_portable
     with pytest.raises(VersionError, match="source files it relies on differ"):
         runtime.load(at_layers)

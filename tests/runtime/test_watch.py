@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from runtime.streaming.display import Display
+from runtime.streaming.events import Lines, Watchers
 from runtime.streaming.report import Calibration, ModuleReport, summary_lines
-from runtime.streaming.watch import Lines, Watchers
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 FACTS: dict[str, Any] = {"index": 1, "label": "layers.1", "num_modules": 7, "seconds": 2.0, "tokens": 4000}

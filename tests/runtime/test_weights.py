@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import runtime
 import seqbuild.build
-from runtime.checkpoint import Checkpoint
-from runtime.weights import Weights, assign, unload
+from runtime.checkpoint.reader import Checkpoint
+from runtime.weights.parameters import Weights, assign, unload
 from tests.runtime.small import (
     Small,
     calibrate,

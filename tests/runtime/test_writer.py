@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from runtime.dtypes import DTYPES, dtype_name
+from runtime.checkpoint.dtypes import BITS, DTYPES, Stored, dtype_name
+from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.writer import ShardWriter, require_space
 from runtime.errors import OutputError
-from runtime.layout import BITS, Layout, Stored
-from runtime.writer import ShardWriter, require_space
 from tests.runtime.small import raw_bytes, read_tensors
 
 

@@ -18,10 +18,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-import runtime.artifact
+import runtime.chain
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.errors import ModelError, OutputError, TargetError, TraceError, UsageError, WeightsError
-from runtime.manifest import MANIFEST_NAME, Manifest
-from runtime.program import Run
+from runtime.language.program import Run
 from seqbuild import compile_model
 from seqbuild.build import build
 from tests.tiny_models import ZOO, save_config, tiny_config, tiny_model
@@ -61,7 +61,7 @@ class TestSources:
         subgraphs = [f"subgraphs/{index:03d}.py" for index in range(4)]
         assert sorted(contents(path)) == sorted([*files, MANIFEST_NAME, *subgraphs])
         assert (path / "config.json").read_bytes() == (llama / "config.json").read_bytes()
-        manifest = runtime.artifact.load(path).manifest
+        manifest = runtime.chain.load(path).manifest
         assert manifest.model.class_name == "LlamaForCausalLM"
         assert manifest.targets == ("model.layers.0", "model.layers.1", "model.layers.2")
         assert manifest.target_patterns == ("LlamaDecoderLayer",)
@@ -221,7 +221,7 @@ def test_a_huge_model_compiles_without_memory(tmp_path: Path) -> None:
     )
     kilobytes, path = run.stdout.split()
     assert int(kilobytes) < 300_000
-    manifest = runtime.artifact.read_manifest(Path(path))
+    manifest = runtime.chain.read_manifest(Path(path))
     assert manifest.model.num_parameters == 405_853_388_800
     assert len(manifest.subgraphs) == 127
 
@@ -368,7 +368,7 @@ class TestErrors:
             compile_model(directory, out=out)
 
 
-def load_by_manifest(artifact: runtime.artifact.Artifact, directory: Path) -> dict[str, torch.Tensor]:
+def load_by_manifest(artifact: runtime.chain.Artifact, directory: Path) -> dict[str, torch.Tensor]:
     """Every parameter, made from the checkpoint as the manifest says and from nothing else."""
     keys: dict[str, Path] = {}
     for shard in sorted(directory.glob("*.safetensors")):
@@ -402,7 +402,7 @@ class TestCheckpointKeys:
         model.save_pretrained(directory, max_shard_size="40kB" if sharded else "1GB")
         assert (directory / "model.safetensors.index.json").exists() == sharded
         loaded = getattr(transformers, ZOO[name][2]).from_pretrained(directory, dtype=torch.float32)
-        made = load_by_manifest(runtime.artifact.load(compile_model(directory, out=out)), directory)
+        made = load_by_manifest(runtime.chain.load(compile_model(directory, out=out)), directory)
         expected = loaded.state_dict()
         assert sorted(made) == sorted(expected)
         for key, tensor in expected.items():
@@ -450,10 +450,10 @@ class TestCheckpointKeys:
         embedding, head = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
         assert next(name for name in model.state_dict() if name in (embedding, head)) == head
         path = compile_model(tmp_path / "model", out=out)
-        parameters = runtime.artifact.load(path).manifest.parameters
+        parameters = runtime.chain.load(path).manifest.parameters
         assert (parameters[head].tied_to, parameters[head].sources) == (embedding, (embedding,))
         assert parameters[embedding].tied_to == ""
-        made = load_by_manifest(runtime.artifact.load(path), tmp_path / "model")
+        made = load_by_manifest(runtime.chain.load(path), tmp_path / "model")
         assert all(torch.equal(made[key], tensor) for key, tensor in model.state_dict().items())
 
     def test_parameters_of_subgraphs(self, llama: Path, out: Path) -> None:

@@ -13,9 +13,9 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel
 
 import seqbuild.model.checkpoint_keys as module
-from runtime.construct import without_weights
+from runtime.model.weightless import without_weights
 from seqbuild.model.alike import Alike, fill_in, find_alike
-from seqbuild.trace.subgraphs import trace_subgraphs
+from seqbuild.trace.model import trace_subgraphs
 from tests.tiny_models import make_inputs, tiny_config, tiny_model
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.data import load_tokens
+from runtime.data.samples import load_tokens
 from runtime.errors import DataError, OutputError, UsageError
-from seqbuild.data import tokenize_files
+from seqbuild.ship.tokens import tokenize_files
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name
 def test_a_bad_place_or_no_files_are_refused_before_any_work(
     tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seqbuild.data.tokenize_documents", None)
+    monkeypatch.setattr("seqbuild.ship.tokens.tokenize_documents", None)
     (tmp_path / "folder.safetensors").mkdir()
     for out, error in (("x.bin", UsageError), ("folder.safetensors", OutputError)):
         with pytest.raises(error):

@@ -13,8 +13,8 @@ from torch import nn
 
 import runtime
 import seqbuild.build
-from runtime.checkpoint import Checkpoint
-from runtime.weights import Weights
+from runtime.checkpoint.reader import Checkpoint
+from runtime.weights.parameters import Weights
 from seqbuild.model.defaults import default_values
 from tests.tiny_models import randomize, tiny_model
 

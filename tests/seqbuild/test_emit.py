@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from runtime.errors import TraceError
-from runtime.grammar import Allowed, check_program
-from runtime.program import Run, compile_program
-from seqbuild.describe import Symbols
-from seqbuild.emit import EmittedCode, emit
-from seqbuild.trace.subgraphs import trace_model
+from runtime.language.grammar import Allowed, check_program
+from runtime.language.program import Run, compile_program
+from seqbuild.chain.emit import EmittedCode, emit
+from seqbuild.manifest.describe import Symbols
+from seqbuild.trace.model import trace_model
 from tests.seqbuild import toys
 from tests.tiny_models import randomize
 

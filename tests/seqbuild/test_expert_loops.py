@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import MixtralConfig
 
-from runtime.leaves import build_leaf
-from runtime.program import compile_program
-from seqbuild.trace.expert_loops import Loop, watched_loop
-from seqbuild.trace.expert_signatures import signature
-from seqbuild.trace.experts import experts_leaf, is_experts
+from runtime.language.program import compile_program
+from runtime.model.leaves import build_leaf
+from seqbuild.trace.experts.learn import experts_leaf, is_experts
+from seqbuild.trace.experts.loop import Loop, watched_loop
+from seqbuild.trace.experts.signature import signature
 
 NUM_EXPERTS, WIDTH, NARROW = 3, 8, 4
 

@@ -10,7 +10,8 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv
 
 from runtime.errors import TraceError
-from seqbuild.trace.guards import conditions, is_implied, is_statable
+from seqbuild.trace.sizes.conditions import conditions
+from seqbuild.trace.sizes.relations import is_implied, is_statable
 
 H, W, N = sympy.symbols("h w n", integer=True, positive=True)
 PATCHES = FloorDiv(H, 14) * FloorDiv(W, 14)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqbuild.trace.subgraphs import Trace, trace_model
+from seqbuild.trace.model import Trace, trace_model
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqbuild.trace.subgraphs import trace_model
+from seqbuild.trace.model import trace_model
 from tests.seqbuild.test_inside_layers import Layer, check
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_same, randomize, run_chain, run_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime.split import SplitArtifact, split_experts
+from runtime.experts.split import SplitArtifact, split_experts
 from seqbuild.build import build
 from tests import zoo
 

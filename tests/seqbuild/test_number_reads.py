@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 from seqbuild.build import build
-from seqbuild.trace.number_reads import NumberReads, handed_over
-from seqbuild.trace.sections import Sections
+from seqbuild.trace.record.number_reads import NumberReads, handed_over
+from seqbuild.trace.record.sections import Sections
 
 
 class Layer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from seqbuild.trace.ordered_sets import sets_in_order
+from seqbuild.trace.python.builtins import sets_in_order
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -14,7 +14,7 @@ from torch import nn
 import runtime
 import seqbuild.build
 from runtime.errors import TraceError
-from seqbuild.trace.subgraphs import trace_model
+from seqbuild.trace.model import trace_model
 from tests.seqbuild.toys import WIDTH, Toy
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import seqbuild.cli
-from runtime.artifact import check
+import seqbuild.cli.app
+from runtime.chain import check
 from runtime.errors import ModelError
 from seqbuild.build import build
 from seqbuild.model.own_code import read_references
@@ -75,12 +75,12 @@ class TestConsent:
         self, tmp_path: Path, out: Path, marker: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         command = ["compile", str(write_own_code_model(tmp_path / "toy", marked(marker))), "--out", str(out)]
-        assert seqbuild.cli.main(command) == 2
+        assert seqbuild.cli.app.main(command) == 2
         complaint = capfd.readouterr().err
         assert complaint.startswith("seqbuild: error: toy brings its own code")
         assert complaint.count("\n") == 1
         assert not marker.exists()
-        assert seqbuild.cli.main([*command, "--trust-remote-code"]) == 0
+        assert seqbuild.cli.app.main([*command, "--trust-remote-code"]) == 0
 
     def test_a_tokenizers_code_alone_needs_none(self, tmp_path: Path, out: Path) -> None:
         """The model is transformers' own; its tokenizer is not touched."""

@@ -10,11 +10,12 @@ import torch
 import transformers
 
 import runtime
-import runtime.cli
-from runtime.inputs import model_inputs
-from runtime.manifest import MANIFEST_NAME, Manifest
+import runtime.cli.app
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from runtime.data.inputs import model_inputs
 from seqbuild.build import build
-from seqbuild.sample.inputs import SampleShape, default_sample, plain_call_of
+from seqbuild.sample.inputs import default_sample, plain_call_of
+from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.artifact import verify_artifact
 from tests.runtime.small import write_token_file
 from tests.tiny_models import randomize, save_config, tiny_config, tiny_model
@@ -114,7 +115,9 @@ def test_a_users_sample_may_have_them_and_then_data_must(tmp_path: Path, capsys:
         ["calibrate", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")],
     ):
         (tmp_path / "recipe.yaml").write_text("GPTQModifier: {targets: Linear, scheme: W8A8}")
-        code = runtime.cli.main([command[0], str(path), *command[1:], "--weights", str(weights), "--data", str(data)])
+        code = runtime.cli.app.main(
+            [command[0], str(path), *command[1:], "--weights", str(weights), "--data", str(data)]
+        )
         assert code == 2
         assert "takes an input 'token_type_ids', which the data does not give" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

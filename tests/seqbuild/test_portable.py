@@ -15,13 +15,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import runtime
-from runtime.artifact import Artifact
+from runtime.chain import Artifact
 from runtime.errors import ArtifactError, UsageError
-from runtime.weights import assign
+from runtime.weights.parameters import assign
 from seqbuild.build import build
-from seqbuild.trace.experts import experts_leaf, is_experts
-from seqbuild.trace.leaf_policy import LeafPolicy
-from seqbuild.trace.subgraphs import Trace, trace_model
+from seqbuild.trace.experts.learn import experts_leaf, is_experts
+from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.record.leaf_policy import LeafPolicy
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_near, assert_same, make_inputs, run_chain, run_model, save_config, tiny_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.conditions import holds
-from seqbuild import describe
-from seqbuild.trace.subgraphs import Trace, trace_model
+from runtime.artifact.size_expressions import holds
+from seqbuild.manifest import describe
+from seqbuild.trace.model import Trace, trace_model
 from tests.seqbuild.toys import WIDTH, Toy
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 

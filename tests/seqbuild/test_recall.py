@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 
-import seqbuild.cli
-from runtime.artifact import check, read_manifest
+import seqbuild.cli.app
+from runtime.artifact.encoding import sha256
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.chain import check, read_manifest
 from runtime.errors import DataError, OutputError
-from runtime.manifest import MANIFEST_NAME, sha256
-from runtime.publish import DAMAGED, PARTIAL
-from seqbuild import cache, recall
+from runtime.host.publish import DAMAGED, PARTIAL
 from seqbuild.build import build
-from seqbuild.entries import entries, nearest, prune
-from seqbuild.explain import EXCLUDED, explain
+from seqbuild.cache import key as cache
+from seqbuild.cache import recall
+from seqbuild.cache.store import entries, nearest, prune
+from seqbuild.cli.explain import EXCLUDED, explain
 from seqbuild.model.source import resolve_source
 from seqbuild.options import make_options
 from tests.runtime.place import Run
@@ -138,8 +140,8 @@ class TestHits:
 
     def test_a_hit_on_the_command_line_imports_no_torch(self, model: Path, out: Path) -> None:
         program = (
-            "import sys, seqbuild.cli\n"
-            "code = seqbuild.cli.main(sys.argv[1:])\n"
+            "import sys, seqbuild.cli.app\n"
+            "code = seqbuild.cli.app.main(sys.argv[1:])\n"
             "sys.exit(code or len({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
         )
         command = [sys.executable, "-c", program, "compile", str(model), "--out", str(out), "--json"]
@@ -179,7 +181,7 @@ class TestHits:
         assert recall.recall(asked(model), "model", out) is None
 
     def test_other_library_files_are_no_hit(self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("runtime.host_sources.source_digest", lambda module: "other")
+        monkeypatch.setattr("runtime.language.library_sources.source_digest", lambda module: "other")
         assert recall.recall(asked(model), "model", out) is None
 
     def test_what_a_model_is_made_of_includes_what_its_code_imports(self, out: Path) -> None:
@@ -282,7 +284,7 @@ class TestExplain:
 
     def test_a_miss_names_what_differs(self, model: Path, out: Path, run: Run) -> None:
         code, said, _ = run(
-            ["cache", "explain", str(model), "--out", str(out), "--leaves", "target"], seqbuild.cli.main
+            ["cache", "explain", str(model), "--out", str(out), "--leaves", "target"], seqbuild.cli.app.main
         )
         assert code == 0
         assert f"nearest: {artifact(out)}, which differs in leaves\n  leaves: auto there, target here" in said
@@ -290,7 +292,7 @@ class TestExplain:
 
     def test_a_damaged_artifact_is_named(self, model: Path, out: Path, run: Run) -> None:
         (artifact(out) / "config.json").write_bytes(b"")
-        code, said, _ = run(["cache", "explain", str(model), "--out", str(out), "--json"], seqbuild.cli.main)
+        code, said, _ = run(["cache", "explain", str(model), "--out", str(out), "--json"], seqbuild.cli.app.main)
         found = json.loads(said)
         assert (code, found["hit"]) == (0, False)
         assert "what is there is damaged" in found["reason"]
@@ -317,7 +319,7 @@ class TestDamage:
         path = artifact(out)
         good = (path / "config.json").read_bytes()
         (path / "config.json").write_bytes(b"{}")
-        code, said, complaint = run(["compile", str(model), "--out", str(out)], seqbuild.cli.main)
+        code, said, complaint = run(["compile", str(model), "--out", str(out)], seqbuild.cli.app.main)
         assert code == 0
         (aside,) = out.glob(f".{path.name}.*{DAMAGED}")
         assert f"{path / 'config.json'} is damaged" in complaint
@@ -349,7 +351,7 @@ class TestDamage:
         if not has_record:
             for record in out.glob(f".*{recall.RECORD_SUFFIX}"):
                 record.unlink()
-        code, said, complaint = run(["compile", str(model), "--out", str(out)], seqbuild.cli.main)
+        code, said, complaint = run(["compile", str(model), "--out", str(out)], seqbuild.cli.app.main)
         (aside,) = out.glob(f".{path.name}.*{DAMAGED}")
         assert code == 0 and "nothing was traced" not in said
         assert complaint.count("\n") == 1 and complaint.startswith("warning: ") and str(aside) in complaint
@@ -438,19 +440,19 @@ class TestPrune:
         assert [gone.path for gone in prune(out, max_bytes=0)] == [entry.path]
 
     def test_all(self, out: Path, run: Run) -> None:
-        code, said, _ = run(["cache", "prune", "--all", "--out", str(out)], seqbuild.cli.main)
+        code, said, _ = run(["cache", "prune", "--all", "--out", str(out)], seqbuild.cli.app.main)
         assert (code, "all were asked for" in said) == (0, True)
         assert list(out.iterdir()) == []
 
     def test_numbers(self, out: Path, run: Run) -> None:
         for option, value in (("--older-than", "3 weeks"), ("--max-size", "ten"), ("--older-than", "d")):
-            code, _, complaint = run(["cache", "prune", option, value, "--out", str(out)], seqbuild.cli.main)
+            code, _, complaint = run(["cache", "prune", option, value, "--out", str(out)], seqbuild.cli.app.main)
             assert (code, option in complaint) == (2, True)
         code, said, _ = run(
-            ["cache", "prune", "--older-than", "30d", "--max-size", "1GB", "-o", str(out)], seqbuild.cli.main
+            ["cache", "prune", "--older-than", "30d", "--max-size", "1GB", "-o", str(out)], seqbuild.cli.app.main
         )
         assert (code, said) == (0, "0 B freed\n")
-        code, said, _ = run(["cache", "ls", "-o", str(out)], seqbuild.cli.main)
+        code, said, _ = run(["cache", "ls", "-o", str(out)], seqbuild.cli.app.main)
         assert (code, said.splitlines()[-1].split(",")[0]) == (0, "1 artifacts")
 
     def test_no_such_directory(self, tmp_path: Path) -> None:
@@ -466,7 +468,7 @@ class TestDisks:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(os, "utime", refuse)
-        monkeypatch.setattr("seqbuild.recall.write_file", refuse)
+        monkeypatch.setattr("seqbuild.cache.recall.write_file", refuse)
         assert build(model, out=out).is_cached
 
     @pytest.mark.parametrize(("number", "reason"), [(28, "the disk is full"), (30, "the file system is read-only")])
@@ -476,7 +478,7 @@ class TestDisks:
         def refuse(*_: object, **__: object) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("runtime.publish.flush_tree", refuse)
-        code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "out")], seqbuild.cli.main)
+        monkeypatch.setattr("runtime.host.publish.flush_tree", refuse)
+        code, _, complaint = run(["compile", str(model), "--out", str(tmp_path / "out")], seqbuild.cli.app.main)
         assert (code, reason in complaint, complaint.count("\n")) == (2, True, 1)
         assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".lock")] == []

@@ -81,7 +81,7 @@ class TestRebuild:
 
     def test_other_bytes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = build(save_config("llama", tmp_path / "model"), out=tmp_path / "out").path
-        monkeypatch.setattr("seqbuild.cache.own_digest", lambda: "another seqbuild")
+        monkeypatch.setattr("seqbuild.cache.key.own_digest", lambda: "another seqbuild")
         found = rebuild(path)
         assert (found.is_same, found.differing) == (False, ("manifest.msgpack",))
         assert found.ingredients == ("seqbuild_source",)

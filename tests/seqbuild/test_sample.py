@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.errors import TraceError
 from seqbuild import populate_concrete_args
-from seqbuild.sample.inputs import SampleShape, default_sample, symbolic_inputs
+from seqbuild.sample.inputs import default_sample, symbolic_inputs
+from seqbuild.sample.shape import SampleShape
 from tests import zoo
 from tests.tiny_models import tiny_model
 

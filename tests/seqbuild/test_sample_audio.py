@@ -9,7 +9,8 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from seqbuild.sample.audio import with_places
-from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.sample.inputs import default_sample
+from seqbuild.sample.shape import SampleShape
 from tests import zoo
 
 # One of each kind: what the sound's tensor is called, and its sizes after the batch.

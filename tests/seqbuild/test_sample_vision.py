@@ -17,7 +17,8 @@ from transformers import (
 from runtime.errors import TraceError
 from seqbuild.sample import thin
 from seqbuild.sample import vision as sample_vision
-from seqbuild.sample.inputs import SampleShape, default_sample
+from seqbuild.sample.inputs import default_sample
+from seqbuild.sample.shape import SampleShape
 from seqbuild.shrink.config import shrink_table
 from tests.tiny_models import tiny_model
 from tests.zoo import cases, small_model

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.artifact import check
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest, ScaledParameter, ScaleGroup
+from runtime.artifact.scale_groups import channels_of, wrong_groups
+from runtime.chain import check
 from runtime.errors import ArtifactError
-from runtime.manifest import MANIFEST_NAME, Manifest, ScaledParameter, ScaleGroup
-from runtime.scale_groups import channels_of, wrong_groups
 from seqbuild.build import _programs, build
-from seqbuild.groups.derive import scale_groups
+from seqbuild.manifest.scale_groups import scale_groups
 from seqbuild.trace.attempts import Traced
-from seqbuild.trace.subgraphs import trace_model
+from seqbuild.trace.model import trace_model
 from tests.scaling import scaled
 from tests.tiny_models import ZOO, make_inputs, run_model, save_config, tiny_model
 

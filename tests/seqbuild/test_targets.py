@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from runtime.errors import TargetError, TraceError
-from seqbuild import get_sequential_ancestors, get_sequential_targets, match_modules, trace_subgraphs
-from seqbuild.targets import as_names, infer_targets, inferred_targets, outermost, require_targets
+from seqbuild import (
+    get_sequential_ancestors,
+    get_sequential_targets,
+    match_modules,
+    trace_subgraphs,
+)
+from seqbuild.chain.targets import as_names, infer_targets, inferred_targets, outermost, require_targets
 from tests.seqbuild import toys
 from tests.tiny_models import make_inputs, tiny_model
 from tests.zoo import cases, small_model

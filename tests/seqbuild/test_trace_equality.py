@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-import runtime.artifact
-from runtime.artifact import Artifact
-from runtime.weights import assign
+import runtime.chain
+from runtime.chain import Artifact
+from runtime.weights.parameters import assign
 from seqbuild import compile_model, match_modules, trace_subgraphs
-from seqbuild.targets import infer_targets
+from seqbuild.chain.targets import infer_targets
 from tests.tiny_models import (
     TEXT_MODELS,
     ZOO,
@@ -81,7 +81,7 @@ def test_real_bert_in_memory(minilm: PreTrainedModel) -> None:
 
 def test_real_bert_compiled(minilm: PreTrainedModel, tmp_path: Path) -> None:
     path = compile_model(minilm_directory(), attn_implementation="eager", out=tmp_path)
-    artifact = runtime.artifact.load(path)
+    artifact = runtime.chain.load(path)
     check_cases(artifact.subgraphs, minilm)
 
 
@@ -96,7 +96,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     @cache
     def compile_once(name: str, attention: str) -> Artifact:
         source = save_config(name, root / attention / name)
-        return runtime.artifact.load(compile_model(source, attn_implementation=attention, out=root / "out"))
+        return runtime.chain.load(compile_model(source, attn_implementation=attention, out=root / "out"))
 
     return compile_once
 
@@ -207,7 +207,7 @@ def test_code_does_not_depend_on_weights_or_on_their_kind() -> None:
 def test_an_opaque_step_survives_the_artifact(tmp_path: Path) -> None:
     source = save_config("llama", tmp_path / "llama")
     path = compile_model(source, attn_implementation="eager", ignore=["create_causal_mask"], out=tmp_path / "out")
-    artifact = runtime.artifact.load(path)
+    artifact = runtime.chain.load(path)
     assert artifact.manifest.subgraphs[0].opaque == ("transformers.masking_utils:create_causal_mask",)
     assert artifact.manifest.subgraphs[0].objects == ("config",)
     assert 'self.get_submodule("").config' in artifact.subgraphs[0].source

@@ -15,7 +15,13 @@ from accelerate import cpu_offload, disk_offload, init_empty_weights
 from torch import nn
 
 from runtime.errors import TargetError, TraceError
-from seqbuild import SequentialTracer, Subgraph, get_sequential_ancestors, match_modules, trace_subgraphs
+from seqbuild import (
+    SequentialTracer,
+    Subgraph,
+    get_sequential_ancestors,
+    match_modules,
+    trace_subgraphs,
+)
 from tests.seqbuild import toys
 from tests.tiny_models import assert_same, make_inputs, randomize, run_chain, run_model, tiny_model
 
@@ -469,10 +475,10 @@ class TestIgnore:
         assert_same(run_chain(subgraphs, model, {"x": values(3, 6)}), run_model(model, {"x": values(3, 6)}))
 
     def test_a_leaf_that_is_too_large_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("seqbuild.trace.rehearse.LIMIT_BYTES", 79)  # its matrix and vector have 80
+        monkeypatch.setattr("seqbuild.trace.real.rehearse.LIMIT_BYTES", 79)  # its matrix and vector have 80
         with pytest.raises(TraceError, match="too large to be run for its shape"):
             trace(toys.DataDependentLeaf())
-        monkeypatch.setattr("seqbuild.trace.rehearse.LIMIT_BYTES", 80)
+        monkeypatch.setattr("seqbuild.trace.real.rehearse.LIMIT_BYTES", 80)
         check(randomize(toys.DataDependentLeaf()).eval())
 
     def test_a_result_whose_size_follows_from_values_has_a_size_of_its_own(self) -> None:

@@ -14,15 +14,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import runtime
-import seqbuild.cli
+import seqbuild.cli.app
 import seqbuild.verify.again
 import seqbuild.verify.artifact
-from runtime.artifact import read_manifest
+from runtime.artifact.encoding import sha256
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.chain import read_manifest
 from runtime.errors import ArtifactError, ModelError, TraceError, UsageError, WeightsError
-from runtime.manifest import MANIFEST_NAME, sha256
 from seqbuild import verify_artifact
 from seqbuild.build import compile_model
-from seqbuild.sample.inputs import SampleShape
+from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.difference import difference
 from seqbuild.verify.running import SHAPES, run_model
 from tests.own_code_model import write_own_code_model
@@ -41,7 +42,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: Path | str) -> tuple[int, str, str]:
-    code = seqbuild.cli.main(["verify", *map(str, arguments)])
+    code = seqbuild.cli.app.main(["verify", *map(str, arguments)])
     return code, *capfd.readouterr()
 
 

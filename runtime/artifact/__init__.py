@@ -1,0 +1,1 @@
+"""The artifact: its files, its manifest, and every check made before its code is loaded."""

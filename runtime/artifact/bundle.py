@@ -1,0 +1,177 @@
+"""A bundle: one directory with all that a host without a network needs to calibrate, besides the libraries.
+
+    bundle.json         what is where, with the digest of every file
+    README.md           the one command to type
+    SHA256SUMS          the same digests, for `sha256sum -c`
+    requirements.txt    the libraries, pinned
+    artifact/           the artifact, its signature included
+    runtime/            this package
+    recipe.yaml         what to do
+    data.safetensors    tokenized calibration data
+    weights/            the checkpoint, if it was packed
+
+From inside of it, `python -m runtime calibrate .` needs no options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.artifact.manifest import MANIFEST_NAME
+from runtime.errors import ArtifactError, UsageError
+from runtime.host.regular_files import is_there, open_regular, read_text
+
+BUNDLE_NAME, SUMS_NAME, REQUIREMENTS_NAME, README_NAME = "bundle.json", "SHA256SUMS", "requirements.txt", "README.md"
+ARTIFACT, RUNTIME, RECIPE, DATA, WEIGHTS, RESULT = (
+    *("artifact", "runtime", "recipe.yaml", "data.safetensors", "weights", "quantized"),
+)
+FORMAT, FORMAT_VERSION = "seqbuild-bundle", 1
+_LIMIT_BYTES, _CHUNK_BYTES = 64 * 2**20, 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A bundle's table of contents.
+
+    Attributes:
+        root: its directory.
+        files: size in bytes and sha256 of every file by path, besides those that hold digests.
+        requirements: version by distribution, as they were where it was packed.
+        data: whether there is calibration data.
+        weights: whether the checkpoint was packed.
+    """
+
+    root: Path
+    files: Mapping[str, tuple[int, str]]
+    requirements: Mapping[str, str]
+    data: bool
+    weights: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a calibration reads and writes."""
+
+    artifact: Path
+    weights: Path
+    recipe: Path
+    data: Path | None
+    out: Path
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether this is the directory of a bundle, not of an artifact."""
+    return (path / BUNDLE_NAME).is_file() and not (path / MANIFEST_NAME).exists()
+
+
+def artifact_of(path: Path) -> Path:
+    """The artifact itself, or that of a bundle."""
+    return path / ARTIFACT if is_bundle(path) else path
+
+
+def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Path | None, out: Path | None) -> Job:
+    """What is to be done, from what the user says and, for the rest, from the bundle.
+
+    Args:
+        path: an artifact or a bundle; small files of a bundle are compared with their digests.
+        weights: likewise the following: what the user says, None for nothing.
+        recipe: "
+        data: "
+        out: "
+
+    Raises:
+        ArtifactError: when the bundle is damaged.
+        UsageError: when something is neither said nor packed.
+    """
+    if is_bundle(path):
+        bundle = read_bundle(path)
+        for name in damaged(bundle, with_weights=False):
+            raise ArtifactError(f"{name} of the bundle {path} is damaged or missing", hint="copy the bundle again")
+        if recipe is None and RECIPE not in bundle.files:
+            raise ArtifactError(f"{path / BUNDLE_NAME} lists no {RECIPE}", hint="name one with --recipe")
+        if weights is None and bundle.weights:
+            _require_listed(bundle, WEIGHTS)
+        recipe = recipe or path / RECIPE
+        data = data or (path / DATA if bundle.data else None)
+        weights = weights or (path / WEIGHTS if bundle.weights else None)
+        out = out or path / RESULT
+    missing = {"--weights": weights, "--recipe": recipe, "--out": out}
+    for option, value in missing.items():
+        if value is None:
+            raise UsageError(f"Missing option '{option}'", hint="only a bundle does without")
+    assert weights is not None and recipe is not None and out is not None
+    return Job(artifact=artifact_of(path), weights=weights, recipe=recipe, data=data, out=out)
+
+
+def _require_listed(bundle: Bundle, folder: str) -> None:
+    """Refuse files in a folder of a bundle that are not part of it: nobody has vouched for them.
+
+    Raises:
+        ArtifactError: naming the first.
+    """
+    for path in sorted((bundle.root / folder).rglob("*")):
+        name = path.relative_to(bundle.root).as_posix()
+        if name not in bundle.files and (path.is_symlink() or not path.is_dir()):
+            raise ArtifactError(f"{path} is not a file of the bundle: {BUNDLE_NAME} does not list it", hint="remove it")
+
+
+def read_bundle(root: Path) -> Bundle:
+    """Read a bundle's table of contents.
+
+    Raises:
+        ArtifactError: when it is none.
+    """
+    path = root / BUNDLE_NAME
+    try:
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise ValueError("it is too large")
+        table: Any = json.loads(read_text(path))
+        if table["format"] != FORMAT or table["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"it has the format {table['format']!r}, version {table['format_version']!r}")
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in table["files"].items()}
+        for name in files:
+            if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
+                raise ValueError(f"it lists {name!r}")
+        return Bundle(
+            root=root,
+            files=files,
+            requirements={str(name): str(version) for name, version in table["requirements"].items()},
+            data=DATA in files,
+            weights=any(name.startswith(f"{WEIGHTS}/") for name in files),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"{path} describes no bundle: {error}", hint="copy the bundle again") from error
+
+
+def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
+    """Names of the files that are not as they were packed.
+
+    Args:
+        bundle: what was packed.
+        with_weights: compare the digests of the weights, too, which takes as long as reading them; else their sizes.
+    """
+    found = []
+    for name, (size, digest) in bundle.files.items():
+        path = bundle.root / name
+        is_read = with_weights or not name.startswith(f"{WEIGHTS}/")
+        try:
+            is_same = not path.is_symlink() and is_there(path) and path.stat().st_size == size
+            if not is_same or (is_read and file_digest(path) != digest):
+                found.append(name)
+        except OSError:
+            found.append(name)
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """sha256, hex, of a file of any size."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""Values that enter the key-value cache: are the manifest's entries sound, and hand them out while a program runs.
+
+A program does not say which of its values are kept; the manifest does, by their names. A host that measures or rounds
+them compiles the program once more, with a statement behind the one after which such a value is whole:
+
+    key = run.cached(0, key)
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.artifact.manifest import CachedValue, Manifest
+
+QUERY = "q"
+PARTS = ("k", "v", QUERY)
+_MOST_HEADS = 2**16
+
+
+def hooked(source: str, entries: Sequence[CachedValue]) -> dict[str, list[tuple[int, str]]] | None:
+    """Where the values of one program are to be handed out.
+
+    Args:
+        source: the checked program.
+        entries: those of a subgraph that executes it.
+
+    Returns:
+        For each name that a statement assigns to, the places in `entries` and names of the values that are whole after
+        it. None when an entry does not fit the program: a name that is not assigned once outside of loops, or a value
+        that is not there any more.
+    """
+    if not entries:
+        return {}
+    assigned, deleted = _places(source)
+    found: dict[str, list[tuple[int, str]]] = {}
+    for place, entry in enumerate(entries):
+        made, whole = assigned.get(entry.name), assigned.get(entry.after)
+        if made is None or whole is None or not made <= whole <= deleted.get(entry.name, whole):
+            return None
+        found.setdefault(entry.after, []).append((place, entry.name))
+    return found
+
+
+def _places(source: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Which statement of a program assigns to a name, for names that one statement outside of loops does it to; and
+    which deletes it.
+    """
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef), "a checked program is one function"
+    assigned: dict[str, int] = {}
+    deleted: dict[str, int] = {}
+    twice: dict[str, None] = dict.fromkeys(argument.arg for argument in function.args.args)
+    for place, statement in enumerate(function.body):
+        is_plain = isinstance(statement, ast.Assign)
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                if node.id in assigned or not is_plain:
+                    twice[node.id] = None
+                assigned[node.id] = place
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del):
+                deleted[node.id] = place
+    return {name: place for name, place in assigned.items() if name not in twice}, deleted
+
+
+def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
+    """What is wrong with the entries besides their programs, a sentence each."""
+    parts: dict[str, list[str]] = {}
+    owners: dict[str, int] = {}
+    for entry in entries:
+        parts.setdefault(entry.module, []).append(entry.part)
+        if owners.setdefault(entry.module, entry.subgraph) != entry.subgraph:
+            yield f"{entry.module!r} keeps values in two subgraphs"
+    for module, found in parts.items():
+        if sorted(found) not in (["k", "v"], ["k", "q", "v"]):
+            yield f"{module!r} keeps the parts {', '.join(found)}, and must have k and v, and q at most, each once"
+
+
+def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the manifest's cached values, a sentence each.
+
+    Args:
+        manifest: whose they are.
+        sources: its programs, checked, by file.
+    """
+    by_subgraph: dict[int, list[CachedValue]] = {}
+    for entry in manifest.cached:
+        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
+            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
+        )
+        is_named = entry.kind.isidentifier() and entry.part in PARTS and 0 <= entry.heads < _MOST_HEADS
+        if not entry.module or not inside or not is_named:
+            yield f"the cached value {entry.name!r} of {entry.module!r} is of no module of subgraph {entry.subgraph}"
+            return
+        by_subgraph.setdefault(entry.subgraph, []).append(entry)
+    yield from wrong_parts(manifest.cached)
+    known: dict[tuple[str, tuple[tuple[str, str], ...]], bool] = {}
+    for index, entries in by_subgraph.items():
+        file = manifest.subgraphs[index].file
+        key = (file, tuple((entry.name, entry.after) for entry in entries))
+        if key not in known:
+            known[key] = hooked(sources[file], entries) is not None
+        if not known[key]:
+            yield f"{file} has no such values as {', '.join(entry.name for entry in entries)} to be cached"

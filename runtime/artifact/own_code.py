@@ -1,0 +1,256 @@
+"""A model's own code: which files it takes, what they are called when they are imported, and what an artifact may
+say about them. Nothing here executes or imports a line of it; `runtime.artifact.own_code_import` does, when it has
+been allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from runtime.artifact.encoding import canonical, sha256
+from runtime.errors import ArtifactError, ModelError, SeqbuildError
+
+if TYPE_CHECKING:
+    from runtime.artifact.manifest import Manifest
+
+FOLDER = "modeling"
+FILE_LIMIT_BYTES = 4 * 2**20
+_PREFIX = "seqbuild_modeling_"
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
+_CATCHES_IMPORTS = ("ImportError", "ModuleNotFoundError", "Exception", "BaseException")
+_HOLDS_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
+
+Read = Callable[[str], "bytes | None"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCode:
+    """The files of a model's own code.
+
+    Attributes:
+        files: content by path, relative to the model's directory (and to `modeling/` in an artifact), ascending.
+    """
+
+    files: Mapping[str, bytes]
+
+    @property
+    def package(self) -> str:
+        """The package that the files are imported as. It is called after their content: the same from every directory,
+        and never the same for two models.
+        """
+        return package_name({path: sha256(data) for path, data in self.files.items()})
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Dotted names of all modules in it, beginning with the package's name."""
+        return tuple(f"{self.package}.{_module_of(path)}" for path in self.files)
+
+    def executed(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Paths of the files that run when `modules` (with the package's name) are imported."""
+        entries = [name.partition(".")[2] for name in modules if name in self.modules]
+        return tuple(needed_files(entries, self.files.get, "the model's code", ArtifactError))
+
+    def refusal(self, who: str, classes: Iterable[str], modules: Iterable[str]) -> ModelError:
+        """What to say when nobody has allowed the code to run."""
+        return ModelError(
+            f"{who} brings its own code, for {', '.join(classes)}: this would execute "
+            f"{', '.join(self.executed(modules))}",
+            hint="read these files, and if you trust them, allow it with --trust-remote-code",
+        )
+
+
+def package_name(digests: Mapping[str, str]) -> str:
+    """The package's name for files of these digests, by path."""
+    return _PREFIX + sha256(canonical(dict(digests)))[:16]
+
+
+def is_own_module(module: str) -> bool:
+    """Whether a dotted name is that of a model's own code."""
+    return module.startswith(_PREFIX)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Import:
+    """An import statement: `from <level dots><module> import <names>`; an absolute `import a.b` has no names.
+
+    `is_guarded` says that the code goes on without it: it is in a `try` that catches its failure, or for type checkers.
+    """
+
+    level: int
+    module: str
+    names: tuple[tuple[str, str], ...]
+    line: int
+    is_guarded: bool
+
+
+@lru_cache(maxsize=512)  # of a library's files, which every model of a process is made of
+def parse_imports(data: bytes) -> tuple[Import, ...]:
+    """Every import statement of a file, wherever it is.
+
+    Raises:
+        SyntaxError: when it is no Python; also ValueError, RecursionError and MemoryError, as `ast.parse` has them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an invalid escape in somebody else's string
+        tree = ast.parse(data)
+    return tuple(_imports(tree, False))
+
+
+def _imports(node: ast.AST, is_guarded: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(level=0, module=alias.name, names=(), line=node.lineno, is_guarded=is_guarded)
+    elif isinstance(node, ast.ImportFrom):
+        names = tuple((alias.name, alias.asname or alias.name) for alias in node.names)
+        yield Import(level=node.level, module=node.module or "", names=names, line=node.lineno, is_guarded=is_guarded)
+    guarded = _guarded_body(node)
+    for _, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else ():
+            if isinstance(child, _HOLDS_STATEMENTS):
+                yield from _imports(child, is_guarded or child in guarded)
+
+
+def _guarded_body(node: ast.AST) -> Sequence[ast.AST]:
+    if isinstance(node, ast.Try):
+        caught = [name for handler in node.handlers for name in _caught(handler.type)]
+        return node.body if any(name in _CATCHES_IMPORTS for name in caught) else ()
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in (getattr(node.test, "id", ""), getattr(node.test, "attr", "")):
+        return node.body
+    return ()
+
+
+def _caught(kind: ast.expr | None) -> list[str]:
+    if kind is None:
+        return ["BaseException"]
+    return [getattr(part, "id", "") for part in (kind.elts if isinstance(kind, ast.Tuple) else [kind])]
+
+
+def needed_files(
+    entries: Iterable[str], read: Read, origin: str, kind: type[SeqbuildError] = ModelError
+) -> dict[str, bytes]:
+    """The files of modules and of all that they import from each other, subpackages included.
+
+    Args:
+        entries: dotted names, relative to the model's directory.
+        read: content of a file by its path, None where there is none.
+        origin: whose code it is, for messages.
+        kind: of the error.
+
+    Returns:
+        Content by path, ascending.
+
+    Raises:
+        SeqbuildError: of `kind`, naming the file that is missing, no Python, or outside.
+    """
+    finder = _Closure(read=read, origin=origin, kind=kind)
+    for module in entries:
+        if not finder.take(module.split(".")):
+            raise finder.refuse(f"{module.replace('.', '/')}.py is not there")
+    while finder.pending:
+        finder.follow(finder.pending.pop())
+    return dict(sorted(finder.found.items()))
+
+
+@dataclass(kw_only=True)
+class _Closure:
+    read: Read
+    origin: str
+    kind: type[SeqbuildError]
+    found: dict[str, bytes] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)  # found, and not yet looked into
+
+    def refuse(self, why: str) -> SeqbuildError:
+        return self.kind(f"{self.origin} brings its own code, and {why}", hint="complete or mend the model's directory")
+
+    def take(self, parts: Sequence[str]) -> bool:
+        """Take a module, the packages around it and all it imports; False when there is no such file."""
+        if not all(_IDENTIFIER.match(part) for part in parts):
+            raise self.refuse(f"{'.'.join(parts)!r} is no name of a module of it")
+        path = self._path(parts)
+        if path is None:
+            return False
+        outer = ["/".join((*parts[:depth], "__init__.py")) for depth in range(1, len(parts))]
+        for file in (*outer, path):
+            data = self.read(file)
+            if data is not None and file not in self.found:
+                self.found[file] = data
+                self.pending.append(file)
+        return True
+
+    def _path(self, parts: Sequence[str]) -> str | None:
+        stem = "/".join(parts)
+        return next((path for path in (f"{stem}/__init__.py", f"{stem}.py") if self.read(path) is not None), None)
+
+    def follow(self, path: str) -> None:
+        """Take what a file imports from its neighbours."""
+        data = self.found[path]
+        if len(data) > FILE_LIMIT_BYTES:
+            raise self.refuse(f"{path} has {len(data)} bytes, more than the {FILE_LIMIT_BYTES} allowed")
+        try:
+            statements = parse_imports(data)
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise self.refuse(f"{path} is no Python: {error or type(error).__name__}") from error
+        for statement in statements:
+            if statement.level:
+                self._follow(path, path.split("/")[:-1], statement)
+
+    def _follow(self, path: str, folder: Sequence[str], statement: Import) -> None:
+        where = f"{path}, line {statement.line}"
+        if statement.level - 1 > len(folder):
+            raise self.refuse(f"{where} imports from outside of the model's directory")
+        base = folder[: len(folder) - statement.level + 1]
+        base = [*base, *(statement.module.split(".") if statement.module else ())]
+        is_file = bool(base) and self.take(base)
+        is_package = not is_file or "/".join((*base, "__init__.py")) in self.found
+        for name, _ in statement.names if is_package else ():
+            is_submodule = name != "*" and self.take([*base, name])
+            if not is_submodule and not is_file and not statement.is_guarded:
+                missing = "/".join(base if statement.module else (*base, name))
+                raise self.refuse(f"{where} imports {missing}.py, which is not there")
+
+
+def check_model_code(manifest: Manifest, contents: Mapping[str, bytes]) -> ModelCode | None:
+    """Check what an artifact says about its model's own code, without executing any of it.
+
+    Args:
+        manifest: the table of contents.
+        contents: the content of every listed file, its digest already compared.
+
+    Returns:
+        The code, or None for a model that is part of transformers.
+
+    Raises:
+        ArtifactError: for a file that is not named as code, or code that is not complete.
+    """
+    model = manifest.model
+    listed = [path for path in contents if path.startswith(f"{FOLDER}/")]
+    odd = [path for path in (*listed, *model.code) if path not in model.code or path not in listed]
+    if odd:
+        raise ArtifactError(f"{odd[0]} is in {FOLDER}/ or listed as the model's own code, and not both")
+    if sorted(set(model.code)) != list(model.code):
+        raise ArtifactError("the list of the model's own code is not in ascending order")
+    files = {path.removeprefix(f"{FOLDER}/"): contents[path] for path in model.code}
+    for path in files:
+        if not path.endswith(".py") or not all(_IDENTIFIER.match(part) for part in path[:-3].split("/")):
+            raise ArtifactError(f"{FOLDER}/{path} is no module of Python")
+    code = ModelCode(files=files)
+    named = [name for name in (model.module, model.config_module) if is_own_module(name)]
+    for name in named:
+        if name not in code.modules:
+            raise ArtifactError(f"the model's class or config is in {name}, which is not among the files of {FOLDER}/")
+    if not files:
+        return None
+    if not named:
+        raise ArtifactError(f"the artifact holds {FOLDER}/, but neither its model nor its config comes from there")
+    needed_files(map(_module_of, files), files.get, "the artifact", ArtifactError)
+    return code
+
+
+def _module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -1,0 +1,84 @@
+"""The passive half of a checked artifact: its manifest, companions, constants, and the consent to run its own code."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.artifact.manifest import Manifest
+from runtime.artifact.own_code import ModelCode, is_own_module
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.artifact.own_code_import import LoadedCode
+    from runtime.language.program import Program
+
+
+@dataclass(kw_only=True)
+class ArtifactParts:
+    """What a checked artifact contains besides its chain of subgraphs.
+
+    Attributes:
+        path: the artifact's directory.
+        manifest: its table of contents.
+        leaf_programs: programs of leaves that define their own computation, by file.
+        constants: tensors that the artifact contains, by name.
+        model_code: the files of the model's own code; None for a model that is part of transformers.
+        code: the same code, ready to be imported, where that is allowed.
+        companions: config, tokenizer and similar files by name, as read when their digests were compared.
+    """
+
+    path: Path
+    manifest: Manifest
+    leaf_programs: dict[str, Program] = field(default_factory=dict, repr=False)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    model_code: ModelCode | None = field(default=None, repr=False)
+    code: LoadedCode | None = field(default=None, repr=False)
+    companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    _private: Path | None = field(default=None, repr=False)
+
+    @property
+    def companions_path(self) -> Path:
+        """A private directory with the companions, for libraries that want to read files by themselves: the
+        artifact's own directory may have been changed since it was checked.
+        """
+        if self._private is None:
+            self._private = Path(tempfile.mkdtemp(prefix="seqbuild-"))
+            weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
+            for name, data in self.companions.items():
+                (self._private / name).write_bytes(data)
+        return self._private
+
+    @property
+    def config_class(self) -> type | None:
+        """The class of the model's config where its own code defines that; None where transformers does.
+
+        Raises:
+            ModelError: when the code cannot be executed.
+        """
+        from transformers import PretrainedConfig
+
+        entry = self.manifest.model
+        if not is_own_module(entry.config_module):
+            return None
+        self.require_consent()
+        assert self.code is not None, "a config class of a model without code"
+        return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
+
+    def require_consent(self) -> None:
+        """For whatever executes the model's own code: refuse unless that has been allowed, or there is none.
+
+        Raises:
+            ModelError: naming what would be executed.
+        """
+        if self.model_code is not None and self.code is None:
+            model = self.manifest.model
+            named = {model.config_module: model.config_class_name, model.module: model.class_name}
+            own = {module: name for module, name in named.items() if is_own_module(module)}
+            raise self.model_code.refusal(str(self.path), own.values(), own)

@@ -1,0 +1,108 @@
+"""The manifest's scale groups: are they sound, and which channel of the producer each feature is proportional to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.artifact.manifest import MIXTURES
+
+if TYPE_CHECKING:
+    from runtime.artifact.manifest import Manifest, ScaleGroup
+
+
+def wrong_groups(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the scale groups of a manifest, a sentence each.
+
+    A group that names what its subgraph does not hold, or channels that are not there, would change the model
+    instead of leaving it as it is.
+    """
+    seen: set[str] = set()
+    for group in manifest.scale_groups:
+        if not group.modules or not 0 <= group.subgraph < len(manifest.subgraphs):
+            yield f"a scale group has the modules {list(group.modules)} in subgraph {group.subgraph}"
+            continue
+        twice = [name for name in group.modules if name in seen]
+        if twice:
+            yield f"{twice[0]} lies in two scale groups"
+        seen.update(group.modules)
+        yield from _wrong_group(manifest, group)
+    stacked = {
+        f"{name}.{own}"
+        for name, kind in manifest.leaves.items()
+        if 0 <= kind < len(manifest.leaf_kinds) and manifest.leaf_kinds[kind].kind in MIXTURES
+        for own in manifest.leaf_kinds[kind].options.get("stacked", ())
+    }
+    for group in manifest.mixture_groups:
+        experts = [other.name for other in group.others if other.name in stacked]
+        if group.modules or not group.producer or not experts or not 0 <= group.subgraph < len(manifest.subgraphs):
+            yield f"a mixture group has modules, or no producer or experts, in subgraph {group.subgraph}"
+            continue
+        twice = [name for name in experts if name in seen]
+        if twice:
+            yield f"{twice[0]} lies in two mixture groups"
+        seen.update(experts)
+        yield from _wrong_group(manifest, group)
+
+
+def wrong_attentions(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the list of attention modules, a sentence each."""
+    seen: set[str] = set()
+    for entry in manifest.attentions:
+        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
+            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
+        )
+        if not entry.module or not inside or entry.module in seen:
+            yield f"the attention module {entry.module!r} is not one of subgraph {entry.subgraph}, or there twice"
+        seen.add(entry.module)
+
+
+def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
+    first = (*group.modules, group.others[0].name if group.others else "")[0]
+    held = manifest.subgraphs[group.subgraph].parameters
+    weights = [f"{name}.weight" for name in group.modules]
+    named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
+    missing = [name for name in named if name and (name not in held or name not in manifest.parameters)]
+    if missing:
+        yield f"the scale group of {first} names {missing[0]!r}, which its subgraph does not use"
+        return
+    if not group.producer:
+        if group.others or group.channels or group.bias or group.offset:
+            yield f"the scale group of {first} has channels and no producer"
+        return
+    shape = manifest.parameters[group.producer].shape
+    if len(shape) not in (1, 2) or (group.offset and len(shape) == 2):
+        yield f"the scale group of {first} has a producer of shape {list(shape)}"
+        return
+    lengths = group.channels[1::2]
+    pairs = zip(group.channels[::2], lengths, strict=False)
+    if len(group.channels) % 2 or not all(
+        start >= 0 and length > 0 and start + length <= shape[0] for start, length in pairs
+    ):
+        yield f"the scale group of {first} names channels that {group.producer} does not have"
+        return
+    if group.bias and manifest.parameters[group.bias].shape != shape[:1]:
+        yield f"the scale group of {first} has the bias {group.bias}, which does not fit its producer"
+    if group.producer in weights or len(set(named) - {""}) != len([name for name in named if name]):
+        yield f"the scale group of {first} names a parameter twice"
+    for name, axis in [*((weight, 1) for weight in weights), *((other.name, other.axis) for other in group.others)]:
+        taken = manifest.parameters[name].shape
+        if not 0 <= axis < len(taken) or taken[axis] != sum(lengths):
+            yield f"the scale group of {first} has {sum(lengths)} channels, and {name} the shape {list(taken)}"
+
+
+def channels_of(group: ScaleGroup) -> list[int]:
+    """For each feature of the group's tensor, the producer's channel."""
+    pairs = zip(group.channels[::2], group.channels[1::2], strict=True)
+    return [channel for start, length in pairs for channel in range(start, start + length)]
+
+
+def runs_of(channels: Sequence[int]) -> tuple[int, ...]:
+    """Channels as runs of consecutive ones: start, length, start, length."""
+    runs: list[int] = []
+    for channel in channels:
+        if runs and runs[-2] + runs[-1] == channel:
+            runs[-1] += 1
+        else:
+            runs += [channel, 1]
+    return tuple(runs)

@@ -1,0 +1,144 @@
+"""Signatures of artifacts: made and compared by the `model-signing` package, with elliptic curve keys, offline.
+
+A signature is one more file of the artifact, `signature.json`, a Sigstore bundle that any user of that package can
+verify without seqbuild. It lists every other file with its sha256. What is compared here is a private copy of the bytes
+that the check has read, so that what was signed is what runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.artifact.encoding import sha256
+from runtime.errors import SignatureError
+from runtime.host.regular_files import require_regular
+
+REQUIRED = "SEQBUILD_REQUIRE_SIGNATURE"
+_INSTALL = "pip install 'model-signing>=1.1' pyopenssl, or seqbuild[sign]; on a host without a network from wheels"
+
+
+def required_keys(public_keys: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """The keys that a run asks for and, before them, the one that the host's environment asks for.
+
+    Nothing that a user says takes the host's key away: an artifact must have been signed by each.
+    """
+    host = os.environ.get(REQUIRED)
+    return tuple(dict.fromkeys(([Path(host)] if host is not None else []) + list(public_keys)))
+
+
+def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes | None, public_key: Path) -> None:
+    """Refuse contents that the owner of a key has not signed.
+
+    Args:
+        name: what the signed directory is called, for messages.
+        contents: every file of it but the signature, by path.
+        signature: the signature's file; None where there is none.
+        public_key: a file in PEM, of an elliptic curve key.
+
+    Raises:
+        SignatureError: also when the key cannot be read, or the package that compares signatures is not there.
+    """
+    if signature is None:
+        raise SignatureError(
+            f"{name} is not signed, and a signature for {public_key} is required",
+            hint="seqbuild sign makes one, where the private key is; nothing of the artifact was executed",
+        )
+    _require_key(public_key, "public")
+    signing = _package()
+    with _copied(name, contents) as folder:
+        place = folder.parent / "signature"
+        place.write_bytes(signature)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                verifier = signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+                verifier.set_hashing_config(signing.hashing.Config().use_file_serialization())
+                verifier.verify(folder, place)
+            _require_all(signature, contents)
+        except MemoryError:
+            raise
+        except Exception as error:  # the package and those below it raise errors of many kinds
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SignatureError(
+                f"{name} is not as the owner of {public_key} has signed it: {why}",
+                hint="nothing of the artifact was executed",
+            ) from error
+
+
+def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, password: str | None = None) -> bytes:
+    """Sign contents that have been checked.
+
+    Args:
+        name: what the directory is called.
+        contents: every file of it but the signature, by path.
+        private_key: a file in PEM, of an elliptic curve key (P-256, P-384 or P-521).
+        password: of the private key.
+
+    Raises:
+        SignatureError: when the key cannot be used, or the package is not there.
+    """
+    _require_key(private_key, "private")
+    signing = _package()
+    with _copied(name, contents) as folder:
+        place = folder.parent / "signature"
+        secret = password.encode() if password is not None else None
+        try:
+            signer = signing.signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
+            signer.set_hashing_config(signing.hashing.Config().use_file_serialization())
+            signer.sign(folder, place)
+        except MemoryError:
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, AttributeError):  # that is how the package finds out
+                why = "it is a key of another kind"
+            make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
+            raise SignatureError(
+                f"{private_key} cannot sign: {why}", hint=f"it must be an elliptic curve key in PEM: {make}"
+            ) from error
+        return place.read_bytes()
+
+
+def _require_key(path: Path, kind: str) -> None:
+    try:
+        require_regular(path)
+    except FileNotFoundError as error:
+        raise SignatureError(f"there is no {kind} key {path}", hint="it is a file in PEM") from error
+    except OSError as error:
+        raise SignatureError(f"the {kind} key {path} cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _copied(name: str, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="seqbuild-") as private:
+        folder = Path(private, name or "artifact")
+        for path, data in contents.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        yield folder
+
+
+def _require_all(signature: bytes, contents: Mapping[str, bytes]) -> None:
+    """A signature may leave files out, and says itself which: this one must not."""
+    statement = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
+    resources = statement["predicate"]["resources"]
+    signed = {str(entry["name"]): (str(entry["algorithm"]), str(entry["digest"])) for entry in resources}
+    if signed != {path: ("sha256", sha256(data)) for path, data in contents.items()}:
+        raise ValueError("it was made for other files")
+
+
+def _package() -> Any:
+    try:
+        import model_signing
+    except ImportError as error:
+        raise SignatureError(
+            f"signatures need the package model-signing, and it does not import here: {error}", hint=_INSTALL
+        ) from error
+    return model_signing

@@ -1,0 +1,1 @@
+"""Read, lay out and write checkpoints."""

@@ -1,0 +1,96 @@
+"""Where every tensor of a checkpoint will lie, before the first of them is there.
+
+Names, dtypes and shapes are known when a run starts, and so are the shards, their headers and the place of each byte.
+Tensors can then be written in any order, twice if need be, and none has to wait in memory for others. A shard has the
+bytes that the safetensors library would give it: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from runtime.checkpoint.dtypes import BITS, Stored
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+_RANK = {name: rank for rank, name in enumerate(BITS)}
+_ALIGNMENT = 8  # of the first tensor, which the header is padded to
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a tensor: `offset` bytes into the file of a shard."""
+
+    stored: Stored
+    shard: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One file: its header, and how long it is in all."""
+
+    name: str
+    header: bytes
+    num_bytes: int
+
+
+class Layout:
+    """The files of a checkpoint.
+
+    Args:
+        tensors: all of them, in the order in which they fill the shards.
+        max_shard_bytes: a shard is closed before a tensor would make it larger; one that is larger by itself has a
+            shard of its own.
+    """
+
+    def __init__(self, tensors: Iterable[Stored], max_shard_bytes: int) -> None:
+        filled: list[list[Stored]] = [[]]
+        size = self.total_bytes = 0
+        for tensor in tensors:
+            if filled[-1] and size + tensor.num_bytes > max_shard_bytes:
+                filled.append([])
+                size = 0
+            filled[-1].append(tensor)
+            size += tensor.num_bytes
+            self.total_bytes += tensor.num_bytes
+        self.slots: dict[str, Slot] = {}
+        self.shards: list[ShardLayout] = []
+        for number, shard in enumerate(filled):
+            name = f"model-{number + 1:05d}-of-{len(filled):05d}.safetensors" if len(filled) > 1 else SINGLE_NAME
+            self._add_shard(name, shard)
+
+    def _add_shard(self, name: str, tensors: list[Stored]) -> None:
+        ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor.dtype], tensor.name))
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        ends: list[int] = []
+        end = 0
+        for tensor in ordered:
+            begin, end = end, end + tensor.num_bytes
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+            ends.append(end)
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        for tensor, last in zip(ordered, ends, strict=True):
+            assert tensor.name not in self.slots, f"tensor {tensor.name} is laid out twice"
+            self.slots[tensor.name] = Slot(tensor, len(self.shards), len(header) + last - tensor.num_bytes)
+        self.shards.append(ShardLayout(name, header, len(header) + end))
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """What all shards take on disk, headers included."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def index(self) -> tuple[str, str] | None:
+        """Name and text of the index, which one shard alone has no need of."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {name: self.shards[slot.shard].name for name, slot in sorted(self.slots.items())}
+        content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        return INDEX_NAME, json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,173 @@
+"""Reject model directories whose weights are not what their names and config.json say.
+
+Three cases would otherwise give a wrong result without a message: a LoRA adapter that readers load on top of the
+weights, weights that another tool quantized and config.json does not mention, and a quantization entry that was left
+in config.json although the weights are plain. Only file names, config files and the headers of shards are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.checkpoint.source_formats import ENTRY, FP8, described, entry_path, stated
+from runtime.errors import WeightsError
+
+# Files in which other tools describe a quantization, and the tools.
+QUANTIZATION_FILES: Mapping[str, str] = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "quantization_config.json": "AutoRound",
+    "quant_strategy.json": "EXL2",
+    "quant_model_description.json": "msModelSlim",
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_FILE_LIMIT_BYTES = 2**20
+
+# Last parts of names that only tensors of a quantized checkpoint have, and what made them.
+_MARKS: Mapping[str, str] = {
+    "_weight_qdata": "torchao",
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "nested_absmax": "bitsandbytes",
+    "nested_quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_format": "bitsandbytes",
+    "weight_scale": "compressed-tensors or ModelOpt",
+    "input_scale": "compressed-tensors or ModelOpt",
+    "weight_scale_2": "ModelOpt",
+    "pre_quant_scale": "ModelOpt",
+    "weight_packed": "compressed-tensors",
+    "weight_global_scale": "compressed-tensors",
+    "weight_zero_point": "compressed-tensors",
+    "input_global_scale": "compressed-tensors",
+    "input_zero_point": "compressed-tensors",
+}
+_CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
+_BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
+_ROUND_WHILE_RUNNING = ("bitnet",)  # with plain weights, which are not what the model computes with
+_NARROW = ("F8_", "F6_", "F4")
+
+
+def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+    """Reject quantized weights that config.json does not mention, and quantization entries of plain weights.
+
+    Args:
+        directory: of the model.
+        config: its config.json; empty where there is none.
+        dtypes: safetensors' name of the dtype of each tensor, by the tensor's name.
+
+    Raises:
+        WeightsError: naming the file, the tensor or the entry.
+    """
+    quantized = next((key for key in dtypes if _mark(key, dtypes) or dtypes[key].startswith(_NARROW)), None)
+    entry = stated(config)
+    if entry and quantized is None and not _may_have_plain_weights(entry, dtypes):
+        path = entry_path(config)
+        message = f"{directory / 'config.json'} has a {path.rpartition('.')[2]} ({described(entry)})"
+        if entry.get("quant_method") in _ROUND_WHILE_RUNNING:
+            raise WeightsError(
+                f"{message}: layers of this model round their weights and inputs while it runs, which is not supported",
+                hint="take a model that is computed with its weights as they are",
+            )
+        raise WeightsError(
+            f"{message}, but the weights are not quantized", hint=f"remove the entry {path!r} from config.json"
+        )
+    if quantized is not None and not entry:
+        raise WeightsError(
+            f"{directory} holds quantized weights ({quantized!r} in {dtypes[quantized]}, "
+            f"{described_files(directory) or _mark(quantized, dtypes) or 'unknown format'}), "
+            f"and its config.json has no {ENTRY}",
+            hint="start from the original checkpoint, or restore that entry if the format is supported",
+        )
+    if entry.get("quant_method") == FP8:
+        _require_scales(directory, dtypes)
+
+
+def require_no_adapter(directory: Path) -> None:
+    """Reject a directory with a PEFT adapter: readers would apply it on top of the weights.
+
+    Raises:
+        WeightsError: naming the file.
+    """
+    for name in ADAPTER_FILES:
+        if (directory / name).is_file():
+            raise WeightsError(
+                f"{directory} holds a PEFT adapter ({name}), which quantization would leave out",
+                hint="merge it into the weights (merge_and_unload) and save the result, or move the adapter elsewhere",
+            )
+
+
+def is_quantization_name(key: str) -> bool:
+    """Whether only a quantized checkpoint has tensors of this name."""
+    return bool(_mark(key, ()))
+
+
+def numbered_list(keys: Sequence[str]) -> str:
+    """The name of the list of which these tensors belong to several members; empty where they do not."""
+    parts = [key.split(".") for key in keys]
+    columns = zip(*parts, strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    is_list = len(keys) > 1 and all(len(part) > depth and part[depth].isdigit() for part in parts)
+    return ".".join(parts[0][:depth]) if is_list else ""
+
+
+def described_files(directory: Path) -> str:
+    """The files of other tools in a directory that describe a quantization, with what they say; may be empty."""
+    found = []
+    for name, tool in QUANTIZATION_FILES.items():
+        path = directory / name
+        if path.is_file():
+            found.append(f"{name}: {' '.join(part for part in (tool, _algorithm(path)) if part)}")
+    return ", ".join(found)
+
+
+def _algorithm(path: Path) -> str:
+    """The algorithm or number of bits that such a file states; empty where it does not say."""
+    try:
+        if path.stat().st_size > _FILE_LIMIT_BYTES:
+            return ""
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    inner = table.get("quantization", table) if isinstance(table, dict) else {}
+    if not isinstance(inner, dict):
+        return ""
+    bits = inner.get("bits", inner.get("w_bit"))
+    return str(inner.get("quant_algo") or (f"{bits} bits" if bits is not None else ""))[:60]
+
+
+def _mark(key: str, names: Container[str]) -> str:
+    """The format that gives tensors this name; empty for the name of a plain tensor."""
+    leaf = key.rpartition(".")[2]
+    if leaf.startswith("quant_state"):
+        return "bitsandbytes"
+    if leaf.endswith(_SCALE_INV) and key.removesuffix(_SCALE_INV) in names:
+        return "DeepSeek's FP8"
+    if leaf.endswith(_BLOCKS) and f"{key.removesuffix(_BLOCKS)}{_SCALES}" in names:
+        return "MXFP4"
+    return _MARKS.get(leaf, "")
+
+
+def _may_have_plain_weights(entry: Mapping[str, Any], dtypes: Mapping[str, str]) -> bool:
+    """Whether the entry is about something else than weights: a key-value cache, or rotations."""
+    has_cache = any(key.rpartition(".")[2] in _CACHE_MARKS for key in dtypes)
+    has_no_groups = entry.get("config_groups") == {} and bool(entry.get("kv_cache_scheme"))
+    return has_cache or bool(entry.get("transform_config")) or has_no_groups
+
+
+def _require_scales(directory: Path, dtypes: Mapping[str, str]) -> None:
+    """Refuse float8 weights without a factor in a checkpoint whose config says that they have one."""
+    for key, dtype in dtypes.items():
+        if dtype.startswith("F8_") and not key.endswith(_SCALE_INV) and f"{key}{_SCALE_INV}" not in dtypes:
+            raise WeightsError(
+                f"{directory}: {key!r} is in float8 and has no scale ({key}{_SCALE_INV})",
+                hint="copy the checkpoint again, or start from the original one",
+            )

@@ -1,0 +1,118 @@
+"""Run a command line: one line for an error, the exit code, a traceback only with `--debug`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.console import NOTHING_LEFT, left_behind, printable, tell_when_stopped
+from runtime.errors import SeqbuildError
+from runtime.standard_output import GONE, unfailing
+
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+_needs_output = [False]
+
+
+def require_output() -> None:
+    """Let the command that runs fail in the end if its output cannot be written: it has no other result."""
+    _needs_output[0] = True
+
+
+def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
+    """Run a typer application and return the process's exit code.
+
+    `--debug`, anywhere on the command line, shows the traceback of an error. Without arguments there is the help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    tell_when_stopped(NOTHING_LEFT)
+    _needs_output[0] = False
+    with unfailing() as (output, _):
+        code = _run(app, program, arguments, is_debug)
+        output.flush()
+        if output.failure and output.failure != GONE:
+            is_error = _needs_output[0] and code == 0
+            kind = "error" if is_error else "warning"
+            print(f"{program}: {kind}: standard output cannot be written: {output.failure}", file=sys.stderr)
+            code = USER_ERROR if is_error else code
+    return code
+
+
+def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: bool) -> int:
+    from typer import Abort
+
+    try:
+        with _terminable():
+            result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except (KeyboardInterrupt, Abort):
+        code = INTERRUPTED
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's: of a tokenizer
+            raise
+        message = _user_error(error) or _unforeseen(error)
+        if is_debug:
+            import traceback
+
+            traceback.print_exc()
+        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        return USER_ERROR
+    else:
+        code = int(result or 0) if arguments else USER_ERROR
+    if code in (INTERRUPTED, TERMINATED):
+        word = "interrupted" if code == INTERRUPTED else "terminated"
+        print(f"{program}: {word}; {left_behind[0]}", file=sys.stderr)
+    return code
+
+
+def _unforeseen(error: BaseException) -> str:
+    """What to say about an error that nobody has thought of: where it is from, for whoever reports it."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    text = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}{where}: {text} (nobody has foreseen this: report it with what --debug shows)"
+
+
+def _user_error(error: BaseException) -> str | None:
+    """What to say about an error that is not ours: a mistake of the user's, or something the machine lacks."""
+    if isinstance(error, SeqbuildError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
+        command = getattr(getattr(error, "ctx", None), "command_path", "")
+        hint = f" ({command} --help shows what it takes)" if command else ""
+        return str(error.format_message()).rstrip(".") + hint
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no more threads can be started (raise ulimit -u, or pids of the container, or lower OMP_NUM_THREADS)"
+    is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_full or "can't allocate memory" in str(error):
+        what = str(error).partition(". ")[0] or "the machine has no more"
+        return f"out of memory: {what} (lower --batch-size or --seq-len)"
+    return None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half-written is taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,313 @@
+"""The token file: samples of token ids that need no tokenizer any more. Format version 1.2.
+
+A safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
+`offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets
+start at 0, grow strictly and end at the number of tokens; every id lies in `[0, vocab_size)`.
+
+Since 1.1 there may be `loss_mask`, bool, uint8, or an integer of 8, 32 or 64 bits: as many numbers as tokens,
+1 for those that count in statistics and 0 for those that do not. A file without one is of version 1.0.
+
+Since 1.2 there may be `targets` and `target_offsets`, which are to `targets` what the two above are to samples, and as
+many: what an encoder-decoder model is to write for each of them.
+
+Its metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
+
+    version             "1.0", "1.1" or "1.2": the first that has all that the file holds
+    tokenizer           its name, for people
+    tokenizer_digest    over the names and contents of its files
+    vocab_size          one more than the largest id it can give
+    seq_len             no sample is longer; null where nothing was cut
+    sources             [[file name, digest], ...] of the texts, in the order in which they were read
+
+It is one key because safetensors writes several in an order that changes from process to process, and equal
+samples must give equal bytes. Only names of files are kept, never folders, for the same reason. Digests are
+sha256 in hexadecimal. A reader refuses another major version; it ignores tensors and keys it does not know,
+which is what a later minor version may add. A file that breaks any of this is refused whole.
+
+Shapes: S tokens of a sample, T tokens of all samples, N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.data.documents import require_file
+from runtime.errors import DataError, OutputError, UsageError
+from runtime.host.publish import write_file
+from runtime.host.regular_files import read_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".safetensors"
+VERSION, MASKED_VERSION, PAIRED_VERSION = "1.0", "1.1", "1.2"
+METADATA_KEY = "seqbuild_tokens"
+LOSS_MASK = "loss_mask"  # a tensor's name
+_MAKE_ANEW = "make it again with `seqbuild data`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What token ids were made from.
+
+    Attributes:
+        tokenizer: its name, for people.
+        tokenizer_digest: over the names and contents of its files.
+        vocab_size: one more than the largest id it can give.
+        sources: name and digest of each text file, in the order in which they were read.
+    """
+
+    tokenizer: str
+    tokenizer_digest: str
+    vocab_size: int
+    sources: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenData:
+    """Samples, and the file they come from.
+
+    Attributes:
+        samples: N tensors [S] int64 on the CPU; their lengths differ unless they were packed.
+        path: the text or token file that was read, or the token file that was written.
+        digest: of that file.
+        seq_len: no sample is longer; None where nothing was cut.
+        origin: the tokenizer and the texts.
+        masks: for each sample which of its tokens count in statistics, bool [S]; None where all do.
+        targets: for each sample what is to be written for it, [T] int64; None where samples are texts.
+    """
+
+    samples: tuple[Tensor, ...]
+    path: Path
+    digest: str
+    seq_len: int | None
+    origin: Origin
+    masks: tuple[Tensor, ...] | None = None
+    targets: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Tokenized:
+    """Samples, tensors [S] int64, and what they were made from; masks and targets as `TokenData` has them."""
+
+    samples: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...] | None
+    targets: tuple[Tensor, ...] | None
+    origin: Origin
+
+
+def save_tokens(
+    path: Path,
+    samples: Sequence[Tensor],
+    *,
+    seq_len: int | None,
+    origin: Origin,
+    masks: Sequence[Tensor] | None = None,
+    targets: Sequence[Tensor] | None = None,
+) -> TokenData:
+    """Write samples as a token file, whole or not at all. A file of that name is replaced.
+
+    Args:
+        path: where to; ends in `.safetensors`.
+        samples: one or more tensors [S] of ids, none empty.
+        seq_len: no sample is longer; None where nothing was cut.
+        origin: what the ids were made from.
+        masks: which tokens of each sample count, bool [S].
+        targets: what is to be written for each sample, [T]; none empty.
+
+    Raises:
+        OutputError: the place cannot be written to.
+        UsageError: another file extension.
+    """
+    import torch
+    from safetensors.torch import save
+
+    require_place(path)
+    dtype = torch.int32 if origin.vocab_size <= 2**31 else torch.int64
+    tokens, offsets = _joined(samples)
+    version = PAIRED_VERSION if targets is not None else VERSION if masks is None else MASKED_VERSION
+    metadata = {"version": version, "seq_len": seq_len, **asdict(origin)}
+    tensors = {"tokens": tokens.to(dtype), "offsets": offsets}
+    if targets is not None:
+        tokens, tensors["target_offsets"] = _joined(targets)
+        tensors["targets"] = tokens.to(dtype)
+    if masks is not None:
+        tensors[LOSS_MASK] = torch.cat(list(masks)).to(torch.uint8)
+    content = save(
+        tensors,
+        metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))},
+    )
+    write_file(path, content)
+    return TokenData(
+        samples=tuple(samples),
+        path=path,
+        digest=_sha256(content),
+        seq_len=seq_len,
+        origin=origin,
+        masks=None if masks is None else tuple(masks),
+        targets=None if targets is None else tuple(targets),
+    )
+
+
+def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens, and where each sample begins and ends."""
+    import torch
+
+    offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
+    return torch.cat(list(samples)).to(torch.int64), offsets
+
+
+def require_place(path: Path) -> None:
+    """Raise at once what `save_tokens` would find wrong with the name after all the work."""
+    if path.suffix != SUFFIX:
+        raise UsageError(f"{path} is no name for a token file", hint=f"let it end in {SUFFIX}")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory", hint="name a file in it")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is no directory", hint="choose another place")
+
+
+def read_token_file(path: Path) -> TokenData:
+    """Read a token file and check all that its format promises.
+
+    Raises:
+        DataError: the file is missing, of another version, damaged, or breaks the format.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    require_file(path)
+    content = read_regular(path)
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no intact safetensors file: {error}", hint=_MAKE_ANEW) from error
+    seq_len, origin = _read_metadata(_metadata_of(content), path)
+    samples = _read_samples(tensors, ("tokens", "offsets"), seq_len, origin, path)
+    targets = None
+    if "targets" in tensors:
+        targets = _read_samples(tensors, ("targets", "target_offsets"), seq_len, origin, path)
+        if len(targets) != len(samples):
+            raise _broken(path, f"it has {len(targets)} targets for {len(samples)} samples")
+    lengths = [len(sample) for sample in samples]
+    mask_T = _read_mask(tensors, sum(lengths), path)
+    return TokenData(
+        samples=samples,
+        path=path,
+        digest=_sha256(content),
+        seq_len=seq_len,
+        origin=origin,
+        masks=None if mask_T is None else torch.split(mask_T, lengths),
+        targets=targets,
+    )
+
+
+def _read_samples(
+    tensors: Mapping[str, Tensor], names: tuple[str, str], seq_len: int | None, origin: Origin, path: Path
+) -> tuple[Tensor, ...]:
+    """Samples that are joined in one tensor, by the tensor that says where each begins and ends."""
+    import torch
+
+    tokens_T = _tensor(tensors, names[0], (torch.int32, torch.int64), path).to(torch.int64)
+    offsets = _tensor(tensors, names[1], (torch.int64,), path)
+    if (
+        len(offsets) < 2
+        or int(offsets[0]) != 0
+        or int(offsets[-1]) != len(tokens_T)
+        or not bool((offsets[1:] > offsets[:-1]).all())
+    ):
+        raise _broken(path, f"its {names[1]} do not grow from 0 to the {len(tokens_T)} tokens")
+    longest = int(offsets.diff().max())
+    if seq_len is not None and longest > seq_len:
+        raise _broken(path, f"a sample has {longest} tokens and seq_len is {seq_len}")
+    for wrong in (int(tokens_T.min()), int(tokens_T.max())):
+        if not 0 <= wrong < origin.vocab_size:
+            raise _broken(path, f"token id {wrong} is outside its vocabulary of {origin.vocab_size}")
+    return tuple(tokens_T[start:end] for start, end in pairwise(offsets.tolist()))
+
+
+def _read_mask(tensors: Mapping[str, Tensor], num_tokens: int, path: Path) -> Tensor | None:
+    import torch
+
+    if LOSS_MASK not in tensors:
+        return None
+    mask_T = _tensor(tensors, LOSS_MASK, (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64), path)
+    if len(mask_T) != num_tokens:
+        raise _broken(path, f"its loss_mask has {len(mask_T)} numbers for {num_tokens} tokens")
+    if not bool(((mask_T == 0) | (mask_T == 1)).all()):
+        raise _broken(path, "its loss_mask holds other numbers than 0 and 1")
+    return mask_T.to(torch.bool)
+
+
+def _metadata_of(content: bytes) -> Mapping[str, str]:
+    """The metadata of safetensors bytes whose header has been checked: 8 bytes of its size, then JSON."""
+    size = int.from_bytes(content[:8], "little")
+    metadata: Mapping[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return metadata
+
+
+def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, Origin]:
+    if METADATA_KEY not in metadata:
+        raise DataError(f"{path} is a safetensors file but no token file", hint=_MAKE_ANEW)
+    try:
+        fields = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its metadata is not JSON: {error}") from error
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if not isinstance(version, str):
+        raise _broken(path, "its metadata names no version")
+    if version.partition(".")[0] != VERSION.partition(".")[0]:
+        raise DataError(f"{path} is of token file version {version}, and this release reads {VERSION}")
+    seq_len = fields.get("seq_len")
+    if seq_len is not None and not _is_count(seq_len):
+        raise _broken(path, f"seq_len is {seq_len!r}")
+    return seq_len, _as_origin(fields, path)
+
+
+def _as_origin(fields: Mapping[str, Any], path: Path) -> Origin:
+    sources = fields.get("sources")
+    if not isinstance(sources, list) or not all(_is_pair_of_strings(source) for source in sources):
+        raise _broken(path, "sources is no list of pairs of name and digest")
+    for name in ("tokenizer", "tokenizer_digest"):
+        if not isinstance(fields.get(name), str):
+            raise _broken(path, f"{name} is no string")
+    if not _is_count(fields.get("vocab_size")):
+        raise _broken(path, f"vocab_size is {fields.get('vocab_size')!r}")
+    return Origin(
+        tokenizer=fields["tokenizer"],
+        tokenizer_digest=fields["tokenizer_digest"],
+        vocab_size=fields["vocab_size"],
+        sources=tuple((name, digest) for name, digest in sources),
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_pair_of_strings(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, dtypes: tuple[object, ...], path: Path) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise _broken(path, f"it has no tensor {name}")
+    if tensor.dtype not in dtypes or tensor.dim() != 1:
+        raise _broken(path, f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _broken(path: Path, why: str) -> DataError:
+    return DataError(f"{path} is a broken token file: {why}", hint=_MAKE_ANEW)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,1 @@
+"""Split stacked experts of a mixture into one module for each matrix of each expert."""

@@ -1,0 +1,1 @@
+"""Quantization schemes as checkpoints store them."""

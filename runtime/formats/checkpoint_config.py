@@ -1,0 +1,160 @@
+"""Write and read the `quantization_config` of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import compressed_tensors
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+
+from runtime.errors import RecipeError, WeightsError
+from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache
+from runtime.formats.targets import class_names, matches_name
+from runtime.patterns import fault
+
+METHOD = "compressed-tensors"
+
+
+def quantization_config(
+    groups: Sequence[QuantizationScheme],
+    ignore: Sequence[str],
+    cache: QuantizationArgs | None = None,
+    attention: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What goes into config.json as "quantization_config".
+
+    Args:
+        groups: the schemes, in order; they become group_0, group_1 and so on.
+        ignore: every Linear that a target would hit and that was left as it is, by the checkpoint's names.
+        cache: the key-value cache's scheme.
+        attention: the classes of attention modules whose queries are rounded by it, too.
+
+    Returns:
+        Plain values, ready for `json.dumps`.
+    """
+    schemes = [_readable(checked(scheme)) for scheme in groups]
+    formats = list(dict.fromkeys(str(scheme.format) for scheme in schemes)) or [CompressionFormat.dense.value]
+    # A group for each class: vLLM knows groups for attention by a single target that ends in its name.
+    schemes += [QuantizationScheme(targets=[kind], input_activations=cache) for kind in attention]
+    config = QuantizationConfig(
+        config_groups={f"group_{index}": scheme for index, scheme in enumerate(schemes)},
+        format=formats[0] if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=list(ignore),
+        kv_cache_scheme=cache,
+    )
+    return {
+        "version": compressed_tensors.__version__,
+        "sparsity_config": {},
+        "transform_config": {},
+        **config.model_dump(mode="json"),
+    }
+
+
+def _readable(scheme: QuantizationScheme) -> QuantizationScheme:
+    """Without what readers do not know: observers of this project alone, which are spent when the weights are."""
+    args = scheme.weights
+    if args.observer in (None, *MIN_MAX_OBSERVERS, "mse", "memoryless_mse"):
+        return scheme
+    weights = args.model_copy(update={"observer": "mse", "observer_kwargs": {}})
+    return scheme.model_copy(update={"weights": weights})
+
+
+def _unobserved(args: QuantizationArgs) -> QuantizationArgs:
+    """Without observers, which are spent when a checkpoint is written: those of any other tool will do."""
+    return args.model_copy(update={"observer": None, "observer_kwargs": {}})
+
+
+def _stored(scheme: QuantizationScheme, format_of_all: str) -> QuantizationScheme:
+    """A scheme of a checkpoint, with its format; numbers of few bits may lie in a byte each."""
+    parts = {name: getattr(scheme, name) for name in ("weights", "input_activations")}
+    bare = {name: _unobserved(args) for name, args in parts.items() if args is not None}
+    named = CompressionFormat(scheme.format or format_of_all)
+    is_spread = named == CompressionFormat.int_quantized and scheme.weights is not None and scheme.weights.type == "int"
+    found = checked(scheme.model_copy(update={**bare, "format": None if is_spread else named.value}))
+    return found.model_copy(update={"format": named.value}) if is_spread else found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSchemes:
+    """Which module of a quantized checkpoint is stored how.
+
+    Args:
+        groups: the schemes in the config's order, each with its format.
+        ignore: patterns of modules that are stored as they are.
+        cache: the key-value cache's scheme.
+        has_queries: whether attention's queries are rounded by it, too.
+    """
+
+    groups: tuple[QuantizationScheme, ...]
+    ignore: tuple[str, ...]
+    cache: QuantizationArgs | None = None
+    has_queries: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> CheckpointSchemes:
+        """Read config.json's "quantization_config".
+
+        Raises:
+            WeightsError: when it is not one of compressed-tensors, or holds a scheme that is not offered.
+        """
+        if config.get("quant_method") != METHOD:
+            raise WeightsError(
+                f"the checkpoint is quantized by {config.get('quant_method')!r}",
+                hint=f"only {METHOD} can be read",
+            )
+        try:
+            parsed = QuantizationConfig.model_validate(dict(config))
+        except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+            raise WeightsError(f"the checkpoint's quantization_config cannot be read: {error}") from error
+        if parsed.quantization_status != QuantizationStatus.COMPRESSED:
+            status = parsed.quantization_status.value
+            raise WeightsError(
+                f"the checkpoint's quantization_config says that it is {status}, not compressed",
+                hint="save it compressed (save_compressed=True); if its weights are plain, remove the entry",
+            )
+        schemes = parsed.config_groups.values()
+        for scheme in schemes:
+            if scheme.weights is None and (
+                scheme.input_activations is None or set(scheme.targets) & {"Linear", "Embedding"}
+            ):
+                listed = ", ".join(scheme.targets)
+                raise WeightsError(f"the checkpoint's quantization_config has a group without weights for {listed}")
+        queries = [scheme.input_activations for scheme in schemes if scheme.weights is None]
+        has_queries = any(args is not None for args in queries)
+        cache = next((args for args in (parsed.kv_cache_scheme, *queries) if args is not None), None)
+        try:
+            cache = None if cache is None else checked_cache(_unobserved(cache))
+            groups = tuple(_stored(scheme, parsed.format) for scheme in schemes if scheme.weights is not None)
+        except RecipeError as error:
+            raise WeightsError(f"the checkpoint's quantization_config: {error.message}", hint=error.hint) from error
+        ignore = tuple(parsed.ignore or ())
+        for text in (*ignore, *(target for group in groups for target in group.targets)):
+            expression = text.removeprefix("re:") if text.startswith("re:") else ""
+            wrong = fault(expression)
+            if wrong:
+                what = f"{text[:80]!r} is no regular expression: {wrong}"
+                raise WeightsError(f"the checkpoint's quantization_config: {what}")
+        return cls(groups=groups, ignore=ignore, cache=cache, has_queries=has_queries)
+
+    def find(self, name: str, module_class: type | str) -> QuantizationScheme | None:
+        """The scheme of a Linear, or `None` when it is stored as it is.
+
+        Transformers' order: a target that is the name, then `re:` targets by the alphabet, then classes; of
+        groups with the same target the last.
+
+        Args:
+            name: the module's dotted name.
+            module_class: its class, or the class's name.
+        """
+        names = class_names(module_class)
+        if any(matches_name(pattern, name) or pattern in names for pattern in self.ignore):
+            return None
+        by_target = {target: scheme for scheme in self.groups for target in scheme.targets}
+        ordered = sorted(by_target, key=lambda target: (target.startswith("re:"), target))
+        by_name = [target for target in ordered if matches_name(target, name)]
+        by_class = [target for target in ordered if target in names]
+        return next((by_target[target] for target in by_name + by_class), None)

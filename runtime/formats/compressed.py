@@ -1,0 +1,230 @@
+"""The tensors and the config that a quantized checkpoint stores for a scheme, and what a reader computes with them.
+
+The adapter to compressed-tensors: nothing else here knows how that package packs a weight, rounds an activation or
+spells `config.json["quantization_config"]`. Which schemes there are is the matter of `runtime.formats.presets`.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+)
+
+from runtime.errors import QuantizationError, WeightsError
+
+if TYPE_CHECKING:
+    from runtime.algorithms.result import QuantizedWeight
+
+_ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
+_LONG_ROW = 2**20  # an artifact states the shapes, and may state any
+NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
+
+
+def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """The tensors that the checkpoint holds for a module.
+
+    Args:
+        name: the module's name, for messages.
+        result: of an algorithm. Its weight is in float32; a narrower dtype may move it off its grid.
+        scheme: with its format, as `presets.checked` returns it.
+
+    Returns:
+        Contiguous tensors by their name in the module: weight_packed or weight, weight_scale, and what else the format
+        has: weight_shape, weight_zero_point, weight_global_scale, and the scales of static inputs.
+
+    Raises:
+        QuantizationError: when weight, scale, zero point and scheme do not fit together.
+    """
+    weights = scheme.weights
+    shape = _scale_shape(result.weight_OI.shape, weights)
+    if list(result.scale.shape) != shape:
+        raise QuantizationError(
+            f"{name}: a scale of shape {list(result.scale.shape)} does not fit the weight, which needs {shape}"
+        )
+    if (result.zero_point is None) != weights.symmetric:
+        raise QuantizationError(f"{name}: an asymmetric scheme needs a zero point, a symmetric one has none")
+    if (result.global_scale is None) != (weights.strategy != "tensor_group"):
+        raise QuantizationError(f"{name}: NVFP4 needs a global scale, and no other scheme has one")
+    missing = [part for part in input_parts(scheme) if part not in result.inputs]
+    if missing or len(result.inputs) != len(input_parts(scheme)):
+        raise QuantizationError(f"{name}: its inputs' scheme needs {input_parts(scheme)}, not {list(result.inputs)}")
+    state = {"weight": result.weight_OI, "weight_scale": result.scale}
+    if result.zero_point is not None:
+        state["weight_zero_point"] = result.zero_point
+    if result.global_scale is not None:
+        state["weight_global_scale"] = result.global_scale
+    compressor = _compressor(scheme)
+    num_out = len(result.weight_OI)
+    by_row = [key for key, tensor in state.items() if len(tensor) == num_out > 1]
+    parts = [
+        compressor.compress({key: t[rows] if key in by_row else t for key, t in state.items()}, scheme)
+        for rows in _rows(result.weight_OI.shape, is_cut="weight_scale" in by_row)
+    ]
+    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
+    if "weight_shape" in packed:
+        packed["weight_shape"] = packed["weight_shape"].new_tensor(result.weight_OI.shape)
+    return {**packed, **result.inputs}
+
+
+def _rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
+    """Parts of the rows of a weight, which are worked with one after the other, or all of them."""
+    num_out, num_in = shape
+    step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
+    return [slice(start, start + step) for start in range(0, num_out, step)] if is_cut else [slice(0, num_out)]
+
+
+def _joined(key: str, parts: Sequence[torch.Tensor], by_row: Sequence[str]) -> torch.Tensor:
+    is_cut = key in by_row or key == "weight_packed"
+    return torch.cat(list(parts)) if is_cut and len(parts) > 1 else parts[0].contiguous()
+
+
+def input_parts(scheme: QuantizationScheme) -> tuple[str, ...]:
+    """Names of the tensors that hold the scales of static inputs."""
+    inputs = scheme.input_activations
+    if inputs is None or inputs.dynamic is True:
+        return ()
+    if inputs.dynamic == "local":
+        return ("input_global_scale",)
+    return ("input_scale",) if inputs.symmetric else ("input_scale", "input_zero_point")
+
+
+def _scale_shape(shape: Sequence[int], args: QuantizationArgs) -> list[int]:
+    num_out, num_in = shape
+    if args.strategy == "tensor":
+        return [1]
+    if args.strategy == "block":
+        height, width = args.block_structure
+        return [-(-num_out // height), -(-num_in // width)]
+    return [num_out, -(-num_in // args.group_size) if args.strategy in ("group", "tensor_group") else 1]
+
+
+def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
+    """The dense weight that a reader of the checkpoint computes with.
+
+    Args:
+        tensors: by their name in the module, as `compress_module` returns them.
+        scheme: with its format.
+
+    Returns:
+        weight_OI in the scale's dtype; in bfloat16 for formats of small floats.
+
+    Raises:
+        WeightsError: when a tensor is missing.
+    """
+    compressor = _compressor(scheme)
+    parts = {name: tensor for name, tensor in tensors.items() if not name.startswith("input_")}
+    missing = [
+        key for key in compressor.compression_param_names(scheme) if key not in parts and not key.startswith("input_")
+    ]
+    if missing:
+        raise WeightsError(
+            f"a {CompressionFormat(scheme.format).value} module lacks {', '.join(missing)}",
+            hint=f"it has {', '.join(tensors)}",
+        )
+    if "weight_zero_point" in parts and len(parts["weight_zero_point"]) == 1:
+        # The package views its transpose as bytes, for which torch wants the last of the strides to be one.
+        parts["weight_zero_point"] = parts["weight_zero_point"].as_strided(parts["weight_zero_point"].shape, (1, 1))
+    by_row = [key for key in ("weight", "weight_packed", "weight_scale") if key in parts]
+    num_out = len(parts[by_row[0]])
+    is_cut = "weight_zero_point" not in parts and num_out == len(parts["weight_scale"]) > _ROWS_AT_A_TIME
+    if not is_cut:
+        weight_OI: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
+        return weight_OI
+    num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
+    dense = []
+    for rows in _rows((num_out, num_in), is_cut=True):
+        some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
+        if "weight_shape" in some:
+            some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))
+        dense.append(compressor.decompress(some, scheme)["weight"])
+    return torch.cat(dense)
+
+
+def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint holds for a weight.
+
+    Args:
+        shape: of the dense weight, [O, I].
+        scheme: with its format.
+    """
+    args = scheme.weights
+    sizes = _scale_shape(shape, args)
+    # A few rows tell what all would come to. Tensors without content do as well, but for rounding them torch imports
+    # half a second of libraries, which stay in memory for as long as the process lives.
+    height = args.block_structure[0] if args.strategy == "block" else 1
+    few = (height, shape[1])
+    with torch.device("cpu" if shape[1] <= _LONG_ROW else "meta"):
+        state = {"weight": torch.zeros(few), "weight_scale": torch.ones(_scale_shape(few, args))}
+        if not args.symmetric:
+            state["weight_zero_point"] = torch.zeros(_scale_shape(few, args), dtype=torch.int8)
+        if args.strategy == "tensor_group":
+            state["weight_global_scale"] = torch.ones(1)
+    packed = _compressor(scheme).compress(state, scheme)
+    found = {
+        name: (shape[0], *tensor.shape[1:]) if name in ("weight", "weight_packed") else tuple(tensor.shape)
+        for name, tensor in packed.items()
+    }
+    found["weight_scale"] = tuple(sizes)
+    if not args.symmetric:
+        num_rows, *rest = sizes
+        if scheme.format == CompressionFormat.pack_quantized.value:  # packed along the rows
+            num_rows = math.ceil(num_rows * args.num_bits / 32)
+        found["weight_zero_point"] = (num_rows, *rest)
+    return found | dict.fromkeys(input_parts(scheme), (1,))
+
+
+def stored_dtypes(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Names and dtypes of the tensors that a checkpoint holds for a weight, in the order of `compress_module`.
+
+    Args:
+        scheme: with its format.
+        scale_dtype: the dtype that scales are stored in, where the format has none of its own.
+    """
+    from runtime.algorithms.rtn import quantize_rtn
+
+    args = scheme.weights
+    weight_OI = torch.ones(1, max(args.group_size or 0, 32))  # -1 stands for all of a row
+    plain = args.model_copy(update={"observer": None, "observer_kwargs": {}})
+    result = quantize_rtn(weight_OI, plain, scale_dtype=scale_dtype)
+    dtypes = {"input_scale": scale_dtype, "input_zero_point": torch.int8, "input_global_scale": torch.float32}
+    inputs = {part: torch.ones(1, dtype=dtypes[part]) for part in input_parts(scheme)}
+    tensors = compress_module("", dataclasses.replace(result, inputs=inputs), scheme)
+    return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
+def _compressor(scheme: QuantizationScheme) -> Any:
+    return BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
+
+
+def static_input_parts(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, scale_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The tensors that `input_parts` names, from the smallest and largest number of an input, both scalars."""
+    from runtime.algorithms import grid
+
+    low, high = minimum.float().reshape(1), maximum.float().reshape(1)
+    if args.dynamic == "local":
+        return {"input_global_scale": grid.global_scale_for(low, high)}
+    scale, zero_point = grid.fit(low, high, args, scale_dtype=scale_dtype)
+    return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
+
+
+def static_cache_scale(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype
+) -> torch.Tensor:
+    """The scales [N] of keys, values or queries, from their smallest and largest numbers, [N] or []."""
+    from runtime.algorithms import grid
+
+    scale, _ = grid.fit(minimum.float().cpu().reshape(-1), maximum.float().cpu().reshape(-1), args, scale_dtype=dtype)
+    return scale

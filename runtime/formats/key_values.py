@@ -1,0 +1,308 @@
+"""Key-value caches in 8 bits: measure what attention keeps, and run as a reader that keeps it rounded.
+
+Readers round keys and values when they enter the cache, with one scale for a layer or for each head. Which values of a
+subgraph those are, the artifact says (`runtime.artifact.cached_values`): what the model's own code would hand to its
+cache. They are not always what attention calculates with: multi-head latent attention keeps a latent and expands it
+afterwards. A scheme for attention rounds the queries as well, with the same arguments.
+
+The scale is the largest magnitude over that of the format (448 for FP8): of all batches and tokens with the observer
+`static_minmax`, else that of the moving average of each batch's smallest and largest number, which is llm-compressor's
+default. Padding is part of it, as it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from runtime.artifact.cached_values import QUERY, hooked
+from runtime.errors import ArtifactError, QuantizationError, RecipeError
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    from runtime.artifact.manifest import CachedValue, Manifest, SubgraphEntry
+    from runtime.language.program import Program, Run
+
+CACHE_PARTS = ("k", "v")
+
+
+class CompiledSubgraph(Protocol):
+    """A subgraph of a loaded artifact: its manifest entry and its source."""
+
+    @property
+    def entry(self) -> SubgraphEntry:
+        """Its entry in the manifest."""
+
+    @property
+    def source(self) -> str:
+        """Its checked source."""
+
+
+_ATTRIBUTE = "key_values"  # of the model
+_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
+# Parameters of attention that keeps another tensor than it calculates with.
+_LATENT = re.compile(r"\.kv_[ab]_")
+_HEADS = 1  # the dimension of heads in what attention keeps: [batch, heads, tokens, head size]
+
+
+@dataclass(kw_only=True)
+class KeyValues:
+    """The key-value cache of a model.
+
+    Attributes:
+        args: its scheme.
+        parts: which values are rounded: `k`, `v`, and `q` for a scheme of attention.
+        entries: of each subgraph, by its parameters, the values that are handed out, in the manifest's order.
+        modules: the attention modules of each subgraph, in order of execution.
+        spans: by module and part, the smallest and the largest number that were seen, of all or of each head.
+        scales: by module and part; where there are some, values are rounded.
+        is_measuring: whether sizes are taken, and nothing is rounded.
+    """
+
+    args: QuantizationArgs
+    entries: Mapping[tuple[str, ...], tuple[CachedValue, ...]] = field(default_factory=dict)
+    modules: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[str, ...] = CACHE_PARTS
+    spans: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    scales: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    is_measuring: bool = False
+    _programs: dict[tuple[str, tuple[CachedValue, ...]], Program] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, manifest: Manifest, args: QuantizationArgs, *, has_queries: bool = False) -> KeyValues:
+        """Those of an artifact's model.
+
+        Args:
+            manifest: says which values they are.
+            args: the cache's scheme.
+            has_queries: whether queries are rounded, too.
+
+        Raises:
+            RecipeError: when the artifact does not say which values enter the cache.
+        """
+        if not manifest.cached and not manifest.attentions:
+            raise RecipeError(
+                "the artifact does not say which values enter a key-value cache, so none can be quantized",
+                hint="compile with --leaves linear; models without a cache have no such values, nor have attention "
+                "modules that run several times in one forward",
+            )
+        if not manifest.cached:
+            _require_right_before(manifest, has_queries=has_queries)
+        if has_queries and not any(entry.part == QUERY for entry in manifest.cached):
+            raise RecipeError(
+                "the artifact does not say which values are attention's queries, so only its cache can be quantized",
+                hint="use kv_cache_scheme instead of a scheme for attention",
+            )
+        parts = (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
+        found = cls(args=args, parts=parts)
+        without = next((entry for entry in manifest.cached if not entry.heads and entry.part in parts), None)
+        if found.is_by_head and (without is not None or not manifest.cached):
+            raise RecipeError(
+                f"{without.module if without is not None else 'attention'} has no scale for each head: what it keeps "
+                "has no dimension of heads",
+                hint="use strategy: tensor",
+            )
+        entries: dict[tuple[str, ...], tuple[CachedValue, ...]] = {}
+        modules: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for entry in manifest.cached:
+            key = manifest.subgraphs[entry.subgraph].parameters
+            entries[key] = (*entries.get(key, ()), *((entry,) if entry.part in parts else ()))
+        owners = [(entry.subgraph, entry.module) for entry in manifest.cached]
+        owners += [(entry.subgraph, entry.module) for entry in manifest.attentions if not manifest.cached]
+        for index, module in owners:
+            key = manifest.subgraphs[index].parameters
+            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), module)))
+        return dataclasses.replace(found, entries=entries, modules=modules)
+
+    def all_modules(self) -> Iterator[str]:
+        """Every attention module, in order of execution."""
+        for modules in self.modules.values():
+            yield from modules
+
+    def of_subgraph(self, entry: SubgraphEntry) -> tuple[str, ...]:
+        """The attention modules of one subgraph."""
+        return self.modules.get(entry.parameters, ())
+
+    def forget(self, modules: Sequence[str]) -> None:
+        """Drop what was measured of some modules: all batches are about to pass once more."""
+        for module in modules:
+            for part in self.parts:
+                self.spans.pop((module, part), None)
+
+    def scale_of(self, module: str, part: str, dtype: torch.dtype) -> torch.Tensor:
+        """The scale that was measured, [1] or [H, 1, 1].
+
+        Raises:
+            QuantizationError: when the numbers that it follows from are not finite.
+            ArtifactError: when there are other heads than the artifact states.
+        """
+        low, high = self.spans[module, part]
+        size = torch.maximum(low.abs(), high.abs()).to("cpu", torch.float64)
+        if not torch.isfinite(size).all():
+            what = {"k": "keys", "v": "values", "q": "queries"}[part]
+            raise QuantizationError(
+                f"the {what} of {module} reach {float(size.max())}, so their {part}_scale is undefined",
+                hint="calibrate in bfloat16 or float32 (--dtype), or look for NaN and Inf in the weights",
+            )
+        from runtime.formats.compressed import static_cache_scale
+
+        try:
+            scale = static_cache_scale(low, high, self.args, dtype)
+        except QuantizationError as error:
+            raise QuantizationError(f"the {part}_scale of {module}: {error.message}", hint=error.hint) from error
+        shaped = scale.reshape(-1, 1, 1) if self.is_by_head else scale.reshape(1)
+        if shaped.shape != self.scale_shape(module, part):
+            raise ArtifactError(f"{module} has {len(shaped)} heads, and the artifact states another number")
+        return shaped
+
+    def scale_shape(self, module: str, part: str) -> tuple[int, ...]:
+        """The shape of a scale in the checkpoint."""
+        if not self.is_by_head:
+            return (1,)
+        entries = (entry for inside in self.entries.values() for entry in inside)
+        return (next(entry.heads for entry in entries if entry.module == module and entry.part == part), 1, 1)
+
+    @property
+    def is_by_head(self) -> bool:
+        """Whether each head has a scale of its own."""
+        return str(getattr(self.args.strategy, "value", self.args.strategy)) == "attn_head"
+
+    def handle(self, module: str, part: str, states: torch.Tensor) -> torch.Tensor:
+        """A value on its way into the cache.
+
+        Raises:
+            ArtifactError: for one that is no tensor of floating point numbers.
+        """
+        if not isinstance(states, torch.Tensor) or not states.is_floating_point():
+            raise ArtifactError(f"what {module} is said to keep as its {part} is no tensor of floating point numbers")
+        if self.is_measuring:
+            if states.numel():
+                self._measure(module, part, states)
+        elif (module, part) in self.scales:
+            from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+            scale = self.scales[module, part].to(states.device)
+            rounded: torch.Tensor = fake_quantize(states, scale, torch.zeros_like(scale), self.args)
+            return rounded.to(states.dtype)
+        return states
+
+    def _measure(self, module: str, part: str, states: torch.Tensor) -> None:
+        from runtime.formats.presets import averaging_of
+
+        if self.is_by_head:
+            if states.dim() != 4:
+                raise ArtifactError(
+                    f"what {module} keeps as its {part} has {states.dim()} dimensions, and 4 were stated"
+                )
+            others = [dim for dim in range(4) if dim != _HEADS]
+            low, high = states.amin(others).float(), states.amax(others).float()
+        else:
+            low, high = (bound.float() for bound in states.aminmax())
+        before, averaging = self.spans.get((module, part)), averaging_of(self.args)
+        if before is not None and averaging is None:
+            low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
+        elif before is not None and averaging is not None:
+            low, high = torch.lerp(before[0], low, averaging), torch.lerp(before[1], high, averaging)
+        self.spans[module, part] = low, high
+
+    def program(self, subgraph: CompiledSubgraph) -> Program | None:
+        """The subgraph's program with its values handed out; None when it has none."""
+        entries = self.entries.get(subgraph.entry.parameters, ())
+        if not entries:
+            return None
+        key = (subgraph.entry.file, tuple(dataclasses.replace(entry, subgraph=0, module="") for entry in entries))
+        if key not in self._programs:
+            from runtime.language.program import compile_program
+
+            hooks = hooked(subgraph.source, entries)
+            assert hooks is not None, "an artifact that was checked"
+            self._programs[key] = compile_program(subgraph.source, subgraph.entry.file, hooks)
+        return self._programs[key]
+
+    def run(self, subgraph: CompiledSubgraph, run: Run) -> Run:
+        """What such a program is given."""
+        entries = self.entries[subgraph.entry.parameters]
+
+        def cached(place: int, value: Any) -> Any:
+            return self.handle(entries[place].module, entries[place].part, value)
+
+        return dataclasses.replace(run, cached=cached)
+
+
+def latent_attention(manifest: Manifest) -> list[str]:
+    """Modules of multi-head latent attention: they keep another tensor than they calculate with."""
+    found = dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.cached)
+    found |= dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.attentions)
+    return [
+        module
+        for index, module in found
+        if any(name.startswith(f"{module}.") and _LATENT.search(name) for name in manifest.subgraphs[index].parameters)
+    ]
+
+
+def attach(model: nn.Module, key_values: KeyValues) -> None:
+    """Have a model's subgraphs measure or round their keys and values."""
+    model.__dict__[_ATTRIBUTE] = key_values
+
+
+def of_model(model: nn.Module) -> KeyValues | None:
+    """What was attached."""
+    found: KeyValues | None = model.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def _require_right_before(manifest: Manifest, *, has_queries: bool) -> None:
+    """Artifacts before 1.6 name attention modules, and the operands of the operator are taken for what they keep.
+
+    Raises:
+        RecipeError: where they are something else.
+    """
+    latent = latent_attention(manifest)
+    if latent or has_queries:
+        which = f"keys and values {latent[0]} keeps" if latent else "queries attention compares"
+        raise RecipeError(
+            f"the artifact has a format before 1.6, which does not say what {which}", hint="compile the model again"
+        )
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, entry: SubgraphEntry) -> Iterator[None]:
+    """Hand out the operands of attention while a subgraph of an artifact before 1.6 runs, if anybody asked for them."""
+    key_values = of_model(model)
+    if key_values is None or entry.parameters in key_values.entries or not key_values.of_subgraph(entry):
+        yield
+        return
+    with _Interception(key_values, key_values.of_subgraph(entry)):
+        yield
+
+
+class _Interception(TorchFunctionMode):
+    """Passes keys and values through `KeyValues.handle`, call by call."""
+
+    def __init__(self, key_values: KeyValues, modules: Sequence[str]) -> None:
+        super().__init__()
+        self.key_values = key_values
+        self.waiting = iter(modules)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not _OPERATOR:
+            return func(*args, **(kwargs or {}))
+        module = next(self.waiting, None)
+        if module is None:
+            raise ArtifactError("a subgraph computes attention more often than the manifest lists attention modules")
+        query, key, value, *rest = args
+        with torch._C.DisableTorchFunction():
+            key = self.key_values.handle(module, "k", key)
+            value = self.key_values.handle(module, "v", value)
+        return func(query, key, value, *rest, **(kwargs or {}))

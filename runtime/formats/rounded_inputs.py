@@ -1,0 +1,86 @@
+"""Run a module tree as a reader of the quantized checkpoint would: inputs of quantized modules are rounded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import nn
+
+if TYPE_CHECKING:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+_PARTS = "static_input_parts"  # the name of a module's attribute
+
+
+def set_input_parts(module: nn.Module, parts: Mapping[str, torch.Tensor]) -> None:
+    """Give a module the scales of its static inputs, by their name in the checkpoint."""
+    device = next(iter(module.parameters())).device
+    module.__dict__[_PARTS] = {
+        name: tensor if device.type == "meta" else tensor.to(device) for name, tensor in parts.items()
+    }
+
+
+@contextlib.contextmanager
+def input_quantization(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> Iterator[None]:
+    """Round the inputs of modules whose scheme asks for it, while the block runs.
+
+    Args:
+        model: the module tree; modules with static inputs have been given their scales by `set_input_parts`.
+        schemes: by dotted module name.
+    """
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_rounding(scheme.input_activations), with_kwargs=True)
+        for name, scheme in schemes.items()
+        if scheme.input_activations is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounding(args: QuantizationArgs) -> Callable[..., Any]:
+
+    def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        parts = module.__dict__.get(_PARTS, {})
+        if positional:
+            return (quantize_activation(positional[0], args, parts), *positional[1:]), named
+        first, *_ = named
+        return positional, named | {first: quantize_activation(named[first], args, parts)}
+
+    return hook
+
+
+def quantize_activation(
+    inputs: torch.Tensor, args: QuantizationArgs, parts: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """A Linear's input, rounded as a reader of the checkpoint rounds it on the fly.
+
+    Kept to the letter, also where it surprises: strategy "token" has one scale for each index of the first
+    two dimensions. In [batch, sequence, I] that is one for each token; an input of [T, I] would have one for
+    each number, and gets a single scale for the whole tensor.
+
+    Args:
+        inputs: any float dtype, normally [batch, sequence, I]; not changed.
+        args: the scheme's `input_activations`.
+        parts: the tensors that `input_parts` names, where scales are static.
+
+    Returns:
+        The dequantized inputs, same shape and dtype.
+    """
+    if inputs.numel() == 0:
+        return inputs
+    parts = parts or {}
+    global_scale = parts.get("input_global_scale")
+    if args.dynamic in (True, "local"):
+        scale, zero_point = compute_dynamic_scales_and_zp(inputs, args, None, global_scale=global_scale)
+    else:
+        scale, zero_point = parts["input_scale"], parts.get("input_zero_point")
+    rounded: torch.Tensor = fake_quantize(inputs, scale, zero_point, args, global_scale=global_scale)
+    return rounded.to(inputs.dtype)

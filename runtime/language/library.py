@@ -1,0 +1,225 @@
+"""Functions and classes of the libraries on this host, found in their source files. Nothing is imported or executed."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from runtime.language.library_sources import source_file
+
+LIBRARY = "transformers"
+_DEPTH = 12  # of names that are imported from a module which imports them itself
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """A function or method; `qualified` is `function` or `Class.method`."""
+
+    source: Source
+    qualified: str
+    node: FunctionNode
+
+    @property
+    def path(self) -> str:
+        """The function as an opaque step names it."""
+        return f"{self.source.name}:{self.qualified}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Class:
+    """A class that lies at the top of a module."""
+
+    source: Source
+    node: ast.ClassDef
+
+    @property
+    def path(self) -> str:
+        """The class, likewise."""
+        return f"{self.source.name}:{self.node.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """What a module assigns to a name."""
+
+    source: Source
+    name: str
+    node: ast.expr
+
+    @property
+    def path(self) -> str:
+        """The name, likewise."""
+        return f"{self.source.name}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A module of the library, or anything of another library, by its dotted name."""
+
+    name: str
+
+
+Definition = Function | Class | Value | Other
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A module: what its top level defines, by name; a name may be bound several times, in branches."""
+
+    name: str
+    functions: Mapping[str, Function] = field(default_factory=dict)
+    classes: Mapping[str, Class] = field(default_factory=dict)
+    imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module, and the name in it, or ""
+    values: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    stars: Sequence[str] = ()
+
+
+@functools.lru_cache(maxsize=4096)
+def source(module: str) -> Source | None:
+    """The module of this name, None where this host has no source file of it; parsed once in a process."""
+    file = source_file(module)
+    return _parsed(module, file.read_bytes(), is_package=file.name == "__init__.py") if file is not None else None
+
+
+def find(module: str, name: str, depth: int = 0) -> list[Definition]:
+    """What a name means at the top level of a module; through imports, and nothing where that cannot be told."""
+    found = source(module)
+    if found is None or depth > _DEPTH:
+        return []
+    here: list[Definition] = []
+    if name in found.functions:
+        here.append(found.functions[name])
+    if name in found.classes:
+        here.append(found.classes[name])
+    here += found.values.get(name, ())
+    if name in found.imports:
+        here += _imported(*found.imports[name], depth)
+    if not here:
+        for star in found.stars:
+            here = find(star, name, depth + 1)
+            if here:
+                break
+    return here
+
+
+def find_path(path: str) -> list[Function]:
+    """The function that `module:function` or `module:Class.method` names; nothing where the module has no such."""
+    module, _, qualified = path.partition(":")
+    found = source(module)
+    owner, _, own = qualified.rpartition(".")
+    if found is None or owner.count("."):
+        return []
+    if not owner:
+        is_plain = own in found.functions and own not in found.values and own not in found.imports
+        return [found.functions[own]] if is_plain else []
+    if owner not in found.classes or owner in found.values or owner in found.imports:
+        return []
+    method = methods(found.classes[owner]).get(own)
+    return [method] if method is not None else []
+
+
+def methods(cls: Class) -> dict[str, Function]:
+    """The methods that a class defines itself, by name."""
+    return {
+        node.name: Function(cls.source, f"{cls.node.name}.{node.name}", node)
+        for node in _statements(cls.node.body)
+        if isinstance(node, FunctionNode)
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def bases(cls: Class) -> tuple[Class, ...]:
+    """The class and all that it inherits from, as far as the library defines it, nearest first."""
+    found = {cls.path: cls}
+    for base in cls.node.bases:
+        plain = base.value if isinstance(base, ast.Subscript) else base
+        for definition in resolve(cls.source, plain):
+            if isinstance(definition, Class):
+                for one in bases(definition):
+                    found.setdefault(one.path, one)
+    return tuple(found.values())
+
+
+def resolve(where: Source, node: ast.expr) -> list[Definition]:
+    """What `name` or `module.name` means in a module; nothing where that cannot be told."""
+    if isinstance(node, ast.Name):
+        return find(where.name, node.id)
+    if not isinstance(node, ast.Attribute):
+        return []
+    found: list[Definition] = []
+    for owner in resolve(where, node.value):
+        if isinstance(owner, Other) and _is_library(owner.name):
+            found += find(owner.name, node.attr) or [Other(f"{owner.name}.{node.attr}")]
+        elif isinstance(owner, Other):
+            found.append(Other(f"{owner.name}.{node.attr}"))
+        elif isinstance(owner, Class):
+            found += [own[node.attr] for own in map(methods, bases(owner)) if node.attr in own]
+    return found
+
+
+def _imported(module: str, name: str, depth: int) -> list[Definition]:
+    if not name:
+        return [Other(module)]
+    if not _is_library(module):
+        return [Other(f"{module}.{name}")]
+    return find(module, name, depth + 1) or [Other(f"{module}.{name}")]
+
+
+def _is_library(module: str) -> bool:
+    return module == LIBRARY or module.startswith(f"{LIBRARY}.")
+
+
+def _parsed(module: str, data: bytes, *, is_package: bool) -> Source:
+    functions: dict[str, Function] = {}
+    classes: dict[str, Class] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    values: dict[str, list[Value]] = {}
+    stars: list[str] = []
+    found = Source(module, functions, classes, imports, values, stars)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(data)
+    for node in _statements(tree.body):
+        if isinstance(node, FunctionNode):
+            functions.setdefault(node.name, Function(found, node.name, node))
+        elif isinstance(node, ast.ClassDef):
+            classes.setdefault(node.name, Class(found, node))
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                imports[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0],
+                    "",
+                )
+        elif isinstance(node, ast.ImportFrom):
+            origin = _origin(node, module, is_package)
+            stars += [origin for alias in node.names if alias.name == "*"]
+            imports.update({alias.asname or alias.name: (origin, alias.name) for alias in node.names})
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for part in ast.walk(target):
+                    if isinstance(part, ast.Name):
+                        values.setdefault(part.id, []).append(Value(found, part.id, node.value))
+    return found
+
+
+def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, node.module] if node.module else parts)
+
+
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module or class, those in its branches among them."""
+    for node in body:
+        yield node
+        if isinstance(node, (ast.If, ast.Try, ast.With)):
+            for part in ("body", "orelse", "finalbody"):
+                yield from _statements(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _statements(handler.body)

@@ -1,0 +1,120 @@
+"""What functions of a library can reach: a walk over the graph of references that their source states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from runtime.language.library import Class, Function, bases, methods
+from runtime.language.references import Summary, stored_values, summary
+from runtime.language.reviewed import SETTLED, is_computing, is_free, is_known, is_method_elsewhere
+
+_CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__call__")
+
+
+class Reach:
+    """Everything that functions reach when the objects at hand are instances of certain classes.
+
+    Which class's method `value.name(...)` calls is not inferred: all that these classes, and those which are made on
+    the way, define under that name are reached. What none of them defines must be known to be harmless.
+
+    Args:
+        classes: of the objects that exist from the beginning.
+    """
+
+    def __init__(self, classes: Iterable[Class]) -> None:
+        self.functions: dict[str, Function] = {}
+        self._problems: dict[str, None] = {}
+        self._classes: dict[str, Class] = {}
+        self._methods: dict[str, dict[str, Function]] = {}
+        self._stored: dict[str, list[Summary]] = {}
+        self._origins: dict[str, str] = {}  # of names that are used of values, by where that was first
+        self._called: dict[str, None] = {}
+        self._pending: list[Function] = []
+        for cls in classes:
+            self._add(cls)
+
+    def follow(self, functions: Iterable[Function]) -> Reach:
+        """Walk on from these functions."""
+        for function in functions:
+            self._reach(function, function.path)
+        while self._pending:
+            function = self._pending.pop()
+            found = summary(function)
+            settled = [name for name in found.stored if SETTLED.fullmatch(name)]
+            if settled and not function.qualified.endswith("__init__"):
+                self._problem(function.path, f"sets {settled[0]}")
+            self._take(found, function.path)
+        return self
+
+    @property
+    def problems(self) -> list[str]:
+        """What is reached and not known to be harmless, one sentence each."""
+        found = list(self._problems)
+        for name, origin in self._origins.items():
+            is_defined = name in self._methods or name in self._stored or is_free(name)
+            if not is_defined and name in self._called:
+                found.append(f"{origin} calls {name} of something unknown")
+            elif not is_defined and not name.startswith("__") and is_method_elsewhere(name):
+                found.append(f"{origin} reads the method {name}")
+        return found
+
+    def _problem(self, origin: str, what: str) -> None:
+        self._problems[f"{origin} {what}"] = None
+
+    def _take(self, found: Summary, origin: str) -> None:
+        for problem in found.problems:
+            self._problem(origin, problem)
+        for inner in found.functions.values():
+            self._reach(inner, origin)
+        for cls in found.classes.values():
+            self._make(cls, origin)
+        self._called.update(found.called)
+        for name in (*found.called, *found.read):
+            self._name(name, origin)
+
+    def _reach(self, function: Function, origin: str) -> None:
+        if function.path in self.functions or is_known(function.path) or is_known(function.path.rpartition(".")[0]):
+            return
+        if not is_computing(function.source.name):
+            self._problem(origin, f"reaches {function.path}")
+            return
+        self.functions[function.path] = function
+        self._pending.append(function)
+
+    def _make(self, cls: Class, origin: str) -> None:
+        """A class is named: objects of it may be made."""
+        self._add(cls)
+        for one in bases(cls):
+            own = methods(one)
+            for name in _CONSTRUCTORS:
+                if name in own:
+                    self._reach(own[name], origin)
+
+    def _name(self, name: str, origin: str) -> None:
+        if name in self._origins:
+            return
+        self._origins[name] = origin
+        for function in self._methods.get(name, {}).values():
+            self._method(function, origin)
+        for found in self._stored.get(name, ()):
+            self._take(found, origin)
+
+    def _method(self, function: Function, origin: str) -> None:
+        """Of `to`, `float` and their kin, which tensors have, those of the library's base classes are not meant."""
+        name = function.qualified.rpartition(".")[2]
+        if not is_free(name) or function.source.name.startswith("transformers.models."):
+            self._reach(function, origin)
+
+    def _add(self, cls: Class) -> None:
+        for one in bases(cls):
+            if one.path in self._classes:
+                continue
+            self._classes[one.path] = one
+            for name, function in methods(one).items():
+                self._methods.setdefault(name, {})[function.path] = function
+                if name in self._origins:
+                    self._method(function, self._origins[name])
+                for stored, found in stored_values(function):
+                    self._stored.setdefault(stored, []).append(found)
+                    if stored in self._origins:
+                        self._take(found, function.path)

@@ -1,0 +1,1 @@
+"""Build a model's module tree without its weights."""

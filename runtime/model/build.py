@@ -1,0 +1,114 @@
+"""The module tree of an artifact's model, without weights."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import ArtifactError, ModelError
+from runtime.host.offline import offline
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.artifact.manifest import Manifest
+    from runtime.artifact.parts import ArtifactParts
+
+
+def build_skeleton(artifact: ArtifactParts, dtype: torch.dtype | None) -> nn.Module:
+    """Build the model with parameters on the meta device; buffers that are computed, not loaded, are real.
+
+    Args:
+        artifact: names the class, and brings config.json.
+        dtype: of floating point parameters, None for the manifest's.
+
+    Raises:
+        ModelError: when the class does not exist on this host, or cannot be built from the config.
+    """
+    import torch
+
+    from runtime.model.config import artifact_config
+    from runtime.model.weightless import calculate_buffers, from_config, without_weights
+
+    entry, path = artifact.manifest.model, artifact.path
+    if artifact.manifest.is_portable:
+        from runtime.model.tree import build_tree
+
+        return build_tree(artifact, dtype if dtype is not None else getattr(torch, entry.dtype))
+    cls = model_class(artifact)
+    config = artifact_config(artifact)
+    dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
+    try:
+        with without_weights(), offline():
+            model: nn.Module = from_config(cls, config, dtype=dtype, attention=entry.attn_implementation)
+            calculate_buffers(model)
+    except Exception as error:
+        raise ModelError(f"{entry.class_name} cannot be built from {path / 'config.json'}: {error}") from error
+    _require_shapes(model, artifact.manifest)
+    _apply_dtypes(model, artifact.manifest, dtype)
+    if artifact.code is not None:
+        model.__dict__["_own_code"] = artifact.code  # its functions may import more of it when they are called
+    return model.eval()
+
+
+def model_class(artifact: ArtifactParts) -> Any:
+    """The class of the artifact's model.
+
+    Raises:
+        ArtifactError: when it names a class that is no model, or that is not part of transformers or its own code.
+        ModelError: when the class does not exist on this host.
+    """
+    from transformers import PreTrainedModel
+
+    artifact.require_consent()
+    module_name, class_name = artifact.manifest.model.module, artifact.manifest.model.class_name
+    code = artifact.code
+    if code is not None and module_name in code.modules:
+        return code.find(module_name, class_name, PreTrainedModel)
+    if module_name.split(".")[0] != "transformers":
+        raise ArtifactError(f"the model's class is {module_name}.{class_name}, which is not part of transformers")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"the installed transformers has no {module_name}.{class_name}",
+            hint="install the version that the artifact was compiled with",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ArtifactError(f"{module_name}.{class_name} is not a model class")
+    return cls
+
+
+def _require_shapes(model: nn.Module, manifest: Manifest) -> None:
+    """Whatever works with a weight's shape takes it from the manifest, and the modules follow from the config.
+
+    Raises:
+        ArtifactError: where the two differ.
+    """
+    found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, entry in manifest.parameters.items():
+        if name not in found:
+            raise ArtifactError(
+                f"the manifest lists {name!r}, and the model that config.json describes has no such tensor"
+            )
+        shape = tuple(found[name].shape)
+        if shape != tuple(entry.shape):
+            raise ArtifactError(
+                f"the manifest states the shape {list(entry.shape)} for {name}, and config.json makes it {list(shape)}",
+                hint="compile the model again",
+            )
+
+
+def _apply_dtypes(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
+    """Give parameters that keep a dtype of their own (float32 routers, for instance) that dtype."""
+    import torch
+    from torch import nn
+
+    for name, parameter in model.named_parameters():
+        entry = manifest.parameters.get(name)
+        wanted = dtype if entry is None or entry.dtype == "model" else getattr(torch, entry.dtype)
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(parameter.to(wanted), requires_grad=False)

@@ -1,0 +1,126 @@
+"""A mixture's experts that calculate all at once: each gets all tokens, those that are not for it as zeros.
+
+Llama 4 multiplies a token by its expert's score before the expert sees it, and by zero for all others. Its code is one
+product of stacks with stacks, and so is the program of this leaf. With experts apart the stack is joined for the time
+of that product, so that the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from runtime.language.program import Run
+from runtime.model.experts import Mixture, after_hooks, storage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.language.program import Program
+
+# Products of stacks: the states of all experts [E, T, I], and their matrices [E, I, O].
+STACKED_PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.matmul.default)
+
+
+class DenseExperts(Mixture):
+    """Experts that are handed all tokens, one expert's after the other's: [E * T, H].
+
+    While `sees_all`, hooks of an expert's modules see, for each token, the sum of what experts are handed of it: where
+    one expert is chosen, what that expert gets.
+    """
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Send all tokens through all experts.
+
+        Args:
+            args: hidden states [E * T, H].
+            kwargs: the same by the name that the model's code has for them.
+
+        Returns:
+            What each expert makes of each token, [E * T, H].
+        """
+        (hidden,) = (*args, *kwargs.values())
+        modules = {expert: self.watched(expert) for expert in range(self.num_experts)} if self.stacks else {}
+        if not any(modules.values()):
+            return self._calculated(hidden)
+        hidden_ETH = hidden.view(self.num_experts, -1, hidden.shape[-1])
+        if self.sees_all:
+            sum_TH = hidden_ETH.sum(0)
+            with _Hooked(self, modules, [None] * self.num_experts, sum_TH):
+                self._calculated(sum_TH.repeat(self.num_experts, 1))
+            return self._calculated(hidden)
+        with _Hooked(self, modules, [_sent(own_TH) for own_TH in hidden_ETH], None):
+            return self._calculated(hidden)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter; one that is apart is put together."""
+        if target not in self.stacks:
+            return super().get_parameter(target)
+        joined: Any = torch.stack([self.own(target, expert) for expert in range(self.num_experts)])
+        self.__dict__.setdefault("joined", {})[storage(joined)] = target
+        return joined  # type: ignore[no-any-return]
+
+    def _calculated(self, hidden: torch.Tensor) -> torch.Tensor:
+        program: Program | Any = self.program
+        run = Run(device=hidden.device, dtype=hidden.dtype)
+        try:
+            output: torch.Tensor = program(self, hidden, run=run)["output"]
+        finally:
+            self.__dict__.pop("joined", None)
+        return output
+
+
+def _sent(hidden_TH: torch.Tensor) -> torch.Tensor | None:
+    """Indices of the tokens that are for an expert; None for all, where there are no values to look at."""
+    return None if hidden_TH.is_meta else hidden_TH.any(dim=-1).nonzero().flatten()
+
+
+class _Hooked(TorchFunctionMode):
+    """Run forward pre-hooks of experts' modules for products with their stacks.
+
+    Args:
+        experts: whose program runs.
+        modules: for each expert, by the name of a stack, the modules whose hooks are run.
+        tokens: for each expert which of the batch's tokens are its own; None for all.
+        shared: what all experts' first matrices are multiplied with, if that is one tensor.
+    """
+
+    def __init__(
+        self,
+        experts: DenseExperts,
+        modules: dict[int, dict[str, list[nn.Module]]],
+        tokens: Sequence[torch.Tensor | None],
+        shared: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.modules = modules
+        self.tokens = tokens
+        self.shared = shared
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = None
+        if func in STACKED_PRODUCTS:
+            name = self.experts.__dict__.get("joined", {}).get(storage(args[1]))
+        if name is not None:
+            args = (self._after_hooks(name, args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _after_hooks(self, name: str, states_ETI: torch.Tensor) -> torch.Tensor:
+        changed_ETI = states_ETI
+        is_first = name == self.experts.stacked[0]
+        for expert, stacks in self.modules.items():
+            tokens = self.tokens[expert]
+            states = states_ETI[expert] if tokens is None else states_ETI[expert, tokens]
+            if is_first and self.shared is not None:
+                states = self.shared
+            changed = after_hooks(stacks.get(name, ()), states, tokens)
+            if changed is not states:
+                changed_ETI = changed_ETI.clone() if changed_ETI is states_ETI else changed_ETI
+                changed_ETI[expert, slice(None) if tokens is None else tokens] = changed
+        return changed_ETI

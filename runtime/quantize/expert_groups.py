@@ -1,0 +1,151 @@
+"""Measure a mixture's experts: on all tokens or on their own, and as many at a time as memory allows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.algorithms.hessian import hessian_bytes
+from runtime.errors import DataError
+from runtime.formats.compressed import input_parts
+from runtime.formats.key_values import of_model
+from runtime.model.experts import Mixture, all_tokens_seen, input_place, input_positions
+from runtime.quantize.seen_inputs import require_finite_inputs, require_inputs, unreached
+from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
+from runtime.recipe.recipe import some
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runtime.recipe.recipe import Assignment
+    from runtime.streaming.work import Work
+
+ALL_TOKENS = "all_tokens"  # a recipe's `fallback` that measures an expert on all tokens when it saw too few
+
+
+def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
+    """The experts' modules of a step in groups that are measured, rounded and forgotten one after the other.
+
+    Experts do not see each other, so it makes no difference to any of them which come first. All modules of one expert
+    are in one group, for they do see each other.
+
+    Args:
+        work: has the module tree and the bound on the bytes of Gram matrices.
+        needs: what is to be measured; modules that are no expert's, or need nothing, are left out.
+    """
+    groups: list[list[str]] = []
+    taken = 0
+    for names, num_bytes in _by_expert(work, needs):
+        if not groups or (work.statistics_bytes is not None and taken + num_bytes > work.statistics_bytes):
+            groups.append([])
+            taken = 0
+        groups[-1] += names
+        taken += num_bytes
+    return groups
+
+
+def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[str], int]]:
+    """Each expert's modules, and the bytes of the Gram matrices that they add."""
+    for name, module in work.model.named_modules():
+        if not isinstance(module, Mixture) or not module.stacks:
+            continue
+        positions = input_positions(module.stacks)
+        for expert in range(module.num_experts):
+            found: dict[str, None] = {}
+            counted: dict[int, None] = {}
+            num_bytes = 0
+            for own, stack in module.stacks.items():
+                position = positions[own]
+                owners = [f"{name}.{owner}" for owner in stack.modules(expert)]
+                wanted = [owner for owner in owners if needs.get(owner) and owner not in found]
+                found.update(dict.fromkeys(wanted))
+                is_first = input_place(position, expert, all_tokens=work.all_tokens) == expert
+                if is_first and position not in counted and any(needs[owner].hessian for owner in wanted):
+                    counted[position] = None
+                    width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
+                    num_bytes += hessian_bytes(width)
+            if found:
+                yield list(found), num_bytes
+
+
+def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignment]) -> dict[str, InputStatistics]:
+    """The statistics of modules, experts' among them.
+
+    Raises:
+        DataError: when a module saw no token or fewer than the recipe's `min_tokens`, and no `fallback` helps.
+        QuantizationError: when inputs are not finite.
+    """
+    statistics = _measured(work, needs, all_tokens=work.all_tokens)
+    starved = _starved(needs, jobs, statistics)
+    again = [name for name in starved if _fallback(jobs[name]) == ALL_TOKENS]
+    if again and not work.all_tokens:
+        work.warnings.append(f"warning: {some(again)} saw too few tokens of their own and are measured on all")
+        statistics.update(_measured(work, {name: needs[name] for name in again}, all_tokens=True))
+        starved = _starved(needs, jobs, statistics)
+    for name, count in starved.items():
+        if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
+            raise DataError(
+                f"{name} saw {count} tokens, and the recipe asks for {jobs[name].min_tokens} (min_tokens)",
+                hint="calibrate with more data, ignore the module, or set fallback: rtn",
+                is_resumable=True,
+            )
+    require_inputs(unreached(needs, statistics), jobs)
+    require_finite_inputs(statistics, work.source.dtype)
+    for name in starved:
+        statistics.pop(name, None)  # it is rounded to nearest then, which is said in the summary
+    return statistics
+
+
+def measured_on_all(work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
+    """The statistics of modules of experts on all tokens, whoever is sent them."""
+    return _measured(work, needs, all_tokens=True)
+
+
+def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+    modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
+    with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
+        return collect_statistics(
+            modules, needs, work.run_batches, work.device, work.masks, may_stop=_may_stop(work, needs)
+        )
+
+
+def _may_stop(work: Work, names: Iterable[str]) -> bool:
+    """Whether a batch may end with the last measured module.
+
+    Code without loops that calls these modules itself calls them in one order whatever the batch. Others, such as
+    experts, are called as their owners see fit. Keys and values are measured by others than the modules' hooks.
+    """
+    subgraph, key_values = work.step.subgraph, of_model(work.model)
+    has_loops = any(line.lstrip().startswith("for ") for line in subgraph.source.splitlines())
+    is_measuring = key_values is not None and key_values.is_measuring
+    return work.forgets and not has_loops and not is_measuring and set(names) <= set(subgraph.entry.submodules)
+
+
+def _starved(
+    needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
+) -> dict[str, int]:
+    """Modules that saw fewer tokens than they must, and how many those were. An expert that is to be measured again
+    when it saw too few must have seen one at least.
+    """
+    seen = {name: statistics[name].num_tokens if name in statistics else 0 for name in needs if name in jobs}
+    least = {name: max(jobs[name].min_tokens, int(_fallback(jobs[name]) == ALL_TOKENS)) for name in seen}
+    return {name: count for name, count in seen.items() if count < least[name]}
+
+
+def measured_again(name: str, jobs: Mapping[str, Assignment]) -> bool:
+    """Whether an expert is measured on all tokens if it saw too few."""
+    return name in jobs and _fallback(jobs[name]) == ALL_TOKENS
+
+
+def _fallback(job: Assignment) -> str | None:
+    return job.options.fallback if job.options is not None else None
+
+
+def few_tokens(needs: Mapping[str, Needs], statistics: Mapping[str, InputStatistics]) -> Sequence[str]:
+    """Modules whose Gram matrix cannot have full rank, for they saw fewer tokens than they have inputs."""
+    return [
+        name
+        for name, need in needs.items()
+        if need.hessian and name in statistics and statistics[name].num_tokens < statistics[name].num_in_features
+    ]

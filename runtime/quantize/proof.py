@@ -1,0 +1,68 @@
+"""Check a rescaling that a recipe names: the subgraph must compute the same before and after."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from runtime.errors import RecipeError
+from runtime.weights.parameters import assign
+
+if TYPE_CHECKING:
+    from runtime.quantize.smoothing import Rescaled
+    from runtime.streaming.work import Work
+
+TOLERANCE = 0.05  # of the largest number; what is wrong is off by as much as the factors are
+
+
+def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: str) -> None:
+    """Run the first batch through the subgraph with both sets of parameters.
+
+    Args:
+        work: the step.
+        before: parameters that differ from the checkpoint's.
+        after: the same after the rescaling.
+        where: the mapping, for the message.
+
+    Raises:
+        RecipeError: when the results differ by more than rounding explains.
+    """
+    one, two = _outputs(work, before), _outputs(work, after)
+    for first, second in zip(one, two, strict=True):
+        size = float(first.abs().max()) if first.numel() else 0.0
+        if size and float((first - second).abs().max()) > TOLERANCE * size:
+            raise RecipeError(
+                f"{where} changes what the model computes",
+                hint="smooth_layer must make what balance_layers read, and nothing else may read it",
+            )
+
+
+def _outputs(work: Work, changed: Rescaled) -> list[torch.Tensor]:
+    with assigned(work, changed, changed.changed()):
+        outputs: Any = work.run_first()
+    return [
+        tensor.detach().float()
+        for tensor in pytree.tree_leaves(outputs)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    ]
+
+
+@contextlib.contextmanager
+def assigned(work: Work, changed: Rescaled, names: Iterable[str]) -> Iterator[None]:
+    """Let the model compute with rescaled parameters while the block runs."""
+    kept = {}
+    try:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parameter = work.model.get_submodule(owner).get_parameter(leaf)
+            values = changed.rounded(name, parameter.dtype)  # made of the parameter as it was
+            kept[name] = parameter
+            assign(work.model, name, values)
+        yield
+    finally:
+        for name, parameter in kept.items():
+            assign(work.model, name, parameter.detach())

@@ -1,0 +1,314 @@
+"""A recipe as a modifier of a run: on each subgraph measure once, rescale as asked, round.
+
+Rescaling inputs by known factors changes their statistics by known factors. So whatever a recipe composes, SmoothQuant
+then GPTQ or AWQ then GPTQ, the batches pass through a subgraph once to be measured, not once for each modifier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.errors import DataError, QuantizationError, RecipeError
+from runtime.experts.split import siblings_of
+from runtime.formats.compressed import input_parts, static_input_parts
+from runtime.formats.presets import averaging_of
+from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measured_again, measured_on_all
+from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.proof import assigned
+from runtime.quantize.rescaling import StepRescaler
+from runtime.quantize.rounding import Rounded, round_modules, with_inputs
+from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
+from runtime.quantize.siblings import JOINED, siblings_by_name
+from runtime.quantize.smoothing import Rescaled
+from runtime.quantize.statistics import InputStatistics, Needs
+from runtime.recipe.recipe import some
+
+if TYPE_CHECKING:
+    from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
+    from runtime.chain import Artifact
+    from runtime.quantize.mappings import Rescaling
+    from runtime.recipe.recipe import Assignment, Recipe
+    from runtime.recipe.transforms import Transform
+    from runtime.streaming.work import Work
+    from runtime.weights.parameters import Weights
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class RecipeModifier:
+    """What a recipe says, for the modules of any step.
+
+    Args:
+        artifact: the compiled model.
+        source: the checkpoint.
+        recipe: in order: modifiers that rescale, then those that round.
+        jobs: what is done to each module.
+
+    Attributes:
+        needs: what of it is measured and rescaled.
+        remarks: what a user should know before it begins, a line each.
+
+    Raises:
+        RecipeError: when a modifier finds nothing to do.
+    """
+
+    def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
+        self.jobs = jobs
+        self.recipe = recipe
+        self.source = source
+        self.needs = RecipeNeeds(artifact, source, recipe, jobs)
+        self.key_values = self.needs.key_values
+        self.remarks = list(self.needs.remarks)
+        self.siblings = siblings_of(artifact)
+        joined = [name for name, job in jobs.items() if job.scheme.weights.strategy == "tensor_group"]
+        named = siblings_by_name(name for name in joined if name not in self.siblings)
+        self.siblings |= named
+        if named:
+            self.remarks.append(
+                f"warning: this artifact does not say which modules read one tensor with {some(list(named))}, so those "
+                f"that engines join by their names ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's "
+                "global scale"
+            )
+
+    def measures(self, names: Sequence[str]) -> bool:
+        """Hessians, sizes of channels, ranges of inputs, keys and values."""
+        return self.needs.measures(names)
+
+    def measures_cache(self, entry: SubgraphEntry) -> bool:
+        """Whether a subgraph keeps keys and values, whatever is quantized in it."""
+        return self.needs.measures_cache(entry)
+
+    def adds(self, entry: SubgraphEntry) -> Sequence[Stored]:
+        """The scales of keys and values, in float32 where a checkpoint's own dtype is none for them."""
+        found = []
+        for module in self.needs.attentions(entry):
+            assert self.key_values is not None, "there are attentions"
+            prefix, dtype = self.source.checkpoint_prefix(module), self._cache_dtype(entry, module)
+            for part in self.key_values.parts:
+                shape = self.key_values.scale_shape(module, part)
+                found.append(Stored(f"{prefix}.{part}_scale", dtype_name(dtype), shape))
+        return found
+
+    def _cache_dtype(self, entry: SubgraphEntry, module: str) -> torch.dtype:
+        """The dtype of a module's first parameter in the checkpoint, which its scales get, too."""
+        inside = (name for name in entry.parameters if name.startswith(f"{module}."))
+        keys = (key for name in inside for key in self.source.origins[name].keys[:1])
+        dtypes = (DTYPES[self.source.checkpoint.stored(key).dtype] for key in keys)
+        return next((dtype for dtype in dtypes if dtype in _SCALE_DTYPES), torch.float32)
+
+    def rewrites(self, names: Sequence[str]) -> Sequence[str]:
+        """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
+        found: dict[str, None] = {}
+        for _, rescaling in self.needs.rescaled(names):
+            found.update(dict.fromkeys(_touched(rescaling.group)))
+        return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
+
+    def apply(self, work: Work) -> None:
+        """Measure, rescale, round; experts first, in groups that fit into memory.
+
+        The last experts come first: nothing that is measured later is computed from what they return.
+        """
+        names, all_tokens = work.step.modules, work.all_tokens
+        needs = {name: need for name, need in self.needs.of(names, all_tokens=all_tokens).items() if need}
+        groups = expert_groups(work, needs)[::-1]
+        grouped = dict.fromkeys(name for group in groups for name in group)
+        others = {name: need for name, need in needs.items() if name not in grouped}
+        if groups and all_tokens:  # one expert stands for all of its mixture
+            others |= {name: need for name, need in self.needs.witnesses(names).items() if name not in groups[0]}
+        rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
+        rescaler = StepRescaler(work, rescaled, self.recipe.source)
+        inside, outside = self._rescalings(names)
+        attentions = self.needs.attentions(work.step.subgraph.entry)
+        statistics: dict[str, InputStatistics] = {}
+        for index, group in enumerate(groups or [[]]):
+            wanted = others if index == 0 else {}  # what else there is is measured before any weight is rounded
+            own = {name: needs[name] for name in group}
+            later = [name for name in grouped if name not in own] if index == 0 else []
+            # Experts that no token reaches are to end the run before others are solved.
+            with reached_modules(work.model, later) as reached:
+                measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
+            missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
+            require_inputs(missed, self.jobs)
+            if index == 0:
+                rescaler.rescale(outside, measured, self._witnesses(work))
+                self._measure_cache_again(work, rescaled, [rescaling.group for _, rescaling in outside], attentions)
+                found = {name: measured.pop(name) for name in wanted if name in measured}
+                statistics = {name: entry for name, entry in found.items() if name in self.jobs and name not in grouped}
+                del found  # the others were rescaled alone
+            else:
+                rescaler.adjust(measured)
+            for expert in dict.fromkeys(self.needs.experts[name] for name in group):
+                rescaler.rescale(inside.get(expert, ()), measured, {})
+            self._round(work, group, rescaled, measured, others=list(statistics.values()))
+        rescaler.say_what_was_left()
+        self._add_key_value_scales(work, attentions)
+        self._rewrite(work, rescaled)
+        left = [name for name in names if name not in grouped]
+        used = {name: statistics[name] for name in left if name in statistics}
+        del statistics  # of modules that are rescaled and not rounded
+        self._round(work, left, rescaled, used)
+
+    def _rescalings(
+        self, names: Sequence[str]
+    ) -> tuple[dict[tuple[str, int], list[tuple[Transform, Rescaling]]], list[tuple[Transform, Rescaling]]]:
+        """A step's rescalings inside of single experts, by the expert, and the others."""
+        inside: dict[tuple[str, int], list[tuple[Transform, Rescaling]]] = {}
+        outside = []
+        for transform, rescaling in self.needs.rescaled(names):
+            if self.needs.is_inside(rescaling):
+                inside.setdefault(self.needs.experts[rescaling.group.modules[0]], []).append((transform, rescaling))
+            else:
+                outside.append((transform, rescaling))
+        return inside, outside
+
+    def _witnesses(self, work: Work) -> dict[str, InputStatistics]:
+        """What all tokens are for modules of experts that are measured on their own."""
+        needs = {} if work.all_tokens else self.needs.witnesses(work.step.modules)
+        return measured_on_all(work, needs) if needs else {}
+
+    def _rewrite(self, work: Work, rescaled: Rescaled) -> None:
+        """Write what has been rescaled and is not rounded."""
+        for name in rescaled.changed():
+            if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
+                work.rewrite(name, rescaled.rounded(name, _parameter(work, name).dtype))
+                rescaled.forget(name)
+
+    def _measure_cache_again(
+        self, work: Work, rescaled: Rescaled, groups: Sequence[ScaleGroup], attentions: Sequence[str]
+    ) -> None:
+        """Measure keys and values once more where what makes them has been divided, as the values of AWQ are."""
+        inside = tuple(f"{module}." for module in attentions)
+        if not any(group.producer.startswith(inside) for group in groups):
+            return
+        changed = dict.fromkeys(rescaled.changed())
+        touching = [names for names in map(_touched, groups) if any(name.startswith(inside) for name in names)]
+        assert self.key_values is not None, "there are attentions"
+        with assigned(work, rescaled, dict.fromkeys(name for names in touching for name in names if name in changed)):
+            self._measured(work, {}, attentions)
+
+    def _measured(
+        self, work: Work, needs: Mapping[str, Needs], attentions: Sequence[str] = ()
+    ) -> dict[str, InputStatistics]:
+        if not needs and not attentions:
+            return {}
+        with self._measuring(work, attentions):
+            statistics = measure(work, needs, self.jobs)
+        blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
+        if blind:
+            work.warnings.append(f"warning: no token reached {some(blind)}: rounded to nearest, ranges not searched")
+        dead = only_zeros(statistics)
+        if dead:
+            work.warnings.append(
+                f"warning: {some(dead)} saw nothing but zeros, so every rounding loses the same: rounded to nearest"
+            )
+        few = few_tokens(needs, statistics)
+        if few:
+            fewest = min(statistics[name].num_tokens for name in few)
+            work.warnings.append(
+                f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
+            )
+        return statistics
+
+    @contextlib.contextmanager
+    def _measuring(self, work: Work, attentions: Sequence[str]) -> Iterator[None]:
+        """Keys and values are measured, too, if there are some: in each pass from the beginning."""
+        if self.key_values is None or not attentions:
+            yield
+            return
+        key_values, run_batches = self.key_values, work.run_batches
+
+        def from_the_beginning(*before: Any) -> None:
+            key_values.forget(attentions)
+            run_batches(*before)
+
+        key_values.is_measuring, work.run_batches = True, from_the_beginning
+        try:
+            yield
+        finally:
+            key_values.is_measuring, work.run_batches = False, run_batches
+
+    def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
+        for module in attentions:
+            assert self.key_values is not None, "there are attentions"
+            entry, prefix = work.step.subgraph.entry, self.source.checkpoint_prefix(module)
+            for part in self.key_values.parts:
+                if (module, part) not in self.key_values.spans:
+                    raise DataError(f"{module} was never run, so its keys and values have no scale")
+                scale = self.key_values.scale_of(module, part, self._cache_dtype(entry, module))
+                work.add(f"{prefix}.{part}_scale", scale)
+                self.key_values.scales[module, part] = scale
+
+    def _round(
+        self,
+        work: Work,
+        names: Sequence[str],
+        rescaled: Rescaled,
+        statistics: dict[str, InputStatistics],
+        others: Collection[InputStatistics] = (),
+    ) -> None:
+        """Round modules in order; what nobody needs any more of rescaled weights and statistics is taken out."""
+
+        def weight_of(name: str) -> torch.Tensor:
+            return rescaled.get(f"{name}.weight") if f"{name}.weight" in rescaled.factors else work.weight(name)
+
+        rounding = round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings, others)
+        for rounded in rounding:
+            found = statistics.get(rounded.name)
+            if rounded.warning:
+                work.warnings.append(rounded.warning)
+            parts = self._input_parts(rounded.name, found, work.scale_dtype(rounded.name))
+            work.quantized(
+                rounded.name,
+                with_inputs(rounded.result, parts),
+                algorithm=rounded.algorithm,
+                num_tokens=found.num_tokens if found is not None else 0,
+                error=_relative_error(rounded),
+                loss=rounded.loss,
+                start=rounded.start,
+            )
+            rescaled.forget(f"{rounded.name}.weight")
+            statistics.pop(rounded.name, None)
+            del found, rounded  # or the last of them would keep its weight and its sums while the next is solved
+
+    def _input_parts(
+        self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        scheme = self.jobs[name].scheme
+        if not input_parts(scheme):
+            return {}
+        assert found is not None, f"{name} was measured, or the run has ended"
+        args = scheme.input_activations
+        try:
+            return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"the inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
+            ) from error
+
+
+def _touched(group: ScaleGroup) -> list[str]:
+    """The parameters that rescaling a group changes."""
+    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+    return [name for name in (*names, *(other.name for other in group.others)) if name]
+
+
+def _parameter(work: Work, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    module = work.model.get_submodule(owner)
+    if leaf == "weight" and owner in work.jobs:
+        return work.weight(owner).detach()
+    found = module._parameters.get(leaf)
+    if found is None:
+        raise RecipeError(f"{name} is no parameter that can be rescaled")
+    return found.detach()
+
+
+def _relative_error(rounded: Rounded) -> float:
+    """See `ModuleReport`."""
+    size, loss = rounded.size, rounded.loss
+    return float(loss / size) ** 0.5 if size > 0 and loss > 0 else 0.0

@@ -1,0 +1,188 @@
+"""What a user should know about a result before it is made: which experts are not quantized, and why; which readers do
+not load it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from runtime.artifact.manifest import MIXTURES
+from runtime.errors import RecipeError
+from runtime.experts.split import SplitArtifact
+from runtime.formats.key_values import latent_attention
+from runtime.quantize.assignments import transposed
+from runtime.quantize.fused_layers import mixed_layers
+from runtime.quantize.reader_limits import (
+    CACHE,
+    EXPERT,
+    RENAMED_EXPERT,
+    SEPARATE_EXPERT,
+    UNQUANTIZED_EXPERT,
+    reader_limits,
+)
+from runtime.recipe.recipe import some
+
+if TYPE_CHECKING:
+    from runtime.artifact.manifest import Manifest
+    from runtime.chain import Artifact
+    from runtime.recipe.recipe import Assignment, Recipe
+
+_ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear")
+
+
+def make_remarks(
+    artifact: Artifact,
+    model: nn.Module,
+    recipe: Recipe,
+    jobs: Mapping[str, Assignment],
+    unreached: Sequence[str],
+) -> Iterator[str]:
+    """A line each.
+
+    Args:
+        artifact: as the run has it, experts apart or not.
+        model: its modules.
+        recipe: says what is wanted.
+        jobs: what is done.
+        unreached: modules that the recipe targets and no subgraph uses.
+    """
+    kept = transposed(model)
+    if kept:
+        yield (
+            f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
+            "quantized weights of Linear modules alone"
+        )
+    tables = targeted_tables(model, recipe, jobs)
+    if tables:
+        yield (
+            f"warning: {some(tables)} stay as they are: targets that match Linear modules, too, do not mean embeddings"
+        )
+    packed = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name in jobs]
+    if packed:
+        yield (
+            f"warning: vLLM (0.32) loads quantized embeddings ({some(packed)}); transformers does from 5.24 on, with "
+            "CompressedTensorsConfig(dequantize=True) and where all modules have one scheme"
+        )
+    idle = recipe.idle_ignores({name: type(module) for name, module in model.named_modules()})
+    if idle:
+        yield f"no module is ignored as {some(idle)}, for none has such a name (seqbuild inspect shows names)"
+    if unreached:
+        yield f"left as they are, for the model never calls them: {some(unreached)}"
+    stacked = list(_stacked_experts(artifact))
+    left: dict[str, list[str]] = {}
+    for name in stacked:
+        if _is_wanted(recipe, name.rpartition(".")[0]):
+            left.setdefault(_why_not(artifact, name), []).append(name)
+    for reason, names in left.items():
+        yield f"warning: {len(names)} stacked weights of experts are not quantized, for {reason}: {some(names)}"
+    yield from _of_readers(artifact, model, recipe, jobs, stacked)
+
+
+def _of_readers(
+    artifact: Artifact, model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment], stacked: Sequence[str]
+) -> Iterator[str]:
+    """What readers do not load, or load wrongly."""
+    manifest, experts = artifact.manifest, _experts(artifact)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for text in mixed_layers(linears, manifest.scale_groups, experts, jobs):
+        yield f"warning: {text}"
+    others = {
+        UNQUANTIZED_EXPERT: [name for name in stacked if len(manifest.parameters[name].sources) > 1],
+        CACHE: _caching(manifest) if recipe.cache is not None else [],
+    }
+    for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, others):
+        yield f"warning: {text}"
+    latent = latent_attention(artifact.manifest) if recipe.cache is not None else []
+    if latent:
+        yield (
+            f"warning: k_scale and v_scale of {some(latent)} are those of what transformers caches, the latent and the "
+            "rotary key; vLLM (0.32) does not read them for multi-head latent attention, and caches both with a scale "
+            "of 1"
+        )
+    odd = [kind for kind in _attention_classes(artifact) if not kind.endswith("Attention")] if recipe.attention else []
+    if odd:
+        yield f"warning: vLLM knows a group for attention by a class that ends in Attention, and not {some(odd)}"
+
+
+def _caching(manifest: Manifest) -> list[str]:
+    """The attention modules that keep keys and values."""
+    found = dict.fromkeys(entry.module for entry in manifest.cached)
+    return list(found | dict.fromkeys(entry.module for entry in manifest.attentions))
+
+
+def _attention_classes(artifact: Artifact) -> Iterator[str]:
+    yield from dict.fromkeys(entry.kind for entry in artifact.manifest.cached)
+
+
+def targeted_tables(model: nn.Module, recipe: Recipe, jobs: Container[str]) -> list[str]:
+    """Embeddings that a recipe's targets match and that are not quantized: readers would take them for quantized."""
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return [name for name, module in tables if name not in jobs and recipe.means(name, type(module))]
+
+
+def _experts(artifact: Artifact) -> dict[str, list[str]]:
+    """By the name of a mixture that is taken apart, the modules of its experts."""
+    found: dict[str, list[str]] = {}
+    if isinstance(artifact, SplitArtifact):
+        for name, (owner, _, _) in artifact.inputs(all_tokens=True).items():
+            found.setdefault(owner, []).append(name)
+    return found
+
+
+def _places(artifact: Artifact, experts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Where experts' modules are, in the words of `runtime.quantize.reader_limits`."""
+    if not isinstance(artifact, SplitArtifact):
+        return {}
+    manifest, found = artifact.manifest, {}
+    for owner, names in experts.items():
+        is_stacked = manifest.leaf_kinds[manifest.leaves[owner]].kind == "Experts"
+        renamed = RENAMED_EXPERT if owner in artifact.named_anew else EXPERT
+        found.update(dict.fromkeys(names, renamed if is_stacked else SEPARATE_EXPERT))
+    return found
+
+
+def _stacked_experts(artifact: Artifact) -> Iterator[str]:
+    """Parameters with a matrix for each expert."""
+    manifest = artifact.manifest
+    used = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.parameters)
+    flat = {
+        f"{owner}.{own}"
+        for owner, kind in manifest.leaves.items()
+        for own in manifest.leaf_kinds[kind].options.get("flat", ())
+    }
+    for name in used:
+        entry = manifest.parameters[name]
+        if name in flat:
+            yield name
+            continue
+        owner = name.rpartition(".")[0]
+        kind = manifest.leaves.get(owner)
+        is_own = kind is not None and manifest.leaf_kinds[kind].kind not in MIXTURES
+        is_stack = len(entry.shape) == 3 and 1 not in entry.shape
+        if is_stack and not is_own and any(_ABOUT_EXPERTS.search(text) for text in (name, *entry.sources[:1])):
+            yield name
+
+
+def _is_wanted(recipe: Recipe, owner: str) -> bool:
+    """Whether the recipe would quantize an expert's matrix, if it were a module."""
+    try:
+        return bool(recipe.assign({f"{owner}.0.up_proj": nn.Linear}))
+    except RecipeError:
+        return False
+
+
+def _why_not(artifact: Artifact, name: str) -> str:
+    manifest = artifact.manifest
+    if any(name.startswith(f"{owner}.") for owner in manifest.leaves):
+        if len(manifest.parameters[name].sources) > 1:
+            return "the names of their tensors do not tell whose they are"
+        return "what one of them does is no product with a gate, a matrix up and one down"
+    if manifest.policy == "target" and manifest.ingredients.get("leaves") == "target":
+        return "the artifact calls the model's own modules (compile without --leaves target)"
+    if not manifest.is_portable:
+        return "the artifact calls the model's own modules, which could not be traced through"
+    return "the model's code sends tokens to them in a way of its own"

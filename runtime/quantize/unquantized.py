@@ -1,0 +1,106 @@
+"""List the modules that a quantized checkpoint declares as not quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.checkpoint.source_checks import numbered_list
+from runtime.experts.tables import checkpoint_name
+from runtime.model.experts import Mixture
+
+if TYPE_CHECKING:
+    from runtime.weights.parameters import Weights
+
+from torch import nn
+
+
+def not_quantized(
+    model: nn.Module, source: Weights, quantized: Container[str], tables: Sequence[str] = ()
+) -> list[str]:
+    """Patterns for everything that a reader could take for a quantized Linear and that is none.
+
+    Those are the Linear modules that were left as they are, and what is one or more Linear modules to readers with
+    other classes than ours: routers, and experts, whose weights are single matrices in the checkpoint and one stack
+    here; and what the checkpoint has besides the model (layers that predict several tokens, DeepSeek's for instance).
+
+    Args:
+        model: the module tree.
+        source: says which tensors make which parameter.
+        quantized: names of the modules that were quantized.
+        tables: names of the embeddings that a target matches.
+    """
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
+    found = dict.fromkeys(other for name in (*linear, *tables) for other in _names(name, source))
+    mixtures = {
+        f"{name}.{own}": f"{name}.{own.rpartition('.')[2]}"
+        for name, module in modules.items()
+        if isinstance(module, Mixture)
+        for own in module.stacked
+        if own not in module.stacks
+    }
+    lists = _lists(key for name in modules if name in quantized for key in _names(name, source))
+    for name, origin in source.origins.items():
+        owner = modules.get(name.rpartition(".")[0])
+        if origin.conversion >= 0:
+            found.update(dict.fromkeys(_stacked(origin.keys, lists)))
+        elif name.endswith(".weight") and not isinstance(owner, (nn.Linear, nn.Embedding)):
+            matrices = [key for key in origin.keys if len(source.checkpoint.shape(key)) == 2]
+            found.update(dict.fromkeys(key.removesuffix(".weight") for key in matrices))
+        if name in mixtures and len(origin.keys) == 1:
+            found["re:" + re.escape(checkpoint_name(origin.keys[0], mixtures[name])) + r"(\.|$)"] = None
+    found.update(dict.fromkeys(_left_over(source)))
+    return list(found)
+
+
+def _left_over(source: Weights) -> Iterator[str]:
+    """Modules of matrices that no parameter is made from; experts as one regular expression."""
+    used = {key for origin in source.origins.values() for key in origin.keys}
+    around = {".".join(parts[:depth]) for parts in (key.split(".") for key in used) for depth in range(len(parts))}
+    for key in source.unused:
+        if len(source.checkpoint.shape(key)) < 2:
+            continue
+        module, _, own = key.rpartition(".")
+        owner, number, _ = module.rpartition(".experts.")
+        if own == "weight" and number:
+            yield "re:" + re.escape(f"{owner}.experts") + r"\.\d+\."
+        elif own == "weight":
+            yield module
+        elif module in around:
+            yield key
+        else:  # stacked experts: to readers they are a module, or one for each of them
+            yield "re:" + re.escape(module) + r"(\.|$)"
+
+
+def _names(name: str, source: Weights) -> Iterator[str]:
+    """A module's name in the model, and in the checkpoint, where experts may have another."""
+    yield name
+    key = source.plain_key(f"{name}.weight") if f"{name}.weight" in source.origins else None
+    if key is not None:
+        yield key.removesuffix(".weight")
+
+
+def _lists(names: Iterable[str]) -> set[str]:
+    """Names of what has a numbered member among these modules or around them."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:depth]) for depth, part in enumerate(parts) if part.isdigit())
+    return found
+
+
+def _stacked(keys: tuple[str, ...], lists: Container[str]) -> Iterator[str]:
+    """The modules of several tensors: one regular expression where they are the members of a list.
+
+    Args:
+        keys: the tensors.
+        lists: those of which other members are quantized (Ernie has experts for text and for images in one).
+    """
+    owner = numbered_list(keys)
+    if owner:
+        numbers = "|".join(dict.fromkeys(key.removeprefix(f"{owner}.").partition(".")[0] for key in keys))
+        yield "re:" + re.escape(owner) + (rf"\.({numbers})\." if owner in lists else r"\.\d+\.")
+    else:
+        yield from (key.rpartition(".")[0] for key in keys)

@@ -1,0 +1,1 @@
+"""Read recipes: which modules are quantized, to which scheme, by which algorithm."""

@@ -1,0 +1,141 @@
+"""What a run tells those who watch: events, each a name and facts.
+
+begin       subgraphs, batches, tokens, modules, resumed_at, device
+load        index, label: a subgraph's weights are there
+batch       index, tokens: one batch has passed through a subgraph
+module      name, index and all of its report: it is quantized and written
+subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory; it is safely on disk
+warning     text
+end         seconds, bytes, path
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from runtime.console import human_bytes, warn
+from runtime.errors import OutputError
+from runtime.host.publish import disk_errors
+from runtime.host.regular_files import NotRegularError, open_to_append
+
+
+class Watcher(Protocol):
+    """Is told events; must not raise for names that it does not know."""
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Take an event."""
+
+
+class Watchers:
+    """Tells many, and remembers the warnings for the summary.
+
+    Args:
+        members: in the order in which they are told.
+    """
+
+    def __init__(self, members: Sequence[Watcher]) -> None:
+        self.members = members
+        self.warnings: list[str] = []
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Pass an event on."""
+        if event == "warning":
+            self.warnings.append(facts["text"])
+        for member in self.members:
+            member.tell(event, **facts)
+
+
+class Lines:
+    """One line for each subgraph and each warning: for a log, a pipe, or anything that is no terminal.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._begin: dict[str, Any] = {}
+        self._start = 0.0
+        self._done = 0
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Take an event."""
+        if event == "begin":
+            self._begin, self._start = facts, time.perf_counter()
+            if facts["resumed_at"]:
+                self.say(f"going on after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
+        elif event == "warning":
+            self.say(facts["text"])
+        elif event == "subgraph":
+            self._done += facts["tokens"]
+            parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+            if facts["tokens"]:
+                rate = facts["tokens"] / max(facts["seconds"], 1e-9)
+                parts += [
+                    f"{self._begin['batches']} batches",
+                    f"{rate:,.0f} tokens/s",
+                    f"{self._seconds_left():.0f} s left",
+                ]
+            parts.append(human_bytes(facts["peak_host_bytes"]))
+            if facts["peak_device_bytes"]:
+                parts.append(f"{human_bytes(facts['peak_device_bytes'])} on the device")
+            self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
+
+    def _seconds_left(self) -> float:
+        """What is left takes as long for each token as what is done."""
+        elapsed = time.perf_counter() - self._start
+        total: int = self._begin["total_tokens"]
+        return elapsed * max(total - self._done, 0) / self._done
+
+
+class EventLog:
+    """Every event but `batch` and `load` as a line of JSON, with the time in seconds since 1970.
+
+    A disk that takes no more events ends the log, with a warning, and not the run.
+
+    Args:
+        path: of the file; a resumed run goes on with it.
+
+    Raises:
+        OutputError: when it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with disk_errors(path):
+                self._file: TextIO | None = open_to_append(path)
+        except NotRegularError as error:
+            raise OutputError(f"the log {path} cannot be written: {error.strerror}") from error
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Take an event."""
+        if event in ("batch", "load") or self._file is None:
+            return
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warn(f"{self._path} takes no more events ({error.strerror}): the run goes on without them")
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is left in the buffer was told already
+                self._file.close()
+            self._file = None
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()

@@ -1,0 +1,200 @@
+"""What lies in a directory of artifacts: whole ones, records, and what killed or damaged compilations have left."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from runtime.artifact.check import read_manifest
+from runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from runtime.errors import ArtifactError, OutputError
+from runtime.host.publish import DAMAGED, PARTIAL, disk_errors
+from seqbuild.cache.recall import RECORD_SUFFIX, Record, read_record
+
+_NAME = re.compile(r".+-[0-9a-f]{12}\Z")
+_LEFT = re.compile(rf"\.(.+-[0-9a-f]{{12}})\.[^.]+({re.escape(PARTIAL)}|{re.escape(DAMAGED)})\Z")
+_LEFT_RECORD = re.compile(rf"\.\..+{re.escape(RECORD_SUFFIX)}\.[^.]+{re.escape(PARTIAL)}\Z")
+_LOCK = re.compile(r"\.(.+-[0-9a-f]{12})\.lock\Z")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """An artifact in its place.
+
+    Attributes:
+        path: its directory.
+        manifest: its table of contents; None when that is damaged.
+        damage: what is wrong with it then.
+        num_bytes: of all its files.
+        used: when it was last compiled or found, in seconds since 1970.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    damage: str
+    num_bytes: int
+    used: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pruned:
+    """Something that was taken away: its path, why, and its size."""
+
+    path: Path
+    why: str
+    num_bytes: int
+
+
+def entries(out: Path) -> list[Entry]:
+    """The artifacts under `out`, by name. Only their manifests are looked at.
+
+    Raises:
+        OutputError: when there is no such directory.
+    """
+    records = _records(out)
+    found = []
+    for path in _listed(out):
+        if path.is_symlink() or not path.is_dir() or not _NAME.match(path.name) or path.name.startswith("."):
+            continue
+        if not (path / MANIFEST_NAME).exists():
+            continue
+        manifest, damage = None, ""
+        try:
+            manifest = read_manifest(path)
+        except ArtifactError as error:
+            damage = error.message
+        mine = [
+            record for record, read in records.items() if manifest is not None and read.input_key == manifest.input_key
+        ]
+        used = max([path.stat().st_mtime, *(record.stat().st_mtime for record in mine)])
+        found.append(Entry(path=path, manifest=manifest, damage=damage, num_bytes=_num_bytes(path), used=used))
+    return found
+
+
+def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Entry, list[str]] | None:
+    """The entry that differs in the fewest ingredients, and their names; the first by name where there are several."""
+    best: tuple[Entry, list[str]] | None = None
+    for entry in known:
+        if entry.manifest is None:
+            continue
+        theirs = entry.manifest.ingredients
+        differing = [
+            name for name in dict.fromkeys((*ingredients, *theirs)) if ingredients.get(name) != theirs.get(name)
+        ]
+        if best is None or len(differing) < len(best[1]):
+            best = entry, differing
+    return best
+
+
+def prune(
+    out: Path, *, older_than_s: float | None = None, max_bytes: int | None = None, everything: bool = False
+) -> Iterator[Pruned]:
+    """Take away what killed compilations have left, and artifacts as asked; nothing that a compilation works at.
+
+    Args:
+        out: the directory.
+        older_than_s: artifacts that nobody has compiled or found for so long, in seconds.
+        max_bytes: those that were found the longest ago, until the others are no larger.
+        everything: all artifacts.
+
+    Raises:
+        OutputError: when something cannot be removed.
+    """
+    known = sorted(entries(out), key=lambda entry: (-entry.used, entry.path.name))
+    kept, now = 0, time.time()
+    for entry in known:
+        why = "all were asked for" if everything else ""
+        if not why and older_than_s is not None and now - entry.used > older_than_s:
+            why = f"not used for {(now - entry.used) / 86400:.1f} days"
+        if not why and max_bytes is not None and kept + entry.num_bytes > max_bytes:
+            why = "beyond the size that was asked for"
+        if not why:
+            kept += entry.num_bytes
+            continue
+        with _idle(out, entry.path.name) as is_idle:
+            if is_idle:
+                _remove(entry.path)
+                yield Pruned(path=entry.path, why=why, num_bytes=entry.num_bytes)
+    yield from _sweep(out)
+
+
+def _sweep(out: Path) -> Iterator[Pruned]:
+    """What killed compilations have left, and records and locks of artifacts that are gone."""
+    for path in _listed(out):
+        match = _LEFT.match(path.name)
+        if match is not None and path.is_dir() and not path.is_symlink():
+            with _idle(out, match[1]) as is_idle:
+                if is_idle:
+                    num_bytes = _num_bytes(path)
+                    _remove(path)
+                    why = "it was damaged" if match[2] == DAMAGED else "a compilation was killed"
+                    yield Pruned(path=path, why=why, num_bytes=num_bytes)
+        elif _LEFT_RECORD.match(path.name) and path.is_file():
+            # Whoever is writing it at this moment goes without a record, and is no worse off otherwise.
+            num_bytes = path.lstat().st_size
+            _remove(path)
+            yield Pruned(path=path, why="a compilation was killed", num_bytes=num_bytes)
+    for path in _listed(out):
+        if path.name.endswith(RECORD_SUFFIX) and read_record(path) is None:
+            _remove(path)
+    keys = {entry.manifest.input_key for entry in entries(out) if entry.manifest is not None}
+    for path, record in _records(out).items():
+        if record.input_key not in keys:
+            _remove(path)
+    for path in _listed(out):
+        match = _LOCK.match(path.name)
+        if match is not None and not (out / match[1]).exists():
+            with _idle(out, match[1]) as is_idle:
+                if is_idle:
+                    _remove(path)
+
+
+@contextlib.contextmanager
+def _idle(out: Path, name: str) -> Iterator[bool]:
+    """Whether no compilation works at the artifact of this name; none begins while the block runs."""
+    lock = FileLock(out / f".{name}.lock", mode=0o666)
+    try:
+        with disk_errors(out):
+            lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _remove(path: Path) -> None:
+    """Take something away; a directory goes out of sight first, so that nobody ever sees a part of it."""
+    with disk_errors(path):
+        if path.is_dir():
+            hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.removed{PARTIAL}")
+            path.rename(hidden)
+            shutil.rmtree(hidden)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _listed(out: Path) -> list[Path]:
+    if not out.is_dir():
+        raise OutputError(
+            f"there is no directory {out}", hint="name the one that seqbuild compile wrote to, with --out"
+        )
+    return sorted(out.iterdir())
+
+
+def _records(out: Path) -> dict[Path, Record]:
+    found = {path: read_record(path) for path in _listed(out) if path.name.endswith(RECORD_SUFFIX)}
+    return {path: record for path, record in found.items() if record is not None}
+
+
+def _num_bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

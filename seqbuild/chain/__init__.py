@@ -1,0 +1,1 @@
+"""Cut a graph into a chain of subgraphs and write each subgraph as Python source."""

@@ -1,0 +1,97 @@
+"""What stands in a graph for a loop over a symbolic size, in the order of its nodes.
+
+    outputs = collected()              a list that the loop appends to
+    state = variable(zeros)            a variable that the loop assigns to; behind the loop, what was assigned last
+    index = turn(size)                 the loop begins; the number of the turn
+    ...                                its body
+    assign(state, add)                 its body ends with what goes on to the next turn
+    append(outputs, matmul)
+    end(index)                         the loop ends
+
+The graph stays flat, and whoever takes nodes one by one (sections, partitions) needs to know nothing of it. Generated
+code has real statements in the place of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from runtime.errors import TraceError
+
+# What the model's code may ask of the weights' dtype. Other dtypes have such numbers too, and so has arithmetic: so
+# while a trace lasts each is off by a trillionth, by which it is known again.
+LIMIT_MARK = 1 + 2.0**-40
+
+
+def _refuse() -> NoReturn:
+    raise TraceError("a loop over a symbolic size is executed as code alone")
+
+
+def collected() -> list[Any]:
+    """Stands for an empty list."""
+    _refuse()
+
+
+def variable(initial: Any) -> Any:
+    """Stands for a variable that a loop assigns to."""
+    _refuse()
+
+
+def turn(size: int) -> int:
+    """Stands for the beginning of a loop of `size` turns."""
+    _refuse()
+
+
+def assign(place: Any, value: Any) -> None:
+    """Stands for an assignment to a variable."""
+    _refuse()
+
+
+def append(values: list[Any], value: Any) -> None:
+    """Stands for an append to a list."""
+    _refuse()
+
+
+def end(index: int) -> None:
+    """Stands for the end of a loop."""
+    _refuse()
+
+
+STATEMENTS = (turn, assign, append, end)
+
+
+def paths(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    """Each node with the loops that it lies in, the outermost first, by their first nodes, which count as inside."""
+    around: tuple[fx.Node, ...] = ()
+    for node in nodes:
+        if node.target is turn:
+            around = (*around, node)
+        yield node, around
+        if node.target is end:
+            around = around[:-1]
+
+
+def require(value: Any, expected: bool) -> None:
+    """Stands in a graph for the check that generated code makes with `run.require`."""
+
+
+def marked(dtype: torch.dtype, name: str) -> float:
+    """The number that stands for `torch.finfo(run's dtype).<name>` in a trace whose weights have this dtype."""
+    return float(getattr(torch.finfo(dtype), name)) * LIMIT_MARK
+
+
+def copy_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A shallow copy: how a graph states which content of a dictionary it means."""
+    return dict(value)
+
+
+def is_empty_cache(value: Any) -> bool:
+    """Whether a value is a cache of key-values that nobody has filled."""
+    if not any(cls.__module__ == "transformers.cache_utils" for cls in type(value).__mro__):
+        return False
+    length = getattr(value, "get_seq_length", None)
+    return length is not None and length() == 0

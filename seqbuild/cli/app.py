@@ -1,0 +1,255 @@
+"""The command line: `seqbuild compile|inspect|verify|plan|cache|pack|sign|data`.
+
+Only typer is imported up here; torch and transformers wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtime.cli.options import Skew, Trust
+from runtime.cli.plan import plan
+from runtime.cli.run import require_output, run_app
+from runtime.console import human_bytes, say, warn
+from seqbuild.cli.cache import app as cache_app
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
+    epilog="--debug anywhere shows the traceback of an error.",
+)
+
+app.add_typer(cache_app, name="cache")
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
+
+
+@app.command("compile")
+def compile_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hub id in the local cache, directory or config.json.")
+    ],
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--targets", "-t", help="Where to cut: class name, module name or re:pattern; may be repeated."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Function, Class.method or module.path.function to call whole; may be repeated."),
+    ] = None,
+    auto_ignore: Annotated[
+        bool, typer.Option("--auto-ignore/--no-auto-ignore", help="Call whole what cannot be recorded, or refuse it.")
+    ] = True,
+    sample: Annotated[
+        Path | None, typer.Option("--sample", help="Safetensors with the model's inputs by name; else made up.")
+    ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Compile for text alone a model that also sees or hears.")
+    ] = False,
+    targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets that share a subgraph.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="eager or sdpa; by default the model's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = Path(
+        "artifacts"
+    ),
+    leaves: Annotated[
+        str, typer.Option("--leaves", help="How deep to trace: target, linear, or auto for linear where that is whole.")
+    ] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Trace a model once, cut it at its layers, and save each part's code."""
+    from seqbuild.cache.recall import recalled
+    from seqbuild.cli.show import remarks
+    from seqbuild.options import make_options
+
+    options: dict[str, Any] = {
+        "targets": targets or None,
+        "ignore": ignore or (),
+        "auto_ignore": auto_ignore,
+        "sample": sample,
+        "text_only": text_only,
+        "targets_per_subgraph": targets_per_subgraph,
+        "attn_implementation": attn_implementation,
+        "leaves": leaves,
+    }
+    place: dict[str, Any] = {"out": out, "revision": revision, "trust_remote_code": trust_remote_code}
+    done = None if force else recalled(source, make_options(**options), **place)
+    if done is None:
+        from seqbuild.build import build
+
+        done = build(source, force=force, **options, **place)
+    manifest = done.manifest
+    for line in done.remarks:
+        warn(line)
+    num_bytes = sum(entry.bytes for entry in manifest.files)
+    if as_json:
+        facts = {
+            "path": str(done.path),
+            "cached": done.is_cached,
+            "input_key": manifest.input_key,
+            "targets": len(manifest.targets),
+            "subgraphs": len(manifest.subgraphs),
+            "parameters": manifest.model.num_parameters,
+            "bytes": num_bytes,
+            "portable": manifest.is_portable,
+            "foreign": dict(manifest.foreign),
+            "seconds": done.seconds,
+        }
+        say(json.dumps(facts))
+        return
+    say(
+        f"{manifest.model.class_name}: {len(manifest.targets)} layers by {', '.join(manifest.target_patterns)}, "
+        f"{len(manifest.subgraphs)} subgraphs, {manifest.model.num_parameters:,} parameters"
+    )
+    for line in remarks(manifest):
+        say(line)
+    verb = "is there already, nothing was traced" if done.is_cached else f"{human_bytes(num_bytes)}"
+    say(f"{done.path}: {verb}; {done.seconds:.1f} s")
+
+
+@app.command()
+def inspect(
+    artifact: ArtifactPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    code: Annotated[int | None, typer.Option("--code", min=0, metavar="N", help="Print subgraph N's source.")] = None,
+) -> None:
+    """Show an artifact's manifest, or the code of one subgraph."""
+    from runtime.chain import check
+    from runtime.errors import UsageError
+    from seqbuild.cli.show import as_plain, print_table
+
+    require_output()
+    manifest, sources = check(artifact)
+    if code is not None:
+        if code >= len(manifest.subgraphs):
+            raise UsageError(f"there is no subgraph {code}", hint=f"they are 0 to {len(manifest.subgraphs) - 1}")
+        say(sources[manifest.subgraphs[code].file].rstrip("\n"))
+    elif as_json:
+        say(json.dumps(as_plain(manifest), indent=2))
+    else:
+        print_table(manifest)
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Model directory with safetensors; else a small random model.")
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Compile once more instead, and compare every byte.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if there was a checkpoint.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
+    allow_version_skew: Skew = False,
+    trust_remote_code: Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> int:
+    """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""
+    require_output()
+    if rebuild:
+        return _rebuild(artifact, source, trust_remote_code, as_json)
+    from seqbuild.cli.show import print_report
+    from seqbuild.verify.artifact import verify_artifact
+    from seqbuild.verify.report import as_plain
+
+    found = verify_artifact(
+        artifact,
+        weights=weights,
+        dtype=dtype,
+        tolerance=tolerance,
+        trust_remote_code=trust_remote_code,
+        allow_version_skew=allow_version_skew,
+    )
+    if as_json:
+        say(json.dumps(as_plain(found)))
+    else:
+        print_report(found)
+    return 0 if found.is_equal else 1
+
+
+app.command()(plan)
+
+
+def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_json: bool) -> int:
+    from seqbuild.verify.rebuild import rebuild
+
+    found = rebuild(artifact, source=source, trust_remote_code=trust_remote_code)
+    if as_json:
+        facts = {"same": found.is_same, "files": found.num_files, "differing": list(found.differing)}
+        say(json.dumps(facts | {"ingredients": list(found.ingredients)}))
+    else:
+        say(str(found))
+    return 0 if found.is_same else 1
+
+
+@app.command()
+def pack(
+    artifact: ArtifactPath,
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML: what the host is to do.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file that ends in .tar.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Token file of seqbuild data.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to pack, too.")] = None,
+) -> None:
+    """Make one directory or .tar with all that a host without a network needs."""
+    from seqbuild.ship.pack import pack as run
+
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
+
+
+@app.command()
+def sign(
+    artifact: ArtifactPath,
+    private_key: Annotated[Path, typer.Option("--private-key", help="Elliptic curve key in PEM.")],
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="Holds the private key's password.")
+    ] = None,
+) -> None:
+    """Sign an artifact, so that a host can ask who made it."""
+    from runtime.host.regular_files import read_text
+    from seqbuild.ship.sign import sign_artifact
+
+    password = read_text(password_file).rstrip("\r\n") if password_file is not None else None
+    say(f"{sign_artifact(artifact, private_key=private_key, password=password)}: signed")
+
+
+@app.command()
+def data(
+    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="How many samples; by default all.")] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sample.")] = 2048,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one each.")] = True,
+    loss_mask: Annotated[
+        bool, typer.Option("--loss-mask", help="Save which tokens the assistant says: in calibration only those count.")
+    ] = False,
+) -> None:
+    """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
+    from seqbuild.ship.tokens import tokenize_files
+
+    made = tokenize_files(
+        tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
+    )
+    if made.masks is not None:
+        say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
+    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} of targets"
+    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens{targets}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_app(app, "seqbuild", argv)

@@ -1,0 +1,150 @@
+"""`seqbuild cache ls|explain|prune`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.cli.run import require_output
+from runtime.console import human_bytes, say
+
+app = typer.Typer(help="What has been compiled: list it, explain hits and misses, take it away.")
+
+DEFAULT_OUT = Path("artifacts")
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory under which artifacts are.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_SHOWN = 60
+
+
+@app.command("ls")
+def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
+    """List the artifacts, the last used first."""
+    require_output()
+    from seqbuild.cache.store import entries
+
+    found = sorted(entries(out), key=lambda entry: -entry.used)
+    if as_json:
+        facts = [
+            {
+                "path": str(entry.path),
+                "input_key": entry.manifest.input_key if entry.manifest is not None else None,
+                "bytes": entry.num_bytes,
+                "used": entry.used,
+                "damage": entry.damage,
+            }
+            for entry in found
+        ]
+        say(json.dumps(facts))
+        return
+    for entry in found:
+        what = entry.manifest.model.class_name if entry.manifest is not None else "DAMAGED"
+        days = (time.time() - entry.used) / 86400
+        say(f"{entry.path}  {what}, {human_bytes(entry.num_bytes)}, used {days:.1f} days ago")
+    say(f"{len(found)} artifacts, {human_bytes(sum(entry.num_bytes for entry in found))}")
+
+
+@app.command()
+def explain(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for compile.")],
+    targets: Annotated[list[str] | None, typer.Option("--targets", "-t")] = None,
+    ignore: Annotated[list[str] | None, typer.Option("--ignore")] = None,
+    auto_ignore: Annotated[bool, typer.Option("--auto-ignore/--no-auto-ignore")] = True,
+    sample: Annotated[Path | None, typer.Option("--sample")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only")] = False,
+    targets_per_subgraph: Annotated[int, typer.Option(min=1)] = 1,
+    revision: Annotated[str | None, typer.Option()] = None,
+    attn_implementation: Annotated[str | None, typer.Option()] = None,
+    out: Out = DEFAULT_OUT,
+    leaves: Annotated[str, typer.Option("--leaves")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the key of an artifact is made of, and why compile would find it or not. Options are compile's."""
+    from seqbuild.cli.explain import EXCLUDED
+    from seqbuild.cli.explain import explain as run
+    from seqbuild.options import make_options
+
+    require_output()
+    options = make_options(
+        targets=targets or None,
+        ignore=ignore or (),
+        auto_ignore=auto_ignore,
+        sample=sample,
+        text_only=text_only,
+        targets_per_subgraph=targets_per_subgraph,
+        attn_implementation=attn_implementation,
+        leaves=leaves,
+    )
+    found = run(source, options, out=out, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        facts = {
+            "hit": found.is_hit,
+            "path": str(found.path),
+            "input_key": found.input_key,
+            "reason": found.reason,
+            "ingredients": dict(found.ingredients),
+            "nearest": str(found.nearest) if found.nearest is not None else None,
+            "differing": {name: list(values) for name, values in found.differing.items()},
+            "changed": list(found.changed),
+            "excluded": EXCLUDED,
+        }
+        say(json.dumps(facts))
+        return
+    width = max(map(len, found.ingredients))
+    for name, value in found.ingredients.items():
+        say(f"{name:{width}}  {_short(value)}")
+    for name, what in EXCLUDED.items():
+        say(f"{'not counted':{width}}  {name}: {what}")
+    say(f"{'input key':{width}}  {found.input_key}")
+    if found.is_hit:
+        say(f"hit: {found.path}")
+        return
+    say(f"miss: {found.reason} ({found.path})")
+    if found.nearest is not None:
+        say(f"nearest: {found.nearest}, which differs in {', '.join(found.differing) or 'nothing'}")
+    for name, (theirs, ours) in found.differing.items():
+        say(f"  {name}: {_short(theirs)} there, {_short(ours)} here")
+    if found.changed:
+        say(f"library files that have changed: {', '.join(found.changed)}")
+
+
+@app.command()
+def prune(
+    out: Out = DEFAULT_OUT,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", help="Those not used for so long: 30d, 12h, 45m.")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option("--max-size", help="The least recently used beyond it: 10GB, 500MB.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All artifacts.")] = False,
+) -> None:
+    """Take away what killed compilations have left, and artifacts by age, size, or all of them."""
+    from seqbuild.cache.store import prune as run
+
+    seconds = _number(older_than, {"m": 60.0, "h": 3600.0, "d": 86400.0}, "--older-than") if older_than else None
+    units = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    size = int(_number(max_size, units, "--max-size")) if max_size else None
+    total = 0
+    for gone in run(out, older_than_s=seconds, max_bytes=size, everything=everything):
+        say(f"removed {gone.path}: {gone.why}, {human_bytes(gone.num_bytes)}")
+        total += gone.num_bytes
+    say(f"{human_bytes(total)} freed")
+
+
+def _number(text: str, units: dict[str, float], option: str) -> float:
+    from runtime.errors import UsageError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if match is None or match[2] not in units:
+        raise UsageError(f"{option} is {text!r}", hint=f"it is a number and one of {', '.join(units)}")
+    return float(match[1]) * units[match[2]]
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."

@@ -1,1 +1,0 @@
-"""Which Linear modules read the same tensor, and what can make up for scaling that tensor's channels."""

@@ -1,0 +1,1 @@
+"""Describe a traced chain in the artifact's manifest."""

@@ -1,0 +1,1 @@
+"""Pack, sign and tokenize what a calibration host needs."""

@@ -1,0 +1,78 @@
+"""Tokenize texts once, offline, for a calibration host that needs no tokenizer then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.data.samples import TokenData, require_place, save_tokens, tokenize_documents
+from runtime.errors import DataError, UsageError
+
+
+def tokenize_files(
+    tokenizer: str | Path,
+    files: Sequence[str | Path],
+    *,
+    num_samples: int | None,
+    seq_len: int | None,
+    pack: bool,
+    out: str | Path,
+    loss_mask: bool = False,
+) -> TokenData:
+    """Make a token file of the documents in `files`; what `seqbuild data` does.
+
+    Args:
+        tokenizer: a directory, or the id of a model in the local hub cache. Nothing is downloaded.
+        files: `.txt`, `.jsonl` or `.parquet`, read in this order as one text.
+        num_samples: how many, spread evenly; None for all there are.
+        seq_len: tokens of a window, or the most a document may have; None only when not packed.
+        pack: join the documents and cut windows, instead of one sample a document; pairs are never joined.
+        out: the token file; replaced when it is there.
+        loss_mask: save which tokens the assistant says in conversations; in calibration no others count then.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: no such tokenizer, or texts that cannot be read or are too short.
+        OutputError: `out` cannot be written.
+        UsageError: no files, or numbers that cannot be.
+    """
+    paths, out = [Path(file) for file in files], Path(out)
+    if not paths:
+        raise UsageError("no files were given", hint="name one or more .txt, .jsonl or .parquet files")
+    require_place(out)
+    directory = _tokenizer_directory(str(tokenizer))
+    found = tokenize_documents(
+        paths,
+        directory,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        pack=pack,
+        loss_mask=loss_mask,
+        tokenizer_name=directory.resolve().name if directory == Path(tokenizer) else str(tokenizer),
+    )
+    return save_tokens(
+        out, found.samples, seq_len=seq_len, origin=found.origin, masks=found.masks, targets=found.targets
+    )
+
+
+def _tokenizer_directory(name: str) -> Path:
+    """The directory itself, or the one in the hub cache that holds the tokenizer of this model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if name and Path(name).is_dir():
+        return Path(name)
+    try:
+        # Every tokenizer of every age has one of these two.
+        for file in ("tokenizer_config.json", "tokenizer.json"):
+            found = try_to_load_from_cache(name, file)
+            if isinstance(found, str):
+                return Path(found).parent
+    except HFValidationError:
+        pass  # not an id either
+    raise DataError(
+        f"{name!r} is neither a directory nor a model whose tokenizer is in the local hub cache",
+        hint="give the directory with its tokenizer.json, or download the model's tokenizer first",
+    )

@@ -1,0 +1,1 @@
+"""Decide branches of the model's code that depend on values."""

@@ -1,0 +1,1 @@
+"""Learn what one expert of a mixture computes."""

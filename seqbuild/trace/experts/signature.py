@@ -1,0 +1,85 @@
+"""All that decides what a module of experts does, besides the numbers in its weights, as a key.
+
+What is learned of one layer's experts is used for others that have the same key. So the key holds everything by its
+value, and whatever cannot be compared by value has none: a buffer, an object of an unknown class, a hook. Whatever is
+compared by identity (classes, functions) is in the key itself, and lives as long as that.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+# What `nn.Module` keeps for itself and a forward pass does not look at, and what is compared in another way.
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+
+
+# What every module has of its own is looked at one by one. accelerate's hooks move weights, and keep the forward that
+# they wrap; what is learned is the class's forward.
+_NOT_COMPARED = MODULES_OWN | {"_hf_hook", "_old_forward"}
+_BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, torch.dtype, torch.device)
+
+
+class _UnknownError(Exception):
+    """There is no way to compare something by its value."""
+
+
+def signature(module: nn.Module) -> Hashable | None:
+    """A module's key; None where it has none."""
+    try:
+        return tuple(_parts(module))
+    except (_UnknownError, RecursionError):
+        return None
+
+
+def _parts(module: nn.Module) -> Iterator[Hashable]:
+    places: dict[int, int] = {}  # of parameters: one may be there twice
+    for name, inner in module.named_modules(remove_duplicate=False):
+        if any(buffer is not None for buffer in inner._buffers.values()) or (inner is not module and _is_hooked(inner)):
+            raise _UnknownError
+        own = {key: value for key, value in vars(inner).items() if key not in _NOT_COMPARED}
+        shapes = tuple(
+            (key, p if p is None else (tuple(p.shape), places.setdefault(id(p), len(places))))
+            for key, p in inner._parameters.items()
+        )
+        yield (
+            name,
+            type(inner),
+            type(inner).forward,
+            _compared(own),
+            shapes,
+            tuple(inner._buffers),
+            tuple(inner._modules),
+        )
+
+
+def _is_hooked(inner: nn.Module) -> bool:
+    return any("_hooks" in key and "state_dict" not in key and bool(value) for key, value in vars(inner).items())
+
+
+def _compared(value: Any) -> Hashable:
+    """What equals that of another value exactly where nothing tells them apart."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return kind, value
+    if kind is float:
+        return kind, value.hex()
+    if kind in (list, tuple):
+        return kind, tuple(_compared(item) for item in value)
+    if kind in (set, frozenset):
+        return kind, frozenset(_compared(item) for item in value)
+    if isinstance(value, dict):
+        return kind, tuple((_compared(key), _compared(item)) for key, item in value.items())
+    if isinstance(value, PretrainedConfig):
+        return kind, _compared(dict(vars(value)))
+    if kind is functools.partial:
+        return kind, _compared((value.func, value.args, value.keywords))
+    if isinstance(value, _BY_IDENTITY):
+        return value
+    raise _UnknownError

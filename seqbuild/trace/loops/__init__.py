@@ -1,0 +1,1 @@
+"""Record loops over a symbolic size as loops."""

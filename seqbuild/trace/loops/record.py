@@ -1,0 +1,330 @@
+"""Record a loop over a symbolic size, `for index in range(size):`, as a loop.
+
+Its body is executed once. What it assigns to a name that had a tensor before becomes a variable: inside of the body the
+name stands for what the turn before has left in it. Tensors that it appends to a list are joined behind the loop. That
+the source lets it be done so is for `loop_source` to say, and what was recorded is proven by execution, for several
+numbers of turns (`proofs.py`); a loop that is not proven is not recorded.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
+
+from runtime.errors import TraceError
+from seqbuild.blame import UntraceableError, find_culprit
+from seqbuild.chain import marks
+from seqbuild.trace.loops.source import LoopSource, loop_of
+from seqbuild.trace.sizes.relations import summed
+from seqbuild.trace.sizes.trials import Doubt, Turns
+
+if TYPE_CHECKING:
+    from seqbuild.blame import Culprit
+    from seqbuild.trace.record.tracer import SequentialTracer
+
+_CULPRIT = "loop"  # under this key a loop's first node says which line of the model's code it is
+_MISSING = object()
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """A recorded loop.
+
+    Attributes:
+        index: the symbol of the number of a turn.
+        count: how many turns there are, in symbols.
+        culprit: its line.
+        doubts: relations of the number of a turn that the recorded code follows, and that do not hold in all turns.
+    """
+
+    index: Any
+    count: Any
+    culprit: Culprit | None
+    doubts: tuple[Any, ...] = ()
+
+    def questions(self) -> list[Any]:
+        """What is to be proven of it."""
+        doubts = (Doubt(relation=relation, index=self.index, count=self.count) for relation in self.doubts)
+        return [Turns(count=self.count), *doubts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Collected:
+    """A list that a loop has filled: itself, its node, what each turn appends, and the loop."""
+
+    values: list[Any]
+    node: fx.Node
+    parts: tuple[torch.Tensor, ...]
+    loop: Loop
+
+
+class Loops:
+    """The loops of one trace.
+
+    Args:
+        tracer: owns the graph.
+    """
+
+    def __init__(self, tracer: SequentialTracer) -> None:
+        self.tracer = tracer
+        self.unproven: list[Loop] = []
+        self.num_open = 0
+        self.collected: dict[int, _Collected] = {}
+
+    def range(self, *args: Any) -> Any:
+        """What stands for `range` in the model's code."""
+        size = args[0] if len(args) == 1 else None
+        is_recorded = get_proxy_mode() is not None and self.tracer.shape_env.is_noting
+        if isinstance(size, torch.SymInt) and is_recorded:
+            is_free = not self.tracer.shape_env.replace(size.node.expr).is_number
+            frame = sys._getframe(1)
+            source = loop_of(frame) if is_free else None
+            if source is not None:
+                return _Turns(self, size, frame, source)
+        return builtins.range(*args)
+
+    def is_collected(self, values: Any) -> bool:
+        """Whether a loop has filled this list."""
+        return type(values) is list and id(values) in self.collected
+
+    def join(self, function: Any, args: tuple[Any, ...]) -> Any:
+        """Record `torch.stack` or `torch.cat` of such a list."""
+        values, axis = args
+        found = self.collected[id(values)]
+        shape = self._joined(found, axis, is_stack=function is torch.ops.aten.stack.default)
+        with disable_proxy_modes_tracing():
+            fake = torch.empty(shape, dtype=found.parts[0].dtype, device=found.parts[0].device)
+        node = self.tracer.create_node("call_function", function, (found.node, axis), {})
+        return self.tracer.track(fake, fx.Proxy(node, self.tracer))
+
+    def _joined(self, found: _Collected, axis: int, *, is_stack: bool) -> list[Any]:
+        """The shape of what is joined."""
+        shape_env, loop = self.tracer.shape_env, found.loop
+        sizes = [shape_env.replace(_sympy(size)) for size in found.parts[0].shape]
+        if is_stack:
+            axis = axis % (len(sizes) + 1)
+            sizes.insert(axis, _sympy(1))
+        else:
+            axis = axis % len(sizes)
+        total = summed(sizes[axis], loop.index, loop.count)
+        sizes[axis] = None if total is None else total * len(found.parts)
+        if any(size is None or loop.index in size.free_symbols for size in sizes):
+            raise TraceError("a loop joins tensors whose sizes follow from the number of a turn")
+        return [int(s) if s.is_number else shape_env.create_symintnode(s, hint=None) for s in sizes]
+
+    def require_closed(self, graph: fx.Graph) -> None:
+        """Refuse a trace with a loop that is not proven, or whose inside is used outside.
+
+        Raises:
+            UntraceableError: naming the line.
+        """
+        around = dict(marks.paths(graph.nodes))
+        for node, path in around.items():
+            if any(around[user][: len(path)] != path for user in node.users):
+                raise UntraceableError(f"{node.name} is used outside of its loop", culprit=path[-1].meta.get(_CULPRIT))
+        for loop in self.unproven:
+            raise UntraceableError("a loop over a size could not be recorded", culprit=loop.culprit)
+        if self.num_open:
+            raise UntraceableError("a loop over a size was left before its end", culprit=None)
+
+
+def _sympy(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+@dataclass(kw_only=True)
+class _State:
+    """What there is while the body is executed."""
+
+    loop: Loop
+    first: fx.Node
+    before: Mapping[str, Any]
+    sizes: dict[Any, Any]
+    variables: dict[str, tuple[torch.Tensor, fx.Node, Any]] = field(default_factory=dict)
+    lists: dict[str, fx.Node] = field(default_factory=dict)
+
+
+class _Turns:
+    """What a loop iterates over: the one turn that is recorded."""
+
+    def __init__(self, loops: Loops, size: torch.SymInt, frame: FrameType, source: LoopSource) -> None:
+        self.loops = loops
+        self.tracer = loops.tracer
+        self.size = size
+        self.frame = frame
+        self.source = source
+        self.state: _State | None = None
+
+    def __iter__(self) -> _Turns:
+        return self
+
+    def __next__(self) -> Any:
+        if self.state is None:
+            return self._begin()
+        self._end(self.state)
+        del self.frame
+        raise StopIteration
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise TraceError(f"a loop over a size cannot be recorded: {why}")
+
+    def _begin(self) -> torch.SymInt:
+        tracer, before = self.tracer, dict(self.frame.f_locals)
+        lists = {name: self._list(name, before) for name in self.source.lists}
+        variables = {
+            name: self._variable(name, before)
+            for name in self.source.assigned
+            if isinstance(before.get(name), torch.Tensor)
+        }
+        sizes = dict(tracer.symnode_tracker.sym_node_dict)
+        index = tracer.shape_env.turn(self.size)
+        first = tracer.create_node("call_function", marks.turn, (tracer.create_arg(self.size),), {}, self.source.index)
+        if not isinstance(first.args[0], fx.Node):
+            self._refuse("its size is a number")
+        sizes.update(tracer.symnode_tracker.sym_node_dict)
+        first.meta[_CULPRIT] = find_culprit()
+        tracer.track(index, fx.Proxy(first, tracer))
+        loop = Loop(index=index.node.expr, count=tracer.shape_env.turns[index.node.expr], culprit=first.meta[_CULPRIT])
+        self.loops.num_open += 1
+        self.state = _State(loop=loop, first=first, before=before, sizes=sizes, variables=variables, lists=lists)
+        return index
+
+    def _list(self, name: str, before: Mapping[str, Any]) -> fx.Node:
+        values = before.get(name)
+        if type(values) is not list or values or self._is_elsewhere(values, name, before):
+            self._refuse(f"{name} is no empty list of its own")
+        return self.tracer.create_node("call_function", marks.collected, (), {}, name)
+
+    def _variable(self, name: str, before: Mapping[str, Any]) -> tuple[torch.Tensor, fx.Node, Any]:
+        """A tensor that the body may replace, its variable, and what stood for it before."""
+        tracer, tensor = self.tracer, before[name]
+        known = tracer.unwrap_proxy(tensor)
+        if not isinstance(known, fx.Proxy) or self._is_elsewhere(tensor, name, before):
+            self._refuse(f"{name} has another name as well")
+        slot = tracer.tensor_tracker[tensor]
+        node = tracer.create_node("call_function", marks.variable, (known.node,), {}, name)
+        track_tensor_tree(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+        return tensor, node, slot
+
+    def _is_elsewhere(self, value: Any, name: str, before: Mapping[str, Any]) -> bool:
+        others = [other for key, other in before.items() if key != name]
+        inside = [item for other in others if type(other) in (list, tuple) for item in other]
+        inside += [item for other in others if type(other) is dict for item in other.values()]
+        return any(other is value for other in (*others, *inside))
+
+    def _end(self, state: _State) -> None:
+        tracer, after = self.tracer, dict(self.frame.f_locals)
+        body = _nodes_from(state.first)
+        self._check_others(state, after)
+        carried = {name: self._carried(state, name, after, body) for name in state.variables}
+        parts = {name: self._parts(name, after) for name in state.lists}
+        for name, tensor in carried.items():
+            if tensor is not None:
+                node = tracer.node_of(tensor)
+                tracer.create_node("call_function", marks.assign, (state.variables[name][1], node), {})
+        for name, tensors in parts.items():
+            for tensor in tensors:
+                value = tracer.create_arg(tensor)
+                tracer.create_node("call_function", marks.append, (state.lists[name], value), {})
+        _hoist(state.first)
+        tracer.create_node("call_function", marks.end, (state.first,), {})
+        self._forget_sizes(state)
+        for name, (old, node, slot) in state.variables.items():
+            new = carried[name]
+            tracer.tensor_tracker[old] = slot
+            if new is None:
+                (initial,) = node.all_input_nodes
+                node.replace_all_uses_with(initial)
+                tracer.graph.erase_node(node)
+            else:
+                track_tensor_tree(new, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+        for name, tensors in parts.items():
+            values = after[name]
+            values.clear()
+            self.loops.collected[id(values)] = _Collected(
+                values=values, node=state.lists[name], parts=tensors, loop=state.loop
+            )
+        self.loops.num_open -= 1
+        doubts = tuple(relation for relation in tracer.shape_env.doubts if state.loop.index in relation.free_symbols)
+        self.loops.unproven.append(dataclasses.replace(state.loop, doubts=doubts))
+        if any(isinstance(relation, sympy.Eq) for relation in doubts):  # torch has put it in the place of its index
+            self._refuse(f"{doubts[0]} does not hold in all turns")
+
+    def _check_others(self, state: _State, after: Mapping[str, Any]) -> None:
+        """What is no tensor is the same in every turn, and what is written into is one."""
+        for name in self.source.assigned:
+            old, new = state.before.get(name, _MISSING), after.get(name)
+            is_same = new is old or (type(new) is type(old) and type(new) in _PLAIN and new == old)
+            if old is not _MISSING and not isinstance(old, torch.Tensor) and not is_same:
+                self._refuse(f"{name} changes from turn to turn")
+        for name in self.source.written:
+            if not isinstance(after.get(name), torch.Tensor):
+                self._refuse(f"{name} is no tensor")
+
+    def _carried(
+        self, state: _State, name: str, after: Mapping[str, Any], body: Mapping[fx.Node, None]
+    ) -> torch.Tensor | None:
+        """What the next turn finds in a variable; None when that is what it was, or nothing looks at it."""
+        old, variable, _ = state.variables[name]
+        new = after.get(name)
+        if new is old or not variable.users:
+            return None
+        if not isinstance(new, torch.Tensor) or self.tracer.node_of(new) not in body:
+            self._refuse(f"{name} is not calculated in it")
+        replace = self.tracer.shape_env.replace
+        shapes = [[replace(_sympy(size)) for size in tensor.shape] for tensor in (old, new)]
+        if new.device != old.device or shapes[0] != shapes[1]:  # a dtype may be promoted: the proof sees that
+            self._refuse(f"{name} gets another shape")
+        return new
+
+    def _parts(self, name: str, after: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        values = after[name]
+        replace = self.tracer.shape_env.replace
+        if not values or not all(isinstance(value, torch.Tensor) for value in values):
+            self._refuse(f"{name} gets something else than tensors")
+        kinds = {(value.dtype, value.device, tuple(replace(_sympy(s)) for s in value.shape)) for value in values}
+        if len(kinds) > 1:
+            self._refuse(f"{name} gets tensors of several kinds")
+        return tuple(values)
+
+    def _forget_sizes(self, state: _State) -> None:
+        """Sizes that were first found in the body are not known behind it, except by what was moved before it."""
+        known = self.tracer.symnode_tracker.sym_node_dict
+        body = _nodes_from(state.first)
+        kept = {
+            key: value
+            for key, value in known.items()
+            if key in state.sizes or (isinstance(value, fx.Proxy) and value.node not in body)
+        }
+        known.clear()
+        known.update(kept)
+
+
+def _nodes_from(first: fx.Node) -> dict[fx.Node, None]:
+    found, node = {first: None}, first.next
+    while node.op != "root":
+        found[node] = None
+        node = node.next
+    return found
+
+
+def _hoist(first: fx.Node) -> None:
+    """Move lookups, and sizes that are the same in every turn, to before the loop: others may use them, too."""
+    body = _nodes_from(first)
+    for node in list(body):
+        is_size = isinstance(node.meta.get("val"), torch.SymInt) and node.target is not marks.turn
+        is_free = not any(source in body for source in node.all_input_nodes)
+        if (node.op == "get_attr" or is_size) and is_free:
+            first.prepend(node)
+            del body[node]

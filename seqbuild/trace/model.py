@@ -1,0 +1,332 @@
+"""Trace an in-memory model into a chain of subgraphs."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.arguments import require_count
+from runtime.errors import TargetError, TraceError
+from runtime.host.left_as_found import left_as_found
+from seqbuild.blame import Culprit, Function, UntraceableError
+from seqbuild.chain.partition import partition_graph, target_of, topological_partition, trace_consumed_names
+from seqbuild.chain.subgraph import Subgraph
+from seqbuild.chain.targets import (
+    as_names,
+    get_sequential_ancestors,
+    match_modules,
+    outermost,
+    require_targets,
+    unmatched_targets,
+)
+from seqbuild.chain.uncompiled import original, uncompiled
+from seqbuild.sample.given import require_module, require_sample
+from seqbuild.sample.inputs import longer_text, populate_concrete_args
+from seqbuild.trace.decide.decisions import Answer, UndecidedError
+from seqbuild.trace.decide.equivalence import stands_for
+from seqbuild.trace.record.leaf_policy import always_foreign
+from seqbuild.trace.record.tracer import SequentialTracer
+from seqbuild.trace.search import climb
+from seqbuild.trace.surroundings import surroundings_as_found
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        graph: the whole forward.
+        targets: the modules that were cut at, outermost only, in the order of the module tree.
+        subgraphs: the chain.
+        tracer: what it learned: symbols, constants, names that fitted nothing.
+        auto_ignore: paths of the functions that became opaque steps without being asked for.
+        remarks: on targets that fit nothing, or that the sample does not reach, a sentence each.
+    """
+
+    graph: fx.Graph
+    targets: tuple[nn.Module, ...]
+    subgraphs: tuple[Subgraph, ...]
+    tracer: SequentialTracer
+    auto_ignore: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def trace_subgraphs(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    sequential_targets: Sequence[str],
+    ignore: Sequence[str] = (),
+    targets_per_subgraph: int = 1,
+    *,
+    auto_ignore: bool = True,
+) -> list[Subgraph]:
+    """Trace a model and cut it so that each sequential target lies in exactly one subgraph.
+
+    Running the subgraphs in order, each fed from the model's inputs and the outputs of those before it, equals
+    running the model.
+
+    Args:
+        model: real, on the meta device or offloaded; left as it was found, also when this fails.
+        sample_input: named inputs; of tensors only shape and dtype matter.
+        sequential_targets: class names, module names or `re:` patterns, see `match_modules`. A warning names those that
+            this sample does not reach, such as the layers of a vision tower with text alone, and those that fit no
+            module.
+        ignore: functions to record as one opaque step each: `function`, `Class.method`, `module.path.function`.
+            Names that fit nothing are passed over.
+        targets_per_subgraph: how many targets share a subgraph.
+        auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
+
+    Raises:
+        TargetError: no target fits a module, or none is called.
+        DataError: a sample that the model's forward does not take.
+        TraceError: code that cannot be recorded, naming function, file and line.
+        UsageError: `targets_per_subgraph` below one.
+    """
+    require_module(model)
+    require_sample(original(model), sample_input)
+    require_count("targets per subgraph", targets_per_subgraph)
+    trace = trace_model(
+        model,
+        sample_input,
+        sequential_targets,
+        ignore=ignore,
+        targets_per_subgraph=targets_per_subgraph,
+        may_ignore=(lambda function: True) if auto_ignore else (lambda function: False),
+    )
+    for remark in trace.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return list(trace.subgraphs)
+
+
+def trace_model(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    sequential_targets: Sequence[str],
+    *,
+    ignore: Sequence[str] = (),
+    targets_per_subgraph: int = 1,
+    dtype: torch.dtype | None = None,
+    may_ignore: Callable[[Function], bool] = lambda function: False,
+    samples: Sequence[Mapping[str, Any]] = (),
+    is_batch_only: bool = True,
+    leaves: str = "target",
+) -> Trace:
+    """As `trace_subgraphs`, with all that was learned.
+
+    Args:
+        model: as for `trace_subgraphs`.
+        sample_input: likewise.
+        sequential_targets: likewise.
+        ignore: likewise.
+        targets_per_subgraph: likewise.
+        dtype: as for `SequentialTracer`.
+        may_ignore: whether a function that cannot be recorded may become an opaque step.
+        samples: real inputs of several sizes for steps that need values, the first with the sizes of the sample.
+        is_batch_only: insist on a free batch, but not on a free length of token inputs.
+        leaves: as for `SequentialTracer`.
+    """
+    model, patterns = original(model), as_names(sequential_targets)
+    with uncompiled(model), _in_eval_mode(model), left_as_found(model), surroundings_as_found():
+        targets = require_targets(model, patterns)
+        silent: dict[nn.Module, None] = {}
+        while True:
+            graph, tracer = _climb(
+                model,
+                sample_input,
+                targets,
+                ignore=as_names(ignore),
+                dtype=dtype,
+                may_ignore=may_ignore,
+                samples=samples,
+                is_batch_only=is_batch_only,
+                leaves=leaves,
+            )
+            called = _called(graph, model, targets)
+            silent |= dict.fromkeys(target for target in targets if target not in called)
+            # Targets inside of one that is never called may be called all the same.
+            others = outermost(model, [module for module in match_modules(model, patterns) if module not in silent])
+            if not others:
+                raise _uncalled(model, targets)
+            if others <= dict.fromkeys(called).keys():
+                remarks = _remarks(model, patterns, silent, called)
+                return _cut(model, graph, tracer, called, targets_per_subgraph, remarks)
+            targets = others
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _climb(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    targets: Collection[nn.Module],
+    *,
+    ignore: Sequence[str],
+    dtype: torch.dtype | None,
+    may_ignore: Callable[[Function], bool],
+    samples: Sequence[Mapping[str, Any]],
+    is_batch_only: bool,
+    leaves: str,
+) -> tuple[fx.Graph, SequentialTracer]:
+    """The graph of the whole forward, by the first of several ways to trace it that succeeds; see `ladder`."""
+    ancestors = get_sequential_ancestors(model, targets)
+    concrete = populate_concrete_args(model, sample_input)
+    arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
+    foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
+
+    def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
+        try:
+            return attempt_with(sample_input, paths, answers)
+        except UntraceableError as error:
+            if error.insisted_on:  # sizes that might as well be numbers
+                with contextlib.suppress(TraceError):
+                    return attempt_with(sample_input, paths, answers, error.insisted_on)
+            longer = longer_text(sample_input) if leaves != "target" else None
+            if longer is None:
+                raise
+            with contextlib.suppress(TraceError):  # loops that the sample is too short for
+                traced, tracer = attempt_with(longer, paths, answers)
+                if tracer.is_for(sample_input):
+                    return traced, tracer
+            raise
+
+    def attempt_with(
+        sizes: Mapping[str, Any],
+        paths: Sequence[str],
+        answers: Sequence[Answer],
+        fixed: Collection[tuple[str, int]] = (),
+        marks_cache: bool = True,
+    ) -> tuple[fx.Graph, SequentialTracer]:
+        tracer = SequentialTracer(
+            list(ancestors),
+            _offloaded(model, ancestors),
+            ignore=(*ignore, *(path for path in paths if path not in foreign)),
+            leaves=leaves,
+            foreign=foreign,
+            dtype=dtype,
+            targets=targets,
+            answers=answers,
+            samples=samples,
+            fixed=fixed,
+            marks_cache=marks_cache,
+        )
+        try:
+            traced = tracer.trace(model, sizes, arguments)
+            tracer.require_free_sizes(is_batch_only=is_batch_only)
+        except UntraceableError as error:
+            if tracer.cached is not None and tracer.cached.is_refused:
+                return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
+            error.earlier = _burnt_before(tracer, is_batch_only)
+            error.insisted_on = tracer.insisted_on()
+            raise
+        except UndecidedError as error:
+            error.earlier = _burnt_before(tracer, is_batch_only)
+            raise
+        if tracer.cached is not None and tracer.cached.is_refused:
+            return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
+        return traced, tracer
+
+    def is_alike(
+        one: tuple[fx.Graph, SequentialTracer], other: tuple[fx.Graph, SequentialTracer], places: Sequence[int]
+    ) -> bool:
+        return stands_for(one[0], other[0], [one[1].decisions.marks[place] for place in places])
+
+    def is_candidate(function: Function) -> bool:
+        is_ancestor = function.is_forward and function.owner in ancestors
+        is_wanted = not is_ancestor and may_ignore(function)
+        if is_wanted and leaves != "target" and function.is_forward:
+            foreign[function.path] = None
+        return is_wanted
+
+    return climb(attempt, is_candidate, is_alike)
+
+
+def _burnt_before(tracer: SequentialTracer, is_batch_only: bool) -> Culprit | None:
+    """The line that has turned a size into a number which must stay free, in a trace that has come to nothing."""
+    try:
+        tracer.require_free_sizes(is_batch_only=is_batch_only)
+    except UntraceableError as error:
+        return error.culprit
+    return None
+
+
+def _cut(
+    model: nn.Module,
+    graph: fx.Graph,
+    tracer: SequentialTracer,
+    called: Collection[nn.Module],
+    targets_per_subgraph: int,
+    remarks: tuple[str, ...],
+) -> Trace:
+    """From the graph of a whole forward to the chain."""
+    partitions = topological_partition(graph, called, targets_per_subgraph)
+    subgraphs = partition_graph(model, partitions)
+    trace_consumed_names(subgraphs)
+    for subgraph in subgraphs:
+        subgraph.constants = tracer.constants
+    found = dict.fromkeys(node.meta["opaque"] for node in graph.nodes if "opaque" in node.meta)
+    return Trace(
+        graph=graph,
+        targets=tuple(called),
+        subgraphs=tuple(subgraphs),
+        tracer=tracer,
+        auto_ignore=tuple(path for path in found if path in tracer.ignore),
+        remarks=remarks,
+    )
+
+
+def _called(graph: fx.Graph, model: nn.Module, targets: Collection[nn.Module]) -> list[nn.Module]:
+    found = (target_of(node, model, targets) for node in graph.nodes)
+    return list(dict.fromkeys(target for target in found if target is not None))
+
+
+def _uncalled(model: nn.Module, targets: Collection[nn.Module]) -> TargetError:
+    names = _names(model, targets)
+    more = f" (nor are the other {len(names) - 1})" if len(names) > 1 else ""
+    return TargetError(
+        f"target {names[0]!r} is never called by {type(model).__name__}.forward with this sample input{more}",
+        hint="name modules that are called, such as the classes of its layers",
+    )
+
+
+def _remarks(
+    model: nn.Module, patterns: Sequence[str], silent: Collection[nn.Module], called: Collection[nn.Module]
+) -> tuple[str, ...]:
+    """What a user should know of targets that play no part."""
+    found = [f"{sentence}; it is ignored" for sentence in unmatched_targets(model, patterns)]
+    names = _names(model, silent)
+    if names:
+        shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+        found.append(
+            f"{len(names)} of {len(names) + len(called)} sequential targets are never called by "
+            f"{type(model).__name__}.forward with this sample input and are ignored: {shown}"
+        )
+    return tuple(found)
+
+
+def _names(model: nn.Module, modules: Collection[nn.Module]) -> list[str]:
+    wanted = frozenset(modules)
+    return [name for name, module in model.named_modules() if module in wanted]
+
+
+def _offloaded(model: nn.Module, ancestors: Any) -> list[nn.Module]:
+    """Modules other than ancestors whose own parameters accelerate keeps elsewhere."""
+    return [module for module in model.modules() if hasattr(module, "_hf_hook") and module not in ancestors]

@@ -1,0 +1,1 @@
+"""Make Python's own functions and literals traceable."""

@@ -1,0 +1,177 @@
+"""Give the model's code functions of Python that can work on symbolic sizes: `min`, `max` and `int`.
+
+Python's own compare their arguments and hand one of them back, which makes a decision of what is a calculation, and
+`int` makes a number of a size. While recorded code runs, the modules that it lies in have others under the same names.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_MODELS = "transformers.models."
+# `int` as a value, a dtype for instance, and not to call it, to ask for it with `isinstance`, or in an annotation.
+_INT_AS_VALUE = re.compile(
+    r"(?<![:=!<>])=\s*int\b(?!\s*\()|\b(is|is not|==|!=|in)\s+\(?int\b(?!\s*\()|\.(to|type|view)\(int\b"
+)
+
+
+@contextlib.contextmanager
+def replaced(root: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While the block runs, these functions stand in for builtins of the same names in the code of `root`: the Python
+    modules of its modules' classes, and those of functions that these have from other models.
+    """
+    changed: list[tuple[dict[str, Any], str]] = []
+    try:
+        for namespace in _namespaces(root):
+            for name, function in functions.items():
+                if name not in namespace and not (name == "int" and _has_int_as_value(namespace)):
+                    namespace[name] = function
+                    changed.append((namespace, name))
+        yield
+    finally:
+        for namespace, name in changed:
+            del namespace[name]
+
+
+def _namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
+    classes = dict.fromkeys(cls for module in root.modules() for cls in type(module).__mro__)
+    names = dict.fromkeys(cls.__module__ for cls in classes if cls.__module__.partition(".")[0] not in _NOT_MODELS)
+    for name in list(names):
+        found = list(vars(sys.modules[name]).values()) if name in sys.modules else []
+        homes = (getattr(value, "__module__", None) or "" for value in found if callable(value))
+        names.update(dict.fromkeys(home for home in homes if isinstance(home, str) and home.startswith(_MODELS)))
+    return (vars(sys.modules[name]) for name in names if name in sys.modules)
+
+
+@functools.cache
+def _source_has_int_as_value(module: str) -> bool:
+    try:
+        return _INT_AS_VALUE.search(inspect.getsource(sys.modules[module])) is not None
+    except (OSError, TypeError):
+        return True
+
+
+def _has_int_as_value(namespace: Mapping[str, Any]) -> bool:
+    name = str(namespace.get("__name__"))
+    return name not in sys.modules or _source_has_int_as_value(name)
+
+
+_NOT_MODELS = ("torch", "builtins", "typing", "collections", "abc")
+
+
+def smallest(*values: Any, **options: Any) -> Any:
+    """`min`, a calculation where it is given symbolic sizes in recorded code."""
+    return _calculated(builtins.min, torch.sym_min, values, options)
+
+
+def largest(*values: Any, **options: Any) -> Any:
+    """`max`, a calculation where it is given symbolic sizes in recorded code."""
+    return _calculated(builtins.max, torch.sym_max, values, options)
+
+
+def _calculated(plain: Any, symbolic: Any, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    is_of_sizes = len(values) > 1 and all(type(value) in (int, torch.SymInt) for value in values)
+    is_symbolic = is_of_sizes and any(isinstance(value, torch.SymInt) for value in values)
+    if options or not is_symbolic or get_proxy_mode() is None:
+        return plain(*values, **options)
+    return functools.reduce(symbolic, values)
+
+
+class _Kind(type):
+    """`int`, for whoever asks what is one, or makes one of anything but a symbolic size."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, builtins.int)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, builtins.int)
+
+    def __call__(cls, *values: Any, **options: Any) -> Any:
+        is_symbolic = len(values) == 1 and not options and isinstance(values[0], (torch.SymInt, torch.SymFloat))
+        if is_symbolic and get_proxy_mode() is not None:
+            return torch.sym_int(values[0])  # type: ignore[no-untyped-call]
+        return builtins.int(*values, **options)
+
+
+class Whole(builtins.int, metaclass=_Kind):
+    """`int`, a calculation where it is given a symbolic size in recorded code."""
+
+
+@contextlib.contextmanager
+def lengths_recorded(model: nn.Module) -> Iterator[None]:
+    """While the block runs, `len` of a tensor is a symbol wherever the model's own modules ask for it.
+
+    Names of a module go before built-in ones, so each module that defines a class of the model gets a `len` of its own.
+    """
+    names = dict.fromkeys(cls.__module__ for cls in model_classes(model))
+    places = [vars(sys.modules[name]) for name in names if name in sys.modules and "len" not in vars(sys.modules[name])]
+    try:
+        for place in places:
+            place["len"] = _length
+        yield
+    finally:
+        for place in places:
+            del place["len"]
+
+
+def _length(value: Any, /) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        return value.shape[0]
+    return len(value)
+
+
+class _Kind(type):
+    """Any set is one of these: `isinstance(value, set)` says what it said."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, set)
+
+
+class _OrderedSet(set[Any], metaclass=_Kind):
+    """A set that is gone through in ascending order where all of it is text."""
+
+    def __iter__(self) -> Iterator[Any]:
+        items = list(super().__iter__())
+        return iter(sorted(items) if all(type(item) is str for item in items) else items)
+
+
+@contextlib.contextmanager
+def sets_in_order(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Do so for the code and the attributes of these modules, whose attributes the caller puts back."""
+    homes: dict[str, None] = {}
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if type(value) is set:
+                module.__dict__[name] = _OrderedSet(value)
+        homes.update(dict.fromkeys(cls.__module__ for cls in type(module).__mro__))
+    outside = ("builtins", "torch", "transformers.modeling_utils")
+    scopes = [vars(sys.modules[name]) for name in homes if name in sys.modules and not name.startswith(outside)]
+    scopes = [scope for scope in scopes if "set" not in scope]
+    try:
+        for scope in scopes:
+            scope["set"] = _OrderedSet
+        yield
+    finally:
+        for scope in scopes:
+            del scope["set"]
+
+
+def model_classes(model: nn.Module) -> list[type]:
+    """Every class of the model's modules and their bases outside torch, in the order of the module tree."""
+    classes: dict[type, None] = {}
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__module__.split(".")[0] not in ("torch", "builtins"):
+                classes.setdefault(cls)
+    return list(classes)

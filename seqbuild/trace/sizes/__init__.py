@@ -1,0 +1,1 @@
+"""Symbolic sizes, and the conditions that a trace assumes about them."""
