@@ -68,7 +68,7 @@ def remarks(manifest: Manifest) -> Iterator[str]:
 
 
 def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    """One row a subgraph, under `HEADINGS`."""
+    """One row a subgraph, under `_HEADINGS`."""
     for index, entry in enumerate(manifest.subgraphs):
         num_bytes = sum(manifest.parameters[name].bytes for name in entry.parameters)
         yield (
@@ -87,7 +87,7 @@ _HEADINGS = ("subgraph", "targets", "calls", "weights", "takes", "frees", "retur
 
 def print_table(manifest: Manifest) -> None:
     """The summary and the subgraphs as a table, on standard output."""
-    print_rows(summary(manifest), HEADINGS, rows(manifest))
+    print_rows(summary(manifest), _HEADINGS, rows(manifest))
 
 
 def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tuple[str, ...]]) -> None:

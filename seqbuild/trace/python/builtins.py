@@ -131,14 +131,14 @@ def _length(value: Any, /) -> Any:
     return len(value)
 
 
-class _Kind(type):
+class _SetKind(type):
     """Any set is one of these: `isinstance(value, set)` says what it said."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, set)
 
 
-class _OrderedSet(set[Any], metaclass=_Kind):
+class _OrderedSet(set[Any], metaclass=_SetKind):
     """A set that is gone through in ascending order where all of it is text."""
 
     def __iter__(self) -> Iterator[Any]:

@@ -281,7 +281,8 @@ class SequentialTracer(ValueTracer):
 
     def insisted_on(self) -> tuple[tuple[str, int], ...]:
         """Inputs and axes whose sizes the model takes but some of (see `seqbuild.trace.record.proofs`), in their
-        order."""
+        order.
+        """
         symbols = {symbol for equality in self.shape_env.demanded for symbol in equality.free_symbols}
         return tuple(
             (str(node.target), axis)
