@@ -12,7 +12,7 @@ from runtime.model.leaves import build_leaf
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
-from seqbuild.trace.record.leaf_policy import LeafPolicy
+from seqbuild.trace.record.tracer import leaf_policy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ class Mixtures:
     """Finds that out; modules that do the same with parameters of the same shapes are looked at once."""
 
     def __init__(self) -> None:
-        self._policy = LeafPolicy(dtype=TRACE_DTYPE)
+        self._policy = leaf_policy(dtype=TRACE_DTYPE)
         self._known: dict[Any, tuple[Reading, ...]] = {}
 
     def readings(self, module: nn.Module) -> tuple[Reading, ...]:

@@ -12,7 +12,8 @@ import torch
 from runtime.artifact.encoding import sha256
 from runtime.artifact.manifest import BufferEntry, LeafKind, SubgraphEntry
 from runtime.model.config import LIMITS
-from seqbuild.trace.record.leaf_policy import Leaf, LeafPolicy, forward_path
+from seqbuild.trace.record.leaf_policy import Leaf, forward_path
+from seqbuild.trace.record.tracer import leaf_policy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +55,7 @@ def parts(
     """
     found = Parts()
     places: dict[str, int] = {}
-    policy = LeafPolicy(dtype=traced)
+    policy = leaf_policy(dtype=traced)
     modules = dict(model.named_modules(remove_duplicate=False))
     called = dict.fromkeys(name for entry in entries for name in entry.submodules)
     for name, module in modules.items():  # also those that are never called: a recipe may name them

@@ -20,7 +20,8 @@ from seqbuild.sample.shape import REHEARSAL_SHAPES
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
 from seqbuild.trace.model import Trace, trace_model
-from seqbuild.trace.record.leaf_policy import LeafPolicy, always_foreign
+from seqbuild.trace.record.leaf_policy import always_foreign
+from seqbuild.trace.record.tracer import leaf_policy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -229,6 +230,6 @@ def _trace_portably(
 
 def _has_experts(model: nn.Module) -> bool:
     """Whether a host would take experts of this model apart, so that they can be quantized."""
-    policy = LeafPolicy(dtype=TRACE_DTYPE)
+    policy = leaf_policy(dtype=TRACE_DTYPE)
     found = (module for module in model.modules() if is_experts(module) or is_dense_experts(module))
     return any(policy.leaf(module) is not None for module in found)

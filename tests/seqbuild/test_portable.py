@@ -21,7 +21,7 @@ from runtime.weights.parameters import assign
 from seqbuild.build import build
 from seqbuild.trace.experts.learn import experts_leaf, is_experts
 from seqbuild.trace.model import Trace, trace_model
-from seqbuild.trace.record.leaf_policy import LeafPolicy
+from seqbuild.trace.record.tracer import leaf_policy
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_near, assert_same, make_inputs, run_chain, run_model, save_config, tiny_model
 
@@ -152,7 +152,7 @@ class TestArtifacts:
 
 class TestLeaves:
     def test_kinds(self) -> None:
-        policy = LeafPolicy()
+        policy = leaf_policy()
         for module, kind in [
             (nn.Linear(3, 4, bias=False), "Linear"),
             (Conv1D(4, 3), "Conv1D"),
@@ -171,7 +171,7 @@ class TestLeaves:
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return (x @ self.weight.T) / 2 + self.bias
 
-        leaf = LeafPolicy().leaf(Halved(3, 4))
+        leaf = leaf_policy().leaf(Halved(3, 4))
         assert leaf is not None
         assert leaf.kind.arguments == ("x",)
         assert leaf.kind.attributes == ("weight", "bias")
@@ -190,8 +190,8 @@ class TestLeaves:
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return super().forward(x) * self.scale
 
-        assert LeafPolicy().leaf(Routed(3, 4)) is None
-        assert LeafPolicy().leaf(Scaled()) is None
+        assert leaf_policy().leaf(Routed(3, 4)) is None
+        assert leaf_policy().leaf(Scaled()) is None
 
     def test_a_falcon_is_run_by_such_programs(self, tmp_path: Path) -> None:
         sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}

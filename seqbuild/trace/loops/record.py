@@ -30,7 +30,7 @@ from seqbuild.trace.sizes.trials import Doubt, Turns
 
 if TYPE_CHECKING:
     from seqbuild.blame import Culprit
-    from seqbuild.trace.record.tracer import SequentialTracer
+    from seqbuild.trace.recorder import Recorder
 
 _CULPRIT = "loop"  # under this key a loop's first node says which line of the model's code it is
 _MISSING = object()
@@ -76,7 +76,7 @@ class Loops:
         tracer: owns the graph.
     """
 
-    def __init__(self, tracer: SequentialTracer) -> None:
+    def __init__(self, tracer: Recorder) -> None:
         self.tracer = tracer
         self.unproven: list[Loop] = []
         self.num_open = 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from runtime.errors import SeqbuildError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import LeafKind
 
 _QUANTIZED = (nn.Linear, Conv1D)
+TraceModule = Callable[[nn.Module, Mapping[str, torch.Tensor]], fx.Graph]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,13 @@ class LeafPolicy:
     Args:
         foreign: paths of forwards (`module:Class.forward`) whose modules are leaves all the same.
         dtype: the dtype that stands for the weights' in programs of leaves; None for their own.
+        trace: records the forward of one module on one sample, with weights of that dtype.
     """
 
-    def __init__(self, foreign: Collection[str] = (), dtype: torch.dtype | None = None) -> None:
+    def __init__(self, foreign: Collection[str], dtype: torch.dtype | None, trace: TraceModule) -> None:
         self.foreign = frozenset(foreign)
         self.dtype = dtype
+        self._trace = trace
         self._leaves: dict[nn.Module, Leaf | None] = {}
 
     def prepare(self, root: nn.Module) -> None:
@@ -85,8 +88,6 @@ class LeafPolicy:
 
     def _program(self, module: nn.Module) -> EmittedCode | None:
         """The code of what a single matrix does with a single input; None when it is more than that."""
-        from seqbuild.trace.record.tracer import SequentialTracer
-
         names = list(inspect.signature(module.forward).parameters)
         own = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         if len(names) != 1 or not set(own) <= {"weight", "bias"} or list(module.children()):
@@ -95,7 +96,7 @@ class LeafPolicy:
         width = weight.shape[1 if isinstance(module, nn.Linear) else 0]
         sample = {names[0]: torch.empty(3, 37, width, dtype=weight.dtype, device="meta")}
         try:
-            graph = SequentialTracer([module], dtype=self.dtype).trace(module, sample)
+            graph = self._trace(module, sample)
             code = emit(graph, traced_dtype=self.dtype, scope="")
         except SeqbuildError:
             return None

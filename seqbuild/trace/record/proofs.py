@@ -42,7 +42,7 @@ from seqbuild.trace.sizes.trials import Sizes, otherwise, trials
 if TYPE_CHECKING:
     from seqbuild.blame import Culprit
     from seqbuild.trace.loops.record import Loops
-    from seqbuild.trace.record.tracer import SequentialTracer
+    from seqbuild.trace.recorder import Recorder
     from seqbuild.trace.sizes.symbols import Known
 
 _SIZE = torch.ops.aten.sym_size.int
@@ -83,7 +83,7 @@ class Proofs:
         loops: of the same trace.
     """
 
-    def __init__(self, tracer: SequentialTracer, loops: Loops) -> None:
+    def __init__(self, tracer: Recorder, loops: Loops) -> None:
         self.tracer = tracer
         self.loops = loops
         self._closed: list[_Closed] = []
@@ -248,7 +248,7 @@ class _Program:
         TraceError: when the call takes or gives what cannot be made up or compared.
     """
 
-    def __init__(self, tracer: SequentialTracer, call: Call) -> None:
+    def __init__(self, tracer: Recorder, call: Call) -> None:
         self.tracer = tracer
         self.call = call
         self.nodes = [node for node in call.nodes if not self._is_from_outside(node)]

@@ -21,7 +21,7 @@ from seqbuild.trace.record.cached_values import CACHED, is_marked_outside, moved
 from seqbuild.trace.record.leaf_memory import Description, LeafMemory, Look
 
 if TYPE_CHECKING:
-    from seqbuild.trace.record.tracer import SequentialTracer
+    from seqbuild.trace.recorder import Recorder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Sections:
         memory: says which layers are alike.
     """
 
-    def __init__(self, tracer: SequentialTracer, memory: LeafMemory) -> None:
+    def __init__(self, tracer: Recorder, memory: LeafMemory) -> None:
         self.tracer = tracer
         self.memory = memory
         self._known: dict[Any, _Section] = {}

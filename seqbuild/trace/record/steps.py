@@ -29,7 +29,7 @@ from seqbuild.trace.sizes.symbols import SizeBurntInError
 
 if TYPE_CHECKING:
     from seqbuild.trace.record.leaf_memory import LeafMemory
-    from seqbuild.trace.record.tracer import SequentialTracer
+    from seqbuild.trace.recorder import Recorder
 
 REHEARSED = "rehearsed"
 
@@ -50,7 +50,7 @@ class Steps:
 
     def __init__(
         self,
-        tracer: SequentialTracer,
+        tracer: Recorder,
         samples: Sequence[Mapping[str, Any]],
         lookup: Callable[[fx.Node], Any],
         leaf_memory: LeafMemory,

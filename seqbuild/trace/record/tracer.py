@@ -96,7 +96,7 @@ class SequentialTracer(ValueTracer):
         marks_cache: bool = True,
     ) -> None:
         super().__init__(dtype)
-        self.policy = LeafPolicy(foreign, dtype) if leaves != "target" else None
+        self.policy = leaf_policy(foreign, dtype) if leaves != "target" else None
         self.ancestors = frozenset(ancestors)
         self.offloaded = frozenset(offloaded)
         self.ignore = tuple(ignore)
@@ -401,3 +401,10 @@ def _is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable
     return "opaque" not in node.meta and node.target not in (require, *STATEMENTS)
+
+
+def leaf_policy(foreign: Collection[str] = (), dtype: torch.dtype | None = None) -> LeafPolicy:
+    """The policy that records programs of leaves with this tracer; the arguments are those of `LeafPolicy`."""
+    return LeafPolicy(
+        foreign, dtype, lambda module, sample: SequentialTracer([module], dtype=dtype).trace(module, sample)
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, disable_proxy_modes_tracing, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
 from torch.utils import _pytree as pytree
 
 from runtime.errors import TraceError
@@ -19,6 +19,7 @@ from seqbuild.blame import Culprit, UntraceableError, find_culprit
 from seqbuild.chain.emit import is_offered
 from seqbuild.chain.partition import WITHIN
 from seqbuild.trace.python.sequences import UnknownLength
+from seqbuild.trace.recorder import Recorder
 
 if TYPE_CHECKING:
     from seqbuild.trace.record.steps import Steps
@@ -27,7 +28,7 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-class ValueTracer(PythonKeyTracer):
+class ValueTracer(Recorder):
     """An fx tracer that knows the node of every tensor, symbol and named object that a model's code handles.
 
     Args:
