@@ -16,9 +16,9 @@ from torch import nn
 import runtime.errors
 from runtime.errors import TraceError
 
-_OURS = Path(__file__).resolve().parents[1]
-_STEPS = _OURS / "trace" / "steps.py"
-_TRACER = _OURS / "trace" / "tracer.py"
+_OURS = Path(__file__).resolve().parent
+_STEPS = _OURS / "trace" / "record" / "steps.py"
+_TRACER = _OURS / "trace" / "record" / "tracer.py"
 _TORCH = Path(torch.__file__).resolve().parent
 _MOST_WRAPPERS = 16
 

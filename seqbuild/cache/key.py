@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.artifact import manifest
+import runtime
 from runtime.artifact.encoding import FORMAT_VERSION, canonical, sha256
 from runtime.artifact.manifest import Manifest
 from runtime.chain import check
@@ -110,7 +110,7 @@ def own_digest() -> str:
     change with every commit.
     """
     found: dict[str, str] = {}
-    for package in (Path(__file__).resolve().parent, Path(manifest.__file__).resolve().parent):
+    for package in (Path(__file__).resolve().parents[1], Path(runtime.__file__).resolve().parent):
         for path in sorted(package.rglob("*.py")):
             found[f"{package.name}/{path.relative_to(package).as_posix()}"] = sha256(path.read_bytes())
     return _digest(found)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.artifact import bundle
+import runtime
 from runtime.artifact.bundle import (
     ARTIFACT,
     BUNDLE_NAME,
@@ -116,7 +116,7 @@ def pack(
 
 
 def _runtime_files() -> Iterator[tuple[str, Path]]:
-    folder = Path(bundle.__file__).resolve().parent
+    folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
         if source.suffix == ".py" or source.name == "py.typed":
             yield source.relative_to(folder).as_posix(), source

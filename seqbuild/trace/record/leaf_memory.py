@@ -48,7 +48,8 @@ _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
 
 
 # Whose looking at all attributes of a module says nothing about the model's code.
-_OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+# Frames of torch and of `seqbuild.trace` are not the model's.
+_OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 # Attributes of a class that are compared.
 _SHARED = (bool, int, float, str, list, dict, set, tuple, type(None))
 
