@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -14,62 +15,56 @@ import runtime.errors
 import seqbuild
 
 ROOT = Path(__file__).parents[1]
-# What the compiler may use of the host's part: what both have to agree on, and nothing that runs a model.
-SHARED = {"errors", "manifest", "grammar", "artifact", "publish", "program", "data", "documents", "token_file", "chats"}
-SHARED |= {"document_tokens", "tokenizer"}
-SHARED |= {
-    "library",
-    "offline",
-    "reach",
-    "reviewed",
-    "summaries",
-    "console",
-    "cli_options",
-    "construct",
-    "model_config",
-    "operators",
-    "opaque_paths",
-    "model_code",
-    "code_loader",
-    "host_sources",
-    "conditions",
-    "leaf_tables",
-    "chain",
-    "tables",
-    "scale_groups",
-    "expert_flow",
-    "experts",
-    "dense_experts",
-    "stacked",
-    "leaves",
-    "plan_cli",
-    "checks",
-    "contents",
-    "constants",
-    "expressions",
-    "bundle",
-    "signatures",
-    "written",
-    "config_rules",
-    "literals",
-    "guards",
-    "packed",
-    "source_checks",
-    "decoder",
-    "patterns",
-    "regular_files",
-    "output",
-    "left_as_found",
-    "mutable_state",
-    "arguments",
-    "cached_values",
-}
-# Verifying an artifact is being its host: only there the compiler may use what runs a model.
-HOSTING = {"weights", "dequantize", "derived", "inputs", "skeleton"}
-# What is packed for a host is read as the host will read it.
-PACKED = {"companions", "recipe"}
-# `seqbuild.plan` is the host's planner under the compiler's name, as `seqbuild plan` is.
-NAMED = {"planning"}
+# Layers, bottom first; docs/architecture.md explains them. A module imports from its own folder and from lower layers:
+# two folders of one layer do not import each other.
+RUNTIME = (
+    {"errors"},
+    {"standard_output", "patterns", "arguments"},
+    {"console"},
+    {"algorithms"},
+    {"host"},
+    {"language"},
+    {"artifact"},
+    {"formats"},
+    {"model"},
+    {"checkpoint"},
+    {"chain"},
+    {"recipe", "data"},
+    {"weights"},
+    {"experts"},
+    {"streaming"},
+    {"quantize"},
+    {"planning"},
+    {"evaluation", "calibration"},
+    {"cli"},
+    {"", "__main__"},
+)
+SEQBUILD = (
+    {"options", "blame", "shrink"},
+    {"sample"},
+    {"chain"},
+    {"model"},
+    {"ship", "cache", "trace.surroundings", "trace.python"},
+    {"trace.real"},
+    {"trace.decide", "trace.experts"},
+    {"trace.search", "trace.sizes"},
+    {"trace.recorder"},
+    {"trace.loops"},
+    {"trace.record"},
+    {"trace.model"},
+    {"trace.attempts", "manifest"},
+    {"build"},
+    {"verify"},
+    {"cli"},
+    {"", "__main__", "trace"},
+)
+LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
+# What the compiler may import of the runtime: what both sides must agree on, and nothing that runs a model.
+SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
+SHARED |= {"checkpoint", "data", "recipe"}
+# By part of the compiler, what it may import besides: `verify` is a host, `manifest` reads experts as a host splits
+# them, and both command lines share commands and options.
+BESIDES = {"verify": {"weights"}, "manifest": {"experts"}, "cli": {"cli"}, "": {"planning"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -96,29 +91,68 @@ def test_the_host_never_imports_the_compiler() -> None:
         assert not odd, f"{path.name} imports {odd}"
 
 
-def test_the_compiler_imports_little_of_the_host() -> None:
-    used = set()
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """The folder or file of the first level that a module belongs to; inside `seqbuild.trace`, of the second."""
+    _, *rest = module.split(".")
+    return ".".join(rest[:2] if rest[:1] == ["trace"] else rest[:1])
+
+
+@functools.cache
+def edges() -> dict[str, set[str]]:
+    """Which module imports which, both packages."""
+    known = {module_name(path): path for package in LAYERS for path in sources(package)}
+    found = {}
+    for module, path in known.items():
+        taken = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+        found[module] = {name for name in taken if name in known and name != module}
+    return found
+
+
+@pytest.mark.parametrize("package", ["runtime", "seqbuild"])
+def test_imports_go_down(package: str) -> None:
+    height = {part: level for level, layer in enumerate(LAYERS[package]) for part in layer}
+    assert sum(map(len, LAYERS[package])) == len(height), "a part stands in two layers"
+    for module, taken in edges().items():
+        if module.split(".")[0] != package:
+            continue
+        part = part_of(module)
+        assert part in height, f"{module} stands in no layer"
+        for other in sorted(name for name in taken if name.split(".")[0] == package):
+            lower = part_of(other)
+            assert lower == part or height[lower] < height[part], f"{module} imports {other}"
+    parts = {part_of(module) for module in edges() if module.split(".")[0] == package}
+    assert parts == set(height)
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {module: {name for name in taken if name != "runtime"} for module, taken in edges().items()}
+    while graph:
+        free = {module for module, taken in graph.items() if not taken & graph.keys()}
+        assert free, f"these import each other: {sorted(graph)}"
+        graph = {module: taken for module, taken in graph.items() if module not in free}
+
+
+def test_the_compiler_imports_of_the_host_what_both_agree_on() -> None:
     for path in sources("seqbuild"):
-        for name in imports(path):
+        part = part_of(module_name(path))
+        allowed = SHARED | BESIDES.get(part, set())
+        for name in sorted(imports(path)):
             package, _, rest = name.partition(".")
             assert package != "tests", path
-            if package == "runtime":
-                part = rest.split(".")[0]
-                allowed = SHARED | (HOSTING if path.parent.name == "verify" else set())
-                allowed |= PACKED if path.name == "pack.py" else set()
-                allowed |= NAMED if path == ROOT / "seqbuild" / "__init__.py" else set()
-                assert part in allowed, f"{path.name} imports runtime.{part}"
-                used.add(part)
-    assert {"errors", "manifest", "grammar"} & used
+            if package == "runtime" and rest:
+                assert rest.split(".")[0] in allowed, f"{path} imports {name}"
 
 
-def test_what_is_shared_does_not_need_the_rest_of_the_host() -> None:
-    """Functions may import lazily; at import time a shared module takes shared ones only."""
-    for part in sorted(SHARED):
-        tree = ast.parse((ROOT / "runtime" / f"{part}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runtime."):
-                assert (node.module or "").split(".")[1] in SHARED, f"runtime.{part} imports {node.module}"
+@pytest.mark.parametrize("package", ["runtime", "seqbuild"])
+def test_each_package_says_in_one_sentence_what_it_contains(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("__init__.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert text.endswith(".") and "\n\n" not in text, path
 
 
 def test_the_host_never_traces() -> None:
