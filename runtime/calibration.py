@@ -14,32 +14,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from runtime.arguments import as_path, require_callable, require_counts, require_kind, require_methods
+from runtime.arguments import as_path, require_callable, require_methods
 from runtime.checkpoint.companions import write_companions
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.checkpoint.layout import Layout
-from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 from runtime.data.checked_batches import model_batches
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError, RecipeError
-from runtime.experts.split import SplitArtifact, require_artifact, split_experts
+from runtime.errors import DataError
+from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_free, require_outside
-from runtime.planning.request import memory_here, require_plan, stored_sizes
-from runtime.quantize.assignments import assign_jobs
-from runtime.quantize.needs import RecipeNeeds
+from runtime.planning.request import memory_here, require_plan
+from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks, targeted_tables
 from runtime.quantize.unquantized import not_quantized
@@ -47,24 +44,23 @@ from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
 from runtime.streaming.identity import run_identity
+from runtime.streaming.options import RunOptions
 from runtime.streaming.report import Calibration, ModuleReport
-from runtime.streaming.run import Options, StreamingRun
+from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import plan_steps
-from runtime.streaming.steps import output_tensors
+from runtime.streaming.steps import Plan, output_tensors
 from runtime.streaming.work import Modifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
-from runtime.weights.parameters import Weights, place_buffers
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
-    from runtime.recipe.recipe import Assignment
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
 Progress = Callable[[str], None]
 
 
-def calibrate(
+def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
     artifact: Artifact,
     *,
     weights: str | os.PathLike[str],
@@ -85,183 +81,196 @@ def calibrate(
     statistics_memory: int | None = None,
     force: bool = False,
 ) -> Calibration:
-    """Quantize a model by a recipe and write the checkpoint.
+    """Quantize a model by a recipe and write the checkpoint. All other arguments are explained at `RunOptions`.
 
     Args:
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint.
         recipe: what to quantize, and how.
-        batches: the model's inputs, one mapping a batch, see `runtime.data.checked_batches`; may be empty when the
-            recipe measures nothing. A batch may have a `loss_mask` [B, S] besides: tokens where it is zero do not
-            count, nor does padding.
-        out: a directory that does not exist or is empty; it appears when it is whole.
-        device: where subgraphs run and weights are solved.
-        dtype: of the weights and activations in the run; None for the model's own.
-        max_shard_bytes: the most a shard of the checkpoint holds.
+        batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
+            recipe without statistics. Tokens where a `loss_mask` [B, S] is zero do not count, nor does padding.
+        out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph.
-        resume: go on where an interrupted run of the same output, artifact, weights, recipe, data and options stopped;
-            the result has the same bytes. Without one, begin.
-        checkpoint_activations: save the values between subgraphs to disk after every so many, so that a resumed run
-            need not run the finished ones again; 0 for never.
-        activation_memory: what these values may take; see `runtime.streaming.activations`.
-        propagate_error: let later subgraphs see what the quantized ones return. False saves a pass for each subgraph.
-        moe_calibrate_all_experts: measure every expert of a mixture on all tokens, while a layer's output stays the sum
-            over those that are chosen; False measures each on the tokens that are sent to it.
-        statistics_memory: bytes that the statistics of a layer's experts may take at a time; more of them are measured
-            in several passes, with the same result. None sets no bound.
-        watchers: are told what happens, see `runtime.streaming.events`.
-        own_modifiers: are applied to each subgraph before the recipe, see docs/modifiers.md.
-        force: go on where the plan says that memory will not do.
+        watchers: receive the events of the run, see `runtime.streaming.events`.
+        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md.
 
     Raises:
         UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
-        QuantizationError: when a module's numbers cannot be worked with.
+        QuantizationError: when a module's values cannot be quantized.
         OutOfMemory: a `torch.OutOfMemoryError`, when not even one sample fits.
     """
     start = time.perf_counter()
-    artifact, recipe = require_artifact(artifact), require_recipe(recipe)
-    path, weights, place = as_path("out", out), as_path("weights", weights), as_device(device)
-    dtype = as_dtype(dtype)
-    require_kind("activation_memory", activation_memory, Budget, "it must be a runtime.Budget, in bytes")
-    require_counts(max_shard_bytes=max_shard_bytes, statistics_memory=statistics_memory)
-    require_counts(checkpoint_activations=checkpoint_activations or None)
-    require_callable("progress", progress)
-    require_methods("watchers", watchers, "tell")
-    require_methods("own_modifiers", own_modifiers, "measures")
-    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    batches = model_batches(artifact, batches)
-    if resume:
-        require_unfinished(path)
-    require_free(path)
-    require_outside(path, artifact.path, Path(weights))
-    run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    checkpoint = open_checkpoint(Path(weights))
-    prepared = _prepare(split_experts(artifact, checkpoint), checkpoint, recipe, run_dtype, place)
-    if isinstance(prepared.artifact, SplitArtifact):
-        owners = _apart(prepared.artifact, prepared, recipe)
-        if len(owners) < len(prepared.artifact.stacks):  # the others stay as they are: stacked experts are quicker
-            fewer = split_experts(artifact, checkpoint, only=owners)
-            prepared = _prepare(fewer, checkpoint, recipe, run_dtype, place)
-    artifact, model, source = prepared.artifact, prepared.model, prepared.source
-    jobs, unreached = prepared.jobs, prepared.unreached
-    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
-    modifiers: list[Modifier] = [*own_modifiers, recipe_modifier]
-    if recipe_modifier.key_values is not None:
-        attach(model, recipe_modifier.key_values)
-    plan = plan_steps(artifact, source, jobs, modifiers)
-    if not batches and any(step.is_run for step in plan.steps):
-        raise DataError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
-    require_tokens(batches)
-    source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    foretold = require_plan(
-        artifact,
-        model,
-        recipe_modifier.needs,
-        batches,
-        dtype=run_dtype,
-        device=place,
-        limits=memory_here(place),
-        stored=stored_sizes(source),
-        budget=activation_memory,
-        statistics_bytes=statistics_memory,
-        all_tokens=moe_calibrate_all_experts,
-        modifiers=own_modifiers,
+    options = RunOptions(
+        device=as_device(device),
+        dtype=as_dtype(dtype),
+        max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        checkpoint_activations=checkpoint_activations,
+        activation_memory=activation_memory,
+        propagate_error=propagate_error,
+        moe_calibrate_all_experts=moe_calibrate_all_experts,
+        statistics_memory=statistics_memory,
         force=force,
     )
-    layout = Layout(output_tensors(plan, source, jobs), max_shard_bytes)
+    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
+    require_callable("progress", progress)
+    require_methods("watchers", watchers, "tell")
+    return _run(_schedule(request), Watchers([Lines(progress), *watchers]), start)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Request:
+    """Checked arguments of `calibrate`."""
+
+    artifact: Artifact
+    weights: Path
+    recipe: Recipe
+    batches: Sequence[Mapping[str, torch.Tensor]]
+    out: Path
+    own_modifiers: Sequence[Modifier]
+    options: RunOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scheduled:
+    """A calibration that can begin: everything is checked, and every step is known."""
+
+    request: _Request
+    prepared: Prepared
+    recipe_modifier: RecipeModifier
+    modifiers: list[Modifier]
+    steps: Plan
+    layout: Layout
+    identity: Mapping[str, str]
+    warnings: Sequence[str]
+
+
+def _request(
+    artifact: Artifact,
+    weights: str | os.PathLike[str],
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    out: str | os.PathLike[str],
+    own_modifiers: Sequence[Modifier],
+    options: RunOptions,
+) -> _Request:
+    artifact, recipe = require_artifact(artifact), require_recipe(recipe)
+    path, directory = as_path("out", out), as_path("weights", weights)
+    require_methods("own_modifiers", own_modifiers, "measures")
+    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
+    checked = model_batches(artifact, batches)
+    if options.resume:
+        require_unfinished(path)
+    require_free(path)
+    require_outside(path, artifact.path, directory)
+    return _Request(
+        artifact=artifact,
+        weights=directory,
+        recipe=recipe,
+        batches=checked,
+        out=path,
+        own_modifiers=own_modifiers,
+        options=options,
+    )
+
+
+def _schedule(request: _Request) -> _Scheduled:
+    """Prepare the model, decide every step, and check that the run fits this machine."""
+    recipe, batches, options = request.recipe, request.batches, request.options
+    own_dtype: torch.dtype = getattr(torch, request.artifact.manifest.model.dtype)
+    run_dtype = options.dtype if options.dtype is not None else own_dtype
+    checkpoint = open_checkpoint(request.weights)
+    prepared = prepare(request.artifact, checkpoint, recipe, run_dtype, options.device)
+    artifact, model, source, jobs = prepared.artifact, prepared.model, prepared.weights, prepared.jobs
+    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
+    modifiers: list[Modifier] = [*request.own_modifiers, recipe_modifier]
+    if recipe_modifier.key_values is not None:
+        attach(model, recipe_modifier.key_values)
+    steps = plan_steps(artifact, source, jobs, modifiers)
+    is_run = any(step.is_run for step in steps.steps)
+    if not batches and is_run:
+        raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
+    require_tokens(batches)
+    source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
+    predicted = require_plan(
+        prepared,
+        recipe_modifier.needs,
+        batches,
+        options,
+        dtype=run_dtype,
+        limits=memory_here(options.device),
+        modifiers=request.own_modifiers,
+    )
     identity = run_identity(
         artifact=artifact,
         checkpoint=source.checkpoint,
         recipe=recipe,
-        batches=batches if any(step.is_run for step in plan.steps) else (),
-        options={
-            "dtype": run_dtype,
-            "device": place.type,
-            "shard size": max_shard_bytes,
-            "propagate_error": propagate_error,
-            "moe_calibrate_all_experts": moe_calibrate_all_experts,
-        },
+        batches=batches if is_run else (),
+        options=options.deciding(run_dtype),
     )
-    watch = Watchers([Lines(progress), *watchers])
+    return _Scheduled(
+        request=request,
+        prepared=prepared,
+        recipe_modifier=recipe_modifier,
+        modifiers=modifiers,
+        steps=steps,
+        layout=Layout(output_tensors(steps, source, jobs), options.max_shard_bytes),
+        identity=identity,
+        warnings=predicted.warnings,
+    )
+
+
+def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
+    """Run every step, write the checkpoint, and publish it under its name."""
+    request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
+    key_values = scheduled.recipe_modifier.key_values
     # Statistics look at versions of tensors, which a caller's inference mode would take away.
     with ExitStack() as stack:
-        workplace = stack.enter_context(open_workplace(path, resume=resume, identity=identity))
-        require_space(path, layout.file_bytes - workplace.written_bytes)
+        is_resumed = request.options.resume
+        workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))
+        require_space(request.out, layout.file_bytes - workplace.written_bytes)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         run = StreamingRun(
-            artifact=artifact,
-            model=model,
-            source=source,
-            jobs=jobs,
-            modifiers=modifiers,
-            plan=plan,
-            batches=[dict(batch) for batch in batches],
+            artifact=prepared.artifact,
+            model=prepared.model,
+            source=prepared.weights,
+            jobs=prepared.jobs,
+            modifiers=scheduled.modifiers,
+            plan=scheduled.steps,
+            batches=[dict(batch) for batch in request.batches],
             writer=ShardWriter(workplace.checkpoint, layout),
             workplace=workplace,
-            options=Options(
-                device=place,
-                budget=activation_memory,
-                checkpoint_every=checkpoint_activations,
-                propagate_error=propagate_error,
-                all_tokens=moe_calibrate_all_experts,
-                statistics_bytes=statistics_memory,
-            ),
+            options=request.options,
             watch=watch,
         )
-        remarks = make_remarks(artifact, model, recipe, jobs, unreached)
-        for remark in (*source.remarks, *remarks, *recipe_modifier.remarks, *foretold.warnings):
-            watch.tell("warning", text=remark)
+        for warning in _warnings(scheduled):
+            watch.tell("warning", text=warning)
         resumed_at = run.execute()
-        write_companions(workplace.checkpoint, artifact, source.checkpoint, _quantization_config(recipe, run))
+        config = _quantization_config(request.recipe, run)
+        write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(path), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("end", path=str(request.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
-        path=path,
+        path=request.out,
         num_bytes=layout.total_bytes,
         modules=tuple(run.reports),
-        unreached=tuple(unreached),
+        unreached=tuple(prepared.unreached),
         remarks=tuple(watch.warnings),
         seconds=seconds,
         resumed_at=resumed_at,
-        num_caches=sum(1 for _ in recipe_modifier.key_values.all_modules()) if recipe_modifier.key_values else 0,
+        num_caches=sum(1 for _ in key_values.all_modules()) if key_values is not None else 0,
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Prepared:
-    """What a run works with, when artifact, checkpoint and recipe fit."""
-
-    artifact: Artifact
-    model: nn.Module
-    source: Weights
-    jobs: dict[str, Assignment]
-    unreached: list[str]
-
-
-def _apart(artifact: SplitArtifact, prepared: _Prepared, recipe: Recipe) -> list[str]:
-    """The modules of experts that are to be apart: those that are quantized, and those that are rescaled, unless the
-    checkpoint has them stacked.
-    """
-    owners = dict.fromkeys(artifact.owners(prepared.jobs))
-    if recipe.transforms and len(owners) < len(artifact.stacks):
-        needs = RecipeNeeds(artifact, prepared.source, recipe, prepared.jobs)
-        rescaled = artifact.owners(needs.rescaled_modules())
-        owners |= dict.fromkeys(name for name in rescaled if name not in artifact.named_anew)
-    return [name for name in artifact.stacks if name in owners]
-
-
-def _prepare(
-    artifact: Artifact, checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, device: torch.device
-) -> _Prepared:
-    model = artifact.empty_model(dtype)
-    place_buffers(model, device)
-    source = Weights(artifact, checkpoint, dtype, model)
-    if source.schemes or source.cache_scheme is not None:
-        raise RecipeError(f"{checkpoint.directory} is quantized already", hint="calibrate from the original checkpoint")
-    jobs, unreached = assign_jobs(artifact, model, source, recipe)
-    return _Prepared(artifact=artifact, model=model, source=source, jobs=jobs, unreached=unreached)
+def _warnings(scheduled: _Scheduled) -> Iterator[str]:
+    """What a user should know before the first step."""
+    prepared, recipe = scheduled.prepared, scheduled.request.recipe
+    yield from prepared.weights.remarks
+    yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
+    yield from scheduled.recipe_modifier.remarks
+    yield from scheduled.warnings
 
 
 def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:

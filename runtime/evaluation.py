@@ -32,13 +32,14 @@ from runtime.data.checked_batches import model_batches
 from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.inputs import DECODER_IDS, IDS, MASK
 from runtime.errors import DataError, ModelError, QuantizationError
-from runtime.experts.split import require_artifact, split_experts
+from runtime.experts.split import require_artifact
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.half_precision import quick_halves
 from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.quantize.preparation import Prepared, prepare
 from runtime.streaming.activations import Activations
-from runtime.weights.parameters import Weights, place_buffers, unload
+from runtime.weights.parameters import unload
 from runtime.weights.stream import WeightStream
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def evaluate(
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
-    artifact, device, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
+    artifact, place, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
     weights = as_path("weights", weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
@@ -110,23 +111,42 @@ def evaluate(
             raise DataError("no label counts, so nothing is predicted", hint=f"{NOT_A_LABEL} marks what does not")
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    checkpoint = open_checkpoint(Path(weights))
-    if checkpoint.is_quantized:
-        artifact = split_experts(artifact, checkpoint)
-    model = artifact.empty_model(run_dtype)
-    place_buffers(model, torch.device(device))
-    source = Weights(artifact, checkpoint, run_dtype, model)
+    prepared = prepare(artifact, open_checkpoint(Path(weights)), None, run_dtype, place)
+    source = prepared.weights
     for remark in source.remarks:
         progress(remark)
     source.checks.require_outside()
-    activations, last = Activations(batches, torch.device(device)), artifact.subgraphs[-1]
+    total = _summed_loss(prepared, batches, labels, place, progress)
+    if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
+        raise QuantizationError(
+            f"the mean loss is {total / num_tokens}, so there is no perplexity",
+            hint="a wider --dtype may help; otherwise the weights are broken",
+        )
+    return Evaluation(
+        perplexity=math.exp(total / num_tokens),
+        num_tokens=num_tokens,
+        num_bytes=source.checkpoint.total_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _summed_loss(
+    prepared: Prepared,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    labels: Sequence[torch.Tensor],
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> float:
+    """Run all subgraphs on all batches and sum the losses of the last one's logits, in nats."""
+    artifact, model, source = prepared.artifact, prepared.model, prepared.weights
+    activations, last = Activations(batches, device), artifact.subgraphs[-1]
     total = 0.0
     parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]
     with (
         torch.no_grad(),
-        quick_halves(torch.device(device).type),
+        quick_halves(device.type),
         input_quantization(model, source.schemes),
-        WeightStream(source, parts, torch.device(device)) as stream,
+        WeightStream(source, parts, device) as stream,
     ):
         for index, subgraph in enumerate(artifact.subgraphs):
             stream.load(model, index)
@@ -141,17 +161,7 @@ def evaluate(
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
             progress(f"[{index + 1}/{len(artifact.subgraphs)}] {', '.join(subgraph.entry.targets) or 'no target'}")
-    if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
-        raise QuantizationError(
-            f"the mean loss is {total / num_tokens}, so there is no perplexity",
-            hint="a wider --dtype may help; otherwise the weights are broken",
-        )
-    return Evaluation(
-        perplexity=math.exp(total / num_tokens),
-        num_tokens=num_tokens,
-        num_bytes=source.checkpoint.total_bytes,
-        seconds=time.perf_counter() - start,
-    )
+    return total
 
 
 def _require_predicting(manifest: Manifest) -> None:

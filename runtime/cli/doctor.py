@@ -225,22 +225,19 @@ def _describe(device: torch.device) -> str:
 
 def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[str, Any]) -> str:
     from runtime.checkpoint.dequantize import open_checkpoint
-    from runtime.experts.split import split_experts
-    from runtime.quantize.assignments import assign_jobs, least_bytes
+    from runtime.quantize.assignments import least_bytes
     from runtime.quantize.needs import RecipeNeeds
+    from runtime.quantize.preparation import prepare
     from runtime.recipe.recipe import Recipe
-    from runtime.weights.parameters import Weights
 
     recipe = Recipe.from_file(job.recipe)
     checkpoint = open_checkpoint(job.weights)
-    artifact = split_experts(artifact, checkpoint)
-    model = artifact.empty_model(dtype)
-    source = Weights(artifact, checkpoint, dtype, model)
-    jobs, _ = assign_jobs(artifact, model, source, recipe)
+    prepared = prepare(artifact, checkpoint, recipe, dtype)
+    source, jobs = prepared.weights, prepared.jobs
     state["least_bytes"] = least_bytes(source, jobs)
-    needs = RecipeNeeds(artifact, source, recipe, jobs)
+    needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
     if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
-        raise UsageError(f"{recipe.source} asks for what measures calibration data", hint="give --data")
+        raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
     return f"weights of {human_bytes(source.checkpoint.total_bytes)} fit the artifact; {len(jobs)} modules to quantize"
 
 

@@ -12,21 +12,22 @@ from torch import nn
 from runtime.arguments import require_count, require_counts, require_kind
 from runtime.artifact.size_expressions import holds
 from runtime.errors import DataError, UsageError
-from runtime.experts.split import require_artifact, split_experts
+from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
 from runtime.host.memory import available_bytes, resident_bytes
 from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.forecast import Plan, plan_run
 from runtime.planning.shapes import ShapeRun
 from runtime.planning.workload import Work
-from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.preparation import Prepared, prepare
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
 from runtime.streaming.activations import Budget
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.streaming.options import RunOptions
     from runtime.streaming.work import Modifier
     from runtime.weights.parameters import Weights
 
@@ -105,16 +106,14 @@ def plan_artifact(
     recipe = None if recipe is None else require_recipe(recipe)
     found, assumed = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
-    artifact = split_experts(artifact)
-    model = artifact.empty_model(run_dtype)
-    remarks = list(assumed)
     if recipe is not None:
-        jobs, _ = assign_jobs(artifact, model, None, recipe)
+        prepared, remarks = prepare(artifact, None, recipe, run_dtype), assumed
     else:
         recipe = Recipe.from_text(_USUAL, "the usual recipe")
-        jobs = _usual_jobs(artifact, model, recipe)
-        remarks.append(f"without --recipe: {_USUAL}")
-    needs = RecipeNeeds(artifact, None, recipe, jobs)
+        prepared = prepare(artifact, None, recipe, run_dtype, assign=_usual_jobs)
+        remarks = [*assumed, f"without --recipe: {_USUAL}"]
+    artifact = prepared.artifact
+    needs = RecipeNeeds(artifact, None, recipe, prepared.jobs)
     work = Work(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -126,7 +125,7 @@ def plan_artifact(
         process_bytes=resident_bytes(),
     )
     limits = limits or Limits()
-    with ShapeRun(artifact, model, run_dtype, device_type) as shapes:
+    with ShapeRun(artifact, prepared.model, run_dtype, device_type) as shapes:
         plan = plan_run(artifact, needs, work, shapes=shapes)
         missing = shortages(plan, limits)
         mended = advice(plan, limits, lambda w: plan_run(artifact, needs, w, shapes=shapes)) if missing else []
@@ -134,66 +133,54 @@ def plan_artifact(
 
 
 def require_plan(
-    artifact: Artifact,
-    model: nn.Module,
+    prepared: Prepared,
     needs: RecipeNeeds,
     batches: Sequence[Mapping[str, Any]],
+    options: RunOptions,
     *,
     dtype: torch.dtype,
-    device: torch.device,
     limits: Limits,
-    stored: Mapping[str, int],
-    budget: Budget | None = None,
-    statistics_bytes: int | None = None,
-    all_tokens: bool = True,
     modifiers: Sequence[Modifier] = (),
-    force: bool = False,
 ) -> Plan:
-    """Plan the run that is about to begin, and refuse it when it does not fit.
+    """Plan a run that is about to begin, and refuse it when it does not fit.
 
-    Where there is much more than it can need, nothing is run on shapes: that takes part of a second, and torch imports
-    much for it.
+    With ample memory the subgraphs are not run on shapes: that takes part of a second, and imports much of torch.
 
     Args:
-        artifact: the compiled model.
-        model: its module tree, on the meta device but for its computed buffers.
+        prepared: the model, its parameters on the meta device.
         needs: what is done to which module, and measured for it.
-        batches: the run's own.
+        batches: of the run.
+        options: of the run; with `force`, shortages become warnings of the plan.
         dtype: of weights and activations.
-        device: where subgraphs run.
-        limits: what there is; the host's counts what the process has already.
-        stored: bytes of each parameter in the checkpoint.
-        budget: the run's.
-        statistics_bytes: likewise.
-        all_tokens: likewise.
+        limits: available memory; the host's includes what the process has already.
         modifiers: the user's own.
-        force: say what does not fit in the plan's warnings, and go on.
 
     Raises:
-        PlanError: when it does not fit, and `force` is not given.
+        PlanError: when it does not fit, without `force`.
     """
     work = Work(
         num_samples=sum(_samples(batch) for batch in batches),
         batch_size=max((_samples(batch) for batch in batches), default=1),
-        sizes=batch_sizes(artifact.manifest, batches),
+        sizes=batch_sizes(prepared.artifact.manifest, batches),
         dtype=dtype,
-        device_type=device.type,
-        budget=budget or Budget.default(device),
-        statistics_bytes=statistics_bytes,
-        all_tokens=all_tokens,
+        device_type=options.device.type,
+        budget=options.activation_memory or Budget.default(options.device),
+        statistics_bytes=options.statistics_memory,
+        all_tokens=options.moe_calibrate_all_experts,
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
     )
-    guess = plan_run(artifact, needs, work, stored=stored, modifiers=modifiers)
+    stored = stored_sizes(prepared.weights)
+    guess = plan_run(prepared.artifact, needs, work, stored=stored, modifiers=modifiers)
     if is_ample(guess, limits):
         return guess
-    with ShapeRun(artifact, model, dtype, device.type) as shapes:
+    with ShapeRun(prepared.artifact, prepared.model, dtype, options.device.type) as shapes:
 
         def again(other: Work) -> Plan:
-            return plan_run(artifact, needs, other, stored=stored, shapes=shapes, modifiers=modifiers)
+            return plan_run(prepared.artifact, needs, other, stored=stored, shapes=shapes, modifiers=modifiers)
 
         plan = again(work)
-        if not force:
+        if not options.force:
             require_fit(plan, limits, again)
     return replace(plan, warnings=tuple(f"warning: it may not fit: {text}" for text in shortages(plan, limits)))
 
@@ -276,7 +263,9 @@ def _samples(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
 
 
-def _usual_jobs(artifact: Artifact, model: nn.Module, recipe: Recipe) -> dict[str, Assignment]:
+def _usual_jobs(
+    artifact: Artifact, model: nn.Module, _: Weights | None, recipe: Recipe
+) -> tuple[dict[str, Assignment], list[str]]:
     """The usual recipe, for modules that it can be applied to; none for a model without Linear modules."""
     used = {name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters}
     entries = artifact.manifest.parameters
@@ -293,4 +282,4 @@ def _usual_jobs(artifact: Artifact, model: nn.Module, recipe: Recipe) -> dict[st
         and f"{name}.weight" not in tied
         and entries[f"{name}.weight"].shape[1] % 128 == 0
     }
-    return recipe.assign(fit) if fit else {}
+    return (recipe.assign(fit) if fit else {}), []

@@ -23,7 +23,7 @@ from runtime.host.memory import (
     trim_heap,
 )
 from runtime.streaming import journal
-from runtime.streaming.activations import DEVICE, Activations, Budget
+from runtime.streaming.activations import DEVICE, Activations
 from runtime.streaming.committer import Committer
 from runtime.streaming.passes import Passes
 from runtime.streaming.replay import Written, run_again
@@ -40,31 +40,11 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.events import Watchers
+    from runtime.streaming.options import RunOptions
     from runtime.streaming.steps import Plan, Step
     from runtime.streaming.work import Modifier
     from runtime.streaming.workplace import Workplace
     from runtime.weights.parameters import Weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How a run goes about it.
-
-    Attributes:
-        device: where subgraphs run.
-        budget: what values between subgraphs may take.
-        checkpoint_every: after how many subgraphs these values are saved to disk; 0 for never.
-        propagate_error: whether later subgraphs see what quantized ones return.
-        all_tokens: whether every expert of a mixture is measured on all tokens.
-        statistics_bytes: the most that the statistics of experts may take at a time; None for no bound.
-    """
-
-    device: torch.device
-    budget: Budget | None
-    checkpoint_every: int
-    propagate_error: bool
-    all_tokens: bool = True
-    statistics_bytes: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -80,7 +60,7 @@ class StreamingRun:
     batches: list[dict[str, Any]]
     writer: ShardWriter
     workplace: Workplace
-    options: Options
+    options: RunOptions
     watch: Watchers
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -101,7 +81,7 @@ class StreamingRun:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
             self.committer = stack.enter_context(
-                Committer(self.writer, self.workplace, self.options.checkpoint_every, self.watch)
+                Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch)
             )
             self.stream = stack.enter_context(
                 WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
@@ -192,8 +172,8 @@ class StreamingRun:
             run_batches=lambda before=_ignore: self._measure(step, before),
             run_first=lambda: self.passes.first(step),
             masks=[token_mask(batch) for batch in self.batches],
-            all_tokens=self.options.all_tokens,
-            statistics_bytes=self.options.statistics_bytes,
+            all_tokens=self.options.moe_calibrate_all_experts,
+            statistics_bytes=self.options.statistics_memory,
             forgets=self.passes.forgets(step),
         )
 
@@ -262,7 +242,9 @@ class StreamingRun:
         inputs = [{name: value for name, value in batch.items() if name in taken} for batch in self.batches]
         self.passes = Passes(
             model=self.model,
-            activations=Activations(inputs, self.options.device, self.options.budget, self.workplace.values, outlives),
+            activations=Activations(
+                inputs, self.options.device, self.options.activation_memory, self.workplace.values, outlives
+            ),
             jobs=self.jobs,
             propagate_error=self.options.propagate_error,
             watcher=self.watch,
@@ -290,7 +272,7 @@ class StreamingRun:
         activations = self.passes.activations
         if activations.used_bytes[DEVICE]:
             self.watch.tell("warning", text=f"warning: out of memory in {step.label}: activations leave the device")
-            self.options = replace(self.options, budget=replace(activations.budget, device_bytes=0))
+            self.options = replace(self.options, activation_memory=replace(activations.budget, device_bytes=0))
             activations.close()
             self._set_batches()
             return

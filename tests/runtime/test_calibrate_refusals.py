@@ -75,7 +75,7 @@ def test_a_head_that_is_tied_by_config_is_refused_even_if_the_checkpoint_holds_b
 
 @pytest.mark.usefixtures("no_forward")
 def test_gptq_without_data_is_refused(llama: Small, tmp_path: Path) -> None:
-    with pytest.raises(runtime.DataError, match="asks for what measures calibration data"):
+    with pytest.raises(runtime.DataError, match="needs calibration data"):
         calibrate(llama, recipe(RECIPES["W4A16"], modifier="GPTQModifier"), tmp_path / "out", batches=[])
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,67 @@
+"""The options of a calibration, in one object from the public call to the end of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runtime.arguments import require_counts, require_kind
+from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
+from runtime.streaming.activations import Budget
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Options of a calibration.
+
+    Attributes:
+        device: where subgraphs run and weights are solved.
+        dtype: of the weights and activations in the run; None for the model's own.
+        max_shard_bytes: the largest size of one weights file of the checkpoint.
+        resume: continue an interrupted run of the same output, artifact, weights, recipe, data and options; the result
+            has the same bytes. Begins a new run when there is none.
+        checkpoint_activations: save the values between subgraphs to disk after every so many subgraphs, so that a
+            resumed run does not repeat the finished ones; 0 for never.
+        activation_memory: the memory that these values may take, see `runtime.streaming.activations`; None for no
+            bound.
+        propagate_error: run later subgraphs on the outputs of quantized ones. False saves one pass for each subgraph.
+        moe_calibrate_all_experts: measure every expert of a mixture on all tokens, while a layer's output stays the
+            sum over the chosen experts. False measures each expert on the tokens that are routed to it.
+        statistics_memory: bytes that the statistics of a layer's experts may take at a time; more are measured in
+            several passes, with the same result. None for no bound.
+        force: run although the plan predicts that memory is short.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    resume: bool = False
+    checkpoint_activations: int = 0
+    activation_memory: Budget | None = None
+    propagate_error: bool = True
+    moe_calibrate_all_experts: bool = True
+    statistics_memory: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject values of the wrong type.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        require_kind("activation_memory", self.activation_memory, Budget, "it must be a runtime.Budget, in bytes")
+        require_counts(max_shard_bytes=self.max_shard_bytes, statistics_memory=self.statistics_memory)
+        require_counts(checkpoint_activations=self.checkpoint_activations or None)
+
+    def deciding(self, run_dtype: torch.dtype) -> dict[str, object]:
+        """The options that decide the bytes of the result, by name."""
+        return {
+            "dtype": run_dtype,
+            "device": self.device.type,
+            "shard size": self.max_shard_bytes,
+            "propagate_error": self.propagate_error,
+            "moe_calibrate_all_experts": self.moe_calibrate_all_experts,
+        }
