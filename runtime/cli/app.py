@@ -6,26 +6,57 @@ Only typer is imported up here; torch and transformers wait until a command need
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import ActivationMemory, Skew, StatisticsMemory, Trust
+from runtime.cli.batches import DataOptions, make_batches
+from runtime.cli.options import (
+    ActivationMemory,
+    AllExperts,
+    ArtifactPath,
+    BatchSize,
+    BundledData,
+    BundledRecipe,
+    BundledWeights,
+    CheckpointActivations,
+    DataPath,
+    Device,
+    Dtype,
+    Force,
+    Log,
+    LossMask,
+    MaxShardSize,
+    Out,
+    Pack,
+    PropagateError,
+    Resume,
+    Samples,
+    SeqLen,
+    Signature,
+    Skew,
+    StatisticsMemory,
+    SummaryAsJson,
+    Tokenizer,
+    Trust,
+    WeightsPath,
+)
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
-from runtime.console import say
+from runtime.console import optional_bytes, parse_bytes, say
 
 if TYPE_CHECKING:
     import torch
 
+    from runtime.artifact.bundle import Job
     from runtime.chain import Artifact
+    from runtime.recipe.recipe import Recipe
     from runtime.streaming.events import Watcher
     from runtime.streaming.report import Calibration
 
-DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_BATCH_SIZE = 128, 2048, 8
+DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
 
 app = typer.Typer(
     add_completion=False,
@@ -37,125 +68,113 @@ app = typer.Typer(
 
 app.command()(plan)
 
-ArtifactPath = Annotated[
-    Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile, or by seqbuild pack.")
-]
-WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
-DataPath = Annotated[Path, typer.Option("--data", help=".txt, .jsonl, .parquet, or .safetensors from seqbuild data.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu or auto.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples that run at a time.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of a sample.")]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many samples to use.")]
-Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
-Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
-Signature = Annotated[Path | None, typer.Option("--require-signature", help="Public key that must have signed it.")]
-
 
 @app.command()
 def calibrate(
     artifact: ArtifactPath,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Model directory with safetensors weights; a bundle may hold it.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="YAML, in llm-compressor's dialect; a bundle holds one.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="As for evaluate; not needed by a recipe without statistics.")
-    ] = None,
+    weights: BundledWeights = None,
+    recipe: BundledRecipe = None,
+    out: Out = None,
+    data: BundledData = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     samples: Samples = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     pack: Pack = True,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Of conversations, count only what the assistant says.")
-    ] = False,
+    loss_mask: LossMask = False,
     tokenizer: Tokenizer = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Of a file of weights: 5GB, 500MB.")] = "2GB",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
-    checkpoint_activations: Annotated[
-        str,
-        typer.Option(
-            help="For a resume: replay finished subgraphs (costs nothing now), save the values between them "
-            "(costs their bytes on disk), or a number N to save after every N subgraphs."
-        ),
-    ] = "replay",
+    max_shard_size: MaxShardSize = "2GB",
+    resume: Resume = False,
+    checkpoint_activations: CheckpointActivations = "replay",
     activation_memory: ActivationMemory = None,
-    propagate_error: Annotated[
-        bool, typer.Option(help="Later layers see what quantized ones return, or (faster) what the original ones do.")
-    ] = True,
-    moe_calibrate_all_experts: Annotated[
-        bool, typer.Option(help="Measure every expert on all tokens, or each on those that are sent to it.")
-    ] = True,
+    propagate_error: PropagateError = True,
+    moe_calibrate_all_experts: AllExperts = True,
     statistics_memory: StatisticsMemory = None,
-    log: Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")] = False,
+    log: Log = None,
+    force: Force = False,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     require_signature: Signature = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: SummaryAsJson = False,
 ) -> None:
     """Quantize a model by a recipe, one subgraph in memory at a time."""
     from runtime.artifact.bundle import find_job
+
+    options: dict[str, Any] = {
+        "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
+        "resume": resume,
+        "propagate_error": propagate_error,
+        "moe_calibrate_all_experts": moe_calibrate_all_experts,
+        "force": force,
+    }
+    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    parsed = _recipe_of(job, resume)
+    loaded, options["device"], options["dtype"] = _loaded(
+        job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+    )
+    data_options = DataOptions(
+        path=job.data or Path(),
+        tokenizer=tokenizer,
+        weights=job.weights,
+        samples=samples,
+        default_samples=DEFAULT_SAMPLES,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        pack=pack,
+        loss_mask=loss_mask,
+        has_masks=True,
+    )
+    batches = make_batches(loaded, data_options) if job.data is not None else []
+    options |= _memory_options(checkpoint_activations, activation_memory, statistics_memory)
+    _calibrate(loaded, job, parsed, batches, options, log, as_json)
+
+
+def _recipe_of(job: Job, resume: bool) -> Recipe:
+    """Check the output before anything takes time, and read the recipe."""
     from runtime.cli.imports import prepare
-    from runtime.console import optional_bytes, parse_bytes
     from runtime.host.publish import require_free
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.workplace import require_unfinished
 
-    shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
-    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
-    artifact, weights, recipe, data, out = job.artifact, job.weights, job.recipe, job.data, job.out
     if resume:
-        require_unfinished(out)
-    require_free(out)
-    prepare(artifact)
-    parsed = Recipe.from_file(recipe)
-    loaded, run_device, run_dtype = _prepare(
-        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
-    )
-    batches: list[dict[str, torch.Tensor]] = []
-    if data is not None:
-        batches = _batches(
-            loaded,
-            data,
-            tokenizer,
-            weights,
-            samples,
-            DEFAULT_SAMPLES,
-            seq_len,
-            batch_size=batch_size,
-            pack=pack,
-            loss_mask=loss_mask,
-            has_masks=True,
-        )
-    from runtime.calibration import calibrate as run
+        require_unfinished(job.out)
+    require_free(job.out)
+    prepare(job.artifact)
+    return Recipe.from_file(job.recipe)
+
+
+def _memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
     from runtime.streaming.activations import Budget
 
+    return {
+        "checkpoint_activations": _interval(interval),
+        "activation_memory": None if activations is None else Budget.parse(activations),
+        "statistics_memory": optional_bytes(statistics, option="--statistics-memory"),
+    }
+
+
+def _calibrate(
+    artifact: Artifact,
+    job: Job,
+    recipe: Recipe,
+    batches: list[dict[str, torch.Tensor]],
+    options: dict[str, Any],
+    log: Path | None,
+    as_json: bool,
+) -> None:
+    from runtime.calibration import calibrate as run
+
     with ExitStack() as stack:
-        watchers = _watchers(stack, log, as_json)
         result = run(
-            loaded,
-            weights=weights,
-            recipe=parsed,
+            artifact,
+            weights=job.weights,
+            recipe=recipe,
             batches=batches,
-            out=out,
-            device=run_device,
-            dtype=run_dtype,
-            max_shard_bytes=shard_bytes,
+            out=job.out,
             progress=(lambda line: None) if as_json else say,
-            resume=resume,
-            checkpoint_activations=_interval(checkpoint_activations),
-            activation_memory=None if activation_memory is None else Budget.parse(activation_memory),
-            propagate_error=propagate_error,
-            moe_calibrate_all_experts=moe_calibrate_all_experts,
-            statistics_memory=optional_bytes(statistics_memory, option="--statistics-memory"),
-            watchers=watchers,
-            force=force,
+            watchers=_watchers(stack, log, as_json),
+            **options,
         )
     _report(result, as_json)
 
@@ -228,10 +247,19 @@ def evaluate(
 ) -> None:
     """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
     require_output()
-    loaded, run_device, run_dtype = _prepare(
+    loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    batches = _batches(loaded, data, tokenizer, weights, samples, None, seq_len, batch_size=batch_size, pack=pack)
+    options = DataOptions(
+        path=data,
+        tokenizer=tokenizer,
+        weights=weights,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        pack=pack,
+    )
+    batches = make_batches(loaded, options)
     from runtime.evaluation import evaluate as run
 
     result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
@@ -320,7 +348,7 @@ def doctor(
     return 0 if examination.is_well else 1
 
 
-def _prepare(
+def _loaded(
     path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool, public_key: Path | None
 ) -> tuple[Artifact, torch.device, torch.dtype | None]:
     """Load the artifact and resolve the names of device and dtype."""
@@ -332,58 +360,6 @@ def _prepare(
         path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code, public_key=public_key
     )
     return loaded, run_device, run_dtype
-
-
-def _batches(
-    artifact: Artifact,
-    data: Path,
-    tokenizer: Path | None,
-    weights: Path,
-    samples: int | None,
-    default_samples: int | None,
-    seq_len: int | None,
-    *,
-    batch_size: int,
-    pack: bool,
-    loss_mask: bool = False,
-    has_masks: bool = False,
-) -> list[dict[str, torch.Tensor]]:
-    """The model's inputs for a data file, refused where the artifact does not hold for them.
-
-    `loss_mask` asks for a mask, and `has_masks` says whether one makes a difference: to perplexity it makes none.
-    """
-    from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
-    from runtime.data.samples import batches, load_tokens
-    from runtime.model.config import text_limits
-
-    vocab_size, longest = text_limits(artifact)
-    if seq_len is None and data.suffix != ".safetensors":
-        seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    tokens = load_tokens(
-        data,
-        tokenizer_dir=tokenizer or _tokenizer_directory(weights, artifact),
-        num_samples=samples,
-        seq_len=seq_len,
-        pack=pack,
-        loss_mask=loss_mask,
-        vocab_size=vocab_size,
-    )
-    places: Sequence[int] = range(len(tokens.samples))
-    if samples is None and default_samples is not None and len(places) > default_samples:
-        places = [index * len(places) // default_samples for index in range(default_samples)]
-    chosen = [tokens.samples[place] for place in places]
-    masks = [tokens.masks[place] for place in places] if has_masks and tokens.masks is not None else None
-    targets = None if tokens.targets is None else [tokens.targets[place] for place in places]
-    require_length((*chosen, *(targets or ())), longest)
-    require_decoder(artifact.manifest, targets)
-    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, batch_size, masks, targets)]
-    require_in_range(artifact.manifest, made)
-    return made
-
-
-def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """The weights' own tokenizer, else the one that travels with the artifact."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
 
 
 def main(argv: list[str] | None = None) -> int:

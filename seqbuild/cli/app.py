@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,23 @@ from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
+from seqbuild.cli.options import (
+    DEFAULT_OUT,
+    AsJson,
+    AttnImplementation,
+    AutoIgnore,
+    Ignore,
+    Leaves,
+    Revision,
+    Sample,
+    SourceArgument,
+    Targets,
+    TargetsPerSubgraph,
+    TextOnly,
+)
+
+if TYPE_CHECKING:
+    from seqbuild.cache.recall import Compiled
 
 app = typer.Typer(
     add_completion=False,
@@ -32,42 +49,23 @@ ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Director
 
 @app.command("compile")
 def compile_command(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Hub id in the local cache, directory or config.json.")
-    ],
-    targets: Annotated[
-        list[str] | None,
-        typer.Option("--targets", "-t", help="Where to cut: class name, module name or re:pattern; may be repeated."),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", help="Function, Class.method or module.path.function to call whole; may be repeated."),
-    ] = None,
-    auto_ignore: Annotated[
-        bool, typer.Option("--auto-ignore/--no-auto-ignore", help="Call whole what cannot be recorded, or refuse it.")
-    ] = True,
-    sample: Annotated[
-        Path | None, typer.Option("--sample", help="Safetensors with the model's inputs by name; else made up.")
-    ] = None,
-    text_only: Annotated[
-        bool, typer.Option("--text-only", help="Compile for text alone a model that also sees or hears.")
-    ] = False,
-    targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets that share a subgraph.")] = 1,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="eager or sdpa; by default the model's own.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = Path(
-        "artifacts"
-    ),
-    leaves: Annotated[
-        str, typer.Option("--leaves", help="How deep to trace: target, linear, or auto for linear where that is whole.")
-    ] = "auto",
+    source: SourceArgument,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    auto_ignore: AutoIgnore = True,
+    sample: Sample = None,
+    text_only: TextOnly = False,
+    targets_per_subgraph: TargetsPerSubgraph = 1,
+    revision: Revision = None,
+    attn_implementation: AttnImplementation = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = DEFAULT_OUT,
+    leaves: Leaves = "auto",
     force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
     trust_remote_code: Trust = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Trace a model once, cut it at its layers, and save each part's code."""
     from seqbuild.cache.recall import recalled
-    from seqbuild.cli.show import remarks
     from seqbuild.options import make_options
 
     options: dict[str, Any] = {
@@ -86,31 +84,41 @@ def compile_command(
         from seqbuild.build import build
 
         done = build(source, force=force, **options, **place)
-    manifest = done.manifest
     for line in done.remarks:
         warn(line)
-    num_bytes = sum(entry.bytes for entry in manifest.files)
     if as_json:
-        facts = {
-            "path": str(done.path),
-            "cached": done.is_cached,
-            "input_key": manifest.input_key,
-            "targets": len(manifest.targets),
-            "subgraphs": len(manifest.subgraphs),
-            "parameters": manifest.model.num_parameters,
-            "bytes": num_bytes,
-            "portable": manifest.is_portable,
-            "foreign": dict(manifest.foreign),
-            "seconds": done.seconds,
-        }
-        say(json.dumps(facts))
-        return
+        say(json.dumps(_compiled_facts(done)))
+    else:
+        _say_compiled(done)
+
+
+def _compiled_facts(done: Compiled) -> dict[str, Any]:
+    manifest = done.manifest
+    return {
+        "path": str(done.path),
+        "cached": done.is_cached,
+        "input_key": manifest.input_key,
+        "targets": len(manifest.targets),
+        "subgraphs": len(manifest.subgraphs),
+        "parameters": manifest.model.num_parameters,
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "portable": manifest.is_portable,
+        "foreign": dict(manifest.foreign),
+        "seconds": done.seconds,
+    }
+
+
+def _say_compiled(done: Compiled) -> None:
+    from seqbuild.cli.show import remarks
+
+    manifest = done.manifest
     say(
         f"{manifest.model.class_name}: {len(manifest.targets)} layers by {', '.join(manifest.target_patterns)}, "
         f"{len(manifest.subgraphs)} subgraphs, {manifest.model.num_parameters:,} parameters"
     )
     for line in remarks(manifest):
         say(line)
+    num_bytes = sum(entry.bytes for entry in manifest.files)
     verb = "is there already, nothing was traced" if done.is_cached else f"{human_bytes(num_bytes)}"
     say(f"{done.path}: {verb}; {done.seconds:.1f} s")
 

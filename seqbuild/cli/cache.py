@@ -6,18 +6,34 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from runtime.cli.options import Trust
 from runtime.cli.run import require_output
 from runtime.console import human_bytes, say
+from seqbuild.cli.options import (
+    DEFAULT_OUT,
+    AsJson,
+    AttnImplementation,
+    AutoIgnore,
+    Ignore,
+    Leaves,
+    Revision,
+    Sample,
+    SourceArgument,
+    Targets,
+    TargetsPerSubgraph,
+    TextOnly,
+)
+
+if TYPE_CHECKING:
+    from seqbuild.cli.explain import Explanation
 
 app = typer.Typer(help="What has been compiled: list it, explain hits and misses, take it away.")
 
-DEFAULT_OUT = Path("artifacts")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory under which artifacts are.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _SHOWN = 60
 
 
@@ -50,22 +66,21 @@ def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
 
 @app.command()
 def explain(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for compile.")],
-    targets: Annotated[list[str] | None, typer.Option("--targets", "-t")] = None,
-    ignore: Annotated[list[str] | None, typer.Option("--ignore")] = None,
-    auto_ignore: Annotated[bool, typer.Option("--auto-ignore/--no-auto-ignore")] = True,
-    sample: Annotated[Path | None, typer.Option("--sample")] = None,
-    text_only: Annotated[bool, typer.Option("--text-only")] = False,
-    targets_per_subgraph: Annotated[int, typer.Option(min=1)] = 1,
-    revision: Annotated[str | None, typer.Option()] = None,
-    attn_implementation: Annotated[str | None, typer.Option()] = None,
+    source: SourceArgument,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    auto_ignore: AutoIgnore = True,
+    sample: Sample = None,
+    text_only: TextOnly = False,
+    targets_per_subgraph: TargetsPerSubgraph = 1,
+    revision: Revision = None,
+    attn_implementation: AttnImplementation = None,
     out: Out = DEFAULT_OUT,
-    leaves: Annotated[str, typer.Option("--leaves")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    leaves: Leaves = "auto",
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what the key of an artifact is made of, and why compile would find it or not. Options are compile's."""
-    from seqbuild.cli.explain import EXCLUDED
     from seqbuild.cli.explain import explain as run
     from seqbuild.options import make_options
 
@@ -82,19 +97,30 @@ def explain(
     )
     found = run(source, options, out=out, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
-        facts = {
-            "hit": found.is_hit,
-            "path": str(found.path),
-            "input_key": found.input_key,
-            "reason": found.reason,
-            "ingredients": dict(found.ingredients),
-            "nearest": str(found.nearest) if found.nearest is not None else None,
-            "differing": {name: list(values) for name, values in found.differing.items()},
-            "changed": list(found.changed),
-            "excluded": EXCLUDED,
-        }
-        say(json.dumps(facts))
-        return
+        say(json.dumps(_facts(found)))
+    else:
+        _say(found)
+
+
+def _facts(found: Explanation) -> dict[str, Any]:
+    from seqbuild.cli.explain import EXCLUDED
+
+    return {
+        "hit": found.is_hit,
+        "path": str(found.path),
+        "input_key": found.input_key,
+        "reason": found.reason,
+        "ingredients": dict(found.ingredients),
+        "nearest": str(found.nearest) if found.nearest is not None else None,
+        "differing": {name: list(values) for name, values in found.differing.items()},
+        "changed": list(found.changed),
+        "excluded": EXCLUDED,
+    }
+
+
+def _say(found: Explanation) -> None:
+    from seqbuild.cli.explain import EXCLUDED
+
     width = max(map(len, found.ingredients))
     for name, value in found.ingredients.items():
         say(f"{name:{width}}  {_short(value)}")
