@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from safetensors.torch import save
 
 from runtime.arguments import as_path
 from runtime.artifact.check import check_programs
@@ -291,23 +292,14 @@ def _assemble(
     files = {"config.json": read_regular(source.config_file), **source.companions(), **own_files}
     programs, entries, codes = _programs(model, traced)
     files |= programs
-    for index, program in enumerate(keys.programs):
-        files[f"conversions/{index:03d}.py"] = program.encode("ascii")
-    found = Parts()
-
-    def rebuilt(dtype: torch.dtype) -> nn.Module:
-        return build_weightless(source, like=model, dtype=dtype, own=own)
-
-    if traced.leaves != "target":
-        found = portable_parts(model, entries, rebuilt, TRACE_DTYPE)
+    files |= {f"conversions/{index:03d}.py": program.encode("ascii") for index, program in enumerate(keys.programs)}
+    found = _portable_parts(source, own, model, traced, entries)
     files |= {file: program.encode("ascii") for file, program in found.programs.items()}
     is_portable = traced.leaves != "target" and not found.foreign and not any(entry.opaque for entry in entries)
     values = default_values(model)
     defaults = {name: f"default_{place}" for place, name in enumerate(values)}
     constants = {**trace.tracer.constants, **found.constants, **{defaults[name]: values[name] for name in values}}
     if constants:
-        from safetensors.torch import save
-
         files[CONSTANTS_NAME] = save(constants)
     symbols = describe.Symbols(trace, traced.marker)
     plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
@@ -328,10 +320,7 @@ def _assemble(
         conditions=symbols.conditions(),
         subgraphs=tuple(entries),
         parameters=describe.describe_parameters(model, keys, dtype, traced.fixed_dtype),
-        conversions=tuple(
-            ConversionEntry(file=f"conversions/{index:03d}.py", num_sources=count)
-            for index, count in enumerate(keys.num_sources)
-        ),
+        conversions=_conversions(keys),
         values=describe.describe_values(trace, symbols),
         constants=tuple(constants),
         sources={} if is_portable else relied_on(model, entries, own.modules if own is not None else ()),
@@ -346,9 +335,31 @@ def _assemble(
         decoder=plain.decoder,
         scale_groups=tuple(group for group in groups if group.modules),
         mixture_groups=mixture_groups(groups),
-        files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
+        files=_file_entries(files),
     )
     return files, manifest
+
+
+def _portable_parts(
+    source: Source, own: OwnCode | None, model: nn.Module, traced: Traced, entries: Sequence[SubgraphEntry]
+) -> Parts:
+    """What a host needs to build the module tree itself; nothing for a trace that stops at the targets."""
+    if traced.leaves == "target":
+        return Parts()
+
+    def rebuilt(dtype: torch.dtype) -> nn.Module:
+        return build_weightless(source, like=model, dtype=dtype, own=own)
+
+    return portable_parts(model, entries, rebuilt, TRACE_DTYPE)
+
+
+def _conversions(keys: KeyTable) -> tuple[ConversionEntry, ...]:
+    counts = enumerate(keys.num_sources)
+    return tuple(ConversionEntry(file=f"conversions/{index:03d}.py", num_sources=count) for index, count in counts)
+
+
+def _file_entries(files: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
+    return tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items()))
 
 
 def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry], list[EmittedCode]]:

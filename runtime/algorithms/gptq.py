@@ -108,6 +108,12 @@ def quantize_gptq(
     return result
 
 
+def _check_siblings(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, args: QuantizationArgs) -> None:
+    for weight_OI in weights:
+        grid.check_weight(weight_OI, args, offered=STRATEGIES)
+        _check_hessian(hessian_II, weight_OI)
+
+
 def quantize_siblings(
     weights: Sequence[torch.Tensor],
     hessian_II: torch.Tensor,
@@ -120,8 +126,7 @@ def quantize_siblings(
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
 ) -> Iterator[QuantizedWeight]:
-    """Quantize weights that see the same input: one factorization, and one pass over the columns for all rows of small
-    weights, which takes large ones by themselves. The next is begun when the one before has been taken.
+    """Quantize weights that see the same input, with one factorization. Small weights share a pass over the columns.
 
     Args:
         weights: [O, I] each; I is the same for all.
@@ -135,15 +140,13 @@ def quantize_siblings(
         overwrite_hessian: work in H's own memory, for whoever needs it no more: a factor takes as much.
 
     Yields:
-        One result for each weight, in order.
+        One result for each weight, in order; the next is computed when the one before has been taken.
 
     Raises:
         QuantizationError: as `quantize_gptq`, before the first result.
     """
     weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
-    for weight_OI in weights:
-        grid.check_weight(weight_OI, args, offered=STRATEGIES)
-        _check_hessian(hessian_II, weight_OI)
+    _check_siblings(weights, hessian_II, args)
     _check_options(dampening_frac, block_size, actorder)
     dtype = grid.work_dtype(*weights, hessian_II)
     order_I = column_order(hessian_II, actorder)
@@ -154,9 +157,8 @@ def quantize_siblings(
         global_scale = grid.global_scale_of(*weights)
     fitting = _Fitting(args, scale_dtype, global_scale, diagonal_I)
     group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
-    is_refitted = grid.is_grouped(args) and actorder is None
-    width = args.group_size if is_refitted else block_size
-    damping, refit = factors.damping, fitting if is_refitted else None
+    refit = fitting if grid.is_grouped(args) and actorder is None else None
+    width, damping = args.group_size if refit is not None else block_size, factors.damping
     sizes = [part.stop - part.start for part in in_passes([weight.shape for weight in weights])]
     while sizes:
         taken, weights = weights[: sizes[0]], weights[sizes.pop(0) :]

@@ -14,7 +14,7 @@ know them: see `runtime.quantize.reader_limits`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from runtime.experts.tables import Apart, Understood, mixture_of, part_entries, 
 from runtime.model.experts import Mixture, Stack, input_place, input_positions, owner_of
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import ParameterEntry
+    from runtime.artifact.manifest import ParameterEntry, SubgraphEntry
     from runtime.checkpoint.reader import Checkpoint
 
 
@@ -144,6 +144,18 @@ def siblings_of(artifact: Artifact) -> dict[str, Hashable]:
     return found
 
 
+def _with_parts(
+    entries: Sequence[SubgraphEntry], replaced: Mapping[str, Mapping[str, ParameterEntry]]
+) -> tuple[SubgraphEntry, ...]:
+    """The subgraphs' entries, with the parts of each stacked parameter in its place."""
+    return tuple(
+        dataclasses.replace(
+            entry, parameters=tuple(new for old in entry.parameters for new in replaced.get(old, {old: None}))
+        )
+        for entry in entries
+    )
+
+
 def split_experts(
     artifact: Artifact, checkpoint: Checkpoint | None = None, *, only: Collection[str] | None = None
 ) -> Artifact:
@@ -181,17 +193,9 @@ def split_experts(
         parameters.update({f"{name}.{part}": entry for part, entry in apart.spare.items()})
     stacks = {name: apart.stacks for name, apart in found.items()}
     insides = {name: understood.insides(name) for name in found}
-    manifest = dataclasses.replace(
-        tables,
-        parameters=parameters,
-        scale_groups=groups_apart(tables, stacks, insides),
-        subgraphs=tuple(
-            dataclasses.replace(
-                entry, parameters=tuple(new for old in entry.parameters for new in replaced.get(old, {old: None}))
-            )
-            for entry in tables.subgraphs
-        ),
-    )
+    groups = groups_apart(tables, stacks, insides)
+    manifest = dataclasses.replace(tables, parameters=parameters, scale_groups=groups)
+    manifest = dataclasses.replace(manifest, subgraphs=_with_parts(tables.subgraphs, replaced))
     subgraphs: tuple[LoadedSubgraph, ...] = tuple(
         dataclasses.replace(subgraph, entry=entry)
         for subgraph, entry in zip(artifact.subgraphs, manifest.subgraphs, strict=True)

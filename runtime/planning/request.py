@@ -112,8 +112,6 @@ def plan_artifact(
         recipe = Recipe.from_text(_USUAL, "the usual recipe")
         prepared = prepare(artifact, None, recipe, run_dtype, assign=_usual_jobs)
         remarks = [*assumed, f"without --recipe: {_USUAL}"]
-    artifact = prepared.artifact
-    needs = RecipeNeeds(artifact, None, recipe, prepared.jobs)
     work = Work(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -124,8 +122,13 @@ def plan_artifact(
         statistics_bytes=statistics_bytes,
         process_bytes=resident_bytes(),
     )
-    limits = limits or Limits()
-    with ShapeRun(artifact, prepared.model, run_dtype, device_type) as shapes:
+    return _planned(prepared, recipe, work, limits or Limits(), remarks)
+
+
+def _planned(prepared: Prepared, recipe: Recipe, work: Work, limits: Limits, remarks: Sequence[str]) -> Planned:
+    artifact = prepared.artifact
+    needs = RecipeNeeds(artifact, None, recipe, prepared.jobs)
+    with ShapeRun(artifact, prepared.model, work.dtype, work.device_type) as shapes:
         plan = plan_run(artifact, needs, work, shapes=shapes)
         missing = shortages(plan, limits)
         mended = advice(plan, limits, lambda w: plan_run(artifact, needs, w, shapes=shapes)) if missing else []

@@ -175,6 +175,13 @@ def trace_somehow(
         fixed = None if dtype == TRACE_DTYPE else dtype
         return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
 
+    return _first_of(candidates, attempt)
+
+
+def _first_of(
+    candidates: Sequence[tuple[str, ...]], attempt: Callable[[tuple[str, ...], torch.dtype], Traced]
+) -> Traced:
+    """The first candidate's trace that works: in the marker dtype, or in float32 where that dtype is the obstacle."""
     first: TargetError | None = None
     for patterns in candidates:
         try:

@@ -174,6 +174,99 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+_Attempt = tuple[fx.Graph, SequentialTracer]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attempts:
+    """The ways to trace one model with one sample.
+
+    Attributes:
+        ancestors: the modules that contain a target.
+        arguments: arguments of the forward besides the sample.
+        foreign: forwards that are one step, which grows from attempt to attempt where layers are traced through.
+    """
+
+    model: nn.Module
+    sample_input: Mapping[str, Any]
+    targets: Collection[nn.Module]
+    ancestors: Collection[nn.Module]
+    arguments: Mapping[str, Any]
+    foreign: dict[str, None]
+    ignore: Sequence[str]
+    dtype: torch.dtype | None
+    may_ignore: Callable[[Function], bool]
+    samples: Sequence[Mapping[str, Any]]
+    is_batch_only: bool
+    leaves: str
+
+    def attempt(self, paths: Sequence[str], answers: Sequence[Answer]) -> _Attempt:
+        """Trace with the sample's sizes as symbols; where that fails, with some fixed, or with a longer sample."""
+        try:
+            return self._trace(self.sample_input, paths, answers)
+        except UntraceableError as error:
+            if error.insisted_on:  # sizes that might as well be numbers
+                with contextlib.suppress(TraceError):
+                    return self._trace(self.sample_input, paths, answers, error.insisted_on)
+            longer = longer_text(self.sample_input) if self.leaves != "target" else None
+            if longer is None:
+                raise
+            with contextlib.suppress(TraceError):  # loops that the sample is too short for
+                traced, tracer = self._trace(longer, paths, answers)
+                if tracer.is_for(self.sample_input):
+                    return traced, tracer
+            raise
+
+    def _trace(
+        self,
+        sizes: Mapping[str, Any],
+        paths: Sequence[str],
+        answers: Sequence[Answer],
+        fixed: Collection[tuple[str, int]] = (),
+        marks_cache: bool = True,
+    ) -> _Attempt:
+        tracer = SequentialTracer(
+            list(self.ancestors),
+            _offloaded(self.model, self.ancestors),
+            ignore=(*self.ignore, *(path for path in paths if path not in self.foreign)),
+            leaves=self.leaves,
+            foreign=self.foreign,
+            dtype=self.dtype,
+            targets=self.targets,
+            answers=answers,
+            samples=self.samples,
+            fixed=fixed,
+            marks_cache=marks_cache,
+        )
+        try:
+            traced = tracer.trace(self.model, sizes, self.arguments)
+            tracer.require_free_sizes(is_batch_only=self.is_batch_only)
+        except UntraceableError as error:
+            if tracer.cached is not None and tracer.cached.is_refused:
+                return self._trace(sizes, paths, answers, fixed, marks_cache=False)
+            error.earlier = _burnt_before(tracer, self.is_batch_only)
+            error.insisted_on = tracer.insisted_on()
+            raise
+        except UndecidedError as error:
+            error.earlier = _burnt_before(tracer, self.is_batch_only)
+            raise
+        if tracer.cached is not None and tracer.cached.is_refused:
+            return self._trace(sizes, paths, answers, fixed, marks_cache=False)
+        return traced, tracer
+
+    def is_candidate(self, function: Function) -> bool:
+        """Whether a function that cannot be traced may be one step instead."""
+        is_ancestor = function.is_forward and function.owner in self.ancestors
+        is_wanted = not is_ancestor and self.may_ignore(function)
+        if is_wanted and self.leaves != "target" and function.is_forward:
+            self.foreign[function.path] = None
+        return is_wanted
+
+
+def _is_alike(one: _Attempt, other: _Attempt, places: Sequence[int]) -> bool:
+    return stands_for(one[0], other[0], [one[1].decisions.marks[place] for place in places])
+
+
 def _climb(
     model: nn.Module,
     sample_input: Mapping[str, Any],
@@ -185,78 +278,24 @@ def _climb(
     samples: Sequence[Mapping[str, Any]],
     is_batch_only: bool,
     leaves: str,
-) -> tuple[fx.Graph, SequentialTracer]:
-    """The graph of the whole forward, by the first of several ways to trace it that succeeds; see `ladder`."""
-    ancestors = get_sequential_ancestors(model, targets)
+) -> _Attempt:
+    """The graph of the whole forward, by the first way to trace it that succeeds; see `seqbuild.trace.search`."""
     concrete = populate_concrete_args(model, sample_input)
-    arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
-    foreign = dict.fromkeys(always_foreign(model) if leaves != "target" else ())
-
-    def attempt(paths: Sequence[str], answers: Sequence[Answer]) -> tuple[fx.Graph, SequentialTracer]:
-        try:
-            return attempt_with(sample_input, paths, answers)
-        except UntraceableError as error:
-            if error.insisted_on:  # sizes that might as well be numbers
-                with contextlib.suppress(TraceError):
-                    return attempt_with(sample_input, paths, answers, error.insisted_on)
-            longer = longer_text(sample_input) if leaves != "target" else None
-            if longer is None:
-                raise
-            with contextlib.suppress(TraceError):  # loops that the sample is too short for
-                traced, tracer = attempt_with(longer, paths, answers)
-                if tracer.is_for(sample_input):
-                    return traced, tracer
-            raise
-
-    def attempt_with(
-        sizes: Mapping[str, Any],
-        paths: Sequence[str],
-        answers: Sequence[Answer],
-        fixed: Collection[tuple[str, int]] = (),
-        marks_cache: bool = True,
-    ) -> tuple[fx.Graph, SequentialTracer]:
-        tracer = SequentialTracer(
-            list(ancestors),
-            _offloaded(model, ancestors),
-            ignore=(*ignore, *(path for path in paths if path not in foreign)),
-            leaves=leaves,
-            foreign=foreign,
-            dtype=dtype,
-            targets=targets,
-            answers=answers,
-            samples=samples,
-            fixed=fixed,
-            marks_cache=marks_cache,
-        )
-        try:
-            traced = tracer.trace(model, sizes, arguments)
-            tracer.require_free_sizes(is_batch_only=is_batch_only)
-        except UntraceableError as error:
-            if tracer.cached is not None and tracer.cached.is_refused:
-                return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
-            error.earlier = _burnt_before(tracer, is_batch_only)
-            error.insisted_on = tracer.insisted_on()
-            raise
-        except UndecidedError as error:
-            error.earlier = _burnt_before(tracer, is_batch_only)
-            raise
-        if tracer.cached is not None and tracer.cached.is_refused:
-            return attempt_with(sizes, paths, answers, fixed, marks_cache=False)
-        return traced, tracer
-
-    def is_alike(
-        one: tuple[fx.Graph, SequentialTracer], other: tuple[fx.Graph, SequentialTracer], places: Sequence[int]
-    ) -> bool:
-        return stands_for(one[0], other[0], [one[1].decisions.marks[place] for place in places])
-
-    def is_candidate(function: Function) -> bool:
-        is_ancestor = function.is_forward and function.owner in ancestors
-        is_wanted = not is_ancestor and may_ignore(function)
-        if is_wanted and leaves != "target" and function.is_forward:
-            foreign[function.path] = None
-        return is_wanted
-
-    return climb(attempt, is_candidate, is_alike)
+    attempts = _Attempts(
+        model=model,
+        sample_input=sample_input,
+        targets=targets,
+        ancestors=get_sequential_ancestors(model, targets),
+        arguments={name: concrete[name] for name in ("use_cache",) if name in concrete},
+        foreign=dict.fromkeys(always_foreign(model) if leaves != "target" else ()),
+        ignore=ignore,
+        dtype=dtype,
+        may_ignore=may_ignore,
+        samples=samples,
+        is_batch_only=is_batch_only,
+        leaves=leaves,
+    )
+    return climb(attempts.attempt, attempts.is_candidate, _is_alike)
 
 
 def _burnt_before(tracer: SequentialTracer, is_batch_only: bool) -> Culprit | None:

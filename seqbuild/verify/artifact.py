@@ -93,9 +93,22 @@ def verify_artifact(
     _require_sensible(dtype, tolerance)
     if not isinstance(shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in shapes):
         raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.shape.SampleShape")
-    weights = None if weights is None else as_path("weights", weights)
+    directory = None if weights is None else as_path("weights", weights)
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     artifact.require_consent()  # the model itself is run
+    return _verified(artifact, directory, dtype, tolerance, shapes, trust_remote_code=trust_remote_code, start=start)
+
+
+def _verified(
+    artifact: Artifact,
+    weights: Path | None,
+    dtype: str,
+    tolerance: float,
+    shapes: Sequence[SampleShape],
+    *,
+    trust_remote_code: bool,
+    start: float,
+) -> Verification:
     changed, remarks = None, []
     with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _calm():
         if weights is None:
@@ -104,13 +117,13 @@ def verify_artifact(
             remarks.append(_about_code(changed, why))
             pair: _Pair = _RandomPair(artifact=small, dtype=_DTYPES[dtype])
         else:
-            pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=Path(weights))
+            pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=weights)
         compared = tuple(_compare(pair, shapes, tolerance))
         remarks += about_other_inputs(artifact.manifest, model_class(artifact))
     return Verification(
-        path=Path(path),
+        path=artifact.path,
         class_name=artifact.manifest.model.class_name,
-        weights=None if weights is None else Path(weights),
+        weights=weights,
         dtype=dtype,
         tolerance=tolerance,
         shapes=compared,

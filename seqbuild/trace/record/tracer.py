@@ -31,7 +31,6 @@ from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
 from runtime.host.left_as_found import Found, left_as_found
 from seqbuild.blame import UntraceableError, advice, blame, burnt_in, not_offered
-from seqbuild.chain.marks import STATEMENTS, require
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.decide.constant_answers import constant_answer
@@ -42,7 +41,8 @@ from seqbuild.trace.python.builtins import Whole, largest, lengths_recorded, rep
 from seqbuild.trace.python.modes import LiteralTensors, SymbolicIndices, limits_marked, vmap_recorded
 from seqbuild.trace.python.sequences import JoinsRecorded
 from seqbuild.trace.real.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
-from seqbuild.trace.record.cached_values import CACHED, CachedValues, encoder_modules
+from seqbuild.trace.record.cached_values import CachedValues, encoder_modules
+from seqbuild.trace.record.dead_code import drop_dead_code, drop_dropout
 from seqbuild.trace.record.leaf_memory import LeafMemory
 from seqbuild.trace.record.leaf_policy import LeafPolicy
 from seqbuild.trace.record.opaque import find_opaque_steps
@@ -55,7 +55,6 @@ from seqbuild.trace.sizes.symbols import WatchedSizes, model_sizes, numbers_hash
 
 # Torch logs whatever fails under fake tensors; ours is the one report a user sees.
 _FAILURE_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-_DROPOUT = tuple(getattr(torch.ops.aten, name).default for name in ("dropout", "feature_dropout", "alpha_dropout"))
 
 
 class SequentialTracer(ValueTracer):
@@ -155,14 +154,8 @@ class SequentialTracer(ValueTracer):
         self.shape_env.own.update(model_sizes(inputs))
         self._real_buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kept_as_found(root))
-            stack.enter_context(sets_in_order((root, *self.ancestors)))
-            stack.enter_context(hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)))
-            stack.enter_context(fake_parameters(root, self.fake_mode, self.dtype))
-            stack.enter_context(tracing_configs(root))
-            stack.enter_context(lengths_recorded(root))
-            stack.enter_context(numbers_hashable())
-            stack.enter_context(quiet(*_FAILURE_LOGS, level=logging.CRITICAL))
+            for context in self._surroundings(root):
+                stack.enter_context(context)
             self._name_objects(root)
             leaf_memory = LeafMemory(root, self.fake_mode)
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
@@ -197,10 +190,28 @@ class SequentialTracer(ValueTracer):
             stack.enter_context(ProxyTorchDispatchMode(self, "symbolic", pre_dispatch=True))
             stack.enter_context(found.ended())
             self._run(root, {**inputs, **(concrete_args or {})})
+        self._finish(root, proofs, loops)
+        return self.graph
+
+    def _surroundings(self, root: nn.Module) -> tuple[contextlib.AbstractContextManager[Any], ...]:
+        """What holds around the whole trace, in the order in which it is entered."""
+        return (
+            kept_as_found(root),
+            sets_in_order((root, *self.ancestors)),
+            hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)),
+            fake_parameters(root, self.fake_mode, self.dtype),
+            tracing_configs(root),
+            lengths_recorded(root),
+            numbers_hashable(),
+            quiet(*_FAILURE_LOGS, level=logging.CRITICAL),
+        )
+
+    def _finish(self, root: nn.Module, proofs: Proofs, loops: Loops) -> None:
+        """Check what was recorded, and drop what the graph does not need."""
         self._kept_alive.clear()
         self._steps = None
-        _drop_dropout(self.graph)
-        _drop_dead_code(self.graph)
+        drop_dropout(self.graph)
+        drop_dead_code(self.graph)
         proofs.require_closed()
         loops.require_closed(self.graph)
         for node in self.graph.nodes:
@@ -214,7 +225,6 @@ class SequentialTracer(ValueTracer):
             if name in used
         }
         self.graph.owning_module = root  # type: ignore[assignment]
-        return self.graph
 
     def _is_own_buffer(self, name: str) -> bool:
         own = self._real_buffers.get(name)
@@ -378,29 +388,6 @@ class SequentialTracer(ValueTracer):
 
     def _is_step(self, root: nn.Module, name: str, module: nn.Module) -> bool:
         return module is not root and self.is_leaf_module(module, name)
-
-
-def _drop_dropout(graph: fx.Graph) -> None:
-    """In eval mode it hands on its argument, the very same tensor."""
-    for node in list(graph.nodes):
-        if node.target in _DROPOUT and not node.args[2]:
-            if CACHED in node.meta:
-                node.args[0].meta[CACHED] = (*node.args[0].meta.get(CACHED, ()), *node.meta[CACHED])
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-def _drop_dead_code(graph: fx.Graph) -> None:
-    """Remove operators that nothing uses and that change nothing; calls of the model's own code always stay."""
-    for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and _is_pure(node))):
-            graph.erase_node(node)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable
-    return "opaque" not in node.meta and node.target not in (require, *STATEMENTS)
 
 
 def leaf_policy(foreign: Collection[str] = (), dtype: torch.dtype | None = None) -> LeafPolicy:
