@@ -21,12 +21,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import os
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -37,7 +34,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.sym_node import SymNode
 
 from seqbuild.trace.experts.signature import MODULES_OWN
-from seqbuild.trace.record.number_reads import NumberReads
+from seqbuild.trace.record.descriptions import Description, _Describer, _made
+from seqbuild.trace.record.number_reads import _SHARED, _watched
 
 # Attributes that number a layer. They always differ, and hardly any forward looks at them.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
@@ -45,13 +43,6 @@ NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
-
-
-# Whose looking at all attributes of a module says nothing about the model's code.
-# Frames of torch and of `seqbuild.trace` are not the model's.
-_OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
-# Attributes of a class that are compared.
-_SHARED = (bool, int, float, str, list, dict, set, tuple, type(None))
 
 
 class _UnknownError(Exception):
@@ -291,153 +282,3 @@ def _is_private(name: str) -> bool:
 
 def _is_config(kind: type) -> bool:
     return any(cls.__module__ == "transformers.configuration_utils" for cls in kind.__mro__)
-
-
-@contextlib.contextmanager
-def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[NumberReads]:
-    """Note whenever one of these attributes is looked at, or all attributes at once, through any module of their
-    class.
-    """
-    with contextlib.ExitStack() as stack, NumberReads() as reads:
-        for cls, name in numbered:
-            setattr(cls, name, _Watched(name, reads))
-            stack.callback(delattr, cls, name)
-        for cls in dict.fromkeys(cls for cls, _ in numbered):
-            stack.enter_context(_dictionary_watched(cls, reads))
-        yield reads
-
-
-@contextlib.contextmanager
-def _dictionary_watched(cls: Any, reads: NumberReads) -> Iterator[None]:
-    """Note whenever a module of this class is asked for `__dict__`, other than by torch or by us."""
-    looked_up, own = cls.__getattribute__, vars(cls).get("__getattribute__")
-
-    def watching(module: Any, name: str) -> Any:
-        if name == "__dict__" and not sys._getframe(1).f_code.co_filename.startswith(_OURS):
-            reads.note(name)
-        return looked_up(module, name)
-
-    cls.__getattribute__ = watching
-    try:
-        yield
-    finally:
-        if own is None:
-            del cls.__getattribute__
-        else:
-            cls.__getattribute__ = own
-
-
-class _Watched:
-    """Stands in a class for an attribute that its objects have: being able to write, it goes before theirs."""
-
-    def __init__(self, name: str, reads: NumberReads) -> None:
-        self.name = name
-        self.reads = reads
-
-    def __get__(self, owner: Any, cls: type) -> Any:
-        reader: types.FrameType | None = sys._getframe(1)
-        while reader is not None and reader.f_code.co_filename == __file__:
-            reader = reader.f_back
-        self.reads.note(self.name, reader)
-        if owner is None or self.name not in vars(owner):
-            raise AttributeError(self.name)
-        return vars(owner)[self.name]
-
-    def __set__(self, owner: Any, value: Any) -> None:
-        self.reads.note(self.name)
-        vars(owner)[self.name] = value
-
-    def __delete__(self, owner: Any) -> None:
-        self.reads.note(self.name)
-        del vars(owner)[self.name]
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """A result, described so that it can be made again."""
-
-    content: Any
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Argument:
-    """An argument that is handed through: its place among the tensors."""
-
-    place: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tensor:
-    """A tensor that the leaf made."""
-
-    sizes: tuple[Any, ...]
-    strides: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Describer:
-    """Describes a result so that it can be made again."""
-
-    def __init__(self, look: Look) -> None:
-        self.look = look
-        self.arguments = {id(tensor): place for place, tensor in enumerate(look.tensors[: look.num_arguments])}
-        self.storages = {_storage(tensor) for tensor in look.tensors}
-
-    def of(self, value: Any) -> Any:
-        """The description of a part of the result.
-
-        Raises:
-            _UnknownError: when it cannot be made again.
-        """
-        kind = type(value)
-        if kind in _PLAIN or kind in (float, complex):
-            return value
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value)
-        if id(value) in self.look.containers:
-            raise _UnknownError
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return kind(*(self.of(item) for item in value))
-        if kind in (tuple, list):
-            return kind(self.of(item) for item in value)
-        if kind is dict and all(type(key) in (str, int, bool) for key in value):
-            return {key: self.of(item) for key, item in value.items()}
-        raise _UnknownError
-
-    def _tensor(self, tensor: torch.Tensor) -> Any:
-        if id(tensor) in self.arguments:
-            return _Argument(place=self.arguments[id(tensor)])
-        self.look.require_plain(tensor)
-        sizes, strides = tuple(tensor.shape), tuple(tensor.stride())
-        symbols = {symbol for size in (*sizes, *strides) for symbol in _symbols(size)}
-        storage = _storage(tensor)
-        offset: Any = tensor.storage_offset()
-        is_new = storage not in self.storages and not tensor.requires_grad and type(offset) is int and offset == 0
-        if not is_new or not symbols <= self.look.symbols:
-            raise _UnknownError
-        self.storages.add(storage)
-        return _Tensor(sizes=sizes, strides=strides, dtype=tensor.dtype, device=tensor.device)
-
-
-def _symbols(size: Any) -> set[Any]:
-    return set() if type(size) is int else set(size.node.expr.free_symbols)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _made(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
-    if isinstance(described, _Argument):
-        return arguments[described.place]
-    if isinstance(described, _Tensor):
-        dtype, device = described.dtype, described.device
-        return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
-    if isinstance(described, tuple) and hasattr(described, "_fields"):
-        return type(described)(*(_made(item, arguments) for item in described))
-    if isinstance(described, (tuple, list)):
-        return type(described)(_made(item, arguments) for item in described)
-    if isinstance(described, dict):
-        return {key: _made(item, arguments) for key, item in described.items()}
-    return described

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import track_tensor_tree
 from seqbuild.chain.marks import require
 from seqbuild.chain.partition import WITHIN
 from seqbuild.trace.record.cached_values import CACHED, is_marked_outside, moved
-from seqbuild.trace.record.leaf_memory import Description, LeafMemory, Look
+from seqbuild.trace.record.descriptions import Description
+from seqbuild.trace.record.leaf_memory import LeafMemory, Look
 
 if TYPE_CHECKING:
     from seqbuild.trace.recorder import Recorder
