@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from safetensors.torch import save
 
 from runtime.arguments import as_path
@@ -34,10 +33,11 @@ from runtime.artifact.manifest import MANIFEST_NAME, ConversionEntry, FileEntry,
 from runtime.artifact.own_code import FOLDER
 from runtime.chain import CONSTANTS_NAME, check
 from runtime.errors import ArtifactError, TargetError, TraceError
-from runtime.host.publish import disk_errors, move_aside, publish_directory
+from runtime.host.publish import move_aside, publish_directory
 from runtime.host.regular_files import read_regular
 from runtime.language.opaque import is_harmless
 from seqbuild.cache import key as cache
+from seqbuild.cache.lock import locked
 from seqbuild.cache.recall import Compiled, recall, remember, request, vouched
 from seqbuild.chain.emit import EmittedCode, common_scope
 from seqbuild.chain.targets import as_names, inferred_targets
@@ -200,7 +200,7 @@ def _build(
     def may_ignore(function: Function) -> bool:
         return options.auto_ignore and is_harmless(function.path, (type(model).__module__,), own_modules)
 
-    with _locked(path):
+    with locked(path):
         kept = None if force else _find(path, key, remarks)
         found = kept if kept is not None and vouched(parts, path.parent, kept) else None
         is_cached = found is not None
@@ -239,19 +239,6 @@ def _find(path: Path, key: str, remarks: list[str]) -> Manifest | None:
         place = move_aside(path)
         remarks.append(f"what was there is damaged and was moved to {place}: {error.message}")
         return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make the artifact at `path`."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / f".{path.name}.lock", mode=0o666)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_modules: Sequence[str]) -> None:

@@ -114,7 +114,7 @@ def _check_siblings(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, a
         _check_hessian(hessian_II, weight_OI)
 
 
-def quantize_siblings(
+def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
     weights: Sequence[torch.Tensor],
     hessian_II: torch.Tensor,
     args: QuantizationArgs,
@@ -130,12 +130,7 @@ def quantize_siblings(
 
     Args:
         weights: [O, I] each; I is the same for all.
-        hessian_II: as for `quantize_gptq`.
-        args: likewise.
-        scale_dtype: likewise.
-        dampening_frac: likewise.
-        block_size: likewise.
-        actorder: likewise.
+        hessian_II, args, scale_dtype, dampening_frac, block_size, actorder: as for `quantize_gptq`.
         global_scale: likewise; NVFP4 siblings share one.
         overwrite_hessian: work in H's own memory, for whoever needs it no more: a factor takes as much.
 

@@ -55,7 +55,7 @@ class Planned(NamedTuple):
         return not self.shortages
 
 
-def plan_artifact(
+def plan_artifact(  # noqa: D417 - several are described in one line
     artifact: Artifact,
     *,
     num_samples: int,
@@ -77,9 +77,7 @@ def plan_artifact(
 
     Args:
         artifact: the compiled model.
-        num_samples: of the calibration data.
-        seq_len: tokens of each.
-        batch_size: samples that run at a time.
+        num_samples, seq_len, batch_size: samples, tokens of each, and samples that run at a time.
         recipe: what is to be done; None for GPTQ of all Linear modules that can be packed, but the head.
         dtype: of weights and activations; None for the model's own.
         device_type: where subgraphs run, `cpu` or an accelerator's kind.
@@ -88,21 +86,14 @@ def plan_artifact(
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
         limits: what there is.
 
-    Returns:
-        The plan, what of it does not fit, and options that would make it fit.
-
     Raises:
-        UsageError, DeviceError: for a size that the artifact does not have or does not hold for, and arguments of the
-            wrong type.
+        UsageError, DeviceError: for sizes that the artifact does not hold for, and arguments of the wrong type.
         RecipeError: for a recipe that does not fit the model.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
     for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         require_count(name, number)
-    require_counts(statistics_bytes=statistics_bytes)
-    require_kind("budget", budget, Budget, "it must be a runtime.Budget, in bytes")
-    require_kind("limits", limits, Limits, "it must be runtime.Limits, in bytes")
-    require_kind("sizes", sizes, Mapping, "it must be a dict from the manifest's names to sizes")
+    _require_kinds(budget, limits, sizes, statistics_bytes)
     recipe = None if recipe is None else require_recipe(recipe)
     found, assumed = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
     run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
@@ -123,6 +114,13 @@ def plan_artifact(
         process_bytes=resident_bytes(),
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
+
+
+def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) -> None:
+    require_counts(statistics_bytes=statistics_bytes)
+    require_kind("budget", budget, Budget, "it must be a runtime.Budget, in bytes")
+    require_kind("limits", limits, Limits, "it must be runtime.Limits, in bytes")
+    require_kind("sizes", sizes, Mapping, "it must be a dict from the manifest's names to sizes")
 
 
 def _planned(prepared: Prepared, recipe: Recipe, work: Work, limits: Limits, remarks: Sequence[str]) -> Planned:

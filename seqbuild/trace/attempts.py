@@ -114,7 +114,7 @@ def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
 
 
-def trace_somehow(
+def trace_somehow(  # noqa: D417 - several are described in one line
     model: nn.Module,
     samples: Sequence[Sample],
     candidates: Sequence[tuple[str, ...]],
@@ -131,10 +131,7 @@ def trace_somehow(
         model: without weights, in `TRACE_DTYPE`.
         samples: see `with_larger`.
         candidates: patterns of targets, the best first; others are tried when the sample does not reach those.
-        ignore: as for `trace_model`.
-        may_ignore: likewise.
-        targets_per_subgraph: likewise.
-        is_batch_only: likewise.
+        ignore, may_ignore, targets_per_subgraph, is_batch_only: as for `trace_model`.
         leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, or if the model is a
             mixture whose experts it reaches, else `target`.
 

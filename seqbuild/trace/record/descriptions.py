@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seqbuild.trace.record.leaf_memory import _PLAIN, Look, _UnknownError
+from seqbuild.trace.record.looks import PLAIN, Look, UnknownValueError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Tensor:
     device: torch.device
 
 
-class _Describer:
+class Describer:
     """Describes a result so that it can be made again."""
 
     def __init__(self, look: Look) -> None:
@@ -47,22 +47,22 @@ class _Describer:
         """The description of a part of the result.
 
         Raises:
-            _UnknownError: when it cannot be made again.
+            UnknownValueError: when it cannot be made again.
         """
         kind = type(value)
-        if kind in _PLAIN or kind in (float, complex):
+        if kind in PLAIN or kind in (float, complex):
             return value
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if id(value) in self.look.containers:
-            raise _UnknownError
+            raise UnknownValueError
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return kind(*(self.of(item) for item in value))
         if kind in (tuple, list):
             return kind(self.of(item) for item in value)
         if kind is dict and all(type(key) in (str, int, bool) for key in value):
             return {key: self.of(item) for key, item in value.items()}
-        raise _UnknownError
+        raise UnknownValueError
 
     def _tensor(self, tensor: torch.Tensor) -> Any:
         if id(tensor) in self.arguments:
@@ -74,7 +74,7 @@ class _Describer:
         offset: Any = tensor.storage_offset()
         is_new = storage not in self.storages and not tensor.requires_grad and type(offset) is int and offset == 0
         if not is_new or not symbols <= self.look.symbols:
-            raise _UnknownError
+            raise UnknownValueError
         self.storages.add(storage)
         return _Tensor(sizes=sizes, strides=strides, dtype=tensor.dtype, device=tensor.device)
 
@@ -87,16 +87,17 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _made(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
+def made(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
+    """Make a described result again, of these arguments."""
     if isinstance(described, _Argument):
         return arguments[described.place]
     if isinstance(described, _Tensor):
         dtype, device = described.dtype, described.device
         return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
     if isinstance(described, tuple) and hasattr(described, "_fields"):
-        return type(described)(*(_made(item, arguments) for item in described))
+        return type(described)(*(made(item, arguments) for item in described))
     if isinstance(described, (tuple, list)):
-        return type(described)(_made(item, arguments) for item in described)
+        return type(described)(made(item, arguments) for item in described)
     if isinstance(described, dict):
-        return {key: _made(item, arguments) for key, item in described.items()}
+        return {key: made(item, arguments) for key, item in described.items()}
     return described

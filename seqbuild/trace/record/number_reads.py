@@ -22,7 +22,7 @@ import torch
 # Frames of torch and of `seqbuild.trace` are not the model's.
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 # Attributes of a class that are compared.
-_SHARED = (bool, int, float, str, list, dict, set, tuple, type(None))
+SHARED_KINDS = (bool, int, float, str, list, dict, set, tuple, type(None))
 
 # The reads that are being noted, the innermost last.
 _ACTIVE: list[NumberReads]
@@ -69,7 +69,7 @@ def _is_direct(code: types.CodeType, first: int, last: int) -> bool:
 
 
 @contextlib.contextmanager
-def _watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[NumberReads]:
+def numbers_watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[NumberReads]:
     """Note whenever one of these attributes is looked at, or all attributes at once, through any module of their
     class.
     """

@@ -16,7 +16,6 @@ from seqbuild.trace.real.rehearse import LIMIT_BYTES
 from seqbuild.trace.real.replay import for_real, mapped
 from seqbuild.trace.real.used_parameters import Real, really_there
 from seqbuild.trace.real.weightless import kept_as_found
-from seqbuild.trace.record.proofs import _SIZE
 from seqbuild.trace.sizes.trials import Sizes
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
+SIZE = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ def nodes_after(last: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
-class _Program:
+class RecordedProgram:
     """Code of what was recorded of a call.
 
     Args:
@@ -89,7 +90,7 @@ class _Program:
 
     def _is_from_outside(self, node: fx.Node) -> bool:
         """Whether a node asks for a size of some tensor outside: it may be the first to ask for that size."""
-        return node.target is _SIZE and node.args[0] not in self.call.inputs and node.args[0] not in self.call.nodes
+        return node.target is SIZE and node.args[0] not in self.call.inputs and node.args[0] not in self.call.nodes
 
     def _results(self) -> dict[str, tuple[fx.Node, torch.Tensor]]:
         inside = dict.fromkeys(self.nodes)
@@ -125,14 +126,14 @@ class _Program:
         outputs: dict[str, Any] = {name: copies[node] for name, (node, _) in self.results.items()}
         for node, axis, size in self._new_sizes():
             self.sizes.append(size)
-            outputs[f"{node.name} {axis}"] = graph.call_function(_SIZE, (copies[node], axis))
+            outputs[f"{node.name} {axis}"] = graph.call_function(SIZE, (copies[node], axis))
         graph.output(outputs)
         graph.owning_module = self.tracer.root  # type: ignore[assignment]
         return graph
 
     def _new_sizes(self) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
         """Sizes that are first found in what was recorded: code behind the call may take them from there."""
-        seen = dict.fromkeys(size.node.expr for source in self.sources for size in _sizes(source.meta.get("val")))
+        seen = dict.fromkeys(size.node.expr for source in self.sources for size in sizes_in(source.meta.get("val")))
         for node in self.nodes:
             value = node.meta.get("val")
             if node.op == "get_attr" or not isinstance(value, torch.Tensor):
@@ -148,7 +149,7 @@ class _Program:
         values = [*leaves((self.call.args, self.call.kwargs)), *(source.meta.get("val") for source in self.sources)]
         found: dict[sympy.Symbol, None] = {}
         for value in values:
-            for size in _sizes(value):
+            for size in sizes_in(value):
                 found.update(dict.fromkeys(self.tracer.shape_env.replace(size.node.expr).free_symbols))
         yield from sorted(found, key=str)
 
@@ -156,7 +157,7 @@ class _Program:
         """Whether the code and the module give the same for arguments of these sizes."""
         module, args, kwargs = self.call.module, self.call.args, self.call.kwargs
         with for_real(), kept_as_found(module), really_there([module], LIMIT_BYTES) as real:
-            ours, theirs = (_MadeUp(sizes, real) for _ in range(2))
+            ours, theirs = (MadeUpValues(sizes, real) for _ in range(2))
             output = module.forward(*theirs.of(tuple(args)), **theirs.of(dict(kwargs)))
             wanted = [value for value in leaves(output) if isinstance(value, torch.Tensor)]
             got = list(self._run(ours).values())
@@ -170,7 +171,7 @@ class _Program:
                 and _says_something(wanted)
             )
 
-    def _run(self, made: _MadeUp) -> dict[str, Any]:
+    def _run(self, made: MadeUpValues) -> dict[str, Any]:
         inputs = [made.of(self.call.inputs.get(source, source.meta.get("val"))) for source in self.sources]
         run = Run(
             device=torch.device("cpu"),
@@ -181,7 +182,7 @@ class _Program:
         return self.forward(self.tracer.root, *inputs, run=run)
 
 
-class _MadeUp:
+class MadeUpValues:
     """Real values for fake ones, of chosen sizes: each tensor once, and the same numbers whoever asks.
 
     Args:
@@ -234,7 +235,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _sizes(value: Any) -> Iterator[Any]:
+def sizes_in(value: Any) -> Iterator[Any]:
     """The symbolic sizes that `value` is made of."""
     sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
     yield from (size for size in sizes if isinstance(size, torch.SymInt))

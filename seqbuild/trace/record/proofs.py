@@ -31,7 +31,15 @@ from seqbuild.trace.real.rehearse import LIMIT_BYTES
 from seqbuild.trace.real.replay import for_real
 from seqbuild.trace.real.used_parameters import really_there
 from seqbuild.trace.real.weightless import kept_as_found
-from seqbuild.trace.record.proof_programs import Call, _MadeUp, _Program, _sizes, leaves, nodes_after
+from seqbuild.trace.record.proof_programs import (
+    SIZE,
+    Call,
+    MadeUpValues,
+    RecordedProgram,
+    leaves,
+    nodes_after,
+    sizes_in,
+)
 from seqbuild.trace.sizes.relations import is_assumption, is_statable
 from seqbuild.trace.sizes.trials import Sizes, otherwise, trials
 
@@ -40,7 +48,6 @@ if TYPE_CHECKING:
     from seqbuild.trace.loops.record import Loops
     from seqbuild.trace.recorder import Recorder
 
-_SIZE = torch.ops.aten.sym_size.int
 _MOST_TRIED = 2**26  # parameters of a module that is executed to see which sizes it accepts
 _logger = logging.getLogger(__name__)
 
@@ -119,7 +126,7 @@ class Proofs:
         """Whether the call's module works with the sample's sizes, and fails whenever this does not hold of them."""
         shape_env = self.tracer.shape_env
         values = list(leaves((call.args, call.kwargs)))
-        symbols = {symbol for value in values for size in _sizes(value) for symbol in size.node._expr.free_symbols}
+        symbols = {symbol for value in values for size in sizes_in(value) for symbol in size.node._expr.free_symbols}
         sizes = otherwise(shape_env, call.known, symbols, equality, [r for r in relations if r is not equality])
         try:
             with disable_proxy_modes_tracing(), shape_env.sizes_kept_free(), _as_before(call):
@@ -130,7 +137,7 @@ class Proofs:
 
     def _is_proven(self, call: Call, questions: Sequence[Any]) -> bool:
         try:
-            program = _Program(self.tracer, call)
+            program = RecordedProgram(self.tracer, call)
             sizes = trials(self.tracer.shape_env, call.known, program.symbols, questions)
             with disable_proxy_modes_tracing(), self.tracer.shape_env.sizes_kept_free(), _as_before(call):
                 return bool(sizes) and all(program.is_right(chosen) for chosen in sizes)
@@ -152,7 +159,7 @@ class Proofs:
         for closed in self._closed:
             for node in closed.inside:
                 is_value = node.op != "get_attr" and isinstance(node.meta.get("val"), torch.Tensor)
-                outside = (user for user in node.users if user not in closed.inside and user.target is not _SIZE)
+                outside = (user for user in node.users if user not in closed.inside and user.target is not SIZE)
                 if is_value and node not in closed.compared and any(outside):
                     raise UntraceableError(
                         f"{node.name} leaves the module that calculates it by another way than as a result",
@@ -172,7 +179,7 @@ class _Closed:
 def _works(call: Call, sizes: Sizes) -> bool:
     """Whether the call's module accepts arguments of these sizes."""
     with for_real(), kept_as_found(call.module), really_there([call.module], LIMIT_BYTES) as real:
-        made = _MadeUp(sizes, real)
+        made = MadeUpValues(sizes, real)
         args, kwargs = made.of(tuple(call.args)), made.of(dict(call.kwargs))
         try:
             call.module.forward(*args, **kwargs)

@@ -19,7 +19,8 @@ from seqbuild.chain.marks import require
 from seqbuild.chain.partition import WITHIN
 from seqbuild.trace.record.cached_values import CACHED, is_marked_outside, moved
 from seqbuild.trace.record.descriptions import Description
-from seqbuild.trace.record.leaf_memory import LeafMemory, Look
+from seqbuild.trace.record.leaf_memory import LeafMemory
+from seqbuild.trace.record.looks import Look
 
 if TYPE_CHECKING:
     from seqbuild.trace.recorder import Recorder
