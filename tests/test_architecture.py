@@ -155,9 +155,12 @@ def test_each_package_says_in_one_sentence_what_it_contains(package: str) -> Non
         assert text.endswith(".") and "\n\n" not in text, path
 
 
+TRACING = ("torch.fx", "torch.export", "torch.jit", "torch._dynamo", "torch._subclasses")
+
+
 def test_the_host_never_traces() -> None:
     for path in sources("runtime"):
-        odd = [name for name in imports(path) if name.startswith(("torch.fx", "torch._dynamo", "torch._subclasses"))]
+        odd = [name for name in imports(path) if name.startswith(TRACING)]
         assert not odd, f"{path.name} imports {odd}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweep import sweep
 from tests.zoo import cases
 from tests.zoo_check import check, misread_parameters
 
@@ -28,13 +29,25 @@ CASES = (
 SAVED = (
     *("causal LM/gpt-sw3", "causal LM/mixtral", "causal LM/gpt_oss", "causal LM/falcon", "causal LM/bamba"),
     *("masked LM/xlm-roberta", "masked LM/albert", "seq2seq/marian", "seq2seq/switch_transformers"),
-    *("speech seq2seq/whisper", "image encoder/detr", "image-text-to-text/qwen2_5_vl"),
+    *("speech seq2seq/whisper", "image encoder/detr", "image-text-to-text/qwen2_5_vl", "image-text-to-text/llava"),
+)
+# One of each kind: images, sound, encoder and decoder, masks, experts, latent attention, scans, windows, SDPA.
+USUAL = (
+    *(("image-text-to-text/llava", "target"), ("causal LM/gemma4_text", "linear"), ("seq2seq/t5", "linear")),
+    *(("causal LM/deepseek_v3", "linear"), ("speech seq2seq/whisper", "linear"), ("causal LM/mistral", "sdpa")),
+    *(("causal LM/qwen3_moe", "target"), ("causal LM/qwen3_moe", "linear"), ("causal LM/jamba", "linear")),
+    *(("causal LM/mamba", "linear"), ("masked LM/deberta-v2", "linear"), ("image encoder/vit", "target")),
+)
+# Renamed, joined, stacked, interleaved, tied, shared between encoder and decoder, and the parts of a model that sees.
+USUALLY_SAVED = (
+    *("causal LM/mixtral", "causal LM/gpt_oss", "causal LM/falcon", "masked LM/albert", "seq2seq/marian"),
+    *("speech seq2seq/whisper", "image-text-to-text/llava"),
 )
 ALL = {case.name: case for case in cases()}
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")  # of models that call their own modules by old names
-@pytest.mark.parametrize(("name", "way"), CASES)
+@pytest.mark.parametrize(("name", "way"), sweep(CASES, *USUAL))
 def test_the_chain_is_the_model(name: str, way: str) -> None:
     row = check(ALL[name], (way,))
     assert not row.problem
@@ -42,6 +55,6 @@ def test_the_chain_is_the_model(name: str, way: str) -> None:
     assert found == "bit for bit" if way != "sdpa" else found != "-"
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", sweep(SAVED, *USUALLY_SAVED))
 def test_what_transformers_saves_is_read(name: str, tmp_path: Path) -> None:
     assert misread_parameters(ALL[name], tmp_path) == []

@@ -9,21 +9,22 @@ _RUN = "__import__('os').system('touch owned')"
 _OPAQUE = "transformers.models.llama.modeling_llama"
 
 
-def opaque(path: str, reason: str = "opaque step") -> Attack:
-    return program(f"opaque step {path}", reason, f'y = run.opaque["{path}"]("touch owned")', opaque=(path,))
+def opaque(path: str, reason: str = "", argument: str = '"touch owned"') -> Attack:
+    reason = reason or f"opaque step '{path}'"
+    return program(f"opaque step {path}", reason, f'y = run.opaque["{path}"]({argument})', opaque=(path,))
 
 
 IMPORTS = [
     program("import", "a statement of kind Import", "import os", "y = x + 1"),
     program("import from", "a statement of kind ImportFrom", "from os import system", "y = x + 1"),
-    program("star import in a function", "", "from os import *", "y = x + 1"),
+    program("star import in a function", "kind ImportFrom", "from os import *", "y = x + 1"),
     raw_program(
         "import before the function",
         "anything but one function",
         b"import os\ndef forward(self, x, *, run):\n    y = x + 1\n    return {'y': y}\n",
     ),
     raw_program("star import", "anything but one function", b"from os import *\n"),
-    program("__import__", "is not allowed", f"y = {_RUN}"),
+    program("__import__", "a call of Attribute", f"y = {_RUN}"),
     program("builtin open", "a call of open", "y = open('owned', 'w')"),
     program("eval", "a call of eval", "y = eval('1')"),
     program("exec", "a call of exec", "y = exec('1')"),
@@ -31,19 +32,19 @@ IMPORTS = [
 ]
 
 TRAVERSAL = [
-    program("dunder traversal", "is not allowed", "y = self.__class__.__init__.__globals__"),
+    program("dunder traversal", "the attribute '__globals__'", "y = self.__class__.__init__.__globals__"),
     program("dunder of an input", "the attribute '__class__'", "y = x.__class__"),
-    program("dunder of a result", "is not allowed", "a = x + 1", "y = a.__reduce__()"),
-    program("subclasses", "is not allowed", "y = ().__class__.__base__.__subclasses__()[0]"),
+    program("dunder of a result", "a call of a.__reduce__", "a = x + 1", "y = a.__reduce__()"),
+    program("subclasses", "a call of Attribute", "y = ().__class__.__base__.__subclasses__()[0]"),
     program("private attribute", "the attribute '_backward_hooks'", "y = x._backward_hooks"),
-    program("attribute of self", "is not allowed", "y = self.config"),
+    program("attribute of self", "the name 'self'", "y = self.config"),
     program("method of self", "a call of self.state_dict", "y = self.state_dict()"),
-    program("attribute of an attribute", "is not allowed", "y = x.data.grad"),
+    program("attribute of an attribute", "the attribute 'grad'", "y = x.data.grad"),
     program("getattr", "a call of getattr", "y = getattr(x, '__class__')"),
-    program("getattr by another name", "is not allowed", "y = torch.getattr(x, 'y')"),
+    program("getattr by another name", "a call of torch.getattr", "y = torch.getattr(x, 'y')"),
     program("run's inside", "run.opaque is not allowed", "y = run.opaque"),
     program("run's constants", "run.constants is not allowed", "y = run.constants"),
-    program("run's dunder", "is not allowed", "y = run.__class__"),
+    program("run's dunder", "run.__class__", "y = run.__class__"),
     program("torch's module", "torch.serialization is not allowed", "y = torch.serialization"),
     program("a frame of a generator", "the attribute 'gi_frame'", "y = x.gi_frame"),
     program("a frame's builtins", "the attribute 'f_builtins'", "y = x.f_builtins"),
@@ -51,7 +52,7 @@ TRAVERSAL = [
     program("a function's code", "the attribute 'func_globals'", "y = x.func_globals"),
     program("calling a method of a value", "a call of x.tofile", "y = x.tofile('owned')"),
     program("calling a value", "a call of x", "y = x(1)"),
-    program("calling a result", "is not allowed", "y = x[0](1)"),
+    program("calling a result", "a call of Subscript", "y = x[0](1)"),
     program(
         "the inside of a module",
         "access to the inside",
@@ -68,7 +69,7 @@ TRAVERSAL = [
     ),
     program(
         "a module out of a copied dictionary",
-        "is not allowed",
+        "a module or config anywhere but",
         'a = run.copied({"m": self.get_submodule("layers.0")})["m"]',
         "y = a.forward",
         objects=("layers.0",),
@@ -84,17 +85,17 @@ TRAVERSAL = [
 
 SYNTAX = [
     program("f-string", "kind JoinedStr", "y = torch.ops.aten.neg.default(f'{x.__class__}')"),
-    program("format", "is not allowed", "y = '{0.__class__}'.format(x)"),
+    program("format", "a call of Attribute", "y = '{0.__class__}'.format(x)"),
     program("text formatting", "arithmetic on anything but numbers", "y = '%1000000000d' % 5"),
     program("text out of a tuple", "taking a part out of a literal", "a = ('%1000000000d',)[0]", "y = a % 5"),
     program("comprehension", "kind ListComp", "y = torch.ops.aten.cat.default([a for a in x])"),
-    program("generator", "is not allowed", "y = (a for a in x)"),
+    program("generator", "assignment of anything but a result", "y = (a for a in x)"),
     program("set comprehension", "kind SetComp", "y = x[{a for a in x}]"),
     program("lambda", "kind Lambda", "y = torch.ops.aten.neg.default(lambda: x)"),
-    program("lambda that is called", "is not allowed", f"y = (lambda: {_RUN})()"),
+    program("lambda that is called", "a call of Lambda", f"y = (lambda: {_RUN})()"),
     program("walrus", "kind NamedExpr", "y = torch.ops.aten.neg.default((a := x))"),
-    program("await", "is not allowed", "y = await x"),
-    program("yield", "is not allowed", "y = yield x"),
+    program("await", "kind Await", "y = torch.ops.aten.neg.default(await x)"),
+    program("yield", "kind Yield", "y = torch.ops.aten.neg.default((yield x))"),
     program("conditional expression", "kind IfExp", "y = x[x if x else 0]"),
     program("boolean operators", "kind BoolOp", "y = x[x and 1]"),
     program("starred argument", "an unpacked argument", "y = torch.ops.aten.neg.default(*x)"),
@@ -164,7 +165,7 @@ TEXT = [
     raw_program("UTF-16", "ascii", "def forward(self, x, *, run):\n    return {'y': x}\n".encode("utf-16")),
     raw_program("no text at all", "ascii", bytes(range(256))),
     raw_program("byte code", "ascii", b"\xcb\x0d\x0d\x0a" + bytes(64)),
-    program("line continuation to an import", "is not", "y = x + 1; import \\\n os"),
+    program("line continuation to an import", "kind Import", "y = x + 1; import \\\n os"),
 ]
 
 BOMBS = [
@@ -179,9 +180,9 @@ BOMBS = [
     program("matrix product by the sign", "the operator MatMult", "y = x @ x"),
     program("deep nesting of parentheses", "is not a program", f"y = {'(' * 5000}x{')' * 5000}"),
     program("deep nesting of calls", "nesting deeper", f"y = {'torch.ops.aten.neg.default(' * 60}x{')' * 60}"),
-    program("deep nesting of signs", "", f"y = {'-' * 50_000}x"),
+    program("deep nesting of signs", "is not a program", f"y = {'-' * 50_000}x"),
     program("deep nesting of subscripts", "nesting deeper", f"y = x{'[0]' * 500}"),
-    program("a long sum", "", f"y = x{' + 1' * 100_000}"),
+    program("a long sum", "is not a program", f"y = x{' + 1' * 100_000}"),
     program("a terabyte", "a literal size", "y = torch.ops.aten.empty.memory_format([1099511627776])"),
     program("a terabyte in two factors", "a literal size", "y = torch.ops.aten.zeros.default([1048576, 1048576])"),
     program("a terabyte by repeating", "a literal size", "y = torch.ops.aten.repeat.default(x, [1048576, 1048576])"),
@@ -207,7 +208,7 @@ OPERATORS = [
     program(f"operator {call}", reason, f"y = {call}")
     for call, reason in (
         ("torch.ops.aten.from_file.default('owned', True, 8)", "the operator from_file"),
-        ("torch.ops.aten.save.default(x, 'owned')", "is not allowed"),
+        ("torch.ops.aten.save.default(x, 'owned')", "the operator save"),
         ("torch.ops.aten._print.default('owned')", "the operator _print"),
         ("torch.ops.aten.set_.source_Storage(x, x)", "the operator set_"),
         ("torch.ops.aten.resize_.default(x, [10])", "the operator resize_"),
@@ -215,15 +216,18 @@ OPERATORS = [
         ("torch.ops.aten._index_put_impl_.default(x, [x], x, False, True)", "the operator _index_put_impl_"),
         ("torch.ops.aten._unsafe_index.Tensor(x, [x])", "the operator _unsafe_index"),
         ("torch.ops.aten._sparse_coo_tensor_unsafe.default(x, x, [1])", "the operator _sparse_coo_tensor_unsafe"),
-        ("torch.ops.aten._native_batch_norm_legit_no_training.default(x, x, x, x, x, 1.0, 1.0)", "the operator"),
-        ("torch.ops.aten.native_batch_norm.default(x, x, x, x, x, True, 1.0, 1.0)", "the operator"),
+        (
+            "torch.ops.aten._native_batch_norm_legit_no_training.default(x, x, x, x, x, 1.0, 1.0)",
+            "the operator _native_batch_norm",
+        ),
+        ("torch.ops.aten.native_batch_norm.default(x, x, x, x, x, True, 1.0, 1.0)", "the operator native_batch_norm"),
         ("torch.ops.aten.add.out(x, x, out=x)", "the operator add"),
         ("torch.ops.aten.max.dim_max(x, 0)", "the operator max"),
         ("torch.ops.aten.sort.values_stable(x)", "the operator sort"),
         ("torch.ops.aten.topk.values(x, 1)", "the operator topk"),
         ("torch.ops.aten.add.Tensor(x, x, out=x)", "the argument 'out'"),
-        ("torch.ops.aten.mul.left_t([1], 9999999)", "is not allowed"),
-        ("torch.ops.aten.add.str('a', 'b')", "is not allowed"),
+        ("torch.ops.aten.mul.left_t([1], 9999999)", "torch.ops.aten.mul.left_t"),
+        ("torch.ops.aten.add.str('a', 'b')", "torch.ops.aten.add.str"),
         ("torch.ops.aten.neg.op(x)", "which torch"),
         ("torch.ops.aten.neg.__call__(x)", "which torch"),
         ("torch.ops.aten.__class__.default(x)", "the operator __class__"),
@@ -235,7 +239,7 @@ OPERATORS = [
         ("torch.load('owned')", "torch.load"),
         ("torch.hub.load('a', 'b')", "a call of torch.hub.load"),
         ("torch.save(x, 'owned')", "a call of torch.save"),
-        ("torch._C._jit_set_profiling_executor(x)", "a call of"),
+        ("torch._C._jit_set_profiling_executor(x)", "a call of torch._C._jit_set_profiling_executor"),
         ("torch.ops.aten.zeros.default([1], device='cuda:1')", "a device other than run.device"),
         ("torch.ops.aten.to.device(x, 'privateuseone:0', torch.float32)", "the word 'privateuseone:0'"),
         ("torch.ops.aten.zeros.default([1], pin_memory=True)", "pinned memory"),
@@ -284,7 +288,7 @@ NAMES = [
     program("a parameter that is not stated", "which the manifest does not list", 'y = self.get_parameter("a")'),
     program("a constant that is not stated", "which the manifest does not list", 'y = run.constant("a")'),
     program("a lookup by a calculated name", "one literal name", "y = self.get_parameter(x)"),
-    program("a lookup by text that is joined", "is not allowed", 'y = self.get_parameter("a" + "b")'),
+    program("a lookup by text that is joined", "one literal name", 'y = self.get_parameter("a" + "b")'),
     program("a stated submodule that is not called", "uses other submodules", "y = x + 1", submodules=("a",)),
     program("setting an attribute", "a call of self.register_buffer", 'y = self.register_buffer("a", x)'),
     program("loading weights", "a call of self.load_state_dict", "y = self.load_state_dict(x)"),
@@ -302,7 +306,11 @@ OPAQUE = [
     opaque("transformers.dynamic_module_utils:get_class_in_module"),
     opaque("transformers.utils.hub:cached_file"),
     opaque("transformers.models.wav2vec2.modeling_wav2vec2:Wav2Vec2ForCTC.load_adapter"),
-    opaque("transformers.models.timm_wrapper.modeling_timm_wrapper:_create_timm_model_with_error_handling"),
+    opaque(
+        "transformers.models.timm_wrapper.modeling_timm_wrapper:_create_timm_model_with_error_handling",
+        "no forward of the model's code calls it",
+        "x",
+    ),
     opaque("transformers.models.timm_wrapper.modeling_timm_wrapper:timm.create_model"),
     opaque(f"{_OPAQUE}:LlamaModel.__init__.__globals__"),
     opaque(f"{_OPAQUE}:LlamaModel.__class__"),
@@ -311,7 +319,7 @@ OPAQUE = [
     opaque(f"{_OPAQUE}:torch.ops"),
     opaque(f"{_OPAQUE}:nn.Module.share_memory"),
     opaque(f"{_OPAQUE}:LlamaModel.from_pretrained"),
-    opaque("transformers.pytorch_utils:apply_chunking_to_forward"),
+    opaque("transformers.pytorch_utils:apply_chunking_to_forward", "no forward of the model's code calls it", "x"),
     opaque("seqbuild_modeling_0123456789abcdef.modeling_evil:run"),
     opaque("../evil:run"),
     opaque("transformers.models.llama.modeling_llama.:f"),

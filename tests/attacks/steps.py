@@ -55,7 +55,7 @@ STEPS = [
         for name in ("generate", "from_pretrained", "save_pretrained", "push_to_hub", "load_adapter", "set_use_kernels")
     ),
     *(
-        step(f"the library's {path}", "opaque step", path, "x")
+        step(f"the library's {path}", f"opaque step '{path}'", path, "x")
         for path in (
             "transformers.modeling_utils:PreTrainedModel.save_pretrained",
             "transformers.utils.hub:cached_file",
@@ -70,7 +70,7 @@ STEPS = [
     ),
     step(
         "a constructor that loads",
-        "opaque step",
+        "no forward of the model's code calls it",
         "transformers.models.encoder_decoder.modeling_encoder_decoder:EncoderDecoderModel.from_encoder_decoder_pretrained",
         "x",
         objects=(),

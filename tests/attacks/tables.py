@@ -126,7 +126,7 @@ CACHED: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 ENCODING = [
-    raw("an empty manifest", "is damaged", lambda: b""),
+    raw("an empty manifest", f"{MANIFEST_NAME} is damaged", lambda: b""),
     raw("a pickle for the manifest", "is damaged", lambda: b"\x80\x04cposix\nsystem\n(X\x0b\x00\x00\x00touch ownedtR."),
     raw("an extension type", "is damaged", lambda: b"\x81\xa1a\xc7\x04\x01evil"),
     raw("a time", "is damaged", lambda: b"\x81\xa1a\xd6\xff\x00\x00\x00\x00"),
@@ -147,10 +147,12 @@ ENCODING = [
     encoded("an older version with newer entries", "unknown entry", lambda plain: plain.update(format_version=[1, 0])),
     encoded("an entry that is unknown", "unknown entry", lambda plain: plain.update(exec="os.system")),
     encoded(
-        "not a number where a shape is expected", "", lambda plain: plain["inputs"][0].update(shape=[float("nan")])
+        "not a number where a shape is expected", "float", lambda plain: plain["inputs"][0].update(shape=[float("nan")])
     ),
-    encoded("infinity where a size is expected", "", lambda plain: plain["files"][0].update(bytes=float("inf"))),
-    encoded("bytes where text is expected", "", lambda plain: plain.update(input_key=b"abc")),
+    encoded("infinity where a size is expected", "float", lambda plain: plain["files"][0].update(bytes=float("inf"))),
+    encoded(
+        "bytes where text is expected", f"{MANIFEST_NAME} is damaged", lambda plain: plain.update(input_key=b"abc")
+    ),
     encoded("a list where a table is expected", "is not a table", lambda plain: plain.update(parameters=[])),
     encoded(
         "true where a number is expected", "is bool, not int", lambda plain: plain.update(targets_per_subgraph=True)
@@ -159,16 +161,20 @@ ENCODING = [
 
 VALUES = [
     changed("an input key of other ingredients", "is not that of its ingredients", input_key="ab" * 32),
-    changed("a negative shape", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
+    changed("a negative shape", "the shape [-1]", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
     changed(
-        "a shape beyond all memory", "which is none", values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))}
+        "a shape beyond all memory",
+        f"the shape [{2**60}]",
+        values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))},
     ),
-    changed("a shape that is code", "which is none", values={"y": TensorEntry(dtype="", shape=("__import__('os')",))}),
-    changed("a shape with an exponent bomb", "which is none", values={"y": TensorEntry(dtype="", shape=("9**9**9",))}),
-    changed("a shape with a lambda", "which is none", values={"y": TensorEntry(dtype="", shape=("(lambda: 1)()",))}),
-    changed("a dtype that is a function", "which is none", inputs=(InputEntry(name="x", dtype="load", shape=()),)),
+    changed(
+        "a shape that is code", "__import__('os')", values={"y": TensorEntry(dtype="", shape=("__import__('os')",))}
+    ),
+    changed("a shape with an exponent bomb", "9**9**9", values={"y": TensorEntry(dtype="", shape=("9**9**9",))}),
+    changed("a shape with a lambda", "(lambda: 1)()", values={"y": TensorEntry(dtype="", shape=("(lambda: 1)()",))}),
+    changed("a dtype that is a function", "the dtype 'load'", inputs=(InputEntry(name="x", dtype="load", shape=()),)),
     changed("an input twice", "an input twice", inputs=manifest().inputs * 2),
-    changed("a size twice", "twice", dims=manifest().dims * 2),
+    changed("a size twice", "size twice", dims=manifest().dims * 2),
     changed("a size of odd range", "has the range", dims=(DimEntry(name="batch", min=-5, max=3),)),
     changed("a condition that is code", "that is none", conditions=("__import__('os').system('touch owned') == 0",)),
     changed("a condition with an exponent", "that is none", conditions=("9 ** 9 ** 9 == 0",)),
@@ -177,7 +183,7 @@ VALUES = [
     changed("a default of no parameter", "is no constant, or", defaults={"nowhere.weight": "constant_0"}),
     changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
     absent("the absence of numbers with fractions", dtype="model"),
-    absent("the absence of what has no name", "which is none", dtype="load"),
+    absent("the absence of what has no name", "the dtype 'load'", dtype="load"),
     absent("an absence beyond all numbers", absent=2**40),
     absent("a negative absence", absent=-2),
     absent("an absence beyond all memory", shape=("batch", "sequence", 2**40)),
@@ -191,8 +197,8 @@ VALUES = [
     changed("padding outside of the vocabulary", "more than", decoder={"pad": 100_000}),
     absent("an absence outside of all tables", "more than", absent=100_000),
     changed("a decoder that begins beyond all numbers", "which is no rule", decoder={"pad": 2**40}),
-    parameter("a parameter of negative shape", "which is none", shape=(-2, 2)),
-    parameter("a parameter beyond all memory", "which is none", shape=(2**62, 2**62)),
+    parameter("a parameter of negative shape", "[-2, 2]", shape=(-2, 2)),
+    parameter("a parameter beyond all memory", f"[{2**62}, {2**62}]", shape=(2**62, 2**62)),
     parameter("a parameter of an unknown dtype", "unknown dtype", dtype="load"),
     parameter("a parameter without sources", "no sources", sources=()),
     parameter("a parameter that is tied to nothing", "is no other parameter", tied_to="nothing"),
@@ -230,7 +236,7 @@ VALUES = [
     changed("a leaf with odd options", "has the options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)),
     changed(
         "a leaf with huge options",
-        "has the",
+        f"the stride ({2**40},)",
         leaf_kinds=(
             LeafKind(
                 kind="Conv1d",
@@ -256,7 +262,11 @@ VALUES = [
         "not listed",
         conversions=(ConversionEntry(file="conversions/009.py", num_sources=2),),
     ),
-    changed("a conversion elsewhere", "", conversions=(ConversionEntry(file="config.json", num_sources=2),)),
+    changed(
+        "a conversion elsewhere",
+        "config.json, line 1: anything but one function",
+        conversions=(ConversionEntry(file="config.json", num_sources=2),),
+    ),
 ]
 
 PLACES = [
@@ -285,16 +295,22 @@ PLACES = [
     )
 ]
 LISTED = [
-    changed("a file listed twice", "twice", files=(*manifest().files, manifest().files[0])),
-    changed("a file of negative size", "is damaged", files=tuple(replace(e, bytes=-1) for e in manifest().files)),
+    changed("a file listed twice", "config.json twice", files=(*manifest().files, manifest().files[0])),
+    changed(
+        "a file of negative size", "config.json is damaged", files=tuple(replace(e, bytes=-1) for e in manifest().files)
+    ),
     changed(
         "a file of a huge size", "that are allowed", files=tuple(replace(e, bytes=2**62) for e in manifest().files)
     ),
     changed(
-        "a size that lies by one", "is damaged", files=tuple(replace(e, bytes=e.bytes + 1) for e in manifest().files)
+        "a size that lies by one",
+        "config.json is damaged",
+        files=tuple(replace(e, bytes=e.bytes + 1) for e in manifest().files),
     ),
     changed(
-        "a digest in capitals", "is damaged", files=tuple(replace(e, sha256=e.sha256.upper()) for e in manifest().files)
+        "a digest in capitals",
+        "config.json is damaged",
+        files=tuple(replace(e, sha256=e.sha256.upper()) for e in manifest().files),
     ),
     changed(
         "files without end",
@@ -386,7 +402,7 @@ def config(name: str, reason: str, text: str) -> Attack:
 CONFIGS = [
     config("a config that is no JSON", "describes no model", "{"),
     config("a config that is a list", "holds no table", "[]"),
-    config("a config of endless depth", "", "[" * 100_000 + "]" * 100_000),
+    config("a config of endless depth", "config.json describes no model", "[" * 100_000 + "]" * 100_000),
     config("a config with an auto_map", "lists no code", '{"auto_map": {"AutoConfig": "evil.Config"}}'),
     config("an auto_map to another repository", "lists no code", '{"auto_map": {"AutoModel": "evil/repo--m.Model"}}'),
     config("a checkpoint for timm", "names a file", '{"model_args": {"checkpoint_path": "vocab.txt"}}'),

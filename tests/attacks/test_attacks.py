@@ -38,6 +38,7 @@ def test_an_attack_is_refused(attack: Attack, tmp_path: Path, monkeypatch: pytes
             check(root)
         with pytest.raises(ArtifactError) as second:
             runtime.load(root, allow_version_skew=True, trust_remote_code=True)
+    assert attack.reason, "an attack states why it is refused"
     assert attack.reason in str(first.value)
     assert str(second.value) == str(first.value)
     assert seen == []

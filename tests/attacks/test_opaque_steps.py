@@ -75,9 +75,18 @@ def copied(source: Path, place: Path) -> Path:
     return Path(shutil.copytree(source, place / source.name))
 
 
+@pytest.fixture(scope="module")
+def granite_speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(CASES["seq2seq/granite_speech"], tmp_path_factory.mktemp("granite"), text_only=True)
+
+
 @pytest.mark.parametrize("module", ["", "model"])
 def test_generate_with_code_of_its_own_is_never_called(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    granite_speech: Path,
+    module: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """`custom_generate` would be executed, `trust_remote_code` is what the artifact says and not the user."""
     monkeypatch.chdir(tmp_path)
@@ -86,7 +95,7 @@ def test_generate_with_code_of_its_own_is_never_called(
     (evil / "generate.py").write_text(
         f"open({str(tmp_path / OWNED)!r}, 'w')\ndef generate(*args, **kwargs): return 0\n"
     )
-    root = compiled(CASES["seq2seq/granite_speech"], tmp_path, text_only=True)
+    root = copied(granite_speech, tmp_path)
     step = "transformers.models.granite_speech.modeling_granite_speech:GraniteSpeechForConditionalGeneration.generate"
     arguments = f'self.get_submodule("{module}"), custom_generate="{evil.parent}", trust_remote_code=True'
     tampered(root, f'evil = run.opaque["{step}"]({arguments})', (step,), (module,))
@@ -153,10 +162,15 @@ def test_a_step_is_handed_its_own_module_and_data_only() -> None:
     assert len(called) == 1
 
 
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(CASES["causal LM/mistral"], tmp_path_factory.mktemp("mistral"))
+
+
 @pytest.mark.parametrize("error", [OSError("a file"), ImportError("a module"), ArtifactError("a step"), KeyError(1)])
-def test_what_code_raises_ends_a_plan(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_code_raises_ends_a_plan(error: Exception, mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan does without what needs values. What else goes wrong in an artifact's code must be seen."""
-    artifact = runtime.load(compiled(CASES["causal LM/mistral"], tmp_path))
+    artifact = runtime.load(mistral)
     recipe = Recipe.from_text("QuantizationModifier: {targets: Linear, scheme: FP8}", "a recipe")
     sizes: dict[str, Any] = {"num_samples": 1, "seq_len": 8, "batch_size": 1, "recipe": recipe}
     plan_artifact(artifact, **sizes)

@@ -29,6 +29,7 @@ from tests.runtime.small import (
     token_batches,
     unpacked,
 )
+from tests.sweep import sweep
 from tests.tiny_models import minilm_directory, tiny_model
 
 WITHOUT_EXPERTS = NARROW_W4.replace("lm_head", "lm_head, 're:.*experts.*'")
@@ -86,7 +87,7 @@ def test_gemma2(gemma2: Small, tmp_path: Path) -> None:
     assert torch.equal(got, run_transformers(tmp_path / "out", inputs))
 
 
-@pytest.mark.parametrize("modifier", ["QuantizationModifier", "GPTQModifier"])
+@pytest.mark.parametrize("modifier", sweep(["QuantizationModifier", "GPTQModifier"], "GPTQModifier"))
 def test_bert(tmp_path: Path, modifier: str) -> None:
     source = minilm_directory()
     artifact = runtime.load(seqbuild.build.build(source, out=tmp_path).path)
@@ -106,8 +107,14 @@ def test_bert(tmp_path: Path, modifier: str) -> None:
     assert torch.equal(got["pooler_output"], expected.pooler_output)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.parametrize("modifier", ["QuantizationModifier", "GPTQModifier"])
+@pytest.mark.parametrize(
+    ("name", "modifier"),
+    sweep(
+        [(name, modifier) for name in ("t5", "bart") for modifier in ("QuantizationModifier", "GPTQModifier")],
+        ("t5", "GPTQModifier"),
+        ("bart", "QuantizationModifier"),
+    ),
+)
 def test_encoder_decoder(tmp_path: Path, name: str, modifier: str) -> None:
     weights = save_model(tiny_model(name), tmp_path / "model")
     small = Small(weights=weights, artifact=seqbuild.build.build(weights, out=tmp_path).path)

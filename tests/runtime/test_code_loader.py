@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,17 @@ def ours() -> list[str]:
     return [name for name in sys.modules if name.startswith("seqbuild_modeling_")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """What other tests have left is not looked through again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> None:
+def _nothing_is_left(_frozen: None) -> Iterator[None]:
     gc.collect()
     before = list(sys.meta_path), ours()
     assert before[1] == []

@@ -20,6 +20,7 @@ from runtime.weights.parameters import Weights
 from tests.runtime.small import Small, calibrate, make_small, read_tensors, run_weights, token_batches
 from tests.runtime.test_expert_models import MODELS, NUM_EXPERTS, SIZES
 from tests.scaling import scaled
+from tests.sweep import sweep
 from tests.tiny_models import run_chain
 
 FAMILIES = {
@@ -204,12 +205,20 @@ ROUNDING = (
 )
 
 
+AWQ, SMOOTH = "AWQModifier: {}", "SmoothQuantModifier: {smoothing_strength: 0.6}"
+
+
 def by_token(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return (one - two).square().mean(dim=-1)
 
 
-@pytest.mark.parametrize("transform", ["AWQModifier: {}", "SmoothQuantModifier: {smoothing_strength: 0.6}"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    sweep(
+        [(name, transform) for name in FAMILIES for transform in (AWQ, SMOOTH)],
+        *(("mixtral", SMOOTH), ("qwen2_moe", AWQ), ("gpt_oss", AWQ)),
+    ),
+)
 def test_rescaled_experts_stay_the_model(
     made: Callable[[str], Small], name: str, transform: str, tmp_path: Path
 ) -> None:

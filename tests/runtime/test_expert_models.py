@@ -45,6 +45,7 @@ from tests.runtime.small import (
     token_batches,
     unpacked,
 )
+from tests.sweep import sweep
 from tests.tiny_models import run_chain
 
 NUM_EXPERTS = 4
@@ -281,7 +282,7 @@ def plain_again(name: str, small: Small, quantized: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, *STACKED, "qwen3_moe"))
 def test_apart_they_are_the_model_to_the_bit(made: Callable[[str], Small], name: str) -> None:
     small = made(name)
     checkpoint = Checkpoint(small.weights)
@@ -299,7 +300,7 @@ def test_apart_they_are_the_model_to_the_bit(made: Callable[[str], Small], name:
         assert torch.equal(run_chain(artifact.subgraphs, model, dict(batch))["logits"], expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, *STACKED, "qwen3_moe"))
 def test_every_matrix_is_quantized_by_itself(made: Callable[[str], Small], name: str, tmp_path: Path) -> None:
     small = made(name)
     result = calibrate(small, gptq(), tmp_path / "out")

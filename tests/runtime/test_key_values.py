@@ -39,6 +39,7 @@ from tests.runtime.small import (
     stop_at,
     token_batches,
 )
+from tests.sweep import sweep
 
 SCHEME = "{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}"
 CACHE = f"kv_cache_scheme: {SCHEME}"
@@ -134,7 +135,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# tests/test_zoo_caches.py takes all architectures through it.
+@pytest.mark.parametrize(
+    "kind",
+    sweep(
+        KINDS,
+        "groups of heads",
+        "sinks, by eager attention",
+        "a latent that is expanded",
+        "alibi, without attention functions",
+        "rotary for a part of a head",
+        "keys that layers share",
+    ),
+)
 def test_what_is_measured_is_what_the_cache_of_transformers_holds(kind: str, tmp_path: Path) -> None:
     name, config = KINDS[kind]
     small = make_small(

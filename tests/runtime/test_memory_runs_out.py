@@ -16,6 +16,7 @@ from runtime.data.batches import largest_batch, split_batches
 from runtime.host.memory import OutOfMemory
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, read_tensors, recipe, token_batches
+from tests.sweep import sweep
 
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
 Fit = Callable[[Callable[[int, int], int]], list[tuple[int, int]]]
@@ -66,7 +67,7 @@ def test_at_the_first_layer_it_is_as_if_batches_had_been_smaller(
     assert result.remarks == (text,)
 
 
-@pytest.mark.parametrize("call", [2, 5, 8, 11, 14])
+@pytest.mark.parametrize("call", sweep([2, 5, 8, 11, 14], 2, 8, 14))
 def test_at_any_moment_the_result_is_the_same_but_for_rounding(
     narrow_llama: Small, tmp_path: Path, memory: Fit, call: int
 ) -> None:

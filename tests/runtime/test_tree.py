@@ -20,6 +20,7 @@ from runtime.model.tree import Branch
 from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from tests.runtime.small import EXPERTS, NARROW, NARROW_W4, Small, directory_bytes, make_small, write_token_file
+from tests.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 # transformers' own table of models is imported by compressed-tensors; what is named after a model is not to be.
@@ -35,7 +36,7 @@ sys.exit(runtime.cli.app.main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
+@pytest.fixture(scope="module", params=sweep(["llama", "mixtral"], "mixtral"))
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Small:
     root = tmp_path_factory.mktemp("portable")
     if request.param == "llama":

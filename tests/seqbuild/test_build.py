@@ -24,6 +24,7 @@ from runtime.errors import ModelError, OutputError, TargetError, TraceError, Usa
 from runtime.language.program import Run
 from seqbuild import compile_model
 from seqbuild.build import build
+from tests.sweep import sweep
 from tests.tiny_models import ZOO, save_config, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -393,7 +394,14 @@ def load_by_manifest(artifact: runtime.chain.Artifact, directory: Path) -> dict[
 
 
 class TestCheckpointKeys:
-    @pytest.mark.parametrize(("name", "sharded"), [*((name, False) for name in ZOO), ("qwen3_moe", True), ("t5", True)])
+    @pytest.mark.parametrize(
+        ("name", "sharded"),
+        sweep(
+            [*((name, False) for name in ZOO), ("qwen3_moe", True), ("t5", True)],
+            *(("qwen3", False), ("gpt2", False), ("mixtral", False), ("bert", False)),
+            *(("qwen3_moe", True), ("t5", True)),
+        ),
+    )
     def test_the_table_makes_the_parameters_that_transformers_loads(
         self, name: str, sharded: bool, tmp_path: Path, out: Path
     ) -> None:

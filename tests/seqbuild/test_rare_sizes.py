@@ -14,6 +14,7 @@ from runtime.artifact.size_expressions import holds
 from seqbuild.manifest import describe
 from seqbuild.trace.model import Trace, trace_model
 from tests.seqbuild.toys import WIDTH, Toy
+from tests.sweep import sweep
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 
 Decides = Callable[[int, int], bool]
@@ -96,8 +97,14 @@ class Stated:
         return is_in_range and all(holds(condition, named) for condition in self.conditions)
 
 
-@pytest.mark.parametrize("leaves", ["target", "linear"])
-@pytest.mark.parametrize("kind", [InGlue, InLayers])
+@pytest.mark.parametrize(
+    ("kind", "leaves"),
+    sweep(
+        [(InGlue, "target"), (InGlue, "linear"), (InLayers, "target"), (InLayers, "linear")],
+        (InGlue, "target"),
+        (InLayers, "linear"),
+    ),
+)
 @pytest.mark.parametrize("case", RARE)
 def test_what_is_taken_is_the_models(case: str, kind: Any, leaves: str) -> None:
     decides, rare = RARE[case]

@@ -20,6 +20,7 @@ from seqbuild.manifest.scale_groups import scale_groups
 from seqbuild.trace.attempts import Traced
 from seqbuild.trace.model import trace_model
 from tests.scaling import scaled
+from tests.sweep import sweep
 from tests.tiny_models import ZOO, make_inputs, run_model, save_config, tiny_model
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -92,12 +93,16 @@ def test_artifacts_that_stop_at_the_targets_have_none(tmp_path: Path) -> None:
 # gpt2's layers are no Linear modules, mamba's fold into its scan; gemma2 has no SDPA.
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [
-        (name, attention)
-        for name in ZOO
-        for attention in ("eager", "sdpa")
-        if name not in ("mamba", "gpt2") and (name, attention) != ("gemma2", "sdpa")
-    ],
+    sweep(
+        [
+            (name, attention)
+            for name in ZOO
+            for attention in ("eager", "sdpa")
+            if name not in ("mamba", "gpt2") and (name, attention) != ("gemma2", "sdpa")
+        ],
+        *(("llama", "sdpa"), ("gemma2", "eager"), ("opt", "eager"), ("phi3", "eager"), ("qwen3_moe", "eager")),
+        *(("bert", "sdpa"), ("t5", "eager")),
+    ),
 )
 def test_scaling_by_powers_of_two_changes_nothing(name: str, attention: str, tmp_path: Path) -> None:
     source = save_config(name, tmp_path / "model")

@@ -17,6 +17,7 @@ from runtime.chain import Artifact
 from runtime.weights.parameters import assign
 from seqbuild import compile_model, match_modules, trace_subgraphs
 from seqbuild.chain.targets import infer_targets
+from tests.sweep import sweep
 from tests.tiny_models import (
     TEXT_MODELS,
     ZOO,
@@ -59,14 +60,18 @@ def minilm() -> PreTrainedModel:
     return model.float().eval()
 
 
-@pytest.mark.parametrize("name", ZOO)
+# Plain, with windows and caps, with experts, with a scan, with an encoder.
+USUAL = ("llama", "gemma2", "qwen3_moe", "mamba", "t5")
+
+
+@pytest.mark.parametrize("name", sweep(ZOO, *USUAL))
 def test_in_memory_equals_the_model(name: str) -> None:
     model = tiny_model(name)
     subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
     check_cases(subgraphs, model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2", "opt", "t5"], "llama", "opt", "t5"))
 def test_in_memory_sdpa_equals_the_model(name: str) -> None:
     model = sdpa_model(name)
     subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
@@ -110,7 +115,7 @@ def filled(artifact: Artifact, reference: PreTrainedModel, dtype: torch.dtype) -
     return model
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sweep(ZOO, *USUAL, "gpt2", "bert"))
 def test_compiled_equals_the_model_in_float32(name: str, compiled: Compile) -> None:
     artifact, reference = compiled(name, "eager"), tiny_model(name)
     model = filled(artifact, reference, torch.float32)
@@ -120,7 +125,7 @@ def test_compiled_equals_the_model_in_float32(name: str, compiled: Compile) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", TEXT_MODELS)
+@pytest.mark.parametrize("name", sweep(TEXT_MODELS, "llama", "gemma2", "gpt2"))
 def test_the_same_artifact_equals_the_model_in_half_precision(name: str, dtype: torch.dtype, compiled: Compile) -> None:
     artifact, reference = compiled(name, "eager"), tiny_model(name, dtype=dtype)
     model = filled(artifact, reference, dtype)
@@ -152,7 +157,7 @@ def test_code_names_neither_device_nor_weight_dtype(compiled: Compile) -> None:
     assert "run.lowest" in gemma2.subgraphs[0].source
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sweep(ZOO, "llama", "qwen3_moe", "t5"))
 @pytest.mark.parametrize("targets_per_subgraph", [1, 2])
 def test_each_target_lies_in_exactly_one_subgraph(name: str, targets_per_subgraph: int) -> None:
     model = tiny_model(name)
