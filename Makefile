@@ -9,7 +9,7 @@ PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all bench clients coverage lint venv
+.PHONY: demo test test-all test-oldest bench clients coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
@@ -20,6 +20,21 @@ test: lint
 # Sweeps over many architectures, hours on two cores, besides what `make test` runs.
 test-all: lint
 	$(PYTHON) -m pytest -n $(WORKERS) -m ""
+
+# The minimum versions that pyproject.toml declares, in an environment of their own under .oldest (7 GB, made once:
+# the oldest torch comes with CUDA's libraries); see docs/versions.md.
+test-oldest: .oldest/minimums.txt
+	.oldest/bin/python -m pytest -n $(WORKERS)
+
+.oldest/minimums.txt: pyproject.toml tests/minimums.py | .oldest/bin/python
+	.oldest/bin/python tests/minimums.py > $@.new
+	.oldest/bin/python -m pip install --quiet --requirement $@.new
+	.oldest/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	.oldest/bin/python -m pip check
+	mv $@.new $@
+
+.oldest/bin/python:
+	$(PYTHON3) -m venv .oldest
 
 lint: venv
 	$(PYTHON) -m ruff check .

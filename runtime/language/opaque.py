@@ -19,9 +19,18 @@ from runtime.language.reviewed import is_computing
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _PATH = re.compile(r"[A-Za-z0-9_.]{1,300}:_?[A-Za-z][A-Za-z0-9_]{0,200}(\._?[A-Za-z][A-Za-z0-9_]{0,200})?\Z")
-# Flags that decorators of the library read, whatever the signature says.
+# Keywords that `**kwargs` of a step admits with None, True or False alone: flags that decorators of the library read,
+# and image_sizes, which Llava's get_image_features takes that way in transformers 5.17.
 FLAGS = frozenset(
-    ["is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"]
+    [
+        "image_sizes",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+    ]
 )
 _LOOKUPS = frozenset(("get_submodule", "get_parameter", "get_buffer", "constant"))
 # Words that steps are handed: only where the step's own code states the word, too.

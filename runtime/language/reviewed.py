@@ -156,6 +156,8 @@ _METHODS = frozenset(
         "fill_",
         "float",
         "get_interface",
+        "get_mask_sizes",
+        "get_query_offset",
         "get_seq_length",
         "get_text_config",
         "half",

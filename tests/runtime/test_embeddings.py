@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging import version
 from transformers import CompressedTensorsConfig
 
 import runtime
@@ -18,6 +19,7 @@ from runtime.weights.parameters import Weights
 from tests.runtime.small import WIDTHS, Small, calibrate, read_tensors, run_weights, token_batches
 
 ROUND = "QuantizationModifier"
+READS_TABLES = version.parse(transformers.__version__) >= version.parse("5.24")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,8 @@ def test_a_table_is_rounded_and_transformers_computes_the_same(model: Small, tmp
     tensors, original = read_tensors(tmp_path / "out"), read_tensors(model.weights)
     assert all(torch.equal(tensors[name], original[name]) for name in original if "embed_tokens" not in name)
     assert tensors["model.embed_tokens.weight_packed"].shape == (258, 16)
+    if not READS_TABLES:
+        pytest.skip("transformers loads quantized embeddings from 5.24 on")
     config = CompressedTensorsConfig(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.bfloat16, quantization_config=config

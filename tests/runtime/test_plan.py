@@ -48,7 +48,7 @@ def planned(artifact: Artifact, **options: Any) -> Plan:
 
 def allocated(call: Callable[[], Any]) -> int:
     """The most memory that torch has beyond what it had, while something runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         kept = call()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     del kept
