@@ -174,7 +174,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-_Attempt = tuple[fx.Graph, SequentialTracer]
+_Attempt = tuple["fx.Graph", SequentialTracer]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
