@@ -56,7 +56,6 @@ class InputStatistics:
 
     Attributes:
         num_tokens: how many inputs have counted.
-        num_skipped: how many were masked.
         hessian_II: H, or None.
         smallest_I: of each feature, or None; `largest_I` and `mean_abs_I` likewise.
         average_smallest_I: the moving average over batches of a batch's smallest; `average_largest_I` likewise.
@@ -65,7 +64,6 @@ class InputStatistics:
 
     def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
         self.num_tokens = 0
-        self.num_skipped = 0
         self.num_in_features = num_in_features
         self.needs = needs
         self._hessian = HessianAccumulator(num_in_features, device=device) if needs.hessian else None
@@ -92,7 +90,6 @@ class InputStatistics:
         flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
         if counts is not None:
             kept_TI = flat_TI[counts.reshape(-1)]
-            self.num_skipped += len(flat_TI) - len(kept_TI)
             flat_TI = kept_TI
         self.num_tokens += len(flat_TI)
         if not len(flat_TI):
