@@ -48,8 +48,8 @@ from runtime.streaming.options import RunOptions
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import plan_steps
-from runtime.streaming.steps import Plan, output_tensors
-from runtime.streaming.work import Modifier
+from runtime.streaming.steps import Schedule, output_tensors
+from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
     activation_memory: Budget | None = None,
     propagate_error: bool = True,
     watchers: Sequence[Watcher] = (),
-    own_modifiers: Sequence[Modifier] = (),
+    own_modifiers: Sequence[StepModifier] = (),
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
     force: bool = False,
@@ -127,7 +127,7 @@ class _Request:
     recipe: Recipe
     batches: Sequence[Mapping[str, torch.Tensor]]
     out: Path
-    own_modifiers: Sequence[Modifier]
+    own_modifiers: Sequence[StepModifier]
     options: RunOptions
 
 
@@ -138,8 +138,8 @@ class _Scheduled:
     request: _Request
     prepared: Prepared
     recipe_modifier: RecipeModifier
-    modifiers: list[Modifier]
-    steps: Plan
+    modifiers: list[StepModifier]
+    steps: Schedule
     layout: Layout
     identity: Mapping[str, str]
     warnings: Sequence[str]
@@ -151,7 +151,7 @@ def _request(
     recipe: Recipe,
     batches: Sequence[Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
-    own_modifiers: Sequence[Modifier],
+    own_modifiers: Sequence[StepModifier],
     options: RunOptions,
 ) -> _Request:
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
@@ -183,7 +183,7 @@ def _schedule(request: _Request) -> _Scheduled:
     prepared = prepare(request.artifact, checkpoint, recipe, run_dtype, options.device)
     artifact, model, source, jobs = prepared.artifact, prepared.model, prepared.weights, prepared.jobs
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
-    modifiers: list[Modifier] = [*request.own_modifiers, recipe_modifier]
+    modifiers: list[StepModifier] = [*request.own_modifiers, recipe_modifier]
     if recipe_modifier.key_values is not None:
         attach(model, recipe_modifier.key_values)
     steps = plan_steps(artifact, source, jobs, modifiers)

@@ -226,3 +226,23 @@ def test_versions_agree() -> None:
 def test_no_file_is_named_after_nothing() -> None:
     names = {path.stem for package in ("runtime", "seqbuild", "tests") for path in (ROOT / package).rglob("*.py")}
     assert not names & {"helpers", "utils", "misc", "common"}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for package in LAYERS:
+        for path in sources(package):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name.lstrip("_"), []).append(f"{module_name(path)}.{node.name}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_functions_and_files_are_short() -> None:
+    for package in LAYERS:
+        for path in sources(package):
+            text = path.read_text(encoding="utf-8")
+            assert len(text.splitlines()) <= 400, path
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"

@@ -42,7 +42,9 @@ def test_pins_are_exact_and_keep_their_marker() -> None:
     assert all(">" not in line and "==" in line for line in lines)
 
 
-@pytest.mark.parametrize(("line", "message"), [("torch", "another form than name>=version"), ("torch==2", "another form")])
+@pytest.mark.parametrize(
+    ("line", "message"), [("torch", "another form than name>=version"), ("torch==2", "another form")]
+)
 def test_a_requirement_without_a_minimum_is_an_error(line: str, message: str) -> None:
     project = {"build-system": {"requires": [line]}, "project": {"dependencies": [], "optional-dependencies": {}}}
     with pytest.raises(ValueError, match=message):

@@ -75,14 +75,14 @@ def refine(
     added = dampening_frac * float(hessian_II.diagonal().mean())
     damped_II = hessian_II.to(dtype, copy=True)
     damped_II.diagonal().add_(added)
-    state = _State(weight_OI, result, damped_II, args, dtype)
+    state = _Refinement(weight_OI, result, damped_II, args, dtype)
     for _ in range(sweeps):
         for left in range(0, weight_OI.shape[1], state.width):
             state.improve(slice(left, min(left + state.width, weight_OI.shape[1])))
     return state.result(result, added)
 
 
-class _State:
+class _Refinement:
     """A weight on its way, transposed: quantized values, residuals, and each group's scale."""
 
     def __init__(

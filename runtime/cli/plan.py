@@ -16,7 +16,7 @@ from runtime.cli.run import require_output
 from runtime.console import say
 
 if TYPE_CHECKING:
-    from runtime.planning.forecast import Plan
+    from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
 _HELP = {
@@ -84,7 +84,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _print(made: Plan, missing: list[str], mended: list[str], as_json: bool) -> None:
+def _print(made: Forecast, missing: list[str], mended: list[str], as_json: bool) -> None:
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:

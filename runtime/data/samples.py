@@ -40,7 +40,7 @@ from runtime.data.documents import Document, read_documents, require_file, requi
 from runtime.data.token_file import (
     LOSS_MASK,
     SUFFIX,
-    Origin,
+    DataOrigin,
     TokenData,
     Tokenized,
     read_token_file,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Origin",
+    "DataOrigin",
     "TokenData",
     "batches",
     "load_tokens",
@@ -177,7 +177,7 @@ def tokenize_documents(
         )
     samples = tuple(ids_S for ids_S, _ in chosen)
     masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
-    origin = Origin(
+    origin = DataOrigin(
         tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
         tokenizer_digest=tokenizer_digest(tokenizer, tokenizer_dir),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,

@@ -53,7 +53,7 @@ _MAKE_ANEW = "make it again with `seqbuild data`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class DataOrigin:
     """What token ids were made from.
 
     Attributes:
@@ -87,7 +87,7 @@ class TokenData:
     path: Path
     digest: str
     seq_len: int | None
-    origin: Origin
+    origin: DataOrigin
     masks: tuple[Tensor, ...] | None = None
     targets: tuple[Tensor, ...] | None = None
 
@@ -99,7 +99,7 @@ class Tokenized:
     samples: tuple[Tensor, ...]
     masks: tuple[Tensor, ...] | None
     targets: tuple[Tensor, ...] | None
-    origin: Origin
+    origin: DataOrigin
 
 
 def save_tokens(
@@ -107,7 +107,7 @@ def save_tokens(
     samples: Sequence[Tensor],
     *,
     seq_len: int | None,
-    origin: Origin,
+    origin: DataOrigin,
     masks: Sequence[Tensor] | None = None,
     targets: Sequence[Tensor] | None = None,
 ) -> TokenData:
@@ -210,7 +210,7 @@ def read_token_file(path: Path) -> TokenData:
 
 
 def _read_samples(
-    tensors: Mapping[str, Tensor], names: tuple[str, str], seq_len: int | None, origin: Origin, path: Path
+    tensors: Mapping[str, Tensor], names: tuple[str, str], seq_len: int | None, origin: DataOrigin, path: Path
 ) -> tuple[Tensor, ...]:
     """Samples that are joined in one tensor, by the tensor that says where each begins and ends."""
     import torch
@@ -253,7 +253,7 @@ def _metadata_of(content: bytes) -> Mapping[str, str]:
     return metadata
 
 
-def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, Origin]:
+def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, DataOrigin]:
     if METADATA_KEY not in metadata:
         raise DataError(f"{path} is a safetensors file but no token file", hint=_MAKE_ANEW)
     try:
@@ -271,7 +271,7 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None,
     return seq_len, _as_origin(fields, path)
 
 
-def _as_origin(fields: Mapping[str, Any], path: Path) -> Origin:
+def _as_origin(fields: Mapping[str, Any], path: Path) -> DataOrigin:
     sources = fields.get("sources")
     if not isinstance(sources, list) or not all(_is_pair_of_strings(source) for source in sources):
         raise _broken(path, "sources is no list of pairs of name and digest")
@@ -280,7 +280,7 @@ def _as_origin(fields: Mapping[str, Any], path: Path) -> Origin:
             raise _broken(path, f"{name} is no string")
     if not _is_count(fields.get("vocab_size")):
         raise _broken(path, f"vocab_size is {fields.get('vocab_size')!r}")
-    return Origin(
+    return DataOrigin(
         tokenizer=fields["tokenizer"],
         tokenizer_digest=fields["tokenizer_digest"],
         vocab_size=fields["vocab_size"],

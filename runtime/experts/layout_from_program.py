@@ -96,7 +96,7 @@ def owner_of_bias(bias: str, matrices: set[str]) -> str | None:
 
 
 @dataclass(kw_only=True)
-class _Found:
+class _FoundProducts:
     """What was seen: the matrices in order, and how the first one's outputs are laid out."""
 
     matrices: list[Matrix]
@@ -112,17 +112,17 @@ class _Found:
         return [halves if self.is_split else (UP,), (DOWN,)]
 
 
-class _OtherwiseError(Exception):
+class _UnusualExpertError(Exception):
     """The program does not do what it is watched for."""
 
 
-def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _Found | None:
+def _watch(module: Mixture, shapes: Mapping[str, Sequence[int]]) -> _FoundProducts | None:
     products = usual_products(module, shapes)
     if not products:
         return None
     *firsts, (last, _) = products
     states, width = firsts[0][1], firsts[0][0].num_in
-    found = _Found(matrices=[matrix for matrix, _ in products])
+    found = _FoundProducts(matrices=[matrix for matrix, _ in products])
     half, num_outputs = last.num_in, sum(matrix.num_out for matrix, _ in firsts)
     if len(firsts) == 1 and num_outputs == half:
         return found
@@ -213,7 +213,7 @@ def watched_run(
     else:
         own = {name: _without_memory(shapes[name]) for name in module.stacked}
         given = [_Stand(own), states.repeat(module.num_experts, 1)]
-    watching = _Watching(own, outputs)
+    watching = _ProductWatch(own, outputs)
     try:
         with torch.no_grad(), watching:
             output = program(*given, run=run)["output"]
@@ -237,7 +237,7 @@ class _Stand:
         return self.parameters[name]
 
 
-class _Watching(TorchFunctionMode):
+class _ProductWatch(TorchFunctionMode):
     """Make up the results of products with matrices that have no memory."""
 
     def __init__(self, own: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
@@ -258,7 +258,7 @@ class _Watching(TorchFunctionMode):
         num_out, num_in = used.shape if is_linear else (used.shape[-1], used.shape[-2])
         is_turned = tuple(used.stride()) != tuple(matrix.stride())
         if name in [matrix.name for matrix, _ in self.seen] or used.numel() != matrix.numel():
-            raise _OtherwiseError
+            raise _UnusualExpertError
         is_transposed = is_linear == is_turned
         self.seen.append(
             (

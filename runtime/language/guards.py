@@ -38,7 +38,7 @@ _BY_NAME = {kind.__name__: function for kind, function in _BINARY.items()}
 _NOT_DATA = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.GeneratorType)
 
 
-class Turns:
+class TurnCounter:
     """Counts the turns of all loops of one program, from `restart` on."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def guarded(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, 
 
 def guards() -> dict[str, Any]:
     """What one guarded program calls, by name."""
-    turns = Turns()
+    turns = TurnCounter()
     return {"range": turns.range, _BEGIN: turns.restart, _CALCULATE: calculate, _FIELD: field}
 
 

@@ -16,10 +16,10 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Function:
+class FunctionDefinition:
     """A function or method; `qualified` is `function` or `Class.method`."""
 
-    source: Source
+    source: LibrarySource
     qualified: str
     node: FunctionNode
 
@@ -33,7 +33,7 @@ class Function:
 class Class:
     """A class that lies at the top of a module."""
 
-    source: Source
+    source: LibrarySource
     node: ast.ClassDef
 
     @property
@@ -43,10 +43,10 @@ class Class:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Value:
+class ValueDefinition:
     """What a module assigns to a name."""
 
-    source: Source
+    source: LibrarySource
     name: str
     node: ast.expr
 
@@ -63,23 +63,23 @@ class Other:
     name: str
 
 
-Definition = Function | Class | Value | Other
+Definition = FunctionDefinition | Class | ValueDefinition | Other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class LibrarySource:
     """A module: what its top level defines, by name; a name may be bound several times, in branches."""
 
     name: str
-    functions: Mapping[str, Function] = field(default_factory=dict)
+    functions: Mapping[str, FunctionDefinition] = field(default_factory=dict)
     classes: Mapping[str, Class] = field(default_factory=dict)
     imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module, and the name in it, or ""
-    values: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    values: Mapping[str, Sequence[ValueDefinition]] = field(default_factory=dict)
     stars: Sequence[str] = ()
 
 
 @functools.lru_cache(maxsize=4096)
-def source(module: str) -> Source | None:
+def source(module: str) -> LibrarySource | None:
     """The module of this name, None where this host has no source file of it; parsed once in a process."""
     file = source_file(module)
     return _parsed(module, file.read_bytes(), is_package=file.name == "__init__.py") if file is not None else None
@@ -106,7 +106,7 @@ def find(module: str, name: str, depth: int = 0) -> list[Definition]:
     return here
 
 
-def find_path(path: str) -> list[Function]:
+def find_path(path: str) -> list[FunctionDefinition]:
     """The function that `module:function` or `module:Class.method` names; nothing where the module has no such."""
     module, _, qualified = path.partition(":")
     found = source(module)
@@ -122,10 +122,10 @@ def find_path(path: str) -> list[Function]:
     return [method] if method is not None else []
 
 
-def methods(cls: Class) -> dict[str, Function]:
+def methods(cls: Class) -> dict[str, FunctionDefinition]:
     """The methods that a class defines itself, by name."""
     return {
-        node.name: Function(cls.source, f"{cls.node.name}.{node.name}", node)
+        node.name: FunctionDefinition(cls.source, f"{cls.node.name}.{node.name}", node)
         for node in _statements(cls.node.body)
         if isinstance(node, FunctionNode)
     }
@@ -144,7 +144,7 @@ def bases(cls: Class) -> tuple[Class, ...]:
     return tuple(found.values())
 
 
-def resolve(where: Source, node: ast.expr) -> list[Definition]:
+def resolve(where: LibrarySource, node: ast.expr) -> list[Definition]:
     """What `name` or `module.name` means in a module; nothing where that cannot be told."""
     if isinstance(node, ast.Name):
         return find(where.name, node.id)
@@ -173,19 +173,19 @@ def _is_library(module: str) -> bool:
     return module == LIBRARY or module.startswith(f"{LIBRARY}.")
 
 
-def _parsed(module: str, data: bytes, *, is_package: bool) -> Source:
-    functions: dict[str, Function] = {}
+def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
+    functions: dict[str, FunctionDefinition] = {}
     classes: dict[str, Class] = {}
     imports: dict[str, tuple[str, str]] = {}
-    values: dict[str, list[Value]] = {}
+    values: dict[str, list[ValueDefinition]] = {}
     stars: list[str] = []
-    found = Source(module, functions, classes, imports, values, stars)
+    found = LibrarySource(module, functions, classes, imports, values, stars)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(data)
     for node in _statements(tree.body):
         if isinstance(node, FunctionNode):
-            functions.setdefault(node.name, Function(found, node.name, node))
+            functions.setdefault(node.name, FunctionDefinition(found, node.name, node))
         elif isinstance(node, ast.ClassDef):
             classes.setdefault(node.name, Class(found, node))
         elif isinstance(node, ast.Import):
@@ -202,7 +202,7 @@ def _parsed(module: str, data: bytes, *, is_package: bool) -> Source:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 for part in ast.walk(target):
                     if isinstance(part, ast.Name):
-                        values.setdefault(part.id, []).append(Value(found, part.id, node.value))
+                        values.setdefault(part.id, []).append(ValueDefinition(found, part.id, node.value))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from runtime.language.library import Class, Function, bases, methods
+from runtime.language.library import Class, FunctionDefinition, bases, methods
 from runtime.language.references import Summary, stored_values, summary
 from runtime.language.reviewed import SETTLED, is_computing, is_free, is_known, is_method_elsewhere
 
@@ -22,18 +22,18 @@ class Reach:
     """
 
     def __init__(self, classes: Iterable[Class]) -> None:
-        self.functions: dict[str, Function] = {}
+        self.functions: dict[str, FunctionDefinition] = {}
         self._problems: dict[str, None] = {}
         self._classes: dict[str, Class] = {}
-        self._methods: dict[str, dict[str, Function]] = {}
+        self._methods: dict[str, dict[str, FunctionDefinition]] = {}
         self._stored: dict[str, list[Summary]] = {}
         self._origins: dict[str, str] = {}  # of names that are used of values, by where that was first
         self._called: dict[str, None] = {}
-        self._pending: list[Function] = []
+        self._pending: list[FunctionDefinition] = []
         for cls in classes:
             self._add(cls)
 
-    def follow(self, functions: Iterable[Function]) -> Reach:
+    def follow(self, functions: Iterable[FunctionDefinition]) -> Reach:
         """Walk on from these functions."""
         for function in functions:
             self._reach(function, function.path)
@@ -72,7 +72,7 @@ class Reach:
         for name in (*found.called, *found.read):
             self._name(name, origin)
 
-    def _reach(self, function: Function, origin: str) -> None:
+    def _reach(self, function: FunctionDefinition, origin: str) -> None:
         if function.path in self.functions or is_known(function.path) or is_known(function.path.rpartition(".")[0]):
             return
         if not is_computing(function.source.name):
@@ -99,7 +99,7 @@ class Reach:
         for found in self._stored.get(name, ()):
             self._take(found, origin)
 
-    def _method(self, function: Function, origin: str) -> None:
+    def _method(self, function: FunctionDefinition, origin: str) -> None:
         """Of `to`, `float` and their kin, which tensors have, those of the library's base classes are not meant."""
         name = function.qualified.rpartition(".")[2]
         if not is_free(name) or function.source.name.startswith("transformers.models."):

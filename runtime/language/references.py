@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from runtime.language.library import (
     Class,
     Definition,
-    Function,
+    FunctionDefinition,
+    LibrarySource,
     Other,
-    Source,
-    Value,
+    ValueDefinition,
     bases,
     find,
     methods,
@@ -44,7 +44,7 @@ class Summary:
         problems: what it does that is not known to be harmless.
     """
 
-    functions: dict[str, Function] = field(default_factory=dict)
+    functions: dict[str, FunctionDefinition] = field(default_factory=dict)
     classes: dict[str, Class] = field(default_factory=dict)
     called: dict[str, None] = field(default_factory=dict)
     read: dict[str, None] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Summary:
 
 
 @functools.lru_cache(maxsize=16384)
-def summary(function: Function) -> Summary:
+def summary(function: FunctionDefinition) -> Summary:
     """What a function refers to, its decorators included."""
     found = Summary()
     owner = function.source.classes.get(function.qualified.rpartition(".")[0])
@@ -63,7 +63,7 @@ def summary(function: Function) -> Summary:
 
 
 @functools.lru_cache(maxsize=4096)
-def value_summary(value: Value) -> Summary:
+def value_summary(value: ValueDefinition) -> Summary:
     """What the expression refers to that a module assigns to a name."""
     found = Summary()
     _Walk(value.source, found, frozenset()).visit(value.node)
@@ -84,7 +84,9 @@ def _bound(node: ast.AST) -> frozenset[str]:
 
 
 class _Walk(ast.NodeVisitor):
-    def __init__(self, where: Source, found: Summary, bound: frozenset[str], owner: tuple[Class, ...] = ()) -> None:
+    def __init__(
+        self, where: LibrarySource, found: Summary, bound: frozenset[str], owner: tuple[Class, ...] = ()
+    ) -> None:
         self.where = where
         self.owner = owner
         self.called: set[str] = set()  # names that are called
@@ -210,7 +212,7 @@ class _Walk(ast.NodeVisitor):
             pass
         elif not is_computing(definition.source.name):
             self._problem(f"names {definition.path}")
-        elif isinstance(definition, Function):
+        elif isinstance(definition, FunctionDefinition):
             self.found.functions[definition.path] = definition
         elif isinstance(definition, Class):
             self.found.classes[definition.path] = definition
@@ -232,7 +234,7 @@ def _root(node: ast.expr) -> ast.expr:
 
 
 @functools.lru_cache(maxsize=16384)
-def stored_values(function: Function) -> tuple[tuple[str, Summary], ...]:
+def stored_values(function: FunctionDefinition) -> tuple[tuple[str, Summary], ...]:
     """What a method puts into attributes of its object: functions that it names without calling them."""
     found: list[tuple[str, Summary]] = []
     for node in ast.walk(function.node):

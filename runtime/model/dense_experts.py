@@ -49,10 +49,10 @@ class DenseExperts(Mixture):
         hidden_ETH = hidden.view(self.num_experts, -1, hidden.shape[-1])
         if self.sees_all:
             sum_TH = hidden_ETH.sum(0)
-            with _Hooked(self, modules, [None] * self.num_experts, sum_TH):
+            with _HookedDense(self, modules, [None] * self.num_experts, sum_TH):
                 self._calculated(sum_TH.repeat(self.num_experts, 1))
             return self._calculated(hidden)
-        with _Hooked(self, modules, [_sent(own_TH) for own_TH in hidden_ETH], None):
+        with _HookedDense(self, modules, [_sent(own_TH) for own_TH in hidden_ETH], None):
             return self._calculated(hidden)
 
     def get_parameter(self, target: str) -> nn.Parameter:
@@ -78,7 +78,7 @@ def _sent(hidden_TH: torch.Tensor) -> torch.Tensor | None:
     return None if hidden_TH.is_meta else hidden_TH.any(dim=-1).nonzero().flatten()
 
 
-class _Hooked(TorchFunctionMode):
+class _HookedDense(TorchFunctionMode):
     """Run forward pre-hooks of experts' modules for products with their stacks.
 
     Args:

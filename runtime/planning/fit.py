@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from runtime.console import human_bytes
 from runtime.errors import PlanError
-from runtime.planning.forecast import Plan
-from runtime.planning.workload import CONTEXT_BYTES, Work
+from runtime.planning.forecast import Forecast
+from runtime.planning.workload import CONTEXT_BYTES, Workload
 
 _MOST_ADVICE = 3
 _MOST_SCORES_BYTES = 128 * 4 * 2  # for each pair of tokens: as many heads, in float32, before and after the softmax
@@ -30,7 +30,7 @@ class Limits:
     disk: int | None = None
 
 
-def shortages(plan: Plan, limits: Limits) -> list[str]:
+def shortages(plan: Forecast, limits: Limits) -> list[str]:
     """What does not fit, a sentence each."""
     is_cpu = plan.work.device_type == "cpu"
     needs = [
@@ -45,7 +45,7 @@ def shortages(plan: Plan, limits: Limits) -> list[str]:
     ]
 
 
-def is_ample(plan: Plan, limits: Limits) -> bool:
+def is_ample(plan: Forecast, limits: Limits) -> bool:
     """Whether there is twice what a plan wants, and tables of all attention scores, which a guess does not see."""
     work = plan.work
     tables = work.batch_size * max(work.sizes.values(), default=1) ** 2 * _MOST_SCORES_BYTES
@@ -55,7 +55,7 @@ def is_ample(plan: Plan, limits: Limits) -> bool:
     return all(limit is None or 2 * (needed + tables) <= limit for limit, needed in needs)
 
 
-def advice(plan: Plan, limits: Limits, again: Callable[[Work], Plan]) -> list[str]:
+def advice(plan: Forecast, limits: Limits, again: Callable[[Workload], Forecast]) -> list[str]:
     """Options that make a plan fit, each tried by planning with it; the mildest first.
 
     Args:
@@ -73,7 +73,7 @@ def advice(plan: Plan, limits: Limits, again: Callable[[Work], Plan]) -> list[st
     return found or [_hopeless(plan)]
 
 
-def require_fit(plan: Plan, limits: Limits, again: Callable[[Work], Plan]) -> None:
+def require_fit(plan: Forecast, limits: Limits, again: Callable[[Workload], Forecast]) -> None:
     """Refuse a run that does not fit.
 
     Raises:
@@ -87,7 +87,7 @@ def require_fit(plan: Plan, limits: Limits, again: Callable[[Work], Plan]) -> No
         )
 
 
-def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
+def _milder(plan: Forecast, limits: Limits) -> Iterator[tuple[str, Workload]]:
     """Work that takes less, with the options that ask for it."""
     work = plan.work
     batches = [with_batch(work, size) for size in _halves(work.batch_size)]
@@ -111,13 +111,13 @@ def _milder(plan: Plan, limits: Limits) -> Iterator[tuple[str, Work]]:
             yield f"--seq-len {length} --batch-size 1 {_spelled(work, 0)}", least
 
 
-def with_batch(work: Work, batch_size: int) -> Work:
+def with_batch(work: Workload, batch_size: int) -> Workload:
     """The same work in other batches."""
     sizes = {name: batch_size if name == "batch" else size for name, size in work.sizes.items()}
     return replace(work, batch_size=batch_size, sizes=sizes)
 
 
-def _budget(plan: Plan, limits: Limits) -> int | None:
+def _budget(plan: Forecast, limits: Limits) -> int | None:
     """What may be left in memory of the values between subgraphs, in whole tenths of a gigabyte; None where that does
     not help.
     """
@@ -126,7 +126,7 @@ def _budget(plan: Plan, limits: Limits) -> int | None:
     return max(0, limits.host - (plan.host_bytes - plan.held_bytes)) // 10**8 * 10**8
 
 
-def _spelled(work: Work, budget: int) -> str:
+def _spelled(work: Workload, budget: int) -> str:
     size = f"{budget / 1e9:g}GB"
     on_device = work.budget.device_bytes
     return f"--activation-memory {f'device={on_device},host={size}' if on_device else size}"
@@ -138,7 +138,7 @@ def _halves(size: int) -> Iterator[int]:
         yield size
 
 
-def _hopeless(plan: Plan) -> str:
+def _hopeless(plan: Forecast) -> str:
     step = max(plan.steps, key=lambda step: step.weights + step.statistics + step.solve)
     return (
         f"a larger machine, for {step.label} alone has {human_bytes(step.weights)} of weights, "

@@ -28,14 +28,14 @@ from runtime.planning.costs import parameter_bytes, rounding_itemsize, statistic
 from runtime.planning.modifying import Sums, modifying_bytes
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.values import ShapeValues
-from runtime.planning.workload import Work
+from runtime.planning.workload import Workload
 from runtime.quantize.statistics import Needs
 from runtime.weights.row_lookups import lookup_tables
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact, LoadedSubgraph
     from runtime.quantize.needs import RecipeNeeds
-    from runtime.streaming.work import Modifier
+    from runtime.streaming.work import StepModifier
 
 # What libraries that multiply on the CPU load with the first batch: their code, and buffers.
 KERNEL_BYTES = 20 * 10**6
@@ -45,7 +45,7 @@ _GUESSED_TIMES = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
+class SubgraphForecast:
     """One subgraph's share, in bytes.
 
     Attributes:
@@ -76,7 +76,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Forecast:
     """What a run will take. Totals are peaks for memory, and sums for traffic.
 
     Attributes:
@@ -88,8 +88,8 @@ class Plan:
         warnings: what does not fit, of a run that goes on all the same.
     """
 
-    work: Work
-    steps: tuple[Step, ...]
+    work: Workload
+    steps: tuple[SubgraphForecast, ...]
     read_bytes: int
     output_bytes: int
     remarks: tuple[str, ...] = ()
@@ -134,12 +134,12 @@ class Plan:
 def plan_run(
     artifact: Artifact,
     needs: RecipeNeeds,
-    work: Work,
+    work: Workload,
     *,
     stored: Mapping[str, int] | None = None,
     shapes: ShapeRun | None = None,
-    modifiers: Sequence[Modifier] = (),
-) -> Plan:
+    modifiers: Sequence[StepModifier] = (),
+) -> Forecast:
     """Say what a calibration takes.
 
     Args:
@@ -155,7 +155,7 @@ def plan_run(
     steps = tuple(planner.step(index) for index in range(len(artifact.subgraphs)))
     guessed = sum(step.is_estimated for step in steps)
     remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
-    return Plan(
+    return Forecast(
         work=work,
         steps=steps,
         read_bytes=planner.total_read,
@@ -169,10 +169,10 @@ class _Planner:
         self,
         artifact: Artifact,
         needs: RecipeNeeds,
-        work: Work,
+        work: Workload,
         shapes: ShapeRun | None,
         stored: Mapping[str, int] | None,
-        modifiers: Sequence[Modifier],
+        modifiers: Sequence[StepModifier],
     ) -> None:
         self.artifact, self.needs, self.work, self.shapes = artifact, needs, work, shapes
         self.jobs, self.modifiers = needs.jobs, modifiers
@@ -193,7 +193,7 @@ class _Planner:
         self.total_read = sum(self.stored.values())
         self.total_written = sum(self._written(name) for name in self.stored)
 
-    def step(self, index: int) -> Step:
+    def step(self, index: int) -> SubgraphForecast:
         subgraph, work = self.artifact.subgraphs[index], self.work
         modules = self._new(subgraph)
         measured = {name: need for name, need in self.needs.of(modules).items() if need}
@@ -221,7 +221,7 @@ class _Planner:
         is_cpu = work.device_type == "cpu"
         fresh = [name for name in subgraph.entry.parameters if name in self.stored and name not in self.read]
         self.read.update(dict.fromkeys(fresh))
-        return Step(
+        return SubgraphForecast(
             label=", ".join(subgraph.entry.targets) or "no target",
             weights=weights,
             statistics=statistics,
@@ -328,7 +328,7 @@ class _Planner:
         return self.sizes[key]
 
 
-def _split(activations: int, work: Work) -> tuple[int, int]:
+def _split(activations: int, work: Workload) -> tuple[int, int]:
     """What of the values between subgraphs lies on the device, and what on the host."""
     budget = work.budget
     on_device = 0 if work.device_type == "cpu" else _within(activations, budget.device_bytes)

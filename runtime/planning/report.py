@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime.console import human_bytes
-from runtime.planning.forecast import Plan, Step
+from runtime.planning.forecast import Forecast, SubgraphForecast
 
 _COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", "written", "device", "host")
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
+def plan_lines(plan: Forecast) -> Iterator[str]:
     """The table, rows that are alike as one, and the totals."""
     rows: list[tuple[str, ...]] = [("subgraph", *_COLUMNS)]
     for steps in _runs(plan.steps):
@@ -28,7 +28,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from plan.remarks
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_facts(plan: Forecast) -> dict[str, Any]:
     """The same for machines: bytes and names."""
     work = plan.work
     return {
@@ -47,7 +47,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _totals(plan: Plan) -> dict[str, int]:
+def _totals(plan: Forecast) -> dict[str, int]:
     return {
         "peak_device_bytes": plan.device_bytes,
         "peak_host_bytes": plan.host_bytes,
@@ -60,9 +60,9 @@ def _totals(plan: Plan) -> dict[str, int]:
     }
 
 
-def _runs(steps: Sequence[Step]) -> Iterator[list[Step]]:
+def _runs(steps: Sequence[SubgraphForecast]) -> Iterator[list[SubgraphForecast]]:
     """Steps in a row that take the same."""
-    run: list[Step] = []
+    run: list[SubgraphForecast] = []
     for step in steps:
         if run and dataclasses.replace(step, label="") != dataclasses.replace(run[0], label=""):
             yield run
@@ -72,6 +72,6 @@ def _runs(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield run
 
 
-def _label(steps: Sequence[Step]) -> str:
+def _label(steps: Sequence[SubgraphForecast]) -> str:
     first = f"{steps[0].label}{' (a guess)' if steps[0].is_estimated else ''}"
     return first if len(steps) == 1 else f"{first} and {len(steps) - 1} more like it"

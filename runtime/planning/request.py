@@ -16,9 +16,9 @@ from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
 from runtime.host.memory import available_bytes, resident_bytes
 from runtime.planning.fit import Limits, advice, is_ample, require_fit, shortages
-from runtime.planning.forecast import Plan, plan_run
+from runtime.planning.forecast import Forecast, plan_run
 from runtime.planning.shapes import ShapeRun
-from runtime.planning.workload import Work
+from runtime.planning.workload import Workload
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
     from runtime.streaming.options import RunOptions
-    from runtime.streaming.work import Modifier
+    from runtime.streaming.work import StepModifier
     from runtime.weights.parameters import Weights
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -45,7 +45,7 @@ class Planned(NamedTuple):
         advice: options that would make it fit.
     """
 
-    plan: Plan
+    plan: Forecast
     shortages: list[str]
     advice: list[str]
 
@@ -103,7 +103,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         recipe = Recipe.from_text(_USUAL, "the usual recipe")
         prepared = prepare(artifact, None, recipe, run_dtype, assign=_usual_jobs)
         remarks = [*assumed, f"without --recipe: {_USUAL}"]
-    work = Work(
+    work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
         sizes=found,
@@ -123,7 +123,7 @@ def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) 
     require_kind("sizes", sizes, Mapping, "it must be a dict from the manifest's names to sizes")
 
 
-def _planned(prepared: Prepared, recipe: Recipe, work: Work, limits: Limits, remarks: Sequence[str]) -> Planned:
+def _planned(prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str]) -> Planned:
     artifact = prepared.artifact
     needs = RecipeNeeds(artifact, None, recipe, prepared.jobs)
     with ShapeRun(artifact, prepared.model, work.dtype, work.device_type) as shapes:
@@ -141,8 +141,8 @@ def require_plan(
     *,
     dtype: torch.dtype,
     limits: Limits,
-    modifiers: Sequence[Modifier] = (),
-) -> Plan:
+    modifiers: Sequence[StepModifier] = (),
+) -> Forecast:
     """Plan a run that is about to begin, and refuse it when it does not fit.
 
     With ample memory the subgraphs are not run on shapes: that takes part of a second, and imports much of torch.
@@ -159,7 +159,7 @@ def require_plan(
     Raises:
         PlanError: when it does not fit, without `force`.
     """
-    work = Work(
+    work = Workload(
         num_samples=sum(_samples(batch) for batch in batches),
         batch_size=max((_samples(batch) for batch in batches), default=1),
         sizes=batch_sizes(prepared.artifact.manifest, batches),
@@ -177,7 +177,7 @@ def require_plan(
         return guess
     with ShapeRun(prepared.artifact, prepared.model, dtype, options.device.type) as shapes:
 
-        def again(other: Work) -> Plan:
+        def again(other: Workload) -> Forecast:
             return plan_run(prepared.artifact, needs, other, stored=stored, shapes=shapes, modifiers=modifiers)
 
         plan = again(work)

@@ -13,7 +13,7 @@ from runtime.planning.shapes import META, Footprint, storage_bytes
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest, SubgraphEntry, TensorEntry
-    from runtime.planning.workload import Work
+    from runtime.planning.workload import Workload
 
 
 class ShapeValues:
@@ -54,17 +54,17 @@ class ShapeValues:
             found[name] = self._empty(entry.dtype, entry.shape) if entry is not None and entry.dtype else None
         return found
 
-    def total(self, work: Work) -> int:
+    def total(self, work: Workload) -> int:
         """Bytes of all batches; what is the same for all of them is held once, see `activations`."""
         return sum(round(storage_bytes(value) * self._times(name, value, work)) for name, value in self._held.items())
 
-    def _times(self, name: str, value: Any, work: Work) -> float:
+    def _times(self, name: str, value: Any, work: Workload) -> float:
         """How often a batch's value is held; the last batch counts by its samples."""
         if name in self._lasting and isinstance(value, torch.Tensor) and self._is_same(value, work):
             return 1.0
         return work.num_samples / work.batch_size
 
-    def _is_same(self, value: torch.Tensor, work: Work) -> bool:
+    def _is_same(self, value: torch.Tensor, work: Workload) -> bool:
         """Rotary tables know nothing of samples, and masks are alike where no sample is padded."""
         is_mask = value.dim() == 4 and value.shape[1] == 1 and value.shape[-1] > 1
         return (is_mask and not work.is_padded) or (value.dim() > 1 and value.shape[0] == 1 < work.batch_size)

@@ -14,7 +14,7 @@ PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class Workload:
     """What is asked for.
 
     Attributes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.passes import Passes
-    from runtime.streaming.steps import Plan, Step
+    from runtime.streaming.steps import Schedule, Step
     from runtime.weights.parameters import Weights
 
 
@@ -37,7 +37,7 @@ class Written:
     """
 
     def __init__(
-        self, plan: Plan, source: Weights, writer: ShardWriter, jobs: Mapping[str, Assignment], device: torch.device
+        self, plan: Schedule, source: Weights, writer: ShardWriter, jobs: Mapping[str, Assignment], device: torch.device
     ) -> None:
         self.plan = plan
         self.source = source

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
-    from runtime.streaming.steps import Plan, Step
-    from runtime.streaming.work import Modifier
+    from runtime.streaming.steps import Schedule, Step
+    from runtime.streaming.work import StepModifier
     from runtime.streaming.workplace import Workplace
     from runtime.weights.parameters import Weights
 
@@ -55,8 +55,8 @@ class StreamingRun:
     model: nn.Module
     source: Weights
     jobs: dict[str, Assignment]
-    modifiers: Sequence[Modifier]
-    plan: Plan
+    modifiers: Sequence[StepModifier]
+    plan: Schedule
     batches: list[dict[str, Any]]
     writer: ShardWriter
     workplace: Workplace

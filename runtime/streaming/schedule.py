@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint.dtypes import Stored
-from runtime.streaming.steps import Plan, Step
+from runtime.streaming.steps import Schedule, Step
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import SubgraphEntry
     from runtime.chain import Artifact
     from runtime.recipe.recipe import Assignment
-    from runtime.streaming.work import Modifier
+    from runtime.streaming.work import StepModifier
     from runtime.weights.parameters import Weights
 
 
 def plan_steps(
-    artifact: Artifact, source: Weights, jobs: Mapping[str, Assignment], modifiers: Sequence[Modifier]
-) -> Plan:
+    artifact: Artifact, source: Weights, jobs: Mapping[str, Assignment], modifiers: Sequence[StepModifier]
+) -> Schedule:
     """Decide what each subgraph does.
 
     Args:
@@ -57,7 +57,7 @@ def plan_steps(
             )
         )
         quantized.update(dict.fromkeys(f"{name}.weight" for name in owned[index]))
-    return Plan(
+    return Schedule(
         steps=tuple(steps),
         rest=tuple(key for key in source.checkpoint if key not in seen and key not in replaced),
         rewritten=frozenset(name for names in owned for modifier in modifiers for name in modifier.rewrites(names)),
@@ -65,13 +65,13 @@ def plan_steps(
     )
 
 
-def is_measured(modifier: Modifier, names: Sequence[str], entry: SubgraphEntry) -> bool:
+def is_measured(modifier: StepModifier, names: Sequence[str], entry: SubgraphEntry) -> bool:
     """Whether batches must run through a subgraph for a modifier, which quantizes these modules with it."""
     measures_cache = getattr(modifier, "measures_cache", None)
     return (bool(names) and modifier.measures(names)) or (measures_cache is not None and measures_cache(entry))
 
 
-def _added(modifier: Modifier, entry: SubgraphEntry) -> Sequence[Stored]:
+def _added(modifier: StepModifier, entry: SubgraphEntry) -> Sequence[Stored]:
     """What a modifier adds to the checkpoint with a subgraph; most add nothing, and do not say so."""
     adds = getattr(modifier, "adds", None)
     return adds(entry) if adds is not None else ()

@@ -46,7 +46,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Schedule:
     """All steps, and the checkpoint tensors that belong to none of them.
 
     Attributes:
@@ -70,7 +70,7 @@ class Plan:
         yield from step.passes
 
 
-def output_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
+def output_tensors(plan: Schedule, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
     """Every tensor of the checkpoint that a run writes, in the order in which they fill its shards.
 
     Raises:
@@ -87,7 +87,7 @@ def output_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) 
         yield stored
 
 
-def _all_tensors(plan: Plan, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
+def _all_tensors(plan: Schedule, source: Weights, jobs: Mapping[str, Assignment]) -> Iterator[Stored]:
     checkpoint = source.checkpoint
     for step in plan.steps:
         for name in step.modules:
@@ -110,7 +110,7 @@ def module_tensors(name: str, source: Weights, job: Assignment) -> Iterator[Stor
         yield Stored(f"{key.removesuffix('weight')}{suffix}", dtype_name(dtype), shapes[suffix])
 
 
-def lasting_values(plan: Plan) -> frozenset[str]:
+def lasting_values(plan: Schedule) -> frozenset[str]:
     """The values that outlive the subgraph after the one that made them."""
     made: dict[str, int] = {}
     lasting: dict[str, None] = {}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.data.masks import TokenMask
     from runtime.recipe.recipe import Assignment
-    from runtime.streaming.steps import Plan, Step
+    from runtime.streaming.steps import Schedule, Step
     from runtime.weights.parameters import Weights
 
 
@@ -53,7 +53,7 @@ class Work:
     """
 
     step: Step
-    plan: Plan
+    plan: Schedule
     model: nn.Module
     source: Weights
     writer: ShardWriter
@@ -170,7 +170,7 @@ class Work:
         return key
 
 
-class Modifier(Protocol):
+class StepModifier(Protocol):
     """One thing that is done to the modules of each step."""
 
     def measures(self, names: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ from runtime.artifact.manifest import ScaledParameter, ScaleGroup, SubgraphEntry
 from runtime.artifact.scale_groups import runs_of
 from seqbuild.manifest.channels import Arrival, follow, operator_name, size_of
 from seqbuild.manifest.mixtures import Mixtures
-from seqbuild.manifest.sources import Source, parameter_of, sources, weights_of
+from seqbuild.manifest.sources import ChannelSource, parameter_of, sources, weights_of
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
 
@@ -136,7 +136,7 @@ def _groups_of(
 
 
 def _group(
-    source: Source,
+    source: ChannelSource,
     graph: fx.Graph,
     index: int,
     weights: Mapping[fx.Node, tuple[object, ...]],

@@ -19,7 +19,7 @@ _CASTS = ("to", "_to_copy", "type_as", "float", "alias", "detach", "contiguous")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ChannelSource:
     """Parameters whose common scaling, channel by channel, scales the value of a node.
 
     Attributes:
@@ -68,7 +68,7 @@ def _module_weights(name: str, module: nn.Module, mixtures: Mixtures) -> Iterato
             yield Weight(name=f"{name}.{reading.name}", axis=reading.axis)
 
 
-def sources(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[Source]:
+def sources(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[ChannelSource]:
     """All sources of a graph, in order of execution."""
     for node in graph.nodes:
         size = size_of(node)
@@ -79,7 +79,7 @@ def sources(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[Sourc
             continue
         weight, bias, offset, end = found
         channels = torch.arange(size[-1], dtype=torch.int32).expand(size)
-        yield Source(node=end, weight=weight, bias=bias, offset=offset, channels=channels)
+        yield ChannelSource(node=end, weight=weight, bias=bias, offset=offset, channels=channels)
 
 
 _Found = tuple[str, str, int, fx.Node]

@@ -113,7 +113,7 @@ def _table(
 
 
 @dataclass(kw_only=True)
-class _Group:
+class _KeyGroup:
     """The checkpoint keys that one run of a conversion rule takes.
 
     Attributes:
@@ -140,7 +140,7 @@ _NUMBERS = re.compile(r"[0-9]+")
 
 def _assign(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, str], dict[str, _Group]]:
+) -> tuple[dict[str, str], dict[str, _KeyGroup]]:
     """Apply transformers' renamings: parameter to key, and the first parameter of a conversion to what it takes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -151,7 +151,7 @@ def _assign(
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     renamer = Renamer(renamings, converters, model.base_model_prefix, wanted)
     simple: dict[str, str] = {}
-    grouped: dict[str, _Group] = {}
+    grouped: dict[str, _KeyGroup] = {}
     for key in sorted(shapes, key=natural_order()):
         name, pattern = renamer.rename(key)
         if name not in wanted and key in wanted:
@@ -162,14 +162,14 @@ def _assign(
             simple[name] = key
         else:
             if name not in grouped:
-                grouped[name] = _Group(rule=by_pattern[pattern], first_name=name)
+                grouped[name] = _KeyGroup(rule=by_pattern[pattern], first_name=name)
             grouped[name].keys.setdefault(pattern, []).append(key)
     return simple, grouped
 
 
 def _convert(
     model: PreTrainedModel,
-    group: _Group,
+    group: _KeyGroup,
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
     memory: Memory,
@@ -212,7 +212,7 @@ def _picked(keys: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
 
 
 def _record(
-    model: PreTrainedModel, group: _Group, shapes: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel, group: _KeyGroup, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str, list[int]]]:
     """Run a rule on fake tensors: for each result its name, its program, and the places of the keys it takes."""
     pairs = [(pattern, key) for pattern, keys in group.keys.items() for key in keys]

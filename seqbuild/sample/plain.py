@@ -82,7 +82,7 @@ def _find(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) 
     if not left_out and not has_labels:
         return PlainCall()
     try:
-        trial = _Trial(random_copy(model))
+        trial = _AbsenceTrial(random_copy(model))
     except TraceError:
         return PlainCall()
     rows = [make_text(trial.config, shape) for shape in shapes]
@@ -110,7 +110,7 @@ def with_stand_ins(row: Row, absent: Mapping[str, int | None]) -> Row:
     }
 
 
-def _stand_ins(trial: _Trial, rows: Sequence[Row], left_out: Sequence[str]) -> dict[str, int | None]:
+def _stand_ins(trial: _AbsenceTrial, rows: Sequence[Row], left_out: Sequence[str]) -> dict[str, int | None]:
     """The inputs among `left_out` that a sample may have, as `PlainCall.absent` has them."""
     needed = _needed(trial, rows[0], left_out)
     others = [name for name in left_out if name not in needed]
@@ -128,7 +128,7 @@ def _stand_ins(trial: _Trial, rows: Sequence[Row], left_out: Sequence[str]) -> d
     return found
 
 
-def _needed(trial: _Trial, row: Row, left_out: Sequence[str]) -> list[str]:
+def _needed(trial: _AbsenceTrial, row: Row, left_out: Sequence[str]) -> list[str]:
     """Which of them the model does not run without, as few as can be."""
     plain = {name: value for name, value in row.items() if name not in left_out}
     if trial.run(plain) is not None:
@@ -139,7 +139,7 @@ def _needed(trial: _Trial, row: Row, left_out: Sequence[str]) -> list[str]:
     return list(left_out) if trial.run(row) is not None else []
 
 
-def _rule(trial: _Trial, config: Any, row: Row, absent: Mapping[str, int | None]) -> dict[str, int] | None:
+def _rule(trial: _AbsenceTrial, config: Any, row: Row, absent: Mapping[str, int | None]) -> dict[str, int] | None:
     """How the decoder's inputs follow from labels: tried on labels with padding at their ends, and without.
 
     The model says so itself when it is called with labels; FSMT, which does not look at them then, by the method that
@@ -185,7 +185,7 @@ def _token(config: Any, name: str) -> int | None:
     return next((value for value in found if type(value) is int and value >= 0), None)
 
 
-class _Trial:
+class _AbsenceTrial:
     """A copy of the model, to run."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -275,7 +275,7 @@ def _attention(artifact: Artifact) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Reference:
+class _ModelRun:
     """What the model itself does on one shape; `refusal` says why nothing, and `row` describes the inputs."""
 
     row: dict[str, Any]
@@ -302,7 +302,7 @@ def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> It
         yield _compared(pair.artifact, twin, reference, tolerance)
 
 
-def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _Reference:
+def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _ModelRun:
     manifest = pair.artifact.manifest
     names = [entry.name for entry in manifest.inputs]
     made = sample_of(model, names, shape, text_only=is_text_only(model, names))
@@ -314,12 +314,12 @@ def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _Reference:
             output = run_model(model, sample)
         plain = plain_reference(manifest, model, sample)
     except DataError as error:
-        return _Reference(row=row, refusal=error.message)
+        return _ModelRun(row=row, refusal=error.message)
     except MemoryError:
         raise
     except Exception as error:
-        return _Reference(row=row, refusal=f"the model itself fails: {_line(error)}")
-    return _Reference(row=row, sample=sample, output=output, prints=prints, plain=plain)
+        return _ModelRun(row=row, refusal=f"the model itself fails: {_line(error)}")
+    return _ModelRun(row=row, sample=sample, output=output, prints=prints, plain=plain)
 
 
 def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, An
     }
 
 
-def _compared(artifact: Artifact, twin: nn.Module, reference: _Reference, tolerance: float) -> Compared:
+def _compared(artifact: Artifact, twin: nn.Module, reference: _ModelRun, tolerance: float) -> Compared:
     if reference.refusal:
         return Compared(**reference.row, skipped=reference.refusal)
     if not _says_something(reference.output):

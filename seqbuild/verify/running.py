@@ -32,7 +32,7 @@ SEED = 3
 Prints = dict[str, list[str]]
 
 
-class Step(Protocol):
+class ChainStep(Protocol):
     """One subgraph of a chain."""
 
     @property
@@ -74,7 +74,7 @@ def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def run_chain(subgraphs: Iterable[Step], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     """What a chain returns; values are dropped as soon as it says so, and the sample is left as it is."""
     values: dict[str, Any] = copy.deepcopy(dict(sample))
     output: dict[str, Any] = {}

@@ -92,7 +92,7 @@ def memory(folder: Path) -> None:
     import torch
     import transformers
 
-    from runtime.data.token_file import Origin, save_tokens
+    from runtime.data.token_file import DataOrigin, save_tokens
     from seqbuild.build import build
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def memory(folder: Path) -> None:
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
     artifact = build(folder / "model", out=folder).path
     ids = list(torch.randint(3, 512, (16, 128)))
-    origin = Origin(tokenizer="none", tokenizer_digest="", vocab_size=512, sources=())
+    origin = DataOrigin(tokenizer="none", tokenizer_digest="", vocab_size=512, sources=())
     save_tokens(folder / "tokens.safetensors", ids, seq_len=128, origin=origin)
     digests = set()
     for bound in (None, "32MiB", "8MiB"):

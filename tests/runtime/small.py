@@ -22,7 +22,7 @@ import runtime
 from runtime.calibration import Calibration
 from runtime.chain import LoadedSubgraph
 from runtime.checkpoint.reader import Checkpoint
-from runtime.data.token_file import Origin, save_tokens
+from runtime.data.token_file import DataOrigin, save_tokens
 from runtime.experts.split import split_experts
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.weights.parameters import Weights
@@ -156,7 +156,7 @@ def write_token_file(path: Path, num_samples: int = 6, length: int = 40, largest
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(2, VOCABULARY, (length,), generator=generator) for _ in range(num_samples)]
     samples[-1][-1] = largest
-    origin = Origin(tokenizer="bytes", tokenizer_digest="", vocab_size=largest + 1, sources=())
+    origin = DataOrigin(tokenizer="bytes", tokenizer_digest="", vocab_size=largest + 1, sources=())
     save_tokens(path, samples, seq_len=length, origin=origin)
     return path
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import runtime
 from runtime.data.samples import batches, load_tokens
-from runtime.data.token_file import Origin, save_tokens
+from runtime.data.token_file import DataOrigin, save_tokens
 from seqbuild.ship.tokens import tokenize_files
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import read_tensors
@@ -114,7 +114,7 @@ def test_token_files_keep_masks(marking: Path, chats: Path, tmp_path: Path) -> N
 )
 def test_broken_masks_are_refused(tmp_path: Path, mask: torch.Tensor, why: str) -> None:
     path = tmp_path / "x.safetensors"
-    origin = Origin(tokenizer="", tokenizer_digest="", vocab_size=9, sources=())
+    origin = DataOrigin(tokenizer="", tokenizer_digest="", vocab_size=9, sources=())
     save_tokens(path, [torch.tensor([1, 2, 3, 4])], seq_len=4, origin=origin, masks=[torch.ones(4)])
     from safetensors.torch import load, save
 
@@ -141,7 +141,7 @@ def masked_file(path: Path, last: int) -> Path:
     masks = [torch.ones(len(sample), dtype=torch.bool) for sample in samples]
     for sample, mask in zip(samples, masks, strict=True):
         sample[-5:], mask[-5:] = last, False
-    origin = Origin(tokenizer="bytes", tokenizer_digest="", vocab_size=258, sources=())
+    origin = DataOrigin(tokenizer="bytes", tokenizer_digest="", vocab_size=258, sources=())
     save_tokens(path, samples, seq_len=30, origin=origin, masks=masks)
     return path
 

@@ -18,7 +18,7 @@ from runtime.data.decoder import NOT_A_LABEL
 from runtime.data.inputs import model_inputs
 from runtime.data.masks import require_tokens, token_mask
 from runtime.data.samples import batches, load_tokens, save_tokens
-from runtime.data.token_file import Origin
+from runtime.data.token_file import DataOrigin
 from runtime.errors import DataError
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, read_tensors, recipe
@@ -153,7 +153,7 @@ def test_broken_targets(tmp_path: Path, changes: dict[str, Any], message: str) -
     from safetensors.torch import load, save
 
     path = tmp_path / "x.safetensors"
-    origin = Origin(tokenizer="", tokenizer_digest="", vocab_size=9, sources=())
+    origin = DataOrigin(tokenizer="", tokenizer_digest="", vocab_size=9, sources=())
     save_tokens(path, [torch.tensor([1]), torch.tensor([2])], seq_len=4, origin=origin, targets=[torch.tensor([3])] * 2)
     content = path.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]

@@ -23,7 +23,7 @@ from runtime.checkpoint.reader import Checkpoint
 from runtime.formats.presets import scheme_from_preset
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
-from runtime.planning.forecast import KERNEL_BYTES, Plan, plan_run
+from runtime.planning.forecast import KERNEL_BYTES, Forecast, plan_run
 from runtime.planning.request import plan_artifact
 from runtime.planning.shapes import ShapeRun
 from runtime.quantize.assignments import assign_jobs
@@ -40,7 +40,7 @@ from tests.tiny_models import save_config
 CPU = torch.device("cpu")
 
 
-def planned(artifact: Artifact, **options: Any) -> Plan:
+def planned(artifact: Artifact, **options: Any) -> Forecast:
     sizes = {"num_samples": 8, "seq_len": 40, "batch_size": 4}
     plan, _, _ = plan_artifact(artifact, **{**sizes, **options})
     return plan

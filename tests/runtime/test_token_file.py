@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from runtime.data.samples import load_tokens, save_tokens
-from runtime.data.token_file import Origin, read_token_file
+from runtime.data.token_file import DataOrigin, read_token_file
 from runtime.errors import DataError, OutputError, UsageError
 
-ORIGIN = Origin(
+ORIGIN = DataOrigin(
     tokenizer="tiny",
     tokenizer_digest="ab" * 32,
     vocab_size=10,

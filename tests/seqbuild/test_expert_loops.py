@@ -14,7 +14,7 @@ from transformers import MixtralConfig
 from runtime.language.program import compile_program
 from runtime.model.leaves import build_leaf
 from seqbuild.trace.experts.learn import experts_leaf, is_experts
-from seqbuild.trace.experts.loop import Loop, watched_loop
+from seqbuild.trace.experts.loop import ExpertLoop, watched_loop
 from seqbuild.trace.experts.signature import signature
 
 NUM_EXPERTS, WIDTH, NARROW = 3, 8, 4
@@ -103,12 +103,12 @@ def host_module(experts: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "loop", "shape"),
     [
-        (Looping, Loop(num_experts=NUM_EXPERTS), (7,)),
-        (Idle, Loop(num_experts=NUM_EXPERTS, num_identity=2), (7,)),
-        (Flat, Loop(num_experts=NUM_EXPERTS, num_dims=3), (3, 5)),
+        (Looping, ExpertLoop(num_experts=NUM_EXPERTS), (7,)),
+        (Idle, ExpertLoop(num_experts=NUM_EXPERTS, num_identity=2), (7,)),
+        (Flat, ExpertLoop(num_experts=NUM_EXPERTS, num_dims=3), (3, 5)),
     ],
 )
-def test_what_is_known_does_the_same(kind: type[Looping], loop: Loop, shape: tuple[int, ...]) -> None:
+def test_what_is_known_does_the_same(kind: type[Looping], loop: ExpertLoop, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     experts = kind()
     assert is_experts(experts)
@@ -299,7 +299,7 @@ def test_what_is_not_the_same_for_all_is_no_leaf(kind: type[Looping]) -> None:
 
 
 def test_what_looks_the_same_is_executed() -> None:
-    assert watched_loop(InAnotherDtype(), WIDTH) == Loop(num_experts=NUM_EXPERTS)
+    assert watched_loop(InAnotherDtype(), WIDTH) == ExpertLoop(num_experts=NUM_EXPERTS)
     assert experts_leaf(InAnotherDtype()) is None
 
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from runtime.artifact.manifest import LeafKind
 from seqbuild.chain.emit import EmittedCode, emit
-from seqbuild.trace.experts.loop import Loop, replaced_parameters, watched_loop
+from seqbuild.trace.experts.loop import ExpertLoop, replaced_parameters, watched_loop
 from seqbuild.trace.experts.proof import is_proven
 from seqbuild.trace.experts.signature import signature
 from seqbuild.trace.experts.watch import HIDDEN, WEIGHTS
@@ -95,7 +95,7 @@ def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
 
 def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     try:
-        loop = Loop() if is_marked(module) else watched_loop(module, _width(module))
+        loop = ExpertLoop() if is_marked(module) else watched_loop(module, _width(module))
         found = [_recorded(module, loop, num_tokens) for num_tokens in (2, 3)]
         codes = [emit(graph, traced_dtype=HIDDEN, scope="") for graph, _ in found]
     except Exception:  # whatever it does, it is not that loop: it stays a module of its own class
@@ -107,7 +107,7 @@ def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     return (kind, code) if is_proven(module, loop, _width(module), kind, code) else None
 
 
-def _recorded(module: nn.Module, loop: Loop, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:
+def _recorded(module: nn.Module, loop: ExpertLoop, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:
     """One expert's graph: its placeholders are hidden states, weights and its parts of stacked parameters."""
     forward = inspect.unwrap(type(module).forward)
     _, *arguments = inspect.signature(forward).parameters
@@ -137,7 +137,7 @@ def _recorded(module: nn.Module, loop: Loop, num_tokens: int) -> tuple[fx.Graph,
     return graph, options | {name: values for name, values in others.items() if values}
 
 
-def _traced(module: nn.Module, loop: Loop, num_tokens: int, expert: int) -> tuple[fx.Graph, torch.dtype]:
+def _traced(module: nn.Module, loop: ExpertLoop, num_tokens: int, expert: int) -> tuple[fx.Graph, torch.dtype]:
     """What the module does when all tokens are one expert's, up to the sum; and the dtype of that."""
     forward = inspect.unwrap(type(module).forward)
     names = [name for name, _ in module.named_parameters()]

@@ -35,7 +35,7 @@ from seqbuild.trace.real.weightless import kept_as_found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loop:
+class ExpertLoop:
     """What is known of a loop over experts.
 
     Attributes:
@@ -61,7 +61,7 @@ class _FailedError(Exception):
     """The forward itself raises an error."""
 
 
-def watched_loop(module: nn.Module, width: int) -> Loop:
+def watched_loop(module: nn.Module, width: int) -> ExpertLoop:
     """Run a module's forward, and see what it does for each expert.
 
     Args:
@@ -76,7 +76,7 @@ def watched_loop(module: nn.Module, width: int) -> Loop:
         for num_all in (count, count - 1):  # the last class may be for no expert at all
             if num_all < 1:
                 continue
-            watched = _Watched(module, width, num_dims)
+            watched = _WatchedExperts(module, width, num_dims)
             try:
                 blocks = watched.blocks(_all_of(num_all))
             except (OtherwiseError, _FailedError):
@@ -102,7 +102,7 @@ def _others_of(num_all: int) -> Iterator[list[list[int]]]:
     yield [[num_all // 2] * 150] * 2
 
 
-def _require_same(blocks: Mapping[int, Block], watched: _Watched, num_all: int, *, has_none: bool) -> None:
+def _require_same(blocks: Mapping[int, Block], watched: _WatchedExperts, num_all: int, *, has_none: bool) -> None:
     """Refuse a forward that does anything else for an expert when others are used, or none."""
     for index_KT in _others_of(num_all):
         try:
@@ -118,12 +118,12 @@ def _require_same(blocks: Mapping[int, Block], watched: _Watched, num_all: int, 
             return  # there is no such number, then
 
 
-def _understood(blocks: Sequence[Block], num_dims: int) -> Loop:
+def _understood(blocks: Sequence[Block], num_dims: int) -> ExpertLoop:
     num_experts = sum(block.has_own for block in blocks)
     groups = [group for group in (blocks[:num_experts], blocks[num_experts:]) if group]
     if not num_experts or any(block.notes != group[0].notes for group in groups for block in group):
         raise OtherwiseError("what the forward does differs from expert to expert")
-    return Loop(
+    return ExpertLoop(
         num_experts=num_experts,
         num_identity=len(blocks) - num_experts,
         num_dims=num_dims,
@@ -132,7 +132,7 @@ def _understood(blocks: Sequence[Block], num_dims: int) -> Loop:
 
 def _num_classes(module: nn.Module, width: int, num_dims: int) -> int:
     """How many numbers the forward tells apart."""
-    call = _Call(module, width, num_dims, [[0, 0], [0, 0]])
+    call = _ExpertCall(module, width, num_dims, [[0, 0], [0, 0]])
     try:
         call.run(_Counting())
     except _CountedError as counted:
@@ -155,7 +155,7 @@ class _Counting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Watched:
+class _WatchedExperts:
     """A module whose forward is watched."""
 
     def __init__(self, module: nn.Module, width: int, num_dims: int) -> None:
@@ -174,7 +174,7 @@ class _Watched:
             OtherwiseError: when something else is done, or another result comes of it.
             _FailedError: when the forward fails by itself.
         """
-        call = _Call(self.module, self.width, self.num_dims, index_KT)
+        call = _ExpertCall(self.module, self.width, self.num_dims, index_KT)
         watching = Watching(call.states, call.index, call.weights, call.values)
         before = [(inner, dict(vars(inner))) for inner in self.module.modules()]
         with kept_as_found(self.module):
@@ -197,7 +197,7 @@ def _is_changed(inner: nn.Module, before: Mapping[str, Any]) -> bool:
     return own.keys() != before.keys() or any(own[name] is not value for name, value in before.items())
 
 
-class _Call:
+class _ExpertCall:
     """A call of a module's own forward on tensors without values, but for indices.
 
     Args:

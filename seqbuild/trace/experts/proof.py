@@ -22,7 +22,7 @@ from torch import nn
 
 from runtime.language.program import compile_program
 from runtime.model.leaves import build_leaf
-from seqbuild.trace.experts.loop import Loop, replaced_parameters
+from seqbuild.trace.experts.loop import ExpertLoop, replaced_parameters
 from seqbuild.trace.real.weightless import kept_as_found
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Case:
     may_fail: bool
 
 
-def is_proven(module: nn.Module, loop: Loop, width: int, kind: LeafKind, code: EmittedCode) -> bool:
+def is_proven(module: nn.Module, loop: ExpertLoop, width: int, kind: LeafKind, code: EmittedCode) -> bool:
     """Whether a leaf does what a module does.
 
     Args:
@@ -72,7 +72,7 @@ def is_proven(module: nn.Module, loop: Loop, width: int, kind: LeafKind, code: E
 class _Trial:
     """A module and the leaf for it, with the same weights."""
 
-    def __init__(self, module: nn.Module, loop: Loop, width: int, kind: LeafKind, code: EmittedCode) -> None:
+    def __init__(self, module: nn.Module, loop: ExpertLoop, width: int, kind: LeafKind, code: EmittedCode) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self.module = module
         self.leaf = build_leaf(kind, "experts", shapes, compile_program(code.source, "experts.py"))

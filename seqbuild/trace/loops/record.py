@@ -91,7 +91,7 @@ class Loops:
             frame = sys._getframe(1)
             source = loop_of(frame) if is_free else None
             if source is not None:
-                return _Turns(self, size, frame, source)
+                return _LoopTurns(self, size, frame, source)
         return builtins.range(*args)
 
     def is_collected(self, values: Any) -> bool:
@@ -144,7 +144,7 @@ def _sympy(size: Any) -> Any:
 
 
 @dataclass(kw_only=True)
-class _State:
+class _LoopState:
     """What there is while the body is executed."""
 
     loop: Loop
@@ -155,7 +155,7 @@ class _State:
     lists: dict[str, fx.Node] = field(default_factory=dict)
 
 
-class _Turns:
+class _LoopTurns:
     """What a loop iterates over: the one turn that is recorded."""
 
     def __init__(self, loops: Loops, size: torch.SymInt, frame: FrameType, source: LoopSource) -> None:
@@ -164,9 +164,9 @@ class _Turns:
         self.size = size
         self.frame = frame
         self.source = source
-        self.state: _State | None = None
+        self.state: _LoopState | None = None
 
-    def __iter__(self) -> _Turns:
+    def __iter__(self) -> _LoopTurns:
         return self
 
     def __next__(self) -> Any:
@@ -197,7 +197,7 @@ class _Turns:
         tracer.track(index, fx.Proxy(first, tracer))
         loop = Loop(index=index.node.expr, count=tracer.shape_env.turns[index.node.expr], culprit=first.meta[_CULPRIT])
         self.loops.num_open += 1
-        self.state = _State(loop=loop, first=first, before=before, sizes=sizes, variables=variables, lists=lists)
+        self.state = _LoopState(loop=loop, first=first, before=before, sizes=sizes, variables=variables, lists=lists)
         return index
 
     def _list(self, name: str, before: Mapping[str, Any]) -> fx.Node:
@@ -223,7 +223,7 @@ class _Turns:
         inside += [item for other in others if type(other) is dict for item in other.values()]
         return any(other is value for other in (*others, *inside))
 
-    def _end(self, state: _State) -> None:
+    def _end(self, state: _LoopState) -> None:
         tracer, after = self.tracer, dict(self.frame.f_locals)
         body = _nodes_from(state.first)
         self._check_others(state, after)
@@ -261,7 +261,7 @@ class _Turns:
         if any(isinstance(relation, sympy.Eq) for relation in doubts):  # torch has put it in the place of its index
             self._refuse(f"{doubts[0]} does not hold in all turns")
 
-    def _check_others(self, state: _State, after: Mapping[str, Any]) -> None:
+    def _check_others(self, state: _LoopState, after: Mapping[str, Any]) -> None:
         """What is no tensor is the same in every turn, and what is written into is one."""
         for name in self.source.assigned:
             old, new = state.before.get(name, _MISSING), after.get(name)
@@ -273,7 +273,7 @@ class _Turns:
                 self._refuse(f"{name} is no tensor")
 
     def _carried(
-        self, state: _State, name: str, after: Mapping[str, Any], body: Mapping[fx.Node, None]
+        self, state: _LoopState, name: str, after: Mapping[str, Any], body: Mapping[fx.Node, None]
     ) -> torch.Tensor | None:
         """What the next turn finds in a variable; None when that is what it was, or nothing looks at it."""
         old, variable, _ = state.variables[name]
@@ -298,7 +298,7 @@ class _Turns:
             self._refuse(f"{name} gets tensors of several kinds")
         return tuple(values)
 
-    def _forget_sizes(self, state: _State) -> None:
+    def _forget_sizes(self, state: _LoopState) -> None:
         """Sizes that were first found in the body are not known behind it, except by what was moved before it."""
         known = self.tracer.symnode_tracker.sym_node_dict
         body = _nodes_from(state.first)

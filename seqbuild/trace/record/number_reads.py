@@ -75,7 +75,7 @@ def numbers_watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[Numbe
     """
     with contextlib.ExitStack() as stack, NumberReads() as reads:
         for cls, name in numbered:
-            setattr(cls, name, _Watched(name, reads))
+            setattr(cls, name, _WatchedAttribute(name, reads))
             stack.callback(delattr, cls, name)
         for cls in dict.fromkeys(cls for cls, _ in numbered):
             stack.enter_context(_dictionary_watched(cls, reads))
@@ -102,7 +102,7 @@ def _dictionary_watched(cls: Any, reads: NumberReads) -> Iterator[None]:
             cls.__getattribute__ = own
 
 
-class _Watched:
+class _WatchedAttribute:
     """Stands in a class for an attribute that its objects have: being able to write, it goes before theirs."""
 
     def __init__(self, name: str, reads: NumberReads) -> None:
