@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Under this key a node says inside which target it was recorded, when that is traced through.
+# Key of a node's metadata: the target inside which the node was recorded, if the target is traced through.
 WITHIN = "within"
 
 
 def target_of(node: fx.Node, root: nn.Module, targets: Collection[nn.Module]) -> nn.Module | None:
-    """The target that a node calls, or is a part of."""
+    """Return the target that a node calls or is part of."""
     name = node.meta.get(WITHIN) or (node.target if node.op == "call_module" else None)
     module = root.get_submodule(str(name)) if name is not None else None
     return module if module in targets else None
