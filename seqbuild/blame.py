@@ -86,6 +86,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
     The culprit is the innermost frame outside torch and this project. The text of this project's own errors is kept.
 
     Args:
+        error: the error.
         ancestors: modules whose `forward` cannot be one opaque step, because they call the targets.
     """
     walk = list(traceback.walk_tb(error.__traceback__))
@@ -106,7 +107,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
 
 
 def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
-    """Report that a size of the sample became a constant in the graph, so the chain would only be valid for that size."""
+    """Report that a size of the sample became a constant, so the chain would only be valid for that size."""
     if culprit is None:
         message = f"{size} is burnt in: the model's code decided by it or looped over it"
         return UntraceableError(message, culprit=None)
