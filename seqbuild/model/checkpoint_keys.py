@@ -244,7 +244,7 @@ def _record(
 
 
 def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
-    """Extract the part of a rule that computes result number `index`, and the positions of the tensors that it needs."""
+    """Extract the part of a rule that computes result number `index`, and the positions of the tensors it needs."""
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     (output,) = graph.find_nodes(op="output")

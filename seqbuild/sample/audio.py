@@ -187,7 +187,7 @@ def _sample(
 
 
 def with_places(text: Row, token: int, count: int, sounds: int) -> Row:
-    """Insert `count` placeholders for each of `sounds` sounds into `text`, with one token of text between two sounds."""
+    """Insert `count` placeholders for each of `sounds` sounds into `text`, separated by one token of text."""
     ids = text["input_ids"]
     before = min(_BEFORE, ids.shape[1] - 1)
     plain = torch.where(ids == token, ids + 1, ids)

@@ -1,4 +1,4 @@
-"""Generate token ids and the accompanying inputs: masks, types, boxes, languages; several id streams for some models."""
+"""Generate token ids and the accompanying inputs: masks, types, boxes, languages, several id streams."""
 
 from __future__ import annotations
 
