@@ -1,4 +1,4 @@
-"""Trace a model for an artifact: with the inputs, targets and dtype that work, the best ones first."""
+"""Trace a model for an artifact with the first combination of inputs, targets and dtype that works, best first."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Traced:
 
     @property
     def marker(self) -> torch.dtype | None:
-        """The dtype that stands for the weights' in the trace, if any does."""
+        """Return the dtype that represents the weights' dtype in the trace, if any."""
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
@@ -109,7 +109,7 @@ def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only
 
 
 def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Pixels, sounds and the like in this dtype."""
+    """Convert pixels, sounds and other floating point inputs to this dtype."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
 
 
@@ -228,7 +228,7 @@ def _trace_portably(
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Whether a host would take experts of this model apart, so that they can be quantized."""
+    """Return whether a host can split this model's experts so that they can be quantized."""
     policy = LeafPolicy(dtype=TRACE_DTYPE)
     found = (module for module in model.modules() if is_experts(module) or is_dense_experts(module))
     return any(policy.leaf(module) is not None for module in found)
