@@ -65,7 +65,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch only when something that needs it is asked for."""
+    """Import torch only on access to a name that needs it."""
     if name in _HOMES:
         home, _, other_name = _HOMES[name].partition(":")
         return getattr(importlib.import_module(home), other_name or name)

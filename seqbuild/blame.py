@@ -1,4 +1,4 @@
-"""From what went wrong inside a trace to the one line that tells a user what to do."""
+"""Map an error during tracing to a line of the model's code and to advice for the user."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MOST_WRAPPERS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
-    """A function of the model's code, while it is executed.
+    """A function of the model's code that is being executed.
 
     Attributes:
-        name: `Class.method` or `module.path.function`, for people.
-        path: `module:Class.method` or `module:function`, as opaque steps are called.
+        name: `Class.method` or `module.path.function`, for messages.
+        path: `module:Class.method` or `module:function`, the name format of opaque steps.
         owner: the object whose method it is, or None.
         is_forward: whether it is a module's forward.
     """
@@ -42,14 +42,14 @@ class Function:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Culprit:
-    """A line of the model's code.
+    """A line of the model's code that caused an error.
 
     Attributes:
         name: its function.
-        file: where it is.
-        line: likewise.
-        around: the functions around it that can be named, the innermost first; those inside of a recorded step are
-            left out, for nothing inside of a step is recorded.
+        file: its file.
+        line: its line number.
+        around: the enclosing calls that can be named, innermost first. Functions inside a recorded step are left out,
+        because nothing inside a step is recorded.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Culprit:
 
 
 class UntraceableError(TraceError):
-    """Model code that cannot be recorded as it is.
+    """Model code that cannot be recorded unchanged.
 
     Args:
         message: as for every error.
-        culprit: the line, where it is known.
-        is_refusal: whether that line raised the error by itself: the model refuses what it is given.
+        culprit: the line, if known.
+        is_refusal: whether that line raised the error itself, that is, the model rejects its input.
         hint: as for every error.
 
     Attributes:
-        earlier: a line before it that has turned the size of an input into a number, if one has.
-        insisted_on: inputs and axes whose sizes the model itself had refused to take others of by then.
+        earlier: an earlier line that converted the size of an input to a number, if any.
+        insisted_on: inputs and axes for which the model had already rejected other sizes.
     """
 
     def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
@@ -81,10 +81,13 @@ class UntraceableError(TraceError):
 
 
 def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:
-    """Name the model's innermost function on the way to `error`, its file and line, and what helps.
+    """Name the model's innermost function on the way to `error`, its file and line, and suggest a remedy.
 
-    The innermost frame that belongs neither to torch nor to this project is taken. An error of ours keeps its words.
-    Args: `ancestors`, whose `forward` cannot be one opaque step, because the targets are called in it.
+    The culprit is the innermost frame outside torch and this project. The text of this project's own errors is kept.
+
+    Args:
+        error: the error.
+        ancestors: modules whose `forward` cannot be one opaque step, because they call the targets.
     """
     walk = list(traceback.walk_tb(error.__traceback__))
     culprit = _culprit(walk)
@@ -104,7 +107,7 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
 
 
 def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
-    """A size of the sample became a number in the graph, so that the chain would be right for that size alone."""
+    """Report that a size of the sample became a constant, so the chain would only be valid for that size."""
     if culprit is None:
         message = f"{size} is burnt in: the model's code decided by it or looped over it"
         return UntraceableError(message, culprit=None)
@@ -116,7 +119,7 @@ def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module
 
 
 def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
-    """The model's code calls an operator that an artifact's code may not call."""
+    """Report that the model's code calls an operator that an artifact's code must not call."""
     where = f" ({culprit.name}: {culprit.file}, line {culprit.line})" if culprit else ""
     return UntraceableError(
         f"the model's code calls torch.ops.{operator}, which is not among the operators of an artifact{where}",
@@ -126,12 +129,12 @@ def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn
 
 
 def find_culprit() -> Culprit | None:
-    """The innermost line of the model's code that is being executed."""
+    """Find the innermost line of the model's code that is being executed."""
     return _culprit(list(reversed(list(traceback.walk_stack(None)))))
 
 
 def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
-    """Args: `walk`, frames and lines from the outermost to the innermost."""
+    """Find the innermost line of the model's code in `walk`: frames and lines, outermost first."""
     frames: list[tuple[FrameType, int]] = []
     num_outside: int | None = None
     for frame, line in walk:
@@ -160,8 +163,10 @@ def _name(frame: FrameType) -> str:
 
 
 def _function(frame: FrameType) -> Function | None:
-    """The function, if it is found under its name, or as what a decorator has made of a method: one that was made
-    inside another is not.
+    """Identify the function of a frame.
+
+    This succeeds if the function can be looked up under its name, directly or through a decorator of a method.
+    Functions defined inside other functions cannot be identified.
     """
     owner, name = frame.f_locals.get("self"), frame.f_code.co_name
     if owner is None:
@@ -175,12 +180,12 @@ def _function(frame: FrameType) -> Function | None:
     decorated = [
         (cls, method) for cls in type(owner).__mro__ for method, value in vars(cls).items() if _has_code(value, frame)
     ]
-    # One decorator's code is the same around all of a class's methods: which one this is cannot be told.
+    # A decorator has the same code for all methods of a class, so the method cannot be determined.
     return _named(*decorated[0], owner) if owner is not None and len({name for _, name in decorated}) == 1 else None
 
 
 def _has_code(value: Any, frame: FrameType) -> bool:
-    """Whether a function, or any that it is wrapped around, is the one that is executed."""
+    """Return whether the frame executes the function or one that it wraps."""
     value = value.__func__ if isinstance(value, staticmethod) else value
     for _ in range(_MOST_WRAPPERS):
         if getattr(value, "__code__", None) is frame.f_code:
@@ -209,7 +214,7 @@ def _classes_of(module: Any) -> list[type]:
 
 
 def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
-    """What a user can do about a line of the model's code."""
+    """Suggest what a user can do about a line of the model's code."""
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
         return "move that line into a function of its own and name it with --ignore"
@@ -217,13 +222,15 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
 
 
 def _is_raised_by_choice(walk: list[tuple[FrameType, int]]) -> bool:
-    """Whether the model's own code raised an error, or one of torch's libraries in Python, but no operator did."""
+    """Return whether the error was raised explicitly by the model's code or a Python library of torch, not by an
+    operator.
+    """
     path = Path(walk[-1][0].f_code.co_filename)
     return is_models_code(str(path)) or path.parent in (_TORCH / "distributions", _TORCH / "nn" / "modules")
 
 
 def is_models_code(filename: str) -> bool:
-    """Whether a file belongs neither to torch nor to this project."""
+    """Return whether a file belongs neither to torch nor to this project."""
     path = Path(filename)
     if not path.is_absolute():
         return False

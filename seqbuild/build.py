@@ -1,16 +1,16 @@
-"""Compile a model: the passes, in order.
+"""Compile a model by running the passes below in order.
 
-source      what the user named: hub id, directory or config            seqbuild.model.source
-own code    what the model brings, if that is allowed to run            seqbuild.model.own_code
-model       its module tree without weights                             seqbuild.model.from_config
-targets     where to cut                                                seqbuild.chain.targets
-request     has it been asked for before?                               seqbuild.cache.recall
-key         is it there already?                                        seqbuild.cache.key
-trace       one run on fake tensors, cut into subgraphs                 seqbuild.trace
-keys        which checkpoint tensors make which parameter               seqbuild.model.checkpoint_keys
-emit        source code, one file a subgraph                            seqbuild.chain.emit
-describe    the manifest                                                seqbuild.manifest.describe, relied_on
-publish     all of it appears under its name at once                    runtime.host.publish
+source      resolve a hub id, directory or config                       seqbuild.model.source
+own code    import the model's own code, if allowed                     seqbuild.model.own_code
+model       build the module tree without weights                       seqbuild.model.from_config
+targets     choose the modules to cut at                                seqbuild.chain.targets
+request     look up the request in the cache                            seqbuild.cache.recall
+key         look up the artifact by its input key                       seqbuild.cache.key
+trace       run once on fake tensors and cut into subgraphs             seqbuild.trace
+keys        map checkpoint tensors to parameters                        seqbuild.model.checkpoint_keys
+emit        write one source file per subgraph                          seqbuild.chain.emit
+describe    build the manifest                                          seqbuild.manifest.describe, relied_on
+publish     move the complete artifact to its final name atomically     runtime.host.publish
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from seqbuild.blame import Function
 
 DEFAULT_OUT = Path("artifacts")
-# As `gc.set_threshold` takes it; by default the first is some hundred or thousand.
+# The first threshold of `gc.set_threshold`; Python's default is between some hundred and a few thousand.
 _RARE = (100_000, 50, 50)
 
 
@@ -74,18 +74,20 @@ def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> P
 
     Args:
         model_id_or_path: hub id in the local cache, model directory, or config.json.
-        options: those of `build`.
+        options: the keyword arguments of `build`.
 
     Raises:
-        ModelError, TargetError, TraceError, OutputError: see their docstrings; nothing half-written is left behind.
+        ModelError, TargetError, TraceError, OutputError: see their docstrings; no partial artifact is left behind.
     """
     return build(model_id_or_path, **options).path
 
 
 @contextlib.contextmanager
 def _rarely_collected() -> Iterator[None]:
-    """Let Python look for cyclic garbage rarely: what a compilation makes it keeps, or drops without cycles, and
-    looking through a million objects again and again would be a third of its time.
+    """Reduce the frequency of cyclic garbage collection.
+
+    Compilation creates few reference cycles, and scanning a million live objects repeatedly would take a third of the
+    time.
     """
     before = gc.get_threshold()
     gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, _RARE, strict=True)))
@@ -112,25 +114,25 @@ def build(
     trust_remote_code: bool = False,
     leaves: str = "auto",
 ) -> Compiled:
-    """Compile a model, or find that it has been.
+    """Compile a model, or return the existing artifact for the same input.
 
     Args:
         model_id_or_path: hub id in the local cache, model directory, or config.json.
-        targets: patterns of the modules to cut at; None takes the model's own no-split classes.
+        targets: patterns of the modules to cut at; None selects the model's no-split classes.
         ignore: functions to record as one opaque step each.
-        auto_ignore: make functions that cannot be recorded opaque steps, too, wherever that helps.
-        sample: a safetensors file with the model's inputs by name; None makes them up.
-        text_only: make up tokens alone, so that a model which also sees or hears can be calibrated with text.
-        targets_per_subgraph: how many targets share a subgraph.
+        auto_ignore: also make unrecordable functions opaque steps, wherever that helps.
+        sample: a safetensors file with the model's inputs by name; None generates them.
+        text_only: generate tokens only, so that a multimodal model can be calibrated with text.
+        targets_per_subgraph: the number of targets in each subgraph.
         revision: branch, tag or commit of a hub id.
-        attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
-        out: the directory under which the artifact's own directory is put.
-        force: compile again even when the same artifact is there.
-        trust_remote_code: allow the code that the model brings, if any, to be executed.
-        leaves: how deep to trace. `target` stops at the targets, which a host calls as modules of the model's own
-            classes; `linear` goes on to what a host builds by itself, and leaves whole only what cannot be traced;
-            `auto` does that where nothing must be left whole, so that the artifact is portable, and where it reaches
-            the experts of a mixture, so that they can be quantized, and `target` otherwise.
+        attn_implementation: `eager` or `sdpa`; None keeps the default of transformers.
+        out: the parent directory of the artifact's directory.
+        force: compile again even if the artifact exists.
+        trust_remote_code: allow executing the model's own code, if any.
+        leaves: tracing depth. `target` stops at the targets, which a host calls as modules of the model's own classes.
+        `linear` continues to modules that the host builds by itself, and keeps whole only what cannot be traced.
+        `auto` selects `linear` if no module must be kept whole (the artifact is portable) or if it reaches the experts
+        of a mixture (they can be quantized), and `target` otherwise.
     """
     start, directory = time.perf_counter(), as_path("out", out)
     if model_id_or_path != "":
@@ -155,11 +157,11 @@ def build(
 def prepared(
     source: Source, own: OwnCode | None, options: Options
 ) -> tuple[PreTrainedModel, dict[str, Any], list[tuple[str, ...]], dict[str, str], dict[str, str]]:
-    """What the input key needs and is made of.
+    """Prepare the model and collect the ingredients of the input key.
 
     Returns:
-        The model without weights, its sample, the targets to try, the library files that it is made of by module name,
-        and the ingredients of the input key.
+        The model without weights, its sample, the targets to try, the library files that define it by module name, and
+        the ingredients of the input key.
     """
     model = build_weightless(source, attn_implementation=options.attn_implementation, own=own)
     inputs = read_sample(model, options.sample, text_only=options.text_only)
@@ -190,7 +192,7 @@ def _build(
     force: bool,
     start: float,
 ) -> Compiled:
-    """The passes after the model's own code, if it brings any, can be imported."""
+    """Run the remaining passes after the model's own code, if any, has become importable."""
     own_modules = own.modules if own is not None else ()
     model, inputs, candidates, sources, ingredients = prepared(source, own, options)
     key = cache.input_key(ingredients)
@@ -232,7 +234,7 @@ def _build(
 
 
 def _find(path: Path, key: str, remarks: list[str]) -> Manifest | None:
-    """The artifact that is there; one that is damaged is moved aside, so that it can be looked at."""
+    """Return the existing artifact; move a damaged one aside, so that it can be inspected."""
     try:
         return cache.find_artifact(path, key)
     except ArtifactError as error:
@@ -242,8 +244,9 @@ def _find(path: Path, key: str, remarks: list[str]) -> Manifest | None:
 
 
 def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_modules: Sequence[str]) -> None:
-    """Refuse to write what no host would accept: a function that is called whole may be no part of a forward, or do
-    more than calculate; a config may name files or code.
+    """Reject an artifact that no host would accept.
+
+    An opaque function must not be part of a forward or do more than compute, and a config must not name files or code.
     """
     try:
         check_config(files, has_own_code=bool(own_modules))
@@ -273,7 +276,7 @@ def _assemble(
     keys: KeyTable,
     ingredients: Mapping[str, str],
 ) -> tuple[dict[str, bytes], Manifest]:
-    """All files of the artifact but the manifest, and the manifest that lists them."""
+    """Build all files of the artifact, and the manifest that lists them."""
     trace = traced.trace
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
     files = {"config.json": read_regular(source.config_file), **source.companions(), **own_files}
@@ -350,8 +353,9 @@ def _file_entries(files: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
 
 
 def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[SubgraphEntry], list[EmittedCode]]:
-    """The code of the subgraphs by file, their entries, and the code of each. What is the same for several is in one
-    file.
+    """Return the source files of the subgraphs, their entries, and the code of each subgraph.
+
+    Subgraphs with the same code share one file.
     """
     subgraphs = traced.trace.subgraphs
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -380,7 +384,7 @@ def _programs(model: nn.Module, traced: Traced) -> tuple[dict[str, bytes], list[
 
 
 def _write(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:
-    """Publish the artifact, after checking it as a host will; returns the manifest as a host reads it."""
+    """Check the artifact as a host does, publish it, and return the manifest as a host reads it."""
     with publish_directory(path, replace=True) as partial:
         for name, data in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

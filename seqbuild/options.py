@@ -1,4 +1,4 @@
-"""What a user asks a compilation for. Nothing here needs torch, so that a request can be known before it is loaded."""
+"""Options of a compilation. Nothing here imports torch, so that a request can be looked up before torch is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POLICIES = ("auto", "linear", "target")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """A request, as `seqbuild.build.build` describes it; empty `targets` stand for the model's own."""
+    """Options of one compilation, as documented in `seqbuild.build.build`; empty `targets` select the model's own."""
 
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
@@ -38,10 +38,10 @@ def make_options(
     attn_implementation: str | None = None,
     leaves: str = "auto",
 ) -> Options:
-    """Options from what users write.
+    """Validate and normalize the options of a user.
 
     Raises:
-        UsageError: for an option that cannot be.
+        UsageError: for an invalid option.
     """
     if leaves not in POLICIES:
         raise UsageError(f"the leaves are {leaves!r}", hint=f"they can be {', '.join(POLICIES)}")

@@ -1,8 +1,8 @@
-"""The input key: a hash over everything that determines an artifact, each ingredient by name.
+"""Compute the input key: a hash over everything that determines an artifact, each ingredient by name.
 
-Left out on purpose, because none of it changes a byte of the artifact: where the model and the artifact lie, the time,
-the user, the machine, the process's hash seed, and the values of the sample input (only shapes and dtypes are looked
-at). tests/seqbuild/test_recall.py has a test for each.
+Excluded on purpose, because they do not change the artifact's bytes: the locations of model and artifact, the time, the
+user, the machine, the process's hash seed, and the values of the sample input (only shapes and dtypes are used).
+tests/seqbuild/test_recall.py has a test for each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in a compilation."""
+    """Return the versions of the software that takes part in a compilation."""
     return {name: importlib.metadata.version(name) for name in ("seqbuild", "torch", "transformers")}
 
 
@@ -44,19 +44,19 @@ def ingredients(
     sources: Mapping[str, str],
     leaves: str,
 ) -> dict[str, str]:
-    """Everything that the input key is made of: name to a short value or the digest of a long one.
+    """Return all ingredients of the input key: name to a short value or the digest of a long one.
 
     Args:
         source: the model's description on disk.
         model: without weights.
         target_patterns: where to cut.
-        ignore: the functions to call whole.
-        auto_ignore: whether others may be called whole, too.
-        targets_per_subgraph: likewise a request.
+        ignore: the functions to record as opaque steps.
+        auto_ignore: whether other functions may become opaque steps, too.
+        targets_per_subgraph: the requested number of targets in each subgraph.
         sample: the inputs.
         model_code: the files of the model's own code, by path.
-        sources: those of the libraries that the model is made of, module name to sha256.
-        leaves: how deep to trace.
+        sources: the library files that define the model, module name to sha256.
+        leaves: the tracing depth.
     """
     config: Any = getattr(model, "config", None)
     parts = {
@@ -77,7 +77,7 @@ def ingredients(
 
 
 def source_ingredients(source: Source, model_code: Mapping[str, bytes]) -> dict[str, str]:
-    """What the model's directory adds to the key, its own code included; where it lies does not count."""
+    """Return the ingredients from the model's directory, including its own code but not its location."""
     checkpoint = source.checkpoint_shapes()
     return {
         "config": sha256(read_regular(source.config_file)),
@@ -88,16 +88,15 @@ def source_ingredients(source: Source, model_code: Mapping[str, bytes]) -> dict[
 
 
 def input_key(parts: Mapping[str, str]) -> str:
-    """sha256, hex, of the canonical encoding of the ingredients."""
+    """Return the sha256, in hex, of the canonical encoding of the ingredients."""
     return sha256(canonical(dict(parts)))
 
 
 def find_artifact(path: Path, key: str) -> Manifest | None:
-    """The manifest of the whole artifact with this key at `path` that relies on sources as they are here,
-    if there is one.
+    """Return the manifest of the complete artifact with this key at `path`, if its library sources are unchanged.
 
     Raises:
-        ArtifactError: when what is there is damaged.
+        ArtifactError: if the existing artifact is damaged.
     """
     if not path.is_dir():
         return None
@@ -106,8 +105,9 @@ def find_artifact(path: Path, key: str) -> Manifest | None:
 
 
 def own_digest() -> str:
-    """Over each file of the compiler itself, and of the runtime that it shares code with: a version number does not
-    change with every commit.
+    """Hash each file of the compiler and of the runtime, with which it shares code.
+
+    A version number does not change with every commit.
     """
     found: dict[str, str] = {}
     for package in (Path(__file__).resolve().parents[1], Path(runtime.__file__).resolve().parent):

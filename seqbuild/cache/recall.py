@@ -1,9 +1,9 @@
-"""Find an artifact that has been compiled, without building the model or importing torch.
+"""Find an existing artifact without building the model or importing torch.
 
-The input key of an artifact needs the model: its class, the files that define it, the targets it names. So a
-compilation leaves a small record beside its artifact, under a key of what was asked for, of which nothing needs the
-model. The record says what the artifact's manifest is, and which library files the model was made of; a request is a
-hit when all of them are as they were, and so is every file of the artifact.
+The input key of an artifact depends on the model: its class, the files that define it, its default targets. Therefore a
+compilation leaves a small record beside its artifact, under a key of the request, which does not depend on the model.
+The record contains the digest of the manifest and the library files that define the model. A request is a hit if these
+and all files of the artifact are unchanged.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ RECORD_SUFFIX = ".request"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiled:
-    """What a compilation did.
+    """Result of a compilation.
 
     Attributes:
         path: the artifact.
         manifest: its table of contents.
-        is_cached: whether it was there already.
-        seconds: how long it took.
-        remarks: what else a user should know, a line each.
+        is_cached: whether the artifact already existed.
+        seconds: the elapsed time.
+        remarks: further information for the user, one line each.
     """
 
     path: Path
@@ -52,13 +52,13 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What a compilation leaves for the next one.
+    """Record of a compilation, used by later requests.
 
     Attributes:
         request: the ingredients of the request, by name.
         input_key: the artifact's.
         manifest: sha256 of its manifest file.
-        sources: the library files that the model is made of, module name to sha256.
+        sources: the library files that define the model, module name to sha256.
     """
 
     request: Mapping[str, str]
@@ -68,15 +68,15 @@ class Record:
 
 
 def request(source: Source, options: Options, model_code: Mapping[str, bytes]) -> dict[str, str]:
-    """All that a request consists of, by name: as `cache.ingredients`, before the model is known.
+    """Return all ingredients of a request by name, as `cache.ingredients` does, before the model is built.
 
     Args:
         source: the model's description on disk.
-        options: what is asked for.
+        options: the options of the compilation.
         model_code: the files of the model's own code, by path.
 
     Raises:
-        DataError: when there is no such sample.
+        DataError: if the sample file does not exist.
     """
     parts = {
         "format": ".".join(map(str, FORMAT_VERSION)),
@@ -103,15 +103,15 @@ def _sample(options: Options) -> str:
 
 
 def recall(parts: Mapping[str, str], name: str, out: Path) -> Compiled | None:
-    """The artifact that this request was answered with, if all is as it was then.
+    """Return the artifact of an earlier identical request, if nothing has changed since.
 
     Args:
-        parts: of the request.
-        name: of the model.
-        out: where artifacts are.
+        parts: the ingredients of the request.
+        name: the model's name.
+        out: the directory of artifacts.
 
     Returns:
-        The artifact; None when something is not, or is not known, as it was.
+        The artifact, or None if anything has changed or is unknown.
     """
     start = time.perf_counter()
     record = read_record(record_path(out, parts))
@@ -135,10 +135,10 @@ def recall(parts: Mapping[str, str], name: str, out: Path) -> Compiled | None:
 def recalled(
     model: str, options: Options, *, out: Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> Compiled | None:
-    """The same from a model's name, as `seqbuild.build.build` takes it; None where that has to build.
+    """Recall an artifact from a model's name, with the arguments of `seqbuild.build.build`; None if a build is needed.
 
     Raises:
-        ModelError: when there is no such model, or it needs code that nobody has allowed to run.
+        ModelError: if there is no such model, or it needs code that is not allowed to run.
     """
     source = resolve_source(model, revision=revision)
     with own_code_of(source, is_allowed=trust_remote_code) as own:
@@ -146,7 +146,7 @@ def recalled(
 
 
 def remember(parts: Mapping[str, str], path: Path, manifest: Manifest, sources: Mapping[str, str]) -> None:
-    """Leave a record for the next such request. A place that takes none costs time then, and nothing else."""
+    """Write a record for later requests. If the directory is not writable, later requests are only slower."""
     record = {
         "request": dict(parts),
         "input_key": manifest.input_key,
@@ -160,13 +160,15 @@ def remember(parts: Mapping[str, str], path: Path, manifest: Manifest, sources: 
 
 
 def vouched(parts: Mapping[str, str], out: Path, manifest: Manifest) -> bool:
-    """Whether a record says that a compilation made this artifact: the request's own, or, where it has none, that of
-    another request with the same input key. What stands in an artifact itself proves nothing.
+    """Return whether a record confirms that a compilation made this artifact.
+
+    This is the record of the request or, if missing, of another request with the same input key. The content of an
+    artifact itself proves nothing.
 
     Args:
-        parts: of the request.
-        out: where artifacts are.
-        manifest: that of the artifact.
+        parts: the ingredients of the request.
+        out: the directory of artifacts.
+        manifest: the artifact's manifest.
     """
     own = record_path(out, parts)
     others = sorted(path for path in out.glob(f".*{RECORD_SUFFIX}") if path != own)
@@ -176,12 +178,12 @@ def vouched(parts: Mapping[str, str], out: Path, manifest: Manifest) -> bool:
 
 
 def record_path(out: Path, parts: Mapping[str, str]) -> Path:
-    """Where the record of a request is."""
+    """Return the path of a request's record."""
     return out / f".{sha256(canonical(dict(parts)))[:32]}{RECORD_SUFFIX}"
 
 
 def read_record(path: Path) -> Record | None:
-    """A record, None where there is none or it is damaged."""
+    """Read a record; None if it is missing or damaged."""
     try:
         table: Any = json.loads(read_regular(path))
         record = Record(
@@ -196,7 +198,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def _touch(out: Path, parts: Mapping[str, str]) -> None:
-    """Note that a record was of use, for `seqbuild cache prune`."""
+    """Mark a record as used, for `seqbuild cache prune`."""
     try:
         os.utime(record_path(out, parts))
     except OSError:

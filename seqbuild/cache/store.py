@@ -1,4 +1,4 @@
-"""What lies in a directory of artifacts: whole ones, records, and what killed or damaged compilations have left."""
+"""List and prune a directory of artifacts: complete artifacts, records, and remains of interrupted compilations."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LOCK = re.compile(r"\.(.+-[0-9a-f]{12})\.lock\Z")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """An artifact in its place.
+    """An artifact in the directory.
 
     Attributes:
         path: its directory.
-        manifest: its table of contents; None when that is damaged.
-        damage: what is wrong with it then.
-        num_bytes: of all its files.
-        used: when it was last compiled or found, in seconds since 1970.
+        manifest: its table of contents; None if damaged.
+        damage: a description of the damage, if any.
+        num_bytes: the size of all its files.
+        used: the time of its last compilation or reuse, in seconds since 1970.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned:
-    """Something that was taken away: its path, why, and its size."""
+    """A removed item: its path, the reason, and its size."""
 
     path: Path
     why: str
@@ -53,10 +53,10 @@ class Pruned:
 
 
 def entries(out: Path) -> list[Entry]:
-    """The artifacts under `out`, by name. Only their manifests are looked at.
+    """List the artifacts under `out`, by name. Only their manifests are read.
 
     Raises:
-        OutputError: when there is no such directory.
+        OutputError: if the directory does not exist.
     """
     records = _records(out)
     found = []
@@ -79,7 +79,7 @@ def entries(out: Path) -> list[Entry]:
 
 
 def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Entry, list[str]] | None:
-    """The entry that differs in the fewest ingredients, and their names; the first by name where there are several."""
+    """Return the entry that differs in the fewest ingredients, and their names; of several, the first by name."""
     best: tuple[Entry, list[str]] | None = None
     for entry in known:
         if entry.manifest is None:
@@ -96,16 +96,16 @@ def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Ent
 def prune(
     out: Path, *, older_than_s: float | None = None, max_bytes: int | None = None, everything: bool = False
 ) -> Iterator[Pruned]:
-    """Take away what killed compilations have left, and artifacts as asked; nothing that a compilation works at.
+    """Remove remains of interrupted compilations, and the selected artifacts, except those that a compilation is using.
 
     Args:
         out: the directory.
-        older_than_s: artifacts that nobody has compiled or found for so long, in seconds.
-        max_bytes: those that were found the longest ago, until the others are no larger.
-        everything: all artifacts.
+        older_than_s: remove artifacts not used for this many seconds.
+        max_bytes: remove the least recently used artifacts until the others fit this size.
+        everything: remove all artifacts.
 
     Raises:
-        OutputError: when something cannot be removed.
+        OutputError: if something cannot be removed.
     """
     known = sorted(entries(out), key=lambda entry: (-entry.used, entry.path.name))
     kept, now = 0, time.time()
@@ -126,7 +126,7 @@ def prune(
 
 
 def _sweep(out: Path) -> Iterator[Pruned]:
-    """What killed compilations have left, and records and locks of artifacts that are gone."""
+    """Find remains of interrupted compilations, and records and locks without an artifact."""
     for path in _listed(out):
         match = _LEFT.match(path.name)
         if match is not None and path.is_dir() and not path.is_symlink():
@@ -137,7 +137,7 @@ def _sweep(out: Path) -> Iterator[Pruned]:
                     why = "it was damaged" if match[2] == DAMAGED else "a compilation was killed"
                     yield Pruned(path=path, why=why, num_bytes=num_bytes)
         elif _LEFT_RECORD.match(path.name) and path.is_file():
-            # Whoever is writing it at this moment goes without a record, and is no worse off otherwise.
+            # A process that is writing it now loses its record, without further consequences.
             num_bytes = path.lstat().st_size
             _remove(path)
             yield Pruned(path=path, why="a compilation was killed", num_bytes=num_bytes)
@@ -158,7 +158,7 @@ def _sweep(out: Path) -> Iterator[Pruned]:
 
 @contextlib.contextmanager
 def _idle(out: Path, name: str) -> Iterator[bool]:
-    """Whether no compilation works at the artifact of this name; none begins while the block runs."""
+    """Return whether no compilation uses the artifact of this name, and block new ones while the block runs."""
     lock = FileLock(out / f".{name}.lock", mode=0o666)
     try:
         with disk_errors(out):
@@ -173,7 +173,7 @@ def _idle(out: Path, name: str) -> Iterator[bool]:
 
 
 def _remove(path: Path) -> None:
-    """Take something away; a directory goes out of sight first, so that nobody ever sees a part of it."""
+    """Remove a path. A directory is renamed first, so that no partial directory is visible."""
     with disk_errors(path):
         if path.is_dir():
             hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.removed{PARTIAL}")

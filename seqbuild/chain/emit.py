@@ -72,16 +72,16 @@ class EmittedCode:
 
     Attributes:
         source: a module with one function, `forward(self, <arguments>, *, run)`.
-        arguments: what the function calls the subgraph's inputs, in their order.
+        arguments: the function's names for the subgraph's inputs, in order.
         submodules: dotted names of the modules it calls.
         attributes: dotted names of the parameters and buffers it reads directly.
-        objects: dotted names of modules or configs that are handed whole to opaque steps.
-        uses: dotted names of the parameters and buffers that opaque steps use of them.
+        objects: dotted names of modules or configs that are passed to opaque steps.
+        uses: dotted names of the parameters and buffers of these objects that opaque steps use.
         constants: names of the artifact's tensors.
         opaque: paths of the functions called whole.
         output_names: names of the results in the chain.
         results: keys of the returned dict, in the same order.
-        names: what the function calls its values, by their nodes.
+        names: the function's names for its values, by node.
     """
 
     source: str
@@ -108,12 +108,12 @@ def emit(
     """Generate the source of a subgraph.
 
     Args:
-        graph: its placeholders are the inputs, its output a dict; `owning_module` resolves attribute names.
+        graph: its placeholders are the inputs, its output is a dict; `owning_module` resolves attribute names.
         title: a comment for the first line.
-        traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes as they are.
-        scope: the module that `self` is, by its dotted name, which everything that the subgraph calls and reads must
-            lie in; values then get names that depend on the subgraph alone, so that layers which do the same have the
-            same source. None takes the model, and the names of the graph.
+        traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes unchanged.
+        scope: the dotted name of the module passed as `self`, which must contain everything that the subgraph calls and
+        reads. Value names then depend on the subgraph only, so that layers with the same computation have the same
+        source. None selects the model and the names of the graph.
         is_last: whether the results are the model's own, whose names are kept.
 
     Raises:
@@ -123,7 +123,7 @@ def emit(
 
 
 def common_scope(graph: fx.Graph, target: str) -> str:
-    """`target`, if all that a subgraph calls and reads lies in it; else the whole model, whose name is empty."""
+    """Return `target` if it contains all that a subgraph calls and reads, else the empty name of the whole model."""
     references = (
         str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr") and not _is_constant(node)
     )
@@ -135,12 +135,12 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def is_offered(operator_: torch._ops.OpOverload) -> bool:
-    """Whether an artifact's code may call this operator, see `runtime.language.operators`."""
+    """Return whether an artifact's code may call this operator, see `runtime.language.operators`."""
     namespace, name, overload = str(operator_).split(".")
     return namespace == "aten" and is_allowed(name, overload)
 
 
-# To whole numbers, in what the grammar has: `//` of floats rounds down.
+# Rounding to integers in terms that the grammar has: `//` on floats rounds down.
 _ROUNDED: dict[Any, str] = {
     math.ceil: "torch.sym_int(-(-{0} // 1))",
     math.floor: "torch.sym_int({0} // 1)",
@@ -202,8 +202,9 @@ class _Emitter:
         return [f"for {self.names[node]} in range({expression}):" if is_loop else f"{self.names[node]} = {expression}"]
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        """For each node, the values that are no longer needed after it. A loop needs what it has not made itself in
-        all of its turns.
+        """For each node, list the values that are not needed after it.
+
+        A loop needs values from outside of it in every iteration.
         """
         last: dict[fx.Node, fx.Node] = {}
         around = dict(marks.paths(self.graph.nodes))
@@ -226,11 +227,11 @@ class _Emitter:
         return ["    return {", *items, "    }"] if items else ["    return {}"]
 
     def _results(self, fields: dict[str, Any]) -> list[str]:
-        """Keys of the returned dict: the chain's names for its values, or those that they have in this function."""
+        """Return the keys of the returned dict: the chain's value names, or the names in this function."""
         return list(fields) if self.scope is None or self.is_last else [self.names[value] for value in fields.values()]
 
     def _name(self, node: fx.Node, name: str) -> None:
-        """Choose a value's name. One that depends on the subgraph alone has no numbers but those that count here."""
+        """Choose a value's name. In names that depend on the subgraph only, numbers count within the subgraph."""
         if self.scope is not None:
             own = self._relative(str(node.target)).replace(".", "_") if node.op in ("call_module", "get_attr") else name
             base = own if node.op in ("call_module", "get_attr") else _NUMBER.sub("", own)
@@ -372,7 +373,7 @@ class _Emitter:
 
 
 def _fractional(exponent: Any) -> Any:
-    """The exponent as a float, where the power is one in any case."""
+    """Return the exponent as a float if the operation is always a power."""
     return float(exponent) if type(exponent) is int and exponent < 0 else exponent
 
 
@@ -380,7 +381,7 @@ _REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "uses"
 
 
 def _lookup(root: Any, name: str) -> Any:
-    """The parameter, buffer, module or config of a dotted name."""
+    """Look up the parameter, buffer, module or config with a dotted name."""
     value = root
     for part in name.split(".") if name else ():
         value = getattr(value, part)
@@ -392,5 +393,5 @@ def _tuple(items: list[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """A double-quoted ASCII literal."""
+    """Quote a text as a double-quoted ASCII literal."""
     return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'

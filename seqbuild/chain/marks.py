@@ -22,8 +22,8 @@ from torch import fx
 
 from runtime.errors import TraceError
 
-# What the model's code may ask of the weights' dtype. Other dtypes have such numbers too, and so has arithmetic: so
-# while a trace lasts each is off by a trillionth, by which it is known again.
+# Numbers that the model's code may read from the weights' dtype. Other dtypes have the same numbers, and arithmetic can
+# produce them. During a trace, each is therefore changed by a trillionth, which identifies it later.
 LIMIT_MARK = 1 + 2.0**-40
 
 
@@ -32,32 +32,32 @@ def _refuse() -> NoReturn:
 
 
 def collected() -> list[Any]:
-    """Stands for an empty list."""
+    """Mark an empty list."""
     _refuse()
 
 
 def variable(initial: Any) -> Any:
-    """Stands for a variable that a loop assigns to."""
+    """Mark a variable that a loop assigns to."""
     _refuse()
 
 
 def turn(size: int) -> int:
-    """Stands for the beginning of a loop of `size` turns."""
+    """Mark the beginning of a loop of `size` iterations."""
     _refuse()
 
 
 def assign(place: Any, value: Any) -> None:
-    """Stands for an assignment to a variable."""
+    """Mark an assignment to a variable."""
     _refuse()
 
 
 def append(values: list[Any], value: Any) -> None:
-    """Stands for an append to a list."""
+    """Mark an append to a list."""
     _refuse()
 
 
 def end(index: int) -> None:
-    """Stands for the end of a loop."""
+    """Mark the end of a loop."""
     _refuse()
 
 
@@ -65,7 +65,7 @@ STATEMENTS = (turn, assign, append, end)
 
 
 def paths(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
-    """Each node with the loops that it lies in, the outermost first, by their first nodes, which count as inside."""
+    """Map each node to the loops around it, outermost first, each by its first node. That node counts as inside."""
     around: tuple[fx.Node, ...] = ()
     for node in nodes:
         if node.target is turn:
@@ -76,21 +76,21 @@ def paths(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple[fx.Node, ..
 
 
 def require(value: Any, expected: bool) -> None:
-    """Stands in a graph for the check that generated code makes with `run.require`."""
+    """Mark the check that generated code makes with `run.require`."""
 
 
 def marked(dtype: torch.dtype, name: str) -> float:
-    """The number that stands for `torch.finfo(run's dtype).<name>` in a trace whose weights have this dtype."""
+    """Return the number that represents `torch.finfo(run's dtype).<name>` in a trace whose weights have this dtype."""
     return float(getattr(torch.finfo(dtype), name)) * LIMIT_MARK
 
 
 def copy_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A shallow copy: how a graph states which content of a dictionary it means."""
+    """Copy a dictionary shallowly; the graph uses this to capture the dictionary's content at this point."""
     return dict(value)
 
 
 def is_empty_cache(value: Any) -> bool:
-    """Whether a value is a cache of key-values that nobody has filled."""
+    """Return whether a value is an empty key-value cache."""
     if not any(cls.__module__ == "transformers.cache_utils" for cls in type(value).__mro__):
         return False
     length = getattr(value, "get_seq_length", None)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Under this key a node says inside which target it was recorded, when that is traced through.
+# Key of a node's metadata: the target inside which the node was recorded, if the target is traced through.
 WITHIN = "within"
 
 
 def target_of(node: fx.Node, root: nn.Module, targets: Collection[nn.Module]) -> nn.Module | None:
-    """The target that a node calls, or is a part of."""
+    """Return the target that a node calls or is part of."""
     name = node.meta.get(WITHIN) or (node.target if node.op == "call_module" else None)
     module = root.get_submodule(str(name)) if name is not None else None
     return module if module in targets else None
@@ -108,7 +108,7 @@ def _cuts(spans: list[tuple[int, int]], targets_per_subgraph: int) -> list[int]:
 
 
 def _without_empty_tail(partitions: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Fold a last partition that only names the output into the one before it."""
+    """Merge a last partition that only names the output into the one before it."""
     if len(partitions) > 1 and all(node.op in ("output", "placeholder") for node in partitions[-1]):
         tail = partitions.pop()
         partitions[-1].extend(tail)
@@ -116,16 +116,18 @@ def _without_empty_tail(partitions: list[list[fx.Node]]) -> list[list[fx.Node]]:
 
 
 def partition_graph(model: nn.Module, partitions: list[list[fx.Node]]) -> list[Subgraph]:
-    """Make a Subgraph of each partition. It takes what it needs from earlier ones by name and returns what later
-    ones need; the last returns the fields of the model's output. Parameters never cross: a `get_attr` is repeated
-    in each partition that uses it.
+    """Build a Subgraph from each partition.
+
+    A subgraph takes values of earlier ones by name and returns the values that later ones need; the last returns the
+    fields of the model's output. Parameters never cross a boundary: a `get_attr` is repeated in each partition that
+    uses it.
 
     Args:
         model: the model that the partitions' graph was traced from.
         partitions: as made by `topological_partition`.
 
     Returns:
-        Subgraphs in order of execution, their `consumed_names` empty until `trace_consumed_names`.
+        Subgraphs in order of execution, with empty `consumed_names` until `trace_consumed_names` runs.
     """
     owner = {node: index for index, nodes in enumerate(partitions) for node in nodes}
     return [_subgraph(model, index, nodes, owner) for index, nodes in enumerate(partitions)]
@@ -166,7 +168,7 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
 
 
 def trace_consumed_names(subgraphs: list[Subgraph]) -> None:
-    """Fill in each subgraph's `consumed_names`: those of its inputs that no later subgraph takes."""
+    """Fill in each subgraph's `consumed_names`: the inputs that no later subgraph takes."""
     needed_later: dict[str, None] = {}
     for subgraph in reversed(subgraphs):
         subgraph.consumed_names = [name for name in subgraph.input_names if name not in needed_later]
@@ -174,8 +176,9 @@ def trace_consumed_names(subgraphs: list[Subgraph]) -> None:
 
 
 def named_output(output: Any) -> dict[str, Any]:
-    """A model's output as a dict: a ModelOutput's fields, or `output`, `output_0`, ... for bare values. Fields without
-    a value are left out.
+    """Convert a model's output to a dict: the fields of a ModelOutput, or `output`, `output_0`, ... for bare values.
+
+    Fields without a value are left out.
     """
     if isinstance(output, (dict, UserDict)):
         return {str(name): value for name, value in output.items() if not is_empty_cache(value) and value is not None}
@@ -189,7 +192,7 @@ def named_output(output: Any) -> dict[str, Any]:
 
 
 def _is_unpacking(node: fx.Node) -> bool:
-    """Whether a node takes a fixed part of one other node's result."""
+    """Return whether a node takes a fixed part of the result of one other node."""
     is_access = node.op == "call_function" and node.target in (operator.getitem, getattr)
     return is_access and len(node.all_input_nodes) == 1
 

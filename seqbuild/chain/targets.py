@@ -70,10 +70,10 @@ def outermost(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.M
 
 
 def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Module]:
-    """The outermost modules that `names` fit. Some of the names may fit nothing, see `unmatched_targets`.
+    """Return the outermost modules that match `names`. Names without a match are reported by `unmatched_targets`.
 
     Raises:
-        TargetError: when nothing is fitted, saying which classes exist.
+        TargetError: if no name matches; the message lists the existing classes.
     """
     if not names:
         raise TargetError("no sequential targets are given", hint="name the classes of the model's layers")
@@ -89,7 +89,7 @@ def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Modul
 
 
 def unmatched_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """A sentence for each name that fits no module."""
+    """Return a sentence for each name that matches no module."""
     return [_unmatched(model, name)[0] for name in names if not match_modules(model, [name])]
 
 
@@ -103,22 +103,23 @@ def _unmatched(model: nn.Module, name: str) -> tuple[str, str]:
 
 
 def infer_targets(model: nn.Module) -> tuple[str, ...]:
-    """The patterns to cut at when nobody says: the first of `inferred_targets`.
+    """Return the default patterns to cut at: the first of `inferred_targets`.
 
     Raises:
-        TargetError: when there is none.
+        TargetError: if there is none.
     """
     return next(inferred_targets(model))
 
 
 def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Patterns to cut at when nobody says, the best first: of the part that handles text (all of it, unless the model
-    also sees or hears) the no-split classes that exist, outermost only; then the class of its longest ModuleList; then
-    the same of the whole model; then the classes of its other ModuleLists that lie in no other, the longest first: a
-    model may name the layers of what it sees alone, and be given text.
+    """Yield default patterns to cut at, best first.
+
+    For the part that handles text (the whole model unless it is multimodal): the existing no-split classes, outermost
+    only; then the class of the longest ModuleList. Then the same for the whole model. Last, the classes of the model's
+    other outermost ModuleLists, longest first, because a model may declare only its vision layers and be given text.
 
     Raises:
-        TargetError: after the last, when there was none.
+        TargetError: after the last pattern, if there was none.
     """
     from torch import nn
 
@@ -140,7 +141,7 @@ def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def _other_lists(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """The classes of all outermost lists of modules but the longest, the longer ones first."""
+    """Return the classes of all outermost ModuleLists except the longest, longer ones first."""
     from torch import nn
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
@@ -153,7 +154,7 @@ def _other_lists(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """The part of a multimodal model whose config is its text config; the model itself if there is no such part."""
+    """Return the part of a multimodal model that uses its text config, or the model itself if there is no such part."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if text is config:
@@ -163,7 +164,7 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _patterns(model: nn.Module, targets: Collection[nn.Module]) -> tuple[str, ...]:
-    """Class names that fit the targets and nothing else, or expressions on their names."""
+    """Return class names that match exactly the targets, or regular expressions on their names."""
     classes = tuple(dict.fromkeys(type(target).__name__ for target in targets))
     if list(outermost(model, match_modules(model, classes))) == list(targets):
         return classes
@@ -175,15 +176,15 @@ def _patterns(model: nn.Module, targets: Collection[nn.Module]) -> tuple[str, ..
 def get_sequential_targets(
     modifiers: Iterable[Any], model: nn.Module, args: Mapping[str, Any] | Any | None = None
 ) -> list[str]:
-    """Decide the sequential targets: what the modifiers ask for, else what the arguments say, else the model's own.
+    """Determine the sequential targets: from the modifiers, else from the arguments, else from the model.
 
     Args:
         modifiers: objects whose `sequential_targets` may be None, one pattern or several.
-        model: asked for its no-split classes when nobody else says anything.
+        model: provides its no-split classes if neither the modifiers nor the arguments name targets.
         args: a mapping or object whose `sequential_targets` may be None, one pattern or several.
 
     Raises:
-        TargetError: when two modifiers, or a modifier and the arguments, ask for different targets.
+        TargetError: if two modifiers, or a modifier and the arguments, name different targets.
     """
     requests: dict[tuple[str, ...], str] = {}
     for modifier in modifiers:
@@ -203,10 +204,10 @@ def get_sequential_targets(
 
 
 def as_names(value: Any) -> tuple[str, ...]:
-    """Names, whether one, several or none were given.
+    """Normalize None, one name or several names to a sequence of names.
 
     Raises:
-        TargetError: for anything else.
+        TargetError: for any other value.
     """
     if value is None:
         return ()

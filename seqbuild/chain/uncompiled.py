@@ -1,9 +1,9 @@
-"""Trace the module that `torch.compile` was given, not what it made of it.
+"""Trace the original of a module that was passed to `torch.compile`.
 
-A compiled module is entered by torch's own compiler, which would trace the trace. Four forms are met: the wrapper that
-`torch.compile(model)` returns, the same in the place of a module inside, `module.compile()`, which replaces the call of
-a module, and compiled functions. The first three are exchanged for what they were made from while the block runs; for
-the last, torch is told to execute everything as it is.
+Calling a compiled module enters torch's own compiler, which would trace the trace. Four forms exist: the wrapper that
+`torch.compile(model)` returns, the same wrapper as a submodule, `module.compile()`, which replaces the call of a
+module, and compiled functions. The first three are replaced by their originals while the block runs; for the last,
+torch is told to execute everything eagerly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CALL = "_compiled_call_impl"
 
 
 def original(model: nn.Module) -> nn.Module:
-    """What a compiled module was made from; any other module itself."""
+    """Return the original of a compiled module, or any other module unchanged."""
     while type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
         inner = model._modules["_orig_mod"]
         assert inner is not None
@@ -29,10 +29,10 @@ def original(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """While the block runs, nothing in the model is compiled; afterwards everything is as it was.
+    """Replace compiled modules by their originals while the block runs, and restore them afterwards.
 
     Args:
-        model: no wrapper itself, see `original`.
+        model: must not be a wrapper itself, see `original`.
     """
     with contextlib.ExitStack() as stack:
         for module in list(model.modules()):

@@ -1,4 +1,4 @@
-"""Say why a compilation would find its artifact, or would not: each ingredient of the input key, and what differs."""
+"""Explain a cache hit or miss of a compilation: each ingredient of the input key, and the differences."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ EXCLUDED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """Why there is a hit or a miss.
+    """Explanation of a hit or miss.
 
     Attributes:
         ingredients: of the input key, by name.
-        input_key: made of them.
-        path: the artifact's place.
-        is_hit: whether it is there, whole.
-        reason: for a miss, in words.
-        nearest: the artifact that differs least; None when there is none, or for a hit.
-        differing: names of the ingredients in which that differs, with its value and ours.
-        changed: names of the library files that are others than when it was compiled, as far as that is known.
+        input_key: the hash of the ingredients.
+        path: the artifact's directory.
+        is_hit: whether the complete artifact exists.
+        reason: the reason for a miss.
+        nearest: the artifact with the fewest differences; None if there is none, or for a hit.
+        differing: names of the differing ingredients, with the nearest artifact's value and the requested one.
+        changed: names of library files that changed since its compilation, as far as known.
     """
 
     ingredients: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Show what is in an artifact, to people and to programs."""
+"""Show the content of an artifact as text and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_plain(manifest: Manifest) -> dict[str, Any]:
 
 
 def summary(manifest: Manifest) -> Iterator[str]:
-    """The manifest's facts, a line each."""
+    """Return a summary of the manifest, one line for each fact."""
     model = manifest.model
     yield f"model          {model.class_name} ({model.model_type}), {model.num_parameters:,} parameters, {model.dtype}"
     yield f"attention      {model.attn_implementation}"
@@ -50,7 +50,7 @@ def _portability(manifest: Manifest) -> str:
 
 
 def remarks(manifest: Manifest) -> Iterator[str]:
-    """What the compiler decided by itself and a user should know, a line each."""
+    """Return decisions of the compiler that a user should know, one line each."""
     yield f"portable: {_portability(manifest)}"
     opaque = manifest.opaque_steps
     by_itself = [path for path in opaque if path in manifest.auto_ignore]
@@ -68,7 +68,7 @@ def remarks(manifest: Manifest) -> Iterator[str]:
 
 
 def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    """One row a subgraph, under `_HEADINGS`."""
+    """Return one row for each subgraph, under `_HEADINGS`."""
     for index, entry in enumerate(manifest.subgraphs):
         num_bytes = sum(manifest.parameters[name].bytes for name in entry.parameters)
         yield (
@@ -91,7 +91,7 @@ def print_table(manifest: Manifest) -> None:
 
 
 def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tuple[str, ...]]) -> None:
-    """Some lines, then a table, on standard output."""
+    """Print some lines, then a table, on standard output."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -130,7 +130,7 @@ def _range(name: str, low: int, high: int) -> str:
 
 
 def print_report(found: Verification) -> None:
-    """What was compared, the table, the remarks and the verdict, on standard output."""
+    """Print the comparison as a table, with remarks and verdict, on standard output."""
     what = "a small model of its architecture, random weights" if found.weights is None else f"{found.weights}"
     print_rows(
         [f"{found.path}: {found.class_name}, {what}, {found.dtype} on the CPU"],

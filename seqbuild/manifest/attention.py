@@ -1,4 +1,4 @@
-"""Which values of a chain enter the key-value cache, so that a host can measure and round them there."""
+"""Find the values of a chain that enter the key-value cache, so that a host can measure and quantize them there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _OPERANDS = {"q": 0, "k": 1, "v": 2}
 def cached_values(
     model: nn.Module, subgraphs: Sequence[Subgraph], codes: Sequence[EmittedCode]
 ) -> tuple[CachedValue, ...]:
-    """Keys, values and queries of every attention module that keeps a cache, in order of execution.
+    """Return keys, values and queries of every attention module that keeps a cache, in order of execution.
 
-    None at all where one of them cannot be told: a module that runs several times, for one scale would have to serve
-    all of its runs, or a value that has no name where it is whole.
+    The result is empty if one of them cannot be determined: a module that runs several times would need one scale for
+    all of its runs, and a value may have no name where it is complete.
 
     Args:
         model: the model, for the classes of its modules.
@@ -53,8 +53,8 @@ def cached_values(
         if hooked(code.source, inside) is None:
             return ()
         found += sorted(inside, key=lambda entry: (inside.index(_first(inside, entry)), PARTS.index(entry.part)))
-    # A layer that shares the keys of another one keeps none, and others compare several queries with theirs: then
-    # attention cannot be rounded in every layer.
+    # A layer that shares the keys of another layer keeps no cache, although other layers compare several queries with
+    # these keys. In that case attention cannot be quantized in every layer.
     queries = [entry.module for entry in found if entry.part == "q"]
     if sorted(queries) != sorted(entry.module for entry in found if entry.part == "k"):
         found = [entry for entry in found if entry.part != "q"]
@@ -66,7 +66,7 @@ def _first(entries: Sequence[CachedValue], like: CachedValue) -> CachedValue:
 
 
 def _heads(node: fx.Node) -> int:
-    """The size of the second of four dimensions; 0 if there is none, or it is not fixed."""
+    """Return the second size of a four-dimensional value; 0 if the value has another rank or the size is not fixed."""
     value = node.meta.get("val")
     size = value.shape[1] if isinstance(value, torch.Tensor) and value.dim() == 4 else 0
     return size if isinstance(size, int) else 0
@@ -77,12 +77,12 @@ def _is_writer(node: fx.Node) -> bool:
 
 
 def _whole_after(node: fx.Node, writers: Sequence[fx.Node]) -> fx.Node:
-    """The last step that writes into a value: some are made empty and filled."""
+    """Return the last step that writes into a value; some values are allocated empty and then filled."""
     return next((writer for writer in reversed(writers) if _is_part_of(writer.args[0], node)), node)
 
 
 def _is_part_of(value: object, node: fx.Node) -> bool:
-    """Whether a value shares memory with the result of `node` by the operators that say so."""
+    """Return whether a value shares memory with the result of `node`, according to the operators' schemas."""
     while isinstance(value, fx.Node) and value is not node:
         target = value.target
         is_view = isinstance(target, torch._ops.OpOverload) and any(
@@ -93,9 +93,9 @@ def _is_part_of(value: object, node: fx.Node) -> bool:
 
 
 def _handed_over(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, str, str]]:
-    """What code of the model's own, which may keep tuples instead of a cache, hands to attention.
+    """Find the values that the model's own code passes to attention, which may keep tuples instead of a cache.
 
-    An attention module is the one that holds the Linear whose output the values are.
+    The attention module is the one that contains the Linear whose output the values are.
     """
     for node in graph.nodes:
         if operator_name(node) != _OPERATOR:
@@ -110,7 +110,7 @@ def _handed_over(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, s
 
 
 def _linear_behind(value: object) -> str:
-    """The module whose output a value is, moved about at most; "" when there is none."""
+    """Return the module whose output a value is, apart from data movement; "" if there is none."""
     while isinstance(value, fx.Node):
         if value.op == "call_module":
             return str(value.target)

@@ -1,11 +1,11 @@
 """Follow the channels of one tensor through a graph.
 
 Scaling output channel c of a Linear or of a norm's weight by a positive factor scales every number that is computed
-from it by data movement, by products with other numbers, by ReLU, or by weighted sums over tokens such as
-attention. Following that needs no knowledge of architectures, only of operators: a tensor of integers, in the shape of
-the value, says for each number which channel it is proportional to (`FREE` for none). Data movement is executed on
-those integers as it stands in the graph, so heads, repeated heads, fused projections and their interleavings come out
-right whatever their layout. A channel that flows into anything else has escaped, and cannot be scaled.
+from it by data movement, by products with other numbers, by ReLU, or by weighted sums over tokens such as attention.
+The analysis needs to know operators only, not architectures: a tensor of integers in the shape of the value states for
+each number which channel it is proportional to (`FREE` for none). Data movement is executed on these integers exactly
+as in the graph, so heads, repeated heads, fused projections and interleaved layouts are handled correctly. A channel
+that flows into any other operation has escaped and cannot be scaled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import fx
 
 FREE = -1
 
-# Operators that move numbers and do not change them; executed on the integers.
+# Operators that move numbers without changing them; executed on the integers.
 _MOVES = frozenset(
     (
         "view",
@@ -85,16 +85,16 @@ _SAME = frozenset(
 )
 _PRODUCTS = frozenset(("mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"))
 _SUMS = frozenset(("add", "add_", "sub", "sub_"))
-# Operators that look at a tensor's shape and not at its numbers.
+# Operators that use a tensor's shape only, not its numbers.
 _METADATA = frozenset(
     (
         *("sym_size", "sym_numel", "sym_stride", "new_empty", "new_zeros", "new_ones", "new_full"),
         *("empty_like", "zeros_like", "ones_like", "full_like"),
     )
 )
-# Operators that look at the numbers of their first argument, and only at shape and dtype of the second.
+# Operators that use the numbers of their first argument, and only shape and dtype of the second.
 _LIKE = frozenset(("type_as", "to", "expand_as", "view_as", "reshape_as"))
-# Contractions over tokens: the argument whose last axis survives, and the place of that argument.
+# Contractions over tokens: the argument whose last axis is kept, and the position of that argument.
 _WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
 
@@ -105,8 +105,8 @@ class Arrival:
     Attributes:
         node: the call.
         parameter: the weight's dotted name.
-        axis: of the weight that runs along the value's channels.
-        channels: for each index along that axis, the source's channel.
+        axis: the weight's axis along the value's channels.
+        channels: the source's channel for each index along that axis.
     """
 
     node: fx.Node
@@ -117,11 +117,11 @@ class Arrival:
 
 @dataclass(kw_only=True)
 class Flow:
-    """What becomes of one source's channels.
+    """Uses of one source's channels.
 
     Attributes:
-        arrivals: the parameters that the channels meet.
-        escaped: channels that flow into what cannot be made up for.
+        arrivals: the parameters that multiply the channels.
+        escaped: channels with a use that cannot be compensated.
     """
 
     arrivals: list[Arrival] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Weight:
 
 
 def operator_name(node: fx.Node) -> str:
-    """The aten operator's name without overload, or an empty string for what is none."""
+    """Return the aten operator's name without overload, or an empty string for any other node."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket.__name__) if target.namespace == "aten" else ""
@@ -145,7 +145,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def size_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape that a node's value has for the traced sample; None for what is no tensor or has no such shape."""
+    """Return the shape of a node's value for the traced sample, or None if it is not a tensor or has no such shape."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
@@ -166,10 +166,10 @@ def follow(
     """Follow a source's channels to the end of a graph.
 
     Args:
-        graph: in order of execution; what leaves it has escaped.
+        graph: in order of execution; channels that reach its output have escaped.
         source: the node whose value is proportional to the channels.
         channels: integers in the shape of its value.
-        weights: the calls that take channels in along the last axis of their first argument, and their parameters.
+        weights: the calls that take channels in along the last axis of their first argument, with their parameters.
     """
     flow = Flow()
     tracked: dict[fx.Node, Any] = {source: channels}
@@ -220,7 +220,7 @@ def _channels(value: Any) -> list[int]:
 
 
 def _once(value: Any) -> Any:
-    """The value without the repetitions that take no memory: to sort them would."""
+    """Remove repetitions that take no memory (stride zero), to avoid sorting them."""
     for axis, stride in enumerate(value.stride()):
         if stride == 0:
             value = value.narrow(axis, 0, min(1, value.shape[axis]))
@@ -228,7 +228,7 @@ def _once(value: Any) -> Any:
 
 
 def _arrive(node: fx.Node, value: torch.Tensor, weights: Sequence[Weight], flow: Flow) -> bool:
-    """Note where channels arrive; False when they do not lie along the last axis alone."""
+    """Record an arrival of channels; return False if they do not lie along the last axis alone."""
     flat = value.reshape(-1, value.shape[-1])
     first = flat[0]
     if bool((flat != first).any()) or bool((first == FREE).any()):
@@ -241,7 +241,7 @@ def _arrive(node: fx.Node, value: torch.Tensor, weights: Sequence[Weight], flow:
 
 
 def _moved(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
-    """The channels of a node's value; None where it is not proportional to them."""
+    """Return the channels of a node's value, or None if the value is not proportional to them."""
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
@@ -276,7 +276,7 @@ def _moved(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
 
 
 def _product(node: fx.Node, name: str, tracked: Mapping[fx.Node, Any], size: tuple[int, ...]) -> torch.Tensor | None:
-    """A product with one factor that is followed; a quotient whose numerator is."""
+    """Handle a product with one followed factor, or a quotient with a followed numerator."""
     factors = [argument for argument in node.args[:2] if isinstance(argument, fx.Node) and argument in tracked]
     if len(factors) != 1 or (name.startswith(("div", "true")) and factors[0] is not node.args[0]):
         return None
@@ -287,7 +287,7 @@ def _product(node: fx.Node, name: str, tracked: Mapping[fx.Node, Any], size: tup
 
 
 def _weighted_sum(node: fx.Node, summed: Any, tracked: Mapping[fx.Node, Any]) -> torch.Tensor | None:
-    """Sums over the second last axis of an argument, weighted by other numbers."""
+    """Handle sums over the second last axis of an argument, weighted by other numbers."""
     size = size_of(node)
     if summed not in tracked or size is None or node.all_input_nodes.count(summed) != 1:
         return None
@@ -306,7 +306,7 @@ def _weighted_sum(node: fx.Node, summed: Any, tracked: Mapping[fx.Node, Any]) ->
 
 
 def _executed(node: fx.Node, tracked: Mapping[fx.Node, Any], shift: int = 0) -> Any:
-    """Data movement, executed on the integers; `shift` is added to the result."""
+    """Execute data movement on the integers; `shift` is added to the result."""
     unknown = False
 
     def substitute(argument: fx.Node) -> Any:

@@ -1,4 +1,4 @@
-"""From a trace to the manifest: names, shapes and bytes of everything that a run will need."""
+"""Build the manifest from a trace: names, shapes and sizes of everything that a run needs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 
 
 class Symbols:
-    """Names for the trace's symbolic sizes: `batch` and `sequence` where they are that, else `<input>_<axis>`.
+    """Names of the trace's symbolic sizes: `batch` and `sequence` where they apply, else `<input>_<axis>`.
 
     Args:
-        trace: whose symbols they are.
-        marker: the dtype that stands for the weights' in the trace; None when it holds for its own dtypes only.
+        trace: the trace that defines the symbols.
+        marker: the dtype that represents the weights' dtype in the trace; None if the trace holds for its own dtypes
+        only.
     """
 
     def __init__(self, trace: Trace, marker: torch.dtype | None) -> None:
@@ -64,7 +65,7 @@ class Symbols:
             self.fixed.setdefault(usual, int(expression))
 
     def shape(self, tensor: torch.Tensor) -> Shape:
-        """A shape with the sizes that depend on data written as expressions."""
+        """Describe a shape, with data-dependent sizes as expressions."""
         return tuple(self._size(size) for size in tensor.shape)
 
     def _size(self, size: int | torch.SymInt) -> int | str:
@@ -77,12 +78,14 @@ class Symbols:
         return str(expression.xreplace(names))
 
     def dtype(self, dtype: torch.dtype) -> str:
-        """A dtype's name in the manifest."""
+        """Return a dtype's name in the manifest."""
         return _dtype_name(dtype, self.marker)
 
     def dims(self) -> tuple[DimEntry, ...]:
-        """The ranges in which the trace holds. Tracing assumes sizes above one; one is the broadcasting that every
-        operator does by itself, unless the model's code has asked for it.
+        """Return the ranges in which the trace is valid.
+
+        Tracing assumes sizes above one. Size one is the broadcasting that every operator does by itself, so it is
+        included unless the model's code has tested for it.
         """
         above_one = {self.shape_env.replace(symbol) for symbol in self.shape_env.more_than_one}
         entries = [DimEntry(name=name, min=size, max=size) for name, size in self.fixed.items()]
@@ -99,19 +102,19 @@ class Symbols:
         return tuple(entries)
 
     def conditions(self) -> tuple[str, ...]:
-        """What must hold between sizes for the trace to hold, besides their ranges."""
+        """Return the conditions between sizes under which the trace is valid, besides their ranges."""
         return tuple(conditions(self.shape_env, self.names))
 
 
 def describe_inputs(
     trace: Trace, symbols: Symbols, absent: Mapping[str, int | None] | None = None
 ) -> tuple[InputEntry, ...]:
-    """The model's inputs, in the order of the sample.
+    """Describe the model's inputs, in the order of the sample.
 
     Args:
-        trace: whose inputs they are.
+        trace: the trace with the inputs.
         symbols: names of their sizes.
-        absent: what stands for the absence of some, if that is known, see `seqbuild.sample.plain`.
+        absent: values that represent an absent input, if known, see `seqbuild.sample.plain`.
     """
     values = {str(node.target): node.meta["val"] for node in trace.graph.find_nodes(op="placeholder")}
     numbers = {name: (absent or {}).get(name) for name in values}
@@ -127,7 +130,7 @@ def describe_inputs(
 
 
 def describe_values(trace: Trace, symbols: Symbols) -> dict[str, TensorEntry]:
-    """Everything that crosses a boundary between subgraphs, and the fields of the model's output."""
+    """Describe all values that cross a boundary between subgraphs, and the fields of the model's output."""
     values: dict[str, TensorEntry] = {}
     for subgraph in trace.subgraphs:
         (output,) = subgraph.graph.find_nodes(op="output")
@@ -151,14 +154,14 @@ def describe_subgraph(
     file: str,
     scope: str | None,
 ) -> SubgraphEntry:
-    """One subgraph's entry.
+    """Describe one subgraph.
 
     Args:
-        subgraph: whose entry it is.
+        subgraph: the subgraph.
         code: its code.
-        modules: the model's, by every name that they have.
-        target_names: those that lie in the subgraph.
-        file: where the code is.
+        modules: the model's modules, by every name they have.
+        target_names: the targets in the subgraph.
+        file: the file with the code.
         scope: as for `seqbuild.chain.emit`.
     """
     is_shared = scope is not None
@@ -183,14 +186,14 @@ def describe_subgraph(
 
 
 def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
-    """Submodules and opaque steps whose results were learned from a run on small real values."""
+    """Return the submodules and opaque steps whose results were learned from a run on small real values."""
     for node in subgraph.graph.nodes:
         if "rung" in node.meta:
             yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 
 def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str]:
-    """Names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
+    """Return the names of the parameters and persistent buffers that a subgraph needs, in order of first use."""
     for name in code.submodules:
         yield from modules[name].state_dict(prefix=f"{name}." if name else "", keep_vars=True)
     for name in (*code.attributes, *code.uses):
@@ -202,14 +205,15 @@ def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str
 def describe_parameters(
     model: nn.Module, keys: KeyTable, default_dtype: str, fixed_dtype: torch.dtype | None
 ) -> dict[str, ParameterEntry]:
-    """Every parameter and persistent buffer; those that share memory name the one that is saved: the first of those
-    that transformers does not tie to another.
+    """Describe every parameter and persistent buffer.
+
+    Entries that share memory name the one that is saved: the first that transformers does not tie to another.
 
     Args:
         model: in the dtype that marks the weights'.
-        keys: where the parameters come from.
-        default_dtype: of the weights, as the config states it.
-        fixed_dtype: the only one in which the trace holds; None when it holds for all.
+        keys: the checkpoint keys of the parameters.
+        default_dtype: the weights' dtype stated by the config.
+        fixed_dtype: the only dtype for which the trace is valid; None if it is valid for all.
     """
     entries: dict[str, ParameterEntry] = {}
     tensors = model.state_dict(keep_vars=True)
@@ -239,7 +243,7 @@ def describe_parameters(
 
 
 def describe_model(model: nn.Module, dtype: str, code: tuple[str, ...]) -> ModelEntry:
-    """The model's entry; `code` are the paths of the code that it brings."""
+    """Describe the model; `code` contains the paths of the model's own code."""
     config: Any = model.config
     return ModelEntry(
         class_name=type(model).__name__,
@@ -257,13 +261,14 @@ def describe_model(model: nn.Module, dtype: str, code: tuple[str, ...]) -> Model
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers the model has, shared ones counted once."""
+    """Count the numbers in the model's parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def ignored_keys(model: nn.Module) -> tuple[str, ...]:
-    """Checkpoint tensors that transformers passes over for this model, as regular expressions; computed rotary
-    tables that old checkpoints carry are always among them.
+    """Return regular expressions of the checkpoint tensors that transformers ignores for this model.
+
+    Computed rotary tables, which old checkpoints contain, are always included.
     """
     stated: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     stored = model.state_dict(keep_vars=True)
@@ -276,7 +281,7 @@ def _dtype_name(dtype: torch.dtype, marker: torch.dtype | None) -> str:
 
 
 def target_names(model: nn.Module, graphs: Sequence[fx.Graph], targets: Collection[nn.Module]) -> list[list[str]]:
-    """Dotted names of the targets in each subgraph, in order of execution."""
+    """Return the dotted names of the targets in each subgraph, in order of execution."""
     names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
     found = []
     for graph in graphs:

@@ -1,4 +1,4 @@
-"""Which stacked parameters of a mixture the input of its experts meets."""
+"""Find the stacked parameters of a mixture that multiply the input of its experts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 class Mixtures:
-    """Finds that out; modules that do the same with parameters of the same shapes are looked at once."""
+    """Finder of these parameters; analyzes modules with the same code and parameter shapes once."""
 
     def __init__(self) -> None:
         self._policy = leaf_policy(dtype=TRACE_DTYPE)
         self._known: dict[Any, tuple[Reading, ...]] = {}
 
     def readings(self, module: nn.Module) -> tuple[Reading, ...]:
-        """The parameters, by their names in the module, and their axes along the input's channels; nothing for a
-        module that holds no experts, or whose input is used for more than that.
+        """Return the parameters by name in the module, with their axes along the input's channels.
+
+        The result is empty for a module without experts, or if the module's input has other uses.
         """
         leaf = self._policy.leaf(module) if is_experts(module) or is_dense_experts(module) else None
         if leaf is None or leaf.kind.kind not in MIXTURES:

@@ -1,4 +1,4 @@
-"""What a host needs to build the model's module tree by itself: its leaves, and the tensors that are not loaded."""
+"""Describe what a host needs to build the module tree by itself: leaves, and tensors that are not loaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _RUN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(kw_only=True)
 class Parts:
-    """The tables of a manifest that describe modules and computed tensors.
+    """Tables of a manifest that describe modules and computed tensors.
 
     Attributes:
         kinds: the kinds of leaves.
-        leaves: which kind each module is that the code calls, by its dotted name.
-        buffers: where computed tensors come from, by their dotted names.
+        leaves: the kind of each module that the code calls, by its dotted name.
+        buffers: the origin of computed tensors, by their dotted names.
         foreign: modules that the host cannot build by itself: dotted name to `module:Class`.
-        programs: the sources of what leaves do that calculate in their own way, by file.
+        programs: by file, the sources of leaves with a computation of their own.
         constants: the values of computed tensors.
     """
 
@@ -45,12 +45,12 @@ class Parts:
 def parts(
     model: nn.Module, entries: Sequence[SubgraphEntry], rebuilt: Callable[[torch.dtype], nn.Module], traced: torch.dtype
 ) -> Parts:
-    """Describe what the code of these subgraphs calls and reads.
+    """Describe the modules and tensors that the code of these subgraphs calls and reads.
 
     Args:
-        model: the model that was traced, its buffers real.
+        model: the model that was traced, with real buffers.
         entries: its subgraphs.
-        rebuilt: builds the same model for another dtype of the weights: some tensors are computed in that.
+        rebuilt: builds the same model for another dtype of the weights, because some tensors are computed in it.
         traced: the dtype of `model`.
     """
     found = Parts()
@@ -91,7 +91,7 @@ def _describe_buffers(
     rebuilt: Callable[[torch.dtype], nn.Module],
     traced: torch.dtype,
 ) -> None:
-    """Store the values of these tensors, equal ones once; by the run's dtype where they follow it."""
+    """Store the values of these tensors, equal ones once, and per run dtype where they depend on it."""
     models = {dtype: model if dtype == traced else rebuilt(dtype) for dtype in _RUN_DTYPES}
     stored: dict[str, str] = {}
 
@@ -111,6 +111,6 @@ def _describe_buffers(
 
 
 def limits(config: object) -> dict[str, int]:
-    """What data must respect, as the config states it: the size of the vocabulary, the longest sequence."""
+    """Return the limits on data that the config states: vocabulary size and longest sequence."""
     text: object = getattr(config, "get_text_config", lambda: config)()
     return {name: value for name in LIMITS if type(value := getattr(text, name, None)) is int and value > 0}

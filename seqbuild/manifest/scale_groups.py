@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 def scale_groups(
     model: nn.Module, subgraphs: Sequence[Subgraph], entries: Sequence[SubgraphEntry]
 ) -> tuple[ScaleGroup, ...]:
-    """The scale groups of every subgraph, in order of execution.
+    """Return the scale groups of every subgraph, in order of execution.
 
     Args:
         model: the traced model.
         subgraphs: traced down to Linear modules.
-        entries: theirs. What shares a file of code differs in names alone, and is looked at once.
+        entries: their manifest entries. Subgraphs with the same code differ in names only and are analyzed once.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    # A parameter that is met more than once, under any name, cannot be scaled for one of its uses.
+    # A parameter with several uses, under any name, cannot be scaled for only one of them.
     uses: Counter[int] = Counter()
     names: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -62,12 +62,12 @@ def scale_groups(
 
 
 def mixture_groups(groups: Sequence[ScaleGroup]) -> tuple[ScaleGroup, ...]:
-    """Those of no Linear module: what reads their tensors is a mixture's experts, and what sends tokens to them."""
+    """Return the groups without a Linear module: their tensors are read by a mixture's experts and its router."""
     return tuple(group for group in groups if not group.modules)
 
 
 def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
-    """A module that is called several times belongs to the group of its first call, which has no producer then."""
+    """Keep a module that is called several times only in the group of its first call, which then has no producer."""
     seen: set[str] = set()
     for group in groups:
         new = tuple(name for name in group.modules if name not in seen)
@@ -79,7 +79,7 @@ def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
 
 
 def _renamed(known: tuple[str, list[ScaleGroup]] | None, scope: str, index: int) -> list[ScaleGroup] | None:
-    """The groups of another subgraph with the same code, for this one."""
+    """Rename the groups of another subgraph with the same code for this one."""
     if known is None:
         return None
     before, groups = known
@@ -101,7 +101,7 @@ def _renamed(known: tuple[str, list[ScaleGroup]] | None, scope: str, index: int)
 
 
 def _read(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The parameters that a node uses."""
+    """Return the parameters that a node uses."""
     if node.op == "get_attr":
         return [str(node.target)] * max(len(node.users), 1)
     if node.op != "call_module" or str(node.target) not in modules:
@@ -145,7 +145,7 @@ def _group(
     shared: set[str],
     modules: Mapping[str, nn.Module],
 ) -> ScaleGroup | None:
-    """The group that a source can be the producer of."""
+    """Return the group that a source can produce."""
     if source.weight in shared or source.bias in shared:
         return None
     flow = follow(graph, source.node, source.channels, weights)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def _is_mixture(arrival: Arrival, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _same_tensor(value: object) -> fx.Node:
-    """The first node whose value has the same rows of features, at most in another shape."""
+    """Return the first node whose value has the same rows of features, possibly in another shape."""
     assert isinstance(value, fx.Node)
     while operator_name(value) in ("view", "reshape", "alias", "contiguous", "detach", "flatten", "_unsafe_view"):
         before = value.args[0]

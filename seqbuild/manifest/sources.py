@@ -1,4 +1,4 @@
-"""What in a graph can scale the channels of a tensor, and what takes channels in: norms and Linear modules."""
+"""Find norms and Linear modules that can scale the channels of a tensor, and those that take channels in."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ChannelSource:
     """Parameters whose common scaling, channel by channel, scales the value of a node.
 
     Attributes:
-        node: whose value is scaled.
+        node: the node whose value is scaled.
         weight: the dotted name of a norm's weight [C], or of a Linear's [C, I].
-        bias: of the bias that is scaled with it, or "".
-        offset: what the model adds to the weight before it multiplies: 1 for norms that store their distance from one.
+        bias: the bias that is scaled with it, or "".
+        offset: added to the weight by the model before it multiplies: 1 for norms that store the difference from one.
         channels: integers in the shape of the node's value.
     """
 
@@ -40,7 +40,7 @@ class ChannelSource:
 def weights_of(
     graph: fx.Graph, modules: Mapping[str, nn.Module], mixtures: Mixtures
 ) -> dict[fx.Node, tuple[Weight, ...]]:
-    """The calls that take channels in along the last axis of their first input, and the weights that they meet."""
+    """Return the calls that take channels in along the last axis of their first input, with their weights."""
     found: dict[fx.Node, tuple[Weight, ...]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and str(node.target) in modules:
@@ -110,14 +110,14 @@ def _norm(node: fx.Node) -> _Found | None:
 
 
 def parameter_of(value: Any) -> str:
-    """The parameter that a value is, at most in another dtype; "" for any other value."""
+    """Return the parameter that a value is, apart from a dtype conversion; "" for any other value."""
     while isinstance(value, fx.Node) and operator_name(value) in _CASTS:
         value = value.args[0]
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else ""
 
 
 def _with_offset(value: Any) -> tuple[str, int]:
-    """A parameter, and the whole number that is added to it."""
+    """Return a parameter and the integer that is added to it."""
     plain = parameter_of(value)
     if plain:
         return plain, 0
@@ -133,7 +133,7 @@ def _with_offset(value: Any) -> tuple[str, int]:
 
 
 def _width(value: Any) -> int | None:
-    """The size of the last axis; of a parameter that is looked up here, that of its only axis."""
+    """Return the size of the last axis; for a parameter that is looked up here, the size of its only axis."""
     size = size_of(value) if isinstance(value, fx.Node) else None
     if size is not None:
         return size[-1] if size else None
@@ -149,7 +149,7 @@ def _width(value: Any) -> int | None:
 
 
 def _bias_after(node: fx.Node) -> tuple[str, fx.Node]:
-    """The parameter that is added to the product as the next thing, and the node that is then scaled."""
+    """Return the parameter that is added to the product immediately afterwards, and the node that is then scaled."""
     end, users = node, list(node.users)
     while len(users) == 1 and operator_name(users[0]) in _CASTS:
         end, users = users[0], list(users[0].users)

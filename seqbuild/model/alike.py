@@ -1,8 +1,9 @@
-"""Layers that differ in their number alone: what holds of two of them is written down for the rest.
+"""Derive the checkpoint tables of identical layers from two of them.
 
 A model with 384 experts in 60 layers is saved as 70,000 tensors. transformers' rules treat layers of one form alike
-where no rule can tell numbers apart, so two layers of each form are asked about, and their numbers put in for the
-others. Both must have come out alike: a rule that mixes layers, or counts them, shows there.
+unless a rule depends on numbers, so the rules are applied to two layers of each form, and the numbers of the other
+layers are substituted. The results of the two layers must agree; a rule that mixes or counts layers is detected by
+this.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-# What comes before the first number in a dotted name, the number, and the rest.
+# The part of a dotted name before the first number, the number, and the rest.
 _NAME = re.compile(r"((?:[^.]*\.)*?)([0-9]+)(\..*)")
 
 
@@ -21,9 +22,9 @@ class Alike:
     """Layers of one form.
 
     Attributes:
-        prefix: of their names, up to the number.
-        numbers: of the layers, all with as many digits: a rule may ask for two.
-        suffixes: what follows the number in the names of their tensors.
+        prefix: their names up to the number.
+        numbers: the layers' numbers, all with the same count of digits, because a rule may require two digits.
+        suffixes: the part after the number in the names of their tensors.
     """
 
     prefix: str
@@ -31,20 +32,20 @@ class Alike:
     suffixes: tuple[str, ...]
 
     def names(self, number: str) -> list[str]:
-        """Names of the tensors of one layer."""
+        """Return the names of the tensors of one layer."""
         return [f"{self.prefix}{number}{suffix}" for suffix in self.suffixes]
 
     @property
     def left_out(self) -> list[str]:
-        """Names of the tensors of all layers but the first two."""
+        """Return the names of the tensors of all layers except the first two."""
         return [name for number in self.numbers[2:] for name in self.names(number)]
 
 
 def find_alike(kinds: Mapping[str, Any]) -> list[Alike]:
-    """The forms of which there are more than two layers.
+    """Find the forms with more than two layers.
 
     Args:
-        kinds: names of tensors, and what must be equal for two tensors to be alike.
+        kinds: names of tensors, and a value that must be equal for two tensors to be alike.
     """
     layers: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for name, kind in kinds.items():
@@ -64,7 +65,7 @@ def find_alike(kinds: Mapping[str, Any]) -> list[Alike]:
 def fill_in(
     forms: Iterable[Alike], sources: MutableMapping[str, tuple[str, ...]], conversion: MutableMapping[str, int]
 ) -> bool:
-    """Complete two tables that hold the first two layers of each form; False where those did not come out alike.
+    """Complete two tables that contain the first two layers of each form; return False if those two disagree.
 
     Args:
         forms: the layers.
@@ -92,7 +93,7 @@ def fill_in(
 
 
 def _template(one: str, other: str, first: str, second: str) -> list[str]:
-    """What stands before, between and after the layer's number in a key; nothing when the two keys do not tell."""
+    """Split a key at the layer's number: the parts before, between and after. Empty if the two keys are ambiguous."""
     parts = list(zip(one.split("."), other.split("."), strict=False))
     if one.count(".") != other.count("."):
         return []

@@ -1,8 +1,8 @@
-"""Work out, from names alone, which checkpoint tensors make each parameter and how.
+"""Determine from names alone which checkpoint tensors form each parameter, and how.
 
-transformers renames, splits and fuses tensors while it loads a checkpoint. Its own rules are applied here to the
-checkpoint's names; where a rule computes (stacking experts, splitting a fused projection), it runs once on fake
-tensors and what it did is kept as a program, so that the host needs neither the rule nor transformers for it.
+transformers renames, splits and fuses tensors while it loads a checkpoint. This module applies its rules to the
+checkpoint's names. A rule that computes (stacking experts, splitting a fused projection) runs once on fake tensors and
+is recorded as a program, so that the host needs neither the rule nor transformers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyTable:
-    """Where parameters come from.
+    """Mapping of parameters to checkpoint tensors.
 
     Attributes:
         sources: parameter name to the checkpoint keys it is made from.
-        conversion: parameter name to an index into `programs`; a name that is not in it is taken as it is.
+        conversion: parameter name to an index into `programs`; a name without entry is loaded unchanged.
         programs: source code, each a `forward(self, source_0, ..., *, run)` that returns `{"value": tensor}`.
-        num_sources: how many tensors each program takes.
+        num_sources: the number of tensors that each program takes.
     """
 
     sources: Mapping[str, tuple[str, ...]]
@@ -51,11 +51,12 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
 
     Args:
         model: without weights.
-        checkpoint: names and shapes of the checkpoint's tensors; None takes the names under which transformers would
-            save the model.
+        checkpoint: names and shapes of the checkpoint's tensors; None uses the names under which transformers would
+        save
+        the model.
 
     Raises:
-        WeightsError: when the checkpoint lacks what a parameter needs, naming the first.
+        WeightsError: if a tensor that a parameter needs is missing; the message names the first.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     if checkpoint is not None:
@@ -67,7 +68,7 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
 def _table_by_two(
     model: PreTrainedModel, state: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[int, ...]]
 ) -> KeyTable | None:
-    """The table of what transformers would save, worked out on two layers of each form; None where that cannot be."""
+    """Compute the table of the names that transformers would save from two layers of each form; None if impossible."""
     forms = find_alike({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()})
     if not forms or not _are_apart(model):
         return None
@@ -81,7 +82,7 @@ def _table_by_two(
 
 
 def _are_apart(model: PreTrainedModel) -> bool:
-    """Whether no rule, neither for loading nor for saving, can tell layers by their numbers."""
+    """Return whether no loading or saving rule depends on the layers' numbers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -96,7 +97,7 @@ def _are_apart(model: PreTrainedModel) -> bool:
 def _table(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> KeyTable:
-    """The table for tensors of these names and shapes."""
+    """Compute the table for tensors of these names and shapes."""
     simple, grouped = _assign(model, shapes, wanted)
     sources: dict[str, tuple[str, ...]] = {name: (key,) for name, key in simple.items()}
     conversion: dict[str, int] = {}
@@ -117,9 +118,9 @@ class _KeyGroup:
     """The checkpoint keys that one run of a conversion rule takes.
 
     Attributes:
-        rule: transformers' own; it is copied before it runs.
+        rule: transformers' rule; it is copied before it runs.
         first_name: the parameter under which the keys were collected.
-        keys: by the pattern of the rule that each of them fits.
+        keys: grouped by the rule's pattern that they match.
     """
 
     rule: Any
@@ -127,13 +128,13 @@ class _KeyGroup:
     keys: dict[str, list[str]] = field(default_factory=dict)
 
     def flat(self) -> list[str]:
-        """All keys, in the order in which the rule takes their tensors."""
+        """Return all keys, in the order in which the rule takes their tensors."""
         return [key for keys in self.keys.values() for key in keys]
 
 
-# What identical layers share: for each result, its name without numbers, its program, and which of the keys it takes.
+# Shared by identical layers: for each result its name without numbers, its program, and the indices of its keys.
 Memory = dict[Any, list[tuple[list[str], str, list[int]]]]
-# These look at the tensors, at the model's config and at the shape of the parameter they make, and at nothing else.
+# These rules depend only on the tensors, the model's config and the shape of the parameter they make.
 _REMEMBERED = ("Chunk", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose")
 _NUMBERS = re.compile(r"[0-9]+")
 
@@ -174,9 +175,9 @@ def _convert(
     wanted: Mapping[str, tuple[int, ...]],
     memory: Memory,
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """What a rule makes of a group: parameter name to (program, checkpoint keys).
+    """Apply a rule to a group: parameter name to (program, checkpoint keys).
 
-    Layers differ in the numbers in their names: what was recorded for one is taken for the next where the rule can see
+    Layers differ in the numbers in their names. The recording of one layer is reused for the next if the rule can see
     no other difference.
     """
     numbers, keys = _NUMBERS.findall(group.first_name), group.flat()
@@ -197,7 +198,9 @@ def _convert(
 
 
 def _may_be_remembered(rule: Any) -> bool:
-    """Whether the rule sees of names only what is no number, and its results have the numbers of the first name."""
+    """Return whether the rule uses only the non-numeric part of names, and its results have the numbers of the first
+    name.
+    """
     has_plain_targets = not any(_NUMBERS.search(pattern) or "*" in pattern for pattern in rule.target_patterns)
     return has_plain_targets and _has_known_operations(rule)
 
@@ -214,7 +217,7 @@ def _picked(keys: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
 def _record(
     model: PreTrainedModel, group: _KeyGroup, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str, list[int]]]:
-    """Run a rule on fake tensors: for each result its name, its program, and the places of the keys it takes."""
+    """Run a rule on fake tensors; return for each result its name, its program, and the positions of its keys."""
     pairs = [(pattern, key) for pattern, keys in group.keys.items() for key in keys]
     names: list[str] = []
 
@@ -239,7 +242,7 @@ def _record(
 
 
 def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
-    """The part of a rule that makes its result number `index`, and the places of the tensors that it needs."""
+    """Extract the part of a rule that computes result number `index`, and the positions of the tensors it needs."""
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     (output,) = graph.find_nodes(op="output")
@@ -265,8 +268,8 @@ def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
 
 
 def _let_rows_vary(node: fx.Node, copy_of: fx.Node) -> None:
-    """Do not insist on the number of rows where a tensor gets other sizes beside it: of a stack of experts a host may
-    want a part alone.
+    """Allow any number of rows where the program concatenates a tensor, because a host may load only part of an expert
+    stack.
     """
     if node.target not in (torch.ops.aten.reshape.default, torch.ops.aten.view.default):
         return
@@ -277,7 +280,9 @@ def _let_rows_vary(node: fx.Node, copy_of: fx.Node) -> None:
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tensors that `save_pretrained` would save by the model's own names, tied ones once, on the meta device."""
+    """Return the tensors that `save_pretrained` would save, by the model's own names, tied ones once, on the meta
+    device.
+    """
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -287,7 +292,7 @@ def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _saved_shapes(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that `save_pretrained` would write for `state`: transformers' rules in reverse."""
+    """Return the names and shapes that `save_pretrained` would write for `state`, by applying the rules in reverse."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(state)).items()}

@@ -1,8 +1,8 @@
-"""Parameters that a checkpoint may lack, for transformers knows their values: Marian's table of positions, or a bias
-that is zero.
+"""Find values of parameters that may be missing from a checkpoint because transformers computes them, such as Marian's
+position table or a bias of zero.
 
-Which they are, a model's class states. Their values are those of the buffer as it was built, or what the class fills
-the parameter with, if that is the same each time.
+The model's class declares these parameters. Their values are those of the buffer as built, or the values that the class
+initializes the parameter with, if they are the same each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_NUMBERS = 2**24  # of a module that is filled, and of values that an artif
 
 
 def default_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By the names of parameters and saved buffers that a checkpoint may lack, their values."""
+    """Return the values of the parameters and saved buffers that may be missing from a checkpoint, by name."""
     tensors = model.state_dict(keep_vars=True)
     found = {name: _value(model, name, tensors[name]) for name in _may_be_missing(model, tensors)}
     return {name: value for name, value in found.items() if value is not None}
@@ -46,7 +46,7 @@ def _value(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | 
 
 
 def _filled(model: Any, module: nn.Module, leaf: str, seed: int) -> torch.Tensor:
-    """A parameter after the class has initialized a copy of its module, in float32."""
+    """Return a parameter after the class has initialized a copy of its module, in float32."""
     fresh = copy.deepcopy(module).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

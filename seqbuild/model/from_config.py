@@ -1,4 +1,4 @@
-"""Build a model from its config alone: right class, no weights."""
+"""Build a model of the right class from its config, without weights."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def build_weightless(
     dtype: torch.dtype = TRACE_DTYPE,
     like: nn.Module | None = None,
 ) -> PreTrainedModel:
-    """The model of `source` with parameters on the meta device, in eval mode.
+    """Build the model of `source` with parameters on the meta device, in eval mode.
 
-    The class is that of its own code, else the one that config.json names under `architectures`, else the causal
-    language model of its type, else its base model.
+    The class is that of the model's own code, else the one that config.json names under `architectures`, else the
+    causal language model of its type, else its base model.
 
     Args:
-        source: where the config is.
-        attn_implementation: `eager` or `sdpa`; None takes what transformers takes by itself.
-        own: the code that the model brings, allowed and loaded; None for a model that is part of transformers.
-        dtype: of the weights.
-        like: a model whose class and attention to take; None finds them out.
+        source: the source with the config.
+        attn_implementation: `eager` or `sdpa`; None keeps the default of transformers.
+        own: the model's own code, allowed and loaded; None for a model that is part of transformers.
+        dtype: dtype of the weights.
+        like: a model whose class and attention implementation are reused; None determines them.
 
     Raises:
-        ModelError: when transformers does not know the model, or it cannot be built.
+        ModelError: if transformers does not know the model, or it cannot be built.
     """
     config_class = own.config_class() if own is not None else None
     try:
@@ -88,7 +88,7 @@ def _model_class(source: Source, config: Any) -> Any:
 
 
 def default_dtype(source: Source) -> str:
-    """The dtype of the weights that the config states, as torch names it; float32 when it states none."""
+    """Return the name in torch of the weights' dtype in the config; float32 if the config states none."""
     for config in (source.config, source.config.get("text_config") or {}):
         name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
         if name in ("float32", "float16", "bfloat16"):

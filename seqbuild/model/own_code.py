@@ -1,7 +1,7 @@
-"""The code that a model brings (`auto_map` in its config.json): find it, ask for consent, make it importable.
+"""Load the code that a model brings (`auto_map` in its config.json): find it, require consent, make it importable.
 
-Nothing is fetched, and nothing is executed before it has been allowed. The files are read once; what is shown, what is
-executed and what travels in the artifact are the same bytes.
+Nothing is downloaded, and nothing is executed before it is allowed. The files are read once: the code shown, executed
+and stored in the artifact consists of the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seqbuild.model.source import Source, cached_snapshot
 if TYPE_CHECKING:
     from runtime.artifact.own_code_import import LoadedCode
 
-# `module.Class`, or `owner/name--module.Class` for code that another repository holds.
+# `module.Class`, or `owner/name--module.Class` for code in another repository.
 _REFERENCE = re.compile(
     r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?(?P<module>[A-Za-z_][\w.]*)\.(?P<name>[A-Za-z_]\w*)", re.A
 )
@@ -30,7 +30,7 @@ _REFERENCE = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """One class that an auto_map names: what it is for, the repository (empty for the model's own), module, class."""
+    """One class named by an auto_map: its purpose, repository (empty for the model's own), module and class."""
 
     kind: str
     repo: str
@@ -43,7 +43,7 @@ class OwnCode:
     """A model's own code, allowed and importable.
 
     Attributes:
-        references: what its config names.
+        references: the classes that its config names.
         architectures: the class names that config.json prefers.
         loaded: imports it.
     """
@@ -54,29 +54,29 @@ class OwnCode:
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """Content by path."""
+        """Return the content by path."""
         return self.loaded.code.files
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of its modules, as they are imported."""
+        """Return the import names of its modules."""
         return self.loaded.modules
 
     def config_class(self) -> type | None:
-        """The class of the config; None where the code leaves that to transformers.
+        """Return the class of the config; None if the code relies on transformers for it.
 
         Raises:
-            ModelError: when the code fails, or has no such class.
+            ModelError: if the code fails, or has no such class.
         """
         from transformers import PretrainedConfig
 
         return self._class(_config(self.references), PretrainedConfig)
 
     def model_class(self) -> type | None:
-        """The class of the model; None where the code leaves that to transformers.
+        """Return the class of the model; None if the code relies on transformers for it.
 
         Raises:
-            ModelError: likewise.
+            ModelError: if the code fails, or has no such class.
         """
         from transformers import PreTrainedModel
 
@@ -95,14 +95,14 @@ class OwnCode:
 
 @contextlib.contextmanager
 def own_code_of(source: Source, *, is_allowed: bool) -> Iterator[OwnCode | None]:
-    """The code that the model brings, importable while the block runs; None when it brings none.
+    """Make the model's own code importable while the block runs; yield None if it has none.
 
     Args:
         source: the model.
-        is_allowed: whether the user has allowed the code to be executed.
+        is_allowed: whether the user has allowed executing the code.
 
     Raises:
-        ModelError: for code that is not allowed, not complete, or not to be found without a network.
+        ModelError: for code that is not allowed, incomplete, or not available offline.
     """
     references = read_references(source.config.get("auto_map"), source.name)
     architectures = tuple(map(str, source.config.get("architectures") or ()))
@@ -121,10 +121,10 @@ def own_code_of(source: Source, *, is_allowed: bool) -> Iterator[OwnCode | None]
 
 
 def read_references(auto_map: Any, origin: str) -> tuple[Reference, ...]:
-    """What an auto_map names, in the order of its keys.
+    """Parse an auto_map, in the order of its keys.
 
     Raises:
-        ModelError: for anything but `module.Class`, with a repository before it or not.
+        ModelError: for anything except `module.Class`, with an optional repository before it.
     """
     if auto_map is None:
         return ()
@@ -152,7 +152,9 @@ def _config(references: tuple[Reference, ...]) -> Reference | None:
 
 
 def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) -> Reference | None:
-    """The class that config.json names under `architectures`, else the causal language model, else the base model."""
+    """Choose the class that config.json names under `architectures`, else the causal language model, else the base
+    model.
+    """
     models = {entry.class_name: entry for entry in references if entry.kind.startswith("AutoModel")}
     kinds = {entry.kind: entry for entry in models.values()}
     wanted = [models.get(name) for name in architectures]
@@ -161,7 +163,9 @@ def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) ->
 
 
 def _tokenizer_references(source: Source) -> list[Reference]:
-    """The tokenizer's own code travels along, so that the quantized checkpoint has it too; it is never executed."""
+    """Return the references to the tokenizer's own code, which is copied for the quantized checkpoint but never
+    executed.
+    """
     try:
         config = json.loads(read_text(source.directory / "tokenizer_config.json"))
     except (OSError, ValueError, RecursionError):
@@ -172,7 +176,7 @@ def _tokenizer_references(source: Source) -> list[Reference]:
 
 
 def _collect(source: Source, references: tuple[Reference, ...]) -> ModelCode:
-    """All files that the classes need, those of other repositories included."""
+    """Collect all files that the classes need, including those of other repositories."""
     files: dict[str, bytes] = {}
     for repo in dict.fromkeys(entry.repo for entry in references):
         directory = cached_snapshot(repo) if repo else source.directory
@@ -189,20 +193,20 @@ def _collect(source: Source, references: tuple[Reference, ...]) -> ModelCode:
 
 
 class _Reader:
-    """Reads files of a model's directory, each once: what was looked at is what is executed."""
+    """Reader of a model's directory. It reads each file once, so that the inspected bytes are the executed bytes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         root = directory.resolve()
-        # In the hub's cache a snapshot consists of links into the repository's own folder.
+        # In the hub's cache, a snapshot consists of links into the repository's own folder.
         self.root = root.parent.parent if root.parent.name == "snapshots" else root
         self._contents: dict[str, bytes | None] = {}
 
     def read(self, path: str) -> bytes | None:
-        """The content, None where there is no such file.
+        """Return the content, or None if there is no such file.
 
         Raises:
-            ModelError: for a link out of the directory, or a file that cannot be read.
+            ModelError: for a link out of the directory, or an unreadable file.
         """
         if path not in self._contents:
             self._contents[path] = self._read(path)

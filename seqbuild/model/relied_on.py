@@ -1,7 +1,7 @@
-"""Which library source files an artifact relies on: what of them computes something in a run.
+"""Determine the library source files that affect an artifact's results.
 
-A run executes the modules that the artifact calls, and its opaque steps; so the files that define those, and what they
-import of the same kind, decide the result. Files that read, write, train, generate or draw tables do not, and change
+A run executes the modules that the artifact calls and its opaque steps. The files that define those, and their imports
+that also compute, determine the result. Files that read, write, train, generate or draw tables do not, and they change
 with every release.
 """
 
@@ -21,7 +21,7 @@ from runtime.language.library_sources import source_digest, source_file
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Where transformers keeps what models calculate; not its caches, for a run keeps none.
+# Packages of transformers that contain model computation. Caches are excluded, because a run keeps none.
 _COMPUTES = re.compile(
     r"transformers\.(models\.(?!auto\.)\w+\.(modeling|configuration)_\w+|masking_utils|modeling_attn_mask_utils"
     r"|modeling_layers|modeling_rope_utils|pytorch_utils|activations|integrations\.(sdpa_attention|moe))"
@@ -31,19 +31,21 @@ _SDPA = "transformers.integrations.sdpa_attention"
 
 
 def relied_on(model: nn.Module, entries: Sequence[SubgraphEntry], own_modules: Collection[str]) -> dict[str, str]:
-    """sha256 of each library source file that a run relies on, by module name, ascending.
+    """Return the sha256 of each library source file that a run relies on, by module name, ascending.
 
     Args:
         model: the model that was traced.
-        entries: its subgraphs, for what they call.
-        own_modules: names of the modules of its own code; their digests are recorded elsewhere.
+        entries: its subgraphs, which list the calls.
+        own_modules: module names of the model's own code; their digests are recorded elsewhere.
     """
     return _followed([*sorted(_roots(model, entries)), *own_modules])
 
 
 def made_of(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
-    """sha256 of each library source file that a model is made of, by module name, ascending: those that define its
-    modules' classes, torch's own left to its version, and what these import that computes.
+    """Return the sha256 of each library source file that defines a model, by module name, ascending.
+
+    These are the files that define its modules' classes, and their imports that compute. torch's files are excluded,
+    because torch's version covers them.
     """
     classes = [type(module) for module in model.modules()]
     homes = {name for name in _homes(classes) if _is_library(name)}
@@ -51,7 +53,7 @@ def made_of(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
 
 
 def _followed(pending: list[str]) -> dict[str, str]:
-    """Digests of these modules, and of what they import of the computing kind."""
+    """Return the digests of these modules and of their imports that compute."""
     found: dict[str, str] = {}
     seen: dict[str, None] = {}
     while pending:
@@ -67,7 +69,7 @@ def _followed(pending: list[str]) -> dict[str, str]:
 
 
 def _roots(model: nn.Module, entries: Sequence[SubgraphEntry]) -> set[str]:
-    """Modules that define the classes of what is called, or an opaque step; of the rest, those that compute."""
+    """Return the modules that define the called classes and opaque steps; of other modules, only those that compute."""
     config: Any = getattr(model, "config", None)
     around = [type(config), *(type(part) for part in model.modules())]
     names = {name for name in _homes(around) if _COMPUTES.fullmatch(name)}
@@ -93,7 +95,7 @@ def _is_library(name: str) -> bool:
 
 
 def _computing_imports(name: str) -> set[str]:
-    """What a module imports of the computing kind, also under the name of a package that hands it on."""
+    """Return a module's imports that compute, including those re-exported by a package."""
     module = sys.modules.get(name)
     found: set[str] = set()
     for target in _imports(name, module):

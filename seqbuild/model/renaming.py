@@ -1,12 +1,12 @@
-"""Rename the keys of a checkpoint as transformers does, a hundred thousand of them in a moment.
+"""Rename checkpoint keys as transformers does, fast enough for a hundred thousand keys.
 
-Keys of a large model differ in numbers alone: `model.layers.12.mlp.experts.201.up_proj.weight`. The rules are regular
-expressions that hardly ever look at a number, so keys of one form (equal but for their numbers, those equally long)
-are renamed alike: the rules are asked once a form, and the numbers are put in.
+Keys of a large model differ in numbers only: `model.layers.12.mlp.experts.201.up_proj.weight`. The rules are regular
+expressions that rarely depend on a number, so keys of one form (equal except for their numbers, which have equal
+length) are renamed alike: the rules are applied once per form, and the numbers are substituted.
 
-Whether rules are blind to numbers is decided by their text. An expression in which any digit stands is not, unless
-letters directly before it bind it to a name (`w1`); one with a back reference is not; a rule of a class that renames in
-a way of its own is not. Where one rule is not blind, or a form behaves oddly, transformers is asked for every key.
+The text of a rule determines whether it ignores numbers. It does not if it contains a digit, unless letters directly
+before the digit bind it to a name (`w1`), if it has a back reference, or if its class overrides renaming. If one rule
+depends on numbers, or a form gives unexpected results, transformers' rules are applied to every key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-# What an expression may contain without telling numbers apart: escapes, any digit, classes without digits, `w1`.
+# Parts that an expression may contain without depending on numbers: escapes, any digit, classes without digits, `w1`.
 _BACK_REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(")
 _ESCAPE = re.compile(r"\\.")
 _HARMLESS = re.compile(r"\[0-9\]|\[\^?[^\]0-9-]*\]|[A-Za-z_][0-9]+")
@@ -26,12 +26,12 @@ Renamed = tuple[str, str | None]
 
 
 class Renamer:
-    """Gives a key its name in the model, and the pattern of the conversion rule that takes it.
+    """Mapping of a key to its name in the model and to the pattern of the conversion rule that takes it.
 
     Args:
         renamings: transformers' rules that only rename, in order.
-        converters: those that calculate; at most one applies.
-        prefix: of the base model, which transformers adds or removes where that leads to a parameter.
+        converters: the rules that compute; at most one applies.
+        prefix: of the base model, which transformers adds or removes if that yields a parameter's name.
         known: the names of the model's parameters.
     """
 
@@ -46,7 +46,7 @@ class Renamer:
         self._forms: dict[tuple[str | int, ...], Renamed | None] = {}
 
     def rename(self, key: str) -> Renamed:
-        """As transformers' `rename_source_key`."""
+        """Rename a key as transformers' `rename_source_key` does."""
         parts = key.split(".")
         if not self._are_blind or not key.isascii() or "{" in key or "}" in key:
             return self._ask(key)
@@ -69,7 +69,7 @@ class Renamer:
         return renamed
 
     def _learn(self, form: Sequence[str | int], key: str) -> Renamed | None:
-        """What becomes of a form, its numbers as `{0}`, `{1}`, ...; None when that cannot be said once for all."""
+        """Rename a form, with its numbers as `{0}`, `{1}`, ...; None if the keys of the form are not renamed alike."""
         num_numbers = sum(isinstance(part, int) for part in form)
         if num_numbers > 9:
             return None
@@ -100,7 +100,7 @@ class Renamer:
 
 
 class _Probe:
-    """A key of a form, with numbers by which they are told apart afterwards."""
+    """A key of a form with distinguishable numbers."""
 
     def __init__(self, form: Sequence[str | int], digits: Sequence[str]) -> None:
         remaining = iter(digits)
@@ -110,10 +110,10 @@ class _Probe:
         self.is_odd = False
 
     def apply(self, rule: Any) -> str | None:
-        """Let a rule rename the key; returns its pattern where it did."""
+        """Apply a rule to the key; return the rule's pattern if it matched."""
         found = rule.compiled_sources.search(self.text)
         if found is not None:
-            # A rule replaces the first place where the text it found stands. With other numbers, that must be the same.
+            # A rule replaces the first occurrence of the matched text. Its position must not depend on the numbers.
             text, part = (re.sub("[0-9]", "0", whole) for whole in (self.text, found[0]))
             self.is_odd = self.is_odd or text.find(part) != text.rfind(part)
         pattern: str | None
@@ -130,7 +130,7 @@ def _agree(probes: Iterable[_Probe]) -> bool:
 
 
 def is_blind(rule: Any) -> bool:
-    """Whether a rule of transformers treats keys of one form alike."""
+    """Return whether a rule of transformers treats keys of one form alike."""
     from transformers.core_model_loading import WeightTransform
 
     if type(rule).rename_source_key is not WeightTransform.rename_source_key:
@@ -144,7 +144,7 @@ def is_blind(rule: Any) -> bool:
 
 
 def natural_order() -> Callable[[str], list[Any]]:
-    """The key function by which transformers orders names, which remembers parts of names."""
+    """Return the key function by which transformers orders names; it caches parts of names."""
     from transformers.core_model_loading import dot_natural_key
 
     of_part = functools.cache(lambda part: dot_natural_key(part)[0])

@@ -1,4 +1,4 @@
-"""Find what SOURCE means: a model in the local Hugging Face cache, a model directory, or a bare config.json."""
+"""Resolve SOURCE: a model in the local Hugging Face cache, a model directory, or a bare config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.checkpoint.source_formats import plain_shapes
 from runtime.errors import ArtifactError, ModelError, WeightsError
 from runtime.host.regular_files import is_there, open_regular, read_regular, read_text
 
-# What travels in the artifact besides the config, if it is there: all that a host needs to feed and finish the model.
+# Files copied to the artifact besides the config, if present: all that a host needs to feed and save the model.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -41,8 +41,8 @@ class Source:
     """A model's description on disk.
 
     Attributes:
-        name: what the artifact is called after.
-        directory: where the files are.
+        name: the base of the artifact's name.
+        directory: the directory with the files.
         config_file: the config.json.
         config: its content.
     """
@@ -53,7 +53,7 @@ class Source:
     config: Mapping[str, Any]
 
     def companions(self) -> dict[str, bytes]:
-        """The files that travel along, by name, besides the config."""
+        """Return the files that are copied to the artifact besides the config, by name."""
         if self.config_file.name != "config.json":
             return {}
         found = ((name, self.directory / name) for name in COMPANIONS)
@@ -63,12 +63,13 @@ class Source:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Names and shapes of the checkpoint's tensors, from the headers of its shards; None when it is not there.
+        """Return names and shapes of the checkpoint's tensors from the headers of its shards; None without a
+        checkpoint.
 
-        What is packed there in a form that a host takes apart while it reads has the names and shapes that it then has.
+        Packed tensors that a host unpacks while reading are listed with their unpacked names and shapes.
 
         Raises:
-            WeightsError: when shards are missing or damaged, or are quantized in a form that no host can read.
+            WeightsError: if shards are missing or damaged, or quantized in a form that no host can read.
         """
         index = self.directory / _INDEX
         if is_there(index):
@@ -96,7 +97,7 @@ class Source:
 
 
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a shard."""
+    """Return dtype and shape of each tensor of a shard."""
     try:
         with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -113,14 +114,14 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def resolve_source(source: str, *, revision: str | None = None) -> Source:
-    """Find the model's files without a network.
+    """Find the model's files without network access.
 
     Args:
         source: a directory with a config.json, a config file, or a hub id whose files are in the local cache.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ModelError: when there is no such model, or it has no config.
+        ModelError: if there is no such model, or it has no config.
     """
     if not source:
         raise ModelError("no model is named", hint="name a directory, a config.json or a hub id")
@@ -149,7 +150,7 @@ def _from_cache(source: str, revision: str | None) -> Source:
 
 
 def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The directory of a hub id in the local cache; None when it is not there. Nothing is fetched."""
+    """Return the local cache directory of a hub id, or None if it is not cached. Nothing is downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

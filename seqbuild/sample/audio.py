@@ -1,8 +1,8 @@
-"""Sounds in a default sample: spectrograms or waveforms, their masks, and the tokens that hold their places in text.
+"""Generate audio for a default sample: spectrograms or waveforms, their masks, and placeholder tokens.
 
-What a model hears is not described by rules for each architecture. Its config states a few widths and lengths; a thin
-copy of the model is shown sounds of these, one kind after the other, and the first that it takes is the sample. How
-many tokens a sound takes is asked of the thin copy, too.
+There are no rules per architecture. The config states a few widths and lengths; a thin copy of the model is run on
+sounds of these, one kind after the other, and the first accepted kind becomes the sample. The thin copy also determines
+the number of tokens for each sound.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _WIDTHS = re.compile(
 )
 _STACKED, _FIXED, _OWN_WIDTHS = "num_stacked_frames", "max_source_positions", ("d_model", "hidden_size")
 _PLACEHOLDERS = ("audio_token_id", "audio_token_index")
-# Divisible by what convolutions and patches step by, and no width of a spectrogram.
+# Divisible by the strides of convolutions and patches, and not equal to the width of a spectrogram.
 _FRAMES, _SAMPLES = 200, 9600
 _BEFORE = 4  # tokens of text before the first sound: more than are padded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sound:
-    """One kind of sound, as a model might take it.
+    """One kind of sound that a model may accept.
 
     Attributes:
         name: the parameter of forward.
         axes: of the tensor, after the batch: `width` and `length` of a spectrogram, `length` and `1` of a waveform.
-        width: which of the widths that the config states.
+        width: the width, one of those stated by the config.
         length: frames or samples.
         mask: `int64` or `bool`: [batch, length]; `counted`: bool [batch, tokens of a sound]; `whole`: int64 without
-            padding; or none.
+        padding; or none.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Sound:
     mask: str
 
     def shape(self, config: Any, sounds: int) -> tuple[int, ...]:
-        """The sizes of the tensor of `sounds` such sounds for a model with this config."""
+        """Return the shape of a tensor of `sounds` sounds of this kind for a model with this config."""
         sizes = {"1": 1, "length": self.length}
         if "width" in self.axes:
             sizes["width"] = widths(config)[self.width]
@@ -68,26 +68,26 @@ class Sound:
 
 
 def hears(parameters: Mapping[str, Any]) -> bool:
-    """Whether the model takes sounds, alone or in text: of models that take images, too, these are enough."""
+    """Return whether the model takes sounds, alone or in text. For models that also take images, sounds suffice."""
     return "pixel_values" not in parameters and any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS))
 
 
 def is_alone(config: Any, parameters: Mapping[str, Any]) -> bool:
-    """Whether sounds take the place of the encoder's text."""
+    """Return whether sounds replace the encoder's text."""
     return "decoder_input_ids" in parameters or "input_ids" not in parameters
 
 
 def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape) -> Row:
-    """A sample of text and sounds.
+    """Generate a sample of text and sounds.
 
     Args:
         model: whose forward takes `parameters`; neither run nor changed.
         parameters: names to parameters of the signature.
-        make_text: from a config: `input_ids` int64 [batch, sequence] with what goes with them, and the decoder's.
+        make_text: from a config: `input_ids` int64 [batch, sequence] with the accompanying inputs, and the decoder's.
         shape: `images` sounds in each of `batch` rows, in lengths by `scale`.
 
     Raises:
-        TraceError: when the thin copy takes no kind of sound that we know.
+        TraceError: if the thin copy accepts none of the known kinds of sound.
     """
     thin: Any = thin_copy(model)
     config: Any = model.config
@@ -109,14 +109,14 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeT
 
 
 def _require_finite(output: Any) -> None:
-    """Refuse a kind of sound of which the model makes no numbers (padded frames, in some versions of some models)."""
+    """Reject a kind of sound for which the model returns NaN (padded frames, in some versions of some models)."""
     values = output.values() if isinstance(output, Mapping) else ()
     if not all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, torch.Tensor)):
         raise ValueError("the output is not finite")
 
 
 def widths(config: Any) -> list[int]:
-    """Channels that a frame may have: those that the config states anywhere, and last the model's own width."""
+    """Return the possible channels of a frame: all that the config states, then the model's own width."""
     entries = list(_entries(config.to_dict()))
     stacked = [value for key, value in entries if key == _STACKED]
     found = [value * (stacked[0] if stacked else 1) for key, value in entries if _WIDTHS.fullmatch(key)]
@@ -133,7 +133,7 @@ def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _kinds(config: Any, parameters: Mapping[str, Any], shape: SampleShape) -> Iterator[Sound]:
-    """What to try, the shortest first."""
+    """Return the kinds to try, shortest first."""
     has_mask = any(name in parameters for name in _MASKS) or is_alone(config, parameters)
     masks = ("int64", "bool", "counted", "whole", "") if has_mask else ("",)
     spectra: tuple[tuple[str, ...], ...] = (("width", "length"), ("length", "width"))
@@ -162,7 +162,7 @@ def _frames(config: Any, shape: SampleShape) -> list[int]:
 def _sample(
     config: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound, count: int
 ) -> Row:
-    """Text and sounds for a model with this config; `count` tokens hold the place of one sound."""
+    """Generate text and sounds for a model with this config; each sound has `count` placeholder tokens."""
     generator = torch.Generator().manual_seed(shape.seed)
     text = make_text(config, generator)
     token = None if is_alone(config, parameters) else _placeholder(config)
@@ -187,7 +187,7 @@ def _sample(
 
 
 def with_places(text: Row, token: int, count: int, sounds: int) -> Row:
-    """`text` with `count` placeholders for each of `sounds` sounds, one token of text between two of them."""
+    """Insert `count` placeholders for each of `sounds` sounds into `text`, separated by one token of text."""
     ids = text["input_ids"]
     before = min(_BEFORE, ids.shape[1] - 1)
     plain = torch.where(ids == token, ids + 1, ids)
@@ -221,7 +221,7 @@ def _placeholder(config: Any) -> int | None:
 
 
 def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound) -> int:
-    """How many tokens hold the place of one sound; 0 where none do."""
+    """Return the number of placeholder tokens for each sound; 0 if there are none."""
     config = thin.config
     if is_alone(config, parameters) or _placeholder(config) is None:
         return 0
@@ -243,7 +243,7 @@ def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape:
 
 
 def _method(thin: Any, name: str) -> Any:
-    """The method of that name of the innermost module that has one: the outer ones hand on to it."""
+    """Return the method of that name of the innermost module that has it; outer modules forward to it."""
     owners = [module for module in thin.modules() if hasattr(module, name)]
     if not owners:
         raise AttributeError(f"{type(thin).__name__} has no {name}")
@@ -251,7 +251,7 @@ def _method(thin: Any, name: str) -> Any:
 
 
 def _inner(thin: Any, name: str) -> Callable[[Row], Any]:
-    """The method as a function of a whole sample: it takes what it has names for, and None for what is not there."""
+    """Return the method as a function of a complete sample: arguments are matched by name, missing ones are None."""
     method = _method(thin, name)
     needed = inspect.signature(method).parameters.values()
     given = {parameter.name: parameter for parameter in needed if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}

@@ -1,4 +1,4 @@
-"""What some models take beside pixels and text, by the names of forward's parameters."""
+"""Generate the additional inputs of some multimodal models, by the names of forward's parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def extras(
     shape: SampleShape,
     generator: torch.Generator,
 ) -> Row:
-    """Every registered name among `parameters` that nothing else has made."""
+    """Generate every registered name among `parameters` that has no other generator."""
     wanted = {name: make for name, make in _EXTRAS.items() if name in parameters and name not in pixels}
     made = {name: make(config, text, pixels, shape, generator) for name, make in wanted.items()}
     return {name: value for name, value in made.items() if value is not None}
@@ -43,14 +43,14 @@ def extras(
 
 @extra("qformer_input_ids")
 def _qformer_ids(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """The instruction in the query transformer's own words, int64 [rows of pixels, 11]."""
+    """The instruction in the query transformer's vocabulary, int64 [rows of pixels, 11]."""
     high = int(config.qformer_config.vocab_size) // 2
     return torch.randint(10, high, (len(pixels["pixel_values"]), 11), generator=generator)
 
 
 @extra("high_res_pixel_values")
 def _high_res(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """The same pictures, larger: [N, C, H, W]."""
+    """The same images at a higher resolution: [N, C, H, W]."""
     geometry = Geometry.of(config.high_res_vision_config)
     size = (len(pixels["pixel_values"]), geometry.channels, geometry.height, geometry.width)
     return torch.randn(size, generator=generator)
@@ -58,20 +58,20 @@ def _high_res(config: Any, text: Row, pixels: Row, shape: SampleShape, generator
 
 @extra("bbox")
 def _boxes(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """Where each word stands: x and y of two corners, float [batch, sequence, 4] within 0 and 1."""
+    """Position of each word: x and y of two corners, float [batch, sequence, 4] within 0 and 1."""
     corners = torch.rand((*text["input_ids"].shape, 2, 2), generator=generator) * 0.5
     return torch.cat([corners[..., 0, :], corners.sum(dim=-2)], dim=-1)
 
 
 @extra("state")
 def _state(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """Where a robot's joints are, [batch, state]."""
+    """Joint positions of a robot, [batch, state]."""
     return torch.randn((shape.batch, int(config.max_state_dim)), generator=generator)
 
 
 @extra("noise")
 def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor | None:
-    """What becomes a robot's motion, [batch, steps, action]; or by which patches are hidden, [batch, patches]."""
+    """Noise for a robot's motion, [batch, steps, action], or for selecting hidden patches, [batch, patches]."""
     if not hasattr(config, "max_action_dim"):
         geometry = Geometry.of(config)
         patches = (geometry.height // geometry.patch) * (geometry.width // geometry.patch)
@@ -81,20 +81,20 @@ def _noise(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: t
 
 @extra("timestep")
 def _timestep(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """How much noise is left, [batch], within 0 and 1."""
+    """Remaining noise level, [batch], within 0 and 1."""
     return torch.rand(shape.batch, generator=generator)
 
 
 @extra("cross_attention_mask")
 def _cross_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """Which tiles each token sees, int64 [batch, sequence, N, K]: those of the images before it."""
+    """Tiles visible to each token, int64 [batch, sequence, N, K]: those of the preceding images."""
     tiles = pixels["aspect_ratio_mask"]
     return _seen(text, tiles.shape[1])[..., None] * tiles[:, None]
 
 
 @extra("image_attention_mask")
 def _image_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """Which images each token sees, int64 [batch, sequence, N]: those before it."""
+    """Images visible to each token, int64 [batch, sequence, N]: the preceding ones."""
     return _seen(text, pixels["pixel_values"].shape[1])
 
 
@@ -107,7 +107,7 @@ def _protein(config: Any, text: Row, pixels: Row, shape: SampleShape, generator:
 
 @extra("protein_attention_mask")
 def _protein_mask(config: Any, text: Row, pixels: Row, shape: SampleShape, generator: torch.Generator) -> torch.Tensor:
-    """All of them are there, int64 [batch, 29]."""
+    """Mask with all amino acids present, int64 [batch, 29]."""
     return torch.ones((shape.batch, 29), dtype=torch.int64)
 
 

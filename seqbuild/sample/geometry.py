@@ -1,4 +1,4 @@
-"""How large a model's images are: sizes of images and patches, under whichever names its config states them."""
+"""Read the geometry of a model's images from its config: sizes of images and patches, under any of their names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Where a config keeps what sees, in the order of looking.
+# Config entries of vision parts, in lookup order.
 _EYES = ("vision_config", "vq_config", "encoder", "vision_encoder_config")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _SIZES = ("image_size", "img_size", "input_size", "resolution")
@@ -15,17 +15,17 @@ _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """What pixels must look like.
+    """Geometry of pixel inputs.
 
     Attributes:
         source: the part of the config that it was read from.
         channels: of a pixel.
-        height: of an image in pixels; 0 where the config states none.
-        width: likewise.
+        height: of an image in pixels; 0 if the config states none.
+        width: of an image in pixels; 0 if the config states none.
         patch: side of a patch in pixels.
         time: frames of a patch.
-        merge: patches in each direction that become one feature.
-        frames: of a video, where a model takes nothing else; else 0.
+        merge: patches in each direction that form one feature.
+        frames: of a video, for models that take only videos; else 0.
     """
 
     source: Any
@@ -39,7 +39,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
-        """As stated by the config of a whole model."""
+        """Read the geometry from the config of a complete model."""
         source = seeing(config)
         size = _stated(source, config, _SIZES, 0)
         ratios = getattr(config, "scaled_images_ratios", None)
@@ -59,7 +59,7 @@ class Geometry:
 
 
 def seeing(config: Any) -> Any:
-    """The part of a config that describes what looks at images; the config itself where none is set apart."""
+    """Return the part of a config that describes the vision model, or the config itself if there is no such part."""
     for name in _EYES:
         for part in parts(config):
             found = getattr(part, name, None)
@@ -69,7 +69,7 @@ def seeing(config: Any) -> Any:
 
 
 def parts(config: Any) -> Iterator[Any]:
-    """The config and those inside it, breadth first."""
+    """Return the config and its nested configs, breadth first."""
     waiting = [config]
     while waiting:
         found = waiting.pop(0)
@@ -88,5 +88,5 @@ def _stated(source: Any, config: Any, names: tuple[str, ...], default: Any) -> A
 
 
 def _number(value: Any) -> int:
-    """Sides that are given for each direction are equal wherever one number is asked for."""
+    """Return a single number; sides given per direction must be equal for this."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)

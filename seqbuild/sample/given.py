@@ -1,4 +1,4 @@
-"""Check the inputs that a caller of the Python API gives: a sample to trace with, and what a subgraph is run on."""
+"""Validate inputs passed to the Python API: a sample to trace with, and inputs of a subgraph."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from runtime.errors import DataError, UsageError
 
 
 def require_module(model: Any) -> None:
-    """Refuse what is no module, a name or a path for instance.
+    """Reject a value that is not a module, such as a name or a path.
 
     Raises:
-        UsageError: saying what it is.
+        UsageError: naming the value's type.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -26,14 +26,14 @@ def require_module(model: Any) -> None:
 
 
 def require_sample(model: nn.Module, sample: Any) -> None:
-    """Refuse a sample that the model's forward does not take.
+    """Reject a sample that the model's forward does not accept.
 
     Args:
-        model: whose inputs they are.
+        model: the model to be called.
         sample: tensors, of which shape and dtype matter, and other arguments, by name.
 
     Raises:
-        DataError: naming the input and what is expected.
+        DataError: naming the input and the expected value.
     """
     parameters = inspect.signature(model.forward).parameters
     takes = ", ".join(parameters)
@@ -56,7 +56,7 @@ def require_sample(model: nn.Module, sample: Any) -> None:
 
 
 def _require_mask_of_tokens(model: nn.Module, sample: Mapping[str, Any], prefix: str) -> None:
-    """Refuse a mask of other tokens than the sample has; with a cache, or code that adds some, it may be longer."""
+    """Reject a mask whose length differs from the tokens; it may be longer with a cache or code that adds tokens."""
     ids, mask = sample.get(f"{prefix}input_ids"), sample.get(f"{prefix}attention_mask")
     if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or mask.dim() != 2 or ids.dim() != 2:
         return
@@ -87,10 +87,10 @@ def _require_value(name: str, value: Any, annotation: str) -> None:
 
 
 def require_subgraph_inputs(graph: fx.Graph, names: Sequence[str], inputs: Mapping[str, Any]) -> None:
-    """Refuse values that a subgraph does not take.
+    """Reject values that a subgraph does not accept.
 
     Raises:
-        DataError: naming the input and what is expected.
+        DataError: naming the input and the expected value.
     """
     takes = f"it takes {', '.join(names)}"
     for name in names:

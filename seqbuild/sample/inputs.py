@@ -1,4 +1,4 @@
-"""Sample inputs: the default one for a model, and the same with symbolic sizes."""
+"""Generate sample inputs: the default sample of a model, and fake tensors with symbolic sizes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for the arguments of `model.forward` that the sample does not give.
+    """Return values for the arguments of `model.forward` that are missing from the sample.
 
     Args:
         model: the model whose forward's signature is read (through its decorators).
-        sample_input: the named inputs that are given.
+        sample_input: the given inputs, by name.
 
     Returns:
         Name to default value, in the order of the signature; `[]` and `{}` for variadic arguments, False for
-        `use_cache`, `inspect.Parameter.empty` for a required argument that the sample lacks.
+        `use_cache`,
+        `inspect.Parameter.empty` for a required argument that is missing from the sample.
     """
     concrete: dict[str, Any] = {}
     for name, parameter in inspect.signature(model.forward).parameters.items():
@@ -47,7 +48,7 @@ def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) ->
     return concrete
 
 
-# What the plain call of a model is looked at with.
+# Shapes used to analyze the plain call of a model.
 _TRIED_SHAPES = (
     SampleShape(),
     SampleShape(batch=2, sequence=19, padding="left", seed=1),
@@ -58,19 +59,19 @@ _TRIED_SHAPES = (
 def default_sample(
     model: nn.Module, shape: SampleShape | None = None, *, text_only: bool = False, wanted: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """Inputs that fit the model's signature and config, on the CPU.
+    """Generate inputs that fit the model's signature and config, on the CPU.
 
-    Of text alone they are those of a plain call, and others for whose absence a value stands; see
-    `seqbuild.sample.plain`.
+    Text-only samples contain the inputs of a plain call, and other inputs for which a value representing their absence
+    is known; see `seqbuild.sample.plain`.
 
     Args:
-        model: whose inputs they are.
-        shape: how they shall look.
-        text_only: leave images and sounds away, for a model that does without.
-        wanted: inputs to make even if a plain call leaves them out.
+        model: the model to be called.
+        shape: the shape of the sample.
+        text_only: omit images and sounds, for a model that works without them.
+        wanted: inputs to generate even if a plain call omits them.
 
     Raises:
-        TraceError: when the model's forward takes nothing that is known.
+        TraceError: if the model's forward takes no known input.
     """
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
@@ -94,11 +95,11 @@ def default_sample(
 
 
 def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
-    """What a plain call of text leaves out, and what stands for it.
+    """Return the inputs that a plain call of text omits, and the values that represent their absence.
 
     Args:
-        model: whose call it is.
-        names: the inputs that are given; where one of them is no text, nothing is known.
+        model: the model to be called.
+        names: the given inputs; if one of them is not text, the result is unknown.
     """
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
@@ -113,7 +114,7 @@ def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
 
 
 def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collection[str]) -> list[str]:
-    """Which of these inputs a plain call of text leaves out."""
+    """Return those of these inputs that a plain call of text omits."""
     parameters = inspect.signature(model.forward).parameters
     return [name for name in names if is_left_out(name, parameters)]
 
@@ -121,7 +122,7 @@ def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collectio
 def _text(
     parameters: Mapping[str, Any], shape: SampleShape, config: Any, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """All inputs of text among the parameters."""
+    """Generate all text inputs among the parameters."""
     inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
     if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
         return inputs
@@ -130,14 +131,14 @@ def _text(
 
 
 def takes_images(parameters: Mapping[str, Any]) -> bool:
-    """Whether a forward with these parameters sees anything."""
+    """Return whether a forward with these parameters takes images."""
     seen = ("pixel_values", "pixel_values_videos", "flattened_patches", "protein_input_ids")
     return any(name in parameters for name in seen)
 
 
 def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A sample with real values, and larger ones that belong together as its own do: all rows several times, token
-    inputs longer by their last column, and so are sequences of vectors where there are no tokens.
+    """Return a sample with real values, and consistently larger ones: all rows repeated, token inputs (or, without
+    tokens, sequences of vectors) extended by their last column.
 
     Tensors without values (meta or fake) become zeros.
     """
@@ -161,8 +162,8 @@ def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def longer_text(sample_input: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The shapes of a sample of tokens alone, with rows so long that they are several blocks of what models handle at
-    once; None for other samples.
+    """Return shapes of a token-only sample with rows so long that they span several of the blocks that models process
+    at once; None for other samples.
     """
     widths = {value.shape[1] for value in sample_input.values() if _is_tokens(value)}
     if len(widths) != 1 or not all(_is_tokens(value) for value in sample_input.values()):
@@ -186,16 +187,16 @@ def _is_tokens(value: Any) -> bool:
 def symbolic_inputs(
     sample_input: Mapping[str, Any], fake_mode: FakeTensorMode, fixed: Collection[tuple[str, int]] = ()
 ) -> dict[str, Any]:
-    """Fake tensors of symbolic size for the sample's tensors; anything else is returned as it is.
+    """Create fake tensors of symbolic size for the sample's tensors; other values are returned unchanged.
 
     Args:
         sample_input: the sample.
         fake_mode: of the trace.
-        fixed: inputs and axes whose sizes are the sample's all the same.
+        fixed: inputs and axes that keep the sample's sizes.
 
-    Token inputs (integers, [batch, sequence]) share one symbol for the batch; every other size has its own, until the
-    model's code shows that two must be equal. A leading size of one would be burnt in, so a batch of one is traced as
-    a larger one: only shapes matter, the values are never looked at.
+    Token inputs (integers, [batch, sequence]) share one symbol for the batch; every other size has its own symbol until
+    the model's code requires two sizes to be equal. A leading size of one would become a constant, so a batch of one is
+    traced as a larger one: only shapes matter, values are never read.
     """
     result: dict[str, Any] = {}
     tensors = {name: value for name, value in sample_input.items() if isinstance(value, torch.Tensor)}

@@ -1,11 +1,11 @@
-"""Pixels in the forms that architectures take them: one small function for each form.
+"""Generate pixels in the formats of the supported architectures: one small function for each format.
 
-A form is told by the names in forward's signature and by entries of the config. Each function makes the pixels of one
-row of text (`shape.images` images, fewer where a model takes one per row); all rows have the same sizes, so rows are
-put together along the first dimension. Legend of shapes:
+The format follows from the parameter names of forward and from entries of the config. Each function generates the
+pixels of one row of text (`shape.images` images, fewer if a model takes one per row). All rows have the same sizes, so
+they are concatenated along the first dimension. Legend of shapes:
 
-    N images of the row     C channels      H, W height and width in pixels
-    P patches of all images K tiles         D entries of a flattened patch
+N images of the row     C channels      H, W height and width in pixels
+P patches of all images K tiles         D entries of a flattened patch
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Row = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What pixels are made for.
+    """Requirements on the generated pixels.
 
     Attributes:
-        parameters: names that forward takes.
-        asked: names that the model's get_image_features takes, to whether they may be left out; empty without one.
+        parameters: parameter names of forward.
+        asked: parameter names of the model's get_image_features, mapped to whether they are optional; empty without it.
         config: the model's.
-        geometry: sizes of images and patches, as the config states them.
-        images: how many each row has.
+        geometry: sizes of images and patches from the config.
+        images: the number of images in each row.
         scale: see `SampleShape`.
-        generator: of the values.
-        first: the number of the row's image that is the first here.
+        generator: random generator of the values.
+        first: the index, within the row, of the first image.
     """
 
     parameters: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Wanted:
         return torch.randn(size, generator=self.generator)
 
     def grids(self, multiple: int = 1) -> list[tuple[int, int]]:
-        """Rows and columns of patches of each image, both divisible by `multiple`; they differ where scale allows."""
+        """Return rows and columns of patches of each image, divisible by `multiple`; they differ if scale allows."""
         rows, columns = ((3, 5), (5, 4), (7, 4))[min(self.scale, 2)]
         sides = [(rows, columns), (columns, rows)] if self.scale else [(rows, columns)]
         chosen = [sides[(self.first + index) % len(sides)] for index in range(self.images)]
@@ -64,7 +64,7 @@ _FORMS: list[tuple[Callable[[Wanted], bool], Form]] = []
 
 
 def form(applies: Callable[[Wanted], bool]) -> Callable[[Form], Form]:
-    """Register a form for the models that `applies` holds for; the first that is registered decides."""
+    """Register a format for models that satisfy `applies`; the first match is used."""
 
     def register(function: Form) -> Form:
         _FORMS.append((applies, function))
@@ -74,12 +74,12 @@ def form(applies: Callable[[Wanted], bool]) -> Callable[[Form], Form]:
 
 
 def row_of_pixels(wanted: Wanted) -> Row:
-    """Everything about the images of one row of text."""
+    """Generate all image inputs of one row of text."""
     return next(function for applies, function in _FORMS if applies(wanted))(wanted)
 
 
 def joined(rows: Sequence[Row]) -> Row:
-    """All rows: one after the other along the first dimension."""
+    """Concatenate all rows along the first dimension."""
     made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     if "target_sizes" in made:  # one long image, whatever the number of rows
         made["pixel_values"] = torch.cat([row["pixel_values"] for row in rows], dim=-1)
@@ -94,13 +94,13 @@ def _takes(*names: str) -> Callable[[Wanted], bool]:
 
 
 def _is(*model_types: str) -> Callable[[Wanted], bool]:
-    """The few whose form is told by nothing else."""
+    """Detect the few models whose format cannot be determined otherwise."""
     return lambda wanted: getattr(wanted.config, "model_type", "") in model_types
 
 
 @form(_is("inkling2", "inkling2_loop"))
 def _merged_squares(wanted: Wanted) -> Row:
-    """Merged patches as little pictures, channels last, [P, side, side, C], and grids of these, [N, 3]."""
+    """Merged patches as small images, channels last, [P, side, side, C], and their grids, [N, 3]."""
     geometry, grids = wanted.geometry, wanted.grids()
     side, patches = geometry.patch * geometry.merge, sum(height * width for height, width in grids)
     return {
@@ -111,14 +111,14 @@ def _merged_squares(wanted: Wanted) -> Row:
 
 @form(_is("inkling_mm_model"))
 def _blocks(wanted: Wanted) -> Row:
-    """Patches as little films, channels last, [P, T, side, side, C]."""
+    """Patches as short videos, channels last, [P, T, side, side, C]."""
     geometry, patches = wanted.geometry, sum(height * width for height, width in wanted.grids())
     return {"pixel_values": wanted.noise(patches, geometry.time, geometry.patch, geometry.patch, geometry.channels)}
 
 
 @form(_is("neomme", "fuyu"))
 def _bare_patches(wanted: Wanted) -> Row:
-    """Flattened patches [P, D] without a grid; as many rows of them as there are images in the older form."""
+    """Flattened patches [P, D] without a grid; in the older format, one row for each image."""
     grids, geometry = wanted.grids(), wanted.geometry
     pixels = wanted.noise(sum(height * width for height, width in grids), geometry.channels * geometry.patch**2)
     return {"pixel_values": pixels if "image_patches" not in wanted.parameters else pixels[None]}
@@ -126,7 +126,7 @@ def _bare_patches(wanted: Wanted) -> Row:
 
 @form(_takes("image_token_pooling"))
 def _pooled_crops(wanted: Wanted) -> Row:
-    """Flattened patches of small views [N, P, D], which four of them become a feature [F, 4], and grids [N, 4]."""
+    """Flattened patches of small crops [N, P, D], the four patches that form each feature [F, 4], and grids [N, 4]."""
     geometry = wanted.geometry
     height, width = geometry.height // geometry.patch, geometry.width // geometry.patch
     places = torch.arange(wanted.images * height * width).reshape(wanted.images, height, width)
@@ -155,7 +155,7 @@ def _grid_thw(wanted: Wanted) -> Row:
 
 
 def _flat_patch(wanted: Wanted) -> tuple[int, ...]:
-    """The sizes of one patch: flattened with its frames, but for the few models that take it as it is."""
+    """Return the shape of one patch: flattened with its frames, except for the few models that take it unflattened."""
     geometry = wanted.geometry
     if getattr(wanted.config, "model_type", "") in _SQUARE_PATCHES:
         return geometry.channels, geometry.patch, geometry.patch
@@ -164,7 +164,7 @@ def _flat_patch(wanted: Wanted) -> tuple[int, ...]:
 
 @form(_takes("image_grid_hw"))
 def _grid_hw(wanted: Wanted) -> Row:
-    """As above, without time."""
+    """As `_grid_thw`, without time."""
     grids = wanted.grids(2)
     patches = sum(height * width for height, width in grids)
     pixels = wanted.noise(patches, wanted.geometry.channels * wanted.geometry.patch**2)
@@ -185,7 +185,7 @@ def _spatial_shapes(wanted: Wanted) -> Row:
 
 @form(_takes("target_sizes"))
 def _target_sizes(wanted: Wanted) -> Row:
-    """All patches side by side as one long image [1, C, patch, P * patch], and the grids [N, 2]."""
+    """All patches concatenated to one long image [1, C, patch, P * patch], and the grids [N, 2]."""
     grids = wanted.grids(4)
     patch = wanted.geometry.patch
     patches = sum(height * width for height, width in grids)
@@ -195,9 +195,9 @@ def _target_sizes(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values", "image_sizes"))
 def _image_sizes(wanted: Wanted) -> Row:
-    """Images of several sizes [N, C, H, W] that are padded to the largest, and their sizes in pixels [N, 2].
+    """Images of several sizes [N, C, H, W], padded to the largest, and their sizes in pixels [N, 2].
 
-    Where the config lists the resolutions of a picture cut into tiles: [N, K, C, H, W].
+    If the config lists the resolutions of a tiled image: [N, K, C, H, W].
     """
     geometry = wanted.geometry
     if getattr(wanted.config, "image_grid_pinpoints", None):
@@ -215,7 +215,7 @@ def _image_sizes(wanted: Wanted) -> Row:
 
 
 def _tiles(wanted: Wanted) -> Row:
-    """A small view of each image and the tiles of the resolution that suits it best, [N, K, C, H, W]."""
+    """A downscaled view of each image and the tiles of the best matching resolution, [N, K, C, H, W]."""
     side, points = wanted.geometry.height, sorted(wanted.config.image_grid_pinpoints, key=lambda point: sorted(point))
     fitting = sorted(points, key=lambda point: (point[0] * point[1], point))
     first = min(wanted.scale, len(fitting) - 1)
@@ -224,7 +224,8 @@ def _tiles(wanted: Wanted) -> Row:
     pixels = wanted.noise(wanted.images, max(counts), wanted.geometry.channels, side, side)
     for index, count in enumerate(counts):
         pixels[index, count:] = 0
-    # A picture that does not fill its tiles has padding cut off again: a little narrower, the best fit stays the same.
+    # Padding of an image that does not fill its tiles is cut off; a slightly narrower image keeps the same best
+    # resolution.
     cut = 8 if wanted.scale else 0
     return {
         "pixel_values": pixels,
@@ -234,14 +235,14 @@ def _tiles(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values_local"))
 def _global_and_local(wanted: Wanted) -> Row:
-    """Whole pictures [N, C, H, W], and from scale 1 on two tiles of each, [2 N, C, h, w]."""
+    """Complete images [N, C, H, W], and from scale 1 on two tiles of each, [2 N, C, h, w]."""
     geometry = wanted.geometry
     return {"pixel_values": wanted.noise(wanted.images, geometry.channels, geometry.height, geometry.width)}
 
 
 @form(_takes("image_position_ids"))
 def _position_ids(wanted: Wanted) -> Row:
-    """Flattened patches [N, P, D] and where each lies, x and y, [N, P, 2]; -1 for padding."""
+    """Flattened patches [N, P, D] and the x and y position of each, [N, P, 2]; -1 for padding."""
     merge, patch = int(getattr(wanted.geometry.source, "pooling_kernel_size", 1)), wanted.geometry.patch
     if hasattr(wanted.geometry.source, "model_patch_size"):  # patches come merged
         merge, patch = 1, int(wanted.geometry.source.model_patch_size)
@@ -257,7 +258,7 @@ def _position_ids(wanted: Wanted) -> Row:
 
 @form(_takes("flattened_patches"))
 def _flattened_patches(wanted: Wanted) -> Row:
-    """Patches with their row and column in front, numbered from one: [1, P, 2 + D]."""
+    """Patches with a prefix of row and column, numbered from one: [1, P, 2 + D]."""
     height, width = wanted.grids()[0]
     places = torch.cartesian_prod(torch.arange(1, height + 1), torch.arange(1, width + 1)).float()
     pixels = wanted.noise(height * width, wanted.geometry.channels * wanted.geometry.patch**2)
@@ -271,7 +272,7 @@ def _flattened_patches(wanted: Wanted) -> Row:
 
 @form(_takes("aspect_ratio_ids"))
 def _aspect_ratios(wanted: Wanted) -> Row:
-    """[1, N, K, C, H, W] with K tiles, the number of the arrangement [1, N], and which tiles are there [1, N, K]."""
+    """[1, N, K, C, H, W] with K tiles, the index of the aspect ratio [1, N], and a mask of tiles [1, N, K]."""
     geometry, tiles = wanted.geometry, int(wanted.geometry.source.max_num_tiles)
     ratios = list(wanted.geometry.source.supported_aspect_ratios)
     images = wanted.images if "input_ids" in wanted.parameters else 1
@@ -289,7 +290,7 @@ def _aspect_ratios(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values_videos"))
 def _frames_or_images(wanted: Wanted) -> Row:
-    """Images where a model takes them, under their older name, too; else videos."""
+    """Images if the model takes them, also under their older name; else videos."""
     name = next(
         name for name in ("pixel_values", "pixel_values_images", "pixel_values_videos") if name in wanted.parameters
     )
@@ -306,7 +307,7 @@ def _films(wanted: Wanted) -> Row:
 @form(_takes("state"))
 @form(_takes("tile_fine_mask"))
 def _images_and_their_mask(wanted: Wanted) -> Row:
-    """[1, N, C, H, W], and which of them are there [1, N]."""
+    """[1, N, C, H, W], and a mask of images [1, N]."""
     pixels = _images(wanted)["pixel_values"][None]
     return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(pixels.shape[:2], dtype=torch.bool)}
 
@@ -331,7 +332,7 @@ def _images_by_row(wanted: Wanted) -> Row:
 
 @form(_takes("pixel_values"))
 def _images(wanted: Wanted) -> Row:
-    """[N, C, H, W]; one image per row where there are no placeholders; [1, T, C, H, W] for videos of T frames."""
+    """[N, C, H, W]; one image per row without placeholders; [1, T, C, H, W] for videos of T frames."""
     geometry = wanted.geometry
     height, width = geometry.height, geometry.width
     if not height:
@@ -343,5 +344,5 @@ def _images(wanted: Wanted) -> Row:
 
 @form(lambda wanted: True)
 def _nothing(wanted: Wanted) -> Row:
-    """For a model that sees otherwise: see `seqbuild.sample.extras`."""
+    """No pixels, for models with other vision inputs: see `seqbuild.sample.extras`."""
     return {}

@@ -1,11 +1,11 @@
-"""The plain call of a model, and what that leaves out.
+"""Determine the plain call of a model and the inputs that it omits.
 
-A plain call is `model(input_ids, attention_mask)`, and of an encoder-decoder model has `labels` as well: that is what
-data of text gives, and what every figure about a model is measured with. A forward takes more than that, and an input
-that is filled in is not always the same as one that is missing: GPT-2 adds the embedding of token 0 where
-`token_type_ids` are zeros, and nothing where there are none. So an input that a plain call leaves out belongs to a
-sample only if a value for it is known that stands for its absence. That is tried: a small random copy of the model runs
-with it and without, and every bit of the outputs must be equal.
+A plain call is `model(input_ids, attention_mask)`, with `labels` for an encoder-decoder model. Text data provides these
+inputs, and quality metrics are measured with them. A forward takes further inputs, and a filled input is not always
+equivalent to a missing one: GPT-2 adds the embedding of token 0 if `token_type_ids` are zeros, and nothing if they are
+missing. A sample therefore contains an input that a plain call omits only if a value that represents its absence is
+known. This is tested: a small random copy of the model runs with and without the value, and the outputs must be equal
+in every bit.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 Row = dict[str, torch.Tensor]
 MakeText = Callable[[Any, "SampleShape"], Row]
 
-# What could stand for the absence of an input, by its name without `decoder_`.
+# Candidate values that represent the absence of an input, by its name without `decoder_`.
 _STANDS_FOR_ABSENCE = {"token_type_ids": 0, "bbox": 0, "lang_ids": 0, "decoder_attention_mask": 1}
 _STARTS = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainCall:
-    """What is known of a model's plain call.
+    """Properties of a model's plain call.
 
     Attributes:
-        absent: inputs that it leaves out and a sample may have: the number that stands for absence, everywhere in the
-            tensor; None where the model does not run without the input.
-        decoder: how the decoder's inputs follow from labels, see `runtime.data.decoder`; empty where that is not known.
+        absent: inputs that it omits but a sample may contain: the number that represents absence, used everywhere in
+        the
+        tensor; None if the model does not run without the input.
+        decoder: the rule that derives the decoder's inputs from labels, see `runtime.data.decoder`; empty if unknown.
     """
 
     absent: Mapping[str, int | None] = field(default_factory=dict)
@@ -55,16 +56,16 @@ _known: weakref.WeakKeyDictionary[nn.Module, PlainCall] = weakref.WeakKeyDiction
 
 
 def is_left_out(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a plain call leaves this input out, as its default is None."""
+    """Return whether a plain call omits this input because its default is None."""
     return _value_for(name) is not None and name in parameters and parameters[name].default is None
 
 
 def plain_call(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
-    """Find out; once for each model.
+    """Determine the plain call; cached for each model.
 
     Args:
         model: neither run nor changed.
-        make_text: makes all inputs of text that the model takes, from a config and a shape.
+        make_text: generates all text inputs of the model, from a config and a shape.
         shapes: of the samples that are tried.
     """
     if model not in _known:
@@ -102,7 +103,7 @@ def _value_for(name: str) -> int | None:
 
 
 def with_stand_ins(row: Row, absent: Mapping[str, int | None]) -> Row:
-    """A sample with the numbers that stand for absence in those of its inputs that have one."""
+    """Fill the inputs that have a value representing absence with that value."""
     values = {name: absent.get(name) for name in row}
     return {
         name: tensor if (value := values[name]) is None else torch.full_like(tensor, value)
@@ -142,7 +143,7 @@ def _needed(trial: _AbsenceTrial, row: Row, left_out: Sequence[str]) -> list[str
 def _rule(trial: _AbsenceTrial, config: Any, row: Row, absent: Mapping[str, int | None]) -> dict[str, int] | None:
     """How the decoder's inputs follow from labels: tried on labels with padding at their ends, and without.
 
-    The model says so itself when it is called with labels; FSMT, which does not look at them then, by the method that
+    The reference is the model when called with labels. FSMT ignores labels there, so its reference is the method that
     transformers' collator calls.
     """
     kept = {name: value for name, value in row.items() if name in absent or not is_left_out(name, trial.parameters)}
@@ -169,7 +170,7 @@ def _rule(trial: _AbsenceTrial, config: Any, row: Row, absent: Mapping[str, int 
 
 
 def _candidates(thin: Any, config: Any) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Rules, for the copy and for the model itself: their tokens may have other numbers."""
+    """Return candidate rules for the copy and for the model, whose token ids may differ."""
     padding = [{PAD: _token(one, "pad_token_id") or 0} for one in (thin, config)]
     for name in _STARTS:
         start, own = _token(thin, name), _token(config, name)
@@ -179,7 +180,7 @@ def _candidates(thin: Any, config: Any) -> Iterator[tuple[dict[str, int], dict[s
 
 
 def _token(config: Any, name: str) -> int | None:
-    """A special token's id; some models have it in the config of a part."""
+    """Return a special token's id; some models state it in a nested config."""
     parts = [config, config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config]
     found = [getattr(part, name, None) for part in parts]
     return next((value for value in found if type(value) is int and value >= 0), None)
@@ -194,7 +195,7 @@ class _AbsenceTrial:
         self.parameters = inspect.signature(model.forward).parameters
 
     def run(self, row: Row) -> dict[str, Any] | None:
-        """What it returns, field by field; None where it does not run."""
+        """Return the outputs by field, or None if the model does not run."""
         extra = {"use_cache": False} if "use_cache" in self.parameters else {}
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), quiet("transformers"):
@@ -207,7 +208,7 @@ class _AbsenceTrial:
         return dict(output) if isinstance(output, Mapping) else {"output": output}
 
     def prepared(self, labels_BT: torch.Tensor) -> torch.Tensor | None:
-        """What its own method makes of labels; None if it has none that works."""
+        """Return the result of the model's own method for labels; None if it has no working one."""
         prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         try:
             made = None if prepare is None else prepare(labels_BT.clone())
@@ -219,7 +220,7 @@ class _AbsenceTrial:
 
 
 def _is_same(got: Any, wanted: Any) -> bool:
-    """Whether two outputs are equal, to the bit."""
+    """Return whether two outputs are equal in every bit."""
     if isinstance(wanted, torch.Tensor):
         return isinstance(got, torch.Tensor) and torch.equal(got, wanted)
     if isinstance(wanted, Mapping):
@@ -231,7 +232,7 @@ def _is_same(got: Any, wanted: Any) -> bool:
 
 
 def _predicts_alike(got: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None, labels_BT: torch.Tensor) -> bool:
-    """Whether logits are equal wherever there is a label."""
+    """Return whether logits are equal at every position with a label."""
     pair = [None if output is None else output.get("logits") for output in (got, wanted)]
     ours, theirs = pair
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape:

@@ -1,7 +1,8 @@
-"""A thin copy of a model: the same architecture made narrow, with random weights, to ask what the model would do.
+"""Build a thin copy of a model: the same architecture with small widths and random weights, to observe its behavior.
 
-Only what a sample must fit is the same: sizes of images and patches, factors by which patches are merged, numbers of
-queries. A model of 400 B parameters that exists as a config only can so be asked how many tokens an image takes.
+Only the properties that a sample must match are kept: sizes of images and patches, merge factors, numbers of queries.
+This determines, for example, the number of tokens of an image for a model of 400 B parameters that exists as a config
+only.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from seqbuild.shrink.config import shrink_table
 if TYPE_CHECKING:
     from torch import nn
 
-# A model of up to so many parameters is copied as it is: nothing is gained by making it smaller.
+# Models with at most this many parameters are copied without shrinking, which would save nothing.
 _THIN_ENOUGH = 30_000_000
 
 _copies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
 
 def thin_copy(model: nn.Module) -> nn.Module:
-    """The model's thin copy on the CPU, float32, in eval mode; made once for each model.
+    """Build the model's thin copy on the CPU, float32, in eval mode; cached for each model.
 
     Raises:
-        TraceError: when the model has no config, or none of its class can be built from the narrow one.
+        TraceError: if the model has no config, or its class cannot be built from the narrow one.
     """
     if model not in _copies:
         _copies[model] = _build(model)
@@ -38,10 +39,10 @@ def thin_copy(model: nn.Module) -> nn.Module:
 
 
 def random_copy(model: nn.Module) -> nn.Module:
-    """Another such copy, with eager attention and with weights that all matter: none is zero, nor one.
+    """Build another thin copy, with eager attention and weights that all affect the result: none is zero or one.
 
     Raises:
-        TraceError: likewise.
+        TraceError: as for `thin_copy`.
     """
     copied = _build(model, attention="eager")
     randomize(copied)
@@ -49,7 +50,7 @@ def random_copy(model: nn.Module) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> None:
-    """Random weights that make every layer matter: matrices by fan-in, vectors near what they were."""
+    """Set random weights that make every layer affect the result: matrices by fan-in, vectors near their old values."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +63,9 @@ def randomize(model: nn.Module) -> None:
 
 
 def _with_attention(cls: Any, config: Any, attention: str) -> nn.Module:
-    """The model with attention that holds no matrix of patches by patches, where it can: images have thousands."""
+    """Build the model with attention that avoids a patches-by-patches matrix if possible: images have thousands of
+    patches.
+    """
     thin: nn.Module
     try:
         thin = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)

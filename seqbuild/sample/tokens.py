@@ -1,4 +1,4 @@
-"""Token ids and what goes with them: masks, types, boxes, languages; several streams of ids where a model has them."""
+"""Generate token ids and the accompanying inputs: masks, types, boxes, languages, several id streams."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PAGE = 1000  # pages are a thousand units wide and high
 def tokens(
     config: Any, parameters: Mapping[str, Any], prefix: str, shape: SampleShape, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Inputs for the parameters that begin with `prefix` (nothing or `decoder_`).
+    """Generate inputs for the parameters that begin with `prefix` (nothing or `decoder_`).
 
-    Ids are int64 [batch, sequence]; of models that read several streams, [batch, sequence, streams] or
-    [batch * streams, sequence].
+    Ids are int64 [batch, sequence]; for models with several streams, [batch, sequence, streams] or [batch * streams,
+    sequence].
     """
     size = (shape.batch, shape.sequence)
     made = {
@@ -34,7 +34,7 @@ def tokens(
 
 
 def vocabulary(config: Any, prefix: str = "") -> int:
-    """How many ids there are for plain text (or the decoder's)."""
+    """Return the number of ids for plain text (or the decoder's text)."""
     text = config.get_text_config(decoder=bool(prefix)) if hasattr(config, "get_text_config") else config
     sizes = [getattr(place, "vocab_size", None) for place in (text, config)]
     sizes += [getattr(config, "codebook_vocab_size", None)] if hasattr(config, "codebook_vocab_size") else []
@@ -50,7 +50,7 @@ def _ids(config: Any, prefix: str, size: tuple[int, int], generator: torch.Gener
 
 
 def _streams(config: Any, prefix: str, size: tuple[int, int]) -> tuple[int, ...]:
-    """Sizes of the ids of the few models that read codes of sounds beside text, or instead."""
+    """Return the shape of the ids of the few models that read audio codes with or instead of text."""
     kind = str(getattr(config, "model_type", ""))
     batch, sequence = size
     if kind == "dia" and prefix:
@@ -75,12 +75,12 @@ def _mask(shape: SampleShape) -> torch.Tensor:
 
 
 def _types(config: Any, size: tuple[int, int]) -> torch.Tensor:
-    """All of the first type, int64 [batch, sequence], or [batch, sequence, K] of models with K kinds of types."""
+    """Token types, all zero: int64 [batch, sequence], or [batch, sequence, K] for models with K kinds of types."""
     kinds = getattr(config, "type_vocab_sizes", None)
     return torch.zeros((*size, len(kinds)) if kinds else size, dtype=torch.int64)
 
 
 def _boxes(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Where on a page each word stands: left, top, right, bottom; int64 [batch, sequence, 4]."""
+    """Position of each word on a page: left, top, right, bottom; int64 [batch, sequence, 4]."""
     corners = torch.randint(0, _PAGE // 2, (*size, 2, 2), generator=generator)
     return torch.cat([corners[..., 0, :], corners.sum(dim=-2)], dim=-1)

@@ -1,4 +1,4 @@
-"""Pack a bundle (`runtime.artifact.bundle`): the same bytes from the same files, wherever and whenever it is made."""
+"""Pack a bundle (`runtime.artifact.bundle`) reproducibly: equal files give equal bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from runtime.host.publish import disk_errors, make_readable, publish_directory, 
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.recipe.recipe import Recipe
 
-# What a host installs; everything else that the runtime imports comes with these.
+# Packages that a host installs; everything else that the runtime imports is a dependency of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgpack", "compressed-tensors")
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _README = """\
@@ -123,7 +123,7 @@ def _runtime_files() -> Iterator[tuple[str, Path]]:
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
-    """The checkpoint's files and what belongs to them, and nothing beside them that does not; by relative name."""
+    """Return the checkpoint's files and their companions, and no others, by relative name."""
     if not directory.is_dir():
         raise WeightsError(f"there is no checkpoint directory {directory}")
     require_regular_entries(directory)
@@ -173,7 +173,7 @@ def _fill(folder: Path, files: dict[str, Path | bytes], requirements: dict[str, 
 
 
 def _write_tar(path: Path, files: dict[str, Path | bytes], requirements: dict[str, str]) -> Path:
-    """The same as one file: no time, no user, an order."""
+    """Write the bundle as one tar file with fixed times, users and order."""
     if path.exists():
         require_free(path)  # which says what is there
     with disk_errors(path):

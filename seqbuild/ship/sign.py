@@ -1,4 +1,4 @@
-"""Sign an artifact, or a bundle of one: everything in it is checked first, and signed as it was then."""
+"""Sign an artifact or its bundle after checking its content."""
 
 from __future__ import annotations
 

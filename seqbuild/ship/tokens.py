@@ -1,4 +1,4 @@
-"""Tokenize texts once, offline, for a calibration host that needs no tokenizer then."""
+"""Tokenize texts once, offline, so that the calibration host needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokenize_files(
 
 
 def _tokenizer_directory(name: str) -> Path:
-    """The directory itself, or the one in the hub cache that holds the tokenizer of this model."""
+    """Return the directory itself, or the hub cache directory with this model's tokenizer."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

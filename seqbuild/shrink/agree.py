@@ -1,4 +1,4 @@
-"""Entries of a config that must agree with one another, set right after each has been made small by itself."""
+"""Restore consistency between entries of a config after each has been shrunk separately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEAD_LISTS = ("num_heads", "num_attention_heads")
 
 
 def agree(full: Mapping[str, Any], small: Table) -> None:
-    """Set right, in place, what in `small` depends on several entries; `full` is the table that it was made from."""
+    """Correct, in place, entries of `small` that depend on several others; `full` is the original table."""
     for rule in _RULES:
         rule(full, small)
 
@@ -26,7 +26,7 @@ def _rule(function: Rule) -> Rule:
 
 @_rule
 def _numbers_of_layers(full: Mapping[str, Any], small: Table) -> None:
-    """The layers whose features are shown to the text are still there."""
+    """Keep references to the layers whose features are passed to the text model valid."""
     eyes = small.get("vision_config")
     if not isinstance(eyes, Mapping):
         return
@@ -44,7 +44,7 @@ def _kept(number: int, depth: int) -> int:
 
 @_rule
 def _widths_of_stages(full: Mapping[str, Any], small: Table) -> None:
-    """A pyramid's first width is a multiple of its first number of heads; each stage is short."""
+    """Make a pyramid's first width a multiple of its first number of heads, and each stage short."""
     heads = next((small[name] for name in _HEAD_LISTS if _is_numbers(small.get(name))), None)
     if heads and isinstance(small.get("embed_dim"), int) and small["embed_dim"] % heads[0]:
         small["embed_dim"] = 16 * heads[0] if heads[0] <= 4 else 4 * heads[0]
@@ -54,7 +54,7 @@ def _widths_of_stages(full: Mapping[str, Any], small: Table) -> None:
 
 @_rule
 def _shuffled_pixels(full: Mapping[str, Any], small: Table) -> None:
-    """Pixel shuffle makes features wider by the square of its ratio, and a perceptron must take them."""
+    """Match the perceptron's input to pixel shuffle, which widens features by the square of its ratio."""
     ratio = small.get("pixel_shuffle_ratio")
     if ratio and {"hidden_size", "projector_input_dim", "projector_output_dim"} <= small.keys():
         small["intermediate_size"] = round(small["hidden_size"] / ratio**2)
@@ -63,14 +63,14 @@ def _shuffled_pixels(full: Mapping[str, Any], small: Table) -> None:
 
 @_rule
 def _stacked_layers(full: Mapping[str, Any], small: Table) -> None:
-    """What leaves a tower that shows several of its layers at once is as wide as all of them."""
+    """Match the output width of a tower that concatenates several of its layers."""
     if {"intermediate_layers_indices", "vision_output_dim", "hidden_size"} <= small.keys():
         small["vision_output_dim"] = small["hidden_size"] * (1 + len(small["intermediate_layers_indices"]))
 
 
 @_rule
 def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
-    """Merged patches are as wide as all that they are made from."""
+    """Make merged patches as wide as all of their parts."""
     before, after = full.get("vision_config"), small.get("vision_config")
     if not isinstance(before, Mapping) or not isinstance(after, Mapping) or "hidden_size" not in after:
         return
@@ -86,7 +86,7 @@ def _merged_widths(full: Mapping[str, Any], small: Table) -> None:
 
 @_rule
 def _convolutions(full: Mapping[str, Any], small: Table) -> None:
-    """Widths that a tower computes from others, and states once more."""
+    """Update widths that a tower computes from others and also states separately."""
     if "width_coefficient" in full and "hidden_dim" in full:
         small["hidden_dim"] = full["hidden_dim"]
     channels, factors = small.get("base_channels"), small.get("channel_multiplier")
@@ -96,7 +96,7 @@ def _convolutions(full: Mapping[str, Any], small: Table) -> None:
 
 @_rule
 def _towers_in_a_row(full: Mapping[str, Any], small: Table) -> None:
-    """What one part gives is what the next one takes."""
+    """Match the output of each part to the input of the next."""
     if full.get("adapter_input_size") == full.get("hidden_size") and "adapter_input_size" in small:
         small["adapter_input_size"] = small["hidden_size"]
     first, second = small.get("sam_config"), small.get("encoder_config")
@@ -109,7 +109,7 @@ def _towers_in_a_row(full: Mapping[str, Any], small: Table) -> None:
 
 @_rule
 def _codes_among_words(full: Mapping[str, Any], small: Table) -> None:
-    """Codes of images, and then of sounds, have their places in the vocabulary."""
+    """Keep codes of images, and then of sounds, inside the vocabulary."""
     if {"image_token_offset", "audio_token_offset", "vision_config", "audio_config"} <= small.keys():
         codes = 64
         small["vision_config"]["codebook_size"] = small["audio_config"]["codebook_size"] = codes

@@ -1,4 +1,4 @@
-"""What holds between the numbers of a config, and shall still hold when it is small."""
+"""Relations between the numbers of a config that must also hold after shrinking."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _KEY_HEADS = re.compile(r"(.*_)?num_key_value_heads|(.*_)?n_?(um_)?kv_heads|kv_n
 
 
 def enforce(laws: Sequence[str], large: Mapping[str, Any], small: dict[str, Any]) -> None:
-    """Set in `small` the targets of those laws that hold in `large`."""
+    """Set in `small` the targets of the relations that hold in `large`."""
     for law in laws:
         target, terms = law.split(" = ")
         *owners, name = target.split(".")

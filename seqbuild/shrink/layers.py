@@ -1,8 +1,8 @@
-"""Which layers of a config stay when it is made shallow, and what it says of them then.
+"""Select the layers to keep when a config is made shallow, and adapt its entries about layers.
 
-A layer's kind is all that the config says of it: its entries in the lists that have one for each layer, whether its
-index stands in a list of indices, and on which side of each boundary it lies (`first_k_dense_replace` and the like).
-The first of each kind stays, and enough others to make a chain.
+A layer's kind consists of all config entries about it: its entries in lists with one entry for each layer, whether its
+index is in a list of indices, and on which side of each boundary it lies (`first_k_dense_replace` and the like). The
+first layer of each kind is kept, and enough others to form a chain.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _SOURCES = re.compile(r"kv_source_layers")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layers:
-    """The layers that stay of one table of a config.
+    """Layers to keep for one table of a config.
 
     Attributes:
-        kept: for each depth that the table states, the old indices of the layers that stay, ascending.
-        main: the depth that boundaries and lists of indices are about; 0 where there is none.
+        kept: for each depth in the table, the old indices of the kept layers, ascending.
+        main: the depth to which boundaries and lists of indices refer; 0 if there is none.
     """
 
     kept: Mapping[int, Sequence[int]]
@@ -50,7 +50,7 @@ class Layers:
         return cls(kept={depth: _chosen(table, depth, depth == main) for depth in depths.values()}, main=main)
 
     def entry(self, key: str, value: Any) -> Any:
-        """What `value` becomes, or `value` itself if it says nothing about layers."""
+        """Return the new `value`, or `value` itself if it does not refer to layers."""
         if _is_depth(key, value):
             return len(self.kept[value])
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Trace a model for an artifact: with the inputs, targets and dtype that work, the best ones first."""
+"""Trace a model for an artifact with the first combination of inputs, targets and dtype that works, best first."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Traced:
 
     @property
     def marker(self) -> torch.dtype | None:
-        """The dtype that stands for the weights' in the trace, if any does."""
+        """Return the dtype that represents the weights' dtype in the trace, if any."""
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
@@ -110,7 +110,7 @@ def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only
 
 
 def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Pixels, sounds and the like in this dtype."""
+    """Convert pixels, sounds and other floating point inputs to this dtype."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
 
 

@@ -315,7 +315,7 @@ def _cut(
     targets_per_subgraph: int,
     remarks: tuple[str, ...],
 ) -> Trace:
-    """From the graph of a whole forward to the chain."""
+    """Cut the graph of a complete forward into a chain."""
     partitions = topological_partition(graph, called, targets_per_subgraph)
     subgraphs = partition_graph(model, partitions)
     trace_consumed_names(subgraphs)
@@ -349,7 +349,7 @@ def _uncalled(model: nn.Module, targets: Collection[nn.Module]) -> TargetError:
 def _remarks(
     model: nn.Module, patterns: Sequence[str], silent: Collection[nn.Module], called: Collection[nn.Module]
 ) -> tuple[str, ...]:
-    """What a user should know of targets that play no part."""
+    """Describe targets that were not used."""
     found = [f"{sentence}; it is ignored" for sentence in unmatched_targets(model, patterns)]
     names = _names(model, silent)
     if names:

@@ -1,4 +1,4 @@
-"""What belongs to the process and not to the model: generators of random numbers, torch's settings, the environment."""
+"""Save and restore process state: random generators, torch's settings, the environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FLAGS = (
 
 @contextlib.contextmanager
 def surroundings_as_found() -> Iterator[None]:
-    """Put these back after the block, whoever has changed them meanwhile."""
+    """Restore this state after the block, whatever has changed it."""
     with contextlib.ExitStack() as stack:
         for read, write in _SETTINGS:
             stack.callback(_put_back, read, write, read())

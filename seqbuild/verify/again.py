@@ -1,6 +1,6 @@
-"""Compile what an artifact was compiled from once more, or the same architecture made small, in the same way.
+"""Compile an artifact's source, or a small version of its architecture, again with the same options.
 
-An artifact holds the config, the model's own code and the requests it was compiled with, so nothing else is needed.
+An artifact contains the config, the model's own code and the options of its compilation, so nothing else is needed.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
 
 _WITH_WEIGHTS = "verify the artifact itself, with --weights"
-# Ingredients of the input key that do not decide what the code of the subgraphs is, or are as they were by making.
+# Ingredients of the input key that do not affect the code of the subgraphs, or are equal by construction.
 _WITHOUT_EFFECT = ("companions", "config", "checkpoint_names", "format", "version_seqbuild")
 
 
 def small_model_directory(artifact: Artifact, folder: Path) -> Path:
-    """Write a model directory without weights: the artifact's architecture, made small.
+    """Write a model directory without weights: the artifact's architecture with a small config.
 
     Raises:
-        ModelError: when its config cannot be made small.
+        ModelError: if its config cannot be shrunk.
     """
     config = artifact_config(artifact)
     try:
@@ -65,7 +65,7 @@ def model_directory(artifact: Artifact, folder: Path) -> Path:
 
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
-    """A directory with this config; what else the artifact brings goes with it."""
+    """Write a directory with this config and the artifact's other files."""
     if artifact.model_code is not None:
         stated = json.loads(artifact.companions["config.json"].decode("utf-8"))
         table |= {"auto_map": _local(stated.get("auto_map"))}
@@ -90,7 +90,7 @@ def _local(auto_map: Any) -> Any:
 
 
 def stated(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that a file would have: some config classes refuse what their own `to_dict` adds."""
+    """Return the entries that a file would have: some config classes reject entries that their own `to_dict` adds."""
     plain = {key: value for key, value in table.items() if key not in ("_name_or_path", "output_attentions")}
     return {key: stated(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
@@ -127,7 +127,7 @@ def compile_alike(manifest: Manifest, directory: Path, out: Path) -> Compiled:
 
 
 def is_text_only(model: nn.Module, names: list[str]) -> bool:
-    """Whether a sample of text alone has these inputs."""
+    """Return whether a text-only sample has these inputs."""
     try:
         return set(names) <= set(default_sample(model, text_only=True, wanted=names))
     except TraceError:
@@ -229,7 +229,7 @@ def changed_files(artifact: Artifact, folder: Path) -> tuple[tuple[str, ...] | N
 
 
 def _programs(manifest: Manifest) -> dict[str, Any]:
-    """What there is to compare, by file: each subgraph with its entry, and the constants."""
+    """Return the parts to compare, by file: each subgraph with its entry, and the constants."""
     digests = {entry.path: entry.sha256 for entry in manifest.files}
     programs: dict[str, Any] = {entry.file: (entry, digests[entry.file]) for entry in manifest.subgraphs}
     folders = ("subgraphs/", "constants", f"{FOLDER}/")

@@ -141,7 +141,7 @@ def _require_sensible(dtype: str, tolerance: float) -> None:
 
 
 def _about_code(changed: tuple[str, ...] | None, why: str) -> str:
-    """What is known about the code of an artifact that is not run itself."""
+    """Describe the comparison of the artifact's code, which is not executed itself."""
     head = "This verifies the architecture, on a small model; the artifact's own code was not run"
     if changed is None:
         return f"{head}, nor compared with what its config gives now: {why}."
@@ -152,7 +152,7 @@ def _about_code(changed: tuple[str, ...] | None, why: str) -> str:
 
 @contextlib.contextmanager
 def _calm() -> Iterator[None]:
-    """Without the remarks of libraries on models that are small and random, and without their progress bars."""
+    """Suppress library warnings about small random models, and progress bars."""
     from transformers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()
@@ -167,19 +167,19 @@ def _calm() -> Iterator[None]:
 
 
 class _Pair(Protocol):
-    """A model, and the module tree that a chain is run on, with the same weights; made when they are asked for."""
+    """A model, and the module tree for running the chain, with the same weights; both created on demand."""
 
     artifact: Artifact
     dtype: torch.dtype
 
     def check(self) -> None:
-        """Refuse what does not fit, before anything large is made."""
+        """Reject an unsuitable checkpoint before anything large is allocated."""
 
     def model(self) -> nn.Module:
-        """The model itself, in eval mode."""
+        """Return the model itself, in eval mode."""
 
     def twin(self) -> nn.Module:
-        """What the chain is run on."""
+        """Return the module tree for running the chain."""
 
 
 @dataclass(kw_only=True)
@@ -191,7 +191,7 @@ class _RandomPair:
     _model: nn.Module | None = field(default=None, init=False)
 
     def check(self) -> None:
-        """Random weights fit."""
+        """Accept: random weights always fit."""
 
     def model(self) -> nn.Module:
         if self._model is None:
@@ -261,10 +261,10 @@ class _LoadedPair:
 
 
 def _align(model: nn.Module) -> None:
-    """Move weights to where memory that torch reserves begins.
+    """Copy weights to memory allocated by torch.
 
-    transformers leaves them where they lie in the file. Vectorized loops add numbers up in an order that depends on
-    where they begin, and so the last bits of a sum do.
+    transformers keeps them at their position in the file. The order of summation in vectorized loops depends on the
+    alignment of the data, and so do the last bits of a sum.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -287,7 +287,7 @@ class _ModelRun:
 
 
 def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> Iterator[Compared]:
-    """The model on all shapes first, so that it can be freed before the chain's weights are there."""
+    """Run the model on all shapes first, so that it can be freed before the chain's weights are loaded."""
     pair.check()
     model = pair.model()
     references = [_reference(pair, model, shape) for shape in shapes]
@@ -366,7 +366,7 @@ def _called(artifact: Artifact) -> dict[str, None]:
 
 
 def _first_apart(artifact: Artifact, wanted: Prints, got: Prints) -> int | None:
-    """The first subgraph one of whose modules returned something else; the last where all returned the same."""
+    """Return the first subgraph with a module that returned a different value; the last if all are equal."""
     for index, subgraph in enumerate(artifact.subgraphs):
         if any(got.get(name) != wanted.get(name) for name in subgraph.entry.submodules):
             return index

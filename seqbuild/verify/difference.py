@@ -1,4 +1,4 @@
-"""How far two outputs of a model lie apart."""
+"""Measure the difference between two outputs of a model."""
 
 from __future__ import annotations
 

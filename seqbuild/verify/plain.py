@@ -30,14 +30,14 @@ LOGITS = "logits"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainReference:
-    """What data gives, and what the model itself makes of it: all its output, or with labels its logits alone."""
+    """Inputs of a plain call, and the model's output for them: all fields, or with labels the logits only."""
 
     given: Mapping[str, torch.Tensor]
     output: Mapping[str, Any]
 
 
 def plain_reference(manifest: Manifest, model: nn.Module, sample: Mapping[str, torch.Tensor]) -> PlainReference | None:
-    """The plain call of the model; None where it is the sample itself that the artifact takes."""
+    """Run the model's plain call; None if the artifact's sample is already a plain call."""
     left_out = [entry.name for entry in manifest.inputs if entry.absent != UNKNOWN_ABSENCE]
     has_labels = DECODER_IDS in sample and bool(manifest.decoder)
     if not left_out and not has_labels:

@@ -1,4 +1,4 @@
-"""Prove that an artifact is what its model's description gives: compile it once more, and compare every byte."""
+"""Verify that an artifact is reproducible: compile its model again and compare every byte."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from seqbuild.verify.again import compile_alike
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rebuilt:
-    """What compiling once more has given.
+    """Result of compiling again.
 
     Attributes:
         path: the artifact that was compared.
-        num_files: how many files were compared, the manifest included.
-        differing: names of those that are not the same byte for byte, or are on one side only.
-        ingredients: names of the ingredients of the input key that are not the same here; where there are any, other
-            bytes are no surprise.
+        num_files: the number of compared files, including the manifest.
+        differing: names of files that differ in any byte, or exist on one side only.
+        ingredients: names of the input key's ingredients that differ here; if there are any, different bytes are
+        expected.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Rebuilt:
 
     @property
     def is_same(self) -> bool:
-        """Whether all bytes are the same."""
+        """Return whether all bytes are equal."""
         return not self.differing
 
     def __str__(self) -> str:
@@ -49,15 +49,15 @@ def rebuild(
     source: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Rebuilt:
-    """Compile an artifact's model once more, with what its manifest says was asked for.
+    """Compile an artifact's model again with the options in its manifest.
 
     Args:
         artifact: its directory.
-        source: the model's directory; None takes the config, tokenizer and code that the artifact brings.
-        trust_remote_code: allow the model's own code, if there is any, to be executed.
+        source: the model's directory; None uses the config, tokenizer and code in the artifact.
+        trust_remote_code: allow executing the model's own code, if any.
 
     Raises:
-        UsageError: when the artifact alone does not say enough.
+        UsageError: if the artifact alone is not sufficient.
         ArtifactError, ModelError, TargetError, TraceError: as `seqbuild.build.build`.
     """
     root = Path(artifact)
@@ -86,7 +86,7 @@ def rebuild(
 
 
 def _described(checked: Checked, folder: Path) -> Path:
-    """The model's directory, as far as the artifact brings it: the same bytes under the same names."""
+    """Write the part of the model's directory that the artifact contains, with the same names and bytes."""
     files = {
         name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))
     }

@@ -1,4 +1,4 @@
-"""What a verification found, and how it is shown to people and to programs."""
+"""Result of a verification, and its presentation as text and JSON."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """What was found, as one sentence."""
+        """Return the result as one sentence."""
         done = [shape for shape in self.shapes if not shape.skipped]
         bad = [shape for shape in done if not shape.is_equal]
         if bad:

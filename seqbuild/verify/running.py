@@ -1,4 +1,4 @@
-"""Run a model, and run the chain that was made from it, in one way each."""
+"""Run a model, and the chain compiled from it, under the same conditions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seqbuild.verify.difference import named, tensors
 if TYPE_CHECKING:
     from runtime.chain import Artifact
 
-# The sample's own shape, other values, and other sizes, paddings, images and grids.
+# The sample's own shape, then other values, sizes, paddings, images and grids.
 SHAPES = (
     SampleShape(),
     SampleShape(seed=1),
@@ -37,11 +37,11 @@ class ChainStep(Protocol):
 
     @property
     def input_names(self) -> Collection[str]:
-        """What it takes."""
+        """Return the names of the inputs."""
 
     @property
     def consumed_names(self) -> Collection[str]:
-        """Which of those are freed after it."""
+        """Return the inputs that are freed after this subgraph."""
 
     def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Execute it."""
@@ -62,7 +62,7 @@ def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
-    """Entries of the model's configs, where they exist, for as long as the block runs."""
+    """Set existing entries of the model's configs while the block runs."""
     places = ((config, name) for config in _configs(model) for name in wanted if hasattr(config, name))
     found = [(config, name, getattr(config, name)) for config, name in places]
     for config, name, _ in found:
@@ -90,7 +90,7 @@ def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[
 
 @contextlib.contextmanager
 def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
-    """While the block runs, note what the submodules `names` return: a digest for each of their calls, by name."""
+    """Record a digest of each result of the submodules `names` while the block runs, by name."""
     found: Prints = {}
     hooks = []
     for name in names:
@@ -112,7 +112,7 @@ def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
 
 
 def with_weights(artifact: Artifact, model: nn.Module) -> nn.Module:
-    """The host's module tree with the parameters of `model`, which both then share."""
+    """Return the host's module tree with the parameters of `model`, shared by both."""
     twin = artifact.empty_model(next(p.dtype for p in model.parameters() if p.is_floating_point()))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in artifact.manifest.parameters:

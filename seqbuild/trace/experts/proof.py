@@ -1,11 +1,11 @@
-"""Prove by execution that a leaf does what the experts do that it was learned of.
+"""Prove by execution that a leaf computes the same as the experts module from which it was learned.
 
-The leaf is built as a host builds it, and called next to the module itself, both with the same random weights: for
-several numbers of tokens, and of experts for each; some experts used and others not; and in two dtypes. Results must be
-the same, bit for bit, and nothing may be changed.
+The leaf is built as on a host and called next to the module, both with the same random weights: for several numbers of
+tokens and of experts per token, with some experts unused, and in two dtypes. Results must be equal bit for bit, and
+nothing may be modified.
 
-Weights of a real model's size are windows into a few random numbers, that overlap: they take no memory, though no two
-experts, and no two rows, are alike.
+Weights of a real model's size are overlapping windows into a few random numbers: they take no memory, but no two
+experts and no two rows are equal.
 """
 
 from __future__ import annotations

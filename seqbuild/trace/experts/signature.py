@@ -27,11 +27,11 @@ _BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, torch.dtype
 
 
 class _UnknownError(Exception):
-    """There is no way to compare something by its value."""
+    """A value that cannot be compared."""
 
 
 def signature(module: nn.Module) -> Hashable | None:
-    """A module's key; None where it has none."""
+    """Return a module's key; None if it has none."""
     try:
         return tuple(_parts(module))
     except (_UnknownError, RecursionError):

@@ -36,7 +36,7 @@ _INDEX_STEPS: Mapping[str, Mapping[str, str | None]] = {
 
 
 class OtherwiseError(ValueError):
-    """The forward does something else than what it is watched for."""
+    """The forward differs from the expected loop over experts."""
 
     def __init__(self, message: str = "the forward is no loop over experts that does the same for each") -> None:
         super().__init__(message)

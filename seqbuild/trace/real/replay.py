@@ -73,7 +73,7 @@ class Replay:
         self._generator = torch.Generator().manual_seed(1)
 
     def real(self, value: Any, variant: int) -> Any:
-        """What `value` (fake tensors, symbols and containers of them) is for one of the samples."""
+        """Return the real value of `value` (fake tensors, symbols and containers of them) for one sample."""
         node = self.node_of(value)
         if node is not None:
             self._catch_up(node.graph)
@@ -106,7 +106,7 @@ class Replay:
         self._last = node
 
     def size(self, size: int | torch.SymInt, variant: int) -> int:
-        """A size as a number, for one of the samples."""
+        """Return a size as a number, for one sample."""
         if not isinstance(size, torch.SymInt):
             return int(size)
         expression = self.shape_env.replace(size.node.expr)

@@ -1,4 +1,4 @@
-"""What a trace assumed of sizes, as conditions that a host can check."""
+"""Convert assumptions of a trace about sizes to conditions that a host can check."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def summed(size: Any, index: sympy.Symbol, count: Any) -> Any:
 
 
 def _trials(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, Any]]:
-    """Numbers for the symbols, a few times."""
+    """Return several assignments of numbers to the symbols."""
     return [{s: sympy.Integer(base + step * place) for place, s in enumerate(symbols)} for base, step in _TRIALS]
 
 
