@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact, load
     from runtime.data.samples import batches, load_tokens
     from runtime.evaluation import evaluate
-    from runtime.host.devices import dispatch_for_sequential
+    from runtime.host.dispatch import dispatch_for_sequential
     from runtime.planning.fit import Limits
     from runtime.planning.request import Planned, plan_artifact
     from runtime.recipe.recipe import Recipe
@@ -79,7 +79,7 @@ _HOMES = {
     "Recipe": "runtime.recipe.recipe",
     "batches": "runtime.data.samples",
     "calibrate": "runtime.calibration",
-    "dispatch_for_sequential": "runtime.host.devices",
+    "dispatch_for_sequential": "runtime.host.dispatch",
     "evaluate": "runtime.evaluation",
     "load": "runtime.chain",
     "load_tokens": "runtime.data.samples",
