@@ -6,7 +6,7 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
 import runtime
-from runtime.host import devices as dispatch
+from runtime.host import dispatch
 from runtime.host.devices import resolve_device
 from tests.tiny_models import make_inputs, tiny_model
 

@@ -27,7 +27,7 @@ def python(program: str, *arguments: str | Path) -> str:
 
 RUN = (
     "import sys\n"
-    "from runtime import lean_imports\n"
+    "from runtime.cli import imports as lean_imports\n"
     "if sys.argv[1] == 'lean': lean_imports.allow()\n"
     "from runtime.cli.app import main\n"
     "code = main(sys.argv[2:])\n"
@@ -48,7 +48,7 @@ def test_a_run_by_itself_imports_less_and_writes_the_same(place: Place) -> None:
 
 def test_transformers_is_whole_afterwards() -> None:
     said = python(
-        "from runtime import lean_imports\n"
+        "from runtime.cli import imports as lean_imports\n"
         "lean_imports.import_alone()\n"
         "import sys, compressed_tensors\n"
         "assert not [name for name in sys.modules if name.split('.')[0] == 'transformers']\n"
@@ -66,7 +66,7 @@ def test_a_process_that_is_not_ours_alone_imports_as_usual(place: Place) -> None
     said = python(
         "import sys\n"
         "from pathlib import Path\n"
-        "from runtime import lean_imports\n"
+        "from runtime.cli import imports as lean_imports\n"
         "lean_imports.prepare(Path(sys.argv[1]))\n"
         "print('compressed_tensors' in sys.modules)\n",
         place.artifact,

@@ -120,7 +120,7 @@ class TestReaders:
                 met.update(reader_limits(model_type, {}, {"c": job("W4A16")}, {place: ["a.b"]}))
         texts = {line.removesuffix(": a.b") for line in met}
         # compressed-tensors 0.19 has no preset of six bits.
-        has_six_bits = any(preset.startswith("MXFP6") for preset in runtime.presets.PRESETS)
+        has_six_bits = any(preset.startswith("MXFP6") for preset in runtime.formats.presets.PRESETS)
         limits = [limit for limit in LIMITS if has_six_bits or not limit.scheme.startswith("mxfp6")]
         assert {f"{limit.reader} {limit.versions} {limit.consequence}" for limit in limits} == texts
 
