@@ -32,7 +32,7 @@ def test_the_minimums_were_tested() -> None:
     found = minimums(declared())
     oldest = [found[name] for name in ("torch", "transformers", "compressed-tensors")]
     rows = [line.split("|")[2:5] for line in tested.splitlines() if line.startswith("|")]
-    assert oldest in [[re.sub(r"\.0 |\.0$| \(.*", "", cell.strip()) for cell in row] for row in rows]
+    assert oldest in [[re.sub(r"(\.0)+$", "", cell.strip()) for cell in row] for row in rows]
 
 
 def test_pins_are_exact_and_keep_their_marker() -> None:
@@ -42,9 +42,7 @@ def test_pins_are_exact_and_keep_their_marker() -> None:
     assert all(">" not in line and "==" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"), [("torch", "another form than name>=version"), ("torch==2", "another form")]
-)
+@pytest.mark.parametrize(("line", "message"), [("torch", "another form"), ("torch==2", "another form")])
 def test_a_requirement_without_a_minimum_is_an_error(line: str, message: str) -> None:
     project = {"build-system": {"requires": [line]}, "project": {"dependencies": [], "optional-dependencies": {}}}
     with pytest.raises(ValueError, match=message):
