@@ -26,15 +26,6 @@ def test_the_document_states_the_supported_pythons() -> None:
     assert f"Python {versions[0]} to {versions[-1]}." in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_minimums_were_tested() -> None:
-    """A row of the tested combinations has the minimum versions of the libraries that matter most."""
-    tested = PAGE.read_text(encoding="utf-8").partition("## Tested combinations")[2]
-    found = minimums(declared())
-    oldest = [found[name] for name in ("torch", "transformers", "compressed-tensors")]
-    rows = [line.split("|")[2:5] for line in tested.splitlines() if line.startswith("|")]
-    assert oldest in [[re.sub(r"\.0 |\.0$| \(.*", "", cell.strip()) for cell in row] for row in rows]
-
-
 def test_pins_are_exact_and_keep_their_marker() -> None:
     lines = pins(declared())
     assert "triton==3.6; platform_system == 'Linux'" in lines
