@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from runtime.data.samples import Origin, TokenData, batches, load_tokens, save_tokens
+from runtime.data.samples import DataOrigin, TokenData, batches, load_tokens, save_tokens
 from runtime.errors import DataError, UsageError
 
 BOS, EOS = 0, 1
@@ -306,7 +306,7 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, byte_tokenizer_dir: 
 
 
 def test_importing_the_module_and_reading_a_token_file_load_no_tokenizer_library(tmp_path: Path) -> None:
-    origin = Origin(tokenizer="t", tokenizer_digest="d", vocab_size=9, sources=())
+    origin = DataOrigin(tokenizer="t", tokenizer_digest="d", vocab_size=9, sources=())
     path = tmp_path / "x.safetensors"
     save_tokens(path, [torch.tensor([1, 2])], seq_len=2, origin=origin)
     program = (

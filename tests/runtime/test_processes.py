@@ -86,7 +86,7 @@ def test_a_closed_pipe_is_no_traceback(place: Place, environment: dict[str, str]
 def test_help_loads_no_torch(module: str, environment: dict[str, str]) -> None:
     code = f"""
 import sys
-from {module}.cli import main
+from {module}.cli.app import main
 assert main(["--help"]) == 0
 heavy = [name for name in ("torch", "transformers", "compressed_tensors", "numpy") if name in sys.modules]
 assert not heavy, heavy
