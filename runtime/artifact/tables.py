@@ -140,7 +140,7 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
-    """Yield a sentence for each invalid `absent` number or decoder rule: both fill tensors of the host."""
+    """Yield a sentence for each invalid `absent` number or decoder rule: the host makes these inputs by their shape."""
     for entry in manifest.inputs:
         of_each = entry.shape[2:]  # axes after rows and tokens
         is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
