@@ -1,7 +1,7 @@
-"""Read an artifact: check everything, then compile, and never trace.
+"""Load an artifact: check everything, then compile its code, without tracing.
 
-The order is the point: manifest, then the digest of every file, then the grammar of every program, and only then is
-code compiled (docs/format.md, "What a reader must do").
+The order matters: the manifest, the digest of every file, the grammar of every program, and only then is code compiled
+(docs/format.md, "What a reader must do").
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["CONSTANTS_NAME", "Artifact", "LoadedSubgraph", "check", "check_versions", "load", "read_manifest"]
 
 
-# What torch says of memory and devices: that is no fault of the code.
+# Torch's messages about memory and devices: these errors are not caused by the code.
 _ABOUT_MACHINE = re.compile(r"memory|CUDA|XPU|device-side", re.IGNORECASE)
-# What code raises that makes no sense for its values. A RuntimeError does not say whether it is one of these.
+# Errors raised by code that is invalid for its values. A RuntimeError may or may not be one of these.
 _OF_CODE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, StopIteration)
 
 
@@ -54,12 +54,12 @@ class LoadedSubgraph:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """What `forward` takes, in the order of the generated signature."""
+        """Names of the inputs of `forward`, in the order of the generated signature."""
         return self.entry.input_names
 
     @property
     def consumed_names(self) -> tuple[str, ...]:
-        """The inputs that no later subgraph takes, so that they can be freed afterwards."""
+        """Names of the inputs that no later subgraph takes: they can be freed after this one."""
         return self.entry.consumed_names
 
     def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class LoadedSubgraph:
             Output names to values; from the last subgraph, the fields of the model's output.
 
         Raises:
-            DataError: an input is missing, or is none of its own.
+            DataError: an input is missing or unknown.
         """
         from runtime.language.program import run_device, run_dtype
 
@@ -85,7 +85,7 @@ class LoadedSubgraph:
         return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
 
     def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
-        """The same in a stated run, on a device of which no input need tell."""
+        """Execute the subgraph in a given run; the device is that of the run, not of an input."""
         from runtime.formats.key_values import of_model, watched
 
         fetching = contextlib.nullcontext() if self._artifact.manifest.is_portable else offline()
@@ -102,7 +102,7 @@ class LoadedSubgraph:
             return dict(zip(entry.output_names, values.values(), strict=True))
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
-        """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
+        """List the modules that the subgraph calls, in call order, each once; with `recurse`, their submodules, too."""
         called = [model.get_submodule(name) for name in self.entry.submodules]
         modules = [inner for module in called for inner in module.modules()] if recurse else called
         return list(dict.fromkeys(modules))
@@ -114,7 +114,7 @@ class Artifact(ArtifactParts):
 
     Attributes:
         subgraphs: the compiled chain, in order of execution.
-        conversions: programs that make parameters from several tensors.
+        conversions: programs that compute parameters from several checkpoint tensors.
     """
 
     subgraphs: tuple[LoadedSubgraph, ...] = ()
@@ -123,11 +123,11 @@ class Artifact(ArtifactParts):
 
     @property
     def compiled_parameters(self) -> Mapping[str, ParameterEntry]:
-        """The parameter table as it was compiled, where a view of the artifact may have another."""
+        """The parameter table as compiled; a view of the artifact may have a different one."""
         return self.manifest.parameters
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The model's module tree with every parameter on the meta device, in eval mode.
+        """Build the model's module tree with every parameter on the meta device, in eval mode.
 
         Args:
             dtype: of the floating point parameters; None takes the dtype of the manifest.
@@ -140,11 +140,11 @@ class Artifact(ArtifactParts):
         return build_skeleton(self, dtype)
 
     def seen(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A checkpoint as the tables want to see it."""
+        """Adapt the checkpoint to this artifact's parameter table."""
         return checkpoint
 
     def run(self, device: torch.device, dtype: torch.dtype) -> Run:
-        """What generated code is given on `device` with weights of `dtype`; constants are moved there once."""
+        """Create the run object of generated code for `device` and `dtype`; constants are moved to the device once."""
         from runtime.language.program import Run
 
         key, home = (str(device), str(dtype)), self.manifest.model.module
@@ -169,16 +169,16 @@ def load(
 
     Args:
         path: the artifact's directory.
-        allow_version_skew: go on when the sources on this host are not those it was compiled with.
-        trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
-        public_key: a file in PEM; whoever has the private key must have signed the artifact. A host can ask for that
-            by itself, with the environment variable SEQBUILD_REQUIRE_SIGNATURE.
+        allow_version_skew: continue when the library sources on this host differ from those it was compiled with.
+        trust_remote_code: allow the model's own code, if the artifact contains any, to be executed.
+        public_key: a PEM file; the artifact must be signed with its private key. A host can require a signature with
+            the environment variable SEQBUILD_REQUIRE_SIGNATURE.
 
     Raises:
-        SignatureError: when it is not signed as is asked for; nothing has been executed then.
-        ArtifactError: when anything of docs/format.md is broken; nothing has been executed then.
-        VersionError: when the sources on this host are not those it was compiled with.
-        ModelError: when it needs code that nobody has allowed to run; nothing has been executed then.
+        SignatureError: when a required signature is missing or invalid; nothing has been executed then.
+        ArtifactError: when a rule of docs/format.md is violated; nothing has been executed then.
+        VersionError: when the library sources on this host differ from those it was compiled with.
+        ModelError: when it needs code that was not allowed to run; nothing has been executed then.
     """
     root = as_path("the artifact", path)
     checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
@@ -194,13 +194,13 @@ def load(
 
 
 def check(root: Path) -> tuple[Manifest, Mapping[str, str]]:
-    """Check an artifact without executing or importing anything of it.
+    """Check an artifact without executing or importing any part of it.
 
     Returns:
         The manifest and the source of every program, by file path.
 
     Raises:
-        ArtifactError: naming the file and what is wrong with it.
+        ArtifactError: naming the file and the problem.
     """
     checked = check_artifact(root)
     return checked.manifest, checked.sources
@@ -208,10 +208,10 @@ def check(root: Path) -> tuple[Manifest, Mapping[str, str]]:
 
 @contextlib.contextmanager
 def _unchanged(entry: SubgraphEntry, model: nn.Module, run: Run) -> Iterator[None]:
-    """Watch that a subgraph leaves weights and constants as they are, and say which subgraph's code fails.
+    """Check that a subgraph does not modify weights and constants, and name the subgraph whose code fails.
 
     Raises:
-        ArtifactError: for code that changes them, and for what Python and torch say of code that makes no sense.
+        ArtifactError: for code that modifies them, and for errors of Python and torch about invalid code.
     """
     watched = [(name, _find(model, name)) for name in entry.parameters]
     watched += [(name, run.constants[name]) for name in entry.constants]
@@ -266,11 +266,11 @@ def resolve_opaque(path: str, code: LoadedCode | None = None, home: str = "") ->
 
     Args:
         path: of the step.
-        code: the model's own, ready to be imported.
+        code: the model's own code, ready to be imported.
         home: the module that defines the model's class.
 
     Raises:
-        ArtifactError: when the path leads elsewhere (see `runtime.language.opaque`), or to nothing.
+        ArtifactError: when the path is not allowed (see `runtime.language.opaque`), or does not exist.
     """
     own_modules = code.modules if code is not None else ()
     require_harmless(path, (home,), own_modules)

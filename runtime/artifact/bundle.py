@@ -1,16 +1,16 @@
-"""A bundle: one directory with all that a host without a network needs to calibrate, besides the libraries.
+"""A bundle: one directory with everything an offline host needs to calibrate, except the libraries.
 
-    bundle.json         what is where, with the digest of every file
-    README.md           the one command to type
+    bundle.json         table of contents, with the digest of every file
+    README.md           the command to run
     SHA256SUMS          the same digests, for `sha256sum -c`
     requirements.txt    the libraries, pinned
-    artifact/           the artifact, its signature included
+    artifact/           the artifact, including its signature
     runtime/            this package
-    recipe.yaml         what to do
+    recipe.yaml         the quantization recipe
     data.safetensors    tokenized calibration data
     weights/            the checkpoint, if it was packed
 
-From inside of it, `python -m runtime calibrate .` needs no options.
+Inside the directory, `python -m runtime calibrate .` needs no options.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _LIMIT_BYTES, _CHUNK_BYTES = 64 * 2**20, 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A bundle's table of contents.
+    """The table of contents of a bundle.
 
     Attributes:
         root: its directory.
-        files: size in bytes and sha256 of every file by path, besides those that hold digests.
-        requirements: version by distribution, as they were where it was packed.
-        data: whether there is calibration data.
+        files: size in bytes and sha256 of every file by path, except the files that hold digests.
+        requirements: version of each distribution on the machine that packed the bundle.
+        data: whether calibration data was packed.
         weights: whether the checkpoint was packed.
     """
 
@@ -55,7 +55,7 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a calibration reads and writes."""
+    """The input and output paths of a calibration."""
 
     artifact: Path
     weights: Path
@@ -65,28 +65,28 @@ class Job:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether this is the directory of a bundle, not of an artifact."""
+    """Whether the path is the directory of a bundle, not of an artifact."""
     return (path / BUNDLE_NAME).is_file() and not (path / MANIFEST_NAME).exists()
 
 
 def artifact_of(path: Path) -> Path:
-    """The artifact itself, or that of a bundle."""
+    """Return the path of the artifact: the path itself, or the artifact inside a bundle."""
     return path / ARTIFACT if is_bundle(path) else path
 
 
 def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Path | None, out: Path | None) -> Job:
-    """What is to be done, from what the user says and, for the rest, from the bundle.
+    """Resolve the paths of a calibration: the user's options first, then the bundle.
 
     Args:
         path: an artifact or a bundle; small files of a bundle are compared with their digests.
-        weights: likewise the following: what the user says, None for nothing.
+        weights: the user's option, None if not given; the same for the following arguments.
         recipe: "
         data: "
         out: "
 
     Raises:
         ArtifactError: when the bundle is damaged.
-        UsageError: when something is neither said nor packed.
+        UsageError: when a required path is neither given nor packed.
     """
     if is_bundle(path):
         bundle = read_bundle(path)
@@ -109,10 +109,10 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
 
 
 def _require_listed(bundle: Bundle, folder: str) -> None:
-    """Refuse files in a folder of a bundle that are not part of it: nobody has vouched for them.
+    """Reject files in a folder of a bundle that its table of contents does not list.
 
     Raises:
-        ArtifactError: naming the first.
+        ArtifactError: naming the first such file.
     """
     for path in sorted((bundle.root / folder).rglob("*")):
         name = path.relative_to(bundle.root).as_posix()
@@ -124,7 +124,7 @@ def read_bundle(root: Path) -> Bundle:
     """Read a bundle's table of contents.
 
     Raises:
-        ArtifactError: when it is none.
+        ArtifactError: when the directory is not a bundle.
     """
     path = root / BUNDLE_NAME
     try:
@@ -149,11 +149,11 @@ def read_bundle(root: Path) -> Bundle:
 
 
 def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
-    """Names of the files that are not as they were packed.
+    """List the files that differ from what was packed.
 
     Args:
-        bundle: what was packed.
-        with_weights: compare the digests of the weights, too, which takes as long as reading them; else their sizes.
+        bundle: the table of contents.
+        with_weights: compare the digests of the weights, too, which reads all of them; otherwise only their sizes.
     """
     found = []
     for name, (size, digest) in bundle.files.items():
@@ -169,7 +169,7 @@ def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
 
 
 def file_digest(path: Path) -> str:
-    """sha256, hex, of a file of any size."""
+    """Compute the sha256 of a file in hex, reading it in pieces."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,7 +1,7 @@
-"""Values that enter the key-value cache: are the manifest's entries sound, and hand them out while a program runs.
+"""Check the manifest's entries for key-value cache values, and report those values while a program runs.
 
-A program does not say which of its values are kept; the manifest does, by their names. A host that measures or rounds
-them compiles the program once more, with a statement behind the one after which such a value is whole:
+A program does not mark the values that enter the cache; the manifest names them. A host that observes or quantizes
+them compiles the program again, with a statement inserted after the one that completes such a value:
 
     key = run.cached(0, key)
 """
@@ -21,16 +21,16 @@ _MOST_HEADS = 2**16
 
 
 def hooked(source: str, entries: Sequence[CachedValue]) -> dict[str, list[tuple[int, str]]] | None:
-    """Where the values of one program are to be handed out.
+    """Find the statements of a program after which its cached values are complete.
 
     Args:
         source: the checked program.
-        entries: those of a subgraph that executes it.
+        entries: the entries of a subgraph that executes it.
 
     Returns:
-        For each name that a statement assigns to, the places in `entries` and names of the values that are whole after
-        it. None when an entry does not fit the program: a name that is not assigned once outside of loops, or a value
-        that is not there any more.
+        For each assigned name, the indices in `entries` and the names of the values that are complete after that
+        assignment. None when an entry does not fit the program: its name is not assigned exactly once outside of loops,
+        or its value has already been deleted.
     """
     if not entries:
         return {}
@@ -45,8 +45,8 @@ def hooked(source: str, entries: Sequence[CachedValue]) -> dict[str, list[tuple[
 
 
 def _places(source: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Which statement of a program assigns to a name, for names that one statement outside of loops does it to; and
-    which deletes it.
+    """Map each name to the statement that assigns it, if exactly one does, outside of loops, and to the statement that
+    deletes it.
     """
     (function,) = ast.parse(source).body
     assert isinstance(function, ast.FunctionDef), "a checked program is one function"
@@ -66,7 +66,7 @@ def _places(source: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
-    """What is wrong with the entries besides their programs, a sentence each."""
+    """Yield a sentence for each error in the entries that can be found without their programs."""
     parts: dict[str, list[str]] = {}
     owners: dict[str, int] = {}
     for entry in entries:
@@ -79,11 +79,11 @@ def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
 
 
 def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with the manifest's cached values, a sentence each.
+    """Yield a sentence for each error in the manifest's cached values.
 
     Args:
-        manifest: whose they are.
-        sources: its programs, checked, by file.
+        manifest: the table of contents.
+        sources: its checked programs by file.
     """
     by_subgraph: dict[int, list[CachedValue]] = {}
     for entry in manifest.cached:

@@ -1,5 +1,5 @@
-"""Do the subgraphs of a manifest make a chain? Each must find its inputs: what the model is given, or what an earlier
-one has returned and nobody has consumed since.
+"""Check that the subgraphs of a manifest form a chain: each input must be an input of the model or a value that an
+earlier subgraph returned and no subgraph has consumed since.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 
 from runtime.artifact.manifest import DTYPES, Manifest, SubgraphEntry
 
-# Targets are layers, in fine cuts their Linear modules: hundreds. Each is executed once for a plan at least.
+# Targets are layers or, in fine partitions, their Linear modules: hundreds. Planning executes each at least once.
 MOST_SUBGRAPHS = 8192
 
 
 def wrong_chain(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the order of the subgraphs, and with what they hand on."""
+    """Yield a sentence for each error in the order of the subgraphs and in the values they pass on."""
     entries = manifest.subgraphs
     if not 0 < len(entries) <= MOST_SUBGRAPHS:
         yield f"the manifest has {len(entries)} subgraphs, and 1 to {MOST_SUBGRAPHS} are supported"

@@ -1,5 +1,5 @@
-"""Check an artifact: manifest, then the digest of every file, then the grammar of every program, then that its tables
-agree. Nothing of it is executed or imported (docs/format.md, "What a reader must do").
+"""Check an artifact: its manifest, the digest of every file, the grammar of every program, and the consistency of its
+tables, in this order. No part of it is executed or imported (docs/format.md, "What a reader must do").
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _SOURCES_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """What a check has found to be right.
+    """The contents of an artifact that passed every check.
 
     Attributes:
         manifest: the table of contents.
-        manifest_bytes: the file that holds it.
-        contents: every listed file by path, as it was when its digest was compared.
+        manifest_bytes: the content of the manifest file.
+        contents: content of every listed file by path, as it was when its digest was compared.
         sources: the text of every program, by file.
         code: the model's own code; None for a model that is part of transformers.
-        signed: whether a signature was asked for, and was found to be right.
+        signed: whether a signature was required and is valid.
     """
 
     manifest: Manifest
@@ -50,15 +50,15 @@ class Checked:
 
 
 def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
-    """Check an artifact without executing or importing anything of it.
+    """Check an artifact without executing or importing any part of it.
 
     Args:
         root: its directory.
-        public_keys: keys that must each have signed it; the host's own (`signatures.REQUIRED`) counts, too.
+        public_keys: keys that must each have signed it, in addition to the host's own (`signatures.REQUIRED`).
 
     Raises:
-        ArtifactError: naming the file and what is wrong with it.
-        SignatureError: when it is not signed by one of the keys.
+        ArtifactError: naming the file and the problem.
+        SignatureError: when the signature of one of the keys is missing or invalid.
     """
     data = read_manifest_bytes(root, MANIFEST_LIMIT_BYTES)
     manifest = Manifest.from_bytes(data, str(root / MANIFEST_NAME))
@@ -94,7 +94,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
 def check_programs(
     manifest: Manifest, contents: Mapping[str, bytes], own_modules: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Check all code but the model's own.
+    """Check all programs; the model's own code is checked elsewhere.
 
     Args:
         manifest: the table of contents.
@@ -102,10 +102,10 @@ def check_programs(
         own_modules: modules of the model's own code.
 
     Returns:
-        The operators that it calls, each with a file that does, and the text of every program, by file.
+        The operators that the programs call, each with a file that calls it, and the text of every program, by file.
 
     Raises:
-        ArtifactError: naming file, line and what is not allowed.
+        ArtifactError: naming the file, the line and the construct that is not allowed.
     """
     operators: dict[str, str] = {}
     sources: dict[str, str] = {}
@@ -123,25 +123,25 @@ def check_programs(
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read and check the manifest alone.
+    """Read and check only the manifest.
 
     Raises:
-        ArtifactError: when there is none, or it is not well-formed.
+        ArtifactError: when it is missing or malformed.
     """
     return Manifest.from_bytes(read_manifest_bytes(root, MANIFEST_LIMIT_BYTES), str(root / MANIFEST_NAME))
 
 
 def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
-    """Compare the sources that the artifact relies on with those on this host. The version alone decides only for
+    """Compare the library sources that the artifact depends on with those on this host. Versions are compared only for
     artifacts that record no digests.
 
     Raises:
-        VersionError: when they differ and that is not allowed.
+        VersionError: when they differ and `allow_version_skew` is false.
     """
     if allow_version_skew:
         return
     if manifest.is_portable:
-        return  # nothing of this host's transformers calculates
+        return  # no code of this host's transformers runs
     wanted, found = manifest.versions.get("transformers", ""), importlib.metadata.version("transformers")
     changed = changed_sources(manifest.sources)
     if not changed and (manifest.sources or wanted == found):
@@ -159,7 +159,7 @@ def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
 
 
 def _programs(manifest: Manifest, own_modules: Sequence[str]) -> list[tuple[str, Allowed]]:
-    """Every program's file, and what it may use."""
+    """List the file of every program with the names that it may use."""
     programs = [(entry.file, _allowed(entry, own_modules)) for entry in manifest.subgraphs]
     programs += [(entry.file, _allowed_conversion(entry)) for entry in manifest.conversions]
     for kind in manifest.leaf_kinds:

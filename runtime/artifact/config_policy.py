@@ -1,4 +1,4 @@
-"""What an artifact's config.json may not say: it goes to libraries that build modules from it, and would believe it."""
+"""Reject unsafe entries in an artifact's config.json: libraries build modules from it without checking it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.errors import ArtifactError
 CONFIG_NAME, _TOKENIZER_NAME = "config.json", "tokenizer_config.json"
 _TOKENIZER = re.compile(r"(?!Auto)\w{0,80}(Tokenizer|Tokenizers|SentencePiece|MistralCommon|Python)(Fast|Backend|V\d)?")
 _LIMIT_BYTES, _LIMIT_DEPTH = 16 * 2**20, 24
-# Arguments that go as they are to timm, which reads files that they name, pickles among them.
+# Arguments that are passed unchanged to timm, which reads the files that they name, including pickles.
 _HANDED_ON = ("model_args", "backbone_kwargs", "timm_kwargs")
 _READS = (
     "checkpoint_path",
@@ -25,7 +25,7 @@ _READS = (
     "features_only_path",
 )
 _NAMES_OF_CODE = ("architecture", "backbone")
-# By the name of an entry, the largest number that is a model's: the first that fits counts.
+# The largest plausible number by the name of an entry: the first pattern that matches counts.
 _LIMITS = {
     "layers": (re.compile(r"(.*_)?n?(layers?|depths?|blocks|stages)", re.IGNORECASE), 1024),
     "experts": (re.compile(r".*experts", re.IGNORECASE), 2**16),
@@ -42,23 +42,23 @@ _LIMITS = {
     ),
 }
 _MOST_EXPERTS, _MOST_ITEMS = 2**20, 2**17
-# What transformers writes for a number that JSON has none for, as the only entry of a table.
+# The only key of a table that transformers writes for a number that JSON cannot represent.
 _NUMBER = "__float__"
 _NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _PLACE = re.compile(r"[./~]|[A-Za-z_-]+:")
-# Implementations by name: one that is no plain word is a kernel, which transformers fetches from the hub and executes.
+# Implementations by name: transformers fetches any name that is not a plain word from the hub and executes it.
 _IMPLEMENTATION = re.compile(r"_?(attn|attention|experts|kernel|linear)_implementation(_internal)?\Z")
 _WORD = re.compile(r"[a-z0-9_]{1,60}\Z")
-# What the config's class decides, and no config: which entry stands for which, which parts there are, other files.
+# Attributes that the config's class defines and no config may set: aliases of entries, sub-configs, other files.
 _OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key", "configuration_files", "_auto_class")
 
 
 def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
-    """Refuse a config that is none, or that would make a library read files or code which the artifact does not list.
+    """Reject an invalid config, and one that makes a library read files or code that the artifact does not list.
 
     Args:
         contents: the artifact's files by path.
-        has_own_code: whether the artifact lists code of the model's own.
+        has_own_code: whether the artifact lists the model's own code.
 
     Raises:
         ArtifactError: naming the entry.
@@ -66,7 +66,7 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
     _check_tokenizer(contents)
     data = contents.get(CONFIG_NAME)
     if data is None:
-        return  # whoever needs one says so
+        return  # code that needs a config reports that it is missing
     try:
         if len(data) > _LIMIT_BYTES:
             raise ValueError("it is too large")
@@ -83,7 +83,7 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
 
 
 def stated_tokenizers(directory: Path) -> list[str]:
-    """Names of classes that a directory's files give for its tokenizer."""
+    """List the class names that the files of a directory state for its tokenizer."""
     found: list[str] = []
     for name in (_TOKENIZER_NAME, CONFIG_NAME):
         if (directory / name).is_file():
@@ -92,7 +92,7 @@ def stated_tokenizers(directory: Path) -> list[str]:
 
 
 def _check_tokenizer(contents: Mapping[str, bytes]) -> None:
-    """Refuse tokenizers of a class that is none by its name: transformers would load whatever has that name."""
+    """Reject class names that are not those of tokenizers: transformers would load any object of that name."""
     for name in (_TOKENIZER_NAME, CONFIG_NAME):
         for value in _classes(contents.get(name, b"")):
             if value is not None and (not isinstance(value, str) or _TOKENIZER.fullmatch(value) is None):
@@ -103,16 +103,16 @@ def _classes(data: bytes) -> list[Any]:
     try:
         table = json.loads(data.decode("utf-8")) if len(data) <= _LIMIT_BYTES else None
     except (ValueError, RecursionError):
-        return []  # nobody can load it
+        return []  # no library can load it
     return [table.get("tokenizer_class")] if isinstance(table, dict) else []
 
 
 def require_possible(table: Mapping[str, Any], origin: str) -> None:
-    """Refuse a config with numbers that no model has: whoever builds modules from it would be busy for hours.
+    """Reject a config with implausibly large numbers: building modules from it would take hours.
 
     Args:
         table: the config.
-        origin: what messages call it.
+        origin: its name in messages.
 
     Raises:
         ArtifactError: naming the entry.
@@ -127,7 +127,7 @@ def require_possible(table: Mapping[str, Any], origin: str) -> None:
         kind = next((kind for kind, (pattern, _) in _LIMITS.items() if pattern.fullmatch(own)), "")
         if not kind or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not value <= _LIMITS[kind][1]:  # nor is what is no number
+        if not value <= _LIMITS[kind][1]:  # not-a-number is rejected, too
             raise ArtifactError(
                 f"{origin} has {name} = {shown(value)}, and no model has more than {_LIMITS[kind][1]}",
                 hint="correct the entry",
@@ -159,7 +159,7 @@ def _wrong(name: str, value: Any, depth: int) -> str:
 
 
 def _wrong_without_code(name: str, value: Any) -> str:
-    """What only a model that brings its own code, and runs by consent, may say."""
+    """Describe an entry that is allowed only for a model with its own code, which runs by consent."""
     own = name.rpartition(".")[2]
     if own == "auto_map" and any(
         str(key).startswith(("AutoConfig", "AutoModel", "AutoBackbone")) and item for key, item in _items(value)
@@ -171,7 +171,7 @@ def _wrong_without_code(name: str, value: Any) -> str:
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Pairs of a table; what is none counts as an entry of its own."""
+    """Yield the pairs of a table; any other value counts as a single entry."""
     yield from value.items() if isinstance(value, dict) else [("AutoModel", value)]
 
 

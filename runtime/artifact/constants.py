@@ -1,7 +1,7 @@
-"""The tensors that an artifact brings, checked before a library parses them, and loaded from the bytes that were.
+"""The constant tensors of an artifact: checked before a library parses them, and loaded from the checked bytes.
 
-A safetensors file: eight bytes of header length, a JSON header, and the tensors' bytes without gaps. Readers of JSON
-and of tensors each have their own idea of what is right; here one is enforced.
+A safetensors file holds eight bytes of header length, a JSON header, and the tensors' bytes without gaps. JSON and
+tensor readers differ in what they accept; this module enforces one strict interpretation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _WIDTHS |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8
 
 
 def check_constants(contents: Mapping[str, bytes], names: Collection[str]) -> None:
-    """Refuse a file of constants that does not hold exactly the tensors `names`.
+    """Reject a file of constants that does not hold exactly the tensors `names`.
 
     Args:
         contents: the artifact's files by path.
         names: the tensors that its manifest states.
 
     Raises:
-        ArtifactError: naming what is wrong with it.
+        ArtifactError: naming the problem.
     """
     data = contents.get(CONSTANTS_NAME)
     if (data is not None) != bool(names):
@@ -52,10 +52,10 @@ def check_constants(contents: Mapping[str, bytes], names: Collection[str]) -> No
 
 
 def load_constants(data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors of a checked file, on the CPU.
+    """Load the tensors of a checked file on the CPU.
 
     Raises:
-        ArtifactError: when the library finds fault with it.
+        ArtifactError: when the library rejects the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

@@ -21,17 +21,17 @@ _TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a by
 
 
 def sha256(data: bytes) -> str:
-    """The digest in lower-case hex."""
+    """Compute the digest in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical(plain: Any) -> bytes:
-    """MessagePack with sorted keys; refuses what the format has no place for."""
+    """Encode as MessagePack with sorted keys; values that the format cannot hold are rejected."""
     return packed(in_key_order(plain))
 
 
 def packed(plain: Any) -> bytes:
-    """Encode plain data whose keys are in order already."""
+    """Encode plain data whose keys are already sorted."""
     encoded: bytes = msgpack.packb(plain, use_bin_type=True)
     return encoded
 
@@ -54,7 +54,7 @@ def in_key_order(value: Any) -> Any:
 
 
 def decoded(data: bytes, origin: str) -> tuple[dict[str, Any], bytes]:
-    """The table, and its canonical encoding."""
+    """Decode a table; return it with its canonical encoding."""
     if len(data) > MANIFEST_LIMIT_BYTES:
         raise ArtifactError(f"{origin} has {len(data)} bytes, more than the {MANIFEST_LIMIT_BYTES} allowed")
     number = itertools.count(1)
@@ -101,10 +101,10 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def from_plain(kind: Any, value: Any, where: str, *, minor: int) -> Any:
-    """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or say where it does not fit.
+    """Build `kind` (a dataclass, tuple, mapping or scalar type) from decoded data, or report where it does not fit.
 
-    Entries of a newer minor version that this one does not know are passed over; those that came after the file's own
-    minor version must not be there, and take their defaults.
+    Unknown entries of a newer minor version are ignored. Entries introduced after the file's own minor version must be
+    absent, and take their defaults.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""What an artifact's directory holds: plain files that its manifest lists, each opened once and read once.
+"""Read the files of an artifact's directory: regular files that its manifest lists, each opened once and read once.
 
 The bytes that are compared with the manifest are the bytes that run: nothing is read again from the disk afterwards.
-Files are opened relative to their directory's descriptor and never through a link, so that nothing changes its meaning
-between the look and the read.
+Files are opened relative to their directory's descriptor and never through a link, so that a path cannot be redirected
+between the check and the read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from runtime.errors import ArtifactError
 
 FILES_LIMIT = 20_000
 _PARTS_LIMIT, _PATH_LIMIT = 16, 400
-# Of one file, and of all together, besides constants: they are read whole before anything of them is believed.
+# Limits for one file and for all together, except constants: files are read completely before they are checked.
 _FILE_LIMIT_BYTES, _TOTAL_LIMIT_BYTES = 2**28, 2**30
 # Opening a pipe must not wait for its other end.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\Z")
-# Besides programs: what describes a model or its tokenizer as text or numbers. No library loads code from these.
+# Allowed besides programs: files that describe a model or its tokenizer. No library loads code from these.
 _KINDS = (".py", ".json", ".txt", ".model", ".jinja", ".tiktoken")
 CONSTANTS_NAME = "constants.safetensors"
 # A signature covers the manifest, so it cannot be listed there.
@@ -35,7 +35,7 @@ _SIGNATURE_LIMIT_BYTES = 64 * 2**20
 
 
 def read_contents(root: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Every listed file of an artifact, its size and digest compared.
+    """Read every listed file of an artifact and compare its size and digest.
 
     Args:
         root: the artifact's directory.
@@ -45,7 +45,7 @@ def read_contents(root: Path, manifest: Manifest) -> dict[str, bytes]:
         Content by path, in the manifest's order.
 
     Raises:
-        ArtifactError: for a file that is damaged, missing, not listed or not plain.
+        ArtifactError: for a file that is damaged, missing, not listed or not a regular file.
     """
     listed = _listed(root, manifest.files)
     with _opened(root) as folder:
@@ -57,10 +57,10 @@ def read_contents(root: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def read_manifest_bytes(root: Path, limit: int) -> bytes:
-    """The manifest file's content.
+    """Read the manifest file.
 
     Raises:
-        ArtifactError: when there is none, or it is not plain or too large.
+        ArtifactError: when it is missing, not a regular file, or too large.
     """
     with _opened(root) as folder:
         try:
@@ -70,10 +70,10 @@ def read_manifest_bytes(root: Path, limit: int) -> bytes:
 
 
 def read_signature(root: Path) -> bytes | None:
-    """The signature's file, None where the artifact has none.
+    """Read the signature file; None when the artifact has none.
 
     Raises:
-        ArtifactError: when it is not plain or too large.
+        ArtifactError: when it is not a regular file or too large.
     """
     with _opened(root) as folder:
         try:
@@ -85,7 +85,7 @@ def read_signature(root: Path) -> bytes | None:
 @contextlib.contextmanager
 def _opened(root: Path) -> Iterator[int]:
     try:
-        # The artifact's own name may be a link; what is in it may not.
+        # The artifact's directory may be a link; the files in it may not.
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = f"{root} is not a directory"
@@ -122,7 +122,7 @@ def _listed(root: Path, files: Collection[FileEntry]) -> dict[str, FileEntry]:
 
 
 def _present(root: Path, folder: int, listed: Collection[str]) -> Iterator[str]:
-    """Names of the files that are there; the first thing that must not be is an error."""
+    """Yield the names of the files in a folder; raise an error for the first that is not allowed."""
     folders = {name.rpartition("/")[0] for name in listed}
     folders |= {folder[:end] for folder in folders for end, part in enumerate(folder) if part == "/"}
     pending = [""]
@@ -154,7 +154,7 @@ def _unlisted(root: Path, name: str) -> ArtifactError:
 
 
 def _first_inside(root: Path, name: str) -> str:
-    """What to call a directory that should not be there: the first file in it, if that is easily found."""
+    """Name an unexpected directory in messages: by the first file in it, if that is easily found."""
     for _ in range(8):
         inner = sorted(os.listdir(root / name))
         if not inner:
@@ -186,7 +186,7 @@ def _verified(root: Path, folder: int, entry: FileEntry) -> bytes:
 
 
 def _read(root: Path, folder: int, name: str, limit: int) -> bytes:
-    """A file's content; of one that is longer than `limit` only as much as shows that it is."""
+    """Read a file; of one longer than `limit`, only enough to show that it is."""
     *outer, last = name.split("/")
     opened: list[int] = []
     try:

@@ -1,4 +1,4 @@
-"""Do the tables of a portable artifact describe modules that can be built, and experts that can be taken apart?"""
+"""Check that the tables of a portable artifact describe modules that can be built and experts that can be split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ACCUMULATORS = ("hidden", "weights", "float32")
 
 
 def wrong_leaf_tables(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the parameters of leaves, and with the options of experts."""
+    """Yield a sentence for each error in the parameters of leaves and the options of experts."""
     if manifest.is_portable:
         for name, index in manifest.leaves.items():
             if manifest.leaf_kinds[index].kind not in MIXTURES:

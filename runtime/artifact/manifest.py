@@ -1,7 +1,7 @@
-"""The artifact's table of contents: schema, canonical encoding, and nothing that needs torch.
+"""The artifact's table of contents: schema and canonical encoding, without torch.
 
-docs/format.md is the specification. Reading is strict: unknown major version, wrong type, missing key, wrong digest
-or a non-canonical encoding is an ArtifactError that names what is wrong.
+docs/format.md is the specification. Reading is strict: an unknown major version, wrong type, missing key, wrong digest
+or non-canonical encoding is an ArtifactError that names the problem.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64"),
     *("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64"),
 )
-# Those that are part of torch: any other name makes transformers look for a kernel elsewhere, on the hub even.
+# Implementations that are part of torch: any other name makes transformers look for a kernel, even on the hub.
 ATTENTIONS = ("eager", "sdpa", "None", "")
 
 Shape = tuple[int | str, ...]
 _T = TypeVar("_T")
-_SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that artifacts of format version 1.0 do not have
+_SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that is missing from artifacts of format version 1.0
 _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
 _SINCE_5: Mapping[str, int] = {"since": 5}
@@ -38,11 +38,11 @@ _SINCE_6: Mapping[str, int] = {"since": 6}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEntry:
-    """Which model the artifact was made from.
+    """The model that the artifact was made from.
 
-    `dtype` is the weights' dtype by default, torch's name for it; `ignored_keys` are regular expressions for
-    checkpoint tensors that the model does not use. `code` are the paths of the model's own code, empty for a model
-    that is part of transformers.
+    `dtype` is torch's name of the default dtype of the weights. `ignored_keys` are regular expressions for checkpoint
+    tensors that the model does not use. `code` lists the paths of the model's own code, empty for a model that is part
+    of transformers.
     """
 
     class_name: str
@@ -60,7 +60,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """Dtype (`"model"` for the run's) and shape of a value; the shape mixes integers and expressions over dims."""
+    """Dtype (`"model"` for the dtype of the run) and shape of a value: integers and expressions over dims."""
 
     dtype: str
     shape: Shape
@@ -68,8 +68,8 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputEntry:
-    """An input of the model. `absent` is the number that stands for its absence, everywhere in the tensor; -1 where the
-    model computes something else without the input, or that is not known.
+    """An input of the model. A tensor filled with `absent` has the same effect as omitting the input; -1 when there is
+    no such number, or none is known.
     """
 
     name: str
@@ -80,7 +80,7 @@ class InputEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DimEntry:
-    """A symbolic size and the range in which the trace holds; `max` is -1 without a bound."""
+    """A symbolic size and the range in which the trace is valid; `max` is -1 for no upper bound."""
 
     name: str
     min: int
@@ -89,7 +89,7 @@ class DimEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubgraphEntry:
-    """One step of the chain, see docs/format.md."""
+    """One step of the chain; see docs/format.md."""
 
     file: str
     input_names: tuple[str, ...]
@@ -111,10 +111,10 @@ class SubgraphEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeafKind:
-    """What modules that the host builds by itself do: torch's name of the class, and its options besides shapes.
+    """The computation of modules that the host builds: torch's name of the class, and its options except shapes.
 
-    Where the model's own class calculates in another way, `program` is the file of what it does, `arguments` are what
-    that calls its inputs, and `attributes` the parameters that it reads.
+    If the model's class computes something else, `program` is the file of its computation, `arguments` are the names of
+    the program's inputs, and `attributes` the parameters that it reads.
     """
 
     kind: str
@@ -126,8 +126,8 @@ class LeafKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferEntry:
-    """A tensor of the model that is computed, not loaded: the constant that has its values, by the run's dtype; under
-    an empty name when they are the same for all.
+    """A tensor of the model that is computed, not loaded: the constant that holds its values, by the dtype of the run;
+    under an empty name when the values are the same for every dtype.
     """
 
     constants: Mapping[str, str]
@@ -165,7 +165,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaledParameter:
-    """A parameter that meets a scaled tensor, and its axis along the tensor's channels."""
+    """A parameter that is combined with a scaled tensor, and its axis along the tensor's channels."""
 
     name: str
     axis: int
@@ -173,12 +173,12 @@ class ScaledParameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleGroup:
-    """Linear modules that read one tensor, and what can scale that tensor's channels without changing the model.
+    """Linear modules that read one tensor, and the parameters that can scale its channels without changing the model.
 
-    `producer` is the weight of a norm [C] or of a Linear [C, I] whose channels make up the tensor, empty where there is
-    none; `bias` is scaled with it; `offset` is what the model adds to the weight; `others` are the other parameters
-    that the tensor meets. `channels` says which of the producer's channels each feature of the tensor is proportional
-    to, as runs of consecutive ones: start, length, start, length.
+    `producer` is the weight of a norm [C] or of a Linear [C, I] that computes the tensor's channels, empty if there is
+    none. `bias` is scaled with it, `offset` is the number that the model adds to the weight, and `others` are the other
+    parameters combined with the tensor. `channels` maps each feature of the tensor to the producer's channel that it is
+    proportional to, as runs of consecutive channels: start, length, start, length.
     """
 
     subgraph: int
@@ -192,8 +192,8 @@ class ScaleGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """An attention module, and the subgraph that computes it: the next of its calls of
-    `aten.scaled_dot_product_attention` that no earlier entry stands for. Artifacts since 1.6 have `CachedValue`.
+    """An attention module and the subgraph that computes it. The entries of a subgraph match its calls of
+    `aten.scaled_dot_product_attention` in order. Artifacts since 1.6 have `CachedValue` instead.
     """
 
     subgraph: int
@@ -202,12 +202,12 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedValue:
-    """A value that an attention module puts into its key-value cache, or compares with it.
+    """A value that an attention module writes to its key-value cache, or compares with it.
 
-    `part` is `k` for what the model's code gives to the cache as keys, `v` for values, `q` for the queries. `name` is
-    what the subgraph's code calls the value, and `after` the name that the statement assigns to which completes it.
-    `kind` is the name of the module's class, `heads` the size of the value's second of four dimensions, 0 if it has
-    none.
+    `part` is `k` for the keys and `v` for the values that the model's code passes to the cache, `q` for the queries.
+    `name` is the variable of the value in the subgraph's code, and `after` the variable assigned by the statement that
+    completes the value. `kind` is the name of the module's class, `heads` the size of the second of the value's four
+    dimensions, 0 if it has none.
     """
 
     subgraph: int
@@ -221,7 +221,7 @@ class CachedValue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The whole table of contents, see docs/format.md."""
+    """The complete table of contents; see docs/format.md."""
 
     input_key: str
     ingredients: Mapping[str, str]
@@ -257,16 +257,16 @@ class Manifest:
 
     @property
     def is_portable(self) -> bool:
-        """Whether the artifact is the whole program: a host needs no code of the model's."""
+        """Whether the artifact contains the complete program, so that a host needs no model code."""
         return self.policy == "linear" and not self.foreign and not self.opaque_steps
 
     @property
     def opaque_steps(self) -> tuple[str, ...]:
-        """Paths of all functions that are called whole, in order of first use."""
+        """List the paths of all opaque functions, in order of first use."""
         return tuple(dict.fromkeys(path for entry in self.subgraphs for path in entry.opaque))
 
     def to_bytes(self) -> bytes:
-        """The canonical encoding, digest included."""
+        """Encode canonically, including the digest."""
         plain = in_key_order(to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)})
         plain["digest"] = sha256(packed(plain))
         return packed({key: plain[key] for key in sorted(plain)})
@@ -292,7 +292,7 @@ class Manifest:
         if encoded != data:
             raise ArtifactError(f"{origin} is damaged: its encoding is not canonical")
         digest = plain.pop("digest", None)
-        if digest != sha256(packed(plain)):  # what is left is in order already, as all of it was
+        if digest != sha256(packed(plain)):  # without the digest, the keys are still in order
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
         entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
         manifest: Manifest = from_plain(cls, entries, origin, minor=version[1])

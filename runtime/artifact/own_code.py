@@ -1,6 +1,5 @@
-"""A model's own code: which files it takes, what they are called when they are imported, and what an artifact may
-say about them. Nothing here executes or imports a line of it; `runtime.artifact.own_code_import` does, when it has
-been allowed.
+"""A model's own code: its files, the name of the package they are imported as, and the checks of an artifact's entries
+about them. Nothing here executes or imports the code; `runtime.artifact.own_code_import` does, after consent.
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ class ModelCode:
 
     @property
     def package(self) -> str:
-        """The package that the files are imported as. It is called after their content: the same from every directory,
-        and never the same for two models.
+        """The package that the files are imported as. Its name is derived from their content: it does not depend on the
+        directory, and differs between models.
         """
         return package_name({path: sha256(data) for path, data in self.files.items()})
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Dotted names of all modules in it, beginning with the package's name."""
+        """Dotted names of all modules, including the package's name."""
         return tuple(f"{self.package}.{_module_of(path)}" for path in self.files)
 
     def executed(self, modules: Iterable[str]) -> tuple[str, ...]:
-        """Paths of the files that run when `modules` (with the package's name) are imported."""
+        """List the files that run when `modules` (names that include the package's) are imported."""
         entries = [name.partition(".")[2] for name in modules if name in self.modules]
         return tuple(needed_files(entries, self.files.get, "the model's code", ArtifactError))
 
     def refusal(self, who: str, classes: Iterable[str], modules: Iterable[str]) -> ModelError:
-        """What to say when nobody has allowed the code to run."""
+        """Make the error for code that runs only by consent, which is missing."""
         return ModelError(
             f"{who} brings its own code, for {', '.join(classes)}: this would execute "
             f"{', '.join(self.executed(modules))}",
@@ -66,12 +65,12 @@ class ModelCode:
 
 
 def package_name(digests: Mapping[str, str]) -> str:
-    """The package's name for files of these digests, by path."""
+    """Derive the package's name from the digests of its files by path."""
     return _PREFIX + sha256(canonical(dict(digests)))[:16]
 
 
 def is_own_module(module: str) -> bool:
-    """Whether a dotted name is that of a model's own code."""
+    """Whether a dotted name belongs to a model's own code."""
     return module.startswith(_PREFIX)
 
 
@@ -79,7 +78,7 @@ def is_own_module(module: str) -> bool:
 class Import:
     """An import statement: `from <level dots><module> import <names>`; an absolute `import a.b` has no names.
 
-    `is_guarded` says that the code goes on without it: it is in a `try` that catches its failure, or for type checkers.
+    `is_guarded`: the code works without it, because a `try` catches its failure or only type checkers read it.
     """
 
     level: int
@@ -89,12 +88,12 @@ class Import:
     is_guarded: bool
 
 
-@lru_cache(maxsize=512)  # of a library's files, which every model of a process is made of
+@lru_cache(maxsize=512)  # for library files, which all models of a process share
 def parse_imports(data: bytes) -> tuple[Import, ...]:
-    """Every import statement of a file, wherever it is.
+    """Find every import statement of a file, at any depth.
 
     Raises:
-        SyntaxError: when it is no Python; also ValueError, RecursionError and MemoryError, as `ast.parse` has them.
+        SyntaxError: when it is not valid Python; also ValueError, RecursionError and MemoryError from `ast.parse`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an invalid escape in somebody else's string
@@ -134,19 +133,19 @@ def _caught(kind: ast.expr | None) -> list[str]:
 def needed_files(
     entries: Iterable[str], read: Read, origin: str, kind: type[SeqbuildError] = ModelError
 ) -> dict[str, bytes]:
-    """The files of modules and of all that they import from each other, subpackages included.
+    """Collect the files of modules and of everything they import from each other, including subpackages.
 
     Args:
         entries: dotted names, relative to the model's directory.
-        read: content of a file by its path, None where there is none.
-        origin: whose code it is, for messages.
-        kind: of the error.
+        read: returns the content of a file by its path, None if it does not exist.
+        origin: the owner of the code, for messages.
+        kind: class of the error.
 
     Returns:
         Content by path, ascending.
 
     Raises:
-        SeqbuildError: of `kind`, naming the file that is missing, no Python, or outside.
+        SeqbuildError: of `kind`, naming the file that is missing, invalid Python, or outside of the directory.
     """
     finder = _Closure(read=read, origin=origin, kind=kind)
     for module in entries:
@@ -163,13 +162,13 @@ class _Closure:
     origin: str
     kind: type[SeqbuildError]
     found: dict[str, bytes] = field(default_factory=dict)
-    pending: list[str] = field(default_factory=list)  # found, and not yet looked into
+    pending: list[str] = field(default_factory=list)  # found but not yet parsed
 
     def refuse(self, why: str) -> SeqbuildError:
         return self.kind(f"{self.origin} brings its own code, and {why}", hint="complete or mend the model's directory")
 
     def take(self, parts: Sequence[str]) -> bool:
-        """Take a module, the packages around it and all it imports; False when there is no such file."""
+        """Collect a module, its parent packages and everything it imports; False when its file does not exist."""
         if not all(_IDENTIFIER.match(part) for part in parts):
             raise self.refuse(f"{'.'.join(parts)!r} is no name of a module of it")
         path = self._path(parts)
@@ -188,7 +187,7 @@ class _Closure:
         return next((path for path in (f"{stem}/__init__.py", f"{stem}.py") if self.read(path) is not None), None)
 
     def follow(self, path: str) -> None:
-        """Take what a file imports from its neighbours."""
+        """Collect the files that a file imports from the same directory tree."""
         data = self.found[path]
         if len(data) > FILE_LIMIT_BYTES:
             raise self.refuse(f"{path} has {len(data)} bytes, more than the {FILE_LIMIT_BYTES} allowed")
@@ -216,17 +215,17 @@ class _Closure:
 
 
 def check_model_code(manifest: Manifest, contents: Mapping[str, bytes]) -> ModelCode | None:
-    """Check what an artifact says about its model's own code, without executing any of it.
+    """Check an artifact's entries about its model's own code, without executing the code.
 
     Args:
         manifest: the table of contents.
-        contents: the content of every listed file, its digest already compared.
+        contents: the content of every listed file, with its digest already compared.
 
     Returns:
         The code, or None for a model that is part of transformers.
 
     Raises:
-        ArtifactError: for a file that is not named as code, or code that is not complete.
+        ArtifactError: for a file that is not named as code, or incomplete code.
     """
     model = manifest.model
     listed = [path for path in contents if path.startswith(f"{FOLDER}/")]

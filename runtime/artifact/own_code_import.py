@@ -1,8 +1,8 @@
-"""Import a model's own code from memory: from the very bytes whose digests were compared.
+"""Import a model's own code from memory: from the same bytes whose digests were compared.
 
-The files become the modules of one private package. No search path is touched, nothing is written (no byte code, no
-copy), nothing is fetched, and files outside of the list cannot be imported from it. transformers' own way would copy
-the files into a cache under the home directory and could ask the hub.
+The files become the modules of one private package. No search path is changed, nothing is written (no byte code, no
+copy), nothing is fetched, and files outside of the list cannot be imported from it. transformers' own loader would copy
+the files into a cache under the home directory and could query the hub.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from runtime.artifact.own_code import ModelCode
 from runtime.errors import ModelError
 
 _lock = threading.Lock()
-_active: dict[str, tuple[_Importer, int]] = {}  # package to its importer, and how many want it
+_active: dict[str, tuple[_Importer, int]] = {}  # package to its importer and the number of its users
 
 
 class LoadedCode:
-    """A model's own code that can be imported for as long as this object lives, or until `close`.
+    """A model's own code, importable until `close` or the end of this object's life.
 
-    Two objects for the same files share their modules. Making one executes nothing; `find` does.
+    Two objects for the same files share their modules. Creating one executes nothing; `find` executes the code.
 
     Args:
-        code: the files. Whoever makes this object has been allowed to run them.
+        code: the files. The caller must have consent to run them.
     """
 
     def __init__(self, code: ModelCode) -> None:
@@ -53,15 +53,15 @@ class LoadedCode:
         return self
 
     def find(self, module: str, class_name: str, base: type) -> type:
-        """A class of the code; its module and what that imports are executed.
+        """Return a class of the code; this executes its module and the modules that it imports.
 
         Args:
-            module: dotted, with the package's name.
-            class_name: a name in it.
-            base: what it must be derived from.
+            module: dotted name, including the package's.
+            class_name: name of the class in the module.
+            base: required base class.
 
         Raises:
-            ModelError: when the code fails, imports what is not installed, or has no such class.
+            ModelError: when the code fails, imports a module that is not installed, or has no such class.
         """
         file = module.removeprefix(f"{self.package}.").replace(".", "/") + ".py"
         try:
@@ -85,7 +85,7 @@ class LoadedCode:
         return found
 
     def _place(self, error: BaseException, file: str) -> str:
-        """The innermost line of the code on the way to an error."""
+        """Name the innermost line of the code in an error's traceback."""
         folder = _filename(self.package, "")
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(folder)]
         return f"{frames[-1].filename.removeprefix(folder)}, line {frames[-1].lineno}," if frames else file
@@ -112,7 +112,7 @@ def _release(package: str) -> None:
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Finds and loads the modules of one package, and nothing else."""
+    """Importer that finds and loads only the modules of one package."""
 
     def __init__(self, package: str, code: ModelCode) -> None:
         self.package = package
@@ -150,12 +150,12 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return fullname[len(self.package) + 1 :].replace(".", "/")
 
     def _file(self, fullname: str) -> str | None:
-        """The package itself has no code: transformers, too, executes no `__init__.py` of a model's directory."""
+        """Return a module's file; the package has none, as transformers ignores a model directory's `__init__.py`."""
         stem = self._stem(fullname)
         candidates = (f"{stem}/__init__.py", f"{stem}.py")
         return next((path for path in candidates if path in self.code.files), None) if stem else None
 
 
 def _filename(package: str, path: str) -> str:
-    """What tracebacks show. No such file exists: it is absolute, as that of any module, and the same everywhere."""
+    """Make the file name shown in tracebacks: absolute, the same on every host, and not the name of a real file."""
     return f"/{package}/{path}"

@@ -1,4 +1,4 @@
-"""The passive half of a checked artifact: its manifest, companions, constants, and the consent to run its own code."""
+"""The parts of a checked artifact other than its subgraphs: manifest, companions, constants, the model's own code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ArtifactParts:
-    """What a checked artifact contains besides its chain of subgraphs.
+    """The contents of a checked artifact other than its chain of subgraphs.
 
     Attributes:
         path: the artifact's directory.
@@ -30,7 +30,7 @@ class ArtifactParts:
         leaf_programs: programs of leaves that define their own computation, by file.
         constants: tensors that the artifact contains, by name.
         model_code: the files of the model's own code; None for a model that is part of transformers.
-        code: the same code, ready to be imported, where that is allowed.
+        code: the same code, ready to be imported, if allowed.
         companions: config, tokenizer and similar files by name, as read when their digests were compared.
     """
 
@@ -45,8 +45,8 @@ class ArtifactParts:
 
     @property
     def companions_path(self) -> Path:
-        """A private directory with the companions, for libraries that want to read files by themselves: the
-        artifact's own directory may have been changed since it was checked.
+        """A private directory with the companions, for libraries that read files themselves: the artifact's own
+        directory may have changed since it was checked.
         """
         if self._private is None:
             self._private = Path(tempfile.mkdtemp(prefix="seqbuild-"))
@@ -57,7 +57,7 @@ class ArtifactParts:
 
     @property
     def config_class(self) -> type | None:
-        """The class of the model's config where its own code defines that; None where transformers does.
+        """Return the class of the model's config if its own code defines it; None if transformers does.
 
         Raises:
             ModelError: when the code cannot be executed.
@@ -72,10 +72,10 @@ class ArtifactParts:
         return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
 
     def require_consent(self) -> None:
-        """For whatever executes the model's own code: refuse unless that has been allowed, or there is none.
+        """Reject running the model's own code without consent; a model without own code needs none.
 
         Raises:
-            ModelError: naming what would be executed.
+            ModelError: naming the code that would be executed.
         """
         if self.model_code is not None and self.code is None:
             model = self.manifest.model

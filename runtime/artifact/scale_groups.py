@@ -1,4 +1,4 @@
-"""The manifest's scale groups: are they sound, and which channel of the producer each feature is proportional to."""
+"""Check the manifest's scale groups, and encode which producer channel each feature is proportional to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def wrong_groups(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the scale groups of a manifest, a sentence each.
+    """Yield a sentence for each error in the scale groups of a manifest.
 
-    A group that names what its subgraph does not hold, or channels that are not there, would change the model
-    instead of leaving it as it is.
+    Rescaling by a group that names a parameter outside of its subgraph, or a missing channel, would change the output
+    of the model.
     """
     seen: set[str] = set()
     for group in manifest.scale_groups:
@@ -46,7 +46,7 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
 
 
 def wrong_attentions(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the list of attention modules, a sentence each."""
+    """Yield a sentence for each error in the list of attention modules."""
     seen: set[str] = set()
     for entry in manifest.attentions:
         inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
@@ -92,13 +92,13 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
 
 
 def channels_of(group: ScaleGroup) -> list[int]:
-    """For each feature of the group's tensor, the producer's channel."""
+    """Return the producer's channel for each feature of the group's tensor."""
     pairs = zip(group.channels[::2], group.channels[1::2], strict=True)
     return [channel for start, length in pairs for channel in range(start, start + length)]
 
 
 def runs_of(channels: Sequence[int]) -> tuple[int, ...]:
-    """Channels as runs of consecutive ones: start, length, start, length."""
+    """Encode channels as runs of consecutive channels: start, length, start, length."""
     runs: list[int] = []
     for channel in channels:
         if runs and runs[-2] + runs[-1] == channel:

@@ -1,8 +1,8 @@
-"""Signatures of artifacts: made and compared by the `model-signing` package, with elliptic curve keys, offline.
+"""Sign artifacts and verify signatures with the `model-signing` package and elliptic curve keys, offline.
 
 A signature is one more file of the artifact, `signature.json`, a Sigstore bundle that any user of that package can
-verify without seqbuild. It lists every other file with its sha256. What is compared here is a private copy of the bytes
-that the check has read, so that what was signed is what runs.
+verify without seqbuild. It lists every other file with its sha256. It is verified against a private copy of the bytes
+that the check has read, so that the code that runs is the code that was signed.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _INSTALL = "pip install 'model-signing>=1.1' pyopenssl, or seqbuild[sign]; on a 
 
 
 def required_keys(public_keys: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The keys that a run asks for and, before them, the one that the host's environment asks for.
+    """List the required keys: the key set in the host's environment, then those of the run.
 
-    Nothing that a user says takes the host's key away: an artifact must have been signed by each.
+    No option removes the host's key: an artifact must have been signed with every key.
     """
     host = os.environ.get(REQUIRED)
     return tuple(dict.fromkeys(([Path(host)] if host is not None else []) + list(public_keys)))
 
 
 def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes | None, public_key: Path) -> None:
-    """Refuse contents that the owner of a key has not signed.
+    """Reject contents that the owner of a key has not signed.
 
     Args:
-        name: what the signed directory is called, for messages.
-        contents: every file of it but the signature, by path.
-        signature: the signature's file; None where there is none.
-        public_key: a file in PEM, of an elliptic curve key.
+        name: the signed directory's name in messages.
+        contents: every file except the signature, by path.
+        signature: content of the signature file; None if it is missing.
+        public_key: a PEM file of an elliptic curve key.
 
     Raises:
-        SignatureError: also when the key cannot be read, or the package that compares signatures is not there.
+        SignatureError: also when the key cannot be read, or the `model-signing` package is not installed.
     """
     if signature is None:
         raise SignatureError(
@@ -64,7 +64,7 @@ def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes 
             _require_all(signature, contents)
         except MemoryError:
             raise
-        except Exception as error:  # the package and those below it raise errors of many kinds
+        except Exception as error:  # the package and its dependencies raise many kinds of errors
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise SignatureError(
                 f"{name} is not as the owner of {public_key} has signed it: {why}",
@@ -76,13 +76,13 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
     """Sign contents that have been checked.
 
     Args:
-        name: what the directory is called.
-        contents: every file of it but the signature, by path.
-        private_key: a file in PEM, of an elliptic curve key (P-256, P-384 or P-521).
+        name: the directory's name.
+        contents: every file except the signature, by path.
+        private_key: a PEM file of an elliptic curve key (P-256, P-384 or P-521).
         password: of the private key.
 
     Raises:
-        SignatureError: when the key cannot be used, or the package is not there.
+        SignatureError: when the key cannot be used, or the package is not installed.
     """
     _require_key(private_key, "private")
     signing = _package()
@@ -126,7 +126,7 @@ def _copied(name: str, contents: Mapping[str, bytes]) -> Iterator[Path]:
 
 
 def _require_all(signature: bytes, contents: Mapping[str, bytes]) -> None:
-    """A signature may leave files out, and says itself which: this one must not."""
+    """Reject a signature that does not cover every file: the format allows it to ignore some."""
     statement = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
     resources = statement["predicate"]["resources"]
     signed = {str(entry["name"]): (str(entry["algorithm"]), str(entry["digest"])) for entry in resources}

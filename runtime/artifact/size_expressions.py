@@ -1,7 +1,7 @@
-"""Conditions on sizes, as an artifact states them: relations between sums, products and quotients of its dims.
+"""Evaluate an artifact's conditions on sizes: relations between sums, products and quotients of its dims.
 
-They are written as Python writes them, `sequence % 4 == 0`, and calculated by a small evaluator of their own: nothing
-of an artifact is executed to find out whether it may be.
+They are written in Python syntax, `sequence % 4 == 0`, and computed by a small dedicated evaluator: no part of an
+artifact is executed to decide whether it may run.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
 
     Args:
         condition: one relation.
-        sizes: the numbers behind its names.
+        sizes: values of its names.
 
     Raises:
-        ArtifactError: when it is no relation of this kind, or names a size that there is not.
+        ArtifactError: when it is not a supported relation, or names an unknown size.
     """
     tree = _parsed(condition)
     try:
         left, right = (_value(side, sizes, condition, 0) for side in (tree.left, tree.comparators[0]))
     except ZeroDivisionError:
-        return False  # what it is about does not exist in these sizes
+        return False  # the expression has no value for these sizes
     return _RELATIONS[type(tree.ops[0])](left, right)
 
 
 def size_of(expression: str, sizes: Mapping[str, int]) -> int:
-    """The number that an expression over sizes comes to, as shapes in a manifest have it.
+    """Evaluate an expression over sizes, as it appears in the shapes of a manifest.
 
     Raises:
-        ArtifactError: when it is none, or names a size that there is not.
+        ArtifactError: when it is not a supported expression, or names an unknown size.
     """
     try:
         size = _value(ast.parse(expression[:_LIMIT_CHARACTERS], mode="eval").body, sizes, expression, 0)
@@ -76,7 +76,7 @@ def size_of(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 def check_condition(condition: str, names: Mapping[str, Any]) -> None:
-    """Refuse what is no condition on the sizes `names`.
+    """Reject a string that is not a condition on the sizes `names`.
 
     Raises:
         ArtifactError: naming it.
@@ -99,7 +99,7 @@ def _parsed(condition: str) -> ast.Compare:
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int, *, is_tried: bool = False) -> Number:
-    """Args: `is_tried`, where the sizes are no real ones: then a divisor of zero means nothing."""
+    """Evaluate a node. With `is_tried` the sizes are placeholders, so a zero divisor is not an error."""
     result: Number | None = None
     if depth > _LIMIT_DEPTH:
         raise _refuse(condition)
@@ -122,7 +122,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int,
         if len(node.args) != 1:
             raise _refuse(condition)
         result = _OF_ONE[node.func.id](_value(node.args[0], sizes, condition, depth + 1, is_tried=is_tried))
-    if result is None or not abs(result) <= _LIMIT_NUMBER:  # not-a-number is no number either
+    if result is None or not abs(result) <= _LIMIT_NUMBER:  # also rejects not-a-number
         raise _refuse(condition)
     return result
 

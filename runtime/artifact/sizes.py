@@ -1,4 +1,4 @@
-"""Sizes in a manifest, written as expressions. Nothing here calculates; it is decided whether somebody else may."""
+"""Check the syntax of sizes that a manifest states as expressions, without evaluating them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SIGNS = (ast.operator, ast.unaryop, ast.cmpop)
 
 
 def is_dimension(size: int | str) -> bool:
-    """Whether this can be one axis of a shape: a number, or an expression over named sizes as sympy writes it."""
+    """Whether a size can be one axis of a shape: a number, or an expression over named sizes in sympy's syntax."""
     if isinstance(size, int):
         return 0 <= size < _LARGEST
     try:

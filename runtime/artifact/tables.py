@@ -1,4 +1,4 @@
-"""Do the tables of a manifest agree with each other? What is refused here would fail in the middle of a run."""
+"""Check that the tables of a manifest are consistent: an inconsistency would fail in the middle of a run."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from runtime.patterns import fault
 
 POLICIES = ("target", "linear")
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", *MIXTURES)
-# Options of convolutions, and the words that may stand for numbers.
+# Options of convolutions, and the strings that are allowed instead of numbers.
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
 _WORDS = {"padding": ("same", "valid"), "padding_mode": ("zeros", "reflect", "replicate", "circular")}
 _OTHER_DTYPES = ("uint16", "uint32", "uint64", "complex128", "complex32")
 _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]+")
-# Of an input that can be made of one number: its dtype, and how many numbers it has for each token.
+# An input that can be filled with one number: its dtype, and how many numbers it has for each token.
 _COUNTED, _LARGEST_ROW = ("bool", "int32", "int64"), 4096
 _MOST_PATTERNS = 4096
-_MOST_ELEMENTS = 2**40  # of a parameter: all experts of a layer are one
+_MOST_ELEMENTS = 2**40  # per parameter: all experts of a layer form one
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def check_tables(manifest: Manifest) -> None:
-    """Refuse tables that contradict each other.
+    """Reject tables that contradict each other.
 
     Raises:
         ArtifactError: naming the entry.
@@ -89,7 +89,7 @@ def check_tables(manifest: Manifest) -> None:
 
 
 def _wrong_places(manifest: Manifest) -> Iterator[str]:
-    """Programs and classes that are not where such things are."""
+    """Yield a sentence for each program or class at a path where it is not allowed."""
     files = [("subgraphs", entry.file) for entry in manifest.subgraphs]
     files += [("conversions", program.file) for program in manifest.conversions]
     files += [("leaves", kind.program) for kind in manifest.leaf_kinds if kind.program]
@@ -110,7 +110,7 @@ def _wrong_places(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_values(manifest: Manifest) -> Iterator[str]:
-    """Shapes, dtypes and ranges that are none."""
+    """Yield a sentence for each invalid shape, dtype or range."""
     names = {dim.name for dim in manifest.dims}
     for dim in manifest.dims:
         if not _is_name(dim.name) or not -1 <= dim.max < 2**62 or not 0 <= dim.min < 2**62:
@@ -140,9 +140,9 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
-    """Numbers in the place of inputs that data lacks, where there can be none: such tensors are made by their shape."""
+    """Yield a sentence for each invalid `absent` number or decoder rule: the host makes these inputs by their shape."""
     for entry in manifest.inputs:
-        of_each = entry.shape[2:]  # besides rows and their tokens
+        of_each = entry.shape[2:]  # axes after rows and tokens
         is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
         is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
         if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
@@ -154,7 +154,7 @@ def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
     ids = {f"the decoder's {name} token": token for name, token in rule.items()}
     ids |= {f"what stands for the absence of {entry.name}": entry.absent for entry in manifest.inputs}
     for what, number in ids.items():
-        if number >= max(most, 2):  # a mask's numbers are 0 and 1, others are looked up
+        if number >= max(most, 2):  # masks hold 0 and 1; other inputs are indices
             yield f"{what} is {number}, and no table of the model has more than {most} rows"
 
 
@@ -163,7 +163,7 @@ def _is_class(module: str, class_name: str) -> bool:
 
 
 def _wrong_leaves(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the tables that a portable artifact's module tree is built from."""
+    """Yield a sentence for each error in the tables that a portable artifact's module tree is built from."""
     if manifest.policy not in POLICIES:
         yield f"the artifact was traced down to {manifest.policy!r}, and leaves are one of {', '.join(POLICIES)}"
     for kind in manifest.leaf_kinds:
@@ -199,7 +199,7 @@ def _wrong_kind(kind: LeafKind) -> Iterator[str]:
 
 
 def _missing_parts(manifest: Manifest) -> Iterator[str]:
-    """What the code of a portable artifact uses, and its tables do not describe."""
+    """Yield a sentence for each name that the code of a portable artifact uses and its tables do not describe."""
     for name in manifest.parameters:
         if not _is_name(name):
             yield f"the parameter {name!r} has no dotted name"

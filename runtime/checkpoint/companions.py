@@ -1,4 +1,4 @@
-"""The files of a checkpoint besides its tensors, and what its config says is not quantized."""
+"""Write and copy the files of a checkpoint other than its tensors: config.json, tokenizer, code."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 def write_companions(
     directory: Path, artifact: ArtifactParts, checkpoint: Checkpoint, quantization_config: dict[str, Any]
 ) -> None:
-    """Write config.json with the quantization config, and copy what else belongs to a model
-    (`runtime.checkpoint.companions`).
+    """Write config.json with the quantization config, and copy the other files that belong to a model.
 
-    The checkpoint's own files go before the artifact's: they belong to the weights. The model's own code is the
-    artifact's: it is what was allowed and what ran.
+    The checkpoint's own files take precedence over the artifact's, because they belong to the weights. The model's own
+    code comes from the artifact, because that is the code that was allowed and that ran.
 
     Args:
         directory: of the new checkpoint.
-        artifact: brings config and tokenizer, for a checkpoint that is nothing but tensors.
+        artifact: provides config and tokenizer for a checkpoint that contains only tensors.
         checkpoint: the original.
         quantization_config: for config.json.
     """
@@ -48,7 +47,7 @@ def write_companions(
 
 
 def _local(auto_map: Any) -> Any:
-    """An auto_map whose code is in the directory itself, wherever it came from (`owner/name--module.Class`)."""
+    """Rewrite an auto_map so that it refers to code in the same directory (drops `owner/name--`)."""
     if isinstance(auto_map, dict):
         return {kind: _local(value) for kind, value in auto_map.items()}
     if isinstance(auto_map, list):
@@ -65,7 +64,7 @@ _LICENCE_KINDS = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 _WEIGHT_KINDS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".npz", ".ckpt")
 _NOT_COPIED = (*_WEIGHT_KINDS, ".py", ".index.json")
 _NEVER_COPIED = (
-    *ADAPTER_FILES,  # readers load other weights on top
+    *ADAPTER_FILES,  # readers would load other weights on top
     *QUANTIZATION_FILES,  # describe a quantization that the result does not have
     "trainer_state.json",  # of a training, not of the model
     "params.json",  # describes the original weights in Mistral's and Meta's own form
@@ -78,12 +77,12 @@ _MODULE_FILES = ("config.json", "model.safetensors")
 
 
 def may_be_copied(name: str) -> bool:
-    """Whether a file of this name may lie in a checkpoint without changing what readers make of it."""
+    """Whether a file of this name can be in a checkpoint without changing how readers load it."""
     return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _NEVER_COPIED
 
 
 def companion_files(directory: Path) -> list[tuple[str, Path]]:
-    """The files that go with a checkpoint: names relative to its directory, and where they are, sorted by name."""
+    """List the companion files of a checkpoint, sorted: their names relative to its directory, and their paths."""
     home = directory.resolve()
     found = {
         path.name: path
@@ -97,7 +96,7 @@ def companion_files(directory: Path) -> list[tuple[str, Path]]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy them, without replacing what is there already; the copies are files, not links."""
+    """Copy the companion files as files, not links; existing files are not replaced."""
     for name, path in companion_files(source):
         copy = target / name
         if not copy.exists():
@@ -110,7 +109,7 @@ def _of_folder(folder: Path, home: Path) -> Iterator[Path]:
     if folder.name == _TEMPLATES:
         yield from (path for path in paths if path.suffix == ".jinja" and _is_small(path))
     elif _MODULE.fullmatch(folder.name):
-        # The weights of such a module are no part of the model: they are copied as they are.
+        # The weights of such a module are not part of the model: they are copied unchanged.
         yield from (path for path in paths if path.name in _MODULE_FILES)
     elif any(path.name == _TOKENIZER for path in paths) and not any(path.suffix in _WEIGHT_KINDS for path in paths):
         yield from (path for path in paths if may_be_copied(path.name) and _is_companion(path.name) and _is_small(path))
@@ -129,7 +128,7 @@ def _is_small(path: Path) -> bool:
 
 
 def _is_inside(path: Path, home: Path) -> bool:
-    """Whether this is a regular file of the directory: none elsewhere that a link leads to, but for the hub's cache."""
+    """Whether this is a regular file inside the directory; links may lead only into the hub's cache."""
     if not path.is_file():
         return False
     target = path.resolve()

@@ -1,7 +1,7 @@
-"""Open a checkpoint; one that is quantized in a form that can be undone is plain to whoever reads it.
+"""Open a checkpoint; supported quantized formats are dequantized on read, so that callers see plain weights.
 
-A tensor is dequantized when it is read, so a run holds those of one subgraph at a time, and nothing is converted
-beforehand. The arithmetic is compressed-tensors' own: a block of float8 numbers times its scale, in float32, rounded
+A tensor is dequantized when it is read, so a run holds the tensors of one subgraph at a time, and nothing is converted
+beforehand. The arithmetic is that of compressed-tensors: a block of float8 numbers times its scale, in float32, rounded
 once to the dtype that the config states.
 """
 
@@ -26,13 +26,13 @@ _USUAL = "bfloat16"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """A checkpoint whose weights are plain, or compressed by compressed-tensors.
+    """Open a checkpoint; its weights read as plain, or as stored by compressed-tensors.
 
     Args:
-        directory: holds it; its config.json says whether and how it is quantized.
+        directory: of the checkpoint; its config.json states whether and how it is quantized.
 
     Raises:
-        WeightsError: when there is none, it is damaged, or it is quantized in a form that cannot be read.
+        WeightsError: when it is missing, damaged, or quantized in an unsupported format.
     """
     require_no_adapter(directory)
     stored = Checkpoint(directory)
@@ -48,7 +48,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _dtype(config: dict[str, Any]) -> str:
-    """The dtype that dequantized weights get, by torch's name."""
+    """Return torch's name of the dtype of dequantized weights."""
     for part in (config, config.get("text_config") or {}):
         name = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
         if name in _FLOATS:
@@ -78,7 +78,7 @@ def _derived(checkpoint: Checkpoint, key: str, packed: Packed, dtype: str) -> De
 
 
 def _undo_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """A weight [..., O, I] from numbers and the scales of their blocks."""
+    """Compute a weight [..., O, I] from quantized numbers and the scales of their blocks."""
     import torch
     from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 
@@ -105,7 +105,7 @@ def _mxfp4() -> QuantizationScheme:
 
 
 def _undo_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Experts [..., I, O] from blocks [..., O, I/32, 16] and scales [..., O, I/32]."""
+    """Compute experts [..., I, O] from blocks [..., O, I/32, 16] and scales [..., O, I/32]."""
     import torch
 
     from runtime.formats.compressed import decompress_module

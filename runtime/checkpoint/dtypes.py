@@ -1,4 +1,4 @@
-"""Dtypes by the names that safetensors has for them, and tensors as plain bytes."""
+"""Convert between torch dtypes and their safetensors names, and between tensors and bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Bits of a number by safetensors' name of its dtype. Inside a shard tensors lie in the reverse of this order.
+# Bits of a number by safetensors' name of its dtype. Inside a shard, tensors are stored in the reverse of this order.
 BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -59,20 +59,20 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype."""
+    """Return safetensors' name of a dtype."""
     return _NAMES[dtype]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, not a copy."""
+    """View the memory of a contiguous CPU tensor as bytes, without a copy."""
     flat = tensor.detach().reshape(-1)
-    flat = flat.as_strided(flat.shape, (1,))  # of a single number, the step to the next may be anything
+    flat = flat.as_strided(flat.shape, (1,))  # the stride of a single number is arbitrary
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def empty_bytes(count: int) -> torch.Tensor:
-    """Memory of its own for so many bytes, aligned as torch aligns what it allocates."""
+    """Allocate `count` bytes with torch's alignment."""
     return torch.empty(count, dtype=torch.uint8)
 
 
@@ -86,5 +86,5 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8

@@ -1,8 +1,8 @@
-"""Where every tensor of a checkpoint will lie, before the first of them is there.
+"""Compute the place of every tensor of a checkpoint on disk before the first is written.
 
-Names, dtypes and shapes are known when a run starts, and so are the shards, their headers and the place of each byte.
-Tensors can then be written in any order, twice if need be, and none has to wait in memory for others. A shard has the
-bytes that the safetensors library would give it: https://github.com/huggingface/safetensors#format.
+Names, dtypes and shapes are known when a run starts, and with them the shards, their headers and the offset of each
+byte. Tensors can then be written in any order, and again if necessary, and none waits in memory for others. A shard has
+the same bytes as one written by the safetensors library: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 _RANK = {name: rank for rank, name in enumerate(BITS)}
-_ALIGNMENT = 8  # of the first tensor, which the header is padded to
+_ALIGNMENT = 8  # of the first tensor: the header is padded to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file: its header, and how long it is in all."""
+    """The header and total size of one file."""
 
     name: str
     header: bytes
@@ -43,9 +43,9 @@ class Layout:
     """The files of a checkpoint.
 
     Args:
-        tensors: all of them, in the order in which they fill the shards.
-        max_shard_bytes: a shard is closed before a tensor would make it larger; one that is larger by itself has a
-            shard of its own.
+        tensors: all tensors, in the order in which they fill the shards.
+        max_shard_bytes: a shard is closed before a tensor would make it larger; a larger tensor gets a shard of its
+            own.
     """
 
     def __init__(self, tensors: Iterable[Stored], max_shard_bytes: int) -> None:
@@ -83,12 +83,12 @@ class Layout:
 
     @cached_property
     def file_bytes(self) -> int:
-        """What all shards take on disk, headers included."""
+        """Total size of all shards on disk, including headers."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def index(self) -> tuple[str, str] | None:
-        """Name and text of the index, which one shard alone has no need of."""
+        """Return the name and text of the index file; None for a single shard, which needs no index."""
         if len(self.shards) == 1:
             return None
         weight_map = {name: self.shards[slot.shard].name for name, slot in sorted(self.slots.items())}

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from runtime.checkpoint.dtypes import Stored
     from runtime.checkpoint.stored_table import StoredTable
 
-_PIECE_BYTES = 2**22  # of a tensor that goes from one file to another
+_PIECE_BYTES = 2**22  # read at a time when a tensor is copied between files
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor lies: bytes `begin` to `end` of a shard."""
+    """The place of a tensor: bytes `begin` to `end` of a shard."""
 
     shard: str
     stored: Stored
@@ -38,10 +38,10 @@ class Checkpoint:
     """The tensors of a model directory.
 
     Args:
-        directory: holds `model.safetensors`, or shards and their index.
+        directory: contains `model.safetensors`, or shards and their index.
 
     Raises:
-        WeightsError: when there is no checkpoint, or its index names what is not there.
+        WeightsError: when there is no checkpoint, or its index names a missing file or tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,36 +53,36 @@ class Checkpoint:
 
     @property
     def bytes_read(self) -> int:
-        """What was read so far."""
+        """Number of bytes read so far."""
         return self._bytes_read
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its config says that weights are quantized."""
+        """Whether the config states that weights are quantized."""
         return bool(stated(self.config))
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def __iter__(self) -> Iterator[str]:
-        """Names of all tensors, sorted."""
+        """Iterate over the names of all tensors, sorted."""
         return iter(self._places)
 
     def stored(self, key: str) -> Stored:
-        """Name, dtype and shape of a tensor, from its shard's header."""
+        """Return name, dtype and shape of a tensor from its shard's header."""
         return self._places[key].stored
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor, from its shard's header."""
+        """Return the shape of a tensor from its shard's header."""
         return self.stored(key).shape
 
     def num_bytes(self, key: str, *, bits: int | None = None) -> int:
-        """The size of a tensor, or the size that it would have with so many bits a number."""
+        """Return the size of a tensor, or its size if each number had `bits` bits."""
         stored = self.stored(key)
         return math.prod(stored.shape) * bits // 8 if bits else stored.num_bytes
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor as it is on disk, on the CPU, in memory of its own.
+        """Read a tensor unchanged into new memory on the CPU.
 
         Raises:
             WeightsError: for a dtype that torch does not have.
@@ -90,11 +90,11 @@ class Checkpoint:
         return self._tensor(self._places[key])
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
-        """One part of a tensor along its first axis, and nothing else of it."""
+        """Read only one index of a tensor's first axis."""
         return self.read_rows(key, index, 1)[0]
 
     def read_rows(self, key: str, first: int, count: int) -> torch.Tensor:
-        """Some parts of a tensor along its first axis, one after the other, and nothing else of it."""
+        """Read only `count` consecutive indices of a tensor's first axis."""
         from runtime.checkpoint.dtypes import Stored
 
         place = self._places[key]
@@ -110,13 +110,13 @@ class Checkpoint:
             where = self.directory / place.shard
             raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
         data = empty_bytes(place.end - place.begin)
-        self._read_into(place, bytes_of(data))  # other threads go on meanwhile
+        self._read_into(place, bytes_of(data))  # without holding up other threads
         tensor: torch.Tensor = data.view(DTYPES[place.stored.dtype]).reshape(place.stored.shape)
         return tensor
 
     def table(self, key: str) -> StoredTable | None:
-        """A tensor that stays on disk: rows that are looked up are read then, and are not counted as read. None for one
-        of another dtype than torch has, and for one without rows.
+        """Return a tensor that stays on disk: rows are read when they are looked up, and are not counted as read. None
+        for a dtype that torch does not have, and for a tensor without rows.
         """
         from runtime.checkpoint.dtypes import DTYPES
         from runtime.checkpoint.stored_table import StoredTable
@@ -133,7 +133,7 @@ class Checkpoint:
         return StoredTable(read_rows, place.stored.shape, dtype)
 
     def looked_at(self, key: str) -> Iterator[torch.Tensor]:
-        """The numbers of a tensor, some after the other, without counting it as read; none for one that is made."""
+        """Yield the numbers of a tensor in pieces, not counted as read; nothing for a derived tensor."""
         from runtime.checkpoint.dtypes import DTYPES, bytes_of, empty_bytes
 
         place = self._places[key]
@@ -146,15 +146,15 @@ class Checkpoint:
             yield data.view(dtype)
 
     def announce(self, keys: Iterable[str]) -> None:
-        """Have the operating system read tensors into its page cache, if it can; they take none of the process's
-        memory, and are not counted as read.
+        """Ask the operating system to read tensors into its page cache, if supported; this takes no memory of the
+        process and is not counted as read.
         """
         for key in keys:
             place = self._places[key]
             self._files.announce(place.shard, place.begin, place.end)
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, some after the other, each as long as the next is not asked for."""
+        """Yield the bytes of a tensor in pieces; a piece is valid until the next is requested."""
         place = self._places[key]
         memory = memoryview(bytearray(min(_PIECE_BYTES, place.end - place.begin)))
         for begin in range(place.begin, place.end, _PIECE_BYTES):
@@ -169,19 +169,19 @@ class Checkpoint:
         self._files.read_into(place.shard, place.begin, memory)
 
     def sample(self, key: str, count: int) -> bytes:
-        """A few bytes from the middle of a tensor; not counted as reading it."""
+        """Return a few bytes from the middle of a tensor; not counted as read."""
         place = self._places[key]
         middle = max(place.begin, (place.begin + place.end - count) // 2)
         return self._files.read(place.shard, middle, min(middle + count, place.end))
 
     @property
     def shards(self) -> list[Path]:
-        """The files, each once."""
+        """List the shard files, each once."""
         return [self.directory / name for name in self._files]
 
     @property
     def total_bytes(self) -> int:
-        """Size of all shards on disk."""
+        """Return the size of all shards on disk."""
         return sum(path.stat().st_size for path in self.shards)
 
     def _read_index(self) -> dict[str, _Place]:
@@ -210,7 +210,7 @@ class Checkpoint:
         return self._with_headers({SINGLE_NAME: None}, None)
 
     def _with_headers(self, names: dict[str, None], stated: dict[str, str] | None) -> dict[str, _Place]:
-        """Places from the shards themselves; an index must agree with them."""
+        """Read the places from the shards themselves; an index must agree with them."""
         found: dict[str, _Place] = {}
         for name in names:
             found.update(self._read_header(name))
@@ -220,7 +220,7 @@ class Checkpoint:
         return {key: found[key] for key in sorted(found)}
 
     def _read_header(self, name: str) -> dict[str, _Place]:
-        """The places in a shard; safetensors checks its header, but does not say where a tensor lies."""
+        """Read the places in a shard; safetensors checks its header, but does not report where a tensor is."""
         from safetensors import safe_open
 
         from runtime.checkpoint.dtypes import Stored

@@ -1,8 +1,8 @@
-"""Read parts of files that somebody else may cut short or replace meanwhile.
+"""Read parts of files that another process may truncate or replace at the same time.
 
-A mapped file whose end is gone kills the process (SIGBUS) when it is looked at. So parts are read by `pread` into
-memory that the caller owns, which takes no longer than copying them out of a map: a read that ends early, or a file
-whose size or time of change differs from what it was when it was opened first, is an error with a name.
+Accessing a mapped file that was truncated kills the process (SIGBUS). So parts are read by `pread` into memory that the
+caller owns, which takes no longer than copying them out of a map. A read that ends early, or a file whose size or
+modification time differs from when it was first opened, is an error that names the file.
 
 Few descriptors are open at a time, because a checkpoint may have hundreds of files and a process 64 descriptors.
 """
@@ -19,13 +19,13 @@ from runtime.errors import WeightsError
 from runtime.host.regular_files import descriptor_of
 
 _OPEN_AT_A_TIME = 8
-_PIECE_BYTES = 2**30  # what one call to the operating system is asked for at most
-_ANNOUNCED_BYTES = 2**17  # at a time: of a longer piece Linux reads the beginning, as much as it reads ahead
+_PIECE_BYTES = 2**30  # the most that one system call reads
+_ANNOUNCED_BYTES = 2**17  # per call: of a longer range Linux reads only the first part, up to its read-ahead size
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What tells a file from one that was put in its place, or written anew."""
+    """The attributes that reveal that a file was replaced or rewritten."""
 
     device: int
     inode: int
@@ -38,7 +38,7 @@ class _Version:
 
 
 class _Descriptor:
-    """An open file that is closed when nobody uses it any more: another thread may be reading from it."""
+    """An open file that is closed after its last use: another thread may be reading from it."""
 
     def __init__(self, path: Path) -> None:
         self.number = descriptor_of(path)
@@ -55,21 +55,21 @@ class ShardFiles:
     """The files of a checkpoint, by name.
 
     Args:
-        directory: that holds them.
+        directory: that contains them.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._versions: dict[str, _Version] = {}
-        self._open: dict[str, _Descriptor] = {}  # the one that was used last is the last
+        self._open: dict[str, _Descriptor] = {}  # the most recently used is last
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the files that were added."""
+        """Iterate over the names of the added files."""
         return iter(self._versions)
 
     def add(self, name: str) -> int:
-        """Note a file as it is now; returns its size.
+        """Record the present version of a file, and return its size.
 
         Raises:
             OSError: when it cannot be opened.
@@ -81,10 +81,10 @@ class ShardFiles:
         return self._versions[name].size
 
     def read_into(self, name: str, begin: int, memory: memoryview) -> None:
-        """Fill `memory` with the bytes of a file from `begin` on.
+        """Fill `memory` with the bytes of a file, starting at `begin`.
 
         Raises:
-            WeightsError: when the file is not as it was when it was added, or cannot be read.
+            WeightsError: when the file has changed since it was added, or cannot be read.
         """
         opened, done = self._descriptor(name), 0
         while done < len(memory):
@@ -100,7 +100,7 @@ class ShardFiles:
             raise self._changed(name, opened.version())
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes of a file.
+        """Read the bytes `begin` to `end` of a file.
 
         Raises:
             WeightsError: as `read_into`.
@@ -110,7 +110,7 @@ class ShardFiles:
         return bytes(found)
 
     def announce(self, name: str, begin: int, end: int) -> None:
-        """Have the operating system read bytes into its page cache, if it can."""
+        """Ask the operating system to read bytes into its page cache, if supported."""
         if not hasattr(os, "posix_fadvise"):
             return
         opened = self._descriptor(name)
@@ -118,10 +118,10 @@ class ShardFiles:
             os.posix_fadvise(opened.number, start, min(_ANNOUNCED_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
     def require_unchanged(self, name: str) -> None:
-        """Check that a file is as it was when it was added.
+        """Check that a file has not changed since it was added.
 
         Raises:
-            WeightsError: when it is not.
+            WeightsError: when it has.
         """
         found = self._descriptor(name).version()
         if found != self._versions[name]:

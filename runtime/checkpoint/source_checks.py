@@ -1,8 +1,8 @@
-"""Reject model directories whose weights are not what their names and config.json say.
+"""Reject model directories whose weights do not match their names and config.json.
 
 Three cases would otherwise give a wrong result without a message: a LoRA adapter that readers load on top of the
-weights, weights that another tool quantized and config.json does not mention, and a quantization entry that was left
-in config.json although the weights are plain. Only file names, config files and the headers of shards are read.
+weights, weights that another tool quantized without an entry in config.json, and a quantization entry in config.json
+although the weights are plain. Only file names, config files and the headers of shards are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUANTIZATION_FILES: Mapping[str, str] = {
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _FILE_LIMIT_BYTES = 2**20
 
-# Last parts of names that only tensors of a quantized checkpoint have, and what made them.
+# Name suffixes that only tensors of a quantized checkpoint have, and the format that uses them.
 _MARKS: Mapping[str, str] = {
     "_weight_qdata": "torchao",
     "qweight": "GPTQ or AWQ",
@@ -52,7 +52,7 @@ _MARKS: Mapping[str, str] = {
 }
 _CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
 _BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
-_ROUND_WHILE_RUNNING = ("bitnet",)  # with plain weights, which are not what the model computes with
+_ROUND_WHILE_RUNNING = ("bitnet",)  # stored as plain weights, but quantized in the forward pass
 _NARROW = ("F8_", "F6_", "F4")
 
 
@@ -111,7 +111,7 @@ def is_quantization_name(key: str) -> bool:
 
 
 def numbered_list(keys: Sequence[str]) -> str:
-    """The name of the list of which these tensors belong to several members; empty where they do not."""
+    """Return the name of the module list if the tensors belong to several of its members; empty otherwise."""
     parts = [key.split(".") for key in keys]
     columns = zip(*parts, strict=False)
     depth = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
@@ -120,7 +120,7 @@ def numbered_list(keys: Sequence[str]) -> str:
 
 
 def described_files(directory: Path) -> str:
-    """The files of other tools in a directory that describe a quantization, with what they say; may be empty."""
+    """Describe the quantization files of other tools in a directory, with their content; may be empty."""
     found = []
     for name, tool in QUANTIZATION_FILES.items():
         path = directory / name
@@ -130,7 +130,7 @@ def described_files(directory: Path) -> str:
 
 
 def _algorithm(path: Path) -> str:
-    """The algorithm or number of bits that such a file states; empty where it does not say."""
+    """Return the algorithm or number of bits that such a file states; empty if it states none."""
     try:
         if path.stat().st_size > _FILE_LIMIT_BYTES:
             return ""
@@ -145,7 +145,7 @@ def _algorithm(path: Path) -> str:
 
 
 def _mark(key: str, names: Container[str]) -> str:
-    """The format that gives tensors this name; empty for the name of a plain tensor."""
+    """Return the format that uses this tensor name; empty for the name of a plain tensor."""
     leaf = key.rpartition(".")[2]
     if leaf.startswith("quant_state"):
         return "bitsandbytes"
@@ -157,14 +157,14 @@ def _mark(key: str, names: Container[str]) -> str:
 
 
 def _may_have_plain_weights(entry: Mapping[str, Any], dtypes: Mapping[str, str]) -> bool:
-    """Whether the entry is about something else than weights: a key-value cache, or rotations."""
+    """Whether the entry concerns something other than weights: a key-value cache, or rotations."""
     has_cache = any(key.rpartition(".")[2] in _CACHE_MARKS for key in dtypes)
     has_no_groups = entry.get("config_groups") == {} and bool(entry.get("kv_cache_scheme"))
     return has_cache or bool(entry.get("transform_config")) or has_no_groups
 
 
 def _require_scales(directory: Path, dtypes: Mapping[str, str]) -> None:
-    """Refuse float8 weights without a factor in a checkpoint whose config says that they have one."""
+    """Reject float8 weights without a scale in a checkpoint whose config states that they have one."""
     for key, dtype in dtypes.items():
         if dtype.startswith("F8_") and not key.endswith(_SCALE_INV) and f"{key}{_SCALE_INV}" not in dtypes:
             raise WeightsError(

@@ -1,13 +1,13 @@
-"""Checkpoints that were quantized before they came here: which tensors make a plain one, by names and shapes alone.
+"""Recognize the quantized tensors of a source checkpoint by names and shapes.
 
-Two forms are taken apart while they are read, so that a model goes from them to any other in one step:
+Two formats are dequantized while they are read, so that a model is converted to another format in one step:
 
-fp8     DeepSeek's: `weight` [O, I] in float8_e4m3fn, and `weight_scale_inv` [O/b, I/b], a factor for each block; the
-        factor of a whole tensor is one block. Experts may be stacked, with one more axis in front.
-mxfp4   gpt-oss's: `X_blocks` [E, O, I/32, 16], two numbers a byte, and `X_scales` [E, O, I/32], exponents of two. What
-        the model has is X [E, I, O].
+fp8     DeepSeek's: `weight` [O, I] in float8_e4m3fn, and `weight_scale_inv` [O/b, I/b], a scale for each block; a scale
+        for the whole tensor is one block. Experts may be stacked, with one more axis in front.
+mxfp4   gpt-oss's: `X_blocks` [E, O, I/32, 16], two numbers per byte, and `X_scales` [E, O, I/32], exponents of two. The
+        model's parameter is X [E, I, O].
 
-What lacks a scale (`modules_to_not_convert`) is plain already.
+Tensors without a scale (`modules_to_not_convert`) are already plain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.errors import WeightsError
 ENTRY = "quantization_config"
 OLD_ENTRY = "compression_config"  # of early versions of compressed-tensors, which vLLM still reads
 FP8, MXFP4 = "fp8", "mxfp4"
-READABLE = "compressed-tensors"  # a reader's own matter: it takes weights as they are stored
+READABLE = "compressed-tensors"  # not dequantized here: the reader takes weights as they are stored
 
 _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _INPUT_SCALE = "activation_scale"
@@ -32,11 +32,11 @@ _USUAL_BLOCK = (128, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A plain tensor that is stored as two.
+    """A plain tensor that is stored as two tensors.
 
     Attributes:
         method: FP8 or MXFP4.
-        parts: the checkpoint's tensors: numbers and their scales.
+        parts: names of the two tensors: numbers and their scales.
         shape: of the plain tensor.
         block: rows and columns that share a scale.
     """
@@ -48,9 +48,9 @@ class Packed:
 
 
 def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says about quantization; nothing for a plain checkpoint.
+    """Return the quantization entry of a config.json; empty for a plain checkpoint.
 
-    A model with several parts may say it where its text model is described.
+    A model with several parts may have the entry in its text config.
     """
     path = entry_path(config)
     found: Mapping[str, Any] = config
@@ -60,7 +60,7 @@ def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def entry_path(config: Mapping[str, Any]) -> str:
-    """Where a config.json says it, by the names of entries; empty for a plain checkpoint."""
+    """Return the path of the quantization entry in a config.json; empty for a plain checkpoint."""
     for prefix, part in (("", config), ("text_config.", config.get("text_config"))):
         for name in (ENTRY, OLD_ENTRY):
             if isinstance(part, Mapping) and isinstance(part.get(name), Mapping) and part[name]:
@@ -69,14 +69,14 @@ def entry_path(config: Mapping[str, Any]) -> str:
 
 
 def described(entry: Mapping[str, Any]) -> str:
-    """What a quantization entry says about itself: its method, and the algorithm or number of bits if stated."""
+    """Describe a quantization entry: its method, and the algorithm or number of bits if stated."""
     bits = entry.get("bits", entry.get("w_bit"))
     detail = entry.get("quant_algo") or (f"{bits} bits" if bits is not None else "")
     return " ".join(str(part) for part in (entry.get("quant_method") or "no quant_method", detail) if part)[:200]
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model with plain weights."""
+    """Return the config of the same model with plain weights."""
     entries = (ENTRY, OLD_ENTRY)
     plain = {name: value for name, value in config.items() if name not in entries}
     if isinstance(plain.get("text_config"), Mapping):
@@ -87,19 +87,19 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def packed_tensors(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> tuple[dict[str, Packed], list[str]]:
-    """The tensors that are to be taken apart.
+    """Find the tensors to dequantize.
 
     Args:
         config: the checkpoint's config.json.
         shapes: of all its tensors.
-        origin: what messages call the checkpoint.
+        origin: the checkpoint's name in messages.
 
     Returns:
-        By the name of the plain tensor what it is made from, and the names of tensors that have no use then.
+        The packed form of each plain tensor by its name, and the names of tensors that are then unused.
 
     Raises:
-        WeightsError: for a quantization that is neither of these nor one of compressed-tensors, and for tensors that do
-            not fit each other.
+        WeightsError: for a quantization that is neither of these nor one of compressed-tensors, and for tensors whose
+            shapes do not match.
     """
     entry = stated(config)
     method = entry.get("quant_method")
@@ -118,7 +118,7 @@ def packed_tensors(
 def plain_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the checkpoint's tensors as `packed_tensors` makes them plain."""
+    """Return names and shapes of the checkpoint's tensors after dequantizing those of `packed_tensors`."""
     packed, unused = packed_tensors(config, shapes, origin)
     gone = dict.fromkeys([*unused, *(part for tensor in packed.values() for part in tensor.parts)])
     plain = {key: shape for key, shape in shapes.items() if key not in gone}
@@ -150,7 +150,7 @@ def _fp8(
 
 
 def _block(entry: Mapping[str, Any], origin: str) -> tuple[int, int] | None:
-    """Rows and columns of a block; None where a tensor is one."""
+    """Return rows and columns of a block; None if a whole tensor is one block."""
     block = entry.get("weight_block_size", _USUAL_BLOCK)
     if block is None:
         return None

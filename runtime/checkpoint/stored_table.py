@@ -1,6 +1,6 @@
-"""A table of embeddings that stays in its file: a tensor whose rows are read when they are looked up.
+"""An embedding table that stays in its file: a tensor whose rows are read when they are looked up.
 
-It takes no memory, and what is looked up takes that of the rows alone. Whatever else is done with it reads all of it.
+The table itself takes no memory, and a lookup only that of its rows. Any other operation reads the whole table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class StoredTable(torch.Tensor):
     """A table [R, C] on disk, as a tensor on the CPU.
 
     Args:
-        read_rows: fills memory with the rows from the given one on, as many as there is memory for.
+        read_rows: fills memory with consecutive rows from the given one on, as many as fit.
         shape: of the table.
         dtype: of its numbers.
     """
@@ -32,7 +32,7 @@ class StoredTable(torch.Tensor):
 
     @staticmethod
     def __new__(cls, read_rows: ReadRows, shape: Sequence[int], dtype: torch.dtype) -> StoredTable:
-        """A tensor without memory."""
+        """Create a tensor without memory."""
         made: StoredTable = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=torch.device("cpu")
         )
@@ -40,22 +40,22 @@ class StoredTable(torch.Tensor):
         return made
 
     def whole(self) -> torch.Tensor:
-        """All of it, in memory."""
+        """Read the whole table into memory."""
         return self._rows(range(self.shape[0]), [self.shape[0]])
 
     def looked_up(self, indices: torch.Tensor) -> torch.Tensor:
-        """The rows of these numbers, [shape of the numbers, C]; each is read once, neighbours together."""
+        """Look up rows by index, [shape of the indices, C]; each row is read once, neighbours together."""
         wanted, places = torch.unique(indices, return_inverse=True)  # in ascending order
         if not len(wanted):
             return torch.empty((*indices.shape, self.shape[1]), dtype=self.dtype)
         if int(wanted[0]) < 0 or int(wanted[-1]) >= self.shape[0]:
-            raise IndexError("index out of range in self")  # as torch says it
+            raise IndexError("index out of range in self")  # torch's message
         ends = [*(torch.nonzero(wanted.diff() != 1).flatten() + 1).tolist(), len(wanted)]
         return self._rows(wanted.tolist(), ends)[places]
 
     def _rows(self, wanted: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
-        """Rows by their numbers, in runs of neighbours that end before these places. All go into one piece of memory:
-        a call of torch for each run would take longer than reading it.
+        """Read rows by index, in runs of neighbours that end before the positions `ends`. All runs share one buffer: a
+        torch call for each run would take longer than reading it.
         """
         row_bytes = self.shape[1] * self.dtype.itemsize
         data = empty_bytes(len(wanted) * row_bytes)
@@ -66,19 +66,19 @@ class StoredTable(torch.Tensor):
         return data.view(self.dtype).reshape(len(wanted), self.shape[1])
 
     def as_parameter(self) -> StoredTable:
-        """The table as a parameter. `nn.Parameter` would detach it, for which torch imports distributed tensors and
-        sympy: a second and 60 MB.
+        """Mark the table as a parameter. `nn.Parameter` would detach it, for which torch imports distributed tensors
+        and sympy: a second and 60 MB.
         """
-        self._is_param = True  # what `isinstance(table, nn.Parameter)` asks
+        self._is_param = True  # checked by `isinstance(table, nn.Parameter)`
         return self
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Look rows up before torch dispatches, which imports the same."""
+        """Look rows up before torch dispatches, which would import the same modules."""
         kwargs = kwargs or {}
-        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")  # would change the table
+        max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")  # torch would modify the table in place
         is_plain = func is F.embedding and len(args) > 1 and max_norm is None
         if is_plain and isinstance(args[1], cls) and not isinstance(args[0], cls):
             return args[1].looked_up(args[0])
@@ -91,7 +91,7 @@ class StoredTable(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Look rows up; hand anything else the whole table."""
+        """Look rows up; pass the whole table to any other operation."""
         table = args[0] if args else None
         if func in _SAME and isinstance(table, cls):
             return cls(table.read_rows, table.shape, table.dtype)

@@ -1,6 +1,6 @@
-"""A checkpoint seen through another one: some of its tensors are made from others whenever they are read.
+"""A view of a checkpoint in which some tensors are derived from others whenever they are read.
 
-Nothing of it is ever written down: what was packed is plain, and what was stacked is apart, one tensor at a time.
+Nothing is written to disk: tensors are dequantized, and stacked experts are split, one at a time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derived:
-    """A tensor that is made from others.
+    """A tensor that is derived from others.
 
     Attributes:
         stored: its name, dtype and shape.
-        sources: the tensors that it is made from.
-        make: reads and makes it; the second argument says which part along the first axis is wanted, None for all.
+        sources: the tensors that it is derived from.
+        make: reads and computes it; the second argument is an index of the first axis, None for the whole tensor.
     """
 
     stored: Stored
@@ -36,13 +36,13 @@ class Derived:
 
 
 class DerivedCheckpoint(Checkpoint):
-    """A checkpoint in whose place some tensors stand for others.
+    """A checkpoint in which derived tensors replace their sources.
 
     Args:
-        inner: the one that is on disk, or another view.
-        tensors: those that are made; what they are made from is not to be seen any more.
-        hidden: more that is not to be seen.
-        config: its config.json, if that changes.
+        inner: the checkpoint on disk, or another view.
+        tensors: the derived tensors; their sources are hidden.
+        hidden: further hidden tensors.
+        config: the config.json of the view, if it differs.
     """
 
     def __init__(
@@ -68,49 +68,49 @@ class DerivedCheckpoint(Checkpoint):
 
     @property
     def bytes_read(self) -> int:
-        """What was read from the disk so far."""
+        """Number of bytes read from disk so far."""
         return self.inner.bytes_read
 
     @property
     def shards(self) -> list[Path]:
-        """The files on disk."""
+        """List the files on disk."""
         return self.inner.shards
 
     def stored(self, key: str) -> Stored:
-        """Name, dtype and shape of a tensor, as it is seen here."""
+        """Return name, dtype and shape of a tensor in this view."""
         derived = self._derived.get(key)
         return derived.stored if derived is not None else self.inner.stored(key)
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
+        """Read or derive a tensor on the CPU."""
         derived = self._derived.get(key)
         return derived.make(self.inner, None) if derived is not None else self.inner.read(key)
 
     def read_part(self, key: str, index: int) -> torch.Tensor:
-        """One part of a tensor along its first axis."""
+        """Read or derive one index of a tensor's first axis."""
         derived = self._derived.get(key)
         return derived.make(self.inner, index) if derived is not None else self.inner.read_part(key, index)
 
     def read_rows(self, key: str, first: int, count: int) -> torch.Tensor:
-        """Some parts of a tensor along its first axis, one after the other."""
+        """Read or derive consecutive indices of a tensor's first axis."""
         if key not in self._derived:
             return self.inner.read_rows(key, first, count)
         return self.read(key)[first : first + count].clone()
 
     def table(self, key: str) -> StoredTable | None:
-        """A tensor that stays on disk; None for one that is made."""
+        """Return a tensor that stays on disk; None for a derived tensor."""
         return self.inner.table(key) if key not in self._derived else None
 
     def looked_at(self, key: str) -> Iterator[torch.Tensor]:
-        """The numbers of a tensor; none for one that is made."""
+        """Yield the numbers of a tensor; nothing for a derived tensor."""
         return self.inner.looked_at(key) if key not in self._derived else iter(())
 
     def announce(self, keys: Iterable[str]) -> None:
-        """Have what tensors are made from read into the page cache."""
+        """Ask for the sources of tensors to be read into the page cache."""
         self.inner.announce(self._sources_of(keys))
 
     def _sources_of(self, keys: Iterable[str]) -> Iterator[str]:
-        """What tensors are made from, each once, as it is asked for: of experts, the stack that hundreds share."""
+        """Yield the sources of tensors lazily, each once: hundreds of experts share one stack."""
         seen: dict[str, None] = {}
         for key in keys:
             for source in self._derived[key].sources if key in self._derived else (key,):
@@ -119,7 +119,7 @@ class DerivedCheckpoint(Checkpoint):
                     yield source
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, some after the other."""
+        """Yield the bytes of a tensor in pieces."""
         if key not in self._derived:
             yield from self.inner.pieces(key)
             return
@@ -128,7 +128,7 @@ class DerivedCheckpoint(Checkpoint):
         yield bytes_of(self.read(key).contiguous())
 
     def sample(self, key: str, count: int) -> bytes:
-        """A few bytes of what a tensor is made from."""
+        """Return a few bytes of a tensor's sources."""
         derived = self._derived.get(key)
         sources = derived.sources if derived is not None else (key,)
         return b"".join(self.inner.sample(source, count) for source in sources)

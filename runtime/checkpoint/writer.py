@@ -1,7 +1,7 @@
-"""Write a checkpoint tensor by tensor, each to its place on disk at once.
+"""Write a checkpoint tensor by tensor, each directly to its place on disk.
 
-Nothing is held back in memory: the layout says where a tensor goes. Writing one again changes nothing, so that a run
-which was interrupted can begin its last step anew.
+Nothing is buffered in memory: the layout states the place of each tensor. Writing a tensor again changes nothing, so an
+interrupted run can repeat its last step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DEFAULT_SHARD_BYTES = 2 * 10**9
 
 
 class ShardWriter:
-    """Puts tensors into the shards of a layout. Several threads may write.
+    """Writer of tensors into the shards of a layout. Several threads may write.
 
     Args:
-        directory: exists; shards of an interrupted run in it are gone on with.
+        directory: must exist; shards of an interrupted run in it are continued.
         layout: of the whole checkpoint.
     """
 
@@ -58,7 +58,7 @@ class ShardWriter:
         return self.write_bytes(name, [bytes_of(tensor.detach().cpu().contiguous())])
 
     def write_bytes(self, name: str, pieces: Iterable[memoryview]) -> int:
-        """Write the bytes of a tensor, as they lie in the checkpoint that it comes from, and return their number.
+        """Write the bytes of a tensor as stored in its source checkpoint, and return their number.
 
         Raises:
             OSError: where the operating system says why.
@@ -79,7 +79,7 @@ class ShardWriter:
         return total
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was written, on the CPU."""
+        """Read a written tensor on the CPU."""
         slot = self.layout.slots[name]
         data = empty_bytes(slot.stored.num_bytes)
         view, done, descriptor = bytes_of(data), 0, self._file(slot)
@@ -91,14 +91,14 @@ class ShardWriter:
         return data.view(DTYPES[slot.stored.dtype]).reshape(slot.stored.shape)
 
     def is_written(self, name: str) -> bool:
-        """Whether a tensor is there."""
+        """Whether a tensor has been written."""
         return name not in self._missing
 
     def take_as_written(self, names: Iterable[str]) -> None:
-        """Count tensors as there that an earlier run has written.
+        """Mark tensors that an earlier run has written.
 
         Raises:
-            OutputError: when a file of theirs is not there as that run has begun it.
+            OutputError: when one of their files is missing or differs from what that run created.
         """
         with self._lock:
             for name in names:
@@ -125,7 +125,7 @@ class ShardWriter:
             )
 
     def sync(self) -> None:
-        """Have the disk keep all that was written so far.
+        """Flush all data written so far to disk.
 
         Raises:
             OSError: where the operating system says why.
@@ -140,10 +140,10 @@ class ShardWriter:
         with self._lock:
             for shard in shards:
                 if not self._num_missing[shard] and shard not in self._unsynced:
-                    os.close(self._files.pop(shard))  # it is complete: there may be thousands
+                    os.close(self._files.pop(shard))  # it is complete, and there may be thousands
 
     def finish(self) -> None:
-        """Complete the checkpoint with the index, where there are several shards."""
+        """Write the index if there are several shards."""
         assert not self._missing, f"tensors were never written: {', '.join(list(self._missing)[:3])}"
         if not self.layout.slots:
             self._open(0)
@@ -154,7 +154,7 @@ class ShardWriter:
             (self.directory / name).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """Give the files back; what was written stays."""
+        """Close the files; written data stays."""
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
@@ -181,14 +181,14 @@ class ShardWriter:
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Check that the disk has space for the checkpoint before it is written.
 
     Args:
-        path: where the checkpoint will be; it and its parents need not exist.
-        num_bytes: what it takes at least.
+        path: of the checkpoint; it and its parents need not exist.
+        num_bytes: the least space that it needs.
 
     Raises:
-        OutputError: stating both numbers.
+        OutputError: stating the required and the free space.
     """
     place = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(place).free
