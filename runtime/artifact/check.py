@@ -54,7 +54,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
 
     Args:
         root: its directory.
-        public_keys: keys that must each have signed it, in addition to the host's own (`signatures.REQUIRED`).
+        public_keys: keys that must each have signed it, in addition to the host's own (`signature.REQUIRED`).
 
     Raises:
         ArtifactError: naming the file and the problem.
