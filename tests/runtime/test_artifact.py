@@ -249,7 +249,7 @@ class TestPrograms:
         os.chdir(tmp_path)
         statement = f'y = run.opaque["{path}"]("touch owned")'
         refuse(with_source(tmp_path, statement, opaque=(path,)), "is not allowed")
-        with pytest.raises(ArtifactError):
+        with pytest.raises(ArtifactError, match=f"opaque step {path!r} is not allowed"):
             resolve_opaque(path)
         assert not (tmp_path / "owned").exists()
 
@@ -352,7 +352,7 @@ class TestSkeleton:
         model = manifest().model
         values = {name: getattr(model, name) for name in ModelEntry.__slots__}
         path = write(tmp_path / "artifact", model=ModelEntry(**{**values, **changes}))
-        with pytest.raises(error):
+        with pytest.raises(error, match=rf"{changes['module']}\.{changes['class_name']}"):
             load(path, allow_version_skew=True).empty_model()
 
 

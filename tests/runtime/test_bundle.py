@@ -115,13 +115,13 @@ class TestPacking:
         (tmp_path / "odd.yaml").write_text("Nothing: {}")
         (tmp_path / "text.txt").write_text("text")
         artifact, recipe, out = llama.artifact, parts / "r.yaml", tmp_path / "out"
-        with pytest.raises(RecipeError):
+        with pytest.raises(RecipeError, match="unknown key 'Nothing'"):
             pack(artifact, recipe=tmp_path / "odd.yaml", out=out)
         with pytest.raises(UsageError, match="is no token file"):
             pack(artifact, recipe=recipe, data=tmp_path / "text.txt", out=out)
         with pytest.raises(WeightsError, match="holds no safetensors"):
             pack(artifact, recipe=recipe, weights=tmp_path, out=out)
-        with pytest.raises(ArtifactError):
+        with pytest.raises(ArtifactError, match="is not an artifact"):
             pack(llama.weights, recipe=recipe, out=out)
         assert not out.exists()
 

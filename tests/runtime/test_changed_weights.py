@@ -133,7 +133,7 @@ def test_a_table_on_disk_is_as_one_in_memory(tmp_path: Path, dtype: torch.dtype)
             assert torch.equal(found, torch.nn.functional.embedding(ids, table, padding_idx=padding))
     assert torch.equal(stored + 1, table + 1) and torch.equal(stored.float(), table.float())
     for wrong in (50, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="index out of range"):
             torch.nn.functional.embedding(torch.tensor([wrong]), stored)
     embedding = torch.nn.Embedding(50, 6, dtype=dtype)
     embedding.weight = torch.nn.Parameter(stored)

@@ -141,7 +141,7 @@ class TestAnExpertThatNoTokenReaches:
 
     def test_other_changes_are_another_run(self, qwen3_moe: Small, tmp_path: Path) -> None:
         weights = changed(qwen3_moe, tmp_path / "model", starved)
-        with pytest.raises(runtime.DataError):
+        with pytest.raises(runtime.DataError, match=r"reached model\.layers\.1\.mlp\.experts\.0\.gate_proj"):
             self.run(qwen3_moe, weights, tmp_path / "out", f"GPTQModifier: {{{NARROW_W4}}}")
         text = f"GPTQModifier: {{{NARROW_W4}, fallback: rtn, dampening_frac: 0.02}}"
         with pytest.raises(runtime.OutputError, match="what differs: the recipe"):

@@ -91,7 +91,7 @@ def test_check_executes_nothing_and_says_what_is_there(toy: Toy, run: Run) -> No
 
 
 def test_without_consent_nothing_is_executed(toy: Toy, tmp_path: Path, run: Run) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"brings its own code.* --trust-remote-code"):
         runtime.load(toy.artifact)
     for command in (toy.calibrate(tmp_path / "out"), toy.evaluate(toy.weights)):
         assert_refused(

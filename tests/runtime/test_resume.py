@@ -343,7 +343,7 @@ def test_a_fact_counts_when_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.EIO, "the disk is gone")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="the disk is gone"):
         log.append("step", index=0)
     monkeypatch.undo()
     assert (tmp_path / "journal").read_bytes() == before

@@ -182,8 +182,10 @@ def test_keys_that_are_none(signed: Path, keys: tuple[Path, Path], tmp_path: Pat
     edwards = ed25519.Ed25519PrivateKey.generate()
     private = edwards.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "edwards.pem").write_bytes(private)
-    for key in (tmp_path / "nothing", tmp_path / "odd.pub", tmp_path / "rsa.pem", keys[1]):
-        with pytest.raises(SignatureError):
+    with pytest.raises(SignatureError, match=r"there is no private key .*nothing"):
+        sign_artifact(signed, private_key=tmp_path / "nothing")
+    for key in (tmp_path / "odd.pub", keys[1]):
+        with pytest.raises(SignatureError, match=f"{key.name} cannot sign"):
             sign_artifact(signed, private_key=key)
     for name in ("rsa", "edwards"):
         with pytest.raises(SignatureError, match="cannot sign: it is a key of another kind"):
@@ -195,7 +197,9 @@ def test_a_key_with_a_password(tmp_path: Path, run: Run) -> None:
     root = write(tmp_path / "artifact")
     (tmp_path / "password").write_text("open sesame\n")
     arguments = ["sign", str(root), "--private-key", str(private)]
-    assert run(arguments, seqbuild.cli.app.main)[0] == 2
+    code, _, complaint = run(arguments, seqbuild.cli.app.main)
+    assert code == 2
+    assert "secret.pem cannot sign: Password" in complaint
     assert not (root / SIGNATURE_NAME).exists()
     assert run([*arguments, "--password-file", str(tmp_path / "password")], seqbuild.cli.app.main)[0] == 0
     load(root, public)
@@ -203,7 +207,7 @@ def test_a_key_with_a_password(tmp_path: Path, run: Run) -> None:
 
 def test_what_is_not_right_is_not_signed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     root = write(tmp_path / "artifact", {**files(), "subgraphs/000.py": b"import os\n"})
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="anything but one function"):
         sign_artifact(root, private_key=keys[0])
     assert not (root / SIGNATURE_NAME).exists()
 

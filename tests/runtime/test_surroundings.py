@@ -94,9 +94,9 @@ class TestInputs:
 
     def test_opened(self, tmp_path: Path, kind: str) -> None:
         KINDS[kind](tmp_path / "a.json")
-        with pytest.raises(NotRegularError):
+        with pytest.raises(NotRegularError, match=rf"(?i)is a {kind}"):
             open_regular(tmp_path / "a.json")
-        with pytest.raises(NotRegularError):
+        with pytest.raises(NotRegularError, match=rf"(?i)is a {kind}"):
             require_regular_entries(tmp_path)
 
 

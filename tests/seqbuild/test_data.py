@@ -78,7 +78,7 @@ def test_a_bad_place_or_no_files_are_refused_before_any_work(
     monkeypatch.setattr("seqbuild.ship.tokens.tokenize_documents", None)
     (tmp_path / "folder.safetensors").mkdir()
     for out, error in (("x.bin", UsageError), ("folder.safetensors", OutputError)):
-        with pytest.raises(error):
+        with pytest.raises(error, match=out.replace(".", "[.]")):
             tokenize_files(tmp_path, texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / out)
     with pytest.raises(UsageError, match="no files"):
         tokenize_files(tmp_path, [], num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")

@@ -153,7 +153,7 @@ def test_functions_that_cannot_be_saved_are_named(target: Any) -> None:
 
 
 def test_private_fields_are_refused() -> None:
-    with pytest.raises(TraceError):
+    with pytest.raises(TraceError, match=r"getattr .*cannot be saved"):
         one(getattr, "x", "__class__")
 
 

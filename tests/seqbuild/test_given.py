@@ -74,18 +74,18 @@ def test_models(model: Any, chain: list[Subgraph]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"),
+    ("options", "kind", "reason"),
     [
-        ({"sequential_targets": None}, TargetError),
-        ({"sequential_targets": 3}, TargetError),
-        ({"sequential_targets": [3]}, TargetError),
-        ({"ignore": 3}, TargetError),
-        ({"targets_per_subgraph": "1"}, UsageError),
-        ({"targets_per_subgraph": 0}, UsageError),
+        ({"sequential_targets": None}, TargetError, "no sequential targets"),
+        ({"sequential_targets": 3}, TargetError, "name is 3"),
+        ({"sequential_targets": [3]}, TargetError, "target is 3"),
+        ({"ignore": 3}, TargetError, "name is 3"),
+        ({"targets_per_subgraph": "1"}, UsageError, "targets per subgraph is '1'"),
+        ({"targets_per_subgraph": 0}, UsageError, "targets per subgraph is 0"),
     ],
 )
-def test_options(options: dict[str, Any], kind: type[SeqbuildError]) -> None:
-    with pytest.raises(kind):
+def test_options(options: dict[str, Any], kind: type[SeqbuildError], reason: str) -> None:
+    with pytest.raises(kind, match=reason):
         trace_subgraphs(MODEL, SAMPLE, **{"sequential_targets": LAYERS, **options})
 
 

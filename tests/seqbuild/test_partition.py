@@ -164,7 +164,7 @@ def test_no_target_is_called() -> None:
     graph = traced(Straight())
     with pytest.raises(TargetError, match="none of the sequential targets is called"):
         topological_partition(graph, {nn.Linear(1, 1)})
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="none of the sequential targets is called"):
         topological_partition(graph, [])
 
 

@@ -290,9 +290,9 @@ def test_targets_that_a_small_model_lacks(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_checkpoint_and_the_artifact_keep_their_kind(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="nothing is not a directory"):
         verify_artifact(tmp_path / "nothing")
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="nothing"):
         verify_artifact(llama[1], weights=tmp_path / "nothing")
 
 
