@@ -112,9 +112,9 @@ def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
         statistics_memory=statistics_memory,
         force=force,
     )
-    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
+    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
     return _run(_schedule(request), Watchers([Lines(progress), *watchers]), start)
 
 
@@ -177,8 +177,7 @@ def _request(
 def _schedule(request: _Request) -> _Scheduled:
     """Prepare the model, decide every step, and check that the run fits this machine."""
     recipe, batches, options = request.recipe, request.batches, request.options
-    own_dtype: torch.dtype = getattr(torch, request.artifact.manifest.model.dtype)
-    run_dtype = options.dtype if options.dtype is not None else own_dtype
+    run_dtype = request.artifact.run_dtype(options.dtype)
     checkpoint = open_checkpoint(request.weights)
     prepared = prepare(request.artifact, checkpoint, recipe, run_dtype, options.device)
     artifact, model, source, jobs = prepared.artifact, prepared.model, prepared.weights, prepared.jobs

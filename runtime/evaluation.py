@@ -110,7 +110,7 @@ def evaluate(
         if any(LABELS in batch for batch in batches):
             raise DataError("no label counts, so nothing is predicted", hint=f"{NOT_A_LABEL} marks what does not")
         raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
-    run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
+    run_dtype = artifact.run_dtype(dtype)
     prepared = prepare(artifact, open_checkpoint(Path(weights)), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:

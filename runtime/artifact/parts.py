@@ -71,6 +71,13 @@ class ArtifactParts:
         assert self.code is not None, "a config class of a model without code"
         return self.code.find(entry.config_module, entry.config_class_name, PretrainedConfig)
 
+    def run_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of a run: the given one, or the model's own for None."""
+        import torch
+
+        own: torch.dtype = getattr(torch, self.manifest.model.dtype)
+        return own if dtype is None else dtype
+
     def require_consent(self) -> None:
         """Reject running the model's own code without consent; a model without own code needs none.
 

@@ -40,6 +40,10 @@ _OF_ONE: dict[str, Callable[[Number], Number]] = {
     "ceil": math.ceil,
     "round": round,
 }
+# Of a size in the manifest.
+_LENGTH, _DEPTH, _LARGEST, _EXPONENT = 1000, 24, 2**48, 8
+_PARTS = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Tuple, ast.Name, ast.Constant, ast.Load)
+_SIGNS = (ast.operator, ast.unaryop, ast.cmpop)
 
 
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:
@@ -129,3 +133,37 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int,
 
 def _refuse(condition: str) -> ArtifactError:
     return ArtifactError(f"the manifest states a condition on sizes that is none: {condition[:80]!r}")
+
+
+def is_dimension(size: int | str) -> bool:
+    """Whether a size can be one axis of a shape: a number, or an expression over named sizes in sympy's syntax."""
+    if isinstance(size, int):
+        return 0 <= size < _LARGEST
+    try:
+        if len(size) > _LENGTH or not size.isascii():
+            return False
+        tree = ast.parse(size, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return _depth(tree) <= _DEPTH and all(map(_is_part, ast.walk(tree)))
+
+
+def _is_part(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        value = node.value
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if isinstance(node, ast.Name):
+        return not node.id.startswith("_")
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and not node.keywords
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        exponent = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
+        power = exponent.value if isinstance(exponent, ast.Constant) else None
+        return isinstance(power, (int, float)) and abs(power) <= _EXPONENT
+    return isinstance(node, (*_PARTS, *_SIGNS))
+
+
+def _depth(node: ast.AST, limit: int = _DEPTH + 1) -> int:
+    if limit == 0:
+        return 1
+    return 1 + max((_depth(child, limit - 1) for child in ast.iter_child_nodes(node)), default=0)

@@ -23,8 +23,7 @@ from runtime.artifact.manifest import (
 )
 from runtime.artifact.own_code import is_own_module
 from runtime.artifact.scale_groups import wrong_attentions, wrong_groups
-from runtime.artifact.size_expressions import check_condition
-from runtime.artifact.sizes import is_dimension
+from runtime.artifact.size_expressions import check_condition, is_dimension
 from runtime.errors import ArtifactError
 from runtime.language.library_sources import is_module_name
 from runtime.patterns import fault

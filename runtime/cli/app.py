@@ -114,7 +114,6 @@ def calibrate(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     data_options = DataOptions(
-        path=job.data or Path(),
         tokenizer=tokenizer,
         weights=job.weights,
         samples=samples,
@@ -125,7 +124,7 @@ def calibrate(
         loss_mask=loss_mask,
         has_masks=True,
     )
-    batches = make_batches(loaded, data_options) if job.data is not None else []
+    batches = make_batches(loaded, job.data, data_options) if job.data is not None else []
     options |= _memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
@@ -251,7 +250,6 @@ def evaluate(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     options = DataOptions(
-        path=data,
         tokenizer=tokenizer,
         weights=weights,
         samples=samples,
@@ -259,7 +257,7 @@ def evaluate(
         batch_size=batch_size,
         pack=pack,
     )
-    batches = make_batches(loaded, options)
+    batches = make_batches(loaded, data, options)
     from runtime.evaluation import evaluate as run
 
     result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)

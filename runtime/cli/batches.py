@@ -20,7 +20,6 @@ class DataOptions:
     """How the model's inputs are made from a data file.
 
     Attributes:
-        path: the file.
         tokenizer: its directory; None for that of the weights, or of the artifact.
         weights: the model directory.
         samples: how many samples to use; None for all, or `default_samples` spread over them.
@@ -32,7 +31,6 @@ class DataOptions:
         has_masks: whether a mask makes a difference; for a perplexity it makes none.
     """
 
-    path: Path
     tokenizer: Path | None
     weights: Path
     samples: int | None
@@ -44,7 +42,7 @@ class DataOptions:
     has_masks: bool = False
 
 
-def make_batches(artifact: Artifact, options: DataOptions) -> list[dict[str, torch.Tensor]]:
+def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[dict[str, torch.Tensor]]:
     """The model's inputs for a data file, refused where the artifact does not hold for them.
 
     Raises:
@@ -56,10 +54,10 @@ def make_batches(artifact: Artifact, options: DataOptions) -> list[dict[str, tor
 
     vocab_size, longest = text_limits(artifact)
     seq_len = options.seq_len
-    if seq_len is None and options.path.suffix != ".safetensors":
+    if seq_len is None and data.suffix != ".safetensors":
         seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     tokens = load_tokens(
-        options.path,
+        data,
         tokenizer_dir=options.tokenizer or _tokenizer_directory(options.weights, artifact),
         num_samples=options.samples,
         seq_len=seq_len,

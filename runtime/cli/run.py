@@ -73,7 +73,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
 
 
 def _unforeseen(error: BaseException) -> str:
-    """What to say about an error that nobody has thought of: where it is from, for whoever reports it."""
+    """Describe an unexpected error and the line that raised it, for a bug report."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)

@@ -26,8 +26,6 @@ def build_skeleton(artifact: ArtifactParts, dtype: torch.dtype | None) -> nn.Mod
     Raises:
         ModelError: when the class does not exist on this host, or cannot be built from the config.
     """
-    import torch
-
     from runtime.model.config import artifact_config
     from runtime.model.weightless import calculate_buffers, from_config, without_weights
 
@@ -35,10 +33,10 @@ def build_skeleton(artifact: ArtifactParts, dtype: torch.dtype | None) -> nn.Mod
     if artifact.manifest.is_portable:
         from runtime.model.tree import build_tree
 
-        return build_tree(artifact, dtype if dtype is not None else getattr(torch, entry.dtype))
+        return build_tree(artifact, artifact.run_dtype(dtype))
     cls = model_class(artifact)
     config = artifact_config(artifact)
-    dtype = dtype if dtype is not None else getattr(torch, entry.dtype)
+    dtype = artifact.run_dtype(dtype)
     try:
         with without_weights(), offline():
             model: nn.Module = from_config(cls, config, dtype=dtype, attention=entry.attn_implementation)

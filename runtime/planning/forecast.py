@@ -179,7 +179,7 @@ class _Planner:
         self.parameters = artifact.manifest.parameters
         self.stored = stored or {name: entry.bytes for name, entry in self.parameters.items() if not entry.tied_to}
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype)
-        self.dtype: torch.dtype = getattr(torch, artifact.manifest.model.dtype)
+        self.dtype: torch.dtype = artifact.run_dtype(None)
         self.sizes: dict[tuple[tuple[int, ...], int], int] = {}
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)

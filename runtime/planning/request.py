@@ -96,7 +96,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     _require_kinds(budget, limits, sizes, statistics_bytes)
     recipe = None if recipe is None else require_recipe(recipe)
     found, assumed = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
-    run_dtype = dtype if dtype is not None else getattr(torch, artifact.manifest.model.dtype)
+    run_dtype = artifact.run_dtype(dtype)
     if recipe is not None:
         prepared, remarks = prepare(artifact, None, recipe, run_dtype), assumed
     else:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runtime.artifact.check import check_artifact
 from runtime.artifact.encoding import FORMAT_VERSION, canonical, sha256
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest
-from runtime.artifact.sizes import is_dimension
+from runtime.artifact.size_expressions import is_dimension
 from runtime.errors import ArtifactError
 from runtime.language.grammar import Allowed, check_program
 from runtime.patterns import fault

@@ -19,8 +19,7 @@ with atheris.instrument_imports(include=["runtime"]):
     from runtime.artifact.encoding import canonical, sha256
     from runtime.artifact.files import CONSTANTS_NAME
     from runtime.artifact.manifest import Manifest
-    from runtime.artifact.size_expressions import check_condition
-    from runtime.artifact.sizes import is_dimension
+    from runtime.artifact.size_expressions import check_condition, is_dimension
     from runtime.errors import ArtifactError
     from runtime.language.grammar import Allowed, check_program
     from runtime.patterns import fault
