@@ -1,13 +1,14 @@
-"""Calibrate and quantize, subgraph by subgraph.
+"""Calibrate and quantize a model, subgraph by subgraph.
 
 check       artifact, recipe, weights, data and output, before anything runs
-catch up    what an interrupted run has finished is not done again
+schedule    the work of each subgraph, and the plan of its cost
+resume      take over the subgraphs that an interrupted run has finished
 for each subgraph
-    load        its weights, read while the one before it computed
-    modify      measure what its modules see, over all batches, and quantize them; the model goes on with the result
-    go on       all batches through it, free what nobody needs any more
-    commit      its tensors are on disk, and so is the line in the journal that says so
-finish      config, tokenizer, index; the output appears under its name
+    load        its weights, read while the previous one ran
+    modify      measure its modules' inputs over all batches, and quantize the modules
+    go on       run all batches with the quantized weights, and free values that no later subgraph needs
+    commit      flush its tensors to disk, then record it in the journal
+publish     config, tokenizer, index; the output appears under its name
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_free, require_outside
+from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
@@ -47,8 +49,7 @@ from runtime.streaming.identity import run_identity
 from runtime.streaming.options import RunOptions
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import StreamingRun
-from runtime.streaming.schedule import plan_steps
-from runtime.streaming.steps import Schedule, output_tensors
+from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
 
@@ -60,7 +61,7 @@ __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 Progress = Callable[[str], None]
 
 
-def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
+def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     artifact: Artifact,
     *,
     weights: str | os.PathLike[str],
@@ -81,23 +82,23 @@ def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
     statistics_memory: int | None = None,
     force: bool = False,
 ) -> Calibration:
-    """Quantize a model by a recipe and write the checkpoint. All other arguments are explained at `RunOptions`.
+    """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
 
     Args:
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
-            recipe without statistics. Tokens where a `loss_mask` [B, S] is zero do not count, nor does padding.
+            recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md.
 
     Raises:
-        UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything has run.
+        UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
         QuantizationError: when a module's values cannot be quantized.
-        OutOfMemory: a `torch.OutOfMemoryError`, when not even one sample fits.
+        OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
     """
     start = time.perf_counter()
     options = RunOptions(
@@ -115,12 +116,12 @@ def calibrate(  # noqa: D417 - `RunOptions` explains the other arguments
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
     request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
-    return _run(_schedule(request), Watchers([Lines(progress), *watchers]), start)
+    return _run(_scheduled(request), Watchers([Lines(progress), *watchers]), start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Request:
-    """Checked arguments of `calibrate`."""
+    """The checked arguments of `calibrate`."""
 
     artifact: Artifact
     weights: Path
@@ -133,16 +134,19 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scheduled:
-    """A calibration that can begin: everything is checked, and every step is known."""
+    """A calibration that is ready to run: everything is checked, and every step is known."""
 
     request: _Request
     prepared: Prepared
     recipe_modifier: RecipeModifier
-    modifiers: list[StepModifier]
-    steps: Schedule
+    schedule: Schedule
     layout: Layout
     identity: Mapping[str, str]
     warnings: Sequence[str]
+
+    @property
+    def modifiers(self) -> list[StepModifier]:
+        return [*self.request.own_modifiers, self.recipe_modifier]
 
 
 def _request(
@@ -174,47 +178,37 @@ def _request(
     )
 
 
-def _schedule(request: _Request) -> _Scheduled:
+def _scheduled(request: _Request) -> _Scheduled:
     """Prepare the model, decide every step, and check that the run fits this machine."""
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
-    checkpoint = open_checkpoint(request.weights)
-    prepared = prepare(request.artifact, checkpoint, recipe, run_dtype, options.device)
-    artifact, model, source, jobs = prepared.artifact, prepared.model, prepared.weights, prepared.jobs
+    prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
+    artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
-    modifiers: list[StepModifier] = [*request.own_modifiers, recipe_modifier]
     if recipe_modifier.key_values is not None:
-        attach(model, recipe_modifier.key_values)
-    steps = plan_steps(artifact, source, jobs, modifiers)
-    is_run = any(step.is_run for step in steps.steps)
+        attach(prepared.model, recipe_modifier.key_values)
+    schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, recipe_modifier])
+    is_run = any(step.is_run for step in schedule.steps)
     if not batches and is_run:
         raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    predicted = require_plan(
-        prepared,
-        recipe_modifier.needs,
-        batches,
-        options,
-        dtype=run_dtype,
-        limits=memory_here(options.device),
-        modifiers=request.own_modifiers,
-    )
-    identity = run_identity(
-        artifact=artifact,
-        checkpoint=source.checkpoint,
-        recipe=recipe,
-        batches=batches if is_run else (),
-        options=options.deciding(run_dtype),
-    )
+    planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    limits = memory_here(options.device)
+    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits)
     return _Scheduled(
         request=request,
         prepared=prepared,
         recipe_modifier=recipe_modifier,
-        modifiers=modifiers,
-        steps=steps,
-        layout=Layout(output_tensors(steps, source, jobs), options.max_shard_bytes),
-        identity=identity,
+        schedule=schedule,
+        layout=Layout(schedule.outputs(source.checkpoint.directory), options.max_shard_bytes),
+        identity=run_identity(
+            artifact=artifact,
+            checkpoint=source.checkpoint,
+            recipe=recipe,
+            batches=batches if is_run else (),
+            options=options.deciding(run_dtype),
+        ),
         warnings=predicted.warnings,
     )
 
@@ -223,11 +217,11 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
-    # Statistics look at versions of tensors, which a caller's inference mode would take away.
     with ExitStack() as stack:
         is_resumed = request.options.resume
         workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))
         require_space(request.out, layout.file_bytes - workplace.written_bytes)
+        # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         run = StreamingRun(
@@ -236,7 +230,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             source=prepared.weights,
             jobs=prepared.jobs,
             modifiers=scheduled.modifiers,
-            plan=scheduled.steps,
+            schedule=scheduled.schedule,
             batches=[dict(batch) for batch in request.batches],
             writer=ShardWriter(workplace.checkpoint, layout),
             workplace=workplace,
@@ -264,7 +258,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
 
 
 def _warnings(scheduled: _Scheduled) -> Iterator[str]:
-    """What a user should know before the first step."""
+    """Yield the warnings that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
@@ -273,7 +267,7 @@ def _warnings(scheduled: _Scheduled) -> Iterator[str]:
 
 
 def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
-    """The entry for config.json."""
+    """The quantization_config of config.json."""
     from runtime.formats.checkpoint_config import quantization_config
 
     groups = [group.scheme for group in recipe.groups]

@@ -1,46 +1,42 @@
-"""What steps of a calibration cost in bytes, by formula: statistics, solves, and tensors in the checkpoint.
+"""The cost of statistics, solves and rescaling in bytes, by formula.
 
-The formulas are those of the code that they name; tests compare them with what that code holds.
+The formulas describe the code that they name; tests compare them with the memory that this code allocates.
 Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, hessian_bytes
+from runtime.quantize.solve_batches import may_overwrite, solved_together
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
-
     from runtime.artifact.manifest import ParameterEntry
+    from runtime.quantize.needs import RecipeNeeds
     from runtime.quantize.statistics import Needs
     from runtime.recipe.recipe import Assignment
 
-
-def itemsize(name: str, dtype: torch.dtype) -> int:
-    """Bytes of a number whose dtype a manifest gives; `model` is the run's."""
-    own: torch.dtype = dtype if name == "model" else getattr(torch, name)
-    return own.itemsize
+Sums = Mapping[tuple[str, ...], int]  # the bytes of each sum, by the modules that share it
 
 
 def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[str], dtype: torch.dtype) -> int:
-    """What parameters take in a run; those that are tied once."""
+    """The size of parameters in a run in `dtype`; tied parameters count once."""
     owners = dict.fromkeys(parameters[name].tied_to or name for name in names)
+    entries = [parameters[owner] for owner in owners if owner in parameters]
     return sum(
-        math.prod(parameters[owner].shape) * itemsize(parameters[owner].dtype, dtype)
-        for owner in owners
-        if owner in parameters
+        math.prod(entry.shape) * (dtype if entry.dtype == "model" else getattr(torch, entry.dtype)).itemsize
+        for entry in entries
     )
 
 
 def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
-    """What `statistics.InputStatistics` holds of one distinct input: H, and five numbers of each feature where these
-    are asked for, with a small H or some tokens in the run's dtype; the few that it always holds are nothing beside H.
+    """The size of `statistics.InputStatistics` of one distinct input: H, and five numbers of each feature if these are
+    needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
     """
     from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 
@@ -51,23 +47,23 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
 
 
 def copy_bytes(shape: Sequence[int]) -> int:
-    """A parameter in float32."""
+    """The size of a parameter in float32."""
     return math.prod(shape) * FLOAT32
 
 
 def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool = False) -> int:
-    """The most that quantizing and packing weights that are solved together holds beside them and their statistics.
+    """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, unless that is made in the memory of H itself, and two
-    copies of the weights of a pass, residuals and results, with those of four blocks and of one twice, and copies of
-    what is multiplied. Round-to-nearest holds four copies, with a search of ranges on Gram matrices five, `refine` six
-    beside a matrix. Packing holds one copy of one weight, in the dtype of the run twice, and a few more of some of its
-    rows, beside the results of the pass and, where another follows, the factor.
+    `quantize_siblings` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of the weights of
+    a pass, residuals and results, with those of four blocks and of one twice, and copies of the operands of products.
+    Round-to-nearest holds four copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix.
+    Packing holds one copy of one weight, in the dtype of the run twice, and a few more of some of its rows, beside the
+    results of the pass and, if another one follows, the factor.
 
     Args:
         shapes: [O, I] each.
-        job: what is done to them.
-        overwrites: whether H is overwritten, as nobody needs it any more.
+        job: of the weights.
+        overwrites: whether the solve overwrites H.
     """
     from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
     from runtime.algorithms.hessian import PANEL_WIDTH
@@ -97,10 +93,10 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
-    """The most that finding the factors of a group of weights holds beside its statistics.
+    """The peak of finding the factors of a group of weights, besides its statistics.
 
-    Weights are looked at one after the other, each in float32. `awq.search_scales` makes three copies more of one while
-    it compares columns, keeps some rows of each, and holds five copies of those of one that it tries candidates on.
+    Weights are read one after the other, each in float32. `awq.search_scales` makes three more copies of one while it
+    compares columns, keeps some rows of each, and holds five copies of the rows of one that it tries candidates on.
     """
     from runtime.algorithms.awq import rows_of_each
 
@@ -112,16 +108,63 @@ def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
 
 
 def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:
-    """Bytes that rounding an input takes for each of its numbers, `schemes.quantize_activation`."""
+    """Bytes per number of an input that `rounded_inputs.quantize_activation` takes to round it."""
     args = job.scheme.input_activations
     if args is None:
         return 0
     return (10 if args.strategy in ("group", "tensor_group") else 4) * dtype.itemsize
 
 
-def stored_bytes(shape: tuple[int, ...], scheme: QuantizationScheme, dtype: torch.dtype) -> int:
-    """What a checkpoint holds for a quantized weight [O, I] that it had in `dtype`, as its scales are."""
-    from runtime.formats.compressed import stored_dtypes, stored_shapes
+def quantization_bytes(
+    modules: Sequence[str],
+    needs: RecipeNeeds,
+    shape_of: Callable[[str], tuple[int, ...]],
+    sums: Sums,
+    most_sums: int,
+) -> int:
+    """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
-    shapes = stored_shapes(shape, scheme)
-    return sum(math.prod(shapes[name]) * own.itemsize for name, own in stored_dtypes(scheme, dtype).items())
+    Sums of statistics stay until the last module that needs them is quantized. Rescaled matrices are multiplied in
+    float32 when they are quantized or written, rescaled vectors at once.
+
+    Args:
+        modules: that are quantized with a subgraph, in order.
+        needs: of the recipe.
+        shape_of: a parameter's shape, by name.
+        sums: of the statistics.
+        most_sums: the bytes of sums at a time: experts are measured and quantized in groups.
+    """
+    most = 0
+    copies: dict[str, int] = {}  # rescaled vectors
+    rescaled: dict[str, int] = {}  # rescaled matrices
+
+    def held(left: Collection[str] | None = None) -> int:
+        """With the sums of the modules that are left, by default of all."""
+        waiting = sum(size for names, size in sums.items() if left is None or any(name in left for name in names))
+        return min(waiting, most_sums) + sum(copies.values())
+
+    for transform, rescaling in needs.rescaled(modules):
+        group = rescaling.group
+        weights = [f"{name}.weight" for name in group.modules]
+        taken = search_bytes([shape_of(name) for name in weights], transform.algorithm)
+        most = max(most, held() + taken)
+        touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
+        for name in (name for name in touched if name):
+            shape = shape_of(name)
+            if len(shape) == 1:
+                copies[name] = copy_bytes(shape)
+            else:
+                rescaled[name] = 2 * copy_bytes(shape[-2:])
+    most = max(most, held() + max(rescaled.values(), default=0))
+    left = dict.fromkeys(modules)
+    inputs = {name: number for number, names in enumerate(sums) for name in names}
+    for together in solved_together(modules, needs.jobs, inputs):
+        shapes = [shape_of(f"{name}.weight") for name in together]
+        job = needs.jobs[together[0]]
+        users = {name for names in sums if together[0] in names for name in names if name in left}
+        overwrites = together[0] in inputs and may_overwrite(job, together, users)
+        multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
+        most = max(most, held(left) + multiplied + solve_bytes(shapes, job, overwrites=overwrites))
+        for name in together:
+            left.pop(name, None)
+    return most

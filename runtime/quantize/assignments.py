@@ -17,18 +17,19 @@ from runtime.recipe.targeting import require_attention, targeted_modules
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.weights.origins import ParameterSource
     from runtime.weights.parameters import Weights
 
 
 def assign_jobs(
-    artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe
+    artifact: Artifact, model: nn.Module, source: ParameterSource, recipe: Recipe
 ) -> tuple[dict[str, Assignment], list[str]]:
     """Decide what is done to each module.
 
     Args:
         artifact: says which modules its subgraphs use.
         model: its module tree; weights are not looked at.
-        source: the checkpoint; None to plan without one, by what the artifact knows of it.
+        source: the origins of the parameters.
         recipe: says what is wanted.
 
     Returns:
@@ -97,7 +98,7 @@ def _split_reached(
 
 
 def _require_possible(
-    artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe, jobs: Mapping[str, Assignment]
+    artifact: Artifact, model: nn.Module, source: ParameterSource, recipe: Recipe, jobs: Mapping[str, Assignment]
 ) -> None:
     """Refuse now what could not be quantized when its turn comes."""
     for name, job in jobs.items():
@@ -106,14 +107,13 @@ def _require_possible(
         if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
             owner = tied.removesuffix(".weight")
             raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
-        if not is_plain(artifact, source, f"{name}.weight"):
+        if not is_plain(source, f"{name}.weight"):
             raise RecipeError(
                 f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
                 "quantized under the checkpoint's names",
                 hint=ignore,
             )
-        entry = artifact.manifest.parameters[f"{name}.weight"]
-        key = source.plain_key(f"{name}.weight") if source is not None else entry.sources[0]
+        key = source.plain_key(f"{name}.weight")
         if key is None or not key.endswith(".weight"):
             raise RecipeError(
                 f"{recipe.source}: the checkpoint calls the weight of {name} {key!r}; what belongs to a quantized "
@@ -129,15 +129,9 @@ def _require_possible(
                 )
 
 
-def is_plain(artifact: Artifact, source: Weights | None, name: str) -> bool:
-    """Whether a parameter is one tensor of the checkpoint as it stands; without one, by what the artifact says.
-
-    Stacks of experts that are apart are not parameters any more.
-    """
-    if source is not None:
-        return name in source.origins and source.plain_key(name) is not None
-    entry = artifact.manifest.parameters.get(name)
-    return entry is not None and len(entry.sources) == 1 and entry.conversion < 0
+def is_plain(source: ParameterSource, name: str) -> bool:
+    """Whether a parameter equals one tensor of the checkpoint. Stacks of experts that are split are not parameters."""
+    return name in source.origins and source.plain_key(name) is not None
 
 
 def _group_sizes(job: Assignment) -> Iterator[int]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.recipe.transforms import Mapping as NamedMapping
     from runtime.recipe.transforms import Transform
-    from runtime.weights.parameters import Weights
+    from runtime.weights.origins import ParameterSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,13 +31,13 @@ class Rescaling:
 
 
 def rescalings(
-    artifact: Artifact, source: Weights | None, jobs: Iterable[str], transform: Transform, origin: str
+    artifact: Artifact, source: ParameterSource, jobs: Iterable[str], transform: Transform, origin: str
 ) -> tuple[list[Rescaling], list[str]]:
     """The groups that a modifier rescales, in order of execution.
 
     Args:
         artifact: has the groups that the compiler has found.
-        source: says which parameters are tensors of the checkpoint as they stand; None to go by the manifest.
+        source: the origins of the parameters.
         jobs: modules that are quantized.
         transform: the modifier.
         origin: the recipe's name, for messages.
@@ -156,13 +156,13 @@ def _is_ignored(group: ScaleGroup, ignore: Sequence[str]) -> bool:
     return any(matches_name(pattern, name) for pattern in ignore for name in names)
 
 
-def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, tied: Collection[str]) -> str:
+def _fixed(group: ScaleGroup, artifact: Artifact, source: ParameterSource, tied: Collection[str]) -> str:
     """Why a group cannot be rescaled: a parameter that the checkpoint has not as it stands, or under several names."""
     weights = [f"{name}.weight" for name in group.modules]
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
     for name in names:
-        if not is_plain(artifact, source, name):
+        if not is_plain(source, name):
             return f"{name} is not one tensor of the checkpoint, and cannot be rewritten"
         if parameters[name].tied_to or name in tied:
             return f"{name} is used under several names, and cannot be rewritten for one of them"

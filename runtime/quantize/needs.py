@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.recipe.recipe import Assignment, Recipe
     from runtime.recipe.transforms import Transform
-    from runtime.weights.parameters import Weights
+    from runtime.weights.origins import ParameterSource
 
 
 class RecipeNeeds:
@@ -29,7 +29,7 @@ class RecipeNeeds:
 
     Args:
         artifact: the compiled model.
-        source: the checkpoint; None where there is none yet, and the manifest says what it will hold.
+        source: the origins of the parameters.
         recipe: in order: modifiers that rescale, then those that round.
         jobs: what is done to each module.
 
@@ -44,7 +44,7 @@ class RecipeNeeds:
     """
 
     def __init__(
-        self, artifact: Artifact, source: Weights | None, recipe: Recipe, jobs: Mapping[str, Assignment]
+        self, artifact: Artifact, source: ParameterSource, recipe: Recipe, jobs: Mapping[str, Assignment]
     ) -> None:
         self.jobs = jobs
         self.remarks: list[str] = []

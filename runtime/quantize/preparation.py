@@ -18,6 +18,7 @@ from runtime.errors import RecipeError
 from runtime.experts.split import SplitArtifact, split_experts
 from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.needs import RecipeNeeds
+from runtime.weights.origins import ParameterSource, StatedParameters
 from runtime.weights.parameters import Weights, place_buffers
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment, Recipe
 
 _CPU = torch.device("cpu")
-Assign = Callable[["Artifact", "nn.Module", "Weights | None", "Recipe"], "tuple[dict[str, Assignment], list[str]]"]
+Assign = Callable[["Artifact", "nn.Module", ParameterSource, "Recipe"], "tuple[dict[str, Assignment], list[str]]"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,21 +39,21 @@ class Prepared:
     Attributes:
         artifact: the artifact, with its experts split where they have to be.
         model: the module tree, its parameters on the meta device.
-        source: the origin of each parameter; None without a checkpoint.
+        source: the origin of each parameter: `Weights`, or without a checkpoint `StatedParameters`.
         jobs: the assignment of each module that is quantized, by module name.
         unreached: modules that the recipe matches and that no subgraph calls.
     """
 
     artifact: Artifact
     model: nn.Module
-    source: Weights | None
+    source: ParameterSource
     jobs: dict[str, Assignment] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> Weights:
         """The origin of each parameter, of a model that was prepared with a checkpoint."""
-        assert self.source is not None, "prepared without a checkpoint"
+        assert isinstance(self.source, Weights), "prepared without a checkpoint"
         return self.source
 
 
@@ -96,8 +97,9 @@ def prepare(
 def _build(artifact: Artifact, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device) -> Prepared:
     model = artifact.empty_model(dtype)
     place_buffers(model, device)
-    source = Weights(artifact, checkpoint, dtype, model) if checkpoint is not None else None
-    return Prepared(artifact=artifact, model=model, source=source)
+    if checkpoint is None:
+        return Prepared(artifact=artifact, model=model, source=StatedParameters(artifact, dtype))
+    return Prepared(artifact=artifact, model=model, source=Weights(artifact, checkpoint, dtype, model))
 
 
 def _assigned(
@@ -110,7 +112,7 @@ def _assigned(
 ) -> Prepared:
     built = _build(artifact, checkpoint, dtype, device)
     source = built.source
-    if source is not None and (source.schemes or source.cache_scheme is not None):
+    if isinstance(source, Weights) and (source.schemes or source.cache_scheme is not None):
         where = source.checkpoint.directory
         raise RecipeError(f"{where} is quantized already", hint="calibrate from the original checkpoint")
     jobs, unreached = assign(artifact, built.model, source, recipe)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment, Recipe
     from runtime.recipe.transforms import Transform
     from runtime.streaming.work import Work
-    from runtime.weights.parameters import Weights
+    from runtime.weights.origins import ParameterSource
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,7 +45,7 @@ class RecipeModifier:
 
     Args:
         artifact: the compiled model.
-        source: the checkpoint.
+        source: the origins of the parameters.
         recipe: in order: modifiers that rescale, then those that round.
         jobs: what is done to each module.
 
@@ -57,7 +57,9 @@ class RecipeModifier:
         RecipeError: when a modifier finds nothing to do.
     """
 
-    def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
+    def __init__(
+        self, artifact: Artifact, source: ParameterSource, recipe: Recipe, jobs: Mapping[str, Assignment]
+    ) -> None:
         self.jobs = jobs
         self.recipe = recipe
         self.source = source
@@ -98,7 +100,7 @@ class RecipeModifier:
         """The dtype of a module's first parameter in the checkpoint, which its scales get, too."""
         inside = (name for name in entry.parameters if name.startswith(f"{module}."))
         keys = (key for name in inside for key in self.source.origins[name].keys[:1])
-        dtypes = (DTYPES[self.source.checkpoint.stored(key).dtype] for key in keys)
+        dtypes = (DTYPES[self.source.stored(key).dtype] for key in keys)
         return next((dtype for dtype in dtypes if dtype in _SCALE_DTYPES), torch.float32)
 
     def rewrites(self, names: Sequence[str]) -> Sequence[str]:

@@ -1,9 +1,9 @@
-"""The values between subgraphs: one set of named values a batch, each where there is room for it.
+"""The activations between subgraphs: named values for each batch, on the device, in host memory or on disk.
 
-Values stay on the device while its budget lasts, then go to host memory (pinned, where the device is a GPU), then to
-disk. Where a value is does not change while it lives: every pass visits every batch once, so moving values about would
-gain nothing. A value that outlives the next subgraph and is equal for all batches, such as a mask or a rotary table, is
-stored once. Nothing here changes a bit, nor the order in which a tensor lies in memory.
+Values stay on the device while its budget lasts, then go to host memory (pinned if the device is a GPU), then to disk.
+A value never moves: every pass visits every batch once, so moving values would gain nothing. A value that outlives the
+next subgraph and is equal for all batches, such as a mask or a rotary table, is stored once. Values come back with the
+same bits and strides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from runtime.console import parse_bytes
 from runtime.errors import UsageError
 from runtime.host.streams import SideStream
-from runtime.streaming.disk_tensor import DiskTensor
+from runtime.streaming.disk_tensor import DiskTensor, memory_order, write_tensors
 
 _T = TypeVar("_T")
 
@@ -31,46 +31,46 @@ TIERS = (DEVICE, HOST, DISK)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """How many bytes values may take on the device and in host memory; None for as many as there are."""
+    """The bytes that values may take on the device and in host memory; None for no bound."""
 
     device_bytes: int | None = 0
     host_bytes: int | None = None
 
     @classmethod
     def parse(cls, text: str, option: str = "--activation-memory") -> Budget:
-        """Read `16GiB`, which is host memory, or `device=4GiB,host=16GiB`.
+        """Parse `16GiB`, which is host memory, or `device=4GiB,host=16GiB`.
 
         Raises:
-            UsageError: when it is neither.
+            UsageError: for any other text.
         """
         limits: dict[str, int] = {}
         for part in text.split(","):
             tier, _, size = part.rpartition("=")
             tier = tier.strip() or HOST
             if tier not in (DEVICE, HOST) or tier in limits:
-                raise UsageError(f"{option} is {text!r}", hint="write 16GiB, or device=4GiB,host=16GiB")
+                raise UsageError(f"{option} must be like 16GiB or device=4GiB,host=16GiB; got {text!r}")
             limits[tier] = parse_bytes(size, option=option)
         return cls(device_bytes=limits.get(DEVICE, 0), host_bytes=limits.get(HOST))
 
     @classmethod
     def default(cls, device: torch.device) -> Budget:
-        """A quarter of what a GPU has free, then host memory without limit."""
+        """A quarter of the free memory of a GPU, then host memory without bound."""
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         return cls(device_bytes=free // 4)
 
 
 @dataclass(kw_only=True, slots=True)
 class Held:
-    """A tensor at rest.
+    """A stored tensor.
 
     Attributes:
-        tier: where it is.
-        base: it, without what expanding repeats; None on disk.
-        file: where it is on disk.
+        tier: the device, host memory or the disk.
+        base: the tensor without expanded dimensions; None on disk.
         shape: of the whole tensor.
-        num_bytes: what the base takes.
-        users: how many batches have it.
-        ready: when a GPU has finished to write it.
+        num_bytes: size of the base.
+        file: the base on disk.
+        users: number of batches that share it.
+        ready: the event after which a GPU has written it.
     """
 
     tier: str
@@ -83,14 +83,14 @@ class Held:
 
 
 class Activations:
-    """Named values of each batch.
+    """The named values of each batch.
 
     Args:
         batches: the model's inputs, one mapping a batch, on the CPU; they are not copied.
         device: where subgraphs run.
-        budget: what values may take.
-        folder: where values go that there is no memory for; by default a temporary directory.
-        lasting: names of values that outlive the next subgraph: only those are compared across batches.
+        budget: the memory that values may take.
+        folder: for values beyond the budget; by default a temporary directory.
+        lasting: names of values that outlive the next subgraph; only these are compared across batches.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Activations:
         return len(self._values)
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all values."""
         for batch in range(len(self)):
             self.drop(batch, tuple(self._values[batch]))
         if self._thread is not None:
@@ -128,11 +128,11 @@ class Activations:
             self._own_folder.cleanup()
 
     def stream(self, names: Iterable[str], *, private: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Every batch with some of its values, on the device; the next batch is fetched while one is worked on.
+        """Yield every batch with some of its values, on the device; the next batch is fetched while one is used.
 
         Args:
-            names: which values.
-            private: hand out copies, for code that may work in place on what will be needed again.
+            names: of the values.
+            private: copy values, so that in-place operations do not change the stored ones.
         """
         names = tuple(names)
         is_at_hand = not self._side.is_real and not self.used_bytes[DISK]
@@ -150,11 +150,11 @@ class Activations:
             yield batch, values
 
     def fetch(self, batch: int, names: Iterable[str], *, private: bool = False) -> dict[str, Any]:
-        """Some values of a batch, on the device; see `stream`."""
+        """Return some values of a batch, on the device; see `stream`."""
         return {name: map_held(lambda held: self._take(held, private), self._values[batch][name]) for name in names}
 
     def store(self, batch: int, values: Mapping[str, Any]) -> None:
-        """Keep what a subgraph returned."""
+        """Store the outputs of a subgraph."""
         for name, value in values.items():
             if name in self._values[batch]:
                 self.drop(batch, (name,))
@@ -166,35 +166,35 @@ class Activations:
                 self._values[batch][name] = map_tensors(self.hold, value)
 
     def drop(self, batch: int, names: Iterable[str]) -> None:
-        """Free values that nobody will ask for again."""
+        """Free some values of a batch."""
         for name in names:
             map_held(self._release, self._values[batch].pop(name))
 
     def values(self, batch: int) -> Mapping[str, Any]:
-        """What is stored of a batch, with a `Held` in the place of each tensor."""
+        """The stored values of a batch, with a `Held` for each tensor."""
         return self._values[batch]
 
     def restore(self, batch: int, values: Mapping[str, Any]) -> None:
-        """Replace all that is stored of a batch."""
+        """Replace all values of a batch."""
         self.drop(batch, tuple(self._values[batch]))
         self._values[batch] = dict(values)
 
     def base(self, held: Held) -> torch.Tensor:
-        """A stored tensor without its expansion, wherever it is."""
+        """The base of a stored tensor, read from disk if it is there."""
         if held.file is not None:
             return held.file.read()
-        assert held.base is not None, "a tensor that was freed is asked for"
+        assert held.base is not None, "the tensor was freed"
         return held.base
 
     def hold(self, tensor: torch.Tensor) -> Held:
-        """Put a tensor where there is room for it."""
+        """Store a tensor in the first tier that has room."""
         base = _compact(tensor.detach())
         num_bytes = base.numel() * base.element_size()
         tier = self._tier_for(num_bytes)
         held = Held(tier=tier, base=base, shape=tensor.shape, num_bytes=num_bytes)
         self.used_bytes[tier] += num_bytes
         if tier == DISK:
-            held.file, held.base = DiskTensor.write(self._new_file(), base.cpu()), None
+            held.file, held.base = self._write(base.cpu()), None
         elif self._side.is_real:
             if tier == HOST:
                 pinned = torch.empty_like(base, device="cpu", pin_memory=True)
@@ -204,12 +204,14 @@ class Activations:
             held.ready = self._side.mark()
         return held
 
-    def _new_file(self) -> Path:
+    def _write(self, base: torch.Tensor) -> DiskTensor:
         if self._folder is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="activations-")
             self._folder = Path(self._own_folder.name)
         self._num_files += 1
-        return self._folder / f"{self._num_files}.bin"
+        file = DiskTensor(self._folder / f"{self._num_files}.safetensors", "value", memory_order(base))
+        write_tensors(file.path, {file.key: base.permute(file.order).contiguous()})
+        return file
 
     def _tier_for(self, num_bytes: int) -> str:
         limits = {DEVICE: self.budget.device_bytes, HOST: self.budget.host_bytes}
@@ -222,7 +224,7 @@ class Activations:
         self._side.wait_for(held.ready)
         base = self.base(held)
         moved = base.to(self.device, non_blocking=True)
-        # An expanded tensor cannot be written in place, and a moved one is a copy already.
+        # Expanded tensors cannot be changed in place, and moved ones are copies already.
         if moved is base and held.file is None and moved.shape == held.shape and (private or held.users > 1):
             moved = moved.clone()
         return moved.expand(held.shape)
@@ -250,19 +252,19 @@ class Activations:
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: _T) -> _T:
-    """The same nest of containers with something else in the place of every tensor: store, move and pin are this."""
+    """Apply a function to every tensor of nested containers."""
     mapped: _T = pytree.tree_map_only(torch.Tensor, function, value)
     return mapped
 
 
 def map_held(function: Callable[[Held], Any], value: _T) -> _T:
-    """Likewise for tensors at rest."""
+    """Apply a function to every stored tensor of nested containers."""
     mapped: _T = pytree.tree_map_only(Held, function, value)
     return mapped
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without what expanding repeats, and without memory that it does not show."""
+    """A tensor without expanded dimensions, and without memory that it does not use."""
     base = tensor
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if size > 1 and stride == 0:

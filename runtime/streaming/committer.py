@@ -1,4 +1,4 @@
-"""Have the disk keep a finished step, and the journal say so, while the next one computes."""
+"""Commit finished steps: flush them to disk and record them in the journal while the next step runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.streaming.activations import Activations
     from runtime.streaming.events import Watchers
-    from runtime.streaming.steps import Step
+    from runtime.streaming.schedule import Step
     from runtime.streaming.work import Work
     from runtime.streaming.workplace import Workplace
 
 
 class Committer:
-    """Commits one step after the other in a thread; an error comes out of the next call.
+    """Commits one step after the other in a thread; an error is raised by the next call.
 
     Args:
-        writer: holds what steps have written.
-        workplace: has the journal, and room for values.
-        every: after how many subgraphs the values between them are saved; 0 for never.
-        watch: is told when they cannot be.
+        writer: of the new checkpoint.
+        workplace: has the journal, and the directory for saved values.
+        every: number of subgraphs after which values are saved; 0 for never.
+        watch: receives a warning if values cannot be saved.
     """
 
     def __init__(self, writer: ShardWriter, workplace: Workplace, every: int, watch: Watchers) -> None:
@@ -44,7 +44,7 @@ class Committer:
         self._thread.shutdown(wait=True)
 
     def commit(self, step: Step, work: Work, activations: Activations) -> None:
-        """Begin to commit a step whose tensors are written, and whose outputs are held."""
+        """Start to commit a step whose tensors are written, and whose outputs are stored."""
         facts = {
             "index": step.index,
             "saved": self._save(step, activations),
@@ -52,21 +52,21 @@ class Committer:
             "warnings": work.warnings,
         }
         self.wait()
-        self._pending = self._thread.submit(self._write_down, facts)
+        self._pending = self._thread.submit(self._record_step, facts)
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Write down another fact, after all steps before."""
+        """Append an entry to the journal, after all earlier steps."""
         self.wait()
         self.journal.append(kind, **facts)
 
     def wait(self) -> None:
-        """Return when everything is committed."""
+        """Wait until everything is committed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def last_saved(self, index: int) -> int | None:
-        """The last step before `index` whose values were saved, since batches were split the last time."""
+        """The last step before `index` whose values were saved since batches were last split."""
         found = None
         for entry in self.journal.entries:
             if entry["kind"] == journal.MICRO_BATCH:
@@ -75,7 +75,7 @@ class Committer:
                 found = entry["index"]
         return found
 
-    def _write_down(self, facts: dict[str, Any]) -> None:
+    def _record_step(self, facts: dict[str, Any]) -> None:
         self.writer.sync()
         self.journal.append(journal.STEP, **facts)
         if facts["saved"]:
@@ -88,7 +88,7 @@ class Committer:
         try:
             save_boundary(activations, self.folder, step.index)
         except CannotSaveError as error:
-            text = f"warning: activations are not saved, for there is {error}; a resumed run computes them again"
+            text = f"warning: activations are not saved, because there is {error}; a resumed run computes them again"
             if text not in self.watch.warnings:
                 self.watch.tell("warning", text=text)
             return False

@@ -1,73 +1,70 @@
-"""A tensor in a file: bytes in the order in which they lay in memory, so that it comes back with the same strides."""
+"""Tensors in safetensors files, which come back with the strides that they had."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import errno
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from runtime.checkpoint.dtypes import bytes_of, empty_bytes
-
-_PIECE_BYTES = 2**30  # what one call to the operating system is asked for at most
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 @dataclass(frozen=True, slots=True)
 class DiskTensor:
-    """A tensor in a file, bytes in the order in which they lay in memory.
+    """A tensor in a file.
 
     Attributes:
         path: the file.
-        dtype: of the numbers.
-        shape: after the dimensions were put into that order.
-        order: where each dimension has gone.
-        offset: of the first byte.
+        key: the tensor's name in it.
+        order: the tensor's dimensions in the order in which the file has them.
     """
 
     path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    key: str
     order: tuple[int, ...]
-    offset: int = field(default=0)
-
-    @classmethod
-    def write(cls, path: Path, base: torch.Tensor) -> DiskTensor:
-        """Write a tensor to a new file.
-
-        Raises:
-            OSError: where the operating system says why.
-        """
-        order = memory_order(base)
-        ordered = base.permute(order)
-        with path.open("wb", buffering=0) as file:
-            write_all(file.write, bytes_of(ordered.contiguous()))
-        return cls(path, base.dtype, tuple(ordered.shape), order)
 
     def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
-        count = torch.Size(self.shape).numel() * self.dtype.itemsize
-        data = empty_bytes(count)
-        view, done = bytes_of(data), 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            while done < count:
-                read = file.readinto(view[done : done + _PIECE_BYTES])
-                if not read:
-                    raise OSError(f"{self.path} was cut short")
-                done += read
+        """Read the tensor into new memory.
+
+        Raises:
+            OSError: when the file is missing or damaged.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                stored: torch.Tensor = file.get_tensor(self.key)
+        except SafetensorError as error:
+            raise OSError(f"{self.path} is damaged: {error}") from error
         inverse = sorted(range(len(self.order)), key=lambda dim: self.order[dim])
-        return data.view(self.dtype).reshape(self.shape).permute(inverse)
+        # The copy has torch's alignment, on which the last bits of a matrix product can depend.
+        return stored.clone().permute(inverse)
 
 
-def write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    """Write everything, by as many calls as it takes: one call may take less than it was given."""
-    done = 0
-    while done < len(data):
-        done += write(data[done : done + _PIECE_BYTES]) or 0
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors on the CPU to a file, which replaces any other of its name.
+
+    Raises:
+        OSError: with the error number of the operating system.
+    """
+    storages: dict[int, None] = {}
+    apart = {}
+    for key, tensor in tensors.items():  # safetensors rejects tensors that share memory
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in storages else tensor
+        storages[place] = None
+    try:
+        save_file(apart, path, dict(metadata or {}))
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions by falling stride."""
-    strides: Sequence[int] = tensor.stride()
+    """The dimensions of a tensor by decreasing stride."""
+    strides = tensor.stride()
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))

@@ -1,4 +1,4 @@
-"""Send all batches through a subgraph: once to measure, and once more to go on with what it returns."""
+"""Send all batches through a subgraph: once to measure, and once more to compute the inputs of later subgraphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.activations import Activations
     from runtime.streaming.events import Watcher
-    from runtime.streaming.steps import Step
+    from runtime.streaming.schedule import Step
 
 
 @dataclass(kw_only=True)
@@ -27,13 +27,13 @@ class Passes:
 
     Attributes:
         model: the module tree; the step's parameters are loaded when it runs.
-        activations: values of all batches, as the step before has left them.
-        jobs: whose input activations are rounded when a pass goes on.
-        propagate_error: whether later subgraphs see what the quantized ones return. If not, one pass serves to measure
-            and to go on, and later subgraphs see what the original ones return.
-        watcher: is told of every batch.
+        activations: values of all batches, as the previous step left them.
+        jobs: the modules whose inputs are rounded when batches go on.
+        propagate_error: whether later subgraphs get the outputs of quantized ones. If not, one pass both measures and
+            goes on, and later subgraphs get the outputs of the original ones.
+        watcher: receives an event for every batch.
         tokens: of each batch.
-        is_running: whether a batch is on its way; what runs out of memory then fits with fewer samples.
+        is_running: whether a batch is running; if memory runs out then, fewer samples may fit.
         num_tokens: how many have passed since the step began.
     """
 
@@ -48,14 +48,19 @@ class Passes:
     _went_on: bool = field(default=False)
 
     def begin(self) -> None:
-        """Be ready for the next step."""
+        """Reset the counts for the next step."""
         self.is_running = self._went_on = False
         self.num_tokens = 0
 
-    def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
-        """Run all batches and forget what they return; hooks see what passes, and `before` which batch comes.
+    def expected(self, step: Step) -> int:
+        """Number of passes that a step takes, if no modifier takes more than one."""
+        goes_on = step.goes_on and (self.propagate_error or not step.is_measured)
+        return step.is_measured + goes_on
 
-        Where nothing of it is kept (`forgets`), a hook may end a batch by `EnoughSeenError`.
+    def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
+        """Run all batches and discard their outputs; modules have hooks, and `before` gets the index of each batch.
+
+        If nothing is stored (`forgets`), a hook may end a batch by `EnoughSeenError`.
         """
         keeps = not self.forgets(step) and not self._went_on
         with self._running():
@@ -64,34 +69,35 @@ class Passes:
                 try:
                     outputs = step.subgraph.forward(self.model, **inputs)
                 except EnoughSeenError:
-                    assert not keeps, "what is needed has ended early"
+                    assert not keeps, "a batch ended early whose outputs are needed"
                     outputs = {}
                 del inputs
                 if keeps:
                     self.activations.store(batch, outputs)
-                del outputs  # or it would lie beside what the next batch computes
+                del outputs  # or they stay in memory while the next batch runs
                 self._passed(step, batch)
         self._went_on |= keeps
 
     def forgets(self, step: Step) -> bool:
-        """Whether nobody needs what the step returns while it is measured."""
+        """Whether the outputs of a measuring pass are discarded."""
         return self.propagate_error or not step.goes_on
 
     def first(self, step: Step) -> Any:
-        """What the subgraph returns for the first batch, which stays as it was."""
+        """Return the outputs of the first batch, whose stored values stay unchanged."""
         for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
             with self._quick_halves():
                 return step.subgraph.forward(self.model, **inputs)
         return {}
 
     def go_on(self, step: Step) -> None:
-        """Put what the subgraph returns in the place of what nobody needs any more."""
+        """Store the step's outputs, and drop the values that no later step needs."""
         consumed = step.subgraph.consumed_names
         if self._went_on:
             for batch in range(len(self.activations)):
                 self.activations.drop(batch, consumed)
             return
-        with self._running(), self._rounded_inputs(step):
+        schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
+        with self._running(), input_quantization(self.model, schemes):
             for batch, inputs in self.activations.stream(step.subgraph.input_names):
                 outputs = step.subgraph.forward(self.model, **inputs)
                 del inputs
@@ -104,16 +110,11 @@ class Passes:
         self.is_running = True
         with self._quick_halves():
             yield
-        self.is_running = False  # not after an exception: it says where that came from
+        self.is_running = False  # but not after an exception, so that it tells where memory ran out
         trim_heap()
 
     def _quick_halves(self) -> contextlib.AbstractContextManager[None]:
         return quick_halves(self.activations.device.type)
-
-    def _rounded_inputs(self, step: Step) -> contextlib.AbstractContextManager[None]:
-        used = dict.fromkeys(step.subgraph.entry.parameters)
-        schemes = {name: job.scheme for name, job in self.jobs.items() if f"{name}.weight" in used}
-        return input_quantization(self.model, schemes if self.propagate_error else {})
 
     def _passed(self, step: Step, batch: int) -> None:
         self.num_tokens += self.tokens[batch]

@@ -1,7 +1,7 @@
-"""Bring the values between subgraphs to where an interrupted run had them.
+"""Restore the values between subgraphs of an interrupted run: run its finished steps again.
 
-Either they were saved, or finished subgraphs run again: with the quantized weights that they have written, so that
-every bit comes out as before. That costs one pass of all batches for each, and no measuring and no solving.
+They run with the quantized weights that they have written, so that every bit is the same as before. This takes one pass
+of all batches for each step; nothing is measured or quantized again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.streaming.schedule import ModuleTensors
+from runtime.weights.origins import required_key
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
 
@@ -21,49 +23,53 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.passes import Passes
-    from runtime.streaming.steps import Schedule, Step
+    from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.parameters import Weights
 
 
 class Written:
-    """The parameters that finished steps have changed, as they stand in the new checkpoint.
+    """The parameters that finished steps have changed, read from the new checkpoint.
 
     Args:
-        plan: of the run.
+        schedule: of the run.
         source: the original checkpoint.
         writer: the new one.
-        jobs: what was done to each module.
+        jobs: the assignment of each quantized module.
         device: where parameters go.
     """
 
     def __init__(
-        self, plan: Schedule, source: Weights, writer: ShardWriter, jobs: Mapping[str, Assignment], device: torch.device
+        self,
+        schedule: Schedule,
+        source: Weights,
+        writer: ShardWriter,
+        jobs: Mapping[str, Assignment],
+        device: torch.device,
     ) -> None:
-        self.plan = plan
+        self.schedule = schedule
         self.source = source
         self.writer = writer
         self.jobs = jobs
         self.device = device
+        self._tensors = ModuleTensors(source)
 
     def is_changed(self, name: str) -> bool:
-        """Whether a parameter is another one in the new checkpoint."""
-        return name.removesuffix(".weight") in self.jobs or name in self.plan.rewritten
+        """Whether a parameter differs in the new checkpoint."""
+        return name.removesuffix(".weight") in self.jobs or name in self.schedule.rewritten
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter as the run went on with it, to the bit."""
+        """Read a parameter as the run continued with it, bit for bit."""
         from runtime.formats.compressed import decompress_module
-        from runtime.streaming.steps import module_tensors
 
         dtype = self.source.dtype
-        key = self.source.plain_key(name)
-        assert key is not None, f"{name} is not one tensor of the checkpoint"
+        key = required_key(self.source, name)
         module = name.removesuffix(".weight")
         if module not in self.jobs:
             return self.writer.read(key).to(self.device, dtype)
         job, prefix = self.jobs[module], key.removesuffix("weight")
         tensors = {
             stored.name.removeprefix(prefix): self.writer.read(stored.name).to(self.device)
-            for stored in module_tensors(module, self.source, job)
+            for stored in self._tensors.of(module, job)
         }
         return decompress_module(tensors, job.scheme).to(dtype)
 
@@ -72,19 +78,18 @@ class Written:
         from runtime.formats.compressed import input_parts
         from runtime.formats.rounded_inputs import set_input_parts
 
-        job, key = self.jobs[module], self.source.plain_key(f"{module}.weight")
-        assert key is not None, f"{module} is not one tensor of the checkpoint"
-        prefix = key.removesuffix("weight")
-        parts = {part: self.writer.read(f"{prefix}{part}") for part in input_parts(job.scheme)}
+        prefix = required_key(self.source, f"{module}.weight").removesuffix("weight")
+        parts = {part: self.writer.read(f"{prefix}{part}") for part in input_parts(self.jobs[module].scheme)}
         set_input_parts(model.get_submodule(module), parts)
 
     def give_key_value_scales(self, model: nn.Module, step: Step) -> None:
-        """Round keys and values of a finished step as the run did."""
+        """Give the attention modules of a finished step the scales of their keys and values."""
         from runtime.formats.key_values import of_model
 
         key_values = of_model(model)
-        for module in key_values.of_subgraph(step.subgraph.entry) if key_values is not None else ():
-            assert key_values is not None, "it has modules"
+        if key_values is None:
+            return
+        for module in key_values.of_subgraph(step.subgraph.entry):
             prefix = self.source.checkpoint_prefix(module)
             for part in key_values.parts:
                 key_values.scales[module, part] = self.writer.read(f"{prefix}.{part}_scale").to(self.device)
@@ -94,14 +99,11 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
     """Send all batches through finished steps.
 
     Args:
-        steps: those that come after where the values are, in order.
+        steps: the steps after the one that the values come from, in order.
         passes: the batches.
-        written: has the weights of finished steps.
+        written: the parameters that these steps have changed.
     """
-    again = [
-        replace(step, loads=tuple(name for name in step.loads if not written.is_changed(name)), passes=())
-        for step in steps
-    ]
+    again = [replace(step, loads=tuple(name for name in step.loads if not written.is_changed(name))) for step in steps]
     with WeightStream(written.source, again, written.device) as stream:
         for step in again:
             names = step.subgraph.entry.parameters
@@ -117,7 +119,7 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
                 module = name.removesuffix(".weight")
                 if module in written.jobs and name.endswith(".weight"):
                     written.give_input_parts(passes.model, module)
-            if passes.propagate_error:  # otherwise the run went on with values from before anything was rounded
+            if passes.propagate_error:  # otherwise later steps got values from before anything was rounded
                 written.give_key_value_scales(passes.model, step)
             passes.begin()
             passes.go_on(step)

@@ -1,11 +1,12 @@
-"""The loop over subgraphs, and how one begins anew: after an interruption, or with fewer samples at a time."""
+"""Run all subgraphs of a calibration; recover from an interruption, and from a lack of memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,6 @@ from runtime.streaming.passes import Passes
 from runtime.streaming.replay import Written, run_again
 from runtime.streaming.report import ModuleReport
 from runtime.streaming.saved_values import load_boundary
-from runtime.streaming.schedule import is_measured
-from runtime.streaming.steps import lasting_values
 from runtime.streaming.work import Work
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
-    from runtime.streaming.steps import Schedule, Step
+    from runtime.streaming.schedule import Schedule, Step
     from runtime.streaming.work import StepModifier
     from runtime.streaming.workplace import Workplace
     from runtime.weights.parameters import Weights
@@ -49,14 +48,19 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class StreamingRun:
-    """One run over all subgraphs."""
+    """One run over all subgraphs.
+
+    Attributes:
+        kept: changed parameters that later steps run with.
+        is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
+    """
 
     artifact: Artifact
     model: nn.Module
     source: Weights
     jobs: dict[str, Assignment]
     modifiers: Sequence[StepModifier]
-    plan: Schedule
+    schedule: Schedule
     batches: list[dict[str, Any]]
     writer: ShardWriter
     workplace: Workplace
@@ -64,19 +68,21 @@ class StreamingRun:
     watch: Watchers
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    is_behind: bool = True  # batches are at the model's inputs, whatever step comes next
+    is_behind: bool = True
     passes: Passes = field(init=False)
     stream: WeightStream = field(init=False)
     committer: Committer = field(init=False)
+    written: Written = field(init=False)
 
     def execute(self) -> int:
-        """All subgraphs, then whatever of the checkpoint no subgraph uses.
+        """Run all steps, then copy the checkpoint tensors that no subgraph uses.
 
         Returns:
-            How many subgraphs were finished before.
+            How many steps an earlier process had finished.
         """
         first = len(self.workplace.journal.of_kind(journal.STEP))
-        remaining = self.plan.steps[first:]
+        remaining = self.schedule.steps[first:]
+        self.written = Written(self.schedule, self.source, self.writer, self.jobs, self.options.device)
         with ExitStack() as stack:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
@@ -84,23 +90,23 @@ class StreamingRun:
                 Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch)
             )
             self.stream = stack.enter_context(
-                WeightStream(self.source, remaining, self.options.device, self._write_as_it_is)
+                WeightStream(self.source, remaining, self.options.device, self._write_unchanged)
             )
             self._resume(first)
             for step in remaining:
                 self._do(step)
-            for key in self.plan.rest:
-                self._pass_through(key)
+            for stored in self.schedule.rest:
+                self._pass_through(stored.name)
             self.committer.wait()
             self.writer.finish()
         return first
 
     def _forget_activations(self) -> None:
-        if hasattr(self, "passes"):  # not when what was finished could not be taken over
+        if hasattr(self, "passes"):  # missing if the run could not be resumed
             self.passes.activations.close()
 
     def _do(self, step: Step) -> None:
-        """One step, with fewer samples at a time for as long as it runs out of memory."""
+        """Run one step, with smaller batches for as long as it runs out of memory."""
         is_anew = False
         while True:
             try:
@@ -113,7 +119,7 @@ class StreamingRun:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
-            # Out of the block, so that nothing refers to the tensors of the attempt any more.
+            # Outside of the block, so that no traceback refers to the tensors of the attempt.
             unload(self.model, step.subgraph.entry.parameters)
             give_memory_back(self.options.device)
             self._take_less(step, reason)
@@ -128,8 +134,8 @@ class StreamingRun:
         else:
             self.stream.load(self.model, step.index)
         self.watch.tell("load", index=step.index, label=step.label)
-        for name in step.subgraph.entry.parameters:
-            if step.is_run and name in self.kept:
+        for name in step.subgraph.entry.parameters if step.is_run else ():
+            if name in self.kept:
                 assign(self.model, name, self.kept[name])
         work = self._work(step)
         for modifier in self.modifiers:
@@ -140,7 +146,7 @@ class StreamingRun:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
         trim_heap()
-        self.kept.update(work.kept)
+        self.kept = {name: tensor for name, tensor in (self.kept | work.kept).items() if name in step.keeps}
         self.reports += work.reports
         for report in work.reports:
             self.watch.tell("module", index=step.index, **asdict(report))
@@ -155,7 +161,7 @@ class StreamingRun:
             seconds=time.perf_counter() - begin,
             tokens=self.passes.num_tokens,
             bytes_read=self.source.checkpoint.bytes_read - bytes_before,
-            bytes_written=work.num_bytes + sum(self.source.checkpoint.num_bytes(key) for key in step.passes),
+            bytes_written=step.num_written_bytes,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(self.options.device),
         )
@@ -163,88 +169,73 @@ class StreamingRun:
     def _work(self, step: Step) -> Work:
         return Work(
             step=step,
-            plan=self.plan,
+            schedule=self.schedule,
             model=self.model,
             source=self.source,
             writer=self.writer,
             jobs=self.jobs,
             device=self.options.device,
-            run_batches=lambda before=_ignore: self._measure(step, before),
-            run_first=lambda: self.passes.first(step),
+            run_batches=partial(self.passes.measure, step),
+            run_first=partial(self.passes.first, step),
             masks=[token_mask(batch) for batch in self.batches],
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,
             forgets=self.passes.forgets(step),
         )
 
-    def _measure(self, step: Step, before: Callable[[int], None]) -> None:
-        self.passes.measure(step, before)
-
     def _pass_through(self, key: str) -> None:
-        """Write a tensor as it lies in the checkpoint, unless the one who read it has done so."""
+        """Copy a tensor of the checkpoint, unless it was written when it was read."""
         if not self.writer.is_written(key):
             self.writer.write_bytes(key, self.source.checks.pieces(key))
 
-    def _write_as_it_is(self, key: str, tensor: torch.Tensor) -> None:
-        """Likewise, of a tensor that was just read."""
+    def _write_unchanged(self, key: str, tensor: torch.Tensor) -> None:
+        """Write a tensor that was just read, if no step changes it."""
         if key in self._unchanged and not self.writer.is_written(key):
             self.writer.write(key, tensor)
 
     def _resume(self, first: int) -> None:
-        """Take over what was finished."""
+        """Take over the finished steps of an earlier process, and announce the rest."""
         log = self.workplace.journal
-        rewritten = {self.source.plain_key(name) for name in self.plan.rewritten}
-        self._unchanged = dict.fromkeys(key for step in self.plan.steps for key in step.passes if key not in rewritten)
+        steps = self.schedule.steps
+        rewritten = {self.source.plain_key(name) for name in self.schedule.rewritten}
+        self._unchanged = {key for step in steps for key in step.passes if key not in rewritten}
         for entry in log.entries:
             self.reports += [ModuleReport(**fields) for fields in entry.get("modules", ())]
             self.watch.warnings += entry.get("warnings", ())
         begun = log.of_kind(journal.RUN)[0]
         if begun["threads"] != torch.get_num_threads():
-            found = f"begun with {begun['threads']} threads and resumed with {torch.get_num_threads()}"
-            self.watch.tell("warning", text=f"warning: {found}: sums may differ")
+            found = f"started with {begun['threads']} threads and resumed with {torch.get_num_threads()}"
+            self.watch.tell("warning", text=f"warning: {found}: the last bits of sums may differ")
         if begun.get("slow_halves", names_of_slow_halves()) != names_of_slow_halves():
-            self.watch.tell("warning", text="warning: begun on another kind of processor: sums may differ")
-        for step in self.plan.steps[:first]:
-            self.writer.take_as_written(self.plan.outputs(step, self.source, self.jobs))
-            for name in step.subgraph.entry.parameters:
-                if name in self.plan.reused and self._written.is_changed(name):
-                    self.kept[name] = self._written.read(name)
+            text = "warning: started on another kind of processor: the last bits of sums may differ"
+            self.watch.tell("warning", text=text)
+        for step in steps[:first]:
+            self.writer.take_as_written(stored.name for stored in step.writes)
+        self.kept = {name: self.written.read(name) for name in (steps[first - 1].keeps if first else ())}
         for entry in log.of_kind(journal.MICRO_BATCH):
             parts = split_batches(self.artifact.manifest, self.batches, entry["size"])
             assert parts is not None, "an earlier process has split these batches"
             self.batches = parts
         self._set_batches()
+        num_tokens = sum(self.passes.tokens)
         self.watch.tell(
             "begin",
-            subgraphs=len(self.plan.steps),
+            subgraphs=len(steps),
             modules=len(self.jobs),
             batches=len(self.batches),
-            tokens=sum(self.passes.tokens),
-            total_tokens=sum(self.passes.tokens) * sum(self._num_passes(step) for step in self.plan.steps[first:]),
+            tokens=num_tokens,
+            total_tokens=num_tokens * sum(self.passes.expected(step) for step in steps[first:]),
             resumed_at=first,
             device=str(self.options.device),
         )
 
-    def _num_passes(self, step: Step) -> int:
-        """How often all batches go through a step, if no modifier takes more than one pass."""
-        entry = step.subgraph.entry
-        measures = any(is_measured(modifier, step.modules, entry) for modifier in self.modifiers)
-        goes_on = step.goes_on and not (measures and not self.options.propagate_error)
-        return measures + goes_on
-
-    @property
-    def _written(self) -> Written:
-        return Written(self.plan, self.source, self.writer, self.jobs, self.options.device)
-
     def _set_batches(self) -> None:
-        outlives = lasting_values(self.plan)
         taken = {entry.name for entry in self.artifact.manifest.inputs}
         inputs = [{name: value for name, value in batch.items() if name in taken} for batch in self.batches]
+        budget, lasting = self.options.activation_memory, self.schedule.lasting
         self.passes = Passes(
             model=self.model,
-            activations=Activations(
-                inputs, self.options.device, self.options.activation_memory, self.workplace.values, outlives
-            ),
+            activations=Activations(inputs, self.options.device, budget, self.workplace.values, lasting),
             jobs=self.jobs,
             propagate_error=self.options.propagate_error,
             watcher=self.watch,
@@ -252,21 +243,21 @@ class StreamingRun:
         )
 
     def _rebuild(self, index: int) -> None:
-        """Bring the batches from the model's inputs, or from values that were saved, to the step `index`."""
-        if index >= len(self.plan.steps) or not self.plan.steps[index].is_run:
+        """Bring the batches to the step `index`, from the model's inputs or from the last saved values."""
+        if index >= len(self.schedule.steps) or not self.schedule.steps[index].is_run:
             return
         begin = 0
         saved = self.committer.last_saved(index)
         if saved is not None:
             load_boundary(self.passes.activations, self.workplace.values, saved)
             begin = saved + 1
-        run_again(self.plan.steps[begin:index], self.passes, self._written)
+        run_again(self.schedule.steps[begin:index], self.passes, self.written)
 
     def _take_less(self, step: Step, reason: str) -> None:
-        """Halve the number of samples that run at a time; batches begin anew at the model's inputs.
+        """Move values off the device, or else halve the largest batch; the batches start again at the model's inputs.
 
         Raises:
-            OutOfMemory: when it is one already, or memory ran out with no batch on its way.
+            OutOfMemory: when the largest batch has one sample, or memory ran out while no batch was running.
         """
         manifest = self.artifact.manifest
         activations = self.passes.activations
@@ -284,7 +275,7 @@ class StreamingRun:
             what = "one sample at a time" if is_batch else "its weights and statistics"
             raise OutOfMemory(
                 f"out of memory in {step.label} with {what}: {reason}",
-                hint="lower --batch-size or --seq-len, or take a device with more memory",
+                hint="lower --batch-size or --seq-len, or use a device with more memory",
             )
         samples = f"{half} sample{'' if half == 1 else 's'}"
         text = f"warning: out of memory in {step.label}: from here on {samples} at a time"
@@ -295,11 +286,7 @@ class StreamingRun:
         self._set_batches()
 
 
-def _ignore(batch: int) -> None:
-    """What is done before a batch by one who does not ask which it is."""
-
-
 def _num_tokens(batch: Mapping[str, Any]) -> int:
-    """How many numbers the first input of a batch has: its tokens, in a model of text."""
+    """The size of a batch's first input: its number of tokens, in a model of text."""
     first = next((value for value in batch.values() if isinstance(value, torch.Tensor)), None)
     return first.numel() if first is not None else 0

@@ -1,118 +1,116 @@
-"""Save the values at a subgraph's end to disk, so that a resumed run need not compute them again.
+"""Save the values between subgraphs to disk, so that a resumed run need not compute them again.
 
-Two files: the bytes of all tensors, each once however many batches share it, and a JSON text that says which is where.
-Values that JSON has no word for (objects of the model's own classes) cannot be saved; a resumed run then computes them.
+One safetensors file for each batch, so that only one batch is in memory at a time. A tensor that batches share is in
+the first one's file. The metadata of a file is a JSON text of the batch's values, with references to tensors.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from runtime.checkpoint.dtypes import DTYPES, bytes_of, dtype_name
+from runtime.checkpoint.dtypes import DTYPES
 from runtime.errors import OutputError
 from runtime.host.publish import flush_one
 from runtime.streaming.activations import Activations, Held
-from runtime.streaming.disk_tensor import DiskTensor, memory_order, write_all
+from runtime.streaming.disk_tensor import DiskTensor, memory_order, write_tensors
+
+_VALUES = "values"  # the key of the metadata
 
 
 class CannotSaveError(Exception):
-    """A value that only the process which made it can hold."""
+    """A value cannot be saved; the message names its type."""
 
 
 def save_boundary(activations: Activations, folder: Path, index: int) -> int:
-    """Write the values of all batches, durably; returns the number of bytes.
+    """Write the values of all batches durably; returns the number of bytes.
 
     Raises:
-        CannotSaveError: when a value is no tensor, number, text, list, tuple or dictionary of those.
-        OSError: when the disk says so.
+        CannotSaveError: when a value is not a tensor, number, text, list, tuple or dictionary of those.
+        OSError: when the disk does not take them.
     """
-    entries: list[dict[str, Any]] = []
-    places: dict[int, int] = {}
-    data_path, text_path = _paths(folder, index)
-    with data_path.open("wb") as file:
-
-        def put(held: Held) -> int:
-            if id(held) not in places:
-                base = activations.base(held).cpu()
-                order = memory_order(base)
-                entries.append(
-                    {
-                        "dtype": dtype_name(base.dtype),
-                        "shape": list(base.permute(order).shape),
-                        "order": list(order),
-                        "whole": list(held.shape),
-                        "offset": file.tell(),
-                    }
-                )
-                write_all(file.write, bytes_of(base.permute(order).contiguous()))
-                places[id(held)] = len(entries) - 1
-            return places[id(held)]
-
-        batches = [
-            {name: _encode(value, put) for name, value in activations.values(batch).items()}
-            for batch in range(len(activations))
-        ]
-        file.flush()
-        os.fsync(file.fileno())
-        num_bytes = file.tell()
-    with text_path.open("w", encoding="utf-8") as text:
-        json.dump({"tensors": entries, "batches": batches}, text)
-        text.flush()
-        os.fsync(text.fileno())
+    num_bytes = 0
+    references: dict[int, dict[str, Any]] = {}
+    for batch in range(len(activations)):
+        tensors: dict[str, torch.Tensor] = {}
+        put = partial(_put, activations, references, tensors, batch)
+        values = {name: _encode(value, put) for name, value in activations.values(batch).items()}
+        path = _path(folder, index, batch)
+        write_tensors(path, tensors, {_VALUES: json.dumps(values)})
+        flush_one(path)
+        num_bytes += path.stat().st_size
     flush_one(folder)
     return num_bytes
 
 
 def load_boundary(activations: Activations, folder: Path, index: int) -> None:
-    """Put saved values in the place of those that are held.
+    """Replace the values of all batches by saved ones.
 
     Raises:
-        OutputError: when the files are not there, or not as they were written.
+        OutputError: when a file is missing or damaged.
     """
-    data_path, text_path = _paths(folder, index)
+    known: dict[str, Held] = {}
     try:
-        content = json.loads(text_path.read_text(encoding="utf-8"))
-        files = [
-            DiskTensor(data_path, DTYPES[e["dtype"]], tuple(e["shape"]), tuple(e["order"]), e["offset"])
-            for e in content["tensors"]
-        ]
-        wholes = [torch.Size(entry["whole"]) for entry in content["tensors"]]
-        held: dict[int, Held] = {}
-
-        def get(place: int) -> Held:
-            if place in held:
-                held[place].users += 1
-            else:
-                held[place] = activations.hold(files[place].read().expand(wholes[place]))
-            return held[place]
-
-        for batch, values in enumerate(content["batches"]):
+        for batch in range(len(activations)):
+            path = _path(folder, index, batch)
+            with safe_open(path, framework="pt") as file:
+                values = json.loads(file.metadata()[_VALUES])
+            get = partial(_get, activations, known, path)
             activations.restore(batch, {name: _decode(node, get) for name, node in values.items()})
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         raise OutputError(
-            f"the activations saved in {folder} cannot be read: {error}", hint="start again in another output directory"
+            f"cannot read the activations saved in {folder}: {error}", hint="start again in another output directory"
         ) from error
 
 
 def remove_boundary(folder: Path, index: int) -> None:
-    """Give back the disk that saved values take."""
-    for path in _paths(folder, index):
+    """Delete saved values."""
+    for path in folder.glob(f"boundary-{index}-*"):
         path.unlink(missing_ok=True)
 
 
-def _paths(folder: Path, index: int) -> tuple[Path, Path]:
-    return folder / f"boundary-{index}.bin", folder / f"boundary-{index}.json"
+def _path(folder: Path, index: int, batch: int) -> Path:
+    return folder / f"boundary-{index}-{batch}.safetensors"
 
 
-def _encode(value: Any, put: Any) -> Any:
+def _put(
+    activations: Activations,
+    references: dict[int, dict[str, Any]],
+    tensors: dict[str, torch.Tensor],
+    batch: int,
+    held: Held,
+) -> dict[str, Any]:
+    """Add a tensor to those of a batch, unless an earlier batch has saved it; returns a reference to it."""
+    if id(held) not in references:
+        base = activations.base(held).cpu()
+        if base.dtype not in DTYPES.values():
+            raise CannotSaveError(f"a tensor of dtype {base.dtype}")
+        key, order = f"{batch}.{len(tensors)}", memory_order(base)
+        tensors[key] = base.permute(order).contiguous()
+        references[id(held)] = {"tensor": key, "order": order, "shape": list(held.shape)}
+    return references[id(held)]
+
+
+def _get(activations: Activations, known: dict[str, Held], path: Path, reference: Mapping[str, Any]) -> Held:
+    """The tensor of a reference, read once however many batches share it."""
+    key = reference["tensor"]
+    if key in known:
+        known[key].users += 1
+    else:
+        base = DiskTensor(path, key, tuple(reference["order"])).read()
+        known[key] = activations.hold(base.expand(torch.Size(reference["shape"])))
+    return known[key]
+
+
+def _encode(value: Any, put: Callable[[Held], dict[str, Any]]) -> dict[str, Any]:
     if isinstance(value, Held):
-        return {"tensor": put(value)}
+        return put(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"plain": value}
     if type(value) in (list, tuple):
@@ -122,10 +120,10 @@ def _encode(value: Any, put: Any) -> Any:
     raise CannotSaveError(f"a value of type {type(value).__name__}")
 
 
-def _decode(node: Mapping[str, Any], get: Any) -> Any:
+def _decode(node: Mapping[str, Any], get: Callable[[Mapping[str, Any]], Held]) -> Any:
+    if "tensor" in node:
+        return get(node)
     ((kind, content),) = node.items()
-    if kind == "tensor":
-        return get(content)
     if kind == "dict":
         return {key: _decode(item, get) for key, item in content.items()}
     if kind in ("list", "tuple"):

@@ -1,87 +1,232 @@
-"""Decide what each subgraph of a run has to do, before the first one is loaded."""
+"""The schedule of a run: what each subgraph does, decided before the first one is loaded.
+
+The run executes it, and the plan predicts its cost.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from runtime.checkpoint.dtypes import Stored
-from runtime.streaming.steps import Schedule, Step
+from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.errors import WeightsError
+from runtime.formats.compressed import stored_dtypes, stored_shapes
+from runtime.weights.origins import required_key
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from runtime.artifact.manifest import SubgraphEntry
-    from runtime.chain import Artifact
+    from runtime.chain import Artifact, LoadedSubgraph
     from runtime.recipe.recipe import Assignment
-    from runtime.streaming.work import StepModifier
-    from runtime.weights.parameters import Weights
+    from runtime.weights.origins import ParameterSource
+
+
+class StepRequirements(Protocol):
+    """What a modifier needs of a run, asked before the run starts.
+
+    Optional methods: `measures_cache(entry)`, whether batches must run through a subgraph whatever is quantized in it,
+    and `adds(entry)`, the tensors that it writes with a subgraph by `Work.add`.
+    """
+
+    def measures(self, names: Sequence[str]) -> bool:
+        """Whether batches must run to change these modules."""
+
+    def rewrites(self, names: Sequence[str]) -> Sequence[str]:
+        """The parameters, besides the weights of these modules, that it changes by `Work.rewrite`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One subgraph of a run.
+
+    Attributes:
+        index: its position in the chain.
+        subgraph: its code, its inputs, and the values that it frees.
+        modules: the modules that are quantized with it: those that it is the first to use.
+        is_measured: whether batches run through it for a modifier.
+        is_run: whether batches run through it at all; if not, only weights that are quantized are loaded.
+        goes_on: whether a later step needs its outputs.
+        loads: the parameters that are loaded before it runs.
+        keeps: changed parameters that stay in memory after it, because a later step runs with them.
+        reads: the checkpoint tensors that it is the first to use.
+        passes: those of them that are written unchanged, unless a modifier rewrites them.
+        writes: the tensors that it writes, in the order in which they fill the shards.
+    """
+
+    index: int
+    subgraph: LoadedSubgraph
+    modules: tuple[str, ...]
+    is_measured: bool
+    is_run: bool
+    goes_on: bool
+    loads: tuple[str, ...]
+    keeps: frozenset[str]
+    reads: tuple[str, ...]
+    passes: tuple[str, ...]
+    writes: tuple[Stored, ...]
+
+    @property
+    def label(self) -> str:
+        """Its targets, for messages."""
+        return ", ".join(self.subgraph.entry.targets) or "no target"
+
+    @property
+    def num_written_bytes(self) -> int:
+        """Size of the tensors that it writes."""
+        return sum(stored.num_bytes for stored in self.writes)
+
+    def called(self, jobs: Mapping[str, Assignment]) -> dict[str, Assignment]:
+        """The assignments of all modules that it uses, those quantized with earlier steps included."""
+        names = (name.removesuffix(".weight") for name in self.subgraph.entry.parameters)
+        return {name: jobs[name] for name in names if name in jobs}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """All steps of a run.
+
+    Attributes:
+        steps: one for each subgraph, in order.
+        rest: checkpoint tensors that no subgraph uses; they are written unchanged after the last step.
+        rewritten: parameters that a modifier changes without quantizing them; they keep their place in the checkpoint.
+        lasting: values between subgraphs that outlive the subgraph after the one that makes them.
+    """
+
+    steps: tuple[Step, ...]
+    rest: tuple[Stored, ...]
+    rewritten: frozenset[str]
+    lasting: frozenset[str]
+
+    def outputs(self, directory: Path) -> Iterator[Stored]:
+        """Every tensor that the run writes, in the order in which they fill the shards.
+
+        Raises:
+            WeightsError: when quantization makes a tensor that the checkpoint in `directory` has already.
+        """
+        written: dict[str, None] = {}
+        for stored in (*(stored for step in self.steps for stored in step.writes), *self.rest):
+            if stored.name in written:
+                raise WeightsError(
+                    f"{directory} holds tensor {stored.name!r}, and quantization makes one of that name",
+                    hint="remove it from the checkpoint",
+                )
+            written[stored.name] = None
+            yield stored
 
 
 def plan_steps(
-    artifact: Artifact, source: Weights, jobs: Mapping[str, Assignment], modifiers: Sequence[StepModifier]
+    artifact: Artifact, source: ParameterSource, jobs: Mapping[str, Assignment], modifiers: Sequence[StepRequirements]
 ) -> Schedule:
     """Decide what each subgraph does.
 
     Args:
         artifact: the chain.
-        source: says which checkpoint tensors make which parameter.
+        source: which stored tensors make which parameter.
         jobs: the modules to quantize.
-        modifiers: say what they measure and rewrite.
+        modifiers: what they measure, rewrite and add.
     """
-    owned = list(_owned_modules(artifact, jobs))
-    measured = [
-        any(is_measured(modifier, names, subgraph.entry) for modifier in modifiers)
-        for names, subgraph in zip(owned, artifact.subgraphs, strict=True)
-    ]
-    last = max((index for index, runs in enumerate(measured) if runs), default=-1)
+    entries = [subgraph.entry for subgraph in artifact.subgraphs]
+    owned = list(_owned_modules(entries, jobs))
+    measured = [_is_measured(modifiers, names, entry) for names, entry in zip(owned, entries, strict=True)]
+    last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
+    last_run = {name: index for index, entry in enumerate(entries[: last + 1]) for name in entry.parameters}
     replaced = {source.plain_key(f"{name}.weight") for name in jobs}
+    tensors = ModuleTensors(source)
     seen: dict[str, None] = {}
-    users: dict[str, int] = {}
     quantized: dict[str, None] = {}
+    changed: list[str] = []
+    rewritten: list[str] = []
     steps = []
-    for index, subgraph in enumerate(artifact.subgraphs):
-        names = subgraph.entry.parameters
-        users.update({name: users.get(name, 0) + 1 for name in names})
-        keys = dict.fromkeys(key for name in names for key in source.origins[name].keys)
-        passes = tuple(key for key in keys if key not in replaced and key not in seen)
+    for index, (subgraph, names) in enumerate(zip(artifact.subgraphs, owned, strict=True)):
+        entry = subgraph.entry
+        keys = dict.fromkeys(key for name in entry.parameters for key in source.origins[name].keys)
+        reads = tuple(key for key in keys if key not in seen)
+        passes = tuple(key for key in reads if key not in replaced)
         seen.update(keys)
+        rewrites = [name for modifier in modifiers for name in modifier.rewrites(names)]
+        rewritten += rewrites
+        changed += [*(f"{name}.weight" for name in names), *rewrites]
+        changed = [name for name in changed if last_run.get(name, -1) > index]
         steps.append(
             Step(
                 index=index,
                 subgraph=subgraph,
-                modules=owned[index],
+                modules=names,
+                is_measured=measured[index],
                 is_run=index <= last,
                 goes_on=index < last,
-                loads=tuple(name for name in names if name not in quantized) if index <= last else (),
+                loads=tuple(name for name in entry.parameters if name not in quantized) if index <= last else (),
+                keeps=frozenset(changed),
+                reads=reads,
                 passes=passes,
-                adds=tuple(stored for modifier in modifiers for stored in _added(modifier, subgraph.entry)),
+                writes=(
+                    *(stored for name in names for stored in tensors.of(name, jobs[name])),
+                    *_added(modifiers, entry),
+                    *(source.stored(key) for key in passes),
+                ),
             )
         )
-        quantized.update(dict.fromkeys(f"{name}.weight" for name in owned[index]))
+        quantized.update(dict.fromkeys(f"{name}.weight" for name in names))
     return Schedule(
         steps=tuple(steps),
-        rest=tuple(key for key in source.checkpoint if key not in seen and key not in replaced),
-        rewritten=frozenset(name for names in owned for modifier in modifiers for name in modifier.rewrites(names)),
-        reused=frozenset(name for name, count in users.items() if count > 1),
+        rest=tuple(source.stored(key) for key in source.stored_names() if key not in seen and key not in replaced),
+        rewritten=frozenset(rewritten),
+        lasting=frozenset(_lasting_values(entries)),
     )
 
 
-def is_measured(modifier: StepModifier, names: Sequence[str], entry: SubgraphEntry) -> bool:
-    """Whether batches must run through a subgraph for a modifier, which quantizes these modules with it."""
-    measures_cache = getattr(modifier, "measures_cache", None)
-    return (bool(names) and modifier.measures(names)) or (measures_cache is not None and measures_cache(entry))
+class ModuleTensors:
+    """The tensors of quantized modules in the new checkpoint, under the checkpoint's names.
+
+    Args:
+        source: which stored tensor makes which parameter.
+    """
+
+    def __init__(self, source: ParameterSource) -> None:
+        self._source = source
+        self._known: dict[tuple[int, tuple[int, ...], str], list[Stored]] = {}
+
+    def of(self, name: str, job: Assignment) -> Iterator[Stored]:
+        """The tensors of one module."""
+        key = required_key(self._source, f"{name}.weight")
+        stored = self._source.stored(key)
+        kind = (id(job.scheme), stored.shape, stored.dtype)
+        if kind not in self._known:  # it takes a millisecond, and there may be thousands of experts
+            shapes = stored_shapes(stored.shape, job.scheme)
+            dtypes = stored_dtypes(job.scheme, DTYPES[stored.dtype])
+            self._known[kind] = [Stored(part, dtype_name(dtype), shapes[part]) for part, dtype in dtypes.items()]
+        prefix = key.removesuffix("weight")
+        return (Stored(f"{prefix}{part.name}", part.dtype, part.shape) for part in self._known[kind])
 
 
-def _added(modifier: StepModifier, entry: SubgraphEntry) -> Sequence[Stored]:
-    """What a modifier adds to the checkpoint with a subgraph; most add nothing, and do not say so."""
-    adds = getattr(modifier, "adds", None)
-    return adds(entry) if adds is not None else ()
+def _is_measured(modifiers: Sequence[StepRequirements], names: Sequence[str], entry: SubgraphEntry) -> bool:
+    """Whether batches must run through a subgraph for any modifier; these modules are quantized with it."""
+    if names and any(modifier.measures(names) for modifier in modifiers):
+        return True
+    return any(modifier.measures_cache(entry) for modifier in modifiers if hasattr(modifier, "measures_cache"))
 
 
-def _owned_modules(artifact: Artifact, jobs: Mapping[str, Assignment]) -> Iterator[tuple[str, ...]]:
-    """For each subgraph the modules to be quantized that it is the first to use, in its order."""
+def _added(modifiers: Sequence[StepRequirements], entry: SubgraphEntry) -> Iterator[Stored]:
+    """The tensors that modifiers add to the checkpoint with a subgraph."""
+    for modifier in modifiers:
+        if hasattr(modifier, "adds"):
+            yield from modifier.adds(entry)
+
+
+def _owned_modules(entries: Sequence[SubgraphEntry], jobs: Mapping[str, Assignment]) -> Iterator[tuple[str, ...]]:
+    """For each subgraph the modules to quantize that it is the first to use, in its order."""
     done: dict[str, None] = {}
-    for subgraph in artifact.subgraphs:
-        weights = [name.removesuffix(".weight") for name in subgraph.entry.parameters if name.endswith(".weight")]
+    for entry in entries:
+        weights = [name.removesuffix(".weight") for name in entry.parameters if name.endswith(".weight")]
         names = tuple(name for name in weights if name in jobs and name not in done)
         done.update(dict.fromkeys(names))
         yield names
+
+
+def _lasting_values(entries: Sequence[SubgraphEntry]) -> Iterator[str]:
+    made: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        yield from (name for name in entry.input_names if name in made and made[name] < index - 1)
+        made.update(dict.fromkeys(entry.output_names, index))

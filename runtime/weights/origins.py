@@ -1,13 +1,20 @@
-"""The origin of a parameter: the checkpoint tensors it is made from."""
+"""The origin of a parameter: the checkpoint tensors it is made from, or what the manifest states of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from runtime.checkpoint.dtypes import Stored, dtype_name
+from runtime.weights.row_lookups import lookup_tables
 
 if TYPE_CHECKING:
+    import torch
     from compressed_tensors.quantization import QuantizationScheme
 
-from dataclasses import dataclass
+    from runtime.chain import Artifact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,3 +30,89 @@ class Origin:
     keys: tuple[str, ...]
     conversion: int
     packed: QuantizationScheme | None = None
+
+
+class ParameterSource(Protocol):
+    """Where parameters are stored: `Weights` for a checkpoint, `StatedParameters` where there is none yet."""
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """The origin of each parameter."""
+
+    def stored_names(self) -> Iterable[str]:
+        """The names of all stored tensors."""
+
+    def stored(self, key: str) -> Stored:
+        """Name, dtype and shape of a stored tensor."""
+
+    def plain_key(self, name: str) -> str | None:
+        """The stored tensor that equals the parameter, or None if the parameter must be computed."""
+
+    def checkpoint_prefix(self, module: str) -> str:
+        """The name of a module in the checkpoint."""
+
+    def is_table(self, name: str) -> bool:
+        """Whether a parameter is only used to look up rows, and stored as the run uses it."""
+
+
+def required_key(source: ParameterSource, name: str) -> str:
+    """The stored tensor that equals a parameter which was checked to have one."""
+    key = source.plain_key(name)
+    assert key is not None, f"{name} is not one tensor of the checkpoint"
+    return key
+
+
+class StatedParameters:
+    """The parameters of an artifact as its manifest states them, for a plan without a checkpoint.
+
+    A parameter that is made from several tensors counts as one tensor of its own name.
+
+    Args:
+        artifact: the compiled model.
+        dtype: of weights and activations in the run.
+    """
+
+    def __init__(self, artifact: Artifact, dtype: torch.dtype) -> None:
+        import torch
+
+        self._artifact = artifact
+        self._parameters = artifact.manifest.parameters
+        own = artifact.run_dtype(None)
+        self._is_own_dtype = dtype == own
+        self.origins: dict[str, Origin] = {}
+        self._stored: dict[str, Stored] = {}
+        for name, entry in self._parameters.items():
+            key = self._key(entry.tied_to if entry.tied_to in self._parameters else name)
+            self.origins[name] = Origin(keys=(key,), conversion=entry.conversion)
+            stored: torch.dtype = own if entry.dtype == "model" else getattr(torch, entry.dtype)
+            self._stored.setdefault(key, Stored(key, dtype_name(stored), entry.shape))
+
+    def _key(self, name: str) -> str:
+        return self.plain_key(name) or name
+
+    def stored_names(self) -> Iterable[str]:
+        """The names of all stored tensors."""
+        return self._stored
+
+    def stored(self, key: str) -> Stored:
+        """Name, dtype and shape of a stored tensor."""
+        return self._stored[key]
+
+    def plain_key(self, name: str) -> str | None:
+        """The checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
+        entry = self._parameters[name]
+        return entry.sources[0] if len(entry.sources) == 1 and entry.conversion < 0 else None
+
+    def checkpoint_prefix(self, module: str) -> str:
+        """The name of a module, as the model spells it."""
+        return module
+
+    def is_table(self, name: str) -> bool:
+        """Whether a parameter is only used to look up rows, and stored as the run uses it."""
+        entry = self._parameters[name]
+        is_stored_as_used = entry.dtype != "model" or self._is_own_dtype
+        return name in self._tables and is_stored_as_used and len(entry.shape) == 2 and self.plain_key(name) is not None
+
+    @functools.cached_property
+    def _tables(self) -> frozenset[str]:
+        return lookup_tables(self._artifact)

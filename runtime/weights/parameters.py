@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.manifest import ParameterEntry
     from runtime.chain import Artifact
+    from runtime.checkpoint.dtypes import Stored
 
 
 _OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
@@ -121,6 +122,18 @@ class Weights:
             return stored.dtype
         dtype: torch.dtype = self.dtype if entry.dtype == "model" else getattr(torch, entry.dtype)
         return dtype
+
+    def is_table(self, name: str) -> bool:
+        """Whether a parameter can stay on disk, see `table`."""
+        return self.table(name) is not None
+
+    def stored_names(self) -> Iterable[str]:
+        """The names of all tensors of the checkpoint."""
+        return self.checkpoint
+
+    def stored(self, key: str) -> Stored:
+        """Name, dtype and shape of a tensor of the checkpoint."""
+        return self.checkpoint.stored(key)
 
     def plain_key(self, name: str) -> str | None:
         """The one checkpoint tensor that is the parameter as it stands, or None where something must be computed."""

@@ -25,6 +25,7 @@ from runtime.weights.parameters import assign
 if TYPE_CHECKING:
     from torch import nn
 
+    from runtime.weights.origins import ParameterSource
     from runtime.weights.parameters import Weights
 
 OnRead = Callable[[str, torch.Tensor], None]
@@ -41,6 +42,38 @@ class Loading(Protocol):
     @property
     def loads(self) -> Sequence[str]:
         """The names of its parameters."""
+
+
+class LoadOrder:
+    """What a sequence of steps loads: tables that stay on disk, and tensors that later steps use again.
+
+    Args:
+        source: the origins of the parameters.
+        steps: in the order in which they will be loaded.
+        device_type: where parameters go.
+
+    Attributes:
+        tables: parameters that stay on disk: on the CPU those that are only looked up in, and whose tensor no step
+            loads as a whole.
+        uses: how often each tensor will be used.
+    """
+
+    def __init__(self, source: ParameterSource, steps: Sequence[Loading], device_type: str) -> None:
+        names = dict.fromkeys(name for step in steps for name in step.loads)
+        tables = {name: None for name in names if source.is_table(name)} if device_type == "cpu" else {}
+        whole = {key for name in names if name not in tables for key in source.origins[name].keys}
+        self.tables = {name: None for name in tables if source.plain_key(name) not in whole}
+        self._keys = {
+            step.index: [key for name in step.loads if name not in self.tables for key in source.origins[name].keys]
+            for step in steps
+        }
+        self.uses = Counter(key for keys in self._keys.values() for key in keys)
+        self._last = {key: index for index, keys in self._keys.items() for key in keys}
+
+    def kept(self, index: int) -> list[str]:
+        """The tensors that are kept in memory after a step was loaded, for a later one."""
+        begun = dict.fromkeys(key for step, keys in self._keys.items() if step <= index for key in keys)
+        return [key for key in begun if self._last[key] > index]
 
 
 class WeightStream:
@@ -65,10 +98,9 @@ class WeightStream:
         self.on_read = on_read
         self._steps = {step.index: step for step in steps}
         self._next = {step.index: after.index for step, after in itertools.pairwise(steps)}
-        names = [name for step in steps for name in step.loads]
-        self._tables = self._left_on_disk(names) if device.type == "cpu" else {}
-        # How often each tensor will be asked for.
-        self._uses = Counter(key for name in names if name not in self._tables for key in source.origins[name].keys)
+        order = LoadOrder(source, steps, device.type)
+        self._tables = {name: table for name in order.tables if (table := source.table(name)) is not None}
+        self._uses = order.uses
         self._kept: dict[str, torch.Tensor] = {}
         self._pending: dict[int, Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -136,11 +168,3 @@ class WeightStream:
         if self._uses[key]:
             self._kept[key] = tensor
         return tensor
-
-    def _left_on_disk(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Those of the parameters that are only looked up in, and whose tensor nobody needs as a whole."""
-        tables: dict[str, torch.Tensor] = {
-            name: table for name in names if (table := self.source.table(name)) is not None
-        }
-        others = {key for name in names if name not in tables for key in self.source.origins[name].keys}
-        return {name: tensor for name, tensor in tables.items() if self.source.plain_key(name) not in others}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import runtime
+from runtime.artifact.manifest import DTYPES
 from runtime.streaming.activations import DEVICE, DISK, HOST, Activations, Budget
-from runtime.streaming.saved_values import CannotSaveError, load_boundary, save_boundary
+from runtime.streaming.disk_tensor import write_tensors
+from runtime.streaming.saved_values import CannotSaveError, load_boundary, remove_boundary, save_boundary
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, recipe
 
 CPU = torch.device("cpu")
@@ -103,15 +105,64 @@ def test_saved_values_come_back(tmp_path: Path) -> None:
     for batch, seed in enumerate((1, 2, 2)):
         activations.store(batch, nest(seed))
     num_bytes = save_boundary(activations, tmp_path, 7)
-    once = sum(held["offset"] == 0 for held in json.loads((tmp_path / "boundary-7.json").read_text())["tensors"])
-    assert once >= 1
-    assert num_bytes == (tmp_path / "boundary-7.bin").stat().st_size
+    files = [tmp_path / f"boundary-7-{batch}.safetensors" for batch in range(3)]
+    assert num_bytes == sum(file.stat().st_size for file in files)
+    held = [activations.values(batch)["plain"] for batch in range(3)]
+    assert held[1] is held[2]
+    assert [tuple(nest(0)["plain"].shape) in shapes(file) for file in files] == [True, True, False]
     other = Activations([{"x": torch.ones(1)} for _ in range(3)], CPU, Budget(host_bytes=200), tmp_path)
     load_boundary(other, tmp_path, 7)
     for batch, seed in enumerate((1, 2, 2)):
         values = other.fetch(batch, list(other.values(batch)))
         assert_same(values, nest(seed))
         assert values["transposed"].stride() == nest(seed)["transposed"].stride()
+
+
+def shapes(file: Path) -> list[tuple[int, ...]]:
+    with safe_open(file, framework="pt") as opened:
+        return [tuple(opened.get_slice(key).get_shape()) for key in opened.keys()]  # noqa: SIM118
+
+
+@pytest.mark.parametrize("host_bytes", [None, 0])
+def test_values_that_share_memory_are_saved(tmp_path: Path, host_bytes: int | None) -> None:
+    activations = Activations([{}], CPU, Budget(host_bytes=host_bytes), tmp_path)
+    whole = torch.randn(4, 6)
+    values = {"one": whole, "same": whole, "turned": whole.t(), "rows": whole.view(24)}
+    activations.store(0, values)
+    save_boundary(activations, tmp_path, 3)
+    other = Activations([{}], CPU)
+    load_boundary(other, tmp_path, 3)
+    for store in (activations, other):
+        assert_same(store.fetch(0, list(values)), values)
+    remove_boundary(tmp_path, 3)
+    activations.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_a_manifest_is_saved(tmp_path: Path, dtype: str) -> None:
+    value = torch.arange(24, dtype=torch.uint8).view(4, 6).to(getattr(torch, dtype)).t()
+    activations = Activations([{}], CPU, Budget(host_bytes=0), tmp_path)
+    activations.store(0, {"value": value})
+    save_boundary(activations, tmp_path, 0)
+    other = Activations([{}], CPU)
+    load_boundary(other, tmp_path, 0)
+    for store in (activations, other):
+        found = store.fetch(0, ["value"])["value"]
+        assert (found.dtype, found.stride()) == (value.dtype, value.stride())
+        assert torch.equal(found.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8))
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_tensors(tmp_path / "nowhere" / "file", {"x": torch.ones(2)})
+
+
+def test_a_dtype_without_a_name_is_not_saved(tmp_path: Path) -> None:
+    activations = Activations([{}], CPU)
+    activations.store(0, {"x": torch.zeros(2, dtype=torch.complex128)})
+    with pytest.raises(CannotSaveError, match="complex128"):
+        save_boundary(activations, tmp_path, 0)
 
 
 def test_what_json_has_no_word_for_is_not_saved(tmp_path: Path) -> None:
@@ -128,8 +179,14 @@ def test_a_damaged_save_is_an_error(tmp_path: Path) -> None:
     activations = Activations([{}], CPU)
     activations.store(0, {"x": torch.ones(8)})
     save_boundary(activations, tmp_path, 0)
-    (tmp_path / "boundary-0.bin").write_bytes(b"short")
-    with pytest.raises(runtime.OutputError, match=r"cannot be read: .* was cut short"):
+    file = tmp_path / "boundary-0-0.safetensors"
+    whole = file.read_bytes()
+    for damaged in (b"short", whole[:-1], whole.replace(b"values", b"volume")):
+        file.write_bytes(damaged)
+        with pytest.raises(runtime.OutputError, match="cannot read the activations saved in"):
+            load_boundary(Activations([{}], CPU), tmp_path, 0)
+    file.unlink()
+    with pytest.raises(runtime.OutputError, match="cannot read the activations saved in"):
         load_boundary(Activations([{}], CPU), tmp_path, 0)
 
 

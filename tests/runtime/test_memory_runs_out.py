@@ -126,7 +126,7 @@ def test_when_one_sample_does_not_fit_the_error_says_so_and_the_journal_stays(
     assert isinstance(caught.value, OutOfMemory)
     assert str(caught.value) == (
         "out of memory in model.layers.1 with one sample at a time: CUDA out of memory. Tried to allocate 20.00 MiB. "
-        "(lower --batch-size or --seq-len, or take a device with more memory)"
+        "(lower --batch-size or --seq-len, or use a device with more memory)"
     )
     memory(lambda layer, call: 2)
     result = calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", batches=halves(), resume=True)

@@ -23,13 +23,17 @@ from runtime.checkpoint.reader import Checkpoint
 from runtime.formats.presets import scheme_from_preset
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
-from runtime.planning.forecast import KERNEL_BYTES, Forecast, plan_run
+from runtime.planning.forecast import Forecast
+from runtime.planning.predict import KERNEL_BYTES, PlannedRun
 from runtime.planning.request import plan_artifact
 from runtime.planning.shapes import ShapeRun
 from runtime.quantize.assignments import assign_jobs
-from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.preparation import prepare
+from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.streaming.activations import Activations, Budget
 from runtime.streaming.events import EventLog
+from runtime.streaming.schedule import plan_steps
+from runtime.weights.origins import StatedParameters
 from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from tests.runtime.place import Place, Run, assert_refused
@@ -300,7 +304,7 @@ def test_pixels_are_assumed_unless_they_are_stated(tmp_path: Path, run: Run) -> 
     artifact = build(tmp_path / "model", out=tmp_path).path
     code, said, _ = run(["plan", str(artifact), "--batch-size", "2"])
     assert code == 0
-    assert "pixel_values_0 = 2 was assumed (--size pixel_values_0=N states another)" in said
+    assert "assumed pixel_values_0 = 2 (change it with --size pixel_values_0=N)" in said
     images = [f"--size=pixel_values_{place}={size}" for place, size in enumerate((5, 3, 32, 32))]
     code, said, _ = run(["plan", str(artifact), "--json", "--batch-size", "2", *images])
     assert code == 0
@@ -351,7 +355,7 @@ def test_what_no_option_can_make_fit_is_said(llama: Small) -> None:
     )
     assert len(missing) == 1
     (line,) = mended
-    assert line.startswith("a larger machine, for model.layers.0 alone has ")
+    assert line.startswith("a larger machine: model.layers.0 alone needs ")
 
 
 def test_peaks_do_not_grow_with_depth(small: Callable[..., Small]) -> None:
@@ -366,29 +370,31 @@ def test_peaks_do_not_grow_with_depth(small: Callable[..., Small]) -> None:
 
 
 def test_a_table_counts_unless_it_is_left_on_disk(llama: Small) -> None:
-    """It is left where the checkpoint has it as the run uses it."""
-    artifact = llama.load()
-    plan = planned(artifact, num_samples=1, seq_len=8, batch_size=1)  # the solve is what takes most
-    table = artifact.manifest.parameters["model.embed_tokens.weight"].bytes
+    """It is left if the checkpoint stores it as the run uses it."""
+    artifact, key = llama.load(), "model.embed_tokens.weight"
+    work = planned(artifact, num_samples=1, seq_len=8, batch_size=1).work  # the solve takes most
+    table = artifact.manifest.parameters[key].bytes
     text = recipe(RECIPES["W4A16"], modifier="GPTQModifier")
-    jobs, _ = assign_jobs(artifact, artifact.empty_model(torch.float32), None, text)
-    needs = RecipeNeeds(artifact, None, text, jobs)
-    sizes = {name: entry.bytes for name, entry in artifact.manifest.parameters.items() if not entry.tied_to}
-    first = [
-        plan_run(artifact, needs, plan.work, stored=sizes | {"model.embed_tokens.weight": stored}).steps[0].device
-        for stored in (table, table // 2)
-    ]
-    assert first[1] - first[0] == table
+    prepared = prepare(artifact, None, text, torch.float32)
+    modifier = RecipeModifier(artifact, prepared.source, text, prepared.jobs)
+    schedule = plan_steps(artifact, prepared.source, prepared.jobs, [modifier])
+    run = PlannedRun(artifact=artifact, source=prepared.source, schedule=schedule, needs=modifier.needs)
+    left = run.forecast(work).steps[0].device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatedParameters, "is_table", lambda self, name: False)
+        assert run.forecast(work).steps[0].device - left == table
+    assert prepared.source.is_table(key)
+    assert not StatedParameters(artifact, torch.bfloat16).is_table(key)
 
 
 def test_a_run_that_does_not_fit_is_refused(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.calibration.memory_here", lambda device: Limits(host=10**6))
     before = place.tree()
-    assert_refused(run(place.calibrate()), "the run does not fit: host memory: ", "or go on with --force")
+    assert_refused(run(place.calibrate()), "the run does not fit: host memory: ", "or run anyway with --force")
     assert place.tree() == before
     code, said, _ = run(place.calibrate("--force"))
     assert code == 0
-    assert "warning: it may not fit: host memory" in said
+    assert "warning: the run may not fit: host memory" in said
 
 
 def test_a_plan_needs_nothing_but_the_artifact(place: Place, run: Run) -> None:
@@ -414,7 +420,7 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
     ("option", "part"),
     [
         ("--device-memory=much", "--device-memory is 'much', which is no size"),
-        ("--size=pixels=3", "--size names 'pixels', and the artifact has no such size (it has batch, sequence)"),
+        ("--size=pixels=3", "--size names 'pixels', which is not a size of the artifact (it has batch, sequence)"),
         ("--size=batch", "--size is 'batch' (write it as NAME=N)"),
         ("--device=tpu", "--device is 'tpu'"),
         ("--dtype=int8", "--dtype is 'int8'"),
@@ -430,4 +436,5 @@ def test_jobs_without_a_checkpoint_are_those_with_one(qwen3_moe: Small) -> None:
     model = artifact.empty_model()
     source = Weights(artifact, Checkpoint(qwen3_moe.weights), torch.float32, model)
     plan = recipe("config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}")
-    assert assign_jobs(artifact, model, None, plan) == assign_jobs(artifact, model, source, plan)
+    stated = StatedParameters(artifact, torch.float32)
+    assert assign_jobs(artifact, model, stated, plan) == assign_jobs(artifact, model, source, plan)

@@ -1,0 +1,205 @@
+"""Predict the memory, traffic and disk space of a calibration, subgraph by subgraph, from the schedule of its run.
+
+    shapes      the artifact's code runs on tensors without content (`planning.shapes`)
+    costs       statistics, solves and rescaling by formula (`planning.costs`)
+    peaks       of the schedule's steps, as `streaming.run` executes them
+
+For each subgraph, with its weights W, its statistics S and the values A that wait for it and for later ones:
+
+    while batches run    W + the next subgraph's W + S + working memory of one batch and copies of two batches' inputs
+    while it is solved   W + the next subgraph's W + the solve of modules + the part of S that these and later ones need
+
+Both are on the device; the values A, and the process itself, are on the host. If the device is the CPU, all of it is on
+the host, the next subgraph's W stays on disk, and so do tables that are only looked up in; these count while batches
+run. W includes what earlier subgraphs leave in memory for later ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runtime.algorithms.hessian import FLOAT32
+from runtime.experts.split import SplitArtifact
+from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
+from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
+from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
+from runtime.planning.values import ShapeValues
+from runtime.quantize.statistics import Needs
+from runtime.weights.stream import LoadOrder
+
+if TYPE_CHECKING:
+    from runtime.chain import Artifact
+    from runtime.quantize.needs import RecipeNeeds
+    from runtime.streaming.schedule import Schedule, Step
+    from runtime.weights.origins import ParameterSource
+
+# Code and buffers of the libraries that multiply on the CPU, loaded with the first batch.
+KERNEL_BYTES = 20 * 10**6
+# Code that cannot run on shapes is assumed to hold this many times its inputs and outputs, and the outputs of its
+# Linear modules.
+_GUESSED_TIMES = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """A run that is not started: everything about it but its workload.
+
+    Attributes:
+        artifact: the compiled model.
+        source: the origins of its parameters.
+        schedule: the steps.
+        needs: the statistics that the recipe needs, and the groups that it rescales.
+    """
+
+    artifact: Artifact
+    source: ParameterSource
+    schedule: Schedule
+    needs: RecipeNeeds
+
+    def forecast(self, work: Workload, shapes: ShapeRun | None = None) -> Forecast:
+        """Predict the cost of the run.
+
+        Args:
+            work: the sizes of the data, and the device.
+            shapes: runs the artifact's code on shapes, and caches the results for several plans; without it the
+                working memory is guessed.
+        """
+        planner = _Planner(self, work, shapes)
+        steps = tuple(planner.step(step) for step in self.schedule.steps)
+        guessed = sum(step.is_estimated for step in steps)
+        remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
+        rest = sum(stored.num_bytes for stored in self.schedule.rest)
+        return Forecast(
+            work=work,
+            steps=steps,
+            read_bytes=sum(step.read for step in steps) + rest,
+            output_bytes=sum(step.written for step in steps) + rest,
+            remarks=tuple(remarks),
+        )
+
+
+class _Planner:
+    def __init__(self, run: PlannedRun, work: Workload, shapes: ShapeRun | None) -> None:
+        artifact = run.artifact
+        self.source, self.needs, self.work, self.shapes = run.source, run.needs, work, shapes
+        self.steps = run.schedule.steps
+        self.parameters = artifact.manifest.parameters
+        self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype, run.schedule.lasting)
+        self.rows = work.batch_size * max(work.sizes.values(), default=1)
+        self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
+        self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
+        self.order = LoadOrder(run.source, self.steps, work.device_type)
+
+    def step(self, step: Step) -> SubgraphForecast:
+        work, entry = self.work, step.subgraph.entry
+        needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
+        measured = {name: need for name, need in needs.items() if need}
+        inputs = self.values.take(entry)
+        footprint = self._footprint(step, inputs, list(measured))
+        before = self.values.total(work)
+        working = self._working(footprint, inputs, step) if step.is_run else 0
+        if step.goes_on:
+            self.values.advance(entry, footprint)
+        waiting = max(before, self.values.total(work)) if step.is_run else 0
+        sums = {**self._sums(footprint, measured), **self._witness_sums(step)}
+        statistics = self._bounded(sums)
+        solve = quantization_bytes(step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
+        weights, tables, on_host = self._weights(step)
+        is_ahead = step.goes_on and not work.is_cpu
+        following = self._bytes(self.steps[step.index + 1].loads) if is_ahead else 0
+        device = weights - tables + following + max(tables + working + statistics, solve)
+        values_on_device, values_on_host = work.split(waiting)
+        on_host += values_on_host
+        kernels = KERNEL_BYTES if step.is_run else 0
+        return SubgraphForecast(
+            label=step.label,
+            weights=weights,
+            statistics=statistics,
+            solve=solve,
+            working=working,
+            activations=waiting,
+            read=sum(self.source.stored(key).num_bytes for key in step.reads),
+            written=step.num_written_bytes,
+            device=device + (on_host if work.is_cpu else values_on_device),
+            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following),
+            num_modules=len(step.modules),
+            runs=step.is_run,
+            is_estimated=step.is_run and footprint is None,
+        )
+
+    def _footprint(self, step: Step, inputs: Mapping[str, Any], measured: Sequence[str]) -> Footprint | None:
+        if self.shapes is None or not step.is_run:
+            return None
+        called = step.called(self.needs.jobs)
+        rounded = {name: rounding_itemsize(job, self.work.dtype) for name, job in called.items()}
+        return self.shapes(step.subgraph, inputs, measured, rounded)
+
+    def _weights(self, step: Step) -> tuple[int, int, int]:
+        """The bytes of weights, of the tables among them, and of checkpoint tensors that the host keeps besides."""
+        if not step.is_run:
+            return max((self._bytes([f"{name}.weight"]) for name in step.modules), default=0), 0, 0
+        own = dict.fromkeys(step.subgraph.entry.parameters)
+        earlier = self.steps[step.index - 1].keeps if step.index else frozenset()
+        weights = self._bytes([*own, *(name for name in earlier if name not in own)])
+        # On the CPU a parameter is the kept tensor itself.
+        own_keys = {key for name in own for key in self.source.origins[name].keys} if self.work.is_cpu else ()
+        kept = [key for key in self.order.kept(step.index) if key not in own_keys]
+        tables = self._bytes([name for name in own if name in self.order.tables])
+        return weights, tables, sum(self.source.stored(key).num_bytes for key in kept)
+
+    def _bytes(self, names: Sequence[str]) -> int:
+        return parameter_bytes(self.parameters, names, self.work.dtype)
+
+    def _sums(self, footprint: Footprint | None, measured: Mapping[str, Needs]) -> Sums:
+        """The bytes of each sum, by the modules that share it."""
+        together = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `statistics` shares sums
+
+        def size(name: str) -> int:
+            return statistics_bytes(self._width(name), together, self.work.dtype)
+
+        seen = {} if footprint is None else {names: size(names[0]) for names, _ in footprint.seen}
+        known = {name for names in seen for name in names}
+        shared: dict[tuple[Any, int], list[str]] = {}
+        for name in measured:
+            if footprint is None or (name not in known and name in self.experts):
+                # Modules of one parent and width mostly see the same tensor.
+                owner = self.experts.get(name) or name.rpartition(".")[0]
+                shared.setdefault((owner, self._width(name)), []).append(name)
+        return seen | {tuple(names): size(names[0]) for names in shared.values()}
+
+    def _witness_sums(self, step: Step) -> Sums:
+        """The sums of experts that are measured on all tokens besides their own."""
+        witnesses = {} if self.work.all_tokens else self.needs.witnesses(step.modules)
+        return {
+            (f"{name} on all tokens",): statistics_bytes(self._width(name), need, self.work.dtype)
+            for name, need in witnesses.items()
+        }
+
+    def _width(self, module: str) -> int:
+        return self.parameters[f"{module}.weight"].shape[1]
+
+    def _bounded(self, sums: Sums) -> int:
+        """The bytes of sums at a time: experts are measured in groups, of one expert at least."""
+        experts = {names: size for names, size in sums.items() if names[0] in self.experts}
+        total = sum(experts.values())
+        others = sum(sums.values()) - total
+        bound = self.work.statistics_bytes
+        if bound is None:
+            return others + total
+        largest: dict[tuple[str, int], int] = {}
+        for names, size in experts.items():
+            module, position, _ = self.experts[names[0]]
+            largest[module, position] = max(size, largest.get((module, position), 0))
+        return others + min(total, max(bound, sum(largest.values())))
+
+    def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
+        taken = storage_bytes(inputs)
+        if footprint is not None:
+            return footprint.working_bytes + 2 * taken
+        passed = taken + storage_bytes(self.values.described(step.subgraph.entry.output_names))
+        shapes = [self.parameters[name].shape for name in step.subgraph.entry.parameters]
+        width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
+        return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
