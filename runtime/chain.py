@@ -62,6 +62,12 @@ class LoadedSubgraph:
         """Names of the inputs that no later subgraph takes: they can be freed after this one."""
         return self.entry.consumed_names
 
+    @property
+    def label(self) -> str:
+        """Its targets, or without any the modules of its first parameters, for messages."""
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self.entry.parameters)
+        return ", ".join(self.entry.targets or list(modules)[:3]) or "no parameters"
+
     def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Execute the subgraph with the weights of `model`.
 

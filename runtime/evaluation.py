@@ -1,17 +1,17 @@
-"""Perplexity, streamed through the subgraphs: one layer in memory at a time.
+"""Measure perplexity, streamed through the subgraphs: one layer in memory at a time.
 
-Of a causal language model, over the tokens of each sample that are no padding, N of them predicted:
+For a causal language model, over all samples, without padding, with N predicted tokens:
 
     ppl = exp( - 1/N sum over samples, over positions t >= 2, of log p(x_t | x_1 ... x_{t-1}) )
 
-The first token of a sample is predicted by none, so a sample of n tokens counts n - 1; nor is a token that padding
-stands before. Of an encoder-decoder model, all labels y of a source x are predicted, the first one as well:
+No token predicts the first one, so a sample of n tokens counts n - 1; a token after padding does not count either. An
+encoder-decoder model predicts all labels y of a source x, the first one included:
 
     ppl = exp( - 1/N sum over samples, over positions t >= 1, of log p(y_t | x, y_1 ... y_{t-1}) )
 
-What the decoder reads follows from the labels by the model's own rule (`runtime.data.decoder`). A text without a
-target is source and labels at once. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`,
-as a mean over all tokens instead of each batch's.
+The decoder's inputs follow from the labels by the model's own rule (`runtime.data.decoder`). A text without a target is
+both source and labels. Both are the losses of transformers, `model(input_ids, attention_mask, labels)`, averaged over
+all tokens instead of one batch's.
 """
 
 from __future__ import annotations
@@ -47,25 +47,17 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
 
 LOGITS = "logits"
-_LARGEST_LOSS = 700.0  # its exponential is still a float
+_LARGEST_LOSS = 700.0  # its exponential is finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Perplexity over `num_tokens` predicted tokens; `num_bytes` is the checkpoint's size on disk."""
+    """The perplexity over `num_tokens` predicted tokens; `num_bytes` is the checkpoint's size on disk."""
 
     perplexity: float
     num_tokens: int
     num_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A subgraph, for the stream of weights."""
-
-    index: int
-    loads: Sequence[str]
 
 
 def evaluate(
@@ -83,18 +75,17 @@ def evaluate(
         artifact: the compiled model.
         weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
-            `labels` [B, S] are what is predicted, -100 where nothing is, those of a causal model in the place of the
-            token itself; without them, and without `decoder_input_ids`, the text itself.
+            `labels` [B, S] are the predicted tokens, or -100 for none; those of a causal model are at the position of
+            the token itself. Without them, and without `decoder_input_ids`, the text itself is predicted.
         device: where subgraphs run.
         dtype: of weights and activations; None for the model's own.
         progress: called with one line for each subgraph.
 
     Raises:
-        UsageError, DeviceError: an argument of the wrong type, a device that is not there.
+        UsageError, DeviceError: for an argument of the wrong type, or a missing device.
         WeightsError: when the checkpoint does not fit the artifact.
         ModelError: when the model does not predict the next token.
-        DataError: when batches are not the model's inputs, no token is predicted, or nothing says what the decoder
-            reads.
+        DataError: when batches are not the model's inputs, no token is predicted, or the decoder's inputs are unknown.
         QuantizationError: when the logits are not finite.
     """
     start = time.perf_counter()
@@ -108,8 +99,8 @@ def evaluate(
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
     if not num_tokens:
         if any(LABELS in batch for batch in batches):
-            raise DataError("no label counts, so nothing is predicted", hint=f"{NOT_A_LABEL} marks what does not")
-        raise DataError("no sample has two tokens, so nothing is predicted", hint="use longer samples")
+            raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
+        raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
     prepared = prepare(artifact, open_checkpoint(Path(weights)), None, run_dtype, place)
     source = prepared.weights
@@ -119,8 +110,8 @@ def evaluate(
     total = _summed_loss(prepared, batches, labels, place, progress)
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(
-            f"the mean loss is {total / num_tokens}, so there is no perplexity",
-            hint="a wider --dtype may help; otherwise the weights are broken",
+            f"the mean loss is {total / num_tokens}, so perplexity is not finite",
+            hint="try a wider --dtype; otherwise the weights are damaged",
         )
     return Evaluation(
         perplexity=math.exp(total / num_tokens),
@@ -141,12 +132,12 @@ def _summed_loss(
     artifact, model, source = prepared.artifact, prepared.model, prepared.weights
     activations, last = Activations(batches, device), artifact.subgraphs[-1]
     total = 0.0
-    parts = [_Part(index, subgraph.entry.parameters) for index, subgraph in enumerate(artifact.subgraphs)]
+    loads = {index: subgraph.entry.parameters for index, subgraph in enumerate(artifact.subgraphs)}
     with (
         torch.no_grad(),
         quick_halves(device.type),
         input_quantization(model, source.schemes),
-        WeightStream(source, parts, device) as stream,
+        WeightStream(source, loads, device) as stream,
     ):
         for index, subgraph in enumerate(artifact.subgraphs):
             stream.load(model, index)
@@ -160,44 +151,44 @@ def _summed_loss(
                 else:
                     activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
-            progress(f"[{index + 1}/{len(artifact.subgraphs)}] {', '.join(subgraph.entry.targets) or 'no target'}")
+            progress(f"[{index + 1}/{len(artifact.subgraphs)}] {subgraph.label}")
     return total
 
 
 def _require_predicting(manifest: Manifest) -> None:
-    """Refuse what has no perplexity: a model that does not predict each token from those before it."""
+    """Reject a model without a perplexity: one that does not predict each token from the previous ones."""
     logits = manifest.values.get(LOGITS)
     inputs = {entry.name: entry.shape for entry in manifest.inputs}
     read = DECODER_IDS if DECODER_IDS in inputs else IDS
     name = manifest.model.class_name
     if logits is None:
-        why = f"{name} returns {', '.join(manifest.subgraphs[-1].output_names)} and no logits"
+        why = f"{name} returns {', '.join(manifest.subgraphs[-1].output_names)}, but no logits"
     elif name.endswith("ForMaskedLM"):
-        why = f"{name} does not predict each token from those before it alone"
+        why = f"{name} does not predict each token from the previous ones alone"
     elif logits.shape[:-1] != inputs.get(read):
-        why = f"the logits of {name} have the shape {list(logits.shape)}, which is not one for each token"
+        why = f"the logits of {name} have the shape {list(logits.shape)}, not one row for each token"
     elif IDS not in inputs:
-        why = f"{name} does not read text"
+        why = f"{name} has no input {IDS}"
     else:
         return
-    raise ModelError(why, hint="perplexity is for causal and encoder-decoder language models")
+    raise ModelError(why, hint="perplexity is defined for causal and encoder-decoder language models")
 
 
 def _labels(manifest: Manifest, index: int, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What each position of the logits predicts, int64 [B, S]; -100 where that does not count.
+    """The token that each position of the logits predicts, int64 [B, S]; -100 for none.
 
     Raises:
-        DataError: when that cannot be known.
+        DataError: when it is unknown.
     """
     if any(entry.name == DECODER_IDS for entry in manifest.inputs):
         if LABELS not in batch:
-            what = f"batch {index} has {DECODER_IDS} and no labels"
+            what = f"batch {index} has {DECODER_IDS} but no labels"
             raise DataError(what, hint="give labels [batch, sequence]")
         return batch[LABELS]
     ids_BS = batch.get(LABELS, batch[IDS])
     if ids_BS.shape != batch[IDS].shape:
         shapes = f"{list(ids_BS.shape)} for {list(batch[IDS].shape)}"
-        raise DataError(f"batch {index}: {LABELS} has the shape {shapes} tokens", hint="give one label a token")
+        raise DataError(f"batch {index}: {LABELS} has the shape {shapes} tokens", hint="give one label for each token")
     labels_BS = torch.full_like(ids_BS, NOT_A_LABEL)
     labels_BS[:, :-1] = ids_BS[:, 1:]
     if MASK in batch:
@@ -207,7 +198,7 @@ def _labels(manifest: Manifest, index: int, batch: Mapping[str, torch.Tensor]) -
 
 
 def _loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> float:
-    """Summed negative log-likelihood in nats; sample by sample, for the vocabulary makes this the largest tensor."""
+    """The summed negative log-likelihood in nats; sample by sample, because logits in float32 are large."""
     losses = [
         torch.nn.functional.cross_entropy(
             logits_SV.float(), labels_S.to(logits_SV.device), reduction="none", ignore_index=NOT_A_LABEL

@@ -91,7 +91,7 @@ class _Planner:
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
-        self.order = LoadOrder(run.source, self.steps, work.device_type)
+        self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
 
     def step(self, step: Step) -> SubgraphForecast:
         work, entry = self.work, step.subgraph.entry

@@ -1,4 +1,4 @@
-"""A plan as a table, and as JSON."""
+"""Print a forecast as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", 
 
 
 def plan_lines(plan: Forecast) -> Iterator[str]:
-    """The table, rows that are alike as one, and the totals."""
+    """Yield the table, equal rows in a run as one, and the totals."""
     rows: list[tuple[str, ...]] = [("subgraph", *_COLUMNS)]
     for steps in _runs(plan.steps):
         sizes = (human_bytes(getattr(steps[0], column)) for column in _COLUMNS)
@@ -29,7 +29,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
 
 
 def plan_facts(plan: Forecast) -> dict[str, Any]:
-    """The same for machines: bytes and names."""
+    """Return the forecast as JSON values."""
     work = plan.work
     return {
         "work": {
@@ -61,7 +61,7 @@ def _totals(plan: Forecast) -> dict[str, int]:
 
 
 def _runs(steps: Sequence[SubgraphForecast]) -> Iterator[list[SubgraphForecast]]:
-    """Steps in a row that take the same."""
+    """Yield runs of steps with equal costs."""
     run: list[SubgraphForecast] = []
     for step in steps:
         if run and dataclasses.replace(step, label="") != dataclasses.replace(run[0], label=""):

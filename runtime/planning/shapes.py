@@ -1,9 +1,9 @@
-"""Run a subgraph on tensors that have a shape and no content: what it returns, and what memory it needs meanwhile.
+"""Run a subgraph on shapes, tensors without content, to find its outputs and its working memory.
 
-The artifact's own code runs on torch's meta device, so that sizes are those of the real run, whatever the model. The
-storages that it makes are followed from their making to their end; the largest sum is the working memory. What the
-meta device does not know is told here: a fused attention keeps no table of scores, and experts are called as often as
-tokens choose them. What depends on values cannot run without them: then there is no `Footprint`.
+The artifact's code runs on torch's meta device, so that sizes are those of the real run, whatever the model. Storages
+are followed from creation to deletion; the largest sum is the working memory. Two things differ from the meta device:
+fused attention allocates no scores, and experts get the rows that tokens route to them. Code that depends on values
+cannot run on shapes, and has no `Footprint`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """What one batch needs in one subgraph.
+    """The memory of one batch in one subgraph.
 
     Attributes:
-        outputs: what it returns, on the meta device, by name.
-        working_bytes: the most that it holds at a time beside its weights and inputs, outputs among it.
-        seen: for each tensor that measured modules are handed, those modules and the number of its rows.
+        outputs: on the meta device, by name.
+        working_bytes: peak besides weights and inputs; outputs count.
+        seen: for each input tensor of measured modules, these modules and the number of its rows.
     """
 
     outputs: Mapping[str, Any]
@@ -52,10 +52,10 @@ class ShapeRun:
 
     Args:
         artifact: the compiled model.
-        model: its module tree on the meta device; while the block runs its computed buffers are there, too, and its
-            experts need no values.
-        dtype: of the weights in the run that is planned.
-        device_type: where that takes place.
+        model: its module tree on the meta device; while the block runs, computed buffers are there as well, and its
+            experts do not depend on values.
+        dtype: of the weights in the planned run.
+        device_type: of the planned run.
     """
 
     def __init__(self, artifact: Artifact, model: nn.Module, dtype: torch.dtype, device_type: str) -> None:
@@ -76,7 +76,7 @@ class ShapeRun:
                     module._buffers[name] = buffer.to(META)
             if isinstance(module, Experts):
                 module.__dict__["forward"] = _experts_on_shapes(module)
-        if not self._artifact.manifest.is_portable:  # or nothing of the model's code is run
+        if not self._artifact.manifest.is_portable:  # it runs code of the model
             self._found = self._stack.enter_context(left_as_found(self.model))
         return self
 
@@ -95,13 +95,13 @@ class ShapeRun:
         measured: Collection[str] = (),
         rounded: Mapping[str, int] | None = None,
     ) -> Footprint | None:
-        """The footprint of one batch, or None where the code needs values.
+        """Return the footprint of one batch, or None if the code depends on values.
 
         Args:
-            subgraph: one of the artifact's.
+            subgraph: of the artifact.
             inputs: its inputs, on the meta device.
-            measured: names of the Linear modules whose inputs are summed up on the way.
-            rounded: bytes that rounding their inputs takes, for each number, by the names of modules.
+            measured: names of the Linear modules whose inputs are measured.
+            rounded: by module name, the bytes per number that rounding its inputs takes.
         """
         entry = subgraph.entry
         scope = f"{entry.scope}." if entry.scope else ""
@@ -122,7 +122,7 @@ class ShapeRun:
         )
 
     def _key(self, subgraph: LoadedSubgraph, inputs: Mapping[str, Any]) -> Any:
-        """Equal for subgraphs that do the same to tensors of the same sizes."""
+        """A key that is equal for subgraphs with the same code and tensors of the same sizes."""
         entry = subgraph.entry
         parameters = self._artifact.manifest.parameters
         shapes = tuple(
@@ -155,9 +155,9 @@ class ShapeRun:
         ):
             try:
                 outputs = subgraph.execute(self.model, inputs, self._run)
-            except RuntimeError:  # torch's answer to whatever asks for values, or for sizes that only values tell
+            except RuntimeError:  # torch raises it for operations that depend on values
                 return None
-            except ArtifactError as error:  # which says so of a program; anything else is to be known
+            except ArtifactError as error:  # a program wraps the same error
                 if not isinstance(error.__cause__, RuntimeError):
                     raise
                 return None
@@ -165,7 +165,7 @@ class ShapeRun:
 
 
 def storage_bytes(value: Any) -> int:
-    """Bytes that the tensors in a nest of containers hold, each storage once."""
+    """Bytes of the tensors in nested containers, each storage once."""
     storages = {}
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
@@ -175,10 +175,10 @@ def storage_bytes(value: Any) -> int:
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows storages from their making to their end.
+    """Follows storages from creation to deletion.
 
     Args:
-        given: tensors that are there already, and do not count.
+        given: existing tensors, which do not count.
     """
 
     def __init__(self, given: Sequence[Any]) -> None:
@@ -190,7 +190,7 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Do not ask torch's compiler to keep away: it would be imported, a hundred megabytes and two seconds."""
+        """Keep torch from importing its compiler, which takes a hundred megabytes and two seconds."""
         return False
 
     def __torch_dispatch__(
@@ -217,19 +217,18 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Seen:
-    """Which Linear modules are handed one and the same tensor; what is summed up is held, and copied in float32, as
-    `runtime.quantize.statistics` does it.
+    """Finds modules with the same input tensor, and copies inputs in float32, as `runtime.quantize.statistics` does.
 
     Args:
-        measured: names of the modules that count, in the scope.
-        rounded: bytes that rounding inputs takes for each of their numbers, by name.
+        measured: names of the measured modules, in the scope.
+        rounded: by module name, the bytes per number that rounding its inputs takes.
     """
 
     def __init__(self, measured: Collection[str], rounded: Mapping[str, int]) -> None:
         self._measured = dict.fromkeys(measured)
         self._rounded = rounded
         self._groups: list[tuple[dict[str, None], int]] = []
-        self._latest: list[tuple[torch.Tensor, int]] = []  # of each group: its tensor and version
+        self._latest: list[tuple[torch.Tensor, int]] = []  # of each group, the tensor and its version
 
     @property
     def groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -266,10 +265,9 @@ class _Seen:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the device does it: no table of scores, but a mask in numbers and a sum for each query.
+    """Allocates what fused attention on the device does: no scores, but a mask in numbers and a sum for each query.
 
-    The meta device would take the kernel that writes the table out. The CPU takes that one, too, where values are of
-    another width than keys.
+    The meta device would use the kernel that computes all scores. So does the CPU if values and keys differ in width.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -302,7 +300,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _experts_on_shapes(module: Experts) -> Callable[..., torch.Tensor]:
-    """Experts that need no values: one of them, with as many rows as all tokens come to, which is the most."""
+    """A forward of experts that does not depend on values: one expert with the rows of all tokens, the worst case."""
 
     def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         hidden, index_TK, weight_TK = module.values(*args, **kwargs)

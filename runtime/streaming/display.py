@@ -1,4 +1,4 @@
-"""A run on a terminal: a bar that moves with every batch, tokens a second, time left and memory."""
+"""The progress of a run on a terminal: a bar that moves with every batch, tokens per second, time left and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.host.memory import peak_device_bytes, peak_host_bytes
 
 
 class Display:
-    """Shows where a run is; finished subgraphs and warnings scroll by above the bars.
+    """A watcher that draws a progress bar; other lines scroll by above it.
 
     Args:
         console: the terminal.
@@ -42,7 +42,7 @@ class Display:
         self._progress.stop()
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Take an event."""
+        """Receive an event."""
         if event == "begin":
             import torch
 

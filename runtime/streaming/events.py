@@ -1,10 +1,10 @@
-"""What a run tells those who watch: events, each a name and facts.
+"""The events of a run, and watchers that receive them: each event is a name and facts.
 
 begin       subgraphs, batches, tokens, modules, resumed_at, device
-load        index, label: a subgraph's weights are there
-batch       index, tokens: one batch has passed through a subgraph
-module      name, index and all of its report: it is quantized and written
-subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory; it is safely on disk
+load        index, label: the weights of a subgraph are loaded
+batch       index, tokens: a batch has passed through a subgraph
+module      index and the fields of its report: a module is quantized and written
+subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished
 warning     text
 end         seconds, bytes, path
 """
@@ -25,17 +25,17 @@ from runtime.host.regular_files import NotRegularError, open_to_append
 
 
 class Watcher(Protocol):
-    """Is told events; must not raise for names that it does not know."""
+    """Receives events, and ignores those of unknown names."""
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Take an event."""
+        """Receive an event."""
 
 
 class Watchers:
-    """Tells many, and remembers the warnings for the summary.
+    """Passes events on to several watchers, and collects the warnings for the summary.
 
     Args:
-        members: in the order in which they are told.
+        members: in the order in which they receive events.
     """
 
     def __init__(self, members: Sequence[Watcher]) -> None:
@@ -51,7 +51,7 @@ class Watchers:
 
 
 class Lines:
-    """One line for each subgraph and each warning: for a log, a pipe, or anything that is no terminal.
+    """Prints a line for each subgraph and each warning, for logs and pipes.
 
     Args:
         say: prints a line.
@@ -64,11 +64,11 @@ class Lines:
         self._done = 0
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Take an event."""
+        """Receive an event."""
         if event == "begin":
             self._begin, self._start = facts, time.perf_counter()
             if facts["resumed_at"]:
-                self.say(f"going on after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
+                self.say(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
         elif event == "warning":
             self.say(facts["text"])
         elif event == "subgraph":
@@ -87,19 +87,19 @@ class Lines:
             self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
 
     def _seconds_left(self) -> float:
-        """What is left takes as long for each token as what is done."""
+        """An estimate from the time per token so far."""
         elapsed = time.perf_counter() - self._start
         total: int = self._begin["total_tokens"]
         return elapsed * max(total - self._done, 0) / self._done
 
 
 class EventLog:
-    """Every event but `batch` and `load` as a line of JSON, with the time in seconds since 1970.
+    """Writes every event except `batch` and `load` as a line of JSON, with the time in seconds since 1970.
 
-    A disk that takes no more events ends the log, with a warning, and not the run.
+    If the file cannot be written any more, the log ends with a warning, and the run continues.
 
     Args:
-        path: of the file; a resumed run goes on with it.
+        path: of the file; a resumed run appends to it.
 
     Raises:
         OutputError: when it cannot be opened.
@@ -111,10 +111,10 @@ class EventLog:
             with disk_errors(path):
                 self._file: TextIO | None = open_to_append(path)
         except NotRegularError as error:
-            raise OutputError(f"the log {path} cannot be written: {error.strerror}") from error
+            raise OutputError(f"cannot write the log {path}: {error.strerror}") from error
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Take an event."""
+        """Receive an event."""
         if event in ("batch", "load") or self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
@@ -125,12 +125,12 @@ class EventLog:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        warn(f"{self._path} takes no more events ({error.strerror}): the run goes on without them")
+        warn(f"cannot write the log {self._path} ({error.strerror}); the run continues without it")
         self._close()
 
     def _close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what is left in the buffer was told already
+            with contextlib.suppress(OSError):  # the warning covers the rest of the buffer
                 self._file.close()
             self._file = None
 

@@ -1,4 +1,4 @@
-"""Everything that decides the bytes of a run's result, by name: a resumed run must agree in all of it."""
+"""The identity of a run: everything that decides the bytes of its result. A resumed run must have the same one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES = 4096
 _SAMPLE_BYTES = 1024
-_MAY_CHANGE = ("fallback", "min_tokens")  # of a recipe
+_MAY_CHANGE = ("fallback", "min_tokens")  # in a recipe, before a run is resumed
 
 
 def run_identity(
@@ -34,15 +34,15 @@ def run_identity(
     batches: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The ingredients of a run.
+    """Return a digest or a value for each ingredient of a run, by name.
 
     Args:
-        artifact: by its digest.
-        checkpoint: by the sizes, times and headers of its files, some numbers of each tensor, and the content of the
-            files that go with it. Reading it all would take as long as the run's own reading.
-        recipe: by what it says, without `fallback` and `min_tokens`.
-        batches: by their content.
-        options: others that matter, by name.
+        artifact: its manifest counts.
+        checkpoint: sizes, times and headers of its files count, some numbers of each tensor, and the content of its
+            companions. Reading all of it would take as long as the run's own reading.
+        recipe: its content counts, except `fallback` and `min_tokens`.
+        batches: their content counts.
+        options: others that decide the result, by name.
     """
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
@@ -55,14 +55,14 @@ def run_identity(
 
 
 def _lasting_text(recipe: Recipe) -> str:
-    """What a recipe says, without the fields that may change before a run goes on: they decide whether a module that
-    saw too little ends the run, and none of the finished ones did.
+    """The content of a recipe without the fields that may change: these decide whether a module that saw too few tokens
+    ends the run, which no finished module did.
     """
     from runtime.recipe.yaml import Value
 
     try:
         value = Value.parse(recipe.text, origin=recipe.source).plain()
-    except RecipeError:  # a recipe that was made in Python
+    except RecipeError:  # a recipe that was created in Python
         return recipe.text
     return json.dumps(_without(value, _MAY_CHANGE), default=str)
 

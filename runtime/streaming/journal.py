@@ -1,8 +1,8 @@
-"""What a run has finished, so that another process can go on: a file that only grows, one line for each fact.
+"""The journal of a run: an append-only file of its finished steps, from which another process can resume.
 
-A line is a checksum and a JSON object. It is written after what it speaks of is safely on disk, and flushed to disk
-before the run goes on; so a process that is killed, or a machine that loses power, leaves at most a last line that is
-cut short, which is ignored. The first line says what run it is: everything that decides the bytes of the result.
+Each line is a checksum and a JSON object. It is written after the data that it describes is on disk, and flushed before
+the run continues. So a killed process, or a power failure, leaves at most an incomplete last line, which is ignored.
+The first line is the identity of the run: everything that decides the bytes of the result.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ RUN, STEP, MICRO_BATCH = "run", "step", "micro_batch"
 
 
 class Journal:
-    """The facts of one run.
+    """The journal of one run.
 
     Args:
-        path: the file; it is made if it is not there.
+        path: the file; it is created if missing.
 
     Attributes:
-        entries: what it holds, in order; each has a `kind`.
+        entries: in order; each has a `kind`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,10 +39,10 @@ class Journal:
         os.lseek(self._descriptor, whole, os.SEEK_SET)
 
     def append(self, kind: str, **facts: Any) -> None:
-        """Add a fact; when this returns the disk has it.
+        """Append an entry, durably.
 
         Raises:
-            OSError: when the disk says so; the fact does not count then.
+            OSError: when it cannot be written; the journal is unchanged then.
         """
         entry = {"kind": kind, **facts}
         line = _line(entry)
@@ -59,11 +59,11 @@ class Journal:
         self.entries.append(entry)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """All facts of a kind, in order."""
+        """All entries of a kind, in order."""
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def require_same_run(self, identity: Mapping[str, str]) -> None:
-        """Refuse to go on with another run than the one that was begun.
+        """Reject a run that differs from the one that was started.
 
         Raises:
             OutputError: naming each ingredient that differs.
@@ -74,23 +74,23 @@ class Journal:
         if not isinstance(before, dict) or steps != list(range(len(steps))):
             raise OutputError(
                 f"{self.path} is damaged: it is not the journal of one run",
-                hint=f"remove {self.path.parent} to start anew",
+                hint=f"remove {self.path.parent} to start again",
             )
         names = [name for name in dict.fromkeys((*before, *identity)) if before.get(name) != identity.get(name)]
         if names:
             differences = ", ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
             raise OutputError(
-                f"the interrupted run was another one; what differs: {differences}",
-                hint=f"resume it with what it was begun with, or remove {self.path.parent} to start anew",
+                f"this run differs from the interrupted one in {differences}",
+                hint=f"resume it with the inputs that it was started with, or remove {self.path.parent} to start again",
             )
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The facts in a journal that may be another process's; nothing is changed."""
+    """The entries of a journal, which another process may be writing."""
     return _read(path)[0]
 
 
@@ -106,7 +106,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a file, and how many of its bytes are whole lines."""
+    """The entries of a file, and the number of bytes in complete lines."""
     data = read_regular(path) if is_there(path) else b""
     entries: list[dict[str, Any]] = []
     whole = 0

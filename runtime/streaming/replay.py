@@ -7,7 +7,6 @@ of all batches for each step; nothing is measured or quantized again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,9 +102,9 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
         passes: the batches.
         written: the parameters that these steps have changed.
     """
-    again = [replace(step, loads=tuple(name for name in step.loads if not written.is_changed(name))) for step in steps]
-    with WeightStream(written.source, again, written.device) as stream:
-        for step in again:
+    loads = {step.index: [name for name in step.loads if not written.is_changed(name)] for step in steps}
+    with WeightStream(written.source, loads, written.device) as stream:
+        for step in steps:
             names = step.subgraph.entry.parameters
             stream.load(passes.model, step.index)
             for name in names:

@@ -1,4 +1,4 @@
-"""What a run says about itself: a report for each module, and the result of the whole."""
+"""The result of a run, with a report for each module."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleReport:
-    """What happened to one module.
+    """The quantization of one module.
 
     Attributes:
         name: its dotted name.
-        algorithm: what quantized it.
-        loss: ‖WX-QX‖² over the inputs X that were measured, as they are before they are rounded themselves; ‖W-Q‖²
-            where none were.
+        algorithm: that quantized it.
+        loss: ‖WX-QX‖² over the measured inputs X, before these are rounded themselves; ‖W-Q‖² without measured inputs.
         damping: as in `QuantizedWeight`.
-        num_tokens: how many inputs were measured; 0 for none.
-        error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ where none were measured; 0 where the output is zero.
-            See `runtime.algorithms.output_squares`.
+        num_tokens: number of measured inputs.
+        error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ without; 0 if the output is zero. See
+            `runtime.algorithms.output_squares`.
         seconds: time of the solve.
         num_bytes: size of its tensors in the checkpoint.
     """
@@ -45,12 +44,12 @@ class Calibration:
     Attributes:
         path: the checkpoint's directory.
         num_bytes: size of its tensors.
-        modules: those that were quantized, in order.
-        unreached: modules that the recipe targets and the model's forward never comes to, so they stay as they are.
-        remarks: what a user should know about the result, a line each; warnings of the run are among them.
-        seconds: the time it took, in this process.
-        resumed_at: how many subgraphs an earlier process had finished.
-        num_caches: how many attention modules have scales for what they keep.
+        modules: reports of the quantized modules, in order.
+        unreached: modules that the recipe targets and the model's forward never calls, so they stay unchanged.
+        remarks: warnings of the run, a line each.
+        seconds: time in this process.
+        resumed_at: number of subgraphs that an earlier process had finished.
+        num_caches: number of attention modules with scales for their key-value cache.
     """
 
     path: Path
@@ -64,13 +63,13 @@ class Calibration:
 
 
 def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """Modules by falling relative error; those that tie stay in order."""
+    """Sort modules by decreasing relative error; ties stay in order."""
     return sorted(modules, key=lambda module: -module.error)
 
 
 def summary_lines(result: Calibration) -> Iterator[str]:
-    """What to say at the end: the size of it, the worst modules first, and every warning, however long ago it was."""
-    again = f", after {result.resumed_at} subgraphs that were finished before" if result.resumed_at else ""
+    """Summarize a run: its size, the modules with the largest errors, and every warning."""
+    again = f", after {result.resumed_at} subgraphs of an earlier process" if result.resumed_at else ""
     size = human_bytes(result.num_bytes)
     caches = f" and scales of {result.num_caches} key-value caches measured" if result.num_caches else ""
     yield f"{len(result.modules)} modules quantized{caches} in {result.seconds:.1f} s{again}; {size} in {result.path}"

@@ -82,6 +82,7 @@ class StreamingRun:
         """
         first = len(self.workplace.journal.of_kind(journal.STEP))
         remaining = self.schedule.steps[first:]
+        loads = {step.index: step.loads for step in remaining}
         self.written = Written(self.schedule, self.source, self.writer, self.jobs, self.options.device)
         with ExitStack() as stack:
             stack.callback(self.writer.close)
@@ -90,7 +91,7 @@ class StreamingRun:
                 Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch)
             )
             self.stream = stack.enter_context(
-                WeightStream(self.source, remaining, self.options.device, self._write_unchanged)
+                WeightStream(self.source, loads, self.options.device, self._write_unchanged)
             )
             self._resume(first)
             for step in remaining:

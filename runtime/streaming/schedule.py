@@ -69,8 +69,8 @@ class Step:
 
     @property
     def label(self) -> str:
-        """Its targets, for messages."""
-        return ", ".join(self.subgraph.entry.targets) or "no target"
+        """The name of the subgraph, for messages."""
+        return self.subgraph.label
 
     @property
     def num_written_bytes(self) -> int:

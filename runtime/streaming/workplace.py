@@ -1,13 +1,13 @@
-"""Where a run works until its checkpoint is whole: a hidden directory beside the output.
+"""The hidden directory beside the output in which a run works until its checkpoint is complete.
 
     .<output>.run.partial/
-      checkpoint/     what becomes the output, by one rename
-      values/         values between subgraphs that there is no memory for, and those that were saved for a resume
-      journal         what is finished
+      checkpoint/     becomes the output, by one rename
+      values/         values between subgraphs that exceed the memory budget, and those saved for a resume
+      journal         the finished steps
       lock            held while a process works here
 
-It stays when a run is interrupted, so that another process can go on; it goes when the run is done, and when the run
-failed for a reason that going on would meet again.
+An interrupted run leaves it, so that another process can resume. It is deleted when the run is complete, and when the
+run failed for a reason that would make a resumed run fail as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtime.streaming.journal import Journal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workplace:
-    """The parts of a run's directory."""
+    """The directory of a run."""
 
     out: Path
     root: Path
@@ -36,24 +36,24 @@ class Workplace:
 
     @property
     def checkpoint(self) -> Path:
-        """What becomes the output."""
+        """The directory that becomes the output."""
         return self.root / "checkpoint"
 
     @property
     def values(self) -> Path:
-        """For values between subgraphs."""
+        """The directory for values between subgraphs."""
         return self.root / "values"
 
     @property
     def written_bytes(self) -> int:
-        """What the checkpoint takes on disk already."""
+        """Size on disk of the checkpoint so far."""
         return sum(path.stat().st_blocks * 512 for path in self.checkpoint.iterdir())
 
     def begin(self, identity: Mapping[str, str]) -> None:
-        """Write down which run this is, or refuse to go on with another one.
+        """Record the identity of a new run, or check that of a resumed one.
 
         Raises:
-            OutputError: naming what differs.
+            OutputError: naming the ingredients that differ.
         """
         import torch
 
@@ -73,17 +73,17 @@ class Workplace:
                 slow_halves=names_of_slow_halves(),
             )
         for path in self.checkpoint.iterdir():
-            if path.suffix != ".safetensors":  # half of a file, perhaps; they are all written in the end
+            if path.suffix != ".safetensors":  # perhaps incomplete; these are written at the end
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.values.iterdir():
-            if not path.name.startswith("boundary-"):  # what had no place in the memory of a process that is gone
+            if not path.name.startswith("boundary-"):  # values of an earlier process that exceeded its budget
                 path.unlink()
 
     def publish(self) -> None:
-        """Let the checkpoint appear under its name.
+        """Rename the checkpoint to its final name.
 
         Raises:
-            OutputError: when something has come to be there meanwhile.
+            OutputError: when the output directory was filled meanwhile.
         """
         flush_tree(self.checkpoint)
         put_in_place(self.checkpoint, self.out)
@@ -91,16 +91,16 @@ class Workplace:
 
 @contextlib.contextmanager
 def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> Iterator[Workplace]:
-    """Work on an output that nobody else works on.
+    """Lock the directory of a run while the block runs.
 
     Args:
-        out: where the checkpoint will be.
-        resume: go on with what an interrupted run has left, if there is anything.
+        out: the output directory.
+        resume: continue an interrupted run, if there is one.
         identity: everything that decides the bytes of the result, by name.
 
     Raises:
-        OutputError: when `out` is taken, another process works on it, an interrupted run would be lost, or is another
-            one than this.
+        OutputError: when `out` is not free, another process works on it, or an interrupted run would be lost or has
+            another identity.
     """
     require_free(out)
     root = out.parent.resolve() / f".{out.name}.run.partial"
@@ -110,7 +110,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         if count and not resume:
             raise OutputError(
                 f"an interrupted run has left {_subgraphs(count)} of {out}",
-                hint=f"go on with --resume, or remove {root} to start anew",
+                hint=f"continue it with --resume, or remove {root} to start again",
             )
         if not count:
             _clear(root)
@@ -132,11 +132,10 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
 
 
 def _require_plain(root: Path) -> None:
-    """Refuse a directory that another hand has prepared: through a link in it, a run would empty or overwrite what lies
-    elsewhere.
+    """Reject a directory that contains links or special files: a run would delete or overwrite files elsewhere.
 
     Raises:
-        OutputError: naming what is no plain file or directory.
+        OutputError: naming the first one.
     """
     pending = [root]
     while pending:
@@ -148,8 +147,8 @@ def _require_plain(root: Path) -> None:
         is_directory = stat.S_ISDIR(status.st_mode)
         if not is_directory and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or path == root):
             raise OutputError(
-                f"{path} is not what a run leaves behind: it is a link or a special file",
-                hint=f"see where it comes from, and remove {root} to start anew",
+                f"{path} is a link or a special file, which no run creates",
+                hint=f"check where it comes from, and remove {root} to start again",
             )
         if is_directory:
             pending.extend(path.iterdir())
@@ -159,7 +158,7 @@ def _what_is_left(out: Path) -> str:
     count = num_finished(out)
     if not count:
         return "nothing was left behind"
-    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept: go on with --resume"
+    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept, continue with --resume"
 
 
 def _subgraphs(count: int) -> str:
@@ -167,20 +166,20 @@ def _subgraphs(count: int) -> str:
 
 
 def require_unfinished(out: Path) -> None:
-    """Refuse to resume what has come to its end.
+    """Reject an output that is complete.
 
     Raises:
-        OutputError: saying so.
+        OutputError: naming it.
     """
     if (out / "config.json").is_file():
-        raise OutputError(f"{out} is there and whole", hint="there is nothing to resume")
+        raise OutputError(f"output directory {out} is already complete; nothing to resume")
 
 
 def num_finished(out: Path) -> int:
-    """How many subgraphs the interrupted run of an output has finished; 0 where there is none."""
+    """Number of subgraphs that an interrupted run of an output has finished; 0 without one."""
     root = out.parent.resolve() / f".{out.name}.run.partial"
     if not (root / "checkpoint").is_dir():
-        return 0  # published, but killed before it could clear up
+        return 0  # killed after it was published
     return sum(entry["kind"] == journal.STEP for entry in journal.read(root / journal.NAME))
 
 
@@ -194,7 +193,7 @@ def _locked(root: Path, out: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise OutputError(
-            f"another run is working on {out}", hint="wait for it, or choose another output directory"
+            f"another run is writing {out}", hint="wait for it, or choose another output directory"
         ) from error
     try:
         yield
@@ -212,7 +211,7 @@ def _clear(root: Path) -> None:
 
 
 def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
-    """Whether going on could come further than this run did."""
+    """Whether a resumed run could finish more steps than this one."""
     if not found.of_kind(journal.STEP):
         return False
     if not isinstance(error, SeqbuildError):

@@ -1,21 +1,21 @@
-"""Read the weights of the next step while the current one computes, and every tensor of the checkpoint once.
+"""Read the weights of the next step while the current one runs, and every tensor of the checkpoint once.
 
-For a GPU a thread reads, converts, and copies from pinned memory on a stream of its own. On the CPU the next step's
-weights would take the memory that the current one's statistics need: there the thread has the operating system read
-them into its page cache, from where they are copied when their turn comes, in a hundredth of the time that a step
-takes; and tables that are only looked up in stay on disk.
+For a GPU, a thread reads, converts, and copies from pinned memory on a stream of its own. On the CPU, the next step's
+weights would take memory that the current step's statistics need. So the thread only has the operating system read them
+into its page cache, from which they are copied in a hundredth of the time that a step takes, and tables that are only
+looked up in stay on disk.
 
-What must be written as it is goes to the output as it is read, so that nobody has to read it again, and a tensor that a
-later step uses too (tied embeddings, layers that share weights) is kept until then.
+A tensor that is written unchanged goes to the output as it is read, and a tensor that a later step uses too (tied
+embeddings, layers that share weights) is kept until then, so that neither is read twice.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,51 +29,41 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
 
 OnRead = Callable[[str, torch.Tensor], None]
+Loads = Mapping[int, Sequence[str]]  # the parameters of each step, by its index, in order
 Loaded = tuple[dict[str, torch.Tensor], Any]  # the parameters of a step, and the mark of their arrival
 
 
-class Loading(Protocol):
-    """What is loaded at a time: a step of a run, or a subgraph that is evaluated."""
-
-    @property
-    def index(self) -> int:
-        """Its place in the chain."""
-
-    @property
-    def loads(self) -> Sequence[str]:
-        """The names of its parameters."""
-
-
 class LoadOrder:
-    """What a sequence of steps loads: tables that stay on disk, and tensors that later steps use again.
+    """Which parameters a sequence of steps leaves on disk, and which tensors it keeps for later steps.
 
     Args:
         source: the origins of the parameters.
-        steps: in the order in which they will be loaded.
-        device_type: where parameters go.
+        loads: the parameters of each step.
+        device_type: of the device that parameters are loaded to.
 
     Attributes:
         tables: parameters that stay on disk: on the CPU those that are only looked up in, and whose tensor no step
             loads as a whole.
-        uses: how often each tensor will be used.
+        uses: how often each tensor is used.
     """
 
-    def __init__(self, source: ParameterSource, steps: Sequence[Loading], device_type: str) -> None:
-        names = dict.fromkeys(name for step in steps for name in step.loads)
-        tables = {name: None for name in names if source.is_table(name)} if device_type == "cpu" else {}
+    def __init__(self, source: ParameterSource, loads: Loads, device_type: str) -> None:
+        names = dict.fromkeys(itertools.chain.from_iterable(loads.values()))
+        tables = [name for name in names if device_type == "cpu" and source.is_table(name)]
         whole = {key for name in names if name not in tables for key in source.origins[name].keys}
-        self.tables = {name: None for name in tables if source.plain_key(name) not in whole}
-        self._keys = {
-            step.index: [key for name in step.loads if name not in self.tables for key in source.origins[name].keys]
-            for step in steps
+        self.tables = [name for name in tables if source.plain_key(name) not in whole]
+        keys = {
+            index: [key for name in own if name not in self.tables for key in source.origins[name].keys]
+            for index, own in loads.items()
         }
-        self.uses = Counter(key for keys in self._keys.values() for key in keys)
-        self._last = {key: index for index, keys in self._keys.items() for key in keys}
+        self.uses = Counter(itertools.chain.from_iterable(keys.values()))
+        last = {key: index for index, own in keys.items() for key in own}
+        first = {key: index for index, own in reversed(keys.items()) for key in own}
+        self._spans = {key: (first[key], last[key]) for key in first if first[key] < last[key]}
 
     def kept(self, index: int) -> list[str]:
         """The tensors that are kept in memory after a step was loaded, for a later one."""
-        begun = dict.fromkeys(key for step, keys in self._keys.items() if step <= index for key in keys)
-        return [key for key in begun if self._last[key] > index]
+        return [key for key, (first, last) in self._spans.items() if first <= index < last]
 
 
 class WeightStream:
@@ -81,7 +71,7 @@ class WeightStream:
 
     Args:
         source: the checkpoint, as parameters.
-        steps: in the order in which they will be loaded.
+        loads: the parameters of each step, in the order in which steps will be loaded.
         device: where parameters go.
         on_read: called, from the reading thread, with each checkpoint tensor that was read, once.
     """
@@ -89,16 +79,16 @@ class WeightStream:
     def __init__(
         self,
         source: Weights,
-        steps: Sequence[Loading],
+        loads: Loads,
         device: torch.device,
         on_read: OnRead = lambda key, tensor: None,
     ) -> None:
         self.source = source
         self.device = device
         self.on_read = on_read
-        self._steps = {step.index: step for step in steps}
-        self._next = {step.index: after.index for step, after in itertools.pairwise(steps)}
-        order = LoadOrder(source, steps, device.type)
+        self._loads = loads
+        self._next = dict(itertools.pairwise(loads))
+        order = LoadOrder(source, loads, device.type)
         self._tables = {name: table for name in order.tables if (table := source.table(name)) is not None}
         self._uses = order.uses
         self._kept: dict[str, torch.Tensor] = {}
@@ -118,38 +108,38 @@ class WeightStream:
         self._kept.clear()
 
     def load(self, model: nn.Module, index: int) -> None:
-        """Put the parameters of a step into the module tree, and begin to read those of the next one."""
+        """Put the parameters of a step into the module tree, and start to read those of the next one."""
         tensors, mark = (self._pending.pop(index, None) or self._submit(index)).result()
         following = self._next.get(index)
         if following is not None and self._is_ahead:
             self._pending[following] = self._submit(following)
         elif following is not None:
-            self._thread.submit(self._announce, self._steps[following])
+            self._thread.submit(self._announce, following)
         self._side.wait_for(mark)
         for name, tensor in tensors.items():
             self._side.lend(tensor)
             assign(model, name, tensor)
 
     def reload(self, model: nn.Module, index: int) -> None:
-        """Load a step again whose weights were changed; this reads what was read before."""
-        for name in self._steps[index].loads:
+        """Load a step again whose weights were changed; this reads tensors a second time."""
+        for name in self._loads[index]:
             table = self._tables.get(name)
             assign(model, name, table if table is not None else self.source.read(name, self.device))
 
     def _submit(self, index: int) -> Future[Loaded]:
-        return self._thread.submit(self._read_step, self._steps[index])
+        return self._thread.submit(self._read_step, self._loads[index])
 
-    def _announce(self, step: Loading) -> None:
-        names = [name for name in step.loads if name not in self._tables]
+    def _announce(self, index: int) -> None:
+        names = [name for name in self._loads[index] if name not in self._tables]
         keys = dict.fromkeys(key for name in names for key in self.source.origins[name].keys)
         waiting = itertools.takewhile(lambda key: not self._is_over, keys)
         self.source.checkpoint.announce(key for key in waiting if key not in self._kept)
 
-    def _read_step(self, step: Loading) -> Loaded:
+    def _read_step(self, names: Sequence[str]) -> Loaded:
         tensors: dict[str, torch.Tensor] = {}
         with torch.no_grad(), self._side.active():
-            tensors.update({name: self._tables[name] for name in step.loads if name in self._tables})
-            for name in step.loads:
+            tensors.update({name: self._tables[name] for name in names if name in self._tables})
+            for name in names:
                 if name in tensors:
                     continue
                 value = self.source.read(name, torch.device("cpu"), self._read_key)

@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_later_keeps_what_is_finished(
     plan = recipe(NARROW_W4, modifier="GPTQModifier")
     calibrate(narrow_llama, plan, tmp_path / "expected", max_shard_bytes=10_000)
     fill_the_disk(monkeypatch, after=60)
-    with pytest.raises(runtime.OutputError, match=r"the disk is full \(\d finished subgraphs are kept: go on with --r"):
+    with pytest.raises(runtime.OutputError, match=r"the disk is full \(\d finished subgraphs are kept, continue"):
         calibrate(narrow_llama, plan, tmp_path / "out", max_shard_bytes=10_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.run.partial", "expected"]
     monkeypatch.undo()

@@ -39,7 +39,7 @@ def test_calibrate_evaluate_and_check(place: Place, run: Run) -> None:
         "[1/4] model.layers.0: 7 modules, T, 1 batches, N tokens/s, L, M",
         "[2/4] model.layers.1: 7 modules, T, 1 batches, N tokens/s, L, M",
         "[3/4] model.layers.2: 7 modules, T, 1 batches, N tokens/s, L, M",
-        "[4/4] no target: 0 modules, T, M",
+        "[4/4] lm_head, model.norm: 0 modules, T, M",
     ]
     assert re.fullmatch(rf"21 modules quantized in \d+\.\d s; \d+\.\d kB in {place.out}", lines[4])
 
@@ -190,7 +190,7 @@ def test_a_model_without_logits(tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be " * 300)
     command = ["evaluate", str(artifact), "--weights", str(weights), "--data", str(text), "--seq-len", "32"]
-    assert_refused(run(command), "BertModel returns last_hidden_state, pooler_output and no logits")
+    assert_refused(run(command), "BertModel returns last_hidden_state, pooler_output, but no logits")
     command[command.index("--seq-len") + 1] = "600"
     assert_refused(run(command), "a sample has 600 tokens", "--seq-len 512 or less")
 
@@ -237,7 +237,7 @@ def test_a_real_disk_that_is_full(place: Place, run: Run, tmp_path: Path, monkey
         place.out = disk / "out"
         result = run(place.calibrate())
         assert_refused(
-            result, f"cannot write {place.out}: the disk is full (1 finished subgraph is kept: go on with --"
+            result, f"cannot write {place.out}: the disk is full (1 finished subgraph is kept, continue with --"
         )
         assert [path.name for path in disk.iterdir()] == [".out.run.partial"]
         subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)

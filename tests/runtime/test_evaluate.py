@@ -80,7 +80,7 @@ def test_progress_names_the_targets(llama: Small) -> None:
     lines: list[str] = []
     runtime.evaluate(llama.load(), weights=llama.weights, batches=BATCHES[:1], progress=lines.append)
     layers = [f"[{index + 1}/4] model.layers.{index}" for index in range(3)]
-    assert lines == [*layers, "[4/4] no target"]
+    assert lines == [*layers, "[4/4] lm_head, model.norm"]
 
 
 @pytest.mark.parametrize("batches", [[], token_batches([(4, 1)])])
@@ -98,7 +98,7 @@ def test_logits_without_a_perplexity(narrow_llama: Small, tmp_path: Path) -> Non
     with torch.no_grad():
         model.get_parameter("lm_head.weight").mul_(1e30)
     model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(runtime.QuantizationError, match="so there is no perplexity"):
+    with pytest.raises(runtime.QuantizationError, match="so perplexity is not finite"):
         runtime.evaluate(narrow_llama.load(), weights=tmp_path / "broken", batches=BATCHES)
 
 
@@ -122,9 +122,9 @@ def t5(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda directory: minilm_directory(), "BertModel returns last_hidden_state, pooler_output and no logits"),
+        (lambda directory: minilm_directory(), "BertModel returns last_hidden_state, pooler_output, but no logits"),
         (llama_classifier, "LlamaForSequenceClassification"),
-        (masked_bert, "BertForMaskedLM does not predict each token from those before it alone"),
+        (masked_bert, "BertForMaskedLM does not predict each token from the previous ones alone"),
     ],
 )
 def test_models_that_are_no_causal_language_models(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
@@ -133,7 +133,7 @@ def test_models_that_are_no_causal_language_models(tmp_path: Path, make: Callabl
     with pytest.raises(runtime.ModelError) as caught:
         runtime.evaluate(artifact, weights=weights, batches=BATCHES)
     assert message in str(caught.value)
-    assert "perplexity is for causal and encoder-decoder language models" in str(caught.value)
+    assert "perplexity is defined for causal and encoder-decoder language models" in str(caught.value)
 
 
 def test_a_decoder_that_nobody_says_how_to_begin(tmp_path: Path) -> None:
@@ -142,5 +142,5 @@ def test_a_decoder_that_nobody_says_how_to_begin(tmp_path: Path) -> None:
     with pytest.raises(runtime.DataError, match="does not say what the decoder of T5ForConditionalGeneration reads"):
         runtime.evaluate(artifact, weights=weights, batches=BATCHES)
     given = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in BATCHES]
-    with pytest.raises(runtime.DataError, match="batch 0 has decoder_input_ids and no labels"):
+    with pytest.raises(runtime.DataError, match="batch 0 has decoder_input_ids but no labels"):
         runtime.evaluate(artifact, weights=weights, batches=given)

@@ -144,7 +144,7 @@ class TestAnExpertThatNoTokenReaches:
         with pytest.raises(runtime.DataError, match=r"reached model\.layers\.1\.mlp\.experts\.0\.gate_proj"):
             self.run(qwen3_moe, weights, tmp_path / "out", f"GPTQModifier: {{{NARROW_W4}}}")
         text = f"GPTQModifier: {{{NARROW_W4}, fallback: rtn, dampening_frac: 0.02}}"
-        with pytest.raises(runtime.OutputError, match="what differs: the recipe"):
+        with pytest.raises(runtime.OutputError, match="differs from the interrupted one in the recipe"):
             self.run(qwen3_moe, weights, tmp_path / "out", text, resume=True)
 
     def test_fewer_tokens_than_the_recipe_asks_for(self, qwen3_moe: Small, tmp_path: Path) -> None:

@@ -39,11 +39,8 @@ def streamed(small: Small, dtype: torch.dtype, steps: int) -> WeightStream:
     """The weights of the first steps of a run."""
     artifact = small.load()
     source = Weights(artifact, Checkpoint(small.weights), dtype, artifact.empty_model(dtype))
-    parts = [
-        SimpleNamespace(index=index, loads=subgraph.entry.parameters)
-        for index, subgraph in enumerate(artifact.subgraphs[:steps])
-    ]
-    return WeightStream(source, parts, torch.device("cpu"))
+    loads = {index: subgraph.entry.parameters for index, subgraph in enumerate(artifact.subgraphs[:steps])}
+    return WeightStream(source, loads, torch.device("cpu"))
 
 
 def test_an_embedding_is_a_table(narrow_llama: Small) -> None:

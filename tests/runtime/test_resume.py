@@ -133,7 +133,7 @@ def test_an_interrupted_run_is_not_lost_by_beginning_anew(
     stop_at(8)
     with pytest.raises(Stop):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
-    with pytest.raises(runtime.OutputError, match=r"left 1 finished subgraph of .*go on with --resume, or remove"):
+    with pytest.raises(runtime.OutputError, match=r"left 1 finished subgraph of .*continue it with --resume, or"):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
     shutil.rmtree(tmp_path / ".out.run.partial")
     calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
@@ -146,10 +146,10 @@ def test_resume_begins_where_there_is_nothing_to_go_on_with(narrow_llama: Small,
 
 def test_what_is_whole_is_not_resumed(narrow_llama: Small, tmp_path: Path, place: Place, run: Run) -> None:
     calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
-    with pytest.raises(runtime.OutputError, match="is there and whole"):
+    with pytest.raises(runtime.OutputError, match="is already complete"):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
     shutil.copytree(tmp_path / "out", place.out)
-    assert_refused(run(place.calibrate("--resume")), f"{place.out} is there and whole", "nothing to resume")
+    assert_refused(run(place.calibrate("--resume")), f"{place.out} is already complete", "nothing to resume")
 
 
 def test_memory_that_runs_out_while_finished_subgraphs_run_again(
@@ -220,7 +220,7 @@ def test_another_run_is_refused_and_the_first_one_can_still_be_resumed(
         runtime.calibrate(narrow_llama.load(), **options)
     stop_at(0)
     other = options | change(narrow_llama, tmp_path) | {"resume": True}
-    with pytest.raises(runtime.OutputError, match=rf"what differs: {named.rstrip()}[ (]"):
+    with pytest.raises(runtime.OutputError, match=rf"differs from the interrupted one in {named.rstrip()}[ (]"):
         runtime.calibrate(narrow_llama.load(), **other)
     assert runtime.calibrate(narrow_llama.load(), **options, resume=True).resumed_at == 1
 
@@ -232,7 +232,7 @@ def test_another_artifact_is_refused(
     stop_at(8)
     with pytest.raises(Stop):
         calibrate(llama, plan, tmp_path / "out")
-    with pytest.raises(runtime.OutputError, match="what differs: the artifact, the checkpoint, the recipe"):
+    with pytest.raises(runtime.OutputError, match="one in the artifact, the checkpoint, the recipe"):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
 
 
@@ -252,7 +252,7 @@ def test_two_runs_of_one_output_at_once_are_refused(
     monkeypatch.setattr(LoadedSubgraph, "forward", forward)
     calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
     assert len(complaints) == 2
-    assert all("another run is working on" in text for text in complaints)
+    assert all("another run is writing" in text for text in complaints)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -294,17 +294,17 @@ def test_killed_at_random_moments_a_run_comes_to_the_same_bytes(place: Place, ru
 def test_interrupted_on_the_command_line(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 4, KeyboardInterrupt)
     code, _, complaint = run(place.calibrate())
-    assert (code, complaint) == (130, "runtime: interrupted; 1 finished subgraph is kept: go on with --resume\n")
+    assert (code, complaint) == (130, "runtime: interrupted; 1 finished subgraph is kept, continue with --resume\n")
     assert_refused(run(place.calibrate()), "an interrupted run has left 1 finished subgraph of", "--resume")
     place.write("tokens.safetensors", write_token_file(place.folder / "others.safetensors", num_samples=5).read_bytes())
-    assert_refused(run(place.calibrate("--resume")), "what differs: the data")
+    assert_refused(run(place.calibrate("--resume")), "differs from the interrupted one in the data")
     place.data = write_token_file(place.folder / "tokens.safetensors")
     code, printed, _ = run(place.calibrate("--resume"))
     assert code == 0
-    assert printed.startswith("going on after 1 of 4 subgraphs\n")
+    assert printed.startswith("resuming after 1 of 4 subgraphs\n")
     assert "\n[2/4] " in printed
     assert "\n[1/4] " not in printed
-    assert "after 1 subgraphs that were finished before" in printed
+    assert "after 1 subgraphs of an earlier process" in printed
 
 
 # The journal alone.

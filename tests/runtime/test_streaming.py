@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,15 +144,15 @@ def test_on_a_gpu_they_are_read(narrow_llama: Small, monkeypatch: pytest.MonkeyP
     artifact = narrow_llama.load()
     model = artifact.empty_model()
     source = Weights(artifact, Checkpoint(narrow_llama.weights), torch.float32, model)
-    parts = [SimpleNamespace(index=i, loads=part.entry.parameters) for i, part in enumerate(artifact.subgraphs[:2])]
-    stream = WeightStream(source, parts, torch.device("cpu"))
+    loads = {index: part.entry.parameters for index, part in enumerate(artifact.subgraphs[:2])}
+    stream = WeightStream(source, loads, torch.device("cpu"))
     monkeypatch.setattr(stream, "_is_ahead", True)
     asked: list[str] = []
     monkeypatch.setattr(Checkpoint, "announce", lambda self, keys: asked.extend(keys))
     with stream:
         stream.load(model, 0)
         tensors, _ = stream._pending[1].result()
-        assert list(tensors) == list(parts[1].loads)
+        assert list(tensors) == list(loads[1])
     assert not asked
 
 
@@ -275,7 +274,7 @@ def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path: Path, capfd: pytest.
         log.tell("warning", text="first")
         log.tell("warning", text="second")
     complaint = capfd.readouterr().err
-    assert complaint.count("/dev/full takes no more events (No space left on device): the run goes on") == 1
+    assert complaint.count("cannot write the log /dev/full (No space left on device); the run continues") == 1
     with pytest.raises(runtime.OutputError, match="part of the path is not a directory"):
         EventLog(Path("/dev/null/log"))
 
