@@ -94,16 +94,10 @@ class _Planner:
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
 
     def step(self, step: Step) -> SubgraphForecast:
-        work, entry = self.work, step.subgraph.entry
+        work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
         measured = {name: need for name, need in needs.items() if need}
-        inputs = self.values.take(entry)
-        footprint = self._footprint(step, inputs, list(measured))
-        before = self.values.total(work)
-        working = self._working(footprint, inputs, step) if step.is_run else 0
-        if step.goes_on:
-            self.values.advance(entry, footprint)
-        waiting = max(before, self.values.total(work)) if step.is_run else 0
+        footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         sums = {**self._sums(footprint, measured), **self._witness_sums(step)}
         statistics = self._bounded(sums)
         solve = quantization_bytes(step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
@@ -130,12 +124,19 @@ class _Planner:
             is_estimated=step.is_run and footprint is None,
         )
 
-    def _footprint(self, step: Step, inputs: Mapping[str, Any], measured: Sequence[str]) -> Footprint | None:
-        if self.shapes is None or not step.is_run:
-            return None
-        called = step.called(self.needs.jobs)
-        rounded = {name: rounding_itemsize(job, self.work.dtype) for name, job in called.items()}
-        return self.shapes(step.subgraph, inputs, measured, rounded)
+    def _batches(self, step: Step, measured: Sequence[str]) -> tuple[Footprint | None, int, int]:
+        """Run a batch on shapes; returns its footprint, the working memory, and the values of all batches."""
+        subgraph, footprint = step.subgraph, None
+        inputs = self.values.take(subgraph.entry)
+        before = self.values.total(self.work)
+        if self.shapes is not None:
+            called = step.called(self.needs.jobs)
+            rounded = {name: rounding_itemsize(job, self.work.dtype) for name, job in called.items()}
+            footprint = self.shapes(subgraph, inputs, measured, rounded)
+        working = self._working(footprint, inputs, step)
+        if step.goes_on:
+            self.values.advance(subgraph.entry, footprint)
+        return footprint, working, max(before, self.values.total(self.work))
 
     def _weights(self, step: Step) -> tuple[int, int, int]:
         """The bytes of weights, of the tables among them, and of checkpoint tensors that the host keeps besides."""
@@ -160,7 +161,7 @@ class _Planner:
         def size(name: str) -> int:
             return statistics_bytes(self._width(name), together, self.work.dtype)
 
-        seen = {} if footprint is None else {names: size(names[0]) for names, _ in footprint.seen}
+        seen = {} if footprint is None else {names: size(names[0]) for names in footprint.seen}
         known = {name for names in seen for name in names}
         shared: dict[tuple[Any, int], list[str]] = {}
         for name in measured:

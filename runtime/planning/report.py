@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ _COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", 
 def plan_lines(plan: Forecast) -> Iterator[str]:
     """Yield the table, equal rows in a run as one, and the totals."""
     rows: list[tuple[str, ...]] = [("subgraph", *_COLUMNS)]
-    for steps in _runs(plan.steps):
+    for _, group in itertools.groupby(plan.steps, key=lambda step: dataclasses.replace(step, label="")):
+        steps = list(group)
         sizes = (human_bytes(getattr(steps[0], column)) for column in _COLUMNS)
         rows.append((_label(steps), *sizes))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -58,18 +60,6 @@ def _totals(plan: Forecast) -> dict[str, int]:
         "statistics_bytes": plan.statistics_bytes,
         "output_bytes": plan.output_bytes,
     }
-
-
-def _runs(steps: Sequence[SubgraphForecast]) -> Iterator[list[SubgraphForecast]]:
-    """Yield runs of steps with equal costs."""
-    run: list[SubgraphForecast] = []
-    for step in steps:
-        if run and dataclasses.replace(step, label="") != dataclasses.replace(run[0], label=""):
-            yield run
-            run = []
-        run.append(step)
-    if run:
-        yield run
 
 
 def _label(steps: Sequence[SubgraphForecast]) -> str:

@@ -39,12 +39,12 @@ class Footprint:
     Attributes:
         outputs: on the meta device, by name.
         working_bytes: peak besides weights and inputs; outputs count.
-        seen: for each input tensor of measured modules, these modules and the number of its rows.
+        seen: for each input tensor of measured modules, these modules.
     """
 
     outputs: Mapping[str, Any]
     working_bytes: int
-    seen: tuple[tuple[tuple[str, ...], int], ...]
+    seen: tuple[tuple[str, ...], ...]
 
 
 class ShapeRun:
@@ -118,7 +118,7 @@ class ShapeRun:
         return Footprint(
             outputs=dict(zip(entry.output_names, found.outputs.values(), strict=True)),
             working_bytes=found.working_bytes,
-            seen=tuple((tuple(f"{scope}{name}" for name in names), rows) for names, rows in found.seen),
+            seen=tuple(tuple(f"{scope}{name}" for name in names) for names in found.seen),
         )
 
     def _key(self, subgraph: LoadedSubgraph, inputs: Mapping[str, Any]) -> Any:
@@ -227,12 +227,12 @@ class _Seen:
     def __init__(self, measured: Collection[str], rounded: Mapping[str, int]) -> None:
         self._measured = dict.fromkeys(measured)
         self._rounded = rounded
-        self._groups: list[tuple[dict[str, None], int]] = []
+        self._groups: list[dict[str, None]] = []
         self._latest: list[tuple[torch.Tensor, int]] = []  # of each group, the tensor and its version
 
     @property
-    def groups(self) -> tuple[tuple[tuple[str, ...], int], ...]:
-        return tuple((tuple(names), rows) for names, rows in self._groups)
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(map(tuple, self._groups))
 
     @contextlib.contextmanager
     def watching(self, scope: nn.Module) -> Iterator[None]:
@@ -253,11 +253,11 @@ class _Seen:
             torch.empty(inputs.numel() * self._rounded.get(name, 0), dtype=torch.uint8, device=META)
             if name not in self._measured:
                 return
-            for (names, _), (tensor, version) in zip(self._groups, self._latest, strict=True):
+            for names, (tensor, version) in zip(self._groups, self._latest, strict=True):
                 if tensor is inputs and version == inputs._version:
                     names[name] = None
                     return
-            self._groups.append(({name: None}, inputs.numel() // max(inputs.shape[-1], 1)))
+            self._groups.append({name: None})
             self._latest.append((inputs, inputs._version))
             inputs.to(torch.float32)
 

@@ -37,8 +37,6 @@ class ShapeValues:
 
     def take(self, entry: SubgraphEntry) -> dict[str, Any]:
         """Return the inputs of a subgraph."""
-        missing = [name for name in entry.input_names if name not in self._held]
-        self._held.update(self.described(missing))
         return {name: self._held[name] for name in entry.input_names}
 
     def advance(self, entry: SubgraphEntry, footprint: Footprint | None) -> None:

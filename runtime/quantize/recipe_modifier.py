@@ -27,6 +27,7 @@ from runtime.quantize.siblings import JOINED, siblings_by_name
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
+from runtime.weights.origins import checkpoint_prefix
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
@@ -90,7 +91,7 @@ class RecipeModifier:
         found = []
         for module in self.needs.attentions(entry):
             assert self.key_values is not None, "there are attentions"
-            prefix, dtype = self.source.checkpoint_prefix(module), self._cache_dtype(entry, module)
+            prefix, dtype = checkpoint_prefix(self.source, module), self._cache_dtype(entry, module)
             for part in self.key_values.parts:
                 shape = self.key_values.scale_shape(module, part)
                 found.append(Stored(f"{prefix}.{part}_scale", dtype_name(dtype), shape))
@@ -237,7 +238,7 @@ class RecipeModifier:
     def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
         for module in attentions:
             assert self.key_values is not None, "there are attentions"
-            entry, prefix = work.step.subgraph.entry, self.source.checkpoint_prefix(module)
+            entry, prefix = work.step.subgraph.entry, checkpoint_prefix(self.source, module)
             for part in self.key_values.parts:
                 if (module, part) not in self.key_values.spans:
                     raise DataError(f"{module} was never run, so its keys and values have no scale")

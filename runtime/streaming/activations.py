@@ -65,19 +65,17 @@ class Held:
 
     Attributes:
         tier: the device, host memory or the disk.
-        base: the tensor without expanded dimensions; None on disk.
+        base: the tensor without expanded dimensions, or its file; None when it is freed.
         shape: of the whole tensor.
         num_bytes: size of the base.
-        file: the base on disk.
         users: number of batches that share it.
         ready: the event after which a GPU has written it.
     """
 
     tier: str
-    base: torch.Tensor | None
+    base: torch.Tensor | DiskTensor | None
     shape: torch.Size
     num_bytes: int
-    file: DiskTensor | None = None
     users: int = 1
     ready: Any = None
 
@@ -181,10 +179,8 @@ class Activations:
 
     def base(self, held: Held) -> torch.Tensor:
         """The base of a stored tensor, read from disk if it is there."""
-        if held.file is not None:
-            return held.file.read()
         assert held.base is not None, "the tensor was freed"
-        return held.base
+        return held.base.read() if isinstance(held.base, DiskTensor) else held.base
 
     def hold(self, tensor: torch.Tensor) -> Held:
         """Store a tensor in the first tier that has room."""
@@ -194,7 +190,7 @@ class Activations:
         held = Held(tier=tier, base=base, shape=tensor.shape, num_bytes=num_bytes)
         self.used_bytes[tier] += num_bytes
         if tier == DISK:
-            held.file, held.base = self._write(base.cpu()), None
+            held.base = self._write(base.cpu())
         elif self._side.is_real:
             if tier == HOST:
                 pinned = torch.empty_like(base, device="cpu", pin_memory=True)
@@ -225,7 +221,7 @@ class Activations:
         base = self.base(held)
         moved = base.to(self.device, non_blocking=True)
         # Expanded tensors cannot be changed in place, and moved ones are copies already.
-        if moved is base and held.file is None and moved.shape == held.shape and (private or held.users > 1):
+        if moved is held.base and moved.shape == held.shape and (private or held.users > 1):
             moved = moved.clone()
         return moved.expand(held.shape)
 
@@ -246,9 +242,9 @@ class Activations:
         held.users -= 1
         if not held.users:
             self.used_bytes[held.tier] -= held.num_bytes
+            if isinstance(held.base, DiskTensor):
+                held.base.path.unlink(missing_ok=True)
             held.base = None
-            if held.file is not None:
-                held.file.path.unlink(missing_ok=True)
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: _T) -> _T:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.streaming.schedule import ModuleTensors
-from runtime.weights.origins import required_key
+from runtime.weights.origins import checkpoint_prefix, required_key
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
 
@@ -89,7 +89,7 @@ class Written:
         if key_values is None:
             return
         for module in key_values.of_subgraph(step.subgraph.entry):
-            prefix = self.source.checkpoint_prefix(module)
+            prefix = checkpoint_prefix(self.source, module)
             for part in key_values.parts:
                 key_values.scales[module, part] = self.writer.read(f"{prefix}.{part}_scale").to(self.device)
 

@@ -48,9 +48,6 @@ class ParameterSource(Protocol):
     def plain_key(self, name: str) -> str | None:
         """The stored tensor that equals the parameter, or None if the parameter must be computed."""
 
-    def checkpoint_prefix(self, module: str) -> str:
-        """The name of a module in the checkpoint."""
-
     def is_table(self, name: str) -> bool:
         """Whether a parameter is only used to look up rows, and stored as the run uses it."""
 
@@ -60,6 +57,15 @@ def required_key(source: ParameterSource, name: str) -> str:
     key = source.plain_key(name)
     assert key is not None, f"{name} is not one tensor of the checkpoint"
     return key
+
+
+def checkpoint_prefix(source: ParameterSource, module: str) -> str:
+    """The checkpoint's name of a module that contains others."""
+    name = next(name for name in source.origins if name.startswith(f"{module}."))
+    key, inner = source.origins[name].keys[0], name.removeprefix(module)
+    if source.origins[name].packed is not None:  # the last names of its tensors differ
+        key, inner = key.rpartition(".")[0], inner.rpartition(".")[0]
+    return key.removesuffix(inner)
 
 
 class StatedParameters:
@@ -102,10 +108,6 @@ class StatedParameters:
         """The checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
         entry = self._parameters[name]
         return entry.sources[0] if len(entry.sources) == 1 and entry.conversion < 0 else None
-
-    def checkpoint_prefix(self, module: str) -> str:
-        """The name of a module, as the model spells it."""
-        return module
 
     def is_table(self, name: str) -> bool:
         """Whether a parameter is only used to look up rows, and stored as the run uses it."""

@@ -22,7 +22,7 @@ from runtime.language.program import Run
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
 from runtime.recipe.recipe import some
-from runtime.weights.origins import Origin
+from runtime.weights.origins import Origin, checkpoint_prefix
 from runtime.weights.row_lookups import lookup_tables
 from runtime.weights.tensor_checks import TensorChecks, read_scale
 
@@ -261,23 +261,13 @@ class Weights:
         keys = []
         for module in key_values.all_modules():
             for part in key_values.parts:
-                name = f"{self.checkpoint_prefix(module)}.{part}_scale"
+                name = f"{checkpoint_prefix(self, module)}.{part}_scale"
                 if name not in self.checkpoint:
                     raise WeightsError(f"{self.checkpoint.directory} lacks tensor {name!r} of its key-value cache")
                 key_values.scales[module, part] = read_scale(self.checkpoint, name)
                 keys.append(name)
         attach(model, key_values)
         return keys
-
-    def checkpoint_prefix(self, module: str) -> str:
-        """What the checkpoint calls a module that holds others."""
-        name = next(name for name in self.origins if name.startswith(f"{module}."))
-        packed = self.origins[name].packed is not None
-        inner = name.removeprefix(module)
-        key, end = self.origins[name].keys[0], inner
-        if packed:  # its tensors have other last names
-            key, end = _module_key(key), inner.rpartition(".")[0]
-        return key.removesuffix(end)
 
     def _unused(self, others: Iterable[str]) -> tuple[str, ...]:
         """Tensors that no parameter is made from.

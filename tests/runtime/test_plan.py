@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import runtime
+import runtime.calibration
 import seqbuild
 import seqbuild.cli.app
 from runtime.algorithms.awq import ScaleSearch, search_scales
@@ -25,7 +28,7 @@ from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
 from runtime.planning.forecast import Forecast
 from runtime.planning.predict import KERNEL_BYTES, PlannedRun
-from runtime.planning.request import plan_artifact
+from runtime.planning.request import plan_artifact, require_plan
 from runtime.planning.shapes import ShapeRun
 from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.preparation import prepare
@@ -37,7 +40,7 @@ from runtime.weights.origins import StatedParameters
 from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from tests.runtime.place import Place, Run, assert_refused
-from tests.runtime.small import RECIPES, Small, recipe, token_batches
+from tests.runtime.small import NARROW_W4, RECIPES, Small, calibrate, read_tensors, recipe, token_batches
 from tests.sweep import sweep
 from tests.tiny_models import save_config
 
@@ -109,9 +112,8 @@ def test_modules_with_one_input_share_one_sum(llama: Small) -> None:
         assert first.seen == ()
         found = run(artifact.subgraphs[1], values | dict(first.outputs), names)
     assert found is not None
-    groups = [tuple(name.rpartition(".")[2] for name in names) for names, _ in found.seen]
+    groups = [tuple(name.rpartition(".")[2] for name in names) for names in found.seen]
     assert groups == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
-    assert [rows for _, rows in found.seen] == [32] * 4
 
 
 def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
@@ -191,6 +193,47 @@ def test_read_and_written_are_what_a_run_reads_and_writes(llama: Small, tmp_path
     assert [step.num_modules for step in plan.steps] == [step["num_modules"] for step in steps]
 
 
+_CACHE = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, dynamic: false, symmetric: true}"
+KINDS = {
+    "gptq": f"GPTQModifier: {{{NARROW_W4}}}",
+    "awq": f"AWQModifier: {{}}\nQuantizationModifier: {{{NARROW_W4}}}",
+    "key-value cache": f"QuantizationModifier: {{{RECIPES['FP8_DYNAMIC']}, {_CACHE}}}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["sharded_llama", "gemma2", "qwen3_moe"])
+def test_with_the_checkpoint_every_subgraph_reads_and_writes_what_is_planned(
+    name: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied weights are read with the first subgraph that uses them, and a tensor that no subgraph uses is copied."""
+    small: Small = request.getfixturevalue(name)
+    shutil.copytree(small.weights, tmp_path / "model")
+    unused = {"unused.weight": torch.ones(3, 5)}
+    save_file(unused, tmp_path / "model" / "more.safetensors", metadata={"format": "pt"})
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    names = dict.fromkeys(read_tensors(small.weights), "model.safetensors")
+    found = json.loads(index.read_text())["weight_map"] if index.exists() else names
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**found, "unused.weight": "more.safetensors"}}))
+    plans: list[Forecast] = []
+
+    def plan(*args: Any, **options: Any) -> Forecast:
+        plans.append(require_plan(*args, **options))
+        return plans[0]
+
+    monkeypatch.setattr(runtime.calibration, "require_plan", plan)
+    with EventLog(tmp_path / "events") as log:
+        text = runtime.Recipe.from_text(KINDS[kind], "recipe.yaml")
+        result = calibrate(small, text, tmp_path / "out", weights=tmp_path / "model", watchers=[log])
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "subgraph"]
+    assert [step.written for step in plans[0].steps] == [step["bytes_written"] for step in steps]
+    assert plans[0].output_bytes == result.num_bytes == sum(step["bytes_written"] for step in steps) + 60
+    assert plans[0].read_bytes == sum(step["bytes_read"] for step in steps) + 60
+    tensors = read_tensors(tmp_path / "out")
+    assert result.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_values_between_subgraphs_take_what_is_planned(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -225,7 +268,6 @@ _STATIC = (
     "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}, "
     "input_activations: {num_bits: 8, strategy: tensor, dynamic: false}}}, ignore: [lm_head]"
 )
-_CACHE = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, dynamic: false, symmetric: true}"
 MEASURING = {
     "static inputs": f"QuantizationModifier: {{{_STATIC}}}",
     "awq": f"AWQModifier: {{}}\nQuantizationModifier: {{{RECIPES['W4A16_ASYM']}}}",

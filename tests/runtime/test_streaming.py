@@ -25,6 +25,8 @@ from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.checkpoint.writer import ShardWriter
 from runtime.streaming.events import EventLog
+from runtime.streaming.run import StreamingRun
+from runtime.streaming.schedule import Step
 from runtime.streaming.work import Work
 from runtime.weights.parameters import Weights
 from runtime.weights.stream import WeightStream
@@ -97,6 +99,43 @@ def test_weights_that_layers_share_are_read_once(tmp_path: Path, touched: tuple[
     plan = recipe(NARROW_W4.replace("Linear", "'re:.*ffn$'"), modifier="GPTQModifier")
     calibrate(small, plan, tmp_path / "out", batches=[inputs])
     assert max(touched[0].values()) == 1
+
+
+def test_changed_weights_are_kept_for_later_subgraphs(
+    tmp_path: Path, touched: tuple[Counter[str], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut at the attention of layers that share weights, the second subgraph has a part of the first one's."""
+    sizes = {key: NARROW[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
+    config = transformers.AlbertConfig(**sizes, embedding_size=16, num_hidden_layers=3)
+    weights = save_model(transformers.AlbertModel(config).eval(), tmp_path / "model")
+    artifact = seqbuild.build.build(weights, out=tmp_path, targets=["AlbertAttention"]).path
+    small = Small(weights=weights, artifact=artifact)
+    batch = token_batches([(2, 20)])[0]
+    known = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    inputs = {entry.name: known[entry.name] for entry in small.load().manifest.inputs}
+    plan = recipe(NARROW_W4.replace("lm_head", "nothing"), modifier="GPTQModifier")
+    kept: list[list[str]] = []
+    real = StreamingRun._attempt
+
+    def attempt(self: StreamingRun, step: Step, *, is_anew: bool) -> None:
+        real(self, step, is_anew=is_anew)
+        kept.append(sorted(self.kept))
+
+    monkeypatch.setattr(StreamingRun, "_attempt", attempt)
+    calibrate(small, plan, tmp_path / "expected", batches=[inputs])
+    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    assert kept == [[f"{layer}.ffn.weight", f"{layer}.ffn_output.weight"], []]
+    assert max(touched[0].values()) == 1
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "expected").eval()
+    with torch.no_grad():
+        expected = loaded(**inputs).last_hidden_state
+    assert torch.equal(run_weights(small, tmp_path / "expected", inputs)["last_hidden_state"], expected)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, KeyboardInterrupt)  # measured, gone on, and measured
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(small, plan, tmp_path / "out", batches=[inputs])
+    assert calibrate(small, plan, tmp_path / "out", batches=[inputs], resume=True).resumed_at == 1
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
 
 
 def test_a_step_that_is_not_run_holds_one_weight_at_a_time(
