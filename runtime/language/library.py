@@ -1,4 +1,4 @@
-"""Functions and classes of the libraries on this host, found in their source files. Nothing is imported or executed."""
+"""Functions and classes of this host's libraries, read from their source files without importing or executing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from runtime.language.library_sources import source_file
 
 LIBRARY = "transformers"
-_DEPTH = 12  # of names that are imported from a module which imports them itself
+_DEPTH = 12  # of chains of modules that re-export a name
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -25,26 +25,26 @@ class FunctionDefinition:
 
     @property
     def path(self) -> str:
-        """The function as an opaque step names it."""
+        """`module:qualified`, the name of the function as an opaque step."""
         return f"{self.source.name}:{self.qualified}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Class:
-    """A class that lies at the top of a module."""
+    """A class defined at the top level of a module."""
 
     source: LibrarySource
     node: ast.ClassDef
 
     @property
     def path(self) -> str:
-        """The class, likewise."""
+        """`module:Class`."""
         return f"{self.source.name}:{self.node.name}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueDefinition:
-    """What a module assigns to a name."""
+    """A value that the top level of a module assigns to a name."""
 
     source: LibrarySource
     name: str
@@ -52,13 +52,13 @@ class ValueDefinition:
 
     @property
     def path(self) -> str:
-        """The name, likewise."""
+        """`module:name`."""
         return f"{self.source.name}:{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """A module of the library, or anything of another library, by its dotted name."""
+    """A module of the library, or any object of another library, by its dotted name."""
 
     name: str
 
@@ -68,7 +68,7 @@ Definition = FunctionDefinition | Class | ValueDefinition | Other
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LibrarySource:
-    """A module: what its top level defines, by name; a name may be bound several times, in branches."""
+    """The top-level definitions of a module by name; branches may define a name several times."""
 
     name: str
     functions: Mapping[str, FunctionDefinition] = field(default_factory=dict)
@@ -80,13 +80,13 @@ class LibrarySource:
 
 @functools.lru_cache(maxsize=4096)
 def source(module: str) -> LibrarySource | None:
-    """The module of this name, None where this host has no source file of it; parsed once in a process."""
+    """Parse the source of a module, once per process; None if this host has no source file of it."""
     file = source_file(module)
     return _parsed(module, file.read_bytes(), is_package=file.name == "__init__.py") if file is not None else None
 
 
 def find(module: str, name: str, depth: int = 0) -> list[Definition]:
-    """What a name means at the top level of a module; through imports, and nothing where that cannot be told."""
+    """Find the definitions of a top-level name of a module, following imports; empty if they cannot be determined."""
     found = source(module)
     if found is None or depth > _DEPTH:
         return []
@@ -107,7 +107,7 @@ def find(module: str, name: str, depth: int = 0) -> list[Definition]:
 
 
 def find_path(path: str) -> list[FunctionDefinition]:
-    """The function that `module:function` or `module:Class.method` names; nothing where the module has no such."""
+    """Find the function named by `module:function` or `module:Class.method`; empty if there is none."""
     module, _, qualified = path.partition(":")
     found = source(module)
     owner, _, own = qualified.rpartition(".")
@@ -123,7 +123,7 @@ def find_path(path: str) -> list[FunctionDefinition]:
 
 
 def methods(cls: Class) -> dict[str, FunctionDefinition]:
-    """The methods that a class defines itself, by name."""
+    """The methods defined in the class itself (not inherited), by name."""
     return {
         node.name: FunctionDefinition(cls.source, f"{cls.node.name}.{node.name}", node)
         for node in _statements(cls.node.body)
@@ -133,7 +133,7 @@ def methods(cls: Class) -> dict[str, FunctionDefinition]:
 
 @functools.lru_cache(maxsize=4096)
 def bases(cls: Class) -> tuple[Class, ...]:
-    """The class and all that it inherits from, as far as the library defines it, nearest first."""
+    """The class and those of its base classes that the library defines, nearest first."""
     found = {cls.path: cls}
     for base in cls.node.bases:
         plain = base.value if isinstance(base, ast.Subscript) else base
@@ -145,7 +145,7 @@ def bases(cls: Class) -> tuple[Class, ...]:
 
 
 def resolve(where: LibrarySource, node: ast.expr) -> list[Definition]:
-    """What `name` or `module.name` means in a module; nothing where that cannot be told."""
+    """Find the definitions of `name` or `owner.name` as used in a module; empty if they cannot be determined."""
     if isinstance(node, ast.Name):
         return find(where.name, node.id)
     if not isinstance(node, ast.Attribute):
@@ -190,10 +190,8 @@ def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
             classes.setdefault(node.name, Class(found, node))
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                imports[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0],
-                    "",
-                )
+                top = alias.name.split(".")[0]
+                imports[alias.asname or top] = (alias.name if alias.asname else top, "")
         elif isinstance(node, ast.ImportFrom):
             origin = _origin(node, module, is_package)
             stars += [origin for alias in node.names if alias.name == "*"]
@@ -215,7 +213,7 @@ def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module or class, those in its branches among them."""
+    """Yield the statements of a module or class, including those in its branches."""
     for node in body:
         yield node
         if isinstance(node, (ast.If, ast.Try, ast.With)):
