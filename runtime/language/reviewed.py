@@ -77,8 +77,9 @@ DUNDERS = frozenset(
 # Attributes by which a module selects the implementation that it calls; no step may set them.
 SETTLED = re.compile(r"config|_attn_implementation\w*|_experts_implementation\w*|_use_kernels|use_kernels|__.*")
 # Methods of tensors, modules, caches and loggers, besides those that are operators' names. `create_causal_mask` calls
-# get_query_offset and get_mask_sizes of a cache. In transformers.cache_utils they only return integers from the
-# cache's lengths, and `Reach` still follows every override in a model's own classes.
+# get_query_offset and get_mask_sizes of a cache (in transformers 5.17 of one whose class `Reach` cannot tell). In
+# transformers.cache_utils they only compute numbers from the cache's lengths, and `Reach` still follows those that a
+# model's own classes define.
 _METHOD_NAMES = """
     apply bool byte char children cpu cuda debug double dtype element_size eval fill_ float get_interface
     get_mask_sizes get_query_offset get_seq_length get_text_config half indices info int is_contiguous item long

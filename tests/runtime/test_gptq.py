@@ -268,9 +268,9 @@ def broken(row: int, column: int, value: float) -> torch.Tensor:
         (torch.full((4, NUM_IN), float("nan")), torch.eye(NUM_IN), {}, "not finite"),
         (torch.ones(4, NUM_IN), broken(3, 4, float("nan")), {}, r"Hessian .* \[4, 96\] is not finite"),
         (torch.ones(4, NUM_IN), broken(3, 3, float("inf")), {}, "Hessian .* is not finite"),
-        (torch.ones(4, NUM_IN), torch.zeros(NUM_IN, NUM_IN), {}, "saw no input"),
+        (torch.ones(4, NUM_IN), torch.zeros(NUM_IN, NUM_IN), {}, "no input reached the module"),
         (torch.ones(4, NUM_IN), broken(0, 0, -5.0), {}, "does not factor with dampening 1"),
-        (torch.ones(4, NUM_IN), torch.eye(64), {}, r"\[64, 64\] does not fit a weight of shape \[4, 96\]"),
+        (torch.ones(4, NUM_IN), torch.eye(64), {}, r"\[4, 96\] requires a Hessian of shape \[96, 96\]; got \[64, 64\]"),
         (torch.ones(4, 100), torch.eye(100), {}, r"\[4, 100\] cannot be cut into groups of 32"),
         (torch.ones(4, NUM_IN), torch.eye(NUM_IN), {"dampening_frac": 0.0}, "dampening_frac"),
         (torch.ones(4, NUM_IN), torch.eye(NUM_IN), {"dampening_frac": float("nan")}, "dampening_frac"),
@@ -447,7 +447,7 @@ class TestRefine:
 
     def test_refuses(self, hessian_II: torch.Tensor) -> None:
         result = quantize_gptq(random_weight(), hessian_II, int_args(2), scale_dtype=torch.bfloat16)
-        with pytest.raises(QuantizationError, match="does not fit"):
+        with pytest.raises(QuantizationError, match="does not match a weight"):
             refine(random_weight(), result, hessian_II[:4, :4], int_args(2))
 
 

@@ -330,7 +330,7 @@ def test_an_artifact_that_stops_at_layers_is_refused(tmp_path: Path, byte_tokeni
     config = transformers.LlamaConfig(**TWO)
     weights = save_model(transformers.LlamaForCausalLM(config), tmp_path / "model", byte_tokenizer_dir)
     small = Small(weights=weights, artifact=build(weights, out=tmp_path / "artifacts", leaves="target").path)
-    with pytest.raises(runtime.RecipeError, match="does not say which values enter a key-value cache"):
+    with pytest.raises(runtime.RecipeError, match="the artifact lists no key-value cache"):
         calibrate(small, Recipe.from_text(RECIPE, "r"), tmp_path / "out")
 
 
@@ -374,7 +374,7 @@ def test_an_artifact_before_1_6_is_measured_at_the_operator(model: Small, tmp_pa
     old, new = read_tensors(tmp_path / "old"), read_tensors(tmp_path / "new")
     assert sorted(old) == sorted(new) and all(torch.equal(old[name], new[name]) for name in new)
     text = ATTENTION.replace("TARGET", "LlamaAttention")
-    with pytest.raises(runtime.RecipeError, match=r"format before 1\.6, which does not say what queries"):
+    with pytest.raises(runtime.RecipeError, match=r"format before 1\.6, which does not list the queries"):
         runtime.calibrate(
             older(model, tmp_path), out=tmp_path / "q", **{**options, "recipe": Recipe.from_text(text, "r")}
         )
@@ -387,7 +387,7 @@ def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_pat
     plan = Recipe.from_text(ALONE.replace("strategy: tensor", "strategy: attn_head"), "r")
     options = {"weights": model.weights, "recipe": plan, "batches": token_batches()}
     with pytest.raises(
-        runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, and the artifact states another"
+        runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, but the artifact states another"
     ):
         runtime.calibrate(artifact, out=tmp_path / "out", **options)
 
@@ -395,7 +395,7 @@ def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_pat
 def test_latent_attention_before_1_6_must_be_compiled_again(small: Callable[..., Small], tmp_path: Path) -> None:
     latent = small("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK)
     plan = Recipe.from_text(ALONE, "r")
-    with pytest.raises(runtime.RecipeError, match=r"before 1\.6, which does not say what keys and values .*self_attn"):
+    with pytest.raises(runtime.RecipeError, match=r"before 1\.6, which does not list the cached values of .*self_attn"):
         runtime.calibrate(
             older(latent, tmp_path), weights=latent.weights, recipe=plan, batches=token_batches(), out=tmp_path / "old"
         )

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
-from runtime.host.left_as_found import Found, left_as_found
+from runtime.host.left_as_found import ProcessState, left_as_found
 from seqbuild.blame import UntraceableError, advice, blame, burnt_in, not_offered
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
@@ -143,7 +143,7 @@ class SequentialTracer(ValueTracer):
         root: nn.Module,
         sample_input: Mapping[str, Any],
         concrete_args: Mapping[str, Any] | None,
-        found: Found,
+        found: ProcessState,
     ) -> fx.Graph:
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
