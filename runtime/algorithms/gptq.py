@@ -63,51 +63,7 @@ BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier
 _COLUMNS_OF_A_SUM = 128
 
 
-def quantize_gptq(
-    weight_OI: torch.Tensor,
-    hessian_II: torch.Tensor,
-    args: QuantizationArgs,
-    *,
-    scale_dtype: torch.dtype,
-    dampening_frac: float = 0.01,
-    block_size: int = 128,
-    actorder: str | None = "static",
-    global_scale: torch.Tensor | None = None,
-) -> QuantizedWeight:
-    """Quantize a weight with the least change of the layer's output on the calibration inputs.
-
-    Args:
-        weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
-        hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
-        args: strategy, bits, symmetry and observer.
-        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
-        dampening_frac: the value added to the diagonal, as a fraction of its mean over live columns. It is raised
-            tenfold, up to 1, while the sum does not factor.
-        block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
-        actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
-        global_scale: NVFP4's [1], if siblings share one.
-
-    Returns:
-        The dequantized weight with its scales, the loss (without the dampening) and the dampening used.
-
-    Raises:
-        QuantizationError: for an unsupported strategy, type or shape, numbers that are not finite, a Hessian that is
-            all zero, and one that does not factor even with dampening 1.
-    """
-    (result,) = quantize_siblings(
-        [weight_OI],
-        hessian_II,
-        args,
-        scale_dtype=scale_dtype,
-        dampening_frac=dampening_frac,
-        block_size=block_size,
-        actorder=actorder,
-        global_scale=global_scale,
-    )
-    return result
-
-
-def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
+def quantize_siblings(
     weights: Sequence[torch.Tensor],
     hessian_II: torch.Tensor,
     args: QuantizationArgs,
@@ -119,19 +75,30 @@ def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
 ) -> Iterator[QuantizedWeight]:
-    """Quantize weights that share an input, with one factorization. Small weights share a pass over the columns.
+    """Quantize weights that share an input, with the least change of the layer's output on the calibration inputs.
+
+    All share one factorization, and small weights a pass over the columns.
 
     Args:
-        weights: [O, I] each; I is the same for all.
-        hessian_II, args, scale_dtype, dampening_frac, block_size, actorder: as for `quantize_gptq`.
-        global_scale: as for `quantize_gptq`; NVFP4 siblings share one.
+        weights: [O, I] each, any float dtype; I is the same for all; not changed. If one of them or H is float64 the
+            arithmetic is float64, else float32.
+        hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
+        args: strategy, bits, symmetry and observer.
+        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
+        dampening_frac: the value added to the diagonal, as a fraction of its mean over live columns. It is raised
+            tenfold, up to 1, while the sum does not factor.
+        block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
+        actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
+        global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
         overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
 
     Yields:
-        One result for each weight, in order; each is computed on demand.
+        One result for each weight, in order, each computed on demand: the dequantized weight with its scales, the loss
+        (without the dampening) and the dampening used.
 
     Raises:
-        QuantizationError: as `quantize_gptq`, before the first result.
+        QuantizationError: before the first result, for an unsupported strategy, type or shape, numbers that are not
+            finite, a Hessian that is all zero, and one that does not factor even with dampening 1.
     """
     weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
     for weight_OI in weights:

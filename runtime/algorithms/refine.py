@@ -50,7 +50,7 @@ def refine(
 
     Args:
         weight_OI: the original weight, [O, I].
-        result: the result of `quantize_gptq` or `quantize_rtn` for it.
+        result: the result of `quantize_siblings` or `quantize_rtn` for it.
         hessian_II: H, the sum of x x^T over the layer's inputs.
         args: the scheme that it was quantized by.
         sweeps: the number of passes over all columns.

@@ -70,9 +70,8 @@ def as_dtype(value: Any) -> torch.dtype | None:
         UsageError: if the dtype is unsupported, or the value is not a dtype.
     """
     name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
-    if value is None or name == "auto":
+    if value is None:
         return None
     if name not in DTYPES:
         raise UsageError(f"dtype is {shown(value)}", hint=f"it must be one of {', '.join(DTYPES)}, or None")
-    found: torch.dtype = getattr(torch, str(name))
-    return found
+    return resolve_dtype(str(name))

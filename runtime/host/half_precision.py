@@ -83,10 +83,6 @@ class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _mm(first_MK: torch.Tensor, second_KN: torch.Tensor) -> torch.Tensor:
-    return _addmm(None, first_MK, second_KN)
-
-
 def _addmm(
     added: torch.Tensor | None, first_MK: torch.Tensor, second_KN: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
@@ -109,10 +105,6 @@ def _add_(product: torch.Tensor, added: torch.Tensor | None, beta: float, alpha:
         product.mul_(alpha)
     if added is not None and beta:
         product.add_(added, alpha=beta)
-
-
-def _bmm(first_BMK: torch.Tensor, second_BKN: torch.Tensor) -> torch.Tensor:
-    return _baddbmm(None, first_BMK, second_BKN)
 
 
 def _baddbmm(
@@ -182,9 +174,9 @@ def _parts(count: int, numbers_of_one: int) -> Iterator[slice]:
 
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
-    _aten.mm.default: _mm,
+    _aten.mm.default: functools.partial(_addmm, None),
     _aten.addmm.default: _addmm,
-    _aten.bmm.default: _bmm,
+    _aten.bmm.default: functools.partial(_baddbmm, None),
     _aten.baddbmm.default: _baddbmm,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     **{

@@ -19,10 +19,10 @@ def test_equals_the_plain_solve(num_bits: int, symmetric: bool, monkeypatch: pyt
     weight, hessian = torch.randn(300, 512, generator=generator).cuda(), (inputs.T @ inputs).cuda()
     args = QuantizationArgs(num_bits=num_bits, type="int", symmetric=symmetric, strategy="group", group_size=128)
     assert gptq_cuda.is_supported(weight[:128], args)
-    kernel = gptq.quantize_gptq(weight, hessian, args, scale_dtype=torch.bfloat16)
-    again = gptq.quantize_gptq(weight, hessian, args, scale_dtype=torch.bfloat16)
+    kernel = next(gptq.quantize_siblings([weight], hessian, args, scale_dtype=torch.bfloat16))
+    again = next(gptq.quantize_siblings([weight], hessian, args, scale_dtype=torch.bfloat16))
     assert torch.equal(kernel.weight_OI, again.weight_OI)
     monkeypatch.setattr(gptq_cuda, "is_supported", lambda *_: False)
-    plain = gptq.quantize_gptq(weight, hessian, args, scale_dtype=torch.bfloat16)
+    plain = next(gptq.quantize_siblings([weight], hessian, args, scale_dtype=torch.bfloat16))
     assert (kernel.weight_OI == plain.weight_OI).float().mean() > 0.95
     assert kernel.loss == pytest.approx(plain.loss, rel=0.01)

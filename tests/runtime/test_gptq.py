@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import in_passes, quantize_gptq, quantize_siblings
+from runtime.algorithms.gptq import in_passes, quantize_siblings
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.refine import refine
+from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 
@@ -20,6 +23,14 @@ def int_args(num_bits: int = 4, *, symmetric: bool = True, strategy: str = "grou
     return QuantizationArgs(
         num_bits=num_bits, type="int", symmetric=symmetric, strategy=strategy, group_size=group_size
     )
+
+
+def quantize_gptq(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor, args: QuantizationArgs, **options: Any
+) -> QuantizedWeight:
+    """Quantize a weight that has no siblings."""
+    (result,) = quantize_siblings([weight_OI], hessian_II, args, **options)
+    return result
 
 
 FLOAT8 = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
