@@ -12,7 +12,6 @@ which is llm-compressor's default. Padding counts, as it does there.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from runtime.artifact.cached_values import QUERY, hooked
 from runtime.errors import ArtifactError, QuantizationError, RecipeError
@@ -48,7 +46,6 @@ class CompiledSubgraph(Protocol):
 
 
 _ATTRIBUTE = "key_values"  # of the model
-_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # Parameters of latent attention, whose cached tensor is not an operand of attention.
 _LATENT = re.compile(r"\.kv_[ab]_")
 _HEADS = 1  # the dimension of heads in a cached value: [batch, heads, tokens, head size]
@@ -89,14 +86,12 @@ class KeyValues:
         Raises:
             RecipeError: if the artifact does not list the values that the scheme rounds.
         """
-        if not manifest.cached and not manifest.attentions:
+        if not manifest.cached:
             raise RecipeError(
                 "the artifact lists no key-value cache, so it cannot be quantized",
                 hint="compile with --leaves linear; models without a cache, and attention modules that run several "
                 "times in one forward, are unsupported",
             )
-        if not manifest.cached:
-            _require_operands_cached(manifest, has_queries=has_queries)
         if has_queries and not any(entry.part == QUERY for entry in manifest.cached):
             raise RecipeError(
                 "the artifact does not list attention's queries, so only its cache can be quantized",
@@ -105,10 +100,9 @@ class KeyValues:
         parts = (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
         found = cls(args=args, parts=parts)
         without = next((entry for entry in manifest.cached if not entry.heads and entry.part in parts), None)
-        if found.is_by_head and (without is not None or not manifest.cached):
+        if found.is_by_head and without is not None:
             raise RecipeError(
-                f"{without.module if without is not None else 'attention'} cannot have a scale for each head, because "
-                "its cached values have no dimension of heads",
+                f"{without.module} cannot have a scale for each head: its cached values have no dimension of heads",
                 hint="use strategy: tensor",
             )
         entries: dict[tuple[str, ...], tuple[CachedValue, ...]] = {}
@@ -116,11 +110,7 @@ class KeyValues:
         for entry in manifest.cached:
             key = manifest.subgraphs[entry.subgraph].parameters
             entries[key] = (*entries.get(key, ()), *((entry,) if entry.part in parts else ()))
-        owners = [(entry.subgraph, entry.module) for entry in manifest.cached]
-        owners += [(entry.subgraph, entry.module) for entry in manifest.attentions if not manifest.cached]
-        for index, module in owners:
-            key = manifest.subgraphs[index].parameters
-            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), module)))
+            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), entry.module)))
         return dataclasses.replace(found, entries=entries, modules=modules)
 
     def all_modules(self) -> Iterator[str]:
@@ -239,7 +229,6 @@ class KeyValues:
 def latent_attention(manifest: Manifest) -> list[str]:
     """Modules of multi-head latent attention, whose cached tensor is not an operand of attention."""
     found = dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.cached)
-    found |= dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.attentions)
     return [
         module
         for index, module in found
@@ -256,51 +245,3 @@ def of_model(model: nn.Module) -> KeyValues | None:
     """The key-value cache attached to a model; None if there is none."""
     found: KeyValues | None = model.__dict__.get(_ATTRIBUTE)
     return found
-
-
-def _require_operands_cached(manifest: Manifest, *, has_queries: bool) -> None:
-    """Require an artifact before format 1.6, which lists only attention modules, to have no latent attention or
-    queries to round: the operands of its attention operator are used as the cached values.
-    """
-    latent = latent_attention(manifest)
-    if latent or has_queries:
-        what = f"cached values of {latent[0]}" if latent else "queries of attention"
-        raise RecipeError(
-            f"the artifact has a format before 1.6, which does not list the {what}", hint="compile the model again"
-        )
-
-
-@contextlib.contextmanager
-def watched(model: nn.Module, entry: SubgraphEntry) -> Iterator[None]:
-    """Measure or round the operands of attention while a subgraph of an artifact before format 1.6 runs, if a
-    key-value cache is attached to the model.
-    """
-    key_values = of_model(model)
-    if key_values is None or entry.parameters in key_values.entries or not key_values.of_subgraph(entry):
-        yield
-        return
-    with _Interception(key_values, key_values.of_subgraph(entry)):
-        yield
-
-
-class _Interception(TorchFunctionMode):
-    """A torch mode that passes the keys and values of each attention call through `KeyValues.handle`."""
-
-    def __init__(self, key_values: KeyValues, modules: Sequence[str]) -> None:
-        super().__init__()
-        self.key_values = key_values
-        self.waiting = iter(modules)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is not _OPERATOR:
-            return func(*args, **(kwargs or {}))
-        module = next(self.waiting, None)
-        if module is None:
-            raise ArtifactError("a subgraph computes attention more often than the manifest lists attention modules")
-        query, key, value, *rest = args
-        with torch._C.DisableTorchFunction():
-            key = self.key_values.handle(module, "k", key)
-            value = self.key_values.handle(module, "v", value)
-        return func(query, key, value, *rest, **(kwargs or {}))
