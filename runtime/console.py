@@ -13,7 +13,7 @@ from typing import TextIO
 from runtime.errors import UsageError
 from runtime.standard_output import Output
 
-NOTHING_LEFT = "nothing half-written was left behind"
+NOTHING_LEFT = "no partial output was left behind"
 left_behind = [NOTHING_LEFT]
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-GONE = "nobody reads it any more"
+GONE = "its reader has closed it"
 
 
 class Output:

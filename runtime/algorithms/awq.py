@@ -216,8 +216,7 @@ def quantize_clipped(
             f"a Gram matrix of shape {list(hessian_II.shape)} is not finite, or does not match a weight of shape "
             f"{list(weight_OI.shape)}"
         )
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(weight_OI)
+    global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
     dtype = grid.work_dtype(weight_OI, hessian_II)
     found = _clipped_grid(weight_OI, hessian_II.to(dtype), args, scale_dtype, global_scale)
     quantized_OI = rounded(weight_OI.to(dtype), found, args)

@@ -75,45 +75,34 @@ def quantize_siblings(
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
 ) -> Iterator[QuantizedWeight]:
-    """Quantize weights that share an input, with the least change of the layer's output on the calibration inputs.
-
-    All share one factorization, and small weights a pass over the columns.
+    """Quantize weights that share an input so that the layer's outputs change least; all share one factorization.
 
     Args:
-        weights: [O, I] each, any float dtype; I is the same for all; not changed. If one of them or H is float64 the
-            arithmetic is float64, else float32.
+        weights: [O, I] each, any float dtype; not changed. The arithmetic is float64 if any tensor is, else float32.
         hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
         args: strategy, bits, symmetry and observer.
         scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
-        dampening_frac: the value added to the diagonal, as a fraction of its mean over live columns. It is raised
-            tenfold, up to 1, while the sum does not factor.
+        dampening_frac: added to the diagonal, as a fraction of its live mean; raised tenfold while H does not factor.
         block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
         global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
         overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
 
     Yields:
-        One result for each weight, in order, each computed on demand: the dequantized weight with its scales, the loss
-        (without the dampening) and the dampening used.
+        One result per weight, computed on demand, with the loss (without the dampening) and the dampening used.
 
     Raises:
-        QuantizationError: before the first result, for an unsupported strategy, type or shape, numbers that are not
-            finite, a Hessian that is all zero, and one that does not factor even with dampening 1.
+        QuantizationError: for unsupported or non-finite input, and an H that is zero or fails even with dampening 1.
     """
     weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
-    for weight_OI in weights:
-        grid.check_weight(weight_OI, args, supported=STRATEGIES)
-        _check_hessian(hessian_II, weight_OI)
+    _check_all(weights, hessian_II, args)  # not here: a loop's variable would hold a weight after it was rounded
     _check_options(dampening_frac, block_size, actorder)
     dtype = grid.work_dtype(*weights, hessian_II)
     order_I = column_order(hessian_II, actorder)
     diagonal_I = hessian_II.diagonal().to(dtype, copy=True)
     factors = factors_of(hessian_II, order_I, dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
     del hessian_II
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(*weights)
-    fitting = _Fitting(args, scale_dtype, global_scale, diagonal_I)
-    group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
+    fitting = _Fitting(args, scale_dtype, grid.shared_global_scale(args, global_scale, weights), diagonal_I)
     refit = fitting if grid.is_grouped(args) and actorder is None else None
     width, damping = args.group_size if refit is not None else block_size, factors.damping
     sizes = [part.stop - part.start for part in in_passes([weight.shape for weight in weights])]
@@ -121,8 +110,7 @@ def quantize_siblings(
         taken, weights = weights[: sizes[0]], weights[sizes.pop(0) :]
         grids = fitting.all_grids(taken, dtype)
         residual_IO = _columns_as_rows(taken, order_I, dtype)
-        quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, group_of_I, width, refit)
-        loss_O -= _weighed_squares(residual_IO, factors.added_I)
+        quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, order_I, width, refit)
         del residual_IO
         if not sizes:
             del factors  # before the results need memory twice
@@ -196,6 +184,12 @@ def _result(
         loss=max(float(loss_O[rows].sum()), 0.0),
         damping=damping,
     )
+
+
+def _check_all(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, args: QuantizationArgs) -> None:
+    for weight_OI in weights:
+        grid.check_weight(weight_OI, args, supported=STRATEGIES)
+        _check_hessian(hessian_II, weight_OI)
 
 
 def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:
@@ -296,7 +290,7 @@ def _solve_(
     factors: Factors,
     grids: Grids,
     args: QuantizationArgs,
-    group_of_I: list[int],
+    order_I: torch.Tensor,
     width: int,
     fitting: _Fitting | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,14 +301,15 @@ def _solve_(
         factors: M and D.
         grids: scales and zero points; overwritten if `fitting` is given.
         args: strategy, bits and symmetry.
-        group_of_I: each column's group.
+        order_I: the columns in the order of the solve.
         width: columns per block.
         fitting: given if each block is a group whose grid is fitted during the solve.
 
     Returns:
         quantized_IO: q_k.
-        loss_O: sum over k of D_k |t_k - q_k|^2 for each row, float64.
+        loss_O: the loss of each row, without the dampening, float64.
     """
+    group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
@@ -333,4 +328,4 @@ def _solve_(
             solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
             loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
         del targets_SO, target_BO  # before the next ones are allocated
-    return quantized_IO, loss_O
+    return quantized_IO, loss_O - _weighed_squares(residual_IO, factors.added_I)

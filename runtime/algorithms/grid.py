@@ -21,6 +21,7 @@ Shapes: O out features, I in features, R and C rows and columns of tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +138,13 @@ def tile(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
 def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
     """Join tiles to a weight, without the padding of `tile`."""
     return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
+
+
+def shared_global_scale(
+    args: QuantizationArgs, given: torch.Tensor | None, weights: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Return NVFP4's global scale: the given one, or by default that of the weights; None for other schemes."""
+    return global_scale_of(*weights) if given is None and needs_global_scale(args) else given
 
 
 def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:

@@ -52,8 +52,7 @@ def fitted_grid(
     Raises:
         QuantizationError: if a scale cannot be represented, or `imatrix_mse` gets no importance.
     """
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(weight_OI)
+    global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
     tiles_RhCw = grid.tile(weight_OI, args)
     name = str(args.observer or "memoryless_minmax")
     if name in _NAMES_OF_MSE:

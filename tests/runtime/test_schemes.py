@@ -216,7 +216,9 @@ def test_compress_refuses_what_does_not_fit_and_names_the_module() -> None:
 
 
 def test_decompress_names_what_is_missing() -> None:
-    with pytest.raises(WeightsError, match=r"pack-quantized module lacks weight_shape .*weight_packed, weight_scale"):
+    with pytest.raises(
+        WeightsError, match=r"missing weight_shape, required by the format pack-quantized .*weight_packed, weight_scale"
+    ):
         decompress_module({"weight_packed": torch.zeros(1), "weight_scale": torch.ones(1)}, weight_only(4))
 
 
