@@ -216,13 +216,3 @@ def static_input_parts(
         return {"input_global_scale": grid.global_scale_for(low, high)}
     scale, zero_point = grid.fit(low, high, args, scale_dtype=scale_dtype)
     return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
-
-
-def static_cache_scale(
-    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype
-) -> torch.Tensor:
-    """Compute the scales [N] of keys, values or queries from their minima and maxima, [N] or []."""
-    from runtime.algorithms import grid
-
-    scale, _ = grid.fit(minimum.float().cpu().reshape(-1), maximum.float().cpu().reshape(-1), args, scale_dtype=dtype)
-    return scale

@@ -143,10 +143,11 @@ class KeyValues:
                 f"the {what} of {module} reach {float(size.max())}, so their {part}_scale is undefined",
                 hint="calibrate in bfloat16 or float32 (--dtype), or look for NaN and Inf in the weights",
             )
-        from runtime.formats.compressed import static_cache_scale
+        from runtime.algorithms import grid
 
+        bounds = low.float().cpu().reshape(-1), high.float().cpu().reshape(-1)
         try:
-            scale = static_cache_scale(low, high, self.args, dtype)
+            scale, _ = grid.fit(*bounds, self.args, scale_dtype=dtype)
         except QuantizationError as error:
             raise QuantizationError(f"the {part}_scale of {module}: {error.message}", hint=error.hint) from error
         shaped = scale.reshape(-1, 1, 1) if self.is_by_head else scale.reshape(1)

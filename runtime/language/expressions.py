@@ -62,9 +62,8 @@ class Expressions:
     objects: dict[str, str | None] = field(default_factory=dict)  # variable -> its module's name; None for a config
     lists: dict[str, None] = field(default_factory=dict)  # variables that hold lists which loops append to
     outside: list[dict[str, None]] = field(default_factory=list)  # per enclosing loop, the names defined before it
-    persistent: dict[str, None] = field(
-        default_factory=dict
-    )  # variables of parameters, buffers, constants, their views
+    # variables that hold parameters, buffers, constants, or views of them
+    persistent: dict[str, None] = field(default_factory=dict)
     may_be_object: bool = False  # whether the expression being checked may be a module or config
 
     def refuse(self, node: ast.AST, what: str) -> ArtifactError:

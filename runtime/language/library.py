@@ -30,7 +30,7 @@ class FunctionDefinition:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Class:
+class ClassDefinition:
     """A class defined at the top level of a module."""
 
     source: LibrarySource
@@ -57,13 +57,13 @@ class ValueDefinition:
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
+class ExternalName:
     """A module of the library, or any object of another library, by its dotted name."""
 
     name: str
 
 
-Definition = FunctionDefinition | Class | ValueDefinition | Other
+Definition = FunctionDefinition | ClassDefinition | ValueDefinition | ExternalName
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +72,7 @@ class LibrarySource:
 
     name: str
     functions: Mapping[str, FunctionDefinition] = field(default_factory=dict)
-    classes: Mapping[str, Class] = field(default_factory=dict)
+    classes: Mapping[str, ClassDefinition] = field(default_factory=dict)
     imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module, and the name in it, or ""
     values: Mapping[str, Sequence[ValueDefinition]] = field(default_factory=dict)
     stars: Sequence[str] = ()
@@ -122,7 +122,7 @@ def find_path(path: str) -> list[FunctionDefinition]:
     return [method] if method is not None else []
 
 
-def methods(cls: Class) -> dict[str, FunctionDefinition]:
+def methods(cls: ClassDefinition) -> dict[str, FunctionDefinition]:
     """The methods defined in the class itself (not inherited), by name."""
     return {
         node.name: FunctionDefinition(cls.source, f"{cls.node.name}.{node.name}", node)
@@ -132,13 +132,13 @@ def methods(cls: Class) -> dict[str, FunctionDefinition]:
 
 
 @functools.lru_cache(maxsize=4096)
-def bases(cls: Class) -> tuple[Class, ...]:
+def bases(cls: ClassDefinition) -> tuple[ClassDefinition, ...]:
     """The class and those of its base classes that the library defines, nearest first."""
     found = {cls.path: cls}
     for base in cls.node.bases:
         plain = base.value if isinstance(base, ast.Subscript) else base
         for definition in resolve(cls.source, plain):
-            if isinstance(definition, Class):
+            if isinstance(definition, ClassDefinition):
                 for one in bases(definition):
                     found.setdefault(one.path, one)
     return tuple(found.values())
@@ -152,21 +152,21 @@ def resolve(where: LibrarySource, node: ast.expr) -> list[Definition]:
         return []
     found: list[Definition] = []
     for owner in resolve(where, node.value):
-        if isinstance(owner, Other) and _is_library(owner.name):
-            found += find(owner.name, node.attr) or [Other(f"{owner.name}.{node.attr}")]
-        elif isinstance(owner, Other):
-            found.append(Other(f"{owner.name}.{node.attr}"))
-        elif isinstance(owner, Class):
+        if isinstance(owner, ExternalName) and _is_library(owner.name):
+            found += find(owner.name, node.attr) or [ExternalName(f"{owner.name}.{node.attr}")]
+        elif isinstance(owner, ExternalName):
+            found.append(ExternalName(f"{owner.name}.{node.attr}"))
+        elif isinstance(owner, ClassDefinition):
             found += [own[node.attr] for own in map(methods, bases(owner)) if node.attr in own]
     return found
 
 
 def _imported(module: str, name: str, depth: int) -> list[Definition]:
     if not name:
-        return [Other(module)]
+        return [ExternalName(module)]
     if not _is_library(module):
-        return [Other(f"{module}.{name}")]
-    return find(module, name, depth + 1) or [Other(f"{module}.{name}")]
+        return [ExternalName(f"{module}.{name}")]
+    return find(module, name, depth + 1) or [ExternalName(f"{module}.{name}")]
 
 
 def _is_library(module: str) -> bool:
@@ -175,7 +175,7 @@ def _is_library(module: str) -> bool:
 
 def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
     functions: dict[str, FunctionDefinition] = {}
-    classes: dict[str, Class] = {}
+    classes: dict[str, ClassDefinition] = {}
     imports: dict[str, tuple[str, str]] = {}
     values: dict[str, list[ValueDefinition]] = {}
     stars: list[str] = []
@@ -187,7 +187,7 @@ def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
         if isinstance(node, FunctionNode):
             functions.setdefault(node.name, FunctionDefinition(found, node.name, node))
         elif isinstance(node, ast.ClassDef):
-            classes.setdefault(node.name, Class(found, node))
+            classes.setdefault(node.name, ClassDefinition(found, node))
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.split(".")[0]

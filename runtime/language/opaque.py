@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 from runtime.errors import ArtifactError
-from runtime.language.library import Class, find_path, methods, source
+from runtime.language.library import ClassDefinition, find_path, methods, source
 from runtime.language.reach import Reach
 from runtime.language.reviewed import is_computing
 
@@ -109,12 +109,12 @@ def _first_problem(reach: Reach) -> str:
     return next((f"it can do more than calculate: {problem}" for problem in reach.problems), "")
 
 
-def _class_of(kind: type) -> Class | None:
+def _class_of(kind: type) -> ClassDefinition | None:
     found = source(kind.__module__) if is_computing(kind.__module__) else None
     return found.classes.get(kind.__qualname__) if found is not None else None
 
 
-def _classes(module: str) -> list[Class]:
+def _classes(module: str) -> list[ClassDefinition]:
     found = source(module)
     return list(found.classes.values()) if found is not None else []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from runtime.language.library import Class, FunctionDefinition, bases, methods
-from runtime.language.references import Summary, stored_values, summary
+from runtime.language.library import ClassDefinition, FunctionDefinition, bases, methods
+from runtime.language.references import References, stored_values, summary
 from runtime.language.reviewed import SETTLED, is_computing, is_free, is_known, is_method_elsewhere
 
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__call__")
@@ -21,12 +21,12 @@ class Reach:
         classes: the classes of the objects that exist before the call.
     """
 
-    def __init__(self, classes: Iterable[Class]) -> None:
+    def __init__(self, classes: Iterable[ClassDefinition]) -> None:
         self.functions: dict[str, FunctionDefinition] = {}
         self._problems: dict[str, None] = {}
-        self._classes: dict[str, Class] = {}
+        self._classes: dict[str, ClassDefinition] = {}
         self._methods: dict[str, dict[str, FunctionDefinition]] = {}
-        self._stored: dict[str, list[Summary]] = {}
+        self._stored: dict[str, list[References]] = {}
         self._origins: dict[str, str] = {}  # used attribute name -> path of the first function that uses it
         self._called: dict[str, None] = {}
         self._pending: list[FunctionDefinition] = []
@@ -61,7 +61,7 @@ class Reach:
     def _problem(self, origin: str, what: str) -> None:
         self._problems[f"{origin} {what}"] = None
 
-    def _take(self, found: Summary, origin: str) -> None:
+    def _take(self, found: References, origin: str) -> None:
         for problem in found.problems:
             self._problem(origin, problem)
         for inner in found.functions.values():
@@ -81,7 +81,7 @@ class Reach:
         self.functions[function.path] = function
         self._pending.append(function)
 
-    def _make(self, cls: Class, origin: str) -> None:
+    def _make(self, cls: ClassDefinition, origin: str) -> None:
         """Add a class that a function names and may therefore instantiate, and reach its constructors."""
         self._add(cls)
         for one in bases(cls):
@@ -107,7 +107,7 @@ class Reach:
         if not is_free(name) or function.source.name.startswith("transformers.models."):
             self._reach(function, origin)
 
-    def _add(self, cls: Class) -> None:
+    def _add(self, cls: ClassDefinition) -> None:
         for one in bases(cls):
             if one.path in self._classes:
                 continue

@@ -11,11 +11,11 @@ import functools
 from dataclasses import dataclass, field
 
 from runtime.language.library import (
-    Class,
+    ClassDefinition,
     Definition,
+    ExternalName,
     FunctionDefinition,
     LibrarySource,
-    Other,
     ValueDefinition,
     bases,
     find,
@@ -32,7 +32,7 @@ _EXCEPTIONS = frozenset(
 
 
 @dataclass(slots=True)
-class Summary:
+class References:
     """References of a function.
 
     Attributes:
@@ -45,7 +45,7 @@ class Summary:
     """
 
     functions: dict[str, FunctionDefinition] = field(default_factory=dict)
-    classes: dict[str, Class] = field(default_factory=dict)
+    classes: dict[str, ClassDefinition] = field(default_factory=dict)
     called: dict[str, None] = field(default_factory=dict)
     read: dict[str, None] = field(default_factory=dict)
     stored: dict[str, None] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Summary:
 
 
 @functools.lru_cache(maxsize=16384)
-def summary(function: FunctionDefinition) -> Summary:
+def summary(function: FunctionDefinition) -> References:
     """Collect the references of a function, including its decorators."""
-    found = Summary()
+    found = References()
     owner = function.source.classes.get(function.qualified.rpartition(".")[0])
     inherited = bases(owner)[1:] if owner is not None else ()
     _Walk(function.source, found, _bound(function.node), inherited).function(function.node)
@@ -63,9 +63,9 @@ def summary(function: FunctionDefinition) -> Summary:
 
 
 @functools.lru_cache(maxsize=4096)
-def value_summary(value: ValueDefinition) -> Summary:
+def value_summary(value: ValueDefinition) -> References:
     """Collect the references of an expression that a module assigns to a name."""
-    found = Summary()
+    found = References()
     _Walk(value.source, found, frozenset()).visit(value.node)
     return found
 
@@ -85,11 +85,11 @@ def _bound(node: ast.AST) -> frozenset[str]:
 
 class _Walk(ast.NodeVisitor):
     def __init__(
-        self, where: LibrarySource, found: Summary, bound: frozenset[str], owner: tuple[Class, ...] = ()
+        self, where: LibrarySource, found: References, bound: frozenset[str], owner: tuple[ClassDefinition, ...] = ()
     ) -> None:
         self.where = where
         self.owner = owner
-        self.called: set[str] = set()  # names that are called
+        self.called: set[str] = set()  # local names that the function calls
         self.found = found
         self.bound = bound
 
@@ -205,7 +205,7 @@ class _Walk(ast.NodeVisitor):
                 self._refer(own[name])
 
     def _refer(self, definition: Definition) -> None:
-        if isinstance(definition, Other):
+        if isinstance(definition, ExternalName):
             if not is_known_elsewhere(definition.name):
                 self._problem(f"names {definition.name}")
         elif is_known(definition.path):
@@ -214,12 +214,12 @@ class _Walk(ast.NodeVisitor):
             self._problem(f"names {definition.path}")
         elif isinstance(definition, FunctionDefinition):
             self.found.functions[definition.path] = definition
-        elif isinstance(definition, Class):
+        elif isinstance(definition, ClassDefinition):
             self.found.classes[definition.path] = definition
         else:
             self._merge(value_summary(definition))
 
-    def _merge(self, other: Summary) -> None:
+    def _merge(self, other: References) -> None:
         for name in ("functions", "classes", "called", "read", "problems"):
             getattr(self.found, name).update(getattr(other, name))
 
@@ -234,16 +234,16 @@ def _root(node: ast.expr) -> ast.expr:
 
 
 @functools.lru_cache(maxsize=16384)
-def stored_values(function: FunctionDefinition) -> tuple[tuple[str, Summary], ...]:
+def stored_values(function: FunctionDefinition) -> tuple[tuple[str, References], ...]:
     """Collect, per attribute that a method assigns to, the functions that the value names without calling them."""
-    found: list[tuple[str, Summary]] = []
+    found: list[tuple[str, References]] = []
     for node in ast.walk(function.node):
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
             continue
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             for part in ast.walk(target):
                 if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load):
-                    own = Summary()
+                    own = References()
                     walk = _WalkUncalled(function.source, own, _bound(function.node))
                     walk.visit(node.value)
                     own.called.clear()
