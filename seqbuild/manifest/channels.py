@@ -94,7 +94,7 @@ _METADATA = frozenset(
 )
 # Operators that use the numbers of their first argument, and only shape and dtype of the second.
 _LIKE = frozenset(("type_as", "to", "expand_as", "view_as", "reshape_as"))
-# Contractions over tokens: the argument whose last axis is kept, and the position of that argument.
+# Contractions over tokens, with the position of the argument whose last axis is kept.
 _WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
 
@@ -198,7 +198,7 @@ def _step(
     elif operator_name(node) in _WEIGHTED_SUMS:
         summed = node.args[_WEIGHTED_SUMS[operator_name(node)]]
         result = _weighted_sum(node, summed, tracked)
-        if result is not None:  # what the weights are made of has escaped all the same
+        if result is not None:  # channels in the weights of the sum escape in any case
             inputs = [entry for entry in inputs if entry is not summed]
             _escape(inputs, tracked, flow)
     else:

@@ -1,4 +1,4 @@
-"""Build the manifest from a trace: names, shapes and sizes of everything that a run needs."""
+"""Describe a trace in a manifest: names, shapes and sizes of everything that a run needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runtime.artifact.manifest import (
     TensorEntry,
 )
 from seqbuild.chain.emit import EmittedCode
-from seqbuild.chain.partition import target_of
+from seqbuild.chain.partition import DRY_RUN, target_of
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.trace.real.weightless import kept_in_float32
 from seqbuild.trace.sizes.conditions import conditions
@@ -40,8 +40,8 @@ class Symbols:
 
     Args:
         trace: the trace that defines the symbols.
-        marker: the dtype that represents the weights' dtype in the trace; None if the trace holds for its own dtypes
-        only.
+        marker: the dtype that represents the weights' dtype in the trace; None if the trace is valid for its own dtypes
+            only.
     """
 
     def __init__(self, trace: Trace, marker: torch.dtype | None) -> None:
@@ -84,8 +84,8 @@ class Symbols:
     def dims(self) -> tuple[DimEntry, ...]:
         """Return the ranges in which the trace is valid.
 
-        Tracing assumes sizes above one. Size one is the broadcasting that every operator does by itself, so it is
-        included unless the model's code has tested for it.
+        Tracing assumes sizes above one. Operators broadcast axes of size one, so that size is included unless the
+        model's code tests for it.
         """
         above_one = {self.shape_env.replace(symbol) for symbol in self.shape_env.more_than_one}
         entries = [DimEntry(name=name, min=size, max=size) for name, size in self.fixed.items()]
@@ -186,9 +186,9 @@ def describe_subgraph(
 
 
 def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
-    """Return the submodules and opaque steps whose results were learned from a run on small real values."""
+    """Yield the submodules and opaque steps whose results come from a dry run."""
     for node in subgraph.graph.nodes:
-        if "rung" in node.meta:
+        if DRY_RUN in node.meta:
             yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 

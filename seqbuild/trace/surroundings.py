@@ -1,4 +1,4 @@
-"""Save and restore process state: random generators, torch's settings, the environment."""
+"""Save and restore process state that traced code may change: random generators, torch's settings, the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# Read and write one of torch's settings.
+# Functions that read and write one setting of torch.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_rng_state, torch.set_rng_state),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -37,7 +37,7 @@ _FLAGS = (
 
 @contextlib.contextmanager
 def surroundings_as_found() -> Iterator[None]:
-    """Restore this state after the block, whatever has changed it."""
+    """Restore the process state after the block."""
     with contextlib.ExitStack() as stack:
         for read, write in _SETTINGS:
             stack.callback(_put_back, read, write, read())
@@ -63,7 +63,7 @@ def _set_autocast(is_enabled: bool, dtype: torch.dtype) -> None:
 
 
 def _default_device() -> torch.device | None:
-    """The device that somebody has set, None where nobody has."""
+    """Return the default device that was set, or None."""
     mode = torch._GLOBAL_DEVICE_CONTEXT
     context = getattr(mode, "device_context", None)
     return None if context is None else torch.device(context.device)

@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from runtime.errors import TraceError
 from seqbuild.trace.sizes.conditions import conditions
-from seqbuild.trace.sizes.relations import is_implied, is_statable
+from seqbuild.trace.sizes.relations import is_expressible, is_implied
 
 H, W, N = sympy.symbols("h w n", integer=True, positive=True)
 PATCHES = FloorDiv(H, 14) * FloorDiv(W, 14)
@@ -44,8 +44,8 @@ def test_what_contradicts_an_equality_is_stated() -> None:
 
 def test_what_cannot_be_stated_is_refused() -> None:
     relation = H ** sympy.Rational(3, 2) > 4
-    assert not is_statable(relation)
-    with pytest.raises(TraceError, match="cannot state"):
+    assert not is_expressible(relation)
+    with pytest.raises(TraceError, match="cannot express"):
         stated(relation)
 
 
