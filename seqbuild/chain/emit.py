@@ -304,7 +304,8 @@ class _Emitter:
         name = str(node.target)
         if _is_constant(node):
             return f"run.constant({_text(self._refer('constants', name))})"
-        value = _lookup(self.graph.owning_module, name)
+        root: Any = self.graph.owning_module
+        value = operator.attrgetter(name)(root) if name else root
         if isinstance(value, nn.Module):
             self._refer("objects", name)
             return self._submodule(name, is_called=False)
@@ -378,14 +379,6 @@ def _fractional(exponent: Any) -> Any:
 
 
 _REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "uses", "constants", "opaque")
-
-
-def _lookup(root: Any, name: str) -> Any:
-    """Look up the parameter, buffer, module or config with a dotted name."""
-    value = root
-    for part in name.split(".") if name else ():
-        value = getattr(value, part)
-    return value
 
 
 def _tuple(items: list[str]) -> str:

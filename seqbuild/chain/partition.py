@@ -181,15 +181,11 @@ def named_output(output: Any) -> dict[str, Any]:
 
     Fields without a value are left out.
     """
-    if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if not is_empty_cache(value) and value is not None}
     if isinstance(output, (tuple, list)):
-        return {
-            f"output_{index}": value
-            for index, value in enumerate(output)
-            if not is_empty_cache(value) and value is not None
-        }
-    return {"output": output}
+        output = {f"output_{index}": value for index, value in enumerate(output)}
+    if not isinstance(output, (dict, UserDict)):
+        return {"output": output}
+    return {str(name): value for name, value in output.items() if value is not None and not is_empty_cache(value)}
 
 
 def _is_unpacking(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 
 from runtime.language.program import Program, Run, compile_program, run_device, run_dtype
 from seqbuild.chain.emit import EmittedCode, emit
+from seqbuild.chain.uncompiled import original
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,6 @@ class Subgraph:
         Raises:
             DataError: if an input is missing, unknown, or not a tensor of the traced rank.
         """
-        from seqbuild.chain.uncompiled import original
         from seqbuild.sample.given import require_module, require_subgraph_inputs
 
         require_module(model)
@@ -76,8 +76,6 @@ class Subgraph:
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
         """Return the modules that the subgraph calls, once each in call order; `recurse` adds their submodules."""
-        from seqbuild.chain.uncompiled import original
-
         names = [str(node.target) for node in self.graph.find_nodes(op="call_module")]
         called = [original(original(model).get_submodule(name)) for name in names]
         modules = [inner for module in called for inner in module.modules()] if recurse else called

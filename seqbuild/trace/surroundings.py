@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
@@ -43,7 +44,8 @@ def surroundings_as_found() -> Iterator[None]:
             stack.callback(_put_back, read, write, read())
         for owner, names in _FLAGS:
             for name in names:
-                stack.callback(_put_back_flag, owner, name, getattr(owner, name))
+                read, write = functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+                stack.callback(_put_back, read, write, read())
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         stack.callback(_put_back, _default_device, torch.set_default_device, _default_device())
@@ -74,11 +76,6 @@ def _put_back(read: Callable[[], Any], write: Callable[[Any], Any], found: Any) 
     is_same = torch.equal(now, found) if isinstance(found, torch.Tensor) else now == found
     if not is_same:
         write(found)
-
-
-def _put_back_flag(owner: Any, name: str, found: Any) -> None:
-    if getattr(owner, name) != found:
-        setattr(owner, name, found)
 
 
 def _put_back_environment(found: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -165,25 +165,9 @@ def _quiet_libraries() -> Iterator[None]:
                 logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-class _Pair(Protocol):
-    """A model and a module tree for the chain with the same weights; both are created on demand."""
-
-    artifact: Artifact
-    dtype: torch.dtype
-
-    def check(self) -> None:
-        """Reject an unsuitable checkpoint before anything large is allocated."""
-
-    def model(self) -> nn.Module:
-        """Return the model itself, in eval mode."""
-
-    def twin(self) -> nn.Module:
-        """Return the module tree for running the chain."""
-
-
 @dataclass(kw_only=True)
 class _RandomPair:
-    """A pair that shares random weights."""
+    """A model and a module tree (`twin`) for the chain that share random weights, created on demand."""
 
     artifact: Artifact
     dtype: torch.dtype
@@ -209,13 +193,14 @@ class _RandomPair:
 
 @dataclass(kw_only=True)
 class _LoadedPair:
-    """A pair that loads a checkpoint: the model with transformers, the chain with the runtime."""
+    """A model and a module tree (`twin`) for the chain with a checkpoint, loaded by transformers and the runtime."""
 
     artifact: Artifact
     dtype: torch.dtype
     weights: Path
 
     def check(self) -> None:
+        """Reject an unsuitable checkpoint before anything large is allocated."""
         self._source(self.artifact.empty_model(self.dtype))
 
     def model(self) -> nn.Module:
@@ -257,6 +242,9 @@ class _LoadedPair:
         if self.artifact.manifest.parameters and source.schemes:
             raise WeightsError(f"{self.weights} is quantized", hint="verify with the unquantized checkpoint")
         return source
+
+
+_Pair = _RandomPair | _LoadedPair
 
 
 def _align(model: nn.Module) -> None:

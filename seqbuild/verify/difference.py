@@ -46,15 +46,6 @@ def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
     return worst
 
 
-def named(output: Any) -> dict[str, Any]:
-    """Return a model's output as a dict with the field names of the last subgraph."""
-    if isinstance(output, Mapping):
-        return {name: value for name, value in output.items() if value is not None}
-    if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
-    return {"output": output}
-
-
 def tensors(output: Any) -> list[torch.Tensor]:
     """Return all tensors of a nested output, with fields sorted by name, because a chain returns plain dictionaries."""
     if isinstance(output, torch.Tensor):

@@ -37,12 +37,8 @@ _WITH_WEIGHTS = "verify the artifact itself, with --weights"
 _WITHOUT_EFFECT = ("companions", "config", "checkpoint_names", "format", "version_seqbuild")
 
 
-def small_model_directory(artifact: Artifact, folder: Path) -> Path:
-    """Write a model directory without weights: the artifact's architecture with a small config.
-
-    Raises:
-        ModelError: if its config cannot be shrunk.
-    """
+def _small_model_directory(artifact: Artifact, folder: Path) -> Path:
+    """Write a model directory without weights: the artifact's architecture with a small config."""
     config = artifact_config(artifact)
     try:
         small = type(config).from_dict(shrink_table(stated(config.to_dict())))
@@ -57,11 +53,6 @@ def small_model_directory(artifact: Artifact, folder: Path) -> Path:
             f"the config of {artifact.path} cannot be reduced to a small model: {why[:300]}", hint=_WITH_WEIGHTS
         ) from error
     return _write(artifact, table, folder)
-
-
-def model_directory(artifact: Artifact, folder: Path) -> Path:
-    """Write the model directory that the artifact was compiled from, without weights."""
-    return _write(artifact, json.loads(artifact.companions["config.json"].decode("utf-8")), folder)
 
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
@@ -195,7 +186,7 @@ def compile_small(artifact: Artifact, folder: Path) -> Path:
         ModelError: if its config cannot be reduced to a small model.
         SeqbuildError: if the small model cannot be compiled.
     """
-    directory = small_model_directory(artifact, folder / "small")
+    directory = _small_model_directory(artifact, folder / "small")
     try:
         return recompile(artifact.manifest, directory, folder / "artifacts").path
     except SeqbuildError as error:
@@ -214,7 +205,8 @@ def changed_files(artifact: Artifact, folder: Path) -> tuple[tuple[str, ...] | N
     """
     manifest = artifact.manifest
     try:
-        directory = model_directory(artifact, folder / "again")
+        config = json.loads(artifact.companions["config.json"].decode("utf-8"))
+        directory = _write(artifact, config, folder / "again")
         again = recompile(manifest, directory, folder / "artifacts").manifest
     except SeqbuildError as error:
         return None, f"its config cannot be compiled again: {error.message}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +100,9 @@ class Verification:
 
 def as_plain(found: Verification) -> dict[str, Any]:
     """Convert the report to plain values for `json.dumps`; an infinite difference becomes null."""
-    shapes: list[dict[str, Any]] = []
-    for shape in found.shapes:
-        values: Mapping[str, Any] = {name: getattr(shape, name) for name in Compared.__dataclass_fields__}
-        shapes.append({name: None if value == math.inf else value for name, value in values.items()})
+    shapes = [
+        {name: None if value == math.inf else value for name, value in asdict(shape).items()} for shape in found.shapes
+    ]
     return {
         "path": str(found.path),
         "equal": found.is_equal,

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from runtime.weights.parameters import assign
+from seqbuild.chain.partition import named_output
 from seqbuild.sample.shape import SampleShape
-from seqbuild.verify.difference import named, tensors
+from seqbuild.verify.difference import tensors
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -57,7 +58,7 @@ def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     with configured(model, {"use_cache": False, **EAGER_EXPERTS}), torch.no_grad():
         torch.manual_seed(SEED)
         output = model(**copy.deepcopy(dict(sample)), **extra)
-    return named(output)
+    return named_output(output)
 
 
 @contextlib.contextmanager

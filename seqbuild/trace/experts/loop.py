@@ -21,6 +21,7 @@ come last, and all of them have the same operations. An accepted loop is then co
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,12 +78,12 @@ def analyze_loop(module: nn.Module, width: int) -> ExpertLoop:
         for num_all in (count, count - 1):  # the last class may mean "no expert"
             if num_all < 1:
                 continue
-            watched = _WatchedExperts(module, width, num_dims)
+            observe = functools.partial(_observed, module, width, num_dims)
             try:
-                blocks = watched.blocks(_all_of(num_all))
+                blocks = observe(_all_of(num_all))
             except (UnexpectedForwardError, _FailedError):
                 continue
-            _require_same(blocks, watched, num_all, has_none=num_all < count)
+            _require_same(blocks, observe, num_all, has_none=num_all < count)
             return _expert_loop([blocks[number] for number in range(num_all)], num_dims)
     raise UnexpectedForwardError
 
@@ -104,18 +105,20 @@ def _others_of(num_all: int) -> Iterator[list[list[int]]]:
     yield [[num_all // 2] * 150] * 2
 
 
-def _require_same(blocks: Mapping[int, Block], watched: _WatchedExperts, num_all: int, *, has_none: bool) -> None:
+def _require_same(
+    blocks: Mapping[int, Block], observe: Callable[..., dict[int, Block]], num_all: int, *, has_none: bool
+) -> None:
     """Reject a forward whose operations for an expert depend on the other used experts."""
     for index_KT in _others_of(num_all):
         try:
-            found = watched.blocks(index_KT)
+            found = observe(index_KT)
         except _FailedError:
             raise UnexpectedForwardError from None
         if any(block.notes != blocks[number].notes for number, block in found.items()):
             raise UnexpectedForwardError("the operations for an expert depend on the other used experts or on sizes")
     if has_none:
         try:
-            watched.blocks([[0, num_all, num_all - 1, num_all], [num_all, num_all, 0, num_all - 1]], none=num_all)
+            observe([[0, num_all, num_all - 1, num_all], [num_all, num_all, 0, num_all - 1]], none=num_all)
         except _FailedError:
             return  # the forward rejects this number, so it does not mean "no expert"
 
@@ -153,41 +156,31 @@ class _Counting(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _WatchedExperts:
-    """A module whose forward is observed."""
+def _observed(
+    module: nn.Module, width: int, num_dims: int, index_KT: Sequence[Sequence[int]], none: int = -1
+) -> dict[int, Block]:
+    """Run the forward and return the operations for each used expert; the number `none` means "no expert".
 
-    def __init__(self, module: nn.Module, width: int, num_dims: int) -> None:
-        self.module = module
-        self.width = width
-        self.num_dims = num_dims
-
-    def blocks(self, index_KT: Sequence[Sequence[int]], none: int = -1) -> dict[int, Block]:
-        """Return the operations for each used expert.
-
-        Args:
-            index_KT: for each place the experts of all tokens.
-            none: the number that means "no expert".
-
-        Raises:
-            UnexpectedForwardError: if the forward has other operations or another result.
-            _FailedError: if the forward itself raises an error.
-        """
-        call = _ExpertCall(self.module, self.width, self.num_dims, index_KT)
-        watching = ForwardWatcher(call.states, call.index, call.weights, call.values)
-        before = [(inner, dict(vars(inner))) for inner in self.module.modules()]
-        with attributes_restored(self.module):
-            try:
-                result = call.run(watching)
-            except Exception as error:
-                raise UnexpectedForwardError if watching.is_refused else _FailedError from error
-            if any(_is_changed(inner, own) for inner, own in before):
-                raise UnexpectedForwardError
-        found = watching.found(result)
-        used = sorted({own for own_T in index_KT for own in own_T} - {none})
-        is_whole = [block.expert for block in watching.blocks] == used
-        if not is_whole or result.shape != call.states.shape or result.dtype != call.states.dtype:
+    Raises:
+        UnexpectedForwardError: if the forward has other operations or another result.
+        _FailedError: if the forward itself raises an error.
+    """
+    call = _ExpertCall(module, width, num_dims, index_KT)
+    watching = ForwardWatcher(call.states, call.index, call.weights, call.values)
+    before = [(inner, dict(vars(inner))) for inner in module.modules()]
+    with attributes_restored(module):
+        try:
+            result = call.run(watching)
+        except Exception as error:
+            raise UnexpectedForwardError if watching.is_refused else _FailedError from error
+        if any(_is_changed(inner, own) for inner, own in before):
             raise UnexpectedForwardError
-        return found
+    found = watching.found(result)
+    used = sorted({own for own_T in index_KT for own in own_T} - {none})
+    is_whole = [block.expert for block in watching.blocks] == used
+    if not is_whole or result.shape != call.states.shape or result.dtype != call.states.dtype:
+        raise UnexpectedForwardError
+    return found
 
 
 def _is_changed(inner: nn.Module, before: Mapping[str, Any]) -> bool:
@@ -196,14 +189,7 @@ def _is_changed(inner: nn.Module, before: Mapping[str, Any]) -> bool:
 
 
 class _ExpertCall:
-    """A call of a module's forward on meta tensors and real indices.
-
-    Args:
-        module: the module.
-        width: the width of the hidden states.
-        num_dims: the rank of the hidden states.
-        index_KT: for each place the experts of all tokens.
-    """
+    """A call of a module's forward on meta tensors and real indices: for each place the experts of all tokens."""
 
     def __init__(self, module: nn.Module, width: int, num_dims: int, index_KT: Sequence[Sequence[int]]) -> None:
         num_tokens = len(index_KT[0])

@@ -23,7 +23,7 @@ _NOT_COMPARED = MODULES_OWN | {"_hf_hook", "_old_forward"}
 _BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, torch.dtype, torch.device)
 
 
-class _UnknownError(Exception):
+class UnknownValueError(Exception):
     """A value that cannot be compared."""
 
 
@@ -31,7 +31,7 @@ def signature(module: nn.Module) -> Hashable | None:
     """Return a module's key, or None if it has none."""
     try:
         return tuple(_parts(module))
-    except (_UnknownError, RecursionError):
+    except (UnknownValueError, RecursionError):
         return None
 
 
@@ -39,7 +39,7 @@ def _parts(module: nn.Module) -> Iterator[Hashable]:
     places: dict[int, int] = {}  # a parameter may occur twice
     for name, inner in module.named_modules(remove_duplicate=False):
         if any(buffer is not None for buffer in inner._buffers.values()) or (inner is not module and _is_hooked(inner)):
-            raise _UnknownError
+            raise UnknownValueError
         own = {key: value for key, value in vars(inner).items() if key not in _NOT_COMPARED}
         shapes = tuple(
             (key, p if p is None else (tuple(p.shape), places.setdefault(id(p), len(places))))
@@ -79,4 +79,4 @@ def _compared(value: Any) -> Hashable:
         return kind, _compared((value.func, value.args, value.keywords))
     if isinstance(value, _BY_IDENTITY):
         return value
-    raise _UnknownError
+    raise UnknownValueError

@@ -33,17 +33,19 @@ def replaced(root: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> It
     This affects the Python modules that define the classes of its modules, and those that define functions which
     they import from other models.
     """
-    changed: list[tuple[dict[str, Any], str]] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for namespace in _namespaces(root):
             for name, function in functions.items():
-                if name not in namespace and not (name == "int" and _has_int_as_value(namespace)):
-                    namespace[name] = function
-                    changed.append((namespace, name))
+                if not (name == "int" and _has_int_as_value(namespace)):
+                    _define(stack, namespace, name, function)
         yield
-    finally:
-        for namespace, name in changed:
-            del namespace[name]
+
+
+def _define(stack: contextlib.ExitStack, namespace: dict[str, Any], name: str, value: Any) -> None:
+    """Define a name in a namespace that has none, until the stack is closed."""
+    if name not in namespace:
+        namespace[name] = value
+        stack.callback(namespace.__delitem__, name)
 
 
 def _namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
@@ -113,15 +115,11 @@ class SymbolicInt(builtins.int, metaclass=_IntMeta):
 @contextlib.contextmanager
 def lengths_recorded(model: nn.Module) -> Iterator[None]:
     """Make `len(tensor)` symbolic in the Python modules that define the model's classes while the block runs."""
-    names = dict.fromkeys(cls.__module__ for cls in model_classes(model))
-    places = [vars(sys.modules[name]) for name in names if name in sys.modules and "len" not in vars(sys.modules[name])]
-    try:
-        for place in places:
-            place["len"] = _length
+    with contextlib.ExitStack() as stack:
+        for name in dict.fromkeys(cls.__module__ for cls in model_classes(model)):
+            if name in sys.modules:
+                _define(stack, vars(sys.modules[name]), "len", _length)
         yield
-    finally:
-        for place in places:
-            del place["len"]
 
 
 def _length(value: Any, /) -> Any:
@@ -155,15 +153,11 @@ def sets_in_order(modules: Iterable[nn.Module]) -> Iterator[None]:
                 module.__dict__[name] = _OrderedSet(value)
         homes.update(dict.fromkeys(cls.__module__ for cls in type(module).__mro__))
     outside = ("builtins", "torch", "transformers.modeling_utils")
-    scopes = [vars(sys.modules[name]) for name in homes if name in sys.modules and not name.startswith(outside)]
-    scopes = [scope for scope in scopes if "set" not in scope]
-    try:
-        for scope in scopes:
-            scope["set"] = _OrderedSet
+    with contextlib.ExitStack() as stack:
+        for name in homes:
+            if name in sys.modules and not name.startswith(outside):
+                _define(stack, vars(sys.modules[name]), "set", _OrderedSet)
         yield
-    finally:
-        for scope in scopes:
-            del scope["set"]
 
 
 def model_classes(model: nn.Module) -> list[type]:

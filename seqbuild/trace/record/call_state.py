@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
+from transformers import PretrainedConfig
 
-from seqbuild.trace.experts.signature import MODULES_OWN
+from seqbuild.trace.experts.signature import MODULES_OWN, UnknownValueError
 from seqbuild.trace.record.number_reads import SHARED_KINDS
 
 # Attributes with the index of a layer. They always differ, and hardly any forward reads them.
@@ -23,10 +24,6 @@ NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
-
-
-class UnknownValueError(Exception):
-    """A value that cannot be compared."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +94,7 @@ class CallState:
             return kind, value
         if kind is functools.partial:
             return kind, self._value(value.func), self._value(value.args), self._value(value.keywords)
-        if is_config(kind):
+        if isinstance(value, PretrainedConfig):
             return self._config(value)
         raise UnknownValueError
 
@@ -167,7 +164,9 @@ class CallState:
                 for name, value in vars(base).items()
             }
             shared = [
-                (name, value) for name, value in found.items() if type(value) in SHARED_KINDS and not is_private(name)
+                (name, value)
+                for name, value in found.items()
+                if type(value) in SHARED_KINDS and not (name.startswith("__") and name.endswith("__"))
             ]
             self._classes[cls] = cls, tuple([(name, repr(value)) for name, value in shared])
         return self._classes[cls]
@@ -197,13 +196,3 @@ def surroundings() -> Any:
         torch.get_default_dtype(),
         torch.get_autocast_dtype("cpu") if is_cast else None,
     )
-
-
-def is_private(name: str) -> bool:
-    """Return whether an attribute name is reserved by Python."""
-    return name.startswith("__") and name.endswith("__")
-
-
-def is_config(kind: type) -> bool:
-    """Return whether a class is a config of transformers."""
-    return any(cls.__module__ == "transformers.configuration_utils" for cls in kind.__mro__)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from seqbuild.trace.record.call_state import PLAIN, CallState, UnknownValueError
+from seqbuild.trace.experts.signature import UnknownValueError
+from seqbuild.trace.record.call_state import PLAIN, CallState
 
 
 @dataclass(frozen=True, slots=True)

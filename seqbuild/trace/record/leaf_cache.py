@@ -26,7 +26,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from seqbuild.trace.record.call_state import CallState, UnknownValueError, replaced_symbols
+from seqbuild.trace.experts.signature import UnknownValueError
+from seqbuild.trace.record.call_state import CallState, replaced_symbols
 from seqbuild.trace.record.descriptions import Describer, Description, recreated
 from seqbuild.trace.record.number_reads import numbers_watched
 

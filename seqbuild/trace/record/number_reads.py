@@ -24,7 +24,7 @@ _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Pa
 SHARED_KINDS = (bool, int, float, str, list, dict, set, tuple, type(None))
 
 # The active recorders, innermost last.
-_ACTIVE: list[NumberReads]
+_ACTIVE: list[NumberReads] = []
 
 
 @dataclass(eq=False)
@@ -46,9 +46,6 @@ class NumberReads:
 
     def __exit__(self, *_: object) -> None:
         _ACTIVE.remove(self)
-
-
-_ACTIVE = []
 
 
 def passed_to_cache(frame: types.FrameType) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,13 +163,10 @@ class SequentialTracer(ValueTracer):
             steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_cache)
             self._steps = steps
             self.decisions.replay = steps.replay
-            self._record_leaves(root, steps)
             loops = Loops(self)
             proofs = Proofs(self, loops)
-            self._watch(root, proofs)
-            self._watch_inside(root, Sections(self, leaf_cache))
+            self._replace_forwards(root, steps, proofs, Sections(self, leaf_cache))
             if self.cached is not None:
-                self._note_caches(root, self.cached)
                 stack.enter_context(self.cached.queries_marked())
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
@@ -315,46 +313,31 @@ class SequentialTracer(ValueTracer):
             return self.constants[name]
         if name in self._real_buffers:
             return self._real_buffers[name]
-        value: Any = self.root
-        for part in name.split(".") if name else ():
-            value = getattr(value, part)
-        return value
+        return operator.attrgetter(name)(self.root) if name else self.root
 
     def _constant_answer(self, condition: fx.Node) -> bool | None:
         return constant_answer(condition, self.constants, self.dtype)
 
-    def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
-        """Replace the forward of every leaf by one that records a step; `attributes_restored` restores it."""
+    def _replace_forwards(self, root: nn.Module, steps: Steps, proofs: Proofs, sections: Sections) -> None:
+        """Replace the forwards of modules; `attributes_restored` restores them.
+
+        Leaves record a step. In a deep trace, assumptions about sizes are proven by the innermost module that makes
+        them. Modules that a trace with `leaves="target"` would record as steps must not make decisions, because as
+        steps they would be valid for all data. Targets also mark their nodes, and equal targets are recorded once.
+        """
+        encoder = encoder_modules(root) if self.cached is not None else frozenset()
         for name, module in root.named_modules():
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
-
-    def _watch(self, root: nn.Module, proofs: Proofs) -> None:
-        """Have assumptions about sizes proven by the innermost module in which they are made, in a deep trace."""
-        if self.policy is not None:
-            for name, module in root.named_modules():
-                if module is not root and not self._is_step(root, name, module):
-                    module.forward = proofs.watched(module, module.forward)
-
-    def _watch_inside(self, root: nn.Module, sections: Sections) -> None:
-        """Forbid decisions inside modules that a trace with `leaves="target"` would record as steps.
-
-        As steps they would be valid for all data. Nodes inside a target are also marked with its name, and equal
-        targets are recorded only once.
-        """
-        for name, module in root.named_modules():
-            if module in self.ancestors or self._is_step(root, name, module):
                 continue
-            if module in self.targets:
+            if module is not root and self.policy is not None:
+                module.forward = proofs.watched(module, module.forward)
+            if module in self.targets and module not in self.ancestors:
                 module.forward = self._marked(name, module, module.forward, sections)
-            elif root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
+            elif module not in self.ancestors and root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
                 module.forward = self._watched(module.forward)
-
-    def _note_caches(self, root: nn.Module, cached: CachedValues) -> None:
-        encoding = encoder_modules(root)
-        for name, module in root.named_modules():
-            if module is not root and module not in encoding and not self._is_step(root, name, module):
-                module.forward = cached.watched(name, module, module.forward) or module.forward
+            if module is not root and self.cached is not None and module not in encoder:
+                module.forward = self.cached.watched(name, module, module.forward) or module.forward
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
