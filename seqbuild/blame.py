@@ -137,7 +137,7 @@ def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
     num_outside: int | None = None
     for frame, line in walk:
         if frame.f_code.co_name == "_run" and Path(frame.f_code.co_filename) == _TRACER:
-            frames.clear()  # whoever asked for the trace is no part of the model
+            frames.clear()  # callers of the tracer are not the model's code
         if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
             num_outside = len(frames)
         if is_models_code(frame.f_code.co_filename):

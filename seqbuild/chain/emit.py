@@ -211,7 +211,7 @@ class _Emitter:
         end_of = {node.args[0]: node for node in self.graph.nodes if node.target is marks.end}
         for node in self.graph.nodes:
             if node.op not in ("placeholder", "output") and node.target not in marks.STATEMENTS:
-                last[node] = node  # a result that nothing uses goes at once
+                last[node] = node  # an unused result is deleted at once
             for source in node.all_input_nodes:
                 if source.target is not marks.begin:
                     others = around[node][len(around[source]) :]
