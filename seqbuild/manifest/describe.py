@@ -220,20 +220,17 @@ def describe_subgraph(
         constants=code.constants,
         uses=code.uses,
         opaque=code.opaque,
-        rehearsed=tuple(dict.fromkeys(_rehearsed(subgraph))),
+        rehearsed=tuple(
+            dict.fromkeys(
+                str(node.meta.get("opaque", node.target)) for node in subgraph.graph.nodes if DRY_RUN in node.meta
+            )
+        ),
         targets=tuple(target_names),
         parameters=tuple(dict.fromkeys(_needed(modules, code))),
         scope=scope or "",
         arguments=code.arguments if is_shared else (),
         results=code.results if is_shared else (),
     )
-
-
-def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
-    """Yield the submodules and opaque steps whose results come from a dry run."""
-    for node in subgraph.graph.nodes:
-        if DRY_RUN in node.meta:
-            yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 
 def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str]:

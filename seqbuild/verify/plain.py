@@ -47,7 +47,7 @@ def plain_reference(manifest: Manifest, model: nn.Module, sample: Mapping[str, t
         return PlainReference(given=given, output=run_model(model, given))
     given[LABELS] = labels_BT = given.pop(DECODER_IDS)
     output = run_model(model, given)
-    if output[LOGITS].shape[:-1] != labels_BT.shape:  # FSMT ignores labels; do as its collator
+    if output[LOGITS].shape[:-1] != labels_BT.shape:  # FSMT ignores labels; its collator does this
         made = model.prepare_decoder_input_ids_from_labels(labels_BT.clone())  # type: ignore[operator]
         output = run_model(model, {**given, DECODER_IDS: made})
     return PlainReference(given=given, output={LOGITS: output[LOGITS]})

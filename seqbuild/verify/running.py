@@ -15,6 +15,7 @@ from torch import nn
 from runtime.weights.parameters import assign
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.shape import SampleShape
+from seqbuild.trace.real.weightless import configured
 from seqbuild.verify.difference import tensors
 
 if TYPE_CHECKING:
@@ -61,20 +62,6 @@ def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     return named_output(output)
 
 
-@contextlib.contextmanager
-def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
-    """Set existing entries of the model's configs while the block runs."""
-    places = ((config, name) for config in _configs(model) for name in wanted if hasattr(config, name))
-    found = [(config, name, getattr(config, name)) for config, name in places]
-    for config, name, _ in found:
-        setattr(config, name, wanted[name])
-    try:
-        yield
-    finally:
-        for config, name, value in found:
-            setattr(config, name, value)
-
-
 def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Run a chain and return its output; consumed values are freed, and the sample is not modified."""
     values: dict[str, Any] = copy.deepcopy(dict(sample))
@@ -119,7 +106,3 @@ def with_weights(artifact: Artifact, model: nn.Module) -> nn.Module:
         if name in artifact.manifest.parameters:
             assign(twin, name, tensor.detach())
     return twin
-
-
-def _configs(model: nn.Module) -> Iterable[Any]:
-    return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()

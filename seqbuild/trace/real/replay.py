@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.errors import TraceError
@@ -154,7 +154,7 @@ class Replay:
 
     def _attribute(self, node: fx.Node) -> Any:
         value = self.lookup(node)
-        if not isinstance(value, torch.Tensor) or not (value.is_meta or _is_fake(value)):
+        if not isinstance(value, torch.Tensor) or not (value.is_meta or isinstance(value, FakeTensor)):
             return value
         name = str(node.target)
         if name not in self._parameters:
@@ -191,10 +191,6 @@ class Replay:
 @dataclasses.dataclass(frozen=True)
 class _Failed:
     error: Exception
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -55,13 +55,10 @@ def hooks_set_aside(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool])
                 hooks = module.__dict__[kind]
                 stack.callback(module.__dict__.__setitem__, kind, hooks)
                 if is_leaf(name, module) and kind in ("_forward_hooks", "_forward_pre_hooks"):
-                    hooks = {key: hook for key, hook in hooks.items() if _is_collector(hook)}
+                    kept = "transformers.utils.output_capturing"
+                    hooks = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") == kept}
                 module.__dict__[kind] = OrderedDict(hooks)
         yield
-
-
-def _is_collector(hook: Any) -> bool:
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -128,20 +125,23 @@ def _offloaded_tensors(tensors: Mapping[str, torch.Tensor | None]) -> Mapping[st
 
 # Config entries for tracing. Caches are for generating text. The grouped kernel for fused experts rejects fake float32
 # tensors and the eager loop depends on data; only the shape of their output matters.
-_TRACING_CONFIG = {"use_cache": False, "_experts_implementation": "batched_mm"}
+TRACING_CONFIG = {"use_cache": False, "_experts_implementation": "batched_mm"}
 
 
 @contextlib.contextmanager
-def tracing_configs(model: nn.Module) -> Iterator[None]:
-    """Set every config of the model to options that can be traced while the block runs."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    with contextlib.ExitStack() as stack:
-        for config in configs.values():
-            for name, value in _TRACING_CONFIG.items():
-                if hasattr(config, name):
-                    stack.callback(setattr, config, name, getattr(config, name))
-                    setattr(config, name, value)
+def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
+    """Set existing entries of the model's configs while the block runs."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    places = ((config, name) for config in configs.values() for name in wanted if hasattr(config, name))
+    # All values are read before the first is set, because a config may set its parts, too.
+    found = [(config, name, getattr(config, name)) for config, name in places]
+    try:
+        for config, name, _ in found:
+            setattr(config, name, wanted[name])
         yield
+    finally:
+        for config, name, value in found:
+            setattr(config, name, value)
 
 
 def _usual_dtype(model: nn.Module) -> torch.dtype | None:

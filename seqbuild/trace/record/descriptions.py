@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from seqbuild.trace.experts.signature import UnknownValueError
 from seqbuild.trace.record.call_state import PLAIN, CallState
@@ -90,15 +91,13 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def recreated(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
     """Recreate a described result for these arguments."""
-    if isinstance(described, _Argument):
-        return arguments[described.place]
-    if isinstance(described, _Tensor):
-        dtype, device = described.dtype, described.device
-        return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
-    if isinstance(described, tuple) and hasattr(described, "_fields"):
-        return type(described)(*(recreated(item, arguments) for item in described))
-    if isinstance(described, (tuple, list)):
-        return type(described)(recreated(item, arguments) for item in described)
-    if isinstance(described, dict):
-        return {key: recreated(item, arguments) for key, item in described.items()}
-    return described
+
+    def part(described: Any) -> Any:
+        if isinstance(described, _Argument):
+            return arguments[described.place]
+        if isinstance(described, _Tensor):
+            dtype, device = described.dtype, described.device
+            return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
+        return described
+
+    return pytree.tree_map(part, described)

@@ -6,13 +6,14 @@ others the nodes are copied, with their own weights and modules. `leaf_cache` de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import track_tensor_tree
+from torch.utils import _pytree as pytree
 
 from seqbuild.chain.marks import require
 from seqbuild.chain.partition import DRY_RUN, WITHIN
@@ -133,13 +134,5 @@ def _is_repeatable(node: fx.Node, layer: str) -> bool:
     return DRY_RUN not in node.meta and "opaque" not in node.meta and node.target is not require
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a result in the order of its description."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

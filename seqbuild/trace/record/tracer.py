@@ -44,7 +44,13 @@ from seqbuild.trace.python.builtins import (
 )
 from seqbuild.trace.python.modes import LiteralTensors, SymbolicIndices, limits_marked, vmap_recorded
 from seqbuild.trace.python.sequences import JoinsRecorded
-from seqbuild.trace.real.weightless import attributes_restored, fake_parameters, hooks_set_aside, tracing_configs
+from seqbuild.trace.real.weightless import (
+    TRACING_CONFIG,
+    attributes_restored,
+    configured,
+    fake_parameters,
+    hooks_set_aside,
+)
 from seqbuild.trace.record.cached_values import CachedValues, encoder_modules
 from seqbuild.trace.record.dead_code import drop_dead_code, drop_dropout
 from seqbuild.trace.record.leaf_cache import LeafCache
@@ -108,7 +114,7 @@ class SequentialTracer(ValueTracer):
         self.samples = samples
         self.fixed = frozenset(fixed)
         self.cached = CachedValues(self) if marks_cache and leaves != "target" else None
-        self.decisions = Decisions(answers, self, self._constant_answer)
+        self.decisions = Decisions(answers, self, lambda node: constant_answer(node, self.constants, self.dtype))
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.fake_mode.cache_enabled = False  # it has few hits here
@@ -199,7 +205,7 @@ class SequentialTracer(ValueTracer):
             sets_in_order((root, *self.ancestors)),
             hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)),
             fake_parameters(root, self.fake_mode, self.dtype),
-            tracing_configs(root),
+            configured(root, TRACING_CONFIG),
             lengths_recorded(root),
             numbers_hashable(),
             quiet(*_FAILURE_LOGS, level=logging.CRITICAL),
@@ -314,9 +320,6 @@ class SequentialTracer(ValueTracer):
         if name in self._real_buffers:
             return self._real_buffers[name]
         return operator.attrgetter(name)(self.root) if name else self.root
-
-    def _constant_answer(self, condition: fx.Node) -> bool | None:
-        return constant_answer(condition, self.constants, self.dtype)
 
     def _replace_forwards(self, root: nn.Module, steps: Steps, proofs: Proofs, sections: Sections) -> None:
         """Replace the forwards of modules; `attributes_restored` restores them.

@@ -179,8 +179,11 @@ class WatchedSizes(ShapeEnv):
             self.inexpressible += [(relation, find_culprit()) for relation in fresh if not is_expressible(relation)]
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
                 before = [guard.expr for guard in self.guards[:num_guards]]
-                added = [guard.expr for guard in self.guards[num_guards:]]
-                added = [relation for relation in added if self._is_open(relation, before)]
+                added = [
+                    guard.expr
+                    for guard in self.guards[num_guards:]
+                    if is_assumption(substitute_equalities(guard.expr, before), is_decided=guard.expr in self.decided)
+                ]
                 if not _is_asked_by_kernel() or any(_is_new_equality(relation, before) for relation in added):
                     self.assumed += [(relation, find_culprit()) for relation in added]
             return found
@@ -206,9 +209,6 @@ class WatchedSizes(ShapeEnv):
     def is_assumption(self, relation: Any) -> bool:
         """Apply `relations.is_assumption` to a relation in the form in which it was assumed."""
         return is_assumption(self.replace(relation), is_decided=relation in self.decided)
-
-    def _is_open(self, relation: Any, known: Iterable[Any]) -> bool:
-        return is_assumption(substitute_equalities(relation, known), is_decided=relation in self.decided)
 
     def _note_decision(self, relation: Any, found: Any, fresh: Iterable[Any]) -> None:
         """Record a relation on which the model's code branched, and sizes for which one would change the outcome.
