@@ -349,7 +349,7 @@ def _compared(artifact: Artifact, twin: nn.Module, reference: _ModelRun, toleran
 
 
 def _called(artifact: Artifact) -> dict[str, None]:
-    """Names of the modules that the chain calls."""
+    """Return the names of the modules that the chain calls."""
     return dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.submodules)
 
 

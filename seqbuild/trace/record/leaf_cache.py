@@ -63,7 +63,7 @@ class LeafCache:
         self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], before: CallState, run: Callable[[], Any]
     ) -> tuple[Any, CallState, Description | None]:
         """Return the result of `run`, the state after it, and a description of the result if it may be cached."""
-        # Torch's own cache is for single operators; here a lookup takes longer than running them.
+        # Torch's cache of single operators is off: whole leaves are cached here, and its lookups cost more than runs.
         with numbers_watched(before.numbered) as reads, disable_fake_tensor_cache(self._fake_mode):
             output = run()
         after = self.state_of(leaf, args, kwargs)
