@@ -54,7 +54,7 @@ from seqbuild.model.relied_on import made_of, relied_on
 from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import Options, make_options
 from seqbuild.sample.inputs import plain_call_of
-from seqbuild.trace.attempts import Traced, read_sample, trace_somehow, with_larger
+from seqbuild.trace.attempts import Traced, read_sample, trace_first_working, with_larger
 from seqbuild.trace.model import Trace
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _build(
         found = kept if kept is not None and vouched(parts, path.parent, kept) else None
         is_cached = found is not None
         if found is None:
-            traced = trace_somehow(
+            traced = trace_first_working(
                 model,
                 with_larger(model, inputs, is_made_up=options.sample is None, text_only=options.text_only),
                 candidates,

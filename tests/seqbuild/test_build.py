@@ -129,7 +129,7 @@ class TestCache:
         first = build(llama, out=out)
         assert not first.is_cached
         before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-        monkeypatch.setattr("seqbuild.build.trace_somehow", lambda *_, **__: pytest.fail("a hit must not trace"))
+        monkeypatch.setattr("seqbuild.build.trace_first_working", lambda *_, **__: pytest.fail("a hit must not trace"))
         second = build(llama, out=out)
         assert second.is_cached
         assert second.manifest == first.manifest
@@ -299,7 +299,9 @@ class TestErrors:
             compile_model(tmp_path / "model.safetensors", out=out)
 
     def test_an_unknown_target_names_the_classes(self, llama: Path, out: Path) -> None:
-        with self.refused(TargetError, "target 'LlamaDecoderLayr' fits no module of LlamaForCausalLM", out) as messages:
+        with self.refused(
+            TargetError, "target 'LlamaDecoderLayr' matches no module of LlamaForCausalLM", out
+        ) as messages:
             compile_model(llama, out=out, targets=["LlamaDecoderLayr"])
         (message,) = messages
         assert "did you mean LlamaDecoderLayer?" in message

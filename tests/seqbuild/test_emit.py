@@ -162,7 +162,7 @@ def test_inputs_must_not_take_the_codes_own_names(name: str) -> None:
     graph = fx.Graph()
     graph.placeholder(name)
     graph.output({})
-    with pytest.raises(TraceError, match=f"an input of the model is called '{name}'"):
+    with pytest.raises(TraceError, match=f"an input of the model is named '{name}'"):
         emit(graph)
 
 

@@ -133,7 +133,7 @@ def test_verify_says_that_batches_must_have_them(tmp_path: Path) -> None:
     _, path = gpt2_with_types(tmp_path)
     found = verify_artifact(path, shapes=(SampleShape(),))
     assert found.is_equal
-    assert any("takes token_type_ids, which a plain call leaves out" in remark for remark in found.remarks)
+    assert any("requires input token_type_ids, which a plain call omits" in remark for remark in found.remarks)
 
 
 def test_verify_sees_that_a_stand_in_is_none(tmp_path: Path) -> None:

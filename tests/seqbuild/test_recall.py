@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 # Libraries are imported once; then each child is a process of its own, which traces or finds.
 CROWD = """
 import os, sys, seqbuild.build
-from seqbuild.trace.attempts import trace_somehow
+from seqbuild.trace.attempts import trace_first_working
 import transformers.models.llama.modeling_llama
 children = []
 for index in range(8):
@@ -43,7 +43,7 @@ for index in range(8):
     child = os.fork()
     if not child:
         traced = []
-        seqbuild.build.trace_somehow = lambda *a, **k: traced.append(1) or trace_somehow(*a, **k)
+        seqbuild.build.trace_first_working = lambda *a, **k: traced.append(1) or trace_first_working(*a, **k)
         path = seqbuild.build.build(sys.argv[1], out=sys.argv[2]).path
         os.write(theirs, f"{path.name} {len(traced)}".encode())
         os._exit(0)

@@ -67,7 +67,7 @@ def test_match_modules_knows_base_classes_and_all_names_of_a_module() -> None:
 
 
 def test_a_bad_pattern_is_the_users_mistake() -> None:
-    with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression"):
+    with pytest.raises(TargetError, match=r"'re:\(' is not a valid regular expression"):
         match_modules(toys.Nested(), ["re:("])
 
 
@@ -103,7 +103,7 @@ def test_nested_targets_are_cut_at_the_outermost() -> None:
 def test_require_targets_suggests() -> None:
     with pytest.raises(TargetError) as caught:
         require_targets(toys.Nested(), ["Lineal"])
-    assert caught.value.message == "target 'Lineal' fits no module of Nested"
+    assert caught.value.message == "target 'Lineal' matches no module of Nested"
     assert caught.value.hint == "did you mean Linear? its classes are Nested, Toy, ModuleList, Layer, Linear"
 
 
@@ -137,7 +137,7 @@ def test_targets_that_the_sample_does_not_reach_are_named_and_ignored() -> None:
 
 
 def test_names_that_fit_nothing_are_named_and_ignored() -> None:
-    with pytest.warns(UserWarning, match=r"target 'VisionLayer' fits no module of Toy; it is ignored"):
+    with pytest.warns(UserWarning, match=r"target 'VisionLayer' matches no module of Toy; it is ignored"):
         subgraphs = trace_subgraphs(toys.Toy(), {"x": X}, ["Layer", "VisionLayer"])
     assert len(subgraphs) == 2
 
