@@ -16,23 +16,11 @@ from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
-from seqbuild.cli.options import (
-    DEFAULT_OUT,
-    AsJson,
-    AttnImplementation,
-    AutoIgnore,
-    Ignore,
-    Leaves,
-    Revision,
-    Sample,
-    SourceArgument,
-    Targets,
-    TargetsPerSubgraph,
-    TextOnly,
-)
+from seqbuild.cli.options import takes_compile_options
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
+    from seqbuild.options import CompileOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -48,42 +36,12 @@ ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Director
 
 
 @app.command("compile")
-def compile_command(
-    source: SourceArgument,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    auto_ignore: AutoIgnore = True,
-    sample: Sample = None,
-    text_only: TextOnly = False,
-    targets_per_subgraph: TargetsPerSubgraph = 1,
-    revision: Revision = None,
-    attn_implementation: AttnImplementation = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = DEFAULT_OUT,
-    leaves: Leaves = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Trace a model once, cut it at its layers, and save each part's code."""
-    from seqbuild.cache.recall import recalled
-    from seqbuild.options import make_options
+@takes_compile_options()
+def compile_command(options: CompileOptions, as_json: bool) -> None:
+    """Trace a model once, cut it at its layers, and save the code of each part."""
+    from seqbuild.build import compile_with
 
-    options: dict[str, Any] = {
-        "targets": targets or None,
-        "ignore": ignore or (),
-        "auto_ignore": auto_ignore,
-        "sample": sample,
-        "text_only": text_only,
-        "targets_per_subgraph": targets_per_subgraph,
-        "attn_implementation": attn_implementation,
-        "leaves": leaves,
-    }
-    place: dict[str, Any] = {"out": out, "revision": revision, "trust_remote_code": trust_remote_code}
-    done = None if force else recalled(source, make_options(**options), **place)
-    if done is None:
-        from seqbuild.build import build
-
-        done = build(source, force=force, **options, **place)
+    done = compile_with(options)
     for line in done.remarks:
         warn(line)
     if as_json:

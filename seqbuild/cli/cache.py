@@ -5,35 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import Trust
 from runtime.cli.run import require_output
 from runtime.console import human_bytes, say
-from seqbuild.cli.options import (
-    DEFAULT_OUT,
-    AsJson,
-    AttnImplementation,
-    AutoIgnore,
-    Ignore,
-    Leaves,
-    Revision,
-    Sample,
-    SourceArgument,
-    Targets,
-    TargetsPerSubgraph,
-    TextOnly,
-)
+from seqbuild.cli.options import AsJson, Out, takes_compile_options
+from seqbuild.options import DEFAULT_OUT
 
 if TYPE_CHECKING:
     from seqbuild.cli.explain import Explanation
+    from seqbuild.options import CompileOptions
 
-app = typer.Typer(help="What has been compiled: list it, explain hits and misses, take it away.")
+app = typer.Typer(help="List compiled artifacts, explain cache hits and misses, remove artifacts.")
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory under which artifacts are.")]
 _SHOWN = 60
 
 
@@ -64,38 +50,14 @@ def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
     say(f"{len(found)} artifacts, {human_bytes(sum(entry.num_bytes for entry in found))}")
 
 
-@app.command()
-def explain(
-    source: SourceArgument,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    auto_ignore: AutoIgnore = True,
-    sample: Sample = None,
-    text_only: TextOnly = False,
-    targets_per_subgraph: TargetsPerSubgraph = 1,
-    revision: Revision = None,
-    attn_implementation: AttnImplementation = None,
-    out: Out = DEFAULT_OUT,
-    leaves: Leaves = "auto",
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say what the key of an artifact is made of, and why compile would find it or not. Options are compile's."""
-    from seqbuild.cli.explain import explain as run
-    from seqbuild.options import make_options
+@app.command("explain")
+@takes_compile_options(without="force")
+def explain_command(options: CompileOptions, as_json: bool) -> None:
+    """Show the ingredients of an artifact's key, and why compile would find it or not. Options as for compile."""
+    from seqbuild.cli.explain import explain
 
     require_output()
-    options = make_options(
-        targets=targets or None,
-        ignore=ignore or (),
-        auto_ignore=auto_ignore,
-        sample=sample,
-        text_only=text_only,
-        targets_per_subgraph=targets_per_subgraph,
-        attn_implementation=attn_implementation,
-        leaves=leaves,
-    )
-    found = run(source, options, out=out, revision=revision, trust_remote_code=trust_remote_code)
+    found = explain(options)
     if as_json:
         say(json.dumps(_facts(found)))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from seqbuild.sample.inputs import default_sample, rehearsal_samples
 from seqbuild.sample.shape import REHEARSAL_SHAPES
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from seqbuild.trace.record.leaf_policy import always_foreign
 from seqbuild.trace.record.tracer import leaf_policy
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from seqbuild.blame import Function
+    from seqbuild.options import CompileOptions
 
 Sample = Mapping[str, torch.Tensor]
 
@@ -58,22 +58,16 @@ class Traced:
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
-def read_sample(
-    model: nn.Module, file: str | os.PathLike[str] | None, *, text_only: bool = False
-) -> dict[str, torch.Tensor]:
-    """The sample to trace with.
-
-    Args:
-        model: whose inputs they are.
-        file: safetensors with inputs by name; None makes them up.
-        text_only: make up tokens alone, no images and sounds.
+def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Tensor]:
+    """Read the model's sample from the file in the options, or generate it.
 
     Raises:
-        DataError: when the file cannot be read, or holds what the model does not take.
-        TraceError: when it is not known what the model takes.
+        DataError: if the file cannot be read, or contains an input that the model does not take.
+        TraceError: if no sample can be generated.
     """
+    file = options.sample
     if file is None:
-        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=text_only), TRACE_DTYPE)
+        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=options.text_only), TRACE_DTYPE)
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -81,31 +75,27 @@ def read_sample(
         sample = load(read_regular(file))
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"the sample {os.fspath(file)} cannot be read: {error}",
+            f"the sample {file} cannot be read: {error}",
             hint="write it with safetensors.torch.save_file, the model's inputs by name",
         ) from error
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]
     if unknown or not sample:
         raise DataError(
-            f"the sample {os.fspath(file)} holds {unknown[0] if unknown else 'nothing'}",
+            f"the sample {file} contains {f'the unknown input {unknown[0]}' if unknown else 'no inputs'}",
             hint=f"{type(model).__name__} takes {', '.join(takes)}",
         )
     return _in_dtype({name: sample[name] for name in takes if name in sample}, TRACE_DTYPE)
 
 
-def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only: bool = False) -> list[Sample]:
-    """The sample, and others of other sizes for steps that need values.
+def with_larger(model: nn.Module, sample: Sample, options: CompileOptions) -> list[Sample]:
+    """Return the sample, and others of other sizes for steps that need values.
 
-    Args:
-        model: whose inputs they are.
-        sample: as `read_sample` gives it.
-        is_made_up: make up the others as well, instead of repeating what the sample holds.
-        text_only: as for `read_sample`.
+    The others are generated as well, or repeat the contents of the sample file in the options.
     """
-    if not is_made_up:
+    if options.sample is not None:
         return list(rehearsal_samples(sample))
-    others = (default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES[1:])
+    others = (default_sample(model, shape, text_only=options.text_only) for shape in REHEARSAL_SHAPES[1:])
     return [sample, *(_in_dtype(other, TRACE_DTYPE) for other in others)]
 
 
@@ -114,63 +104,36 @@ def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
 
 
-def trace_somehow(  # noqa: D417 - several are described in one line
-    model: nn.Module,
-    samples: Sequence[Sample],
-    candidates: Sequence[tuple[str, ...]],
-    *,
-    ignore: Sequence[str],
-    may_ignore: Callable[[Function], bool],
-    targets_per_subgraph: int,
-    is_batch_only: bool,
-    leaves: str,
+def trace_best(
+    model: nn.Module, samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]], options: TraceOptions
 ) -> Traced:
-    """The first trace that works.
+    """Trace the model with the first combination of depth, targets and dtype that works.
 
     Args:
         model: without weights, in `TRACE_DTYPE`.
         samples: see `with_larger`.
-        candidates: patterns of targets, the best first; others are tried when the sample does not reach those.
-        ignore, may_ignore, targets_per_subgraph, is_batch_only: as for `trace_model`.
-        leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, or if the model is a
-            mixture whose experts it reaches, else `target`.
+        candidates: patterns of targets, best first; others are tried if the sample does not reach those.
+        options: as for `trace_model`, without dtype and samples. The depth may also be `auto`: `linear` if no code of
+            the model is kept whole then, or if the model is a mixture whose experts are reached, else `target`.
 
     Raises:
-        TargetError, TraceError: of the first attempt, when none works.
+        TargetError, TraceError: of the first attempt, if none works.
     """
-    if leaves == "auto":
+    if options.leaves == "auto":
         return _trace_portably(
-            lambda policy, may: trace_somehow(
-                model,
-                samples,
-                candidates,
-                ignore=ignore,
-                may_ignore=may,
-                targets_per_subgraph=targets_per_subgraph,
-                is_batch_only=is_batch_only,
-                leaves=policy,
+            lambda leaves, may_ignore: trace_best(
+                model, samples, candidates, dataclasses.replace(options, leaves=leaves, may_ignore=may_ignore)
             ),
-            may_ignore,
-            is_hopeless=bool(ignore or always_foreign(model)),
+            options.may_ignore,
+            is_hopeless=bool(options.ignore or always_foreign(model)),
             has_experts=lambda: _has_experts(model),
         )
 
     def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
         real = [_in_dtype(sample, dtype) for sample in samples]
-        trace = trace_model(
-            model,
-            real[0],
-            patterns,
-            ignore=ignore,
-            targets_per_subgraph=targets_per_subgraph,
-            dtype=dtype,
-            may_ignore=may_ignore,
-            samples=real,
-            is_batch_only=is_batch_only,
-            leaves=leaves,
-        )
+        trace = trace_model(model, real[0], patterns, dataclasses.replace(options, dtype=dtype, samples=real))
         fixed = None if dtype == TRACE_DTYPE else dtype
-        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
+        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed, leaves=options.leaves)
 
     return _first_of(candidates, attempt)
 

@@ -15,12 +15,13 @@ from runtime.artifact.own_code import FOLDER
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
 from runtime.host.regular_files import read_text
 from runtime.model.config import artifact_config
-from seqbuild.build import build
+from seqbuild.build import compile_with
 from seqbuild.cache.recall import Compiled
 from seqbuild.chain.targets import inferred_targets, match_modules
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
+from seqbuild.options import ATTENTIONS, CompileOptions
 from seqbuild.sample.inputs import default_sample
 from seqbuild.sample.shape import SampleShape
 from seqbuild.shrink.config import shrink_table
@@ -53,9 +54,7 @@ def small_model_directory(artifact: Artifact, folder: Path) -> Path:
         raise
     except Exception as error:  # transformers validates with many kinds of exceptions
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"the config of {artifact.path} cannot be made small: {why[:300]}", hint=_WITH_WEIGHTS
-        ) from error
+        raise ModelError(f"cannot shrink the config of {artifact.path}: {why[:300]}", hint=_WITH_WEIGHTS) from error
     return _write(artifact, table, folder)
 
 
@@ -81,7 +80,7 @@ def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
 
 
 def _local(auto_map: Any) -> Any:
-    """An auto_map whose classes are all in the model's own directory, where the artifact has put their code."""
+    """Refer to all classes of an auto_map in the model's own directory, where their code was written."""
     if isinstance(auto_map, dict):
         return {key: _local(value) for key, value in auto_map.items()}
     if isinstance(auto_map, list):
@@ -96,13 +95,12 @@ def stated(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compile_alike(manifest: Manifest, directory: Path, out: Path) -> Compiled:
-    """Compile the model in `directory` under `out`, with the requests that `manifest` was compiled with.
+    """Compile the model in `directory` under `out` with the options that `manifest` was compiled with.
 
-    The manifest does not say which requests were spelled out and which are the model's own: those that its own would
-    give are left to it.
+    The manifest does not tell explicit options from the model's defaults, so options equal to the defaults are omitted.
 
     Raises:
-        TargetError, TraceError, ModelError: as `build`; also when the sample it was traced with cannot be made up.
+        TargetError, TraceError, ModelError: as `seqbuild.build.build`, and if its sample cannot be generated.
     """
     source, wanted = resolve_source(str(directory)), manifest.model.attn_implementation
     with own_code_of(source, is_allowed=True) as own:
@@ -111,19 +109,20 @@ def compile_alike(manifest: Manifest, directory: Path, out: Path) -> Compiled:
         names = [entry.name for entry in manifest.inputs]
         text_only = is_text_only(model, names)
         with _sample_file(model, names, out, text_only=text_only) as sample:
-            return build(
-                directory,
+            options = CompileOptions(
+                model=str(directory),
                 targets=_targets(model, manifest.target_patterns),
                 ignore=manifest.ignore,
                 auto_ignore=manifest.ingredients.get("auto_ignore") != "false",
                 sample=sample,
                 text_only=text_only,
                 targets_per_subgraph=manifest.targets_per_subgraph,
-                attn_implementation=None if is_usual or wanted not in ("eager", "sdpa") else wanted,
+                attn_implementation=None if is_usual or wanted not in ATTENTIONS else wanted,
                 out=out,
                 trust_remote_code=True,
                 leaves=manifest.ingredients.get("leaves", "target"),
             )
+            return compile_with(options)
 
 
 def is_text_only(model: nn.Module, names: list[str]) -> bool:
@@ -135,24 +134,24 @@ def is_text_only(model: nn.Module, names: list[str]) -> bool:
 
 
 def sample_of(model: nn.Module, names: list[str], shape: SampleShape, *, text_only: bool) -> dict[str, torch.Tensor]:
-    """A made-up sample of just these inputs.
+    """Generate a sample of exactly these inputs.
 
     Raises:
-        TraceError: when one of them cannot be made up.
+        TraceError: if one of them cannot be generated.
     """
     made = default_sample(model, shape, text_only=text_only, wanted=names)
     missing = [name for name in names if name not in made]
     if missing:
         raise TraceError(
-            f"the artifact takes an input {missing[0]!r}, which cannot be made up for {type(model).__name__}",
-            hint="it was compiled with --sample; such a one can be run and not be verified",
+            f"cannot generate the artifact's input {missing[0]!r} for {type(model).__name__}",
+            hint="it was compiled with --sample; such an artifact can be run but not verified",
         )
     return {name: made[name] for name in names}
 
 
 @contextlib.contextmanager
 def _sample_file(model: nn.Module, names: list[str], folder: Path, *, text_only: bool) -> Iterator[Path | None]:
-    """A file with a made-up sample of other inputs than compiling makes up by itself; None where they are the same."""
+    """Write a file with a generated sample of these inputs; None if they are those that a compilation generates."""
     if list(default_sample(model, text_only=text_only)) == names:
         yield None
         return
@@ -160,70 +159,65 @@ def _sample_file(model: nn.Module, names: list[str], folder: Path, *, text_only:
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sample.safetensors"
-    save_file(
-        {
-            name: value.contiguous()
-            for name, value in sample_of(model, names, SampleShape(images=2), text_only=text_only).items()
-        },
-        file,
-    )
+    sample = sample_of(model, names, SampleShape(images=2), text_only=text_only)
+    save_file({name: value.contiguous() for name, value in sample.items()}, file)
     yield file
 
 
-def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...] | None:
-    """What to cut at: None where the model is cut there by itself; a shallow model may lack a layer that is named.
+def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the patterns that match this model, which may be shallower; empty if they are the model's defaults.
 
     Raises:
-        TargetError: when it lacks all of them.
+        TargetError: if none matches.
     """
     with contextlib.suppress(TargetError):
         if patterns in inferred_targets(model):
-            return None
+            return ()
     found = tuple(pattern for pattern in patterns if match_modules(model, [pattern]))
     if not found:
         raise TargetError(
-            f"the artifact is cut at {patterns[0]}, which a small model of its architecture does not have",
+            f"a small model of this architecture has no target {patterns[0]}, at which the artifact was cut",
             hint=_WITH_WEIGHTS,
         )
     return found
 
 
 def compile_small(artifact: Artifact, folder: Path) -> Path:
-    """Compile the artifact's architecture, made small, in the same way; returns where the small artifact is.
+    """Compile a small model of the artifact's architecture in the same way, and return the path of its artifact.
 
     Raises:
-        ModelError: when its config cannot be made small.
-        SeqbuildError: when the small model cannot be compiled.
+        ModelError: if the config cannot be shrunk.
+        SeqbuildError: if the small model cannot be compiled.
     """
     directory = small_model_directory(artifact, folder / "small")
     try:
         return compile_alike(artifact.manifest, directory, folder / "artifacts").path
     except SeqbuildError as error:
         raise type(error)(
-            f"a small {artifact.manifest.model.class_name} cannot be compiled as the artifact was: {error.message}",
+            f"cannot compile a small {artifact.manifest.model.class_name} as the artifact was: {error.message}",
             hint=error.hint or _WITH_WEIGHTS,
         ) from error
 
 
 def changed_files(artifact: Artifact, folder: Path) -> tuple[tuple[str, ...] | None, str]:
-    """Compile the artifact's config once more and compare the code.
+    """Compile the artifact's config again and compare the code.
 
     Returns:
-        The programs of the artifact that came out otherwise, None where that cannot be said; and then why.
+        The files that differ; or None, and the reason why they cannot be compared.
     """
     manifest = artifact.manifest
     try:
         directory = model_directory(artifact, folder / "again")
         again = compile_alike(manifest, directory, folder / "artifacts").manifest
     except SeqbuildError as error:
-        return None, f"its config cannot be compiled once more: {error.message}"
+        return None, f"its config cannot be compiled again: {error.message}"
     other = [
         name
         for name, value in again.ingredients.items()
         if manifest.ingredients.get(name) != value and name not in _WITHOUT_EFFECT
     ]
     if other:
-        return None, f"it was compiled with another {', '.join(other)}"
+        return None, f"it was compiled with a different {', '.join(other)}"
     ours, theirs = _programs(manifest), _programs(again)
     return tuple(name for name in dict.fromkeys((*ours, *theirs)) if ours.get(name) != theirs.get(name)), ""
 

@@ -16,9 +16,10 @@ class Difference:
     """The largest difference between two outputs.
 
     Attributes:
-        absolute: of any number; infinite where structure, shape or dtype differ, or only one is a number.
-        relative: the same, by the largest magnitude of the tensor it is in (at least 1).
-        output: the field of the output with the largest relative difference; empty where there is none.
+        absolute: the largest difference of any number; infinite if structure, shape or dtype differ, or only one value
+            is a number.
+        relative: the same, relative to the largest magnitude in its tensor (at least 1).
+        output: the field of the output with the largest relative difference; empty if there is none.
     """
 
     absolute: float = 0.0
@@ -27,12 +28,7 @@ class Difference:
 
 
 def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
-    """Compare two outputs, field by field.
-
-    Args:
-        got: names to nests of tensors.
-        wanted: likewise; magnitudes are taken from here.
-    """
+    """Compare two outputs, field by field: names to nested tensors. Magnitudes are those of `wanted`."""
     if list(got) != list(wanted):
         odd = [name for name in (*got, *wanted) if name not in got or name not in wanted]
         return Difference(absolute=math.inf, relative=math.inf, output=odd[0] if odd else "order of the outputs")
@@ -47,7 +43,7 @@ def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
 
 
 def named(output: Any) -> dict[str, Any]:
-    """A model's output by the names that the last subgraph gives its fields."""
+    """Name the fields of a model's output as the last subgraph does."""
     if isinstance(output, Mapping):
         return {name: value for name, value in output.items() if value is not None}
     if isinstance(output, (tuple, list)):
@@ -56,7 +52,7 @@ def named(output: Any) -> dict[str, Any]:
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
+    """List the tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
     if isinstance(output, torch.Tensor):
         return [output]
     parts: Iterable[Any] = ()

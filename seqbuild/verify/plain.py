@@ -1,7 +1,7 @@
-"""The chain beside the model's plain call: `model(input_ids, attention_mask)`, with `labels` where there is a decoder.
+"""Compare the chain with the model's plain call: `model(input_ids, attention_mask)`, with `labels` if it has a decoder.
 
-Inputs that both sides are given alike cannot show that data would not have given them. So the chain is also run on what
-the runtime makes of a plain call's inputs, and the model on these alone.
+Equal inputs for both sides cannot reveal inputs that data does not contain. Therefore the chain also runs on the inputs
+that the runtime derives from those of a plain call, and the model on the latter only.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ def plain_reference(manifest: Manifest, model: nn.Module, sample: Mapping[str, t
         return PlainReference(given=given, output=run_model(model, given))
     given[LABELS] = labels_BT = given.pop(DECODER_IDS)
     output = run_model(model, given)
-    if output[LOGITS].shape[:-1] != labels_BT.shape:  # it looks at no labels: transformers' collator does it for FSMT
+    if output[LOGITS].shape[:-1] != labels_BT.shape:  # FSMT ignores labels; transformers' collator calls this method
         made = model.prepare_decoder_input_ids_from_labels(labels_BT.clone())  # type: ignore[operator]
         output = run_model(model, {**given, DECODER_IDS: made})
     return PlainReference(given=given, output={LOGITS: output[LOGITS]})
 
 
 def plain_difference(artifact: Artifact, twin: nn.Module, reference: PlainReference) -> Difference:
-    """How far the chain, on what the runtime makes of a plain call's inputs, is from that call."""
+    """Compare the chain, on the inputs that the runtime derives from those of a plain call, with that call."""
     got = run_chain(artifact.subgraphs, twin, model_inputs(artifact.manifest, reference.given))
     found = difference({name: got[name] for name in got if name in reference.output}, reference.output)
     return replace(found, output=f"{found.output} of a plain call") if found.output else found
 
 
 def about_other_inputs(manifest: Manifest, model: type[nn.Module]) -> list[str]:
-    """A sentence about each input that data of text must bring although a plain call leaves it out."""
+    """Return a sentence about each input that text data must contain although a plain call omits it."""
     if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
-        return []  # no text: a processor makes them all
+        return []  # not only text: a processor creates all inputs
     names = [entry.name for entry in manifest.inputs if entry.absent == UNKNOWN_ABSENCE]
     return [
-        f"The artifact takes {name}, which a plain call leaves out, and no value stands for that: batches must have it."
+        f"Batches must contain {name}: a plain call omits it, and no value is known that represents its absence."
         for name in left_out_of_plain_calls(model, names)
     ]

@@ -23,7 +23,7 @@ class Rebuilt:
         num_files: the number of compared files, including the manifest.
         differing: names of files that differ in any byte, or exist on one side only.
         ingredients: names of the input key's ingredients that differ here; if there are any, different bytes are
-        expected.
+            expected.
     """
 
     path: Path
@@ -38,9 +38,9 @@ class Rebuilt:
 
     def __str__(self) -> str:
         if self.is_same:
-            return f"{self.path}: compiling once more gives the same {self.num_files} files, byte for byte"
-        what = f"{self.path}: compiling once more gives other bytes in {', '.join(self.differing[:8])}"
-        return what + (f"; not the same here: {', '.join(self.ingredients)}" if self.ingredients else "")
+            return f"{self.path}: compiling again gives the same bytes in all {self.num_files} files"
+        what = f"{self.path}: compiling again gives different bytes in {', '.join(self.differing[:8])}"
+        return what + (f"; ingredients that differ here: {', '.join(self.ingredients)}" if self.ingredients else "")
 
 
 def rebuild(
@@ -69,8 +69,8 @@ def rebuild(
         raise checked.code.refusal(str(root), own.values(), own)
     if source is None and checked.manifest.ingredients.get("checkpoint_names") != "none":
         raise UsageError(
-            f"{root} was compiled beside a checkpoint, whose tensors' names are part of it",
-            hint="name the model's directory with --source",
+            f"{root} was compiled with a checkpoint, so its tensor names are required",
+            hint="pass the model's directory with --source",
         )
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as name:
         directory = _described(checked, Path(name, "model")) if source is None else Path(source)

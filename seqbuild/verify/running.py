@@ -48,10 +48,10 @@ class ChainStep(Protocol):
 
 
 def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own output without a cache, field by field; the sample is left as it is.
+    """Return the model's output without a cache, by field. The sample is not modified.
 
-    Fused experts run one after the other (`eager`), as a portable artifact runs them: other implementations add up in
-    another order. Random numbers start from a known state: some models draw them.
+    Fused experts run one after the other (`eager`), as in a portable artifact: other implementations sum in another
+    order. The random generator is seeded, because some models draw random numbers.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with configured(model, {"use_cache": False, **EAGER_EXPERTS}), torch.no_grad():
@@ -75,7 +75,7 @@ def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
 
 
 def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a chain returns; values are dropped as soon as it says so, and the sample is left as it is."""
+    """Return a chain's output. Values are freed as soon as they are consumed, and the sample is not modified."""
     values: dict[str, Any] = copy.deepcopy(dict(sample))
     output: dict[str, Any] = {}
     torch.manual_seed(SEED)
@@ -90,7 +90,7 @@ def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[
 
 @contextlib.contextmanager
 def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
-    """Record a digest of each result of the submodules `names` while the block runs, by name."""
+    """Record a digest of each output of the submodules `names` while the block runs, by name."""
     found: Prints = {}
     hooks = []
     for name in names:

@@ -129,7 +129,7 @@ class TestCache:
         first = build(llama, out=out)
         assert not first.is_cached
         before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-        monkeypatch.setattr("seqbuild.build.trace_somehow", lambda *_, **__: pytest.fail("a hit must not trace"))
+        monkeypatch.setattr("seqbuild.passes.trace_best", lambda *_, **__: pytest.fail("a hit must not trace"))
         second = build(llama, out=out)
         assert second.is_cached
         assert second.manifest == first.manifest
@@ -311,7 +311,7 @@ class TestErrors:
             compile_model(llama, out=out, targets=["ModuleList"])
 
     def test_an_ignored_name_that_fits_nothing(self, llama: Path, out: Path) -> None:
-        with self.refused(TargetError, "--ignore no_such_function fits no function of the model", out):
+        with self.refused(TargetError, "--ignore no_such_function matches no function of the model", out):
             compile_model(llama, out=out, ignore=["no_such_function"])
 
     @pytest.mark.parametrize("number", [0, -3])
@@ -320,7 +320,7 @@ class TestErrors:
             compile_model(llama, out=out, targets_per_subgraph=number)
 
     def test_an_attention_that_does_not_exist(self, llama: Path, out: Path) -> None:
-        with self.refused(UsageError, "it can be eager or sdpa", out):
+        with self.refused(UsageError, "--attn-implementation must be one of eager, sdpa; got 'psychic'", out):
             compile_model(llama, out=out, attn_implementation="psychic")
 
     def test_an_output_that_is_a_file(self, llama: Path, tmp_path: Path) -> None:
