@@ -49,7 +49,7 @@ class Culprit:
         file: its file.
         line: its line number.
         around: the enclosing calls that can be named, innermost first. Functions inside a recorded step are left out,
-        because nothing inside a step is recorded.
+            because nothing inside a step is recorded.
     """
 
     name: str
@@ -106,23 +106,18 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
     )
 
 
-def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
+def fixed_size(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
     """Report that a size of the sample became a constant, so the chain would only be valid for that size."""
-    if culprit is None:
-        message = f"{size} is burnt in: the model's code decided by it or looped over it"
-        return UntraceableError(message, culprit=None)
-    return UntraceableError(
-        f"{size} is burnt in: {culprit.name} ({culprit.file}, line {culprit.line}) decided by it or looped over it",
-        culprit=culprit,
-        hint=advice(culprit, ancestors),
-    )
+    who = "the model's code" if culprit is None else f"{culprit.name} ({culprit.file}, line {culprit.line})"
+    message = f"{who} depends on {size}, so the graph would only be valid for the sizes of the sample"
+    return UntraceableError(message, culprit=culprit, hint=advice(culprit, ancestors) if culprit else "")
 
 
-def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
+def unsupported_operator(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
     """Report that the model's code calls an operator that an artifact's code must not call."""
     where = f" ({culprit.name}: {culprit.file}, line {culprit.line})" if culprit else ""
     return UntraceableError(
-        f"the model's code calls torch.ops.{operator}, which is not among the operators of an artifact{where}",
+        f"the model's code calls torch.ops.{operator}, which artifacts do not support{where}",
         culprit=culprit,
         hint=advice(culprit, ancestors) if culprit else "",
     )
@@ -139,7 +134,7 @@ def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
     num_outside: int | None = None
     for frame, line in walk:
         if frame.f_code.co_name == "_run" and Path(frame.f_code.co_filename) == _TRACER:
-            frames.clear()  # whoever asked for the trace is no part of the model
+            frames.clear()  # the caller of the trace is not part of the model
         if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
             num_outside = len(frames)
         if is_models_code(frame.f_code.co_filename):
@@ -217,7 +212,7 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
     """Suggest what a user can do about a line of the model's code."""
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
-        return "move that line into a function of its own and name it with --ignore"
+        return "move that line into a separate function and pass that to --ignore"
     return f"make it one opaque step with --ignore {function.name}"
 
 

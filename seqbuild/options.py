@@ -62,7 +62,9 @@ class CompileOptions:
             UsageError: naming the option.
         """
         self._set("out", as_path("out", self.out))
-        self._set("model", os.fspath(self.model if self.model == "" else as_path("the model", self.model)))
+        if self.model != "":
+            as_path("the model", self.model)
+        self._set("model", os.fspath(self.model))  # a path would lose a leading ./
         _require_choice("--leaves", self.leaves, LEAVES)
         if self.attn_implementation is not None:
             _require_choice("--attn-implementation", self.attn_implementation, ATTENTIONS)

@@ -22,7 +22,7 @@ from seqbuild.model.checkpoint_keys import key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
 from seqbuild.model.relied_on import relied_on
-from seqbuild.sample.inputs import plain_call_of
+from seqbuild.sample.plain import plain_call
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def assemble(
     if constants:
         files[CONSTANTS_NAME] = save(constants)
     symbols = describe.Symbols(trace, traced.marker)
-    plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
+    plain = plain_call(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
     groups = scale_groups(model, trace.subgraphs, entries) if is_deep else ()
     manifest = Manifest(

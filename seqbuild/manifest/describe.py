@@ -41,7 +41,7 @@ class Symbols:
     Args:
         trace: the trace that defines the symbols.
         marker: the dtype that represents the weights' dtype in the trace; None if the trace holds for its own dtypes
-        only.
+            only.
     """
 
     def __init__(self, trace: Trace, marker: torch.dtype | None) -> None:

@@ -1,8 +1,8 @@
 """Determine the library source files that affect an artifact's results.
 
-A run executes the modules that the artifact calls and its opaque steps. The files that define those, and their imports
-that also compute, determine the result. Files that read, write, train, generate or draw tables do not, and they change
-with every release.
+A run executes the modules that the artifact calls and its opaque steps. The files that define these, and those of
+their imports that compute, determine the result. Files for reading, writing, training or generation do not, and they
+change with every release.
 """
 
 from __future__ import annotations

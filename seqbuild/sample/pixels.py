@@ -81,9 +81,9 @@ def row_of_pixels(wanted: Wanted) -> Row:
 def joined(rows: Sequence[Row]) -> Row:
     """Concatenate all rows along the first dimension."""
     made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    if "target_sizes" in made:  # one long image, whatever the number of rows
+    if "target_sizes" in made:  # one long image for all rows
         made["pixel_values"] = torch.cat([row["pixel_values"] for row in rows], dim=-1)
-    if "image_token_pooling" in made:  # patches are numbered through
+    if "image_token_pooling" in made:  # patches are numbered consecutively over all rows
         patches, places = rows[0]["pixel_values"].shape[:2].numel(), [row["image_token_pooling"] for row in rows]
         made["image_token_pooling"] = torch.cat([place + index * patches for index, place in enumerate(places)])
     return made
@@ -298,7 +298,7 @@ def _frames_or_images(wanted: Wanted) -> Row:
 
 
 @form(_is("instructblipvideo"))
-def _films(wanted: Wanted) -> Row:
+def _videos(wanted: Wanted) -> Row:
     """[1, T, C, H, W]."""
     geometry, frames = wanted.geometry, 2 + wanted.scale
     return {"pixel_values": wanted.noise(1, frames, geometry.channels, geometry.height, geometry.width)}

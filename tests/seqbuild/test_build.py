@@ -267,18 +267,21 @@ class TestErrors:
         [
             ("{", "cannot be read"),
             ("", "cannot be read"),
-            ("[1]", "holds no model config"),
-            ('"llama"', "holds no model config"),
-            ("{}", "does not describe a model"),
-            ('{"model_type": "no_such_type"}', "does not describe a model.*no_such_type"),
-            ('{"model_type": 3}', "does not describe a model"),
-            ('{"model_type": "llama", "hidden_size": "wide"}', "does not describe a model|cannot be built"),
+            ("[1]", "is not a model config"),
+            ('"llama"', "is not a model config"),
+            ("{}", "is not a config that transformers supports"),
+            ('{"model_type": "no_such_type"}', "is not a config that transformers supports.*no_such_type"),
+            ('{"model_type": 3}', "is not a config that transformers supports"),
+            (
+                '{"model_type": "llama", "hidden_size": "wide"}',
+                "is not a config that transformers supports|cannot be built",
+            ),
             (
                 '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
                 "not a multiple of the number of attention heads",
             ),
             ('{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}', "brings its own code"),
-            ('{"model_type": "patchtst"}', "takes no input_ids but past_values"),
+            ('{"model_type": "patchtst"}', "cannot create sample inputs for \\w+ \\(past_values"),
         ],
     )
     def test_bad_configs(self, text: str, pattern: str, tmp_path: Path, out: Path) -> None:

@@ -409,7 +409,10 @@ class TestIgnore:
 
     def test_a_loop_over_the_batch_is_refused(self) -> None:
         error = refused(toys.RowLoop())
-        assert "the size of x along axis 0 (2 in the sample) is burnt in: RowLoop.glue (" in error.message
+        assert (
+            error.message.startswith("RowLoop.glue (")
+            and ") depends on the size of x along axis 0 (2 in the" in error.message
+        )
         assert "--ignore RowLoop.glue" in error.hint
         check(randomize(toys.RowLoop()).eval(), "RowLoop.glue")
 
@@ -427,7 +430,8 @@ class TestIgnore:
 
     def test_what_cannot_be_stated_of_sizes_is_decided_anew(self) -> None:
         error = refused(toys.PowerOfLength())
-        assert "which no artifact can state, is burnt in: PowerOfLength.glue (" in error.message
+        assert error.message.startswith("PowerOfLength.glue (")
+        assert "(which artifacts cannot state), so the graph would only be valid" in error.message
         check(randomize(toys.PowerOfLength()).eval(), shapes=((2, 5), (1, 2), (3, 9)))
 
     def test_a_branch_in_an_ancestors_forward_gets_other_advice(self) -> None:
@@ -435,7 +439,7 @@ class TestIgnore:
             trace(toys.BranchInForward())
         assert "BranchInForward.forward cannot be traced" in caught.value.message
         assert "--ignore BranchInForward.forward" not in caught.value.hint
-        assert "function of its own" in caught.value.hint
+        assert "separate function" in caught.value.hint
 
     def test_opaque_steps_are_recorded_by_path(self) -> None:
         subgraphs = trace(toys.Branches(), "spread")

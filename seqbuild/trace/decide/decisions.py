@@ -70,7 +70,7 @@ class UndecidedError(TraceError):
     """
 
     def __init__(self, message: str, culprit: Culprit | None, clues: Clues) -> None:
-        super().__init__(message, hint="move that line into a function of its own and name it with --ignore")
+        super().__init__(message, hint="move that line into a separate function and pass that to --ignore")
         self.culprit = culprit
         self.by_samples, self.writing = clues.by_samples, clues.writing
         self.earlier: Culprit | None = None

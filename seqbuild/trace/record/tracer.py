@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import (
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
 from runtime.host.left_as_found import Found, left_as_found
-from seqbuild.blame import UntraceableError, advice, blame, burnt_in, not_offered
+from seqbuild.blame import UntraceableError, advice, blame, fixed_size, unsupported_operator
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.decide.constant_answers import constant_answer
@@ -216,7 +216,7 @@ class SequentialTracer(ValueTracer):
         loops.require_closed(self.graph)
         for node in self.graph.nodes:
             if "culprit" in node.meta:
-                raise not_offered(node.target, node.meta["culprit"], self.ancestors)
+                raise unsupported_operator(node.target, node.meta["culprit"], self.ancestors)
         self._require_overwritten_unseen()
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
@@ -270,7 +270,7 @@ class SequentialTracer(ValueTracer):
         for relation, culprit in self.shape_env.assumed:
             is_assumed = is_assumption(relation, is_decided=relation in self.shape_env.decided)
             if not relation.free_symbols <= self.shape_env.own and is_assumed:
-                raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
+                raise fixed_size(f"the relation {relation} of sizes", culprit, self.ancestors)
         assumed = {guard.expr for guard in self.shape_env.guards}
         for relation, culprit in self.shape_env.unstatable:
             known = self.shape_env.replace(relation)
@@ -279,7 +279,9 @@ class SequentialTracer(ValueTracer):
                 and known.free_symbols <= set(sample_sizes(self.shape_env))
                 and not is_statable(known)
             ):
-                raise burnt_in(f"the relation {known} of sizes, which no artifact can state,", culprit, self.ancestors)
+                raise fixed_size(
+                    f"the relation {known} of sizes (which artifacts cannot state)", culprit, self.ancestors
+                )
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
@@ -287,7 +289,7 @@ class SequentialTracer(ValueTracer):
                 is_meant = (axis == 0 and len(shape) > 1) or (axis == 1 and is_text and not is_batch_only)
                 if isinstance(size, torch.SymInt) and is_meant and self.shape_env.is_fixed(size):
                     what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
-                    raise burnt_in(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
+                    raise fixed_size(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
 
     def insisted_on(self) -> tuple[tuple[str, int], ...]:
         """Inputs and axes whose sizes the model takes but some of (see `seqbuild.trace.record.proofs`), in their
