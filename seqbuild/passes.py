@@ -25,10 +25,10 @@ from runtime.language.opaque import is_harmless
 from seqbuild.cache.key import Compilation, digest, resolved
 from seqbuild.cache.recall import Compiled, find_artifact, is_recorded, remember
 from seqbuild.cache.store import locked
-from seqbuild.chain.targets import inferred_targets
+from seqbuild.chain.targets import candidate_targets
 from seqbuild.manifest.assemble import assemble
 from seqbuild.model.from_config import build_weightless
-from seqbuild.model.relied_on import made_of
+from seqbuild.model.relied_on import defining_sources
 from seqbuild.trace.attempts import Traced, read_sample, trace_best, with_larger
 from seqbuild.trace.model import TraceOptions
 
@@ -84,8 +84,8 @@ def build_model(compilation: Compilation, request: Mapping[str, str]) -> BuiltMo
     options = compilation.options
     model = build_weightless(compilation.source, attn_implementation=options.attn_implementation, own=compilation.own)
     sample = read_sample(model, options)
-    candidates = (options.targets,) if options.targets else tuple(inferred_targets(model))
-    sources = made_of(model, compilation.own_modules)
+    candidates = (options.targets,) if options.targets else tuple(candidate_targets(model))
+    sources = defining_sources(model, compilation.own_modules)
     ingredients = resolved(request, model, targets=candidates[0], sample=sample, sources=sources)
     return BuiltModel(model=model, sample=sample, candidates=candidates, sources=sources, ingredients=ingredients)
 

@@ -41,7 +41,7 @@ def relied_on(model: nn.Module, entries: Sequence[SubgraphEntry], own_modules: C
     return _followed([*sorted(_roots(model, entries)), *own_modules])
 
 
-def made_of(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
+def defining_sources(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
     """Return the sha256 of each library source file that defines a model, by module name, ascending.
 
     These are the files that define its modules' classes, and their imports that compute. torch's files are excluded,

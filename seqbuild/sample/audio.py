@@ -68,7 +68,7 @@ class Sound:
         return (sounds, *(sizes[axis] for axis in self.axes))
 
 
-def hears(parameters: Mapping[str, Any]) -> bool:
+def takes_audio(parameters: Mapping[str, Any]) -> bool:
     """Return whether the model takes sounds, alone or in text. For models that also take images, sounds suffice."""
     return "pixel_values" not in parameters and any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS))
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
-from seqbuild.sample.audio import hears, with_audio
+from seqbuild.sample.audio import takes_audio, with_audio
 from seqbuild.sample.plain import is_left_out, plain_call
 from seqbuild.sample.shape import PASS_SAMPLE, SAMPLE_BATCH, SampleShape
 from seqbuild.sample.tokens import text_inputs
@@ -68,7 +68,7 @@ def default_sample(
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
-    if not text_only and hears(parameters):
+    if not text_only and takes_audio(parameters):
         return with_audio(model, parameters, shape)
     has_images = not text_only and any(name in parameters for name in _IMAGE_INPUTS)
     if "input_ids" not in parameters and not has_images:

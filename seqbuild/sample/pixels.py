@@ -27,7 +27,8 @@ class Wanted:
 
     Attributes:
         parameters: parameter names of forward.
-        asked: parameter names of the model's get_image_features, mapped to whether they are optional; empty without it.
+        features: parameter names of the model's get_image_features, mapped to whether they are optional; empty
+            without it.
         config: the model's.
         geometry: sizes of images and patches from the config.
         images: the number of images in each row.
@@ -37,7 +38,7 @@ class Wanted:
     """
 
     parameters: Mapping[str, Any]
-    asked: Mapping[str, bool]
+    features: Mapping[str, bool]
     config: Any
     geometry: Geometry
     images: int
@@ -202,7 +203,7 @@ def _image_sizes(wanted: Wanted) -> Row:
     geometry = wanted.geometry
     if getattr(wanted.config, "image_grid_pinpoints", None):
         return _tiles(wanted)
-    is_free = not wanted.asked.get("image_sizes", True) or getattr(geometry.source, "model_type", "") == "pixtral"
+    is_free = not wanted.features.get("image_sizes", True) or getattr(geometry.source, "model_type", "") == "pixtral"
     if not is_free:
         return _images(wanted)
     unit = geometry.patch * geometry.merge

@@ -45,11 +45,11 @@ def with_images(
     """
     config: Any = model.config
     token = placeholder(config, parameters) if "input_ids" in text else None
-    asking = _feature_method(model) if token is not None else None
-    asked = _asked(asking)
+    method = _feature_method(model) if token is not None else None
+    features = _parameters(method)
     wanted = Wanted(
         parameters=parameters,
-        asked=asked,
+        features=features,
         config=config,
         geometry=Geometry.of(config),
         images=shape.images if _many_by_row(token, parameters) else 1,
@@ -58,10 +58,10 @@ def with_images(
     )
     rows = [row_of_pixels(wanted) for _ in range(shape.batch)]
     pixels = joined(rows)
-    pixels |= extras(asked, Inputs(config=config, text=text, pixels=pixels, shape=shape, generator=generator))
-    if token is not None and asking is not None:
+    pixels |= extras(features, Inputs(config=config, text=text, pixels=pixels, shape=shape, generator=generator))
+    if token is not None and method is not None:
         row = {name: value[: len(value) // shape.batch] for name, value in pixels.items()} | rows[0]
-        text = _with_placeholders(text, parameters, config, token, _counts(asking, row, wanted))
+        text = _with_placeholders(text, parameters, config, token, _counts(method, row, wanted))
     elif "image_embeds_position_mask" in parameters:
         text = _with_placeholders(text, parameters, config, _ANY_TOKEN, [int(config.latent_query_num)])
     pixels |= extras(parameters, Inputs(config=config, text=text, pixels=pixels, shape=shape, generator=generator))
@@ -106,37 +106,37 @@ def _feature_method(model: nn.Module) -> Any:
     return None
 
 
-def _asked(asking: Any) -> dict[str, bool]:
-    if asking is None:
+def _parameters(method: Any) -> dict[str, bool]:
+    if method is None:
         return {}
     return {
         name: parameter.default is not inspect.Parameter.empty
-        for name, parameter in inspect.signature(asking).parameters.items()
+        for name, parameter in inspect.signature(method).parameters.items()
     }
 
 
-def _counts(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
+def _counts(method: Any, pixels: Row, wanted: Wanted) -> list[int]:
     """Return the number of features of each image of one row."""
-    sizes = _sizes(asking, pixels, wanted)
+    sizes = _sizes(method, pixels, wanted)
     if len(sizes) == wanted.images:
         return sizes
     if "image_grid_thw" in pixels:  # all images in one tensor, of possibly different sizes: run each separately
         single = [dataclasses.replace(wanted, images=1, first=index) for index in range(wanted.images)]
-        return [sum(_sizes(asking, row_of_pixels(one), one)) for one in single]
+        return [sum(_sizes(method, row_of_pixels(one), one)) for one in single]
     return [sum(sizes) // wanted.images] * wanted.images
 
 
-def _sizes(asking: Any, pixels: Row, wanted: Wanted) -> list[int]:
+def _sizes(method: Any, pixels: Row, wanted: Wanted) -> list[int]:
     """Return the number of features in each part of the method's result."""
-    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in wanted.asked}
-    for name, is_optional in wanted.asked.items():
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if name in wanted.features}
+    for name, is_optional in wanted.features.items():
         stated = getattr(wanted.geometry.source, name, None)
         if name not in given and not is_optional and isinstance(stated, (int, str, list)):
             given[name] = stated
-    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in wanted.asked:
+    if "pixel_attention_mask" in pixels and "pixel_attention_mask" not in wanted.features:
         given["pixel_values"] = given["pixel_values"].flatten(0, 1)  # this method does not distinguish rows
     with torch.no_grad():
-        features = asking(**given)
+        features = method(**given)
     if not isinstance(features, (torch.Tensor, tuple, list)):
         features = _features(features)
     if isinstance(features, torch.Tensor):

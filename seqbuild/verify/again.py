@@ -17,7 +17,7 @@ from runtime.host.regular_files import read_text
 from runtime.model.config import artifact_config
 from seqbuild.build import compile_with
 from seqbuild.cache.recall import Compiled
-from seqbuild.chain.targets import inferred_targets, match_modules
+from seqbuild.chain.targets import candidate_targets, match_modules
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
@@ -171,7 +171,7 @@ def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
         TargetError: if none matches.
     """
     with contextlib.suppress(TargetError):
-        if patterns in inferred_targets(model):
+        if patterns in candidate_targets(model):
             return ()
     found = tuple(pattern for pattern in patterns if match_modules(model, [pattern]))
     if not found:
