@@ -20,7 +20,7 @@ from runtime.artifact.check import check_artifact, check_programs
 from runtime.artifact.config_policy import check_config
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.errors import ArtifactError, TargetError, TraceError
-from runtime.host.publish import move_aside, publish_directory
+from runtime.host.publish import move_aside, publish_directory, write_files
 from runtime.language.opaque import is_harmless
 from seqbuild.cache.key import Compilation, digest, resolved
 from seqbuild.cache.recall import Compiled, find_artifact, is_recorded, remember
@@ -155,8 +155,5 @@ def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_module
 def _publish(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:
     """Check the artifact as a host does, publish it, and return the manifest as a host reads it."""
     with publish_directory(path, replace=True) as partial:
-        for name, data in files.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(data)
-        (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+        write_files(partial, {**files, MANIFEST_NAME: manifest.to_bytes()})
         return check_artifact(partial).manifest

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifact.own_code import FOLDER
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
+from runtime.host.publish import write_files
 from runtime.host.regular_files import read_text
 from runtime.model.config import artifact_config
 from seqbuild.build import compile_with
@@ -65,17 +66,12 @@ def model_directory(artifact: Artifact, folder: Path) -> Path:
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
     """Write a directory with this config and the artifact's other files."""
+    files = {name: data for name, data in artifact.companions.items() if name in COMPANIONS}
     if artifact.model_code is not None:
         stated = json.loads(artifact.companions["config.json"].decode("utf-8"))
         table |= {"auto_map": _local(stated.get("auto_map"))}
-    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in artifact.companions.items():
-        if name in COMPANIONS:
-            (folder / name).write_bytes(data)
-    (folder / "config.json").write_text(json.dumps(table), encoding="utf-8")
+        files |= artifact.model_code.files
+    write_files(folder, {**files, "config.json": json.dumps(table).encode()})
     return folder
 
 
