@@ -282,8 +282,8 @@ class SequentialTracer(ValueTracer):
                 and known.free_symbols <= set(sample_sizes(self.shape_env))
                 and not is_expressible(known)
             ):
-                relation_ = f"the relation {known} of sizes, which no condition can express"
-                raise specialized_size(relation_, culprit, self.ancestors)
+                what = f"the relation {known} of sizes, which no condition can express"
+                raise specialized_size(what, culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
