@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from runtime.streaming import journal
-from runtime.streaming.saved_values import CannotSaveError, remove_boundary, save_boundary
+from runtime.streaming.saved_values import CannotSaveError, has_boundary, remove_boundary, save_boundary
 
 if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
@@ -66,13 +66,13 @@ class Committer:
             pending.result()
 
     def last_saved(self, index: int) -> int | None:
-        """The last step before `index` whose values were saved since batches were last split."""
+        """The last step before `index` whose values are saved, for the present batches."""
         found = None
         for entry in self.journal.entries:
             if entry["kind"] == journal.MICRO_BATCH:
                 found = None
             elif entry["kind"] == journal.STEP and entry["saved"] and entry["index"] < index:
-                found = entry["index"]
+                found = entry["index"] if has_boundary(self.folder, entry["index"]) else found
         return found
 
     def _record_step(self, facts: dict[str, Any]) -> None:

@@ -69,9 +69,14 @@ def load_boundary(activations: Activations, folder: Path, index: int) -> None:
         ) from error
 
 
+def has_boundary(folder: Path, index: int) -> bool:
+    """Whether values were saved after a step, in this file format."""
+    return _path(folder, index, 0).is_file()
+
+
 def remove_boundary(folder: Path, index: int) -> None:
     """Delete saved values."""
-    for path in folder.glob(f"boundary-{index}-*"):
+    for path in folder.glob(f"boundary-{index}[-.]*"):
         path.unlink(missing_ok=True)
 
 

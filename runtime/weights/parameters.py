@@ -80,14 +80,12 @@ class Weights:
     def load_input_parts(self, model: nn.Module, name: str) -> None:
         """Give the module of a compressed weight the scales of its static inputs, if it has any."""
         packed = self.origins[name].packed
-        if packed is not None:
-            self._load_input_parts(model, name, packed)
-
-    def _load_input_parts(self, model: nn.Module, name: str, scheme: QuantizationScheme) -> None:
+        if packed is None:
+            return
         from runtime.formats.compressed import input_parts
         from runtime.formats.rounded_inputs import set_input_parts
 
-        parts = input_parts(scheme)
+        parts = input_parts(packed)
         if parts:
             prefix = _module_key(self.origins[name].keys[0])
             read = {part: read_scale(self.checkpoint, f"{prefix}.{part}") for part in parts}

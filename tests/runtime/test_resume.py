@@ -75,6 +75,25 @@ def test_what_is_finished_is_not_done_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
 
+def test_values_that_another_version_has_saved_are_computed_again(
+    narrow_llama: Small, tmp_path: Path, stop_at: Callable[[int], list[int]]
+) -> None:
+    calibrate(narrow_llama, GPTQ_W4, tmp_path / "expected", checkpoint_activations=1)
+    stop_at(15)
+    with pytest.raises(Stop):
+        calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", checkpoint_activations=1)
+    values = tmp_path / ".out.run.partial" / "values"
+    saved = list(values.glob("boundary-1-*.safetensors"))
+    assert len(saved) == 3
+    for path in saved:
+        path.unlink()
+    (values / "boundary-1.bin").write_bytes(b"another format")
+    calls = stop_at(0)
+    result = calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", checkpoint_activations=1, resume=True)
+    assert (result.resumed_at, calls[0]) == (2, 6 + 3)
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "expected")
+
+
 def test_another_processor_is_a_warning(
     narrow_llama: Small, tmp_path: Path, stop_at: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
