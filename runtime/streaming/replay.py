@@ -7,6 +7,8 @@ of all batches for each step; nothing is measured or quantized again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
 
 
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """The parameters that finished steps have changed, read from the new checkpoint.
 
-    Args:
+    Attributes:
         schedule: of the run.
         source: the original checkpoint.
         writer: the new one.
@@ -37,20 +40,15 @@ class Written:
         device: where parameters go.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        source: Weights,
-        writer: ShardWriter,
-        jobs: Mapping[str, Assignment],
-        device: torch.device,
-    ) -> None:
-        self.schedule = schedule
-        self.source = source
-        self.writer = writer
-        self.jobs = jobs
-        self.device = device
-        self._tensors = ModuleTensors(source)
+    schedule: Schedule
+    source: Weights
+    writer: ShardWriter
+    jobs: Mapping[str, Assignment]
+    device: torch.device
+
+    @cached_property
+    def _tensors(self) -> ModuleTensors:
+        return ModuleTensors(self.source)
 
     def is_changed(self, name: str) -> bool:
         """Whether a parameter differs in the new checkpoint."""

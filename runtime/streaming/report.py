@@ -62,11 +62,6 @@ class Calibration:
     num_caches: int = 0
 
 
-def worst_first(modules: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """Sort modules by decreasing relative error; ties stay in order."""
-    return sorted(modules, key=lambda module: -module.error)
-
-
 def summary_lines(result: Calibration) -> Iterator[str]:
     """Summarize a run: its size, the modules with the largest errors, and every warning."""
     again = f", after {result.resumed_at} subgraphs of an earlier process" if result.resumed_at else ""
@@ -85,7 +80,7 @@ def summary_lines(result: Calibration) -> Iterator[str]:
 
 
 def _table(modules: Iterable[ModuleReport]) -> Iterator[str]:
-    worst = worst_first(modules)[:_NUM_SHOWN]
+    worst = sorted(modules, key=lambda module: -module.error)[:_NUM_SHOWN]
     width = max(len(module.name) for module in worst)
     for module in worst:
         damping = f", dampening {module.damping:g}" if module.damping else ""

@@ -83,7 +83,13 @@ class StreamingRun:
         first = len(self.workplace.journal.of_kind(journal.STEP))
         remaining = self.schedule.steps[first:]
         loads = {step.index: step.loads for step in remaining}
-        self.written = Written(self.schedule, self.source, self.writer, self.jobs, self.options.device)
+        self.written = Written(
+            schedule=self.schedule,
+            source=self.source,
+            writer=self.writer,
+            jobs=self.jobs,
+            device=self.options.device,
+        )
         with ExitStack() as stack:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
@@ -95,7 +101,7 @@ class StreamingRun:
             )
             self._resume(first)
             for step in remaining:
-                self._do(step)
+                self._run_step(step)
             for stored in self.schedule.rest:
                 self._pass_through(stored.name)
             self.committer.wait()
@@ -106,15 +112,15 @@ class StreamingRun:
         if hasattr(self, "passes"):  # missing if the run could not be resumed
             self.passes.activations.close()
 
-    def _do(self, step: Step) -> None:
+    def _run_step(self, step: Step) -> None:
         """Run one step, with smaller batches for as long as it runs out of memory."""
-        is_anew = False
+        is_retry = False
         while True:
             try:
                 if self.is_behind:
                     self._rebuild(step.index)
                     self.is_behind = False
-                self._attempt(step, is_anew=is_anew)
+                self._attempt(step, is_retry=is_retry)
                 return
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -123,14 +129,14 @@ class StreamingRun:
             # Outside of the block, so that no traceback refers to the tensors of the attempt.
             unload(self.model, step.subgraph.entry.parameters)
             give_memory_back(self.options.device)
-            self._take_less(step, reason)
-            is_anew = self.is_behind = True
+            self._use_less_memory(step, reason)
+            is_retry = self.is_behind = True
 
-    def _attempt(self, step: Step, *, is_anew: bool) -> None:
+    def _attempt(self, step: Step, *, is_retry: bool) -> None:
         begin = time.perf_counter()
         bytes_before = self.source.checkpoint.bytes_read
         self.passes.begin()
-        if is_anew:
+        if is_retry:
             self.stream.reload(self.model, step.index)
         else:
             self.stream.load(self.model, step.index)
@@ -254,7 +260,7 @@ class StreamingRun:
             begin = saved + 1
         run_again(self.schedule.steps[begin:index], self.passes, self.written)
 
-    def _take_less(self, step: Step, reason: str) -> None:
+    def _use_less_memory(self, step: Step, reason: str) -> None:
         """Move values off the device, or else halve the largest batch; the batches start again at the model's inputs.
 
         Raises:

@@ -117,8 +117,8 @@ def test_changed_weights_are_kept_for_later_subgraphs(
     kept: list[list[str]] = []
     real = StreamingRun._attempt
 
-    def attempt(self: StreamingRun, step: Step, *, is_anew: bool) -> None:
-        real(self, step, is_anew=is_anew)
+    def attempt(self: StreamingRun, step: Step, *, is_retry: bool) -> None:
+        real(self, step, is_retry=is_retry)
         kept.append(sorted(self.kept))
 
     monkeypatch.setattr(StreamingRun, "_attempt", attempt)
