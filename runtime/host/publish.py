@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from runtime.errors import OutputError, SeqbuildError
@@ -109,6 +109,13 @@ def write_file(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files under a new directory, by their relative paths."""
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
 
 
 def put_in_place(partial: Path, path: Path, *, replace: bool = False) -> None:

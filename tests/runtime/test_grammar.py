@@ -11,7 +11,7 @@ from runtime.errors import ArtifactError
 from runtime.language.grammar import LOOP_LIMIT, NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program
 from runtime.language.opaque import is_opaque_path
 from seqbuild import trace_subgraphs
-from seqbuild.chain.targets import infer_targets
+from seqbuild.chain.targets import default_targets
 from tests.runtime.artifacts import FIRST
 from tests.sweep import sweep
 from tests.tiny_models import ZOO, make_inputs, tiny_model
@@ -105,7 +105,7 @@ def test_lookups_that_the_manifest_lists() -> None:
 @pytest.mark.parametrize("name", sweep(ZOO, "llama", "qwen3_moe", "mamba", "t5"))
 def test_everything_that_is_emitted_is_accepted(name: str) -> None:
     model = tiny_model(name)
-    for subgraph in trace_subgraphs(model, make_inputs(model, 2, 6), infer_targets(model)):
+    for subgraph in trace_subgraphs(model, make_inputs(model, 2, 6), default_targets(model)):
         code = subgraph.code
         kinds = ("submodules", "attributes", "objects", "constants", "opaque", "output_names")
         allowed = Allowed(input_names=subgraph.input_names, **{kind: getattr(code, kind) for kind in kinds})

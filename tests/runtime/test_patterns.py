@@ -164,7 +164,7 @@ class TestPlaces:
         model = tiny_model("llama")
         with pytest.raises(PatternError, match="takes too long"):
             match_modules(model, ["re:(.|..)+[A-Z]"])
-        with pytest.raises(TargetError, match="is not a regular expression"):
+        with pytest.raises(TargetError, match="is not a valid regular expression"):
             match_modules(model, ["re:(a{200}){51}"])
 
 

@@ -80,7 +80,7 @@ def test_a_way_that_all_samples_go_is_taken_and_required() -> None:
     ids=["samples differ", "always the same", "no values"],
 )
 def test_a_way_that_samples_do_not_show_is_an_error(ids: torch.Tensor) -> None:
-    with pytest.raises(TraceError, match=r"test_decisions.py, line \d+\): it decides by values"):
+    with pytest.raises(TraceError, match=r"test_decisions.py, line \d+\): it branches on data"):
         trace(Layout(), x=values(*ids.shape), ids=ids)
 
 
@@ -107,7 +107,7 @@ class Written(toys.Toy):
 
 @pytest.mark.parametrize("make", [Weighs, Written])
 def test_contents_show_nothing(make: type[nn.Module]) -> None:
-    with pytest.raises(TraceError, match="decides by values"):
+    with pytest.raises(TraceError, match="branches on data"):
         trace(make(), x=values(2, 3), ids=torch.tensor([[1, 0, 2], [4, 5, 6]]))
 
 
