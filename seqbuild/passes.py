@@ -29,7 +29,7 @@ from seqbuild.chain.targets import candidate_targets
 from seqbuild.manifest.assemble import assemble
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.relied_on import defining_sources
-from seqbuild.trace.attempts import Traced, read_sample, trace_best, with_larger
+from seqbuild.trace.attempts import Traced, read_sample, trace_first_working, with_larger
 from seqbuild.trace.model import TraceOptions
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _trace(compilation: Compilation, built: BuiltModel, remarks: list[str]) -> T
         own_modules = compilation.own_modules
         return options.auto_ignore and is_harmless(function.path, (type(model).__module__,), own_modules)
 
-    traced = trace_best(
+    traced = trace_first_working(
         model,
         with_larger(model, built.sample, options),
         built.candidates,
