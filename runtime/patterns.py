@@ -68,7 +68,7 @@ def fault(expression: str) -> str:
     return ""
 
 
-class _Search:
+class _PatternSearch:
     """A compiled expression, and the time that its slow searches took."""
 
     def __init__(self, expression: str) -> None:
@@ -101,8 +101,8 @@ class _Search:
 
 
 @functools.lru_cache(maxsize=4096)
-def _search(expression: str) -> _Search:
-    return _Search(expression)
+def _search(expression: str) -> _PatternSearch:
+    return _PatternSearch(expression)
 
 
 def _compiled(expression: str) -> Any:
