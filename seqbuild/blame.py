@@ -49,7 +49,7 @@ class Culprit:
         file: its file.
         line: its line number.
         around: the enclosing calls that can be named, innermost first. Functions inside a recorded step are left out,
-        because nothing inside a step is recorded.
+            because nothing inside a step is recorded.
     """
 
     name: str
@@ -215,7 +215,7 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
     """Suggest what a user can do about a line of the model's code."""
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
-        return "move that line into a function of its own and name it with --ignore"
+        return "move that line into a separate function and pass that to --ignore"
     return f"make it one opaque step with --ignore {function.name}"
 
 

@@ -100,7 +100,6 @@ class EmittedCode:
 def emit(
     graph: fx.Graph,
     *,
-    title: str = "",
     traced_dtype: torch.dtype | None = None,
     scope: str | None = None,
     is_last: bool = True,
@@ -109,17 +108,16 @@ def emit(
 
     Args:
         graph: its placeholders are the inputs, its output is a dict; `owning_module` resolves attribute names.
-        title: a comment for the first line.
         traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes unchanged.
         scope: the dotted name of the module passed as `self`, which must contain everything that the subgraph calls and
-        reads. Value names then depend on the subgraph only, so that layers with the same computation have the same
-        source. None selects the model and the names of the graph.
+            reads. Value names then depend on the subgraph only, so that layers with the same computation have the same
+            source. None selects the model and the names of the graph.
         is_last: whether the results are the model's own, whose names are kept.
 
     Raises:
         TraceError: for a value or function that generated code cannot contain.
     """
-    return _Emitter(graph, traced_dtype, scope, is_last).emit(title)
+    return _Emitter(graph, traced_dtype, scope, is_last).emit()
 
 
 def common_scope(graph: fx.Graph, target: str) -> str:
@@ -157,7 +155,7 @@ class _Emitter:
     taken: dict[str, None] = field(default_factory=dict)
     references: dict[str, dict[str, None]] = field(default_factory=dict)
 
-    def emit(self, title: str) -> EmittedCode:
+    def emit(self) -> EmittedCode:
         inputs = self.graph.find_nodes(op="placeholder")
         for node in inputs:
             self._name(node, str(node.target))
@@ -165,8 +163,7 @@ class _Emitter:
         for name in arguments:
             if name in RESERVED:
                 raise TraceError(f"an input of the model is named {name!r}, which is reserved in generated code")
-        lines = [f"# {title}"] if title else []
-        lines.append(f"def forward({', '.join(['self', *arguments])}, *, run):")
+        lines = [f"def forward({', '.join(['self', *arguments])}, *, run):"]
         last_use, depth = self._last_uses(), 1
         for node in self.graph.nodes:
             if node.op == "output":

@@ -102,16 +102,16 @@ def _unmatched(model: nn.Module, name: str) -> tuple[str, str]:
     )
 
 
-def infer_targets(model: nn.Module) -> tuple[str, ...]:
-    """Return the default patterns to cut at: the first of `inferred_targets`.
+def default_targets(model: nn.Module) -> tuple[str, ...]:
+    """Return the default patterns to cut at: the first of `candidate_targets`.
 
     Raises:
         TargetError: if there is none.
     """
-    return next(inferred_targets(model))
+    return next(candidate_targets(model))
 
 
-def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
+def candidate_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Yield default patterns to cut at, best first.
 
     For the part that handles text (the whole model unless it is multimodal): the existing no-split classes, outermost
@@ -200,7 +200,7 @@ def get_sequential_targets(
     if len(requests) > 1:
         wishes = "; ".join(f"{who} for {', '.join(names)}" for names, who in requests.items())
         raise TargetError(f"conflicting sequential targets: {wishes}", hint="give the same targets everywhere")
-    return list(next(iter(requests)) if requests else infer_targets(model))
+    return list(next(iter(requests)) if requests else default_targets(model))
 
 
 def as_names(value: Any) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from seqbuild.sample.inputs import default_sample, rehearsal_samples
 from seqbuild.sample.shape import REHEARSAL_SHAPES
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from seqbuild.trace.record.leaf_policy import always_foreign
 from seqbuild.trace.record.tracer import leaf_policy
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from seqbuild.blame import Function
+    from seqbuild.options import CompileOptions
 
 Sample = Mapping[str, torch.Tensor]
 
@@ -58,22 +58,16 @@ class Traced:
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
-def read_sample(
-    model: nn.Module, file: str | os.PathLike[str] | None, *, text_only: bool = False
-) -> dict[str, torch.Tensor]:
-    """Read or generate the sample for tracing.
-
-    Args:
-        model: the model that takes the inputs.
-        file: safetensors with inputs by name; None generates them.
-        text_only: generate tokens only, no images or sounds.
+def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Tensor]:
+    """Read the model's sample from the file in the options, or generate it.
 
     Raises:
-        DataError: if the file cannot be read or contains inputs that the model does not have.
-        TraceError: if the model's inputs are unknown.
+        DataError: if the file cannot be read, or contains an input that the model does not take.
+        TraceError: if no sample can be generated.
     """
+    file = options.sample
     if file is None:
-        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=text_only), TRACE_DTYPE)
+        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=options.text_only), TRACE_DTYPE)
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -81,32 +75,28 @@ def read_sample(
         sample = load(read_regular(file))
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"sample file {os.fspath(file)} cannot be read: {error}",
+            f"sample file {file} cannot be read: {error}",
             hint="write the model's inputs by name with safetensors.torch.save_file",
         ) from error
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]
     if unknown or not sample:
         raise DataError(
-            f"sample file {os.fspath(file)} "
+            f"sample file {file} "
             + (f"contains {unknown[0]!r}, which is no input of the model" if unknown else "contains no tensors"),
             hint=f"the inputs of {type(model).__name__} are {', '.join(takes)}",
         )
     return _in_dtype({name: sample[name] for name in takes if name in sample}, TRACE_DTYPE)
 
 
-def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only: bool = False) -> list[Sample]:
-    """Return the sample and further samples of other sizes, for steps that need values.
+def with_larger(model: nn.Module, sample: Sample, options: CompileOptions) -> list[Sample]:
+    """Return the sample, and others of other sizes for steps that need values.
 
-    Args:
-        model: the model that takes the inputs.
-        sample: the result of `read_sample`.
-        is_made_up: generate the others as well, instead of repeating the contents of the sample.
-        text_only: as for `read_sample`.
+    The others are generated as well, or repeat the contents of the sample file in the options.
     """
-    if not is_made_up:
+    if options.sample is not None:
         return list(rehearsal_samples(sample))
-    others = (default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES[1:])
+    others = (default_sample(model, shape, text_only=options.text_only) for shape in REHEARSAL_SHAPES[1:])
     return [sample, *(_in_dtype(other, TRACE_DTYPE) for other in others)]
 
 
@@ -116,15 +106,7 @@ def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.
 
 
 def trace_first_working(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    candidates: Sequence[tuple[str, ...]],
-    *,
-    ignore: Sequence[str],
-    may_ignore: Callable[[Function], bool],
-    targets_per_subgraph: int,
-    is_batch_only: bool,
-    leaves: str,
+    model: nn.Module, samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]], options: TraceOptions
 ) -> Traced:
     """Return the first trace that succeeds.
 
@@ -132,12 +114,9 @@ def trace_first_working(
         model: without weights, in `TRACE_DTYPE`.
         samples: the result of `with_larger`.
         candidates: target patterns, best first; later ones are tried if the sample does not reach the earlier ones.
-        ignore: as for `trace_model`, like the next three.
-        may_ignore: see there.
-        targets_per_subgraph: see there.
-        is_batch_only: see there.
-        leaves: as for `trace_model`, or `auto`: `linear` if the host can then build everything by itself, or if the
-            model is a mixture whose experts are reached that way, else `target`.
+        options: as for `trace_model`, without dtype and samples. The depth may also be `auto`: `linear` if the host can
+            then build everything by itself, or if the model is a mixture whose experts are reached that way, else
+            `target`.
 
     Raises:
         TargetError, TraceError: the error of the first attempt, if none succeeds.
@@ -146,27 +125,17 @@ def trace_first_working(
     def trace(leaves: str, may_ignore: Callable[[Function], bool]) -> Traced:
         def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
             real = [_in_dtype(sample, dtype) for sample in samples]
-            found = trace_model(
-                model,
-                real[0],
-                patterns,
-                ignore=ignore,
-                targets_per_subgraph=targets_per_subgraph,
-                dtype=dtype,
-                may_ignore=may_ignore,
-                samples=real,
-                is_batch_only=is_batch_only,
-                leaves=leaves,
-            )
+            changed = dataclasses.replace(options, leaves=leaves, may_ignore=may_ignore, dtype=dtype, samples=real)
             fixed = None if dtype == TRACE_DTYPE else dtype
+            found = trace_model(model, real[0], patterns, changed)
             return Traced(trace=found, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
 
         return _first_of(candidates, attempt)
 
-    if leaves != "auto":
-        return trace(leaves, may_ignore)
-    has_foreign = bool(ignore or always_foreign(model))
-    return _trace_portably(trace, may_ignore, has_foreign=has_foreign, has_experts=lambda: _has_experts(model))
+    if options.leaves != "auto":
+        return trace(options.leaves, options.may_ignore)
+    has_foreign = bool(options.ignore or always_foreign(model))
+    return _trace_portably(trace, options.may_ignore, has_foreign=has_foreign, has_experts=lambda: _has_experts(model))
 
 
 def _first_of(

@@ -61,6 +61,29 @@ class Trace:
     remarks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceOptions:
+    """Options of a trace.
+
+    Attributes:
+        ignore: functions to record as one opaque step each, see `trace_subgraphs`.
+        may_ignore: whether a function that cannot be recorded may become an opaque step, too.
+        targets_per_subgraph: the number of targets in each subgraph.
+        dtype: as for `SequentialTracer`.
+        samples: real inputs of several sizes for steps that need values, the first with the sizes of the sample.
+        is_batch_only: require a symbolic batch size, but not a symbolic length of token inputs.
+        leaves: as for `SequentialTracer`.
+    """
+
+    ignore: tuple[str, ...] = ()
+    may_ignore: Callable[[Function], bool] = lambda function: False
+    targets_per_subgraph: int = 1
+    dtype: torch.dtype | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
+    is_batch_only: bool = True
+    leaves: str = "target"
+
+
 def trace_subgraphs(
     model: nn.Module,
     sample_input: Mapping[str, Any],
@@ -94,14 +117,12 @@ def trace_subgraphs(
     require_module(model)
     require_sample(original(model), sample_input)
     require_count("targets per subgraph", targets_per_subgraph)
-    trace = trace_model(
-        model,
-        sample_input,
-        sequential_targets,
-        ignore=ignore,
+    options = TraceOptions(
+        ignore=as_names(ignore),
         targets_per_subgraph=targets_per_subgraph,
-        may_ignore=(lambda function: True) if auto_ignore else (lambda function: False),
+        may_ignore=lambda function: auto_ignore,
     )
+    trace = trace_model(model, sample_input, sequential_targets, options)
     for remark in trace.remarks:
         warnings.warn(remark, stacklevel=2)
     return list(trace.subgraphs)
@@ -111,45 +132,15 @@ def trace_model(
     model: nn.Module,
     sample_input: Mapping[str, Any],
     sequential_targets: Sequence[str],
-    *,
-    ignore: Sequence[str] = (),
-    targets_per_subgraph: int = 1,
-    dtype: torch.dtype | None = None,
-    may_ignore: Callable[[Function], bool] = lambda function: False,
-    samples: Sequence[Mapping[str, Any]] = (),
-    is_batch_only: bool = True,
-    leaves: str = "target",
+    options: TraceOptions = TraceOptions(),
 ) -> Trace:
-    """Trace a model like `trace_subgraphs` and return the complete trace.
-
-    Args:
-        model: as for `trace_subgraphs`, like the next four.
-        sample_input: see there.
-        sequential_targets: see there.
-        ignore: see there.
-        targets_per_subgraph: see there.
-        dtype: as for `SequentialTracer`.
-        may_ignore: whether a function that cannot be recorded may become an opaque step.
-        samples: real inputs of several sizes for steps that need values; the first has the sizes of the sample.
-        is_batch_only: require a symbolic batch size, but not a symbolic length of token inputs.
-        leaves: as for `SequentialTracer`.
-    """
+    """Trace a model like `trace_subgraphs` and return the complete trace."""
     model, patterns = original(model), as_names(sequential_targets)
     with uncompiled(model), _in_eval_mode(model), left_as_found(model), surroundings_as_found():
         targets = require_targets(model, patterns)
         silent: dict[nn.Module, None] = {}
         while True:
-            attempts = _Attempts(
-                model=model,
-                sample_input=sample_input,
-                targets=targets,
-                ignore=as_names(ignore),
-                dtype=dtype,
-                may_ignore=may_ignore,
-                samples=samples,
-                is_batch_only=is_batch_only,
-                leaves=leaves,
-            )
+            attempts = _Attempts(model=model, sample_input=sample_input, targets=targets, options=options)
             graph, tracer = find_trace(attempts.attempt, attempts.is_candidate, _is_equivalent)
             called = _called(graph, model, targets)
             silent |= dict.fromkeys(target for target in targets if target not in called)
@@ -159,7 +150,7 @@ def trace_model(
                 raise _uncalled_error(model, targets)
             if others <= dict.fromkeys(called).keys():
                 remarks = _remarks(model, patterns, silent, called)
-                return _cut(model, graph, tracer, called, targets_per_subgraph, remarks)
+                return _cut(model, graph, tracer, called, options.targets_per_subgraph, remarks)
             targets = others
 
 
@@ -190,12 +181,7 @@ class _Attempts:
     model: nn.Module
     sample_input: Mapping[str, Any]
     targets: Collection[nn.Module]
-    ignore: Sequence[str]
-    dtype: torch.dtype | None
-    may_ignore: Callable[[Function], bool]
-    samples: Sequence[Mapping[str, Any]]
-    is_batch_only: bool
-    leaves: str
+    options: TraceOptions
     ancestors: Collection[nn.Module] = field(init=False)
     arguments: Mapping[str, Any] = field(init=False)
     foreign: dict[str, None] = field(init=False)
@@ -204,7 +190,7 @@ class _Attempts:
         concrete = populate_concrete_args(self.model, self.sample_input)
         self.ancestors = get_sequential_ancestors(self.model, self.targets)
         self.arguments = {name: concrete[name] for name in ("use_cache",) if name in concrete}
-        self.foreign = dict.fromkeys(always_foreign(self.model) if self.leaves != "target" else ())
+        self.foreign = dict.fromkeys(always_foreign(self.model) if self.options.leaves != "target" else ())
 
     def attempt(self, paths: Sequence[str], answers: Sequence[Answer]) -> _Attempt:
         """Trace with the sample's sizes as symbols; if that fails, with some sizes fixed, or with a longer sample."""
@@ -214,7 +200,7 @@ class _Attempts:
             if error.fixed_by_model:  # the model rejects other sizes, so these can be constants
                 with contextlib.suppress(TraceError):
                     return self._trace(self.sample_input, paths, answers, error.fixed_by_model)
-            longer = longer_text(self.sample_input) if self.leaves != "target" else None
+            longer = longer_text(self.sample_input) if self.options.leaves != "target" else None
             if longer is None:
                 raise
             with contextlib.suppress(TraceError):  # the sample may be too short for a loop
@@ -234,27 +220,27 @@ class _Attempts:
         tracer = SequentialTracer(
             list(self.ancestors),
             _offloaded(self.model, self.ancestors),
-            ignore=(*self.ignore, *(path for path in paths if path not in self.foreign)),
-            leaves=self.leaves,
+            ignore=(*self.options.ignore, *(path for path in paths if path not in self.foreign)),
+            leaves=self.options.leaves,
             foreign=self.foreign,
-            dtype=self.dtype,
+            dtype=self.options.dtype,
             targets=self.targets,
             answers=answers,
-            samples=self.samples,
+            samples=self.options.samples,
             fixed=fixed,
             marks_cache=marks_cache,
         )
         try:
             traced = tracer.trace(self.model, sizes, self.arguments)
-            tracer.require_free_sizes(is_batch_only=self.is_batch_only)
+            tracer.require_free_sizes(is_batch_only=self.options.is_batch_only)
         except UntraceableError as error:
             if tracer.cached is not None and tracer.cached.is_refused:
                 return self._trace(sizes, paths, answers, fixed, marks_cache=False)
-            error.earlier = _earlier_specialization(tracer, self.is_batch_only)
+            error.earlier = _earlier_specialization(tracer, self.options.is_batch_only)
             error.fixed_by_model = tracer.fixed_by_model()
             raise
         except UndecidedError as error:
-            error.earlier = _earlier_specialization(tracer, self.is_batch_only)
+            error.earlier = _earlier_specialization(tracer, self.options.is_batch_only)
             raise
         if tracer.cached is not None and tracer.cached.is_refused:
             return self._trace(sizes, paths, answers, fixed, marks_cache=False)
@@ -263,8 +249,8 @@ class _Attempts:
     def is_candidate(self, function: Function) -> bool:
         """Return whether a function that cannot be traced may become one step."""
         is_ancestor = function.is_forward and function.owner in self.ancestors
-        is_wanted = not is_ancestor and self.may_ignore(function)
-        if is_wanted and self.leaves != "target" and function.is_forward:
+        is_wanted = not is_ancestor and self.options.may_ignore(function)
+        if is_wanted and self.options.leaves != "target" and function.is_forward:
             self.foreign[function.path] = None
         return is_wanted
 

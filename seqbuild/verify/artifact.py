@@ -11,6 +11,8 @@ plain       compare with the model's plain call, as for real data       seqbuild
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import os
 import tempfile
 import time
@@ -48,6 +50,32 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions:
+    """Options of a verification; see `verify_artifact`."""
+
+    weights: Path | None
+    dtype: str
+    tolerance: float
+    shapes: Sequence[SampleShape]
+    trust_remote_code: bool
+    allow_version_skew: bool
+
+    def __post_init__(self) -> None:
+        """Reject invalid values.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
+            raise UsageError(f"--dtype must be one of {', '.join(_DTYPES)}; got {shown(self.dtype)}")
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < math.inf:
+            raise UsageError(f"--tolerance must be a finite number, 0 or more; got {shown(self.tolerance)}")
+        if not isinstance(self.shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in self.shapes):
+            hint = "it must be a list of seqbuild.sample.shape.SampleShape"
+            raise UsageError(f"shapes is {shown(self.shapes)}", hint=hint)
 
 
 def verify_artifact(
@@ -89,54 +117,41 @@ def verify_artifact(
         TraceError, TargetError: if inputs cannot be generated or the small model cannot be compiled.
     """
     start = time.perf_counter()
-    _require_sensible(dtype, tolerance)
-    if not isinstance(shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in shapes):
-        raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.shape.SampleShape")
-    directory = None if weights is None else as_path("weights", weights)
+    options = VerifyOptions(
+        weights=None if weights is None else as_path("weights", weights),
+        dtype=dtype,
+        tolerance=tolerance,
+        shapes=shapes,
+        trust_remote_code=trust_remote_code,
+        allow_version_skew=allow_version_skew,
+    )
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     artifact.require_consent()  # the model itself is run
-    return _verified(artifact, directory, dtype, tolerance, shapes, trust_remote_code=trust_remote_code, start=start)
+    return dataclasses.replace(_verified(artifact, options), seconds=time.perf_counter() - start)
 
 
-def _verified(
-    artifact: Artifact,
-    weights: Path | None,
-    dtype: str,
-    tolerance: float,
-    shapes: Sequence[SampleShape],
-    *,
-    trust_remote_code: bool,
-    start: float,
-) -> Verification:
-    changed, remarks = None, []
+def _verified(artifact: Artifact, options: VerifyOptions) -> Verification:
+    changed, remarks, dtype = None, [], _DTYPES[options.dtype]
     with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _quiet_libraries():
-        if weights is None:
-            small = load(compile_small(artifact, Path(name)), trust_remote_code=trust_remote_code)
+        if options.weights is None:
+            small = load(compile_small(artifact, Path(name)), trust_remote_code=options.trust_remote_code)
             changed, why = changed_files(artifact, Path(name))
             remarks.append(_code_remark(changed, why))
-            pair: _Pair = _RandomPair(artifact=small, dtype=_DTYPES[dtype])
+            pair: _Pair = _RandomPair(artifact=small, dtype=dtype)
         else:
-            pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=weights)
-        compared = tuple(_compare(pair, shapes, tolerance))
+            pair = _LoadedPair(artifact=artifact, dtype=dtype, weights=options.weights)
+        compared = tuple(_compare(pair, options))
         remarks += missing_input_remarks(artifact.manifest, model_class(artifact))
     return Verification(
         path=artifact.path,
         class_name=artifact.manifest.model.class_name,
-        weights=weights,
-        dtype=dtype,
-        tolerance=tolerance,
+        weights=options.weights,
+        dtype=options.dtype,
+        tolerance=options.tolerance,
         shapes=compared,
         changed=changed,
         remarks=tuple(remarks),
-        seconds=time.perf_counter() - start,
     )
-
-
-def _require_sensible(dtype: str, tolerance: float) -> None:
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}", hint=f"it must be one of {', '.join(_DTYPES)}")
-    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
-        raise UsageError(f"--tolerance is {tolerance!r}", hint="it must be a number of 0 or more")
 
 
 def _code_remark(changed: tuple[str, ...] | None, why: str) -> str:
@@ -273,11 +288,11 @@ class _ModelRun:
     refusal: str = ""
 
 
-def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> Iterator[Compared]:
+def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
     """Run the model on all shapes first, so that it can be freed before the chain's weights are loaded."""
     pair.check()
     model = pair.model()
-    references = [_reference(pair, model, shape) for shape in shapes]
+    references = [_reference(pair, model, shape) for shape in options.shapes]
     if all(reference.refusal for reference in references):
         raise ModelError(
             f"{type(model).__name__} fails on all sample inputs, so there is nothing to compare: "
@@ -287,7 +302,7 @@ def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> It
     del model
     twin = pair.twin()
     for reference in references:
-        yield _compared(pair.artifact, twin, reference, tolerance)
+        yield _compared(pair.artifact, twin, reference, options.tolerance)
 
 
 def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _ModelRun:

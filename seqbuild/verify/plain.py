@@ -15,7 +15,7 @@ import torch
 from runtime.artifact.manifest import UNKNOWN_ABSENCE
 from runtime.data.decoder import LABELS
 from runtime.data.inputs import DECODER_IDS, model_inputs
-from seqbuild.sample.inputs import left_out_of_plain_calls
+from seqbuild.sample.plain import left_out_of_plain_calls
 from seqbuild.verify.difference import Difference, difference
 from seqbuild.verify.running import run_chain, run_model
 

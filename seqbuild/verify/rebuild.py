@@ -11,6 +11,7 @@ from runtime.artifact.check import Checked, check_artifact
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.artifact.own_code import is_own_module
 from runtime.errors import UsageError
+from runtime.host.publish import write_files
 from seqbuild.verify.recompile import recompile
 
 
@@ -91,7 +92,5 @@ def _described(checked: Checked, folder: Path) -> Path:
         name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))
     }
     files |= dict(checked.code.files) if checked.code is not None else {}
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+    write_files(folder, files)
     return folder

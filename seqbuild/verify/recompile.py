@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifact.own_code import FOLDER
 from runtime.errors import ModelError, SeqbuildError, TargetError, TraceError
+from runtime.host.publish import write_files
 from runtime.host.regular_files import read_text
 from runtime.model.config import artifact_config
-from seqbuild.build import build
+from seqbuild.build import compile_with
 from seqbuild.cache.recall import Compiled
-from seqbuild.chain.targets import inferred_targets, match_modules
+from seqbuild.chain.targets import candidate_targets, match_modules
 from seqbuild.model.from_config import build_weightless
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import COMPANIONS, resolve_source
+from seqbuild.options import ATTENTIONS, CompileOptions
 from seqbuild.sample.inputs import default_sample
 from seqbuild.sample.shape import SampleShape
 from seqbuild.shrink.config import shrink_table
@@ -57,17 +59,12 @@ def _small_model_directory(artifact: Artifact, folder: Path) -> Path:
 
 def _write(artifact: Artifact, table: dict[str, Any], folder: Path) -> Path:
     """Write a directory with this config and the artifact's other files."""
+    files = {name: data for name, data in artifact.companions.items() if name in COMPANIONS}
     if artifact.model_code is not None:
         stated = json.loads(artifact.companions["config.json"].decode("utf-8"))
         table |= {"auto_map": _local(stated.get("auto_map"))}
-    for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in artifact.companions.items():
-        if name in COMPANIONS:
-            (folder / name).write_bytes(data)
-    (folder / "config.json").write_text(json.dumps(table), encoding="utf-8")
+        files |= artifact.model_code.files
+    write_files(folder, {**files, "config.json": json.dumps(table).encode()})
     return folder
 
 
@@ -102,19 +99,20 @@ def recompile(manifest: Manifest, directory: Path, out: Path) -> Compiled:
         names = [entry.name for entry in manifest.inputs]
         text_only = is_text_only(model, names)
         with _sample_file(model, names, out, text_only=text_only) as sample:
-            return build(
-                directory,
+            options = CompileOptions(
+                model=str(directory),
                 targets=_targets(model, manifest.target_patterns),
                 ignore=manifest.ignore,
                 auto_ignore=manifest.ingredients.get("auto_ignore") != "false",
                 sample=sample,
                 text_only=text_only,
                 targets_per_subgraph=manifest.targets_per_subgraph,
-                attn_implementation=None if is_usual or wanted not in ("eager", "sdpa") else wanted,
+                attn_implementation=None if is_usual or wanted not in ATTENTIONS else wanted,
                 out=out,
                 trust_remote_code=True,
                 leaves=manifest.ingredients.get("leaves", "target"),
             )
+            return compile_with(options)
 
 
 def is_text_only(model: nn.Module, names: list[str]) -> bool:
@@ -151,25 +149,20 @@ def _sample_file(model: nn.Module, names: list[str], folder: Path, *, text_only:
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sample.safetensors"
-    save_file(
-        {
-            name: value.contiguous()
-            for name, value in sample_of(model, names, SampleShape(images=2), text_only=text_only).items()
-        },
-        file,
-    )
+    sample = sample_of(model, names, SampleShape(images=2), text_only=text_only)
+    save_file({name: value.contiguous() for name, value in sample.items()}, file)
     yield file
 
 
-def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the patterns to cut at, without those that match no layer of a small model; None for the default.
+def _targets(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the patterns to cut at, without those that match no layer of a small model; empty for the default.
 
     Raises:
         TargetError: if no pattern matches.
     """
     with contextlib.suppress(TargetError):
-        if patterns in inferred_targets(model):
-            return None
+        if patterns in candidate_targets(model):
+            return ()
     found = tuple(pattern for pattern in patterns if match_modules(model, [pattern]))
     if not found:
         raise TargetError(

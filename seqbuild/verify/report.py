@@ -12,7 +12,7 @@ HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """The model and the chain on inputs of one shape.
+    """Comparison of the model and the chain on inputs of one shape.
 
     Attributes:
         batch: the number of rows.
@@ -78,7 +78,7 @@ class Verification:
     shapes: tuple[Compared, ...]
     changed: tuple[str, ...] | None
     remarks: tuple[str, ...]
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def is_equal(self) -> bool:

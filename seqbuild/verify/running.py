@@ -78,7 +78,7 @@ def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[
 
 @contextlib.contextmanager
 def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
-    """Record a digest of each result of the submodules `names` while the block runs, by name."""
+    """Record a digest of each output of the submodules `names` while the block runs, by name."""
     found: Prints = {}
     hooks = []
     for name in names:

@@ -437,7 +437,7 @@ class TestIgnore:
             trace(toys.BranchInForward())
         assert "BranchInForward.forward cannot be traced" in caught.value.message
         assert "--ignore BranchInForward.forward" not in caught.value.hint
-        assert "function of its own" in caught.value.hint
+        assert "separate function" in caught.value.hint
 
     def test_opaque_steps_are_recorded_by_path(self) -> None:
         subgraphs = trace(toys.Branches(), "spread")

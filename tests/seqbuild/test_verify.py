@@ -275,7 +275,7 @@ def test_a_config_that_cannot_be_made_small(llama: tuple[Path, Path], monkeypatc
 
 
 def test_options_that_cannot_be(llama: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="--dtype is 'int8'"):
+    with pytest.raises(UsageError, match="--dtype must be one of float32, bfloat16, float16; got 'int8'"):
         verify_artifact(llama[1], dtype="int8")
     for tolerance in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--tolerance"):

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
-from runtime.host.left_as_found import Found, left_as_found
+from runtime.host.left_as_found import ProcessState, left_as_found
 from seqbuild.blame import UntraceableError, advice, blame, specialized_size, unsupported_operator
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
@@ -151,7 +151,7 @@ class SequentialTracer(ValueTracer):
         root: nn.Module,
         sample_input: Mapping[str, Any],
         concrete_args: Mapping[str, Any] | None,
-        found: Found,
+        found: ProcessState,
     ) -> fx.Graph:
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
@@ -282,8 +282,8 @@ class SequentialTracer(ValueTracer):
                 and known.free_symbols <= set(sample_sizes(self.shape_env))
                 and not is_expressible(known)
             ):
-                relation_ = f"the relation {known} of sizes, which no condition can express"
-                raise specialized_size(relation_, culprit, self.ancestors)
+                what = f"the relation {known} of sizes, which no condition can express"
+                raise specialized_size(what, culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
