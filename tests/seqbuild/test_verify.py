@@ -181,7 +181,7 @@ def test_where_the_chain_leaves_the_model(llama: tuple[Path, Path], monkeypatch:
         assert shape.subgraph is not None
         assert manifest.subgraphs[shape.subgraph].targets == ("model.layers.1",)
         assert shape.result == f"differs: logits, from subgraph {shape.subgraph} on"
-    assert found.verdict.startswith("NOT EQUAL: on 2 of 2 shapes")
+    assert found.verdict.startswith("NOT EQUAL: the results of chain and model differ for 2 of 2 shapes")
 
 
 def test_a_chain_that_fails_is_not_equal(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
