@@ -43,6 +43,8 @@ from seqbuild.chain.emit import EmittedCode, common_scope
 from seqbuild.chain.targets import as_names, inferred_targets
 from seqbuild.manifest import describe
 from seqbuild.manifest.attention import cached_values
+from seqbuild.manifest.experts.tables import expert_tables
+from seqbuild.manifest.lookups import lookups
 from seqbuild.manifest.portable import Parts, limits
 from seqbuild.manifest.portable import parts as portable_parts
 from seqbuild.manifest.scale_groups import mixture_groups, scale_groups
@@ -281,8 +283,7 @@ def _assemble(
     own_files = {f"{FOLDER}/{path}": data for path, data in (own.files.items() if own is not None else ())}
     files = {"config.json": read_regular(source.config_file), **source.companions(), **own_files}
     programs, entries, codes = _programs(model, traced)
-    files |= programs
-    files |= {f"conversions/{index:03d}.py": program.encode("ascii") for index, program in enumerate(keys.programs)}
+    files |= programs | {f"conversions/{i:03d}.py": text.encode("ascii") for i, text in enumerate(keys.programs)}
     found = _portable_parts(source, own, model, traced, entries)
     files |= {file: program.encode("ascii") for file, program in found.programs.items()}
     is_portable = traced.leaves != "target" and not found.foreign and not any(entry.opaque for entry in entries)
@@ -294,6 +295,8 @@ def _assemble(
     symbols = describe.Symbols(trace, traced.marker)
     plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
+    parameters = describe.describe_parameters(model, keys, dtype, traced.fixed_dtype)
+    layouts, mixtures = expert_tables(found, parameters, keys.programs)
     groups = scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else ()
     manifest = Manifest(
         input_key=cache.input_key(ingredients),
@@ -309,7 +312,7 @@ def _assemble(
         dims=symbols.dims(),
         conditions=symbols.conditions(),
         subgraphs=tuple(entries),
-        parameters=describe.describe_parameters(model, keys, dtype, traced.fixed_dtype),
+        parameters=parameters,
         conversions=_conversions(keys),
         values=describe.describe_values(trace, symbols),
         constants=tuple(constants),
@@ -325,6 +328,9 @@ def _assemble(
         decoder=plain.decoder,
         scale_groups=tuple(group for group in groups if group.modules),
         mixture_groups=mixture_groups(groups),
+        expert_layouts=layouts,
+        mixtures=mixtures,
+        lookups=lookups(found, trace.subgraphs, entries, parameters) if traced.leaves != "target" else (),
         files=_file_entries(files),
     )
     return files, manifest

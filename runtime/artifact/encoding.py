@@ -15,7 +15,7 @@ import msgpack
 
 from runtime.errors import ArtifactError
 
-FORMAT_VERSION = (1, 6)
+FORMAT_VERSION = (1, 7)
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 _TABLES_LIMIT = 2**22  # lists and tables in a manifest; an empty one takes a byte there and 64 in memory
 

@@ -34,6 +34,7 @@ _SINCE_2: Mapping[str, int] = {"since": 2}
 _SINCE_3: Mapping[str, int] = {"since": 3}
 _SINCE_5: Mapping[str, int] = {"since": 5}
 _SINCE_6: Mapping[str, int] = {"since": 6}
+_SINCE_7: Mapping[str, int] = {"since": 7}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,6 +221,57 @@ class CachedValue:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertStack:
+    """The composition of a stacked parameter of a mixture, the same for each expert.
+
+    `name` is the stacked parameter, and `parts` are an expert's own parameters, as they would be named in Linear
+    modules. They are joined along `axis` of the expert's slice, alternately if `is_interleaved`, each transposed before
+    if `is_transposed`. Weights with the same `input` multiply the same tensor; 0 is the expert's own input.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    axis: int
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    input: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertPair:
+    """Two modules of every expert: the columns of `module` can be multiplied by what the rows of `producer` are divided
+    by. `bias` is divided too, and `channels` are the producer's rows for each column, as runs: start, length.
+    """
+
+    module: str
+    producer: str
+    bias: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayout:
+    """How the experts of a mixture split into Linear modules, `<number>.<module>` within the mixture.
+
+    `numbers` are the experts' numbers in order, as runs. `is_named` states that the checkpoint has a tensor for each
+    part; otherwise it has stacks, and the compiler chose the names. `pairs` has at most one entry.
+    """
+
+    stacks: tuple[ExpertStack, ...]
+    numbers: tuple[int, ...]
+    is_named: bool
+    pairs: tuple[ExpertPair, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureEntry:
+    """A mixture whose experts can be split: the index of its layout, and the checkpoint's name for the module."""
+
+    layout: int
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The complete table of contents; see docs/format.md."""
 
@@ -254,6 +306,9 @@ class Manifest:
     decoder: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_6)
     mixture_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_6)
     cached: tuple[CachedValue, ...] = field(default=(), metadata=_SINCE_6)
+    expert_layouts: tuple[ExpertLayout, ...] = field(default=(), metadata=_SINCE_7)
+    mixtures: Mapping[str, MixtureEntry] = field(default_factory=dict, metadata=_SINCE_7)
+    lookups: tuple[str, ...] = field(default=(), metadata=_SINCE_7)
 
     @property
     def is_portable(self) -> bool:
@@ -296,4 +351,10 @@ class Manifest:
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
         entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
         manifest: Manifest = from_plain(cls, entries, origin, minor=version[1])
+        if version[1] < _SINCE_7["since"] and any(kind.kind in MIXTURES for kind in manifest.leaf_kinds):
+            raise ArtifactError(
+                f"{origin} has format version {version[0]}.{version[1]}, which does not state how experts split; this "
+                f"runtime reads experts of format version {FORMAT_VERSION[0]}.{_SINCE_7['since']} and later",
+                hint="compile the model again",
+            )
         return manifest

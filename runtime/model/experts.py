@@ -18,15 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from runtime.artifact.expert_tables import stack_shape
 from runtime.errors import ArtifactError
 from runtime.language.program import Run
 
 if TYPE_CHECKING:
+    from runtime.artifact.manifest import ExpertStack
     from runtime.language.program import Program
 
 
-# What the matrices of an expert are called where a checkpoint has no names for them: the first ones, and the last.
-FIRST, LAST = ("gate_proj", "up_proj"), "down_proj"
 # Under this key a module says which of a batch's tokens it is called with: indices [N], while it is called.
 ROWS = "rows"
 
@@ -40,12 +40,25 @@ class Stack:
         axis: along which those of one expert are joined.
         is_transposed: whether each is turned around before.
         is_interleaved: whether their columns (or rows) take turns, and do not follow one after the other.
+        input: which of an expert's inputs they multiply; 0 is its own.
     """
 
     parts: tuple[tuple[str, ...], ...]
     axis: int
     is_transposed: bool
     is_interleaved: bool = False
+    input: int = 0
+
+    @classmethod
+    def of(cls, entry: ExpertStack, numbers: Sequence[int]) -> Stack:
+        """The composition that the manifest states, for experts with these numbers."""
+        return cls(
+            parts=tuple(tuple(f"{number}.{part}" for part in entry.parts) for number in numbers),
+            axis=entry.axis,
+            is_transposed=entry.is_transposed,
+            is_interleaved=entry.is_interleaved,
+            input=entry.input,
+        )
 
     def modules(self, expert: int) -> tuple[str, ...]:
         """The modules that hold an expert's parts, each once, by their names below the experts' module."""
@@ -84,11 +97,6 @@ def owner_of(part: str) -> str:
     return part.rpartition(".")[0]
 
 
-def stack_shape(shape: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """The shape that a flat parameter [E * R, ...] has with an axis for experts: [E, R, ...]."""
-    return (num_experts, shape[0] // num_experts, *shape[1:])
-
-
 def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
     """The module of these names below another one; those that are not there are made."""
     for name in names:
@@ -98,27 +106,13 @@ def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
     return module
 
 
-def input_positions(stacks: Mapping[str, Stack]) -> dict[str, int]:
-    """For each stack, which of the inputs of an expert it is multiplied with: gates and what they open have one, where
-    these are stacks of their own.
-    """
-    found: dict[str, int] = {}
-    first: int | None = None
-    for position, (name, stack) in enumerate(stacks.items()):
-        found[name] = position
-        if {owner_of(part).rpartition(".")[2] for part in stack.parts[0]} <= set(FIRST):
-            first = position if first is None else first
-            found[name] = first
-    return found
-
-
 def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
     """Which of the inputs of a stack an expert is called with; those of one place are one tensor.
 
     What the first matrix is multiplied with is the layer's input: called with all tokens, it is one for all experts.
 
     Args:
-        position: of the input among those of its module, see `input_positions`.
+        position: `Stack.input`.
         expert: its number.
         all_tokens: whether experts are called with all tokens, or with those that are sent to them.
     """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from runtime.checkpoint.names import spellings
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.source_checks import is_quantization_name, numbered_list
 from runtime.checkpoint.source_formats import stated
@@ -23,7 +24,6 @@ from runtime.model.config import require_same_model
 from runtime.patterns import is_in
 from runtime.recipe.recipe import some
 from runtime.weights.origins import Origin
-from runtime.weights.row_lookups import lookup_tables
 from runtime.weights.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Weights:
         self.remarks = tuple(self._remarks())
         targets = artifact.manifest.targets
         self.checks = TensorChecks(checkpoint, self.origins, artifact.manifest.parameters, model, targets)
-        self._tables = lookup_tables(artifact)
+        self._tables = frozenset(artifact.manifest.lookups)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Put parameters into the module tree, on `device` and in the run's dtype."""
@@ -331,13 +331,6 @@ class Weights:
             f"tensor {key!r} of {self.checkpoint.directory} has shape {list(found)}, the artifact expects "
             f"{list(expected)} for parameter {name}"
         )
-
-
-def spellings(key: str, prefix: str) -> tuple[str, ...]:
-    """A key, and the same with the base model's prefix added or taken away, as transformers tolerates."""
-    if not prefix:
-        return (key,)
-    return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
 
 
 def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from runtime.artifact.manifest import ExpertStack
+from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import RecipeError
-from runtime.experts.checkpoint_view import HeldStack, experts_apart
-from runtime.experts.layout_from_program import stacks_of
+from runtime.experts.checkpoint_view import StoredStack, split_checkpoint
 from runtime.experts.split import SplitArtifact, split_experts
-from runtime.experts.tables import checkpoint_name
 from runtime.model.dense_experts import DenseExperts
 from runtime.model.experts import Experts, Mixture, Stack
 from runtime.weights.parameters import Weights
+from seqbuild.manifest.experts.probe import ExpertProbe
+from seqbuild.manifest.experts.program import stacks_from_program
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     EXPERTS,
@@ -214,8 +216,8 @@ def matrices(small: Small) -> list[str]:
     used = [name for entry in artifact.manifest.subgraphs for name in entry.parameters]
     return [
         entries[f"{name}.{part}"].sources[0].removesuffix(".weight")
-        for name, stacks in artifact.stacks.items()
-        for stack in stacks.values()
+        for name, split in artifact.mixtures.items()
+        for stack in split.stacks.values()
         for parts in stack.parts
         for part in parts
         if part.endswith(".weight") and f"{name}.{part}" in used
@@ -425,10 +427,11 @@ def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
 _WIDE, _NARROW = 6, 4  # features of the layer and of an expert
 
 
-def _experts(program: Callable[..., torch.Tensor], **shapes: tuple[int, ...]) -> dict[str, Stack]:
+def _experts(program: Callable[..., torch.Tensor], **shapes: tuple[int, ...]) -> dict[str, ExpertStack]:
     module = Experts(num_experts=2, stacked=list(shapes), inputs=("a", "b", "c"), accumulator="hidden", is_column=True)
     module.__dict__["program"] = lambda self, *args, run: {"output": program(*args)}
-    return stacks_of(module, {name: (2, *shape) for name, shape in shapes.items()})
+    probe = ExpertProbe(module, {name: (2, *shape) for name, shape in shapes.items()})
+    return {stack.name: stack for stack in stacks_from_program(probe)}
 
 
 _LINEAR, _MM = torch.ops.aten.linear.default, torch.ops.aten.mm.default
@@ -441,9 +444,9 @@ def test_the_gate_is_what_switches_off() -> None:
         return _LINEAR(one * _SILU(other), down) * weights
 
     found = _experts(swapped, both=(2 * _NARROW, _WIDE), down=(_WIDE, _NARROW))
-    assert found["both"].parts[1] == ("1.up_proj.weight", "1.gate_proj.weight")
+    assert found["both"].parts == ("up_proj.weight", "gate_proj.weight")
     assert not found["both"].is_interleaved
-    assert found["down"].parts[0] == ("0.down_proj.weight",)
+    assert found["down"].parts == ("down_proj.weight",)
 
 
 def test_a_matrix_without_a_gate_goes_up() -> None:
@@ -451,7 +454,7 @@ def test_a_matrix_without_a_gate_goes_up() -> None:
         return _MM(torch.relu(_MM(states, up)), down) * weights
 
     found = _experts(plain, up=(_WIDE, _NARROW), down=(_NARROW, _WIDE))
-    assert found["up"].parts[0] == ("0.up_proj.weight",)
+    assert found["up"].parts == ("up_proj.weight",)
     assert found["up"].is_transposed
 
 
@@ -484,14 +487,14 @@ def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp
     stored = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)  # qwen3_vl_moe's checkpoint has [E, I, O], the model [E, O, I]
     save_file({"x": stored}, tmp_path / "model.safetensors")
     stack = Stack(parts=(("0.a.weight", "0.b.weight"), ("1.a.weight", "1.b.weight")), axis=0, is_transposed=False)
-    held = HeldStack(
+    stored_stack = StoredStack(
         sources=("x",),
         shape=(2, 4, 3),
         stack=stack,
-        keys={part: f"m.{part}" for parts in stack.parts for part in parts},
+        prefix="m",
         program=lambda self, source_0, *, run: {"value": source_0.transpose(1, 2)},
     )
-    seen = experts_apart(Checkpoint(tmp_path), [held])
+    seen = split_checkpoint(Checkpoint(tmp_path), [stored_stack])
     assert list(seen) == ["m.0.a.weight", "m.0.b.weight", "m.1.a.weight", "m.1.b.weight"]
     for expert in range(2):
         both = torch.cat([seen.read(f"m.{expert}.{own}.weight") for own in ("a", "b")])
