@@ -42,12 +42,9 @@ from seqbuild.cache.recall import Compiled, recall, remember, request, vouched
 from seqbuild.chain.emit import EmittedCode, common_scope
 from seqbuild.chain.targets import as_names, inferred_targets
 from seqbuild.manifest import describe
-from seqbuild.manifest.attention import cached_values
-from seqbuild.manifest.experts.tables import expert_tables
-from seqbuild.manifest.lookups import lookups
+from seqbuild.manifest.inside import inner_tables
 from seqbuild.manifest.portable import Parts, limits
 from seqbuild.manifest.portable import parts as portable_parts
-from seqbuild.manifest.scale_groups import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import KeyTable, key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -296,8 +293,7 @@ def _assemble(
     plain = plain_call_of(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
     parameters = describe.describe_parameters(model, keys, dtype, traced.fixed_dtype)
-    layouts, mixtures = expert_tables(found, parameters, keys.programs)
-    groups = scale_groups(model, trace.subgraphs, entries) if traced.leaves != "target" else ()
+    deep = list(zip(trace.subgraphs, entries, codes, strict=True)) if traced.leaves != "target" else []
     manifest = Manifest(
         input_key=cache.input_key(ingredients),
         ingredients=dict(ingredients),
@@ -323,15 +319,10 @@ def _assemble(
         buffers=found.buffers,
         foreign=found.foreign,
         limits=limits(model.config),
-        cached=cached_values(model, trace.subgraphs, codes) if traced.leaves != "target" else (),
         defaults=defaults,
         decoder=plain.decoder,
-        scale_groups=tuple(group for group in groups if group.modules),
-        mixture_groups=mixture_groups(groups),
-        expert_layouts=layouts,
-        mixtures=mixtures,
-        lookups=lookups(found, trace.subgraphs, entries, parameters) if traced.leaves != "target" else (),
         files=_file_entries(files),
+        **inner_tables(model, deep, found, parameters, keys.programs),
     )
     return files, manifest
 

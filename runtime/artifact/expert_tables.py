@@ -100,7 +100,7 @@ def _wrong_layout(layout: ExpertLayout) -> str:
             return f"{stack.name} has the input {stack.input}"
     if not 0 < len(parts) <= _MOST_KINDS or len(set(parts)) < len(parts):
         return f"it has {len(parts)} parts, or a part twice"
-    modules = {part.removesuffix(".weight") for part in parts if part.endswith(".weight")}
+    modules = dict.fromkeys(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))
     alone = [part for part in parts if part.endswith(".bias") and part.removesuffix(".bias") not in modules]
     if alone:
         return f"{alone[0]} belongs to no weight"
@@ -110,7 +110,7 @@ def _wrong_layout(layout: ExpertLayout) -> str:
     if not are_runs(layout.numbers, _LARGEST_NUMBER) or len(layout.pairs) > 1:
         return "its numbers are not runs, or it has more than one pair"
     for pair in layout.pairs:
-        if pair.module == pair.producer or not {pair.module, pair.producer} <= modules:
+        if pair.module == pair.producer or not {pair.module, pair.producer} <= modules.keys():
             return f"its pair is {pair.producer!r} and {pair.module!r}"
         if pair.bias and (pair.bias != f"{pair.producer}.bias" or pair.bias not in parts):
             return f"its pair has the bias {pair.bias!r}"

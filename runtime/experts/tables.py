@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from runtime.artifact.expert_tables import by_expert, part_shape, resized
@@ -25,21 +25,21 @@ class MixtureSplit:
 
     Attributes:
         numbers: the experts' numbers in names.
+        is_named: whether the original checkpoint names the experts' matrices.
+        pair: modules of each expert that can be scaled against each other, if any.
         stacks: the composition of each stacked parameter, by its name in the mixture.
         entries: by stacked parameter, the table entries of its parts, by their names in the model.
         spare: entries of the tensors that are stacked too, and that no expert with weights uses.
         stored: the tensors that the checkpoint has stacked.
-        is_named: whether the original checkpoint names the experts' matrices.
-        pair: modules of each expert that can be scaled against each other, if any.
     """
 
     numbers: Sequence[int]
-    stacks: Mapping[str, Stack]
-    entries: Mapping[str, Mapping[str, ParameterEntry]]
-    spare: Mapping[str, ParameterEntry]
-    stored: tuple[StoredStack, ...]
     is_named: bool
     pair: ExpertPair | None
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    entries: dict[str, dict[str, ParameterEntry]] = field(default_factory=dict)
+    spare: dict[str, ParameterEntry] = field(default_factory=dict)
+    stored: list[StoredStack] = field(default_factory=list)
 
 
 def split_mixture(artifact: Artifact, name: str, checkpoint: Checkpoint | None) -> MixtureSplit | None:
@@ -70,43 +70,30 @@ def split_mixture(artifact: Artifact, name: str, checkpoint: Checkpoint | None) 
         first = layout.stacks[0].name
         prefix = checkpoint_name(keys[first][0], f"{name}.{first.rpartition('.')[2]}")
     numbers = numbers_of(layout.numbers)
-    stacks: dict[str, Stack] = {}
-    entries: dict[str, dict[str, ParameterEntry]] = {}
-    spare: dict[str, ParameterEntry] = {}
-    stored: list[StoredStack] = []
-    for entry in layout.stacks:
-        own, table = entry.name, whole[entry.name]
-        sliced = by_expert(table, int(options["num_experts"][0]), is_flat=own in flat)
-        part = dataclasses.replace(resized(sliced, part_shape(entry, sliced.shape)), conversion=-1, tied_to="")
-        stacks[own] = stack = Stack.of(entry, numbers)
-        sources = {name: f"{prefix}.{name}" for parts in stack.parts for name in parts}
-        if layout.is_named:
-            used = set(sources.values())
-            others = (key for key in table.sources if key not in used and tensors.may_have(key))
-            spare |= {key.removeprefix(f"{prefix}."): dataclasses.replace(part, sources=(key,)) for key in others}
-        entries[own] = {f"{name}.{p}": dataclasses.replace(part, sources=(key,)) for p, key in sources.items()}
+    split = MixtureSplit(numbers=numbers, is_named=layout.is_named, pair=layout.pairs[0] if layout.pairs else None)
+    for stack in layout.stacks:
+        own, entry = stack.name, whole[stack.name]
+        sliced = by_expert(entry, int(options["num_experts"][0]), is_flat=own in flat)
+        part = dataclasses.replace(resized(sliced, part_shape(stack, sliced.shape)), conversion=-1, tied_to="")
+        split.stacks[own] = Stack.of(stack, numbers)
+        sources = {name: f"{prefix}.{name}" for names in split.stacks[own].parts for name in names}
+        split.entries[own] = {f"{name}.{p}": dataclasses.replace(part, sources=(key,)) for p, key in sources.items()}
+        used = set(sources.values()) if layout.is_named else set(entry.sources)
+        for key in (key for key in entry.sources if key not in used and tensors.may_have(key)):
+            split.spare[key.removeprefix(f"{prefix}.")] = dataclasses.replace(part, sources=(key,))
         if is_stacked:
-            is_made = table.conversion >= 0 and tensors.is_spelled(keys[own][0], table.sources[0])
-            program = artifact.conversions[table.conversion] if is_made else None
-            stored.append(
+            is_made = entry.conversion >= 0 and keys[own][0] in tensors.spelled(entry.sources[0])
+            split.stored.append(
                 StoredStack(
                     sources=keys[own],
                     shape=sliced.shape,
-                    stack=stack,
+                    stack=split.stacks[own],
                     prefix=prefix,
-                    program=program,
+                    program=artifact.conversions[entry.conversion] if is_made else None,
                     is_flat=own in flat,
                 )
             )
-    return MixtureSplit(
-        numbers=numbers,
-        stacks=stacks,
-        entries=entries,
-        spare=spare,
-        stored=tuple(stored),
-        is_named=layout.is_named,
-        pair=layout.pairs[0] if layout.pairs else None,
-    )
+    return split
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +103,8 @@ class _Tensors:
     checkpoint: Checkpoint | None
     base: str
 
-    def is_spelled(self, key: str, source: str) -> bool:
-        return key in spellings(source, self.base)
+    def spelled(self, source: str) -> tuple[str, ...]:
+        return spellings(source, self.base)
 
     def may_have(self, source: str) -> bool:
         return self.checkpoint is None or bool(self._find(source))
@@ -133,7 +120,7 @@ class _Tensors:
     def _find(self, source: str) -> str:
         if self.checkpoint is None:
             return ""
-        return next((key for key in spellings(source, self.base) if key in self.checkpoint), "")
+        return next((key for key in self.spelled(source) if key in self.checkpoint), "")
 
 
 def split_groups(manifest: Manifest, splits: Mapping[str, MixtureSplit]) -> tuple[ScaleGroup, ...]:

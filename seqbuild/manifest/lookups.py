@@ -45,4 +45,4 @@ def _uses(graph: fx.Graph) -> Iterator[tuple[str, bool]]:
     for node in graph.find_nodes(op="get_attr"):
         for user in node.users:
             is_lookup = user.target is torch.ops.aten.embedding.default and user.args[0] is node
-            yield str(node.target), is_lookup and user.all_input_nodes.count(node) == 1
+            yield str(node.target), is_lookup and node not in user.args[1:]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import runtime
 from runtime.artifact.manifest import ExpertStack
 from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.reader import Checkpoint
-from runtime.errors import RecipeError
+from runtime.errors import ArtifactError, RecipeError, WeightsError
 from runtime.experts.checkpoint_view import StoredStack, split_checkpoint
 from runtime.experts.split import SplitArtifact, split_experts
 from runtime.model.dense_experts import DenseExperts
@@ -500,6 +502,62 @@ def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp
         both = torch.cat([seen.read(f"m.{expert}.{own}.weight") for own in ("a", "b")])
         assert torch.equal(both, stored[expert].T)
     assert seen.bytes_read == stored.nbytes
+
+
+def relaid(small: Small, **changes: Any) -> runtime.Artifact:
+    """An artifact whose experts' first stack is said to be composed in another way."""
+    artifact = small.load()
+    (layout,) = artifact.manifest.expert_layouts
+    first, *rest = layout.stacks
+    changed = replace(layout, stacks=(replace(first, **changes), *rest), pairs=())
+    artifact.manifest = replace(artifact.manifest, expert_layouts=(changed,))
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parts": ("up_proj.weight", "gate_proj.weight")},
+        {"parts": ("a.weight", "b.weight", "c.weight", "d.weight")},
+        {"is_interleaved": True},
+        {"is_transposed": True},
+        {"axis": 1},
+        {"input": 1},
+    ],
+)
+def test_a_layout_that_lies_changes_names_and_not_the_model(
+    made: Callable[[str], Small], changes: dict[str, Any]
+) -> None:
+    small = made("granitemoe")
+    batch = token_batches(((2, 11),))[0]
+    outputs = []
+    for artifact in (relaid(small), relaid(small, **changes)):
+        split, checkpoint = split_experts(artifact, Checkpoint(small.weights)), Checkpoint(small.weights)
+        model = split.empty_model(torch.float32)
+        Weights(split, checkpoint, torch.float32, model).load(model, split.manifest.parameters, torch.device("cpu"))
+        outputs.append(run_chain(split.subgraphs, model, dict(batch))["logits"])
+    assert torch.equal(*outputs)
+
+
+def test_a_module_name_that_is_taken_is_refused(made: Callable[[str], Small]) -> None:
+    small = made("granitemoe")
+    split = split_experts(relaid(small, parts=("forward.weight", "up_proj.weight")), Checkpoint(small.weights))
+    with pytest.raises(ArtifactError, match=r"the experts .* cannot be split: .*attribute 'forward' already exists"):
+        split.empty_model(torch.float32)
+
+
+def test_stacks_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2, 4, 3)}, tmp_path / "model.safetensors")
+    stack = Stack(parts=(("0.a.weight",), ("1.a.weight",)), axis=0, is_transposed=False)
+    stored = StoredStack(sources=("x",), shape=(2, 4, 5), stack=stack, prefix="m", program=None)
+    with pytest.raises(WeightsError, match=r"has shape \[2, 4, 3\], the artifact expects \[2, 4, 5\] for 2 experts"):
+        split_checkpoint(Checkpoint(tmp_path), [stored])
+    with pytest.raises(WeightsError, match=r"the artifact expects \[8, 5\] for 2 experts"):
+        split_checkpoint(Checkpoint(tmp_path), [replace(stored, is_flat=True)])
+    made_otherwise: Any = lambda self, source_0, *, run: {"value": source_0.sum(0, keepdim=True)[:, :2]}  # noqa: E731
+    seen = split_checkpoint(Checkpoint(tmp_path), [replace(stored, program=made_otherwise)])
+    with pytest.raises(ArtifactError, match=r"makes \[2, 3\] of one expert's slice"):
+        seen.read("m.0.a.weight")
 
 
 @pytest.mark.parametrize(
