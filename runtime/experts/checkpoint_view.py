@@ -67,7 +67,7 @@ def _require_shape(checkpoint: Checkpoint, stored: StoredStack) -> None:
         raise WeightsError(
             f"tensor {key!r} of {checkpoint.directory} has shape {list(found)}, the artifact expects {list(expected)} "
             f"for {num_experts} experts",
-            hint="is it the checkpoint of the model that was compiled?",
+            hint="use the checkpoint of the model that was compiled",
         )
 
 

@@ -1,6 +1,4 @@
-"""The module tree of a portable artifact, built from its tables: leaves, parameters and computed tensors by their
-names, and nothing in between but names.
-"""
+"""Build the module tree of a portable artifact from its tables: leaves, parameters and computed tensors by name."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Branch(nn.Module):
-    """A module that only holds others: what it calculated in the model is in the artifact's code."""
+    """A module that only contains others; its computation is in the artifact's code."""
 
 
 def build_tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
@@ -27,22 +25,16 @@ def build_tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
 
     Args:
         artifact: a portable one.
-        dtype: of the parameters that follow the run's.
+        dtype: of the parameters that follow the run's dtype.
 
     Raises:
         ArtifactError: when the tables contradict each other.
     """
     try:
         return _tree(artifact, dtype)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-    ) as error:
-        reason = " ".join(str(error).split())  # torch refuses names and shapes in many ways
-        raise ArtifactError(f"the tables of {artifact.path} make no module tree: {reason}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())  # torch rejects names and shapes in many ways
+        raise ArtifactError(f"cannot build a module tree from the tables of {artifact.path}: {reason}") from error
 
 
 def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
@@ -85,12 +77,12 @@ def _empty(entry: ParameterEntry, dtype: torch.dtype) -> torch.Tensor:
 def _constant(constants: Mapping[str, str], dtype: torch.dtype, name: str) -> str:
     found = constants.get("") or constants.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ArtifactError(f"the artifact has no values of {name} for {dtype}", hint="run it in another dtype")
+        raise ArtifactError(f"the artifact has no values of {name} for {dtype}", hint="use another dtype")
     return found
 
 
 def _branch(root: nn.Module, name: str) -> nn.Module:
-    """The module of this dotted name, made if there is none yet."""
+    """Return the module of this dotted name, and create it if it is missing."""
     module = root
     for part in name.split(".") if name else ():
         if part not in module._modules:
