@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.errors import ArtifactError, WeightsError
-from runtime.language.program import Run
+from runtime.language.program import run_conversion
 
 if TYPE_CHECKING:
     import torch
@@ -109,9 +109,7 @@ class _Slices:
         slices = [source.read_part(key, expert) for key in stored.sources]
         if stored.program is None:
             return slices[0]
-        run = Run(device=slices[0].device, dtype=slices[0].dtype)
-        sources = {f"source_{place}": own[None] for place, own in enumerate(slices)}
-        made: torch.Tensor = stored.program(None, **sources, run=run)["value"][0]
+        made = run_conversion(stored.program, [own[None] for own in slices])[0]
         if tuple(made.shape) != stored.shape[1:]:
             raise ArtifactError(
                 f"the conversion of {stored.sources[0]} makes {list(made.shape)} of one expert's slice, and the layout "

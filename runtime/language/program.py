@@ -128,6 +128,15 @@ def compile_program(
     return program
 
 
+def run_conversion(program: Program, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute a parameter from checkpoint tensors."""
+    run = Run(device=sources[0].device, dtype=sources[0].dtype)
+    value: torch.Tensor = program(None, **{f"source_{place}": one for place, one in enumerate(sources)}, run=run)[
+        "value"
+    ]
+    return value
+
+
 def run_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a model's floating point parameters have: what it was built for, else that of the first, as
     transformers defines it.

@@ -19,7 +19,7 @@ from runtime.checkpoint.source_checks import is_quantization_name, numbered_list
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored_table import StoredTable
 from runtime.errors import WeightsError
-from runtime.language.program import Run
+from runtime.language.program import run_conversion
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
 from runtime.recipe.recipe import some
@@ -136,11 +136,7 @@ class Weights:
             return decompress_module(parts, origin.packed)
         if origin.conversion < 0:
             return tensors[0] if tensors else self.artifact.constants[self.artifact.manifest.defaults[name]].clone()
-        program = self.artifact.conversions[origin.conversion]
-        run = Run(device=tensors[0].device, dtype=tensors[0].dtype)
-        sources = {f"source_{index}": tensor for index, tensor in enumerate(tensors)}
-        value: torch.Tensor = program(None, **sources, run=run)["value"]
-        return value
+        return run_conversion(self.artifact.conversions[origin.conversion], tensors)
 
     def _compressed_modules(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         config = stated(self.checkpoint.config)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.artifact.manifest import ExpertStack
-from runtime.language.program import Run, compile_program
+from runtime.language.program import compile_program, run_conversion
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ParameterEntry
@@ -86,13 +86,11 @@ class Conversions:
 
     def is_by_expert(self, entry: ParameterEntry) -> bool:
         """Return whether a stacked parameter is one tensor, or is made from stacks expert by expert."""
+        if entry.conversion < 0:
+            return len(entry.sources) == 1
         key = entry.conversion, entry.shape, len(entry.sources)
         if key not in self._by_expert:
-            self._by_expert[key] = (
-                _is_by_expert(self._programs[entry.conversion], entry)
-                if entry.conversion >= 0
-                else len(entry.sources) == 1
-            )
+            self._by_expert[key] = _is_by_expert(self._programs[entry.conversion], entry)
         return self._by_expert[key]
 
     def _join(self, entry: ParameterEntry) -> _Join | None:
@@ -112,7 +110,9 @@ def _is_by_expert(program: Program, entry: ParameterEntry) -> bool:
         generator = torch.Generator().manual_seed(0)
         stacks = [torch.randint(2**15, (3, *sizes), generator=generator, dtype=torch.int16) for _ in entry.sources]
         try:
-            whole, one = (_run(program, [stack[rows] for stack in stacks]) for rows in (slice(None), slice(1, 2)))
+            whole, one = (
+                run_conversion(program, [stack[rows] for stack in stacks]) for rows in (slice(None), slice(1, 2))
+            )
         except (RuntimeError, IndexError, TypeError):
             continue
         return whole.shape[:1] == (3,) and torch.equal(whole[1:2], one)
@@ -123,7 +123,7 @@ def _join(program: Program, num_experts: int, num_sources: int, shape: tuple[int
     size = torch.Size(shape).numel()
     sources = [torch.arange(size).reshape(shape) + number * size for number in range(num_sources)]
     try:
-        made = _run(program, sources)
+        made = run_conversion(program, sources)
     except (RuntimeError, IndexError, TypeError):
         return None  # it requires tensors of one size
     if len(made) < num_experts or num_sources % len(made):
@@ -134,13 +134,6 @@ def _join(program: Program, num_experts: int, num_sources: int, shape: tuple[int
             if all(orders[:num_experts]):
                 return _Join(orders=orders[:num_experts], axis=axis, is_transposed=is_transposed)
     return None
-
-
-def _run(program: Program, sources: Sequence[torch.Tensor]) -> torch.Tensor:
-    run = Run(device=torch.device("cpu"), dtype=sources[0].dtype)
-    named = {f"source_{place}": one for place, one in enumerate(sources)}
-    made: torch.Tensor = program(None, **named, run=run)["value"]
-    return made
 
 
 def _order(one: torch.Tensor, sources: list[torch.Tensor], axis: int, num_parts: int, is_transposed: bool) -> list[int]:
