@@ -96,12 +96,17 @@ def owner_of(part: str) -> str:
     return part.rpartition(".")[0]
 
 
-def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Return a descendant of a module by its path, and create missing modules on the way."""
-    for name in names:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        module = module.get_submodule(name)
+class Branch(nn.Module):
+    """A module that only contains others; its computation is in the artifact's code."""
+
+
+def branch(root: nn.Module, name: str) -> nn.Module:
+    """Return the module of this dotted name, and create it if it is missing."""
+    module = root
+    for part in name.split(".") if name else ():
+        if part not in module._modules:
+            module.add_module(part, Branch())
+        module = module.get_submodule(part)
     return module
 
 
@@ -153,8 +158,8 @@ class Mixture(nn.Module):
             del self.get_submodule(owner)._parameters[own]
         self.stacks = dict(stacks)
         for name, module in modules.items():
-            *branches, own = name.split(".")
-            branch(self, branches).add_module(own, module)
+            owner, _, own = name.rpartition(".")
+            branch(self, owner).add_module(own, module)
 
     def own(self, name: str, expert: int) -> torch.Tensor:
         """Return an expert's slice of a stacked parameter."""

@@ -140,9 +140,9 @@ def _with_parameters(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
     from runtime.model.experts import branch
 
     for name, shape in shapes.items():
-        *branches, own = name.split(".")
+        owner, _, own = name.rpartition(".")
         parameter = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
-        branch(module, branches).register_parameter(own, parameter)
+        branch(module, owner).register_parameter(own, parameter)
     return module
 
 

@@ -9,15 +9,12 @@ import torch
 from torch import nn
 
 from runtime.errors import ArtifactError
+from runtime.model.experts import Branch, branch
 from runtime.model.leaves import build_leaf
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ParameterEntry
     from runtime.artifact.parts import ArtifactParts
-
-
-class Branch(nn.Module):
-    """A module that only contains others; its computation is in the artifact's code."""
 
 
 def build_tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
@@ -53,9 +50,10 @@ def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
         shapes = {own: entry.shape for own, entry in owned.get(name, {}).items()}
         shapes |= {own: manifest.parameters[f"{name}.{own}"].shape for own in inner}
         program = artifact.leaf_programs[kind.program] if kind.program else None
-        _attach(root, name, build_leaf(kind, name, shapes, program))
+        owner, _, own = name.rpartition(".")
+        branch(root, owner).add_module(own, build_leaf(kind, name, shapes, program))
     for owner, entries in owned.items():
-        module = _branch(root, owner)
+        module = branch(root, owner)
         for own, entry in entries.items():
             module._parameters.pop(own, None)
             if entry.is_buffer:
@@ -65,7 +63,7 @@ def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
     for name, buffer in manifest.buffers.items():
         owner, _, own = name.rpartition(".")
         value = artifact.constants[_constant(buffer.constants, dtype, name)]
-        _branch(root, owner).register_buffer(own, value, persistent=False)
+        branch(root, owner).register_buffer(own, value, persistent=False)
     return root.eval()
 
 
@@ -79,18 +77,3 @@ def _constant(constants: Mapping[str, str], dtype: torch.dtype, name: str) -> st
     if found is None:
         raise ArtifactError(f"the artifact has no values of {name} for {dtype}", hint="use another dtype")
     return found
-
-
-def _branch(root: nn.Module, name: str) -> nn.Module:
-    """Return the module of this dotted name, and create it if it is missing."""
-    module = root
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, Branch())
-        module = module.get_submodule(part)
-    return module
-
-
-def _attach(root: nn.Module, name: str, leaf: nn.Module) -> None:
-    owner, _, own = name.rpartition(".")
-    _branch(root, owner).add_module(own, leaf)

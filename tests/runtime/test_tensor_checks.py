@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_before_anything_runs(
     narrow_llama: Small, tmp_path: Path, key: str, value: float
 ) -> None:
     said = refusal(narrow_llama, broken(narrow_llama, tmp_path / "model", key, value), tmp_path / "out")
-    assert f"tensor {key!r} of {tmp_path / 'model'} holds {'NaN' if value != value else 'infinity'}" in said
+    assert f"tensor {key!r} of {tmp_path / 'model'} contains {'NaN' if value != value else 'infinity'}" in said
 
 
 @pytest.mark.parametrize("plan", [PLAN, PLAN.replace("GPTQ", "Quantization")])

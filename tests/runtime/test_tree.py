@@ -16,7 +16,7 @@ import runtime
 from runtime.artifact.manifest import LeafKind
 from runtime.artifact.tables import check_tables
 from runtime.errors import ArtifactError, VersionError
-from runtime.model.tree import Branch
+from runtime.model.experts import Branch
 from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from tests.runtime.small import EXPERTS, NARROW, NARROW_W4, Small, directory_bytes, make_small, write_token_file
