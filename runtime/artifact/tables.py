@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from runtime.artifact.chain_order import wrong_chain
 from runtime.artifact.encoding import canonical, sha256
+from runtime.artifact.expert_tables import wrong_experts, wrong_lookups
 from runtime.artifact.leaf_tables import wrong_leaf_tables
 from runtime.artifact.manifest import (
     ATTENTIONS,
@@ -82,8 +83,8 @@ def check_tables(manifest: Manifest) -> None:
         wrong = fault(pattern)
         if wrong:
             raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression: {wrong}")
-    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups):
-        for wrong in wrongs(manifest):
+    for check in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_experts, wrong_lookups):
+        for wrong in check(manifest):
             raise ArtifactError(wrong)
 
 

@@ -10,7 +10,7 @@ from runtime.algorithms.hessian import hessian_bytes
 from runtime.errors import DataError
 from runtime.formats.compressed import input_parts
 from runtime.formats.key_values import of_model
-from runtime.model.experts import Mixture, all_tokens_seen, input_place, input_positions
+from runtime.model.experts import Mixture, all_tokens_seen, input_place
 from runtime.quantize.seen_inputs import require_finite_inputs, require_inputs, unreached
 from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
 from runtime.recipe.recipe import some
@@ -50,13 +50,12 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
     for name, module in work.model.named_modules():
         if not isinstance(module, Mixture) or not module.stacks:
             continue
-        positions = input_positions(module.stacks)
         for expert in range(module.num_experts):
             found: dict[str, None] = {}
             counted: dict[int, None] = {}
             num_bytes = 0
-            for own, stack in module.stacks.items():
-                position = positions[own]
+            for stack in module.stacks.values():
+                position = stack.input
                 owners = [f"{name}.{owner}" for owner in stack.modules(expert)]
                 wanted = [owner for owner in owners if needs.get(owner) and owner not in found]
                 found.update(dict.fromkeys(wanted))

@@ -139,7 +139,7 @@ def _places(artifact: Artifact, experts: Mapping[str, Sequence[str]]) -> dict[st
     manifest, found = artifact.manifest, {}
     for owner, names in experts.items():
         is_stacked = manifest.leaf_kinds[manifest.leaves[owner]].kind == "Experts"
-        renamed = RENAMED_EXPERT if owner in artifact.named_anew else EXPERT
+        renamed = EXPERT if artifact.mixtures[owner].is_named else RENAMED_EXPERT
         found.update(dict.fromkeys(names, renamed if is_stacked else SEPARATE_EXPERT))
     return found
 

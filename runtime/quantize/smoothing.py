@@ -15,7 +15,7 @@ import torch
 
 from runtime.algorithms.awq import search_scales
 from runtime.algorithms.smoothquant import smoothing_factors
-from runtime.artifact.scale_groups import channels_of
+from runtime.artifact.scale_groups import numbers_of
 from runtime.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Rescaled:
             The factors [I] by which inputs really are divided.
         """
         producer = self.read(group.producer)
-        channels = torch.tensor(channels_of(group), device=producer.device)
+        channels = torch.tensor(numbers_of(group.channels), device=producer.device)
         factor_C = torch.ones(len(producer), device=producer.device)
         factor_C[channels] = scale_I.to(producer.device, torch.float32)
         if producer.dim() == 1:
@@ -150,7 +150,7 @@ def find_scales(
     Raises:
         QuantizationError: naming the group's first module.
     """
-    channels = torch.tensor(channels_of(group), device=statistics.smallest_I.device)
+    channels = torch.tensor(numbers_of(group.channels), device=statistics.smallest_I.device)
     try:
         if transform.algorithm == "smoothquant":
             low_I, high_I = statistics.feature_span()

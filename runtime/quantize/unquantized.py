@@ -6,8 +6,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.source_checks import numbered_list
-from runtime.experts.tables import checkpoint_name
 from runtime.model.experts import Mixture
 
 if TYPE_CHECKING:

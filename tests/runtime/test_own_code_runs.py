@@ -226,7 +226,12 @@ def test_the_same_run_gives_the_same_bytes(toy: Toy, quantized: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("file", "old", "new", "why"),
     [
-        ("toy_layers.py", "chunk(2", "chunk( 2", "toy_layers.py is other code than the artifact was compiled with"),
+        (
+            "toy_layers.py",
+            "chunk(2",
+            "chunk( 2",
+            "toy_layers.py differs from the code that the artifact",
+        ),
         ("config.json", '"epsilon": 1e-05', '"epsilon": 1e-06', "has epsilon = 1e-06, the artifact was compiled with"),
         (
             "config.json",

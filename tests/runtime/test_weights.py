@@ -108,7 +108,7 @@ def remove(name: str) -> Change:
     [
         (
             remove("model.layers.1.mlp.up_proj.weight"),
-            "lacks tensor 'model.layers.1.mlp.up_proj.weight', which parameter model.layers.1.mlp.up_proj.weight is",
+            r"missing tensor '(model.layers.1.mlp.up_proj.weight)' in .*, required by parameter \1",
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.ones(3, 4)}),
@@ -129,14 +129,14 @@ def test_tensors_that_do_not_fit(llama: Small, tmp_path: Path, change: Change, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove("model.layers.1.mlp.experts.2.up_proj.weight"), r"lacks tensor '.*experts\.2\.up_proj\.weight'"),
+        (remove("model.layers.1.mlp.experts.2.up_proj.weight"), r"missing tensor '.*experts\.2\.up_proj\.weight'"),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(3, 4)}),
             r"of .* the artifact expects \[4, 32, 32\] for parameter model\.layers\.1\.mlp\.experts\.gate_up_proj",
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.experts.4.up_proj.weight": torch.ones(16, 32)}),
-            r"holds tensor 'model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight', but the artifact expects only 4",
+            r"unexpected tensor 'model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight' .* the artifact expects only 4",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def packed(llama: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.unheard_of": torch.ones(1)}),
-            r"holds tensor 'model\.layers\.1\.mlp\.up_proj\.unheard_of'",
+            r"unexpected tensor 'model\.layers\.1\.mlp\.up_proj\.unheard_of'",
         ),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest, ScaledParameter, ScaleGroup
-from runtime.artifact.scale_groups import channels_of, wrong_groups
+from runtime.artifact.scale_groups import numbers_of, wrong_groups
 from runtime.chain import check
 from runtime.errors import ArtifactError
 from seqbuild.build import build
@@ -70,7 +70,7 @@ def test_the_layout_of_heads_is_found(tmp_path: Path) -> None:
     """Four heads of eight features share two heads of values."""
     group = next(g for g in manifest_of("llama", tmp_path).scale_groups if g.modules[0].endswith("o_proj"))
     heads = [list(range(8)), list(range(8)), list(range(8, 16)), list(range(8, 16))]
-    assert channels_of(group) == [channel for head in heads for channel in head]
+    assert numbers_of(group.channels) == [channel for head in heads for channel in head]
 
 
 def test_norms_that_store_their_distance_from_one(tmp_path: Path) -> None:
