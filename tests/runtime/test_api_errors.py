@@ -259,7 +259,7 @@ def test_paths(path: Any, tmp_path: Path) -> None:
     for call in (runtime.load, seqbuild.compile_model, runtime.load_tokens, seqbuild.verify_artifact):
         with pytest.raises(UsageError, match=r"must be a path"):
             call(path)
-    with pytest.raises(RecipeError, match=r"the recipe is"):
+    with pytest.raises(RecipeError, match=r"the recipe must be the path of a file, not "):
         runtime.Recipe.from_file(path)
     with pytest.raises(UsageError, match=r"out is"):
         seqbuild.compile_model(tmp_path, out=path)
