@@ -21,6 +21,7 @@ class Text(str):
     """A string, and the line of its key, or its own line in a list. The first line is 1."""
 
     __slots__ = ("line",)
+    line: int
 
     def __new__(cls, text: str, line: int = 0) -> Text:
         """Return `text` with its line."""

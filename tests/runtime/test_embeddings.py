@@ -78,7 +78,10 @@ def test_a_table_beside_layers_of_another_scheme(model: Small, tmp_path: Path) -
             "only symmetric integer weights by group or channel",
         ),
         (f"{ROUND}: {{targets: Embedding, scheme: W8A8}}", "only symmetric integer weights by group or channel"),
-        (f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}", "'LlamaAttention' matches model.layers.0.self_attn, .* whose only weights"),
+        (
+            f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}",
+            "matches model.layers.0.self_attn, .* whose only",
+        ),
         (f"{ROUND}: {{targets: LlamaMLP, scheme: W4A16}}", "matches no module"),
     ],
 )

@@ -418,7 +418,7 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
         ("--size=batch", "--size is 'batch' (write it as NAME=N)"),
         ("--device=tpu", "--device is 'tpu'"),
         ("--dtype=int8", "--dtype is 'int8'"),
-        ("--recipe=nowhere.yaml", "cannot read the recipe 'nowhere.yaml'"),
+        ("--recipe=nowhere.yaml", "the recipe 'nowhere.yaml' cannot be read"),
     ],
 )
 def test_bad_options_are_refused(place: Place, run: Run, option: str, part: str) -> None:
