@@ -138,7 +138,7 @@ def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None
     if longest is not None and found > longest:
         raise DataError(
             f"a sample has {found} tokens, but the model's config allows {longest} (max_position_embeddings)",
-            hint=f"set --seq-len to {longest} or less",
+            hint=f"use --seq-len {longest} or less",
         )
 
 

@@ -57,7 +57,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"batch 1 has attention_mask of shape \[2, 7\]",
     ),
     "rows": (lambda: [{**BATCH, "attention_mask": MASK[:1]}], r"batch 0 has attention_mask of shape \[1, 16\]"),
-    "large": (lambda: [BATCH, {**BATCH, "input_ids": IDS + 258}], "batch 1: input_ids has the token id [0-9]+, and"),
+    "large": (lambda: [BATCH, {**BATCH, "input_ids": IDS + 258}], "batch 1: input_ids has the token id [0-9]+, but"),
     "negative": (lambda: [{**BATCH, "input_ids": IDS - 300}], "batch 0: input_ids has the token id -"),
     "long": (lambda: token_batches([(1, 257)]), "batch 0: input_ids has 257 tokens, but the model's config allows 256"),
     "float": (lambda: [{**BATCH, "input_ids": IDS.float()}], r"batch 0: input_ids is torch\.float32 \(expected int64"),
@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 def test_a_data_set_gives_samples(narrow_llama: Small) -> None:
     data_set = type("Dataset", (Rows,), {"__module__": "datasets.arrow_dataset"})()
-    with pytest.raises(DataError, match=r"batches is a datasets.arrow_dataset.Dataset, .* samples and not batches"):
+    with pytest.raises(DataError, match=r"batches is a datasets.arrow_dataset.Dataset, .* samples, not batches"):
         runtime.evaluate(narrow_llama.load(), weights=narrow_llama.weights, batches=data_set)
 
 

@@ -170,7 +170,7 @@ def test_longest_sample() -> None:
     samples = [torch.zeros(5), torch.zeros(9)]
     require_length(samples, None)
     require_length(samples, 9)
-    with pytest.raises(DataError, match=r"has 9 tokens, but the model's config allows 8 .*--seq-len to 8 or less"):
+    with pytest.raises(DataError, match=r"has 9 tokens, but the model's config allows 8 .*--seq-len 8 or less"):
         require_length(samples, 8)
 
 
