@@ -24,7 +24,7 @@ _UNSUPPORTED = (
     "SpinQuantModifier",
     "WandaPruningModifier",
 )
-_LISTED = f"supported are {', '.join(_SUPPORTED)}"
+_LISTED = f"supported: {', '.join(_SUPPORTED)}"
 # By depth: how names of nested mappings end, and what else a mapping may hold.
 _NESTED = ("_stage", "_modifiers", "\0")
 _OTHER = (("*_stage", "args", *_SUPPORTED), ("*_modifiers", "run_type"), _SUPPORTED)
@@ -77,12 +77,12 @@ def _find_modifiers(entries: Table, *location: str) -> Iterator[Table]:
             yield require_table(value, *path)
         elif depth == 0 and key == "args":
             if value:
-                raise rejection("args are unsupported", key, hint="write the values where they are used")
+                raise rejection("args are not supported", key, hint="write the values where they are used")
         elif depth == 1 and key == "run_type":
             if value != "oneshot":
                 raise rejection("{name} must be oneshot, not {value}", *path, value=value)
         elif key in _UNSUPPORTED:
-            raise rejection("{name} is unsupported", *path, hint=_LISTED)
+            raise rejection("{name} is not supported", *path, hint=_LISTED)
         else:
             raise rejection(
                 f"unknown {'modifier' if depth == 2 else 'key'} {key!r}", *path, hint=nearest(key, _OTHER[depth])

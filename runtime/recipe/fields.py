@@ -103,7 +103,7 @@ def only(*values: Any, reason: str) -> Only:
         # In Python, 0 equals False.
         if any(value == other and isinstance(value, bool) is isinstance(other, bool) for other in values):
             return value
-        raise rejection(f"{{name}} {{value}} is unsupported: {reason}", value=value, hint="leave it out")
+        raise rejection(f"{{name}} {{value}} is not supported: {reason}", value=value, hint="remove it")
 
     return Only(check)
 
@@ -175,7 +175,7 @@ def require_known(table: Table, known: Collection[str], supported: Collection[st
 def nearest(key: str, supported: Collection[str]) -> str:
     """Say which supported key is meant, or list them."""
     near = difflib.get_close_matches(key, supported, n=1, cutoff=0.4)
-    return f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
+    return f"did you mean {near[0]}?" if near else f"supported: {', '.join(supported)}"
 
 
 def as_number(value: Any) -> Any:

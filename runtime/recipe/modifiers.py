@@ -115,7 +115,7 @@ class ConfigGroup(Located):
         with located():
             _ = self.scheme
         if self.is_attention and self.format is not None:
-            raise rejection("{name} is unsupported in a group for attention", "format", hint="leave it out")
+            raise rejection("{name} is not supported in a group for attention", "format", hint="remove it")
         return self
 
 
@@ -134,7 +134,7 @@ def _default_of(value: Any) -> Any:
 
 
 class GptqOptions(BaseModel):
-    """Options of GPTQ; their names are those of `quantize_gptq`.
+    """Options of GPTQ; their names are those of `quantize_siblings`.
 
     Attributes:
         dampening_frac: added to the diagonal of the Hessian, as a fraction of its mean.
@@ -276,7 +276,7 @@ class QuantizationModifier(_Modifier):
             return
         # llm-compressor writes the default into every recipe that it saves, and ignores it here.
         if self.targets not in ((), ("Linear",)):
-            raise rejection(f"targets are already stated in {key}", "targets", hint="leave them out here")
+            raise rejection(f"targets are already stated in {key}", "targets", hint="remove them here")
         if not entries:
             raise rejection("{name} is empty", key)
         for name, entry in entries.items():

@@ -93,7 +93,7 @@ class _YamlReader:
             items.line, items.lines = line, [_line(child) for child in node.value]
             return items
         if not isinstance(node, yaml.ScalarNode):
-            raise self._error(line, f"the tag {node.tag!r} of {name} is unsupported")
+            raise self._error(line, f"the tag {node.tag!r} of {name} is not supported")
         try:
             value = self.scalars.construct_object(node, deep=True)
         except (ValueError, LookupError, AttributeError, TypeError) as error:

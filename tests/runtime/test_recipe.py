@@ -231,18 +231,21 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("quant_stge: {}", "recipe.yaml:1: unknown key 'quant_stge' (did you mean *_stage?)"),
         ("a_stage:\n  b_modifier: {}", "recipe.yaml:2: unknown key 'b_modifier' (did you mean *_modifiers?)"),
         ("a_stage:\n  run_type: train", "recipe.yaml:2: run_type must be oneshot, not 'train'"),
-        ("args: {a: 1}", "recipe.yaml:1: args are unsupported (write the values"),
+        ("args: {a: 1}", "recipe.yaml:1: args are not supported (write the values"),
         ("GPTQModfier: {}", "recipe.yaml:1: unknown key 'GPTQModfier' (did you mean GPTQModifier?)"),
         ("a_stage:\n b_modifiers:\n  GPTQ: {}", "recipe.yaml:3: unknown modifier 'GPTQ' (did you mean GPTQModifier?)"),
         (
             "a_stage:\n b_modifiers:\n  SparseGPTModifier: {}",
-            "recipe.yaml:3: SparseGPTModifier is unsupported (supported are Quant",
+            "recipe.yaml:3: SparseGPTModifier is not supported (supported: Quant",
         ),
         ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier rescales weights, but no modifier quantizes"),
         ("GPTQModifier: {scheme: W4A16}\nAWQModifier: {}", "AWQModifier comes after GPTQModifier"),
         (smooth("smoothing_strength: 2"), "recipe.yaml:3: smoothing_strength must be a number from 0 to 1, not 2"),
-        (smooth("algorithm: log_equalization"), "recipe.yaml:3: algorithm 'log_equalization' is unsupported: log"),
-        (smooth("num_calibration_steps: 8"), "recipe.yaml:3: num_calibration_steps 8 is unsupported: all data is used"),
+        (smooth("algorithm: log_equalization"), "recipe.yaml:3: algorithm 'log_equalization' is not supported: log"),
+        (
+            smooth("num_calibration_steps: 8"),
+            "recipe.yaml:3: num_calibration_steps 8 is not supported: all data is used",
+        ),
         (smooth("scheme: W8A8"), "recipe.yaml:3: unknown key 'scheme' of SmoothQuantModifier"),
         (smooth("mappings: [[a]]"), "recipe.yaml:3: a mapping is a list of balance_layers and smooth_layer, or a"),
         (smooth("mappings: [{smooth_layer: a}]"), "recipe.yaml:3: an element of mappings has no balance_layers"),
@@ -252,7 +255,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("AWQModifier: {n_grid: 0}", "recipe.yaml:1: n_grid must be a positive integer, not 0"),
         (
             "AWQModifier: {offload_device: cuda}",
-            "recipe.yaml:1: offload_device 'cuda' is unsupported: nothing is cached",
+            "recipe.yaml:1: offload_device 'cuda' is not supported: nothing is cached",
         ),
         (gptq("fallback: awq"), "recipe.yaml:4: fallback must be rtn, all_tokens or null, not 'awq'"),
         (gptq("refine: -1"), "recipe.yaml:4: refine must be an integer of at least 0, not -1"),
@@ -293,7 +296,10 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         (gptq("ignore:\n  - lm_head\n  - 're:('"), "recipe.yaml:6: 're:(' is not a valid regular expression"),
         (gptq("ignore: ['']"), "recipe.yaml:4: an element of ignore is an empty pattern"),
         # YAML
-        ("GPTQModifier: !!set {a, b}", "recipe.yaml:1: the tag 'tag:yaml.org,2002:set' of GPTQModifier is unsupported"),
+        (
+            "GPTQModifier: !!set {a, b}",
+            "recipe.yaml:1: the tag 'tag:yaml.org,2002:set' of GPTQModifier is not supported",
+        ),
         ("GPTQModifier: {<<: 3}", "recipe.yaml:1: not valid YAML: << takes a mapping or a list of mappings"),
         ("GPTQModifier: {<<: {}, <<: {}}", "recipe.yaml:1: '<<' is repeated, first on line 1"),
         ('GPTQModifier: {"<<": {scheme: W4A16}}', "recipe.yaml:1: unknown key '<<' of GPTQModifier"),
@@ -304,23 +310,29 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         # fields of llm-compressor that are not implemented
         (
             gptq("kv_cache_scheme: {num_bits: 8}"),
-            "recipe.yaml:4: a key-value cache of 8 bit int by tensor (symmetric=True, dynamic=False) is not offered",
+            "recipe.yaml:4: a key-value cache of 8 bit int by tensor (symmetric=True, dynamic=False) is not supported",
         ),
         (
             gptq("weight_observer: best"),
-            "recipe.yaml:4: the observer 'best' is not offered (offered are minmax",
+            "recipe.yaml:4: the observer 'best' is not supported (supported: minmax",
         ),
         (gptq("observer: {weight: MSE}"), "recipe.yaml:4: unknown key 'weight' of observer (did you mean weights?)"),
-        (gptq("observer: {output: minmax}"), "recipe.yaml:4: output 'minmax' is unsupported: outputs are not"),
-        (gptq("output_observer: minmax"), "recipe.yaml:4: output_observer 'minmax' is unsupported: outputs are not"),
-        (gptq("bypass_divisibility_checks: true"), "recipe.yaml:4: bypass_divisibility_checks True is unsupported: a"),
-        (gptq("bypass_divisibility_checks: 0"), "recipe.yaml:4: bypass_divisibility_checks 0 is unsupported: a"),
+        (gptq("observer: {output: minmax}"), "recipe.yaml:4: output 'minmax' is not supported: outputs are not"),
+        (gptq("output_observer: minmax"), "recipe.yaml:4: output_observer 'minmax' is not supported: outputs are not"),
+        (
+            gptq("bypass_divisibility_checks: true"),
+            "recipe.yaml:4: bypass_divisibility_checks True is not supported: a",
+        ),
+        (gptq("bypass_divisibility_checks: 0"), "recipe.yaml:4: bypass_divisibility_checks 0 is not supported: a"),
         (
             gptq("batched_quantization: 0"),
             "recipe.yaml:4: batched_quantization must be a positive integer, auto or null, not 0",
         ),
-        (gptq("start: 0.0"), "recipe.yaml:4: start 0.0 is unsupported: schedules belong to training"),
-        (gptq("initialized_: true"), "recipe.yaml:4: initialized_ True is unsupported: it is the state of a modifier"),
+        (gptq("start: 0.0"), "recipe.yaml:4: start 0.0 is not supported: schedules belong to training"),
+        (
+            gptq("initialized_: true"),
+            "recipe.yaml:4: initialized_ True is not supported: it is the state of a modifier",
+        ),
         # schemes
         ("GPTQModifier: {ignore: [a]}", "recipe.yaml:1: GPTQModifier has neither scheme nor config_groups (give one"),
         (
@@ -329,10 +341,10 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ),
         (
             "\nGPTQModifier:\n  scheme: W4A61",
-            "recipe.yaml:3: there is no scheme 'W4A61' (nearest is W4A16; offered are",
+            "recipe.yaml:3: unknown scheme 'W4A61' (did you mean W4A16? supported:",
         ),
-        ("\nGPTQModifier:\n  scheme: UNQUANTIZED", "recipe.yaml:3: the scheme UNQUANTIZED is not offered"),
-        ("\nGPTQModifier:\n  scheme:\n    FP: Linear", "recipe.yaml:4: there is no scheme 'FP' (nearest is FP8"),
+        ("\nGPTQModifier:\n  scheme: UNQUANTIZED", "recipe.yaml:3: the scheme UNQUANTIZED is not supported"),
+        ("\nGPTQModifier:\n  scheme:\n    FP: Linear", "recipe.yaml:4: unknown scheme 'FP' (did you mean FP8?"),
         (
             "\nGPTQModifier:\n  scheme: 4",
             "recipe.yaml:3: scheme must be a preset or a mapping of presets to targets, not 4",
@@ -340,14 +352,14 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("\nGPTQModifier:\n  scheme: {}", "recipe.yaml:3: scheme is empty"),
         (
             "GPTQModifier:\n  scheme: {W4A16: a}\n  targets: b",
-            "recipe.yaml:3: targets are already stated in scheme (leave them out here)",
+            "recipe.yaml:3: targets are already stated in scheme (remove them here)",
         ),
         ("QuantizationModifier:\n  config_groups:\n    g: {weights: {}}", "recipe.yaml:3: g has no targets"),
         (GROUP + "wieghts: {}", "recipe.yaml:5: unknown key 'wieghts' of g (did you mean weights?)"),
         (GROUP + "weights: 4", "recipe.yaml:5: weights must be a mapping, not 4"),
         (
             GROUP + "weights: {}\n      output_activations: {}",
-            "recipe.yaml:6: output_activations {} is unsupported: outputs are not quantized",
+            "recipe.yaml:6: output_activations {} is not supported: outputs are not quantized",
         ),
         (
             GROUP + "weights:\n        numbits: 4",
@@ -367,7 +379,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         (GROUP + "weights:\n        num_bits: 5\n        type: float", "recipe.yaml:"),
         (
             GROUP + "weights: {num_bits: 8}\n      output_activations: {num_bits: 8}",
-            "recipe.yaml:6: output_activations {'num_bits': 8} is unsupported",
+            "recipe.yaml:6: output_activations {'num_bits': 8} is not supported",
         ),
         (
             GROUP + "weights: {num_bits: 4, group_size: 32}\n      format: tar",
