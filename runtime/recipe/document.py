@@ -12,22 +12,9 @@ from runtime.recipe.yaml import Table, parse
 
 _QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
 _SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
-# The other modifiers of llm-compressor, to tell unsupported ones from misspelled ones.
-_UNSUPPORTED = (
-    "AutoRoundModifier",
-    "ConstantPruningModifier",
-    "IMatrixGatherer",
-    "LogarithmicEqualizationModifier",
-    "MagnitudePruningModifier",
-    "QuIPModifier",
-    "SparseGPTModifier",
-    "SpinQuantModifier",
-    "WandaPruningModifier",
-)
-_LISTED = f"supported: {', '.join(_SUPPORTED)}"
-# By depth: how names of nested mappings end, and what else a mapping may hold.
+# By depth: how names of nested mappings end, and all keys.
 _NESTED = ("_stage", "_modifiers", "\0")
-_OTHER = (("*_stage", "args", *_SUPPORTED), ("*_modifiers", "run_type"), _SUPPORTED)
+_KEYS = ((*_SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), _SUPPORTED)
 
 
 def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, ...], tuple[Transform, ...]]:
@@ -59,7 +46,9 @@ def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, 
     if modifiers:
         return tuple(modifiers), tuple(transforms)
     if not transforms:
-        raise RecipeError(f"{origin}:{root.line}: the recipe names no modifier", hint=_LISTED)
+        raise RecipeError(
+            f"{origin}:{root.line}: the recipe names no modifier", hint=f"supported: {', '.join(_SUPPORTED)}"
+        )
     raise RecipeError(
         f"{origin}:{root.line}: {transforms[-1].name} rescales weights, but no modifier quantizes them",
         hint="add a QuantizationModifier or a GPTQModifier after it",
@@ -81,12 +70,10 @@ def _find_modifiers(entries: Table, *location: str) -> Iterator[Table]:
         elif depth == 1 and key == "run_type":
             if value != "oneshot":
                 raise rejection("{name} must be oneshot, not {value}", *path, value=value)
-        elif key in _UNSUPPORTED:
-            raise rejection("{name} is not supported", *path, hint=_LISTED)
         else:
-            raise rejection(
-                f"unknown {'modifier' if depth == 2 else 'key'} {key!r}", *path, hint=nearest(key, _OTHER[depth])
-            )
+            # A modifier of llm-compressor that is not implemented is no misspelling.
+            cutoff = 0.8 if key.endswith("Modifier") else 0.4
+            raise rejection(f"{key!r} is not supported", *path, hint=nearest(key, _KEYS[depth], cutoff))
 
 
 def _split(table: Table) -> tuple[Table, list[Table]]:

@@ -172,9 +172,9 @@ def require_known(table: Table, known: Collection[str], supported: Collection[st
             raise rejection(f"unknown key {key!r} of {table.name}", key, hint=nearest(key, supported))
 
 
-def nearest(key: str, supported: Collection[str]) -> str:
+def nearest(key: str, supported: Collection[str], cutoff: float = 0.4) -> str:
     """Say which supported key is meant, or list them."""
-    near = difflib.get_close_matches(key, supported, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(key, supported, n=1, cutoff=cutoff)
     return f"did you mean {near[0]}?" if near else f"supported: {', '.join(supported)}"
 
 

@@ -228,15 +228,18 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("GPTQModifier: !!python/object:os.system {}", "recipe.yaml:1: "),
         ("1: {}", "recipe.yaml:1: a key must be a string, not 1"),
         # stages and modifiers
-        ("quant_stge: {}", "recipe.yaml:1: unknown key 'quant_stge' (did you mean *_stage?)"),
-        ("a_stage:\n  b_modifier: {}", "recipe.yaml:2: unknown key 'b_modifier' (did you mean *_modifiers?)"),
+        ("quant_stge: {}", "recipe.yaml:1: 'quant_stge' is not supported (did you mean *_stage?)"),
+        ("a_stage:\n  b_modifier: {}", "recipe.yaml:2: 'b_modifier' is not supported (did you mean *_modifiers?)"),
         ("a_stage:\n  run_type: train", "recipe.yaml:2: run_type must be oneshot, not 'train'"),
         ("args: {a: 1}", "recipe.yaml:1: args are not supported (write the values"),
-        ("GPTQModfier: {}", "recipe.yaml:1: unknown key 'GPTQModfier' (did you mean GPTQModifier?)"),
-        ("a_stage:\n b_modifiers:\n  GPTQ: {}", "recipe.yaml:3: unknown modifier 'GPTQ' (did you mean GPTQModifier?)"),
+        ("GPTQModfier: {}", "recipe.yaml:1: 'GPTQModfier' is not supported (did you mean GPTQModifier?)"),
+        (
+            "a_stage:\n b_modifiers:\n  GPTQ: {}",
+            "recipe.yaml:3: 'GPTQ' is not supported (did you mean GPTQModifier?)",
+        ),
         (
             "a_stage:\n b_modifiers:\n  SparseGPTModifier: {}",
-            "recipe.yaml:3: SparseGPTModifier is not supported (supported: Quant",
+            "recipe.yaml:3: 'SparseGPTModifier' is not supported (supported: Quant",
         ),
         ("\nSmoothQuantModifier: {}", "recipe.yaml:2: SmoothQuantModifier rescales weights, but no modifier quantizes"),
         ("GPTQModifier: {scheme: W4A16}\nAWQModifier: {}", "AWQModifier comes after GPTQModifier"),
