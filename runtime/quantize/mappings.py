@@ -17,8 +17,7 @@ from runtime.recipe.recipe import some
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
-    from runtime.recipe.transforms import Mapping as NamedMapping
-    from runtime.recipe.transforms import Transform
+    from runtime.recipe.modifiers import LayerMapping, Transform
     from runtime.weights.parameters import Weights
 
 
@@ -169,7 +168,7 @@ def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, tied: 
     return ""
 
 
-def _named_rescalings(artifact: Artifact, mappings: Sequence[NamedMapping], origin: str) -> Iterator[Rescaling]:
+def _named_rescalings(artifact: Artifact, mappings: Sequence[LayerMapping], origin: str) -> Iterator[Rescaling]:
     for mapping in mappings:
         found = list(_matches(artifact, mapping))
         if not found:
@@ -186,7 +185,7 @@ def _named_rescalings(artifact: Artifact, mappings: Sequence[NamedMapping], orig
             yield _completed(artifact, group, known.get(group.producer, ()), f"{origin}:{mapping.line}")
 
 
-def _matches(artifact: Artifact, mapping: NamedMapping) -> Iterator[ScaleGroup]:
+def _matches(artifact: Artifact, mapping: LayerMapping) -> Iterator[ScaleGroup]:
     """One group for each module that is smoothed: with those of its subgraph whose names share most with its own."""
     from runtime.formats.targets import matches_name
 

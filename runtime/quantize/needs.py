@@ -19,8 +19,8 @@ from runtime.quantize.statistics import Needs
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
     from runtime.chain import Artifact
+    from runtime.recipe.modifiers import Transform
     from runtime.recipe.recipe import Assignment, Recipe
-    from runtime.recipe.transforms import Transform
     from runtime.weights.parameters import Weights
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from runtime.quantize.mappings import Rescaling
     from runtime.quantize.statistics import InputStatistics
-    from runtime.recipe.transforms import Transform
+    from runtime.recipe.modifiers import Transform
     from runtime.streaming.work import Work
 
 Statistics = Mapping[str, "InputStatistics"]

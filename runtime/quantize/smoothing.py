@@ -21,8 +21,8 @@ from runtime.errors import QuantizationError
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
     from runtime.quantize.statistics import InputStatistics
+    from runtime.recipe.modifiers import AWQModifier, Transform
     from runtime.recipe.recipe import Assignment
-    from runtime.recipe.transforms import Transform
 
 
 @dataclass(kw_only=True)
@@ -156,7 +156,7 @@ def find_scales(
             low_I, high_I = statistics.feature_span()
             weights = (rescaled.get(f"{name}.weight") for name in group.modules)
             return smoothing_factors(
-                torch.maximum(-low_I, high_I), weights, strength=transform.strength, channel_I=channels
+                torch.maximum(-low_I, high_I), weights, strength=transform.smoothing_strength, channel_I=channels
             )
         quantized = [name for name in group.modules if name in rescaled.jobs]
         return _search(transform, quantized, rescaled, statistics, scale_dtypes, channels)
@@ -165,7 +165,7 @@ def find_scales(
 
 
 def _search(
-    transform: Transform,
+    transform: AWQModifier,
     quantized: Sequence[str],
     rescaled: Rescaled,
     statistics: InputStatistics,

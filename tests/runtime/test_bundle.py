@@ -115,7 +115,7 @@ class TestPacking:
         (tmp_path / "odd.yaml").write_text("Nothing: {}")
         (tmp_path / "text.txt").write_text("text")
         artifact, recipe, out = llama.artifact, parts / "r.yaml", tmp_path / "out"
-        with pytest.raises(RecipeError, match="unknown key 'Nothing'"):
+        with pytest.raises(RecipeError, match="'Nothing' is not supported"):
             pack(artifact, recipe=tmp_path / "odd.yaml", out=out)
         with pytest.raises(UsageError, match="is not a token file"):
             pack(artifact, recipe=recipe, data=tmp_path / "text.txt", out=out)

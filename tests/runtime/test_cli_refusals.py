@@ -107,12 +107,12 @@ def empty_data(place: Place) -> list[str]:
 
 def blank_data(place: Place) -> list[str]:
     place.data = place.write("blank.txt", " \n \n")
-    return ["blank.txt holds no text but white space"]
+    return ["blank.txt has only white space"]
 
 
 def short_data(place: Place) -> list[str]:
     place.data = place.write("short.txt", "hello")
-    return ["short.txt gives 0 windows of 256 tokens (6 tokens in all)", "give more text"]
+    return ["short.txt has 0 windows of 256 tokens (6 tokens in all)", "use more text"]
 
 
 def long_data(place: Place) -> list[str]:
@@ -122,17 +122,17 @@ def long_data(place: Place) -> list[str]:
 
 def unknown_data(place: Place) -> list[str]:
     place.data = place.write("text.docx", "hello")
-    return ["text.docx is of an unknown kind: .docx", ".txt, .jsonl, .parquet and .safetensors"]
+    return ["unsupported extension '.docx' of ", ".txt, .jsonl, .parquet and .safetensors"]
 
 
 def foreign_tokens(place: Place) -> list[str]:
     place.data = write_token_file(place.folder / "foreign.safetensors", largest=258)
-    return ["gives token id 258, and the model's vocabulary has 258 entries", "take the model's own tokenizer"]
+    return ["has the token id 258, but the model's vocabulary has 258 entries", "use the model's own tokenizer"]
 
 
 def weights_as_data(place: Place) -> list[str]:
     place.data = place.weights / "model.safetensors"
-    return ["is a safetensors file but no token file", "seqbuild data"]
+    return ["is a safetensors file but not a token file", "seqbuild data"]
 
 
 def binary_data(place: Place) -> list[str]:
@@ -154,7 +154,7 @@ def text_without_a_tokenizer(place: Place) -> list[str]:
 def model_with_other_inputs(place: Place) -> list[str]:
     manifest = read_manifest(place.artifact)
     edit_manifest(place, inputs=(*manifest.inputs, replace(manifest.inputs[0], name="pixel_values")))
-    return ["takes an input 'pixel_values', which the data does not give"]
+    return ["has an input 'pixel_values', which is missing in the data"]
 
 
 BOTH = [

@@ -70,15 +70,18 @@ def test_a_table_beside_layers_of_another_scheme(model: Small, tmp_path: Path) -
     [
         (
             "GPTQModifier: {targets: Embedding, scheme: W4A16}",
-            "means model.embed_tokens, and embeddings have no inputs",
+            "matches model.embed_tokens, but embeddings have no inputs",
         ),
-        (f"{ROUND}: {{targets: Embedding, scheme: W4A16_ASYM}}", "symmetric integer weights by group or channel alone"),
+        (f"{ROUND}: {{targets: Embedding, scheme: W4A16_ASYM}}", "only symmetric integer weights by group or channel"),
         (
             f"{ROUND}: {{targets: Embedding, scheme: FP8_DYNAMIC}}",
-            "symmetric integer weights by group or channel alone",
+            "only symmetric integer weights by group or channel",
         ),
-        (f"{ROUND}: {{targets: Embedding, scheme: W8A8}}", "symmetric integer weights by group or channel alone"),
-        (f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}", "'LlamaAttention' means model.layers.0.self_attn, .*"),
+        (f"{ROUND}: {{targets: Embedding, scheme: W8A8}}", "only symmetric integer weights by group or channel"),
+        (
+            f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}",
+            "matches model.layers.0.self_attn, .* whose only",
+        ),
         (f"{ROUND}: {{targets: LlamaMLP, scheme: W4A16}}", "matches no module"),
     ],
 )
