@@ -19,12 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import gc
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+
+CompileOnce = Callable[..., Path]
 
 collect_ignore = ["bench", "clients"]
 # Python's default is to look for cyclic garbage after some hundred allocations; with a million live objects of
@@ -123,3 +125,30 @@ def byte_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("byte-tokenizer")
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
+    """Compile a config of the zoo without weights: name, options of `compile_model`, and changes of the config.
+
+    The same is compiled once in a run: workers share the directory, and the compiler finds what another one has made.
+    Tests copy an artifact before they change it.
+    """
+    from filelock import FileLock
+
+    from runtime.artifact.encoding import sha256
+    from seqbuild import compile_model
+    from tests.tiny_models import save_config
+
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    (root / "models").mkdir(parents=True, exist_ok=True)
+
+    def compile_once(name: str, *, config: Mapping[str, Any] = {}, **options: Any) -> Path:
+        source = root / "models" / sha256(repr((name, sorted(config.items()))).encode())[:12] / name
+        with FileLock(root / "models" / "lock"):
+            if not source.exists():
+                save_config(name, source, **config)
+        return compile_model(source, out=root / "artifacts", **options)
+
+    return compile_once
