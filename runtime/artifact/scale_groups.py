@@ -45,18 +45,6 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
         yield from _wrong_group(manifest, group)
 
 
-def wrong_attentions(manifest: Manifest) -> Iterator[str]:
-    """Yield a sentence for each error in the list of attention modules."""
-    seen: set[str] = set()
-    for entry in manifest.attentions:
-        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
-            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
-        )
-        if not entry.module or not inside or entry.module in seen:
-            yield f"the attention module {entry.module!r} is not one of subgraph {entry.subgraph}, or there twice"
-        seen.add(entry.module)
-
-
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     first = (*group.modules, group.others[0].name if group.others else "")[0]
     held = manifest.subgraphs[group.subgraph].parameters

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.data.token_file import TokenData
 
-LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgpack", "compressed-tensors", "typer", "pyyaml")
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors", "typer", "pyyaml")
 OLDEST_PYTHON = (3, 10)
 # As `calibrate` has them by default: samples and tokens of each, and samples that run at a time.
 _USUAL_SIZES, _USUAL_BATCH = (128, 2048), 8

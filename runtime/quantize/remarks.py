@@ -110,8 +110,7 @@ def _of_readers(
 
 def _caching(manifest: Manifest) -> list[str]:
     """The attention modules that keep keys and values."""
-    found = dict.fromkeys(entry.module for entry in manifest.cached)
-    return list(found | dict.fromkeys(entry.module for entry in manifest.attentions))
+    return list(dict.fromkeys(entry.module for entry in manifest.cached))
 
 
 def _attention_classes(artifact: Artifact) -> Iterator[str]:

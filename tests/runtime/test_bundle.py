@@ -117,9 +117,9 @@ class TestPacking:
         artifact, recipe, out = llama.artifact, parts / "r.yaml", tmp_path / "out"
         with pytest.raises(RecipeError, match="unknown key 'Nothing'"):
             pack(artifact, recipe=tmp_path / "odd.yaml", out=out)
-        with pytest.raises(UsageError, match="is no token file"):
+        with pytest.raises(UsageError, match="is not a token file"):
             pack(artifact, recipe=recipe, data=tmp_path / "text.txt", out=out)
-        with pytest.raises(WeightsError, match="holds no safetensors"):
+        with pytest.raises(WeightsError, match="contains no safetensors"):
             pack(artifact, recipe=recipe, weights=tmp_path, out=out)
         with pytest.raises(ArtifactError, match="is not an artifact"):
             pack(llama.weights, recipe=recipe, out=out)
@@ -181,12 +181,12 @@ class TestDoctor:
         def version(name: str) -> str:
             if name == "accelerate":
                 raise importlib.metadata.PackageNotFoundError(name)
-            return "0.0.1" if name == "msgpack" else real(name)
+            return "0.0.1" if name == "msgspec" else real(name)
 
         monkeypatch.setattr(importlib.metadata, "version", version)
         found = findings(bundle)
         assert found["problem"] == [f"accelerate is not installed (pip install accelerate=={real('accelerate')})"]
-        assert f"msgpack 0.0.1; the bundle was packed with {real('msgpack')}" in found["note"]
+        assert f"msgspec 0.0.1; the bundle was packed with {real('msgspec')}" in found["note"]
 
     def test_memory_and_disk_that_do_not_suffice(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.planning.request.memory_here", lambda device: Limits(host=1000))

@@ -18,7 +18,7 @@ from runtime.chain import Artifact
 from runtime.weights.parameters import assign
 from seqbuild import compile_model, match_modules, trace_subgraphs
 from seqbuild.chain.subgraph import Subgraph
-from seqbuild.chain.targets import infer_targets
+from seqbuild.chain.targets import default_targets
 from tests.sweep import sweep
 from tests.tiny_models import (
     TEXT_MODELS,
@@ -60,7 +60,7 @@ def sdpa_model(name: str) -> PreTrainedModel:
 def traced(name: str) -> tuple[PreTrainedModel, list[Subgraph]]:
     """A model of the zoo and its chain, traced in memory once."""
     model = tiny_model(name)
-    return model, trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    return model, trace_subgraphs(model, make_inputs(model, *SAMPLE), default_targets(model))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_in_memory_equals_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2", "opt", "t5"], "opt", "t5"))
 def test_in_memory_sdpa_equals_the_model(name: str) -> None:
     model = sdpa_model(name)
-    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), default_targets(model))
     check_cases(subgraphs, model, near=True)
 
 
@@ -164,7 +164,7 @@ def test_code_names_neither_device_nor_weight_dtype(load: Load) -> None:
 )
 def test_each_target_lies_in_exactly_one_subgraph(name: str, targets_per_subgraph: int) -> None:
     model, subgraphs = traced(name)
-    patterns = infer_targets(model)
+    patterns = default_targets(model)
     if targets_per_subgraph > 1:
         sample = make_inputs(model, *SAMPLE)
         subgraphs = trace_subgraphs(model, sample, patterns, targets_per_subgraph=targets_per_subgraph)
