@@ -61,7 +61,7 @@ def decoded(data: bytes, origin: str) -> tuple[dict[str, Any], bytes]:
 
     def counted(value: Any) -> Any:
         if next(number) > _TABLES_LIMIT:
-            raise ValueError(f"it holds more than {_TABLES_LIMIT} tables")
+            raise ValueError(f"it contains more than {_TABLES_LIMIT} tables")
         return value
 
     try:
@@ -77,7 +77,7 @@ def decoded(data: bytes, origin: str) -> tuple[dict[str, Any], bytes]:
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise ArtifactError(f"{origin} is damaged: {error or type(error).__name__}") from error
     if not isinstance(plain, dict):
-        raise ArtifactError(f"{origin} is damaged: it holds no table")
+        raise ArtifactError(f"{origin} is damaged: it does not contain a table")
     try:
         return plain, canonical(plain)
     except (TypeError, ValueError, RecursionError) as error:

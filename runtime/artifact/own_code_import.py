@@ -70,8 +70,8 @@ class LoadedCode:
                 found = getattr(importlib.import_module(module), class_name, None)
         except ModuleNotFoundError as error:
             raise ModelError(
-                f"the model's own code {self._place(error, file)} imports {error.name!r}, which is not there",
-                hint="install what it needs" if error.name and not error.name.startswith(self.package) else "",
+                f"the model's own code {self._place(error, file)} imports {error.name!r}, which is not installed",
+                hint="install the packages that it needs" if error.name and not error.name.startswith(self.package) else "",
             ) from error
         except MemoryError:
             raise

@@ -24,7 +24,7 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in group.modules if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two scale groups"
+            yield f"{twice[0]} is in two scale groups"
         seen.update(group.modules)
         yield from _wrong_group(manifest, group)
     stacked = {
@@ -40,7 +40,7 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in experts if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two mixture groups"
+            yield f"{twice[0]} is in two mixture groups"
         seen.update(experts)
         yield from _wrong_group(manifest, group)
 
@@ -53,7 +53,7 @@ def wrong_attentions(manifest: Manifest) -> Iterator[str]:
             name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
         )
         if not entry.module or not inside or entry.module in seen:
-            yield f"the attention module {entry.module!r} is not one of subgraph {entry.subgraph}, or there twice"
+            yield f"the attention module {entry.module!r} is not in subgraph {entry.subgraph}, or is listed twice"
         seen.add(entry.module)
 
 

@@ -151,6 +151,6 @@ class ShardFiles:
         sizes = f": it had {expected.size} bytes and now has {found.size}" if found.size != expected.size else ""
         return WeightsError(
             f"{self.directory / name} was changed while it was read{sizes}",
-            hint="put the file back as it was, with its time of change (cp -p), or start anew",
+            hint="restore the file with its modification time (cp -p), or start again",
             is_resumable=True,
         )

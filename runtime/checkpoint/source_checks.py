@@ -74,15 +74,15 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
         message = f"{directory / 'config.json'} has a {path.rpartition('.')[2]} ({described(entry)})"
         if entry.get("quant_method") in _ROUND_WHILE_RUNNING:
             raise WeightsError(
-                f"{message}: layers of this model round their weights and inputs while it runs, which is not supported",
-                hint="take a model that is computed with its weights as they are",
+                f"{message}: layers of this model quantize their weights and inputs in the forward pass, which is not supported",
+                hint="use a model that computes with its stored weights",
             )
         raise WeightsError(
             f"{message}, but the weights are not quantized", hint=f"remove the entry {path!r} from config.json"
         )
     if quantized is not None and not entry:
         raise WeightsError(
-            f"{directory} holds quantized weights ({quantized!r} in {dtypes[quantized]}, "
+            f"{directory} contains quantized weights ({quantized!r} in {dtypes[quantized]}, "
             f"{described_files(directory) or _mark(quantized, dtypes) or 'unknown format'}), "
             f"and its config.json has no {ENTRY}",
             hint="start from the original checkpoint, or restore that entry if the format is supported",
@@ -100,7 +100,7 @@ def require_no_adapter(directory: Path) -> None:
     for name in ADAPTER_FILES:
         if (directory / name).is_file():
             raise WeightsError(
-                f"{directory} holds a PEFT adapter ({name}), which quantization would leave out",
+                f"{directory} contains a PEFT adapter ({name}), which quantization would leave out",
                 hint="merge it into the weights (merge_and_unload) and save the result, or move the adapter elsewhere",
             )
 

@@ -86,7 +86,7 @@ class ShardWriter:
         while done < len(view):
             count = os.preadv(descriptor, [view[done : done + 2**30]], slot.offset + done)
             if not count:
-                raise OutputError(f"{self.directory / self.layout.shards[slot.shard].name} was cut short")
+                raise OutputError(f"{self.directory / self.layout.shards[slot.shard].name} was truncated")
             done += count
         return data.view(DTYPES[slot.stored.dtype]).reshape(slot.stored.shape)
 
@@ -120,8 +120,8 @@ class ShardWriter:
             is_begun = False
         if not is_begun:
             raise OutputError(
-                f"{path} is not as the interrupted run has left it: it is gone, cut short or overwritten",
-                hint=f"remove {self.directory.parent} to start anew",
+                f"{path} has changed since the interrupted run: it is missing, truncated or overwritten",
+                hint=f"remove {self.directory.parent} to start again",
             )
 
     def sync(self) -> None:
@@ -194,6 +194,6 @@ def require_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise OutputError(
-            f"{path} takes {human_bytes(num_bytes)} at least, and its disk has {human_bytes(free)} left",
-            hint="make room, or choose another place",
+            f"{path} needs at least {human_bytes(num_bytes)}, but its disk has {human_bytes(free)} left",
+            hint="free disk space, or choose another directory",
         )

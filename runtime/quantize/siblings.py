@@ -1,11 +1,11 @@
-"""Which modules engines join into one matrix, where nothing but their names says it."""
+"""Find modules that engines fuse into one matrix by their names, for artifacts that do not state it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
-# By the last parts of their names, modules of one parent that vLLM's models join.
+# The last parts of the names of modules of one parent that vLLM's models fuse.
 JOINED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -17,7 +17,7 @@ JOINED = (
 
 
 def siblings_by_name(names: Iterable[str]) -> dict[str, Hashable]:
-    """For each module that engines join with others of these something that is equal for these."""
+    """Map each module that engines fuse with others in `names` to a value that is equal for those."""
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")

@@ -222,7 +222,7 @@ def recipe_that_ignores_all(place: Place) -> list[str]:
 def groups_that_do_not_divide(place: Place) -> list[str]:
     weights = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 96}"
     place.recipe.write_text(f"GPTQModifier: {{config_groups: {{a: {{targets: [Linear], weights: {weights}}}}}}}\n")
-    return ["model.layers.0.self_attn.q_proj has 128 input features, which groups of 96 do not divide"]
+    return ["model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96"]
 
 
 def full_output(place: Place) -> list[str]:

@@ -400,7 +400,7 @@ def test_latent_attention_before_1_6_must_be_compiled_again(small: Callable[...,
             older(latent, tmp_path), weights=latent.weights, recipe=plan, batches=token_batches(), out=tmp_path / "old"
         )
     done = calibrate(latent, plan, tmp_path / "new")
-    assert any("vLLM (0.32) does not read them" in remark for remark in done.remarks)
+    assert any("vLLM 0.32 ignores them" in remark for remark in done.remarks)
 
 
 def test_attention_that_the_manifest_does_not_list_is_an_error() -> None:

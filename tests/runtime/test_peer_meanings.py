@@ -117,7 +117,7 @@ def test_other_averages_do_not_go_with_rescaling(model: Small, tmp_path: Path) -
     inputs = f"input_activations: {{{STATIC}, observer: minmax, observer_kwargs: {{averaging_constant: 0.5}}}}"
     scheme = f"a: {{targets: [Linear], weights: {{num_bits: 8, type: float, strategy: channel}}, {inputs}}}"
     text = f"SmoothQuantModifier: {{}}\nQuantizationModifier: {{config_groups: {{{scheme}}}, ignore: [lm_head]}}"
-    with pytest.raises(RecipeError, match=r"averaging_constant of inputs is not offered beside modifiers that rescale"):
+    with pytest.raises(RecipeError, match=r"averaging_constant cannot be combined with SmoothQuant or AWQ"):
         calibrate(model, runtime.Recipe.from_text(text, "r"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

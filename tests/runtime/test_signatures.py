@@ -223,7 +223,7 @@ def test_on_the_command_line(signed: Path, keys: tuple[Path, Path], others: tupl
     code, said, _ = run(usual)
     assert (code, "signature" in said) == (0, False)
     code, said, _ = run([*usual, "--public-key", str(keys[1])])
-    assert (code, "signature: by the owner of the key" in said) == (0, True)
+    assert (code, "signature: valid for every required key" in said) == (0, True)
     code, said, complaint = run([*usual, "--public-key", str(others[1])])
     assert (code, said) == (2, "")
     assert "is not as the owner of" in complaint
