@@ -145,7 +145,9 @@ def read_bundle(root: Path) -> Bundle:
             weights=any(name.startswith(f"{WEIGHTS}/") for name in files),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not the table of contents of a bundle: {error}", hint="copy the bundle again") from error
+        raise ArtifactError(
+            f"{path} is not the table of contents of a bundle: {error}", hint="copy the bundle again"
+        ) from error
 
 
 def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:

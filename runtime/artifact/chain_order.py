@@ -28,7 +28,7 @@ def wrong_chain(manifest: Manifest) -> Iterator[str]:
         yield from _wrong_names(entry, where)
         for name in entry.input_names:
             if name not in present:
-                yield f"{where} takes {name!r}, which is neither an input of the model nor available from an earlier subgraph"
+                yield f"{where} takes {name!r}, which is neither an input of the model nor an available output"
         for name in entry.consumed_names:
             present.pop(name, None)
         for name in entry.output_names:

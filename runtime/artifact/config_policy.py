@@ -96,7 +96,9 @@ def _check_tokenizer(contents: Mapping[str, bytes]) -> None:
     for name in (_TOKENIZER_NAME, CONFIG_NAME):
         for value in _classes(contents.get(name, b"")):
             if value is not None and (not isinstance(value, str) or _TOKENIZER.fullmatch(value) is None):
-                raise ArtifactError(f"{name} has the tokenizer_class {str(value)[:60]!r}, which is not the name of a tokenizer class")
+                raise ArtifactError(
+                    f"{name} has the tokenizer_class {str(value)[:60]!r}, which is not the name of a tokenizer class"
+                )
 
 
 def _classes(data: bytes) -> list[Any]:

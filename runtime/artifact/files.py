@@ -112,7 +112,9 @@ def _listed(root: Path, files: Collection[FileEntry]) -> dict[str, FileEntry]:
         if len(entry.path) > _PATH_LIMIT or len(parts) > _PARTS_LIMIT:
             raise ArtifactError(f"{root} lists a file with a path of {len(entry.path)} characters: {parts[0][:40]}/...")
         if not all(map(_PART.match, parts)) or entry.path in (MANIFEST_NAME, SIGNATURE_NAME):
-            raise ArtifactError(f"{root} lists a file with the path {entry.path!r}, which leaves the directory or has unsupported characters")
+            raise ArtifactError(
+                f"{root} lists a file with the path {entry.path!r}, which leaves the directory or is not plain"
+            )
         if entry.path in listed:
             raise ArtifactError(f"{root} lists {entry.path} twice")
         if not entry.path.endswith(_KINDS) and entry.path != CONSTANTS_NAME:

@@ -165,7 +165,9 @@ class _Closure:
     pending: list[str] = field(default_factory=list)  # found but not yet parsed
 
     def refuse(self, why: str) -> SeqbuildError:
-        return self.kind(f"{self.origin} brings its own code, and {why}", hint="complete or correct the model's directory")
+        return self.kind(
+            f"{self.origin} brings its own code, and {why}", hint="complete or correct the model's directory"
+        )
 
     def take(self, parts: Sequence[str]) -> bool:
         """Collect a module, its parent packages and everything it imports; False when its file does not exist."""

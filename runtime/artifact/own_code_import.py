@@ -71,7 +71,9 @@ class LoadedCode:
         except ModuleNotFoundError as error:
             raise ModelError(
                 f"the model's own code {self._place(error, file)} imports {error.name!r}, which is not installed",
-                hint="install the packages that it needs" if error.name and not error.name.startswith(self.package) else "",
+                hint="install the packages that it needs"
+                if error.name and not error.name.startswith(self.package)
+                else "",
             ) from error
         except MemoryError:
             raise

@@ -70,7 +70,9 @@ def check_tables(manifest: Manifest) -> None:
     if manifest.model.dtype not in RUN_DTYPES:
         raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
     if manifest.model.attn_implementation not in ATTENTIONS:
-        raise ArtifactError(f"the model has the unsupported attention implementation {manifest.model.attn_implementation!r}")
+        raise ArtifactError(
+            f"the model has the unsupported attention implementation {manifest.model.attn_implementation!r}"
+        )
     for module in manifest.sources:
         if not is_module_name(module):
             raise ArtifactError(f"the manifest lists the source of {module!r}, which is not a module name")
@@ -81,7 +83,9 @@ def check_tables(manifest: Manifest) -> None:
     for pattern in manifest.model.ignored_keys:
         wrong = fault(pattern)
         if wrong:
-            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}")
+            raise ArtifactError(
+                f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}"
+            )
     for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_attentions):
         for wrong in wrongs(manifest):
             raise ArtifactError(wrong)
@@ -103,7 +107,7 @@ def _wrong_places(manifest: Manifest) -> Iterator[str]:
         module, _, class_name = path.partition(":")
         known = module.split(".")[0] in ("torch", "transformers", "timm") or is_own_module(module)
         if not known or not _is_class(module, class_name) or not _is_name(name):
-            yield f"the foreign module {name!r} is of class {path!r}, which is neither a class of the model nor of a library"
+            yield f"the foreign module {name!r} has the class {path!r}, which is not of the model or a known library"
     if manifest.input_key != sha256(canonical(dict(manifest.ingredients))):
         yield "the manifest's input key does not match its ingredients"
 

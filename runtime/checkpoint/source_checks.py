@@ -74,8 +74,8 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
         message = f"{directory / 'config.json'} has a {path.rpartition('.')[2]} ({described(entry)})"
         if entry.get("quant_method") in _ROUND_WHILE_RUNNING:
             raise WeightsError(
-                f"{message}: layers of this model quantize their weights and inputs in the forward pass, which is not supported",
-                hint="use a model that computes with its stored weights",
+                f"{message}: layers of this model quantize weights and inputs in the forward pass",
+                hint="this is not supported; use a model that computes with its stored weights",
             )
         raise WeightsError(
             f"{message}, but the weights are not quantized", hint=f"remove the entry {path!r} from config.json"

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
+RecipePath = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")]
+DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
+HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
+Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
 _HELP = {
     "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
     "sizes": "NAME=N, for sizes other than samples and tokens, such as the number of images; can be repeated.",
@@ -27,15 +31,11 @@ def plan(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = 2048,
     batch_size: BatchSize = 8,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")] = None,
+    recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",
-    device_memory: Annotated[
-        str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")
-    ] = None,
-    host_memory: Annotated[
-        str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")
-    ] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")] = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    disk: Disk = None,
     dtype: Dtype = "auto",
     activation_memory: ActivationMemory = None,
     statistics_memory: StatisticsMemory = None,

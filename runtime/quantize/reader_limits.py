@@ -106,14 +106,14 @@ LIMITS = (
         versions="5.17",
         places=(UNQUANTIZED_EXPERT,),
         scheme=INTEGERS,
-        consequence="initializes unquantized experts at random without an error if other layers are integers",
+        consequence="initializes experts that are not quantized at random, without an error, if others are integers",
     ),
     Limit(
         reader="transformers",
         versions="5.24",
         places=(UNQUANTIZED_EXPERT,),
         scheme=INTEGERS,
-        consequence="does not load unquantized experts if other layers are integers",
+        consequence="does not load experts that are not quantized if other layers are integers",
     ),
     Limit(
         reader="transformers",

@@ -62,7 +62,7 @@ def findings(path: Path, **said: object) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"ok": [], "note": [], "problem": []}
     for finding in examine(examination):
         found[finding.kind].append(finding.text)
-    assert examination.is_well is not bool(found["problem"])
+    assert examination.is_ready is not bool(found["problem"])
     return found
 
 
@@ -139,7 +139,7 @@ class TestPacking:
 
 
 class TestDoctor:
-    def test_all_is_well(self, bundle: Path) -> None:
+    def test_all_is_ready(self, bundle: Path) -> None:
         found = findings(bundle)
         assert found["problem"] == []
         said = "\n".join(found["ok"])
@@ -223,7 +223,7 @@ class TestDoctor:
         copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
         for text in ("", "[]", "{}", json.dumps({"format": "x"}), '{"format": "seqbuild-bundle", "format_version": 9}'):
             (copy / "bundle.json").write_text(text)
-            assert any("describes no bundle" in problem for problem in findings(copy)["problem"])
+            assert any("is not the table of contents of a bundle" in problem for problem in findings(copy)["problem"])
 
 
 def distributions(names: Iterator[str]) -> dict[str, importlib.metadata.Distribution]:

@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 8, 1))
     before = place.tree()
-    assert_refused(run(place.calibrate()), "takes 51", "kB at least, and its disk has 1 B left")
+    assert_refused(run(place.calibrate()), "needs at least 51", "kB, but its disk has 1 B left")
     assert place.tree() == before
 
 

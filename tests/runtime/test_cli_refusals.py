@@ -40,7 +40,7 @@ def damaged_program(place: Place) -> list[str]:
 
 def lost_program(place: Place) -> list[str]:
     (place.artifact / "subgraphs" / "001.py").unlink()
-    return ["has lost subgraphs/001.py"]
+    return ["is incomplete:  subgraphs/001.py"]
 
 
 def other_transformers(place: Place) -> list[str]:
@@ -50,23 +50,23 @@ def other_transformers(place: Place) -> list[str]:
 
 def no_weights(place: Place) -> list[str]:
     place.weights = place.folder / "nowhere"
-    return ["there is no checkpoint directory", "nowhere"]
+    return ["checkpoint directory", "nowhere"]
 
 
 def weights_are_a_file(place: Place) -> list[str]:
     place.weights = place.recipe
-    return ["there is no checkpoint directory", "recipe.yaml"]
+    return ["checkpoint directory", "recipe.yaml"]
 
 
 def empty_weights(place: Place) -> list[str]:
     place.weights = place.folder / "empty"
     place.weights.mkdir()
-    return ["holds no safetensors checkpoint", "it has no model.safetensors"]
+    return ["does not contain a safetensors checkpoint", "it has no model.safetensors"]
 
 
 def pickled_weights(place: Place) -> list[str]:
     (place.weights / "model.safetensors").rename(place.weights / "pytorch_model.bin")
-    return ["holds no safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
+    return ["does not contain a safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
 
 
 def truncated_weights(place: Place) -> list[str]:

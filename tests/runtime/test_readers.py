@@ -195,7 +195,7 @@ class TestFused:
     def test_layers_that_differ_alike_are_one_message(self) -> None:
         presets = {f"layers.{n}.{own}": preset for n in range(4) for own, preset in (("w1", "W4A16"), ("w3", "W8A16"))}
         (text,) = self.told(presets)
-        assert "and so in 3 more layers" in text
+        assert "and 3 more layers" in text
 
     def test_experts_of_a_layer_are_one(self) -> None:
         names = [f"mlp.experts.{number}.{own}" for number in range(3) for own in ("gate_proj", "up_proj", "down_proj")]
