@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from runtime.artifact.cached_values import is_in_subgraph
 from runtime.artifact.manifest import MIXTURES
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ def wrong_attentions(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each error in the list of attention modules."""
     seen: set[str] = set()
     for entry in manifest.attentions:
-        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
-            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
-        )
-        if not entry.module or not inside or entry.module in seen:
+        if not is_in_subgraph(manifest, entry.module, entry.subgraph) or entry.module in seen:
             yield f"the attention module {entry.module!r} is not in subgraph {entry.subgraph}, or is listed twice"
         seen.add(entry.module)
 

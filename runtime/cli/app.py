@@ -12,37 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import runtime.cli.options as given
 from runtime.cli.batches import DataOptions, make_batches
-from runtime.cli.options import (
-    ActivationMemory,
-    AllExperts,
-    ArtifactPath,
-    BatchSize,
-    BundledData,
-    BundledRecipe,
-    BundledWeights,
-    CheckpointActivations,
-    DataPath,
-    Device,
-    Dtype,
-    Force,
-    Log,
-    LossMask,
-    MaxShardSize,
-    Out,
-    Pack,
-    PropagateError,
-    Resume,
-    Samples,
-    SeqLen,
-    Signature,
-    Skew,
-    StatisticsMemory,
-    SummaryAsJson,
-    Tokenizer,
-    Trust,
-    WeightsPath,
-)
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
@@ -71,32 +42,32 @@ app.command()(plan)
 
 @app.command()
 def calibrate(
-    artifact: ArtifactPath,
-    weights: BundledWeights = None,
-    recipe: BundledRecipe = None,
-    out: Out = None,
-    data: BundledData = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    samples: Samples = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    pack: Pack = True,
-    loss_mask: LossMask = False,
-    tokenizer: Tokenizer = None,
-    max_shard_size: MaxShardSize = "2GB",
-    resume: Resume = False,
-    checkpoint_activations: CheckpointActivations = "replay",
-    activation_memory: ActivationMemory = None,
-    propagate_error: PropagateError = True,
-    moe_calibrate_all_experts: AllExperts = True,
-    statistics_memory: StatisticsMemory = None,
-    log: Log = None,
-    force: Force = False,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
-    require_signature: Signature = None,
-    as_json: SummaryAsJson = False,
+    artifact: given.ArtifactPath,
+    weights: given.BundledWeights = None,
+    recipe: given.BundledRecipe = None,
+    out: given.Out = None,
+    data: given.BundledData = None,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    samples: given.Samples = None,
+    seq_len: given.SeqLen = None,
+    batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
+    pack: given.Pack = True,
+    loss_mask: given.LossMask = False,
+    tokenizer: given.Tokenizer = None,
+    max_shard_size: given.MaxShardSize = "2GB",
+    resume: given.Resume = False,
+    checkpoint_activations: given.CheckpointActivations = "replay",
+    activation_memory: given.ActivationMemory = None,
+    propagate_error: given.PropagateError = True,
+    moe_calibrate_all_experts: given.AllExperts = True,
+    statistics_memory: given.StatisticsMemory = None,
+    log: given.Log = None,
+    force: given.Force = False,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
+    require_signature: given.Signature = None,
+    as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model with a recipe; one subgraph is in memory at a time."""
     from runtime.artifact.bundle import find_job
@@ -229,19 +200,19 @@ def _report(result: Calibration, as_json: bool) -> None:
 
 @app.command()
 def evaluate(
-    artifact: ArtifactPath,
-    weights: WeightsPath,
-    data: DataPath,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    samples: Samples = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    pack: Pack = True,
-    tokenizer: Tokenizer = None,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
-    require_signature: Signature = None,
+    artifact: given.ArtifactPath,
+    weights: given.WeightsPath,
+    data: given.DataPath,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    samples: given.Samples = None,
+    seq_len: given.SeqLen = None,
+    batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
+    pack: given.Pack = True,
+    tokenizer: given.Tokenizer = None,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
+    require_signature: given.Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
@@ -289,11 +260,11 @@ def recipes(
 
 @app.command()
 def check(
-    artifact: ArtifactPath,
+    artifact: given.ArtifactPath,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", help="PEM file; require a signature made with its private key.")
     ] = None,
-    allow_version_skew: Skew = False,
+    allow_version_skew: given.Skew = False,
 ) -> None:
     """Check an artifact without executing any of its code."""
     from runtime.artifact.bundle import artifact_of
@@ -315,14 +286,14 @@ def check(
 
 @app.command()
 def doctor(
-    artifact: ArtifactPath,
-    weights: BundledWeights = None,
-    recipe: BundledRecipe = None,
-    data: BundledData = None,
-    out: Out = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
+    artifact: given.ArtifactPath,
+    weights: given.BundledWeights = None,
+    recipe: given.BundledRecipe = None,
+    data: given.BundledData = None,
+    out: given.Out = None,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    trust_remote_code: given.Trust = False,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", help="PEM file; require a signature made with its private key.")
     ] = None,

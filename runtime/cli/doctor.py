@@ -11,8 +11,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from runtime.artifact.bundle import Job, artifact_of, damaged, find_job, is_bundle, read_bundle
 from runtime.artifact.check import check_artifact, check_versions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.data.token_file import TokenData
 
+_T = TypeVar("_T")
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgpack", "compressed-tensors", "typer", "pyyaml")
 OLDEST_PYTHON = (3, 10)
 # The defaults of `calibrate`: samples, tokens per sample, samples per batch.
@@ -72,17 +74,18 @@ class Examination:
         """Add a finding."""
         self.findings.append(Finding(kind=kind, text=text))
 
-    def run(self, step: Callable[[], str]) -> bool:
-        """Run a step and add its result, or the error that it raised; return whether it succeeded."""
+    def run(self, step: Callable[[], tuple[str, _T]]) -> _T | None:
+        """Run a step, add its text or the error that it raised, and return its result; None after an error."""
         try:
-            self.add("ok", step())
+            text, result = step()
         except SeqbuildError as error:
             self.add("problem", str(error))
         except (OSError, ImportError) as error:
             self.add("problem", f"{type(error).__name__}: {error}")
         else:
-            return True
-        return False
+            self.add("ok", text)
+            return result
+        return None
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
@@ -133,10 +136,7 @@ def _libraries(found: Examination) -> None:
 
 
 def _bundle(found: Examination) -> None:
-    if not is_bundle(found.path):
-        return
-
-    def intact() -> str:
+    def check() -> tuple[str, None]:
         bundle = read_bundle(found.path)
         bad = damaged(bundle, with_weights=True)
         if bad:
@@ -144,32 +144,31 @@ def _bundle(found: Examination) -> None:
                 f"{len(bad)} files of the bundle are damaged or missing: {', '.join(bad[:5])}",
                 hint="copy the bundle again",
             )
-        return f"bundle: all {len(bundle.files)} files match their digests"
+        return f"bundle: all {len(bundle.files)} files match their digests", None
 
-    found.run(intact)
+    if is_bundle(found.path):
+        found.run(check)
 
 
 def _artifact(found: Examination) -> None:
     path = artifact_of(found.path)
-    checked: dict[str, Manifest] = {}
 
-    def check() -> str:
+    def check() -> tuple[str, Manifest]:
         result = check_artifact(path, [found.public_key] if found.public_key is not None else [])
-        checked["manifest"] = result.manifest
         signed = "valid signature" if result.signed else "no signature required"
-        return f"artifact: valid, model {result.manifest.model.class_name}, {signed}"
+        return f"artifact: valid, model {result.manifest.model.class_name}, {signed}", result.manifest
 
-    if not found.run(check):
+    manifest = found.run(check)
+    if manifest is None:
         return
-    manifest = checked["manifest"]
     if found.public_key is None:
         is_signed = read_signature(path) is not None
         found.add("note", f"artifact: {'signed; verify it with --public-key' if is_signed else 'not signed'}")
     if manifest.is_portable:
         found.add("ok", "artifact: portable, needs no model code from transformers")
-    else:
-        found.run(lambda: _same_sources(manifest))
-    if manifest.model.code and not manifest.is_portable and not found.trust_remote_code:
+        return
+    found.run(lambda: _same_sources(manifest))
+    if manifest.model.code and not found.trust_remote_code:
         found.add(
             "problem",
             f"the model has its own code ({', '.join(manifest.model.code)}); read it, and allow it with "
@@ -177,60 +176,52 @@ def _artifact(found: Examination) -> None:
         )
 
 
-def _same_sources(manifest: Manifest) -> str:
+def _same_sources(manifest: Manifest) -> tuple[str, None]:
     check_versions(manifest, allow_version_skew=False)
-    return "libraries: the sources that the artifact relies on are the same on this host"
+    return "libraries: the sources that the artifact relies on are the same on this host", None
 
 
 def _calibration(found: Examination) -> None:
-    """Check what a calibration does before its first batch."""
+    """Check paths, device, weights, data, memory and disk, as a calibration does before its first batch."""
     if not found.is_ready:
         found.add("note", "weights, data, memory and disk were not checked because of the problems above")
         return
-    jobs: dict[str, Job] = {}
-
-    def job() -> str:
-        jobs["job"] = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
-        return f"paths: reads {jobs['job'].weights}, writes {jobs['job'].out}"
-
-    if found.run(job):
-        _inputs(found, jobs["job"])
-
-
-def _inputs(found: Examination, job: Job) -> None:
-    """Check device, weights, data, memory and disk."""
     from runtime.chain import load
-    from runtime.host.devices import resolve_device, resolve_dtype
+    from runtime.host.devices import resolve_dtype
 
-    device: dict[str, torch.device] = {}
-
-    def find_device() -> str:
-        device["device"] = resolve_device(found.device)
-        return _describe(device["device"])
-
-    if not found.run(find_device):
+    job = found.run(lambda: _paths(found))
+    device = found.run(lambda: _device(found.device)) if job is not None else None
+    if job is None or device is None:
         return
     artifact = load(job.artifact, allow_version_skew=True, trust_remote_code=found.trust_remote_code)
     dtype = artifact.run_dtype(resolve_dtype(found.dtype))
-    state: dict[str, Any] = {}
-    if not found.run(lambda: _checkpoint(artifact, job, dtype, state)):
+    num_bytes = found.run(lambda: _checkpoint(artifact, job, dtype))
+    if num_bytes is None:
         return
-    if job.data is not None:
-        found.run(lambda: _data(artifact, job, state))
-    _memory(found, artifact, job, device["device"], dtype, state.get("tokens"))
-    found.run(lambda: _disk(job, state["least_bytes"]))
+    tokens = found.run(partial(_data, artifact, job.data)) if job.data is not None else None
+    _memory(found, artifact, job, device, dtype, tokens)
+    found.run(lambda: _disk(job, num_bytes))
 
 
-def _describe(device: torch.device) -> str:
+def _paths(found: Examination) -> tuple[str, Job]:
+    job = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
+    return f"paths: reads {job.weights}, writes {job.out}", job
+
+
+def _device(name: str) -> tuple[str, torch.device]:
     import torch
 
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"device: {device}, {properties.name}, {human_bytes(properties.total_memory)}"
-    return f"device: {device}"
+    from runtime.host.devices import resolve_device
+
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return f"device: {device}", device
+    properties = torch.cuda.get_device_properties(device)
+    return f"device: {device}, {properties.name}, {human_bytes(properties.total_memory)}", device
 
 
-def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[str, Any]) -> str:
+def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, int]:
+    """Compare weights and recipe with the artifact; return the least bytes of the result."""
     from runtime.checkpoint.dequantize import open_checkpoint
     from runtime.quantize.assignments import least_bytes
     from runtime.quantize.needs import RecipeNeeds
@@ -241,28 +232,25 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     checkpoint = open_checkpoint(job.weights)
     prepared = prepare(artifact, checkpoint, recipe, dtype)
     source, jobs = prepared.weights, prepared.jobs
-    state["least_bytes"] = least_bytes(source, jobs)
     needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
     if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
     size = human_bytes(source.checkpoint.total_bytes)
-    return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized"
+    return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
 
 
-def _data(artifact: Artifact, job: Job, state: dict[str, Any]) -> str:
+def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.samples import load_tokens
     from runtime.model.config import text_limits
 
-    assert job.data is not None
-    if job.data.suffix != ".safetensors":
-        return f"data: {job.data} is text, which the run will tokenize"
+    if data.suffix != ".safetensors":
+        return f"data: {data} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_tokens(job.data, vocab_size=vocab_size)
+    tokens = load_tokens(data, vocab_size=vocab_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
-    state["tokens"] = tokens
-    return f"data: {len(tokens.samples)} samples"
+    return f"data: {len(tokens.samples)} samples", tokens
 
 
 def _memory(
@@ -297,7 +285,7 @@ def _memory(
     found.add("problem", f"{text}, which does not fit: {'; '.join((*shortages, *(f'advice: {a}' for a in advice)))}")
 
 
-def _disk(job: Job, least_bytes: int) -> str:
+def _disk(job: Job, least_bytes: int) -> tuple[str, None]:
     from runtime.checkpoint.writer import require_space
     from runtime.host.publish import require_free, require_outside
 
@@ -306,4 +294,4 @@ def _disk(job: Job, least_bytes: int) -> str:
     require_space(job.out, least_bytes)
     folder = next(folder for folder in (job.out, *job.out.absolute().parents) if folder.is_dir())
     free = human_bytes(shutil.disk_usage(folder).free)
-    return f"disk: the result needs at least {human_bytes(least_bytes)}, {free} are free in {folder}"
+    return f"disk: the result needs at least {human_bytes(least_bytes)}, {free} are free in {folder}", None

@@ -76,12 +76,12 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
         DataError: when a module received no token or fewer than the recipe's `min_tokens`, and has no `fallback`.
         QuantizationError: when inputs are not finite.
     """
-    statistics = _measured(work, needs, all_tokens=work.all_tokens)
+    statistics = measure_once(work, needs, all_tokens=work.all_tokens)
     starved = _starved(needs, jobs, statistics)
     again = [name for name in starved if _fallback(jobs[name]) == ALL_TOKENS]
     if again and not work.all_tokens:
         work.warnings.append(f"warning: {some(again)} received too few tokens and are measured on all tokens")
-        statistics.update(_measured(work, {name: needs[name] for name in again}, all_tokens=True))
+        statistics.update(measure_once(work, {name: needs[name] for name in again}, all_tokens=True))
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
         if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
@@ -97,12 +97,8 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
     return statistics
 
 
-def measured_on_all(work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
-    """Measure modules of experts on all tokens, regardless of routing."""
-    return _measured(work, needs, all_tokens=True)
-
-
-def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+def measure_once(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+    """Run the batches once and measure modules, experts on all tokens or on those routed to them."""
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
         return collect_statistics(

@@ -17,14 +17,14 @@ from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, static_input_parts
 from runtime.formats.presets import averaging_of
-from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measured_again, measured_on_all
+from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
 from runtime.quantize.rounding import Rounded, Rounding, round_modules, with_inputs
 from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
-from runtime.quantize.siblings import JOINED, siblings_by_name
 from runtime.quantize.smoothing import Rescaled
+from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
 
@@ -69,10 +69,10 @@ class RecipeModifier:
         named = siblings_by_name(name for name in joined if name not in self.siblings)
         self.siblings |= named
         if named:
+            fused = ", ".join("/".join(names) for names in FUSED_NAMES)
             self.remarks.append(
                 f"warning: this artifact does not state which modules read the same tensor as {some(list(named))}, so "
-                f"modules that engines fuse by name ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's "
-                "global scale"
+                f"modules that engines fuse by name ({fused}) share NVFP4's global scale"
             )
 
     def measures(self, names: Sequence[str]) -> bool:
@@ -172,7 +172,7 @@ class RecipeModifier:
     def _representatives(self, work: Work) -> dict[str, InputStatistics]:
         """Measure representative experts on all tokens if experts are measured on their own tokens."""
         needs = {} if work.all_tokens else self.needs.representatives(work.step.modules)
-        return measured_on_all(work, needs) if needs else {}
+        return measure_once(work, needs, all_tokens=True) if needs else {}
 
     def _rewrite(self, work: Work, rescaled: Rescaled) -> None:
         """Write the rescaled parameters that are not quantized."""

@@ -70,7 +70,7 @@ def make_remarks(
     if idle:
         yield f"ignore entries that match no module: {some(idle)} (seqbuild inspect shows module names)"
     if unreached:
-        yield f"not quantized, because the model never calls them: {some(unreached)}"
+        yield f"left unchanged, because the model never calls them: {some(unreached)}"
     stacked = list(_stacked_experts(artifact))
     left: dict[str, list[str]] = {}
     for name in stacked:

@@ -1,12 +1,23 @@
-"""Decide which modules are solved together, and whether a solve overwrites its Hessian; used by run and plan."""
+"""Decide which modules are solved together, whether a solve overwrites its Hessian, and which modules engines fuse."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
+
+# The last parts of the names of modules of one parent that vLLM's models fuse.
+FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 
 _LIMIT = 8  # modules per batch: hundreds of experts that are measured on all tokens read one input
 
@@ -49,3 +60,15 @@ def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]
 
 def _is_alike(one: Assignment, two: Assignment) -> bool:
     return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights
+
+
+def siblings_by_name(names: Iterable[str]) -> dict[str, Hashable]:
+    """Map each module that engines fuse with others in `names` to a value that is equal for those."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        together = next((joined for joined in FUSED_NAMES if own in joined), None)
+        if together is not None:
+            found[name] = (parent, together)
+    count = Counter(found.values())
+    return {name: key for name, key in found.items() if count[key] > 1}

@@ -49,7 +49,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
             "config_groups: {a: {targets: [Linear], weights: {num_bits: 4, type: int, symmetric: true, "
             "strategy: group, group_size: 96}}}, ignore: [lm_head]",
             runtime.RecipeError,
-            "model.layers.0.self_attn.q_proj has 128 input features, which groups of 96 do not divide",
+            "model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def damaged_program(place: Place) -> list[str]:
 
 def lost_program(place: Place) -> list[str]:
     (place.artifact / "subgraphs" / "001.py").unlink()
-    return ["is incomplete:  subgraphs/001.py"]
+    return ["is incomplete: subgraphs/001.py is missing"]
 
 
 def other_transformers(place: Place) -> list[str]:

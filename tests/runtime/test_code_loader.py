@@ -104,7 +104,7 @@ def test_two_models_do_not_meet() -> None:
 def test_nothing_else_is_found() -> None:
     with LoadedCode(code()) as loaded:
         for name in ("os", "nothing", "inner.nothing", "main.part", "__init__"):
-            with pytest.raises(ModelError, match="which is not there"):
+            with pytest.raises(ModelError, match="which is missing"):
                 loaded.find(f"{loaded.package}.{name}", "X", object)
 
 
