@@ -86,7 +86,7 @@ class LoadedSubgraph:
 
     def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
         """Execute the subgraph in a given run; the device is that of the run, not of an input."""
-        from runtime.formats.key_values import of_model, watched
+        from runtime.formats.key_values import of_model
 
         fetching = contextlib.nullcontext() if self._artifact.manifest.is_portable else offline()
         entry, key_values = self.entry, of_model(model)
@@ -94,7 +94,7 @@ class LoadedSubgraph:
         program = handing_out or self._program
         if key_values is not None and handing_out is not None:
             run = key_values.run(self, run)
-        with watched(model, entry), _unchanged(entry, model, run), fetching:
+        with _unchanged(entry, model, run), fetching:
             if not entry.arguments and not entry.results:
                 return program(model, **inputs, run=run)
             ordered = (inputs[name] for name in entry.input_names)

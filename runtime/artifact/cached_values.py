@@ -78,13 +78,6 @@ def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
             yield f"{module!r} has the cached parts {', '.join(found)}; it must have k and v once, and q at most once"
 
 
-def is_in_subgraph(manifest: Manifest, module: str, subgraph: int) -> bool:
-    """Whether a subgraph exists and uses parameters of a module, which must not be the whole model."""
-    if not module or not 0 <= subgraph < len(manifest.subgraphs):
-        return False
-    return any(name.startswith(f"{module}.") for name in manifest.subgraphs[subgraph].parameters)
-
-
 def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield a sentence for each error in the manifest's cached values.
 
@@ -94,9 +87,11 @@ def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str
     """
     by_subgraph: dict[int, list[CachedValue]] = {}
     for entry in manifest.cached:
-        inside = is_in_subgraph(manifest, entry.module, entry.subgraph)
+        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
+            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
+        )
         is_named = entry.kind.isidentifier() and entry.part in PARTS and 0 <= entry.heads < _MOST_HEADS
-        if not inside or not is_named:
+        if not entry.module or not inside or not is_named:
             yield f"the cached value {entry.name!r} is invalid, or {entry.module!r} is not in subgraph {entry.subgraph}"
             return
         by_subgraph.setdefault(entry.subgraph, []).append(entry)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from runtime.artifact.encoding import FORMAT_VERSION, decoded, from_plain, in_key_order, packed, sha256, to_plain
+import msgspec
+
+from runtime.artifact.encoding import FORMAT_VERSION, canonical, decoded, sha256
 from runtime.errors import ArtifactError
 
 START, PAD = "start", "pad"  # the keys of a rule; without a start, the last label comes first
@@ -28,12 +29,6 @@ DTYPES = (
 ATTENTIONS = ("eager", "sdpa", "None", "")
 
 Shape = tuple[int | str, ...]
-_T = TypeVar("_T")
-_SINCE_1: Mapping[str, int] = {"since": 1}  # an entry that is missing from artifacts of format version 1.0
-_SINCE_2: Mapping[str, int] = {"since": 2}
-_SINCE_3: Mapping[str, int] = {"since": 3}
-_SINCE_5: Mapping[str, int] = {"since": 5}
-_SINCE_6: Mapping[str, int] = {"since": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +48,9 @@ class ModelEntry:
     num_parameters: int
     base_model_prefix: str
     ignored_keys: tuple[str, ...]
-    config_class_name: str = field(default="", metadata=_SINCE_1)
-    config_module: str = field(default="", metadata=_SINCE_1)
-    code: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
+    config_class_name: str = ""
+    config_module: str = ""
+    code: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +70,7 @@ class InputEntry:
     name: str
     dtype: str
     shape: Shape
-    absent: int = field(default=UNKNOWN_ABSENCE, metadata=_SINCE_6)
+    absent: int = UNKNOWN_ABSENCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,11 +97,11 @@ class SubgraphEntry:
     opaque: tuple[str, ...]
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
-    uses: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
-    rehearsed: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
-    scope: str = field(default="", metadata=_SINCE_2)
-    arguments: tuple[str, ...] = field(default=(), metadata=_SINCE_2)
-    results: tuple[str, ...] = field(default=(), metadata=_SINCE_2)
+    uses: tuple[str, ...] = ()
+    rehearsed: tuple[str, ...] = ()
+    scope: str = ""
+    arguments: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +138,7 @@ class ParameterEntry:
     sources: tuple[str, ...]
     conversion: int
     tied_to: str
-    is_buffer: bool = field(default=False, metadata=_SINCE_2)
+    is_buffer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,16 +186,6 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """An attention module and the subgraph that computes it. The entries of a subgraph match its calls of
-    `aten.scaled_dot_product_attention` in order. Artifacts since 1.6 have `CachedValue` instead.
-    """
-
-    subgraph: int
-    module: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class CachedValue:
     """A value that an attention module writes to its key-value cache, or compares with it.
 
@@ -239,21 +224,20 @@ class Manifest:
     values: Mapping[str, TensorEntry]
     constants: tuple[str, ...]
     files: tuple[FileEntry, ...]
-    sources: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_1)
-    auto_ignore: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
-    conditions: tuple[str, ...] = field(default=(), metadata=_SINCE_1)
-    policy: str = field(default="target", metadata=_SINCE_2)
-    leaf_kinds: tuple[LeafKind, ...] = field(default=(), metadata=_SINCE_2)
-    leaves: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
-    buffers: Mapping[str, BufferEntry] = field(default_factory=dict, metadata=_SINCE_2)
-    foreign: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_2)
-    limits: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_2)
-    scale_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_3)
-    attentions: tuple[Attention, ...] = field(default=(), metadata=_SINCE_3)
-    defaults: Mapping[str, str] = field(default_factory=dict, metadata=_SINCE_5)
-    decoder: Mapping[str, int] = field(default_factory=dict, metadata=_SINCE_6)
-    mixture_groups: tuple[ScaleGroup, ...] = field(default=(), metadata=_SINCE_6)
-    cached: tuple[CachedValue, ...] = field(default=(), metadata=_SINCE_6)
+    sources: Mapping[str, str]
+    auto_ignore: tuple[str, ...]
+    conditions: tuple[str, ...]
+    policy: str
+    leaf_kinds: tuple[LeafKind, ...]
+    leaves: Mapping[str, int]
+    buffers: Mapping[str, BufferEntry]
+    foreign: Mapping[str, str]
+    limits: Mapping[str, int]
+    scale_groups: tuple[ScaleGroup, ...]
+    defaults: Mapping[str, str]
+    decoder: Mapping[str, int]
+    mixture_groups: tuple[ScaleGroup, ...]
+    cached: tuple[CachedValue, ...]
 
     @property
     def is_portable(self) -> bool:
@@ -267,9 +251,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Encode canonically, including the digest."""
-        plain = in_key_order(to_plain(self) | {"format": FORMAT, "format_version": list(FORMAT_VERSION)})
-        plain["digest"] = sha256(packed(plain))
-        return packed({key: plain[key] for key in sorted(plain)})
+        plain = msgspec.to_builtins(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return canonical(plain | {"digest": sha256(canonical(plain))})
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Manifest:
@@ -278,22 +261,35 @@ class Manifest:
         Raises:
             ArtifactError: for anything that docs/format.md does not allow.
         """
-        plain, encoded = decoded(data, origin)
-        if plain.get("format") != FORMAT:
-            raise ArtifactError(f"{origin} is not the manifest of a seqbuild artifact")
-        version = plain.get("format_version")
-        if not (isinstance(version, list) and len(version) == 2 and all(type(part) is int for part in version)):
-            raise ArtifactError(f"{origin} states no format version")
-        if version[0] != FORMAT_VERSION[0]:
-            raise ArtifactError(
-                f"{origin} has format version {version[0]}.{version[1]}, this runtime reads {FORMAT_VERSION[0]}.x",
-                hint="compile the model again, or use the runtime that belongs to the artifact",
-            )
-        if encoded != data:
-            raise ArtifactError(f"{origin} is damaged: its encoding is not canonical")
-        digest = plain.pop("digest", None)
-        if digest != sha256(packed(plain)):  # without the digest, the keys are still in order
+        entries = decoded(data, dict[str, msgspec.Raw], origin)
+        version = _format_version(entries, origin)
+        content = {key: value for key, value in entries.items() if key != "digest"}
+        digest = decoded(entries.get("digest", msgspec.Raw(canonical(""))), str, f"{origin}: digest")
+        if digest != sha256(canonical(content)):
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
-        entries = {key: value for key, value in plain.items() if key not in ("format", "format_version")}
-        manifest: Manifest = from_plain(cls, entries, origin, minor=version[1])
+        manifest = decoded(data, cls, origin)
+        # A newer minor version has entries that are not decoded, and so cannot be compared.
+        if version == FORMAT_VERSION and manifest.to_bytes() != data:
+            raise ArtifactError(
+                f"{origin} is damaged: it is not the canonical encoding of the entries of format version "
+                f"{version[0]}.{version[1]}"
+            )
         return manifest
+
+
+def _format_version(entries: Mapping[str, msgspec.Raw], origin: str) -> tuple[int, int]:
+    """Return the manifest's format version, if this runtime reads it."""
+    absent = msgspec.Raw(canonical(None))
+    try:
+        name: object = msgspec.msgpack.decode(entries.get("format", absent), type=str)
+    except (msgspec.MsgspecError, ValueError):
+        name = None
+    if name != FORMAT:
+        raise ArtifactError(f"{origin} is not the manifest of a seqbuild artifact")
+    version = decoded(entries.get("format_version", absent), tuple[int, int], f"{origin}: format_version")
+    if version[0] != FORMAT_VERSION[0]:
+        raise ArtifactError(
+            f"{origin} has format version {version[0]}.{version[1]}, this runtime reads {FORMAT_VERSION[0]}.x",
+            hint="compile the model again, or use the runtime that belongs to the artifact",
+        )
+    return version

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.artifact.cached_values import is_in_subgraph
 from runtime.artifact.manifest import MIXTURES
 
 if TYPE_CHECKING:
@@ -44,15 +43,6 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             yield f"{twice[0]} is in two mixture groups"
         seen.update(experts)
         yield from _wrong_group(manifest, group)
-
-
-def wrong_attentions(manifest: Manifest) -> Iterator[str]:
-    """Yield a sentence for each error in the list of attention modules."""
-    seen: set[str] = set()
-    for entry in manifest.attentions:
-        if not is_in_subgraph(manifest, entry.module, entry.subgraph) or entry.module in seen:
-            yield f"the attention module {entry.module!r} is not in subgraph {entry.subgraph}, or is listed twice"
-        seen.add(entry.module)
 
 
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:

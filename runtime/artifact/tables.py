@@ -22,7 +22,7 @@ from runtime.artifact.manifest import (
     TensorEntry,
 )
 from runtime.artifact.own_code import is_own_module
-from runtime.artifact.scale_groups import wrong_attentions, wrong_groups
+from runtime.artifact.scale_groups import wrong_groups
 from runtime.artifact.size_expressions import check_condition, is_dimension
 from runtime.errors import ArtifactError
 from runtime.language.library_sources import is_module_name
@@ -86,7 +86,7 @@ def check_tables(manifest: Manifest) -> None:
             raise ArtifactError(
                 f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}"
             )
-    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_attentions):
+    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups):
         for wrong in wrongs(manifest):
             raise ArtifactError(wrong)
 

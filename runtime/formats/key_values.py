@@ -12,7 +12,6 @@ default. Padding is part of it, as it is there.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from runtime.artifact.cached_values import QUERY, hooked
 from runtime.errors import ArtifactError, QuantizationError, RecipeError
@@ -48,7 +46,6 @@ class CompiledSubgraph(Protocol):
 
 
 _ATTRIBUTE = "key_values"  # of the model
-_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # Parameters of attention that keeps another tensor than it calculates with.
 _LATENT = re.compile(r"\.kv_[ab]_")
 _HEADS = 1  # the dimension of heads in what attention keeps: [batch, heads, tokens, head size]
@@ -89,14 +86,12 @@ class KeyValues:
         Raises:
             RecipeError: when the artifact does not say which values enter the cache.
         """
-        if not manifest.cached and not manifest.attentions:
+        if not manifest.cached:
             raise RecipeError(
                 "the artifact does not say which values enter a key-value cache, so none can be quantized",
                 hint="compile with --leaves linear; models without a cache have no such values, nor have attention "
                 "modules that run several times in one forward",
             )
-        if not manifest.cached:
-            _require_right_before(manifest, has_queries=has_queries)
         if has_queries and not any(entry.part == QUERY for entry in manifest.cached):
             raise RecipeError(
                 "the artifact does not say which values are attention's queries, so only its cache can be quantized",
@@ -105,10 +100,9 @@ class KeyValues:
         parts = (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
         found = cls(args=args, parts=parts)
         without = next((entry for entry in manifest.cached if not entry.heads and entry.part in parts), None)
-        if found.is_by_head and (without is not None or not manifest.cached):
+        if found.is_by_head and without is not None:
             raise RecipeError(
-                f"{without.module if without is not None else 'attention'} has no scale for each head: what it keeps "
-                "has no dimension of heads",
+                f"{without.module} cannot have a scale for each head: its cached values have no dimension of heads",
                 hint="use strategy: tensor",
             )
         entries: dict[tuple[str, ...], tuple[CachedValue, ...]] = {}
@@ -116,11 +110,7 @@ class KeyValues:
         for entry in manifest.cached:
             key = manifest.subgraphs[entry.subgraph].parameters
             entries[key] = (*entries.get(key, ()), *((entry,) if entry.part in parts else ()))
-        owners = [(entry.subgraph, entry.module) for entry in manifest.cached]
-        owners += [(entry.subgraph, entry.module) for entry in manifest.attentions if not manifest.cached]
-        for index, module in owners:
-            key = manifest.subgraphs[index].parameters
-            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), module)))
+            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), entry.module)))
         return dataclasses.replace(found, entries=entries, modules=modules)
 
     def all_modules(self) -> Iterator[str]:
@@ -241,7 +231,6 @@ class KeyValues:
 def latent_attention(manifest: Manifest) -> list[str]:
     """Modules of multi-head latent attention: they keep another tensor than they calculate with."""
     found = dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.cached)
-    found |= dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.attentions)
     return [
         module
         for index, module in found
@@ -258,51 +247,3 @@ def of_model(model: nn.Module) -> KeyValues | None:
     """What was attached."""
     found: KeyValues | None = model.__dict__.get(_ATTRIBUTE)
     return found
-
-
-def _require_right_before(manifest: Manifest, *, has_queries: bool) -> None:
-    """Artifacts before 1.6 name attention modules, and the operands of the operator are taken for what they keep.
-
-    Raises:
-        RecipeError: where they are something else.
-    """
-    latent = latent_attention(manifest)
-    if latent or has_queries:
-        which = f"keys and values {latent[0]} keeps" if latent else "queries attention compares"
-        raise RecipeError(
-            f"the artifact has a format before 1.6, which does not say what {which}", hint="compile the model again"
-        )
-
-
-@contextlib.contextmanager
-def watched(model: nn.Module, entry: SubgraphEntry) -> Iterator[None]:
-    """Hand out the operands of attention while a subgraph of an artifact before 1.6 runs, if anybody asked for them."""
-    key_values = of_model(model)
-    if key_values is None or entry.parameters in key_values.entries or not key_values.of_subgraph(entry):
-        yield
-        return
-    with _Interception(key_values, key_values.of_subgraph(entry)):
-        yield
-
-
-class _Interception(TorchFunctionMode):
-    """Passes keys and values through `KeyValues.handle`, call by call."""
-
-    def __init__(self, key_values: KeyValues, modules: Sequence[str]) -> None:
-        super().__init__()
-        self.key_values = key_values
-        self.waiting = iter(modules)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is not _OPERATOR:
-            return func(*args, **(kwargs or {}))
-        module = next(self.waiting, None)
-        if module is None:
-            raise ArtifactError("a subgraph computes attention more often than the manifest lists attention modules")
-        query, key, value, *rest = args
-        with torch._C.DisableTorchFunction():
-            key = self.key_values.handle(module, "k", key)
-            value = self.key_values.handle(module, "v", value)
-        return func(query, key, value, *rest, **(kwargs or {}))

@@ -36,7 +36,7 @@ _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property, 
 _UNRELATED_NAMES = """
     torch torchgen functorch sympy mpmath numpy scipy networkx triton pandas pyarrow sklearn matplotlib seqbuild
     runtime huggingface_hub hf_xet filelock fsspec httpx httpcore httpx2 httpcore2 h11 anyio sniffio idna certifi
-    requests urllib3 charset_normalizer yaml _yaml jinja2 markupsafe tokenizers safetensors tqdm regex msgpack
+    requests urllib3 charset_normalizer yaml _yaml jinja2 markupsafe tokenizers safetensors tqdm regex msgspec
     psutil packaging typing_extensions pytest _pytest pluggy hypothesis xdist execnet coverage mypy mypyc pydantic
     pydantic_core loguru rich typer click cffi cryptography setuptools pkg_resources _distutils_hack dateutil pytz
     six attr attrs truststore annotated_types typing_inspection google cython_runtime datasets multiprocess dill

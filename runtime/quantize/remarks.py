@@ -109,8 +109,7 @@ def _reader_remarks(
 
 def _caching(manifest: Manifest) -> list[str]:
     """List the attention modules that cache keys and values."""
-    modules = [entry.module for entry in manifest.cached] + [entry.module for entry in manifest.attentions]
-    return list(dict.fromkeys(modules))
+    return list(dict.fromkeys(entry.module for entry in manifest.cached))
 
 
 def targeted_tables(model: nn.Module, recipe: Recipe, jobs: Container[str]) -> list[str]:

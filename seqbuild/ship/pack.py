@@ -38,7 +38,7 @@ from runtime.host.regular_files import open_regular, require_regular, require_re
 from runtime.recipe.recipe import Recipe
 
 # Packages that a host installs; everything else that the runtime imports is a dependency of these.
-REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgpack", "compressed-tensors")
+REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _README = """\
 # {model}, ready to be calibrated

@@ -128,24 +128,31 @@ CACHED: list[tuple[str, str, dict[str, Any]]] = [
 ENCODING = [
     raw("an empty manifest", f"{MANIFEST_NAME} is damaged", lambda: b""),
     raw("a pickle for the manifest", "is damaged", lambda: b"\x80\x04cposix\nsystem\n(X\x0b\x00\x00\x00touch ownedtR."),
-    raw("an extension type", "is damaged", lambda: b"\x81\xa1a\xc7\x04\x01evil"),
-    raw("a time", "is damaged", lambda: b"\x81\xa1a\xd6\xff\x00\x00\x00\x00"),
+    raw("an extension type", "is not the manifest", lambda: b"\x81\xa1a\xc7\x04\x01evil"),
+    raw("a time", "is not the manifest", lambda: b"\x81\xa1a\xd6\xff\x00\x00\x00\x00"),
     raw("depth", "is damaged", lambda: b"\x91" * 1_000_000),
     raw("depth of tables", "is damaged", lambda: b"\x81\xa1a" * 500_000),
     raw("a length of four billion", "is damaged", lambda: b"\xdd\xff\xff\xff\xff"),
     raw("a text of four gigabytes", "is damaged", lambda: b"\xdb\xff\xff\xff\xff"),
-    raw("eight million empty lists", "more than", lambda: b"\xdd\x00\x80\x00\x00" + b"\x90" * 2**23),
+    raw("eight million empty lists", "Expected `object`", lambda: b"\xdd\x00\x80\x00\x00" + b"\x90" * 2**23),
     raw("duplicate keys", "is damaged", _doubled),
     raw("trailing bytes", "is damaged", lambda: manifest().to_bytes() + b"\x00"),
-    raw("another order of keys", "not canonical", lambda: msgpack.packb(dict(reversed(_without_digest().items())))),
     raw(
-        "longer integers", "not canonical", lambda: manifest().to_bytes().replace(b"subgraph\x01", b"subgraph\xcc\x01")
+        "another order of keys",
+        "digest does not match",
+        lambda: msgpack.packb(dict(reversed(_without_digest().items()))),
+    ),
+    raw(
+        "longer integers",
+        "digest does not match",
+        lambda: manifest().to_bytes().replace(b"subgraph\x01", b"subgraph\xcc\x01"),
     ),
     raw("no digest", "digest does not match", lambda: canonical(_without_digest())),
-    encoded("a future version", "format version 2.0", lambda plain: plain.update(format_version=[2, 0])),
+    encoded("a future version", "format version 3.0", lambda plain: plain.update(format_version=[3, 0])),
     encoded("a version beyond all numbers", "format version", lambda plain: plain.update(format_version=[2**63, 0])),
-    encoded("an older version with newer entries", "unknown entry", lambda plain: plain.update(format_version=[1, 0])),
-    encoded("an entry that is unknown", "unknown entry", lambda plain: plain.update(exec="os.system")),
+    encoded("an older version", "format version 1.0", lambda plain: plain.update(format_version=[1, 0])),
+    encoded("eight million empty lists inside", "Expected `str`", lambda plain: plain.update(targets=[[]] * 2**23)),
+    encoded("an entry that is unknown", "not the canonical encoding", lambda plain: plain.update(exec="os.system")),
     encoded(
         "not a number where a shape is expected", "float", lambda plain: plain["inputs"][0].update(shape=[float("nan")])
     ),
@@ -153,9 +160,13 @@ ENCODING = [
     encoded(
         "bytes where text is expected", f"{MANIFEST_NAME} is damaged", lambda plain: plain.update(input_key=b"abc")
     ),
-    encoded("a list where a table is expected", "is not a table", lambda plain: plain.update(parameters=[])),
     encoded(
-        "true where a number is expected", "is bool, not int", lambda plain: plain.update(targets_per_subgraph=True)
+        "a list where a table is expected", "got `array` - at `$.parameters`", lambda plain: plain.update(parameters=[])
+    ),
+    encoded(
+        "true where a number is expected",
+        "Expected `int`, got `bool`",
+        lambda plain: plain.update(targets_per_subgraph=True),
     ),
 ]
 

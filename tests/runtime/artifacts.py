@@ -142,7 +142,11 @@ def manifest(contents: dict[str, bytes] | None = None, **changes: Any) -> Manife
             FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(contents.items())
         ),
     }
-    return Manifest(**{**values, **changes})
+    empty: dict[str, Any] = {
+        **{key: {} for key in ("sources", "leaves", "buffers", "foreign", "limits", "defaults", "decoder")},
+        **dict.fromkeys(("auto_ignore", "conditions", "leaf_kinds", "scale_groups", "mixture_groups", "cached"), ()),
+    }
+    return Manifest(**{**empty, "policy": "target", **values, **changes})
 
 
 def write(directory: Path, contents: dict[str, bytes] | None = None, **changes: Any) -> Path:

@@ -181,12 +181,12 @@ class TestDoctor:
         def version(name: str) -> str:
             if name == "accelerate":
                 raise importlib.metadata.PackageNotFoundError(name)
-            return "0.0.1" if name == "msgpack" else real(name)
+            return "0.0.1" if name == "msgspec" else real(name)
 
         monkeypatch.setattr(importlib.metadata, "version", version)
         found = findings(bundle)
         assert found["problem"] == [f"accelerate is not installed (pip install accelerate=={real('accelerate')})"]
-        assert f"msgpack 0.0.1; the bundle was packed with {real('msgpack')}" in found["note"]
+        assert f"msgspec 0.0.1; the bundle was packed with {real('msgspec')}" in found["note"]
 
     def test_memory_and_disk_that_do_not_suffice(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.planning.request.memory_here", lambda device: Limits(host=1000))

@@ -207,7 +207,9 @@ def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llam
     left = "stacked expert weights are not quantized, because the artifact calls the model's own modules"
     assert [left in remark for remark in moe.remarks] == [True, False, False]
     assert "transformers 5.17 initializes experts that are not quantized at random" in moe.remarks[1]
-    assert "transformers 5.24 does not load experts that are not quantized if other layers are integers" in moe.remarks[2]
+    assert (
+        "transformers 5.24 does not load experts that are not quantized if other layers are integers" in moe.remarks[2]
+    )
     (remark,) = calibrate(at_layers, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "fp8").remarks
     assert left in remark
     ignored = recipe(RECIPES["FP8_DYNAMIC"].replace("lm_head", "lm_head, 're:.*experts'"))

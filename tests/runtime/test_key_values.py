@@ -18,9 +18,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from transformers.cache_utils import EncoderDecoderCache
 
 import runtime
-from runtime.artifact.manifest import Attention
-from runtime.errors import ArtifactError
-from runtime.formats.key_values import KeyValues, _Interception, attach
+from runtime.formats.key_values import KeyValues, attach
 from runtime.recipe.recipe import Recipe
 from runtime.weights.parameters import Weights
 from seqbuild.build import build
@@ -357,29 +355,6 @@ def test_what_is_refused(model: Small, tmp_path: Path, text: str, message: str) 
     assert not (tmp_path / "out").exists()
 
 
-def older(small: Small, tmp_path: Path) -> runtime.Artifact:
-    """The artifact as a compiler before format 1.6 wrote it: attention modules, in the order of their operator."""
-    artifact = small.load()
-    modules = dict.fromkeys((entry.subgraph, entry.module) for entry in artifact.manifest.cached)
-    found = tuple(Attention(subgraph=index, module=module) for index, module in modules)
-    artifact.manifest = dataclasses.replace(artifact.manifest, cached=(), attentions=found)
-    return artifact
-
-
-def test_an_artifact_before_1_6_is_measured_at_the_operator(model: Small, tmp_path: Path) -> None:
-    plan = Recipe.from_text(whole_range(ALONE), "r")
-    options = {"weights": model.weights, "recipe": plan, "batches": token_batches()}
-    runtime.calibrate(older(model, tmp_path), out=tmp_path / "old", **options)
-    runtime.calibrate(model.load(), out=tmp_path / "new", **options)
-    old, new = read_tensors(tmp_path / "old"), read_tensors(tmp_path / "new")
-    assert sorted(old) == sorted(new) and all(torch.equal(old[name], new[name]) for name in new)
-    text = ATTENTION.replace("TARGET", "LlamaAttention")
-    with pytest.raises(runtime.RecipeError, match=r"format before 1\.6, which does not say what queries"):
-        runtime.calibrate(
-            older(model, tmp_path), out=tmp_path / "q", **{**options, "recipe": Recipe.from_text(text, "r")}
-        )
-
-
 def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_path: Path) -> None:
     artifact = model.load()
     odd = tuple(dataclasses.replace(entry, heads=7) for entry in artifact.manifest.cached)
@@ -390,23 +365,3 @@ def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_pat
         runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, and the artifact states another"
     ):
         runtime.calibrate(artifact, out=tmp_path / "out", **options)
-
-
-def test_latent_attention_before_1_6_must_be_compiled_again(small: Callable[..., Small], tmp_path: Path) -> None:
-    latent = small("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK)
-    plan = Recipe.from_text(ALONE, "r")
-    with pytest.raises(runtime.RecipeError, match=r"before 1\.6, which does not say what keys and values .*self_attn"):
-        runtime.calibrate(
-            older(latent, tmp_path), weights=latent.weights, recipe=plan, batches=token_batches(), out=tmp_path / "old"
-        )
-    done = calibrate(latent, plan, tmp_path / "new")
-    assert any("vLLM 0.32 ignores them" in remark for remark in done.remarks)
-
-
-def test_attention_that_the_manifest_does_not_list_is_an_error() -> None:
-    """Artifacts before 1.6 list modules, and are taken at their word."""
-    states = torch.ones(1, 1, 2, 4)
-    with _Interception(KeyValues(args=QuantizationArgs(**WHOLE)), ["attention"]):
-        torch.ops.aten.scaled_dot_product_attention.default(states, states, states)
-        with pytest.raises(ArtifactError, match="more often than the manifest lists"):
-            torch.ops.aten.scaled_dot_product_attention.default(states, states, states)

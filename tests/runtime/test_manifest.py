@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def test_canonical_bytes(value: Any, encoded: bytes) -> None:
     assert canonical(value) == encoded
 
 
-@pytest.mark.parametrize("value", [1.5, b"bytes", {1: 2}, {b"": 1}, {None: 1}, {"a": {2: 3}}, {1, 2}, object(), 1j])
+@pytest.mark.parametrize("value", [object(), 1j, {1j: 2}])
 def test_what_the_format_has_no_place_for(value: Any) -> None:
     with pytest.raises(TypeError):
         canonical(value)
@@ -82,7 +83,7 @@ def test_what_is_written() -> None:
     decoded = plain()
     assert list(decoded) == sorted(decoded)
     assert decoded["format"] == "seqbuild-artifact"
-    assert decoded["format_version"] == [1, 6] == list(FORMAT_VERSION)
+    assert decoded["format_version"] == [2, 0] == list(FORMAT_VERSION)
     assert decoded["dims"] == [{"max": -1, "min": 1, "name": "batch"}, {"max": 64, "min": 1, "name": "sequence"}]
     assert len(decoded["digest"]) == 64
     assert set(decoded) == {field.name for field in dataclasses.fields(Manifest)} | {
@@ -95,15 +96,15 @@ def test_what_is_written() -> None:
 @pytest.mark.parametrize(
     ("version", "pattern"),
     [
-        ([2, 0], r"here has format version 2\.0, this runtime reads 1\.x"),
-        ([0, 9], r"here has format version 0\.9, this runtime reads 1\.x"),
+        ([1, 6], r"here has format version 1\.6, this runtime reads 2\.x"),
+        ([0, 9], r"here has format version 0\.9, this runtime reads 2\.x"),
         ([10**9, 0], r"format version 1000000000\.0"),
-        (None, "states no format version"),
-        ("1.0", "states no format version"),
-        ([1], "states no format version"),
-        ([True, 0], "states no format version"),
-        ([1, 0, 0], "states no format version"),
-        (["1", "0"], "states no format version"),
+        (None, "here: format_version is damaged: Expected `array`, got `None`"),
+        ("2.0", "here: format_version is damaged: Expected `array`, got `str`"),
+        ([2], "here: format_version is damaged: Expected `array` of length 2"),
+        ([True, 0], r"here: format_version is damaged: Expected `int`, got `bool` - at `\$\[0\]`"),
+        ([2, 0, 0], "here: format_version is damaged: Expected `array` of length 2"),
+        (["2", "0"], "here: format_version is damaged: Expected `int`, got `str`"),
     ],
 )
 def test_other_versions(version: Any, pattern: str) -> None:
@@ -112,8 +113,8 @@ def test_other_versions(version: Any, pattern: str) -> None:
 
 
 def test_the_version_is_told_before_anything_else_is_complained_about() -> None:
-    with pytest.raises(ArtifactError, match=r"format version 2\.0"):
-        Manifest.from_bytes(canonical({"format": "seqbuild-artifact", "format_version": [2, 0], "all": "new"}))
+    with pytest.raises(ArtifactError, match=r"format version 3\.0"):
+        Manifest.from_bytes(canonical({"format": "seqbuild-artifact", "format_version": [3, 0], "all": "new"}))
 
 
 @pytest.mark.parametrize("name", ["seqbuild", "", None, 1])
@@ -134,7 +135,7 @@ def extended() -> dict[str, Any]:
 
 
 def test_a_higher_minor_version_may_say_more() -> None:
-    again = Manifest.from_bytes(sealed(extended() | {"format_version": [1, 7]}))
+    again = Manifest.from_bytes(sealed(extended() | {"format_version": [2, 1]}))
     assert again == manifest()
 
 
@@ -148,61 +149,17 @@ def test_this_version_may_not(level: str) -> None:
         "parameter": changed["parameters"]["head.weight"],
     }[level]
     place["new"] = 1
-    with pytest.raises(ArtifactError, match="an unknown entry 'new'"):
+    with pytest.raises(ArtifactError, match=r"not the canonical encoding of the entries of format version 2\.0"):
         Manifest.from_bytes(sealed(changed))
 
 
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
 def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
-    changed = plain() | {"format_version": [1, FORMAT_VERSION[1] + newer]}
+    changed = plain() | {"format_version": [2, int(newer)]}
     del changed[name]
-    with pytest.raises(ArtifactError, match=f"no entry '{name}'"):
+    with pytest.raises(ArtifactError, match=f"missing required field `{name}`"):
         Manifest.from_bytes(sealed(changed))
-
-
-def of_version_1(minor: int) -> dict[str, Any]:
-    """As a compiler of that minor version would have written it."""
-    older = plain() | {"format_version": [1, minor]}
-    del older["decoder"]
-    for entry in older["inputs"]:
-        del entry["absent"]
-    del older["mixture_groups"]
-    del older["cached"]
-    if minor < 5:
-        del older["defaults"]
-    if minor < 3:
-        del older["scale_groups"], older["attentions"]
-    if minor < 2:
-        for name in ("policy", "leaf_kinds", "leaves", "buffers", "foreign", "limits"):
-            del older[name]
-        for entry in older["subgraphs"]:
-            del entry["scope"], entry["arguments"], entry["results"]
-        for entry in older["parameters"].values():
-            del entry["is_buffer"]
-    if minor == 0:
-        for name in ("sources", "auto_ignore", "conditions"):
-            del older[name]
-        for entry in older["subgraphs"]:
-            del entry["uses"], entry["rehearsed"]
-        for name in ("code", "config_class_name", "config_module"):
-            del older["model"][name]
-    return older
-
-
-@pytest.mark.parametrize("minor", [0, 1, 2, 3, 4, 5])
-def test_an_older_minor_version_is_read(minor: int) -> None:
-    assert Manifest.from_bytes(sealed(of_version_1(minor))) == manifest()
-    assert (manifest().sources, manifest().model.code, manifest().model.config_module) == ({}, (), "")
-
-
-def test_an_older_minor_version_has_no_entries_of_a_later_one() -> None:
-    with pytest.raises(ArtifactError, match="an unknown entry 'sources'"):
-        Manifest.from_bytes(sealed(of_version_1(0) | {"sources": {}}))
-    older = of_version_1(0)
-    older["model"]["code"] = []
-    with pytest.raises(ArtifactError, match="an unknown entry 'code'"):
-        Manifest.from_bytes(sealed(older))
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -220,28 +177,30 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "pattern"),
     [
-        ("input_key", 1, "input_key is int, not str"),
-        ("input_key", None, "input_key is NoneType, not str"),
-        ("targets", "layers.0", "targets is not a list"),
-        ("targets/0", 3, r"targets\[0\] is int, not str"),
-        ("targets_per_subgraph", True, "targets_per_subgraph is bool, not int"),
-        ("ingredients", [], "ingredients is not a table"),
-        ("ingredients/config", 1, r"ingredients\['config'\] is int, not str"),
-        ("model", [], "model is not a table"),
-        ("model/num_parameters", "8", "num_parameters is str, not int"),
-        ("inputs/0/shape/0", None, r"shape\[0\] is NoneType, not int or str"),
-        ("inputs/0/shape/2", True, r"shape\[2\] is bool, not int or str"),
-        ("subgraphs", {}, "subgraphs is not a list"),
-        ("subgraphs/1", "x", r"subgraphs\[1\] is not a table"),
-        ("subgraphs/1/input_names/0", 1, r"subgraphs\[1\]: input_names\[0\] is int, not str"),
-        ("parameters/head.weight/shape/0", "batch", r"parameters\['head.weight'\]: shape\[0\] is str, not int"),
-        ("files/0/bytes", "9", r"files\[0\]: bytes is str, not int"),
+        ("input_key", 1, "Expected `str`, got `int` - at `$.input_key`"),
+        ("input_key", None, "Expected `str`, got `None` - at `$.input_key`"),
+        ("targets", "layers.0", "Expected `array`, got `str` - at `$.targets`"),
+        ("targets/0", 3, "Expected `str`, got `int` - at `$.targets[0]`"),
+        ("targets_per_subgraph", True, "Expected `int`, got `bool` - at `$.targets_per_subgraph`"),
+        ("targets_per_subgraph", 1.0, "Expected `int`, got `float` - at `$.targets_per_subgraph`"),
+        ("ingredients", [], "Expected `object`, got `array` - at `$.ingredients`"),
+        ("ingredients/config", 1, "Expected `str`, got `int` - at `$.ingredients[...]`"),
+        ("ingredients/config", b"x", "Expected `str`, got `bytes` - at `$.ingredients[...]`"),
+        ("model", [], "Expected `object`, got `array` - at `$.model`"),
+        ("model/num_parameters", "8", "Expected `int`, got `str` - at `$.model.num_parameters`"),
+        ("inputs/0/shape/0", None, "Expected `int | str`, got `None` - at `$.inputs[0].shape[0]`"),
+        ("inputs/0/shape/2", True, "Expected `int | str`, got `bool` - at `$.inputs[0].shape[2]`"),
+        ("subgraphs", {}, "Expected `array`, got `object` - at `$.subgraphs`"),
+        ("subgraphs/1", "x", "Expected `object`, got `str` - at `$.subgraphs[1]`"),
+        ("subgraphs/1/input_names/0", 1, "Expected `str`, got `int` - at `$.subgraphs[1].input_names[0]`"),
+        ("parameters/head.weight/shape/0", "batch", "Expected `int`, got `str` - at `$.parameters[...].shape[0]`"),
+        ("files/0/bytes", "9", "Expected `int`, got `str` - at `$.files[0].bytes`"),
     ],
 )
 def test_wrong_types_are_named(path: str, value: Any, pattern: str) -> None:
     changed = plain()
     change(path, value)(changed)
-    with pytest.raises(ArtifactError, match=f"here: .*{pattern}"):
+    with pytest.raises(ArtifactError, match=re.escape(f"here is damaged: {pattern}")):
         Manifest.from_bytes(sealed(changed), "here")
 
 
@@ -251,7 +210,10 @@ def test_every_changed_byte_is_noticed() -> None:
         for flip in (0x01, 0x80):
             bad = bytearray(good)
             bad[position] ^= flip
-            with pytest.raises(ArtifactError, match=r"here (is damaged|is not the manifest)|format version"):
+            with pytest.raises(
+                ArtifactError,
+                match=r"here(: digest)? (is damaged|is not the manifest)|format.version",
+            ):
                 Manifest.from_bytes(bytes(bad), "here")
 
 
@@ -298,10 +260,10 @@ def test_only_one_encoding_is_accepted() -> None:
     good = manifest().to_bytes()
     longer = good.replace(b"\xb4targets_per_subgraph\x01", b"\xb4targets_per_subgraph\xcc\x01")
     assert len(longer) == len(good) + 1
-    with pytest.raises(ArtifactError, match="encoding is not canonical"):
+    with pytest.raises(ArtifactError, match="digest does not match"):
         Manifest.from_bytes(longer)
     shuffled = msgpack.packb(dict(reversed(plain().items())))
-    with pytest.raises(ArtifactError, match="encoding is not canonical"):
+    with pytest.raises(ArtifactError, match="not the canonical encoding"):
         Manifest.from_bytes(shuffled)
     (count,) = good[:1] if good[0] & 0xF0 == 0x80 else (0,)
     if count == 0:  # a table of more than 15 entries: 0xde and two bytes
@@ -311,7 +273,7 @@ def test_only_one_encoding_is_accepted() -> None:
             + good[3:]
             + b"\xb4targets_per_subgraph\x01"
         )
-        with pytest.raises(ArtifactError, match="encoding is not canonical"):
+        with pytest.raises(ArtifactError, match="not the canonical encoding"):
             Manifest.from_bytes(duplicated)
 
 
