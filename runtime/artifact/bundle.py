@@ -109,11 +109,7 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
 
 
 def _require_listed(bundle: Bundle, folder: str) -> None:
-    """Reject files in a folder of a bundle that its table of contents does not list.
-
-    Raises:
-        ArtifactError: naming the first such file.
-    """
+    """Reject files in a folder of a bundle that its table of contents does not list."""
     for path in sorted((bundle.root / folder).rglob("*")):
         name = path.relative_to(bundle.root).as_posix()
         if name not in bundle.files and (path.is_symlink() or not path.is_dir()):

@@ -112,12 +112,8 @@ def _classes(data: bytes) -> list[Any]:
 def require_possible(table: Mapping[str, Any], origin: str) -> None:
     """Reject a config with implausibly large numbers: building modules from it would take hours.
 
-    Args:
-        table: the config.
-        origin: its name in messages.
-
     Raises:
-        ArtifactError: naming the entry.
+        ArtifactError: naming the entry and `origin`.
     """
     counts = {"layers": 1.0, "experts": 1.0}
     for name, value, _ in _entries(table, "", 0):

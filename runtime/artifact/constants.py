@@ -23,11 +23,7 @@ _WIDTHS |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8
 
 
 def check_constants(contents: Mapping[str, bytes], names: Collection[str]) -> None:
-    """Reject a file of constants that does not hold exactly the tensors `names`.
-
-    Args:
-        contents: the artifact's files by path.
-        names: the tensors that its manifest states.
+    """Reject a file of constants that does not contain exactly the tensors `names`.
 
     Raises:
         ArtifactError: naming the problem.

@@ -43,8 +43,7 @@ class ModelCode:
         """The package that the files are imported as. Its name is derived from their content: it does not depend on the
         directory, and differs between models.
         """
-        digests = {path: sha256(data) for path, data in self.files.items()}
-        return _PREFIX + sha256(canonical(digests))[:16]
+        return package_name({path: sha256(data) for path, data in self.files.items()})
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -63,6 +62,11 @@ class ModelCode:
             f"{', '.join(self.executed(modules))}",
             hint="read these files, and if you trust them, allow it with --trust-remote-code",
         )
+
+
+def package_name(digests: Mapping[str, str]) -> str:
+    """Derive the package's name from the digests of its files by path."""
+    return _PREFIX + sha256(canonical(dict(digests)))[:16]
 
 
 def is_own_module(module: str) -> bool:

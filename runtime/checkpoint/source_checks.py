@@ -59,10 +59,7 @@ _NARROW = ("F8_", "F6_", "F4")
 def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
     """Reject quantized weights that config.json does not mention, and quantization entries of plain weights.
 
-    Args:
-        directory: of the model.
-        config: its config.json; empty where there is none.
-        dtypes: safetensors' name of the dtype of each tensor, by the tensor's name.
+    `dtypes` has safetensors' name of the dtype of each tensor.
 
     Raises:
         WeightsError: naming the file, the tensor or the entry.

@@ -181,11 +181,7 @@ class ShardWriter:
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Check that the disk has space for the checkpoint before it is written.
-
-    Args:
-        path: of the checkpoint; it and its parents need not exist.
-        num_bytes: the least space that it needs.
+    """Check that the disk has space for a checkpoint before it is written; `path` and its parents need not exist.
 
     Raises:
         OutputError: stating the required and the free space.

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 def assign_jobs(
     artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe
 ) -> tuple[dict[str, Assignment], list[str]]:
-    """Assign a scheme to each module.
-
-    Args:
-        artifact: states which modules its subgraphs use.
-        model: its module tree; weights are not read.
-        source: the checkpoint; None to plan without one, from the manifest.
-        recipe: the recipe.
+    """Assign a scheme to each module; without a checkpoint (`source`), from the manifest.
 
     Returns:
         Assignments by module name, and the names of modules that the recipe targets and no subgraph uses.
@@ -72,11 +66,7 @@ def transposed(model: nn.Module) -> list[str]:
 def _split_reached(
     artifact: Artifact, model: nn.Module, recipe: Recipe, assigned: Mapping[str, Assignment]
 ) -> tuple[dict[str, Assignment], list[str]]:
-    """Return the assignments of modules that some subgraph uses, and the names of the others.
-
-    Raises:
-        RecipeError: when no subgraph uses any of them.
-    """
+    """Return the assignments of modules that some subgraph uses, and the names of the others; reject having none."""
     used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
     tables = dict.fromkeys(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
     jobs = {

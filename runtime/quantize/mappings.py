@@ -36,14 +36,7 @@ class Rescaling:
 def rescalings(
     artifact: Artifact, source: Weights | None, jobs: Iterable[str], transform: Transform, origin: str
 ) -> tuple[list[Rescaling], list[str]]:
-    """Select the groups that a modifier rescales, in order of execution.
-
-    Args:
-        artifact: contains the groups that the compiler found.
-        source: tells which parameters the checkpoint stores unchanged; None to use the manifest.
-        jobs: the modules that are quantized.
-        transform: the modifier.
-        origin: the recipe's name, for messages.
+    """Select the groups that a modifier rescales, in order of execution; `origin` is the recipe's name, for messages.
 
     Returns:
         The groups, and warnings about those that cannot be rescaled.
@@ -216,12 +209,7 @@ def _closest(producer: str, names: Sequence[str]) -> list[str]:
 
 
 def _completed(artifact: Artifact, group: ScaleGroup, known: Sequence[ScaleGroup], where: str) -> Rescaling:
-    """Complete a mapping's group: with the compiler's group of the same producer, which is proven, or else by assuming
-    that output channel i feeds input feature i.
-
-    Raises:
-        RecipeError: when the shapes do not match.
-    """
+    """Complete a mapping's group with the compiler's group of the same producer, or by assuming equal channels."""
     parameters = artifact.manifest.parameters
     for own in known:
         if set(group.modules) <= {*own.modules, *(other.name.removesuffix(".weight") for other in own.others)}:

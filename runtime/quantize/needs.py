@@ -25,13 +25,7 @@ if TYPE_CHECKING:
 
 
 class RecipeNeeds:
-    """The measurements and rescalings that a recipe requires.
-
-    Args:
-        artifact: the compiled model.
-        source: the checkpoint; None to use the manifest's description of it.
-        recipe: the modifiers: those that rescale first, then those that round.
-        jobs: assignment of each module.
+    """The measurements and rescalings that a recipe requires; without a checkpoint (`source`), from the manifest.
 
     Attributes:
         rescalings: each modifier that rescales, with the groups that it rescales.

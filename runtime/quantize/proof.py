@@ -20,16 +20,10 @@ TOLERANCE = 0.05  # relative to the largest number; the error of a wrong mapping
 
 
 def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: str) -> None:
-    """Run the first batch through the subgraph with both sets of parameters.
-
-    Args:
-        work: the step.
-        before: the changed parameters before the rescaling.
-        after: the changed parameters after it.
-        where: the mapping, for the message.
+    """Run the first batch through the subgraph with the parameters before and after the rescaling of a mapping.
 
     Raises:
-        RecipeError: when the results differ by more than rounding errors.
+        RecipeError: naming the mapping (`where`), when the results differ by more than rounding errors.
     """
     one, two = _outputs(work, before), _outputs(work, after)
     for first, second in zip(one, two, strict=True):

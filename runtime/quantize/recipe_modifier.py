@@ -41,20 +41,11 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class RecipeModifier:
-    """The modifier that applies a recipe.
-
-    Args:
-        artifact: the compiled model.
-        source: the checkpoint.
-        recipe: the modifiers: those that rescale first, then those that round.
-        jobs: assignment of each module.
+    """The modifier that applies a recipe; arguments and errors are those of `RecipeNeeds`, with a checkpoint.
 
     Attributes:
         needs: what is measured and rescaled.
         remarks: messages to print before the run.
-
-    Raises:
-        RecipeError: when a modifier finds nothing to do.
     """
 
     def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:

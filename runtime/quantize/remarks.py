@@ -39,15 +39,7 @@ def make_remarks(
     jobs: Mapping[str, Assignment],
     unreached: Sequence[str],
 ) -> Iterator[str]:
-    """Yield the remarks, one line each.
-
-    Args:
-        artifact: the artifact of the run, with split or stacked experts.
-        model: its module tree.
-        recipe: the recipe.
-        jobs: assignment of each module.
-        unreached: modules that the recipe targets and no subgraph uses.
-    """
+    """Yield the remarks, one line each; `unreached` are the modules that the recipe targets and no subgraph uses."""
     kept = transposed(model)
     if kept:
         yield (

@@ -21,15 +21,10 @@ Statistics = Mapping[str, "InputStatistics"]
 
 
 class StepRescaler:
-    """The rescalings of a step.
+    """The rescalings of a step; `source` is the recipe's name, for messages.
 
     Batches always run through the original model, so statistics that are measured later are divided by the factors of
     earlier rescalings.
-
-    Args:
-        work: the step.
-        rescaled: its parameters.
-        source: the recipe's name, for messages.
     """
 
     def __init__(self, work: Work, rescaled: Rescaled, source: str) -> None:

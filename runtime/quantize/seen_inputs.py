@@ -26,12 +26,8 @@ _MORE_DATA = "calibrate with more data, or add it to ignore"
 def require_finite_inputs(statistics: Mapping[str, InputStatistics], dtype: torch.dtype) -> None:
     """Reject inputs that are not finite.
 
-    Args:
-        statistics: by module name, in the order of the modules' calls.
-        dtype: the dtype of the run.
-
     Raises:
-        QuantizationError: naming the first module whose inputs are not finite.
+        QuantizationError: naming the first module in the order of `statistics` whose inputs are not finite.
     """
     for name, found in statistics.items():
         if found.num_tokens and not found.is_finite():
@@ -53,11 +49,7 @@ def unreached(needs: Mapping[str, Needs], statistics: Mapping[str, InputStatisti
 
 
 def require_inputs(names: Iterable[str], jobs: Mapping[str, Assignment]) -> None:
-    """Reject modules without inputs whose quantization needs them.
-
-    Args:
-        names: the modules that no token has reached.
-        jobs: assignment of each module.
+    """Reject modules that no token has reached and whose quantization needs inputs.
 
     Raises:
         DataError: naming the module.

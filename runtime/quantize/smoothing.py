@@ -138,14 +138,9 @@ def find_scales(
     statistics: InputStatistics,
     scale_dtypes: Mapping[str, torch.dtype],
 ) -> torch.Tensor:
-    """Compute the factors [I] that a modifier chooses for a group.
+    """Compute the factors [I] that a modifier chooses for a group, from its weights and the statistics of its inputs.
 
-    Args:
-        transform: the modifier.
-        group: the group whose inputs are rescaled.
-        rescaled: provides its weights.
-        statistics: the statistics of its inputs.
-        scale_dtypes: the dtype of the scales of its quantized modules in the checkpoint.
+    `scale_dtypes` are the dtypes in which the checkpoint stores the scales of the group's quantized modules.
 
     Raises:
         QuantizationError: naming the group's first module.

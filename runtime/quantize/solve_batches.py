@@ -27,10 +27,7 @@ def solved_together(
 ) -> Iterator[list[str]]:
     """Yield modules in batches: GPTQ modules that read one input and have the same scheme and options.
 
-    Args:
-        names: the modules, in order.
-        jobs: assignment of each module.
-        inputs: equal values for modules that read one input, by name; without modules that are not measured.
+    `inputs` has equal values for measured modules that read one input.
     """
     done: set[str] = set()
     for name in names:
@@ -46,12 +43,9 @@ def solved_together(
 
 
 def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]) -> bool:
-    """Whether a solve may overwrite its Hessian, because nothing reads the Hessian afterwards.
+    """Whether the solve of the modules `together` may overwrite their Hessian, because nothing reads it afterwards.
 
-    Args:
-        job: the assignment of the modules that are solved.
-        together: these modules.
-        users: all modules that are not yet solved and read the same input.
+    `users` are all modules that are not yet solved and read the same input.
     """
     # Refinement, and the fallback to rounding to nearest, read it again.
     is_read_again = job.options is None or bool(job.options.refine) or job.options.fallback == "rtn"
