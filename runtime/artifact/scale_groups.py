@@ -47,10 +47,10 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
 
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     first = (*group.modules, group.others[0].name if group.others else "")[0]
-    held = manifest.subgraphs[group.subgraph].parameters
+    used = manifest.subgraphs[group.subgraph].parameters
     weights = [f"{name}.weight" for name in group.modules]
     named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
-    missing = [name for name in named if name and (name not in held or name not in manifest.parameters)]
+    missing = [name for name in named if name and (name not in used or name not in manifest.parameters)]
     if missing:
         yield f"the scale group of {first} names {missing[0]!r}, which its subgraph does not use"
         return

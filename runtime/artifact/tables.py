@@ -127,7 +127,7 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
             yield f"the value {name!r} has the invalid dtype {entry.dtype!r} or shape {list(entry.shape)!r}"
     if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):
         yield "the manifest states an input twice"
-    yield from _wrong_stand_ins(manifest)
+    yield from _wrong_absent_inputs(manifest)
     for name, parameter in manifest.parameters.items():
         is_shape = all(map(is_dimension, parameter.shape)) and math.prod(parameter.shape) <= _MOST_ELEMENTS
         if not is_shape or parameter.bytes < 0:
@@ -142,14 +142,14 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
             yield f"the limit {name!r} has the invalid value {limit}"
 
 
-def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
+def _wrong_absent_inputs(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each invalid `absent` number or decoder rule: the host makes these inputs by their shape."""
     for entry in manifest.inputs:
         of_each = entry.shape[2:]  # axes after rows and tokens
         is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
         is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
         if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
-            yield f"the number {entry.absent} cannot stand for the absence of the input {entry.name!r}"
+            yield f"the input {entry.name!r} has the invalid absent number {entry.absent}"
     rule = manifest.decoder
     if rule and (PAD not in rule or rule.keys() - {PAD, START} or not all(0 <= id < 2**31 for id in rule.values())):
         yield f"the rule for the decoder's inputs is invalid: {dict(rule)!r}"

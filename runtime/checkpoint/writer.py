@@ -50,7 +50,7 @@ class ShardWriter:
         """Write a tensor of the layout's dtype and shape, and return its size in bytes.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         slot = self.layout.slots[name]
         assert tensor.dtype == DTYPES.get(slot.stored.dtype), f"{name} was to be {slot.stored.dtype}"
@@ -61,7 +61,7 @@ class ShardWriter:
         """Write the bytes of a tensor as stored in its source checkpoint, and return their number.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         slot = self.layout.slots[name]
         descriptor = self._file(slot)
@@ -128,7 +128,7 @@ class ShardWriter:
         """Flush all data written so far to disk.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         with self._lock:
             shards, self._unsynced = list(self._unsynced), {}

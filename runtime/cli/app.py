@@ -259,9 +259,7 @@ def recipes(
 @app.command()
 def check(
     artifact: given.ArtifactPath,
-    public_key: Annotated[
-        Path | None, typer.Option("--public-key", help="PEM file; require a signature made with its private key.")
-    ] = None,
+    public_key: given.PublicKey = None,
     allow_version_skew: given.Skew = False,
 ) -> None:
     """Check an artifact without executing any of its code."""
@@ -292,9 +290,7 @@ def doctor(
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
     trust_remote_code: given.Trust = False,
-    public_key: Annotated[
-        Path | None, typer.Option("--public-key", help="PEM file; require a signature made with its private key.")
-    ] = None,
+    public_key: given.PublicKey = None,
 ) -> int:
     """Check whether this host can run a calibration, and list what is missing; exit code 1 if it cannot."""
     from runtime.cli.doctor import Examination, examine

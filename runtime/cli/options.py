@@ -37,9 +37,9 @@ Pack = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option("--tokenizer", help="Directory of the tokenizer; default: that of the weights.")
 ]
-Signature = Annotated[
-    Path | None, typer.Option("--require-signature", help="PEM file; require a signature made with its private key.")
-]
+_KEY = "Public key (PEM file); the artifact must be signed with its private key."
+Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
+PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
 BundledWeights = Annotated[
     Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
 ]

@@ -32,7 +32,7 @@ def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
 
     Args:
         work: has the module tree and the limit on the bytes of Gram matrices.
-        needs: what is measured; other modules than experts', and those that need nothing, are omitted.
+        needs: the measurements; modules outside of experts and modules without measurements are omitted.
     """
     groups: list[list[str]] = []
     taken = 0

@@ -50,7 +50,7 @@ def encoded(name: str, reason: str, change: Callable[[dict[str, Any]], object]) 
     return Attack(name, reason, make)
 
 
-def absent(name: str, reason: str = "cannot stand for the absence", **changes: Any) -> Attack:
+def absent(name: str, reason: str = "has the invalid absent number", **changes: Any) -> Attack:
     """The usual artifact with one more input, for which a number stands."""
     entry: dict[str, Any] = {"name": "types", "dtype": "int64", "shape": ("batch", "sequence"), "absent": 0}
     more = InputEntry(**(entry | changes))
