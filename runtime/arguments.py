@@ -1,26 +1,16 @@
-"""Check what a caller of the Python API hands over, before anything is done with it.
-
-Each function returns what the rest of the project works with, or raises an error that names the argument.
-"""
+"""Checks of the arguments of the Python API; each raises an error that names the argument."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
 
 def as_path(name: str, value: Any) -> Path:
-    """A path.
-
-    Raises:
-        UsageError: for anything that is none.
-    """
+    """Convert a str or path object to a Path; raise UsageError for anything else."""
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
         if isinstance(text, str) and text and "\0" not in text:
@@ -29,60 +19,40 @@ def as_path(name: str, value: Any) -> Path:
 
 
 def require_count(name: str, value: Any) -> int:
-    """A whole number from one on.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Require a whole number of at least 1, and return it; raise UsageError for anything else."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise UsageError(f"{name} is {shown(value)}", hint="it must be a whole number, 1 or more")
 
 
 def require_counts(**numbers: Any) -> None:
-    """Whole numbers from one on, or None.
-
-    Raises:
-        UsageError: naming the one that is anything else.
-    """
+    """Require whole numbers of at least 1, or None; raise UsageError naming the first that is anything else."""
     for name, number in numbers.items():
         if number is not None:
             require_count(name, number)
 
 
 def require_kind(name: str, value: Any, kind: type, hint: str) -> None:
-    """An object of this class, or None.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Require an object of this class, or None; raise UsageError for anything else."""
     if value is not None and not isinstance(value, kind):
         raise UsageError(f"{name} is {shown(value)}", hint=hint)
 
 
 def require_methods(name: str, values: Any, method: str) -> None:
-    """A sequence of objects with this method.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Require a list or tuple of objects with this method; raise UsageError for anything else."""
     if isinstance(values, (list, tuple)) and all(callable(getattr(value, method, None)) for value in values):
         return
     raise UsageError(f"{name} is {shown(values)}", hint=f"it must be a list of objects with a method {method}")
 
 
 def require_callable(name: str, value: Any) -> None:
-    """A function.
-
-    Raises:
-        UsageError: for anything else.
-    """
+    """Require a callable; raise UsageError for anything else."""
     if not callable(value):
-        raise UsageError(f"{name} is {shown(value)}", hint="it must be a function of one line of text")
+        raise UsageError(f"{name} is {shown(value)}", hint="it must be a function that takes one line of text")
 
 
 def shown(value: Any) -> str:
-    """A value in an error: what is short as it is, of anything else the type."""
+    """Format a value for an error message: numbers and strings as they are, of anything else the type."""
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, (str, os.PathLike)):

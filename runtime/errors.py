@@ -1,37 +1,37 @@
 """Every error a user can cause, in one tree.
 
     SeqbuildError
-    ├── UsageError          an option or argument that cannot be
-    ├── ModelError          no such model, or one whose config is missing or cannot be built
+    ├── UsageError          an invalid option or argument
+    ├── ModelError          a model that does not exist, has no config, or cannot be built
     ├── TargetError         a sequential target that does not exist, is never called, or conflicts
     ├── TraceError          model code that cannot be recorded
-    ├── ArtifactError       an artifact that is damaged, from a future version, or breaks the rules for its code
-    ├── SignatureError      an artifact that is not signed, not by the key that is asked for, or not as it is
+    ├── ArtifactError       an artifact that is damaged, from an unknown version, or breaks the rules for its code
+    ├── SignatureError      an artifact without a signature, or whose signature does not match the key or the content
     ├── VersionError        the host's libraries are not the ones the artifact was compiled with
-    ├── WeightsError        a checkpoint that does not fit the artifact
+    ├── WeightsError        a checkpoint that does not match the artifact
     ├── DataError           calibration or evaluation data that is empty, too short or out of vocabulary
-    ├── RecipeError         a recipe that cannot be read or asks for what is not offered
-    ├── PatternError        a regular expression that is none, or takes too long
-    ├── OutputError         an output place that is in use, not empty, full or not writable
-    ├── DeviceError         a device that is not there
+    ├── RecipeError         a recipe that cannot be read or has an unsupported option
+    ├── PatternError        a regular expression that is invalid or takes too long
+    ├── OutputError         an output location that is in use, not empty, full or not writable
+    ├── DeviceError         a device that is not available
     ├── PlanError           a run that does not fit into memory or onto the disk
-    └── QuantizationError   numbers that an algorithm cannot work with
+    └── QuantizationError   numbers that an algorithm cannot use, such as a Hessian that is not finite
 
 The message is one sentence that names the offending value; `hint` says what to do next. Command lines print
-both on one line and exit with code 2. Anything else that escapes is a bug of ours and shows its traceback.
-This module imports nothing, so that every part of the project can use it at no cost.
+both on one line and exit with code 2. Any other exception is a bug of this project and shows its traceback.
+This module imports nothing, so that every part of the project can import it at no cost.
 """
 
 from __future__ import annotations
 
 
 class SeqbuildError(Exception):
-    """Base of all errors that are the user's to mend.
+    """Base class of all errors that the user can fix.
 
     Args:
-        message: what is wrong, naming the offending value.
-        hint: what to do next; empty when the message already says it.
-        is_resumable: whether a run that it ends can go on with `--resume` when that is done.
+        message: the problem, naming the offending value.
+        hint: what to do next; empty if the message already says it.
+        is_resumable: whether a run that it ends can continue with `--resume` afterwards.
     """
 
     def __init__(self, message: str, *, hint: str = "", is_resumable: bool = False) -> None:
@@ -45,11 +45,11 @@ class SeqbuildError(Exception):
 
 
 class UsageError(SeqbuildError):
-    """An option or argument that cannot be."""
+    """An invalid option or argument."""
 
 
 class ModelError(SeqbuildError):
-    """No such model, or one whose config is missing or cannot be built."""
+    """A model that does not exist, has no config, or cannot be built."""
 
 
 class TargetError(SeqbuildError):
@@ -65,7 +65,7 @@ class ArtifactError(SeqbuildError):
 
 
 class SignatureError(SeqbuildError):
-    """An artifact that is not signed, not by the key that is asked for, or not as it is."""
+    """An artifact without a signature, or whose signature does not match the required key or the content."""
 
 
 class VersionError(SeqbuildError):
@@ -73,7 +73,7 @@ class VersionError(SeqbuildError):
 
 
 class WeightsError(SeqbuildError):
-    """A checkpoint that does not fit the artifact."""
+    """A checkpoint that does not match the artifact."""
 
 
 class DataError(SeqbuildError):
@@ -81,19 +81,19 @@ class DataError(SeqbuildError):
 
 
 class RecipeError(SeqbuildError):
-    """A recipe that cannot be read, or that asks for what is not offered."""
+    """A recipe that cannot be read, or has an unsupported option."""
 
 
 class PatternError(SeqbuildError):
-    """A regular expression that is none, or takes too long."""
+    """A regular expression that is invalid or takes too long."""
 
 
 class OutputError(SeqbuildError):
-    """An output place that is in use, not empty, full or not writable."""
+    """An output location that is in use, not empty, full or not writable."""
 
 
 class DeviceError(SeqbuildError):
-    """A device that is not there."""
+    """A device that is not available."""
 
 
 class PlanError(SeqbuildError):
@@ -101,4 +101,4 @@ class PlanError(SeqbuildError):
 
 
 class QuantizationError(SeqbuildError):
-    """Numbers that an algorithm cannot work with, such as a Hessian that is not finite."""
+    """Numbers that an algorithm cannot use, such as a Hessian that is not finite."""

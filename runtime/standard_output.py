@@ -1,8 +1,8 @@
-"""Standard output and standard error that never end a run.
+"""Standard output and standard error that never raise an exception.
 
-A run may take a day. That its terminal has gone, that nobody reads its pipe any more, that the disk is full
-or that its encoding has no character for a path is no reason to lose it. What cannot be encoded is escaped. After the
-first text that cannot be written the rest is dropped, and what went wrong is remembered for whoever wants to say so.
+A run may take a day. It must not end because its terminal or the reader of its pipe is gone, the disk is full, or the
+encoding has no character for a path. Characters that cannot be encoded are escaped. After the first failed write all
+later text is dropped, and the reason is kept in `Output.failure`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-GONE = "nobody reads it any more"
+GONE = "its reader has closed it"
 
 
 class Output:
-    """A text stream of the process, for everybody who prints.
+    """A text stream that drops text that it cannot write, instead of raising an exception.
 
     Args:
-        stream: what is written to.
+        stream: the stream to write to.
 
     Attributes:
-        failure: why it takes no more text, in the system's words; empty while it does.
+        failure: the system's reason why writing failed; empty if it did not.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -32,7 +32,7 @@ class Output:
         self.failure = ""
 
     def write(self, text: str) -> int:
-        """Write, or drop what cannot be written."""
+        """Write a text, or drop it if it cannot be written."""
         if not self.failure:
             try:
                 try:
@@ -45,7 +45,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what cannot be written."""
+        """Flush the stream, or drop the text that cannot be written."""
         if not self.failure:
             try:
                 self._stream.flush()
@@ -58,14 +58,12 @@ class Output:
             self.failure = GONE
 
     def drop_rest(self) -> None:
-        """Let what is left in the buffer of a stream that failed lead nowhere: Python would try to write it once more
-        when the process ends, and complain.
-        """
+        """Redirect a failed stream to the null device: Python would write its buffer again at exit, and complain."""
         with contextlib.suppress(OSError, ValueError):
             descriptor = self._stream.fileno()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, descriptor)
+            os.close(null_device)
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -77,31 +75,30 @@ class Output:
 
 @contextlib.contextmanager
 def unfailing() -> Iterator[tuple[Output, Output]]:
-    """Let `sys.stdout` and `sys.stderr` never raise while the block runs; those that are closed lead nowhere.
+    """Replace `sys.stdout` and `sys.stderr` by an `Output` each while the block runs, and yield both.
 
-    Yields:
-        Both.
+    A closed stream is replaced by the null device.
     """
-    _fill_closed()
+    _open_closed()
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        # None is what Python has for a descriptor that was closed when the process began.
+        # A stream whose descriptor was closed when the process began is None in Python.
         real = [found or stack.enter_context(open(os.devnull, "w", encoding="utf-8")) for found in before]
-        out, complaints = map(Output, real)
-        sys.stdout, sys.stderr = out, complaints
+        out, errors = map(Output, real)
+        sys.stdout, sys.stderr = out, errors
         try:
-            yield out, complaints
+            yield out, errors
         finally:
-            for output in (out, complaints):
+            for output in (out, errors):
                 output.flush()
                 if output.failure:
                     output.drop_rest()
             sys.stdout, sys.stderr = before
 
 
-def _fill_closed() -> None:
-    """Open what was closed among the first three descriptors, lest a file of the run gets the number that native code
-    prints to.
+def _open_closed() -> None:
+    """Open those of the first three descriptors that are closed, so that no file of the run gets a number that native
+    code prints to.
     """
     for number in range(3):
         try:

@@ -49,7 +49,7 @@ class Culprit:
         file: its file.
         line: its line number.
         around: the enclosing calls that can be named, innermost first. Functions inside a recorded step are left out,
-        because nothing inside a step is recorded.
+            because nothing inside a step is recorded.
     """
 
     name: str
@@ -69,7 +69,7 @@ class UntraceableError(TraceError):
 
     Attributes:
         earlier: an earlier line that converted the size of an input to a number, if any.
-        insisted_on: inputs and axes for which the model had already rejected other sizes.
+        fixed_by_model: inputs and axes for which the model had already rejected other sizes.
     """
 
     def __init__(self, message: str, *, culprit: Culprit | None, is_refusal: bool = False, hint: str = "") -> None:
@@ -77,7 +77,7 @@ class UntraceableError(TraceError):
         self.culprit = culprit
         self.is_refusal = is_refusal
         self.earlier: Culprit | None = None
-        self.insisted_on: tuple[tuple[str, int], ...] = ()
+        self.fixed_by_model: tuple[tuple[str, int], ...] = ()
 
 
 def blame(error: BaseException, ancestors: Collection[nn.Module]) -> UntraceableError:
@@ -106,23 +106,21 @@ def blame(error: BaseException, ancestors: Collection[nn.Module]) -> Untraceable
     )
 
 
-def burnt_in(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
-    """Report that a size of the sample became a constant, so the chain would only be valid for that size."""
-    if culprit is None:
-        message = f"{size} is burnt in: the model's code decided by it or looped over it"
-        return UntraceableError(message, culprit=None)
+def specialized_size(size: str, culprit: Culprit | None, ancestors: Collection[nn.Module] = ()) -> UntraceableError:
+    """Report that a size of the sample became a constant, so the graph would only be valid for that size."""
+    who = f"{culprit.name} ({culprit.file}, line {culprit.line})" if culprit is not None else "the model's code"
     return UntraceableError(
-        f"{size} is burnt in: {culprit.name} ({culprit.file}, line {culprit.line}) decided by it or looped over it",
+        f"{who} depends on {size}, so the graph would only be valid for that size",
         culprit=culprit,
-        hint=advice(culprit, ancestors),
+        hint=advice(culprit, ancestors) if culprit is not None else "",
     )
 
 
-def not_offered(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
+def unsupported_operator(operator: Any, culprit: Culprit | None, ancestors: Collection[nn.Module]) -> UntraceableError:
     """Report that the model's code calls an operator that an artifact's code must not call."""
     where = f" ({culprit.name}: {culprit.file}, line {culprit.line})" if culprit else ""
     return UntraceableError(
-        f"the model's code calls torch.ops.{operator}, which is not among the operators of an artifact{where}",
+        f"the model's code calls torch.ops.{operator}, which an artifact does not support{where}",
         culprit=culprit,
         hint=advice(culprit, ancestors) if culprit else "",
     )
@@ -139,7 +137,7 @@ def _culprit(walk: Iterable[tuple[FrameType, int]]) -> Culprit | None:
     num_outside: int | None = None
     for frame, line in walk:
         if frame.f_code.co_name == "_run" and Path(frame.f_code.co_filename) == _TRACER:
-            frames.clear()  # whoever asked for the trace is no part of the model
+            frames.clear()  # callers of the tracer are not the model's code
         if num_outside is None and Path(frame.f_code.co_filename) == _STEPS:
             num_outside = len(frames)
         if is_models_code(frame.f_code.co_filename):
@@ -217,7 +215,7 @@ def advice(culprit: Culprit, ancestors: Collection[nn.Module]) -> str:
     """Suggest what a user can do about a line of the model's code."""
     function = next(iter(culprit.around), None)
     if function is None or (function.is_forward and function.owner in ancestors):
-        return "move that line into a function of its own and name it with --ignore"
+        return "move that line into a separate function and pass that to --ignore"
     return f"make it one opaque step with --ignore {function.name}"
 
 

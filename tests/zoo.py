@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from seqbuild.sample.thin import randomize
 from seqbuild.shrink.config import shrink_table
-from seqbuild.verify.again import stated
+from seqbuild.verify.recompile import stated
 from tests.zoo_exceptions import EXCEPTIONS, PARTS, UNUSABLE
 from tests.zoo_vision import BROKEN, VISION
 

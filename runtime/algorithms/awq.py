@@ -1,27 +1,27 @@
-"""AWQ: protect the weights that matter by scaling their columns up before they are rounded.
+"""AWQ: protect salient weights by scaling their columns up before they are rounded.
 
 Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han, "AWQ: Activation-aware Weight Quantization for LLM
 Compression and Acceleration", arXiv 2306.00978. Multiplying column j of W by s_j and dividing input j by it changes
-nothing before rounding, and makes the rounding error of that column smaller by s_j (equations 1 to 3). Which s is best
-is found by trying (equations 4 and 5):
+nothing before rounding, and divides the rounding error of that column by s_j (equations 1 to 3). The best s is
+found by a search (equations 4 and 5):
 
     s(a) = s_X^a,   s_X = mean |X_j|,    a* = argmin over a in [0, 1] of    || Q(W diag(s)) diag(s)^-1 X - W X ||^2
 
 With duo scaling, as in the authors' later code, s(a) = s_X^a / s_W^(1-a), where s_W is the mean over rows of |w| over
-the largest |w| of its group: a column that is large for every row should not be scaled up as well.
+the largest |w| of its group: a column that is large in every row should not be scaled up as well.
 
-Peers run the layer forward for each a. Here the loss is a quadratic form of the error E = Q(W diag(s)) diag(s)^-1 - W
-and the inputs' Gram matrix H = X X^T, which one pass over the data has summed up:
+Other implementations run the layer forward for each a. Here the loss is a quadratic form of the error
+E = Q(W diag(s)) diag(s)^-1 - W and the inputs' Gram matrix H = X X^T, summed up in one pass over the data:
 
     || E X ||^2 = tr(E H E^T)
 
-so a candidate costs a rounding and a matrix product whatever the number of tokens, and a sample of rows is enough to
-choose one number a for all of them. All siblings that read X share s, and their losses are added up.
+so a candidate costs one rounding and one matrix product, whatever the number of tokens, and a sample of rows is enough
+to choose one number a for all of them. All siblings that read X share s, and their losses are added up.
 
-Clipping (section 3.2's companion in the authors' code): for each row and group the range is shrunk by the factor, of
-1, 1 - 1/n, ... 1/2, that loses least on the group's own block of H:   e_g H_gg e_g^T.
+Clipping (in the authors' code, next to section 3.2): for each row and group the range is shrunk by the factor, of
+1, 1 - 1/n, ... 1/2, with the least error on the group's own block of H:   e_g H_gg e_g^T.
 
-Shapes: O out features, I in features, R rows that are looked at, G groups of g columns.
+Shapes: O out features, I in features, R sampled rows, G groups of g columns.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from runtime.algorithms.rtn import rounded
 from runtime.algorithms.smoothquant import pooled
 from runtime.errors import QuantizationError
 
-NUM_ROWS = 512  # of each weight that the search looks at
-_MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # of all weights, where there are many, and of each all the same
-_MISFIT = "inputs of {} features do not fit the weights that read them"
+NUM_ROWS = 512  # rows of each weight that the search samples
+_MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # limits of the rows of all weights together and of each
+_MISFIT = "inputs have {} features, but the weights that read them do not"
 _STEPS_OF_CLIPPING = 20
 _LEAST_CLIPPING = 0.5
 _SMALLEST = 1e-4
@@ -50,14 +50,14 @@ _SMALLEST = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleSearch:
-    """What the search has found.
+    """The result of the search for scales.
 
     Args:
         scale_I: s, float32, the same for features that come from one channel of the producer.
         ratio: a.
-        is_duo: whether s_W took part.
-        loss: of the rows that were looked at, with s.
-        loss_before: with s = 1, which is among the candidates, so never smaller than `loss`.
+        is_duo: whether s_W was used.
+        loss: of the sampled rows, with s.
+        loss_before: of the sampled rows, with s = 1; never smaller than `loss`, because s = 1 is a candidate.
     """
 
     scale_I: torch.Tensor
@@ -79,25 +79,25 @@ def search_scales(
     channel_I: torch.Tensor | None = None,
     num_rows: int | None = None,
 ) -> ScaleSearch:
-    """Find the factors by which the columns of weights that read one input are multiplied.
+    """Find the factors by which to multiply the columns of weights that read one input.
 
     Args:
-        weights: [O, I] each; looked at one after the other, so they may be made when they are asked for.
+        weights: [O, I] each; read one after the other, so they may be generated on demand.
         hessian_II: H, the sum of x x^T over the inputs.
         mean_abs_I: mean |x|.
-        schemes: of each weight.
+        schemes: the scheme of each weight.
         scale_dtype: the dtype that the checkpoint stores scales in.
-        n_grid: how many a are tried, from 0 to 1.
-        duo_scaling: whether s_W takes part; "both" tries both.
-        channel_I: the producer's channel that each feature is proportional to; by default each its own.
-        num_rows: of each weight that are looked at, spread evenly; None for `rows_of_each`.
+        n_grid: the number of steps of a from 0 to 1.
+        duo_scaling: whether s_W is used; "both" tries both.
+        channel_I: the producer's channel that each feature is proportional to; by default each has its own.
+        num_rows: the rows of each weight to sample, evenly spread; None for `rows_of_each`.
 
     Raises:
-        QuantizationError: for shapes that do not fit, and numbers that cannot be worked with.
+        QuantizationError: for shapes that do not match, and numbers that are not finite.
     """
     _check(hessian_II, mean_abs_I, n_grid)
     num_rows = rows_of_each(len(schemes)) if num_rows is None else num_rows
-    sample, relative_I = _looked_at(weights, schemes, len(mean_abs_I), num_rows)
+    sample, relative_I = _sampled(weights, schemes, len(mean_abs_I), num_rows)
     dtype = grid.work_dtype(hessian_II, *sample)
     sample = [rows_RI.to(dtype) for rows_RI in sample]
     gram_II = hessian_II.to(dtype)
@@ -123,7 +123,7 @@ def search_scales(
 
 
 def rows_of_each(num_weights: int) -> int:
-    """How many rows of each weight are looked at: the experts of a mixture are hundreds."""
+    """The number of rows to sample of each weight; fewer if there are many, as the experts of a mixture."""
     return min(NUM_ROWS, max(_FEWEST_ROWS, _MOST_ROWS // max(num_weights, 1)))
 
 
@@ -131,17 +131,19 @@ def _check(hessian_II: torch.Tensor, mean_abs_I: torch.Tensor, n_grid: int) -> N
     if hessian_II.shape != (len(mean_abs_I),) * 2:
         raise QuantizationError(_MISFIT.format(len(mean_abs_I)))
     if not torch.isfinite(mean_abs_I).all() or not grid.is_finite(hessian_II):
-        raise QuantizationError("the inputs of an AWQ search are not finite", hint="an activation overflowed")
+        raise QuantizationError(
+            "the inputs of an AWQ search are not finite", hint="an activation overflowed: calibrate in a wider dtype"
+        )
     if n_grid < 1:
         raise QuantizationError(f"n_grid must be at least 1, not {n_grid}")
 
 
-def _looked_at(
+def _sampled(
     weights: Iterable[torch.Tensor], schemes: Sequence[QuantizationArgs], num_in: int, num_rows: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Rows of each weight, and s_W: |w| over the largest |w| of its group, averaged over all rows of all weights, [I].
+    """Sample rows of each weight, and compute s_W [I]: |w| over the largest |w| of its group, averaged over all rows.
 
-    Weights are looked at once, in order, and not kept.
+    Weights are read once, in order, and not kept.
     """
     sample: list[torch.Tensor] = []
     total_I, count = torch.zeros(0), 0
@@ -176,7 +178,7 @@ def _loss(
     args: QuantizationArgs,
     scale_dtype: torch.dtype,
 ) -> float:
-    """tr(E H E^T) of some rows."""
+    """Compute tr(E H E^T) of some rows."""
     scaled_RI = rows_RI * scale_I
     importance_I = gram_II.diagonal() / scale_I.square()
     found = fitted_grid(scaled_RI, args, scale_dtype=scale_dtype, importance_I=importance_I)
@@ -192,27 +194,29 @@ def quantize_clipped(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Round to nearest, each group in the range that loses least on its own inputs.
+    """Round a weight to nearest, with each group's range clipped for the least error on its own inputs.
 
     Args:
         weight_OI: [O, I], any float dtype; not changed.
-        hessian_II: H, the sum of x x^T over the layer's inputs, as they are after scaling.
-        args: strategy, bits and symmetry; its observer is not asked.
+        hessian_II: H, the sum of x x^T over the layer's inputs after scaling.
+        args: strategy, bits and symmetry; the observer is ignored.
         scale_dtype: the dtype that the checkpoint stores scales in.
-        global_scale: NVFP4's [1], where siblings share one.
+        global_scale: NVFP4's [1], if siblings share one.
 
     Returns:
-        `loss` is tr(E H E^T) for all rows.
+        The dequantized weight with its scales; `loss` is tr(E H E^T) of all rows.
 
     Raises:
-        QuantizationError: for a strategy, type, shape or numbers that cannot be worked with.
+        QuantizationError: for an unsupported strategy, type or shape, and numbers that are not finite.
     """
     weight_OI = weight_OI.detach()
-    grid.check_weight(weight_OI, args, offered=("channel", "group", "tensor_group"))
+    grid.check_weight(weight_OI, args, supported=("channel", "group", "tensor_group"))
     if hessian_II.shape != (weight_OI.shape[1],) * 2 or not grid.is_finite(hessian_II):
-        raise QuantizationError(f"a Gram matrix of shape {list(hessian_II.shape)} does not fit, or is not finite")
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(weight_OI)
+        raise QuantizationError(
+            f"a Gram matrix of shape {list(hessian_II.shape)} is not finite, or does not match a weight of shape "
+            f"{list(weight_OI.shape)}"
+        )
+    global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
     dtype = grid.work_dtype(weight_OI, hessian_II)
     found = _clipped_grid(weight_OI, hessian_II.to(dtype), args, scale_dtype, global_scale)
     quantized_OI = rounded(weight_OI.to(dtype), found, args)

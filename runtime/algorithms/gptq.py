@@ -1,4 +1,4 @@
-"""GPTQ: round one column after the other, and let the columns not yet rounded make up for the error.
+"""GPTQ: round the columns one after the other, and let the columns not yet rounded compensate the error.
 
 Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv 2210.17323. It keeps the layer's output on the calibration inputs X close (equation 1):
@@ -6,38 +6,38 @@ Transformers", arXiv 2210.17323. It keeps the layer's output on the calibration 
     ||W X - Q X||^2 = tr((W-Q) H (W-Q)^T),    H = X X^T
 
 The paper's algorithm 1 rounds column k, and corrects the later columns by the error over the diagonal,
-times row k of the upper Cholesky factor of (H + damping)^-1 (equation 2, and "step 3"). Summing up what a
-column has received when its turn comes gives the same algorithm without an inverse: LDLQ, which Chee et
-al., "QuIP", arXiv 2307.13304, prove to be equivalent. With M unit upper triangular and D diagonal:
+times row k of the upper Cholesky factor of (H + damping)^-1 (equation 2, and "step 3"). Summing up a column's
+corrections when it is rounded gives the same algorithm without an inverse: LDLQ, which Chee et al., "QuIP",
+arXiv 2307.13304, prove to be equivalent. With M unit upper triangular and D diagonal:
 
     H + damping = M D M^T                             one Cholesky factorization, from the last column on
-    t_k = w_k + sum over j < k of (w_j - q_j) M_jk    what column k is to become
+    t_k = w_k + sum over j < k of (w_j - q_j) M_jk    the target of column k
     q_k = nearest grid point to t_k
     tr((W-Q) (H + damping) (W-Q)^T) = sum of D_k |t_k - q_k|^2
 
 The inverse and its factor would cost 4/3 I^3 operations and lose digits; this factorization costs 1/3 I^3.
-The sum over earlier blocks of columns is one matmul a block ("step 2", lazy batches), the sum inside a
-block one matrix-vector product a column.
+The sum over earlier blocks of columns is one matmul per block ("step 2", lazy batches), the sum inside a
+block one matrix-vector product per column.
 
 Group grids: without ordering, a group's grid is fitted when the solve reaches the group's first column, to
-the weights as corrected until then ("additional tricks" in section 5). Algorithm 1 holds those weights
-ready; here they are w + (t - w) M_gg^-1, a small triangular solve. With ordering ("static groups" in the
-paper's code) the columns of a group come at different times, so its grid is fitted to the original weights;
-columns are stored in their original order, and a reader needs no g_idx.
+the weights as corrected until then ("additional tricks" in section 5). Algorithm 1 maintains those weights; here they
+are w + (t - w) M_gg^-1, a small triangular solve. With ordering ("static groups" in the paper's code) the columns of a
+group are not solved together, so its grid is fitted to the original weights; columns are stored in their original
+order, and a reader needs no g_idx.
 
-A dead column (input always zero, H_kk = 0) is tied to no other: it is rounded to nearest, not set to zero.
+A dead column (input always zero, H_kk = 0) is independent of the others: it is rounded to nearest, not set to zero.
 
-Weights that see the same input (q, k and v; gate and up) are solved together: their rows are stacked, so that there is
+Weights with the same input (q, k and v; gate and up) are solved together: their rows are stacked, so that there is
 one factorization and one pass over the columns.
 
-Which range a grid spans is the observer's matter (`observers`): minimum to maximum, or the range that loses least, with
-the errors of columns weighed by H's diagonal if it is `imatrix_mse`.
+The observer chooses the range of a grid (`observers`): minimum to maximum, or the range with the least error, where
+`imatrix_mse` weighs the errors of columns by H's diagonal.
 
 Layout: the working copy is transposed, weight_IO, and contiguous, so that a column is a row in memory.
 Shapes: O out features, I in features, G groups, B columns of a block, T tokens.
 
 Left out on purpose: activation order "group" (its g_idx is gone from the format), and falling back to round-to-nearest:
-a Hessian that cannot be used is an error, which the caller may answer otherwise.
+an unusable Hessian is an error, which the caller may handle in another way.
 """
 
 from __future__ import annotations
@@ -58,63 +58,12 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-_NUMBERS_OF_A_PASS = 2**24  # of weights that are solved in one pass: 64 MiB in float32
-BLOCKS_AT_A_TIME = 4  # that take errors of earlier ones in one product: a taller one runs faster
+_NUMBERS_OF_A_PASS = 2**24  # elements of the weights solved in one pass: 64 MiB in float32
+BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier ones: a taller product is faster
 _COLUMNS_OF_A_SUM = 128
 
 
-def quantize_gptq(
-    weight_OI: torch.Tensor,
-    hessian_II: torch.Tensor,
-    args: QuantizationArgs,
-    *,
-    scale_dtype: torch.dtype,
-    dampening_frac: float = 0.01,
-    block_size: int = 128,
-    actorder: str | None = "static",
-    global_scale: torch.Tensor | None = None,
-) -> QuantizedWeight:
-    """Quantize a weight so that the layer's output on the calibration inputs changes least.
-
-    Args:
-        weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
-        hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
-        args: strategy, bits, symmetry and observer.
-        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
-        dampening_frac: what is added to the diagonal, as a fraction of its mean over live columns. When that
-            does not factor it is raised tenfold, up to 1.
-        block_size: columns a block. A matter of speed alone. Where grids are fitted on the way, a group is
-            a block.
-        actorder: "static" (alias "weight") solves columns by falling H_kk; `None` from first to last.
-        global_scale: NVFP4's [1], where siblings share one.
-
-    Returns:
-        The dequantized weight with its scales, the loss (without the dampening) and the dampening used.
-
-    Raises:
-        QuantizationError: for a strategy, type, shape or numbers that cannot be worked with, for a Hessian
-            that is all zero, and for one that does not factor even with dampening 1.
-    """
-    (result,) = quantize_siblings(
-        [weight_OI],
-        hessian_II,
-        args,
-        scale_dtype=scale_dtype,
-        dampening_frac=dampening_frac,
-        block_size=block_size,
-        actorder=actorder,
-        global_scale=global_scale,
-    )
-    return result
-
-
-def _check_siblings(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, args: QuantizationArgs) -> None:
-    for weight_OI in weights:
-        grid.check_weight(weight_OI, args, offered=STRATEGIES)
-        _check_hessian(hessian_II, weight_OI)
-
-
-def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
+def quantize_siblings(
     weights: Sequence[torch.Tensor],
     hessian_II: torch.Tensor,
     args: QuantizationArgs,
@@ -126,32 +75,34 @@ def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
 ) -> Iterator[QuantizedWeight]:
-    """Quantize weights that see the same input, with one factorization. Small weights share a pass over the columns.
+    """Quantize weights that share an input so that the layer's outputs change least; all share one factorization.
 
     Args:
-        weights: [O, I] each; I is the same for all.
-        hessian_II, args, scale_dtype, dampening_frac, block_size, actorder: as for `quantize_gptq`.
-        global_scale: likewise; NVFP4 siblings share one.
-        overwrite_hessian: work in H's own memory, for whoever needs it no more: a factor takes as much.
+        weights: [O, I] each, any float dtype; not changed. The arithmetic is float64 if any tensor is, else float32.
+        hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
+        args: strategy, bits, symmetry and observer.
+        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
+        dampening_frac: added to the diagonal, as a fraction of its live mean; raised tenfold while H does not factor.
+        block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
+        actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
+        global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
+        overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
 
     Yields:
-        One result for each weight, in order; the next is computed when the one before has been taken.
+        One result per weight, computed on demand, with the loss (without the dampening) and the dampening used.
 
     Raises:
-        QuantizationError: as `quantize_gptq`, before the first result.
+        QuantizationError: for unsupported or non-finite input, and an H that is zero or fails even with dampening 1.
     """
     weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
-    _check_siblings(weights, hessian_II, args)
+    _check_all(weights, hessian_II, args)  # not here: a loop's variable would hold a weight after it was rounded
     _check_options(dampening_frac, block_size, actorder)
     dtype = grid.work_dtype(*weights, hessian_II)
     order_I = column_order(hessian_II, actorder)
     diagonal_I = hessian_II.diagonal().to(dtype, copy=True)
     factors = factors_of(hessian_II, order_I, dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
     del hessian_II
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(*weights)
-    fitting = _Fitting(args, scale_dtype, global_scale, diagonal_I)
-    group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
+    fitting = _Fitting(args, scale_dtype, grid.shared_global_scale(args, global_scale, weights), diagonal_I)
     refit = fitting if grid.is_grouped(args) and actorder is None else None
     width, damping = args.group_size if refit is not None else block_size, factors.damping
     sizes = [part.stop - part.start for part in in_passes([weight.shape for weight in weights])]
@@ -159,12 +110,11 @@ def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
         taken, weights = weights[: sizes[0]], weights[sizes.pop(0) :]
         grids = fitting.all_grids(taken, dtype)
         residual_IO = _columns_as_rows(taken, order_I, dtype)
-        quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, group_of_I, width, refit)
-        loss_O -= _weighed_squares(residual_IO, factors.added_I)
+        quantized_IO, loss_O = _solve_(residual_IO, factors, grids, args, order_I, width, refit)
         del residual_IO
         if not sizes:
-            del factors  # what follows holds the results twice
-        # What is done is held no longer: neither weights that were rounded, nor results that were taken.
+            del factors  # before the results need memory twice
+        # Free each weight when it is rounded, and each result when the caller has taken it.
         first = 0
         while taken:
             end = first + len(taken[0])
@@ -176,7 +126,7 @@ def quantize_siblings(  # noqa: D417 - the others are those of `quantize_gptq`
 
 
 def in_passes(shapes: Sequence[Sequence[int]]) -> Iterator[slice]:
-    """Which of several weights share a pass over the columns: neighbours, as long as they are small together."""
+    """Yield the slices of weights that share a pass over the columns: neighbours whose total size is small."""
     start = num_numbers = 0
     for index, shape in enumerate(shapes):
         if index > start and num_numbers + math.prod(shape) > _NUMBERS_OF_A_PASS:
@@ -187,7 +137,7 @@ def in_passes(shapes: Sequence[Sequence[int]]) -> Iterator[slice]:
 
 
 def _columns_as_rows(weights: Sequence[torch.Tensor], order_I: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The stacked weights' columns in the order of the solve, each a row in memory."""
+    """Stack the weights and return their columns in the order of the solve, each a row in memory."""
     num_rows = sum(map(len, weights))
     columns_IO = torch.empty(len(order_I), num_rows, dtype=dtype, device=order_I.device)
     places = torch.split(columns_IO, [len(weight) for weight in weights], dim=1)
@@ -199,7 +149,7 @@ def _columns_as_rows(weights: Sequence[torch.Tensor], order_I: torch.Tensor, dty
 
 
 def _weighed_squares(residual_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
-    """The sum over columns of factor times residual squared, for each row; in float64, a few columns at a time."""
+    """Sum factor times squared residual over the columns, for each row; in float64, a few columns at a time."""
     total_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     for start in range(0, len(factor_I), _COLUMNS_OF_A_SUM):
         part = slice(start, start + _COLUMNS_OF_A_SUM)
@@ -217,7 +167,7 @@ def _result(
     fitting: _Fitting,
     damping: float,
 ) -> QuantizedWeight:
-    """A weight's rows of a solve, its columns in their own order again."""
+    """Build the result of one weight from its rows of a solve, with its columns in their original order."""
     args = fitting.args
     scale_dtype = torch.float32 if args.scale_dtype is not None else fitting.scale_dtype
     zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
@@ -236,21 +186,28 @@ def _result(
     )
 
 
+def _check_all(weights: Sequence[torch.Tensor], hessian_II: torch.Tensor, args: QuantizationArgs) -> None:
+    for weight_OI in weights:
+        grid.check_weight(weight_OI, args, supported=STRATEGIES)
+        _check_hessian(hessian_II, weight_OI)
+
+
 def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:
     num_in = weight_OI.shape[1]
     if list(hessian_II.shape) != [num_in, num_in]:
         raise QuantizationError(
-            f"a Hessian of shape {list(hessian_II.shape)} does not fit a weight of shape {list(weight_OI.shape)}"
+            f"a weight of shape {list(weight_OI.shape)} requires a Hessian of shape {[num_in, num_in]}; "
+            f"got {list(hessian_II.shape)}"
         )
     if not hessian_II.is_floating_point() or not grid.is_finite(hessian_II):
         raise QuantizationError(
             f"the Hessian of a weight of shape {list(weight_OI.shape)} is not finite",
-            hint="an activation of the calibration run overflowed",
+            hint="an activation overflowed: calibrate in a wider dtype",
         )
     if not hessian_II.diagonal().any():
         raise QuantizationError(
-            f"the Hessian of a weight of shape {list(weight_OI.shape)} is zero: the module saw no input",
-            hint="calibrate with more data, or give this module to round-to-nearest in the recipe",
+            f"the Hessian of a weight of shape {list(weight_OI.shape)} is zero: no input reached the module",
+            hint="calibrate with more data, or use round-to-nearest for this module in the recipe",
         )
 
 
@@ -260,11 +217,11 @@ def _check_options(dampening_frac: float, block_size: int, actorder: str | None)
     if block_size < 1:
         raise QuantizationError(f"block_size must be at least 1, not {block_size}")
     if actorder not in (None, "static", "weight"):
-        raise QuantizationError(f"actorder {actorder!r} is not offered", hint="offered are static, weight and null")
+        raise QuantizationError(f"actorder {actorder!r} is not supported", hint="supported: static, weight and null")
 
 
 def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch.Tensor) -> torch.Tensor:
-    """The weights of a group as algorithm 1 holds them when it reaches the group's first column."""
+    """Compute the weights of a group as algorithm 1 has corrected them when it reaches the group's first column."""
     shift_BO: torch.Tensor = torch.linalg.solve_triangular(
         lower_BB, target_BO - weight_BO, upper=False, unitriangular=True
     )
@@ -273,7 +230,7 @@ def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """How grids are fitted: scheme, stored dtype of scales, NVFP4's global scale, and H's diagonal."""
+    """The inputs of fitting grids: scheme, stored dtype of scales, NVFP4's global scale, and H's diagonal."""
 
     args: QuantizationArgs
     scale_dtype: torch.dtype
@@ -281,7 +238,7 @@ class _Fitting:
     diagonal_I: torch.Tensor
 
     def all_grids(self, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Grids:
-        """All grids at once, from the original weights."""
+        """Fit all grids at once, to the original weights."""
         found = [self._fitted(weight_OI, self.args, self.diagonal_I) for weight_OI in weights]
 
         def rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -298,7 +255,7 @@ class _Fitting:
         )
 
     def refit_(self, grids: Grids, group: int, weight_BO: torch.Tensor) -> None:
-        """Fill in a group's row from its weights as they are when the solve reaches it."""
+        """Fit a group's grid to its weights as corrected when the solve reaches it, and store it in the group's row."""
         width = len(weight_BO)
         diagonal_B = self.diagonal_I[group * width : (group + 1) * width]
         found = self._fitted(weight_BO.t(), self.args, diagonal_B)
@@ -309,16 +266,12 @@ class _Fitting:
 
     def _fitted(self, weight_OI: torch.Tensor, args: QuantizationArgs, diagonal_I: torch.Tensor) -> grid.Grid:
         return fitted_grid(
-            weight_OI,
-            args,
-            scale_dtype=self.scale_dtype,
-            global_scale=self.global_scale,
-            importance_I=diagonal_I,
+            weight_OI, args, scale_dtype=self.scale_dtype, global_scale=self.global_scale, importance_I=diagonal_I
         )
 
 
 def _stored(tensor_GO: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of scales or zero points in the shape and dtype of the checkpoint."""
+    """Convert rows of scales or zero points to the checkpoint's shape and dtype."""
     if grid.strategy_of(args) == "tensor":
         return tensor_GO[0, :1].to(dtype)
     height = args.block_structure[0] if args.block_structure else 1
@@ -326,7 +279,7 @@ def _stored(tensor_GO: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype)
 
 
 def _columns_of_a_scale(args: QuantizationArgs, num_columns: int) -> int:
-    """How many consecutive columns share a scale."""
+    """The number of consecutive columns that share a scale."""
     if grid.is_grouped(args):
         return int(args.group_size)
     return int(args.block_structure[1]) if args.block_structure else num_columns
@@ -337,7 +290,7 @@ def _solve_(
     factors: Factors,
     grids: Grids,
     args: QuantizationArgs,
-    group_of_I: list[int],
+    order_I: torch.Tensor,
     width: int,
     fitting: _Fitting | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,16 +299,17 @@ def _solve_(
     Args:
         residual_IO: w_k on entry, w_k - q_k on return.
         factors: M and D.
-        grids: scales and zero points; overwritten where `fitting` is given.
+        grids: scales and zero points; overwritten if `fitting` is given.
         args: strategy, bits and symmetry.
-        group_of_I: each column's group.
-        width: columns a block.
-        fitting: given when each block is a group whose grid is to be fitted on the way.
+        order_I: the columns in the order of the solve.
+        width: columns per block.
+        fitting: given if each block is a group whose grid is fitted during the solve.
 
     Returns:
         quantized_IO: q_k.
-        loss_O: sum over k of D_k |t_k - q_k|^2 for each row, float64.
+        loss_O: the loss of each row, without the dampening, float64.
     """
+    group_of_I = (order_I // _columns_of_a_scale(args, len(order_I))).tolist()
     quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
@@ -373,5 +327,5 @@ def _solve_(
                 fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
             solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
             loss_O += factors.pivot_I[block].double() @ target_BO.square_().double()
-        del targets_SO, target_BO  # before there are the next
-    return quantized_IO, loss_O
+        del targets_SO, target_BO  # before the next ones are allocated
+    return quantized_IO, loss_O - _weighed_squares(residual_IO, factors.added_I)

@@ -1,10 +1,10 @@
-"""GPTQ's columns: the part that has to go one after the other, a block at a time.
+"""The sequential part of GPTQ: round the columns of one block one after the other.
 
-Shapes: B columns of a block, G groups, O out features. See `runtime.algorithms.gptq`.
+Shapes: B columns of a block, G groups, O out features, S columns of a strip. See `runtime.algorithms.gptq`.
 
-A column costs some microseconds of calling torch and less of calculating, so calls are what is saved: views are made
-once, integers are found as they stand behind a number that leaves no room for a fraction, and what nobody needs before
-the block is done is calculated for the whole block.
+For one column, calling torch takes longer than the arithmetic, so this code saves calls: views are made once, rounding
+is an addition to a number so large that no fraction is representable, and everything that is not needed before the
+block is done is calculated for the whole block.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
 from runtime.algorithms import gptq_cuda, grid
 
-STRIP_WIDTH = 16  # columns that a block is solved in at a time
+STRIP_WIDTH = 16  # columns of a block that are solved at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grids:
     """Each group's scale and zero point, a contiguous row each, in the dtype of the solve.
 
-    Strategies tensor and channel are one group. `scale_GO` are the numbers that will be stored: rounded already;
-    `factor_GO` what grid points are multiplied by, which is the same but for NVFP4.
+    Strategies tensor and channel are one group. `scale_GO` holds the stored, already rounded scales; `factor_GO` the
+    factors that grid points are multiplied by, which differ from the scales only for NVFP4.
     """
 
     scale_GO: torch.Tensor
@@ -42,25 +42,25 @@ def solve_block_(
     args: QuantizationArgs,
     group_of_B: Sequence[int],
 ) -> None:
-    """Round the columns of one block, strip by strip: within a strip column by column, and what the strip has done to
-    the rest of the block in one multiplication.
+    """Round the columns of one block in strips: column by column within a strip, then the effect of the strip on the
+    rest of the block in one product.
 
     Args:
         residual_BO: w_k on entry, w_k - q_k on return.
-        target_BO: on entry w_k and what it takes of the errors of earlier blocks; t_k - q_k on return.
+        target_BO: on entry w_k plus the corrections from earlier blocks; t_k - q_k on return.
         quantized_BO: overwritten with q_k.
         lower_BB: the block of M^T.
         grids: scales and zero points.
         args: bits and symmetry.
         group_of_B: each column's group.
     """
-    if residual_BO.is_cuda and gptq_cuda.is_offered(residual_BO, args):
+    if residual_BO.is_cuda and gptq_cuda.is_supported(residual_BO, args):
         gptq_cuda.solve_block_(
             residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
         )
         return
     is_integer = args.type == QuantizationType.INT
-    rounded = _Integers(grids, args, group_of_B) if is_integer else _Others(grids, args, group_of_B)
+    rounded = _IntegerGrid(grids, args, group_of_B) if is_integer else _FloatGrid(grids, args, group_of_B)
     num_columns, width = len(target_BO), min(STRIP_WIDTH, len(target_BO))
     errors_SO, inner_SS = residual_BO.new_empty(width, residual_BO.shape[1]), lower_BB.new_empty(width, width)
     earlier = [(errors_SO[:place].t(), inner_SS[place, :place]) for place in range(width)]
@@ -82,12 +82,12 @@ def solve_block_(
     target_BO.sub_(quantized_BO)
 
 
-class _Integers:
-    """Rounding to integer grids: q = (n - z) s with n = clamp(round(t / s + z)).
+class _IntegerGrid:
+    """Rounds to integer grids: q = (n - z) s with n = clamp(round(t / s + z)).
 
-    Added to 1.5 * 2^23, a float32 of this size loses exactly its fraction, rounded half to even; the integer is clamped
-    where it stands, and what was added is subtracted again, together with z. torch.round does so too, but wakes all
-    threads for more than 2048 numbers.
+    Adding 1.5 * 2^23 to a float32 of this size drops exactly its fraction, rounded half to even; the sum is clamped,
+    and 1.5 * 2^23 is subtracted again, together with z. torch.round gives the same, but wakes all threads for more than
+    2048 numbers.
     """
 
     def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
@@ -109,7 +109,7 @@ class _Integers:
         weight_O: torch.Tensor,
         error_O: torch.Tensor,
     ) -> None:
-        """Overwrite `quantized_O` with t's n - z, and `error_O` with the weight less the grid point."""
+        """Overwrite `quantized_O` with n - z of the target, and `error_O` with the weight minus the grid point."""
         group = self.group_of_B[column]
         factor_O = self.factors[group]
         if self.zeros:
@@ -118,18 +118,18 @@ class _Integers:
         else:
             torch.addcdiv(self.shift_O, target_O, factor_O, out=quantized_O)
             quantized_O.clamp_(self.least, self.most).sub_(self.shift_O)
-        # Not addcmul, which would not round the product, as whoever reads the grid point does.
+        # Not addcmul, which would not round the product, as a reader that computes the grid point does.
         torch.mul(quantized_O, factor_O, out=error_O)
         torch.sub(weight_O, error_O, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:
-        """Make the integers grid points."""
+        """Multiply the integers by their factors."""
         groups_B = torch.tensor(self.group_of_B, device=quantized_BO.device)
         quantized_BO.mul_(self.factor_GO.index_select(0, groups_B))
 
 
-class _Others:
-    """Rounding to grids of floats."""
+class _FloatGrid:
+    """Rounds to grids of small floats."""
 
     def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
         self.grids, self.args, self.group_of_B = grids, args, group_of_B
@@ -142,11 +142,11 @@ class _Others:
         weight_O: torch.Tensor,
         error_O: torch.Tensor,
     ) -> None:
-        """Overwrite `quantized_O` with t's grid point, and `error_O` with the weight less that."""
+        """Overwrite `quantized_O` with the target's grid point, and `error_O` with the weight minus that point."""
         group = self.group_of_B[column]
         zero_O = None if self.grids.zero_GO is None else self.grids.zero_GO[group]
         grid.snap_(quantized_O.copy_(target_O), self.grids.factor_GO[group], zero_O, self.args)
         torch.sub(weight_O, quantized_O, out=error_O)
 
     def finish_(self, quantized_BO: torch.Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `round_` stores grid points."""

@@ -1,13 +1,13 @@
-"""GPTQ's columns on a GPU: all columns of a block in one launch.
+"""The sequential part of GPTQ on a GPU: all columns of a block in one kernel launch.
 
 Solving a block column by column launches a dozen kernels for each of its 128 columns, and a launch takes longer than
-the work. Here each program of the grid has some of the rows and goes through the block's columns by itself, for rows
-do not depend on each other. The errors of the columns that are done stay in registers:
+the work. Rows do not depend on each other, so here each program of the launch grid solves all columns of the block for
+some of the rows. The errors of finished columns stay in registers:
 
     t_k = target_k + sum over j < k of M_jk e_j        q_k = nearest grid point to t_k        e_k = w_k - q_k
 
-What moves: the block's part of W, t, q and e once each, 16 bytes a weight, and the triangle M once for each program; it
-calculates 2 B operations a weight. `tests/bench/bench_gptq.py` prints the time beside both bounds.
+Memory traffic: the block's part of W, t, q and e once each, 16 bytes per weight, and the triangle M once per program.
+Arithmetic: 2 B operations per weight. `tests/bench/bench_gptq.py` prints the time beside both bounds.
 
 Shapes: O rows, B columns of a block, G groups; everything is transposed, so that a column is contiguous.
 """
@@ -23,13 +23,13 @@ import torch
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
-_ROWS = 32  # of a program; with 128 columns their errors fill the registers of 4 warps
+_ROWS = 32  # rows per program; with 128 columns their errors fill the registers of 4 warps
 _WIDEST = 256
 
 
 @cache
 def has_triton() -> bool:
-    """Whether the compiler for the kernel is there."""
+    """Whether Triton, which compiles the kernel, is installed."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -37,8 +37,8 @@ def has_triton() -> bool:
     return True
 
 
-def is_offered(residual_BO: torch.Tensor, args: QuantizationArgs) -> bool:
-    """Whether a block can be solved by the kernel: int grids, float32, at most 256 columns, Triton is there."""
+def is_supported(residual_BO: torch.Tensor, args: QuantizationArgs) -> bool:
+    """Whether the kernel can solve a block: int grid, float32, at most 256 columns, and Triton is installed."""
     is_plain = args.type == "int" and residual_BO.dtype == torch.float32
     return is_plain and len(residual_BO) <= _WIDEST and has_triton()
 
@@ -77,7 +77,7 @@ def solve_block_(
 
 @cache
 def _kernel() -> Any:
-    """The kernel, defined when it is first asked for: importing Triton takes a second, and not every host has it."""
+    """Define the kernel on first use: importing Triton takes a second, and not every host has it."""
     import triton
     import triton.language as tl
 
@@ -113,7 +113,7 @@ def _kernel() -> Any:
                 shift = tl.load(zero + place, mask=is_row, other=0.0)
                 steps += shift
             steps = tl.minimum(tl.maximum(steps, smallest), largest)
-            # Half to even, as in grid.snap_: a number of this size keeps no fraction.
+            # Rounds half to even, as in grid.snap_: a float32 of this size has no fraction.
             steps = (steps + 12582912.0) - 12582912.0
             if has_zero:
                 steps -= shift

@@ -1,4 +1,4 @@
-"""The Hessian's part of GPTQ: the order of columns, and H + damping = M D M^T.
+"""The Hessian in GPTQ: the order of columns, and the factorization H + damping = M D M^T.
 
 Shapes: I in features. See `runtime.algorithms.gptq`.
 """
@@ -15,11 +15,11 @@ from runtime.algorithms.products import factorize_, reach
 from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
-ROWS_OF_A_COPY = 512  # that are put in another order at a time: they fit a cache
+ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
 
 
 def column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor:
-    """The order in which columns are solved; ties stay in place, so that it is the same everywhere."""
+    """Choose the order in which columns are solved; ties keep their order, so that it is the same on all machines."""
     if actorder is None:
         return torch.arange(hessian_II.shape[0], device=hessian_II.device)
     return torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
@@ -30,10 +30,10 @@ class Factors:
     """H + diag(added) = M D M^T with the columns in the order of the solve.
 
     Args:
-        lower_II: M^T, unit lower triangular: row k holds what column k takes of each earlier error. What is above the
-            diagonal means nothing.
+        lower_II: M^T, unit lower triangular: row k has the coefficients of the earlier errors in column k. Values above
+            the diagonal are meaningless.
         pivot_I: D.
-        added_I: what was added to the diagonal.
+        added_I: the values added to the diagonal.
         damping: the dampening, as a fraction of the mean diagonal.
     """
 
@@ -51,24 +51,24 @@ def factors_of(
     *,
     overwrite_hessian: bool = False,
 ) -> Factors:
-    """Factor a Hessian with its columns in this order; dampening is raised tenfold as long as that fails, up to 1.
+    """Factor a Hessian with its columns in this order; while that fails, raise the dampening tenfold, up to 1.
 
     Args:
         hessian_II: H, symmetric.
         order_I: the columns in the order of the solve.
-        dampening_frac: what is added to the diagonal at first, as a fraction of its mean.
+        dampening_frac: the value first added to the diagonal, as a fraction of its mean.
         dtype: of the factors.
-        overwrite_hessian: make them in H's own memory, if it has that dtype.
+        overwrite_hessian: factor in H's own memory, if it has that dtype.
 
     Raises:
-        QuantizationError: for one that does not factor even with dampening 1.
+        QuantizationError: if the Hessian does not factor even with dampening 1.
     """
     diagonal_I = hessian_II.diagonal()[order_I].to(dtype)
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean()
     damping = dampening_frac
     is_inside = overwrite_hessian and hessian_II.dtype == dtype
-    fresh = _inside(hessian_II, order_I) if is_inside else _copies(hessian_II, order_I, dtype)
+    fresh = _reordered_in_place(hessian_II, order_I) if is_inside else _copies(hessian_II, order_I, dtype)
     while True:
         added_I = damping * mean + mean * dead_I
         lower_II = next(fresh)
@@ -88,7 +88,7 @@ def factors_of(
 
 
 def _copies(hessian_II: torch.Tensor, order_I: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Copies of the lower triangle with the columns in this order, as many as are asked for."""
+    """Yield copies of the lower triangle with the columns in this order, without end."""
     while True:
         copy_II = torch.empty(hessian_II.shape, dtype=dtype, device=hessian_II.device)
         for rows in _parts(len(order_I)):
@@ -97,11 +97,11 @@ def _copies(hessian_II: torch.Tensor, order_I: torch.Tensor, dtype: torch.dtype)
         yield copy_II
 
 
-def _inside(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The matrix itself with the columns in this order, again and again: a factorization leaves what is far above the
-    diagonal as it is, and what is near is kept.
+def _reordered_in_place(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the matrix itself with the columns in this order, restored after each factorization: that leaves values far
+    above the diagonal unchanged, and a copy is kept of those near it.
     """
-    for _ in range(2):  # columns, then what has become of the rows; it is symmetric, so that need not be undone
+    for _ in range(2):  # reorders columns, transposes, reorders the former rows; the transpose of H is H
         for part_RI in torch.split(hessian_II, ROWS_OF_A_COPY):
             part_RI.copy_(part_RI.index_select(1, order_I))
         _transpose_(hessian_II)

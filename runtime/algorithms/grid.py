@@ -1,17 +1,17 @@
 """The grid a weight is rounded to: scales and zero points from minimum and maximum, and the rounding.
 
-A grid point is `(q - zero_point) * scale` with q an integer of `num_bits` bits, or a small float. How many weights
-share a scale is the strategy's matter. All strategies cut the weight into tiles with one scale each, so that [O, I] is
-seen as [R, h, C, w] and there is one code for all:
+A grid point is `(q - zero_point) * scale` with q an integer of `num_bits` bits, or a small float. The strategy decides
+how many weights share a scale. Every strategy cuts the weight into tiles with one scale each, so that [O, I] becomes
+[R, h, C, w] and all share one implementation:
 
     strategy              h, w         R, C
     tensor                O, I         1, 1
     channel               1, I         O, 1
     group, tensor_group   1, g         O, I/g
-    block                 b, c         ceil(O/b), ceil(I/c)      (the last tiles are filled up with zeros)
+    block                 b, c         ceil(O/b), ceil(I/c)      (the last tiles are padded with zeros)
 
-Scales are rounded to what the checkpoint stores *before* anything is rounded with them: what is optimized here is what
-a reader multiplies later. NVFP4 stores a scale s as the 8 bit float nearest to s*g, with one global scale g for the
+Scales are rounded to their stored dtype *before* weights are rounded with them, so that the optimization uses the same
+numbers as a reader. NVFP4 stores a scale s as the 8 bit float nearest to s*g, with one global scale g for the
 tensor (and its siblings); a reader multiplies by that float over g. MX formats store powers of two.
 
 Small floats are rounded half to even: E2M1 (4 bits, up to 6), E2M3 (6 bits, up to 7.5), E4M3 (8 bits, up to 448).
@@ -21,6 +21,7 @@ Shapes: O out features, I in features, R and C rows and columns of tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,50 +30,50 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from runtime.errors import QuantizationError
 
-# Of small floats by their bits: bits of the mantissa, and the largest number. All have normal numbers from 1 on.
+# Small floats by their bits: bits of the mantissa, and the largest number. The smallest normal number of all is 1.
 _SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
 _LARGEST_OF_8_BITS = 448.0
-_LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply that of a weight by that of its input, and invert the product
+_LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply the global scales of weight and input, and invert the product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """One scale, and for an asymmetric grid one int8 zero point, for each tile; NVFP4's global scale [1]."""
+    """The scale and, if asymmetric, int8 zero point of each tile, and NVFP4's global scale [1]."""
 
     scale_RC: torch.Tensor
     zero_point_RC: torch.Tensor | None
     global_scale: torch.Tensor | None = None
 
     def factor_RC(self, dtype: torch.dtype) -> torch.Tensor:
-        """What grid points are multiplied by."""
+        """The factors that grid points are multiplied by."""
         return effective(self.scale_RC, self.global_scale).to(dtype)
 
 
-def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tuple[str, ...]) -> None:
-    """Refuse a weight or a scheme that cannot be worked with.
+def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, supported: tuple[str, ...]) -> None:
+    """Require a weight and a scheme that an algorithm supports.
 
     Args:
         weight_OI: the weight.
         args: the weight's half of a quantization scheme.
-        offered: the strategies that the calling algorithm knows.
+        supported: the strategies that the calling algorithm supports.
 
     Raises:
-        QuantizationError: for a strategy, type or shape that is not offered, and for numbers not finite.
+        QuantizationError: for an unsupported strategy, type or shape, and for numbers that are not finite.
     """
     strategy = strategy_of(args)
-    if strategy not in offered:
+    if strategy not in supported:
         raise QuantizationError(
-            f"weight strategy {strategy!r} is not offered here", hint=f"offered are {', '.join(offered)}"
+            f"weight strategy {strategy!r} is not supported here", hint=f"supported: {', '.join(supported)}"
         )
     if strategy == "tensor_group" and args.type == QuantizationType.INT:
-        raise QuantizationError("weight strategy 'tensor_group' is not offered for int", hint="use group")
+        raise QuantizationError("weight strategy 'tensor_group' is not supported for int", hint="use group")
     is_int = args.type == QuantizationType.INT and 2 <= args.num_bits <= 8 and args.scale_dtype is None
     is_float = args.type == QuantizationType.FLOAT and args.num_bits in (4, 6, 8) and args.symmetric
     if not (is_int or is_float) or args.dynamic:
         raise QuantizationError(
             f"a weight cannot be quantized to {args.num_bits} bit {QuantizationType(args.type).value}"
             f" (symmetric={args.symmetric}, dynamic={args.dynamic}, scale_dtype={args.scale_dtype})",
-            hint="offered are static int of 2 to 8 bits and symmetric float of 4, 6 and 8 bits",
+            hint="supported: static int of 2 to 8 bits and symmetric float of 4, 6 and 8 bits",
         )
     shape = list(weight_OI.shape)
     if weight_OI.ndim != 2 or weight_OI.numel() == 0:
@@ -87,12 +88,12 @@ def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, offered: tu
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether all numbers are finite. Least and largest say so without a copy: they are no number if any is none."""
+    """Whether all numbers are finite. Minimum and maximum, which are NaN if any number is, tell without a copy."""
     return values.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
 def strategy_of(args: QuantizationArgs) -> str:
-    """The strategy's plain name; the field holds an enum member or a string, by how it was made."""
+    """The strategy's name as a plain string; the field may be an enum member or a string."""
     return str(QuantizationStrategy(args.strategy).value)
 
 
@@ -102,12 +103,12 @@ def is_grouped(args: QuantizationArgs) -> bool:
 
 
 def needs_global_scale(args: QuantizationArgs) -> bool:
-    """Whether scales are stored multiplied by one for the whole tensor, as NVFP4's are."""
+    """Whether scales are stored multiplied by a global scale of the tensor, as in NVFP4."""
     return strategy_of(args) == "tensor_group"
 
 
 def work_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype to compute in: float32, or float64 where an input has it."""
+    """The dtype to compute in: float64 if a tensor has it, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -115,7 +116,7 @@ def tile(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     """Cut a weight into the tiles that share a scale.
 
     Returns:
-        [R, h, C, w]; a view of the weight unless it had to be filled up with zeros.
+        [R, h, C, w]; a view of the weight unless it had to be padded with zeros.
     """
     num_out, num_in = weight_OI.shape
     strategy = strategy_of(args)
@@ -135,22 +136,29 @@ def tile(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
 
 
 def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
-    """Put tiles together again, without what `tile` filled up."""
+    """Join tiles to a weight, without the padding of `tile`."""
     return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
 
 
+def shared_global_scale(
+    args: QuantizationArgs, given: torch.Tensor | None, weights: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Return NVFP4's global scale: the given one, or by default that of the weights; None for other schemes."""
+    return global_scale_of(*weights) if given is None and needs_global_scale(args) else given
+
+
 def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
-    """NVFP4's global scale [1], float32, for weights that are stored with the same: 448 * 6 / max |w|."""
+    """Compute the NVFP4 global scale [1], float32, that weights share: 448 * 6 / max |w|."""
     smallest = torch.stack([weight.amin() for weight in weights]).amin()
     largest = torch.stack([weight.amax() for weight in weights]).amax()
     return global_scale_for(smallest, largest)
 
 
 def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """NVFP4's global scale [1], float32, for numbers of a range; 1 if they are all zero.
+    """Compute the NVFP4 global scale [1], float32, of a range of numbers; 1 if they are all zero.
 
-    The division is done in the range's own dtype, as compressed-tensors does it, unless it overflows there, as
-    448 * 6 over a number below 0.04 does in float16.
+    The division uses the range's own dtype, as in compressed-tensors, unless it overflows there, as 448 * 6 over a
+    number below 0.04 does in float16.
     """
     largest = torch.maximum(-minimum, maximum).clamp(min=0)
     limits = torch.finfo(largest.dtype)
@@ -170,7 +178,7 @@ def fit(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales as they are stored, and int8 zero points or `None`, that span the given ranges.
+    """Compute the stored scales, and int8 zero points or `None`, of grids that span the given ranges.
 
     Args:
         minimum: smallest values, any shape.
@@ -180,7 +188,7 @@ def fit(
         global_scale: NVFP4's.
 
     Raises:
-        QuantizationError: when a scale cannot be represented in `scale_dtype`.
+        QuantizationError: if a scale cannot be represented in `scale_dtype`.
     """
     own_dtype = args.scale_dtype
     stored_dtype = own_dtype or scale_dtype
@@ -190,7 +198,7 @@ def fit(
     if own_dtype is None:
         scale = scale.to(scale_dtype)
     is_zero = (minimum >= 0) & (maximum <= 0)
-    # The scale of a range of nothing but zeros is eps, as compressed-tensors has it.
+    # The scale of a range of only zeros is eps, as in compressed-tensors.
     scale = torch.where(is_zero, torch.finfo(stored_dtype).eps, scale)
     is_lost = ~is_zero & (_is_below(minimum, maximum, args, global_scale, stored_dtype) | ~_finite(scale))
     if bool(is_lost.any()):
@@ -202,7 +210,7 @@ def fit(
     if not bool(_finite(scale).all()):
         span = f"{float(minimum.min()):g} to {float(maximum.max()):g}"
         raise QuantizationError(f"a scale for numbers from {span} overflows {str(stored_dtype).removeprefix('torch.')}")
-    # For zeros calculate_qparams divides 0 by 0, and NaN as int8 may be anything.
+    # For zeros calculate_qparams divides 0 by 0, and NaN converted to int8 is undefined.
     zero_point = None if args.symmetric or own_dtype is not None else zero_point.masked_fill(is_zero, 0)
     return scale if own_dtype is None else scale.to(torch.float32), zero_point
 
@@ -212,12 +220,12 @@ def _finite(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The smallest scale of a dtype that readers can divide by: its inverse is a float32."""
+    """The smallest scale of a dtype that readers can divide by: its inverse is finite in float32."""
     return max(float(torch.finfo(dtype).tiny) * float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).tiny))
 
 
 def _coarse(dtype: torch.dtype) -> float:
-    """Up to where the next number of a dtype is so much larger that rounding down would cut a range short."""
+    """The size below which a dtype's numbers are so far apart that a scale rounded down would clip the range."""
     return (2 if dtype.itemsize == 1 else 16) * _smallest(dtype)
 
 
@@ -228,7 +236,7 @@ def _is_below(
     global_scale: torch.Tensor | None,
     stored_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Where a scale is so small that rounding it to the nearest number would make it zero, or far too small."""
+    """Whether each scale is so small that rounding it to the nearest number makes it zero or far too small."""
     dtype = work_dtype(minimum)
     low, high = minimum.to(dtype), maximum.to(dtype)
     is_below = _spread(low, high, args, global_scale) < _coarse(stored_dtype)
@@ -238,7 +246,7 @@ def _is_below(
 def _spread(
     minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, global_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """Scales before they are rounded to what is stored."""
+    """Compute the scales before they are rounded to their stored dtype."""
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
     if args.type == QuantizationType.INT:
         steps = (2.0**args.num_bits - 1) / 2
@@ -250,24 +258,24 @@ def _spread(
 
 
 def _rounded_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales in the dtype that is stored: where its numbers are far apart the next larger one, never zero."""
+    """Convert scales to their stored dtype: rounded up where its numbers are far apart, and never to zero."""
     step = _smallest(dtype)
     return torch.where(scale < _coarse(dtype), (scale / step).ceil().clamp(min=1) * step, scale).to(dtype)
 
 
 def _powers_of_two(minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
-    """Scales of MX formats, float32: in float16 small ones would be zero, and then become one."""
+    """Compute the scales of MX formats, in float32: in float16 small ones would become 0 and then be stored as 1."""
     scale, _ = calculate_qparams(minimum.float(), maximum.float(), args)
     if not bool(_finite(scale).all()):
         raise QuantizationError(
             f"a scale for numbers up to {float(maximum.max()):g} overflows a power of two in 8 bits"
         )
-    found: torch.Tensor = scale.clamp(min=torch.finfo(torch.float32).tiny)  # readers may take a smaller one for zero
+    found: torch.Tensor = scale.clamp(min=torch.finfo(torch.float32).tiny)  # readers may flush a smaller one to zero
     return found
 
 
 def effective(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
-    """What grid points are multiplied by, from what is stored."""
+    """The factor that grid points are multiplied by, from the stored scales."""
     return scale if global_scale is None else scale / global_scale
 
 
@@ -278,8 +286,8 @@ def snap_(
 
     Args:
         values: float32 or float64; overwritten.
-        factor: what grid points are multiplied by, in the values' dtype, broadcast against them.
-        zero_point: likewise, or `None`.
+        factor: the factor of grid points (`effective`), in the values' dtype, broadcast against them.
+        zero_point: in the values' dtype, broadcast against them, or `None`.
         args: the weight's half of a quantization scheme.
 
     Returns:
@@ -292,9 +300,9 @@ def snap_(
         _snap_to_float_(values, args.num_bits)
     else:
         half = 2 ** (args.num_bits - 1)
-        # Added to 1.5 * 2^23, a number of this size loses exactly its fraction, rounded half to even. That is
-        # torch.round, which though wakes all threads for 2049 numbers and takes milliseconds where the cores
-        # are shared; here it would run once for each column.
+        # Adding 1.5 * 2^23 drops exactly the fraction of a number of this size, rounded half to even. torch.round
+        # gives the same, but wakes all threads for more than 2048 numbers, which takes milliseconds on shared cores,
+        # and this runs once per column.
         shift = 1.5 * 2.0 ** (52 if values.dtype == torch.float64 else 23)
         values.clamp_(-half, half - 1).add_(shift).sub_(shift)
     if zero_point is not None:
@@ -315,5 +323,5 @@ def _snap_to_float_(values: torch.Tensor, num_bits: int) -> None:
 
 
 def stored(tensor_RC: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
-    """A scale or zero point in the shape that compressed-tensors stores for the strategy."""
+    """Reshape a scale or zero point to the shape that compressed-tensors stores for the strategy."""
     return tensor_RC.reshape(1) if strategy_of(args) == "tensor" else tensor_RC.contiguous()

@@ -1,16 +1,16 @@
-"""Observers: which range of numbers a tile's grid is to span.
+"""Observers: choose the range of numbers that a tile's grid spans.
 
     minmax        from the smallest to the largest number
-    percentile    from the (100-p)-th to the p-th percentile of the tile; what lies outside is clamped
-    mse           the range [f min, f max] that loses least:   argmin over f of   sum of h |q(w) - w|^n
+    percentile    from the (100-p)-th to the p-th percentile of the tile; numbers outside are clamped
+    mse           the range [f min, f max] with the least error:   argmin over f of   sum of h |q(w) - w|^n
 
-The factors f of `mse` are 1, 1 - 1/grid, 1 - 2/grid and so on down to 1 - maxshrink, all times `expand`, and the search
-of a tile ends after `patience` factors that were no better (the peer's fields; a search without end is what large
-patience gives). n is `norm`, 2.4 by default: a large error harms a layer's output more than its square says. With
-fewer than four bits the best range is far smaller than the weights', and maxshrink is 0.8 unless it is given.
+The factors f of `mse` are 1, 1 - 1/grid, 1 - 2/grid and so on down to 1 - maxshrink, all times `expand`. The search
+of a tile ends after `patience` factors without improvement (these fields are llm-compressor's; a large patience
+searches all factors). n is `norm`, 2.4 by default: a large error harms a layer's output more than its square. With
+fewer than four bits the best range is far smaller than the weights', and the default maxshrink is 0.8.
 
-`imatrix_mse` weighs each column's error by h, the mean square of its input, as GPTQ's Hessian has on its diagonal;
-others take h = 1.
+`imatrix_mse` weighs each column's error by h, the mean square of its input, which is also the diagonal of GPTQ's
+Hessian up to a factor; the others use h = 1.
 
 Shapes: R and C rows and columns of tiles, h and w a tile's height and width (see `grid`), I in features.
 """
@@ -25,7 +25,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from runtime.algorithms import grid
 from runtime.errors import QuantizationError
 
-_CHUNK = 2**22  # numbers that are searched at a time
+_CHUNK = 2**22  # weights that are searched at a time
 _NAMES_OF_MSE = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
 
 
@@ -37,23 +37,22 @@ def fitted_grid(
     global_scale: torch.Tensor | None = None,
     importance_I: torch.Tensor | None = None,
 ) -> grid.Grid:
-    """The grid that the scheme's observer chooses.
+    """Fit a grid to a weight with the scheme's observer.
 
-    With min-max, minimum and maximum are handed on in the weight's own dtype, so that a bf16 weight gets the scales
-    that compressed-tensors computes for it, bit for bit.
+    With min-max, minimum and maximum keep the weight's own dtype, so that a bf16 weight gets the scales that
+    compressed-tensors computes for it, bit for bit.
 
     Args:
         weight_OI: the weight, checked.
-        args: the weight's half of a quantization scheme; `observer` and `observer_kwargs` are obeyed.
+        args: the weight's half of a quantization scheme, with `observer` and `observer_kwargs`.
         scale_dtype: the dtype that the checkpoint stores scales in.
-        global_scale: NVFP4's [1], where siblings share one; by default the weight's own.
+        global_scale: NVFP4's [1], if siblings share one; by default the weight's own.
         importance_I: the mean square of each input feature, for `imatrix_mse`.
 
     Raises:
-        QuantizationError: when a scale cannot be represented, or `imatrix_mse` gets no importance.
+        QuantizationError: if a scale cannot be represented, or `imatrix_mse` gets no importance.
     """
-    if grid.needs_global_scale(args) and global_scale is None:
-        global_scale = grid.global_scale_of(weight_OI)
+    global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
     tiles_RhCw = grid.tile(weight_OI, args)
     name = str(args.observer or "memoryless_minmax")
     if name in _NAMES_OF_MSE:
@@ -75,8 +74,8 @@ def _column_weights(
         return None
     if importance_I is None:
         raise QuantizationError(
-            "the observer imatrix_mse weighs errors by what the inputs are, and none were measured",
-            hint="use it in GPTQModifier or AWQModifier, or take the observer mse",
+            "the observer imatrix_mse weighs errors by the inputs, but no inputs were measured",
+            hint="use it in GPTQModifier or AWQModifier, or use the observer mse",
         )
     row_1I = importance_I.to(weight_OI.device).reshape(1, -1)
     width = grid.tile(weight_OI, args).shape[3]
@@ -85,7 +84,7 @@ def _column_weights(
 
 
 def _percentiles(tiles_RhCw: torch.Tensor, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lower and upper percentile of each tile, by linear interpolation."""
+    """Compute the lower and upper percentile of each tile, by linear interpolation."""
     rows, height, columns, width = tiles_RhCw.shape
     values = tiles_RhCw.transpose(1, 2).reshape(rows, columns, height * width).float().sort(dim=-1).values
     place = (height * width - 1) * percentile / 100
@@ -103,7 +102,7 @@ def _least_error(
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best range of each tile; many rows of tiles are searched one part after the other."""
+    """Search the best range of each tile, a few rows of tiles at a time to limit memory."""
     rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
     parts = [_search(part, args, scale_dtype, global_scale, weights) for part in torch.split(tiles_RhCw, rows_at_once)]
     return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
@@ -144,7 +143,7 @@ def _search(
 
 
 def _options(args: QuantizationArgs) -> dict[str, Any]:
-    """The search's fields, with the defaults of the observer's name."""
+    """Return the options of the search, with defaults that depend on the observer's name."""
     is_wide = args.type == "int" and args.num_bits < 4
     options: dict[str, Any] = {"maxshrink": 0.8 if is_wide else 0.2, "patience": 5, "grid": 100.0, "norm": 2.4}
     options |= {"expand": 1.0, "patience": 10_000 if is_wide else 5}

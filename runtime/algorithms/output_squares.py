@@ -1,12 +1,12 @@
-"""How large a layer's output is, or the error of it: ||W X||^2 over calibration inputs X, without running the layer.
+"""The squared size of a layer's output or of its error, ||W X||^2 over calibration inputs X, without running the layer.
 
-Where there is a Gram matrix H = X X^T, it says so for all tokens:
+A Gram matrix H = X X^T gives it for all tokens:
 
     ||W X||^2 = tr(W H W^T)
 
-Where there is none, as nobody but the report would need it, a sample of the tokens does: all of them up to
-`NUM_SAMPLED`, then every second, every fourth and so on, evenly spread over the data. An error and the size that it is
-compared with are always of the same tokens.
+If only the report needs it, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
+every fourth and so on, evenly spread over the data. An error and the size that it is compared with always come from the
+same tokens.
 
 Shapes: O out features, I in features, T tokens, R some rows, P some columns.
 """
@@ -20,13 +20,13 @@ import torch
 from runtime.algorithms.products import multiplied
 
 NUM_SAMPLED = 1024
-WIDEST_GRAM = 512  # features: up to here a Gram matrix takes no more memory than a sample
-_ROWS = 1024  # that are multiplied at a time
+WIDEST_GRAM = 512  # features up to which a Gram matrix takes no more memory than a sample
+_ROWS = 1024  # rows that are multiplied at a time
 _PANEL = 512  # columns of H that are multiplied at a time
 
 
 class TokenSample:
-    """Inputs of some tokens, evenly spread over all that come, in the dtype that they come in."""
+    """A sample of input tokens, evenly spread over all that were added, in their own dtype."""
 
     def __init__(self) -> None:
         self._parts: list[torch.Tensor] = []
@@ -34,7 +34,7 @@ class TokenSample:
         self._num_seen = self._num_kept = 0
 
     def add(self, inputs_TI: torch.Tensor) -> None:
-        """Take what belongs to the sample of these tokens."""
+        """Add the tokens [T, I] of a batch that belong to the sample."""
         first = -self._num_seen % self._stride
         self._num_seen += len(inputs_TI)
         part_TI = inputs_TI[first :: self._stride].clone()
@@ -52,12 +52,12 @@ class TokenSample:
 
     @property
     def share(self) -> float:
-        """How many tokens each of the sample stands for."""
+        """The number of tokens that each sampled token represents."""
         return self._num_seen / max(self._num_kept, 1)
 
 
 def gram_square(rows_RI: torch.Tensor, hessian_II: torch.Tensor) -> float:
-    """tr(W H W^T), of the half of H above its diagonal: H is symmetric."""
+    """Compute tr(W H W^T) from the half of the symmetric H above its diagonal."""
     total = 0.0
     for left in range(0, len(hessian_II), _PANEL):
         panel_RP = rows_RI[:, left : left + _PANEL]
@@ -68,14 +68,14 @@ def gram_square(rows_RI: torch.Tensor, hessian_II: torch.Tensor) -> float:
 
 
 def sample_square(rows_RI: torch.Tensor, inputs_TI: torch.Tensor) -> float:
-    """||W X||^2 of inputs that are there."""
+    """Compute ||W X||^2 from inputs [T, I]."""
     return float(multiplied(rows_RI, inputs_TI).square_().sum(dtype=torch.float64))
 
 
 def summed(
     weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None, square: Callable[[torch.Tensor], float]
 ) -> float:
-    """The square of a weight, or of what it differs by from a quantized one, a few rows at a time."""
+    """Sum `square` over the rows of a weight, or of its difference from a quantized one, a few rows at a time."""
     total = 0.0
     for top in range(0, len(weight_OI), _ROWS):
         rows_RI = weight_OI.detach()[top : top + _ROWS].to(torch.float32)
@@ -86,5 +86,5 @@ def summed(
 
 
 def plain_square(rows_RI: torch.Tensor) -> float:
-    """||W||^2, where no inputs were measured."""
+    """Compute ||W||^2, used if no inputs were measured."""
     return float(rows_RI.double().square().sum())

@@ -1,10 +1,10 @@
-"""Products of float32 matrices, and a triangular factorization made of them, as fast as the processor is.
+"""Fast products of float32 matrices, and a triangular factorization built from them.
 
-torch multiplies float32 matrices by MKL, which takes processors of other makers for old ones: on an AMD EPYC with
-AVX-512 it reaches less than half of what oneDNN does, which asks what the processor has, and which torch brings along.
-Both are IEEE float32; they add up in another order. LAPACK's factorization is slower still, so it is only asked for
-small blocks: halves are factorized one after the other, and all between them is products (Gustavson, "Recursion leads
-to automatic variable blocking for dense linear-algebra algorithms", IBM J. Res. Dev. 41, 1997).
+torch multiplies float32 matrices with MKL, which does not use all instructions of other makers' processors: on an AMD
+EPYC with AVX-512 it reaches less than half the speed of oneDNN, which detects the instructions and is part of torch.
+Both are IEEE float32 and differ in the order of additions. LAPACK's factorization is slower still, so it is used only
+for small blocks: the two halves are factorized one after the other, and the rest is products (Gustavson, "Recursion
+leads to automatic variable blocking for dense linear-algebra algorithms", IBM J. Res. Dev. 41, 1997).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import platform
 
 import torch
 
-_SMALL, _SMALL_ELSEWHERE = 128, 2048  # a block that LAPACK factorizes or solves for; on other devices their library
-_ROWS = 512  # of a product that is added at a time
-SQUARE = 1024  # of a matrix that oneDNN gets at a time
+_SMALL, _SMALL_ELSEWHERE = 128, 2048  # size of a block that LAPACK, or another device's library, factorizes or solves
+_ROWS = 512  # rows of a product that are added at a time
+SQUARE = 1024  # side of the part of a matrix that oneDNN gets at a time
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
-    """First second^T.
+    """Return first second^T.
 
     Args:
         first_MK: [M, K], any float dtype.
-        second_NK: [N, K], likewise.
+        second_NK: [N, K], the same dtype and device.
 
     Returns:
         [M, N], in the same dtype and on the same device.
@@ -38,10 +38,10 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
 
 
 def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1) -> None:
-    """Add first second^T, or with a sign of -1 subtract it, in place.
+    """Add first second^T to the target in place, or with a sign of -1 subtract it.
 
-    By oneDNN a square of the second matrix at a time: it puts that in an order of its own before it multiplies, and the
-    copy is to be small; and it keeps a program of nearly a megabyte for each shape, so shapes are to be few.
+    oneDNN gets a square of the second matrix at a time: it copies that into its own layout before it multiplies, and
+    the copy should be small; and it caches a kernel of nearly a megabyte for each shape, so shapes should be few.
     """
     if not _is_for_onednn(first_MK):
         target_MN.addmm_(first_MK, second_NK.t(), alpha=sign)
@@ -54,7 +54,7 @@ def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: tor
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, or its copy where neither rows nor columns lie one after the other: oneDNN is slow at such."""
+    """Return the matrix, copied if neither its rows nor its columns are contiguous, for which oneDNN is slow."""
     if matrix.is_contiguous() or matrix.t().is_contiguous():
         return matrix
     return matrix.t().contiguous().t() if matrix.stride(0) == 1 else matrix.contiguous()
@@ -67,20 +67,20 @@ def _is_for_onednn(matrix: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_onednn() -> bool:
-    """Whether oneDNN is there for ordinary tensors: on x86, in builds that have it."""
+    """Whether torch can use oneDNN for ordinary tensors: on x86, in builds that include it."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return is_x86 and bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def factorize_(matrix_NN: torch.Tensor) -> bool:
-    """Find the lower triangular L with L^T L the matrix, in place: Cholesky's factorization from the last column on.
+    """Replace a matrix by the lower triangular L with L^T L the matrix: a Cholesky factorization from the last column.
 
     Args:
-        matrix_NN: [N, N], symmetric, of which the lower triangle is read; overwritten with L, and with what means
-            nothing above its diagonal, no further from it than `reach` says.
+        matrix_NN: [N, N], symmetric; only the lower triangle is read. Overwritten with L; up to `reach` columns to the
+            right of the diagonal are overwritten with meaningless values.
 
     Returns:
-        Whether there is such a matrix: whether this one is positive definite.
+        Whether the factorization exists, i.e. the matrix is positive definite.
     """
     middle = _middle(matrix_NN)
     if not middle:
@@ -98,7 +98,7 @@ def factorize_(matrix_NN: torch.Tensor) -> bool:
 
 
 def reach(device: torch.device) -> int:
-    """How many columns to the right of the diagonal `factorize_` may overwrite."""
+    """The number of columns to the right of the diagonal that `factorize_` may overwrite."""
     return max(_ROWS, _small(device))
 
 
@@ -107,20 +107,20 @@ def _small(device: torch.device) -> int:
 
 
 def _middle(matrix_NN: torch.Tensor) -> int:
-    """Where a matrix is cut in two, the second part being a whole number of small blocks; 0 for a small one."""
+    """The index at which to cut a matrix in two, the second part being a multiple of the small size; 0 if small."""
     size, small = len(matrix_NN), _small(matrix_NN.device)
     return 0 if size <= small else size - (size // 2 + small - 1) // small * small
 
 
 def _factorize_small_(matrix_NN: torch.Tensor) -> bool:
-    # Transposed, for what is above the diagonal may be out of date: the lower triangle is to be read.
+    # Transposed so that the lower triangle is read: the values above the diagonal may be outdated.
     lower_NN, info = torch.linalg.cholesky_ex(matrix_NN.t().flip(0, 1))
     matrix_NN.copy_(lower_NN.flip(0, 1).t())
     return not info and bool(torch.isfinite(matrix_NN.diagonal()).all())
 
 
 def _solve_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
-    """Overwrite what is on the right with X, where L^T X is that."""
+    """Solve L^T X = right, and overwrite the right side with X."""
     middle = _middle(lower_KK)
     if not middle:
         one_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device)

@@ -1,22 +1,22 @@
-"""Refine a quantized weight: go over its columns and scales again, each time with all others as they are.
+"""Refine a quantized weight: improve one column or scale at a time while all others are fixed.
 
-GPTQ decides each column once, knowing only the errors of those before it. Behzadifar et al., "QuantEase:
-Optimization-based Quantization for Language Models", arXiv 2309.01885, go round again by coordinate descent: column k
-goes to the grid point that is best while all other columns stay (their lemma 1). With R = W - Q and P = H R^T,
+GPTQ rounds each column once, given only the errors of the columns before it. Behzadifar et al., "QuantEase:
+Optimization-based Quantization for Language Models", arXiv 2309.01885, continue by coordinate descent: column k
+becomes the best grid point while all other columns are fixed (their lemma 1). With R = W - Q and P = H R^T,
 
     q_k  <-  nearest grid point to  q_k + P_k / H_kk
 
-which can only lower tr(R H R^T). Scales can be better, too, once the integers are known: the loss is quadratic in the
+which can only lower tr(R H R^T). Given the integers, scales can be improved, too: the loss is quadratic in the
 scale s of a row's group, with integers c in it, and has its minimum at
 
     s  <-  s + c P_g / (c H_gg c^T)
 
-A sweep does both for one group after the other. It costs about as much as GPTQ's solve, 2 O I^2 operations. What it
-gains is small at 4 bits and a tenth of the loss and more at 2; whether the model gains as well must be measured, for a
-loss on few tokens can be lowered by fitting just those.
+A sweep does both for one group after the other. It costs about as much as GPTQ's solve, 2 O I^2 operations. The gain
+is small at 4 bits, and a tenth of the loss or more at 2 bits; whether the model improves as well must be measured,
+because a loss on few tokens can be lowered by overfitting them.
 
-Scales are rounded to what the checkpoint stores before they are used, and a new one is taken only where the loss falls
-with it. NVFP4 and MX scales stay as they are, and so do those of strategies with one scale for many rows.
+Scales are rounded to the stored dtype before they are used, and a new one is accepted only if it lowers the loss.
+NVFP4 and MX scales are not changed, nor are those of strategies with one scale for many rows.
 
 Layout: everything is transposed, so that a column is a row in memory.
 Shapes: O out features, I in features, G groups, B columns of a group or block.
@@ -34,7 +34,7 @@ from runtime.algorithms.products import multiplied
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
-BLOCK = 128  # columns, where scales do not change with the block
+BLOCK = 128  # columns of a block, for strategies without groups
 
 
 def refine(
@@ -49,27 +49,27 @@ def refine(
     """Lower the loss of a quantized weight.
 
     Args:
-        weight_OI: the original, [O, I].
-        result: of `quantize_gptq` or `quantize_rtn` for it.
+        weight_OI: the original weight, [O, I].
+        result: the result of `quantize_siblings` or `quantize_rtn` for it.
         hessian_II: H, the sum of x x^T over the layer's inputs.
         args: the scheme that it was quantized by.
-        sweeps: how often all columns are gone over.
-        dampening_frac: what is added to H's diagonal, as a fraction of its mean: without it many sweeps fit what the
-            calibration data happens to be.
+        sweeps: the number of passes over all columns.
+        dampening_frac: the value added to H's diagonal, as a fraction of its mean; without it many sweeps overfit the
+            calibration data.
 
     Returns:
         A result on the same kind of grid, whose loss tr((W-Q) (H + damping) (W-Q)^T) is no larger; `loss` is without
         the damping.
 
     Raises:
-        QuantizationError: for a strategy that is not offered, or shapes that do not fit.
+        QuantizationError: for an unsupported strategy, or shapes that do not match.
     """
     strategy = grid.strategy_of(args)
     if strategy not in ("channel", "group", "tensor_group", "tensor"):
-        raise QuantizationError(f"weights by {strategy} cannot be refined")
+        raise QuantizationError(f"weights with the strategy {strategy} cannot be refined", hint="set refine: 0")
     if hessian_II.shape != (weight_OI.shape[1],) * 2 or result.weight_OI.shape != weight_OI.shape:
         raise QuantizationError(
-            f"a Hessian of {list(hessian_II.shape)} does not fit a weight of {list(weight_OI.shape)}"
+            f"a Hessian of shape {list(hessian_II.shape)} does not match a weight of shape {list(weight_OI.shape)}"
         )
     dtype = grid.work_dtype(weight_OI, hessian_II)
     added = dampening_frac * float(hessian_II.diagonal().mean())
@@ -83,7 +83,7 @@ def refine(
 
 
 class _Refinement:
-    """A weight on its way, transposed: quantized values, residuals, and each group's scale."""
+    """The state of the refinement, transposed: quantized values, residuals, and each group's scale."""
 
     def __init__(
         self,
@@ -106,11 +106,11 @@ class _Refinement:
             self.zero_GO = zero.reshape(zero.shape[0], -1).t().expand(-1, num_out).contiguous()
         self.is_grouped = grid.is_grouped(args)
         self.width = int(args.group_size) if self.is_grouped else BLOCK
-        # Scales of a whole row would need all of its columns at once.
+        # Fitting the scale of a whole row would need all of its columns at once.
         self.fits_scales = self.is_grouped and args.scale_dtype is None
 
     def improve(self, block: slice) -> None:
-        """One group's scales, then its columns."""
+        """Improve one group's scales, then its columns."""
         group = block.start // self.width if self.is_grouped else 0
         pull_BO = multiplied(self.hessian_II[block], self.residual_IO.t())
         inner_BB = self.hessian_II[block, block].contiguous()
@@ -119,7 +119,7 @@ class _Refinement:
         self._descend(block, group, pull_BO, inner_BB)
 
     def _fit_scale(self, block: slice, group: int, pull_BO: torch.Tensor, inner_BB: torch.Tensor) -> torch.Tensor:
-        """Give each row's group the best scale for its integers; returns what that adds to the quantized values."""
+        """Set each row's scale of the group to the best for its integers; return the change of the quantized values."""
         factor_O = self.factor_GO[group]
         integers_BO = self.quantized_IO[block] / factor_O
         slope_O = (integers_BO * pull_BO).sum(dim=0)
@@ -130,7 +130,7 @@ class _Refinement:
         gain_O = 2 * step_O * slope_O - step_O.square() * curve_O
         is_better = torch.isfinite(new_O) & (new_O > 0) & (gain_O > 0) & (curve_O > 0)
         new_O = torch.where(is_better, new_O, factor_O)
-        # The very product that a reader computes, not the old one plus a difference.
+        # The same product that a reader computes, to the bit, not the old value plus a difference.
         replaced_BO = torch.where(is_better, integers_BO.round() * new_O, self.quantized_IO[block])
         change_BO = replaced_BO - self.quantized_IO[block]
         self.factor_GO[group] = new_O
@@ -139,14 +139,14 @@ class _Refinement:
         return change_BO
 
     def _descend(self, block: slice, group: int, pull_BO: torch.Tensor, inner_BB: torch.Tensor) -> None:
-        """Each column to the best grid point, the others being as they are."""
+        """Move each column to its best grid point while the others are fixed."""
         zero_O = None if self.zero_GO is None else self.zero_GO[group]
         factor_O = self.factor_GO[group]
         changes_BO = torch.zeros_like(pull_BO)
         curve_B = inner_BB.diagonal().tolist()
         for column in range(len(pull_BO)):
             if curve_B[column] <= 0:
-                continue  # an input that is always zero: any value is as good
+                continue  # the input is always zero, so any value is equally good
             pull_O = pull_BO[column]
             if column:
                 pull_O.addmv_(changes_BO[:column].t(), inner_BB[column, :column], alpha=-1)
@@ -157,7 +157,7 @@ class _Refinement:
             self.residual_IO[block.start + column].sub_(changes_BO[column])
 
     def result(self, before: QuantizedWeight, added: float) -> QuantizedWeight:
-        """The refined weight, or the one before where nothing was gained; `added` is the damping."""
+        """Return the refined weight, or the one before if the loss did not fall; `added` is the damping."""
         damped = float(
             (self.residual_IO * (multiplied(self.hessian_II, self.residual_IO.t()))).sum(dtype=torch.float64)
         )

@@ -1,6 +1,6 @@
-"""Round-to-nearest: each weight goes to the nearest point of a grid spanned from minimum to maximum.
+"""Round-to-nearest: replace each weight by the nearest point of a grid from minimum to maximum.
 
-No paper: the baseline that papers measure against (RTN in the tables of GPTQ, arXiv 2210.17323).
+No paper: the baseline that papers compare with (RTN in the tables of GPTQ, arXiv 2210.17323).
 
     s = (max - min) / (2^b - 1)       symmetric: 2 max|w| / (2^b - 1),    float8: max|w| / 448
     z = round(-2^(b-1) - min / s)     symmetric: 0
@@ -39,17 +39,17 @@ def quantize_rtn(
         weight_OI: [O, I], any float dtype; not changed. In float64 the arithmetic is float64, else float32.
         args: strategy, bits, symmetry and observer.
         scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
-        global_scale: NVFP4's [1], where siblings share one.
-        importance_I: the mean square of each input feature, where the observer asks for it.
+        global_scale: NVFP4's [1], if siblings share one.
+        importance_I: the mean square of each input feature, for the observer `imatrix_mse`.
 
     Returns:
         The dequantized weight with its scales; `loss` is the sum of (W-Q)^2.
 
     Raises:
-        QuantizationError: for a strategy, type, shape or numbers that cannot be worked with.
+        QuantizationError: for an unsupported strategy, type or shape, and numbers that are not finite.
     """
     weight_OI = weight_OI.detach()
-    grid.check_weight(weight_OI, args, offered=STRATEGIES)
+    grid.check_weight(weight_OI, args, supported=STRATEGIES)
     found = fitted_grid(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
     quantized_OI = rounded(weight_OI, found, args)
     return QuantizedWeight(
@@ -63,7 +63,7 @@ def quantize_rtn(
 
 
 def rounded(weight_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs) -> torch.Tensor:
-    """A weight rounded to a grid, dequantized, in the dtype of the arithmetic."""
+    """Round a weight to a grid and dequantize it, in the dtype of the arithmetic."""
     dtype = grid.work_dtype(weight_OI)
 
     def spread(tensor_RC: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,12 @@ and with (equation 4), over all tokens and all rows of all weights that read X,
 
     s_j = max |X_j|^a / max |W_j|^(1-a)
 
-both are equally hard to round at a = 1/2; a larger strength a takes more from the activations. Dividing X costs
-nothing, for it is done to the weights of the norm or Linear that makes X: what that can be is the scale group's matter
+both are equally hard to round at a = 1/2; a larger strength a moves more from the activations to the weights. Dividing
+X costs nothing, because it is done in the weights of the norm or Linear that produces X, which the scale group names
 (`runtime.artifact.scale_groups`).
 
-Where several features come from one channel of the producer, as when heads of queries share a head of values, they get
-one factor, from the largest of their maxima.
+Features that come from one channel of the producer, as when heads of queries share a head of values, get one factor,
+from the largest of their maxima.
 
 Shapes: O out features, I in features.
 """
@@ -28,7 +28,7 @@ import torch
 
 from runtime.errors import QuantizationError
 
-SMALLEST = 1e-5  # of maxima: a channel that is always zero would make a factor of zero
+SMALLEST = 1e-5  # lower bound of maxima: a channel that is always zero would give a factor of zero
 
 
 def smoothing_factors(
@@ -38,24 +38,26 @@ def smoothing_factors(
     strength: float = 0.5,
     channel_I: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The factors that inputs are divided by and weights' columns multiplied by.
+    """Compute the factors by which inputs are divided and weights' columns multiplied.
 
     Args:
         absmax_I: the largest magnitude of each input feature.
-        weights: [O, I] each, all that read the input; looked at one after the other.
+        weights: [O, I] each, all that read the input; read one after the other.
         strength: a, between 0 and 1.
-        channel_I: the producer's channel that each feature is proportional to; by default each its own.
+        channel_I: the producer's channel that each feature is proportional to; by default each has its own.
 
     Returns:
         s [I], float32, the same for features of one channel.
 
     Raises:
-        QuantizationError: for a strength or shapes that do not fit, and numbers that are not finite.
+        QuantizationError: for a strength outside [0, 1], shapes that differ, and numbers that are not finite.
     """
     if not 0 <= strength <= 1:
-        raise QuantizationError(f"smoothing_strength must lie between 0 and 1, not {strength}")
+        raise QuantizationError(f"smoothing_strength must be between 0 and 1, not {strength}")
     if not torch.isfinite(absmax_I).all():
-        raise QuantizationError("the inputs to be smoothed are not finite", hint="an activation overflowed")
+        raise QuantizationError(
+            "the inputs to be smoothed are not finite", hint="an activation overflowed: calibrate in a wider dtype"
+        )
     columns: list[torch.Tensor] = []
     for weight_OI in weights:
         if weight_OI.shape[1:] != absmax_I.shape:
@@ -63,14 +65,14 @@ def smoothing_factors(
             break
         columns.append(weight_OI.abs().amax(dim=0).to(absmax_I.device, torch.float32))
     if not columns:
-        raise QuantizationError(f"inputs of {list(absmax_I.shape)} features do not fit the weights that read them")
+        raise QuantizationError(f"inputs have {list(absmax_I.shape)} features, but the weights that read them do not")
     inputs_I = pooled(absmax_I.to(torch.float32), channel_I, "amax").clamp(min=SMALLEST)
     largest_I = pooled(torch.stack(columns).amax(dim=0), channel_I, "amax").clamp(min=SMALLEST)
     return inputs_I.pow(strength) / largest_I.pow(1 - strength)
 
 
 def pooled(values_I: torch.Tensor, channel_I: torch.Tensor | None, how: str) -> torch.Tensor:
-    """Values [I] with those of features of one channel replaced by their `amax` or `mean`."""
+    """Replace the values [I] of features of one channel by their `amax` or `mean`."""
     if channel_I is None:
         return values_I
     channels = channel_I.to(values_I.device)

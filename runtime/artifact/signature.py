@@ -19,6 +19,7 @@ from typing import Any
 
 from runtime.artifact.encoding import sha256
 from runtime.errors import SignatureError
+from runtime.host.publish import write_files
 from runtime.host.regular_files import require_regular
 
 REQUIRED = "SEQBUILD_REQUIRE_SIGNATURE"
@@ -119,9 +120,7 @@ def _require_key(path: Path, kind: str) -> None:
 def _copied(name: str, contents: Mapping[str, bytes]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as private:
         folder = Path(private, name or "artifact")
-        for path, data in contents.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
+        write_files(folder, contents)
         yield folder
 
 

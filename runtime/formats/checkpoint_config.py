@@ -24,20 +24,20 @@ def quantization_config(
     cache: QuantizationArgs | None = None,
     attention: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What goes into config.json as "quantization_config".
+    """Build the "quantization_config" of config.json.
 
     Args:
         groups: the schemes, in order; they become group_0, group_1 and so on.
-        ignore: every Linear that a target would hit and that was left as it is, by the checkpoint's names.
+        ignore: every unquantized Linear that a target matches, by the checkpoint's names.
         cache: the key-value cache's scheme.
-        attention: the classes of attention modules whose queries are rounded by it, too.
+        attention: classes of attention modules whose queries are rounded by the cache's scheme, too.
 
     Returns:
         Plain values, ready for `json.dumps`.
     """
     schemes = [_readable(checked(scheme)) for scheme in groups]
     formats = list(dict.fromkeys(str(scheme.format) for scheme in schemes)) or [CompressionFormat.dense.value]
-    # A group for each class: vLLM knows groups for attention by a single target that ends in its name.
+    # A group for each class: vLLM recognizes a group for attention by its single target, which ends in "Attention".
     schemes += [QuantizationScheme(targets=[kind], input_activations=cache) for kind in attention]
     config = QuantizationConfig(
         config_groups={f"group_{index}": scheme for index, scheme in enumerate(schemes)},
@@ -55,7 +55,7 @@ def quantization_config(
 
 
 def _readable(scheme: QuantizationScheme) -> QuantizationScheme:
-    """Without what readers do not know: observers of this project alone, which are spent when the weights are."""
+    """Replace an observer that readers do not know; observers have no effect after the weights are quantized."""
     args = scheme.weights
     if args.observer in (None, *MIN_MAX_OBSERVERS, "mse", "memoryless_mse"):
         return scheme
@@ -64,12 +64,12 @@ def _readable(scheme: QuantizationScheme) -> QuantizationScheme:
 
 
 def _unobserved(args: QuantizationArgs) -> QuantizationArgs:
-    """Without observers, which are spent when a checkpoint is written: those of any other tool will do."""
+    """Remove the observer, which has no effect on a written checkpoint, so that those of other tools are accepted."""
     return args.model_copy(update={"observer": None, "observer_kwargs": {}})
 
 
 def _stored(scheme: QuantizationScheme, format_of_all: str) -> QuantizationScheme:
-    """A scheme of a checkpoint, with its format; numbers of few bits may lie in a byte each."""
+    """Return a checkpoint's scheme with its format; int-quantized may also store fewer than 8 bits in a byte each."""
     parts = {name: getattr(scheme, name) for name in ("weights", "input_activations")}
     bare = {name: _unobserved(args) for name, args in parts.items() if args is not None}
     named = CompressionFormat(scheme.format or format_of_all)
@@ -80,13 +80,13 @@ def _stored(scheme: QuantizationScheme, format_of_all: str) -> QuantizationSchem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSchemes:
-    """Which module of a quantized checkpoint is stored how.
+    """The schemes of a quantized checkpoint and the modules they apply to.
 
     Args:
         groups: the schemes in the config's order, each with its format.
-        ignore: patterns of modules that are stored as they are.
+        ignore: patterns of modules that are stored unquantized.
         cache: the key-value cache's scheme.
-        has_queries: whether attention's queries are rounded by it, too.
+        has_queries: whether attention's queries are rounded by the cache's scheme, too.
     """
 
     groups: tuple[QuantizationScheme, ...]
@@ -99,12 +99,12 @@ class CheckpointSchemes:
         """Read config.json's "quantization_config".
 
         Raises:
-            WeightsError: when it is not one of compressed-tensors, or holds a scheme that is not offered.
+            WeightsError: if it was not written by compressed-tensors, or has an unsupported scheme.
         """
         if config.get("quant_method") != METHOD:
             raise WeightsError(
                 f"the checkpoint is quantized by {config.get('quant_method')!r}",
-                hint=f"only {METHOD} can be read",
+                hint=f"only {METHOD} is supported",
             )
         try:
             parsed = QuantizationConfig.model_validate(dict(config))
@@ -113,8 +113,8 @@ class CheckpointSchemes:
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:
             status = parsed.quantization_status.value
             raise WeightsError(
-                f"the checkpoint's quantization_config says that it is {status}, not compressed",
-                hint="save it compressed (save_compressed=True); if its weights are plain, remove the entry",
+                f"the checkpoint's quantization_config has the quantization_status {status}, not compressed",
+                hint="save it compressed (save_compressed=True); if its weights are unquantized, remove the entry",
             )
         schemes = parsed.config_groups.values()
         for scheme in schemes:
@@ -136,15 +136,15 @@ class CheckpointSchemes:
             expression = text.removeprefix("re:") if text.startswith("re:") else ""
             wrong = fault(expression)
             if wrong:
-                what = f"{text[:80]!r} is no regular expression: {wrong}"
+                what = f"{text[:80]!r} is not a valid regular expression: {wrong}"
                 raise WeightsError(f"the checkpoint's quantization_config: {what}")
         return cls(groups=groups, ignore=ignore, cache=cache, has_queries=has_queries)
 
     def find(self, name: str, module_class: type | str) -> QuantizationScheme | None:
-        """The scheme of a Linear, or `None` when it is stored as it is.
+        """Find the scheme of a module; `None` if it is stored unquantized.
 
-        Transformers' order: a target that is the name, then `re:` targets by the alphabet, then classes; of
-        groups with the same target the last.
+        In transformers' order: a target equal to the name, then `re:` targets alphabetically, then classes. Of groups
+        with the same target the last one wins.
 
         Args:
             name: the module's dotted name.

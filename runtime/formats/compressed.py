@@ -1,7 +1,6 @@
-"""The tensors and the config that a quantized checkpoint stores for a scheme, and what a reader computes with them.
+"""The tensors that a quantized checkpoint stores for a scheme: pack a weight into them, and unpack it as a reader does.
 
-The adapter to compressed-tensors: nothing else here knows how that package packs a weight, rounds an activation or
-spells `config.json["quantization_config"]`. Which schemes there are is the matter of `runtime.formats.presets`.
+The adapter to the compressors of compressed-tensors. `runtime.formats.presets` defines the supported schemes.
 
 Shapes: O out features, I in features.
 """
@@ -16,49 +15,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationScheme,
-)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from runtime.errors import QuantizationError, WeightsError
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
 
-_ROWS_AT_A_TIME = 480  # whatever packs numbers along the rows, of 2 to 8 bits, begins anew after so many
-_LONG_ROW = 2**20  # an artifact states the shapes, and may state any
-NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of what it is given
+_ROWS_AT_A_TIME = 480  # a multiple of the rows after which packing 2 to 8 bit numbers along rows starts a new word
+_LONG_ROW = 2**20  # elements; a row's length comes from an artifact, which may state any
+NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of its input
 
 
 def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
-    """The tensors that the checkpoint holds for a module.
+    """Pack a quantized weight into the tensors that the checkpoint stores for its module.
 
     Args:
         name: the module's name, for messages.
-        result: of an algorithm. Its weight is in float32; a narrower dtype may move it off its grid.
+        result: an algorithm's result. Its weight is in float32; a narrower dtype may move it off its grid.
         scheme: with its format, as `presets.checked` returns it.
 
     Returns:
-        Contiguous tensors by their name in the module: weight_packed or weight, weight_scale, and what else the format
-        has: weight_shape, weight_zero_point, weight_global_scale, and the scales of static inputs.
+        Contiguous tensors by their name in the module: weight_packed or weight, weight_scale, and depending on the
+        format weight_shape, weight_zero_point, weight_global_scale, and the scales of static inputs.
 
     Raises:
-        QuantizationError: when weight, scale, zero point and scheme do not fit together.
+        QuantizationError: if weight, scale, zero point and scheme are inconsistent.
     """
     weights = scheme.weights
     shape = _scale_shape(result.weight_OI.shape, weights)
     if list(result.scale.shape) != shape:
         raise QuantizationError(
-            f"{name}: a scale of shape {list(result.scale.shape)} does not fit the weight, which needs {shape}"
+            f"{name}: the scale has the shape {list(result.scale.shape)}, but the weight's scheme requires {shape}"
         )
     if (result.zero_point is None) != weights.symmetric:
-        raise QuantizationError(f"{name}: an asymmetric scheme needs a zero point, a symmetric one has none")
+        raise QuantizationError(f"{name}: an asymmetric scheme requires a zero point, a symmetric one has none")
     if (result.global_scale is None) != (weights.strategy != "tensor_group"):
-        raise QuantizationError(f"{name}: NVFP4 needs a global scale, and no other scheme has one")
+        raise QuantizationError(f"{name}: NVFP4 requires a global scale, other schemes have none")
     missing = [part for part in input_parts(scheme) if part not in result.inputs]
     if missing or len(result.inputs) != len(input_parts(scheme)):
-        raise QuantizationError(f"{name}: its inputs' scheme needs {input_parts(scheme)}, not {list(result.inputs)}")
+        raise QuantizationError(
+            f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(result.inputs)}"
+        )
     state = {"weight": result.weight_OI, "weight_scale": result.scale}
     if result.zero_point is not None:
         state["weight_zero_point"] = result.zero_point
@@ -78,7 +76,7 @@ def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationSche
 
 
 def _rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
-    """Parts of the rows of a weight, which are worked with one after the other, or all of them."""
+    """Split the rows of a weight into parts to process one at a time; one part unless `is_cut`."""
     num_out, num_in = shape
     step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
     return [slice(start, start + step) for start in range(0, num_out, step)] if is_cut else [slice(0, num_out)]
@@ -110,7 +108,7 @@ def _scale_shape(shape: Sequence[int], args: QuantizationArgs) -> list[int]:
 
 
 def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
-    """The dense weight that a reader of the checkpoint computes with.
+    """Unpack a module's tensors into the dense weight that a reader of the checkpoint uses.
 
     Args:
         tensors: by their name in the module, as `compress_module` returns them.
@@ -120,7 +118,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         weight_OI in the scale's dtype; in bfloat16 for formats of small floats.
 
     Raises:
-        WeightsError: when a tensor is missing.
+        WeightsError: if a tensor is missing.
     """
     compressor = _compressor(scheme)
     parts = {name: tensor for name, tensor in tensors.items() if not name.startswith("input_")}
@@ -129,11 +127,11 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
     ]
     if missing:
         raise WeightsError(
-            f"a {CompressionFormat(scheme.format).value} module lacks {', '.join(missing)}",
-            hint=f"it has {', '.join(tensors)}",
+            f"missing {', '.join(missing)}, required by the format {CompressionFormat(scheme.format).value}",
+            hint=f"the module has {', '.join(tensors)}",
         )
     if "weight_zero_point" in parts and len(parts["weight_zero_point"]) == 1:
-        # The package views its transpose as bytes, for which torch wants the last of the strides to be one.
+        # compressed-tensors views its transpose as bytes, for which torch requires the last stride to be 1.
         parts["weight_zero_point"] = parts["weight_zero_point"].as_strided(parts["weight_zero_point"].shape, (1, 1))
     by_row = [key for key in ("weight", "weight_packed", "weight_scale") if key in parts]
     num_out = len(parts[by_row[0]])
@@ -152,7 +150,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
 
 
 def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint holds for a weight.
+    """Names and shapes of the tensors that a checkpoint stores for a weight.
 
     Args:
         shape: of the dense weight, [O, I].
@@ -160,8 +158,8 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
     """
     args = scheme.weights
     sizes = _scale_shape(shape, args)
-    # A few rows tell what all would come to. Tensors without content do as well, but for rounding them torch imports
-    # half a second of libraries, which stay in memory for as long as the process lives.
+    # Compressing a few rows shows the shapes of all. Meta tensors would, too, but to round them torch imports libraries
+    # for half a second, which then stay in memory.
     height = args.block_structure[0] if args.strategy == "block" else 1
     few = (height, shape[1])
     with torch.device("cpu" if shape[1] <= _LONG_ROW else "meta"):
@@ -185,16 +183,16 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
 
 
 def stored_dtypes(scheme: QuantizationScheme, scale_dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Names and dtypes of the tensors that a checkpoint holds for a weight, in the order of `compress_module`.
+    """Names and dtypes of the tensors that a checkpoint stores for a weight, in the order of `compress_module`.
 
     Args:
         scheme: with its format.
-        scale_dtype: the dtype that scales are stored in, where the format has none of its own.
+        scale_dtype: the dtype of stored scales, unless the format defines its own.
     """
     from runtime.algorithms.rtn import quantize_rtn
 
     args = scheme.weights
-    weight_OI = torch.ones(1, max(args.group_size or 0, 32))  # -1 stands for all of a row
+    weight_OI = torch.ones(1, max(args.group_size or 0, 32))  # a group size of -1 means the whole row
     plain = args.model_copy(update={"observer": None, "observer_kwargs": {}})
     result = quantize_rtn(weight_OI, plain, scale_dtype=scale_dtype)
     dtypes = {"input_scale": scale_dtype, "input_zero_point": torch.int8, "input_global_scale": torch.float32}
@@ -210,7 +208,7 @@ def _compressor(scheme: QuantizationScheme) -> Any:
 def static_input_parts(
     minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, scale_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The tensors that `input_parts` names, from the smallest and largest number of an input, both scalars."""
+    """Compute the tensors that `input_parts` names from an input's minimum and maximum, both scalars."""
     from runtime.algorithms import grid
 
     low, high = minimum.float().reshape(1), maximum.float().reshape(1)
@@ -218,13 +216,3 @@ def static_input_parts(
         return {"input_global_scale": grid.global_scale_for(low, high)}
     scale, zero_point = grid.fit(low, high, args, scale_dtype=scale_dtype)
     return {"input_scale": scale} if zero_point is None else {"input_scale": scale, "input_zero_point": zero_point}
-
-
-def static_cache_scale(
-    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype
-) -> torch.Tensor:
-    """The scales [N] of keys, values or queries, from their smallest and largest numbers, [N] or []."""
-    from runtime.algorithms import grid
-
-    scale, _ = grid.fit(minimum.float().cpu().reshape(-1), maximum.float().cpu().reshape(-1), args, scale_dtype=dtype)
-    return scale

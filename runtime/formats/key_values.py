@@ -1,13 +1,13 @@
-"""Key-value caches in 8 bits: measure what attention keeps, and run as a reader that keeps it rounded.
+"""Key-value caches in 8 bits: measure the cached values, and run with a rounded cache as a reader does.
 
-Readers round keys and values when they enter the cache, with one scale for a layer or for each head. Which values of a
-subgraph those are, the artifact says (`runtime.artifact.cached_values`): what the model's own code would hand to its
-cache. They are not always what attention calculates with: multi-head latent attention keeps a latent and expands it
-afterwards. A scheme for attention rounds the queries as well, with the same arguments.
+Readers round keys and values when they enter the cache, with one scale per layer or per head. The artifact names these
+values (`runtime.artifact.cached_values`): those that the model's own code would pass to its cache. They can differ from
+the operands of attention: multi-head latent attention caches a latent and expands it afterwards. A scheme for attention
+rounds the queries as well, with the same arguments.
 
-The scale is the largest magnitude over that of the format (448 for FP8): of all batches and tokens with the observer
-`static_minmax`, else that of the moving average of each batch's smallest and largest number, which is llm-compressor's
-default. Padding is part of it, as it is there.
+The scale is the largest magnitude divided by that of the format (448 for FP8). With the observer `static_minmax` the
+magnitude is that of all batches and tokens; else it is that of the moving averages of each batch's minimum and maximum,
+which is llm-compressor's default. Padding counts, as it does there.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class CompiledSubgraph(Protocol):
 
 
 _ATTRIBUTE = "key_values"  # of the model
-# Parameters of attention that keeps another tensor than it calculates with.
+# Parameters of latent attention, whose cached tensor is not an operand of attention.
 _LATENT = re.compile(r"\.kv_[ab]_")
-_HEADS = 1  # the dimension of heads in what attention keeps: [batch, heads, tokens, head size]
+_HEADS = 1  # the dimension of heads in a cached value: [batch, heads, tokens, head size]
 
 
 @dataclass(kw_only=True)
@@ -57,12 +57,12 @@ class KeyValues:
 
     Attributes:
         args: its scheme.
-        parts: which values are rounded: `k`, `v`, and `q` for a scheme of attention.
-        entries: of each subgraph, by its parameters, the values that are handed out, in the manifest's order.
-        modules: the attention modules of each subgraph, in order of execution.
-        spans: by module and part, the smallest and the largest number that were seen, of all or of each head.
-        scales: by module and part; where there are some, values are rounded.
-        is_measuring: whether sizes are taken, and nothing is rounded.
+        parts: the values to round: `k`, `v`, and `q` for a scheme of attention.
+        entries: by a subgraph's parameters, its cached values in the manifest's order.
+        modules: by a subgraph's parameters, its attention modules in order of execution.
+        spans: by module and part, the measured minimum and maximum, of the layer or of each head.
+        scales: by module and part; values that have a scale are rounded.
+        is_measuring: whether values are measured instead of rounded.
     """
 
     args: QuantizationArgs
@@ -76,25 +76,25 @@ class KeyValues:
 
     @classmethod
     def of(cls, manifest: Manifest, args: QuantizationArgs, *, has_queries: bool = False) -> KeyValues:
-        """Those of an artifact's model.
+        """Create the cache of an artifact's model.
 
         Args:
-            manifest: says which values they are.
+            manifest: lists the cached values.
             args: the cache's scheme.
             has_queries: whether queries are rounded, too.
 
         Raises:
-            RecipeError: when the artifact does not say which values enter the cache.
+            RecipeError: if the artifact does not list the values that the scheme rounds.
         """
         if not manifest.cached:
             raise RecipeError(
-                "the artifact does not say which values enter a key-value cache, so none can be quantized",
-                hint="compile with --leaves linear; models without a cache have no such values, nor have attention "
-                "modules that run several times in one forward",
+                "the artifact lists no key-value cache, so it cannot be quantized",
+                hint="compile with --leaves linear; models without a cache, and attention modules that run several "
+                "times in one forward, are unsupported",
             )
         if has_queries and not any(entry.part == QUERY for entry in manifest.cached):
             raise RecipeError(
-                "the artifact does not say which values are attention's queries, so only its cache can be quantized",
+                "the artifact does not list attention's queries, so only its cache can be quantized",
                 hint="use kv_cache_scheme instead of a scheme for attention",
             )
         parts = (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
@@ -123,17 +123,17 @@ class KeyValues:
         return self.modules.get(entry.parameters, ())
 
     def forget(self, modules: Sequence[str]) -> None:
-        """Drop what was measured of some modules: all batches are about to pass once more."""
+        """Drop the measurements of some modules, before all batches run through them again."""
         for module in modules:
             for part in self.parts:
                 self.spans.pop((module, part), None)
 
     def scale_of(self, module: str, part: str, dtype: torch.dtype) -> torch.Tensor:
-        """The scale that was measured, [1] or [H, 1, 1].
+        """Compute the scale from the measured span, [1] or [H, 1, 1].
 
         Raises:
-            QuantizationError: when the numbers that it follows from are not finite.
-            ArtifactError: when there are other heads than the artifact states.
+            QuantizationError: if the span is not finite, or no scale can represent it.
+            ArtifactError: if the number of heads differs from the artifact's.
         """
         low, high = self.spans[module, part]
         size = torch.maximum(low.abs(), high.abs()).to("cpu", torch.float64)
@@ -143,15 +143,16 @@ class KeyValues:
                 f"the {what} of {module} reach {float(size.max())}, so their {part}_scale is undefined",
                 hint="calibrate in bfloat16 or float32 (--dtype), or look for NaN and Inf in the weights",
             )
-        from runtime.formats.compressed import static_cache_scale
+        from runtime.algorithms import grid
 
+        bounds = low.float().cpu().reshape(-1), high.float().cpu().reshape(-1)
         try:
-            scale = static_cache_scale(low, high, self.args, dtype)
+            scale, _ = grid.fit(*bounds, self.args, scale_dtype=dtype)
         except QuantizationError as error:
             raise QuantizationError(f"the {part}_scale of {module}: {error.message}", hint=error.hint) from error
         shaped = scale.reshape(-1, 1, 1) if self.is_by_head else scale.reshape(1)
         if shaped.shape != self.scale_shape(module, part):
-            raise ArtifactError(f"{module} has {len(shaped)} heads, and the artifact states another number")
+            raise ArtifactError(f"{module} has {len(shaped)} heads, but the artifact states another number")
         return shaped
 
     def scale_shape(self, module: str, part: str) -> tuple[int, ...]:
@@ -167,13 +168,13 @@ class KeyValues:
         return str(getattr(self.args.strategy, "value", self.args.strategy)) == "attn_head"
 
     def handle(self, module: str, part: str, states: torch.Tensor) -> torch.Tensor:
-        """A value on its way into the cache.
+        """Measure or round a value that enters the cache.
 
         Raises:
-            ArtifactError: for one that is no tensor of floating point numbers.
+            ArtifactError: if it is not a floating point tensor.
         """
         if not isinstance(states, torch.Tensor) or not states.is_floating_point():
-            raise ArtifactError(f"what {module} is said to keep as its {part} is no tensor of floating point numbers")
+            raise ArtifactError(f"the cached {part} of {module} is not a floating point tensor")
         if self.is_measuring:
             if states.numel():
                 self._measure(module, part, states)
@@ -190,9 +191,7 @@ class KeyValues:
 
         if self.is_by_head:
             if states.dim() != 4:
-                raise ArtifactError(
-                    f"what {module} keeps as its {part} has {states.dim()} dimensions, and 4 were stated"
-                )
+                raise ArtifactError(f"the cached {part} of {module} has {states.dim()} dimensions; expected 4")
             others = [dim for dim in range(4) if dim != _HEADS]
             low, high = states.amin(others).float(), states.amax(others).float()
         else:
@@ -205,7 +204,7 @@ class KeyValues:
         self.spans[module, part] = low, high
 
     def program(self, subgraph: CompiledSubgraph) -> Program | None:
-        """The subgraph's program with its values handed out; None when it has none."""
+        """Compile the subgraph's program so that it passes its cached values to `Run.cached`; None if it has none."""
         entries = self.entries.get(subgraph.entry.parameters, ())
         if not entries:
             return None
@@ -214,12 +213,12 @@ class KeyValues:
             from runtime.language.program import compile_program
 
             hooks = hooked(subgraph.source, entries)
-            assert hooks is not None, "an artifact that was checked"
+            assert hooks is not None, "the artifact was checked"
             self._programs[key] = compile_program(subgraph.source, subgraph.entry.file, hooks)
         return self._programs[key]
 
     def run(self, subgraph: CompiledSubgraph, run: Run) -> Run:
-        """What such a program is given."""
+        """Return `run` with the `cached` function that the program of `program` calls."""
         entries = self.entries[subgraph.entry.parameters]
 
         def cached(place: int, value: Any) -> Any:
@@ -229,7 +228,7 @@ class KeyValues:
 
 
 def latent_attention(manifest: Manifest) -> list[str]:
-    """Modules of multi-head latent attention: they keep another tensor than they calculate with."""
+    """Modules of multi-head latent attention, whose cached tensor is not an operand of attention."""
     found = dict.fromkeys((entry.subgraph, entry.module) for entry in manifest.cached)
     return [
         module
@@ -239,11 +238,11 @@ def latent_attention(manifest: Manifest) -> list[str]:
 
 
 def attach(model: nn.Module, key_values: KeyValues) -> None:
-    """Have a model's subgraphs measure or round their keys and values."""
+    """Make a model's subgraphs measure or round their keys and values."""
     model.__dict__[_ATTRIBUTE] = key_values
 
 
 def of_model(model: nn.Module) -> KeyValues | None:
-    """What was attached."""
+    """The key-value cache attached to a model; None if there is none."""
     found: KeyValues | None = model.__dict__.get(_ATTRIBUTE)
     return found

@@ -1,17 +1,17 @@
-"""Quantization schemes by name, and which schemes are offered.
+"""Quantization schemes by preset name, and the check that a scheme is supported.
 
     format                  weights                                     inputs
-    pack-quantized          2 to 8 bit int, group or channel            as they are, or dynamic 4 to 8 bit
+    pack-quantized          2 to 8 bit int, group or channel            unquantized, or dynamic 4 to 8 bit
     int-quantized           8 bit int, symmetric                        8 bit int, dynamic or static
     float-quantized         8 bit float by channel, tensor or block     8 bit float, dynamic or static
-    naive-quantized         8 bit float by channel, tensor or block     as they are
-    nvfp4-pack-quantized    4 bit float, groups of 16, 8 bit scales     as they are, or the same
-    mxfp4-pack-quantized    4 bit float, groups of 32, powers of two    as they are, or MX or 8 bit float groups
+    naive-quantized         8 bit float by channel, tensor or block     unquantized
+    nvfp4-pack-quantized    4 bit float, groups of 16, 8 bit scales     unquantized, or the same
+    mxfp4-pack-quantized    4 bit float, groups of 32, powers of two    unquantized, or MX or 8 bit float groups
     mxfp6-pack-quantized    6 bit float, groups of 32, powers of two    likewise
     mxfp8-quantized         8 bit float, groups of 32, powers of two    likewise
 
-The presets' names are those of compressed-tensors; each release has its own list, and what the installed one lacks is
-refused by name.
+The presets' names are those of compressed-tensors. Each release has its own list; a preset that is missing in the
+installed release is rejected by name.
 """
 
 from __future__ import annotations
@@ -60,46 +60,46 @@ OBSERVER_OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def scheme_from_preset(name: str, targets: Iterable[str]) -> QuantizationScheme:
-    """The scheme that a preset's name stands for, in upper or lower case.
+    """Look up the scheme of a preset by its name, in upper or lower case.
 
     Raises:
-        RecipeError: for a preset that does not exist or is not offered.
+        RecipeError: for an unknown or unsupported preset.
     """
     upper = name.upper()
     if upper in PRESETS:
         return checked(preset_name_to_scheme(upper, list(targets)))
-    offered = f"offered are {', '.join(PRESETS)}"
+    supported = f"supported: {', '.join(PRESETS)}"
     if upper in _NAMES or is_preset_scheme(name):
-        raise RecipeError(f"the scheme {upper} is not offered with this compressed-tensors", hint=offered)
+        raise RecipeError(f"the scheme {upper} is not supported with this compressed-tensors", hint=supported)
     near = difflib.get_close_matches(upper, PRESETS, n=1)
-    raise RecipeError(f"there is no scheme {name!r}", hint=(f"nearest is {near[0]}; " if near else "") + offered)
+    raise RecipeError(f"unknown scheme {name!r}", hint=(f"did you mean {near[0]}? " if near else "") + supported)
 
 
 def checked(scheme: QuantizationScheme) -> QuantizationScheme:
-    """A copy of the scheme that names its format.
+    """Check that a scheme is supported, and return a copy that names its format.
 
     Raises:
-        RecipeError: for a scheme that is not offered, saying why.
+        RecipeError: for an unsupported scheme, with the reason.
     """
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None:
-        raise RecipeError("a scheme without weights quantizes nothing")
+        raise RecipeError("a scheme without weights quantizes nothing", hint="add weights to it")
     if scheme.output_activations is not None:
-        raise RecipeError("output_activations are not offered", hint="leave them out")
+        raise RecipeError("output_activations are not supported", hint="remove them")
     _check_weights(weights)
     if inputs is not None:
         _check_inputs(inputs)
     found = _format(weights, inputs)
     if scheme.format not in (None, found):
         raise RecipeError(
-            f"the format {CompressionFormat(scheme.format).value} does not fit this scheme",
+            f"the format {CompressionFormat(scheme.format).value} cannot store this scheme",
             hint=f"its format is {found}",
         )
     return scheme.model_copy(update={"format": found}, deep=True)
 
 
 def checked_cache(args: QuantizationArgs) -> QuantizationArgs:
-    """The scheme of a key-value cache, or of attention.
+    """Check that a scheme of a key-value cache or of attention is supported, and return it.
 
     Raises:
         RecipeError: for anything but 8 bit float with static scales, by tensor or by head.
@@ -109,8 +109,8 @@ def checked_cache(args: QuantizationArgs) -> QuantizationArgs:
     if plain != (8, "float", True, True, False) or args.scale_dtype is not None:
         raise RecipeError(
             f"a key-value cache of {args.num_bits} bit {plain_value(args.type)} by {strategy} "
-            f"(symmetric={args.symmetric}, dynamic={args.dynamic}) is not offered",
-            hint="supported is {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}, "
+            f"(symmetric={args.symmetric}, dynamic={args.dynamic}) is not supported",
+            hint="supported: {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}, "
             "and strategy: attn_head",
         )
     _check_observer(args, INPUT_OBSERVERS)
@@ -118,9 +118,9 @@ def checked_cache(args: QuantizationArgs) -> QuantizationArgs:
 
 
 def averaging_of(args: QuantizationArgs) -> float | None:
-    """The weight of the newest batch in the moving average of what inputs or a cache span; None for no average.
+    """The weight of the newest batch in the moving average of an input's or cache's span; None for no average.
 
-    The average is what `minmax` means, and an observer that is not named.
+    `minmax`, which is also the default observer, averages.
     """
     if args.observer not in (None, "minmax"):
         return None
@@ -129,25 +129,25 @@ def averaging_of(args: QuantizationArgs) -> float | None:
 
 def _check_weights(weights: QuantizationArgs) -> None:
     if weights.dynamic:
-        raise RecipeError("weights cannot be dynamic")
+        raise RecipeError("weights cannot be dynamic", hint="set dynamic: false")
     if weights.type == "int" and not 2 <= weights.num_bits <= 8:
-        raise RecipeError(f"{weights.num_bits} bit weights cannot be packed", hint="offered are 2 to 8 bits")
+        raise RecipeError(f"{weights.num_bits} bit weights cannot be packed", hint="supported: 2 to 8 bits")
     if weights.type == "float" and not weights.symmetric:
-        raise RecipeError("float weights cannot be asymmetric")
+        raise RecipeError("float weights cannot be asymmetric", hint="set symmetric: true")
     if weights.type == "int" and weights.scale_dtype is not None:
-        raise RecipeError(f"int weights with scale_dtype {weights.scale_dtype} are not offered", hint="leave it out")
+        raise RecipeError(f"int weights with scale_dtype {weights.scale_dtype} are not supported", hint="remove it")
     _check_observer(weights, WEIGHT_OBSERVERS)
 
 
-def _check_observer(args: QuantizationArgs, offered: tuple[str, ...]) -> None:
-    if args.observer is not None and args.observer not in offered:
-        raise RecipeError(f"the observer {args.observer!r} is not offered", hint=f"offered are {', '.join(offered)}")
+def _check_observer(args: QuantizationArgs, supported: tuple[str, ...]) -> None:
+    if args.observer is not None and args.observer not in supported:
+        raise RecipeError(f"the observer {args.observer!r} is not supported", hint=f"supported: {', '.join(supported)}")
     known = OBSERVER_OPTIONS.get(str(args.observer or "memoryless_minmax"), ())
     for name, value in args.observer_kwargs.items():
         if name not in known:
             raise RecipeError(
-                f"observer_kwargs {name!r} are not offered for {args.observer}",
-                hint=f"offered are {', '.join(known)}" if known else "leave them out",
+                f"observer_kwargs {name!r} is not supported for the observer {args.observer}",
+                hint=f"supported: {', '.join(known)}" if known else "remove it",
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise RecipeError(f"observer_kwargs {name} must be a positive number, not {shown(value)}")
@@ -158,13 +158,14 @@ def _check_inputs(inputs: QuantizationArgs) -> None:
     known = (kind == "int" and inputs.num_bits in (4, 8)) or (kind == "float" and inputs.num_bits in (4, 6, 8))
     if not known or (kind == "float" and not inputs.symmetric):
         raise RecipeError(
-            f"{inputs.num_bits} bit {kind} input_activations (symmetric={inputs.symmetric}) are not offered"
+            f"{inputs.num_bits} bit {kind} input_activations (symmetric={inputs.symmetric}) are not supported",
+            hint="supported: 4 and 8 bit int, and symmetric 4, 6 and 8 bit float",
         )
     if dynamic is False:
         if strategy != "tensor" or inputs.num_bits != 8 or inputs.scale_dtype is not None:
             raise RecipeError(
-                f"static {inputs.num_bits} bit input_activations by {strategy} are not offered",
-                hint="static scales are 8 bit, by tensor",
+                f"static {inputs.num_bits} bit input_activations by {strategy} are not supported",
+                hint="static inputs must be 8 bit, by tensor",
             )
         _check_observer(inputs, INPUT_OBSERVERS)
         return
@@ -177,7 +178,7 @@ def _check_inputs(inputs: QuantizationArgs) -> None:
     if not (is_nv or is_mx or is_group or is_token):
         raise RecipeError(
             f"dynamic {inputs.num_bits} bit {kind} input_activations by {strategy} with scale_dtype "
-            f"{inputs.scale_dtype} are not offered",
+            f"{inputs.scale_dtype} are not supported",
             hint="set strategy: token and dynamic: true, or use a preset",
         )
 
@@ -195,16 +196,19 @@ def _format(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> str:
     elif weights.num_bits == 8 and weights.scale_dtype is None and strategy in ("channel", "tensor", "block"):
         if inputs is not None and (inputs.type != "float" or inputs.num_bits != 8):
             raise RecipeError(
-                f"8 bit float weights with {inputs.num_bits} bit {plain_value(inputs.type)} inputs are not offered"
+                f"8 bit float weights with {inputs.num_bits} bit {plain_value(inputs.type)} inputs are not supported",
+                hint="use 8 bit float inputs, or none",
             )
         found = CompressionFormat.naive_quantized if inputs is None else CompressionFormat.float_quantized
     else:
         raise RecipeError(
-            f"{weights.num_bits} bit float weights by {strategy} (scale_dtype={weights.scale_dtype}) are not offered",
+            f"{weights.num_bits} bit float weights by {strategy} (scale_dtype={weights.scale_dtype}) are not supported",
             hint="use one of the presets for float weights",
         )
     if found.value not in BaseCompressor.registered_names():
-        raise RecipeError(f"{found.value} is not offered with this compressed-tensors")
+        raise RecipeError(
+            f"the format {found.value} is not supported by this compressed-tensors", hint="install a newer release"
+        )
     return str(found.value)
 
 
@@ -214,7 +218,7 @@ def _int_format(weights: QuantizationArgs, inputs: QuantizationArgs | None, stra
         return str(CompressionFormat.int_quantized.value)
     if strategy not in ("group", "channel"):
         raise RecipeError(
-            f"{weights.num_bits} bit int weights by {strategy} are not offered with these inputs",
+            f"{weights.num_bits} bit int weights by {strategy} are not supported with these inputs",
             hint="use group or channel",
         )
     return str(CompressionFormat.pack_quantized.value)
@@ -231,5 +235,5 @@ def _is_mx(args: QuantizationArgs) -> bool:
 
 
 def plain_value(value: object) -> object:
-    """A field's value; a field that was inferred holds an enum member, one that was given a string."""
+    """The plain value of a scheme's field, which may be an enum member or a string."""
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""Run a module tree as a reader of the quantized checkpoint would: inputs of quantized modules are rounded."""
+"""Round the inputs of quantized modules, as a reader of the quantized checkpoint does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARTS = "static_input_parts"  # the name of a module's attribute
 
 
 def set_input_parts(module: nn.Module, parts: Mapping[str, torch.Tensor]) -> None:
-    """Give a module the scales of its static inputs, by their name in the checkpoint."""
+    """Attach the scales of its static inputs to a module, by their name in the checkpoint."""
     device = next(iter(module.parameters())).device
     module.__dict__[_PARTS] = {
         name: tensor if device.type == "meta" else tensor.to(device) for name, tensor in parts.items()
@@ -27,10 +27,10 @@ def set_input_parts(module: nn.Module, parts: Mapping[str, torch.Tensor]) -> Non
 
 @contextlib.contextmanager
 def input_quantization(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> Iterator[None]:
-    """Round the inputs of modules whose scheme asks for it, while the block runs.
+    """Round the inputs of modules whose scheme has `input_activations`, while the block runs.
 
     Args:
-        model: the module tree; modules with static inputs have been given their scales by `set_input_parts`.
+        model: the module tree; `set_input_parts` must have been called on modules with static inputs.
         schemes: by dotted module name.
     """
     handles = [
@@ -60,16 +60,15 @@ def _rounding(args: QuantizationArgs) -> Callable[..., Any]:
 def quantize_activation(
     inputs: torch.Tensor, args: QuantizationArgs, parts: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """A Linear's input, rounded as a reader of the checkpoint rounds it on the fly.
+    """Round a Linear's input exactly as a reader of the checkpoint does.
 
-    Kept to the letter, also where it surprises: strategy "token" has one scale for each index of the first
-    two dimensions. In [batch, sequence, I] that is one for each token; an input of [T, I] would have one for
-    each number, and gets a single scale for the whole tensor.
+    The strategy "token" has one scale for each index of the first two dimensions: in [batch, sequence, I] one per
+    token. An input of [T, I] would have one per number, and gets a single scale for the whole tensor, as in readers.
 
     Args:
         inputs: any float dtype, normally [batch, sequence, I]; not changed.
         args: the scheme's `input_activations`.
-        parts: the tensors that `input_parts` names, where scales are static.
+        parts: the tensors that `input_parts` names, for static scales.
 
     Returns:
         The dequantized inputs, same shape and dtype.

@@ -1,6 +1,6 @@
-"""The last look at scales and zero points, as they are stored: what a reader would divide or multiply by.
+"""The last check of scales, zero points and weights, on the values that are stored.
 
-Every tensor that a run makes comes by here on its way to the writer, whoever made it.
+Every tensor that a run produces is checked here before it is written.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
 
 _NAN_OF_E8M0 = 255
-_HINT = "an activation or a weight is out of the dtype's range: calibrate in a wider dtype, or ignore the module"
+_HINT = "an activation or a weight exceeds the dtype's range: calibrate in a wider dtype, or ignore the module"
 
 
 def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse scales that are not finite and above zero in the dtype that is stored.
+    """Require scales to be finite and above zero in the dtype in which they are stored.
 
     Args:
         owner: the module, for messages.
-        tensors: by their name in the module, or with it before; only names that end in `_scale` are looked at.
+        tensors: by their name in the module, or their full name; only names that end in `_scale` are checked.
 
     Raises:
         QuantizationError: naming the module, the tensor and the value.
@@ -43,7 +43,7 @@ def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor]) -> Non
         if bool(bad.any()):
             raise QuantizationError(
                 f"{owner}: {name.rpartition('.')[2]} is {float(values[bad].flatten()[0]):g} in {_plain(scale.dtype)}, "
-                "and a scale must be finite and above zero",
+                "but a scale must be finite and above zero",
                 hint=_HINT,
             )
 
@@ -51,13 +51,13 @@ def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor]) -> Non
 def require_sound_weight(
     name: str, result: QuantizedWeight, scheme: QuantizationScheme, stored_dtype: torch.dtype
 ) -> None:
-    """Refuse zero points outside of the grid, and numbers that a reader's dtype has no room for.
+    """Require zero points inside the grid, and rounded weights that are finite in the dtype that readers use.
 
     Args:
         name: of the module.
-        result: before it is packed.
-        scheme: that it was rounded by.
-        stored_dtype: of the weight in the original checkpoint, which readers compute in.
+        result: the quantized weight before it is packed.
+        scheme: the scheme of the module.
+        stored_dtype: the dtype of the weight in the original checkpoint, in which readers compute.
 
     Raises:
         QuantizationError: naming the module and the value.
@@ -67,25 +67,21 @@ def require_sound_weight(
         low, high = (int(bound) for bound in torch.aminmax(result.zero_point))
         if low < -half or high >= half:
             raise QuantizationError(
-                f"{name}: weight_zero_point is {low if low < -half else high}, outside of {-half} to {half - 1}"
+                f"{name}: weight_zero_point is {low if low < -half else high}, outside the range {-half} to {half - 1}"
             )
     bounds = torch.stack(torch.aminmax(result.weight_OI.detach()))
     if scheme.weights.scale_dtype is not None:
-        bounds = bounds.to(torch.bfloat16)  # the dtype that readers make such weights in
+        bounds = bounds.to(torch.bfloat16)  # the dtype in which readers dequantize such weights
     if not bool(torch.isfinite(bounds.to(stored_dtype)).all()):
         largest = float(result.weight_OI.abs().max())
         raise QuantizationError(
-            f"{name}: rounded weights reach {largest:g}, which {_plain(stored_dtype)} has no room for",
+            f"{name}: rounded weights reach {largest:g}, which overflows {_plain(stored_dtype)}",
             hint="add it to ignore, or store the model in bfloat16",
         )
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a rewritten parameter that has lost its numbers.
-
-    Raises:
-        QuantizationError: naming the parameter.
-    """
+    """Require a rescaled parameter to be finite; raise QuantizationError naming it otherwise."""
     if tensor.is_floating_point() and tensor.numel():
         bounds = torch.stack(torch.aminmax(tensor.detach())).to(torch.float32)
         if not bool(torch.isfinite(bounds).all()):

@@ -13,13 +13,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name.
+    """Find a device by its name.
 
     Args:
-        name: `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N`, or `auto` for the first accelerator there is, else the CPU.
+        name: `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N`, or `auto` for the first available accelerator, else the CPU.
 
     Raises:
-        DeviceError: when it is not there, naming those that are.
+        DeviceError: if it is not available, listing the available devices.
     """
     available = ["cpu"]
     for kind in ("cuda", "xpu"):
@@ -29,27 +29,27 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(available[1] if len(available) > 1 else "cpu")
     wanted = f"{name}:0" if name in ("cuda", "xpu") else name
     if wanted not in available:
-        raise DeviceError(f"device {name!r} is not available", hint=f"there is {', '.join(available)}; or say auto")
+        raise DeviceError(f"device {name!r} is not available", hint=f"available: {', '.join(available)}; or use auto")
     return torch.device(wanted)
 
 
 def resolve_dtype(name: str) -> torch.dtype | None:
-    """The dtype of a name; None for `auto`, which is the model's own.
+    """Find the dtype of the option `--dtype`; None for `auto`, the model's own.
 
     Raises:
-        UsageError: when it is none that a run can have.
+        UsageError: if the dtype is unsupported.
     """
     if name not in DTYPES:
-        raise UsageError(f"--dtype is {name!r}", hint=f"it can be {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype is {name!r}", hint=f"it must be one of {', '.join(DTYPES)}")
     found: torch.dtype | None = None if name == "auto" else getattr(torch, name)
     return found
 
 
 def as_device(value: Any) -> torch.device:
-    """A device that is there.
+    """Convert a device argument of the Python API to an available device.
 
     Raises:
-        DeviceError: for one that is not, and for what is no device at all.
+        DeviceError: if the device is not available, or the value is not a device.
     """
     if isinstance(value, (str, torch.device)):
         return resolve_device(str(value))
@@ -57,28 +57,21 @@ def as_device(value: Any) -> torch.device:
 
 
 def as_device_type(value: Any) -> str:
-    """The kind of a device that need not be here.
-
-    Raises:
-        DeviceError: for what is no kind of device.
-    """
+    """Check a device type, which need not be available on this machine; raise DeviceError if it is unsupported."""
     if value in ("cpu", "cuda", "xpu"):
         return str(value)
     raise DeviceError(f"device_type is {shown(value)}", hint="it must be cpu, cuda or xpu")
 
 
 def as_dtype(value: Any) -> torch.dtype | None:
-    """A dtype that a model can run in; None for the model's own.
+    """Convert a dtype argument of the Python API; None for the model's own.
 
     Raises:
-        UsageError: for any other, and for what is no dtype at all.
+        UsageError: if the dtype is unsupported, or the value is not a dtype.
     """
-    import torch
-
     name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
-    if value is None or name == "auto":
+    if value is None:
         return None
     if name not in DTYPES:
-        raise UsageError(f"dtype is {shown(value)}", hint=f"it must be {', '.join(DTYPES)} or None")
-    found: torch.dtype = getattr(torch, str(name))
-    return found
+        raise UsageError(f"dtype is {shown(value)}", hint=f"it must be one of {', '.join(DTYPES)}, or None")
+    return resolve_dtype(str(name))

@@ -1,4 +1,4 @@
-"""Prepare an in-memory model for running layer by layer: weights stay on the CPU, layers run on the accelerator."""
+"""Prepare an in-memory model to run layer by layer: weights stay on the CPU, layers run on the accelerator."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def dispatch_for_sequential(model: _Module) -> _Module:
-    """Offload a model to the CPU and have each module execute on the accelerator, if there is one.
+    """Offload a model to the CPU and make each module execute on the accelerator, if there is one.
 
-    Hooks that accelerate has put there before are removed; weights that they had moved away come back first.
+    Existing hooks of accelerate are removed, after their offloaded weights are moved back.
 
     Args:
         model: changed in place.
@@ -28,7 +28,7 @@ def dispatch_for_sequential(model: _Module) -> _Module:
         The same model.
 
     Raises:
-        UsageError: for what is no module.
+        UsageError: if it is not a `torch.nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is {shown(model)}", hint="it must be a torch.nn.Module")

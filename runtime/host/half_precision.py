@@ -1,10 +1,9 @@
-"""Products of 16-bit matrices, made in float32 on a processor that has no instructions for them.
+"""Products of 16-bit matrices, computed in float32 on processors that have no instructions for them.
 
-oneDNN multiplies bf16 from AVX-512 on, and fp16 from AVX512-FP16 on. On other processors torch multiplies by plain
-loops: on an AVX2 machine Linear in bf16 takes six times as long as in float32, and the product of two matrices of which
-neither is transposed two hundred times. There, what is multiplied is copied to float32, some of it at a time, and the
-result rounded: numbers are summed up in float32 and rounded once, as those instructions do it, and only the order of
-additions differs.
+oneDNN multiplies bf16 from AVX-512 on, and fp16 from AVX512-FP16 on. On other processors torch uses plain loops: on an
+AVX2 machine a Linear in bf16 takes six times as long as in float32, and a product of two matrices of which neither is
+transposed two hundred times. There, operands are copied to float32, a part at a time, and the result is rounded:
+numbers are summed up in float32 and rounded once, as those instructions do, and only the order of additions differs.
 
 Shapes: M, N and K of products [M, K] times [K, N]; B batches of them, S and T positions, H heads, D features of a head.
 """
@@ -21,15 +20,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _HALVES = (torch.bfloat16, torch.float16)
-NUMBERS_AT_A_TIME = 2**22  # that are copied: 16 MiB
+NUMBERS_AT_A_TIME = 2**22  # numbers that are copied at a time: 16 MiB
 
 
 @contextlib.contextmanager
 def quick_halves(device_type: str) -> Iterator[None]:
-    """Within the block products of halves are made in float32 where that is quicker.
+    """Compute products of 16-bit matrices in float32 while the block runs, if that is faster.
 
     Args:
-        device_type: where the products are made. What runs on the meta device meanwhile makes copies of the same sizes.
+        device_type: the device of the products. Products on the meta device make copies of the same sizes.
     """
     slow = slow_halves() if device_type == "cpu" else ()
     with _InFloat32(slow) if slow else contextlib.nullcontext():
@@ -47,20 +46,20 @@ def slow_halves() -> tuple[torch.dtype, ...]:
 
 
 def names_of_slow_halves() -> list[str]:
-    """The same, to be written down."""
+    """The names of `slow_halves`, for the journal of a run."""
     return [str(dtype).removeprefix("torch.") for dtype in slow_halves()]
 
 
 class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    supports_higher_order_operators = True  # they are handed on like all else
+    supports_higher_order_operators = True  # they are called unchanged, as all other operators
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # or attention that is compiled as it is called would not find its way
+        return True  # otherwise attention that is compiled on its first call fails under this mode
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # to ask it would import it
+        return False  # the default implementation imports dynamo
 
     def __init__(self, dtypes: Sequence[torch.dtype]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,7 +75,7 @@ class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return make(*args, **kwargs)
 
     def _takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Plain tensors of one dtype; of anything else torch has its own opinion."""
+        """Whether all are dense tensors of one slow dtype; torch handles anything else itself."""
         dtype = tensors[0].dtype
         return dtype in self._dtypes and all(
             tensor.dtype == dtype and tensor.layout == torch.strided and tensor.device.type in ("cpu", "meta")
@@ -84,16 +83,12 @@ class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _mm(first_MK: torch.Tensor, second_KN: torch.Tensor) -> torch.Tensor:
-    return _addmm(None, first_MK, second_KN)
-
-
 def _addmm(
     added: torch.Tensor | None, first_MK: torch.Tensor, second_KN: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """Columns of the second matrix, which are rows of a weight, are copied some at a time.
+    """Multiply by a few columns of the second matrix (rows of a weight) at a time, to limit the copy.
 
-    Not by oneDNN: it would keep a program for each number of rows, and tokens come in any number.
+    Not with oneDNN, which would cache a kernel for each number of rows, and the number of tokens varies.
     """
     full_MK = first_MK.float()
     result_MN = first_MK.new_empty(len(full_MK), second_KN.shape[1])
@@ -105,15 +100,11 @@ def _addmm(
 
 
 def _add_(product: torch.Tensor, added: torch.Tensor | None, beta: float, alpha: float) -> None:
-    """What is multiplied by nothing is not looked at, be it infinite."""
+    """Compute alpha * product + beta * added in place; with beta 0 `added` is ignored, even if it is infinite."""
     if alpha != 1:
         product.mul_(alpha)
     if added is not None and beta:
         product.add_(added, alpha=beta)
-
-
-def _bmm(first_BMK: torch.Tensor, second_BKN: torch.Tensor) -> torch.Tensor:
-    return _baddbmm(None, first_BMK, second_BKN)
 
 
 def _baddbmm(
@@ -138,7 +129,7 @@ def _attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fused kernel, for some samples at a time, and where there is a mask for some queries of one."""
+    """Call the fused kernel for a few samples at a time, and with a mask for a few queries of each."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     result_BHSD = torch.empty_like(query_BHSD)
     sums_BHS = torch.empty_like(query_BHSD[..., 0], dtype=torch.float32)
@@ -158,14 +149,14 @@ def _attention(
 
 
 def _of_mask(mask: torch.Tensor, some: slice, rows: slice) -> torch.Tensor:
-    """A part of what may be [S, T], [B, H, S, T], or 1 in the place of B, H and S."""
+    """Take a part of a mask of shape [S, T] or [B, H, S, T], where B, H and S may be 1."""
     if mask.dim() == 4 and mask.shape[0] > 1:
         mask = mask[some]
     return mask[..., rows, :] if mask.shape[-2] > 1 else mask
 
 
 def _whole(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of small weights, or small altogether."""
+    """Call an operator with all operands copied to float32 at once; they are small."""
     result = func(*map(_float, args), **{name: _float(value) for name, value in kwargs.items()})
     return result.to(args[0].dtype)
 
@@ -175,7 +166,7 @@ def _float(value: Any) -> Any:
 
 
 def _parts(count: int, numbers_of_one: int) -> Iterator[slice]:
-    """Slices of so many, each of as much as is copied at a time; all in one where that is nothing."""
+    """Yield slices of `count` items that together have at most `NUMBERS_AT_A_TIME` numbers each; one slice for 0."""
     step = max(NUMBERS_AT_A_TIME // numbers_of_one, 1) if numbers_of_one else max(count, 1)
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
@@ -183,9 +174,9 @@ def _parts(count: int, numbers_of_one: int) -> Iterator[slice]:
 
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
-    _aten.mm.default: _mm,
+    _aten.mm.default: functools.partial(_addmm, None),
     _aten.addmm.default: _addmm,
-    _aten.bmm.default: _bmm,
+    _aten.bmm.default: functools.partial(_baddbmm, None),
     _aten.baddbmm.default: _baddbmm,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     **{

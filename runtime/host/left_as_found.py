@@ -1,17 +1,17 @@
-"""Leave the process as it was found by code that ran on tensors without values.
+"""Restore the state of the process after a model's code has run on tensors without values.
 
-A model's code may remember what it has calculated: in a `functools.lru_cache`, a dictionary of its module, a class, a
-helper object. Whatever it remembers while it is traced, or while it runs on shapes alone, is a tensor without values,
-which whoever calls the model next would be given. So what can change is copied before and put back afterwards
-(`runtime.host.mutable_state`):
+A model's code may cache its results: in a `functools.lru_cache`, a dictionary of its module, a class, a helper object.
+Results cached while it is traced, or runs on shapes alone, are tensors without values, which the next call of the model
+would get. So mutable state is copied before and restored afterwards (`runtime.host.mutable_state`):
 
-    the model's own     modules, helper objects, classes, and the Python modules of these: every change
-    anybody else's      every other Python module that may keep something of a model: all changes, where one of them is
-                        a tensor, a symbolic size or a node of a graph, or holds one
-    lru_cache           wherever it is: entries that hold such a thing are removed. One with a maximal size does not let
-                        go of single entries, so it is cleared
+    the model's own     modules, helper objects, classes, and their Python modules: every change is reverted
+    others'             every other Python module that may keep state of a model: all its changes are reverted if one of
+                        them is or holds a tensor, a symbolic size or a node of a graph
+    lru_cache           anywhere: entries that hold such a value are removed. One with a maximal size is cleared,
+                        because its entries cannot be removed singly
 
-This happens after each run, also of one that fails or is interrupted. Blocks may be nested: the outermost one copies.
+This happens after each run, also after one that fails or is interrupted. Blocks may be nested: the outermost one
+copies.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from runtime.host.mutable_state import Kept, StateWalk, is_unrelated, related_modules, same_content
+from runtime.host.mutable_state import SavedState, StateWalk, is_unrelated, related_modules, same_content
 
 _LRU: type = type(functools.lru_cache(lambda: None))
-_LOCK = threading.RLock()  # what is replaced while a model is traced is replaced for all threads
+_LOCK = threading.RLock()  # replacements made while a model is traced affect all threads
 _PLAIN = (str, int, float, bool, type(None), bytes, complex, types.FunctionType, types.BuiltinFunctionType, type)
-_RARELY = (100_000, 50, 50)  # as `gc.set_threshold` takes it
-_MOST_LOOKED_AT = 10_000
-# Where a module of a network keeps its parts.
-_MODULES_OWN = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks")
+_RARE_COLLECTION = (100_000, 50, 50)  # arguments of `gc.set_threshold`
+_MOST_VISITED = 10_000
+# Attributes in which a `torch.nn.Module` keeps its parts.
+_MODULE_PARTS = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks")
 
 
-class Found:
-    """What was found.
+class ProcessState:
+    """A copy of the process's mutable state, taken before a model's code runs.
 
     Args:
         roots: the model.
@@ -50,18 +50,18 @@ class Found:
         walk.go(roots)
         for module in related_modules():
             walk.go([module], module.__name__)
-        self._kept = walk.kept
+        self._saved = walk.saved
         self._walked = walk.caches
         self._entries = [(entries, dict(entries)) for cache in walk.caches if (entries := _entries(cache)) is not None]
         self._misses = {id(cache): cache.cache_info().misses for cache in _all_caches(walk.caches)}
-        self._alive = walk  # ids of what was copied stay theirs
+        self._alive = walk  # keeps the copied objects alive, so that their ids stay theirs
         self._depth = 0
         self.is_restoring = False
         self.is_interrupted = False
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """Around each run of the model's code: afterwards all is restored, unless this run is part of another."""
+        """Enclose a run of the model's code; restore the state afterwards unless the run is part of another."""
         self._depth += 1
         try:
             yield
@@ -73,34 +73,34 @@ class Found:
 
     @contextlib.contextmanager
     def ended(self) -> Iterator[None]:
-        """Entered last, right before the model's code: from its end on, nobody interrupts what puts things back."""
+        """Enclose the model's code itself: from its end on, interruptions wait until the state is restored."""
         try:
             yield
         finally:
             self.is_restoring = True
 
     def restore(self) -> None:
-        """Put back what was found."""
+        """Restore the saved state."""
         before, self.is_restoring = self.is_restoring, True
         try:
-            changed = [kept for kept in self._kept if kept.is_changed]
-            poisoned = _poisoned(changed)
-            for kept in changed:
-                if not kept.home or kept.home in poisoned:
-                    kept.restore()
+            changed = [saved for saved in self._saved if saved.is_changed]
+            tainted = _modules_holding_tensors(changed)
+            for saved in changed:
+                if not saved.home or saved.home in tainted:
+                    saved.restore()
             self._clear_caches()
         finally:
             self.is_restoring = before
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Around a run on real values in the middle of another run: neither sees what the other one remembers."""
-        changed = [kept for kept in self._kept if kept.is_changed]
-        entered = {id(kept): kept.access.read(kept.owner) for kept in changed}
-        poisoned = _poisoned(changed)
-        for kept in changed:
-            if kept.home in poisoned or any(map(holds_tensors, kept.fresh())):
-                kept.access.write(kept.owner, _with_replacements(kept.content, entered[id(kept)]))
+        """Enclose a run on real values inside another run, so that neither sees the results that the other caches."""
+        changed = [saved for saved in self._saved if saved.is_changed]
+        entered = {id(saved): saved.access.read(saved.owner) for saved in changed}
+        tainted = _modules_holding_tensors(changed)
+        for saved in changed:
+            if saved.home in tainted or any(map(holds_tensors, saved.fresh())):
+                saved.access.write(saved.owner, _with_replacements(saved.content, entered[id(saved)]))
         filled = [
             (entries, content, dict(entries)) for entries, content in self._entries if len(entries) > len(content)
         ]
@@ -111,12 +111,12 @@ class Found:
             self._clear_caches()
             for entries, _, before in filled:
                 entries.update(before)
-            for kept in self._kept:
-                content = entered.get(id(kept), kept.content)
-                is_same = same_content(kept.access.read(kept.owner), content)
-                is_counted = is_same or not kept.home or id(kept) in entered or any(map(holds_tensors, kept.fresh()))
+            for saved in self._saved:
+                content = entered.get(id(saved), saved.content)
+                is_same = same_content(saved.access.read(saved.owner), content)
+                is_counted = is_same or not saved.home or id(saved) in entered or any(map(holds_tensors, saved.fresh()))
                 if is_counted and not is_same:
-                    kept.access.write(kept.owner, content)
+                    saved.access.write(saved.owner, content)
 
     def _clear_caches(self) -> None:
         for entries, content in self._entries:
@@ -124,32 +124,31 @@ class Found:
                 if holds_tensors(key) or holds_tensors(entries[key]):
                     del entries[key]
         for cache in _all_caches(self._walked):
-            if cache.cache_info().misses != self._misses.get(id(cache)) and self._is_poisoned(cache):
+            if cache.cache_info().misses != self._misses.get(id(cache)) and self._is_tainted(cache):
                 cache.cache_clear()
 
-    def _is_poisoned(self, cache: Any) -> bool:
-        """Whether a cache that has been filled holds what it must not keep."""
+    def _is_tainted(self, cache: Any) -> bool:
+        """Whether a cache with new entries holds a tensor."""
         entries = _entries(cache)
         if entries is not None and any(entries is known for known, _ in self._entries):
-            return False  # put right already
+            return False  # its entries have been removed already
         own = (cache, cache.__dict__, getattr(cache, "__wrapped__", None), type(cache))
         return any(holds_tensors(item) for item in gc.get_referents(cache) if not any(item is mine for mine in own))
 
 
-_active: Found | None = None
+_active: ProcessState | None = None
 
 
-def _poisoned(changed: Iterable[Kept]) -> set[str]:
-    """The Python modules in which a change is or holds a tensor."""
-    return {kept.home for kept in changed if kept.home and any(map(holds_tensors, kept.fresh()))}
+def _modules_holding_tensors(changed: Iterable[SavedState]) -> set[str]:
+    """The Python modules in which a changed value is or holds a tensor."""
+    return {saved.home for saved in changed if saved.home and any(map(holds_tensors, saved.fresh()))}
 
 
 def _with_replacements(found: Any, now: Any) -> Any:
-    """What was found, with what this project has replaced meanwhile: forwards, builtins, parameters."""
+    """Return the saved content, updated with this project's own replacements: forwards, builtins, parameters."""
     if not isinstance(found, dict):
         return found
-    kept = {key: value for key, value in now.items() if key in _MODULES_OWN or _is_replacement(value)}
-    return {**found, **kept}
+    return {**found, **{key: value for key, value in now.items() if key in _MODULE_PARTS or _is_replacement(value)}}
 
 
 def _is_replacement(value: Any) -> bool:
@@ -159,36 +158,36 @@ def _is_replacement(value: Any) -> bool:
 
 @contextlib.contextmanager
 def values_apart() -> Iterator[None]:
-    """As `Found.apart`, of the run that is going on, if there is one."""
+    """Enter `ProcessState.apart` of the current run, if there is one."""
     with _active.apart() if _active is not None else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def left_as_found(*roots: Any) -> Iterator[Found]:
-    """Within the block, code of these models may remember whatever it likes.
+def left_as_found(*roots: Any) -> Iterator[ProcessState]:
+    """Save the state of the process, and restore it after each `ProcessState.run` within the block.
 
-    Other threads that want the same wait. The code itself runs within `Found.run`.
+    Blocks of other threads wait.
     """
     global _active
     with _LOCK:
         if _active is not None:
             yield _active
             return
-        with _rarely_collected():
-            _active = found = Found(roots)
+        with _rare_collection():
+            _active = found = ProcessState(roots)
             try:
-                with _interrupted_between(found):
+                with _uninterrupted_restoring(found):
                     yield found
             finally:
                 _active = None
 
 
 @contextlib.contextmanager
-def _rarely_collected() -> Iterator[None]:
-    """Let Python look for cyclic garbage rarely: looking through a million objects again and again takes long."""
+def _rare_collection() -> Iterator[None]:
+    """Make Python collect cyclic garbage rarely: each collection would visit the million objects of the walk."""
     before = gc.get_threshold()
-    gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, _RARELY, strict=True)))
+    gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, _RARE_COLLECTION, strict=True)))
     try:
         yield
     finally:
@@ -196,8 +195,8 @@ def _rarely_collected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupted_between(found: Found) -> Iterator[None]:
-    """Let nobody interrupt what puts things back: the interruption comes when that is done."""
+def _uninterrupted_restoring(found: ProcessState) -> Iterator[None]:
+    """Delay an interruption (SIGINT) while the state is being restored until the end of the block."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -221,7 +220,7 @@ def _interrupted_between(found: Found) -> Iterator[None]:
 def holds_tensors(value: Any) -> bool:
     """Whether a value is a tensor, a symbolic size or a node of a graph, or holds one anywhere."""
     pending, seen = [value], dict[int, Any]()
-    while pending and len(seen) < _MOST_LOOKED_AT:
+    while pending and len(seen) < _MOST_VISITED:
         item = pending.pop()
         if isinstance(item, _PLAIN) or id(item) in seen:
             continue
@@ -250,7 +249,7 @@ def _parts(item: Any) -> list[Any]:
         for slot in slots:
             with contextlib.suppress(AttributeError):
                 found.append(slot.__get__(item))
-    return [*found, *item] if isinstance(item, Iterable) and isinstance(item, (list, set)) else found
+    return found
 
 
 def _is_traced(value: Any) -> bool:
@@ -262,7 +261,7 @@ def _is_traced(value: Any) -> bool:
 
 
 def _entries(cache: Any) -> dict[Any, Any] | None:
-    """The dictionary of a cache without a maximal size; None for one that has another structure."""
+    """The dictionary of an lru_cache without a maximal size; None if it has a maximal size or cannot be found."""
     if cache.cache_parameters()["maxsize"] is not None:
         return None
     own = cache.__dict__
@@ -275,8 +274,8 @@ _num_modules = 0
 
 
 def _all_caches(walked: Iterable[Any]) -> list[Any]:
-    """Every `functools.lru_cache` of the process that can outlive a trace: those that have been walked over, and those
-    of other libraries, which are looked for again when modules have been imported since the last time.
+    """Every `functools.lru_cache` of the process except sympy's: those found by the walk, and those of other libraries,
+    which are searched again if modules have been imported since the last search.
     """
     global _num_modules
     if len(sys.modules) != _num_modules:

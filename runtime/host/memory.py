@@ -1,4 +1,4 @@
-"""What this machine has, and what this process takes of it."""
+"""Memory and threads of this process: what is available, what is used, and errors when they run out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import torch
 
 from runtime.errors import DeviceError, SeqbuildError
 
-# Of a run, besides those that torch calculates with: one reads weights, one values, one commits finished subgraphs.
-OWN_THREADS = 3
+OWN_THREADS = 3  # of a run, besides torch's: they read weights, read values, and commit finished subgraphs
 _MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
-# Of control groups, version 2 and 1: the limit, and what is used of it.
+# Limit and usage of control groups, version 2 and 1.
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -26,21 +25,15 @@ _GROUPS = (
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process; where the system does not tell, the most that it ever was."""
+    """The resident memory of this process; its peak if the system does not report the present value."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
-        return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The most resident memory that this process has had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_host_bytes()
 
 
 def available_bytes() -> int | None:
-    """Memory that this process may still take, by the machine and by the group it is in; None where nobody tells."""
+    """Memory that this process can still allocate, limited by the machine and its control group; None if unknown."""
     limits = []
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
@@ -56,11 +49,11 @@ def available_bytes() -> int | None:
 
 
 def require_threads(count: int) -> None:
-    """Check that this process may have so many threads more, by starting them: native libraries that cannot start one
-    end the process without a word from Python.
+    """Require that this process can start so many more threads, by starting them: native libraries that cannot start
+    one end the process without a Python error.
 
     Raises:
-        DeviceError: when it may not.
+        DeviceError: if a thread cannot be started.
     """
     done, threads = threading.Event(), []
     try:
@@ -70,7 +63,7 @@ def require_threads(count: int) -> None:
             threads.append(thread)
     except RuntimeError as error:
         raise DeviceError(
-            f"this process can start only {len(threads)} of the {count} threads that a run takes",
+            f"this process can start only {len(threads)} of the {count} threads that a run requires",
             hint="raise the limit of processes (ulimit -u, or pids of the container), or lower OMP_NUM_THREADS",
         ) from error
     finally:
@@ -80,29 +73,29 @@ def require_threads(count: int) -> None:
 
 
 class OutOfMemory(SeqbuildError, torch.OutOfMemoryError):  # noqa: N818 - torch's name for it says Error
-    """Not even a single sample fits. It is a `torch.OutOfMemoryError` too, for those who catch that."""
+    """Not even a single sample fits into memory. Also a `torch.OutOfMemoryError`, for callers that catch that."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left."""
+    """Whether an error means that a device or the machine has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return not isinstance(error, OutOfMemory)
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the operating system, which glibc keeps in the gaps of its heap.
+    """Return freed memory in the gaps of glibc's heap to the operating system.
 
-    Tensors of some megabytes come from that heap, and what little outlives them lies between them; without this the
-    process grows from one subgraph to the next.
+    Tensors of a few megabytes are allocated on that heap with longer-lived small objects between them, so that without
+    this the process grows from one subgraph to the next.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' libraries have none
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Free what nobody refers to, also in torch's own cache."""
+    """Free all unreferenced memory, including torch's cache of the device."""
     gc.collect()
     trim_heap()
     if device.type == "cuda":
@@ -110,11 +103,11 @@ def give_memory_back(device: torch.device) -> None:
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has had so far."""
+    """The peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The most memory that torch has had on a device so far; 0 on the CPU."""
+    """The peak memory that torch has allocated on a device so far; 0 on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

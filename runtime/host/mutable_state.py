@@ -1,11 +1,11 @@
-"""Everything that Python code may change and keep: where it is, what it was, and how to put it back.
+"""Mutable state of Python objects: find it, copy it, and restore it.
 
-Code may keep a table in an attribute, a dictionary of its module, a class, a helper object, a closure, or a default
-argument. `StateWalk` goes through all of these from given objects on and copies each once, one level deep;
-`Kept.restore` puts such a copy back. Tensors are values here: their numbers are neither copied nor restored.
+Code may keep state in an attribute, a dictionary of its module, a class, a helper object, a closure, or a default
+argument. `StateWalk` visits all of these, starting from given objects, and copies each once, one level deep;
+`SavedState.restore` restores such a copy. Tensors are values here: their numbers are neither copied nor restored.
 
-Objects of the standard library, of torch and of other libraries that know nothing of models are not entered, except for
-containers, functions and modules of a network: they hold locks, files and threads.
+Objects of the standard library, of torch and of other libraries unrelated to models are not visited, except for
+containers, functions and modules of a network, because they hold locks, files and threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATOMIC = frozenset(
 )
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, _LRU)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property, functools.partialmethod)
-# Libraries that keep nothing of a model. Whatever is neither here nor in the standard library may.
+# Libraries that keep no state of a model. All others, except the standard library, may.
 _UNRELATED_NAMES = """
     torch torchgen functorch sympy mpmath numpy scipy networkx triton pandas pyarrow sklearn matplotlib seqbuild
     runtime huggingface_hub hf_xet filelock fsspec httpx httpcore httpx2 httpcore2 h11 anyio sniffio idna certifi
@@ -43,7 +43,7 @@ _UNRELATED_NAMES = """
     IPython
 """
 _UNRELATED = frozenset(_UNRELATED_NAMES.split())
-# Large tables of names, which code that runs a model does not change.
+# Modules with large tables of names, which running a model does not change.
 _TABLES = ("transformers.conversion_mapping", "transformers.core_model_loading", "transformers.utils.import_utils")
 _OF_LIBRARIES = (
     collections.UserDict,
@@ -55,26 +55,26 @@ _OF_LIBRARIES = (
     types.SimpleNamespace,
     threading.local,
 )
-# A list of so many numbers or texts is somebody's data, and of so many objects, too, and not a table of a model.
+# A container with more than _DATA numbers or strings, or _MOST_ENTERED objects, is data, not state of a model.
 _DATA, _MOST_ENTERED = 1000, 20_000
-_NOT_OURS = ("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__doc__")  # of a class
+_SKIPPED_IN_CLASSES = ("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__doc__")
 
 
 def is_unrelated(module: str) -> bool:
-    """Whether the module of this name, or objects of its classes, keep nothing of a model."""
+    """Whether the module of this name, and objects of its classes, keep no state of a model."""
     top = module.partition(".")[0]
     return top in _UNRELATED or (top in sys.stdlib_module_names and top != "__main__") or module in _TABLES
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One thing that can change, and what it was.
+class SavedState:
+    """A mutable object and a copy of its content.
 
     Attributes:
         owner: the container, object, class, cell or Python module.
-        content: what it held: a copy of it.
-        access: reads its content, and writes one.
-        home: the Python module that it was found from; empty for what belongs to the model, where every change counts.
+        content: the copy of its content.
+        access: reads and writes its content.
+        home: the Python module that it was reached from; empty if it belongs to the model, where every change counts.
     """
 
     owner: Any
@@ -84,22 +84,22 @@ class Kept:
 
     @property
     def is_changed(self) -> bool:
-        """Whether it holds anything else by now."""
+        """Whether the owner's content differs from the copy."""
         return not same_content(self.access.read(self.owner), self.content)
 
     def fresh(self) -> list[Any]:
-        """What it holds by now and did not hold before."""
+        """The values that the owner holds now and the copy does not."""
         before = {id(value) for value in _values(self.content)}
         return [value for value in _values(self.access.read(self.owner)) if id(value) not in before]
 
     def restore(self) -> None:
-        """Put back what it held."""
+        """Write the copy back to the owner."""
         self.access.write(self.owner, self.content)
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How to read what a kind of thing holds, as a dictionary or list of its own, and how to write it."""
+    """Functions that read the content of a kind of object, as a new dictionary or list, and that write it."""
 
     read: Callable[[Any], Any]
     write: Callable[[Any, Any], None]
@@ -143,18 +143,18 @@ def _write_deque(owner: collections.deque[Any], content: list[Any]) -> None:
 
 
 def _write_attributes(owner: Any, content: dict[str, Any]) -> None:
-    """Into the dictionary itself: an object's own `__setattr__` may do anything."""
+    """Write to the `__dict__` itself, because the object's own `__setattr__` may do anything."""
     _write_dict(owner.__dict__, content)
 
 
 def _write_namespace(owner: types.ModuleType, content: dict[str, Any]) -> None:
-    """What was imported meanwhile stays, and so does what Python notes down by itself."""
+    """Write a module's namespace, but keep objects imported in the meantime, and Python's own dunder names."""
     namespace = owner.__dict__
     for name in [name for name in namespace if name not in content]:
-        if not _is_imported(namespace[name]) and not _is_pythons(name):
+        if not _is_imported(namespace[name]) and not _is_dunder(name):
             del namespace[name]
     for name, value in content.items():
-        if namespace.get(name, content) is not value and not _is_pythons(name):
+        if namespace.get(name, content) is not value and not _is_dunder(name):
             namespace[name] = value
 
 
@@ -165,17 +165,17 @@ def _is_imported(value: Any) -> bool:
     )
 
 
-def _is_pythons(name: str) -> bool:
+def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
 def _write_class(owner: type, content: dict[str, Any]) -> None:
     now = dict(vars(owner))
     for name in now:
-        if name not in content and name not in _NOT_OURS:
+        if name not in content and name not in _SKIPPED_IN_CLASSES:
             type.__delattr__(owner, name)
     for name, value in content.items():
-        if now.get(name, content) is not value and name not in _NOT_OURS:
+        if now.get(name, content) is not value and name not in _SKIPPED_IN_CLASSES:
             type.__setattr__(owner, name, value)
 
 
@@ -230,23 +230,23 @@ _PLAIN = (_DICT, _LIST, _SET)
 
 
 class StateWalk:
-    """Goes through what is reachable and copies it.
+    """A walk over everything reachable that copies mutable state.
 
     Attributes:
-        kept: all that can change.
-        caches: every `functools.lru_cache` on the way.
+        saved: the copies.
+        caches: every `functools.lru_cache` that was reached.
     """
 
     def __init__(self) -> None:
-        self.kept: list[Kept] = []
+        self.saved: list[SavedState] = []
         self.caches: list[Any] = []
         self._seen: set[int] = set()
-        self._alive: list[Any] = []  # what has been seen keeps its id
+        self._alive: list[Any] = []  # keeps visited objects alive, so that no other object gets their id
         self._home = ""
         self._descend: dict[type, Callable[[Any], Iterable[Any]] | None] = {}
 
     def go(self, roots: Iterable[Any], home: str = "") -> None:
-        """Visit everything reachable from `roots`, which are a model, or the Python module `home`."""
+        """Visit everything reachable from `roots`: a model, or the Python module named `home`."""
         self._home = home
         pending = list(roots)
         seen, kinds, alive = self._seen, self._descend, self._alive
@@ -265,7 +265,7 @@ class StateWalk:
             pending.extend(descend(value))
 
     def _how(self, value: Any, kind: type) -> Callable[[Any], Iterable[Any]] | None:
-        """How to visit objects of a type; None where there is nothing to visit."""
+        """Choose the function that visits objects of a type; None if there is nothing to visit."""
         if issubclass(kind, dict):
             return self._with_attributes(self._dict) if kind is not dict else self._dict
         for base, access in ((list, _LIST), (set, _SET), (collections.deque, _DEQUE)):
@@ -289,7 +289,7 @@ class StateWalk:
         content = access.read(owner)
         if self._home and content and access in _PLAIN and all(type(value) is str for value in _values(content)):
             return []  # a table of names
-        self.kept.append(Kept(owner, content, access, self._home))
+        self.saved.append(SavedState(owner, content, access, self._home))
         return content
 
     def _container(self, access: Access, owner: Any) -> list[Any]:
@@ -323,7 +323,7 @@ class StateWalk:
     def _class(self, cls: type) -> list[Any]:
         if is_unrelated(cls.__module__):
             return []
-        found = [value for name, value in self._keep(cls, _CLASS).items() if name not in _NOT_OURS]
+        found = [value for name, value in self._keep(cls, _CLASS).items() if name not in _SKIPPED_IN_CLASSES]
         return [*found, *cls.__bases__, *self._written_in(cls.__module__)]
 
     def _function(self, function: Any) -> list[Any]:
@@ -341,15 +341,15 @@ class StateWalk:
         return [*own, *parts, inner]
 
     def _written_in(self, name: str) -> list[Any]:
-        """The Python module that a class was written in, where it belongs to the model."""
+        """The Python module that defines a class, if the class belongs to the model."""
         return [sys.modules[name]] if not self._home and name in sys.modules else []
 
     def _namespace(self, module: types.ModuleType) -> list[Any]:
-        """Of its functions and classes those that it defines: others belong to the module that does."""
+        """Visit a Python module; functions and classes only if the module defines them."""
         if is_unrelated(module.__name__):
             return []
         content = self._keep(module, _NAMESPACE)
-        return [value for name, value in content.items() if not _is_pythons(name) and _belongs(value, module.__name__)]
+        return [value for name, value in content.items() if not _is_dunder(name) and _belongs(value, module.__name__)]
 
 
 def _belongs(value: Any, module: str) -> bool:
@@ -362,7 +362,7 @@ def _belongs(value: Any, module: str) -> bool:
 
 
 def _is_entered(kind: type) -> bool:
-    """Whether objects of a type are looked into: those of code that may belong to a model, and some of libraries."""
+    """Whether objects of a type are visited: those of code that may belong to a model, and some of libraries."""
     if issubclass(kind, _OF_LIBRARIES):
         return True
     if not is_unrelated(kind.__module__):
@@ -372,6 +372,6 @@ def _is_entered(kind: type) -> bool:
 
 
 def related_modules() -> list[types.ModuleType]:
-    """Every Python module in this process that may keep something of a model."""
+    """Every Python module in this process that may keep state of a model."""
     found = [module for name, module in list(sys.modules.items()) if not is_unrelated(name)]
     return [module for module in found if isinstance(module, types.ModuleType)]

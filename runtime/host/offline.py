@@ -1,4 +1,4 @@
-"""Nothing is fetched: what an artifact makes transformers do must not reach the hub, whatever its config names."""
+"""Keep transformers offline, so that an artifact's config cannot make it download anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Let the hub's client refuse every request meanwhile; files of its cache can be read."""
+    """Make the hub's client refuse every request while the block runs; its cache can be read."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -1,7 +1,7 @@
-"""Make a directory or file appear under its name only when it is whole.
+"""Publish a directory or file atomically: it appears under its name only when it is complete.
 
-Everything is written beside its final place under a temporary name, flushed to disk, and renamed. A crash leaves at
-most a directory whose name begins with a dot and ends in `.partial`.
+Everything is written next to its final place under a temporary name, flushed to disk, and renamed. A crash leaves at
+most a directory or file whose name begins with a dot and ends in `.partial`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from runtime.errors import OutputError, SeqbuildError
@@ -25,10 +25,10 @@ def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: the final name. An empty directory there is replaced.
-        replace: replace a directory that is not empty, too; it stays in place until the new one is whole.
+        replace: also replace a directory that is not empty; it stays in place until the new one is complete.
 
     Raises:
-        OutputError: when `path` is taken, or cannot be written.
+        OutputError: if `path` exists, or cannot be written.
     """
     require_free(path, replace=replace)
     with disk_errors(path):
@@ -45,13 +45,13 @@ def publish_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def move_aside(path: Path) -> Path:
-    """Take a directory that is damaged out of the way, and keep it.
+    """Rename a damaged directory instead of deleting it.
 
     Returns:
-        Its new name, beside the old one: it begins with a dot and ends in `.damaged`.
+        Its new name, next to the old one: it begins with a dot and ends in `.damaged`.
 
     Raises:
-        OutputError: when it cannot be moved.
+        OutputError: if it cannot be renamed.
     """
     with disk_errors(path):
         place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=DAMAGED, dir=path.parent))
@@ -61,7 +61,7 @@ def move_aside(path: Path) -> Path:
 
 
 def require_free(path: Path, *, replace: bool = False) -> None:
-    """Refuse a path at which something is that must not be lost.
+    """Require that a path does not exist, or is a directory that may be replaced.
 
     Raises:
         OutputError: naming the path.
@@ -72,27 +72,29 @@ def require_free(path: Path, *, replace: bool = False) -> None:
         if path.is_dir() and any(path.iterdir()) and not replace:
             raise OutputError(f"output directory {path} is not empty", hint="choose another, or remove it")
         if path.is_dir() and (os.path.ismount(path) or path.resolve() in (Path.cwd(), *Path.cwd().parents)):
-            # Publishing renames: a mount point does not allow it, and a shell that stands there would lose its place.
-            hint = f"name a directory in it, such as {path / 'out'}"
+            # Publishing renames: a mount point cannot be renamed, and a shell in the directory would lose it.
+            hint = f"choose a directory inside it, such as {path / 'out'}"
             raise OutputError(f"{path} is a mount point or the current directory and cannot be replaced", hint=hint)
 
 
 def require_outside(path: Path, *sources: Path) -> None:
-    """Refuse an output inside a directory that the run reads: it would no longer be what it was.
+    """Require an output outside the directories that the run reads, because writing would change them.
 
     Raises:
-        OutputError: naming both.
+        OutputError: naming both directories.
     """
     for source in sources:
         if path.resolve().is_relative_to(source.resolve()):
-            raise OutputError(f"output directory {path} is inside {source}, which is read", hint="choose another")
+            raise OutputError(
+                f"output directory {path} is inside the input directory {source}", hint="choose another output"
+            )
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that `path` never holds half of it.
+    """Write a file atomically: `path` never has partial content.
 
     Raises:
-        OutputError: when it cannot be written.
+        OutputError: if it cannot be written.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +111,18 @@ def write_file(path: Path, data: bytes) -> None:
             raise
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files under a new directory, by their relative paths."""
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+
+
 def put_in_place(partial: Path, path: Path, *, replace: bool = False) -> None:
-    """Rename a whole directory to its final name, durably."""
+    """Rename a complete directory to its final name, and flush the rename to disk."""
     if path.is_dir():
         if any(path.iterdir()) and not replace:
-            raise OutputError(f"output directory {path} was filled by somebody else", hint="choose another")
+            raise OutputError(f"another process has written to output directory {path}", hint="choose another output")
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
         os.replace(path, old)
         try:
@@ -128,7 +137,7 @@ def put_in_place(partial: Path, path: Path, *, replace: bool = False) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """Have the disk keep a directory with all that is in it."""
+    """Flush a directory and everything in it to disk."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
             flush_one(Path(folder, name))
@@ -136,7 +145,7 @@ def flush_tree(directory: Path) -> None:
 
 
 def flush_one(path: Path) -> None:
-    """Have the disk keep a file, or the names in a directory."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,12 +154,12 @@ def flush_one(path: Path) -> None:
 
 
 def make_readable(file: Path) -> None:
-    """Give a file that was made for its owner alone the permissions that any new file has."""
+    """Give a temporary file, which only its owner can read, the permissions of an ordinary new file."""
     file.chmod(0o666 & ~umask())
 
 
 def umask() -> int:
-    """The permissions that new files of this process do not get."""
+    """The process's umask: the permission bits that its new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -158,7 +167,7 @@ def umask() -> int:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, hint: Callable[[], str] = lambda: "nothing was left behind") -> Iterator[None]:
-    """Turn what a disk answers into one clear error; `hint` is asked for when there is one."""
+    """Convert errors of the disk or its permissions to an OutputError; `hint` is called only for an error."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",

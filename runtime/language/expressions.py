@@ -1,4 +1,4 @@
-"""What may stand to the right of an assignment in an artifact's code: the expressions of `runtime.language.grammar`."""
+"""The expressions that an artifact's code may use; the statements are in `runtime.language.grammar`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from runtime.errors import ArtifactError
-from runtime.language.literals import FORBIDDEN_KEYWORDS, is_field, is_power, wrong_argument, wrong_submodule_call
-from runtime.language.opaque import is_opaque_path, wrong_call
+from runtime.language.literals import (
+    FORBIDDEN_KEYWORDS,
+    argument_problem,
+    is_field,
+    is_power,
+    submodule_call_problem,
+)
+from runtime.language.opaque import is_opaque_path, step_call_problem
 from runtime.language.operators import changes_in_place, is_allowed, is_view
 
 NESTING_LIMIT = 32
@@ -32,7 +38,7 @@ _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allowed:
-    """The names that one program may use, as its manifest entry states them."""
+    """The names that one program may use, from its manifest entry."""
 
     input_names: Collection[str]
     output_names: Collection[str]
@@ -41,51 +47,54 @@ class Allowed:
     objects: Collection[str] = ()
     constants: Collection[str] = ()
     opaque: Collection[str] = ()
-    own_modules: Collection[str] = ()  # of the model's own code, which opaque steps may lie in
+    own_modules: Collection[str] = ()  # modules of the artifact's own code, which may define opaque steps
 
 
 @dataclass
 class Expressions:
-    """Knows which names there are, and accepts expressions over them."""
+    """The names defined so far in a program, and the check of expressions that use them."""
 
     allowed: Allowed
     origin: str
     operators: dict[str, None] = field(default_factory=dict)
     used: dict[str, dict[str, None]] = field(default_factory=dict)
     defined: dict[str, None] = field(default_factory=dict)
-    objects: dict[str, str | None] = field(default_factory=dict)  # names of modules, with theirs, and of configs
-    lists: dict[str, None] = field(default_factory=dict)  # names of lists that loops append to
-    outside: list[dict[str, None]] = field(default_factory=list)  # for each loop around, the names defined before it
-    kept: dict[str, None] = field(default_factory=dict)  # names of parameters, buffers and constants, and views of them
-    may_be_object: bool = False  # whether a module or config may stand here
+    objects: dict[str, str | None] = field(default_factory=dict)  # variable -> its module's name; None for a config
+    lists: dict[str, None] = field(default_factory=dict)  # variables that hold lists which loops append to
+    outside: list[dict[str, None]] = field(default_factory=list)  # per enclosing loop, the names defined before it
+    # variables that hold parameters, buffers, constants, or views of them
+    persistent: dict[str, None] = field(default_factory=dict)
+    may_be_object: bool = False  # whether the expression being checked may be a module or config
 
     def refuse(self, node: ast.AST, what: str) -> ArtifactError:
-        """The error that something is not allowed, with file and line."""
+        """Return the error that `what` is not allowed, with file and line."""
         line = getattr(node, "lineno", 1)
         return ArtifactError(f"{self.origin}, line {line}: {what} is not allowed in an artifact's code")
 
     def define(self, node: ast.AST, name: str) -> None:
-        """Take a name for a value; what it stood for before is forgotten."""
+        """Define or redefine the name of a value."""
         if not _NAME.match(name) or name.startswith("__") or name in RESERVED:
             raise self.refuse(node, f"the name {name!r}")
         self.defined[name] = None
         self.objects.pop(name, None)
-        for known in (self.lists, self.kept):
+        for known in (self.lists, self.persistent):
             known.pop(name, None)
 
-    def is_kept(self, node: ast.expr) -> bool:
-        """Whether an expression is a parameter, buffer or constant, or shares its memory for certain."""
+    def is_persistent(self, node: ast.expr) -> bool:
+        """Whether an expression is a parameter, buffer or constant, or certainly a view of one."""
         if isinstance(node, ast.Name):
-            return node.id in self.kept
+            return node.id in self.persistent
         if not isinstance(node, ast.Call):
             return False
         path = dotted(node.func)
         if path in (["self", "get_parameter"], ["self", "get_buffer"], ["run", "constant"]):
             return True
-        return path[:2] == ["torch", "ops"] and is_view(path[3]) and bool(node.args) and self.is_kept(node.args[0])
+        return (
+            path[:2] == ["torch", "ops"] and is_view(path[3]) and bool(node.args) and self.is_persistent(node.args[0])
+        )
 
     def expression(self, node: ast.expr, depth: int) -> None:
-        """Accept an expression, or refuse it."""
+        """Accept an expression or raise ArtifactError."""
         if depth > NESTING_LIMIT:
             raise self.refuse(node, f"nesting deeper than {NESTING_LIMIT}")
         rule = _RULES.get(type(node))
@@ -96,10 +105,10 @@ class Expressions:
     def _constant(self, node: ast.Constant, depth: int) -> None:
         value = node.value
         if value in FORBIDDEN_KEYWORDS and not self.allowed.own_modules:
-            raise self.refuse(node, f"the word {value!r}")  # a table may be handed on as keywords
+            raise self.refuse(node, f"the string {value!r}")  # a dict may be unpacked into keywords later
         is_plain = value is None or type(value) in (bool, float, str)
         if not is_plain and not (type(value) is int and abs(value) <= _INT_LIMIT):
-            raise self.refuse(node, f"a literal of type {type(value).__name__}, or of that size,")
+            raise self.refuse(node, f"a literal of type {type(value).__name__} or this size")
 
     def name(self, node: ast.Name, depth: int) -> None:
         """Accept the name of a value."""
@@ -147,7 +156,7 @@ class Expressions:
     def _subscript(self, node: ast.Subscript, depth: int) -> None:
         self._require_result(node.value)
         if not isinstance(node.value, (ast.Name, ast.Call, ast.Subscript, ast.Attribute)):
-            raise self.refuse(node, "taking a part out of a literal")
+            raise self.refuse(node, "a subscript of a literal")
         self.expression(node.value, depth)
         self.expression(node.slice, depth)
 
@@ -172,9 +181,9 @@ class Expressions:
             raise self.refuse(node, f"the attribute {node.attr!r}")
 
     def _require_result(self, node: ast.expr) -> None:
-        """Modules and configs are for opaque steps, lists for operators: nothing of theirs may be taken out."""
+        """Refuse access to parts of modules, configs and lists, which may only be passed whole."""
         if is_object(node) or (isinstance(node, ast.Name) and (node.id in self.objects or node.id in self.lists)):
-            raise self.refuse(node, "access to the inside of a module, config or list")
+            raise self.refuse(node, "access to a part of a module, config or list")
 
     def _require_place_of_object(self, node: ast.expr) -> None:
         if not self.may_be_object:
@@ -187,7 +196,7 @@ class Expressions:
             raise self.refuse(node, "this keyword")
         path, outer = dotted(node.func), self.may_be_object
         is_operator = path[:2] == ["torch", "ops"]
-        if is_operator and changes_in_place(path[3]) and node.args and self.is_kept(node.args[0]):
+        if is_operator and changes_in_place(path[3]) and node.args and self.is_persistent(node.args[0]):
             raise self.refuse(node, "changing a parameter, buffer or constant in place")
         for argument in node.args:
             if isinstance(argument, ast.Starred):
@@ -197,29 +206,31 @@ class Expressions:
             is_own = self._step(node)
         elif _is_lookup(node.func):
             is_whole = self._module_name(node.func) == ""
-            wrong = "a call of the whole model" if is_whole else self._wrong_submodule_call(node)
-            if wrong:
-                raise self.refuse(node, wrong)
+            # the artifact's own modules, which the user has allowed, may take any string
+            problem = "" if self.allowed.own_modules else submodule_call_problem(node)
+            problem = "a call of the whole model" if is_whole else problem
+            if problem:
+                raise self.refuse(node, problem)
         for keyword, argument in (*((None, value) for value in node.args), *((k.arg, k.value) for k in node.keywords)):
-            wrong = wrong_argument(argument, keyword) if is_operator else ""
-            if wrong:
-                raise self.refuse(node, wrong)
+            problem = argument_problem(argument, keyword) if is_operator else ""
+            if problem:
+                raise self.refuse(node, problem)
             self.may_be_object = is_step and (is_own or is_object(argument) or isinstance(argument, ast.Name))
             self.expression(argument, depth)
         self.may_be_object = outer
 
     def _step(self, node: ast.Call) -> bool:
-        """The arguments of an opaque step: of modules only the one that it is a method of, and never the whole model.
+        """Check the arguments of an opaque step: the only module is the one it is a method of, never the whole model.
 
         Returns:
-            Whether it is a function of the model's own code: whoever runs it has allowed all that it may do.
+            Whether it is a function of the artifact's own code, which the user has allowed with any arguments.
         """
         step = str(ast.literal_eval(node.func.slice)) if isinstance(node.func, ast.Subscript) else ""
         if step.partition(":")[0] in self.allowed.own_modules:
             return True
-        wrong = wrong_call(node, step)
-        if wrong:
-            raise self.refuse(node, wrong)
+        problem = step_call_problem(node, step)
+        if problem:
+            raise self.refuse(node, problem)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
             if self._module_name(argument) == "":
                 raise self.refuse(node, "the whole model as an argument")
@@ -228,11 +239,8 @@ class Expressions:
                 raise self.refuse(node, "a module anywhere but as the first argument of an opaque step")
         return False
 
-    def _wrong_submodule_call(self, node: ast.Call) -> str:
-        return "" if self.allowed.own_modules else wrong_submodule_call(node)  # whose modules may take any word
-
     def _module_name(self, node: ast.expr) -> str | None:
-        """The dotted name of the module that an expression is, None where it is none."""
+        """The dotted name of the module that an expression evaluates to; None if it is not a module."""
         if isinstance(node, ast.Name):
             return self.objects.get(node.id)
         if not _is_lookup(node):
@@ -268,12 +276,12 @@ class Expressions:
                 raise self.refuse(node, f"the opaque step {step!r}")
             self._use(node, "opaque", step)
         elif isinstance(node.func, ast.Name) and node.func.id == "slice":
-            pass  # a name that no program can define
+            pass  # a program cannot define this name, so it is Python's slice
         else:
             raise self.refuse(node, f"a call of {'.'.join(path) or type(node.func).__name__}")
 
     def _text(self, node: ast.Call, kind: str, *, is_recorded: bool = True) -> str:
-        """The one literal name that a lookup takes."""
+        """Return the literal name in a lookup, which must be its only argument."""
         if len(node.args) != 1 or node.keywords or not isinstance(node.args[0], ast.Constant):
             raise self.refuse(node, "a lookup of anything but one literal name")
         name = node.args[0].value
@@ -301,7 +309,7 @@ def _is_lookup(node: ast.expr) -> bool:
 
 
 def dotted(node: ast.expr) -> list[str]:
-    """The parts of `a.b.c`, or nothing when it is something else."""
+    """The parts of `a.b.c`; empty for any other expression."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)

@@ -1,5 +1,5 @@
-"""The small part of Python that an artifact's code may use. This file and `runtime.language.expressions` are the
-definition; what they do not list is refused.
+"""The subset of Python that an artifact's code may use: statements here, expressions in `runtime.language.expressions`.
+Everything that the two files do not list is refused.
 
 A program is one function, `forward(self, <inputs>, *, run)`, of assignments, deletions, loops over a size and one
 return of a dict (see docs/format.md). The check walks the syntax tree and accepts node by node; it never executes or
@@ -36,14 +36,14 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
 
     Args:
         source: the file's content.
-        allowed: what the manifest says it uses; the code must use exactly that.
+        allowed: the names that the manifest lists; the code must use exactly these.
         origin: the file's name in messages.
 
     Returns:
-        The operators it calls, as `operator.overload`, each once, for a check that they exist.
+        The operators it calls, as `operator.overload`, each once, for `operators.check_operators`.
 
     Raises:
-        ArtifactError: naming file, line and what is not allowed.
+        ArtifactError: naming the file, the line and the construct that is not allowed.
     """
     if len(source) > SOURCE_LIMIT_BYTES:
         raise ArtifactError(f"{origin} has {len(source)} bytes, more than the {SOURCE_LIMIT_BYTES} allowed")
@@ -54,10 +54,10 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
         if re.search(r"^[ \t]*#.*coding[:=]", text, re.MULTILINE):
             raise ValueError("an encoding declaration")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # code about which Python itself has doubts
+            warnings.simplefilter("error")  # code that Python itself warns about
             tree = ast.parse(text, filename=origin)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
+        raise ArtifactError(f"{origin} is not a valid artifact program: {error or type(error).__name__}") from error
     checker = _Checker(allowed=allowed, origin=origin)
     checker.module(tree)
     _require_compilable(text, origin)
@@ -65,13 +65,13 @@ def check_program(source: bytes, allowed: Allowed, origin: str) -> tuple[str, ..
 
 
 def _require_compilable(text: str, origin: str) -> None:
-    """Parsing finds some mistakes only when names are resolved; nothing is executed here either."""
+    """Require that the source compiles, because Python finds some errors only after parsing; nothing is executed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             compile(text, origin, "exec", dont_inherit=True)
     except (ValueError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
-        raise ArtifactError(f"{origin} is not a program of an artifact: {error or type(error).__name__}") from error
+        raise ArtifactError(f"{origin} is not a valid artifact program: {error or type(error).__name__}") from error
 
 
 class _Checker(Expressions):
@@ -87,7 +87,7 @@ class _Checker(Expressions):
         for kind in ("submodules", "attributes", "objects", "constants", "opaque"):
             stated, used = sorted(set(getattr(self.allowed, kind))), sorted(self.used.get(kind, ()))
             if stated != used:
-                raise ArtifactError(f"{self.origin} uses other {kind} than its manifest states")
+                raise ArtifactError(f"{self.origin} uses other {kind} than its manifest lists")
 
     def _signature(self, function: ast.FunctionDef) -> None:
         arguments = function.args
@@ -106,7 +106,7 @@ class _Checker(Expressions):
         )
         names = [argument.arg for argument in arguments.args]
         if not is_plain or names != ["self", *self.allowed.input_names]:
-            raise self.refuse(function, "a signature other than the manifest's")
+            raise self.refuse(function, "a signature that differs from the manifest's")
         for name in names[1:]:
             if name in self.defined:
                 raise self.refuse(function, f"a second input {name!r}")
@@ -120,7 +120,7 @@ class _Checker(Expressions):
                 if not isinstance(target, ast.Name) or target.id not in self.defined:
                     raise self.refuse(node, "deletion of anything but a value")
                 if self.outside and target.id in self.outside[-1]:
-                    raise self.refuse(node, "deletion, inside of a loop, of a value from outside")
+                    raise self.refuse(node, "deletion inside a loop of a value from outside")
                 del self.defined[target.id]
                 self.lists.pop(target.id, None)
         elif isinstance(node, ast.For):
@@ -140,45 +140,45 @@ class _Checker(Expressions):
         elif not is_list and not isinstance(value, _RESULTS):
             raise self.refuse(node, "assignment of anything but a result")
         if self.outside and (is_list or is_object(value) or name in self.objects or name in self.lists):
-            raise self.refuse(node, "assignment of this kind inside of a loop")
+            raise self.refuse(node, "assignment of or to a list, module or config inside a loop")
         self.may_be_object = is_object(value)
         self.expression(value, 0)
         self.may_be_object = False
-        is_kept, module = self.is_kept(value), self._module_name(value)
+        is_persistent, module = self.is_persistent(value), self._module_name(value)
         self.define(node, name)
-        if is_kept:
-            self.kept[name] = None
+        if is_persistent:
+            self.persistent[name] = None
         if is_object(value):
             self.objects[name] = module
         elif is_list:
             self.lists[name] = None
 
     def _loop(self, node: ast.For) -> None:
-        """`for name in range(size):`, whose body defines nothing for what comes after it: it may be left out."""
+        """Accept `for name in range(size):`. Names that the body defines end with it, since it may never run."""
         if len(self.outside) >= LOOP_LIMIT:
             raise self.refuse(node, f"nesting of more than {LOOP_LIMIT} loops")
         if not isinstance(node.target, ast.Name) or node.target.id in self.defined or node.type_comment is not None:
             raise self.refuse(node, "a loop over anything but one new name")
         if node.orelse:
             raise self.refuse(node, "an else of a loop")
-        turns = node.iter
-        is_range = isinstance(turns, ast.Call) and dotted(turns.func) == ["range"]
-        if not is_range or not isinstance(turns, ast.Call) or len(turns.args) != 1 or turns.keywords:
+        call = node.iter
+        is_range = isinstance(call, ast.Call) and dotted(call.func) == ["range"]
+        if not is_range or not isinstance(call, ast.Call) or len(call.args) != 1 or call.keywords:
             raise self.refuse(node, "a loop over anything but range(size)")
-        if not isinstance(turns.args[0], ast.Name):
+        if not isinstance(call.args[0], ast.Name):
             raise self.refuse(node, "a loop over anything but range(size)")
-        self._plain_name(turns.args[0])
-        for _ in range(2):  # what a name stands for in the second turn may come from the end of the first
+        self._plain_name(call.args[0])
+        for _ in range(2):  # in the second iteration, a name may have the value from the end of the first
             self.outside.append(dict(self.defined))
             self.define(node, node.target.id)
             for statement in node.body:
                 if isinstance(statement, ast.Assign) and _assigns(statement, node.target.id):
-                    raise self.refuse(statement, "assignment to the number of a turn")
+                    raise self.refuse(statement, "assignment to the loop variable")
                 self._statement(statement)
             self.defined = self.outside.pop()
 
     def _append(self, node: ast.Expr) -> None:
-        """`list.append(value)`, in a loop, to a list from outside of all loops."""
+        """Accept `list.append(value)` in a loop, for a list defined outside of all loops."""
         call = node.value
         path = dotted(call.func) if isinstance(call, ast.Call) else []
         if not isinstance(call, ast.Call) or len(path) != 2 or path[1] != "append" or path[0] not in self.lists:
@@ -188,17 +188,17 @@ class _Checker(Expressions):
         self._plain_name(call.args[0])
 
     def _plain_name(self, node: ast.Name) -> None:
-        """The name of a value that is no module, config or list."""
+        """Accept the name of a value that is no module, config or list."""
         self.name(node, 0)
         if node.id in self.objects or node.id in self.lists:
-            raise self.refuse(node, f"the name {node.id!r} in this place")
+            raise self.refuse(node, f"the name {node.id!r} of a module, config or list")
 
     def _return(self, node: ast.stmt) -> None:
         if not isinstance(node, ast.Return) or not isinstance(node.value, ast.Dict):
-            raise self.refuse(node, "an end other than the return of a dict")
+            raise self.refuse(node, "a last statement other than the return of a dict")
         keys = [key.value if isinstance(key, ast.Constant) else None for key in node.value.keys]
         if keys != list(self.allowed.output_names):
-            raise self.refuse(node, "a result other than the manifest's")
+            raise self.refuse(node, "a result that differs from the manifest's")
         for value in node.value.values:
             self.expression(value, 0)
 

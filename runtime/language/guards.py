@@ -1,12 +1,12 @@
-"""What an artifact's code is not told by its text alone: types, sizes and turns, watched while it runs.
+"""Run-time checks of an artifact's code: types, sizes and loop iterations, which its text does not show.
 
-The grammar decides what may be written; it cannot see what a name stands for. So three constructs of a checked program
-are executed through the functions below, which cost nothing beside a tensor operation:
+The grammar decides what may be written but cannot see a name's value. So three constructs of a checked program
+are executed through the functions below, whose cost is small beside that of a tensor operation:
 
-    a * b             numbers and tensors only, and no integer beyond 64 bits: no text is formatted or repeated, and no
-                      number doubles its length again and again
-    value.field       data only: no function, frame, class or module comes out of a result
-    range(size)       so many turns in all, in one execution of the program
+    a * b             numbers and tensors only, and no integer beyond 64 bits: no string is formatted or repeated, and
+                      no number grows without bound
+    value.field       data only: a program cannot read a function, frame, class or module from a result
+    range(size)       a limited number of iterations in one execution of the program
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from runtime.errors import ArtifactError
 
-TURNS_LIMIT = 2**22
+ITERATIONS_LIMIT = 2**22
 _LARGEST = 2**64
 _NUMBERS = (int, float, bool)
 _BEGIN, _CALCULATE, _FIELD = "__begin", "__calculate", "__field"  # no program can define these names
@@ -38,70 +38,68 @@ _BY_NAME = {kind.__name__: function for kind, function in _BINARY.items()}
 _NOT_DATA = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.GeneratorType)
 
 
-class TurnCounter:
-    """Counts the turns of all loops of one program, from `restart` on."""
+class IterationCounter:
+    """The number of iterations that the loops of one program may still make in this execution."""
 
     def __init__(self) -> None:
-        self.left = TURNS_LIMIT
+        self.left = ITERATIONS_LIMIT
 
     def restart(self) -> None:
         """Begin another execution."""
-        self.left = TURNS_LIMIT
+        self.left = ITERATIONS_LIMIT
 
     def range(self, size: Any) -> Iterator[int]:
-        """`range(size)`.
-
-        Raises:
-            ArtifactError: before the first turn, when there would be too many.
-        """
+        """Return `range(size)`, or raise ArtifactError before the first iteration if the limit would be exceeded."""
         count = max(operator.index(size), 0)
         self.left -= count
         if self.left < 0:
             raise ArtifactError(
-                f"a loop of {count} turns is too long: an artifact's code may take {TURNS_LIMIT} in one execution"
+                f"a loop of {count} iterations exceeds the limit of {ITERATIONS_LIMIT} per execution of a program"
             )
         return iter(range(count))
 
 
 def guarded(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> ast.Module:
-    """The syntax tree of a checked program, with its arithmetic and field accesses made calls of the functions below,
-    and values handed out by `run.cached`.
+    """Parse a checked program and replace its arithmetic and field accesses with calls of the functions below.
 
-    The lines are those of the source, so that tracebacks fit it.
+    Line numbers stay those of the source, so tracebacks match it.
 
     Args:
         source: the program.
         filename: for tracebacks.
-        hooks: for the name that a statement assigns to, the places and names of the values to hand out after it.
+        hooks: for a name that a statement assigns to, the places and names of the values to pass to `run.cached` after
+            that statement.
     """
-    tree = _Guarded().visit(ast.parse(source, filename=filename))
+    tree = _InsertGuards().visit(ast.parse(source, filename=filename))
     if hooks:
-        _hand_out(tree.body[0], hooks)
+        _insert_cached(tree.body[0], hooks)
     ast.fix_missing_locations(tree)
     assert isinstance(tree, ast.Module)
     return tree
 
 
 def guards() -> dict[str, Any]:
-    """What one guarded program calls, by name."""
-    turns = TurnCounter()
-    return {"range": turns.range, _BEGIN: turns.restart, _CALCULATE: calculate, _FIELD: field}
+    """Return the functions that one guarded program calls, by name."""
+    counter = IterationCounter()
+    return {"range": counter.range, _BEGIN: counter.restart, _CALCULATE: calculate, _FIELD: field}
 
 
 def calculate(kind: str, left: Any, right: Any) -> Any:
-    """`left <kind> right` of numbers and tensors.
+    """Return `left <kind> right` of numbers and tensors.
 
     Raises:
-        ArtifactError: for anything else, or an integer that is longer than any size.
+        ArtifactError: if an operand is neither, or the result is complex or an integer beyond 64 bits.
     """
     for value in (left, right):
         if type(value) not in _NUMBERS and not _is_number(value):
-            raise ArtifactError(f"an artifact's code calculates with {type(value).__name__}, which is no number")
+            raise ArtifactError(
+                f"an artifact's code may calculate only with numbers and tensors; got {type(value).__name__}"
+            )
     result = _BY_NAME[kind](left, right)
     if type(result) is complex:
-        raise ArtifactError("an artifact's code calculates a root of a negative number")
+        raise ArtifactError("an artifact's code takes a root of a negative number")
     if type(result) is int and abs(result) > _LARGEST:
-        raise ArtifactError("an artifact's code calculates a number of more than 64 bits")
+        raise ArtifactError("an artifact's code calculates an integer of more than 64 bits")
     return result
 
 
@@ -112,22 +110,24 @@ def _is_number(value: Any) -> bool:
 
 
 def field(value: Any, name: str) -> Any:
-    """`value.<name>`, if that is data.
+    """Return `value.<name>`.
 
     Raises:
-        ArtifactError: for a function, a class or anything else that is no data, or the inside of a module.
+        ArtifactError: if the field is a function, a class or anything else that is not data, or belongs to a module.
     """
     from torch import nn
 
     result = getattr(value, name)
     is_code = callable(result) or isinstance(result, _NOT_DATA)
     if is_code or isinstance(value, (nn.Module, *_NOT_DATA)) or callable(value):
-        raise ArtifactError(f"an artifact's code reads the field {name!r} of {type(value).__name__}, which is no data")
+        raise ArtifactError(
+            f"an artifact's code may read only data; got the field {name!r} of an object of type {type(value).__name__}"
+        )
     return result
 
 
-def _hand_out(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> None:
-    """Put `name = run.cached(place, name)` behind statements."""
+def _insert_cached(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+    """Insert `name = run.cached(place, name)` after the statements that `hooks` names."""
     body: list[ast.stmt] = []
     for statement in function.body:
         body.append(statement)
@@ -139,7 +139,7 @@ def _hand_out(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple[int,
     function.body = body
 
 
-class _Guarded(ast.NodeTransformer):
+class _InsertGuards(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.generic_visit(node)
         if any(isinstance(part, ast.For) for part in node.body):
@@ -160,7 +160,7 @@ class _Guarded(ast.NodeTransformer):
         return ast.copy_location(ast.Call(ast.Name(_FIELD, ast.Load()), arguments, []), node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """A method's name is no field: the grammar knows which methods there are."""
+        """Guard the arguments only: the grammar allows methods by name, so a method's name is not a field access."""
         node.args = [self.visit(argument) for argument in node.args]
         node.keywords = [self.visit(keyword) for keyword in node.keywords]
         if isinstance(node.func, ast.Call):

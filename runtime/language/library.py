@@ -1,4 +1,4 @@
-"""Functions and classes of the libraries on this host, found in their source files. Nothing is imported or executed."""
+"""Functions and classes of this host's libraries, read from their source files without importing or executing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from runtime.language.library_sources import source_file
 
 LIBRARY = "transformers"
-_DEPTH = 12  # of names that are imported from a module which imports them itself
+_DEPTH = 12  # of chains of modules that re-export a name
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -25,26 +25,26 @@ class FunctionDefinition:
 
     @property
     def path(self) -> str:
-        """The function as an opaque step names it."""
+        """`module:qualified`, the name of the function as an opaque step."""
         return f"{self.source.name}:{self.qualified}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Class:
-    """A class that lies at the top of a module."""
+class ClassDefinition:
+    """A class defined at the top level of a module."""
 
     source: LibrarySource
     node: ast.ClassDef
 
     @property
     def path(self) -> str:
-        """The class, likewise."""
+        """`module:Class`."""
         return f"{self.source.name}:{self.node.name}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueDefinition:
-    """What a module assigns to a name."""
+    """A value that the top level of a module assigns to a name."""
 
     source: LibrarySource
     name: str
@@ -52,27 +52,27 @@ class ValueDefinition:
 
     @property
     def path(self) -> str:
-        """The name, likewise."""
+        """`module:name`."""
         return f"{self.source.name}:{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
-    """A module of the library, or anything of another library, by its dotted name."""
+class ExternalName:
+    """A module of the library, or any object of another library, by its dotted name."""
 
     name: str
 
 
-Definition = FunctionDefinition | Class | ValueDefinition | Other
+Definition = FunctionDefinition | ClassDefinition | ValueDefinition | ExternalName
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LibrarySource:
-    """A module: what its top level defines, by name; a name may be bound several times, in branches."""
+    """The top-level definitions of a module by name; branches may define a name several times."""
 
     name: str
     functions: Mapping[str, FunctionDefinition] = field(default_factory=dict)
-    classes: Mapping[str, Class] = field(default_factory=dict)
+    classes: Mapping[str, ClassDefinition] = field(default_factory=dict)
     imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module, and the name in it, or ""
     values: Mapping[str, Sequence[ValueDefinition]] = field(default_factory=dict)
     stars: Sequence[str] = ()
@@ -80,13 +80,13 @@ class LibrarySource:
 
 @functools.lru_cache(maxsize=4096)
 def source(module: str) -> LibrarySource | None:
-    """The module of this name, None where this host has no source file of it; parsed once in a process."""
+    """Parse the source of a module, once per process; None if this host has no source file of it."""
     file = source_file(module)
     return _parsed(module, file.read_bytes(), is_package=file.name == "__init__.py") if file is not None else None
 
 
 def find(module: str, name: str, depth: int = 0) -> list[Definition]:
-    """What a name means at the top level of a module; through imports, and nothing where that cannot be told."""
+    """Find the definitions of a top-level name of a module, following imports; empty if they cannot be determined."""
     found = source(module)
     if found is None or depth > _DEPTH:
         return []
@@ -107,7 +107,7 @@ def find(module: str, name: str, depth: int = 0) -> list[Definition]:
 
 
 def find_path(path: str) -> list[FunctionDefinition]:
-    """The function that `module:function` or `module:Class.method` names; nothing where the module has no such."""
+    """Find the function named by `module:function` or `module:Class.method`; empty if there is none."""
     module, _, qualified = path.partition(":")
     found = source(module)
     owner, _, own = qualified.rpartition(".")
@@ -122,8 +122,8 @@ def find_path(path: str) -> list[FunctionDefinition]:
     return [method] if method is not None else []
 
 
-def methods(cls: Class) -> dict[str, FunctionDefinition]:
-    """The methods that a class defines itself, by name."""
+def methods(cls: ClassDefinition) -> dict[str, FunctionDefinition]:
+    """The methods defined in the class itself (not inherited), by name."""
     return {
         node.name: FunctionDefinition(cls.source, f"{cls.node.name}.{node.name}", node)
         for node in _statements(cls.node.body)
@@ -132,41 +132,41 @@ def methods(cls: Class) -> dict[str, FunctionDefinition]:
 
 
 @functools.lru_cache(maxsize=4096)
-def bases(cls: Class) -> tuple[Class, ...]:
-    """The class and all that it inherits from, as far as the library defines it, nearest first."""
+def bases(cls: ClassDefinition) -> tuple[ClassDefinition, ...]:
+    """The class and those of its base classes that the library defines, nearest first."""
     found = {cls.path: cls}
     for base in cls.node.bases:
         plain = base.value if isinstance(base, ast.Subscript) else base
         for definition in resolve(cls.source, plain):
-            if isinstance(definition, Class):
+            if isinstance(definition, ClassDefinition):
                 for one in bases(definition):
                     found.setdefault(one.path, one)
     return tuple(found.values())
 
 
 def resolve(where: LibrarySource, node: ast.expr) -> list[Definition]:
-    """What `name` or `module.name` means in a module; nothing where that cannot be told."""
+    """Find the definitions of `name` or `owner.name` as used in a module; empty if they cannot be determined."""
     if isinstance(node, ast.Name):
         return find(where.name, node.id)
     if not isinstance(node, ast.Attribute):
         return []
     found: list[Definition] = []
     for owner in resolve(where, node.value):
-        if isinstance(owner, Other) and _is_library(owner.name):
-            found += find(owner.name, node.attr) or [Other(f"{owner.name}.{node.attr}")]
-        elif isinstance(owner, Other):
-            found.append(Other(f"{owner.name}.{node.attr}"))
-        elif isinstance(owner, Class):
+        if isinstance(owner, ExternalName) and _is_library(owner.name):
+            found += find(owner.name, node.attr) or [ExternalName(f"{owner.name}.{node.attr}")]
+        elif isinstance(owner, ExternalName):
+            found.append(ExternalName(f"{owner.name}.{node.attr}"))
+        elif isinstance(owner, ClassDefinition):
             found += [own[node.attr] for own in map(methods, bases(owner)) if node.attr in own]
     return found
 
 
 def _imported(module: str, name: str, depth: int) -> list[Definition]:
     if not name:
-        return [Other(module)]
+        return [ExternalName(module)]
     if not _is_library(module):
-        return [Other(f"{module}.{name}")]
-    return find(module, name, depth + 1) or [Other(f"{module}.{name}")]
+        return [ExternalName(f"{module}.{name}")]
+    return find(module, name, depth + 1) or [ExternalName(f"{module}.{name}")]
 
 
 def _is_library(module: str) -> bool:
@@ -175,7 +175,7 @@ def _is_library(module: str) -> bool:
 
 def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
     functions: dict[str, FunctionDefinition] = {}
-    classes: dict[str, Class] = {}
+    classes: dict[str, ClassDefinition] = {}
     imports: dict[str, tuple[str, str]] = {}
     values: dict[str, list[ValueDefinition]] = {}
     stars: list[str] = []
@@ -187,13 +187,11 @@ def _parsed(module: str, data: bytes, *, is_package: bool) -> LibrarySource:
         if isinstance(node, FunctionNode):
             functions.setdefault(node.name, FunctionDefinition(found, node.name, node))
         elif isinstance(node, ast.ClassDef):
-            classes.setdefault(node.name, Class(found, node))
+            classes.setdefault(node.name, ClassDefinition(found, node))
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                imports[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0],
-                    "",
-                )
+                top = alias.name.split(".")[0]
+                imports[alias.asname or top] = (alias.name if alias.asname else top, "")
         elif isinstance(node, ast.ImportFrom):
             origin = _origin(node, module, is_package)
             stars += [origin for alias in node.names if alias.name == "*"]
@@ -215,7 +213,7 @@ def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module or class, those in its branches among them."""
+    """Yield the statements of a module or class, including those in its branches."""
     for node in body:
         yield node
         if isinstance(node, (ast.If, ast.Try, ast.With)):

@@ -12,12 +12,12 @@ _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*\Z")
 
 
 def is_module_name(name: str) -> bool:
-    """Whether a name is a dotted path of identifiers, so that the file looked for lies inside of its package."""
+    """Whether a name is a dotted path of identifiers, so that its source file can only lie inside its package."""
     return _MODULE.match(name) is not None
 
 
 def source_file(module: str) -> Path | None:
-    """The file that defines a module of an installed package, None where there is none."""
+    """Find the source file of a module of an installed package; None if it has none."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -36,11 +36,11 @@ def source_file(module: str) -> Path | None:
 
 
 def source_digest(module: str) -> str:
-    """sha256, hex, of that file; empty where there is none."""
+    """sha256 (hex) of a module's source file; empty if it has none."""
     file = source_file(module)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else ""
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Names of the modules whose file on this host is another than the one recorded, or missing."""
+    """Names of the modules whose source file on this host is missing or differs from the recorded digest."""
     return [module for module, digest in sources.items() if source_digest(module) != digest]

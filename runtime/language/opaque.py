@@ -1,8 +1,7 @@
-"""Which functions of the model's code an artifact may name, to be called whole.
+"""Opaque steps: functions of the model's code that an artifact may call whole, and the arguments they may get.
 
-A function may be one if it is a `forward`, or one that a forward calls, and if nothing that it can reach does anything
-but calculate. Both are read in the source files of the libraries on this host (`runtime.language.reach`); none is
-imported.
+A function is accepted if it is a `forward` or called by one, and if nothing it can reach does more than calculate. Both
+are read from the source files of the libraries on this host (`runtime.language.reach`); nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 from runtime.errors import ArtifactError
-from runtime.language.library import Class, find_path, methods, source
+from runtime.language.library import ClassDefinition, find_path, methods, source
 from runtime.language.reach import Reach
 from runtime.language.reviewed import is_computing
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _PATH = re.compile(r"[A-Za-z0-9_.]{1,300}:_?[A-Za-z][A-Za-z0-9_]{0,200}(\._?[A-Za-z][A-Za-z0-9_]{0,200})?\Z")
-# Keywords that `**kwargs` of a step admits with None, True or False alone: flags that decorators of the library read,
-# and image_sizes, which Llava's get_image_features takes that way in transformers 5.17.
+# Keywords that a step accepts through `**kwargs`, only as the literals None, True and False: flags that the library's
+# decorators read, and `image_sizes`, which in transformers 5.17 Llava's get_image_features takes from `**kwargs` and
+# its forward passes as None. A literal flag can only select a branch of code that the step's check has followed.
 FLAGS = frozenset(
     [
         "image_sizes",
@@ -33,14 +33,13 @@ FLAGS = frozenset(
     ]
 )
 _LOOKUPS = frozenset(("get_submodule", "get_parameter", "get_buffer", "constant"))
-# Words that steps are handed: only where the step's own code states the word, too.
+# Strings that a step may be given, and only if the step's own code contains the same string.
 WORDS = frozenset(["block_sparse", "default", "full", "image", "original_full", "video"])
 
 
 def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
-    """Whether `module:function` or `module:Class.method` is the name of something where transformers keeps what models
-    calculate, or of something in one of `own_modules`: the code that the artifact brings, which runs only if all of it
-    has been allowed.
+    """Whether `module:function` or `module:Class.method` names transformers' modeling code, or one of `own_modules`:
+    the artifact's own code, which runs only if the user has allowed all of it.
     """
     module, _, qualified = path.partition(":")
     if module in own_modules:
@@ -49,7 +48,7 @@ def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
 
 
 def is_harmless(path: str, homes: Iterable[str], own_modules: Collection[str] = ()) -> bool:
-    """Whether a function may be an opaque step, see `require_harmless`."""
+    """Whether a function may be an opaque step; see `require_harmless`."""
     try:
         require_harmless(path, homes, own_modules)
     except ArtifactError:
@@ -58,33 +57,34 @@ def is_harmless(path: str, homes: Iterable[str], own_modules: Collection[str] = 
 
 
 def require_harmless(path: str, homes: Iterable[str], own_modules: Collection[str] = ()) -> None:
-    """Refuse the path of an opaque step that is no part of a forward, or that can do more than calculate.
+    """Require that an opaque step is part of a forward and does nothing but calculate.
 
     Args:
         path: of the step.
-        homes: modules of the library whose forwards may call it, besides those of its own module.
-        own_modules: of the model's own code, whose functions whoever runs it has allowed.
+        homes: modules of the library whose forwards may call it, besides its own module.
+        own_modules: modules of the artifact's own code, which the user has allowed; their functions are accepted.
 
     Raises:
-        ArtifactError: naming the path, and what is wrong with it.
+        ArtifactError: naming the path and the problem.
     """
     if path.partition(":")[0] in own_modules:
         return
     problem = why_refused(path, tuple(dict.fromkeys(homes)))
     if problem:
         raise ArtifactError(
-            f"opaque step {path!r} is not allowed: {problem}", hint="an opaque step must be a calculation of a forward"
+            f"opaque step {path!r} is not allowed: {problem}",
+            hint="an opaque step must be called by a model's forward and only calculate",
         )
 
 
 @functools.lru_cache(maxsize=1024)
 def why_refused(path: str, homes: tuple[str, ...] = ()) -> str:
-    """Why a function of the library must not be an opaque step; empty where it may be one."""
+    """Say why a function of the library must not be an opaque step; empty when it may be one."""
     if not is_opaque_path(path):
         return "it does not name a function of transformers' modeling code"
     module = path.partition(":")[0]
     if source(module) is None:
-        return f"this host's transformers has no {module}"
+        return f"the installed transformers has no module {module}"
     found = find_path(path)
     if not found:
         return f"{module} defines no such function"
@@ -94,7 +94,9 @@ def why_refused(path: str, homes: tuple[str, ...] = ()) -> str:
 
 
 def why_refused_for(path: str, kinds: Iterable[type]) -> str:
-    """The same once it is known which modules a step is handed: their classes may have methods of their own."""
+    """Say why a step must not be called with modules of these classes, which may override its methods; empty when it
+    may.
+    """
     module = path.partition(":")[0]
     found = find_path(path)
     name = path.rpartition(".")[2]
@@ -107,57 +109,58 @@ def _first_problem(reach: Reach) -> str:
     return next((f"it can do more than calculate: {problem}" for problem in reach.problems), "")
 
 
-def _class_of(kind: type) -> Class | None:
+def _class_of(kind: type) -> ClassDefinition | None:
     found = source(kind.__module__) if is_computing(kind.__module__) else None
     return found.classes.get(kind.__qualname__) if found is not None else None
 
 
-def _classes(module: str) -> list[Class]:
+def _classes(module: str) -> list[ClassDefinition]:
     found = source(module)
     return list(found.classes.values()) if found is not None else []
 
 
 @functools.lru_cache(maxsize=64)
 def _called_by_forwards(module: str) -> frozenset[str]:
-    """Paths of the forwards in a module, and of what they call, directly or not."""
+    """Paths of the forwards in a module and of everything that they call, directly or indirectly."""
     classes = _classes(module)
     forwards = [own["forward"] for own in map(methods, classes) if "forward" in own]
     return frozenset(Reach(classes).follow(forwards).functions)
 
 
-def wrong_call(node: ast.Call, path: str) -> str:
-    """Why a program may not call this step with these positions, keywords and words; empty where it may.
+def step_call_problem(node: ast.Call, path: str) -> str:
+    """Describe the forbidden argument in a call of an opaque step; empty when the call is allowed.
 
-    `**kwargs` of the step admits nothing but flags: a keyword that it hands on could mean anything further down.
+    `**kwargs` of the step accepts only flags, because the functions that it passes them to could give any other keyword
+    a meaning.
     """
     functions = find_path(path)
     if not functions:
-        return ""  # it is refused as a whole
+        return ""  # `require_harmless` refuses the step itself
     arguments = functions[0].node.args
     places = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     named = {*places[len(arguments.posonlyargs) :], *(argument.arg for argument in arguments.kwonlyargs)}
     if len(node.args) > len(places):
         return f"an opaque step with {len(node.args)} positional arguments"
     for keyword in node.keywords:
-        is_flag = keyword.arg in FLAGS and arguments.kwarg is not None and _is_switch(keyword.value)
+        is_flag = keyword.arg in FLAGS and arguments.kwarg is not None and _is_flag_value(keyword.value)
         if keyword.arg not in named and not is_flag:
-            return f"the keyword {keyword.arg!r}, which the signature of {path!r} does not name,"
-    words = _words(functions[0].node)
+            return f"the keyword {keyword.arg!r}, which is not in the signature of {path!r},"
+    words = _strings(functions[0].node)
     for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
         for part in _parts(argument):
             if not isinstance(part, ast.Constant) or not isinstance(part.value, str):
                 continue
             if part is not argument or part.value not in WORDS & words:
-                return f"the text {part.value[:40]!r} for an opaque step"
+                return f"the string {part.value[:40]!r} as an opaque step's argument"
     return ""
 
 
-def _is_switch(node: ast.expr) -> bool:
+def _is_flag_value(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool))
 
 
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """An expression and its parts, but for the names of modules, weights and constants that are looked up in it."""
+    """Yield an expression and its parts, except the names in lookups of modules, weights and constants."""
     yield node
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _LOOKUPS:
         return
@@ -165,5 +168,5 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
         yield from _parts(child)
 
 
-def _words(node: ast.AST) -> set[object]:
+def _strings(node: ast.AST) -> set[object]:
     return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}

@@ -1,4 +1,4 @@
-"""Calls of opaque steps: what no text shows of their arguments is watched while they are made."""
+"""Run-time checks of the arguments of opaque steps, which the grammar cannot see in the text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DEPTH_LIMIT = 32
 
 
 class GuardedStep:
-    """A function of transformers that is handed data only, and of modules only the one that it is a method of.
+    """A function of transformers that accepts only data, and as a module only the one that it is a method of.
 
-    What it reaches was judged by the class that its path names. The module may be of a class that inherits from it and
-    defines more, and holds others; so it is judged once more by their classes, when it is first called with such.
+    The static check follows the class that the path names. The module passed may be of a derived class with methods of
+    its own, and may hold other modules; so the step is checked again for each new combination of their classes.
 
     Args:
-        path: of the step.
-        function: what it calls.
+        path: of the step, `module:function` or `module:Class.method`.
+        function: the function that the path names.
     """
 
     def __init__(self, path: str, function: Callable[..., Any]) -> None:
@@ -33,7 +33,7 @@ class GuardedStep:
         """Call the function.
 
         Raises:
-            ArtifactError: for an argument that is no data, or the wrong module.
+            ArtifactError: if an argument is not data, or the module is of the wrong class.
         """
         from torch import nn
 
@@ -46,17 +46,14 @@ class GuardedStep:
         return self._function(*args, **kwargs)
 
     def _accept(self, module: Any) -> None:
-        """Judge the step by the classes of the module and of those that it holds.
-
-        Raises:
-            ArtifactError: when it is no module of the class that the path names, or one of them makes it do more than
-                calculate.
-        """
+        """Require a module of the class that the path names, with which the step does nothing but calculate."""
         owner = self._path.partition(":")[2].rpartition(".")[0]
         home = self._path.partition(":")[0]
         names = [(cls.__module__, cls.__qualname__) for cls in type(module).__mro__]
         if owner and (home, owner) not in names:
-            raise ArtifactError(f"opaque step {self._path!r} is called with a {type(module).__name__}")
+            raise ArtifactError(
+                f"opaque step {self._path!r} is called with a {type(module).__name__}, which is not a {owner}"
+            )
         kinds = tuple(dict.fromkeys(cls for inner in module.modules() for cls in type(inner).__mro__))
         if kinds in self._accepted:
             return
@@ -72,24 +69,28 @@ class GuardedStep:
         if value is None or isinstance(value, (bool, int, float, slice, range, *data)):
             return
         if depth > _DEPTH_LIMIT:
-            raise ArtifactError(f"opaque step {self._path!r} is handed containers in containers without end")
+            raise ArtifactError(
+                f"an argument of opaque step {self._path!r} nests containers more than {_DEPTH_LIMIT} deep"
+            )
         if isinstance(value, str):
             if value not in WORDS:
-                raise ArtifactError(f"opaque step {self._path!r} is handed the text {value[:40]!r}")
+                raise ArtifactError(f"opaque step {self._path!r} does not accept the string {value[:40]!r}")
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 if key in FORBIDDEN_KEYWORDS or not isinstance(key, (str, int)):
-                    raise ArtifactError(f"opaque step {self._path!r} is handed the key {str(key)[:40]!r}")
+                    raise ArtifactError(f"opaque step {self._path!r} does not accept the key {str(key)[:40]!r}")
                 self._require_data(item, depth + 1)
         elif isinstance(value, (tuple, list)):
             for item in value:
                 self._require_data(item, depth + 1)
         elif not _is_library_data(value):
-            raise ArtifactError(f"opaque step {self._path!r} is handed a {type(value).__name__}, which is no data")
+            raise ArtifactError(
+                f"opaque step {self._path!r} accepts only data; got an object of type {type(value).__name__}"
+            )
 
 
 def _is_library_data(value: Any) -> bool:
-    """A config, a cache or another object of the library's that holds numbers, and is no module, class or function."""
+    """Whether a value is a config, a cache or another data object of transformers: no module, class or function."""
     from torch import nn
     from transformers import PreTrainedConfig
 

@@ -1,9 +1,9 @@
-"""The operators that an artifact's code may call, a closed list.
+"""The closed list of torch operators that an artifact's code may call.
 
-torch has thousands of operators in its `aten` namespace. Some read or write files, some believe sizes and indices that
-they are handed and reach outside of their tensors, some print, and many exist for training alone. Listed here are
-those that make a new tensor, or change one in place, from tensors and numbers, and that check their arguments. An
-artifact whose code needs another one is refused when it is compiled already.
+torch has thousands of operators in its `aten` namespace. Some read or write files, some trust the sizes and indices
+they get and access memory outside their tensors, some print, and many exist only for training. Listed here are
+those that make a new tensor, or change one in place, from tensors and numbers, and that check their arguments. The
+compiler already rejects a model that needs any other operator.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _NUMBER = """
 _PYTHON = """
     __and__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__
 """
-# Changing a tensor in place: the pointwise and index operators under their name with an underscore, and these.
+# In-place operators other than the pointwise ones, whose in-place variants `ALLOWED` adds by appending an underscore.
 _IN_PLACE = """
     copy_ cumprod_ cumsum_ detach_ fill_ fill_diagonal_ normal_ uniform_ bernoulli_ random_ exponential_ squeeze_ t_
     transpose_ unsqueeze_ zero_ dropout_ baddbmm_ addmm_ addbmm_ addmv_ addr_ index_put_ index_add_ index_copy_
@@ -101,9 +101,9 @@ ALLOWED: frozenset[str] = frozenset(
 )
 
 
-# Parts of names of overloads that write into tensors which they are handed under another name than `out`.
+# Parts of overload names: such overloads write into a tensor argument.
 _WRITES = frozenset(("out", "values", "max", "min", "OutTensor", "OutScalar"))
-# What shares its argument's memory, always.
+# Operators whose result always shares the memory of their argument.
 _VIEW_NAMES = """
     adjoint alias as_strided chunk detach diagonal expand expand_as mT numpy_T H T narrow permute select slice split
     split_with_sizes squeeze swapaxes swapdims t transpose unbind unfold unsqueeze view view_as view_as_real
@@ -113,7 +113,7 @@ _VIEWS = frozenset(_VIEW_NAMES.split())
 
 
 def is_allowed(name: str, overload: str) -> bool:
-    """Whether code may call `torch.ops.aten.<name>.<overload>`; writing into a tensor named `out` is not offered."""
+    """Whether code may call `torch.ops.aten.<name>.<overload>`; overloads with an output argument are unsupported."""
     return name in ALLOWED and not _WRITES & set(overload.split("_"))
 
 
@@ -123,18 +123,18 @@ def changes_in_place(name: str) -> bool:
 
 
 def is_view(name: str) -> bool:
-    """Whether the operator's result is its first argument's memory."""
+    """Whether the operator's result shares the memory of its first argument."""
     return name in _VIEWS or changes_in_place(name)
 
 
 def check_operators(operators: Mapping[str, str]) -> None:
-    """Refuse operators that torch does not have here, and those that are not what their names say.
+    """Require that the installed torch has these operators, and that none changes an argument unless its name says so.
 
     Args:
         operators: `operator.overload` to the file that calls it.
 
     Raises:
-        ArtifactError: naming both.
+        ArtifactError: naming the file and the operator.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Turn a subgraph's source into a function, and say what that function may rely on.
+"""Compile a subgraph's source to a function, and define the `Run` object that the function receives.
 
-Generated code is one function, `forward(self, <inputs>, *, run)`. `self` is the model, `run` the `Run` below: the only
-things that a run may choose, so that the same bytes serve every device and dtype.
+Generated code is one function, `forward(self, <inputs>, *, run)`. `self` is the model and `run` the `Run` below; only
+these differ between runs, so the same bytes serve every device and dtype.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 Program = Callable[..., dict[str, Any]]
 
-_DEPTH_LIMIT, _ITEMS_LIMIT = 32, 100_000  # of containers in a dictionary that code fills
+_DEPTH_LIMIT, _ITEMS_LIMIT = 32, 100_000  # of nested containers in a dictionary that code fills
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What generated code takes from the run that executes it.
+    """The device, dtype, constants and functions that one run provides to generated code.
 
     Attributes:
-        device: where new tensors are made.
+        device: the device of new tensors.
         dtype: the floating point dtype of the model's weights in this run.
-        constants: tensors that the artifact brings, by name.
-        opaque: functions that are called whole, by path.
-        cached: takes values that enter the key-value cache, each by its place among the program's, and returns what the
-            program goes on with. Only programs that were compiled for it call it.
+        constants: tensors stored in the artifact, by name.
+        opaque: opaque steps, by path.
+        cached: replaces a value that enters the key-value cache, given its index among the program's cached values.
+            Called only by programs compiled with `hooks`.
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def lowest(self) -> float:
-        """The most negative finite number of `dtype`: what masks are filled with."""
+        """The most negative finite number of `dtype`, used to fill masks."""
         import torch
 
         return torch.finfo(self.dtype).min
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def eps(self) -> float:
-        """The distance from one to the next number of `dtype`."""
+        """The distance from 1 to the next number of `dtype`."""
         import torch
 
         return torch.finfo(self.dtype).eps
@@ -71,15 +71,16 @@ class Run:
         return torch.finfo(self.dtype).tiny
 
     def constant(self, name: str) -> torch.Tensor:
-        """The constant `name`, on the run's device."""
+        """Return the constant `name` on the run's device."""
         return self.constants[name].to(self.device)
 
     @staticmethod
     def copied(value: Mapping[Any, Any]) -> dict[Any, Any]:
-        """A dictionary that steps fill, as it is now.
+        """Copy a dictionary that steps fill.
 
         Raises:
-            ArtifactError: for one that holds more than any model's code puts together: hashing it would not end.
+            ArtifactError: if its containers exceed the limits on depth and items, which no model's code does; hashing
+                such a dictionary might not end.
         """
         found = dict(value)
         pending = [(item, 0) for item in found.values()]
@@ -88,7 +89,9 @@ class Run:
             item, depth = pending.pop()
             num_seen += 1
             if depth > _DEPTH_LIMIT or num_seen > _ITEMS_LIMIT:
-                raise ArtifactError("the artifact's code puts containers into each other without end")
+                raise ArtifactError(
+                    f"an artifact's code may nest containers {_DEPTH_LIMIT} deep with {_ITEMS_LIMIT} items; got more"
+                )
             if isinstance(item, (tuple, list, dict)):
                 inner = item.values() if isinstance(item, dict) else item
                 pending += [(one, depth + 1) for one in inner]
@@ -96,29 +99,30 @@ class Run:
 
     @staticmethod
     def require(value: Any, expected: bool) -> None:
-        """Refuse data for which the model's forward would raise an error, or go another way than it was traced.
+        """Require a condition of the model's forward to have the value that it had when the model was traced.
 
         Raises:
-            DataError: when `value` is not what it was when the model was traced.
+            DataError: if it differs: the forward would raise an error or take a branch that was not compiled.
         """
         if bool(value) is not expected:
             raise DataError(
-                "the model's code refuses this data, or treats it in a way that was not compiled: a condition that it "
-                "states does not hold",
-                hint="compare the batch with what the model takes; compile with --sample for data of another kind",
+                "this batch violates an assumption made when the model was traced: a condition in the model's code has "
+                f"the value {not expected} instead of {expected}",
+                hint="check the batch against the model's inputs; compile with --sample for data of another kind",
             )
 
 
 def compile_program(
     source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None
 ) -> Program:
-    """Compile checked source (see `runtime.language.grammar`) to its `forward`; nothing but `torch` is in its reach,
-    and what it cannot be seen to do is watched (`runtime.language.guards`).
+    """Compile source that `runtime.language.grammar` has checked, and return its `forward`.
+
+    The namespace contains only `torch`, `slice` and the run-time checks of `runtime.language.guards`.
 
     Args:
         source: the program.
         filename: for tracebacks.
-        hooks: behind which statements values are handed to `Run.cached`, see `runtime.artifact.cached_values`.
+        hooks: the statements after which values are passed to `Run.cached`; see `runtime.artifact.cached_values`.
     """
     import torch
 
@@ -129,8 +133,8 @@ def compile_program(
 
 
 def run_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that a model's floating point parameters have: what it was built for, else that of the first, as
-    transformers defines it.
+    """The dtype of a model's floating point parameters: the one it was built for, else the first parameter's, as in
+    transformers.
     """
     import torch
 
@@ -139,7 +143,7 @@ def run_dtype(model: nn.Module) -> torch.dtype:
 
 
 def run_device(inputs: Mapping[str, Any], model: nn.Module) -> torch.device:
-    """The device of the first tensor among the inputs, else of the model's first parameter that has a real one."""
+    """The device of the first tensor, in the inputs or else the model, that is not on the meta device; else the CPU."""
     import torch
 
     for tensor in itertools.chain(_tensors(inputs), model.parameters()):

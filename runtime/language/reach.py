@@ -1,40 +1,40 @@
-"""What functions of a library can reach: a walk over the graph of references that their source states."""
+"""Everything that library functions can reach: a walk over the graph of the references in their source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from runtime.language.library import Class, FunctionDefinition, bases, methods
-from runtime.language.references import Summary, stored_values, summary
+from runtime.language.library import ClassDefinition, FunctionDefinition, bases, methods
+from runtime.language.references import References, stored_values, summary
 from runtime.language.reviewed import SETTLED, is_computing, is_free, is_known, is_method_elsewhere
 
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__call__")
 
 
 class Reach:
-    """Everything that functions reach when the objects at hand are instances of certain classes.
+    """Everything that functions reach, given the classes of the objects they work with.
 
-    Which class's method `value.name(...)` calls is not inferred: all that these classes, and those which are made on
-    the way, define under that name are reached. What none of them defines must be known to be harmless.
+    The walk does not infer which method `value.name(...)` calls: it reaches all methods of that name in these classes
+    and in those instantiated on the way. A name that none of them defines must be known to be harmless.
 
     Args:
-        classes: of the objects that exist from the beginning.
+        classes: the classes of the objects that exist before the call.
     """
 
-    def __init__(self, classes: Iterable[Class]) -> None:
+    def __init__(self, classes: Iterable[ClassDefinition]) -> None:
         self.functions: dict[str, FunctionDefinition] = {}
         self._problems: dict[str, None] = {}
-        self._classes: dict[str, Class] = {}
+        self._classes: dict[str, ClassDefinition] = {}
         self._methods: dict[str, dict[str, FunctionDefinition]] = {}
-        self._stored: dict[str, list[Summary]] = {}
-        self._origins: dict[str, str] = {}  # of names that are used of values, by where that was first
+        self._stored: dict[str, list[References]] = {}
+        self._origins: dict[str, str] = {}  # used attribute name -> path of the first function that uses it
         self._called: dict[str, None] = {}
         self._pending: list[FunctionDefinition] = []
         for cls in classes:
             self._add(cls)
 
     def follow(self, functions: Iterable[FunctionDefinition]) -> Reach:
-        """Walk on from these functions."""
+        """Continue the walk from these functions."""
         for function in functions:
             self._reach(function, function.path)
         while self._pending:
@@ -48,12 +48,12 @@ class Reach:
 
     @property
     def problems(self) -> list[str]:
-        """What is reached and not known to be harmless, one sentence each."""
+        """The reached actions that are not known to be harmless, one sentence each."""
         found = list(self._problems)
         for name, origin in self._origins.items():
             is_defined = name in self._methods or name in self._stored or is_free(name)
             if not is_defined and name in self._called:
-                found.append(f"{origin} calls {name} of something unknown")
+                found.append(f"{origin} calls the unknown method {name}")
             elif not is_defined and not name.startswith("__") and is_method_elsewhere(name):
                 found.append(f"{origin} reads the method {name}")
         return found
@@ -61,7 +61,7 @@ class Reach:
     def _problem(self, origin: str, what: str) -> None:
         self._problems[f"{origin} {what}"] = None
 
-    def _take(self, found: Summary, origin: str) -> None:
+    def _take(self, found: References, origin: str) -> None:
         for problem in found.problems:
             self._problem(origin, problem)
         for inner in found.functions.values():
@@ -81,8 +81,8 @@ class Reach:
         self.functions[function.path] = function
         self._pending.append(function)
 
-    def _make(self, cls: Class, origin: str) -> None:
-        """A class is named: objects of it may be made."""
+    def _make(self, cls: ClassDefinition, origin: str) -> None:
+        """Add a class that a function names and may therefore instantiate, and reach its constructors."""
         self._add(cls)
         for one in bases(cls):
             own = methods(one)
@@ -100,12 +100,14 @@ class Reach:
             self._take(found, origin)
 
     def _method(self, function: FunctionDefinition, origin: str) -> None:
-        """Of `to`, `float` and their kin, which tensors have, those of the library's base classes are not meant."""
+        """Reach a method, except one with a harmless name such as `to` outside of the models' own classes: in a
+        calculation such a name means the tensor's method.
+        """
         name = function.qualified.rpartition(".")[2]
         if not is_free(name) or function.source.name.startswith("transformers.models."):
             self._reach(function, origin)
 
-    def _add(self, cls: Class) -> None:
+    def _add(self, cls: ClassDefinition) -> None:
         for one in bases(cls):
             if one.path in self._classes:
                 continue

@@ -1,6 +1,6 @@
-"""What one function of a library refers to: the edges of the graph that `runtime.language.reach` walks.
+"""References of one library function: the edges of the graph that `runtime.language.reach` walks.
 
-A reference counts as a call: whatever a function can name it may call, or hand on to be called.
+Every reference counts as a call, because a function may call whatever it can name, or pass it on to be called.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import functools
 from dataclasses import dataclass, field
 
 from runtime.language.library import (
-    Class,
+    ClassDefinition,
     Definition,
+    ExternalName,
     FunctionDefinition,
     LibrarySource,
-    Other,
     ValueDefinition,
     bases,
     find,
@@ -32,20 +32,20 @@ _EXCEPTIONS = frozenset(
 
 
 @dataclass(slots=True)
-class Summary:
+class References:
     """References of a function.
 
     Attributes:
         functions: functions of the library that it names.
         classes: classes of the library that it names.
-        called: names that it calls as methods or submodules of something whose class cannot be told.
-        read: names that it reads of such.
+        called: names of methods or submodules that it calls on objects of unknown class.
+        read: names of attributes that it reads from objects of unknown class.
         stored: names of attributes that it assigns to.
-        problems: what it does that is not known to be harmless.
+        problems: actions that are not known to be harmless, as `verb object`.
     """
 
     functions: dict[str, FunctionDefinition] = field(default_factory=dict)
-    classes: dict[str, Class] = field(default_factory=dict)
+    classes: dict[str, ClassDefinition] = field(default_factory=dict)
     called: dict[str, None] = field(default_factory=dict)
     read: dict[str, None] = field(default_factory=dict)
     stored: dict[str, None] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Summary:
 
 
 @functools.lru_cache(maxsize=16384)
-def summary(function: FunctionDefinition) -> Summary:
-    """What a function refers to, its decorators included."""
-    found = Summary()
+def summary(function: FunctionDefinition) -> References:
+    """Collect the references of a function, including its decorators."""
+    found = References()
     owner = function.source.classes.get(function.qualified.rpartition(".")[0])
     inherited = bases(owner)[1:] if owner is not None else ()
     _Walk(function.source, found, _bound(function.node), inherited).function(function.node)
@@ -63,15 +63,15 @@ def summary(function: FunctionDefinition) -> Summary:
 
 
 @functools.lru_cache(maxsize=4096)
-def value_summary(value: ValueDefinition) -> Summary:
-    """What the expression refers to that a module assigns to a name."""
-    found = Summary()
+def value_summary(value: ValueDefinition) -> References:
+    """Collect the references of an expression that a module assigns to a name."""
+    found = References()
     _Walk(value.source, found, frozenset()).visit(value.node)
     return found
 
 
 def _bound(node: ast.AST) -> frozenset[str]:
-    """Names that a function gives to values of its own."""
+    """Names that a function binds: variables, parameters, and nested functions and classes."""
     names = []
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
@@ -85,16 +85,16 @@ def _bound(node: ast.AST) -> frozenset[str]:
 
 class _Walk(ast.NodeVisitor):
     def __init__(
-        self, where: LibrarySource, found: Summary, bound: frozenset[str], owner: tuple[Class, ...] = ()
+        self, where: LibrarySource, found: References, bound: frozenset[str], owner: tuple[ClassDefinition, ...] = ()
     ) -> None:
         self.where = where
         self.owner = owner
-        self.called: set[str] = set()  # names that are called
+        self.called: set[str] = set()  # local names that the function calls
         self.found = found
         self.bound = bound
 
     def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        """Everything but annotations, which say nothing that happens."""
+        """Visit everything but annotations, which are not executed when the function is called."""
         self.called |= {
             part.func.id for part in ast.walk(node) if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
         }
@@ -141,12 +141,12 @@ class _Walk(ast.NodeVisitor):
         if definitions or node.id in self.bound:
             return
         if node.id not in _BUILTINS:
-            self._problem(f"names {node.id}, which is not found")
+            self._problem(f"names {node.id}, which is not defined")
         elif node.id not in BUILTINS and node.id not in _EXCEPTIONS:
             self._problem(f"names {node.id}")
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """A method that is given a name, and called by it, is called."""
+        """Record `f = x.method` as a call of the method if the function calls `f`."""
         names = {target.id for target in node.targets if isinstance(target, ast.Name)}
         if isinstance(node.value, ast.Attribute) and names & self.called:
             self._attribute(node.value, is_called=True)
@@ -169,7 +169,7 @@ class _Walk(ast.NodeVisitor):
             self.visit(keyword.value)
 
     def _dynamic(self, node: ast.Call, name: str) -> None:
-        """`getattr(x, "name")` is `x.name`; of names that are put together at run time nothing is known."""
+        """Treat `getattr(x, "name")` as `x.name`; a name computed at run time is a problem."""
         key = node.args[1]
         if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
             self._problem(f"calls {name} with {ast.unparse(key)[:60]}")
@@ -198,14 +198,14 @@ class _Walk(ast.NodeVisitor):
         self.visit(node.value)
 
     def _inherited(self, name: str) -> None:
-        """`super().name`: what the classes define from which that of the function inherits."""
+        """Refer to `name` in every base class, for `super().name`."""
         for cls in self.owner:
             own = methods(cls)
             if name in own:
                 self._refer(own[name])
 
     def _refer(self, definition: Definition) -> None:
-        if isinstance(definition, Other):
+        if isinstance(definition, ExternalName):
             if not is_known_elsewhere(definition.name):
                 self._problem(f"names {definition.name}")
         elif is_known(definition.path):
@@ -214,12 +214,12 @@ class _Walk(ast.NodeVisitor):
             self._problem(f"names {definition.path}")
         elif isinstance(definition, FunctionDefinition):
             self.found.functions[definition.path] = definition
-        elif isinstance(definition, Class):
+        elif isinstance(definition, ClassDefinition):
             self.found.classes[definition.path] = definition
         else:
             self._merge(value_summary(definition))
 
-    def _merge(self, other: Summary) -> None:
+    def _merge(self, other: References) -> None:
         for name in ("functions", "classes", "called", "read", "problems"):
             getattr(self.found, name).update(getattr(other, name))
 
@@ -234,25 +234,25 @@ def _root(node: ast.expr) -> ast.expr:
 
 
 @functools.lru_cache(maxsize=16384)
-def stored_values(function: FunctionDefinition) -> tuple[tuple[str, Summary], ...]:
-    """What a method puts into attributes of its object: functions that it names without calling them."""
-    found: list[tuple[str, Summary]] = []
+def stored_values(function: FunctionDefinition) -> tuple[tuple[str, References], ...]:
+    """Collect, per attribute that a method assigns to, the functions that the value names without calling them."""
+    found: list[tuple[str, References]] = []
     for node in ast.walk(function.node):
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
             continue
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             for part in ast.walk(target):
                 if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load):
-                    own = Summary()
-                    walk = _Handed(function.source, own, _bound(function.node))
+                    own = References()
+                    walk = _WalkUncalled(function.source, own, _bound(function.node))
                     walk.visit(node.value)
                     own.called.clear()
                     found.append((part.attr, own))
     return tuple(found)
 
 
-class _Handed(_Walk):
-    """References that are handed on, not called: a class that is called makes a module, whose class is known."""
+class _WalkUncalled(_Walk):
+    """Collects references that are passed on, not called: calling a class makes a module, whose class is known."""
 
     def visit_Call(self, node: ast.Call) -> None:
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):

@@ -1,8 +1,7 @@
-"""What is known to be harmless in library code, whatever it is handed: reviewed lists, by which
-`runtime.language.reach` judges.
+"""Reviewed lists of library names that are harmless with any arguments; `runtime.language.reach` decides by them.
 
-Harmless is what calculates: it opens no file, connects to nothing, imports nothing, starts nothing, and calls nothing
-by a name that comes from its arguments.
+Harmless code only calculates: it opens no file or connection, imports nothing, starts nothing, and calls nothing by a
+name that comes from its arguments.
 """
 
 from __future__ import annotations
@@ -12,117 +11,56 @@ import re
 
 from runtime.language.operators import is_allowed
 
-# Where the library keeps what models calculate; functions of these modules are judged by what they refer to.
+# The library's modeling code; a function of these modules is judged by its references.
 _COMPUTING = re.compile(
     r"transformers\.(models\.(?!auto\.)[a-z0-9_]+\.(modeling_[a-z0-9_]+|vision|perceiver)|masking_utils|modeling_attn_mask_utils"
     r"|modeling_rope_utils|modeling_layers|modeling_outputs|pytorch_utils|activations|cache_utils|vision_utils"
     r"|time_series_utils|integrations\.(sdpa_attention|moe))\Z"
 )
-# What they may refer to besides. Decorators that read flags such as `return_dict` and collect outputs; what looks up an
-# activation, an attention or a rotary embedding under the name that the config has; questions about versions; the log.
-_KNOWN = frozenset(
-    [
-        "transformers.activations:ACT2FN",
-        "transformers.activations:ACT2CLS",
-        "transformers.backbone_utils:BackboneMixin.out_features",
-        "transformers.backbone_utils:BackboneMixin.out_indices",
-        "transformers.backbone_utils:filter_output_hidden_states",
-        "transformers.generation.continuous_batching.cache:PagedAttentionCache",
-        "transformers.image_processing_utils:select_best_resolution",
-        "transformers.image_transforms:center_to_corners_format",
-        "transformers.image_transforms:corners_to_center_format",
-        "transformers.integrations.accelerate:force_accelerate_hooks",
-        "transformers.integrations.deepspeed:is_deepspeed_zero3_enabled",
-        "transformers.integrations.hub_kernels:use_kernel_forward_from_hub",
-        "transformers.integrations.hub_kernels:use_kernel_func_from_hub",
-        "transformers.integrations.hub_kernels:use_kernel_func_from_hub_with_fallback",
-        "transformers.integrations.hub_kernels:use_kernelized_func",
-        "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
-        "transformers.modeling_layers:GradientCheckpointingLayer",
-        "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS",
-        "transformers.modeling_rope_utils:dynamic_rope_update",
-        "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
-        "transformers.modeling_utils:EmbeddingAccessMixin.get_input_embeddings",
-        "transformers.modeling_utils:ModuleUtilsMixin.device",
-        "transformers.modeling_utils:ModuleUtilsMixin.dtype",
-        "transformers.modeling_utils:PreTrainedModel.loss_function",
-        "transformers.modeling_utils:PreTrainedModel.warn_if_padding_and_no_attention_mask",
-        "transformers.modeling_utils:slice_logits_to_keep",
-        "transformers.pytorch_utils:compile_compatible_method_lru_cache",
-        "transformers.utils.auto_docstring:auto_docstring",
-        "transformers.utils.deprecation:deprecate_kwarg",
-        "transformers.utils.doc:add_start_docstrings_to_model_forward",
-        "transformers.utils.doc:replace_return_docstrings",
-        "transformers.utils.generic:ModelOutput",
-        "transformers.utils.generic:accepts_precomputed_kwargs",
-        "transformers.utils.generic:can_return_tuple",
-        "transformers.utils.generic:check_model_inputs",
-        "transformers.utils.generic:get_max_seqlen",
-        "transformers.utils.generic:is_flash_attention_requested",
-        "transformers.utils.generic:maybe_autocast",
-        "transformers.utils.generic:merge_with_config_defaults",
-        "transformers.utils.generic:torch_float",
-        "transformers.utils.generic:torch_int",
-        "transformers.utils.import_utils:is_torch_greater_or_equal",
-        "transformers.utils.import_utils:is_torchdynamo_compiling",
-        "transformers.utils.import_utils:is_torchdynamo_exporting",
-        "transformers.utils.import_utils:is_tracing",
-        "transformers.utils.import_utils:torch_compilable_check",
-        "transformers.utils.logging:get_logger",
-        "transformers.utils.output_capturing:capture_outputs",
-        "transformers.utils.output_capturing:select_hidden_states",
-    ]
-)
-BUILTINS = frozenset(
-    [
-        "abs",
-        "all",
-        "any",
-        "bool",
-        "bytes",
-        "callable",
-        "dict",
-        "divmod",
-        "enumerate",
-        "filter",
-        "float",
-        "frozenset",
-        "hasattr",
-        "hash",
-        "id",
-        "int",
-        "isinstance",
-        "issubclass",
-        "iter",
-        "len",
-        "list",
-        "map",
-        "max",
-        "min",
-        "next",
-        "object",
-        "pow",
-        "print",
-        "property",
-        "range",
-        "repr",
-        "reversed",
-        "round",
-        "set",
-        "slice",
-        "sorted",
-        "staticmethod",
-        "str",
-        "sum",
-        "super",
-        "tuple",
-        "type",
-        "zip",
-        "NotImplemented",
-        "Ellipsis",
-        "__name__",
-    ]
-)
+# Names outside of those modules that such a function may refer to: decorators that read flags such as `return_dict` and
+# collect outputs; tables of activations, attentions and rotary embeddings by their names in the config; version
+# checks; the log.
+_KNOWN_BY_MODULE = {
+    "transformers.activations": "ACT2FN ACT2CLS",
+    "transformers.backbone_utils": "BackboneMixin.out_features BackboneMixin.out_indices filter_output_hidden_states",
+    "transformers.generation.continuous_batching.cache": "PagedAttentionCache",
+    "transformers.image_processing_utils": "select_best_resolution",
+    "transformers.image_transforms": "center_to_corners_format corners_to_center_format",
+    "transformers.integrations.accelerate": "force_accelerate_hooks",
+    "transformers.integrations.deepspeed": "is_deepspeed_zero3_enabled",
+    "transformers.integrations.hub_kernels": (
+        "use_kernel_forward_from_hub use_kernel_func_from_hub use_kernel_func_from_hub_with_fallback "
+        "use_kernelized_func"
+    ),
+    "transformers.masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS",
+    "transformers.modeling_layers": "GradientCheckpointingLayer",
+    "transformers.modeling_rope_utils": "ROPE_INIT_FUNCTIONS dynamic_rope_update",
+    "transformers.modeling_utils": (
+        "ALL_ATTENTION_FUNCTIONS EmbeddingAccessMixin.get_input_embeddings ModuleUtilsMixin.device "
+        "ModuleUtilsMixin.dtype PreTrainedModel.loss_function "
+        "PreTrainedModel.warn_if_padding_and_no_attention_mask slice_logits_to_keep"
+    ),
+    "transformers.pytorch_utils": "compile_compatible_method_lru_cache",
+    "transformers.utils.auto_docstring": "auto_docstring",
+    "transformers.utils.deprecation": "deprecate_kwarg",
+    "transformers.utils.doc": "add_start_docstrings_to_model_forward replace_return_docstrings",
+    "transformers.utils.generic": (
+        "ModelOutput accepts_precomputed_kwargs can_return_tuple check_model_inputs get_max_seqlen "
+        "is_flash_attention_requested maybe_autocast merge_with_config_defaults torch_float torch_int"
+    ),
+    "transformers.utils.import_utils": (
+        "is_torch_greater_or_equal is_torchdynamo_compiling is_torchdynamo_exporting is_tracing torch_compilable_check"
+    ),
+    "transformers.utils.logging": "get_logger",
+    "transformers.utils.output_capturing": "capture_outputs select_hidden_states",
+}
+_KNOWN = frozenset(f"{module}:{name}" for module, names in _KNOWN_BY_MODULE.items() for name in names.split())
+_BUILTIN_NAMES = """
+    abs all any bool bytes callable dict divmod enumerate filter float frozenset hasattr hash id int isinstance
+    issubclass iter len list map max min next object pow print property range repr reversed round set slice sorted
+    staticmethod str sum super tuple type zip NotImplemented Ellipsis __name__
+"""
+BUILTINS = frozenset(_BUILTIN_NAMES.split())
 DUNDERS = frozenset(
     [
         "__class__",
@@ -136,58 +74,19 @@ DUNDERS = frozenset(
         "__contains__",
     ]
 )
-# Attributes by which a module decides whose code it calls; no step may set them.
+# Attributes by which a module selects the implementation that it calls; no step may set them.
 SETTLED = re.compile(r"config|_attn_implementation\w*|_experts_implementation\w*|_use_kernels|use_kernels|__.*")
-# Methods of tensors, modules, caches and loggers, besides those that are operators' names.
-_METHODS = frozenset(
-    [
-        "apply",
-        "bool",
-        "byte",
-        "char",
-        "children",
-        "cpu",
-        "cuda",
-        "debug",
-        "double",
-        "dtype",
-        "element_size",
-        "eval",
-        "fill_",
-        "float",
-        "get_interface",
-        "get_mask_sizes",
-        "get_query_offset",
-        "get_seq_length",
-        "get_text_config",
-        "half",
-        "indices",
-        "info",
-        "int",
-        "is_contiguous",
-        "item",
-        "long",
-        "mode",
-        "named_children",
-        "named_parameters",
-        "new",
-        "new_tensor",
-        "numpy",
-        "parameters",
-        "requires_grad_",
-        "short",
-        "size",
-        "storage_offset",
-        "stride",
-        "tolist",
-        "train",
-        "type",
-        "unique",
-        "warn",
-        "warning",
-        "warning_once",
-    ]
-)
+# Methods of tensors, modules, caches and loggers, besides those that are operators' names. `create_causal_mask` calls
+# get_query_offset and get_mask_sizes of a cache (in transformers 5.17 of one whose class `Reach` cannot tell). In
+# transformers.cache_utils they only compute numbers from the cache's lengths, and `Reach` still follows those that a
+# model's own classes define.
+_METHOD_NAMES = """
+    apply bool byte char children cpu cuda debug double dtype element_size eval fill_ float get_interface
+    get_mask_sizes get_query_offset get_seq_length get_text_config half indices info int is_contiguous item long
+    mode named_children named_parameters new new_tensor numpy parameters requires_grad_ short size storage_offset
+    stride tolist train type unique warn warning warning_once
+"""
+_METHODS = frozenset(_METHOD_NAMES.split())
 _NAMES_ELSEWHERE = re.compile(
     r"torch\.(nn\.(functional|init|utils\.rnn)|fft|linalg|special)\.[a-z0-9_]+|torch\.nn\.[A-Z][A-Za-z0-9]*"
     r"|math\.[a-z0-9_]+|itertools\.[a-z_]+|operator\.[a-z_]+|collections\.(abc\.)?[A-Za-z_]+|typing\.[A-Z][A-Za-z]+"
@@ -198,62 +97,18 @@ _NAMES_ELSEWHERE = re.compile(
     r"|torch\.nn\.attention\.(flex_attention\.BlockMask|sdpa_kernel|SDPBackend\.MATH)|torch\.jit\.(is_tracing|ignore)"
     r"|torch\._dynamo\.mark_static_address"
 )
-_TORCH = frozenset(
-    [
-        "Size",
-        "Tensor",
-        "as_tensor",
-        "argwhere",
-        "autocast",
-        "bfloat16",
-        "bool",
-        "channels_last",
-        "channels_last_3d",
-        "complex64",
-        "complex128",
-        "contiguous_format",
-        "device",
-        "dtype",
-        "double",
-        "e",
-        "enable_grad",
-        "finfo",
-        "float",
-        "float16",
-        "float32",
-        "float64",
-        "get_autocast_dtype",
-        "get_default_dtype",
-        "half",
-        "histc",
-        "iinfo",
-        "inf",
-        "inference_mode",
-        "int",
-        "int16",
-        "int32",
-        "int64",
-        "int8",
-        "is_autocast_enabled",
-        "is_tensor",
-        "legacy_contiguous_format",
-        "long",
-        "nan",
-        "no_grad",
-        "pi",
-        "preserve_format",
-        "set_grad_enabled",
-        "strided",
-        "tensor",
-        "uint8",
-        "unique",
-        "is_grad_enabled",
-    ]
-)
+_TORCH_NAMES = """
+    Size Tensor as_tensor argwhere autocast bfloat16 bool channels_last channels_last_3d complex64 complex128
+    contiguous_format device dtype double e enable_grad finfo float float16 float32 float64 get_autocast_dtype
+    get_default_dtype half histc iinfo inf inference_mode int int16 int32 int64 int8 is_autocast_enabled is_tensor
+    legacy_contiguous_format long nan no_grad pi preserve_format set_grad_enabled strided tensor uint8 unique
+    is_grad_enabled
+"""
+_TORCH = frozenset(_TORCH_NAMES.split())
 
 
 def is_computing(module: str) -> bool:
-    """Whether the functions of a module of the library are judged by what they refer to."""
+    """Whether a module is part of the library's modeling code, whose functions are judged by their references."""
     return _COMPUTING.match(module) is not None
 
 
@@ -271,7 +126,7 @@ def is_known_elsewhere(name: str) -> bool:
 
 
 def is_free(name: str) -> bool:
-    """Whether what has a method of this name is a tensor, a container or a logger, as far as functions call it."""
+    """Whether a method of this name is harmless on every tensor, container, cache and logger."""
     return name in _METHODS or name in _container_methods() or is_allowed(name, "default")
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import ArtifactError
 from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_halves
-from runtime.host.left_as_found import Found, left_as_found
+from runtime.host.left_as_found import ProcessState, left_as_found
 from runtime.language.program import Run
 from runtime.model.experts import Experts
 
@@ -66,7 +66,7 @@ class ShapeRun:
         self._known: dict[Any, Footprint | None] = {}
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._stack = contextlib.ExitStack()
-        self._found: Found | None = None
+        self._found: ProcessState | None = None
 
     def __enter__(self) -> ShapeRun:
         for module in self.model.modules():

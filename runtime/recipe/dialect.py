@@ -88,8 +88,8 @@ NO_OPS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqOptions:
-    """What GPTQ is run with; the names are those of `quantize_gptq`. `fallback` is what to do where it fails, `refine`
-    how often columns and scales are gone over afterwards.
+    """The options of GPTQ, named as in `quantize_siblings`; `fallback` is the method to use if it fails, `refine` the
+    number of sweeps of refinement afterwards.
     """
 
     dampening_frac: float

@@ -1,4 +1,4 @@
-"""List and prune a directory of artifacts: complete artifacts, records, and remains of interrupted compilations."""
+"""Lock an artifact; list and prune a directory of artifacts, their records and remains of interrupted compilations."""
 
 from __future__ import annotations
 
@@ -70,27 +70,26 @@ def entries(out: Path) -> list[Entry]:
             manifest = read_manifest(path)
         except ArtifactError as error:
             damage = error.message
-        mine = [
-            record for record, read in records.items() if manifest is not None and read.input_key == manifest.input_key
-        ]
-        used = max([path.stat().st_mtime, *(record.stat().st_mtime for record in mine)])
+        key = manifest.input_key if manifest is not None else None
+        mine = [file for file, record in records.items() if record.input_key == key]
+        used = max(file.stat().st_mtime for file in (path, *mine))
         found.append(Entry(path=path, manifest=manifest, damage=damage, num_bytes=_num_bytes(path), used=used))
     return found
 
 
-def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Entry, list[str]] | None:
-    """Return the entry that differs in the fewest ingredients, and their names; of several, the first by name."""
-    best: tuple[Entry, list[str]] | None = None
+def nearest(ingredients: Mapping[str, str], known: Sequence[Entry]) -> tuple[Path, dict[str, tuple[str, str]]] | None:
+    """Return the artifact that differs in the fewest ingredients, and its value and the given one for each of these.
+
+    Of several, this is the first by name; None if there is no undamaged artifact.
+    """
+    found: list[tuple[Path, dict[str, tuple[str, str]]]] = []
     for entry in known:
-        if entry.manifest is None:
-            continue
-        theirs = entry.manifest.ingredients
-        differing = [
-            name for name in dict.fromkeys((*ingredients, *theirs)) if ingredients.get(name) != theirs.get(name)
-        ]
-        if best is None or len(differing) < len(best[1]):
-            best = entry, differing
-    return best
+        if entry.manifest is not None:
+            theirs = entry.manifest.ingredients
+            names = dict.fromkeys((*ingredients, *theirs))
+            pairs = {name: (theirs.get(name, "missing"), ingredients.get(name, "missing")) for name in names}
+            found.append((entry.path, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}))
+    return min(found, key=lambda each: len(each[1]), default=None)
 
 
 def prune(
@@ -110,37 +109,32 @@ def prune(
     known = sorted(entries(out), key=lambda entry: (-entry.used, entry.path.name))
     kept, now = 0, time.time()
     for entry in known:
-        why = "all were asked for" if everything else ""
+        why = "--all was given" if everything else ""
         if not why and older_than_s is not None and now - entry.used > older_than_s:
             why = f"not used for {(now - entry.used) / 86400:.1f} days"
         if not why and max_bytes is not None and kept + entry.num_bytes > max_bytes:
-            why = "beyond the size that was asked for"
+            why = "it exceeds --max-size"
         if not why:
             kept += entry.num_bytes
             continue
-        with _idle(out, entry.path.name) as is_idle:
-            if is_idle:
-                _remove(entry.path)
-                yield Pruned(path=entry.path, why=why, num_bytes=entry.num_bytes)
-    yield from _sweep(out)
+        with locked(entry.path, wait=False) as is_locked:
+            if is_locked:
+                yield _pruned(entry.path, why, entry.num_bytes)
+    yield from _leftovers(out)
 
 
-def _sweep(out: Path) -> Iterator[Pruned]:
-    """Find remains of interrupted compilations, and records and locks without an artifact."""
+def _leftovers(out: Path) -> Iterator[Pruned]:
+    """Remove remains of interrupted compilations, and records and locks without an artifact; yield the remains."""
     for path in _listed(out):
         match = _LEFT.match(path.name)
         if match is not None and path.is_dir() and not path.is_symlink():
-            with _idle(out, match[1]) as is_idle:
-                if is_idle:
-                    num_bytes = _num_bytes(path)
-                    _remove(path)
-                    why = "it was damaged" if match[2] == DAMAGED else "a compilation was killed"
-                    yield Pruned(path=path, why=why, num_bytes=num_bytes)
+            with locked(out / match[1], wait=False) as is_locked:
+                if is_locked:
+                    why = "it was damaged" if match[2] == DAMAGED else "its compilation was killed"
+                    yield _pruned(path, why, _num_bytes(path))
         elif _LEFT_RECORD.match(path.name) and path.is_file():
             # A process that is writing it now loses its record, without further consequences.
-            num_bytes = path.lstat().st_size
-            _remove(path)
-            yield Pruned(path=path, why="a compilation was killed", num_bytes=num_bytes)
+            yield _pruned(path, "its compilation was killed", path.lstat().st_size)
     for path in _listed(out):
         if path.name.endswith(RECORD_SUFFIX) and read_record(path) is None:
             _remove(path)
@@ -151,23 +145,34 @@ def _sweep(out: Path) -> Iterator[Pruned]:
     for path in _listed(out):
         match = _LOCK.match(path.name)
         if match is not None and not (out / match[1]).exists():
-            with _idle(out, match[1]) as is_idle:
-                if is_idle:
+            with locked(out / match[1], wait=False) as is_locked:
+                if is_locked:
                     _remove(path)
 
 
+def _pruned(path: Path, why: str, num_bytes: int) -> Pruned:
+    """Remove a path and return what was removed."""
+    _remove(path)
+    return Pruned(path=path, why=why, num_bytes=num_bytes)
+
+
 @contextlib.contextmanager
-def _idle(out: Path, name: str) -> Iterator[bool]:
-    """Return whether no compilation uses the artifact of this name, and block new ones while the block runs."""
-    lock = FileLock(out / f".{name}.lock", mode=0o666)
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Let one process at a time make or remove the artifact at `path`.
+
+    Args:
+        path: the artifact's directory, which need not exist.
+        wait: wait for another process that has the lock; else yield False.
+    """
+    lock, is_locked = FileLock(path.parent / f".{path.name}.lock", mode=0o666), True
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            is_locked = False
     try:
-        with disk_errors(out):
-            lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        yield is_locked
     finally:
         lock.release()
 
@@ -186,7 +191,7 @@ def _remove(path: Path) -> None:
 def _listed(out: Path) -> list[Path]:
     if not out.is_dir():
         raise OutputError(
-            f"there is no directory {out}", hint="name the one that seqbuild compile wrote to, with --out"
+            f"there is no directory {out}", hint="pass the directory that seqbuild compile wrote to with --out"
         )
     return sorted(out.iterdir())
 

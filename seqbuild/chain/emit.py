@@ -1,20 +1,20 @@
-"""From a graph to readable, deterministic Python source: what an artifact stores and a host executes.
+"""Generate readable, deterministic Python source from a graph; an artifact stores it and a host executes it.
 
 Every statement is one of
 
     name = torch.ops.aten.op.overload(arguments)      an operator
     name = self.get_submodule("dotted.name")(...)     a leaf module
-    name = self.get_parameter("dotted.name")          a parameter or buffer that the glue uses
-    name = run.constant("constant_0")                 a tensor that the artifact brings
-    name = run.opaque["module:function"](...)         a step that is called whole
+    name = self.get_parameter("dotted.name")          a parameter or buffer that is read directly
+    name = run.constant("constant_0")                 a tensor stored in the artifact
+    name = run.opaque["module:function"](...)         an opaque step
     name = other[0]   name = a * b + 1                unpacking, arithmetic on sizes
-    name = run.copied(other)                          a dictionary that a step has filled, as it is now
-    name = run.require(condition, True)               what the model itself would refuse otherwise
+    name = run.copied(other)                          the present content of a dictionary that steps fill
+    name = run.require(condition, True)               a check; the model itself rejects other data
     for name in range(size): ...                      a loop, see `seqbuild.chain.marks`
-    del name                                          after the last use, so that memory is freed as it is in the model
+    del name                                          after the last use, so that memory is freed as in the model
 
-`runtime.language.grammar` accepts just this; `run.device`, `run.dtype` and `run.lowest` stand where the trace had its
-own.
+`runtime.language.grammar` accepts exactly these statements. `run.device`, `run.dtype`, `run.lowest` and similar names
+replace the values of the trace.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _FUNCTIONS: dict[Any, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmittedCode:
-    """Source of one subgraph and everything that it refers to, each in order of first use.
+    """Source of one subgraph and everything it refers to, in order of first use.
 
     Attributes:
         source: a module with one function, `forward(self, <arguments>, *, run)`.
@@ -77,8 +77,8 @@ class EmittedCode:
         attributes: dotted names of the parameters and buffers it reads directly.
         objects: dotted names of modules or configs that are passed to opaque steps.
         uses: dotted names of the parameters and buffers of these objects that opaque steps use.
-        constants: names of the artifact's tensors.
-        opaque: paths of the functions called whole.
+        constants: names of the tensors stored in the artifact.
+        opaque: paths of the opaque steps.
         output_names: names of the results in the chain.
         results: keys of the returned dict, in the same order.
         names: the function's names for its values, by node.
@@ -100,7 +100,6 @@ class EmittedCode:
 def emit(
     graph: fx.Graph,
     *,
-    title: str = "",
     traced_dtype: torch.dtype | None = None,
     scope: str | None = None,
     is_last: bool = True,
@@ -109,17 +108,16 @@ def emit(
 
     Args:
         graph: its placeholders are the inputs, its output is a dict; `owning_module` resolves attribute names.
-        title: a comment for the first line.
         traced_dtype: the dtype that marks "the run's dtype" in this trace; None writes dtypes unchanged.
         scope: the dotted name of the module passed as `self`, which must contain everything that the subgraph calls and
-        reads. Value names then depend on the subgraph only, so that layers with the same computation have the same
-        source. None selects the model and the names of the graph.
+            reads. Value names then depend on the subgraph only, so that layers with the same computation have the same
+            source. None selects the model and the names of the graph.
         is_last: whether the results are the model's own, whose names are kept.
 
     Raises:
         TraceError: for a value or function that generated code cannot contain.
     """
-    return _Emitter(graph, traced_dtype, scope, is_last).emit(title)
+    return _Emitter(graph, traced_dtype, scope, is_last).emit()
 
 
 def common_scope(graph: fx.Graph, target: str) -> str:
@@ -134,13 +132,13 @@ def _is_constant(node: fx.Node) -> bool:
     return "constant" in node.meta
 
 
-def is_offered(operator_: torch._ops.OpOverload) -> bool:
-    """Return whether an artifact's code may call this operator, see `runtime.language.operators`."""
+def is_supported(operator_: torch._ops.OpOverload) -> bool:
+    """Return whether generated code may call this operator, see `runtime.language.operators`."""
     namespace, name, overload = str(operator_).split(".")
     return namespace == "aten" and is_allowed(name, overload)
 
 
-# Rounding to integers in terms that the grammar has: `//` on floats rounds down.
+# Rounding to integers with operations of the grammar: `//` on floats rounds down.
 _ROUNDED: dict[Any, str] = {
     math.ceil: "torch.sym_int(-(-{0} // 1))",
     math.floor: "torch.sym_int({0} // 1)",
@@ -157,16 +155,15 @@ class _Emitter:
     taken: dict[str, None] = field(default_factory=dict)
     references: dict[str, dict[str, None]] = field(default_factory=dict)
 
-    def emit(self, title: str) -> EmittedCode:
+    def emit(self) -> EmittedCode:
         inputs = self.graph.find_nodes(op="placeholder")
         for node in inputs:
             self._name(node, str(node.target))
         arguments = [self.names[node] for node in inputs]
         for name in arguments:
             if name in RESERVED:
-                raise TraceError(f"an input of the model is called {name!r}, which generated code needs for itself")
-        lines = [f"# {title}"] if title else []
-        lines.append(f"def forward({', '.join(['self', *arguments])}, *, run):")
+                raise TraceError(f"an input of the model is named {name!r}, which is reserved in generated code")
+        lines = [f"def forward({', '.join(['self', *arguments])}, *, run):"]
         last_use, depth = self._last_uses(), 1
         for node in self.graph.nodes:
             if node.op == "output":
@@ -174,7 +171,7 @@ class _Emitter:
             elif node.op != "placeholder":
                 depth -= node.target is marks.end
                 lines.extend("    " * depth + line for line in self._statement(node))
-                depth += node.target is marks.turn
+                depth += node.target is marks.begin
                 finished = [self.names[source] for source in last_use.get(node, ())]
                 if finished:
                     lines.append("    " * depth + f"del {', '.join(finished)}")
@@ -198,7 +195,7 @@ class _Emitter:
             return [f"{values}.append({value})"]
         expression = self._expression(node)
         self._name(node, node.name)
-        is_loop = node.target is marks.turn
+        is_loop = node.target is marks.begin
         return [f"for {self.names[node]} in range({expression}):" if is_loop else f"{self.names[node]} = {expression}"]
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
@@ -211,9 +208,9 @@ class _Emitter:
         end_of = {node.args[0]: node for node in self.graph.nodes if node.target is marks.end}
         for node in self.graph.nodes:
             if node.op not in ("placeholder", "output") and node.target not in marks.STATEMENTS:
-                last[node] = node  # a result that nothing uses goes at once
+                last[node] = node  # an unused result is deleted at once
             for source in node.all_input_nodes:
-                if source.target is not marks.turn:
+                if source.target is not marks.begin:
                     others = around[node][len(around[source]) :]
                     last[source] = end_of[others[0]] if others else node
         ends: dict[fx.Node, list[fx.Node]] = {}
@@ -261,9 +258,9 @@ class _Emitter:
         return self._python(node)
 
     def _operator(self, node: fx.Node, operator_: torch._ops.OpOverload) -> str:
-        if not is_offered(operator_):
+        if not is_supported(operator_):
             raise TraceError(
-                f"the model's code calls torch.ops.{operator_}, which is not among the operators of an artifact",
+                f"the model's code calls torch.ops.{operator_}, which an artifact does not support",
                 hint="make the function that calls it one opaque step with --ignore NAME",
             )
         return f"torch.ops.{operator_}({self._arguments(node)})"
@@ -281,7 +278,7 @@ class _Emitter:
             return f"run.require({operands[0]}, {operands[1]})"
         if target is marks.collected:
             return "[]"
-        if target in (marks.variable, marks.turn):
+        if target in (marks.variable, marks.begin):
             return operands[0]
         if target is operator.neg:
             return f"-{operands[0]}"
@@ -304,7 +301,8 @@ class _Emitter:
         name = str(node.target)
         if _is_constant(node):
             return f"run.constant({_text(self._refer('constants', name))})"
-        value = _lookup(self.graph.owning_module, name)
+        root: Any = self.graph.owning_module
+        value = operator.attrgetter(name)(root) if name else root
         if isinstance(value, nn.Module):
             self._refer("objects", name)
             return self._submodule(name, is_called=False)
@@ -361,10 +359,10 @@ class _Emitter:
     def _float(self, value: float) -> str:
         if self.traced_dtype is not None:
             limits = torch.finfo(self.traced_dtype)
-            standing = {limits.min: "run.lowest", limits.max: "run.highest"}
-            standing |= {marked(self.traced_dtype, "tiny"): "run.tiny", marked(self.traced_dtype, "eps"): "run.eps"}
-            if value in standing:
-                return standing[value]
+            names = {limits.min: "run.lowest", limits.max: "run.highest"}
+            names |= {marked(self.traced_dtype, "tiny"): "run.tiny", marked(self.traced_dtype, "eps"): "run.eps"}
+            if value in names:
+                return names[value]
         if math.isnan(value):
             return "torch.nan"
         if math.isinf(value):
@@ -373,19 +371,11 @@ class _Emitter:
 
 
 def _fractional(exponent: Any) -> Any:
-    """Return the exponent as a float if the operation is always a power."""
+    """Return a negative integer exponent as a float, and any other exponent unchanged."""
     return float(exponent) if type(exponent) is int and exponent < 0 else exponent
 
 
 _REFERENCE_KINDS: Sequence[str] = ("submodules", "attributes", "objects", "uses", "constants", "opaque")
-
-
-def _lookup(root: Any, name: str) -> Any:
-    """Look up the parameter, buffer, module or config with a dotted name."""
-    value = root
-    for part in name.split(".") if name else ():
-        value = getattr(value, part)
-    return value
 
 
 def _tuple(items: list[str]) -> str:

@@ -1,15 +1,16 @@
-"""What stands in a graph for a loop over a symbolic size, in the order of its nodes.
+"""Functions that mark loops and checks in a flat graph; generated code has Python statements in their place.
 
-    outputs = collected()              a list that the loop appends to
-    state = variable(zeros)            a variable that the loop assigns to; behind the loop, what was assigned last
-    index = turn(size)                 the loop begins; the number of the turn
+A loop over a symbolic size consists of these nodes, in this order:
+
+    outputs = collected()              a list to which the loop appends
+    state = variable(zeros)            a variable that the loop assigns; after the loop it has the last value
+    index = begin(size)                the loop begins; the index of the iteration
     ...                                its body
-    assign(state, add)                 its body ends with what goes on to the next turn
+    assign(state, add)                 the body ends with the values for the next iteration
     append(outputs, matmul)
     end(index)                         the loop ends
 
-The graph stays flat, and whoever takes nodes one by one (sections, partitions) needs to know nothing of it. Generated
-code has real statements in the place of these.
+Code that processes single nodes (sections, partitions) needs no special cases for loops.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LIMIT_MARK = 1 + 2.0**-40
 
 
 def _refuse() -> NoReturn:
-    raise TraceError("a loop over a symbolic size is executed as code alone")
+    raise TraceError("a loop over a symbolic size can only be executed as generated code")
 
 
 def collected() -> list[Any]:
@@ -41,7 +42,7 @@ def variable(initial: Any) -> Any:
     _refuse()
 
 
-def turn(size: int) -> int:
+def begin(size: int) -> int:
     """Mark the beginning of a loop of `size` iterations."""
     _refuse()
 
@@ -61,14 +62,14 @@ def end(index: int) -> None:
     _refuse()
 
 
-STATEMENTS = (turn, assign, append, end)
+STATEMENTS = (begin, assign, append, end)
 
 
 def paths(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
-    """Map each node to the loops around it, outermost first, each by its first node. That node counts as inside."""
+    """Yield each node with the `begin` nodes of the loops around it, outermost first; a `begin` node is inside."""
     around: tuple[fx.Node, ...] = ()
     for node in nodes:
-        if node.target is turn:
+        if node.target is begin:
             around = (*around, node)
         yield node, around
         if node.target is end:

@@ -1,4 +1,4 @@
-"""Cut a graph into a chain of partitions, each with whole targets in it."""
+"""Cut a graph into a chain of subgraphs, each with complete targets."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# Key of a node's metadata: the target inside which the node was recorded, if the target is traced through.
+# Keys of a node's metadata: the target inside which the node was recorded, if the target is traced through; whether its
+# result comes from a dry run.
 WITHIN = "within"
+DRY_RUN = "dry_run"
 
 
 def target_of(node: fx.Node, root: nn.Module, targets: Collection[nn.Module]) -> nn.Module | None:
@@ -31,18 +33,18 @@ def target_of(node: fx.Node, root: nn.Module, targets: Collection[nn.Module]) ->
 
 
 def graph_is_well_formed(graph: fx.Graph) -> bool:
-    """Whether, for all nodes A and B: A is in B.users exactly when B is in A.all_input_nodes."""
+    """Return whether for all nodes A and B, A is in B.users exactly if B is in A.all_input_nodes."""
     edges = [(node, user) for node in graph.nodes for user in node.users]
     inputs = [(source, node) for node in graph.nodes for source in node.all_input_nodes]
     return len(edges) == len(inputs) and dict.fromkeys(edges).keys() == dict.fromkeys(inputs).keys()
 
 
 def find_target_nodes(graph: fx.GraphModule | fx.Graph, targets: Collection[nn.Module]) -> KeysView[fx.Node]:
-    """The nodes that call a target, or are part of one that is traced through, in graph order.
+    """Return the nodes that call a target or belong to one that is traced through, in graph order.
 
     Args:
-        graph: a graph module, or a graph whose owning module has the called modules.
-        targets: the modules looked for.
+        graph: a graph module, or a graph whose owning module contains the called modules.
+        targets: the targets.
     """
     fx_graph, root = _graph_and_root(graph)
     return dict.fromkeys(node for node in fx_graph.nodes if target_of(node, root, targets) is not None).keys()
@@ -51,24 +53,24 @@ def find_target_nodes(graph: fx.GraphModule | fx.Graph, targets: Collection[nn.M
 def topological_partition(
     graph: fx.GraphModule | fx.Graph, targets: Collection[nn.Module], targets_per_subgraph: int = 1
 ) -> list[list[fx.Node]]:
-    """Assign every node to one of a chain of partitions, each depending on earlier ones only.
+    """Divide the nodes into a chain of partitions, each of which depends on earlier ones only.
 
-    The graph's own order is cut behind every `targets_per_subgraph`-th target. A target that is called several times
-    lies in one partition with all its calls and all that happens between them. What unpacks a result stays with the
-    step that made it; `get_attr` nodes go as late as their first user allows. What follows the last target (a final
-    norm, a head) is a partition of its own, with no target in it.
+    The graph is cut after every `targets_per_subgraph`-th target. All calls of a target that is called several times
+    are in one partition, together with everything between them. Nodes that unpack a result stay with the step that
+    computed it, and `get_attr` nodes are in the partition of their first user. The nodes after the last target (such as
+    a final norm and a head) form a partition without targets.
 
     Returns:
-        Lists of nodes, in graph order; the graph's inputs and its output are among them.
+        Lists of nodes in graph order, including the graph's inputs and its output.
 
     Raises:
-        UsageError: when `targets_per_subgraph` is not positive.
-        TargetError: when no target is called.
+        UsageError: if `targets_per_subgraph` is below one.
+        TargetError: if no target is called.
     """
     if targets_per_subgraph < 1:
         raise UsageError(f"targets per subgraph is {targets_per_subgraph}", hint="it must be 1 or more")
     fx_graph, root = _graph_and_root(graph)
-    assert graph_is_well_formed(fx_graph), "an edge of the graph is known at one end only"
+    assert graph_is_well_formed(fx_graph), "an edge of the graph is recorded at one end only"
     nodes = list(fx_graph.nodes)
     calls: dict[nn.Module, list[int]] = {}
     for position, node in enumerate(nodes):
@@ -94,7 +96,7 @@ def topological_partition(
 
 
 def _cuts(spans: list[tuple[int, int]], targets_per_subgraph: int) -> list[int]:
-    """Positions after which to cut, so that no span (first to last call of one target) is torn apart."""
+    """Return the positions after which to cut, outside all spans (first to last call of one target)."""
     cuts: list[int] = []
     held, end = 0, -1
     for index, (_, last) in enumerate(spans):  # in the order of first calls
@@ -108,7 +110,7 @@ def _cuts(spans: list[tuple[int, int]], targets_per_subgraph: int) -> list[int]:
 
 
 def _without_empty_tail(partitions: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Merge a last partition that only names the output into the one before it."""
+    """Merge a last partition that contains only inputs and the output into the one before it."""
     if len(partitions) > 1 and all(node.op in ("output", "placeholder") for node in partitions[-1]):
         tail = partitions.pop()
         partitions[-1].extend(tail)
@@ -119,15 +121,14 @@ def partition_graph(model: nn.Module, partitions: list[list[fx.Node]]) -> list[S
     """Build a Subgraph from each partition.
 
     A subgraph takes values of earlier ones by name and returns the values that later ones need; the last returns the
-    fields of the model's output. Parameters never cross a boundary: a `get_attr` is repeated in each partition that
-    uses it.
+    fields of the model's output. Parameters never cross a boundary: each partition has its own `get_attr` nodes.
 
     Args:
-        model: the model that the partitions' graph was traced from.
-        partitions: as made by `topological_partition`.
+        model: the traced model.
+        partitions: the result of `topological_partition`.
 
     Returns:
-        Subgraphs in order of execution, with empty `consumed_names` until `trace_consumed_names` runs.
+        Subgraphs in execution order; `trace_consumed_names` fills in their `consumed_names`.
     """
     owner = {node: index for index, nodes in enumerate(partitions) for node in nodes}
     return [_subgraph(model, index, nodes, owner) for index, nodes in enumerate(partitions)]
@@ -139,20 +140,20 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
     body = [node for node in nodes if node.op not in ("placeholder", "output", "get_attr")]
     output = next((node for node in nodes if node.op == "output"), None)
     ends = [] if output is None else [output]
-    unused = [node for node in nodes if node.op == "placeholder" and not node.users]  # taken so that it is consumed
+    unused = [node for node in nodes if node.op == "placeholder" and not node.users]  # an input, so that it is consumed
     sources = dict.fromkeys([*unused, *(source for node in (*body, *ends) for source in node.all_input_nodes)])
     outside = [
         source
         for source in sources
         if source.op == "placeholder" or (source.op != "get_attr" and owner[source] != index)
     ]
-    for source in sorted(outside, key=lambda node: node.op != "placeholder"):  # else in the order of their use
+    for source in sorted(outside, key=lambda node: node.op != "placeholder"):  # model inputs first, then by use
         copies[source] = graph.placeholder(str(source.target) if source.op == "placeholder" else source.name)
         copies[source].meta = {key: value for key, value in source.meta.items() if key != WITHIN}
     for node, around in loop_marks.paths((*body, *ends)):
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source not in copies:
-                place = copies[around[0]] if around and node is not around[0] else graph._root  # not in a loop
+                place = copies[around[0]] if around and node is not around[0] else graph._root  # outside loops
                 with graph.inserting_before(place):
                     copies[source] = graph.node_copy(source)
         if node.op != "output":
@@ -168,7 +169,7 @@ def _subgraph(model: nn.Module, index: int, nodes: list[fx.Node], owner: dict[fx
 
 
 def trace_consumed_names(subgraphs: list[Subgraph]) -> None:
-    """Fill in each subgraph's `consumed_names`: the inputs that no later subgraph takes."""
+    """Set each subgraph's `consumed_names`: the inputs that no later subgraph has."""
     needed_later: dict[str, None] = {}
     for subgraph in reversed(subgraphs):
         subgraph.consumed_names = [name for name in subgraph.input_names if name not in needed_later]
@@ -180,15 +181,11 @@ def named_output(output: Any) -> dict[str, Any]:
 
     Fields without a value are left out.
     """
-    if isinstance(output, (dict, UserDict)):
-        return {str(name): value for name, value in output.items() if not is_empty_cache(value) and value is not None}
     if isinstance(output, (tuple, list)):
-        return {
-            f"output_{index}": value
-            for index, value in enumerate(output)
-            if not is_empty_cache(value) and value is not None
-        }
-    return {"output": output}
+        output = {f"output_{index}": value for index, value in enumerate(output)}
+    if not isinstance(output, (dict, UserDict)):
+        return {"output": output}
+    return {str(name): value for name, value in output.items() if value is not None and not is_empty_cache(value)}
 
 
 def _is_unpacking(node: fx.Node) -> bool:
@@ -201,5 +198,5 @@ def _graph_and_root(graph: fx.GraphModule | fx.Graph) -> tuple[fx.Graph, nn.Modu
     if isinstance(graph, fx.GraphModule):
         return graph.graph, graph
     root: nn.Module | None = graph.owning_module
-    assert root is not None, "a graph needs an owning module to say what it calls"
+    assert root is not None, "a graph needs an owning module, which contains the called modules"
     return graph, root

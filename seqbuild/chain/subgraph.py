@@ -1,4 +1,4 @@
-"""One step of the chain."""
+"""A subgraph: one part of the chain."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx
 
 from runtime.language.program import Program, Run, compile_program, run_device, run_dtype
 from seqbuild.chain.emit import EmittedCode, emit
+from seqbuild.chain.uncompiled import original
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Subgraph:
-    """A part of a model's graph that can be executed by itself.
+    """A part of a model's graph that can be executed separately.
 
     Attributes:
         graph: the operations; its placeholders are the inputs, its output a dict from names to values.
-        input_names: what `forward` takes, in the order of the generated signature.
-        consumed_names: those inputs that no later subgraph takes, so that they can be freed afterwards.
+        input_names: names of the inputs, in the order of the generated signature.
+        consumed_names: the inputs that no later subgraph needs, so that they can be freed afterwards.
         constants: tensors that the operations need besides weights, by name.
     """
 
@@ -36,29 +37,28 @@ class Subgraph:
 
     @property
     def code(self) -> EmittedCode:
-        """The generated code, with the dtypes of the model that was traced."""
+        """Return the generated code, with the dtypes of the traced model."""
         if self._emitted is None:
             self._emitted = emit(self.graph)
         return self._emitted
 
     def emit(self, traced_dtype: torch.dtype | None, *, scope: str | None = None, is_last: bool = True) -> EmittedCode:
-        """The code for an artifact, see `seqbuild.chain.emit`: `traced_dtype` is written as the run's dtype."""
+        """Generate the code for an artifact, with `traced_dtype` as the run's dtype; see `seqbuild.chain.emit`."""
         return emit(self.graph, traced_dtype=traced_dtype, scope=scope, is_last=is_last)
 
     def forward(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Execute the subgraph with the weights of `model`.
 
         Args:
-            model: the model it was traced from, or one with the same module tree.
-            inputs: a value for each of `input_names`, on the device to run on.
+            model: the traced model, or one with the same module tree.
+            inputs: a value for each of `input_names`, on the device of the run.
 
         Returns:
-            Output names to values; from the last subgraph, the fields of the model's output.
+            Values by output name; for the last subgraph, the fields of the model's output.
 
         Raises:
-            DataError: an input is missing, unknown, or no tensor of the rank that was traced.
+            DataError: if an input is missing, unknown, or not a tensor of the traced rank.
         """
-        from seqbuild.chain.uncompiled import original
         from seqbuild.sample.given import require_module, require_subgraph_inputs
 
         require_module(model)
@@ -75,9 +75,7 @@ class Subgraph:
         return self._program(model, **inputs, run=run)
 
     def submodules(self, model: nn.Module, recurse: bool = True) -> list[nn.Module]:
-        """The modules that the subgraph calls, in call order, each once; with `recurse`, those inside them as well."""
-        from seqbuild.chain.uncompiled import original
-
+        """Return the modules that the subgraph calls, once each in call order; `recurse` adds their submodules."""
         names = [str(node.target) for node in self.graph.find_nodes(op="call_module")]
         called = [original(original(model).get_submodule(name)) for name in names]
         modules = [inner for module in called for inner in module.modules()] if recurse else called

@@ -1,4 +1,4 @@
-"""Which modules are sequential targets, and which contain one."""
+"""Find the sequential targets of a model, and the modules that contain one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.Module]:
-    """The modules that any of the patterns fits, in the order of the module tree, each once.
+    """Return the modules that match any of the patterns, once each, in the order of the module tree.
 
     Args:
         model: the module tree.
-        target_names: class names (of the module or of a base class), dotted module names, or `re:` followed by a
-            regular expression that the dotted name must match from its start.
+        target_names: class names (of the module or a base class), dotted module names, or `re:` followed by a regular
+            expression that must match the dotted name from its start.
 
     Returns:
         An ordered set.
@@ -29,7 +29,7 @@ def match_modules(model: nn.Module, target_names: Sequence[str]) -> KeysView[nn.
     for pattern in patterns:
         wrong = fault(pattern[3:]) if pattern.startswith("re:") else ""
         if wrong:
-            raise TargetError(f"target {pattern!r} is not a regular expression: {wrong}")
+            raise TargetError(f"target {pattern!r} is not a valid regular expression: {wrong}")
     return dict.fromkeys(
         module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -44,7 +44,7 @@ def _fits(pattern: str, name: str, module: nn.Module) -> bool:
 
 
 def get_sequential_ancestors(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.Module]:
-    """The modules that contain a target, in the order of the module tree; a target itself is none.
+    """Return the modules that contain a target and are no targets themselves, in the order of the module tree.
 
     Returns:
         An ordered set.
@@ -53,7 +53,7 @@ def get_sequential_ancestors(model: nn.Module, targets: Collection[nn.Module]) -
 
     def is_or_contains(module: nn.Module) -> bool:
         if module not in contains:
-            inside = [is_or_contains(child) for child in module.children()]  # all of them: each is to be remembered
+            inside = [is_or_contains(child) for child in module.children()]  # a list, so that every child is visited
             contains[module] = any(inside)
         return contains[module] or module in targets
 
@@ -62,7 +62,7 @@ def get_sequential_ancestors(model: nn.Module, targets: Collection[nn.Module]) -
 
 
 def outermost(model: nn.Module, targets: Collection[nn.Module]) -> KeysView[nn.Module]:
-    """The targets that lie inside no other target: a step cannot be cut again."""
+    """Return the targets that are not inside another target."""
     inner: dict[nn.Module, None] = {}
     for target in targets:
         inner.update(dict.fromkeys(module for module in target.modules() if module is not target))
@@ -76,7 +76,7 @@ def require_targets(model: nn.Module, names: Sequence[str]) -> KeysView[nn.Modul
         TargetError: if no name matches; the message lists the existing classes.
     """
     if not names:
-        raise TargetError("no sequential targets are given", hint="name the classes of the model's layers")
+        raise TargetError("the list of sequential targets is empty", hint="give the classes of the model's layers")
     for name in names:
         if not isinstance(name, str) or not name.removeprefix("re:"):
             what = "is empty" if isinstance(name, str) else f"is {name!r}"
@@ -97,21 +97,21 @@ def _unmatched(model: nn.Module, name: str) -> tuple[str, str]:
     classes = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
     close = difflib.get_close_matches(name, classes, n=1)
     return (
-        f"target {name!r} fits no module of {type(model).__name__}",
+        f"target {name!r} matches no module of {type(model).__name__}",
         f"{f'did you mean {close[0]}? ' if close else ''}its classes are {', '.join(classes)}",
     )
 
 
-def infer_targets(model: nn.Module) -> tuple[str, ...]:
-    """Return the default patterns to cut at: the first of `inferred_targets`.
+def default_targets(model: nn.Module) -> tuple[str, ...]:
+    """Return the default patterns to cut at: the first of `candidate_targets`.
 
     Raises:
         TargetError: if there is none.
     """
-    return next(inferred_targets(model))
+    return next(candidate_targets(model))
 
 
-def inferred_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
+def candidate_targets(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Yield default patterns to cut at, best first.
 
     For the part that handles text (the whole model unless it is multimodal): the existing no-split classes, outermost
@@ -176,7 +176,7 @@ def _patterns(model: nn.Module, targets: Collection[nn.Module]) -> tuple[str, ..
 def get_sequential_targets(
     modifiers: Iterable[Any], model: nn.Module, args: Mapping[str, Any] | Any | None = None
 ) -> list[str]:
-    """Determine the sequential targets: from the modifiers, else from the arguments, else from the model.
+    """Return the sequential targets: from the modifiers, else from the arguments, else from the model.
 
     Args:
         modifiers: objects whose `sequential_targets` may be None, one pattern or several.
@@ -199,8 +199,8 @@ def get_sequential_targets(
         requests.setdefault(wish, "the arguments")
     if len(requests) > 1:
         wishes = "; ".join(f"{who} for {', '.join(names)}" for names, who in requests.items())
-        raise TargetError(f"conflicting sequential targets are asked for: {wishes}", hint="make them agree")
-    return list(next(iter(requests)) if requests else infer_targets(model))
+        raise TargetError(f"conflicting sequential targets: {wishes}", hint="give the same targets everywhere")
+    return list(next(iter(requests)) if requests else default_targets(model))
 
 
 def as_names(value: Any) -> tuple[str, ...]:
@@ -212,5 +212,5 @@ def as_names(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, Iterable):
-        raise TargetError(f"a name is {value!r}"[:100], hint="give a str or a list of them")
+        raise TargetError(f"{value!r} is not a name"[:100], hint="give a str or a list of them")
     return (value,) if isinstance(value, str) else tuple(value)

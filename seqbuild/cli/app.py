@@ -1,10 +1,11 @@
 """The command line: `seqbuild compile|inspect|verify|plan|cache|pack|sign|data`.
 
-Only typer is imported up here; torch and transformers wait until a command needs them.
+Torch and transformers are imported only by commands that need them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,30 +17,18 @@ from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
-from seqbuild.cli.options import (
-    DEFAULT_OUT,
-    AsJson,
-    AttnImplementation,
-    AutoIgnore,
-    Ignore,
-    Leaves,
-    Revision,
-    Sample,
-    SourceArgument,
-    Targets,
-    TargetsPerSubgraph,
-    TextOnly,
-)
+from seqbuild.cli.options import takes_compile_options
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
+    from seqbuild.options import CompileOptions
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
-    epilog="--debug anywhere shows the traceback of an error.",
+    epilog="--debug, in any position, shows the traceback of an error.",
 )
 
 app.add_typer(cache_app, name="cache")
@@ -48,42 +37,12 @@ ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Director
 
 
 @app.command("compile")
-def compile_command(
-    source: SourceArgument,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    auto_ignore: AutoIgnore = True,
-    sample: Sample = None,
-    text_only: TextOnly = False,
-    targets_per_subgraph: TargetsPerSubgraph = 1,
-    revision: Revision = None,
-    attn_implementation: AttnImplementation = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory under which the artifact is put.")] = DEFAULT_OUT,
-    leaves: Leaves = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Compile again even if the artifact is there.")] = False,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Trace a model once, cut it at its layers, and save each part's code."""
-    from seqbuild.cache.recall import recalled
-    from seqbuild.options import make_options
+@takes_compile_options()
+def compile_command(options: CompileOptions, as_json: bool) -> None:
+    """Trace a model once, cut it at its layers, and save the code of each part."""
+    from seqbuild.build import compile_with
 
-    options: dict[str, Any] = {
-        "targets": targets or None,
-        "ignore": ignore or (),
-        "auto_ignore": auto_ignore,
-        "sample": sample,
-        "text_only": text_only,
-        "targets_per_subgraph": targets_per_subgraph,
-        "attn_implementation": attn_implementation,
-        "leaves": leaves,
-    }
-    place: dict[str, Any] = {"out": out, "revision": revision, "trust_remote_code": trust_remote_code}
-    done = None if force else recalled(source, make_options(**options), **place)
-    if done is None:
-        from seqbuild.build import build
-
-        done = build(source, force=force, **options, **place)
+    done = compile_with(options)
     for line in done.remarks:
         warn(line)
     if as_json:
@@ -119,8 +78,8 @@ def _say_compiled(done: Compiled) -> None:
     for line in remarks(manifest):
         say(line)
     num_bytes = sum(entry.bytes for entry in manifest.files)
-    verb = "is there already, nothing was traced" if done.is_cached else f"{human_bytes(num_bytes)}"
-    say(f"{done.path}: {verb}; {done.seconds:.1f} s")
+    result = "already exists, nothing was traced" if done.is_cached else human_bytes(num_bytes)
+    say(f"{done.path}: {result}; {done.seconds:.1f} s")
 
 
 @app.command()
@@ -132,16 +91,18 @@ def inspect(
     """Show an artifact's manifest, or the code of one subgraph."""
     from runtime.chain import check
     from runtime.errors import UsageError
-    from seqbuild.cli.show import as_plain, print_table
+    from seqbuild.cli.show import print_table
 
     require_output()
     manifest, sources = check(artifact)
     if code is not None:
         if code >= len(manifest.subgraphs):
-            raise UsageError(f"there is no subgraph {code}", hint=f"they are 0 to {len(manifest.subgraphs) - 1}")
+            raise UsageError(
+                f"there is no subgraph {code}", hint=f"valid numbers are 0 to {len(manifest.subgraphs) - 1}"
+            )
         say(sources[manifest.subgraphs[code].file].rstrip("\n"))
     elif as_json:
-        say(json.dumps(as_plain(manifest), indent=2))
+        say(json.dumps(dataclasses.asdict(manifest), indent=2))
     else:
         print_table(manifest)
 
@@ -150,21 +111,21 @@ def inspect(
 def verify(
     artifact: ArtifactPath,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Model directory with safetensors; else a small random model.")
+        Path | None, typer.Option("--weights", help="Model directory with safetensors; default: a small random model.")
     ] = None,
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Compile once more instead, and compare every byte.")
-    ] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Compile again instead, and compare every byte.")] = False,
     source: Annotated[
-        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if there was a checkpoint.")
+        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if it had a checkpoint.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    tolerance: Annotated[float, typer.Option("--tolerance", help="The relative difference that is allowed.")] = 0.0,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="The largest relative difference that counts as equal.")
+    ] = 0.0,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    """Compare the chain with the model itself, or with what compiling gives now. Exit code 0: equal, 1: not."""
+    """Compare the chain with the model, or with the result of compiling again. Exit code 0 if equal, else 1."""
     require_output()
     if rebuild:
         return _rebuild(artifact, source, trust_remote_code, as_json)
@@ -205,12 +166,12 @@ def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_js
 @app.command()
 def pack(
     artifact: ArtifactPath,
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML: what the host is to do.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file that ends in .tar.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Token file of seqbuild data.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to pack, too.")] = None,
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file with the suffix .tar.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Token file written by seqbuild data.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to include.")] = None,
 ) -> None:
-    """Make one directory or .tar with all that a host without a network needs."""
+    """Write a directory or .tar with everything that a host without network access needs."""
     from seqbuild.ship.pack import pack as run
 
     path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
@@ -223,10 +184,10 @@ def sign(
     artifact: ArtifactPath,
     private_key: Annotated[Path, typer.Option("--private-key", help="Elliptic curve key in PEM.")],
     password_file: Annotated[
-        Path | None, typer.Option("--password-file", help="Holds the private key's password.")
+        Path | None, typer.Option("--password-file", help="File with the private key's password.")
     ] = None,
 ) -> None:
-    """Sign an artifact, so that a host can ask who made it."""
+    """Sign an artifact, so that a host can verify its origin."""
     from runtime.host.regular_files import read_text
     from seqbuild.ship.sign import sign_artifact
 
@@ -239,11 +200,13 @@ def data(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="How many samples; by default all.")] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sample.")] = 2048,
-    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one each.")] = True,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples; default: all.")] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a sample.")] = 2048,
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Join texts to full samples, or make one sample of each.")
+    ] = True,
     loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Save which tokens the assistant says: in calibration only those count.")
+        bool, typer.Option("--loss-mask", help="Count only the assistant's tokens in calibration.")
     ] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
@@ -254,10 +217,10 @@ def data(
     )
     if made.masks is not None:
         say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
-    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} of targets"
+    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} target tokens"
     say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens{targets}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return the exit code."""
     return run_app(app, "seqbuild", argv)

@@ -1,45 +1,31 @@
-"""`seqbuild cache ls|explain|prune`."""
+"""The commands `seqbuild cache ls|explain|prune`."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import Trust
 from runtime.cli.run import require_output
 from runtime.console import human_bytes, say
-from seqbuild.cli.options import (
-    DEFAULT_OUT,
-    AsJson,
-    AttnImplementation,
-    AutoIgnore,
-    Ignore,
-    Leaves,
-    Revision,
-    Sample,
-    SourceArgument,
-    Targets,
-    TargetsPerSubgraph,
-    TextOnly,
-)
+from seqbuild.cli.options import AsJson, Out, takes_compile_options
+from seqbuild.options import DEFAULT_OUT
 
 if TYPE_CHECKING:
     from seqbuild.cli.explain import Explanation
+    from seqbuild.options import CompileOptions
 
-app = typer.Typer(help="What has been compiled: list it, explain hits and misses, take it away.")
+app = typer.Typer(help="List compiled artifacts, explain cache hits and misses, remove artifacts.")
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory under which artifacts are.")]
 _SHOWN = 60
 
 
 @app.command("ls")
 def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
-    """List the artifacts, the last used first."""
+    """List the artifacts, most recently used first."""
     require_output()
     from seqbuild.cache.store import entries
 
@@ -58,44 +44,20 @@ def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
         say(json.dumps(facts))
         return
     for entry in found:
-        what = entry.manifest.model.class_name if entry.manifest is not None else "DAMAGED"
+        class_name = entry.manifest.model.class_name if entry.manifest is not None else "DAMAGED"
         days = (time.time() - entry.used) / 86400
-        say(f"{entry.path}  {what}, {human_bytes(entry.num_bytes)}, used {days:.1f} days ago")
+        say(f"{entry.path}  {class_name}, {human_bytes(entry.num_bytes)}, used {days:.1f} days ago")
     say(f"{len(found)} artifacts, {human_bytes(sum(entry.num_bytes for entry in found))}")
 
 
-@app.command()
-def explain(
-    source: SourceArgument,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    auto_ignore: AutoIgnore = True,
-    sample: Sample = None,
-    text_only: TextOnly = False,
-    targets_per_subgraph: TargetsPerSubgraph = 1,
-    revision: Revision = None,
-    attn_implementation: AttnImplementation = None,
-    out: Out = DEFAULT_OUT,
-    leaves: Leaves = "auto",
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say what the key of an artifact is made of, and why compile would find it or not. Options are compile's."""
-    from seqbuild.cli.explain import explain as run
-    from seqbuild.options import make_options
+@app.command("explain")
+@takes_compile_options(without="force")
+def explain_command(options: CompileOptions, as_json: bool) -> None:
+    """Show the ingredients of an artifact's key, and why compile would find it or not. Options as for compile."""
+    from seqbuild.cli.explain import explain
 
     require_output()
-    options = make_options(
-        targets=targets or None,
-        ignore=ignore or (),
-        auto_ignore=auto_ignore,
-        sample=sample,
-        text_only=text_only,
-        targets_per_subgraph=targets_per_subgraph,
-        attn_implementation=attn_implementation,
-        leaves=leaves,
-    )
-    found = run(source, options, out=out, revision=revision, trust_remote_code=trust_remote_code)
+    found = explain(options)
     if as_json:
         say(json.dumps(_facts(found)))
     else:
@@ -124,8 +86,8 @@ def _say(found: Explanation) -> None:
     width = max(map(len, found.ingredients))
     for name, value in found.ingredients.items():
         say(f"{name:{width}}  {_short(value)}")
-    for name, what in EXCLUDED.items():
-        say(f"{'not counted':{width}}  {name}: {what}")
+    for name, description in EXCLUDED.items():
+        say(f"{'not included':{width}}  {name}: {description}")
     say(f"{'input key':{width}}  {found.input_key}")
     if found.is_hit:
         say(f"hit: {found.path}")
@@ -143,14 +105,14 @@ def _say(found: Explanation) -> None:
 def prune(
     out: Out = DEFAULT_OUT,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", help="Those not used for so long: 30d, 12h, 45m.")
+        str | None, typer.Option("--older-than", help="Artifacts not used for this time: 30d, 12h, 45m.")
     ] = None,
     max_size: Annotated[
-        str | None, typer.Option("--max-size", help="The least recently used beyond it: 10GB, 500MB.")
+        str | None, typer.Option("--max-size", help="The least recently used artifacts beyond this size: 10GB, 500MB.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All artifacts.")] = False,
 ) -> None:
-    """Take away what killed compilations have left, and artifacts by age, size, or all of them."""
+    """Remove remains of killed compilations, and artifacts by age, by size, or all."""
     from seqbuild.cache.store import prune as run
 
     seconds = _number(older_than, {"m": 60.0, "h": 3600.0, "d": 86400.0}, "--older-than") if older_than else None
@@ -168,7 +130,7 @@ def _number(text: str, units: dict[str, float], option: str) -> float:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
     if match is None or match[2] not in units:
-        raise UsageError(f"{option} is {text!r}", hint=f"it is a number and one of {', '.join(units)}")
+        raise UsageError(f"{option} must be a number followed by one of {', '.join(units)}; got {text!r}")
     return float(match[1]) * units[match[2]]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.artifact.manifest import UNBOUNDED, Manifest, SubgraphEntry
 from runtime.console import human_bytes, printable, say
@@ -13,12 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _NAMES_SHOWN = 4
-_FILE_WIDTH = 240  # into a file or pipe nothing is folded
-
-
-def as_plain(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain values, ready for `json.dumps`."""
-    return dataclasses.asdict(manifest)
+_FILE_WIDTH = 240  # files and pipes have no width
 
 
 def summary(manifest: Manifest) -> Iterator[str]:
@@ -31,7 +25,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield f"targets        {len(manifest.targets)} by {', '.join(manifest.target_patterns)}"
     yield f"inputs         {', '.join(f'{entry.name} {_shape(entry.shape)}' for entry in manifest.inputs)}"
     ranges = [_range(dim.name, dim.min, dim.max) for dim in manifest.dims]
-    yield f"holds for      {', '.join(ranges) or 'these sizes only'}"
+    yield f"valid for      {', '.join(ranges) or 'these sizes only'}"
     yield f"portable       {_portability(manifest)}"
     yield f"opaque steps   {', '.join(manifest.opaque_steps) or 'none'}"
     if model.code:
@@ -42,29 +36,29 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 def _portability(manifest: Manifest) -> str:
     if manifest.is_portable:
-        return f"yes: {len(manifest.leaves):,} leaves of {len(manifest.leaf_kinds)} kinds, no code of the model's"
+        return f"the host needs no model code ({len(manifest.leaves):,} modules, {len(manifest.leaf_kinds)} kinds)"
     if manifest.foreign:
         classes = [path.partition(":")[2] for path in dict.fromkeys(manifest.foreign.values())]
-        return f"no: {len(manifest.foreign)} foreign leaves, of class {_some(classes)}"
-    return "no: the host calls the model's own code" + (" in opaque steps" if manifest.policy == "linear" else "")
+        return f"no, the host calls {len(manifest.foreign)} modules of the model's code, of class {_some(classes)}"
+    return "no, the host calls the model's code" + (" in opaque steps" if manifest.policy == "linear" else "")
 
 
 def remarks(manifest: Manifest) -> Iterator[str]:
     """Return decisions of the compiler that a user should know, one line each."""
-    yield f"portable: {_portability(manifest)}"
+    yield f"Portable: {_portability(manifest)}"
     opaque = manifest.opaque_steps
-    by_itself = [path for path in opaque if path in manifest.auto_ignore]
-    asked = [path for path in opaque if path not in manifest.auto_ignore]
-    if asked:
-        yield f"called whole: {', '.join(asked)}"
-    if by_itself:
-        yield f"called whole, for they cannot be recorded: {', '.join(by_itself)}"
+    unrecordable = [path for path in opaque if path in manifest.auto_ignore]
+    ignored = [path for path in opaque if path not in manifest.auto_ignore]
+    if ignored:
+        yield f"Opaque steps by --ignore: {', '.join(ignored)}"
+    if unrecordable:
+        yield f"Opaque steps, because they cannot be recorded: {', '.join(unrecordable)}"
     rehearsed = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.rehearsed if name not in opaque)
     if rehearsed:
-        yield f"shapes learned from a run on small values: {_some(list(rehearsed))}"
+        yield f"Shapes determined by a run on small values: {_some(list(rehearsed))}"
     fixed = [f"{dim.name} = {dim.min}" for dim in manifest.dims if dim.min == dim.max]
     if fixed:
-        yield f"holds only for {', '.join(fixed)}"
+        yield f"Valid only for {', '.join(fixed)}"
 
 
 def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
@@ -82,11 +76,11 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
         )
 
 
-_HEADINGS = ("subgraph", "targets", "calls", "weights", "takes", "frees", "returns")
+_HEADINGS = ("subgraph", "targets", "calls", "weights", "inputs", "frees", "outputs")
 
 
 def print_table(manifest: Manifest) -> None:
-    """The summary and the subgraphs as a table, on standard output."""
+    """Print the summary and a table of the subgraphs on standard output."""
     print_rows(summary(manifest), _HEADINGS, rows(manifest))
 
 
@@ -131,12 +125,8 @@ def _range(name: str, low: int, high: int) -> str:
 
 def print_report(found: Verification) -> None:
     """Print the comparison as a table, with remarks and verdict, on standard output."""
-    what = "a small model of its architecture, random weights" if found.weights is None else f"{found.weights}"
-    print_rows(
-        [f"{found.path}: {found.class_name}, {what}, {found.dtype} on the CPU"],
-        HEADINGS,
-        _rows(found),
-    )
+    weights = "a small model of its architecture, random weights" if found.weights is None else f"{found.weights}"
+    print_rows([f"{found.path}: {found.class_name}, {weights}, {found.dtype} on the CPU"], HEADINGS, _rows(found))
     for remark in found.remarks:
         say(remark)
     say(f"{found.verdict}; {found.seconds:.1f} s")

@@ -23,64 +23,19 @@ FREE = -1
 # Operators that move numbers without changing them; executed on the integers.
 _MOVES = frozenset(
     (
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "transpose",
-        "permute",
-        "t",
-        "numpy_T",
-        "mT",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "contiguous",
-        "clone",
-        "alias",
-        "detach",
-        "flatten",
-        "unflatten",
-        "repeat",
-        "repeat_interleave",
-        "narrow",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "roll",
-        "flip",
-        "cat",
-        "concat",
-        "stack",
-        "tile",
-        "tensor_split",
-        "unsafe_split",
-        "unsafe_chunk",
-        "lift_fresh",
+        *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "contiguous"),
+        *("transpose", "permute", "t", "numpy_T", "mT", "movedim", "swapaxes", "swapdims"),
+        *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"),
+        *("tensor_split", "unsafe_split", "unsafe_chunk", "clone", "alias", "detach", "lift_fresh"),
+        *("repeat", "repeat_interleave", "tile", "roll", "flip", "cat", "concat", "stack"),
     )
 )
 _PADS = frozenset(["constant_pad_nd", "pad"])  # with zeros, which any factor leaves as they are
 # Operators whose result has the shape of their first argument, proportional to it.
 _SAME = frozenset(
     (
-        "to",
-        "_to_copy",
-        "type_as",
-        "dropout",
-        "relu",
-        "leaky_relu",
-        "neg",
-        "abs",
-        "relu_",
-        "neg_",
-        "float",
-        "half",
-        "bfloat16",
+        *("to", "_to_copy", "type_as", "float", "half", "bfloat16", "dropout"),
+        *("relu", "relu_", "leaky_relu", "neg", "neg_", "abs"),
     )
 )
 _PRODUCTS = frozenset(("mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"))
@@ -94,7 +49,7 @@ _METADATA = frozenset(
 )
 # Operators that use the numbers of their first argument, and only shape and dtype of the second.
 _LIKE = frozenset(("type_as", "to", "expand_as", "view_as", "reshape_as"))
-# Contractions over tokens: the argument whose last axis is kept, and the position of that argument.
+# Contractions over tokens, with the position of the argument whose last axis is kept.
 _WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
 
@@ -198,7 +153,7 @@ def _step(
     elif operator_name(node) in _WEIGHTED_SUMS:
         summed = node.args[_WEIGHTED_SUMS[operator_name(node)]]
         result = _weighted_sum(node, summed, tracked)
-        if result is not None:  # what the weights are made of has escaped all the same
+        if result is not None:  # channels in the weights of the sum escape in any case
             inputs = [entry for entry in inputs if entry is not summed]
             _escape(inputs, tracked, flow)
     else:

@@ -1,4 +1,4 @@
-"""Build the manifest from a trace: names, shapes and sizes of everything that a run needs."""
+"""Describe a trace in a manifest: names, shapes and sizes of everything that a run needs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ from runtime.artifact.manifest import (
     SubgraphEntry,
     TensorEntry,
 )
+from runtime.errors import TraceError
 from seqbuild.chain.emit import EmittedCode
-from seqbuild.chain.partition import target_of
+from seqbuild.chain.partition import DRY_RUN, target_of
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.trace.real.weightless import kept_in_float32
-from seqbuild.trace.sizes.conditions import conditions
+from seqbuild.trace.sizes.relations import (
+    RELATIONS,
+    always_holds,
+    as_python,
+    is_expressible,
+    is_range,
+    substitute_equalities,
+)
 
 if TYPE_CHECKING:
     from torch import fx
@@ -40,8 +48,8 @@ class Symbols:
 
     Args:
         trace: the trace that defines the symbols.
-        marker: the dtype that represents the weights' dtype in the trace; None if the trace holds for its own dtypes
-        only.
+        marker: the dtype that represents the weights' dtype in the trace; None if the trace is valid for its own dtypes
+            only.
     """
 
     def __init__(self, trace: Trace, marker: torch.dtype | None) -> None:
@@ -84,8 +92,8 @@ class Symbols:
     def dims(self) -> tuple[DimEntry, ...]:
         """Return the ranges in which the trace is valid.
 
-        Tracing assumes sizes above one. Size one is the broadcasting that every operator does by itself, so it is
-        included unless the model's code has tested for it.
+        Tracing assumes sizes above one. Operators broadcast axes of size one, so that size is included unless the
+        model's code tests for it.
         """
         above_one = {self.shape_env.replace(symbol) for symbol in self.shape_env.more_than_one}
         entries = [DimEntry(name=name, min=size, max=size) for name, size in self.fixed.items()]
@@ -102,8 +110,44 @@ class Symbols:
         return tuple(entries)
 
     def conditions(self) -> tuple[str, ...]:
-        """Return the conditions between sizes under which the trace is valid, besides their ranges."""
-        return tuple(conditions(self.shape_env, self.names))
+        """Return the relations between input sizes, besides their ranges, under which the trace is valid.
+
+        Relations with other symbols are about values and are ensured by the code that computes them.
+
+        Raises:
+            TraceError: if a relation cannot be expressed as a condition.
+        """
+        replace = self.shape_env.replace
+        relations = list(dict.fromkeys(replace(guard.expr) for guard in self.shape_env.guards))
+        decided = {replace(relation) for relation in self.shape_env.decided}
+        equalities: list[Any] = []
+        for relation in relations:
+            if (
+                isinstance(relation, sympy.Eq)
+                and is_expressible(relation)
+                and substitute_equalities(relation, equalities) != sympy.true
+            ):
+                equalities.append(relation)
+        found: dict[str, None] = {}
+        for relation in relations:
+            symbols = relation.free_symbols
+            if type(relation) not in RELATIONS or not symbols or any(symbol not in self.names for symbol in symbols):
+                continue
+            known = substitute_equalities(relation, (other for other in equalities if other is not relation))
+            is_decided = relation in decided
+            if known == sympy.true or is_range(relation, is_decided=is_decided):
+                continue
+            if not is_decided and (always_holds(relation) or always_holds(known)):
+                continue
+            left, right = (as_python(side, self.names) for side in relation.args)
+            if left is None or right is None:
+                named = relation.xreplace({symbol: sympy.Symbol(name) for symbol, name in self.names.items()})
+                raise TraceError(
+                    f"the model's code depends on {named}, which a condition of an artifact cannot express",
+                    hint="make the function that depends on it one opaque step with --ignore NAME",
+                )
+            found.setdefault(f"{left} {RELATIONS[type(relation)]} {right}")
+        return tuple(found)
 
 
 def describe_inputs(
@@ -176,20 +220,17 @@ def describe_subgraph(
         constants=code.constants,
         uses=code.uses,
         opaque=code.opaque,
-        rehearsed=tuple(dict.fromkeys(_rehearsed(subgraph))),
+        rehearsed=tuple(
+            dict.fromkeys(
+                str(node.meta.get("opaque", node.target)) for node in subgraph.graph.nodes if DRY_RUN in node.meta
+            )
+        ),
         targets=tuple(target_names),
         parameters=tuple(dict.fromkeys(_needed(modules, code))),
         scope=scope or "",
         arguments=code.arguments if is_shared else (),
         results=code.results if is_shared else (),
     )
-
-
-def _rehearsed(subgraph: Subgraph) -> Iterator[str]:
-    """Return the submodules and opaque steps whose results were learned from a run on small real values."""
-    for node in subgraph.graph.nodes:
-        if "rung" in node.meta:
-            yield str(node.meta["opaque"]) if "opaque" in node.meta else str(node.target)
 
 
 def _needed(modules: Mapping[str, nn.Module], code: EmittedCode) -> Iterator[str]:

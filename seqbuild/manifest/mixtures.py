@@ -37,7 +37,7 @@ class Mixtures:
         key = repr((leaf.kind, leaf.source, shapes))
         if key not in self._known:
             built = build_leaf(leaf.kind, "experts", shapes, compile_program(leaf.source, "experts.py"))
-            assert isinstance(built, Mixture), "its kind says so"
+            assert isinstance(built, Mixture), "guaranteed by the kind"
             apart = {name: stack_shape(shapes[name], built.num_experts) for name in built.flat}
             self._known[key] = input_readings(built, shapes | apart)
         return self._known[key]

@@ -1,4 +1,4 @@
-"""Derive a chain's scale groups from its graphs."""
+"""Derive a chain's scale groups: Linear modules with a common input, and the parameters that can scale it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scale_groups(
             for name in _read(node, modules):
                 if name in names:
                     uses[names[name]] += 1
-    for entry in entries:  # opaque steps look into the modules that they are handed
+    for entry in entries:  # opaque steps also use parameters of the modules that they receive
         for name in entry.uses:
             if name in names:
                 uses[names[name]] += 1
@@ -72,7 +72,7 @@ def _each_once(groups: Sequence[ScaleGroup]) -> Iterator[ScaleGroup]:
     for group in groups:
         new = tuple(name for name in group.modules if name not in seen)
         seen.update(new)
-        if len(new) == len(group.modules):  # also one without modules, whose parameters are used once
+        if len(new) == len(group.modules):  # includes groups without modules, whose parameters are used once
             yield group
         elif new:
             yield ScaleGroup(subgraph=group.subgraph, modules=new)
@@ -124,7 +124,7 @@ def _groups_of(
     produced: dict[fx.Node | str, ScaleGroup] = {}
     for source in sources(graph, modules):
         group = _group(source, graph, index, weights, siblings, tensor_of, shared, modules)
-        if group is not None:  # of several producers the last, which is the nearest
+        if group is not None:  # keep the last of several producers, which is the nearest
             produced[tensor_of[group.modules[0]] if group.modules else group.others[0].name] = group
     return [
         *(

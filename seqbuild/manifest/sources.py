@@ -69,7 +69,7 @@ def _module_weights(name: str, module: nn.Module, mixtures: Mixtures) -> Iterato
 
 
 def sources(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[ChannelSource]:
-    """All sources of a graph, in order of execution."""
+    """Yield all sources of a graph, in order of execution."""
     for node in graph.nodes:
         size = size_of(node)
         if not size:

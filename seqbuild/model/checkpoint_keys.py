@@ -52,8 +52,7 @@ def key_table(model: PreTrainedModel, checkpoint: Mapping[str, tuple[int, ...]] 
     Args:
         model: without weights.
         checkpoint: names and shapes of the checkpoint's tensors; None uses the names under which transformers would
-        save
-        the model.
+            save the model.
 
     Raises:
         WeightsError: if a tensor that a parameter needs is missing; the message names the first.
@@ -198,9 +197,7 @@ def _convert(
 
 
 def _may_be_remembered(rule: Any) -> bool:
-    """Return whether the rule uses only the non-numeric part of names, and its results have the numbers of the first
-    name.
-    """
+    """Return whether the rule ignores numbers in names, and its results have the numbers of the first name."""
     has_plain_targets = not any(_NUMBERS.search(pattern) or "*" in pattern for pattern in rule.target_patterns)
     return has_plain_targets and _has_known_operations(rule)
 
@@ -268,9 +265,7 @@ def _program(graph: fx.Graph, index: int) -> tuple[str, list[int]]:
 
 
 def _let_rows_vary(node: fx.Node, copy_of: fx.Node) -> None:
-    """Allow any number of rows where the program concatenates a tensor, because a host may load only part of an expert
-    stack.
-    """
+    """Allow any number of rows where the program reshapes: a host may load only part of an expert stack."""
     if node.target not in (torch.ops.aten.reshape.default, torch.ops.aten.view.default):
         return
     source, sizes = node.args
@@ -280,9 +275,7 @@ def _let_rows_vary(node: fx.Node, copy_of: fx.Node) -> None:
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that `save_pretrained` would save, by the model's own names, tied ones once, on the meta
-    device.
-    """
+    """Return the tensors that `save_pretrained` would save by the model's names, tied ones once, without data."""
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

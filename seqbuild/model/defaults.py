@@ -1,8 +1,7 @@
-"""Find values of parameters that may be missing from a checkpoint because transformers computes them, such as Marian's
-position table or a bias of zero.
+"""Find the values of parameters that transformers computes, so that a checkpoint may lack them.
 
-The model's class declares these parameters. Their values are those of the buffer as built, or the values that the class
-initializes the parameter with, if they are the same each time.
+Examples are Marian's position table and a bias of zero. The model's class declares these parameters. Their values are
+those of the buffer as built, or those that the class initializes the parameter with, if they are the same each time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_MOST_NUMBERS = 2**24  # of a module that is filled, and of values that an artifact carries
+_MOST_NUMBERS = 2**24  # in an initialized module, and in a tensor stored in an artifact
 
 
 def default_values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -42,7 +41,7 @@ def _value(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | 
     if sum(parameter.numel() for parameter in module.parameters()) > _MOST_NUMBERS:
         return None
     one, other = (_filled(model, module, leaf, seed) for seed in range(2))
-    return one if torch.equal(one, other) else None  # nor are they equal where they are no numbers
+    return one if torch.equal(one, other) else None  # NaN, which marks values that were not set, is not equal to itself
 
 
 def _filled(model: Any, module: nn.Module, leaf: str, seed: int) -> torch.Tensor:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.artifact.manifest import ATTENTIONS
 from runtime.console import quiet
-from runtime.errors import ModelError, UsageError
+from runtime.errors import ModelError
 from runtime.model.config import parse_config, require_plain_attention
 from runtime.model.weightless import calculate_buffers, from_config, without_weights
 from seqbuild.model.source import Source
@@ -50,24 +49,20 @@ def build_weightless(
     try:
         config = parse_config(source.config_file, config_class)
     except Exception as error:
-        whom = "transformers" if config_class is None else config_class.__name__
-        raise ModelError(
-            f"{source.config_file} does not describe a model that {whom} knows: {_reason(error)}"
-        ) from error
+        reader = "transformers" if config_class is None else config_class.__name__
+        raise ModelError(f"{source.config_file} is not a config that {reader} supports: {_reason(error)}") from error
     require_plain_attention(config, source.config_file)
-    if attn_implementation is not None and attn_implementation not in ATTENTIONS:
-        raise UsageError(f"the attention is {attn_implementation!r}", hint="it can be eager or sdpa")
     cls: Any = type(like) if like is not None else (own.model_class() if own is not None else None)
     cls = cls or _model_class(source, config)
     if like is not None:
         attn_implementation = str(like.config._attn_implementation)  # type: ignore[union-attr]
     try:
-        with without_weights(), quiet("transformers"):  # its remarks on generation configs and the like
+        with without_weights(), quiet("transformers"):  # warnings about generation configs
             model: PreTrainedModel = from_config(cls, config, dtype=dtype, attention=attn_implementation)
             calculate_buffers(model)
     except Exception as error:
         raise ModelError(f"{cls.__name__} cannot be built from {source.config_file}: {_reason(error)}") from error
-    model.tie_weights()  # building on the meta device makes shared parameters anew, and so apart
+    model.tie_weights()  # building on the meta device creates separate parameters for shared ones
     model.train(False)
     return model
 

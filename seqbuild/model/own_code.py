@@ -1,4 +1,4 @@
-"""Load the code that a model brings (`auto_map` in its config.json): find it, require consent, make it importable.
+"""Load a model's own code (`auto_map` in its config.json): find it, require consent, make it importable.
 
 Nothing is downloaded, and nothing is executed before it is allowed. The files are read once: the code shown, executed
 and stored in the artifact consists of the same bytes.
@@ -88,7 +88,7 @@ class OwnCode:
         found = self.loaded.find(f"{self.loaded.package}.{reference.module}", reference.class_name, base)
         if found.__module__ not in self.modules and found.__module__.split(".")[0] != "transformers":
             raise ModelError(
-                f"{reference.class_name} of {reference.module} is defined in {found.__module__}, elsewhere"
+                f"{reference.class_name} of {reference.module} is defined elsewhere, in {found.__module__}"
             )
         return found
 
@@ -129,7 +129,7 @@ def read_references(auto_map: Any, origin: str) -> tuple[Reference, ...]:
     if auto_map is None:
         return ()
     if not isinstance(auto_map, Mapping):
-        raise ModelError(f"the auto_map of {origin} is {type(auto_map).__name__}, no table of classes")
+        raise ModelError(f"the auto_map of {origin} must be a table of classes; got {type(auto_map).__name__}")
     found = []
     for kind in sorted(auto_map):
         values = auto_map[kind] if isinstance(auto_map[kind], list) else [auto_map[kind]]
@@ -141,8 +141,8 @@ def read_references(auto_map: Any, origin: str) -> tuple[Reference, ...]:
                 )
             elif value is not None:
                 raise ModelError(
-                    f"the auto_map of {origin} names {value!r} as {kind}, which is no module and class of its own code",
-                    hint="it is module.Class, or owner/name--module.Class for code of another repository",
+                    f"the auto_map of {origin} has an invalid class for {kind}: {value!r}",
+                    hint="write it as module.Class, or owner/name--module.Class for code of another repository",
                 )
     return tuple(found)
 
@@ -152,9 +152,7 @@ def _config(references: tuple[Reference, ...]) -> Reference | None:
 
 
 def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) -> Reference | None:
-    """Choose the class that config.json names under `architectures`, else the causal language model, else the base
-    model.
-    """
+    """Choose the class that config.json names under `architectures`, else the causal LM, else the base model."""
     models = {entry.class_name: entry for entry in references if entry.kind.startswith("AutoModel")}
     kinds = {entry.kind: entry for entry in models.values()}
     wanted = [models.get(name) for name in architectures]
@@ -163,9 +161,7 @@ def _model(references: tuple[Reference, ...], architectures: tuple[str, ...]) ->
 
 
 def _tokenizer_references(source: Source) -> list[Reference]:
-    """Return the references to the tokenizer's own code, which is copied for the quantized checkpoint but never
-    executed.
-    """
+    """Return the references to the tokenizer's own code, which is copied to quantized checkpoints, never executed."""
     try:
         config = json.loads(read_text(source.directory / "tokenizer_config.json"))
     except (OSError, ValueError, RecursionError):
@@ -182,13 +178,13 @@ def _collect(source: Source, references: tuple[Reference, ...]) -> ModelCode:
         directory = cached_snapshot(repo) if repo else source.directory
         if directory is None:
             raise ModelError(
-                f"{source.name} brings its own code, and {repo} that holds it is not in the local cache",
-                hint="download that repository first; nothing is fetched from here",
+                f"{source.name} brings its own code, and its repository {repo} is not in the local cache",
+                hint="download that repository first",
             )
         modules = dict.fromkeys(entry.module for entry in references if entry.repo == repo)
         for path, data in needed_files(modules, _Reader(directory).read, repo or source.name).items():
             if files.setdefault(path, data) != data:
-                raise ModelError(f"{source.name} brings its own code, and there are two different files {path}")
+                raise ModelError(f"{source.name} brings its own code, with two different files {path}")
     return ModelCode(files=dict(sorted(files.items())))
 
 
@@ -222,7 +218,7 @@ class _Reader:
         real = file.resolve()
         if not real.is_relative_to(self.root):
             raise ModelError(
-                f"{file} is a link to {real}, out of the model's directory", hint="put the file itself there"
+                f"{file} is a link to {real}, outside the model's directory", hint="replace it by the file itself"
             )
         try:
             return read_regular(real)

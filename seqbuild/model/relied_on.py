@@ -1,8 +1,8 @@
 """Determine the library source files that affect an artifact's results.
 
-A run executes the modules that the artifact calls and its opaque steps. The files that define those, and their imports
-that also compute, determine the result. Files that read, write, train, generate or draw tables do not, and they change
-with every release.
+A run executes the modules that the artifact calls and its opaque steps. The files that define these, and those of
+their imports that compute, determine the result. Files for reading, writing, training or generation do not, and they
+change with every release.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def relied_on(model: nn.Module, entries: Sequence[SubgraphEntry], own_modules: C
     return _followed([*sorted(_roots(model, entries)), *own_modules])
 
 
-def made_of(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
+def defining_sources(model: nn.Module, own_modules: Collection[str]) -> dict[str, str]:
     """Return the sha256 of each library source file that defines a model, by module name, ascending.
 
     These are the files that define its modules' classes, and their imports that compute. torch's files are excluded,

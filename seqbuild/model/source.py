@@ -15,7 +15,7 @@ from runtime.checkpoint.source_formats import plain_shapes
 from runtime.errors import ArtifactError, ModelError, WeightsError
 from runtime.host.regular_files import is_there, open_regular, read_regular, read_text
 
-# Files copied to the artifact besides the config, if present: all that a host needs to feed and save the model.
+# Files copied to the artifact besides the config, if present: a host needs them to prepare data and to save the model.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -63,8 +63,7 @@ class Source:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Return names and shapes of the checkpoint's tensors from the headers of its shards; None without a
-        checkpoint.
+        """Read names and shapes of the checkpoint's tensors from the headers of its shards; None without a checkpoint.
 
         Packed tensors that a host unpacks while reading are listed with their unpacked names and shapes.
 
@@ -85,7 +84,7 @@ class Source:
             return None
         if missing:
             raise WeightsError(
-                f"{self.directory} lacks {missing[0].name}, one of the {len(paths)} shards of its checkpoint",
+                f"missing {missing[0].name} in {self.directory}, one of the {len(paths)} shards of its checkpoint",
                 hint="complete the checkpoint, or compile from the config.json alone",
             )
         require_no_adapter(self.directory)
@@ -124,7 +123,7 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
         ModelError: if there is no such model, or it has no config.
     """
     if not source:
-        raise ModelError("no model is named", hint="name a directory, a config.json or a hub id")
+        raise ModelError("no model given", hint="pass a directory, a config.json or a hub id")
     path = Path(source)
     if path.is_dir():
         return _from_file(path.resolve().name, path / "config.json", source)
@@ -138,13 +137,13 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
 
 def _from_cache(source: str, revision: str | None) -> Source:
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".json"):
-        raise ModelError(f"there is no model at {source}", hint="name a directory, a config.json or a hub id")
+        raise ModelError(f"there is no model at {source}", hint="pass a directory, a config.json or a hub id")
     folder = cached_snapshot(source, revision)
     if folder is None:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"there is no model {source!r}{at}: no such directory, and nothing of that id in the local cache",
-            hint="download it first on a machine with a network, or name a directory or config.json",
+            f"there is no model {source!r}{at}: no such directory, and no such id in the local cache",
+            hint="download it first on a machine with a network, or pass a directory or config.json",
         )
     return _from_file(source.rsplit("/", 1)[-1], folder / "config.json", source)
 
@@ -163,13 +162,13 @@ def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
 def _from_file(name: str, config_file: Path, source: str) -> Source:
     if not config_file.exists():
         require_no_adapter(config_file.parent)
-        raise ModelError(f"{source} has no config.json", hint="a model needs one; without weights it is enough")
+        raise ModelError(f"{source} has no config.json", hint="add it; weights are not required")
     try:
         config = json.loads(read_text(config_file))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{config_file} holds no model config")
+        raise ModelError(f"{config_file} is not a model config: it must contain a JSON object")
     try:
         require_possible(config, str(config_file))
     except ArtifactError as error:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import TraceError
+from seqbuild.sample.shape import PASS_SAMPLE
 from seqbuild.sample.thin import thin_copy
+from seqbuild.sample.tokens import text_inputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from seqbuild.sample.shape import SampleShape
 
 Row = dict[str, torch.Tensor]
-MakeText = Callable[[Any, torch.Generator], Row]
 
 _SPECTROGRAMS = ("input_features", "audio_input_features")
 _WAVEFORMS = ("input_values",)
@@ -50,7 +51,7 @@ class Sound:
         width: the width, one of those stated by the config.
         length: frames or samples.
         mask: `int64` or `bool`: [batch, length]; `counted`: bool [batch, tokens of a sound]; `whole`: int64 without
-        padding; or none.
+            padding; or empty for no mask.
     """
 
     name: str
@@ -67,44 +68,37 @@ class Sound:
         return (sounds, *(sizes[axis] for axis in self.axes))
 
 
-def hears(parameters: Mapping[str, Any]) -> bool:
+def takes_audio(parameters: Mapping[str, Any]) -> bool:
     """Return whether the model takes sounds, alone or in text. For models that also take images, sounds suffice."""
     return "pixel_values" not in parameters and any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS))
 
 
-def is_alone(config: Any, parameters: Mapping[str, Any]) -> bool:
-    """Return whether sounds replace the encoder's text."""
-    return "decoder_input_ids" in parameters or "input_ids" not in parameters
-
-
-def with_audio(model: nn.Module, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape) -> Row:
+def with_audio(model: nn.Module, parameters: Mapping[str, Any], shape: SampleShape) -> Row:
     """Generate a sample of text and sounds.
 
     Args:
-        model: whose forward takes `parameters`; neither run nor changed.
-        parameters: names to parameters of the signature.
-        make_text: from a config: `input_ids` int64 [batch, sequence] with the accompanying inputs, and the decoder's.
+        model: the model whose forward takes `parameters`; neither run nor modified.
+        parameters: the parameters of the signature, by name.
         shape: `images` sounds in each of `batch` rows, in lengths by `scale`.
 
     Raises:
         TraceError: if the thin copy accepts none of the known kinds of sound.
     """
     thin: Any = thin_copy(model)
-    config: Any = model.config
+    audio = _Audio(parameters=parameters, shape=shape)
     reasons: dict[str, None] = {}
-    for sound in _kinds(config, parameters, shape):
+    for sound in audio.kinds(model.config):
         try:
-            count = _count(thin, parameters, make_text, shape, sound)
-            trial = _sample(thin.config, parameters, make_text, shape, sound, count)
+            count = audio.count(thin, sound)
+            trial = audio.sample(thin.config, sound, count)
             with torch.no_grad():
                 _require_finite(thin(**trial))
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, AssertionError) as error:
             reasons[str(error).splitlines()[0] if str(error) else type(error).__name__] = None
             continue
-        return _sample(config, parameters, make_text, shape, sound, count)
+        return audio.sample(model.config, sound, count)
     raise TraceError(
-        f"{type(model).__name__} takes none of the sounds that we can make: {'; '.join(list(reasons)[-3:])}",
-        hint="bring a sample of its inputs with --sample",
+        f"cannot generate audio that {type(model).__name__} accepts: {'; '.join(list(reasons)[-3:])}", hint=PASS_SAMPLE
     )
 
 
@@ -132,58 +126,89 @@ def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield key, value
 
 
-def _kinds(config: Any, parameters: Mapping[str, Any], shape: SampleShape) -> Iterator[Sound]:
-    """Return the kinds to try, shortest first."""
-    has_mask = any(name in parameters for name in _MASKS) or is_alone(config, parameters)
-    masks = ("int64", "bool", "counted", "whole", "") if has_mask else ("",)
-    spectra: tuple[tuple[str, ...], ...] = (("width", "length"), ("length", "width"))
-    for name in _SPECTROGRAMS:
-        for length in _frames(config, shape) if name in parameters else ():
-            for width in range(len(widths(config))):
-                for axes in spectra:
-                    for mask in masks:
-                        yield Sound(name=name, axes=axes, width=width, length=length, mask=mask)
-    waves: tuple[tuple[str, ...], ...] = (("length",), ("1", "length"))
-    for name in _WAVEFORMS:
-        for axes in waves if name in parameters else ():
-            for mask in masks:
-                yield Sound(name=name, axes=axes, width=0, length=_SAMPLES * (1 + shape.scale), mask=mask)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Audio:
+    """Generator of text and sounds; see `with_audio`."""
 
+    parameters: Mapping[str, Any]
+    shape: SampleShape
 
-def _frames(config: Any, shape: SampleShape) -> list[int]:
-    fixed = [2 * value for key, value in _entries(config.to_dict()) if key == _FIXED]
-    by_token = getattr(config, "audio_length_per_tok", None)
-    if by_token and _placeholder(config) is None:  # each token of text is spoken over
-        return [by_token * shape.sequence]
-    free = [_FRAMES * (1 + shape.scale), _FRAMES // 2 * (2 + shape.scale), _FRAMES]
-    return list(dict.fromkeys([*free, *fixed]))
+    @property
+    def is_alone(self) -> bool:
+        """Return whether sounds replace the encoder's text."""
+        return "decoder_input_ids" in self.parameters or "input_ids" not in self.parameters
 
+    @property
+    def mask_name(self) -> str:
+        own = next((name for name in _MASKS if name in self.parameters), "")
+        return own or ("attention_mask" if self.is_alone and "attention_mask" in self.parameters else "")
 
-def _sample(
-    config: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound, count: int
-) -> Row:
-    """Generate text and sounds for a model with this config; each sound has `count` placeholder tokens."""
-    generator = torch.Generator().manual_seed(shape.seed)
-    text = make_text(config, generator)
-    token = None if is_alone(config, parameters) else _placeholder(config)
-    rows = 1 if token is None else shape.images
-    size = sound.shape(config, shape.batch * rows)
-    sample = {sound.name: torch.randn(size, generator=generator)}
-    name = _mask_name(config, parameters)
-    if name and sound.mask:
-        length = count if sound.mask == "counted" else sound.length
-        mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask in ("int64", "whole") else torch.bool)
-        is_padded = token is None and bool(shape.padding) and sound.mask != "whole"
-        for row in range(min(3, size[0]) if is_padded else 0):
-            mask[row, length - length // 16 * (3 - row) :] = 0  # sounds end early, on whichever side text is padded
-        sample[name] = mask
-    if "audio_embed_sizes" in parameters:
-        sample["audio_embed_sizes"] = torch.full((size[0],), count)
-    if is_alone(config, parameters):
-        text = {key: value for key, value in text.items() if key.startswith("decoder_")}
-    elif token is not None and count:
-        text = with_places(text, token, count, rows)
-    return {**text, **sample} if not is_alone(config, parameters) else {**sample, **text}
+    def kinds(self, config: Any) -> Iterator[Sound]:
+        """Yield the kinds to try, shortest first."""
+        has_mask = any(name in self.parameters for name in _MASKS) or self.is_alone
+        masks = ("int64", "bool", "counted", "whole", "") if has_mask else ("",)
+        spectra: tuple[tuple[str, ...], ...] = (("width", "length"), ("length", "width"))
+        for name in _SPECTROGRAMS:
+            for length in self._frames(config) if name in self.parameters else ():
+                for width in range(len(widths(config))):
+                    for axes in spectra:
+                        for mask in masks:
+                            yield Sound(name=name, axes=axes, width=width, length=length, mask=mask)
+        waves: tuple[tuple[str, ...], ...] = (("length",), ("1", "length"))
+        for name in _WAVEFORMS:
+            for axes in waves if name in self.parameters else ():
+                for mask in masks:
+                    yield Sound(name=name, axes=axes, width=0, length=_SAMPLES * (1 + self.shape.scale), mask=mask)
+
+    def _frames(self, config: Any) -> list[int]:
+        fixed = [2 * value for key, value in _entries(config.to_dict()) if key == _FIXED]
+        by_token = getattr(config, "audio_length_per_tok", None)
+        if by_token and _placeholder(config) is None:  # sound accompanies each token of text
+            return [by_token * self.shape.sequence]
+        scale = self.shape.scale
+        free = [_FRAMES * (1 + scale), _FRAMES // 2 * (2 + scale), _FRAMES]
+        return list(dict.fromkeys([*free, *fixed]))
+
+    def sample(self, config: Any, sound: Sound, count: int) -> Row:
+        """Generate text and sounds for a model with this config; each sound has `count` placeholder tokens."""
+        generator = torch.Generator().manual_seed(self.shape.seed)
+        text = text_inputs(config, self.parameters, self.shape, generator)
+        token = None if self.is_alone else _placeholder(config)
+        rows = 1 if token is None else self.shape.images
+        size = sound.shape(config, self.shape.batch * rows)
+        sample = {sound.name: torch.randn(size, generator=generator)}
+        if self.mask_name and sound.mask:
+            length = count if sound.mask == "counted" else sound.length
+            mask = torch.ones((size[0], length), dtype=torch.int64 if sound.mask in ("int64", "whole") else torch.bool)
+            is_padded = token is None and bool(self.shape.padding) and sound.mask != "whole"
+            for row in range(min(3, size[0]) if is_padded else 0):
+                mask[row, length - length // 16 * (3 - row) :] = 0  # sounds end early, on whichever side text is padded
+            sample[self.mask_name] = mask
+        if "audio_embed_sizes" in self.parameters:
+            sample["audio_embed_sizes"] = torch.full((size[0],), count)
+        if self.is_alone:
+            return {**sample, **{key: value for key, value in text.items() if key.startswith("decoder_")}}
+        return {**(with_places(text, token, count, rows) if token is not None and count else text), **sample}
+
+    def count(self, thin: Any, sound: Sound) -> int:
+        """Return the number of placeholder tokens for each sound; 0 if there are none."""
+        config = thin.config
+        if self.is_alone or _placeholder(config) is None:
+            return 0
+        steps = getattr(getattr(config, "audio_config", None), "time_reduction", None)
+        if "audio_embed_sizes" in self.parameters and steps:
+            return -(-sound.length // int(steps))
+        trial = self.sample(config, replace(sound, mask="") if sound.mask == "counted" else sound, 2)
+        sounds = len(trial[sound.name])
+        with torch.no_grad():
+            try:
+                features = _inner(thin, "get_audio_features")(trial).pooler_output
+            except (ValueError, RuntimeError, AttributeError):  # it reads the tokens, which do not exist yet
+                lengths = torch.full((sounds,), sound.length)
+                return int(_method(thin, "_get_feat_extract_output_lengths")(lengths)[1][0])
+        if isinstance(features, (tuple, list)):
+            return len(features[0])
+        return int(features.shape[:-1].numel()) // sounds
 
 
 def with_places(text: Row, token: int, count: int, sounds: int) -> Row:
@@ -206,11 +231,6 @@ def with_places(text: Row, token: int, count: int, sounds: int) -> Row:
     return result
 
 
-def _mask_name(config: Any, parameters: Mapping[str, Any]) -> str:
-    own = next((name for name in _MASKS if name in parameters), "")
-    return own or ("attention_mask" if is_alone(config, parameters) and "attention_mask" in parameters else "")
-
-
 def _placeholder(config: Any) -> int | None:
     for place in (config, getattr(config, "audio_config", None)):
         for name in _PLACEHOLDERS:
@@ -218,28 +238,6 @@ def _placeholder(config: Any) -> int | None:
             if isinstance(token, int) and token >= 0:
                 return token
     return None
-
-
-def _count(thin: Any, parameters: Mapping[str, Any], make_text: MakeText, shape: SampleShape, sound: Sound) -> int:
-    """Return the number of placeholder tokens for each sound; 0 if there are none."""
-    config = thin.config
-    if is_alone(config, parameters) or _placeholder(config) is None:
-        return 0
-    steps = getattr(getattr(config, "audio_config", None), "time_reduction", None)
-    if "audio_embed_sizes" in parameters and steps:
-        return -(-sound.length // int(steps))
-    whole = replace(sound, mask="") if sound.mask == "counted" else sound
-    trial = _sample(config, parameters, make_text, shape, whole, 2)
-    sounds = len(trial[sound.name])
-    with torch.no_grad():
-        try:
-            features = _inner(thin, "get_audio_features")(trial).pooler_output
-        except (ValueError, RuntimeError, AttributeError):  # it looks at the tokens, which we do not have yet
-            lengths = torch.full((sounds,), sound.length)
-            return int(_method(thin, "_get_feat_extract_output_lengths")(lengths)[1][0])
-    if isinstance(features, (tuple, list)):
-        return len(features[0])
-    return int(features.shape[:-1].numel()) // sounds
 
 
 def _method(thin: Any, name: str) -> Any:

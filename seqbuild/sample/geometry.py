@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Config entries of vision parts, in lookup order.
-_EYES = ("vision_config", "vq_config", "encoder", "vision_encoder_config")
+_VISION_PARTS = ("vision_config", "vq_config", "encoder", "vision_encoder_config")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _SIZES = ("image_size", "img_size", "input_size", "resolution")
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor")
@@ -40,7 +40,7 @@ class Geometry:
     @classmethod
     def of(cls, config: Any) -> Geometry:
         """Read the geometry from the config of a complete model."""
-        source = seeing(config)
+        source = vision_config(config)
         size = _stated(source, config, _SIZES, 0)
         ratios = getattr(config, "scaled_images_ratios", None)
         if ratios:  # the smallest of several views is still one patch
@@ -58,9 +58,9 @@ class Geometry:
         )
 
 
-def seeing(config: Any) -> Any:
+def vision_config(config: Any) -> Any:
     """Return the part of a config that describes the vision model, or the config itself if there is no such part."""
-    for name in _EYES:
+    for name in _VISION_PARTS:
         for part in parts(config):
             found = getattr(part, name, None)
             if found is not None and not isinstance(found, (dict, str)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import itertools
 from collections.abc import Collection, Mapping
@@ -13,14 +11,17 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
-from seqbuild.sample.audio import hears, with_audio
-from seqbuild.sample.plain import PlainCall, is_left_out, plain_call
-from seqbuild.sample.shape import SAMPLE_BATCH, SAMPLE_SHORTER, SampleShape
-from seqbuild.sample.tokens import tokens
+from seqbuild.sample.audio import takes_audio, with_audio
+from seqbuild.sample.plain import is_left_out, plain_call
+from seqbuild.sample.shape import PASS_SAMPLE, SAMPLE_BATCH, SampleShape
+from seqbuild.sample.tokens import text_inputs
 
 if TYPE_CHECKING:
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+_IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "flattened_patches", "protein_input_ids")
 
 
 def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +33,7 @@ def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) ->
 
     Returns:
         Name to default value, in the order of the signature; `[]` and `{}` for variadic arguments, False for
-        `use_cache`,
-        `inspect.Parameter.empty` for a required argument that is missing from the sample.
+        `use_cache`, `inspect.Parameter.empty` for a required argument that is missing from the sample.
     """
     concrete: dict[str, Any] = {}
     for name, parameter in inspect.signature(model.forward).parameters.items():
@@ -46,14 +46,6 @@ def populate_concrete_args(model: nn.Module, sample_input: Mapping[str, Any]) ->
         else:
             concrete[name] = False if name == "use_cache" else parameter.default
     return concrete
-
-
-# Shapes used to analyze the plain call of a model.
-_TRIED_SHAPES = (
-    SampleShape(),
-    SampleShape(batch=2, sequence=19, padding="left", seed=1),
-    SampleShape(batch=1, sequence=24, padding="right", seed=2),
-)
 
 
 def default_sample(
@@ -76,64 +68,21 @@ def default_sample(
     shape = shape or SampleShape()
     parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
-    if not text_only and hears(parameters):
-        return with_audio(model, parameters, functools.partial(_text, parameters, shape), shape)
-    is_seeing = not text_only and takes_images(parameters)
-    if "input_ids" not in parameters and not is_seeing:
+    if not text_only and takes_audio(parameters):
+        return with_audio(model, parameters, shape)
+    has_images = not text_only and any(name in parameters for name in _IMAGE_INPUTS)
+    if "input_ids" not in parameters and not has_images:
         raise TraceError(
-            f"{type(model).__name__} takes no input_ids but {', '.join(parameters)}",
-            hint="bring a sample of its inputs with --sample",
+            f"cannot create sample inputs for {type(model).__name__} ({', '.join(parameters)})", hint=PASS_SAMPLE
         )
     generator = torch.Generator().manual_seed(shape.seed)
-    sample = _text(parameters, shape, config, generator)
-    if is_seeing:
-        from seqbuild.sample.vision import with_images  # builds models: text alone does without it
+    sample = text_inputs(config, parameters, shape, generator)
+    if has_images:
+        from seqbuild.sample.vision import with_images  # not required for text only
 
         return with_images(model, parameters, sample, shape, generator)
-    kept = {*plain_call_of(model).absent, *wanted}
+    kept = {*plain_call(model).absent, *wanted}
     return {name: value for name, value in sample.items() if name in kept or not is_left_out(name, parameters)}
-
-
-def plain_call_of(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
-    """Return the inputs that a plain call of text omits, and the values that represent their absence.
-
-    Args:
-        model: the model to be called.
-        names: the given inputs; if one of them is not text, the result is unknown.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        return PlainCall()
-
-    def make(config: Any, shape: SampleShape) -> dict[str, torch.Tensor]:
-        return _text(parameters, shape, config, torch.Generator().manual_seed(shape.seed))
-
-    if not set(names) <= make(getattr(model, "config", None), SampleShape()).keys():
-        return PlainCall()
-    return plain_call(model, make, _TRIED_SHAPES)
-
-
-def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collection[str]) -> list[str]:
-    """Return those of these inputs that a plain call of text omits."""
-    parameters = inspect.signature(model.forward).parameters
-    return [name for name in names if is_left_out(name, parameters)]
-
-
-def _text(
-    parameters: Mapping[str, Any], shape: SampleShape, config: Any, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Generate all text inputs among the parameters."""
-    inputs = tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
-    if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
-        return inputs
-    shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
-    return inputs | tokens(config, parameters, "decoder_", shorter, generator)
-
-
-def takes_images(parameters: Mapping[str, Any]) -> bool:
-    """Return whether a forward with these parameters takes images."""
-    seen = ("pixel_values", "pixel_values_videos", "flattened_patches", "protein_input_ids")
-    return any(name in parameters for name in seen)
 
 
 def rehearsal_samples(sample_input: Mapping[str, Any]) -> list[dict[str, Any]]:

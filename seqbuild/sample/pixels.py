@@ -27,7 +27,8 @@ class Wanted:
 
     Attributes:
         parameters: parameter names of forward.
-        asked: parameter names of the model's get_image_features, mapped to whether they are optional; empty without it.
+        features: parameter names of the model's get_image_features, mapped to whether they are optional; empty
+            without it.
         config: the model's.
         geometry: sizes of images and patches from the config.
         images: the number of images in each row.
@@ -37,7 +38,7 @@ class Wanted:
     """
 
     parameters: Mapping[str, Any]
-    asked: Mapping[str, bool]
+    features: Mapping[str, bool]
     config: Any
     geometry: Geometry
     images: int
@@ -81,9 +82,9 @@ def row_of_pixels(wanted: Wanted) -> Row:
 def joined(rows: Sequence[Row]) -> Row:
     """Concatenate all rows along the first dimension."""
     made = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    if "target_sizes" in made:  # one long image, whatever the number of rows
+    if "target_sizes" in made:  # one long image for all rows
         made["pixel_values"] = torch.cat([row["pixel_values"] for row in rows], dim=-1)
-    if "image_token_pooling" in made:  # patches are numbered through
+    if "image_token_pooling" in made:  # patches are numbered consecutively over all rows
         patches, places = rows[0]["pixel_values"].shape[:2].numel(), [row["image_token_pooling"] for row in rows]
         made["image_token_pooling"] = torch.cat([place + index * patches for index, place in enumerate(places)])
     return made
@@ -202,7 +203,7 @@ def _image_sizes(wanted: Wanted) -> Row:
     geometry = wanted.geometry
     if getattr(wanted.config, "image_grid_pinpoints", None):
         return _tiles(wanted)
-    is_free = not wanted.asked.get("image_sizes", True) or getattr(geometry.source, "model_type", "") == "pixtral"
+    is_free = not wanted.features.get("image_sizes", True) or getattr(geometry.source, "model_type", "") == "pixtral"
     if not is_free:
         return _images(wanted)
     unit = geometry.patch * geometry.merge
@@ -298,7 +299,7 @@ def _frames_or_images(wanted: Wanted) -> Row:
 
 
 @form(_is("instructblipvideo"))
-def _films(wanted: Wanted) -> Row:
+def _videos(wanted: Wanted) -> Row:
     """[1, T, C, H, W]."""
     geometry, frames = wanted.geometry, 2 + wanted.scale
     return {"pixel_values": wanted.noise(1, frames, geometry.channels, geometry.height, geometry.width)}

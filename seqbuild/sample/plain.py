@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,24 @@ from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
 from runtime.data.decoder import NOT_A_LABEL, shifted
 from runtime.errors import TraceError
+from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import random_copy
+from seqbuild.sample.tokens import text_inputs
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from seqbuild.sample.shape import SampleShape
-
 Row = dict[str, torch.Tensor]
-MakeText = Callable[[Any, "SampleShape"], Row]
 
 # Candidate values that represent the absence of an input, by its name without `decoder_`.
 _STANDS_FOR_ABSENCE = {"token_type_ids": 0, "bbox": 0, "lang_ids": 0, "decoder_attention_mask": 1}
 _STARTS = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+# Shapes of the samples that are tried.
+_SHAPES = (
+    SampleShape(),
+    SampleShape(batch=2, sequence=19, padding="left", seed=1),
+    SampleShape(batch=1, sequence=24, padding="right", seed=2),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +48,7 @@ class PlainCall:
 
     Attributes:
         absent: inputs that it omits but a sample may contain: the number that represents absence, used everywhere in
-        the
-        tensor; None if the model does not run without the input.
+            the tensor; None if the model does not run without the input.
         decoder: the rule that derives the decoder's inputs from labels, see `runtime.data.decoder`; empty if unknown.
     """
 
@@ -60,23 +64,33 @@ def is_left_out(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
     return _value_for(name) is not None and name in parameters and parameters[name].default is None
 
 
-def plain_call(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
-    """Determine the plain call; cached for each model.
+def left_out_of_plain_calls(model: nn.Module | type[nn.Module], names: Collection[str]) -> list[str]:
+    """Return those of these inputs that a plain call of text omits."""
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in names if is_left_out(name, parameters)]
+
+
+def plain_call(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
+    """Determine the plain call of a model, which is neither run nor modified; cached for each model.
 
     Args:
-        model: neither run nor changed.
-        make_text: generates all text inputs of the model, from a config and a shape.
-        shapes: of the samples that are tried.
+        model: the model to be called.
+        names: the given inputs; if one of them is not text, the result is unknown.
     """
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        return PlainCall()
+    text = text_inputs(getattr(model, "config", None), parameters, _SHAPES[0])
+    if not set(names) <= text.keys():
+        return PlainCall()
     if model not in _known:
-        _known[model] = _find(model, make_text, shapes)
+        _known[model] = _find(model, text)
     return _known[model]
 
 
-def _find(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) -> PlainCall:
+def _find(model: nn.Module, text: Row) -> PlainCall:
     parameters = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
-    text = make_text(config, shapes[0])
     left_out = [name for name in text if is_left_out(name, parameters)]
     read = text.get("decoder_input_ids")
     has_labels = "labels" in parameters and read is not None and read.dim() == 2  # not several streams of codes
@@ -86,12 +100,12 @@ def _find(model: nn.Module, make_text: MakeText, shapes: Sequence[SampleShape]) 
         trial = _AbsenceTrial(random_copy(model))
     except TraceError:
         return PlainCall()
-    rows = [make_text(trial.config, shape) for shape in shapes]
+    rows = [text_inputs(trial.config, parameters, shape) for shape in _SHAPES]
     absent = _stand_ins(trial, rows, left_out)
     if not has_labels:
         return PlainCall(absent=absent)
     decoder = _rule(trial, config, rows[0], absent)
-    if decoder is None:  # beside the decoder's other inputs there may be none
+    if decoder is None:  # there may be a rule without the decoder's other inputs
         fewer = {name: value for name, value in absent.items() if not name.startswith("decoder_") or value is None}
         decoder = _rule(trial, config, rows[0], fewer)
         absent = absent if decoder is None else fewer
@@ -112,7 +126,7 @@ def with_stand_ins(row: Row, absent: Mapping[str, int | None]) -> Row:
 
 
 def _stand_ins(trial: _AbsenceTrial, rows: Sequence[Row], left_out: Sequence[str]) -> dict[str, int | None]:
-    """The inputs among `left_out` that a sample may have, as `PlainCall.absent` has them."""
+    """Return the inputs among `left_out` that a sample may contain, as in `PlainCall.absent`."""
     needed = _needed(trial, rows[0], left_out)
     others = [name for name in left_out if name not in needed]
     plain = [{name: value for name, value in row.items() if name not in others} for row in rows]
@@ -130,7 +144,7 @@ def _stand_ins(trial: _AbsenceTrial, rows: Sequence[Row], left_out: Sequence[str
 
 
 def _needed(trial: _AbsenceTrial, row: Row, left_out: Sequence[str]) -> list[str]:
-    """Which of them the model does not run without, as few as can be."""
+    """Return the inputs among `left_out` that the model requires, as few as possible."""
     plain = {name: value for name, value in row.items() if name not in left_out}
     if trial.run(plain) is not None:
         return []
@@ -141,9 +155,9 @@ def _needed(trial: _AbsenceTrial, row: Row, left_out: Sequence[str]) -> list[str
 
 
 def _rule(trial: _AbsenceTrial, config: Any, row: Row, absent: Mapping[str, int | None]) -> dict[str, int] | None:
-    """How the decoder's inputs follow from labels: tried on labels with padding at their ends, and without.
+    """Find the rule that derives the decoder's inputs from labels, by trials on labels with and without padding.
 
-    The reference is the model when called with labels. FSMT ignores labels there, so its reference is the method that
+    The reference is the model called with labels. FSMT ignores labels, so its reference is the method that
     transformers' collator calls.
     """
     kept = {name: value for name, value in row.items() if name in absent or not is_left_out(name, trial.parameters)}
@@ -187,7 +201,7 @@ def _token(config: Any, name: str) -> int | None:
 
 
 class _AbsenceTrial:
-    """A copy of the model, to run."""
+    """A random copy of the model, run to test the absence of inputs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -214,7 +228,7 @@ class _AbsenceTrial:
             made = None if prepare is None else prepare(labels_BT.clone())
         except MemoryError:
             raise
-        except Exception:  # likewise
+        except Exception:  # as in `run`
             return None
         return made if isinstance(made, torch.Tensor) and made.shape == labels_BT.shape else None
 

@@ -1,10 +1,13 @@
-"""Define the shape of a sample: number and length of sequences."""
+"""The shape of a sample: number and length of sequences, images and sounds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Sizes that no model uses, so that a data size cannot be confused with one of the model.
+# The hint of errors about samples that cannot be generated.
+PASS_SAMPLE = "pass a file with the model's inputs with --sample"
+
+# Sizes that no model uses, so that a size of the data cannot be mistaken for one of the model.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_SHORTER = 3, 37, 6
 
 
@@ -18,8 +21,7 @@ class SampleShape:
         padding: `left`, `right` or nothing; row i of the first three is padded by three tokens less i.
         images: images (or sounds) in each row, for models that take them by row.
         scale: index of the sizes that the model supports for images and sounds; 0 is the smallest. If it supports only
-        one,
-        all are the same.
+            one, all are the same.
         seed: of token ids, pixels and other random values.
     """
 
@@ -33,7 +35,7 @@ class SampleShape:
 
 # Shapes for rehearsing steps that need values: the sample, and others with different sizes.
 REHEARSAL_SHAPES = (
-    SampleShape(images=2),  # an axis of one would be burnt in
+    SampleShape(images=2),  # an axis of size one would become a constant
     SampleShape(batch=SAMPLE_BATCH + 2, sequence=SAMPLE_SEQUENCE + 10, images=3, scale=1, seed=1),
     SampleShape(batch=SAMPLE_BATCH - 1, sequence=SAMPLE_SEQUENCE + 4, scale=2, seed=2),
 )

@@ -16,6 +16,7 @@ import torch
 
 from runtime.console import quiet
 from runtime.errors import TraceError
+from seqbuild.sample.shape import PASS_SAMPLE
 from seqbuild.shrink.config import shrink_table
 
 if TYPE_CHECKING:
@@ -63,13 +64,11 @@ def randomize(model: nn.Module) -> None:
 
 
 def _with_attention(cls: Any, config: Any, attention: str) -> nn.Module:
-    """Build the model with attention that avoids a patches-by-patches matrix if possible: images have thousands of
-    patches.
-    """
+    """Build the model with this attention if it supports it (images have thousands of patches), else with eager."""
     thin: nn.Module
     try:
         thin = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
-    except (ValueError, ImportError):  # how transformers refuses
+    except (ValueError, ImportError):  # raised by transformers for unsupported attention
         torch.manual_seed(0)
         thin = cls._from_config(config, dtype=torch.float32, attn_implementation="eager")
     return thin
@@ -80,7 +79,7 @@ def _build(model: nn.Module, attention: str = "sdpa") -> nn.Module:
     cls: Any = type(model)
     if config is None or not hasattr(cls, "_from_config"):
         raise TraceError(
-            f"{cls.__name__} is no model of transformers", hint="bring a sample of its inputs with --sample"
+            f"cannot create sample inputs: {cls.__name__} is not a model of transformers", hint=PASS_SAMPLE
         )
     if sum(parameter.numel() for parameter in model.parameters()) <= _THIN_ENOUGH:
         narrow = copy.deepcopy(config)
@@ -99,7 +98,6 @@ def _build(model: nn.Module, attention: str = "sdpa") -> nn.Module:
             thin = _with_attention(cls, narrow, attention)
     except Exception as error:
         raise TraceError(
-            f"a narrow copy of {cls.__name__}, to ask what it takes, cannot be built: {error}",
-            hint="bring a sample of its inputs with --sample",
+            f"cannot create sample inputs: building a small {cls.__name__} failed: {error}", hint=PASS_SAMPLE
         ) from error
     return thin.eval()

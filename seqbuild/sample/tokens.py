@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from seqbuild.sample.shape import SampleShape
+from seqbuild.sample.shape import SAMPLE_SHORTER, SampleShape
 
 _FIRST_PLAIN_TOKEN = 10
-_PAGE = 1000  # pages are a thousand units wide and high
+_PAGE = 1000  # width and height of a page
 
 
-def tokens(
+def text_inputs(
+    config: Any, parameters: Mapping[str, Any], shape: SampleShape, generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """Generate all text inputs among the parameters, from a generator or from the seed of the shape."""
+    generator = generator or torch.Generator().manual_seed(shape.seed)
+    inputs = _tokens(config, parameters, "", shape, generator) if "input_ids" in parameters else {}
+    if "decoder_input_ids" not in parameters:  # a decoder of learned queries has a mask, too, but no padding
+        return inputs
+    shorter = dataclasses.replace(shape, sequence=max(1, shape.sequence - SAMPLE_SHORTER))
+    return inputs | _tokens(config, parameters, "decoder_", shorter, generator)
+
+
+def _tokens(
     config: Any, parameters: Mapping[str, Any], prefix: str, shape: SampleShape, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Generate inputs for the parameters that begin with `prefix` (nothing or `decoder_`).

@@ -37,27 +37,27 @@ from runtime.host.publish import disk_errors, make_readable, publish_directory, 
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.recipe.recipe import Recipe
 
-# Packages that a host installs; everything else that the runtime imports is a dependency of these.
+# Packages that a host installs; all other imports of the runtime are dependencies of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _README = """\
-# {model}, ready to be calibrated
+# {model}, ready for calibration
 
-On a host with the libraries of requirements.txt (`pip install -r requirements.txt`, where there is a network or a
-folder of wheels), type in this directory
+On a host with the libraries in requirements.txt (`pip install -r requirements.txt`, from a network or a folder of
+wheels), run in this directory
 
     {command}
 
-and the quantized checkpoint appears in `quantized/`. Nothing is fetched, and nothing is written elsewhere.
+to write the quantized checkpoint to `quantized/`. Nothing is downloaded, and nothing is written elsewhere.
 
-    python -m runtime doctor .{weights}     what is missing here, or does not fit, before anybody waits
-    sha256sum --check --quiet SHA256SUMS    whether the bundle has arrived as it was packed
+    python -m runtime doctor .{weights}     check this host and the bundle before a run
+    sha256sum --check --quiet SHA256SUMS    check that the bundle is complete and unchanged
 
-What is in here:
+Contents:
 
     artifact/        the compiled model; {signature}
-    recipe.yaml      what is done to it
-{data}    runtime/         the program that does it, version {version}
+    recipe.yaml      the quantization recipe
+{data}    runtime/         the program, version {version}
 """
 
 
@@ -69,28 +69,25 @@ def pack(
     data: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Make a bundle.
+    """Make a bundle and return its path.
 
     Args:
-        artifact: a directory that `seqbuild compile` wrote.
-        recipe: what the host is to do.
-        out: the bundle: a directory, or a file when the name ends in `.tar`.
-        data: a token file of `seqbuild data`; may be missing for a recipe without statistics.
-        weights: the checkpoint's directory, to pack it, too.
-
-    Returns:
-        `out`.
+        artifact: a directory written by `seqbuild compile`.
+        recipe: the recipe file.
+        out: the bundle: a directory, or a file if the name ends in `.tar`.
+        data: a token file written by `seqbuild data`; None for a recipe without statistics.
+        weights: the checkpoint's directory; None leaves it out of the bundle.
 
     Raises:
-        ArtifactError, RecipeError, DataError, WeightsError: when something of it is not right.
-        OutputError: when the bundle cannot be written.
+        ArtifactError, RecipeError, DataError, WeightsError: for invalid contents.
+        OutputError: if the bundle cannot be written.
     """
     root, path = Path(artifact), Path(out)
     checked = check_artifact(root)
     Recipe.from_file(Path(recipe))
     if data is not None:
         if Path(data).suffix != SUFFIX:
-            raise UsageError(f"{data} is no token file", hint="seqbuild data makes one of texts")
+            raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
         read_token_file(Path(data))
     files: dict[str, Path | bytes] = {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
     files |= {f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()}
@@ -129,7 +126,7 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     require_regular_entries(directory)
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _KINDS]
     if not any(path.suffix == ".safetensors" for path in found):
-        raise WeightsError(f"{directory} holds no safetensors checkpoint")
+        raise WeightsError(f"{directory} contains no safetensors checkpoint")
     files = {path.name: path for path in found if not path.name.startswith(".")} | dict(companion_files(directory))
     return dict(sorted(files.items()))
 
@@ -141,15 +138,15 @@ def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed:
         model=manifest.model.class_name,
         command=f"python -m runtime calibrate .{weights}{own}",
         weights=weights,
-        data="    data.safetensors the text, tokenized\n" if has_data else "",
+        data="    data.safetensors the tokenized text\n" if has_data else "",
         version=importlib.metadata.version("seqbuild"),
-        signature="it is signed: --require-signature PUBLIC_KEY asks for that" if is_signed else "it is not signed",
+        signature="signed; --require-signature PUBLIC_KEY verifies it" if is_signed else "not signed",
     )
     return text.encode("utf-8")
 
 
 def _fill(folder: Path, files: dict[str, Path | bytes], requirements: dict[str, str]) -> None:
-    """Write the files, then what lists them."""
+    """Write the files, then the lists of their sizes and digests."""
     listed: dict[str, tuple[int, str]] = {}
     for name, content in sorted(files.items()):
         place = folder / name
@@ -175,7 +172,7 @@ def _fill(folder: Path, files: dict[str, Path | bytes], requirements: dict[str, 
 def _write_tar(path: Path, files: dict[str, Path | bytes], requirements: dict[str, str]) -> Path:
     """Write the bundle as one tar file with fixed times, users and order."""
     if path.exists():
-        require_free(path)  # which says what is there
+        require_free(path)  # raises an error that names the existing item
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as private:

@@ -15,20 +15,17 @@ from runtime.host.publish import write_file
 def sign_artifact(
     artifact: str | os.PathLike[str], *, private_key: str | os.PathLike[str], password: str | None = None
 ) -> Path:
-    """Check an artifact and put a signature of it beside its manifest; one that is there is replaced.
+    """Check an artifact, write its signature beside the manifest, replacing an existing one, and return the file.
 
     Args:
-        artifact: its directory.
-        private_key: a file in PEM, of an elliptic curve key.
-        password: of the private key.
-
-    Returns:
-        The signature's file.
+        artifact: the artifact's directory.
+        private_key: a PEM file with an elliptic curve key.
+        password: the private key's password, if any.
 
     Raises:
-        ArtifactError: when the artifact is not right; nothing is signed then.
-        SignatureError: when the key cannot be used, or model-signing is not installed.
-        OutputError: when the signature cannot be written.
+        ArtifactError: if the artifact is invalid; it is not signed then.
+        SignatureError: if the key cannot be used, or model-signing is not installed.
+        OutputError: if the signature cannot be written.
     """
     root = Path(artifact)
     checked = check_artifact(root)

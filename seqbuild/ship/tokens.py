@@ -19,28 +19,25 @@ def tokenize_files(
     out: str | Path,
     loss_mask: bool = False,
 ) -> TokenData:
-    """Make a token file of the documents in `files`; what `seqbuild data` does.
+    """Tokenize the documents in `files`, write a token file, and return its contents.
 
     Args:
         tokenizer: a directory, or the id of a model in the local hub cache. Nothing is downloaded.
-        files: `.txt`, `.jsonl` or `.parquet`, read in this order as one text.
-        num_samples: how many, spread evenly; None for all there are.
-        seq_len: tokens of a window, or the most a document may have; None only when not packed.
-        pack: join the documents and cut windows, instead of one sample a document; pairs are never joined.
-        out: the token file; replaced when it is there.
-        loss_mask: save which tokens the assistant says in conversations; in calibration no others count then.
-
-    Returns:
-        What was written.
+        files: `.txt`, `.jsonl` or `.parquet` files, read in this order as one text.
+        num_samples: the number of samples, spread evenly; None for all.
+        seq_len: tokens in a window, or the largest number in a document; None only if not packed.
+        pack: join the documents and cut windows, instead of one sample for each document; pairs are never joined.
+        out: the token file; an existing one is replaced.
+        loss_mask: save which tokens of a conversation are the assistant's; calibration counts only these.
 
     Raises:
-        DataError: no such tokenizer, or texts that cannot be read or are too short.
-        OutputError: `out` cannot be written.
-        UsageError: no files, or numbers that cannot be.
+        DataError: for a missing tokenizer, or texts that cannot be read or are too short.
+        OutputError: if `out` cannot be written.
+        UsageError: for missing files or invalid numbers.
     """
     paths, out = [Path(file) for file in files], Path(out)
     if not paths:
-        raise UsageError("no files were given", hint="name one or more .txt, .jsonl or .parquet files")
+        raise UsageError("no files given", hint="pass one or more .txt, .jsonl or .parquet files")
     require_place(out)
     directory = _tokenizer_directory(str(tokenizer))
     found = tokenize_documents(
@@ -65,14 +62,14 @@ def _tokenizer_directory(name: str) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     try:
-        # Every tokenizer of every age has one of these two.
+        # Tokenizers of all versions of transformers have one of these two.
         for file in ("tokenizer_config.json", "tokenizer.json"):
             found = try_to_load_from_cache(name, file)
             if isinstance(found, str):
                 return Path(found).parent
     except HFValidationError:
-        pass  # not an id either
+        pass  # not a valid id
     raise DataError(
         f"{name!r} is neither a directory nor a model whose tokenizer is in the local hub cache",
-        hint="give the directory with its tokenizer.json, or download the model's tokenizer first",
+        hint="pass the directory with its tokenizer.json, or download the model's tokenizer first",
     )

@@ -27,10 +27,10 @@ def _rule(function: Rule) -> Rule:
 @_rule
 def _numbers_of_layers(full: Mapping[str, Any], small: Table) -> None:
     """Keep references to the layers whose features are passed to the text model valid."""
-    eyes = small.get("vision_config")
-    if not isinstance(eyes, Mapping):
+    vision = small.get("vision_config")
+    if not isinstance(vision, Mapping):
         return
-    depth = next((eyes[name] for name in _DEPTHS if isinstance(eyes.get(name), int)), 0)
+    depth = next((vision[name] for name in _DEPTHS if isinstance(vision.get(name), int)), 0)
     for table in [small, *_tables_inside(small)]:
         for name in ("vision_feature_layer", "vision_feature_layers"):
             value = table.get(name)

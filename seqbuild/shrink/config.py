@@ -1,9 +1,8 @@
-"""Make a model's config small, so that a model of the same architecture can be built with random weights and run.
+"""Shrink a model's config, so that a model of the same architecture can be built with random weights and run.
 
-Architectures are not listed here: the names under which configs state widths, depths and counts are few, and a config
-is walked as the nested table that it is. Lists that say something of each layer keep the entries of the layers that
-stay, and those are chosen so that every kind of layer stays. What an image or a sound must look like (sizes of images
-and patches, numbers of mel bands) is left alone, unless `geometry` says what it shall be.
+Architectures are not listed here: configs use few names for widths, depths and counts, and a config is processed as a
+nested table. Lists with one entry per layer keep the entries of the layers that remain, which are chosen so that every
+kind of layer remains. The geometry of images and sounds (sizes of images and patches, numbers of mel bands) is kept.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ _TOKEN = re.compile(r".*(token_ids?|token_index|token_indices|_id|tokens_ids)")
 _HEADS = re.compile(r"(.*_)?(num_(attention|attn)_heads|n_heads?|num_heads|attention_heads)(_.*)?|attn_heads")
 _HEAD_DIMS = (HEAD_WIDTH, 24, 32, 48, 64)
 
-# What sounds and images must look like.
+# The geometry of sounds and images, which is kept.
 _GEOMETRY = re.compile(
     r"(.*_)?input_dim|(.*_)?num_mel_bins|feature_size|input_feat_(size|per_channel)"
     r"|patch_embed_hidden_size|(video_)?patch_dim"
 )
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
-# (names, limit): the first row that fits a key whole decides.
+# (names, limit): the first pattern that matches the complete key applies.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     (re.compile(pattern), limit)
     for pattern, limit in (
@@ -91,7 +90,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
 
 
 def shrink_table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A small config like `table`, both as nested plain values (a config.json)."""
+    """Shrink a config, given and returned as the nested plain values of a config.json."""
     return _Shrinker().table(table)
 
 
@@ -142,7 +141,7 @@ class _Shrinker:
     def _by_layer(
         self, name: str, table: Mapping[str, Any], small: Mapping[str, Any], layers: Layers
     ) -> dict[str, dict[str, Any]]:
-        """What a table says of single layers, under their new numbers."""
+        """Shrink a table of single layers' entries, under the new layer numbers."""
         result = {}
         outer = {key: value for key, value in table.items() if key not in BY_LAYER}
         for index, entry in layers.by_layer(table[name]).items():
@@ -162,5 +161,5 @@ class _Shrinker:
 
 
 def _power_of_two(value: int) -> int:
-    """The largest power of two that is not larger: a number of heads that divides every width."""
+    """Return the largest power of two up to `value`: a number of heads that divides every width."""
     return 1 << (value.bit_length() - 1)

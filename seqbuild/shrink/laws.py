@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# `target = a * b / c`, evaluated from left to right; a name may lead into a nested table. A law that the large config
-# obeys is enforced on the small one by setting its target. In this order: later ones read what earlier ones set.
+# `target = a * b / c`, evaluated from left to right; a dotted name refers to a nested table. A law that the large
+# config satisfies is enforced on the small one by setting its target. The order matters: a law may read the target of
+# an earlier one.
 LAWS = (
     "num_attention_heads = hidden_size / head_dim",
     "hidden_size_global = hidden_size * cross_attn_k",
@@ -43,7 +44,7 @@ LAWS = (
     "pad_token_id = vocab_size",
     "bos_token_id = vocab_size",
 )
-# The same between a layer's own entries (over those of all layers).
+# The same for the entries of a single layer, which take precedence over those of all layers.
 LAYER_LAWS = ("qk_nope_head_dim = head_dim - qk_rope_head_dim",)
 
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -89,14 +90,16 @@ def _lookup(table: Mapping[str, Any], path: str) -> float | None:
 
 
 def rotary_head_dim(large: Mapping[str, Any], candidates: Sequence[int]) -> int:
-    """The first candidate for a head's width that can be rotated as the large config says.
+    """Return the first candidate for a head's width that supports the rotary embedding of the large config.
 
-    The part that is rotated must stay an even number of channels, and large enough for three sections where positions
-    have three parts.
+    The rotated part must remain an even number of channels, and large enough for three sections if positions have
+    three parts.
     """
     dim = head_dim(large)
-    factors = [value for key, value in _everything(large) if _FACTOR.fullmatch(key) and isinstance(value, (int, float))]
-    fewest = 8 if any(_SECTIONS.fullmatch(key) for key, _ in _everything(large)) else 4
+    factors = [
+        value for key, value in _rotary_entries(large) if _FACTOR.fullmatch(key) and isinstance(value, (int, float))
+    ]
+    fewest = 8 if any(_SECTIONS.fullmatch(key) for key, _ in _rotary_entries(large)) else 4
     for candidate in candidates:
         parts = [int(candidate * factor) for factor in factors if dim and int(dim * factor) % 2 == 0] or [candidate]
         if all(part % 2 == 0 and part >= fewest for part in parts):
@@ -105,7 +108,7 @@ def rotary_head_dim(large: Mapping[str, Any], candidates: Sequence[int]) -> int:
 
 
 def fit_key_heads(large: Mapping[str, Any], small: dict[str, Any]) -> None:
-    """Let heads share keys and values where they do in the large config: all, two and two, or none."""
+    """Let heads share keys and values as in the large config: all of them, pairs, or none."""
     for key, value in small.items():
         if not _KEY_HEADS.fullmatch(key) or type(value) is not int or type(large.get(key)) is not int:
             continue
@@ -118,7 +121,7 @@ def fit_key_heads(large: Mapping[str, Any], small: dict[str, Any]) -> None:
 
 
 def head_dim(table: Mapping[str, Any]) -> int:
-    """The width of an attention head; 0 if the table does not say."""
+    """Return the width of an attention head; 0 if the table does not state it."""
     stated = table.get("head_dim")
     if type(stated) is int and stated > 0:
         return stated
@@ -128,7 +131,7 @@ def head_dim(table: Mapping[str, Any]) -> int:
 
 
 def fit_rotary(large: Mapping[str, Any], small: dict[str, Any]) -> None:
-    """Make what a config says of single rotated channels fit its small heads: sections and factors by channel."""
+    """Fit sections and factors of single rotated channels to the small heads."""
     old_dim, new_dim = head_dim(large), head_dim(small)
     if not old_dim or not new_dim:
         return
@@ -149,7 +152,7 @@ def _fit_table(table: dict[str, Any], old_dim: int, new_dim: int, outer: float) 
 
 
 def _sections(sections: Sequence[int], total: int) -> list[int]:
-    """Whole numbers, at least one each, with the given sum and about the old proportions."""
+    """Return positive integers with the given sum and approximately the old proportions."""
     shares = [max(1, section * total // sum(sections)) for section in sections]
     while sum(shares) != total:
         place = max(range(len(shares)), key=lambda i: sections[i] * total / sum(sections) - shares[i])
@@ -161,9 +164,9 @@ def _sections(sections: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _everything(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All entries of a table and of the tables about rotation within it."""
+def _rotary_entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all entries of a table and of its nested tables about rotary embeddings."""
     for key, value in table.items():
         yield key, value
         if isinstance(value, Mapping) and ("rope" in key or key.endswith("attention") or key in ("main", "compress")):
-            yield from _everything(value)
+            yield from _rotary_entries(value)

@@ -44,10 +44,10 @@ class Layers:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Layers:
-        """The choice for `table`, whose sequences are lists."""
+        """Choose the layers to keep for `table`, whose sequences are lists."""
         depths = {key: value for key, value in table.items() if _is_depth(key, value)}
         main = next((value for key, value in depths.items() if _MAIN_DEPTH.fullmatch(key)), 0)
-        return cls(kept={depth: _chosen(table, depth, depth == main) for depth in depths.values()}, main=main)
+        return cls(kept={depth: _choose(table, depth, depth == main) for depth in depths.values()}, main=main)
 
     def entry(self, key: str, value: Any) -> Any:
         """Return the new `value`, or `value` itself if it does not refer to layers."""
@@ -75,17 +75,17 @@ class Layers:
         )
 
     def is_by_layer(self, items: Sequence[Any]) -> bool:
-        """Whether a list has one entry for each layer."""
+        """Return whether a list has one entry for each layer."""
         return len(items) in self.kept
 
     def by_layer(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """A table of single layers' entries, under the new numbers."""
+        """Return a table of single layers' entries, under the new numbers."""
         kept = next(iter(self.kept.values()), ())
         entries = {int(index): entry for index, entry in value.items()}
         return {str(new): entries[old] for new, old in enumerate(kept) if old in entries}
 
     def parts(self, table: Mapping[str, Any]) -> dict[str, int]:
-        """New sizes of the consecutive parts that a table divides its layers into."""
+        """Return the new sizes of the consecutive parts that a table divides its layers into."""
         kept, start, sizes = self.kept.get(self.main, ()), 0, {}
         for name in _PARTS:
             if name in table:
@@ -95,7 +95,7 @@ class Layers:
 
 
 def is_index_list(key: str, items: Sequence[Any], depth: int) -> bool:
-    """Whether a list names layers by their indices (and does not give one entry for each)."""
+    """Return whether a list contains layer indices, instead of one entry for each layer."""
     return bool(
         items
         and _INDICES.fullmatch(key)
@@ -115,8 +115,8 @@ def _is_depth(key: str, value: Any) -> bool:
     )
 
 
-def _chosen(table: Mapping[str, Any], depth: int, is_main: bool) -> list[int]:
-    """The layers that stay of `depth`, ascending; where every second one is a layer's other half, pairs of them."""
+def _choose(table: Mapping[str, Any], depth: int, is_main: bool) -> list[int]:
+    """Return the layers to keep, ascending; pairs if every second one is the other half of a layer."""
     labels = _labels(table, depth, is_main)
     stride = 2 if any(set(label[1::2]) == {"mlp"} and "mlp" not in label[::2] for label in labels) else 1
     kinds: dict[tuple[str, ...], list[int]] = {}
@@ -135,7 +135,7 @@ def _chosen(table: Mapping[str, Any], depth: int, is_main: bool) -> list[int]:
 
 
 def _labels(table: Mapping[str, Any], depth: int, is_main: bool) -> list[list[str]]:
-    """What the table says of each layer: one list of `depth` labels for each of its statements."""
+    """Return one list of `depth` labels for each entry of the table about layers."""
     labels: list[list[str]] = []
     for key, value in table.items():
         if key in BY_LAYER and isinstance(value, Mapping):
@@ -161,7 +161,7 @@ def _labels(table: Mapping[str, Any], depth: int, is_main: bool) -> list[list[st
 
 
 def _sources(sources: Sequence[int], kept: Sequence[int]) -> list[int]:
-    """From which layer each takes its keys and values: the same if it stays, else the last before it that has some."""
+    """Return the layer whose keys and values each layer uses: the same if it is kept, else the last with its own."""
     result: list[int] = []
     for new, old in enumerate(kept):
         own = [place for place in range(new) if result[place] == place]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from seqbuild.sample.inputs import default_sample, rehearsal_samples
 from seqbuild.sample.shape import REHEARSAL_SHAPES
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from seqbuild.trace.record.leaf_policy import always_foreign
 from seqbuild.trace.record.tracer import leaf_policy
 
@@ -27,23 +26,24 @@ if TYPE_CHECKING:
     from torch import nn
 
     from seqbuild.blame import Function
+    from seqbuild.options import CompileOptions
 
 Sample = Mapping[str, torch.Tensor]
 
-# What torch says when some code does not work in the dtype that stands for the weights'.
-_DTYPE_TROUBLE = re.compile(r"dtype|scalar type|BFloat16|should be the same", re.IGNORECASE)
+# Messages of torch about code that does not work in the dtype that represents the weights' dtype.
+_DTYPE_ERRORS = re.compile(r"dtype|scalar type|BFloat16|should be the same", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """A trace and what it was made with.
+    """A trace and the settings it was made with.
 
     Attributes:
         trace: the trace.
-        patterns: what the model was cut at.
-        fixed_dtype: the only dtype of the weights in which the trace holds; None when it holds for any.
-        leaves: how deep it goes, `target` or `linear`.
-        hindrance: why it does not go deeper, where that was tried.
+        patterns: the target patterns.
+        fixed_dtype: the only dtype of the weights for which the trace is valid; None if it is valid for any.
+        leaves: the depth of the trace, `target` or `linear`.
+        hindrance: why a deeper trace failed, if one was tried.
     """
 
     trace: Trace
@@ -58,22 +58,16 @@ class Traced:
         return TRACE_DTYPE if self.fixed_dtype is None else None
 
 
-def read_sample(
-    model: nn.Module, file: str | os.PathLike[str] | None, *, text_only: bool = False
-) -> dict[str, torch.Tensor]:
-    """The sample to trace with.
-
-    Args:
-        model: whose inputs they are.
-        file: safetensors with inputs by name; None makes them up.
-        text_only: make up tokens alone, no images and sounds.
+def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Tensor]:
+    """Read the model's sample from the file in the options, or generate it.
 
     Raises:
-        DataError: when the file cannot be read, or holds what the model does not take.
-        TraceError: when it is not known what the model takes.
+        DataError: if the file cannot be read, or contains an input that the model does not take.
+        TraceError: if no sample can be generated.
     """
+    file = options.sample
     if file is None:
-        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=text_only), TRACE_DTYPE)
+        return _in_dtype(default_sample(model, REHEARSAL_SHAPES[0], text_only=options.text_only), TRACE_DTYPE)
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -81,104 +75,73 @@ def read_sample(
         sample = load(read_regular(file))
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"the sample {os.fspath(file)} cannot be read: {error}",
-            hint="write it with safetensors.torch.save_file, the model's inputs by name",
+            f"sample file {file} cannot be read: {error}",
+            hint="write the model's inputs by name with safetensors.torch.save_file",
         ) from error
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]
     if unknown or not sample:
         raise DataError(
-            f"the sample {os.fspath(file)} holds {unknown[0] if unknown else 'nothing'}",
-            hint=f"{type(model).__name__} takes {', '.join(takes)}",
+            f"sample file {file} "
+            + (f"contains {unknown[0]!r}, which is no input of the model" if unknown else "contains no tensors"),
+            hint=f"the inputs of {type(model).__name__} are {', '.join(takes)}",
         )
     return _in_dtype({name: sample[name] for name in takes if name in sample}, TRACE_DTYPE)
 
 
-def with_larger(model: nn.Module, sample: Sample, *, is_made_up: bool, text_only: bool = False) -> list[Sample]:
-    """The sample, and others of other sizes for steps that need values.
+def with_larger(model: nn.Module, sample: Sample, options: CompileOptions) -> list[Sample]:
+    """Return the sample, and others of other sizes for steps that need values.
 
-    Args:
-        model: whose inputs they are.
-        sample: as `read_sample` gives it.
-        is_made_up: make up the others as well, instead of repeating what the sample holds.
-        text_only: as for `read_sample`.
+    The others are generated as well, or repeat the contents of the sample file in the options.
     """
-    if not is_made_up:
+    if options.sample is not None:
         return list(rehearsal_samples(sample))
-    others = (default_sample(model, shape, text_only=text_only) for shape in REHEARSAL_SHAPES[1:])
+    others = (default_sample(model, shape, text_only=options.text_only) for shape in REHEARSAL_SHAPES[1:])
     return [sample, *(_in_dtype(other, TRACE_DTYPE) for other in others)]
 
 
 def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Convert pixels, sounds and other floating point inputs to this dtype."""
+    """Convert floating-point inputs, such as pixels, to this dtype."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.items()}
 
 
-def trace_somehow(  # noqa: D417 - several are described in one line
-    model: nn.Module,
-    samples: Sequence[Sample],
-    candidates: Sequence[tuple[str, ...]],
-    *,
-    ignore: Sequence[str],
-    may_ignore: Callable[[Function], bool],
-    targets_per_subgraph: int,
-    is_batch_only: bool,
-    leaves: str,
+def trace_first_working(
+    model: nn.Module, samples: Sequence[Sample], candidates: Sequence[tuple[str, ...]], options: TraceOptions
 ) -> Traced:
-    """The first trace that works.
+    """Return the first trace that succeeds.
 
     Args:
         model: without weights, in `TRACE_DTYPE`.
-        samples: see `with_larger`.
-        candidates: patterns of targets, the best first; others are tried when the sample does not reach those.
-        ignore, may_ignore, targets_per_subgraph, is_batch_only: as for `trace_model`.
-        leaves: likewise, or `auto`: `linear` if then nothing of the model's code is left whole, or if the model is a
-            mixture whose experts it reaches, else `target`.
+        samples: the result of `with_larger`.
+        candidates: target patterns, best first; later ones are tried if the sample does not reach the earlier ones.
+        options: as for `trace_model`, without dtype and samples. The depth may also be `auto`: `linear` if the host can
+            then build everything by itself, or if the model is a mixture whose experts are reached that way, else
+            `target`.
 
     Raises:
-        TargetError, TraceError: of the first attempt, when none works.
+        TargetError, TraceError: the error of the first attempt, if none succeeds.
     """
-    if leaves == "auto":
-        return _trace_portably(
-            lambda policy, may: trace_somehow(
-                model,
-                samples,
-                candidates,
-                ignore=ignore,
-                may_ignore=may,
-                targets_per_subgraph=targets_per_subgraph,
-                is_batch_only=is_batch_only,
-                leaves=policy,
-            ),
-            may_ignore,
-            is_hopeless=bool(ignore or always_foreign(model)),
-            has_experts=lambda: _has_experts(model),
-        )
 
-    def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
-        real = [_in_dtype(sample, dtype) for sample in samples]
-        trace = trace_model(
-            model,
-            real[0],
-            patterns,
-            ignore=ignore,
-            targets_per_subgraph=targets_per_subgraph,
-            dtype=dtype,
-            may_ignore=may_ignore,
-            samples=real,
-            is_batch_only=is_batch_only,
-            leaves=leaves,
-        )
-        fixed = None if dtype == TRACE_DTYPE else dtype
-        return Traced(trace=trace, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
+    def trace(leaves: str, may_ignore: Callable[[Function], bool]) -> Traced:
+        def attempt(patterns: tuple[str, ...], dtype: torch.dtype) -> Traced:
+            real = [_in_dtype(sample, dtype) for sample in samples]
+            changed = dataclasses.replace(options, leaves=leaves, may_ignore=may_ignore, dtype=dtype, samples=real)
+            fixed = None if dtype == TRACE_DTYPE else dtype
+            found = trace_model(model, real[0], patterns, changed)
+            return Traced(trace=found, patterns=patterns, fixed_dtype=fixed, leaves=leaves)
 
-    return _first_of(candidates, attempt)
+        return _first_of(candidates, attempt)
+
+    if options.leaves != "auto":
+        return trace(options.leaves, options.may_ignore)
+    has_foreign = bool(options.ignore or always_foreign(model))
+    return _trace_portably(trace, options.may_ignore, has_foreign=has_foreign, has_experts=lambda: _has_experts(model))
 
 
 def _first_of(
     candidates: Sequence[tuple[str, ...]], attempt: Callable[[tuple[str, ...], torch.dtype], Traced]
 ) -> Traced:
-    """The first candidate's trace that works: in the marker dtype, or in float32 where that dtype is the obstacle."""
+    """Trace with the first candidate that succeeds: in the marker dtype, or in float32 if that dtype is the problem."""
     first: TargetError | None = None
     for patterns in candidates:
         try:
@@ -197,12 +160,12 @@ def _first_of(
 
 
 def _is_about_dtypes(error: BaseException) -> bool:
-    """Whether this error, or one that led to it (where a step was tried on real values), is about dtypes."""
+    """Return whether this error or one of its causes (from a dry run, for instance) is about dtypes."""
     seen: dict[int, None] = {}
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen[id(current)] = None
-        if _DTYPE_TROUBLE.search(str(current)):
+        if _DTYPE_ERRORS.search(str(current)):
             return True
         current = current.__cause__ or current.__context__
     return False
@@ -212,14 +175,12 @@ def _trace_portably(
     trace: Callable[[str, Callable[[Function], bool]], Traced],
     may_ignore: Callable[[Function], bool],
     *,
-    is_hopeless: bool,
+    has_foreign: bool,
     has_experts: Callable[[], bool],
 ) -> Traced:
-    """A trace that leaves nothing whole but what a host builds by itself; or one that reaches the experts of a mixture,
-    whatever else it leaves whole; or one that stops at the targets.
-    """
+    """Trace down to leaves that the host can build by itself; else down to a mixture's experts; else to the targets."""
     hindrance = ""
-    if not is_hopeless:
+    if not has_foreign:
         try:
             return trace("linear", lambda function: False)
         except TraceError as error:
@@ -233,7 +194,7 @@ def _trace_portably(
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Whether a host would take experts of this model apart, so that they can be quantized."""
+    """Return whether the host can split experts of this model, so that they can be quantized."""
     policy = leaf_policy(dtype=TRACE_DTYPE)
     found = (module for module in model.modules() if is_experts(module) or is_dense_experts(module))
     return any(policy.leaf(module) is not None for module in found)

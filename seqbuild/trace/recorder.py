@@ -1,8 +1,9 @@
-"""The interface of the tracer to what records parts of a forward: steps, loops, repeated layers and their proofs."""
+"""Interface of the tracer for the modules that record parts of a forward: steps, loops, repeated layers, proofs."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
@@ -17,15 +18,23 @@ if TYPE_CHECKING:
     from seqbuild.trace.sizes.symbols import WatchedSizes
 
 
+def nodes_after(last: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes recorded after `last`."""
+    node = last.next
+    while node.op != "root":
+        yield node
+        node = node.next
+
+
 class Recorder(PythonKeyTracer, abc.ABC):
-    """An fx tracer that knows the node of every value, as `seqbuild.trace.record.tracer` implements it.
+    """An fx tracer that knows the node of every value; implemented in `seqbuild.trace.record.tracer`.
 
     Attributes:
         dtype: the dtype of the weights during the trace; None for their own.
-        constants: tensors of the code's own, by the names of their nodes.
+        constants: tensors created by the model's code, by the names of their nodes.
         parameter_names: all dotted names of each parameter and buffer, by its id.
         targets: modules that must not be called inside an opaque step.
-        shape_env: the symbols of the trace, and what was assumed about them.
+        shape_env: the symbols of the trace and the assumptions about them.
         fake_mode: the mode of the trace's fake tensors.
     """
 
@@ -38,23 +47,23 @@ class Recorder(PythonKeyTracer, abc.ABC):
 
     @abc.abstractmethod
     def node_of(self, value: Any) -> fx.Node | None:
-        """The node whose result a value is; None for a value that the trace does not know."""
+        """Return the node whose result a value is; None for a value unknown to the trace."""
 
     @abc.abstractmethod
     def known_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """The node of a tensor; None for a parameter that has not been used yet."""
+        """Return the node of a tensor; None for a parameter that has not been used yet."""
 
     @abc.abstractmethod
     def outer_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """The node of a tensor; a parameter gets a node when it has none."""
+        """Return the node of a tensor; create one for a parameter that has not been used yet."""
 
     @abc.abstractmethod
     def name_of(self, module: nn.Module) -> str:
-        """The dotted name of a module."""
+        """Return the dotted name of a module."""
 
     @abc.abstractmethod
     def track(self, value: Any, proxy: fx.Proxy) -> Any:
-        """Record that a value is the result of a proxy's node."""
+        """Register a value as the result of a proxy's node."""
 
     @abc.abstractmethod
     def item(self, proxy: fx.Proxy, key: Any) -> fx.Proxy:

@@ -1,12 +1,13 @@
-"""Climb from one way of tracing a model to the next, until the whole of it is recorded.
+"""Search for a set of opaque steps and decisions with which the whole forward of a model can be recorded.
 
-Where the model's code cannot be recorded, the innermost function around that line becomes one opaque step, and the
-trace is repeated; where that does not help, the function around that one, and so on. Functions that call a target are
-out of the question. What cannot be recorded may follow from a size that an earlier line has turned into a number, so
-the functions around that line are tried as well. A decision by values that no function surrounds is settled if the
-model itself refuses one of its outcomes, if one of them can stand for both, or if all samples have the same one (see
-`seqbuild.trace.decide.decisions`). Whether an outcome stands for both is proven by whole traces, so it is hoped for
-first; the climb begins anew without that hope when it fails.
+If a line of the model's code cannot be recorded, the innermost function around it becomes one opaque step and the trace
+is repeated; if that does not help, the function around that one, and so on. Functions that call a target are excluded.
+The cause may be an earlier line that converted a size to a number, so the functions around that line are tried as well.
+
+A data-dependent decision that no such function contains is answered if the model itself rejects one outcome, if one
+outcome is valid for all data, or if all samples have the same outcome (see `seqbuild.trace.decide.decisions`). Proving
+that an outcome is valid for all data takes complete traces, so it is assumed first. If the proof fails, the search
+starts again without that assumption.
 """
 
 from __future__ import annotations
@@ -25,56 +26,56 @@ _T = TypeVar("_T")
 Attempt = Callable[[Sequence[str], Sequence[Answer]], _T]
 
 
-def climb(
+def find_trace(
     attempt: Attempt[_T],
     is_candidate: Callable[[Function], bool],
-    is_alike: Callable[[_T, _T, Sequence[int]], bool],
+    is_equivalent: Callable[[_T, _T, Sequence[int]], bool],
 ) -> _T:
-    """The result of the first attempt that succeeds.
+    """Return the result of the first attempt that succeeds.
 
     Args:
-        attempt: traces with these paths of functions as opaque steps, and these answers to decisions.
+        attempt: traces with the functions at these paths as opaque steps and with these answers to decisions.
         is_candidate: whether a function may become an opaque step.
-        is_alike: whether the first of two results can stand for the second, which took the other outcomes of some of
-            the decisions whose answers are not required; they are counted among those.
+        is_equivalent: whether the first of two results can replace the second, which took the other outcome of the
+            decisions with these indices. Only decisions whose answers are not required are counted.
 
     Raises:
-        TraceError: when nothing is left to try: that of the first attempt since which nothing has helped.
+        TraceError: if nothing is left to try: the error of the first attempt since the last progress.
     """
-    hopeful = _Climb(attempt=attempt, is_candidate=is_candidate, is_hopeful=True)
+    optimistic = _Search(attempt=attempt, is_candidate=is_candidate, is_optimistic=True)
     try:
-        result = hopeful.run()
-        if hopeful.is_proven(result, is_alike):
+        result = optimistic.run()
+        if optimistic.is_proven(result, is_equivalent):
             return result
     except TraceError:
-        if not hopeful.has_hoped:
+        if not optimistic.has_assumed:
             raise
-    return _Climb(attempt=attempt, is_candidate=is_candidate, is_hopeful=False).run()
+    return _Search(attempt=attempt, is_candidate=is_candidate, is_optimistic=False).run()
 
 
 @dataclass(kw_only=True)
-class _Climb(Generic[_T]):
-    """One climb.
+class _Search(Generic[_T]):
+    """One search.
 
     Attributes:
-        attempt: as for `climb`.
-        is_candidate: likewise.
-        is_hopeful: let an outcome stand for both where it may.
-        has_hoped: whether it has.
-        paths: of functions that have become opaque steps.
-        answers: to the decisions that are asked for with these.
+        attempt: as for `find_trace`.
+        is_candidate: as for `find_trace`.
+        is_optimistic: assume that an outcome is valid for all data if a proof is possible.
+        has_assumed: whether this was assumed.
+        paths: paths of the functions that became opaque steps.
+        answers: answers to the decisions that the model makes with these steps.
     """
 
     attempt: Attempt[_T]
     is_candidate: Callable[[Function], bool]
-    is_hopeful: bool
-    has_hoped: bool = False
+    is_optimistic: bool
+    has_assumed: bool = False
     paths: dict[str, None] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     _known: dict[Any, _T | UntraceableError | UndecidedError] = field(default_factory=dict)
 
     def run(self) -> _T:
-        """The result of the first attempt that succeeds."""
+        """Return the result of the first attempt that succeeds."""
         first: TraceError | None = None
         for _ in range(_MOST_TRACES):
             try:
@@ -84,10 +85,10 @@ class _Climb(Generic[_T]):
                 path = self._next(error.culprit) or self._next(error.earlier)
                 if path is not None:
                     self.paths[path] = None
-                    self.answers.clear()  # which decisions are asked for is another matter now
+                    self.answers.clear()  # the new step may change which decisions there are
                     self._known.clear()
                     continue
-                answer = self._settle(error) if isinstance(error, UndecidedError) else None
+                answer = self._answer(error) if isinstance(error, UndecidedError) else None
                 if answer is None:
                     raise first from None
                 self.answers.append(answer)
@@ -95,9 +96,9 @@ class _Climb(Generic[_T]):
         assert first is not None
         raise first
 
-    def is_proven(self, result: _T, is_alike: Callable[[_T, _T, Sequence[int]], bool]) -> bool:
-        """Whether the result stands for the other outcomes of all decisions that it does not require, each by itself
-        and all together.
+    def is_proven(self, result: _T, is_equivalent: Callable[[_T, _T, Sequence[int]], bool]) -> bool:
+        """Return whether the result is valid for the other outcome of each decision that is not required, and of all
+        of them together.
         """
         free = [index for index, answer in enumerate(self.answers) if not answer.is_required]
         everything = range(len(free))
@@ -109,12 +110,12 @@ class _Climb(Generic[_T]):
                 other = self._try(answers)
             except TraceError:
                 return False
-            if not is_alike(result, other, places):
+            if not is_equivalent(result, other, places):
                 return False
         return True
 
     def _try(self, answers: Sequence[Answer]) -> _T:
-        """The result of an attempt, or the error that it ended in; made once."""
+        """Make an attempt once, and return its result or raise its error every time."""
         key = tuple(self.paths), tuple(answers)
         if key not in self._known:
             try:
@@ -130,9 +131,9 @@ class _Climb(Generic[_T]):
         around = culprit.around if culprit is not None else ()
         return next((f.path for f in around if self.is_candidate(f) and f.path not in self.paths), None)
 
-    def _settle(self, question: UndecidedError) -> Answer | None:
-        """The answer to a decision, or None if it has none."""
-        writing = question.writing if self.is_hopeful else None
+    def _answer(self, question: UndecidedError) -> Answer | None:
+        """Return the answer to a decision, or None if there is none."""
+        writing = question.writing if self.is_optimistic else None
         answers = [Answer(outcome, is_required=outcome is not writing) for outcome in (True, False)]
         refused = [self._is_refused(answer, question) for answer in answers]
         if refused[0] != refused[1]:
@@ -140,7 +141,7 @@ class _Climb(Generic[_T]):
         if refused[0]:
             return None
         if writing is not None:
-            self.has_hoped = True
+            self.has_assumed = True
             return Answer(writing, is_required=False)
         return None if question.by_samples is None else Answer(question.by_samples)
 

@@ -1,8 +1,9 @@
-"""Save and restore process state: random generators, torch's settings, the environment."""
+"""Save and restore process state that traced code may change: random generators, torch's settings, the environment."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Read and write one of torch's settings.
+# Functions that read and write one setting of torch.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_rng_state, torch.set_rng_state),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -37,13 +38,14 @@ _FLAGS = (
 
 @contextlib.contextmanager
 def surroundings_as_found() -> Iterator[None]:
-    """Restore this state after the block, whatever has changed it."""
+    """Restore the process state after the block."""
     with contextlib.ExitStack() as stack:
         for read, write in _SETTINGS:
             stack.callback(_put_back, read, write, read())
         for owner, names in _FLAGS:
             for name in names:
-                stack.callback(_put_back_flag, owner, name, getattr(owner, name))
+                read, write = functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+                stack.callback(_put_back, read, write, read())
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         stack.callback(_put_back, _default_device, torch.set_default_device, _default_device())
@@ -63,7 +65,7 @@ def _set_autocast(is_enabled: bool, dtype: torch.dtype) -> None:
 
 
 def _default_device() -> torch.device | None:
-    """The device that somebody has set, None where nobody has."""
+    """Return the default device that was set, or None."""
     mode = torch._GLOBAL_DEVICE_CONTEXT
     context = getattr(mode, "device_context", None)
     return None if context is None else torch.device(context.device)
@@ -74,11 +76,6 @@ def _put_back(read: Callable[[], Any], write: Callable[[Any], Any], found: Any) 
     is_same = torch.equal(now, found) if isinstance(found, torch.Tensor) else now == found
     if not is_same:
         write(found)
-
-
-def _put_back_flag(owner: Any, name: str, found: Any) -> None:
-    if getattr(owner, name) != found:
-        setattr(owner, name, found)
 
 
 def _put_back_environment(found: dict[str, str]) -> None:

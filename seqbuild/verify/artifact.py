@@ -1,16 +1,18 @@
-"""Verify an artifact: does the chain compute what the model computes?
+"""Verify an artifact: check that the chain computes the same as the model.
 
-load        the artifact, as a host does                                runtime.chain
-again       without weights: the same architecture small, compiled      seqbuild.verify.again
-model       run on inputs of several shapes, then freed                 seqbuild.verify.running
-chain       run on the same inputs with the same weights
-compare     outputs, and where they first part                          seqbuild.verify.difference
-plain       the same for what data gives: the model's plain call        seqbuild.verify.plain
+load        load the artifact as a host does                            runtime.chain
+recompile   without weights: compile a small model of the architecture  seqbuild.verify.recompile
+model       run the model on inputs of several shapes, then free it     seqbuild.verify.running
+chain       run the chain on the same inputs with the same weights      seqbuild.verify.running
+compare     compare the outputs and find the first differing subgraph   seqbuild.verify.difference
+plain       compare with the model's plain call, as for real data       seqbuild.verify.plain
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import os
 import tempfile
 import time
@@ -18,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,9 +38,9 @@ from runtime.model.weightless import from_config
 from runtime.weights.parameters import Weights, place_buffers
 from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import randomize
-from seqbuild.verify.again import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.difference import difference, tensors
-from seqbuild.verify.plain import PlainReference, about_other_inputs, plain_difference, plain_reference
+from seqbuild.verify.plain import PlainReference, missing_input_remarks, plain_difference, plain_reference
+from seqbuild.verify.recompile import changed_files, compile_small, is_text_only, sample_of
 from seqbuild.verify.report import Compared, Verification
 from seqbuild.verify.running import SHAPES, Prints, fingerprints, run_chain, run_model, with_weights
 
@@ -48,6 +50,32 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions:
+    """Options of a verification; see `verify_artifact`."""
+
+    weights: Path | None
+    dtype: str
+    tolerance: float
+    shapes: Sequence[SampleShape]
+    trust_remote_code: bool
+    allow_version_skew: bool
+
+    def __post_init__(self) -> None:
+        """Reject invalid values.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
+            raise UsageError(f"--dtype must be one of {', '.join(_DTYPES)}; got {shown(self.dtype)}")
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < math.inf:
+            raise UsageError(f"--tolerance must be a finite number, 0 or more; got {shown(self.tolerance)}")
+        if not isinstance(self.shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in self.shapes):
+            hint = "it must be a list of seqbuild.sample.shape.SampleShape"
+            raise UsageError(f"shapes is {shown(self.shapes)}", hint=hint)
 
 
 def verify_artifact(
@@ -62,96 +90,82 @@ def verify_artifact(
 ) -> Verification:
     """Compare a compiled chain with the model itself, on the CPU.
 
-    Without weights a small model stands for the artifact's: the same architecture from a config made small, with
-    random weights from a fixed seed, compiled as the artifact was. What is verified then is the architecture; the
-    artifact's own code is not run, but compared with what compiling its config once more gives. With weights, the
-    artifact itself is run beside the model that transformers loads from them, one after the other: there must be
-    memory for one of them, in `dtype`.
+    Without weights, a small model of the same architecture is compiled with the artifact's options and random weights
+    from a fixed seed. This verifies the architecture; the artifact's own code is not run, but compared with the result
+    of compiling its config again. With weights, the artifact itself and the model that transformers loads from them are
+    run one after the other, so there must be memory for one of them in `dtype`.
 
     Args:
         path: the artifact's directory.
-        weights: a model directory with config.json and safetensors; None takes the small model.
-        dtype: of weights and activations: `float32`, `bfloat16` or `float16`.
-        tolerance: the largest difference that counts as equal, relative to the largest magnitude of its tensor (at
+        weights: a model directory with config.json and safetensors; None selects the small model.
+        dtype: the dtype of weights and activations: `float32`, `bfloat16` or `float16`.
+        tolerance: the largest difference that counts as equal, relative to the largest magnitude in its tensor (at
             least 1).
-        shapes: of the inputs: token ids int64 [batch, sequence], masks of the same shape, images and sounds in `dtype`
-            with shapes that the config decides.
-        trust_remote_code: allow the model's own code, if the artifact brings any, to be executed.
-        allow_version_skew: go on when the sources on this host are not those the artifact was compiled with.
+        shapes: the shapes of the inputs: token ids int64 [batch, sequence], masks of the same shape, images and sounds
+            in `dtype` with shapes that depend on the config.
+        trust_remote_code: allow executing the model's own code in the artifact, if any.
+        allow_version_skew: continue if sources on this host differ from those at compile time.
 
     Returns:
-        The report; its `is_equal` is the answer.
+        The report; `is_equal` is the result.
 
     Raises:
-        UsageError: a dtype or tolerance that cannot be.
-        ArtifactError, VersionError: an artifact that is missing, damaged, or for another host.
-        WeightsError: a checkpoint that is damaged, quantized, or of another model.
-        ModelError: code that nobody has allowed to run, a config that cannot be made small, a model that does not run.
-        TraceError, TargetError: inputs that cannot be made up, a small model that cannot be compiled.
+        UsageError: if the dtype or tolerance is invalid.
+        ArtifactError, VersionError: if the artifact is missing, damaged, or for another host.
+        WeightsError: if the checkpoint is damaged, quantized, or of another model.
+        ModelError: if code needs consent, the config cannot be reduced, or the model does not run.
+        TraceError, TargetError: if inputs cannot be generated or the small model cannot be compiled.
     """
     start = time.perf_counter()
-    _require_sensible(dtype, tolerance)
-    if not isinstance(shapes, Sequence) or not all(isinstance(shape, SampleShape) for shape in shapes):
-        raise UsageError(f"shapes is {shown(shapes)}", hint="it must be a list of seqbuild.sample.shape.SampleShape")
-    directory = None if weights is None else as_path("weights", weights)
+    options = VerifyOptions(
+        weights=None if weights is None else as_path("weights", weights),
+        dtype=dtype,
+        tolerance=tolerance,
+        shapes=shapes,
+        trust_remote_code=trust_remote_code,
+        allow_version_skew=allow_version_skew,
+    )
     artifact = load(path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     artifact.require_consent()  # the model itself is run
-    return _verified(artifact, directory, dtype, tolerance, shapes, trust_remote_code=trust_remote_code, start=start)
+    return dataclasses.replace(_verified(artifact, options), seconds=time.perf_counter() - start)
 
 
-def _verified(
-    artifact: Artifact,
-    weights: Path | None,
-    dtype: str,
-    tolerance: float,
-    shapes: Sequence[SampleShape],
-    *,
-    trust_remote_code: bool,
-    start: float,
-) -> Verification:
-    changed, remarks = None, []
-    with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _calm():
-        if weights is None:
-            small = load(compile_small(artifact, Path(name)), trust_remote_code=trust_remote_code)
+def _verified(artifact: Artifact, options: VerifyOptions) -> Verification:
+    changed, remarks, dtype = None, [], _DTYPES[options.dtype]
+    with tempfile.TemporaryDirectory(prefix="seqbuild-verify-") as name, _quiet_libraries():
+        if options.weights is None:
+            small = load(compile_small(artifact, Path(name)), trust_remote_code=options.trust_remote_code)
             changed, why = changed_files(artifact, Path(name))
-            remarks.append(_about_code(changed, why))
-            pair: _Pair = _RandomPair(artifact=small, dtype=_DTYPES[dtype])
+            remarks.append(_code_remark(changed, why))
+            pair: _Pair = _RandomPair(artifact=small, dtype=dtype)
         else:
-            pair = _LoadedPair(artifact=artifact, dtype=_DTYPES[dtype], weights=weights)
-        compared = tuple(_compare(pair, shapes, tolerance))
-        remarks += about_other_inputs(artifact.manifest, model_class(artifact))
+            pair = _LoadedPair(artifact=artifact, dtype=dtype, weights=options.weights)
+        compared = tuple(_compare(pair, options))
+        remarks += missing_input_remarks(artifact.manifest, model_class(artifact))
     return Verification(
         path=artifact.path,
         class_name=artifact.manifest.model.class_name,
-        weights=weights,
-        dtype=dtype,
-        tolerance=tolerance,
+        weights=options.weights,
+        dtype=options.dtype,
+        tolerance=options.tolerance,
         shapes=compared,
         changed=changed,
         remarks=tuple(remarks),
-        seconds=time.perf_counter() - start,
     )
 
 
-def _require_sensible(dtype: str, tolerance: float) -> None:
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}", hint=f"it can be {', '.join(_DTYPES)}")
-    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
-        raise UsageError(f"--tolerance is {tolerance!r}", hint="it is a number from 0 on")
-
-
-def _about_code(changed: tuple[str, ...] | None, why: str) -> str:
+def _code_remark(changed: tuple[str, ...] | None, why: str) -> str:
     """Describe the comparison of the artifact's code, which is not executed itself."""
-    head = "This verifies the architecture, on a small model; the artifact's own code was not run"
+    head = "This verifies the architecture with a small model; the artifact's own code was not run"
     if changed is None:
-        return f"{head}, nor compared with what its config gives now: {why}."
+        return f"{head}, and cannot be compared with the result of compiling its config again: {why}."
     if changed:
-        return f"{head}; compiling its config once more gives another {', '.join(changed)}."
-    return f"{head}, but it is to the byte what compiling its config once more gives."
+        return f"{head}; compiling its config again gives a different {', '.join(changed)}."
+    return f"{head}, but it is byte for byte the result of compiling its config again."
 
 
 @contextlib.contextmanager
-def _calm() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     """Suppress library warnings about small random models, and progress bars."""
     from transformers.utils import logging
 
@@ -166,25 +180,9 @@ def _calm() -> Iterator[None]:
                 logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-class _Pair(Protocol):
-    """A model, and the module tree for running the chain, with the same weights; both created on demand."""
-
-    artifact: Artifact
-    dtype: torch.dtype
-
-    def check(self) -> None:
-        """Reject an unsuitable checkpoint before anything large is allocated."""
-
-    def model(self) -> nn.Module:
-        """Return the model itself, in eval mode."""
-
-    def twin(self) -> nn.Module:
-        """Return the module tree for running the chain."""
-
-
 @dataclass(kw_only=True)
 class _RandomPair:
-    """Random weights, which both share."""
+    """A model and a module tree (`twin`) for the chain that share random weights, created on demand."""
 
     artifact: Artifact
     dtype: torch.dtype
@@ -210,13 +208,14 @@ class _RandomPair:
 
 @dataclass(kw_only=True)
 class _LoadedPair:
-    """A checkpoint: the model has it from transformers, the chain from the runtime."""
+    """A model and a module tree (`twin`) for the chain with a checkpoint, loaded by transformers and the runtime."""
 
     artifact: Artifact
     dtype: torch.dtype
     weights: Path
 
     def check(self) -> None:
+        """Reject an unsuitable checkpoint before anything large is allocated."""
         self._source(self.artifact.empty_model(self.dtype))
 
     def model(self) -> nn.Module:
@@ -224,7 +223,7 @@ class _LoadedPair:
         given: dict[str, Any] = {"pretrained_model_name_or_path": self.weights}
         checkpoint = open_checkpoint(self.weights)
         if isinstance(checkpoint, DerivedCheckpoint):
-            # transformers takes blocks of another size where a weight's does not divide (5.24), or has no kernel here.
+            # transformers uses another block size if a weight's size is no multiple (5.24), or has no kernel here.
             given = {
                 "pretrained_model_name_or_path": None,
                 "state_dict": {key: checkpoint.read(key) for key in checkpoint},
@@ -253,11 +252,14 @@ class _LoadedPair:
 
     def _source(self, twin: nn.Module) -> Weights:
         if not (self.weights / "config.json").is_file():
-            raise WeightsError(f"{self.weights} is no model directory: it has no config.json")
+            raise WeightsError(f"{self.weights} is not a model directory: config.json is missing")
         source = Weights(self.artifact, open_checkpoint(self.weights), self.dtype, twin)
         if self.artifact.manifest.parameters and source.schemes:
-            raise WeightsError(f"{self.weights} is quantized", hint="verify with the checkpoint that was compiled")
+            raise WeightsError(f"{self.weights} is quantized", hint="verify with the unquantized checkpoint")
         return source
+
+
+_Pair = _RandomPair | _LoadedPair
 
 
 def _align(model: nn.Module) -> None:
@@ -276,7 +278,7 @@ def _attention(artifact: Artifact) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ModelRun:
-    """What the model itself does on one shape; `refusal` says why nothing, and `row` describes the inputs."""
+    """The model's output for one shape, or the reason of its `refusal`; `row` describes the inputs."""
 
     row: dict[str, Any]
     sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -286,20 +288,21 @@ class _ModelRun:
     refusal: str = ""
 
 
-def _compare(pair: _Pair, shapes: Sequence[SampleShape], tolerance: float) -> Iterator[Compared]:
+def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
     """Run the model on all shapes first, so that it can be freed before the chain's weights are loaded."""
     pair.check()
     model = pair.model()
-    references = [_reference(pair, model, shape) for shape in shapes]
+    references = [_reference(pair, model, shape) for shape in options.shapes]
     if all(reference.refusal for reference in references):
         raise ModelError(
-            f"{type(model).__name__} runs on no made-up inputs: {references[0].refusal}",
-            hint="there is nothing to compare the chain with",
+            f"{type(model).__name__} fails on all sample inputs, so there is nothing to compare: "
+            f"{references[0].refusal}",
+            hint="the artifact can be run but not verified",
         )
     del model
     twin = pair.twin()
     for reference in references:
-        yield _compared(pair.artifact, twin, reference, tolerance)
+        yield _compared(pair.artifact, twin, reference, options.tolerance)
 
 
 def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _ModelRun:
@@ -323,7 +326,7 @@ def _reference(pair: _Pair, model: nn.Module, shape: SampleShape) -> _ModelRun:
 
 
 def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, Any]:
-    """The part of a row that describes the inputs."""
+    """Return the part of a row that describes the inputs."""
     ids = sample.get("input_ids")
     is_seeing = any(value.is_floating_point() for value in sample.values())
     return {
@@ -338,8 +341,8 @@ def _row(sample: Mapping[str, torch.Tensor], shape: SampleShape) -> dict[str, An
 def _compared(artifact: Artifact, twin: nn.Module, reference: _ModelRun, tolerance: float) -> Compared:
     if reference.refusal:
         return Compared(**reference.row, skipped=reference.refusal)
-    if not _says_something(reference.output):
-        return Compared(**reference.row, problem="the model computes no finite number, which proves nothing")
+    if not _has_finite_value(reference.output):
+        return Compared(**reference.row, problem="the model's output has no finite number, so nothing can be compared")
     try:
         with fingerprints(twin, _called(artifact)) as prints:
             got = run_chain(artifact.subgraphs, twin, reference.sample)
@@ -355,17 +358,17 @@ def _compared(artifact: Artifact, twin: nn.Module, reference: _ModelRun, toleran
         absolute=found.absolute,
         relative=found.relative,
         output=found.output,
-        subgraph=_first_apart(artifact, reference.prints, prints) if found.absolute else None,
+        subgraph=_first_difference(artifact, reference.prints, prints) if found.absolute else None,
         is_equal=found.relative <= tolerance,
     )
 
 
 def _called(artifact: Artifact) -> dict[str, None]:
-    """Names of the modules that the chain calls."""
+    """Return the names of the modules that the chain calls."""
     return dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.submodules)
 
 
-def _first_apart(artifact: Artifact, wanted: Prints, got: Prints) -> int | None:
+def _first_difference(artifact: Artifact, wanted: Prints, got: Prints) -> int | None:
     """Return the first subgraph with a module that returned a different value; the last if all are equal."""
     for index, subgraph in enumerate(artifact.subgraphs):
         if any(got.get(name) != wanted.get(name) for name in subgraph.entry.submodules):
@@ -373,7 +376,7 @@ def _first_apart(artifact: Artifact, wanted: Prints, got: Prints) -> int | None:
     return len(artifact.subgraphs) - 1
 
 
-def _says_something(output: Mapping[str, Any]) -> bool:
+def _has_finite_value(output: Mapping[str, Any]) -> bool:
     numbers = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
     return not numbers or any(bool(tensor.isfinite().any()) for tensor in numbers)
 

@@ -16,9 +16,9 @@ class Difference:
     """The largest difference between two outputs.
 
     Attributes:
-        absolute: of any number; infinite where structure, shape or dtype differ, or only one is a number.
-        relative: the same, by the largest magnitude of the tensor it is in (at least 1).
-        output: the field of the output with the largest relative difference; empty where there is none.
+        absolute: the largest difference; infinite if structure, shape or dtype differ, or only one number is NaN.
+        relative: the largest difference divided by the largest magnitude in its tensor (at least 1).
+        output: the field of the output with the largest relative difference; empty if there is none.
     """
 
     absolute: float = 0.0
@@ -30,8 +30,8 @@ def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
     """Compare two outputs, field by field.
 
     Args:
-        got: names to nests of tensors.
-        wanted: likewise; magnitudes are taken from here.
+        got: nested tensors by name.
+        wanted: nested tensors by name, from which the magnitudes are taken.
     """
     if list(got) != list(wanted):
         odd = [name for name in (*got, *wanted) if name not in got or name not in wanted]
@@ -46,17 +46,8 @@ def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
     return worst
 
 
-def named(output: Any) -> dict[str, Any]:
-    """A model's output by the names that the last subgraph gives its fields."""
-    if isinstance(output, Mapping):
-        return {name: value for name, value in output.items() if value is not None}
-    if isinstance(output, (tuple, list)):
-        return {f"output_{index}": value for index, value in enumerate(output) if value is not None}
-    return {"output": output}
-
-
 def tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a nested output, fields in the order of their names: a chain returns plain dictionaries."""
+    """Return all tensors of a nested output, with fields sorted by name, because a chain returns plain dictionaries."""
     if isinstance(output, torch.Tensor):
         return [output]
     parts: Iterable[Any] = ()

@@ -1,7 +1,7 @@
-"""The chain beside the model's plain call: `model(input_ids, attention_mask)`, with `labels` where there is a decoder.
+"""Compare the chain with the model's plain call: `model(input_ids, attention_mask)`, with `labels` for a decoder.
 
-Inputs that both sides are given alike cannot show that data would not have given them. So the chain is also run on what
-the runtime makes of a plain call's inputs, and the model on these alone.
+If model and chain receive the same complete inputs, an input that real data does not contain goes unnoticed. So the
+model is also run on a plain call's inputs, and the chain on the inputs that the runtime derives from them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from runtime.artifact.manifest import UNKNOWN_ABSENCE
 from runtime.data.decoder import LABELS
 from runtime.data.inputs import DECODER_IDS, model_inputs
-from seqbuild.sample.inputs import left_out_of_plain_calls
+from seqbuild.sample.plain import left_out_of_plain_calls
 from seqbuild.verify.difference import Difference, difference
 from seqbuild.verify.running import run_chain, run_model
 
@@ -47,25 +47,25 @@ def plain_reference(manifest: Manifest, model: nn.Module, sample: Mapping[str, t
         return PlainReference(given=given, output=run_model(model, given))
     given[LABELS] = labels_BT = given.pop(DECODER_IDS)
     output = run_model(model, given)
-    if output[LOGITS].shape[:-1] != labels_BT.shape:  # it looks at no labels: transformers' collator does it for FSMT
+    if output[LOGITS].shape[:-1] != labels_BT.shape:  # FSMT ignores labels; its collator does this
         made = model.prepare_decoder_input_ids_from_labels(labels_BT.clone())  # type: ignore[operator]
         output = run_model(model, {**given, DECODER_IDS: made})
     return PlainReference(given=given, output={LOGITS: output[LOGITS]})
 
 
 def plain_difference(artifact: Artifact, twin: nn.Module, reference: PlainReference) -> Difference:
-    """How far the chain, on what the runtime makes of a plain call's inputs, is from that call."""
+    """Return the difference between a plain call and the chain on the inputs that the runtime derives from it."""
     got = run_chain(artifact.subgraphs, twin, model_inputs(artifact.manifest, reference.given))
     found = difference({name: got[name] for name in got if name in reference.output}, reference.output)
     return replace(found, output=f"{found.output} of a plain call") if found.output else found
 
 
-def about_other_inputs(manifest: Manifest, model: type[nn.Module]) -> list[str]:
-    """A sentence about each input that data of text must bring although a plain call leaves it out."""
+def missing_input_remarks(manifest: Manifest, model: type[nn.Module]) -> list[str]:
+    """Return a sentence for each input that text data must contain although a plain call omits it."""
     if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
-        return []  # no text: a processor makes them all
+        return []  # not text only: a processor creates all inputs
     names = [entry.name for entry in manifest.inputs if entry.absent == UNKNOWN_ABSENCE]
     return [
-        f"The artifact takes {name}, which a plain call leaves out, and no value stands for that: batches must have it."
+        f"The artifact requires input {name}, which a plain call omits and which has no default: batches must have it."
         for name in left_out_of_plain_calls(model, names)
     ]

@@ -11,7 +11,8 @@ from runtime.artifact.check import Checked, check_artifact
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.artifact.own_code import is_own_module
 from runtime.errors import UsageError
-from seqbuild.verify.again import compile_alike
+from runtime.host.publish import write_files
+from seqbuild.verify.recompile import recompile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class Rebuilt:
         num_files: the number of compared files, including the manifest.
         differing: names of files that differ in any byte, or exist on one side only.
         ingredients: names of the input key's ingredients that differ here; if there are any, different bytes are
-        expected.
+            expected.
     """
 
     path: Path
@@ -38,9 +39,9 @@ class Rebuilt:
 
     def __str__(self) -> str:
         if self.is_same:
-            return f"{self.path}: compiling once more gives the same {self.num_files} files, byte for byte"
-        what = f"{self.path}: compiling once more gives other bytes in {', '.join(self.differing[:8])}"
-        return what + (f"; not the same here: {', '.join(self.ingredients)}" if self.ingredients else "")
+            return f"{self.path}: compiling again gives the same {self.num_files} files, byte for byte"
+        what = f"{self.path}: compiling again gives different bytes in {', '.join(self.differing[:8])}"
+        return what + (f"; these ingredients differ here: {', '.join(self.ingredients)}" if self.ingredients else "")
 
 
 def rebuild(
@@ -69,12 +70,12 @@ def rebuild(
         raise checked.code.refusal(str(root), own.values(), own)
     if source is None and checked.manifest.ingredients.get("checkpoint_names") != "none":
         raise UsageError(
-            f"{root} was compiled beside a checkpoint, whose tensors' names are part of it",
-            hint="name the model's directory with --source",
+            f"{root} was compiled with a checkpoint, and its tensors' names are part of the artifact",
+            hint="give the model's directory with --source",
         )
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as name:
         directory = _described(checked, Path(name, "model")) if source is None else Path(source)
-        again = check_artifact(compile_alike(checked.manifest, directory, Path(name, "out")).path)
+        again = check_artifact(recompile(checked.manifest, directory, Path(name, "out")).path)
     ours, theirs = ({MANIFEST_NAME: one.manifest_bytes, **one.contents} for one in (checked, again))
     mine, other = checked.manifest.ingredients, again.manifest.ingredients
     return Rebuilt(
@@ -91,7 +92,5 @@ def _described(checked: Checked, folder: Path) -> Path:
         name: data for name, data in checked.contents.items() if name.endswith((".json", ".txt", ".model", ".jinja"))
     }
     files |= dict(checked.code.files) if checked.code is not None else {}
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+    write_files(folder, files)
     return folder

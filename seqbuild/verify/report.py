@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,21 @@ HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """The model and the chain on inputs of one shape.
+    """Comparison of the model and the chain on inputs of one shape.
 
     Attributes:
-        batch: rows of text.
-        sequence: tokens of a row; where there are images, with those that stand for them.
-        padding: `left`, `right` or nothing.
-        images: how many images (or sounds) a row has; None for a model of text alone.
-        seed: of the inputs' values.
-        absolute: the largest difference of any number.
-        relative: the same, by the largest magnitude in its tensor (at least 1).
-        output: the field of the model's output with the largest difference; empty where none differs.
-        subgraph: the first one in which a layer returned something else; None where that is not known.
-        problem: why the chain could not be run, or not be compared; empty if it could.
-        skipped: why nothing was to be compared: the artifact or the model itself refuses this shape; else empty.
-        is_equal: whether the chain is the model, up to the tolerance.
+        batch: the number of rows.
+        sequence: the number of tokens in a row, including those that represent images.
+        padding: `left`, `right` or "".
+        images: the number of images (or sounds) in a row; None for a text model.
+        seed: the seed of the inputs' values.
+        absolute: the largest difference.
+        relative: the largest difference divided by the largest magnitude in its tensor (at least 1).
+        output: the field of the model's output with the largest difference; empty if there is none.
+        subgraph: the first subgraph in which a layer's result differs; None if unknown.
+        problem: why the chain could not be run or compared; empty otherwise.
+        skipped: why there is nothing to compare (the artifact or the model rejects this shape); empty otherwise.
+        is_equal: whether chain and model are equal up to the tolerance.
     """
 
     batch: int
@@ -45,7 +44,7 @@ class Compared:
 
     @property
     def result(self) -> str:
-        """One phrase: `equal`, or what is wrong."""
+        """Return the result as one phrase."""
         if self.skipped or self.problem:
             return f"not compared: {self.skipped}" if self.skipped else f"fails: {self.problem}"
         if not self.absolute:
@@ -56,19 +55,19 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What `seqbuild.verify_artifact` found.
+    """Report of `seqbuild.verify_artifact`.
 
     Attributes:
         path: the artifact.
         class_name: the model's class.
-        weights: the checkpoint that was used; None when a small model of the same architecture stood for it.
-        dtype: of the weights in the run.
-        tolerance: the relative difference that was allowed.
+        weights: the checkpoint; None if a small model of the same architecture was used.
+        dtype: the dtype of the weights in the run.
+        tolerance: the allowed relative difference.
         shapes: one entry for each shape of the inputs.
-        changed: subgraph files that are not what this compiler makes of the artifact's config; None when the artifact
-            was not compiled again.
-        remarks: what a reader should know, a sentence each.
-        seconds: the time it took.
+        changed: files that differ from the result of compiling the artifact's config again; None if it was not
+            compiled again.
+        remarks: further information, one sentence each.
+        seconds: the duration.
     """
 
     path: Path
@@ -79,11 +78,11 @@ class Verification:
     shapes: tuple[Compared, ...]
     changed: tuple[str, ...] | None
     remarks: tuple[str, ...]
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def is_equal(self) -> bool:
-        """Whether all that was compared is equal."""
+        """Return whether everything that was compared is equal."""
         return not self.changed and all(shape.is_equal or shape.skipped for shape in self.shapes)
 
     @property
@@ -92,19 +91,18 @@ class Verification:
         done = [shape for shape in self.shapes if not shape.skipped]
         bad = [shape for shape in done if not shape.is_equal]
         if bad:
-            return f"NOT EQUAL: on {len(bad)} of {len(done)} shapes the chain does not compute what the model does"
+            return f"NOT EQUAL: the results of chain and model differ for {len(bad)} of {len(done)} shapes"
         if self.changed:
-            return f"NOT EQUAL: {self.changed[0]} is not what compiling its config gives"
+            return f"NOT EQUAL: {self.changed[0]} differs from the result of compiling the artifact's config again"
         how = f"up to {self.tolerance:g}" if any(shape.absolute for shape in done) else "bit for bit"
         return f"equal {how} on {len(done)} shapes"
 
 
 def as_plain(found: Verification) -> dict[str, Any]:
-    """The report as plain values, ready for `json.dumps`; an infinite difference is null."""
-    shapes: list[dict[str, Any]] = []
-    for shape in found.shapes:
-        values: Mapping[str, Any] = {name: getattr(shape, name) for name in Compared.__dataclass_fields__}
-        shapes.append({name: None if value == math.inf else value for name, value in values.items()})
+    """Convert the report to plain values for `json.dumps`; an infinite difference becomes null."""
+    shapes = [
+        {name: None if value == math.inf else value for name, value in asdict(shape).items()} for shape in found.shapes
+    ]
     return {
         "path": str(found.path),
         "equal": found.is_equal,

@@ -1,4 +1,4 @@
-"""Run a model, and the chain compiled from it, under the same conditions."""
+"""Run a model and its chain under the same conditions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from runtime.weights.parameters import assign
+from seqbuild.chain.partition import named_output
 from seqbuild.sample.shape import SampleShape
-from seqbuild.verify.difference import named, tensors
+from seqbuild.trace.real.weightless import configured
+from seqbuild.verify.difference import tensors
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
 
-# The sample's own shape, then other values, sizes, paddings, images and grids.
+# The shape of the sample, then other values, sizes, paddings, images and grids.
 SHAPES = (
     SampleShape(),
     SampleShape(seed=1),
@@ -48,34 +50,20 @@ class ChainStep(Protocol):
 
 
 def run_model(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own output without a cache, field by field; the sample is left as it is.
+    """Run the model without a cache and return its output by field; the sample is not modified.
 
-    Fused experts run one after the other (`eager`), as a portable artifact runs them: other implementations add up in
-    another order. Random numbers start from a known state: some models draw them.
+    Fused experts run one after the other (`eager`), as in a portable artifact, because other implementations sum in a
+    different order. The random state is fixed, because some models use it.
     """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with configured(model, {"use_cache": False, **EAGER_EXPERTS}), torch.no_grad():
         torch.manual_seed(SEED)
         output = model(**copy.deepcopy(dict(sample)), **extra)
-    return named(output)
-
-
-@contextlib.contextmanager
-def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
-    """Set existing entries of the model's configs while the block runs."""
-    places = ((config, name) for config in _configs(model) for name in wanted if hasattr(config, name))
-    found = [(config, name, getattr(config, name)) for config, name in places]
-    for config, name, _ in found:
-        setattr(config, name, wanted[name])
-    try:
-        yield
-    finally:
-        for config, name, value in found:
-            setattr(config, name, value)
+    return named_output(output)
 
 
 def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a chain returns; values are dropped as soon as it says so, and the sample is left as it is."""
+    """Run a chain and return its output; consumed values are freed, and the sample is not modified."""
     values: dict[str, Any] = copy.deepcopy(dict(sample))
     output: dict[str, Any] = {}
     torch.manual_seed(SEED)
@@ -90,7 +78,7 @@ def run_chain(subgraphs: Iterable[ChainStep], model: nn.Module, sample: Mapping[
 
 @contextlib.contextmanager
 def fingerprints(model: nn.Module, names: Iterable[str]) -> Iterator[Prints]:
-    """Record a digest of each result of the submodules `names` while the block runs, by name."""
+    """Record a digest of each output of the submodules `names` while the block runs, by name."""
     found: Prints = {}
     hooks = []
     for name in names:
@@ -118,7 +106,3 @@ def with_weights(artifact: Artifact, model: nn.Module) -> nn.Module:
         if name in artifact.manifest.parameters:
             assign(twin, name, tensor.detach())
     return twin
-
-
-def _configs(model: nn.Module) -> Iterable[Any]:
-    return {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}.values()

@@ -54,15 +54,15 @@ TRAVERSAL = [
     program("calling a value", "a call of x", "y = x(1)"),
     program("calling a result", "a call of Subscript", "y = x[0](1)"),
     program(
-        "the inside of a module",
-        "access to the inside",
+        "a part of a module",
+        "access to a part of",
         'a = self.get_submodule("layers.0")',
         "y = a.forward",
         objects=("layers.0",),
     ),
     program(
         "a module out of a tuple",
-        "taking a part out of a literal",
+        "a subscript of a literal",
         'a = (self.get_submodule("layers.0"),)[0]',
         "y = a.forward",
         objects=("layers.0",),
@@ -87,7 +87,7 @@ SYNTAX = [
     program("f-string", "kind JoinedStr", "y = torch.ops.aten.neg.default(f'{x.__class__}')"),
     program("format", "a call of Attribute", "y = '{0.__class__}'.format(x)"),
     program("text formatting", "arithmetic on anything but numbers", "y = '%1000000000d' % 5"),
-    program("text out of a tuple", "taking a part out of a literal", "a = ('%1000000000d',)[0]", "y = a % 5"),
+    program("text out of a tuple", "a subscript of a literal", "a = ('%1000000000d',)[0]", "y = a % 5"),
     program("comprehension", "kind ListComp", "y = torch.ops.aten.cat.default([a for a in x])"),
     program("generator", "assignment of anything but a result", "y = (a for a in x)"),
     program("set comprehension", "kind SetComp", "y = x[{a for a in x}]"),
@@ -143,7 +143,9 @@ SYNTAX = [
         input_names=("x", "x"),
     ),
     program("code after the return", "a statement of kind Return", "return {'y': x}", "y = x + 1"),
-    program("a result that is not stated", "a result other than", "y = x + 1", tail="    return {'y': y, 'z': y}"),
+    program(
+        "a result that is not stated", "a result that differs from", "y = x + 1", tail="    return {'y': y, 'z': y}"
+    ),
 ]
 
 TEXT = [
@@ -170,7 +172,7 @@ TEXT = [
 
 BOMBS = [
     program("a huge integer", "a literal of type int", f"y = x + {'9' * 4000}"),
-    program("an integer of a million digits", "is not a program", f"y = x + {'9' * 1_000_000}"),
+    program("an integer of a million digits", "is not a valid artifact program", f"y = x + {'9' * 1_000_000}"),
     program("an exponent", "a power other than", "y = 9 ** 9 ** 9 ** 9"),
     program("an exponent of a value", "a power other than", "y = x ** x"),
     program("an exponent without end", "a power other than", "y = 9 ** 1e999"),
@@ -178,11 +180,11 @@ BOMBS = [
     program("text that is repeated", "arithmetic on anything but numbers", "y = 'a' * 9223372036854775807"),
     program("a list that is repeated", "arithmetic on anything but numbers", "y = [0] * 9223372036854775807"),
     program("matrix product by the sign", "the operator MatMult", "y = x @ x"),
-    program("deep nesting of parentheses", "is not a program", f"y = {'(' * 5000}x{')' * 5000}"),
+    program("deep nesting of parentheses", "is not a valid artifact program", f"y = {'(' * 5000}x{')' * 5000}"),
     program("deep nesting of calls", "nesting deeper", f"y = {'torch.ops.aten.neg.default(' * 60}x{')' * 60}"),
-    program("deep nesting of signs", "is not a program", f"y = {'-' * 50_000}x"),
+    program("deep nesting of signs", "is not a valid artifact program", f"y = {'-' * 50_000}x"),
     program("deep nesting of subscripts", "nesting deeper", f"y = x{'[0]' * 500}"),
-    program("a long sum", "is not a program", f"y = x{' + 1' * 100_000}"),
+    program("a long sum", "is not a valid artifact program", f"y = x{' + 1' * 100_000}"),
     program("a terabyte", "a literal size", "y = torch.ops.aten.empty.memory_format([1099511627776])"),
     program("a terabyte in two factors", "a literal size", "y = torch.ops.aten.zeros.default([1048576, 1048576])"),
     program("a terabyte by repeating", "a literal size", "y = torch.ops.aten.repeat.default(x, [1048576, 1048576])"),
@@ -241,10 +243,10 @@ OPERATORS = [
         ("torch.save(x, 'owned')", "a call of torch.save"),
         ("torch._C._jit_set_profiling_executor(x)", "a call of torch._C._jit_set_profiling_executor"),
         ("torch.ops.aten.zeros.default([1], device='cuda:1')", "a device other than run.device"),
-        ("torch.ops.aten.to.device(x, 'privateuseone:0', torch.float32)", "the word 'privateuseone:0'"),
+        ("torch.ops.aten.to.device(x, 'privateuseone:0', torch.float32)", "the string 'privateuseone:0'"),
         ("torch.ops.aten.zeros.default([1], pin_memory=True)", "pinned memory"),
-        ("torch.ops.aten.einsum.default('%s', [x])", "the word '%s'"),
-        ("torch.ops.aten.div.Tensor_mode(x, x, rounding_mode='/etc/passwd')", "the word '/etc/passwd'"),
+        ("torch.ops.aten.einsum.default('%s', [x])", "the string '%s'"),
+        ("torch.ops.aten.div.Tensor_mode(x, x, rounding_mode='/etc/passwd')", "the string '/etc/passwd'"),
     )
 ]
 

@@ -24,14 +24,14 @@ _PART = 'self.get_submodule("part")'
 STEPS = [
     step(
         "foreign code by generate",
-        "the keyword 'custom_generate', which the signature",
+        "the keyword 'custom_generate', which is not in the signature",
         f"{_SPEECH}:GraniteSpeechForConditionalGeneration.generate",
         'self.get_submodule(""), custom_generate="/tmp/evil", trust_remote_code=True',
         objects=("",),
     ),
     step(
         "foreign code by generate, unnamed keywords",
-        "the keyword 'custom_generate', which the signature",
+        "the keyword 'custom_generate', which is not in the signature",
         f"{_SPEECH}:GraniteSpeechForConditionalGeneration.generate",
         f"{_PART}, custom_generate=x, trust_remote_code=True",
     ),
@@ -94,16 +94,26 @@ STEPS = [
     step("a module as data", "a module anywhere but", _FEATURES, f"{_PART}, {_PART}"),
     step("a module as a keyword", "a module anywhere but", _FEATURES, f"{_PART}, pixel_values={_PART}"),
     step("a module in a tuple", "a module or config anywhere but", _FEATURES, f"({_PART},), x"),
-    step("text for a step", "the text '/etc/passwd' for an opaque step", _FEATURES, f'{_PART}, x, "/etc/passwd"'),
-    step("text in a tuple", "the text 'default' for an opaque step", _FEATURES, f'{_PART}, x, ("default",)'),
+    step(
+        "text for a step",
+        "the string '/etc/passwd' as an opaque step's argument",
+        _FEATURES,
+        f'{_PART}, x, "/etc/passwd"',
+    ),
+    step(
+        "text in a tuple", "the string 'default' as an opaque step's argument", _FEATURES, f'{_PART}, x, ("default",)'
+    ),
     step(
         "a word that the step does not know",
-        "the text 'original_full' for an opaque step",
+        "the string 'original_full' as an opaque step's argument",
         _FEATURES,
         f'{_PART}, x, vision_feature_select_strategy="original_full"',
     ),
     step(
-        "keywords in a table", "the text 'debug_io' for an opaque step", _FEATURES, f'{_PART}, x, {{"debug_io": True}}'
+        "keywords in a table",
+        "the string 'debug_io' as an opaque step's argument",
+        _FEATURES,
+        f'{_PART}, x, {{"debug_io": True}}',
     ),
     step("a keyword that no signature names", "the keyword 'debug_io'", _FEATURES, f"{_PART}, x, debug_io=True"),
     step("a flag with a value", "the keyword 'output_attentions'", _FEATURES, f"{_PART}, x, output_attentions=x"),
@@ -120,20 +130,20 @@ MODULES = [
     ),
     program(
         "files, by a table",
-        "the word 'debug_io' for a module",
+        "the string 'debug_io' as a module's argument",
         'y = self.get_submodule("part")(x, {"debug_io": True})',
         submodules=("part",),
     ),
     program(
         "files, by a table that is copied",
-        "the word 'debug_io'",
+        "the string 'debug_io'",
         'a = run.copied({"debug_io": True})',
         'y = self.get_submodule("part")(x, a)',
         submodules=("part",),
     ),
     program(
         "a path for a module",
-        "the word '/etc/passwd'",
+        "the string '/etc/passwd'",
         'y = self.get_submodule("part")("/etc/passwd")',
         submodules=("part",),
     ),

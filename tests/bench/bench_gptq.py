@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import quantize_gptq
+from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.observers import fitted_grid
 
 ARGS = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128, actorder="static")
@@ -57,7 +57,7 @@ def compare(size: int, device: str) -> None:
     found: list[torch.Tensor] = []
 
     def ours() -> None:
-        found.append(quantize_gptq(weight, hessian, ARGS, scale_dtype=torch.float32).weight_OI)
+        found.append(next(quantize_siblings([weight], hessian, ARGS, scale_dtype=torch.float32)).weight_OI)
 
     taken = seconds(ours)
     print(f"{size}x{size} ours {taken:8.2f} s  loss {loss(weight, found[-1], hessian):.6g}", flush=True)

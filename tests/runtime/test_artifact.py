@@ -264,7 +264,7 @@ class TestPrograms:
     def test_an_opaque_step_that_this_host_lacks(self) -> None:
         with pytest.raises(ArtifactError, match="defines no such function"):
             resolve_opaque("transformers.models.llama.modeling_llama:no_such_function")
-        with pytest.raises(ArtifactError, match="this host's transformers has no"):
+        with pytest.raises(ArtifactError, match="the installed transformers has no"):
             resolve_opaque("transformers.models.nollama.modeling_nollama:forward")
         with pytest.raises(ArtifactError, match="defines no such function"):
             resolve_opaque("transformers.models.llama.modeling_llama:LlamaModel")
@@ -309,7 +309,7 @@ class TestPrograms:
         refuse(write(tmp_path / "constants", constants=()), "needs 'constant_0'")
         refuse(write(tmp_path / "parameters", parameters={}), "needs 'layers.0.weight'")
         odd = ConversionEntry(file="conversions/000.py", num_sources=3)
-        refuse(write(tmp_path / "sources", conversions=(odd,)), "a signature other than the manifest's")
+        refuse(write(tmp_path / "sources", conversions=(odd,)), "a signature that differs from the manifest's")
 
     def test_other_constants_than_stated_are_refused_at_once(self, tmp_path: Path) -> None:
         changed = files()

@@ -107,7 +107,7 @@ def test_is_deterministic_and_leaves_its_inputs_alone() -> None:
 def test_refuses() -> None:
     inputs, weights = problem()
     gram, mean = inputs.T @ inputs, inputs.abs().mean(0)
-    with pytest.raises(QuantizationError, match="do not fit"):
+    with pytest.raises(QuantizationError, match="but the weights that read them do not"):
         search_scales(weights, gram[:5, :5], mean, [SCHEME] * 2, scale_dtype=torch.float32)
     with pytest.raises(QuantizationError, match="not finite"):
         search_scales(weights, gram * torch.nan, mean, [SCHEME] * 2, scale_dtype=torch.float32)
@@ -145,5 +145,5 @@ def test_clipping_equals_a_search_in_float64() -> None:
 
 
 def test_clipping_refuses() -> None:
-    with pytest.raises(QuantizationError, match="does not fit"):
+    with pytest.raises(QuantizationError, match="does not match a weight"):
         quantize_clipped(torch.ones(2, WIDTH), torch.eye(3), SCHEME, scale_dtype=torch.float32)

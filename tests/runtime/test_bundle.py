@@ -117,9 +117,9 @@ class TestPacking:
         artifact, recipe, out = llama.artifact, parts / "r.yaml", tmp_path / "out"
         with pytest.raises(RecipeError, match="unknown key 'Nothing'"):
             pack(artifact, recipe=tmp_path / "odd.yaml", out=out)
-        with pytest.raises(UsageError, match="is no token file"):
+        with pytest.raises(UsageError, match="is not a token file"):
             pack(artifact, recipe=recipe, data=tmp_path / "text.txt", out=out)
-        with pytest.raises(WeightsError, match="holds no safetensors"):
+        with pytest.raises(WeightsError, match="contains no safetensors"):
             pack(artifact, recipe=recipe, weights=tmp_path, out=out)
         with pytest.raises(ArtifactError, match="is not an artifact"):
             pack(llama.weights, recipe=recipe, out=out)

@@ -174,6 +174,6 @@ def test_other_sequential_targets_than_the_artifact_was_cut_at_are_refused(llama
 def test_an_output_inside_what_is_read_is_refused(llama: Small) -> None:
     for source in (llama.weights, llama.artifact):
         before = sorted(source.rglob("*"))
-        with pytest.raises(runtime.OutputError, match=r"is inside .*, which is read"):
+        with pytest.raises(runtime.OutputError, match=r"is inside the input directory"):
             calibrate(llama, recipe(NARROW_W4), source / "out")
         assert sorted(source.rglob("*")) == before

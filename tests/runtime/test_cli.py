@@ -120,7 +120,7 @@ def test_shard_size_dtype_and_an_empty_directory(place: Place, run: Run) -> None
     ("options", "parts"),
     [
         (["--dtype", "float63"], ["--dtype is 'float63'", "float32, bfloat16, float16"]),
-        (["--device", "abacus"], ["device 'abacus' is not available", "there is cpu"]),
+        (["--device", "abacus"], ["device 'abacus' is not available", "available: cpu"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--batch-size", "many"], ["--batch-size"]),
         (["--seq-len", "1"], ["--seq-len"]),
@@ -139,7 +139,7 @@ def test_options(place: Place, run: Run, options: list[str], parts: list[str]) -
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_device_that_is_not_there(place: Place, run: Run) -> None:
-    assert_refused(run(place.calibrate("--device", "cuda")), "device 'cuda' is not available", "there is cpu")
+    assert_refused(run(place.calibrate("--device", "cuda")), "device 'cuda' is not available", "available: cpu")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
     assert printed.splitlines()[0] == (
         f"LlamaForCausalLM: 3 layers by LlamaDecoderLayer, 4 subgraphs, {facts['parameters']:,} parameters"
     )
-    assert "is there already, nothing was traced" in printed
+    assert "already exists, nothing was traced" in printed
 
     code, printed, complaint = run(["inspect", facts["path"], "--json"], seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
@@ -65,9 +65,9 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
         ("{}/notes.txt", "text", "is neither a model directory nor a config.json"),
         ("{}/config.json", "", "config.json cannot be read"),
         ("{}/config.json", "[" * 100_000, "config.json cannot be read"),
-        ("{}/config.json", "[1]", "holds no model config"),
-        ("{}/config.json", "{}", "does not describe a model that transformers knows"),
-        ("{}/config.json", '{"model_type": "unheard_of"}', "does not describe a model that transformers knows"),
+        ("{}/config.json", "[1]", "is not a model config"),
+        ("{}/config.json", "{}", "is not a config that transformers supports"),
+        ("{}/config.json", '{"model_type": "unheard_of"}', "is not a config that transformers supports"),
         ("{}/config.json", '{"model_type": "llama", "hidden_size": "wide"}', "config.json"),
         ("{}/config.json", '{"model_type": "llama", "num_attention_heads": 0}', "config.json"),
     ],

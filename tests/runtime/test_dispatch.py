@@ -97,4 +97,4 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, name: str) 
     pretend(monkeypatch)
     with pytest.raises(runtime.DeviceError) as caught:
         resolve_device(name)
-    assert str(caught.value) == f"device {name!r} is not available (there is cpu; or say auto)"
+    assert str(caught.value) == f"device {name!r} is not available (available: cpu; or use auto)"

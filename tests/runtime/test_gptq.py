@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import in_passes, quantize_gptq, quantize_siblings
+from runtime.algorithms.gptq import in_passes, quantize_siblings
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.refine import refine
+from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError
 
@@ -20,6 +23,14 @@ def int_args(num_bits: int = 4, *, symmetric: bool = True, strategy: str = "grou
     return QuantizationArgs(
         num_bits=num_bits, type="int", symmetric=symmetric, strategy=strategy, group_size=group_size
     )
+
+
+def quantize_gptq(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor, args: QuantizationArgs, **options: Any
+) -> QuantizedWeight:
+    """Quantize a weight that has no siblings."""
+    (result,) = quantize_siblings([weight_OI], hessian_II, args, **options)
+    return result
 
 
 FLOAT8 = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
@@ -268,9 +279,9 @@ def broken(row: int, column: int, value: float) -> torch.Tensor:
         (torch.full((4, NUM_IN), float("nan")), torch.eye(NUM_IN), {}, "not finite"),
         (torch.ones(4, NUM_IN), broken(3, 4, float("nan")), {}, r"Hessian .* \[4, 96\] is not finite"),
         (torch.ones(4, NUM_IN), broken(3, 3, float("inf")), {}, "Hessian .* is not finite"),
-        (torch.ones(4, NUM_IN), torch.zeros(NUM_IN, NUM_IN), {}, "saw no input"),
+        (torch.ones(4, NUM_IN), torch.zeros(NUM_IN, NUM_IN), {}, "no input reached the module"),
         (torch.ones(4, NUM_IN), broken(0, 0, -5.0), {}, "does not factor with dampening 1"),
-        (torch.ones(4, NUM_IN), torch.eye(64), {}, r"\[64, 64\] does not fit a weight of shape \[4, 96\]"),
+        (torch.ones(4, NUM_IN), torch.eye(64), {}, r"\[4, 96\] requires a Hessian of shape \[96, 96\]; got \[64, 64\]"),
         (torch.ones(4, 100), torch.eye(100), {}, r"\[4, 100\] cannot be cut into groups of 32"),
         (torch.ones(4, NUM_IN), torch.eye(NUM_IN), {"dampening_frac": 0.0}, "dampening_frac"),
         (torch.ones(4, NUM_IN), torch.eye(NUM_IN), {"dampening_frac": float("nan")}, "dampening_frac"),
@@ -447,7 +458,7 @@ class TestRefine:
 
     def test_refuses(self, hessian_II: torch.Tensor) -> None:
         result = quantize_gptq(random_weight(), hessian_II, int_args(2), scale_dtype=torch.bfloat16)
-        with pytest.raises(QuantizationError, match="does not fit"):
+        with pytest.raises(QuantizationError, match="does not match a weight"):
             refine(random_weight(), result, hessian_II[:4, :4], int_args(2))
 
 

@@ -11,7 +11,7 @@ from runtime.errors import ArtifactError
 from runtime.language.grammar import LOOP_LIMIT, NESTING_LIMIT, SOURCE_LIMIT_BYTES, Allowed, check_program
 from runtime.language.opaque import is_opaque_path
 from seqbuild import trace_subgraphs
-from seqbuild.chain.targets import infer_targets
+from seqbuild.chain.targets import default_targets
 from tests.runtime.artifacts import FIRST
 from tests.sweep import sweep
 from tests.tiny_models import ZOO, make_inputs, tiny_model
@@ -99,13 +99,13 @@ def test_lookups_that_the_manifest_lists() -> None:
         more = refuses(source, replace(allowed, **{kind: listed[1:]}))  # it uses more than is listed
         assert listed[0] in more and "the manifest does not list" in more
         message = refuses(source, replace(allowed, **{kind: [*listed, "another"]}))  # or less
-        assert message == f"here.py uses other {kind} than its manifest states"
+        assert message == f"here.py uses other {kind} than its manifest lists"
 
 
 @pytest.mark.parametrize("name", sweep(ZOO, "llama", "qwen3_moe", "mamba", "t5"))
 def test_everything_that_is_emitted_is_accepted(name: str) -> None:
     model = tiny_model(name)
-    for subgraph in trace_subgraphs(model, make_inputs(model, 2, 6), infer_targets(model)):
+    for subgraph in trace_subgraphs(model, make_inputs(model, 2, 6), default_targets(model)):
         code = subgraph.code
         kinds = ("submodules", "attributes", "objects", "constants", "opaque", "output_names")
         allowed = Allowed(input_names=subgraph.input_names, **{kind: getattr(code, kind) for kind in kinds})
@@ -176,7 +176,7 @@ HOSTILE: list[tuple[str, str]] = [
     ("z = self.get_submodule('layers.0').forward(x)", "a call of Attribute"),
     ("z = self.get_submodule('layers.0').weight", "the attribute 'weight'"),
     ("z = self.get_submodule('layers.0').__class__", "the attribute '__class__'"),
-    ("z = self.get_submodule('layers.0')[0]", "access to the inside of a module, config or list"),
+    ("z = self.get_submodule('layers.0')[0]", "access to a part of a module, config or list"),
     ("z = self.get_submodule('layers.0', 'x')(x)", "a lookup of anything but one literal name"),
     ("z = self.get_submodule(target='layers.0')(x)", "a lookup of anything but one literal name"),
     ("z = self.get_submodule('layers' + '.0')(x)", "a lookup of anything but one literal name"),
@@ -326,7 +326,7 @@ def test_hostile_statements_are_refused(statement: str, reason: str) -> None:
 )
 def test_other_signatures_are_refused(head: str) -> None:
     accepts(program("z = x + y"))
-    assert "a signature other than" in refuses(program("z = x + y", head=head))
+    assert "a signature that differs from" in refuses(program("z = x + y", head=head))
 
 
 @pytest.mark.parametrize("before", ["async ", "import os\n", "'a docstring'\n"])
@@ -341,7 +341,7 @@ def test_anything_but_one_function_is_refused(before: str) -> None:
             (name, f"the name '{name}'")
             for name in ("self", "run", "torch", "slice", "__builtins__", "__import__", "a" * 300)
         ),
-        *((name, "is not a program") for name in ("a b", "1a", "")),
+        *((name, "is not a valid artifact program") for name in ("a b", "1a", "")),
         ("é", "ascii"),
     ],
 )
@@ -354,9 +354,12 @@ def test_inputs_with_other_names_are_refused(name: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("result", "reason"),
     [
-        *((result, "an end other than") for result in ("z", "None", "dict(z=z)", "[z]")),
-        *((result, "a result other than") for result in ("{}", '{"w": z}', '{"z": z, "w": z}', '{"z": z, "z": z}')),
-        *((result, "a result other than") for result in ("{**z}", "{z: z}")),
+        *((result, "a last statement other than") for result in ("z", "None", "dict(z=z)", "[z]")),
+        *(
+            (result, "a result that differs from")
+            for result in ("{}", '{"w": z}', '{"z": z, "w": z}', '{"z": z, "z": z}')
+        ),
+        *((result, "a result that differs from") for result in ("{**z}", "{z: z}")),
         ('{"z": w}', "the name 'w'"),
     ],
 )
@@ -389,8 +392,8 @@ def test_modules_stay_whole_under_any_name() -> None:
     good = ['m = self.get_submodule("layers.0")', "z = x + y"]
     accepts(program(*good), allowed)
     for bad, reason in (
-        ("w = m.weight", "access to the inside of a module"),
-        ("w = m[0]", "access to the inside of a module"),
+        ("w = m.weight", "access to a part of a module"),
+        ("w = m[0]", "access to a part of a module"),
         ("w = m(x)", "a call of m"),
         ("w = m.state_dict()", "a call of m.state_dict"),
         ("w = m", "a module or config anywhere but"),
@@ -419,10 +422,12 @@ def test_size_is_limited() -> None:
 @pytest.mark.parametrize("depth", [NESTING_LIMIT + 1, 90, 1000, 100_000])
 def test_depth_is_limited(depth: int) -> None:
     """Python's own parser gives up first where there is far too much."""
-    too_deep = r"nesting deeper than \d+|is not a program"
+    too_deep = r"nesting deeper than \d+|is not a valid artifact program"
     for value in (f"{'(' * depth}x{',)' * depth}", f"x{' + 1' * depth}", f"{'-' * depth}x", f"x{'[0]' * depth}"):
         assert re.search(too_deep, refuses(program(f"z = torch.ops.aten.neg.default({value})")))
-    assert re.search(r"a call of torch\.ops\.ops|is not a program", refuses(program(f"z = torch{'.ops' * depth}(x)")))
+    assert re.search(
+        r"a call of torch\.ops\.ops|is not a valid artifact program", refuses(program(f"z = torch{'.ops' * depth}(x)"))
+    )
 
 
 def test_messages_name_file_and_line() -> None:
@@ -522,12 +527,12 @@ HOSTILE_LOOPS: list[tuple[str, tuple[str, ...]]] = [
     ("kind Break", ("z = x", "for i in range(y):", "    break")),
     ("kind Continue", ("z = x", "for i in range(y):", "    continue")),
     ("kind Return", ("z = x", "for i in range(y):", '    return {"z": z}')),
-    ("assignment to the number of a turn", ("z = x", "for i in range(y):", "    i = x")),
-    ("deletion, inside of a loop, of a value from outside", ("z = x", "for i in range(y):", "    del x")),
-    ("deletion, inside of a loop, of a value from outside", ("z = x", "for i in range(y):", "    del y")),
+    ("assignment to the loop variable", ("z = x", "for i in range(y):", "    i = x")),
+    ("deletion inside a loop of a value from outside", ("z = x", "for i in range(y):", "    del x")),
+    ("deletion inside a loop of a value from outside", ("z = x", "for i in range(y):", "    del y")),
     ("the name 'w'", ("z = x", "for i in range(y):", "    z = w", "    w = x")),
     (
-        "deletion, inside of a loop, of a value from outside",
+        "deletion inside a loop of a value from outside",
         ("z = x", "for i in range(y):", "    w = x", "    for j in range(y):", "        del w"),
     ),
     ("kind While", ("z = x", "while y:", "    z = x")),
@@ -539,9 +544,9 @@ HOSTILE_LOOPS: list[tuple[str, tuple[str, ...]]] = [
     # lists
     ("kind Expr", ("z = []", "z.append(x)")),
     ("kind Expr", ("z = x", "for i in range(y):", "    z.append(x)")),
-    ("assignment of this kind inside of a loop", ("z = x", "for i in range(y):", "    w = []")),
-    ("assignment of this kind inside of a loop", ("z = []", "for i in range(y):", "    z = []")),
-    ("assignment of this kind inside of a loop", ("z = []", "for i in range(y):", "    z = x")),
+    ("assignment of or to a list, module or config inside a loop", ("z = x", "for i in range(y):", "    w = []")),
+    ("assignment of or to a list, module or config inside a loop", ("z = []", "for i in range(y):", "    z = []")),
+    ("assignment of or to a list, module or config inside a loop", ("z = []", "for i in range(y):", "    z = x")),
     ("an append of anything but a value", ("z = []", "for i in range(y):", "    z.append(x, y)")),
     (
         "a module or config anywhere but as an argument of an opaque step",
@@ -554,16 +559,16 @@ HOSTILE_LOOPS: list[tuple[str, tuple[str, ...]]] = [
     ("a call of z.append", ("z = []", "for i in range(y):", "    w = z.append(x)")),
     ("assignment of anything but a result", ("z = [x]", "for i in range(y):", "    z.append(x)")),
     ("the name 'w'", ("w = []", "z = w")),
-    ("access to the inside of a module, config or list", ("w = []", "z = w[0]")),
-    ("access to the inside of a module, config or list", ("w = []", "z = w.append")),
-    # the inside of a module
+    ("access to a part of a module, config or list", ("w = []", "z = w[0]")),
+    ("access to a part of a module, config or list", ("w = []", "z = w.append")),
+    # a part of a module
     ("a module or config anywhere but as an argument of an opaque step", ("z = a",)),
     (
-        "assignment of this kind inside of a loop",
+        "assignment of or to a list, module or config inside a loop",
         ("z = x", "for i in range(y):", '    z = self.get_submodule("layers.0")'),
     ),
     ("a module or config anywhere but as an argument of an opaque step", ("z = x", "for i in range(y):", "    z = a")),
-    ("assignment of this kind inside of a loop", ("z = x", "for i in range(y):", "    a = x")),
+    ("assignment of or to a list, module or config inside a loop", ("z = x", "for i in range(y):", "    a = x")),
 ]
 
 

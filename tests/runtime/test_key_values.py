@@ -328,7 +328,7 @@ def test_an_artifact_that_stops_at_layers_is_refused(tmp_path: Path, byte_tokeni
     config = transformers.LlamaConfig(**TWO)
     weights = save_model(transformers.LlamaForCausalLM(config), tmp_path / "model", byte_tokenizer_dir)
     small = Small(weights=weights, artifact=build(weights, out=tmp_path / "artifacts", leaves="target").path)
-    with pytest.raises(runtime.RecipeError, match="does not say which values enter a key-value cache"):
+    with pytest.raises(runtime.RecipeError, match="the artifact lists no key-value cache"):
         calibrate(small, Recipe.from_text(RECIPE, "r"), tmp_path / "out")
 
 
@@ -362,6 +362,6 @@ def test_other_heads_than_the_artifact_states_are_an_error(model: Small, tmp_pat
     plan = Recipe.from_text(ALONE.replace("strategy: tensor", "strategy: attn_head"), "r")
     options = {"weights": model.weights, "recipe": plan, "batches": token_batches()}
     with pytest.raises(
-        runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, and the artifact states another"
+        runtime.ArtifactError, match=r"layers\.0\.self_attn has 2 heads, but the artifact states another"
     ):
         runtime.calibrate(artifact, out=tmp_path / "out", **options)

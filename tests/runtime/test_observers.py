@@ -116,5 +116,5 @@ def test_nothing_but_zeros() -> None:
 
 
 def test_importance_must_be_there() -> None:
-    with pytest.raises(QuantizationError, match="imatrix_mse weighs errors by what the inputs are"):
+    with pytest.raises(QuantizationError, match="imatrix_mse weighs errors by the inputs"):
         quantize_rtn(random_weight(), args(observer="imatrix_mse"), scale_dtype=torch.float32)

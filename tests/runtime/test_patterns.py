@@ -86,7 +86,7 @@ def test_those_that_python_never_ends_may_have_an_answer(expression: str) -> Non
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_LIMIT_S", 0.05)
-    patterns._searched.cache_clear()
+    patterns._search.cache_clear()
 
 
 @pytest.mark.usefixtures("soon")
@@ -99,13 +99,13 @@ def test_others_end_with_an_error(expression: str) -> None:
 
 
 def test_many_slow_searches_are_too_slow_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    patterns._searched.cache_clear()
+    patterns._search.cache_clear()
     monkeypatch.setattr(patterns, "_SLOW_S", 0.0)
     monkeypatch.setattr(patterns, "_TOTAL_S", 1e-3)
     with pytest.raises(PatternError, match="takes too long"):
         for _ in range(100_000):
             starts_with(".*x", NAME)
-    patterns._searched.cache_clear()
+    patterns._search.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_many_slow_searches_are_too_slow_together(monkeypatch: pytest.MonkeyPatc
         ("*", "nothing to repeat"),
         (r"\p{L}", "bad escape"),
         ("a" * 10_001, "it has 10001 characters"),
-        ("((((a{1000}){1000}){1000}){1000})", "multiply to more than a million million"),
+        ("((((a{1000}){1000}){1000}){1000})", "multiply to more than 10^12"),
         ("(a{200}){0,51}", "multiply to 10200, more than 10000"),
-        ("(?:foo){e<=1}", "must be written with a backslash"),
-        ("[[:alpha:]]", "must be written with a backslash"),
+        ("(?:foo){e<=1}", "must be escaped by a backslash"),
+        ("[[:alpha:]]", "must be escaped by a backslash"),
         ("(" * 5000 + ")" * 5000, ""),
     ],
 )
@@ -126,7 +126,7 @@ def test_what_is_none_is_said_before_anything_is_searched(expression: str, why: 
     start = time.thread_time()
     assert why in fault(expression) and fault(expression)
     assert time.thread_time() - start < 5
-    with pytest.raises(PatternError, match="is no regular expression"):
+    with pytest.raises(PatternError, match="is not a valid regular expression"):
         starts_with(expression, "a")
 
 
@@ -157,14 +157,14 @@ class TestPlaces:
         schemes = CheckpointSchemes.from_config(config)
         with pytest.raises(PatternError, match="takes too long"):
             schemes.find(NAME, "Linear")
-        with pytest.raises(WeightsError, match="no regular expression"):
+        with pytest.raises(WeightsError, match="is not a valid regular expression"):
             CheckpointSchemes.from_config({**config, "ignore": ["re:("]})
 
     def test_targets_to_cut_at(self) -> None:
         model = tiny_model("llama")
         with pytest.raises(PatternError, match="takes too long"):
             match_modules(model, ["re:(.|..)+[A-Z]"])
-        with pytest.raises(TargetError, match="is not a regular expression"):
+        with pytest.raises(TargetError, match="is not a valid regular expression"):
             match_modules(model, ["re:(a{200}){51}"])
 
 

@@ -413,7 +413,7 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
 @pytest.mark.parametrize(
     ("option", "part"),
     [
-        ("--device-memory=much", "--device-memory is 'much', which is no size"),
+        ("--device-memory=much", "--device-memory must be a size; got 'much'"),
         ("--size=pixels=3", "--size names 'pixels', and the artifact has no such size (it has batch, sequence)"),
         ("--size=batch", "--size must be NAME=N with N >= 1; got 'batch'"),
         ("--device=tpu", "--device must be one of cpu, cuda, xpu, auto; got 'tpu'"),

@@ -48,7 +48,7 @@ def test_a_run_that_is_stopped_leaves_nothing_and_the_next_one_works(
         assert len(list(place.folder.glob(".out.*.partial"))) == 1
         process.send_signal(number)
         assert process.wait(timeout=60) == code
-        assert process.stderr.read() == f"runtime: {word}; nothing half-written was left behind\n"
+        assert process.stderr.read() == f"runtime: {word}; no partial output was left behind\n"
     assert place.tree() == before
     assert run(place.calibrate())[0] == 0
 

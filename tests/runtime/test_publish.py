@@ -111,7 +111,10 @@ class TestDirectory:
 
     def test_somebody_else_was_faster(self, tmp_path: Path) -> None:
         path = tmp_path / "result"
-        with pytest.raises(OutputError, match="was filled by somebody else"), publish_directory(path) as partial:
+        with (
+            pytest.raises(OutputError, match="another process has written to output directory"),
+            publish_directory(path) as partial,
+        ):
             fill(partial)
             path.mkdir()
             (path / "theirs").write_text("x")

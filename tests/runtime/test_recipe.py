@@ -286,11 +286,11 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         # fields of the peer that are not implemented
         (
             gptq("kv_cache_scheme: {num_bits: 8}"),
-            "recipe.yaml:4: a key-value cache of 8 bit int by tensor (symmetric=True, dynamic=False) is not offered",
+            "recipe.yaml:4: a key-value cache of 8 bit int by tensor (symmetric=True, dynamic=False) is not supported",
         ),
         (
             gptq("weight_observer: best"),
-            "recipe.yaml:4: the observer 'best' is not offered (offered are minmax",
+            "recipe.yaml:4: the observer 'best' is not supported (supported: minmax",
         ),
         (gptq("observer: {weight: MSE}"), "recipe.yaml:4: unknown key of observer 'weight' (did you mean weights?)"),
         (gptq("observer: {output: minmax}"), "recipe.yaml:4: output 'minmax' cannot be obeyed: outputs are not"),
@@ -305,17 +305,17 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         (gptq("config_groups: {g: {}}"), "recipe.yaml:2: GPTQModifier has both scheme and config_groups"),
         (
             "\nGPTQModifier:\n  scheme: W4A61",
-            "recipe.yaml:3: there is no scheme 'W4A61' (nearest is W4A16; offered are",
+            "recipe.yaml:3: unknown scheme 'W4A61' (did you mean W4A16? supported:",
         ),
-        ("\nGPTQModifier:\n  scheme: UNQUANTIZED", "recipe.yaml:3: the scheme UNQUANTIZED is not offered"),
-        ("\nGPTQModifier:\n  scheme:\n    FP: Linear", "recipe.yaml:4: there is no scheme 'FP' (nearest is FP8"),
+        ("\nGPTQModifier:\n  scheme: UNQUANTIZED", "recipe.yaml:3: the scheme UNQUANTIZED is not supported"),
+        ("\nGPTQModifier:\n  scheme:\n    FP: Linear", "recipe.yaml:4: unknown scheme 'FP' (did you mean FP8?"),
         ("\nGPTQModifier:\n  scheme: 4", "recipe.yaml:3: scheme must be a mapping, not '4'"),
         ("\nGPTQModifier:\n  scheme: {}", "recipe.yaml:3: scheme is empty"),
         ("GPTQModifier:\n  scheme: {W4A16: a}\n  targets: b", "recipe.yaml:3: targets stand inside scheme already"),
         ("QuantizationModifier:\n  config_groups:\n    g: {weights: {}}", "recipe.yaml:3: g has no targets"),
         (GROUP + "wieghts: {}", "recipe.yaml:5: unknown key of g 'wieghts' (did you mean weights?)"),
         (GROUP + "weights: 4", "recipe.yaml:5: weights must be a mapping, not '4'"),
-        (GROUP + "weights: {}\n      output_activations: {}", "recipe.yaml:3: output_activations are not offered"),
+        (GROUP + "weights: {}\n      output_activations: {}", "recipe.yaml:3: output_activations are not supported"),
         (
             GROUP + "weights:\n        numbits: 4",
             "recipe.yaml:6: unknown key of weights 'numbits' (did you mean num_bits?)",

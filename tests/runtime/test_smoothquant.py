@@ -65,7 +65,7 @@ def test_refuses() -> None:
     inputs, weights = problem()
     with pytest.raises(QuantizationError, match="between 0 and 1, not 2"):
         smoothing_factors(inputs.abs().amax(0), weights, strength=2)
-    with pytest.raises(QuantizationError, match="do not fit"):
+    with pytest.raises(QuantizationError, match="but the weights that read them do not"):
         smoothing_factors(torch.ones(5), weights)
     with pytest.raises(QuantizationError, match="not finite"):
         smoothing_factors(torch.full((12,), torch.inf), weights)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import runtime
 from runtime.algorithms import grid
-from runtime.algorithms.gptq import quantize_gptq
+from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.formats.compressed import static_input_parts
 from runtime.formats.key_values import KeyValues
@@ -97,7 +97,7 @@ def test_zeros_have_a_scale_and_stay_zero(name: str, dtype: torch.dtype) -> None
     weight = torch.zeros(128, 128, dtype=dtype)
     for result in (
         quantize_rtn(weight, weights_of(name), scale_dtype=dtype),
-        quantize_gptq(weight, torch.eye(128), weights_of(name), scale_dtype=dtype),
+        *quantize_siblings([weight], torch.eye(128), weights_of(name), scale_dtype=dtype),
     ):
         scale = result.scale.float()
         assert bool((torch.isfinite(scale) & (scale > 0)).all())

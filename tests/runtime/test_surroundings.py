@@ -69,7 +69,7 @@ class TestInputs:
             path.unlink()
             KINDS[kind](path)
             result = run(place.calibrate())
-            assert_refused(result, path.name, "a regular file is needed" if kind != "directory" else "irectory")
+            assert_refused(result, path.name, "a regular file is required" if kind != "directory" else "irectory")
             assert not place.out.exists()
             path.rmdir() if kind == "directory" else path.unlink()
             path.write_bytes(content)

@@ -268,7 +268,7 @@ class Deciding(Remembering):
 
 
 class DecidingModel(Model):
-    """In the middle of the other layers is one that decides by values."""
+    """In the middle of the other layers is one that branches on data."""
 
     def __init__(self, places: tuple[str, ...]) -> None:
         super().__init__(places)

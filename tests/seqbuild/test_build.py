@@ -129,7 +129,7 @@ class TestCache:
         first = build(llama, out=out)
         assert not first.is_cached
         before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-        monkeypatch.setattr("seqbuild.build.trace_somehow", lambda *_, **__: pytest.fail("a hit must not trace"))
+        monkeypatch.setattr("seqbuild.passes.trace_first_working", lambda *_, **__: pytest.fail("a hit must not trace"))
         second = build(llama, out=out)
         assert second.is_cached
         assert second.manifest == first.manifest
@@ -267,18 +267,21 @@ class TestErrors:
         [
             ("{", "cannot be read"),
             ("", "cannot be read"),
-            ("[1]", "holds no model config"),
-            ('"llama"', "holds no model config"),
-            ("{}", "does not describe a model"),
-            ('{"model_type": "no_such_type"}', "does not describe a model.*no_such_type"),
-            ('{"model_type": 3}', "does not describe a model"),
-            ('{"model_type": "llama", "hidden_size": "wide"}', "does not describe a model|cannot be built"),
+            ("[1]", "is not a model config"),
+            ('"llama"', "is not a model config"),
+            ("{}", "is not a config that transformers supports"),
+            ('{"model_type": "no_such_type"}', "is not a config that transformers supports.*no_such_type"),
+            ('{"model_type": 3}', "is not a config that transformers supports"),
+            (
+                '{"model_type": "llama", "hidden_size": "wide"}',
+                "is not a config that transformers supports|cannot be built",
+            ),
             (
                 '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
                 "not a multiple of the number of attention heads",
             ),
             ('{"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}', "brings its own code"),
-            ('{"model_type": "patchtst"}', "takes no input_ids but past_values"),
+            ('{"model_type": "patchtst"}', "cannot create sample inputs for \\w+ \\(past_values"),
         ],
     )
     def test_bad_configs(self, text: str, pattern: str, tmp_path: Path, out: Path) -> None:
@@ -299,7 +302,9 @@ class TestErrors:
             compile_model(tmp_path / "model.safetensors", out=out)
 
     def test_an_unknown_target_names_the_classes(self, llama: Path, out: Path) -> None:
-        with self.refused(TargetError, "target 'LlamaDecoderLayr' fits no module of LlamaForCausalLM", out) as messages:
+        with self.refused(
+            TargetError, "target 'LlamaDecoderLayr' matches no module of LlamaForCausalLM", out
+        ) as messages:
             compile_model(llama, out=out, targets=["LlamaDecoderLayr"])
         (message,) = messages
         assert "did you mean LlamaDecoderLayer?" in message
@@ -311,7 +316,7 @@ class TestErrors:
             compile_model(llama, out=out, targets=["ModuleList"])
 
     def test_an_ignored_name_that_fits_nothing(self, llama: Path, out: Path) -> None:
-        with self.refused(TargetError, "--ignore no_such_function fits no function of the model", out):
+        with self.refused(TargetError, "--ignore no_such_function matches no function of the model", out):
             compile_model(llama, out=out, ignore=["no_such_function"])
 
     @pytest.mark.parametrize("number", [0, -3])
@@ -320,7 +325,7 @@ class TestErrors:
             compile_model(llama, out=out, targets_per_subgraph=number)
 
     def test_an_attention_that_does_not_exist(self, llama: Path, out: Path) -> None:
-        with self.refused(UsageError, "it can be eager or sdpa", out):
+        with self.refused(UsageError, "--attn-implementation must be one of eager, sdpa; got 'psychic'", out):
             compile_model(llama, out=out, attn_implementation="psychic")
 
     def test_an_output_that_is_a_file(self, llama: Path, tmp_path: Path) -> None:

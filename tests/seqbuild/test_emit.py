@@ -15,7 +15,7 @@ from runtime.language.grammar import Allowed, check_program
 from runtime.language.program import Run, compile_program
 from seqbuild.chain.emit import EmittedCode, emit
 from seqbuild.manifest.describe import Symbols
-from seqbuild.trace.model import trace_model
+from seqbuild.trace.model import TraceOptions, trace_model
 from tests.seqbuild import toys
 from tests.tiny_models import randomize
 
@@ -162,7 +162,7 @@ def test_inputs_must_not_take_the_codes_own_names(name: str) -> None:
     graph = fx.Graph()
     graph.placeholder(name)
     graph.output({})
-    with pytest.raises(TraceError, match=f"an input of the model is called '{name}'"):
+    with pytest.raises(TraceError, match=f"an input of the model is named '{name}'"):
         emit(graph)
 
 
@@ -199,7 +199,7 @@ class TestNeutralCode:
         [toys.Toy, toys.Parameters, toys.PlainTensor, toys.Literals, toys.Sizes, toys.InPlace, toys.Identity],
     )
     def test_equals_the_model_in_every_dtype(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
-        trace = trace_model(make(), {"x": X.to(MARKER)}, ["Layer"], dtype=MARKER)
+        trace = trace_model(make(), {"x": X.to(MARKER)}, ["Layer"], TraceOptions(dtype=MARKER))
         model = randomize(make()).to(dtype).eval()
         x = torch.randn(3, 4, toys.WIDTH).to(dtype)
         values = {"x": x.clone()}
@@ -219,7 +219,7 @@ class TestNeutralCode:
         model.table = model.table.to(MARKER)  # as when it is made while the model is, in the dtype of the trace
         trace_model(model, {"x": X.to(MARKER)}, ["Layer"])  # a run in that very dtype is right
         with pytest.raises(TraceError, match="in the dtype of the weights"):
-            trace_model(model, {"x": X.to(MARKER)}, ["Layer"], dtype=MARKER)
+            trace_model(model, {"x": X.to(MARKER)}, ["Layer"], TraceOptions(dtype=MARKER))
 
 
 def test_sizes_that_the_code_decides_by_limit_the_dims() -> None:

@@ -14,7 +14,7 @@ from transformers import MixtralConfig
 from runtime.language.program import compile_program
 from runtime.model.leaves import build_leaf
 from seqbuild.trace.experts.learn import experts_leaf, is_experts
-from seqbuild.trace.experts.loop import ExpertLoop, watched_loop
+from seqbuild.trace.experts.loop import ExpertLoop, analyze_loop
 from seqbuild.trace.experts.signature import signature
 
 NUM_EXPERTS, WIDTH, NARROW = 3, 8, 4
@@ -112,7 +112,7 @@ def test_what_is_known_does_the_same(kind: type[Looping], loop: ExpertLoop, shap
     torch.manual_seed(0)
     experts = kind()
     assert is_experts(experts)
-    assert watched_loop(experts, WIDTH) == loop
+    assert analyze_loop(experts, WIDTH) == loop
     states, num_tokens = torch.randn(*shape, WIDTH), torch.Size(shape).numel()
     index = torch.stack([torch.randperm(experts.num_classes)[:2] for _ in range(num_tokens)])
     weights = torch.rand(num_tokens, 2)
@@ -299,7 +299,7 @@ def test_what_is_not_the_same_for_all_is_no_leaf(kind: type[Looping]) -> None:
 
 
 def test_what_looks_the_same_is_executed() -> None:
-    assert watched_loop(InAnotherDtype(), WIDTH) == ExpertLoop(num_experts=NUM_EXPERTS)
+    assert analyze_loop(InAnotherDtype(), WIDTH) == ExpertLoop(num_experts=NUM_EXPERTS)
     assert experts_leaf(InAnotherDtype()) is None
 
 

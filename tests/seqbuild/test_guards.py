@@ -10,8 +10,8 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv
 
 from runtime.errors import TraceError
-from seqbuild.trace.sizes.conditions import conditions
-from seqbuild.trace.sizes.relations import is_implied, is_statable
+from seqbuild.manifest.describe import Symbols
+from seqbuild.trace.sizes.relations import is_expressible, is_implied
 
 H, W, N = sympy.symbols("h w n", integer=True, positive=True)
 PATCHES = FloorDiv(H, 14) * FloorDiv(W, 14)
@@ -21,7 +21,8 @@ def stated(*relations: Any) -> list[str]:
     shape_env: Any = SimpleNamespace(
         decided=(), guards=[SimpleNamespace(expr=r) for r in relations], replace=lambda relation: relation
     )
-    return list(conditions(shape_env, {H: "height", W: "width", N: "batch"}))
+    symbols: Any = SimpleNamespace(shape_env=shape_env, names={H: "height", W: "width", N: "batch"})
+    return list(Symbols.conditions(symbols))
 
 
 def test_what_is_certain_or_a_range_is_not_stated() -> None:
@@ -44,8 +45,8 @@ def test_what_contradicts_an_equality_is_stated() -> None:
 
 def test_what_cannot_be_stated_is_refused() -> None:
     relation = H ** sympy.Rational(3, 2) > 4
-    assert not is_statable(relation)
-    with pytest.raises(TraceError, match="cannot state"):
+    assert not is_expressible(relation)
+    with pytest.raises(TraceError, match="cannot express"):
         stated(relation)
 
 

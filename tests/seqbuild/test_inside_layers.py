@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 
@@ -46,7 +46,7 @@ class Model(nn.Module):
 def traced(model: nn.Module, **options: Any) -> Trace:
     sample = {"x": torch.zeros(2, 5, WIDTH)}
     options = {"leaves": "linear", "is_batch_only": False, **options}
-    return trace_model(model, sample, ["Layer"], may_ignore=lambda function: True, **options)
+    return trace_model(model, sample, ["Layer"], TraceOptions(may_ignore=lambda function: True, **options))
 
 
 def is_portable(trace: Trace) -> bool:
@@ -313,7 +313,7 @@ def test_a_number_in_the_dtype_of_the_weights_is_not_known() -> None:
     model = randomize(Model(Rounded16)).eval()
     sample = {"x": torch.zeros(2, 5, WIDTH, dtype=torch.bfloat16)}
     options: dict[str, Any] = {"leaves": "linear", "dtype": torch.bfloat16, "may_ignore": lambda function: True}
-    assert not is_portable(trace_model(model, sample, ["Layer"], **options))
+    assert not is_portable(trace_model(model, sample, ["Layer"], TraceOptions(**options)))
 
 
 class TwoInputs(nn.Module):
@@ -340,7 +340,7 @@ def test_sizes_that_belong_together_change_together() -> None:
     model = randomize(TwoInputs()).eval()
     sample = {"x": torch.zeros(2, 5, WIDTH), "mask": torch.zeros(2, 5)}
     options: Any = {"leaves": "linear", "is_batch_only": True}
-    trace = trace_model(model, sample, ["Part"], may_ignore=lambda function: True, **options)
+    trace = trace_model(model, sample, ["Part"], TraceOptions(may_ignore=lambda function: True, **options))
     assert not is_portable(trace)
     for length in (5, 3, 8):
         generator = torch.Generator().manual_seed(length)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqbuild.trace.model import trace_model
+from seqbuild.trace.model import TraceOptions, trace_model
 from tests.seqbuild.test_inside_layers import Layer, check
 from tests.seqbuild.toys import WIDTH
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
@@ -283,7 +283,7 @@ def test_a_sample_that_is_too_short_for_a_loop_is_made_longer() -> None:
     model = randomize(Text()).eval()
     sample = {"input_ids": torch.zeros(3, 7, dtype=torch.int64)}
     options: dict[str, Any] = {"leaves": "linear", "is_batch_only": False, "may_ignore": lambda function: True}
-    trace = trace_model(model, sample, ["Layer"], **options)
+    trace = trace_model(model, sample, ["Layer"], TraceOptions(**options))
     assert not trace.auto_ignore
     assert "for index in range(" in trace.subgraphs[0].code.source
     for length in (2, 7, 16, 17, 40):

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from seqbuild.build import build
-from seqbuild.trace.record.number_reads import NumberReads, handed_over
+from seqbuild.trace.record.number_reads import NumberReads, passed_to_cache
 from seqbuild.trace.record.sections import Sections
 
 
@@ -25,7 +25,7 @@ class Layer:
 
 
 def update(*args: Any, **kwargs: Any) -> None:
-    handed_over(sys._getframe(1))
+    passed_to_cache(sys._getframe(1))
 
 
 def directly(layer: Layer) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import runtime
 import seqbuild.build
 from runtime.errors import TraceError
-from seqbuild.trace.model import trace_model
+from seqbuild.trace.model import TraceOptions, trace_model
 from tests.seqbuild.toys import WIDTH, Toy
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
 
@@ -157,7 +157,9 @@ def scaled_by(holder: Holder, x: torch.Tensor) -> torch.Tensor:
 
 def traced(model: nn.Module, leaves: str, ignore: tuple[str, ...] = ()) -> Any:
     sample = {"x": torch.zeros(2, 5, WIDTH)}
-    return trace_model(model, sample, ["Layer"], ignore=ignore, leaves=leaves, is_batch_only=False).subgraphs
+    return trace_model(
+        model, sample, ["Layer"], TraceOptions(ignore=ignore, leaves=leaves, is_batch_only=False)
+    ).subgraphs
 
 
 @pytest.mark.parametrize("leaves", ["target", "linear"])

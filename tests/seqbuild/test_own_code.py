@@ -203,12 +203,12 @@ class TestHostileDirectories:
         (tmp_path / "evil.py").write_text("raise RuntimeError\n")
         directory = write_own_code_model(tmp_path / "a" / "toy", FILES, AUTO_MAP | {"AutoModel": reference})
         said = refuse(directory, out, trust_remote_code=True)
-        assert "as AutoModel, which is no module and class of its own code" in said
+        assert "the auto_map of toy has an invalid class for AutoModel: " in said
 
     @pytest.mark.parametrize("auto_map", [["a.B"], "a.B", 3, True])
     def test_an_auto_map_that_is_no_table(self, auto_map: Any, tmp_path: Path, out: Path) -> None:
         said = refuse(write_own_code_model(tmp_path / "toy", FILES, auto_map), out, trust_remote_code=True)
-        assert "no table of classes" in said
+        assert "must be a table of classes; got" in said
 
     @pytest.mark.parametrize(
         ("files", "why"),
@@ -227,7 +227,7 @@ class TestHostileDirectories:
             ({"configuration_toy.py": "class ToyConfig: pass\n"}, "has no class ToyConfig derived from"),
             (
                 {"configuration_toy.py": CONFIGURATION.replace("self.epsilon = epsilon", "raise ValueError('odd')")},
-                "does not describe a model that ToyConfig knows: odd",
+                "is not a config that ToyConfig supports: odd",
             ),
             (
                 {
@@ -316,7 +316,7 @@ def test_hub_ids_and_code_of_other_repositories(tmp_path: Path, out: Path) -> No
     from_hub, from_other, missing = run.stdout.splitlines()
     assert from_hub == from_other == " ".join(f"modeling/{name}" for name in sorted(FILES))
     assert missing.startswith(
-        "nowhere brings its own code, and some-org/gone that holds it is not in the local cache ("
+        "nowhere brings its own code, and its repository some-org/gone is not in the local cache ("
     )
 
 

@@ -14,7 +14,8 @@ import runtime.cli.app
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.data.inputs import model_inputs
 from seqbuild.build import build
-from seqbuild.sample.inputs import default_sample, plain_call_of
+from seqbuild.sample.inputs import default_sample
+from seqbuild.sample.plain import plain_call
 from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.artifact import verify_artifact
 from tests.runtime.small import write_token_file
@@ -42,7 +43,7 @@ TINY_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 258, "n_posi
 )
 def test_inputs_that_a_plain_call_leaves_out(name: str, inputs: dict[str, Any]) -> None:
     model = small_model(ALL[name])
-    assert plain_call_of(model).absent == inputs
+    assert plain_call(model).absent == inputs
     given = [name for name in default_sample(model) if name not in ("input_ids", "attention_mask", "decoder_input_ids")]
     assert sorted(given) == sorted(inputs)
 
@@ -72,7 +73,7 @@ def test_an_embedding_of_zeros_proves_nothing() -> None:
                 embeds = embeds + self.types[token_type_ids]
             return super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kw)
 
-    assert plain_call_of(Typed(tiny_config("llama"))).absent == {}
+    assert plain_call(Typed(tiny_config("llama"))).absent == {}
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,14 @@ def test_an_embedding_of_zeros_proves_nothing() -> None:
     ],
 )
 def test_how_the_decoder_begins(name: str, changes: dict[str, Any], rule: dict[str, int]) -> None:
-    assert plain_call_of(tiny_model(name, **changes)).decoder == rule
+    assert plain_call(tiny_model(name, **changes)).decoder == rule
 
 
 def test_the_wider_model_has_its_own_tokens() -> None:
     """The copy that is asked is narrow, and its tokens may have other numbers."""
     with torch.device("meta"):
         model = transformers.BartForConditionalGeneration(transformers.BartConfig(decoder_start_token_id=49999))
-    assert plain_call_of(model).decoder == {"pad": 1, "start": 49999}
+    assert plain_call(model).decoder == {"pad": 1, "start": 49999}
 
 
 def gpt2_with_types(folder: Path) -> tuple[Path, Path]:
@@ -133,7 +134,7 @@ def test_verify_says_that_batches_must_have_them(tmp_path: Path) -> None:
     _, path = gpt2_with_types(tmp_path)
     found = verify_artifact(path, shapes=(SampleShape(),))
     assert found.is_equal
-    assert any("takes token_type_ids, which a plain call leaves out" in remark for remark in found.remarks)
+    assert any("requires input token_type_ids, which a plain call omits" in remark for remark in found.remarks)
 
 
 def test_verify_sees_that_a_stand_in_is_none(tmp_path: Path) -> None:

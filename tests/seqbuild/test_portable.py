@@ -20,7 +20,7 @@ from runtime.errors import ArtifactError, UsageError
 from runtime.weights.parameters import assign
 from seqbuild.build import build
 from seqbuild.trace.experts.learn import experts_leaf, is_experts
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from seqbuild.trace.record.tracer import leaf_policy
 from tests.seqbuild.toys import WIDTH
 from tests.sweep import sweep
@@ -39,7 +39,9 @@ def twin_of(artifact: Artifact, model: nn.Module, dtype: torch.dtype = torch.flo
 
 
 def deep(model: nn.Module, targets: list[str], sample: dict[str, Any], **options: Any) -> Trace:
-    return trace_model(model, sample, targets, leaves="linear", may_ignore=lambda function: True, **options)
+    return trace_model(
+        model, sample, targets, TraceOptions(leaves="linear", may_ignore=lambda function: True, **options)
+    )
 
 
 def calls(trace: Trace) -> list[str]:
@@ -135,7 +137,7 @@ class TestArtifacts:
         assert manifest.limits == {"vocab_size": 128, "max_position_embeddings": 2048}
 
     def test_an_unknown_policy_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="the leaves are 'layer'"):
+        with pytest.raises(UsageError, match="--leaves must be one of auto, target, linear; got 'layer'"):
             build(save_config("llama", tmp_path / "model"), out=tmp_path, leaves="layer")
 
     def test_experts_have_a_program_for_one_of_them(self, tmp_path: Path) -> None:
@@ -288,8 +290,11 @@ class TestForeignLeaves:
             assert_same(run_chain(trace.subgraphs, model, {"x": x}), {"output": model(x)})
 
     def test_without_leave_it_is_an_error(self) -> None:
-        with pytest.raises(runtime.TraceError, match=re.compile("Choice.forward.*decided by it", re.DOTALL)):
-            trace_model(Two(Choice), {"x": torch.randn(3, 12, WIDTH)}, ["Wrapper"], leaves="linear")
+        with pytest.raises(
+            runtime.TraceError,
+            match=re.compile("Choice.forward.*depends on.*so the graph would only be valid", re.DOTALL),
+        ):
+            trace_model(Two(Choice), {"x": torch.randn(3, 12, WIDTH)}, ["Wrapper"], TraceOptions(leaves="linear"))
 
 
 class Layered(nn.Module):

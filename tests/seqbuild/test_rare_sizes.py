@@ -12,7 +12,7 @@ from torch import nn
 
 from runtime.artifact.size_expressions import holds
 from seqbuild.manifest import describe
-from seqbuild.trace.model import Trace, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from tests.seqbuild.toys import WIDTH, Toy
 from tests.sweep import sweep
 from tests.tiny_models import assert_same, randomize, run_chain, run_model
@@ -110,7 +110,7 @@ def test_what_is_taken_is_the_models(case: str, kind: Any, leaves: str) -> None:
     decides, rare = RARE[case]
     model = randomize(kind(decides)).eval()
     options: dict[str, Any] = {"may_ignore": lambda function: True, "leaves": leaves, "is_batch_only": False}
-    trace = trace_model(model, {"x": torch.zeros(2, 5, WIDTH)}, ["Layer"], **options)
+    trace = trace_model(model, {"x": torch.zeros(2, 5, WIDTH)}, ["Layer"], TraceOptions(**options))
     stated = Stated(trace)
     num_taken = 0
     for batch, length in (*SHAPES, rare):

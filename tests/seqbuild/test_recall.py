@@ -21,21 +21,20 @@ from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.chain import check, read_manifest
 from runtime.errors import DataError, OutputError
 from runtime.host.publish import DAMAGED, PARTIAL
-from seqbuild.build import build
+from seqbuild.build import build, opened
 from seqbuild.cache import key as cache
 from seqbuild.cache import recall
 from seqbuild.cache.store import entries, nearest, prune
 from seqbuild.cli.explain import EXCLUDED, explain
-from seqbuild.model.source import resolve_source
-from seqbuild.options import make_options
+from seqbuild.options import CompileOptions
 from tests.runtime.place import Run
 from tests.tiny_models import save_config
 
 ROOT = Path(__file__).parents[2]
 # Libraries are imported once; then each child is a process of its own, which traces or finds.
 CROWD = """
-import os, sys, seqbuild.build
-from seqbuild.trace.attempts import trace_somehow
+import os, sys, seqbuild.build, seqbuild.passes
+from seqbuild.trace.attempts import trace_first_working
 import transformers.models.llama.modeling_llama
 children = []
 for index in range(8):
@@ -43,7 +42,7 @@ for index in range(8):
     child = os.fork()
     if not child:
         traced = []
-        seqbuild.build.trace_somehow = lambda *a, **k: traced.append(1) or trace_somehow(*a, **k)
+        seqbuild.passes.trace_first_working = lambda *a, **k: traced.append(1) or trace_first_working(*a, **k)
         path = seqbuild.build.build(sys.argv[1], out=sys.argv[2]).path
         os.write(theirs, f"{path.name} {len(traced)}".encode())
         os._exit(0)
@@ -106,11 +105,17 @@ def out(compiled: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seqbuild.build.build_weightless", lambda *_, **__: pytest.fail("the model was built"))
+    monkeypatch.setattr("seqbuild.passes.build_weightless", lambda *_, **__: pytest.fail("the model was built"))
 
 
 def asked(model: Path, **options: Any) -> dict[str, str]:
-    return recall.request(resolve_source(str(model)), make_options(**options), {})
+    with opened(CompileOptions(model=str(model), **options)) as compilation:
+        return cache.requested(compilation)
+
+
+def recalled(model: Path, out: Path) -> recall.Compiled | None:
+    with opened(CompileOptions(model=str(model), out=out)) as compilation:
+        return recall.recall(compilation, cache.requested(compilation))
 
 
 def artifact(out: Path) -> Path:
@@ -171,18 +176,18 @@ class TestHits:
     def test_a_damaged_record_is_no_hit(self, data: bytes, model: Path, out: Path) -> None:
         (record,) = out.glob(f".*{recall.RECORD_SUFFIX}")
         record.write_bytes(data)
-        assert recall.recall(asked(model), "model", out) is None
+        assert recalled(model, out) is None
 
     def test_a_record_of_another_manifest_is_no_hit(self, model: Path, out: Path) -> None:
         """Whoever puts another artifact in its place must not have it found."""
         (record,) = out.glob(f".*{recall.RECORD_SUFFIX}")
         table = json.loads(record.read_bytes())
         record.write_text(json.dumps(table | {"manifest": "0" * 64}))
-        assert recall.recall(asked(model), "model", out) is None
+        assert recalled(model, out) is None
 
     def test_other_library_files_are_no_hit(self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.language.library_sources.source_digest", lambda module: "other")
-        assert recall.recall(asked(model), "model", out) is None
+        assert recalled(model, out) is None
 
     def test_what_a_model_is_made_of_includes_what_its_code_imports(self, out: Path) -> None:
         (record,) = out.glob(f".*{recall.RECORD_SUFFIX}")
@@ -271,7 +276,7 @@ class TestKey:
 
 class TestExplain:
     def test_a_hit(self, model: Path, out: Path, never_traced: None) -> None:
-        found = explain(str(model), make_options(), out=out)
+        found = explain(CompileOptions(model=str(model), out=out))
         assert (found.is_hit, found.path, found.reason) == (True, artifact(out), "")
         assert {
             "config",
@@ -295,10 +300,10 @@ class TestExplain:
         code, said, _ = run(["cache", "explain", str(model), "--out", str(out), "--json"], seqbuild.cli.app.main)
         found = json.loads(said)
         assert (code, found["hit"]) == (0, False)
-        assert "what is there is damaged" in found["reason"]
+        assert "the existing artifact is damaged" in found["reason"]
 
     def test_nothing_is_near_where_nothing_is(self, model: Path, tmp_path: Path) -> None:
-        found = explain(str(model), make_options(), out=tmp_path / "none")
+        found = explain(CompileOptions(model=str(model), out=tmp_path / "none"))
         assert (found.is_hit, found.nearest, found.differing) == (False, None, {})
         assert not (tmp_path / "none").exists()
 
@@ -309,8 +314,8 @@ class TestExplain:
         far = replace(
             entry, path=Path("far"), manifest=replace(entry.manifest, ingredients={**ours, "a": "1", "b": "2"})
         )
-        assert nearest({**ours, "a": "1"}, [far, entry]) == (far, ["b"])
-        assert nearest(ours, [far, entry]) == (entry, [])
+        assert nearest({**ours, "a": "1"}, [far, entry]) == (Path("far"), {"b": ("2", "missing")})
+        assert nearest(ours, [far, entry]) == (entry.path, {})
         assert nearest(ours, []) is None
 
 
@@ -414,7 +419,7 @@ class TestPrune:
         half = out / f".{record.name}.a1b2c3{PARTIAL}"
         half.write_bytes(b"{")
         (gone,) = prune(out)
-        assert (gone.path, gone.why, gone.num_bytes) == (half, "a compilation was killed", 1)
+        assert (gone.path, gone.why, gone.num_bytes) == (half, "its compilation was killed", 1)
         assert record.is_file()
         assert not half.exists()
 
@@ -429,7 +434,7 @@ class TestPrune:
     def test_a_hit_is_use(self, model: Path, out: Path) -> None:
         for path in (artifact(out), *out.glob(f".*{recall.RECORD_SUFFIX}")):
             os.utime(path, (1, 1))
-        assert recall.recall(asked(model), "model", out) is not None
+        assert recalled(model, out) is not None
         assert list(prune(out, older_than_s=3600)) == []
 
     def test_by_size_the_last_used_stay(self, out: Path) -> None:
@@ -441,7 +446,7 @@ class TestPrune:
 
     def test_all(self, out: Path, run: Run) -> None:
         code, said, _ = run(["cache", "prune", "--all", "--out", str(out)], seqbuild.cli.app.main)
-        assert (code, "all were asked for" in said) == (0, True)
+        assert (code, "--all was given" in said) == (0, True)
         assert list(out.iterdir()) == []
 
     def test_numbers(self, out: Path, run: Run) -> None:

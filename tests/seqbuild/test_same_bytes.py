@@ -85,13 +85,15 @@ class TestRebuild:
         found = rebuild(path)
         assert (found.is_same, found.differing) == (False, ("manifest.msgpack",))
         assert found.ingredients == ("seqbuild_source",)
-        assert str(found).endswith("gives other bytes in manifest.msgpack; not the same here: seqbuild_source")
+        assert str(found).endswith(
+            "gives different bytes in manifest.msgpack; these ingredients differ here: seqbuild_source"
+        )
 
     def test_beside_a_checkpoint(self, tmp_path: Path) -> None:
         model = save_config("llama", tmp_path / "model")
         save_file(dict(tiny_model("llama").state_dict()), model / "model.safetensors")
         path = build(model, out=tmp_path / "out").path
-        with pytest.raises(UsageError, match="was compiled beside a checkpoint"):
+        with pytest.raises(UsageError, match="was compiled with a checkpoint"):
             rebuild(path)
         assert rebuild(path, source=model).is_same
 

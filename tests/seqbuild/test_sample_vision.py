@@ -120,5 +120,5 @@ def test_text_alone_needs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_class_that_builds_no_copy_of_itself() -> None:
-    with pytest.raises(TraceError, match="Linear is no model of transformers"):
+    with pytest.raises(TraceError, match="Linear is not a model of transformers"):
         thin.thin_copy(torch.nn.Linear(2, 2))

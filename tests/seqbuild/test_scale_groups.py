@@ -15,10 +15,11 @@ from runtime.artifact.manifest import MANIFEST_NAME, Manifest, ScaledParameter, 
 from runtime.artifact.scale_groups import channels_of, wrong_groups
 from runtime.chain import check
 from runtime.errors import ArtifactError
-from seqbuild.build import _programs, build
+from seqbuild.build import build
+from seqbuild.manifest.assemble import _programs
 from seqbuild.manifest.scale_groups import scale_groups
 from seqbuild.trace.attempts import Traced
-from seqbuild.trace.model import trace_model
+from seqbuild.trace.model import TraceOptions, trace_model
 from tests.scaling import scaled
 from tests.sweep import sweep
 from tests.tiny_models import ZOO, make_inputs, run_model, save_config, tiny_model
@@ -154,7 +155,7 @@ class Toy(nn.Module):
 
 def test_what_is_met_in_two_tensors_has_no_siblings_and_squares_no_producer() -> None:
     model = Toy()
-    trace = trace_model(model, {"states": torch.randn(2, 3, 8)}, ["Gated"], leaves="linear")
+    trace = trace_model(model, {"states": torch.randn(2, 3, 8)}, ["Gated"], TraceOptions(leaves="linear"))
     traced = Traced(trace=trace, patterns=("Gated",), fixed_dtype=torch.float32, leaves="linear")
     groups = scale_groups(model, trace.subgraphs, _programs(model, traced)[1])
     assert [(g.modules, g.producer, g.others) for g in groups] == [

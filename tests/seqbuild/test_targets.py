@@ -16,7 +16,7 @@ from seqbuild import (
     match_modules,
     trace_subgraphs,
 )
-from seqbuild.chain.targets import as_names, infer_targets, inferred_targets, outermost, require_targets
+from seqbuild.chain.targets import as_names, candidate_targets, default_targets, outermost, require_targets
 from tests.seqbuild import toys
 from tests.tiny_models import make_inputs, tiny_model
 from tests.zoo import cases, small_model
@@ -67,7 +67,7 @@ def test_match_modules_knows_base_classes_and_all_names_of_a_module() -> None:
 
 
 def test_a_bad_pattern_is_the_users_mistake() -> None:
-    with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression"):
+    with pytest.raises(TargetError, match=r"'re:\(' is not a valid regular expression"):
         match_modules(toys.Nested(), ["re:("])
 
 
@@ -103,7 +103,7 @@ def test_nested_targets_are_cut_at_the_outermost() -> None:
 def test_require_targets_suggests() -> None:
     with pytest.raises(TargetError) as caught:
         require_targets(toys.Nested(), ["Lineal"])
-    assert caught.value.message == "target 'Lineal' fits no module of Nested"
+    assert caught.value.message == "target 'Lineal' matches no module of Nested"
     assert caught.value.hint == "did you mean Linear? its classes are Nested, Toy, ModuleList, Layer, Linear"
 
 
@@ -137,7 +137,7 @@ def test_targets_that_the_sample_does_not_reach_are_named_and_ignored() -> None:
 
 
 def test_names_that_fit_nothing_are_named_and_ignored() -> None:
-    with pytest.warns(UserWarning, match=r"target 'VisionLayer' fits no module of Toy; it is ignored"):
+    with pytest.warns(UserWarning, match=r"target 'VisionLayer' matches no module of Toy; it is ignored"):
         subgraphs = trace_subgraphs(toys.Toy(), {"x": X}, ["Layer", "VisionLayer"])
     assert len(subgraphs) == 2
 
@@ -173,12 +173,12 @@ def test_a_target_that_is_the_model_itself_is_one_step_too_many() -> None:
 
 
 def test_infer_targets() -> None:
-    assert infer_targets(tiny_model("llama")) == ("LlamaDecoderLayer",)
-    assert infer_targets(tiny_model("t5")) == ("T5Block",)
-    assert infer_targets(tiny_model("bart")) == ("BartEncoderLayer", "BartDecoderLayer")
-    assert infer_targets(toys.Nested()) == ("Layer",)  # the longest list
+    assert default_targets(tiny_model("llama")) == ("LlamaDecoderLayer",)
+    assert default_targets(tiny_model("t5")) == ("T5Block",)
+    assert default_targets(tiny_model("bart")) == ("BartEncoderLayer", "BartDecoderLayer")
+    assert default_targets(toys.Nested()) == ("Layer",)  # the longest list
     with pytest.raises(TargetError, match=r"Linear names no layer classes and has no list of layers"):
-        infer_targets(nn.Linear(1, 1))
+        default_targets(nn.Linear(1, 1))
 
 
 class TestSequentialTargets:
@@ -239,6 +239,6 @@ def test_one_name_may_be_given_as_it_is() -> None:
 def test_layers_that_the_sample_does_not_reach_are_not_the_only_ones() -> None:
     """GIT names the layers of its image encoder alone, and reads text without images."""
     model = small_model(next(case for case in cases() if case.name == "causal LM/git"))
-    first, *others = inferred_targets(model)
+    first, *others = candidate_targets(model)
     assert first == ("GitVisionEncoderLayer",)
     assert ("GitLayer",) in others

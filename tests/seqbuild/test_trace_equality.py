@@ -16,7 +16,7 @@ import runtime.chain
 from runtime.chain import Artifact
 from runtime.weights.parameters import assign
 from seqbuild import compile_model, match_modules, trace_subgraphs
-from seqbuild.chain.targets import infer_targets
+from seqbuild.chain.targets import default_targets
 from tests.sweep import sweep
 from tests.tiny_models import (
     TEXT_MODELS,
@@ -67,14 +67,14 @@ USUAL = ("llama", "gemma2", "qwen3_moe", "mamba", "t5")
 @pytest.mark.parametrize("name", sweep(ZOO, *USUAL))
 def test_in_memory_equals_the_model(name: str) -> None:
     model = tiny_model(name)
-    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), default_targets(model))
     check_cases(subgraphs, model)
 
 
 @pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2", "opt", "t5"], "llama", "opt", "t5"))
 def test_in_memory_sdpa_equals_the_model(name: str) -> None:
     model = sdpa_model(name)
-    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), infer_targets(model))
+    subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), default_targets(model))
     check_cases(subgraphs, model, near=True)
 
 
@@ -161,7 +161,7 @@ def test_code_names_neither_device_nor_weight_dtype(compiled: Compile) -> None:
 @pytest.mark.parametrize("targets_per_subgraph", [1, 2])
 def test_each_target_lies_in_exactly_one_subgraph(name: str, targets_per_subgraph: int) -> None:
     model = tiny_model(name)
-    patterns = infer_targets(model)
+    patterns = default_targets(model)
     subgraphs = trace_subgraphs(model, make_inputs(model, *SAMPLE), patterns, targets_per_subgraph=targets_per_subgraph)
     places = Counter(module for subgraph in subgraphs for module in subgraph.submodules(model, recurse=False))
     targets = match_modules(model, patterns)
@@ -227,7 +227,7 @@ def test_an_opaque_step_survives_the_artifact(tmp_path: Path) -> None:
 def test_encoder_and_decoder_lengths_are_independent(name: str, compiled: Compile) -> None:
     artifact, reference = compiled(name, "eager"), tiny_model(name)
     model = filled(artifact, reference, torch.float32)
-    traced = trace_subgraphs(reference, make_inputs(reference, *SAMPLE), infer_targets(reference))
+    traced = trace_subgraphs(reference, make_inputs(reference, *SAMPLE), default_targets(reference))
     for encoder_length, decoder_length in [(9, 4), (5, 11)]:
         inputs = make_inputs(reference, 2, encoder_length, "left")
         decoder = make_inputs(reference, 2, decoder_length, "right")

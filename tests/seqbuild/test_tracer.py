@@ -179,7 +179,7 @@ def test_a_value_that_cannot_be_saved_is_named() -> None:
             result: torch.Tensor = self.layers[0](x, scale=object())
             return result
 
-    assert "a value of type builtins.object crosses a step" in refused(Odd()).message
+    assert "a step receives a value of type builtins.object" in refused(Odd()).message
 
 
 class TestLeaves:
@@ -409,7 +409,9 @@ class TestIgnore:
 
     def test_a_loop_over_the_batch_is_refused(self) -> None:
         error = refused(toys.RowLoop())
-        assert "the size of x along axis 0 (2 in the sample) is burnt in: RowLoop.glue (" in error.message
+        assert re.search(
+            r"RowLoop\.glue \(.*\) depends on the size of x along axis 0 \(2 in the sample\), so", error.message
+        )
         assert "--ignore RowLoop.glue" in error.hint
         check(randomize(toys.RowLoop()).eval(), "RowLoop.glue")
 
@@ -421,13 +423,13 @@ class TestIgnore:
 
     def test_what_is_calculated_in_too_many_steps_is_decided_anew(self) -> None:
         error = refused(toys.SizesWithinSizes())
-        assert "a size is calculated in more than 1000 steps (" in error.message
+        assert "the expression of a size has more than 1000 terms (" in error.message
         assert "--ignore SizesWithinSizes.glue" in error.hint
         check(randomize(toys.SizesWithinSizes()).eval(), shapes=((2, 5), (1, 6), (3, 7), (1, 9)))
 
     def test_what_cannot_be_stated_of_sizes_is_decided_anew(self) -> None:
         error = refused(toys.PowerOfLength())
-        assert "which no artifact can state, is burnt in: PowerOfLength.glue (" in error.message
+        assert re.search(r"PowerOfLength\.glue \(.*\) depends on .*, which no condition can express, so", error.message)
         check(randomize(toys.PowerOfLength()).eval(), shapes=((2, 5), (1, 2), (3, 9)))
 
     def test_a_branch_in_an_ancestors_forward_gets_other_advice(self) -> None:
@@ -435,7 +437,7 @@ class TestIgnore:
             trace(toys.BranchInForward())
         assert "BranchInForward.forward cannot be traced" in caught.value.message
         assert "--ignore BranchInForward.forward" not in caught.value.hint
-        assert "function of its own" in caught.value.hint
+        assert "separate function" in caught.value.hint
 
     def test_opaque_steps_are_recorded_by_path(self) -> None:
         subgraphs = trace(toys.Branches(), "spread")
@@ -482,10 +484,10 @@ class TestIgnore:
         assert_same(run_chain(subgraphs, model, {"x": values(3, 6)}), run_model(model, {"x": values(3, 6)}))
 
     def test_a_leaf_that_is_too_large_is_not_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("seqbuild.trace.real.rehearse.LIMIT_BYTES", 79)  # its matrix and vector have 80
-        with pytest.raises(TraceError, match="too large to be run for its shape"):
+        monkeypatch.setattr("seqbuild.trace.real.dry_run.LIMIT_BYTES", 79)  # its matrix and vector have 80
+        with pytest.raises(TraceError, match="too large to be executed at compile time"):
             trace(toys.DataDependentLeaf())
-        monkeypatch.setattr("seqbuild.trace.real.rehearse.LIMIT_BYTES", 80)
+        monkeypatch.setattr("seqbuild.trace.real.dry_run.LIMIT_BYTES", 80)
         check(randomize(toys.DataDependentLeaf()).eval())
 
     def test_a_result_whose_size_follows_from_values_has_a_size_of_its_own(self) -> None:

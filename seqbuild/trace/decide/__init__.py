@@ -1,1 +1,1 @@
-"""Decide branches of the model's code that depend on values."""
+"""Answer decisions in the model's code that depend on values."""

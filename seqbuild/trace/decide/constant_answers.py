@@ -1,4 +1,4 @@
-"""Decisions whose answer is in the code itself: they follow from numbers that it states, and from nothing else."""
+"""Answer decisions that depend only on constants in the model's code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from seqbuild.trace.real.replay import for_real
+from seqbuild.trace.real.replay import plain_execution
 
 _ON_NUMBERS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem)
 
@@ -18,12 +18,13 @@ _ON_NUMBERS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, 
 def constant_answer(
     condition: fx.Node, constants: Mapping[str, torch.Tensor], marker: torch.dtype | None
 ) -> bool | None:
-    """What a condition is in every run; None when it follows from an input, a weight, a random number or a size.
+    """Return a condition's value in every run; None if it depends on an input, a weight, a random number or a size.
 
     Args:
         condition: the node of the condition.
-        constants: tensors of the code's own, by name.
-        marker: the dtype that stands for the run's: numbers in that are rounded in another way in another run.
+        constants: tensors created by the model's code, by name.
+        marker: the dtype that represents the run's dtype. Numbers in it are not constant, because their rounding
+            depends on the run.
     """
     needed: dict[fx.Node, None] = {}
     open_nodes = [condition]
@@ -37,7 +38,7 @@ def constant_answer(
     if _is_written_to(needed):
         return None
     values: dict[fx.Node, Any] = {}
-    with disable_proxy_modes_tracing(), for_real():
+    with disable_proxy_modes_tracing(), plain_execution():
         for node in (node for node in condition.graph.nodes if node in needed):
             target: Any = node.target
             if node.op == "get_attr":
@@ -61,14 +62,14 @@ def _is_constant(node: fx.Node, marker: torch.dtype | None) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether an operator changes one of its arguments; `torch.tensor` detaches what it makes, which does not."""
+    """Return whether an operator modifies an argument; `detach_`, which `torch.tensor` uses, does not."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.detach_.default:
         return False
     return bool(node.target._schema.is_mutable)
 
 
 def _is_written_to(nodes: dict[fx.Node, None]) -> bool:
-    """Whether something is written into one of these tensors, or into a view of one."""
+    """Return whether one of these tensors, or a view of one, is modified."""
     seen, open_nodes = dict(nodes), list(nodes)
     while open_nodes:
         for user in open_nodes.pop().users:

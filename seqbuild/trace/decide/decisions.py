@@ -1,15 +1,15 @@
-"""Decisions that follow from values: what an assertion in the model's forward asks, for instance.
+"""Decisions that depend on values, such as assertions in the model's forward.
 
-A trace holds one outcome. Three kinds of decisions are settled:
+A trace contains one outcome of each decision. Three kinds of decisions can be answered:
 
-    refused     where the other outcome makes the model refuse its input (it raises an error itself), the trace takes
-                the one that goes on, and the generated code requires it: what the model refuses the chain refuses
-    writing     "where anything is marked, write there": writing where nothing is marked changes nothing, so the trace
-                takes the outcome that writes, for all data (`seqbuild.trace.decide.equivalence` proves it)
-    by samples  where the decision is about how data is laid out (it follows from token ids, grids and the like) and
-                all samples have it alike, that outcome is taken and required (`seqbuild.trace.decide.evidence`)
+    rejected    With one outcome the model itself raises an error. The trace takes the other one, and the generated code
+                requires it, so the chain rejects the same data as the model.
+    writing     "If any element of a mask is set, write there." Writing through an empty mask changes nothing, so the
+                outcome that writes is valid for all data; `seqbuild.trace.decide.equivalence` proves it.
+    by samples  The decision is about the layout of data (it depends on token ids, grids and the like), and all samples
+                have the same outcome. It is taken and required; see `seqbuild.trace.decide.evidence`.
 
-Any other decision is an error: a chain that holds one outcome would silently be wrong for some data.
+Any other decision is an error, because the chain would silently be wrong for some data.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from runtime.errors import TraceError
 from seqbuild.blame import Culprit
 from seqbuild.chain.marks import require
-from seqbuild.trace.decide.equivalence import Marks, asked_for
-from seqbuild.trace.decide.evidence import agreed
+from seqbuild.trace.decide.equivalence import MaskTest, mask_test_of
+from seqbuild.trace.decide.evidence import common_value
 from seqbuild.trace.real.replay import Replay
 
 
@@ -35,58 +35,46 @@ class Answer:
     """An answer to a decision.
 
     Attributes:
-        outcome: of the condition.
-        is_required: whether data with the other outcome is refused.
+        outcome: the value of the condition.
+        is_required: whether data with the other outcome is rejected.
     """
 
     outcome: bool
     is_required: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Clues:
-    """What is known of the outcome of a decision.
-
-    Attributes:
-        by_samples: the outcome that all samples have, if they show one.
-        writing: the outcome for data in which anything is marked, where the decision asks for that.
-    """
-
-    by_samples: bool | None = None
-    writing: bool | None = None
-
-
 class UndecidedError(TraceError):
-    """A decision that follows from values and that no answer is known for yet.
+    """A decision that depends on values and has no known answer yet.
 
     Args:
+        message: as for every error.
         culprit: the line that decides.
-        clues: what is known of the outcome.
+        by_samples: the outcome of all samples, if they agree.
+        writing: the outcome if any element of the tested mask is set, if the decision tests a mask.
 
     Attributes:
-        by_samples: of the clues.
-        writing: likewise.
         earlier: as for `UntraceableError`.
     """
 
-    def __init__(self, message: str, culprit: Culprit | None, clues: Clues) -> None:
+    def __init__(self, message: str, culprit: Culprit | None, *, by_samples: bool | None, writing: bool | None) -> None:
         super().__init__(message, hint="move that line into a function of its own and name it with --ignore")
         self.culprit = culprit
-        self.by_samples, self.writing = clues.by_samples, clues.writing
+        self.by_samples = by_samples
+        self.writing = writing
         self.earlier: Culprit | None = None
 
 
 class Decisions:
-    """Answers to the decisions of one trace, in the order in which they are asked for.
+    """Answers to the decisions of one trace, in the order of the decisions.
 
     Args:
-        answers: those that are known.
-        tracer: records them.
-        known: the answer to a condition that is the same in every run; None where it may differ.
+        answers: the known answers.
+        tracer: records the answers.
+        known: returns the value of a condition that is the same in every run; None if it may differ.
 
     Attributes:
-        replay: what the samples make of the graph; set when the trace begins.
-        marks: what the decisions ask for whose answers are not required.
+        replay: the values of the graph for the samples; set when the trace begins.
+        mask_tests: the masks tested by the decisions whose answers are not required.
     """
 
     replay: Replay
@@ -97,45 +85,44 @@ class Decisions:
         self.answers = answers
         self.tracer = tracer
         self.known = known
-        self.marks: list[Marks] = []
-        self._num_asked = 0
+        self.mask_tests: list[MaskTest] = []
+        self._num_decided = 0
 
     def decide(self, condition: torch.SymBool, culprit: Culprit | None) -> bool:
-        """The answer to `condition`, which is recorded where it is not always the same.
+        """Return the answer to `condition`, and record it unless it is constant.
 
         Raises:
-            UndecidedError: when none is known.
+            UndecidedError: if no answer is known.
         """
-        always = self.stated(condition)
+        always = self.constant(condition)
         if always is not None:
             return always
         node = self.tracer.create_arg(condition)
-        marks = asked_for(node)
-        index = self._num_asked
+        test = mask_test_of(node)
+        index = self._num_decided
         if index >= len(self.answers):
-            what = f"decides by values: {condition.node.expr}"
-            clues = Clues(by_samples=agreed(node, self.replay), writing=None if marks is None else marks.writing)
-            if culprit is None:
-                raise UndecidedError(f"the model's code {what}", culprit, clues)
-            where = f"{culprit.file}, line {culprit.line}"
-            raise UndecidedError(f"{culprit.name} cannot be traced ({where}): it {what}", culprit, clues)
-        self._num_asked += 1
+            what = f"branches on data: {condition.node.expr}"
+            place = f"{culprit.file}, line {culprit.line}" if culprit is not None else ""
+            who = f"{culprit.name} cannot be traced ({place}): it" if culprit is not None else "the model's code"
+            by_samples, writing = common_value(node, self.replay), None if test is None else test.writing
+            raise UndecidedError(f"{who} {what}", culprit, by_samples=by_samples, writing=writing)
+        self._num_decided += 1
         answer = self.answers[index]
         if answer.is_required:
             self._require(node, answer.outcome)
-        elif marks is not None:
-            self.marks.append(marks)
+        elif test is not None:
+            self.mask_tests.append(test)
         return answer.outcome
 
-    def stated(self, condition: torch.SymBool) -> bool | None:
-        """The answer that follows from numbers that the code itself states; None where there is more to it."""
+    def constant(self, condition: torch.SymBool) -> bool | None:
+        """Return the value of a condition that depends only on constants in the code; None for any other condition."""
         node = self.tracer.create_arg(condition)
         return self.known(node) if isinstance(node, fx.Node) else None
 
     def number(self, value: torch.SymInt) -> int | None:
-        """What an integer is in all samples, which is required; None where they do not show it."""
+        """Return the value that an integer has in all samples, and require it; None if the samples do not show it."""
         node = self.tracer.create_arg(value)
-        number = agreed(node, self.replay) if isinstance(node, fx.Node) else None
+        number = common_value(node, self.replay) if isinstance(node, fx.Node) else None
         if type(number) is not int:
             return None
         self._require(self.tracer.create_node("call_function", operator.eq, (node, number), {}), True)

@@ -1,14 +1,13 @@
-"""Prove that one trace can stand for another, which took other outcomes of some decisions.
+"""Prove that a trace is equivalent to one with other outcomes of some decisions.
 
-Models ask whether anything is marked before they write there:
+Models test whether any element of a mask is set before they write there:
 
     if mask.any():
         x[mask] = value
 
-Writing where nothing is marked changes nothing, so the trace that writes is right for all data. The proof compares it
-with the whole trace of the other outcome: both must do the same, in the same order, but for operators that only the
-first has and that either change nothing, or write through a mask in which nothing is marked when the other outcome is
-the right one.
+Writing through an empty mask changes nothing, so the trace that writes is valid for all data. The proof compares it
+with the complete trace of the other outcome: both must have the same operators in the same order, except for operators
+of the first that either have no effect, or write through a mask that is empty whenever the other outcome applies.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from seqbuild.trace.real.replay import for_real
+from seqbuild.trace.real.replay import plain_execution
 
 _aten = torch.ops.aten
-# What a decision looks at is made of marks by these.
+# Operators between a mask and the condition that tests it.
 _COUNTED = (_aten.any.default, _aten.sum.default, _aten.count_nonzero.default)
 _READ = (_aten.item.default, _aten._local_scalar_dense.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device)
 _ABOVE = (operator.ne, operator.gt, _aten.ne.Scalar, _aten.gt.Scalar)
 _EQUAL = (operator.eq, _aten.eq.Scalar)
-# And a mask of another of the same marks, or of fewer, by these.
+# Operators that derive a mask with the same or fewer elements set.
 _SHAPED = (
     _aten.alias.default,
     _aten.clone.default,
@@ -46,7 +45,7 @@ _SHAPED = (
 )
 _NEGATED = (_aten.bitwise_not.default, _aten.logical_not.default)
 _BOTH = (_aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor)
-# Operators that write where a mask says, and the place of the mask among their arguments.
+# Operators that write through a mask, and the position of the mask among their arguments.
 _WRITES: dict[Any, int] = {
     _aten.index_put_.default: 1,
     _aten.masked_fill_.Scalar: 1,
@@ -62,13 +61,13 @@ _COPIES: dict[Any, int] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Marks:
-    """What a decision asks for: whether anything in a mask is true (or false).
+class MaskTest:
+    """A decision that tests whether any element of a mask is true (or false).
 
     Attributes:
         mask: the node of the mask.
-        is_negated: whether what is false counts as marked.
-        writing: the outcome of the decision where anything is marked.
+        is_negated: whether false elements count as set.
+        writing: the outcome of the decision if any element is set.
     """
 
     mask: fx.Node
@@ -76,19 +75,19 @@ class Marks:
     writing: bool
 
 
-def asked_for(condition: fx.Node) -> Marks | None:
-    """The marks that a decision asks for, or None where it asks for something else."""
+def mask_test_of(condition: fx.Node) -> MaskTest | None:
+    """Return the test of a mask that a decision makes, or None for any other decision."""
     node: Any = condition
     writing, is_counted = True, False
     while isinstance(node, fx.Node):
         if is_counted and _is_mask(node):
-            return _marks(node, is_negated=False, writing=writing)
+            return _mask_test(node, is_negated=False, writing=writing)
         if node.op != "call_function":
             return None
         source: Any = node.args[0] if node.args else None
         if node.target is _aten.all.default and not is_counted:
             is_mask = isinstance(source, fx.Node) and _is_mask(source)
-            return _marks(source, is_negated=True, writing=not writing) if is_mask else None
+            return _mask_test(source, is_negated=True, writing=not writing) if is_mask else None
         if node.target in _EQUAL and node.args[1] == 0:
             writing = not writing
         elif node.target in _COUNTED:
@@ -99,10 +98,10 @@ def asked_for(condition: fx.Node) -> Marks | None:
     return None
 
 
-def _marks(mask: Any, *, is_negated: bool, writing: bool) -> Marks:
+def _mask_test(mask: Any, *, is_negated: bool, writing: bool) -> MaskTest:
     while mask.target in _NEGATED:
         mask, is_negated = mask.args[0], not is_negated
-    return Marks(mask=mask, is_negated=is_negated, writing=writing)
+    return MaskTest(mask=mask, is_negated=is_negated, writing=writing)
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -111,19 +110,19 @@ def _is_mask(node: fx.Node) -> bool:
 
 
 def _is_same_truth(node: fx.Node) -> bool:
-    """Whether a node is true, or not zero, just when its first argument is; that is no negative number."""
+    """Return whether a node is nonzero exactly if its first argument is, which is never negative."""
     if node.target in _ABOVE:
         return bool(node.args[1] == 0)
-    if node.target in _EQUAL:  # torch has it for the truth of a tensor's only element
+    if node.target in _EQUAL:  # torch records `bool(tensor)` this way
         source: Any = node.args[0]
         read: Any = source.args[0] if source.target in _READ[:2] else None
         return bool(node.args[1] == 1) and read is not None and read.meta["val"].dtype is torch.bool
     return node.target in _READ
 
 
-def stands_for(one: fx.Graph, other: fx.Graph, marks: Sequence[Marks]) -> bool:
-    """Whether `one` calculates what `other` does when nothing is marked."""
-    comparison = _Comparison(marks=marks)
+def is_equivalent(one: fx.Graph, other: fx.Graph, tests: Sequence[MaskTest]) -> bool:
+    """Return whether `one` computes the same as `other` if no element of the tested masks is set."""
+    comparison = _Comparison(tests=tests)
     comparison.pair_attributes(one, other)
     ours, theirs = ([node for node in graph.nodes if node.op != "get_attr"] for graph in (one, other))
     return comparison.run(ours, theirs)
@@ -131,22 +130,22 @@ def stands_for(one: fx.Graph, other: fx.Graph, marks: Sequence[Marks]) -> bool:
 
 @dataclass(kw_only=True)
 class _Comparison:
-    """Walks two traces side by side.
+    """A comparison of two traces, node by node.
 
     Attributes:
-        marks: what the decisions asked for whose other outcomes are taken in the second.
-        same: nodes of the first trace to nodes of the second that have the same value.
-        unmarked: masks of the first in which nothing is true.
-        copied: nodes of the second that the first has a copy of.
+        tests: the decisions for which the second trace has the other outcome.
+        same: for each node of the first trace, the node of the second with the same value.
+        empty: masks of the first trace in which no element is set.
+        copied: nodes of the second trace that the first copies.
     """
 
-    marks: Sequence[Marks]
+    tests: Sequence[MaskTest]
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    unmarked: set[fx.Node] = field(default_factory=set)
+    empty: set[fx.Node] = field(default_factory=set)
     copied: set[fx.Node] = field(default_factory=set)
 
     def pair_attributes(self, one: fx.Graph, other: fx.Graph) -> None:
-        """Parameters, buffers and constants stand wherever they are first used."""
+        """Pair parameters, buffers and constants, whose nodes are wherever they are first used."""
         for node in one.find_nodes(op="get_attr"):
             for candidate in other.find_nodes(op="get_attr"):
                 if _is_same_attribute(node, candidate):
@@ -154,26 +153,26 @@ class _Comparison:
                     break
 
     def run(self, ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> bool:
-        """Whether they come to the same."""
+        """Return whether both compute the same."""
         place = 0
         for node in ours:
-            if self._is_unmarked(node):
-                self.unmarked.add(node)
+            if self._is_empty(node):
+                self.empty.add(node)
             if place < len(theirs) and self._matches(node, theirs[place]):
                 if _is_writing(node) and (_is_mask(node) or self.copied.intersection(theirs[place].all_input_nodes)):
-                    return False  # marks would be others, or the copy would not follow
+                    return False  # the mask would change, or the copy would not
                 self.same[node] = theirs[place]
                 place += 1
-            elif self._is_through_unmarked(node, _WRITES):
+            elif self._is_through_empty(node, _WRITES):
                 self._follow(node)
             elif self._is_copy(node):
                 self.copied.update(self._follow(node))
-            elif not self._is_idle(node):
+            elif not self._has_no_effect(node):
                 return False
         return place == len(theirs)
 
     def _follow(self, node: fx.Node) -> list[fx.Node]:
-        """A node is what its first argument is."""
+        """Pair a node with the node that its first argument is paired with."""
         kept = [self.same[source] for source in node.all_input_nodes[:1] if source in self.same]
         self.same.update((node, other) for other in kept)
         return kept
@@ -184,32 +183,32 @@ class _Comparison:
         if node.target != other.target or any(source not in self.same for source in node.all_input_nodes):
             return False
         args, kwargs = (fx.node.map_arg(given, lambda source: self.same[source]) for given in (node.args, node.kwargs))
-        return repr((args, kwargs)) == repr((other.args, other.kwargs))  # which tells 1 from 1.0
+        return repr((args, kwargs)) == repr((other.args, other.kwargs))  # repr distinguishes 1 from 1.0
 
-    def _is_unmarked(self, node: fx.Node) -> bool:
-        for marks in self.marks:
-            if node is marks.mask and not marks.is_negated:
+    def _is_empty(self, node: fx.Node) -> bool:
+        for test in self.tests:
+            if node is test.mask and not test.is_negated:
                 return True
-            if node.target in _NEGATED and node.args[0] is marks.mask and marks.is_negated:
+            if node.target in _NEGATED and node.args[0] is test.mask and test.is_negated:
                 return True
         if node.target in _SHAPED and _is_mask(node):
-            return node.args[0] in self.unmarked
-        return node.target in _BOTH and any(source in self.unmarked for source in node.args)
+            return node.args[0] in self.empty
+        return node.target in _BOTH and any(source in self.empty for source in node.args)
 
-    def _is_through_unmarked(self, node: fx.Node, places: dict[Any, int]) -> bool:
+    def _is_through_empty(self, node: fx.Node, places: dict[Any, int]) -> bool:
         where: Any = node.args[places[node.target]] if node.target in places else None
         masks = where if isinstance(where, (list, tuple)) else (where,)
-        return any(isinstance(mask, fx.Node) and mask in self.unmarked for mask in masks)
+        return any(isinstance(mask, fx.Node) and mask in self.empty for mask in masks)
 
     def _is_copy(self, node: fx.Node) -> bool:
-        """Whether a node is its first argument, copied."""
-        if not self._is_through_unmarked(node, _COPIES) or node.args[0] not in self.same:
+        """Return whether a node copies its first argument unchanged."""
+        if not self._is_through_empty(node, _COPIES) or node.args[0] not in self.same:
             return False
         made, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
         return str(made.shape) == str(source.shape) and made.dtype == source.dtype
 
-    def _is_idle(self, node: fx.Node) -> bool:
-        """Whether a node changes nothing."""
+    def _has_no_effect(self, node: fx.Node) -> bool:
+        """Return whether a node has no effect besides its result."""
         if isinstance(node.target, torch._ops.OpOverload):
             is_random = torch.Tag.nondeterministic_seeded in node.target.tags
             return not node.target._schema.is_mutable and not is_random
@@ -224,5 +223,5 @@ def _is_same_attribute(node: fx.Node, other: fx.Node) -> bool:
     one, two = node.meta.get("constant"), other.meta.get("constant")
     if one is None or two is None:
         return one is two and node.target == other.target
-    with for_real():
+    with plain_execution():
         return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)

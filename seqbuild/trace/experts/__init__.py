@@ -1,1 +1,1 @@
-"""Learn what one expert of a mixture computes."""
+"""Derive the computation of one expert from the class that contains all experts of a mixture."""

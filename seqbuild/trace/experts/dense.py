@@ -1,8 +1,8 @@
-"""Experts that calculate all at once, learned from the class that holds them: stacks times stacks.
+"""Dense experts: a class that multiplies the hidden states of all experts by stacked matrices at once.
 
-Such a class has nothing but stacked matrices, and a forward of hidden states alone: for each expert all tokens, those
-that are not for it as zeros. What it does is recorded on tensors without values, for two numbers of tokens; it must be
-the same code for both.
+Such a class has only stacked matrices, and its forward takes hidden states alone: all tokens for each expert, with
+zeros for tokens that are not routed to it. The forward is recorded on meta tensors for two numbers of tokens, and both
+must give the same code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DTYPE = torch.bfloat16
 
 
 def is_dense_experts(module: nn.Module) -> bool:
-    """Whether a module holds stacked matrices, one for each expert, and is called with hidden states alone."""
+    """Return whether a module has only stacked matrices, one per expert, and is called with hidden states alone."""
     num_experts = getattr(module, "num_experts", None)
     own = list(module._parameters.values())
     if type(num_experts) is not int or is_experts(module) or len(own) < 2:
@@ -34,10 +34,10 @@ def is_dense_experts(module: nn.Module) -> bool:
 
 
 def dense_experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
-    """A kind of leaf that does what these experts do, and its program; None when it is something else."""
+    """Return a kind of leaf with the same computation, and its program; None if the module is no dense mixture."""
     try:
         codes = [emit(_recorded(module, num_tokens), traced_dtype=_DTYPE, scope="") for num_tokens in (2, 3)]
-    except Exception:  # whatever it does, it is not that product: it is traced through
+    except Exception:  # not such a product; the module is traced through
         return None
     code = codes[0]
     if code.source != codes[1].source or code.opaque or code.constants or code.submodules:

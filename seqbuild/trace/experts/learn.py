@@ -1,10 +1,11 @@
-"""What one expert of a mixture does, learned from the class that holds them all.
+"""Derive the program of one expert from the class that contains all experts of a mixture.
 
-Their forward takes hidden states, indices and weights of each token's experts, and its own, eager code is a loop over
-the experts that are used: transformers marks most such classes, others are known by what their forward calls. That loop
-is run once, for one expert, on tensors without values, and recorded up to where the expert's result is added to the
-sum: the rest is the same for all (`runtime.model.experts`). That it is the same is looked at, too, where nothing
-marks the class (`seqbuild.trace.experts.loop`), and what is learned is executed (`seqbuild.trace.experts.proof`).
+The forward of such a class takes hidden states and, for each token, the indices and weights of its experts; its eager
+code is a loop over the used experts. transformers marks most such classes; others are recognized by the functions that
+their forward calls. The loop is run once on meta tensors, for one expert, and recorded up to the point where the
+expert's result is added to the sum; the rest is the same for all mixtures (`runtime.model.experts`). For unmarked
+classes the loop itself is checked (`seqbuild.trace.experts.loop`), and the derived leaf is compared with the module by
+execution (`seqbuild.trace.experts.proof`).
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from torch.utils import _pytree as pytree
 
 from runtime.artifact.manifest import LeafKind
 from seqbuild.chain.emit import EmittedCode, emit
-from seqbuild.trace.experts.loop import ExpertLoop, replaced_parameters, watched_loop
+from seqbuild.trace.experts.loop import ExpertLoop, analyze_loop, replaced_parameters
 from seqbuild.trace.experts.proof import is_proven
 from seqbuild.trace.experts.signature import signature
 from seqbuild.trace.experts.watch import HIDDEN, WEIGHTS
-from seqbuild.trace.real.replay import for_real
+from seqbuild.trace.real.replay import plain_execution
 
 _ONE_EXPERT = 0
-_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what transformers gives such classes
-_CALLED = ("one_hot", "where", "index_add_")  # what the forward of such a class calls where nothing marks it
-# What is learned of one layer's experts holds for those of all layers like it.
-_learned_before: dict[Any, tuple[LeafKind, EmittedCode] | None] = {}
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # attributes that transformers gives such classes
+_CALLED = ("one_hot", "where", "index_add_")  # functions that the forward of an unmarked class calls
+# Results by signature: layers with the same signature share one.
+_results: dict[Any, tuple[LeafKind, EmittedCode] | None] = {}
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 class _AddedError(Exception):
-    """Carries an expert's result away from where it would be added to the sum."""
+    """Carries an expert's result out of the forward at the point where it would be added to the sum."""
 
     def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class _AddedError(Exception):
 
 
 class _UntilAdded(TorchFunctionMode):
-    """Stop at `index_add_`, and do not record what is done with indices: they have values, states and weights none."""
+    """Stop at `index_add_`, and do not record operations on indices, the only tensors with values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -60,12 +61,12 @@ class _UntilAdded(TorchFunctionMode):
 
 
 def is_marked(module: nn.Module) -> bool:
-    """Whether a module holds the experts of a mixture in the form that transformers marks."""
+    """Return whether a module contains the experts of a mixture in the form that transformers marks."""
     return all(hasattr(module, name) for name in _MARKS)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the experts of a mixture, and is called with states, indices and weights."""
+    """Return whether a module contains the experts of a mixture and is called with states, indices and weights."""
     if is_marked(module):
         return True
     forward = inspect.unwrap(type(module).forward)
@@ -75,30 +76,30 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_leaf(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
-    """A kind of leaf that does what these experts do, and the program of a single one.
+    """Return a kind of leaf with the same computation, and the program of one expert.
 
     Args:
-        module: see `is_experts`.
+        module: a module for which `is_experts` is true.
 
     Returns:
-        None when their code is not a loop of this kind.
+        None if its code is not a loop of this kind.
     """
     key = signature(module)
-    if key is not None and key in _learned_before:
-        return _learned_before[key]
-    with for_real():
+    if key is not None and key in _results:
+        return _results[key]
+    with plain_execution():
         found = _learned(module)
     if key is not None:
-        _learned_before[key] = found
+        _results[key] = found
     return found
 
 
 def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
     try:
-        loop = ExpertLoop() if is_marked(module) else watched_loop(module, _width(module))
+        loop = ExpertLoop() if is_marked(module) else analyze_loop(module, _width(module))
         found = [_recorded(module, loop, num_tokens) for num_tokens in (2, 3)]
         codes = [emit(graph, traced_dtype=HIDDEN, scope="") for graph, _ in found]
-    except Exception:  # whatever it does, it is not that loop: it stays a module of its own class
+    except Exception:  # not such a loop; the module keeps its own class
         return None
     code, (_, options) = codes[0], found[0]
     if code.source != codes[1].source or code.opaque or code.constants or code.submodules:
@@ -108,11 +109,11 @@ def _learned(module: nn.Module) -> tuple[LeafKind, EmittedCode] | None:
 
 
 def _recorded(module: nn.Module, loop: ExpertLoop, num_tokens: int) -> tuple[fx.Graph, dict[str, tuple[Any, ...]]]:
-    """One expert's graph: its placeholders are hidden states, weights and its parts of stacked parameters."""
+    """Record one expert's graph and options; its inputs are states, weights and slices of stacked parameters."""
     forward = inspect.unwrap(type(module).forward)
     _, *arguments = inspect.signature(forward).parameters
     if len(arguments) != 3:
-        raise ValueError("other arguments than hidden states, indices and weights")
+        raise ValueError("the arguments are not hidden states, indices and weights")
     names = [name for name, _ in module.named_parameters()]
     meta = {name: torch.empty(p.shape, dtype=HIDDEN, device="meta") for name, p in module.named_parameters()}
     num_experts = loop.num_experts or int(next(iter(meta.values())).shape[0])
@@ -121,7 +122,7 @@ def _recorded(module: nn.Module, loop: ExpertLoop, num_tokens: int) -> tuple[fx.
     if loop.num_identity:
         idle, _ = _traced(module, loop, num_tokens, num_experts)
         if not is_column or not _is_identity(*_body(idle, module, names, sum_dtype, num_experts)):
-            raise ValueError("experts without weights do more than to hand on their tokens")
+            raise ValueError("an expert without weights does not return its tokens unchanged")
     options: dict[str, tuple[Any, ...]] = {
         "num_experts": (num_experts,),
         "stacked": tuple(own),
@@ -138,13 +139,13 @@ def _recorded(module: nn.Module, loop: ExpertLoop, num_tokens: int) -> tuple[fx.
 
 
 def _traced(module: nn.Module, loop: ExpertLoop, num_tokens: int, expert: int) -> tuple[fx.Graph, torch.dtype]:
-    """What the module does when all tokens are one expert's, up to the sum; and the dtype of that."""
+    """Trace the module up to the sum with all tokens routed to one expert; also return the dtype of the sum."""
     forward = inspect.unwrap(type(module).forward)
     names = [name for name, _ in module.named_parameters()]
     meta = [torch.empty(p.shape, dtype=HIDDEN, device="meta") for p in module.parameters()]
     shape = (num_tokens,) if loop.num_dims == 2 else (num_tokens, 2)
     states = torch.empty(*shape, _width(module), dtype=HIDDEN, device="meta")
-    index = torch.full((torch.Size(shape).numel(), 2), expert)  # some forwards need more than one for each token
+    index = torch.full((torch.Size(shape).numel(), 2), expert)  # some forwards need more than one expert per token
     weights = torch.empty(index.shape, dtype=WEIGHTS, device="meta")
     sums: list[torch.dtype] = []
 
@@ -174,10 +175,10 @@ def _width(module: nn.Module) -> int:
 def _body(
     traced: fx.Graph, module: nn.Module, names: Sequence[str], sum_dtype: torch.dtype, num_experts: int
 ) -> tuple[fx.Graph, dict[str, bool], bool]:
-    """What is done between the choice of an expert's tokens and the sum.
+    """Extract the operations between the selection of an expert's tokens and the sum.
 
     Returns:
-        The graph, the stacked parameters with whether they are flat, and whether weights are a column.
+        The graph, whether each stacked parameter is flat, and whether the weights are a column.
     """
     states, weights, *parameters = traced.find_nodes(op="placeholder")
     named = dict(zip(parameters, names, strict=True))
@@ -206,7 +207,7 @@ def _body(
     is_column = False
     for node in traced.nodes:
         if node not in needed or node.op in ("placeholder", "get_attr"):
-            continue  # other tensors are indices, which choices alone may use
+            continue  # other tensors are indices, which only selections may use
         origin = _origin(node)
         if node in own:
             copies[node] = parts[own[node]]
@@ -214,7 +215,7 @@ def _body(
             copies[node] = chosen[origin]
             is_column = is_column or (origin is weights and node.meta["val"].dim() == 2)
         elif origin in chosen and (_is_view(node) or _is_rows(node)):
-            continue  # on the way to a choice
+            continue  # part of a selection
         elif node in flat and all(user in own for user in node.users):
             continue
         else:
@@ -227,7 +228,7 @@ def _body(
 
 
 def _is_identity(graph: fx.Graph, stacked: Mapping[str, bool], is_column: bool) -> bool:
-    """Whether all that is done is to multiply states by weights."""
+    """Return whether the only operation is the product of states and weights."""
     calls = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     places = graph.find_nodes(op="placeholder")
     (output,) = graph.find_nodes(op="output")
@@ -253,14 +254,14 @@ def _needed(result: fx.Node) -> dict[fx.Node, None]:
 
 
 def _is_choice(node: fx.Node) -> bool:
-    """Whether a node takes the chosen expert's part of a stacked parameter."""
+    """Return whether a node selects the expert's part of a stacked parameter."""
     if node.target is torch.ops.aten.select.int:
         return node.args[1:] == (0, _ONE_EXPERT)
     return node.target is torch.ops.aten.index.Tensor and len(node.args[1]) == 1  # type: ignore[arg-type]
 
 
 def _is_unflattened(node: fx.Node, num_experts: int) -> bool:
-    """Whether a node gives a parameter [E * R, ...] an axis for experts, [E, R, ...]."""
+    """Return whether a node reshapes a parameter [E * R, ...] to [E, R, ...]."""
     if node.target not in _RESHAPES:
         return False
     whole: torch.Size = node.args[0].meta["val"].shape  # type: ignore[union-attr]
@@ -269,7 +270,7 @@ def _is_unflattened(node: fx.Node, num_experts: int) -> bool:
 
 
 def _is_rows(node: fx.Node) -> bool:
-    """Whether a node puts the tokens of hidden states in one axis."""
+    """Return whether a node flattens the token axes of hidden states."""
     if node.target not in _RESHAPES:
         return False
     whole: torch.Size = node.args[0].meta["val"].shape  # type: ignore[union-attr]
@@ -282,7 +283,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _origin(node: fx.Node) -> fx.Node | None:
-    """The input that a node is a view or a choice of."""
+    """Return the input that a node is a view or a selection of."""
     while node.op != "placeholder":
         is_first = node.op == "call_function" and bool(node.args) and isinstance(node.args[0], fx.Node)
         if not is_first or not (_is_view(node) or node.target is torch.ops.aten.index.Tensor or _is_rows(node)):

@@ -23,17 +23,17 @@ from torch import nn
 from runtime.language.program import compile_program
 from runtime.model.leaves import build_leaf
 from seqbuild.trace.experts.loop import ExpertLoop, replaced_parameters
-from seqbuild.trace.real.weightless import kept_as_found
+from seqbuild.trace.real.weightless import attributes_restored
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import LeafKind
     from seqbuild.chain.emit import EmittedCode
 
-_MOST_OWN = 2**20  # numbers of a parameter that are drawn for itself
-_MOST_IN_ROWS = 2**26  # how far windows may reach whose rows do not overlap
-_MOST_QUICK = 2**19  # numbers of an expert that is called often, for many tokens, and in several dtypes
-_MANY = 300  # tokens
-_FEW = (0, 1, -2, -1)  # the experts of a large mixture that are called
+_MOST_OWN = 2**20  # size limit of a parameter with independent random numbers
+_MOST_IN_ROWS = 2**26  # span limit of windows whose rows do not overlap
+_MOST_QUICK = 2**19  # size limit of an expert that is tested with many tokens and several dtypes
+_MANY = 300  # number of tokens of the largest test case
+_FEW = (0, 1, -2, -1)  # the experts used in a large mixture
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 _logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class _Case:
     """A choice of experts.
 
     Attributes:
-        index: for each token its experts, [T, K].
-        may_fail: whether the module may refuse it: some take no single expert for a token, nor one that is none.
+        index: the experts of each token, [T, K].
+        may_fail: whether the module may reject it: some need several experts per token, or have no number for "none".
     """
 
     index: torch.Tensor
@@ -52,25 +52,25 @@ class _Case:
 
 
 def is_proven(module: nn.Module, loop: ExpertLoop, width: int, kind: LeafKind, code: EmittedCode) -> bool:
-    """Whether a leaf does what a module does.
+    """Return whether a leaf computes the same as a module.
 
     Args:
-        module: its forward takes hidden states, indices and weights.
-        loop: what is known of it.
-        width: of the hidden states.
-        kind: the leaf's.
+        module: a module whose forward takes hidden states, indices and weights.
+        loop: the properties of its loop.
+        width: the width of the hidden states.
+        kind: the leaf's kind.
         code: the leaf's program.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), kept_as_found(module):
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), attributes_restored(module):
         try:
-            return _Trial(module, loop, width, kind, code).is_right()
+            return _Trial(module, loop, width, kind, code).is_equal()
         except Exception as error:
             _logger.debug("%s is not proven: %s", type(module).__name__, error)
             return False
 
 
 class _Trial:
-    """A module and the leaf for it, with the same weights."""
+    """A module and its leaf, with the same weights."""
 
     def __init__(self, module: nn.Module, loop: ExpertLoop, width: int, kind: LeafKind, code: EmittedCode) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -85,8 +85,8 @@ class _Trial:
         self.is_large = self.size > _MOST_QUICK
         self.generator = torch.Generator().manual_seed(0)
 
-    def is_right(self) -> bool:
-        """Whether both return the same for all that is tried."""
+    def is_equal(self) -> bool:
+        """Return whether both return the same in all test cases."""
         for place, (states_dtype, weights_dtype) in enumerate(_DTYPES[:1] if self.is_large else _DTYPES):
             values = self._values(states_dtype)
             cases = self._few_cases() if self.is_large or place else self._cases()
@@ -95,7 +95,7 @@ class _Trial:
         return True
 
     def _few_cases(self) -> Iterator[_Case]:
-        """As few as will do: large matrices are read each time, and kernels may be made for each number of tokens."""
+        """Yield few cases: each reads all large matrices and may compile kernels for its number of tokens."""
         used, num_all = self._used(), self.num_experts + self.num_identity
         few = dict.fromkeys((*used[:2], self.num_experts - 1, num_all - 1))
         yield _Case(index=self._drawn(list(few), 7, min(2, len(few))), may_fail=False)
@@ -118,7 +118,7 @@ class _Trial:
             yield _Case(index=torch.arange(num_all - num_all % 2).view(-1, 2), may_fail=False)
 
     def _used(self) -> list[int]:
-        """Which experts are called: all of a few, else the first and the last ones of each kind."""
+        """Return the experts to use: all in a small mixture, else the first and last ones of each kind."""
         own = dict.fromkeys(range(self.num_experts))
         if self.num_experts > 2 * len(_FEW):
             own = dict.fromkeys(number % self.num_experts for number in _FEW)
@@ -126,7 +126,7 @@ class _Trial:
         return [*own, *(self.num_experts + number for number in sorted(others))]
 
     def _drawn(self, used: Sequence[int], num_tokens: int, num_places: int) -> torch.Tensor:
-        """Different experts for each token."""
+        """Draw different experts for each token."""
         order = torch.rand(num_tokens, len(used), generator=self.generator).argsort(-1)
         return torch.tensor(used)[order[:, :num_places]]
 
@@ -151,13 +151,13 @@ class _Trial:
             except Exception:
                 if not case.may_fail and states_dtype == weights_dtype:
                     raise
-                return True  # nobody calls it like this
+                return True  # the module does not support this case
             found = self.leaf(*inputs)
         is_same = found.dtype == expected.dtype and bool(torch.equal(found, expected))
         return is_same and [tensor._version for tensor in unchanged] == versions
 
     def _values(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Small random numbers for all parameters."""
+        """Create small random values for all parameters."""
         windows = {
             name: _strides(shape) for name, shape in self.shapes.items() if torch.Size(shape).numel() > _MOST_OWN
         }
@@ -175,7 +175,7 @@ class _Trial:
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of windows: experts overlap, and where that is too much, so do rows."""
+    """Return the strides of a window: experts overlap, and so do rows if the span would be too large otherwise."""
     rows = (1009, *torch.empty(shape[1:], device="meta").stride())
     is_flat = len(shape) < 3 or _reach(shape, rows) > _MOST_IN_ROWS
     return (*(1009,) * (len(shape) - 2), 3, 1)[-len(shape) :] if is_flat else rows

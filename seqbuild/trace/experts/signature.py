@@ -1,8 +1,8 @@
-"""All that decides what a module of experts does, besides the numbers in its weights, as a key.
+"""Compute a key of everything that determines what a module of experts does, except the numbers in its weights.
 
-What is learned of one layer's experts is used for others that have the same key. So the key holds everything by its
-value, and whatever cannot be compared by value has none: a buffer, an object of an unknown class, a hook. Whatever is
-compared by identity (classes, functions) is in the key itself, and lives as long as that.
+Modules with the same key share one derived leaf. The key contains everything by value; a module with something that
+cannot be compared by value (a buffer, an object of an unknown class, a hook) has no key. Objects compared by identity
+(classes, functions) are part of the key, so they live as long as it does.
 """
 
 from __future__ import annotations
@@ -16,33 +16,30 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-# What `nn.Module` keeps for itself and a forward pass does not look at, and what is compared in another way.
+# Attributes of `nn.Module` that a forward does not read or that are compared separately.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
-
-
-# What every module has of its own is looked at one by one. accelerate's hooks move weights, and keep the forward that
-# they wrap; what is learned is the class's forward.
+# accelerate's hooks move weights and keep the forward that they wrap; only the class's forward is used here.
 _NOT_COMPARED = MODULES_OWN | {"_hf_hook", "_old_forward"}
 _BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, torch.dtype, torch.device)
 
 
-class _UnknownError(Exception):
+class UnknownValueError(Exception):
     """A value that cannot be compared."""
 
 
 def signature(module: nn.Module) -> Hashable | None:
-    """Return a module's key; None if it has none."""
+    """Return a module's key, or None if it has none."""
     try:
         return tuple(_parts(module))
-    except (_UnknownError, RecursionError):
+    except (UnknownValueError, RecursionError):
         return None
 
 
 def _parts(module: nn.Module) -> Iterator[Hashable]:
-    places: dict[int, int] = {}  # of parameters: one may be there twice
+    places: dict[int, int] = {}  # a parameter may occur twice
     for name, inner in module.named_modules(remove_duplicate=False):
         if any(buffer is not None for buffer in inner._buffers.values()) or (inner is not module and _is_hooked(inner)):
-            raise _UnknownError
+            raise UnknownValueError
         own = {key: value for key, value in vars(inner).items() if key not in _NOT_COMPARED}
         shapes = tuple(
             (key, p if p is None else (tuple(p.shape), places.setdefault(id(p), len(places))))
@@ -64,7 +61,7 @@ def _is_hooked(inner: nn.Module) -> bool:
 
 
 def _compared(value: Any) -> Hashable:
-    """What equals that of another value exactly where nothing tells them apart."""
+    """Return a value that is equal for two arguments exactly if they are indistinguishable."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return kind, value
@@ -82,4 +79,4 @@ def _compared(value: Any) -> Hashable:
         return kind, _compared((value.func, value.args, value.keywords))
     if isinstance(value, _BY_IDENTITY):
         return value
-    raise _UnknownError
+    raise UnknownValueError

@@ -1,6 +1,6 @@
-"""A mode that notes what a forward does for each expert, on tensors without values, and refuses what it does not know.
+"""A mode that records the operations of a forward for each expert, on meta tensors, and rejects unknown operations.
 
-What is known, and why that is enough, says `seqbuild.trace.experts.loop`.
+`seqbuild.trace.experts.loop` lists the accepted operations and explains why they are sufficient.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-# Dtypes of hidden states and routing weights while a forward is watched: the sum has one of them, or its own.
+# Dtypes of hidden states and routing weights in an observed forward; they show from which the sum's dtype derives.
 HIDDEN, WEIGHTS = torch.bfloat16, torch.float16
 _RESHAPING = ("view", "reshape", "flatten")
 _READ = ("dtype", "device", "ndim", "dim", "is_floating_point")
 _SIZES = ("shape", "size")
-# By what a tensor of indices is, what may be done with it, and what that gives; None is no tensor.
+# For each kind of index tensor, the accepted operations and the kind of their result; None if that is no tensor.
 _INDEX_STEPS: Mapping[str, Mapping[str, str | None]] = {
     "index": {"one_hot": "mask", "numel": None},
     "mask": {"permute": "mask", "sum": "counts", "__getitem__": "own mask"},
@@ -35,30 +35,30 @@ _INDEX_STEPS: Mapping[str, Mapping[str, str | None]] = {
 }
 
 
-class OtherwiseError(ValueError):
+class UnexpectedForwardError(ValueError):
     """The forward differs from the expected loop over experts."""
 
-    def __init__(self, message: str = "the forward is no loop over experts that does the same for each") -> None:
+    def __init__(self, message: str = "the forward is not a loop with the same operations for each expert") -> None:
         super().__init__(message)
 
 
 class _Size(int):
-    """A size that depends on tokens: good for shapes, and to see that it is not zero.
+    """A size that depends on tokens; it can only be used in shapes and compared with zero.
 
-    As it has no arithmetic, no name, and is compared with nothing else, no number or branch can come of it.
+    Without arithmetic, formatting and other comparisons, no number or branch can depend on it.
     """
 
     def __eq__(self, other: object) -> bool:
         if type(other) is int and other == 0:
             return False
-        raise OtherwiseError
+        raise UnexpectedForwardError
 
     def __bool__(self) -> bool:
         return True
 
 
 def _refused(*_: Any) -> Any:
-    raise OtherwiseError
+    raise UnexpectedForwardError
 
 
 for _name, _value in list(vars(int).items()):
@@ -69,14 +69,14 @@ for _name, _value in list(vars(int).items()):
 
 
 class Block:
-    """What is done for one expert.
+    """The operations for one expert.
 
     Attributes:
-        expert: its number.
-        notes: its operations.
-        inputs: what was chosen for its tokens: states and weights, once each.
-        has_own: whether it takes the expert's part of something.
-        sum: to which zeros its result was added, when it was; that ends it.
+        expert: the expert's number.
+        notes: the operations.
+        inputs: the tensors selected for its tokens: states and weights, once each.
+        has_own: whether the expert's part of a parameter is selected.
+        sum: the tensor of zeros to which the result was added, which ends the block.
     """
 
     def __init__(self, expert: int) -> None:
@@ -87,18 +87,18 @@ class Block:
         self.sum: int | None = None
 
 
-class Watching(TorchFunctionMode):
-    """Note operations on tensors without values, expert by expert.
+class ForwardWatcher(TorchFunctionMode):
+    """Records operations on meta tensors, expert by expert.
 
     Args:
-        states: all hidden states, as the forward gets them.
+        states: the forward's hidden states, without values.
         index: the experts of each token, [T, K], with values.
-        weights: likewise, without values.
-        parameters: the module's, by name.
+        weights: the weights of these experts, without values.
+        parameters: the module's parameters by name, without values.
 
     Attributes:
-        blocks: what was done for each expert, in order.
-        is_refused: whether something was done that is not known, even if the forward went on.
+        blocks: the operations for each expert, in order.
+        is_refused: whether an unknown operation occurred, even if the forward caught the error.
     """
 
     def __init__(
@@ -116,27 +116,27 @@ class Watching(TorchFunctionMode):
         self._rows = (len(index), states.shape[-1])
         self._weights = weights
         self._states = {id(states)}  # in any shape
-        self._sums: dict[int, int] = {}  # what zeros have become, and which those were
+        self._sums: dict[int, int] = {}  # for each sum, the number of its tensor of zeros
         self._parameters = {id(value) for value in parameters.values()}  # in any shape
         self._indices = {id(index): "index"}
         self._own_masks: dict[int, int] = {}
         self._names: dict[int, Any] = {id(value): name for name, value in parameters.items()}
-        self._own_names: dict[int, Any] = {}  # of what one expert makes: others must not use it
-        # An id is one tensor's as long as that lives. A version tells whether it was changed.
+        self._own_names: dict[int, Any] = {}  # results of the current expert, which others must not use
+        # Keeps tensors alive, so that ids stay unique, with versions, which change when a tensor is modified.
         self._kept: list[tuple[torch.Tensor, int]] = []
         for value in (states, index, weights, *parameters.values()):
             self._keep(value)
 
     def found(self, result: torch.Tensor) -> dict[int, Block]:
-        """What was done for each expert, by its number, when the forward has returned.
+        """Return the operations for each expert by its number, after the forward has returned `result`.
 
         Raises:
-            OtherwiseError: when it returns something else than the sum of all experts, or has changed another tensor.
+            UnexpectedForwardError: if the result is not the sum of all experts, or another tensor was modified.
         """
         base = self._sums.get(id(result))
         is_sum = base is not None and all(block.sum == base for block in self.blocks)
         if self.is_refused or not is_sum or any(tensor._version != version for tensor, version in self._kept):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         return {block.expert: block for block in self.blocks}
 
     def _keep(self, value: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class Watching(TorchFunctionMode):
     ) -> Any:
         try:
             return self._seen(func, args, kwargs or {})
-        except OtherwiseError:
+        except UnexpectedForwardError:
             self.is_refused = True
             raise
 
@@ -161,15 +161,15 @@ class Watching(TorchFunctionMode):
         result = func(*_plain(args), **_plain(kwargs))
         if _tensors(result):
             if func is not torch.zeros or not result.is_meta or self.blocks:
-                raise OtherwiseError
+                raise UnexpectedForwardError
             self._start_sum(result)
         return result
 
     def _indexed(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What is done with indices, and what is made of them."""
+        """Handle an operation on indices."""
         kind = self._indices.get(id(args[0]) if args else 0, "")
         if name not in _INDEX_STEPS.get(kind, {}) or not _is_plain(kind, name, args, kwargs):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         result = func(*args, **kwargs)
         made = _INDEX_STEPS[kind][name]
         if name == "numel":
@@ -183,7 +183,7 @@ class Watching(TorchFunctionMode):
                 self._keep(value)
                 self._indices[id(value)] = made
         elif _tensors(result):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         if kind == "mask" and name == "__getitem__":
             self._own_masks[id(result)] = self._expert_of(args[1])
         elif kind == "own mask":
@@ -195,12 +195,12 @@ class Watching(TorchFunctionMode):
             return int(place.item())
         if type(place) is int:
             return place
-        raise OtherwiseError
+        raise UnexpectedForwardError
 
     def _opened(self, args: Sequence[Any], result: Any) -> Any:
-        """The next expert's turn begins, with the lists of its tokens and their places."""
+        """Begin the block of the next expert, with the lists of its tokens and their places."""
         if len(args) != 1 or len(result) != 2 or self._is_over or (self.blocks and self.blocks[-1].sum is None):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         expert = self._own_masks[id(args[0])]
         own = [
             (place, token)
@@ -209,7 +209,7 @@ class Watching(TorchFunctionMode):
             if number == expert
         ]
         if [value.tolist() for value in result] != [list(numbers) for numbers in zip(*own, strict=True)]:
-            raise OtherwiseError
+            raise UnexpectedForwardError
         self.blocks.append(Block(expert))
         self._own_names = {}
         self._indices = {known: kind for known, kind in self._indices.items() if kind not in ("tokens", "places")}
@@ -219,7 +219,7 @@ class Watching(TorchFunctionMode):
         return result
 
     def _calculated(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What is done with states, weights, parameters and the sum."""
+        """Handle an operation on states, weights, parameters or the sum."""
         if name in _READ:
             return func(*args, **kwargs)
         if self.blocks and self.blocks[-1].sum is None:
@@ -229,15 +229,15 @@ class Watching(TorchFunctionMode):
         return self._outside(func, name, args, kwargs)
 
     def _outside(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What is done before the first expert, and after the last one."""
+        """Handle an operation before the first expert or after the last one."""
         self._is_over = bool(self.blocks)
         first = id(args[0]) if args else 0
         if _tensors((args[1:], kwargs)) or first not in (self._states | set(self._sums)):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         is_made = func in (torch.zeros_like, torch.Tensor.new_zeros) and first in self._states and not self._is_over
         is_cast = name == "to" and first in self._sums and self._is_over
         if not is_made and not is_cast and name not in _RESHAPING:
-            raise OtherwiseError
+            raise UnexpectedForwardError
         result = func(*_plain(args), **_plain(kwargs))
         if is_made:
             self._start_sum(result)
@@ -254,17 +254,17 @@ class Watching(TorchFunctionMode):
         self._sums[id(value)] = len(self._sums)
 
     def _inside(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What is done for one expert."""
+        """Handle an operation for one expert."""
         block = self.blocks[-1]
         if name == "index_add_":
             return self._added(args, kwargs)
         if _is_in_place(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
-            raise OtherwiseError
+            raise UnexpectedForwardError
         note = self._chosen(*args) if name == "__getitem__" else (func, self._described(args), self._described(kwargs))
         result = func(*args, **kwargs)
         made = pytree.tree_leaves(result)
         if not made or not all(isinstance(value, torch.Tensor) and value.is_meta for value in made):
-            raise OtherwiseError  # a size, for instance
+            raise UnexpectedForwardError  # such as a size
         block.notes.append(note)
         for place, value in enumerate(made):
             self._keep(value)
@@ -275,46 +275,46 @@ class Watching(TorchFunctionMode):
         return result
 
     def _chosen(self, owner: torch.Tensor, place: Any) -> Any:
-        """The note of a choice."""
+        """Describe a selection."""
         block = self.blocks[-1]
         kinds = [self._indices.get(id(p), "") for p in (place if isinstance(place, tuple) else (place,))]
         if id(owner) in self._states:
             if tuple(owner.shape) != self._rows or isinstance(place, tuple) or kinds != ["tokens"]:
-                raise OtherwiseError
+                raise UnexpectedForwardError
             block.inputs.append("states")
             return "states", "tokens"
         if owner is self._weights:
             if not isinstance(place, tuple) or kinds[:2] != ["tokens", "places"] or place[2:] not in ((), (None,)):
-                raise OtherwiseError
+                raise UnexpectedForwardError
             block.inputs.append("weights")
             return "weights", len(place)
         is_number = type(place) is int or kinds == ["number"]
         if is_number and id(owner) in self._parameters:
             if self._expert_of(place) != block.expert:
-                raise OtherwiseError
+                raise UnexpectedForwardError
             block.has_own = True
             return self._described(owner), "number"
         return "__getitem__", self._described(owner), self._described(place)
 
     def _added(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The sum, when an expert's result has been added to it: what is added up without values is the same."""
+        """End the block with the addition to the sum, and return the sum: on meta tensors it does not change."""
         block = self.blocks[-1]
         if kwargs or len(args) != 4 or id(args[0]) not in self._sums or type(args[1]) is not int or args[1] != 0:
-            raise OtherwiseError
+            raise UnexpectedForwardError
         total, _, tokens, output = args
         is_whole = self._indices.get(id(tokens)) == "tokens" and sorted(block.inputs) == ["states", "weights"]
         if not is_whole or tuple(total.shape) != self._rows or tuple(output.shape) != (len(tokens), self._rows[1]):
-            raise OtherwiseError
+            raise UnexpectedForwardError
         block.notes.append(("added", self._described(output)))
         block.sum = self._sums[id(total)]
         return total
 
     def _described(self, value: Any) -> Any:
-        """A value so that those which different experts get can be compared."""
+        """Describe a value so that it can be compared between experts."""
         if isinstance(value, torch.Tensor):
             known = self._own_names.get(id(value), self._names.get(id(value)))
             if known is None:
-                raise OtherwiseError  # states or weights as a whole, a list, or what another expert has made
+                raise UnexpectedForwardError  # all states or weights, an index list, or a result of another expert
             return known
         if isinstance(value, (tuple, list)):
             return [self._described(part) for part in value]
@@ -323,12 +323,12 @@ class Watching(TorchFunctionMode):
         if isinstance(value, slice):
             return "slice", self._described([value.start, value.stop, value.step])
         if type(value) is _Size:
-            raise OtherwiseError
+            raise UnexpectedForwardError
         return type(value), value
 
 
 def _is_plain(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a step of indices has no other arguments than numbers that are known beforehand."""
+    """Return whether an operation on indices has constant numbers as its only other arguments."""
     others = (args[1:], kwargs)
     if _tensors(others) and (kind, name) != ("mask", "__getitem__"):
         return False
@@ -339,7 +339,7 @@ def _is_plain(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _sizes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Sizes of hidden states: all but the last depend on tokens."""
+    """Return sizes of hidden states; all but the last depend on tokens."""
     whole = args[0].dim()
     result = func(*args, **kwargs)
     if isinstance(result, tuple):
@@ -349,7 +349,7 @@ def _sizes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def _plain(value: Any) -> Any:
-    """Sizes as numbers, in any container."""
+    """Convert sizes in a container to numbers."""
     return pytree.tree_map(lambda item: int.__int__(item) if type(item) is _Size else item, value)
 
 
@@ -358,13 +358,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _name_of(func: Any) -> str:
-    """What a function is called; an attribute that is looked at, by its own name."""
+    """Return the name of a function, or of the attribute that a `__get__` reads."""
     name = str(getattr(func, "__name__", ""))
     return str(getattr(getattr(func, "__self__", None), "__name__", "")) if name == "__get__" else name
 
 
 def _is_in_place(name: str) -> bool:
-    """Whether a function changes its first argument, by what it is called."""
+    """Return whether a function modifies its first argument, judging by its name."""
     if name.startswith("__"):
         return name in ("__setitem__", "__set__", "__delete__") or (name.startswith("__i") and name != "__invert__")
     return name.endswith("_")

@@ -1,9 +1,10 @@
 """Record a loop over a symbolic size, `for index in range(size):`, as a loop.
 
-Its body is executed once. What it assigns to a name that had a tensor before becomes a variable: inside of the body the
-name stands for what the turn before has left in it. Tensors that it appends to a list are joined behind the loop. That
-the source lets it be done so is for `loop_source` to say, and what was recorded is proven by execution, for several
-numbers of turns (`proofs.py`); a loop that is not proven is not recorded.
+The body is executed once. A name that held a tensor before the loop and is assigned in the body becomes a variable,
+which carries its value from one iteration to the next. Tensors that the body appends to a list are joined after the
+loop. `seqbuild.trace.loops.source` decides from the source code whether this is possible, and the recorded code is
+proven by execution for several numbers of iterations (`seqbuild.trace.record.proofs`). A loop without proof is an
+error.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from runtime.errors import TraceError
 from seqbuild.blame import UntraceableError, find_culprit
 from seqbuild.chain import marks
 from seqbuild.trace.loops.source import LoopSource, loop_of
+from seqbuild.trace.recorder import Recorder, nodes_after
 from seqbuild.trace.sizes.relations import summed
-from seqbuild.trace.sizes.trials import Doubt, Turns
+from seqbuild.trace.sizes.trials import Doubt, IterationCount
 
 if TYPE_CHECKING:
     from seqbuild.blame import Culprit
-    from seqbuild.trace.recorder import Recorder
 
-_CULPRIT = "loop"  # under this key a loop's first node says which line of the model's code it is
+_CULPRIT = "loop"  # metadata key of a loop's first node: its line in the model's code
 _MISSING = object()
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -42,10 +43,10 @@ class Loop:
     """A recorded loop.
 
     Attributes:
-        index: the symbol of the number of a turn.
-        count: how many turns there are, in symbols.
-        culprit: its line.
-        doubts: relations of the number of a turn that the recorded code follows, and that do not hold in all turns.
+        index: the symbol of the iteration's index.
+        count: the number of iterations, in symbols.
+        culprit: the loop's line.
+        doubts: relations of the index that the recorded code assumes and that do not hold in all iterations.
     """
 
     index: Any
@@ -54,14 +55,14 @@ class Loop:
     doubts: tuple[Any, ...] = ()
 
     def questions(self) -> list[Any]:
-        """What is to be proven of it."""
+        """Return what has to be proven."""
         doubts = (Doubt(relation=relation, index=self.index, count=self.count) for relation in self.doubts)
-        return [Turns(count=self.count), *doubts]
+        return [IterationCount(count=self.count), *doubts]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Collected:
-    """A list that a loop has filled: itself, its node, what each turn appends, and the loop."""
+    """A list filled by a loop: the list, its node, the tensors that each iteration appends, and the loop."""
 
     values: list[Any]
     node: fx.Node
@@ -83,7 +84,7 @@ class Loops:
         self.collected: dict[int, _Collected] = {}
 
     def range(self, *args: Any) -> Any:
-        """What stands for `range` in the model's code."""
+        """Replace `range` in the model's code."""
         size = args[0] if len(args) == 1 else None
         is_recorded = get_proxy_mode() is not None and self.tracer.shape_env.is_noting
         if isinstance(size, torch.SymInt) and is_recorded:
@@ -91,15 +92,15 @@ class Loops:
             frame = sys._getframe(1)
             source = loop_of(frame) if is_free else None
             if source is not None:
-                return _LoopTurns(self, size, frame, source)
+                return _RecordedRange(self, size, frame, source)
         return builtins.range(*args)
 
     def is_collected(self, values: Any) -> bool:
-        """Whether a loop has filled this list."""
+        """Return whether a loop has filled this list."""
         return type(values) is list and id(values) in self.collected
 
     def join(self, function: Any, args: tuple[Any, ...]) -> Any:
-        """Record `torch.stack` or `torch.cat` of such a list."""
+        """Record `torch.stack` or `torch.cat` of a list filled by a loop."""
         values, axis = args
         found = self.collected[id(values)]
         shape = self._joined(found, axis, is_stack=function is torch.ops.aten.stack.default)
@@ -109,7 +110,7 @@ class Loops:
         return self.tracer.track(fake, fx.Proxy(node, self.tracer))
 
     def _joined(self, found: _Collected, axis: int, *, is_stack: bool) -> list[Any]:
-        """The shape of what is joined."""
+        """Return the shape of the joined tensor."""
         shape_env, loop = self.tracer.shape_env, found.loop
         sizes = [shape_env.replace(_sympy(size)) for size in found.parts[0].shape]
         if is_stack:
@@ -120,11 +121,11 @@ class Loops:
         total = summed(sizes[axis], loop.index, loop.count)
         sizes[axis] = None if total is None else total * len(found.parts)
         if any(size is None or loop.index in size.free_symbols for size in sizes):
-            raise TraceError("a loop joins tensors whose sizes follow from the number of a turn")
+            raise TraceError("a loop joins tensors whose sizes depend on the iteration")
         return [int(s) if s.is_number else shape_env.create_symintnode(s, hint=None) for s in sizes]
 
     def require_closed(self, graph: fx.Graph) -> None:
-        """Refuse a trace with a loop that is not proven, or whose inside is used outside.
+        """Reject a trace with an unproven loop, or with a value that is used outside its loop.
 
         Raises:
             UntraceableError: naming the line.
@@ -145,7 +146,7 @@ def _sympy(size: Any) -> Any:
 
 @dataclass(kw_only=True)
 class _LoopState:
-    """What there is while the body is executed."""
+    """State of a loop while its body is executed."""
 
     loop: Loop
     first: fx.Node
@@ -155,8 +156,8 @@ class _LoopState:
     lists: dict[str, fx.Node] = field(default_factory=dict)
 
 
-class _LoopTurns:
-    """What a loop iterates over: the one turn that is recorded."""
+class _RecordedRange:
+    """Iterator over the single iteration that is recorded."""
 
     def __init__(self, loops: Loops, size: torch.SymInt, frame: FrameType, source: LoopSource) -> None:
         self.loops = loops
@@ -166,7 +167,7 @@ class _LoopTurns:
         self.source = source
         self.state: _LoopState | None = None
 
-    def __iter__(self) -> _LoopTurns:
+    def __iter__(self) -> _RecordedRange:
         return self
 
     def __next__(self) -> Any:
@@ -188,14 +189,18 @@ class _LoopTurns:
             if isinstance(before.get(name), torch.Tensor)
         }
         sizes = dict(tracer.symnode_tracker.sym_node_dict)
-        index = tracer.shape_env.turn(self.size)
-        first = tracer.create_node("call_function", marks.turn, (tracer.create_arg(self.size),), {}, self.source.index)
+        index = tracer.shape_env.new_iteration_index(self.size)
+        first = tracer.create_node("call_function", marks.begin, (tracer.create_arg(self.size),), {}, self.source.index)
         if not isinstance(first.args[0], fx.Node):
-            self._refuse("its size is a number")
+            self._refuse("the size is a constant")
         sizes.update(tracer.symnode_tracker.sym_node_dict)
         first.meta[_CULPRIT] = find_culprit()
         tracer.track(index, fx.Proxy(first, tracer))
-        loop = Loop(index=index.node.expr, count=tracer.shape_env.turns[index.node.expr], culprit=first.meta[_CULPRIT])
+        loop = Loop(
+            index=index.node.expr,
+            count=tracer.shape_env.iteration_counts[index.node.expr],
+            culprit=first.meta[_CULPRIT],
+        )
         self.loops.num_open += 1
         self.state = _LoopState(loop=loop, first=first, before=before, sizes=sizes, variables=variables, lists=lists)
         return index
@@ -203,15 +208,15 @@ class _LoopTurns:
     def _list(self, name: str, before: Mapping[str, Any]) -> fx.Node:
         values = before.get(name)
         if type(values) is not list or values or self._is_elsewhere(values, name, before):
-            self._refuse(f"{name} is no empty list of its own")
+            self._refuse(f"{name} is not an empty list, or is referenced elsewhere")
         return self.tracer.create_node("call_function", marks.collected, (), {}, name)
 
     def _variable(self, name: str, before: Mapping[str, Any]) -> tuple[torch.Tensor, fx.Node, Any]:
-        """A tensor that the body may replace, its variable, and what stood for it before."""
+        """Return a tensor that the body may replace, the node of its variable, and its previous tracker entry."""
         tracer, tensor = self.tracer, before[name]
         known = tracer.unwrap_proxy(tensor)
         if not isinstance(known, fx.Proxy) or self._is_elsewhere(tensor, name, before):
-            self._refuse(f"{name} has another name as well")
+            self._refuse(f"{name} is referenced elsewhere")
         slot = tracer.tensor_tracker[tensor]
         node = tracer.create_node("call_function", marks.variable, (known.node,), {}, name)
         track_tensor_tree(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)
@@ -258,48 +263,48 @@ class _LoopTurns:
         self.loops.num_open -= 1
         doubts = tuple(relation for relation in tracer.shape_env.doubts if state.loop.index in relation.free_symbols)
         self.loops.unproven.append(dataclasses.replace(state.loop, doubts=doubts))
-        if any(isinstance(relation, sympy.Eq) for relation in doubts):  # torch has put it in the place of its index
-            self._refuse(f"{doubts[0]} does not hold in all turns")
+        if any(isinstance(relation, sympy.Eq) for relation in doubts):  # torch has replaced the index by it
+            self._refuse(f"{doubts[0]} does not hold in all iterations")
 
     def _check_others(self, state: _LoopState, after: Mapping[str, Any]) -> None:
-        """What is no tensor is the same in every turn, and what is written into is one."""
+        """Require that other values are the same in all iterations, and that only tensors are modified."""
         for name in self.source.assigned:
             old, new = state.before.get(name, _MISSING), after.get(name)
             is_same = new is old or (type(new) is type(old) and type(new) in _PLAIN and new == old)
             if old is not _MISSING and not isinstance(old, torch.Tensor) and not is_same:
-                self._refuse(f"{name} changes from turn to turn")
+                self._refuse(f"{name} changes between iterations and is not a tensor")
         for name in self.source.written:
             if not isinstance(after.get(name), torch.Tensor):
-                self._refuse(f"{name} is no tensor")
+                self._refuse(f"{name} is modified and is not a tensor")
 
     def _carried(
         self, state: _LoopState, name: str, after: Mapping[str, Any], body: Mapping[fx.Node, None]
     ) -> torch.Tensor | None:
-        """What the next turn finds in a variable; None when that is what it was, or nothing looks at it."""
+        """Return a variable's value for the next iteration; None if it is unchanged or never read."""
         old, variable, _ = state.variables[name]
         new = after.get(name)
         if new is old or not variable.users:
             return None
         if not isinstance(new, torch.Tensor) or self.tracer.node_of(new) not in body:
-            self._refuse(f"{name} is not calculated in it")
+            self._refuse(f"{name} is assigned a value that the body does not compute")
         replace = self.tracer.shape_env.replace
         shapes = [[replace(_sympy(size)) for size in tensor.shape] for tensor in (old, new)]
-        if new.device != old.device or shapes[0] != shapes[1]:  # a dtype may be promoted: the proof sees that
-            self._refuse(f"{name} gets another shape")
+        if new.device != old.device or shapes[0] != shapes[1]:  # a promoted dtype is covered by the proof
+            self._refuse(f"{name} changes its shape or device")
         return new
 
     def _parts(self, name: str, after: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         values = after[name]
         replace = self.tracer.shape_env.replace
         if not values or not all(isinstance(value, torch.Tensor) for value in values):
-            self._refuse(f"{name} gets something else than tensors")
+            self._refuse(f"{name} receives no tensors, or other values too")
         kinds = {(value.dtype, value.device, tuple(replace(_sympy(s)) for s in value.shape)) for value in values}
         if len(kinds) > 1:
-            self._refuse(f"{name} gets tensors of several kinds")
+            self._refuse(f"{name} receives tensors of different shapes, dtypes or devices")
         return tuple(values)
 
     def _forget_sizes(self, state: _LoopState) -> None:
-        """Sizes that were first found in the body are not known behind it, except by what was moved before it."""
+        """Forget the nodes of sizes first computed in the body, except nodes that were moved before the loop."""
         known = self.tracer.symnode_tracker.sym_node_dict
         body = _nodes_from(state.first)
         kept = {
@@ -312,18 +317,14 @@ class _LoopTurns:
 
 
 def _nodes_from(first: fx.Node) -> dict[fx.Node, None]:
-    found, node = {first: None}, first.next
-    while node.op != "root":
-        found[node] = None
-        node = node.next
-    return found
+    return dict.fromkeys([first, *nodes_after(first)])
 
 
 def _hoist(first: fx.Node) -> None:
-    """Move lookups, and sizes that are the same in every turn, to before the loop: others may use them, too."""
+    """Move lookups and loop-invariant sizes before the loop, because code after the loop may use them, too."""
     body = _nodes_from(first)
     for node in list(body):
-        is_size = isinstance(node.meta.get("val"), torch.SymInt) and node.target is not marks.turn
+        is_size = isinstance(node.meta.get("val"), torch.SymInt) and node.target is not marks.begin
         is_free = not any(source in body for source in node.all_input_nodes)
         if (node.op == "get_attr" or is_size) and is_free:
             first.prepend(node)

@@ -1,7 +1,8 @@
-"""Which loops of the model's code can be recorded as one: judged by their source.
+"""Decide from the source of a loop whether it can be recorded as a loop.
 
-The body is executed once, so it must do the same in every turn. It may calculate, assign to plain names, write into
-tensors and append to lists; whatever else could make a turn depend on how many were before it is not accepted.
+The body is executed once, so it must do the same in every iteration. It may calculate, assign to plain names, write
+into tensors and append to lists. Anything else through which an iteration could depend on the previous ones is
+rejected.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _JOINS = ("stack", "cat", "concat")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSource:
-    """What a loop does, by names.
+    """The names that a loop uses.
 
     Attributes:
-        index: the name of the number of a turn.
+        index: the name of the iteration's index.
         assigned: names that the body assigns to.
         written: names whose values the body writes into: `name[...] = value`.
-        lists: names of lists that it appends to, and that are joined afterwards.
+        lists: names of lists that the body appends to and that are joined afterwards.
     """
 
     index: str
@@ -36,9 +37,7 @@ class LoopSource:
 
 
 def loop_of(frame: FrameType) -> LoopSource | None:
-    """The loop `for index in range(size):` whose `range` this frame is calling; None where it is no such loop, or one
-    that cannot be recorded.
-    """
+    """Return the loop `for index in range(size):` whose `range` this frame calls, or None if it cannot be recorded."""
     function = _function(frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name)
     if function is None:
         return None
@@ -46,7 +45,7 @@ def loop_of(frame: FrameType) -> LoopSource | None:
     loops = [node for node in ast.walk(function) if isinstance(node, ast.For) and node.iter in calls]
     if len(calls) != 1 or len(loops) != 1:
         return None
-    return _understood(loops[0], function)
+    return _loop_source(loops[0], function)
 
 
 def _is_range(node: ast.AST) -> bool:
@@ -66,7 +65,7 @@ def _tree(file: str) -> ast.Module | None:
 
 
 def _function(file: str, first_line: int, name: str) -> ast.FunctionDef | None:
-    """The function whose code begins at this line: at its first decorator, if it has any."""
+    """Find the function whose code, including decorators, begins at this line."""
     tree = _tree(file)
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.FunctionDef) and node.name == name and _first_line(node) == first_line:
@@ -78,7 +77,7 @@ def _first_line(function: ast.FunctionDef) -> int:
     return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
 
 
-def _understood(loop: ast.For, function: ast.FunctionDef) -> LoopSource | None:
+def _loop_source(loop: ast.For, function: ast.FunctionDef) -> LoopSource | None:
     if not isinstance(loop.target, ast.Name) or loop.orelse or isinstance(loop.iter, ast.Starred):
         return None
     assigned: dict[str, None] = {}
@@ -132,7 +131,7 @@ def _targets(statement: ast.stmt) -> Iterator[ast.expr]:
 
 
 def _appended_to(call: ast.expr) -> str | None:
-    """The list of `list.append(value)`."""
+    """Return the name of the list in `list.append(value)`, or None for any other call."""
     if not isinstance(call, ast.Call) or len(call.args) != 1 or call.keywords:
         return None
     method = call.func
@@ -142,7 +141,7 @@ def _appended_to(call: ast.expr) -> str | None:
 
 
 def _is_only_joined(name: str, loop: ast.For, function: ast.FunctionDef) -> bool:
-    """Whether nothing asks what is in a list, or how long it is, but `torch.stack` and `torch.cat`."""
+    """Return whether only `append`, `torch.stack` and `torch.cat` use a list."""
     fine: list[ast.AST] = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -150,13 +149,13 @@ def _is_only_joined(name: str, loop: ast.For, function: ast.FunctionDef) -> bool
             is_join = isinstance(owner, ast.Name) and owner.id == "torch" and node.func.attr in _JOINS
             fine.extend(node.args[:1] if is_join else ())
             fine.extend([owner] if _appended_to(node) is not None else ())
-    last = min((s.end_lineno or 0 for s in function.body if _is_given_up(name, s, loop)), default=None)
+    last = min((s.end_lineno or 0 for s in function.body if _is_reassigned(name, s, loop)), default=None)
     uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == name]
     return all(isinstance(use.ctx, ast.Store) or use in fine or (last and use.lineno > last) for use in uses)
 
 
-def _is_given_up(name: str, statement: ast.stmt, loop: ast.For) -> bool:
-    """Whether the name means something else from this statement behind the loop on."""
+def _is_reassigned(name: str, statement: ast.stmt, loop: ast.For) -> bool:
+    """Return whether this statement after the loop assigns another value to the name."""
     is_behind = statement.lineno > (loop.end_lineno or loop.lineno)
     is_plain = isinstance(statement, ast.Assign) and len(statement.targets) == 1
     return is_behind and is_plain and any(isinstance(t, ast.Name) and t.id == name for t in _targets(statement))

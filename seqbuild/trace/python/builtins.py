@@ -1,7 +1,7 @@
-"""Give the model's code functions of Python that can work on symbolic sizes: `min`, `max` and `int`.
+"""Replace builtins in the model's code by versions for symbolic sizes: `min`, `max`, `int`, `len`, `set`.
 
-Python's own compare their arguments and hand one of them back, which makes a decision of what is a calculation, and
-`int` makes a number of a size. While recorded code runs, the modules that it lies in have others under the same names.
+Python's `min` and `max` compare their arguments, which turns a calculation into a decision, and `int` turns a size into
+a number. While recorded code runs, the modules that contain it have replacements under the same names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _MODELS = "transformers.models."
-# `int` as a value, a dtype for instance, and not to call it, to ask for it with `isinstance`, or in an annotation.
+# `int` used as a value, such as a dtype, rather than called, passed to `isinstance` or used as an annotation.
 _INT_AS_VALUE = re.compile(
     r"(?<![:=!<>])=\s*int\b(?!\s*\()|\b(is|is not|==|!=|in)\s+\(?int\b(?!\s*\()|\.(to|type|view)\(int\b"
 )
@@ -28,20 +28,24 @@ _INT_AS_VALUE = re.compile(
 
 @contextlib.contextmanager
 def replaced(root: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """While the block runs, these functions stand in for builtins of the same names in the code of `root`: the Python
-    modules of its modules' classes, and those of functions that these have from other models.
+    """Replace builtins by these functions of the same names in the code of `root` while the block runs.
+
+    This affects the Python modules that define the classes of its modules, and those that define functions which
+    they import from other models.
     """
-    changed: list[tuple[dict[str, Any], str]] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for namespace in _namespaces(root):
             for name, function in functions.items():
-                if name not in namespace and not (name == "int" and _has_int_as_value(namespace)):
-                    namespace[name] = function
-                    changed.append((namespace, name))
+                if not (name == "int" and _has_int_as_value(namespace)):
+                    _define(stack, namespace, name, function)
         yield
-    finally:
-        for namespace, name in changed:
-            del namespace[name]
+
+
+def _define(stack: contextlib.ExitStack, namespace: dict[str, Any], name: str, value: Any) -> None:
+    """Define a name in a namespace that has none, until the stack is closed."""
+    if name not in namespace:
+        namespace[name] = value
+        stack.callback(namespace.__delitem__, name)
 
 
 def _namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
@@ -70,17 +74,17 @@ def _has_int_as_value(namespace: Mapping[str, Any]) -> bool:
 _NOT_MODELS = ("torch", "builtins", "typing", "collections", "abc")
 
 
-def smallest(*values: Any, **options: Any) -> Any:
-    """`min`, a calculation where it is given symbolic sizes in recorded code."""
-    return _calculated(builtins.min, torch.sym_min, values, options)
+def symbolic_min(*values: Any, **options: Any) -> Any:
+    """Return `min(...)`, recorded as an operation for symbolic sizes."""
+    return _recorded(builtins.min, torch.sym_min, values, options)
 
 
-def largest(*values: Any, **options: Any) -> Any:
-    """`max`, a calculation where it is given symbolic sizes in recorded code."""
-    return _calculated(builtins.max, torch.sym_max, values, options)
+def symbolic_max(*values: Any, **options: Any) -> Any:
+    """Return `max(...)`, recorded as an operation for symbolic sizes."""
+    return _recorded(builtins.max, torch.sym_max, values, options)
 
 
-def _calculated(plain: Any, symbolic: Any, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _recorded(plain: Any, symbolic: Any, values: tuple[Any, ...], options: dict[str, Any]) -> Any:
     is_of_sizes = len(values) > 1 and all(type(value) in (int, torch.SymInt) for value in values)
     is_symbolic = is_of_sizes and any(isinstance(value, torch.SymInt) for value in values)
     if options or not is_symbolic or get_proxy_mode() is None:
@@ -88,8 +92,8 @@ def _calculated(plain: Any, symbolic: Any, values: tuple[Any, ...], options: dic
     return functools.reduce(symbolic, values)
 
 
-class _Kind(type):
-    """`int`, for whoever asks what is one, or makes one of anything but a symbolic size."""
+class _IntMeta(type):
+    """Metaclass with the behavior of `int`, except that calling it on a symbolic size is recorded."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, builtins.int)
@@ -104,25 +108,18 @@ class _Kind(type):
         return builtins.int(*values, **options)
 
 
-class Whole(builtins.int, metaclass=_Kind):
-    """`int`, a calculation where it is given a symbolic size in recorded code."""
+class SymbolicInt(builtins.int, metaclass=_IntMeta):
+    """Replacement for `int` that records the conversion of a symbolic size as an operation."""
 
 
 @contextlib.contextmanager
 def lengths_recorded(model: nn.Module) -> Iterator[None]:
-    """While the block runs, `len` of a tensor is a symbol wherever the model's own modules ask for it.
-
-    Names of a module go before built-in ones, so each module that defines a class of the model gets a `len` of its own.
-    """
-    names = dict.fromkeys(cls.__module__ for cls in model_classes(model))
-    places = [vars(sys.modules[name]) for name in names if name in sys.modules and "len" not in vars(sys.modules[name])]
-    try:
-        for place in places:
-            place["len"] = _length
+    """Make `len(tensor)` symbolic in the Python modules that define the model's classes while the block runs."""
+    with contextlib.ExitStack() as stack:
+        for name in dict.fromkeys(cls.__module__ for cls in model_classes(model)):
+            if name in sys.modules:
+                _define(stack, vars(sys.modules[name]), "len", _length)
         yield
-    finally:
-        for place in places:
-            del place["len"]
 
 
 def _length(value: Any, /) -> Any:
@@ -131,15 +128,15 @@ def _length(value: Any, /) -> Any:
     return len(value)
 
 
-class _SetKind(type):
-    """Any set is one of these: `isinstance(value, set)` says what it said."""
+class _SetMeta(type):
+    """Metaclass that keeps the result of `isinstance(value, set)`."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, set)
 
 
-class _OrderedSet(set[Any], metaclass=_SetKind):
-    """A set that is gone through in ascending order where all of it is text."""
+class _OrderedSet(set[Any], metaclass=_SetMeta):
+    """A set that is iterated in ascending order if all elements are strings."""
 
     def __iter__(self) -> Iterator[Any]:
         items = list(super().__iter__())
@@ -148,7 +145,7 @@ class _OrderedSet(set[Any], metaclass=_SetKind):
 
 @contextlib.contextmanager
 def sets_in_order(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Do so for the code and the attributes of these modules, whose attributes the caller puts back."""
+    """Make sets ordered in the code and attributes of these modules; the caller restores the attributes."""
     homes: dict[str, None] = {}
     for module in modules:
         for name, value in module.__dict__.items():
@@ -156,19 +153,15 @@ def sets_in_order(modules: Iterable[nn.Module]) -> Iterator[None]:
                 module.__dict__[name] = _OrderedSet(value)
         homes.update(dict.fromkeys(cls.__module__ for cls in type(module).__mro__))
     outside = ("builtins", "torch", "transformers.modeling_utils")
-    scopes = [vars(sys.modules[name]) for name in homes if name in sys.modules and not name.startswith(outside)]
-    scopes = [scope for scope in scopes if "set" not in scope]
-    try:
-        for scope in scopes:
-            scope["set"] = _OrderedSet
+    with contextlib.ExitStack() as stack:
+        for name in homes:
+            if name in sys.modules and not name.startswith(outside):
+                _define(stack, vars(sys.modules[name]), "set", _OrderedSet)
         yield
-    finally:
-        for scope in scopes:
-            del scope["set"]
 
 
 def model_classes(model: nn.Module) -> list[type]:
-    """Every class of the model's modules and their bases outside torch, in the order of the module tree."""
+    """Return the classes of the model's modules and their bases outside torch, in the order of the module tree."""
     classes: dict[type, None] = {}
     for module in model.modules():
         for cls in type(module).__mro__:

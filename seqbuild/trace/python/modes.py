@@ -1,4 +1,4 @@
-"""Numbers in the model's code, recorded as they are written."""
+"""Record what the dispatcher does not see: literals, limits of dtypes, symbolic indices and `vmap`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKED = ("eps", "tiny", "smallest_normal")
 
 
 class _MarkedLimits:
-    """`torch.finfo` of the weights' dtype."""
+    """`torch.finfo` of the weights' dtype, with marked numbers."""
 
     def __init__(self, info: Any) -> None:
         for name in ("bits", "dtype", "max", "min", "resolution"):
@@ -33,7 +33,7 @@ class _MarkedLimits:
 
 @contextlib.contextmanager
 def limits_marked(weights_dtype: torch.dtype | None) -> Iterator[None]:
-    """While the block runs, `torch.finfo` gives marked numbers for the dtype that stands for the weights'."""
+    """Make `torch.finfo` return marked numbers for the dtype that represents the weights' while the block runs."""
     plain: Any = torch.finfo
 
     def finfo(dtype: torch.dtype | None = None) -> Any:
@@ -48,11 +48,10 @@ def limits_marked(weights_dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class LiteralTensors(TorchFunctionMode):
-    """Record numbers that the model's code makes tensors of as they are written: `torch.tensor(0.1, dtype=...)`,
-    `torch.tensor([0.1, 0.2], dtype=...)`, `x[mask] = 0.1`.
+    """Record literal numbers exactly: `torch.tensor(0.1, dtype=...)`, `torch.tensor([0.1, 0.2], ...)`, `x[mask] = 0.1`.
 
     The dispatcher sees only the finished tensor, rounded to the dtype of the trace; a run in another dtype needs the
-    number itself.
+    exact number.
     """
 
     def __init__(self, weights_dtype: torch.dtype | None) -> None:
@@ -87,7 +86,7 @@ def _scalar(number: float, dtype: torch.dtype, device: torch.device | str | None
 
 
 class SymbolicIndices(TorchFunctionMode):
-    """Record reading from and writing to tensors at symbolic indices."""
+    """Record reads and writes of tensors at symbolic indices."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -113,13 +112,13 @@ def _is_symbol(item: Any) -> bool:
 
 
 def _is_handled(items: tuple[Any, ...]) -> bool:
-    """Whether there is a symbol among plain indices; a mask or a tensor of indices has rules of its own."""
+    """Return whether there is a symbol and no tensor among the indices; masks and index tensors have other rules."""
     is_plain = all(item is None or item is Ellipsis or type(item) in (int, slice, torch.SymInt) for item in items)
     return is_plain and any(_is_symbol(item) for item in items)
 
 
 def _axis(items: tuple[Any, ...], place: int, num_axes: int) -> int:
-    """The axis that an item is for."""
+    """Return the axis to which an item applies."""
     if any(item is Ellipsis for item in items[:place]):
         return num_axes - sum(item is not None for item in items[place:])
     return sum(item is not None for item in items[:place])
@@ -127,9 +126,7 @@ def _axis(items: tuple[Any, ...], place: int, num_axes: int) -> int:
 
 @contextlib.contextmanager
 def vmap_recorded(tracer: PythonKeyTracer) -> Iterator[None]:
-    """While the block runs, what happens inside `torch.vmap` is recorded after dispatch: functorch has then turned the
-    batched operations into plain ones.
-    """
+    """Record the inside of `torch.vmap` after functorch has converted batched operations into plain ones."""
     functions: Any = apis
     plain = functions.vmap_impl
 

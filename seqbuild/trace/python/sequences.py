@@ -1,4 +1,4 @@
-"""Sequences of tensors whose length depends on data: as many as there are images, for instance."""
+"""Sequences of tensors whose length depends on data, such as one tensor per image."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ _JOINS: dict[Any, Any] = {
 
 
 class UnknownLength(tuple[Any, ...]):
-    """Stands for a step's result that is a tuple or list of unknown length. It can be handed to another step and be
-    joined by `torch.cat` or `torch.stack`; whoever asks what is in it, or how long it is, gets a TraceError.
+    """Placeholder for a step's result that is a tuple or list of unknown length.
+
+    It can be passed to another step or joined by `torch.cat` or `torch.stack`; any other use raises TraceError.
     """
 
     node: fx.Node
 
     def __new__(cls, node: fx.Node | None = None) -> UnknownLength:
-        """Args: `node`, whose result it is; set later where it is not known yet."""
+        """Create a placeholder for the result of `node`, which can be set later."""
         made = super().__new__(cls)
         if node is not None:
             made.node = node
         return made
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise TraceError("a step returns a sequence whose length depends on data, and the model's code looks into it")
+        raise TraceError("the model's code reads a step's result that is a sequence of data-dependent length")
 
     __len__ = __iter__ = __getitem__ = __bool__ = __reversed__ = __contains__ = _refuse
     __add__ = __mul__ = _refuse
@@ -45,8 +46,8 @@ class JoinsRecorded(TorchFunctionMode):
 
     Args:
         record: called with the operator and its arguments.
-        record_collected: likewise, for a list that a recorded loop has filled.
-        is_collected: whether a list is one.
+        record_collected: called instead for a list that a recorded loop has filled.
+        is_collected: whether a list was filled by a recorded loop.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Run parts of a model on real values during a trace."""
+"""Execute parts of a model on real values during a trace."""

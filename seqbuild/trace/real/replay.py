@@ -1,9 +1,9 @@
-"""Real values of what a graph has calculated so far, for a few real samples.
+"""Replay the recorded part of a graph on a few real samples.
 
-A step that cannot run on fake tensors is rehearsed on real ones (`rehearse.py`). Where its arguments are made of
-the model's inputs by recorded operations (a grid of image patches, a mask, positions), they must be values that belong
-together, so the recorded operations are executed on the samples. What a leaf would have calculated is made up: its
-shape is known, its numbers do not matter.
+A step that cannot run on fake tensors gets a dry run on real ones (`dry_run.py`). Arguments that recorded operations
+compute from the model's inputs (a grid of image patches, a mask, positions) must have consistent values, so these
+operations are executed on the samples. Results of leaves are random: their shape is known and their numbers are
+irrelevant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.errors import TraceError
@@ -28,7 +28,7 @@ from seqbuild.trace.real.weightless import small_tensor
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-# A parameter with more numbers than this is not made up for a replay: compiling is to stay a laptop's work.
+# Larger parameters are not created for a replay, so that a laptop can compile any model.
 _LARGEST_PARAMETER = 2**28
 
 NodeOf = Callable[[Any], "fx.Node | None"]
@@ -36,21 +36,21 @@ Execute = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 
 @contextlib.contextmanager
-def for_real() -> Iterator[None]:
-    """No mode that records or fakes is active, and random numbers that are drawn are nobody else's."""
+def plain_execution() -> Iterator[None]:
+    """Disable all modes and gradients, and restore the random state after the block."""
     with _disable_current_modes(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad():
         yield
 
 
 class Replay:
-    """Executes a graph that is being recorded, as far as it goes, on real samples.
+    """Executes a graph on real samples while it is being recorded.
 
     Args:
-        samples: named inputs, of at least two different sizes; the first has the sizes of the trace.
-        shape_env: holds the symbols of the trace.
-        node_of: from a fake tensor or symbol to the node whose result it is, or None.
-        execute: calls a recorded function of the model's code for real.
-        lookup: from the name of a `get_attr` node to what it stands for.
+        samples: named inputs of at least two different sizes; the first has the sizes of the trace.
+        shape_env: the symbols of the trace.
+        node_of: returns the node whose result a fake tensor or symbol is, or None.
+        execute: calls a recorded function of the model's code on real values.
+        lookup: returns the value of a `get_attr` node.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Replay:
         self._generator = torch.Generator().manual_seed(1)
 
     def real(self, value: Any, variant: int) -> Any:
-        """Return the real value of `value` (fake tensors, symbols and containers of them) for one sample."""
+        """Return the real value of `value` (a fake tensor, a symbol or a container of them) for one sample."""
         node = self.node_of(value)
         if node is not None:
             self._catch_up(node.graph)
@@ -89,16 +89,16 @@ class Replay:
         return mapped(value, lambda item: self.real(item, variant))
 
     def known(self, node: fx.Node) -> list[Any]:
-        """What a node's result is for each of the samples.
+        """Return a node's result for each sample.
 
         Raises:
-            TraceError: when it is not known.
+            TraceError: if it is unknown.
         """
         self._catch_up(node.graph)
         return [self._value(node, variant) for variant in range(len(self.samples))]
 
     def remember(self, node: fx.Node, values: Sequence[Any]) -> None:
-        """The real results of a step that has been rehearsed."""
+        """Store the real results of a dry run."""
         self._catch_up(node.graph, before=node)
         for known, value in zip(self.values, values, strict=True):
             known[node] = value
@@ -106,25 +106,25 @@ class Replay:
         self._last = node
 
     def size(self, size: int | torch.SymInt, variant: int) -> int:
-        """Return a size as a number, for one sample."""
+        """Return a size as a number for one sample."""
         if not isinstance(size, torch.SymInt):
             return int(size)
         expression = self.shape_env.replace(size.node.expr)
         value = expression.xreplace({s: sympy.Integer(n) for s, n in self.symbols[variant].items()})
         if not value.is_Integer:
-            raise TraceError("a size that comes from values goes into a step that needs values itself")
+            raise TraceError("a step that needs values has an argument whose size depends on data")
         return int(value)
 
     def _catch_up(self, graph: fx.Graph, before: fx.Node | None = None) -> None:
-        """Execute what has been recorded since the last time, in order: operations may work in place."""
+        """Execute the nodes recorded since the last call, in order, because operations may work in place."""
         node = next(iter(graph.nodes)) if self._last is None else self._last.next
         while node.op != "root" and node is not before:
             if node not in self.values[0]:
                 for variant in range(len(self.samples)):
-                    with for_real():
+                    with plain_execution():
                         try:
                             self.values[variant][node] = self._run(node, variant)
-                        except Exception as error:  # only what asks for this value suffers
+                        except Exception as error:  # raised only if this value is needed
                             self.values[variant][node] = _Failed(error)
                 self._bind(node)
             self._last, node = node, node.next
@@ -132,7 +132,7 @@ class Replay:
     def _value(self, node: fx.Node, variant: int) -> Any:
         value = self.values[variant][node]
         if isinstance(value, _Failed):
-            raise TraceError(f"the value of {node.name} is not known while compiling: {value.error}") from value.error
+            raise TraceError(f"the value of {node.name} is unknown at compile time: {value.error}") from value.error
         return value
 
     def _run(self, node: fx.Node, variant: int) -> Any:
@@ -154,17 +154,17 @@ class Replay:
 
     def _attribute(self, node: fx.Node) -> Any:
         value = self.lookup(node)
-        if not isinstance(value, torch.Tensor) or not (value.is_meta or _is_fake(value)):
+        if not isinstance(value, torch.Tensor) or not (value.is_meta or isinstance(value, FakeTensor)):
             return value
         name = str(node.target)
         if name not in self._parameters:
             if value.numel() > _LARGEST_PARAMETER:
-                raise TraceError(f"{name} has {value.numel()} numbers, too many to make up")
+                raise TraceError(f"{name} has {value.numel()} numbers, too many for a dry run")
             self._parameters[name] = small_tensor(value, self._generator)
         return self._parameters[name]
 
     def _made_up(self, value: Any, variant: int) -> Any:
-        """Random numbers in the structure of `value`."""
+        """Return random numbers in the structure of `value`."""
         if isinstance(value, torch.Tensor):
             return small_tensor(value, self._generator, [self.size(size, variant) for size in value.shape])
         if isinstance(value, torch.SymInt):
@@ -172,7 +172,7 @@ class Replay:
         return mapped(value, lambda item: self._made_up(item, variant))
 
     def _bind(self, node: fx.Node) -> None:
-        """Learn the numbers behind symbols from a result whose size or value they are."""
+        """Determine the numbers for symbols that are the size or value of a result."""
         fake = node.meta.get("val")
         for variant, known in enumerate(self.values):
             value = known[node]
@@ -193,10 +193,6 @@ class _Failed:
     error: Exception
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
@@ -204,7 +200,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A container like `value` with `change` applied to what is in it; anything else as it is."""
+    """Apply `change` to the items of a container and return a new one; return any other value unchanged."""
     if isinstance(value, UnknownLength):
         return value
     if isinstance(value, torch.Size):
@@ -229,5 +225,5 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """The same containers with every tensor copied; modules, configs and the like as they are."""
+    """Copy all tensors and their containers; other objects, such as modules, are shared."""
     return value.clone() if isinstance(value, torch.Tensor) else mapped(value, copied)

@@ -1,4 +1,4 @@
-"""Which parameters a step uses that is handed whole modules, and real ones for it while it is rehearsed."""
+"""Find the parameters that a step uses, and provide real ones during a dry run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seqbuild.trace.real.weightless import small_tensor
 
 
 class ParametersSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which tensors reach an operator: after use, `tensors` holds their ids in order."""
+    """Records in `tensors` the ids of the tensors that are passed to operators, in order."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -31,11 +31,11 @@ class ParametersSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class Real:
-    """Real tensors in the place of fake ones, made when they are needed.
+class RealTensors:
+    """Creates real tensors for fake ones on demand.
 
     Args:
-        limit_bytes: the most that they may take together.
+        limit_bytes: the limit of their total size.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -45,15 +45,15 @@ class Real:
         self.made: dict[int, torch.Tensor] = {}
 
     def of(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """Small random numbers like `tensor`, and zero for integers; the same ones each time."""
+        """Return small random numbers (zeros for integers) in the shape of a fake tensor, the same in each call."""
         if tensor is None or not (tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)):
             return tensor
         if id(tensor) not in self.made:
             self.num_bytes += tensor.numel() * tensor.element_size()
             if self.num_bytes > self.limit_bytes:
                 raise TraceError(
-                    f"a step with more than {self.limit_bytes / 2**30:.0f} GiB of weights depends on values, and is "
-                    "too large to be run for its shape"
+                    f"the result shape of a step with more than {self.limit_bytes / 2**30:.0f} GiB of weights depends "
+                    "on data; the step is too large to be executed at compile time"
                 )
             value = small_tensor(tensor, self.generator)
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -62,13 +62,13 @@ class Real:
 
 
 @contextlib.contextmanager
-def really_there(modules: Sequence[nn.Module], limit_bytes: int) -> Iterator[Real]:
-    """Give these modules real tensors of their own, and those inside them when they are called.
+def real_tensors(modules: Sequence[nn.Module], limit_bytes: int) -> Iterator[RealTensors]:
+    """Give these modules real tensors while the block runs, and submodules when they are called.
 
-    A step may be handed a whole model and call but its image tower. What is small enough is there from the start: code
-    may also take a module's weight without calling the module.
+    A step may receive a whole model and call only its image tower. If all tensors are small enough, submodules get
+    theirs at once, because code may also read a module's weight without calling the module.
     """
-    real = Real(limit_bytes)
+    real = RealTensors(limit_bytes)
     inner = dict.fromkeys(part for module in modules for part in module.modules())
     is_small = sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) <= limit_bytes
     outer = inner if is_small else dict.fromkeys(modules)
@@ -83,7 +83,7 @@ def really_there(modules: Sequence[nn.Module], limit_bytes: int) -> Iterator[Rea
         yield real
 
 
-def _exchanging(module: nn.Module, real: Real, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _exchanging(module: nn.Module, real: RealTensors, forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with _exchanged(module, real):
             return forward(*args, **kwargs)
@@ -92,7 +92,7 @@ def _exchanging(module: nn.Module, real: Real, forward: Callable[..., Any]) -> C
 
 
 @contextlib.contextmanager
-def _exchanged(module: nn.Module, real: Real) -> Iterator[None]:
+def _exchanged(module: nn.Module, real: RealTensors) -> Iterator[None]:
     found = {kind: module.__dict__[kind] for kind in ("_parameters", "_buffers")}
     try:
         for kind, tensors in found.items():

@@ -1,7 +1,4 @@
-"""A model without its weights: every parameter and buffer a fake tensor, for as long as a trace takes.
-
-Everything here is put back afterwards, also when the trace fails.
-"""
+"""Give a model fake parameters and buffers during a trace, and restore everything afterwards, even on failure."""
 
 from __future__ import annotations
 
@@ -28,9 +25,10 @@ _HOOKS = (
 
 
 @contextlib.contextmanager
-def kept_as_found(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute of every module afterwards, whoever has set or added it meanwhile: the model's own
-    code, too, may keep a mask or a flag in `self`, and it would be made of fake tensors.
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore all attributes of all modules after the block.
+
+    The model's code may also set attributes, such as a mask, which would contain fake tensors.
     """
     found = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
     try:
@@ -46,10 +44,10 @@ def kept_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hooks_set_aside(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> Iterator[None]:
-    """Hooks on a leaf belong to the leaf: they run whenever the recorded step is executed, not while it is recorded.
+    """Remove the hooks of leaves while the block runs: they run whenever the step is executed, not while recording.
 
-    Those by which transformers collects hidden states stay: what they do is part of the forward around the leaf.
-    Every module gets dictionaries of its own, so that hooks added meanwhile go when the trace ends.
+    Hooks with which transformers collects hidden states stay, because they are part of the forward around the leaf.
+    Every module gets new dictionaries, so that hooks added during the trace disappear with it.
     """
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
@@ -57,17 +55,14 @@ def hooks_set_aside(model: nn.Module, is_leaf: Callable[[str, nn.Module], bool])
                 hooks = module.__dict__[kind]
                 stack.callback(module.__dict__.__setitem__, kind, hooks)
                 if is_leaf(name, module) and kind in ("_forward_hooks", "_forward_pre_hooks"):
-                    hooks = {key: hook for key, hook in hooks.items() if _is_collector(hook)}
+                    kept = "transformers.utils.output_capturing"
+                    hooks = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") == kept}
                 module.__dict__[kind] = OrderedDict(hooks)
         yield
 
 
-def _is_collector(hook: Any) -> bool:
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-
-
 def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """A real tensor on the CPU with the dtype of `like`, and its shape where none is given."""
+    """Create a real tensor on the CPU with the dtype of `like`, and its shape unless one is given."""
     sizes = tuple(like.shape) if shape is None else tuple(shape)
     if not like.is_floating_point():
         return torch.zeros(sizes, dtype=like.dtype)
@@ -76,16 +71,16 @@ def small_tensor(like: torch.Tensor, generator: torch.Generator, shape: Sequence
 
 @contextlib.contextmanager
 def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> Iterator[None]:
-    """Give every module of `model` fake parameters and buffers on the CPU, and put the real ones back afterwards.
+    """Give every module of `model` fake parameters and buffers on the CPU while the block runs.
 
-    Whole dictionaries are exchanged, never their entries: an offloaded model's dictionaries move data when they are
-    read or written. Hooks that accelerate has put around a forward would fetch weights, so they are bypassed too.
+    Complete dictionaries are replaced, never their entries, because an offloaded model's dictionaries move data on
+    access. Hooks of accelerate around a forward would fetch weights, so they are bypassed too.
 
     Args:
         model: any module tree.
-        fake_mode: the mode that owns the fake tensors.
-        dtype: floating point parameters become this dtype, except those that the model keeps in float32, or makes in
-            another dtype than most; None keeps all dtypes.
+        fake_mode: the mode of the fake tensors.
+        dtype: the dtype of the floating-point parameters, except those that the model keeps in float32 or creates in
+            a different dtype than most; None keeps all dtypes.
     """
     fakes: dict[int, torch.Tensor] = {}
     place = torch.device("cpu")
@@ -99,7 +94,7 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
             new_dtype = tensor.dtype
             if dtype is not None and is_parameter and tensor.dtype == usual:
                 new_dtype = torch.float32 if any(part in name for part in keep) else dtype
-            # What `torch.empty` and `nn.Parameter` come to in this mode, without the dispatcher.
+            # Same result as `torch.empty` and `nn.Parameter` in this mode, but without the dispatcher.
             value: Any = FakeTensor(fake_mode, torch.empty(tensor.shape, dtype=new_dtype, device="meta"), place)
             if is_parameter:
                 value._is_param = True
@@ -113,7 +108,7 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
                 stack.callback(module.__dict__.__setitem__, kind, originals)
                 module.__dict__[kind] = {
                     name: fake(f"{module_name}.{name}", tensor, kind == "_parameters")
-                    for name, tensor in _resting(originals).items()
+                    for name, tensor in _offloaded_tensors(originals).items()
                 }
             hooked = module.__dict__.get("_hf_hook") is not None and module.__dict__.get("forward")
             if hooked:
@@ -122,32 +117,35 @@ def fake_parameters(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dt
         yield
 
 
-def _resting(tensors: Mapping[str, torch.Tensor | None]) -> Mapping[str, torch.Tensor | None]:
-    """The tensors where they rest: compressed-tensors' offload caches load a tensor when it is looked up."""
-    resting: Any = getattr(tensors, "offloaded_values", None)
-    return resting if isinstance(resting, Mapping) else tensors
+def _offloaded_tensors(tensors: Mapping[str, torch.Tensor | None]) -> Mapping[str, torch.Tensor | None]:
+    """Return the offloaded tensors of a compressed-tensors offload cache, which would load a tensor on access."""
+    offloaded: Any = getattr(tensors, "offloaded_values", None)
+    return offloaded if isinstance(offloaded, Mapping) else tensors
 
 
-# What a trace needs of a config, where it has such a thing. Caches are for generating text. The grouped kernel for
-# fused experts refuses fake float32 tensors and the eager loop depends on data; only the shape of their output counts.
-_TRACING_CONFIG = {"use_cache": False, "_experts_implementation": "batched_mm"}
+# Config entries for tracing. Caches are for generating text. The grouped kernel for fused experts rejects fake float32
+# tensors and the eager loop depends on data; only the shape of their output matters.
+TRACING_CONFIG = {"use_cache": False, "_experts_implementation": "batched_mm"}
 
 
 @contextlib.contextmanager
-def tracing_configs(model: nn.Module) -> Iterator[None]:
-    """Switch off in every config of the model what cannot be traced, and put it back afterwards."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    with contextlib.ExitStack() as stack:
-        for config in configs.values():
-            for name, value in _TRACING_CONFIG.items():
-                if hasattr(config, name):
-                    stack.callback(setattr, config, name, getattr(config, name))
-                    setattr(config, name, value)
+def configured(model: nn.Module, wanted: Mapping[str, Any]) -> Iterator[None]:
+    """Set existing entries of the model's configs while the block runs."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    places = ((config, name) for config in configs.values() for name in wanted if hasattr(config, name))
+    # All values are read before the first is set, because a config may set its parts, too.
+    found = [(config, name, getattr(config, name)) for config, name in places]
+    try:
+        for config, name, _ in found:
+            setattr(config, name, wanted[name])
         yield
+    finally:
+        for config, name, value in found:
+            setattr(config, name, value)
 
 
 def _usual_dtype(model: nn.Module) -> torch.dtype | None:
-    """The floating point dtype that most of a model's numbers have; the code asks some parameters for theirs."""
+    """Return the floating-point dtype of most of a model's numbers; the model may fix the dtype of some parameters."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -156,5 +154,5 @@ def _usual_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
-    """Name parts of parameters that transformers keeps in float32 whatever dtype is asked for."""
+    """Return the parts of parameter names that transformers keeps in float32 for any requested dtype."""
     return tuple(sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ()))

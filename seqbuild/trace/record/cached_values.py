@@ -1,12 +1,11 @@
-"""Which values of a forward enter the key-value cache, found out by handing attention a cache that takes notes.
+"""Mark the values of a forward that enter the key-value cache, by passing attention a cache that takes notes.
 
-A model is traced without a cache. So that its own code says what it would keep, every module that updates a cache is
-called with a `_Notebook` where it would get none. Its `update` marks the nodes of what it is given, and returns them as
-an empty cache does: nothing of the trace changes. That holds for code which uses the cache in the few ways that a
-`_Notebook` has. Where code asks for more, the trace is made again without one, and the artifact says nothing about the
-cache.
+A model is traced without a cache. Every module that updates a cache is called with a `_NotingCache` instead of None.
+Its `update` marks the nodes of its arguments and returns them, as an empty cache does, so the trace does not change. If
+the model's code uses the cache in a way that a `_NotingCache` does not support, the trace is repeated without it, and
+the artifact contains no information about the cache.
 
-What a model hands to its attention function as queries is noted in the same way: schemes of attention round them, too.
+The queries that a model passes to its attention function are marked as well, because attention schemes quantize them.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from seqbuild.trace.record.number_reads import handed_over
+from seqbuild.trace.record.number_reads import passed_to_cache
 
 if TYPE_CHECKING:
     from seqbuild.trace.record.values import ValueTracer
 
-# Under this key a node says which values of which modules it is: pairs of the module's name and a part.
+# Metadata key of a node: pairs of a module's name and the part (key, value or query) of it that the node is.
 CACHED = "cached"
 KEY, VALUE, QUERY = "k", "v", "q"
-# What transformers and models of the same make call the cache in the signature of attention.
+# Names of the cache in the signatures of attention in transformers and similar code.
 _PARAMETERS = ("cache", "past_key_values", "past_key_value", "layer_past", "past_kv", "layer_state")
 _UPDATE = re.compile(r"\.update\(")
 
 
 class CachedValues:
-    """Marks the values that enter the cache while a forward is recorded.
+    """MaskTest the values that enter the cache while a forward is recorded.
 
     Args:
-        tracer: knows which node a tensor is the result of.
+        tracer: provides the node of each tensor.
 
     Attributes:
-        is_refused: whether some code has used the cache in a way that an empty one might answer differently.
+        is_refused: whether code used the cache in an unsupported way.
     """
 
     def __init__(self, tracer: ValueTracer) -> None:
@@ -52,7 +51,7 @@ class CachedValues:
         self._within: list[str] = []
 
     def watched(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
-        """A forward that hands its module a notebook where it would get no cache; None if it updates none."""
+        """Wrap a forward so that its module gets a noting cache instead of None; return None if it updates no cache."""
         kind: Any = type(module)
         parameter = _cache_parameter(kind)
         if parameter is None or getattr(module, "is_decoder", True) is False:
@@ -65,30 +64,30 @@ class CachedValues:
                 return forward(*args, **kwargs)
             self._within.append(name)
             try:
-                args, kwargs = self._with_notebook(name, signature, parameter, args, kwargs)
+                args, kwargs = self._with_noting_cache(name, signature, parameter, args, kwargs)
                 return forward(*args, **kwargs)
             finally:
                 self._within.pop()
 
         return call
 
-    def _with_notebook(
+    def _with_noting_cache(
         self, name: str, signature: inspect.Signature, parameter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A call's arguments, with a notebook for a cache that is named and not there. Encoders name none."""
+        """Replace a cache argument that is None by a noting cache; an omitted one, as in encoders, stays omitted."""
         try:
             bound = signature.bind_partial(*args, **kwargs)
-        except TypeError:  # let the forward itself say so
+        except TypeError:  # the forward itself raises the error
             return args, kwargs
         if bound.arguments.get(parameter, self) is not None:
             return args, kwargs
         if parameter in kwargs:
-            return args, {**kwargs, parameter: _Notebook(self, name)}
+            return args, {**kwargs, parameter: _NotingCache(self, name)}
         place = list(signature.parameters).index(parameter)
-        return (*args[:place], _Notebook(self, name), *args[place + 1 :]), kwargs
+        return (*args[:place], _NotingCache(self, name), *args[place + 1 :]), kwargs
 
     def mark(self, module: str, part: str, tensor: Any) -> None:
-        """Note that a tensor is a part of what a module keeps or compares with it."""
+        """Mark a tensor as a key, value or query of a module."""
         node = self.tracer.known_node(tensor) if isinstance(tensor, torch.Tensor) else None
         if node is None or node.op not in ("call_function", "call_module"):
             self.is_refused = True
@@ -98,7 +97,7 @@ class CachedValues:
 
     @contextlib.contextmanager
     def queries_marked(self) -> Iterator[None]:
-        """Have the functions by which transformers computes attention mark the queries that they are given."""
+        """Mark the queries that are passed to attention functions of transformers while the block runs."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         found = ALL_ATTENTION_FUNCTIONS.get_interface
@@ -123,7 +122,7 @@ class CachedValues:
 
 
 def encoder_modules(root: nn.Module) -> frozenset[nn.Module]:
-    """The modules of the encoder of an encoder-decoder model, which keeps nothing: it sees all tokens at once."""
+    """Return the encoder's modules of an encoder-decoder model; an encoder processes all tokens at once, uncached."""
     config, find = getattr(root, "config", None), getattr(root, "get_encoder", None)
     if not getattr(config, "is_encoder_decoder", False) or find is None:
         return frozenset()
@@ -132,8 +131,8 @@ def encoder_modules(root: nn.Module) -> frozenset[nn.Module]:
     return frozenset(encoder.modules()) if inside else frozenset()
 
 
-class _Notebook:
-    """A cache that keeps nothing and notes what it is given, for one module."""
+class _NotingCache:
+    """A cache for one module that stores nothing and marks its arguments."""
 
     def __init__(self, owner: CachedValues, module: str) -> None:
         self._owner = owner
@@ -142,51 +141,51 @@ class _Notebook:
         self.layers: tuple[Any, ...] = ()
 
     @property
-    def self_attention_cache(self) -> _Notebook:
-        """Of a decoder's two caches, that of its own tokens."""
+    def self_attention_cache(self) -> _NotingCache:
+        """Return a decoder's cache for its own tokens."""
         return self
 
     @property
-    def cross_attention_cache(self) -> _Notebook:
-        """Of a decoder's two caches, that of the encoder's tokens."""
+    def cross_attention_cache(self) -> _NotingCache:
+        """Return a decoder's cache for the encoder's tokens."""
         return self
 
     def update(self, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Note keys and values; an empty cache returns the same."""
-        handed_over(sys._getframe(1))
+        """Mark and return keys and values, as an empty cache returns them."""
+        passed_to_cache(sys._getframe(1))
         self._owner.mark(self._module, KEY, key)
         self._owner.mark(self._module, VALUE, value)
         return key, value
 
     def update_indexer(self, key: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keys by which tokens are chosen; they are no part of what attention keeps."""
-        handed_over(sys._getframe(1))
+        """Return keys that select tokens; they are not part of attention's keys and values."""
+        passed_to_cache(sys._getframe(1))
         return key
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """Nothing has been kept yet."""
-        handed_over(sys._getframe(1))
+        """Return 0, the length of an empty cache."""
+        passed_to_cache(sys._getframe(1))
         return 0
 
     def __getattr__(self, name: str) -> Any:
         self._owner.is_refused = True
-        raise AttributeError(f"this trace has no cache with {name}")
+        raise AttributeError(f"the cache of a trace does not support {name}")
 
 
 class _Never(dict[Any, bool]):
-    """Whether layers have been filled: none has, and it is not remembered that one was."""
+    """The flags of updated layers: always unset."""
 
     def get(self, key: Any, default: Any = None) -> Any:
-        handed_over(sys._getframe(1))
+        passed_to_cache(sys._getframe(1))
         return default
 
     def __setitem__(self, key: Any, value: bool) -> None:
-        handed_over(sys._getframe(1))
+        passed_to_cache(sys._getframe(1))
 
 
 @functools.cache
 def _cache_parameter(kind: Any) -> str | None:
-    """What a class calls the cache that its own forward updates; None if it updates none."""
+    """Return a class's name for the cache that its forward updates; None if it updates none."""
     parameters = _signature(kind).parameters
     named = next((name for name in _PARAMETERS if name in parameters), None)
     if named is None:
@@ -200,7 +199,7 @@ def _cache_parameter(kind: Any) -> str | None:
 
 @functools.cache
 def _signature(kind: Any) -> inspect.Signature:
-    """Of a bound forward."""
+    """Return the signature of a bound forward."""
     try:
         whole = inspect.signature(kind.forward)
     except (TypeError, ValueError):
@@ -209,13 +208,13 @@ def _signature(kind: Any) -> inspect.Signature:
 
 
 def is_marked_outside(nodes: Sequence[fx.Node], layer: str, graph: fx.Graph) -> bool:
-    """Whether values that a layer keeps were calculated elsewhere than by these nodes."""
+    """Return whether other nodes than these compute keys or values of a layer."""
     inside = dict.fromkeys(nodes)
     return any(_is_in(module, layer) and node not in inside for node, module, _ in marked_nodes(graph))
 
 
 def moved(marks: Sequence[tuple[str, str]], old: str, new: str) -> tuple[tuple[str, str], ...]:
-    """Marks of one layer as those of another one that does the same."""
+    """Rename the marks of one layer for another layer with the same computation."""
     return tuple((new + module.removeprefix(old) if _is_in(module, old) else module, part) for module, part in marks)
 
 
@@ -224,7 +223,7 @@ def _is_in(module: str, other: str) -> bool:
 
 
 def marked_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, str]]:
-    """The nodes of a graph that are marked, each with a module and a part, in order; inputs are not."""
+    """Yield the marked nodes of a graph except inputs, each with a module and a part, in order."""
     for node in graph.nodes:
         for module, part in node.meta.get(CACHED, ()) if node.op != "placeholder" else ():
             yield node, module, part

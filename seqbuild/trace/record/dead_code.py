@@ -1,4 +1,4 @@
-"""Remove the nodes of a recorded graph that nothing needs."""
+"""Remove unneeded nodes from a recorded graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DROPOUT = tuple(getattr(torch.ops.aten, name).default for name in ("dropout", "
 
 
 def drop_dropout(graph: fx.Graph) -> None:
-    """Remove dropout: in eval mode it returns its argument, the very same tensor."""
+    """Remove dropout, which returns its argument in eval mode."""
     for node in list(graph.nodes):
         if node.target in _DROPOUT and not node.args[2]:
             if CACHED in node.meta:
@@ -22,7 +22,7 @@ def drop_dropout(graph: fx.Graph) -> None:
 
 
 def drop_dead_code(graph: fx.Graph) -> None:
-    """Remove operators that nothing uses and that change nothing; calls of the model's own code always stay."""
+    """Remove unused operators without side effects; calls of the model's own code always stay."""
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or (node.op == "call_function" and _is_pure(node))):
             graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Describe the results of a leaf by its arguments, so that they can be made again."""
+"""Describe a leaf's result in terms of its arguments, so that it can be recreated."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from seqbuild.trace.record.looks import PLAIN, Look, UnknownValueError
+from seqbuild.trace.experts.signature import UnknownValueError
+from seqbuild.trace.record.call_state import PLAIN, CallState
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A result, described so that it can be made again."""
+    """A description from which a result can be recreated."""
 
     content: Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Argument:
-    """An argument that is handed through: its place among the tensors."""
+    """An argument that is returned unchanged: its index among the tensors."""
 
     place: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tensor:
-    """A tensor that the leaf made."""
+    """A new tensor."""
 
     sizes: tuple[Any, ...]
     strides: tuple[Any, ...]
@@ -36,25 +38,25 @@ class _Tensor:
 
 
 class Describer:
-    """Describes a result so that it can be made again."""
+    """Describes the result of one call."""
 
-    def __init__(self, look: Look) -> None:
-        self.look = look
-        self.arguments = {id(tensor): place for place, tensor in enumerate(look.tensors[: look.num_arguments])}
-        self.storages = {_storage(tensor) for tensor in look.tensors}
+    def __init__(self, state: CallState) -> None:
+        self.state = state
+        self.arguments = {id(tensor): place for place, tensor in enumerate(state.tensors[: state.num_arguments])}
+        self.storages = {_storage(tensor) for tensor in state.tensors}
 
     def of(self, value: Any) -> Any:
-        """The description of a part of the result.
+        """Describe a part of the result.
 
         Raises:
-            UnknownValueError: when it cannot be made again.
+            UnknownValueError: if it cannot be recreated.
         """
         kind = type(value)
         if kind in PLAIN or kind in (float, complex):
             return value
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
-        if id(value) in self.look.containers:
+        if id(value) in self.state.containers:
             raise UnknownValueError
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return kind(*(self.of(item) for item in value))
@@ -67,13 +69,13 @@ class Describer:
     def _tensor(self, tensor: torch.Tensor) -> Any:
         if id(tensor) in self.arguments:
             return _Argument(place=self.arguments[id(tensor)])
-        self.look.require_plain(tensor)
+        self.state.require_plain(tensor)
         sizes, strides = tuple(tensor.shape), tuple(tensor.stride())
         symbols = {symbol for size in (*sizes, *strides) for symbol in _symbols(size)}
         storage = _storage(tensor)
         offset: Any = tensor.storage_offset()
         is_new = storage not in self.storages and not tensor.requires_grad and type(offset) is int and offset == 0
-        if not is_new or not symbols <= self.look.symbols:
+        if not is_new or not symbols <= self.state.symbols:
             raise UnknownValueError
         self.storages.add(storage)
         return _Tensor(sizes=sizes, strides=strides, dtype=tensor.dtype, device=tensor.device)
@@ -87,17 +89,15 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def made(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
-    """Make a described result again, of these arguments."""
-    if isinstance(described, _Argument):
-        return arguments[described.place]
-    if isinstance(described, _Tensor):
-        dtype, device = described.dtype, described.device
-        return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
-    if isinstance(described, tuple) and hasattr(described, "_fields"):
-        return type(described)(*(made(item, arguments) for item in described))
-    if isinstance(described, (tuple, list)):
-        return type(described)(made(item, arguments) for item in described)
-    if isinstance(described, dict):
-        return {key: made(item, arguments) for key, item in described.items()}
-    return described
+def recreated(described: Any, arguments: Sequence[torch.Tensor]) -> Any:
+    """Recreate a described result for these arguments."""
+
+    def part(described: Any) -> Any:
+        if isinstance(described, _Argument):
+            return arguments[described.place]
+        if isinstance(described, _Tensor):
+            dtype, device = described.dtype, described.device
+            return torch.empty_strided(described.sizes, described.strides, dtype=dtype, device=device)
+        return described
+
+    return pytree.tree_map(part, described)

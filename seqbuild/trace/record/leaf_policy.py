@@ -1,23 +1,25 @@
-"""Which modules are leaves when a model is traced through: those that a host builds by itself, and foreign ones.
+"""Decide which modules are leaves of a deep trace: those that a host builds by itself, and foreign ones.
 
-The experts of a mixture are one leaf (`experts.py`, `dense_experts.py`). A class that inherits from `Linear` and
-calculates in its own way (Falcon's, for instance) is a leaf, too, so that it can be quantized: what it calculates is
-traced by itself, and the host executes that.
+The experts of a mixture are one leaf (`seqbuild.trace.experts`). A subclass of `Linear` with its own forward, such as
+Falcon's, is also a leaf, so that it can be quantized: its forward is traced separately, and the host executes the
+resulting program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.pytorch_utils import Conv1D
 
-from runtime.errors import SeqbuildError
+from runtime.errors import SeqbuildError, TraceError
 from runtime.model.leaves import leaf_kind
 from seqbuild.chain.emit import EmittedCode, emit
 from seqbuild.trace.experts.dense import dense_experts_leaf, is_dense_experts
@@ -32,18 +34,18 @@ TraceModule = Callable[[nn.Module, Mapping[str, torch.Tensor]], fx.Graph]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leaf:
-    """A kind of leaf, and the source of the program that it executes where its class calculates in its own way."""
+    """A kind of leaf, and the source of its program if its class has its own computation."""
 
     kind: LeafKind
     source: str = ""
 
 
 class LeafPolicy:
-    """Decides what is a leaf.
+    """Decides which modules are leaves.
 
     Args:
-        foreign: paths of forwards (`module:Class.forward`) whose modules are leaves all the same.
-        dtype: the dtype that stands for the weights' in programs of leaves; None for their own.
+        foreign: paths of forwards (`module:Class.forward`) whose modules are leaves although the host lacks them.
+        dtype: the dtype that represents the weights' in programs of leaves; None for their own.
         trace: records the forward of one module on one sample, with weights of that dtype.
     """
 
@@ -54,16 +56,16 @@ class LeafPolicy:
         self._leaves: dict[nn.Module, Leaf | None] = {}
 
     def prepare(self, root: nn.Module) -> None:
-        """Look at every module of a model, as long as nothing of it has been replaced."""
+        """Classify all modules of a model before any of its forwards is replaced."""
         for module in root.modules():
             self.leaf(module)
 
     def is_step(self, module: nn.Module) -> bool:
-        """Whether a module is called as one step."""
+        """Return whether a module is called as one step."""
         return forward_path(module) in self.foreign or self.leaf(module) is not None
 
     def leaf(self, module: nn.Module) -> Leaf | None:
-        """What a host builds for a module; None when it cannot."""
+        """Return the leaf that a host builds for a module; None if it cannot build one."""
         if module not in self._leaves:
             self._leaves[module] = self._find(module)
         return self._leaves[module]
@@ -87,7 +89,7 @@ class LeafPolicy:
         return Leaf(kind=kind, source=code.source)
 
     def _program(self, module: nn.Module) -> EmittedCode | None:
-        """The code of what a single matrix does with a single input; None when it is more than that."""
+        """Trace a module with one matrix and one input; None if it has more than that."""
         names = list(inspect.signature(module.forward).parameters)
         own = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         if len(names) != 1 or not set(own) <= {"weight", "bias"} or list(module.children()):
@@ -105,14 +107,46 @@ class LeafPolicy:
 
 
 def forward_path(module: nn.Module) -> str:
-    """`module:Class.forward`, by the class that defines the module's forward."""
+    """Return `module:Class.forward` for the class that defines the module's forward."""
     home = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return f"{home.__module__}:{home.__qualname__}.forward"
 
 
 def always_foreign(model: nn.Module) -> list[str]:
-    """Forwards of modules that are neither leaves nor traced through: fused experts of an unknown kind, for what they
-    do on fake tensors (they gather weights for each token) is not what they do in a run.
+    """Return the forwards of fused experts of an unknown kind, which are neither leaves nor traced through.
+
+    On fake tensors they gather weights for each token, which differs from what they do in a run.
     """
     found = (module for module in model.modules() if is_experts(module) and experts_leaf(module) is None)
     return list(dict.fromkeys(forward_path(module) for module in found))
+
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def leaves_left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Reject recorded code that sets an attribute of one of these modules to a different value.
+
+    Some models select another kind of attention for short inputs this way. A chain calls the leaves of a new model, on
+    which the attribute is not set. If the function that sets it is an opaque step, it is part of the chain.
+    """
+    leaves = frozenset(modules)
+    plain = nn.Module.__setattr__
+
+    def setattr_(self: nn.Module, name: str, value: Any) -> None:
+        if self in leaves and get_proxy_mode() is not None and not _is_same(getattr(self, name, _MISSING), value):
+            raise TraceError(f"the model's forward sets {name} of {type(self).__name__}, which is inside a step")
+        plain(self, name, value)
+
+    nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = plain  # type: ignore[method-assign]
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    return not isinstance(new, (torch.Tensor, nn.Module)) and type(old) is type(new) and bool(old == new)

@@ -1,6 +1,6 @@
-"""Who looks at the attributes that number a layer: a layer whose result may follow from its number is no other's twin.
+"""Record reads of attributes with a layer's index: a layer whose result may depend on its index equals no other layer.
 
-A number that is handed to a cache which keeps nothing, and goes nowhere else, is not looked at.
+Reading the index only to pass it to a cache that stores nothing does not count.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 
-# Whose looking at all attributes of a module says nothing about the model's code.
-# Frames of torch and of `seqbuild.trace` are not the model's.
+# Code of torch and of `seqbuild.trace`, whose reads of all attributes of a module do not count.
 _OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
-# Attributes of a class that are compared.
+# Types of the class attributes that are compared.
 SHARED_KINDS = (bool, int, float, str, list, dict, set, tuple, type(None))
 
-# The reads that are being noted, the innermost last.
-_ACTIVE: list[NumberReads]
+# The active recorders, innermost last.
+_ACTIVE: list[NumberReads] = []
 
 
 @dataclass(eq=False)
 class NumberReads:
-    """Reads in order: the attribute, and which instruction of which frame has read it."""
+    """Reads in order: the attribute, and the frame and instruction that read it."""
 
     found: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -38,7 +37,7 @@ class NumberReads:
         return bool(self.found)
 
     def note(self, name: str, frame: types.FrameType | None = None) -> None:
-        """Note one, by the frame that reads it if that is known."""
+        """Record a read, with the frame that reads if it is known."""
         self.found.append((name, id(frame) if frame is not None else 0, frame.f_lasti if frame is not None else -1))
 
     def __enter__(self) -> NumberReads:
@@ -49,11 +48,8 @@ class NumberReads:
         _ACTIVE.remove(self)
 
 
-_ACTIVE = []
-
-
-def handed_over(frame: types.FrameType) -> None:
-    """Forget the last read, if it was made for the arguments of the call that `frame` is at, and is kept nowhere."""
+def passed_to_cache(frame: types.FrameType) -> None:
+    """Discard the last read if its value is only an argument of the call that `frame` is executing."""
     for reads in _ACTIVE:
         if reads.found:
             _, reader, place = reads.found[-1]
@@ -63,16 +59,14 @@ def handed_over(frame: types.FrameType) -> None:
 
 @functools.cache
 def _is_direct(code: types.CodeType, first: int, last: int) -> bool:
-    """Whether nothing is stored, decided or called after one instruction and before the call that another is in."""
+    """Return whether nothing is stored, called or branched on between one instruction and the call at another."""
     *between, _ = [step.opname for step in dis.get_instructions(code) if first < step.offset <= last]
     return not any("STORE" in name or "JUMP" in name or name.startswith(("CALL", "COPY", "DUP")) for name in between)
 
 
 @contextlib.contextmanager
 def numbers_watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[NumberReads]:
-    """Note whenever one of these attributes is looked at, or all attributes at once, through any module of their
-    class.
-    """
+    """Record reads of these attributes, or of all attributes at once, on any module of their class."""
     with contextlib.ExitStack() as stack, NumberReads() as reads:
         for cls, name in numbered:
             setattr(cls, name, _WatchedAttribute(name, reads))
@@ -84,7 +78,7 @@ def numbers_watched(numbered: Mapping[tuple[type, str], None]) -> Iterator[Numbe
 
 @contextlib.contextmanager
 def _dictionary_watched(cls: Any, reads: NumberReads) -> Iterator[None]:
-    """Note whenever a module of this class is asked for `__dict__`, other than by torch or by us."""
+    """Record reads of `__dict__` of a module of this class, except by torch and this package."""
     looked_up, own = cls.__getattribute__, vars(cls).get("__getattribute__")
 
     def watching(module: Any, name: str) -> Any:
@@ -103,7 +97,7 @@ def _dictionary_watched(cls: Any, reads: NumberReads) -> Iterator[None]:
 
 
 class _WatchedAttribute:
-    """Stands in a class for an attribute that its objects have: being able to write, it goes before theirs."""
+    """Descriptor that records reads; with `__set__` it takes precedence over the objects' own attributes."""
 
     def __init__(self, name: str, reads: NumberReads) -> None:
         self.name = name

@@ -20,9 +20,9 @@ class OpaqueStep:
     """A function to be recorded as one step.
 
     Attributes:
-        path: how the host finds it: `module.path:function` or `module.path:Class.method`.
+        path: the path by which the host finds it: `module.path:function` or `module.path:Class.method`.
         function: the function itself; a method is called with its module as first argument.
-        places: every (object, attribute name) through which the model's code reaches it.
+        places: each (object, attribute name) through which the model's code can access it.
     """
 
     path: str
@@ -31,7 +31,7 @@ class OpaqueStep:
 
     @contextlib.contextmanager
     def replaced(self, record: Callable[[OpaqueStep, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-        """Let every call of the function go through `record` for the duration."""
+        """Redirect every call of the function to `record` while the block runs."""
 
         @functools.wraps(self.function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -49,13 +49,13 @@ class OpaqueStep:
 
 
 def find_opaque_steps(model: nn.Module, names: Sequence[str]) -> tuple[tuple[OpaqueStep, ...], tuple[str, ...]]:
-    """Find the functions that `names` mean, as `function`, `Class.method`, `module.path.function`, or by their path.
+    """Find functions by name: `function`, `Class.method`, `module.path.function`, or their path.
 
-    A bare function is looked for in the modules that define the classes of the model's modules; a method among those
-    classes; a dotted path is imported. All modules that have imported a function under a name of their own are found.
+    A bare function is searched in the Python modules that define the classes of the model's modules, and a method in
+    these classes; a dotted path is imported.
 
     Returns:
-        The steps, in the order of `names`, and the names that fit nothing.
+        The steps in the order of `names`, and the names without a match.
     """
     classes = model_classes(model)
     steps: dict[str, OpaqueStep] = {}
@@ -106,7 +106,7 @@ def _functions(name: str, classes: Sequence[type]) -> list[OpaqueStep]:
 
 
 def _places(function: Callable[..., Any]) -> tuple[tuple[Any, str], ...]:
-    """Every loaded module's name for the function: `from x import f` makes a new one in each importer."""
+    """Return every loaded module's name for the function, because `from x import f` creates one in each importer."""
     places = []
     for _, module in sorted((key, value) for key, value in sys.modules.items() if value is not None):
         names = getattr(module, "__dict__", {})

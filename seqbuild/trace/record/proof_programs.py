@@ -1,50 +1,46 @@
-"""Execute what was recorded of a module on small real values, to compare it with the module itself."""
+"""Execute the recorded code of a module on small real values, to compare it with the module itself."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
+from torch import fx, nn
 
 from runtime.errors import TraceError
 from runtime.language.program import Run, compile_program
 from seqbuild.chain.emit import emit
-from seqbuild.trace.real.rehearse import LIMIT_BYTES
-from seqbuild.trace.real.replay import for_real, mapped
-from seqbuild.trace.real.used_parameters import Real, really_there
-from seqbuild.trace.real.weightless import kept_as_found
+from seqbuild.trace.real.dry_run import LIMIT_BYTES
+from seqbuild.trace.real.replay import mapped, plain_execution
+from seqbuild.trace.real.used_parameters import RealTensors, real_tensors
+from seqbuild.trace.real.weightless import attributes_restored
 from seqbuild.trace.sizes.trials import Sizes
 
 if TYPE_CHECKING:
     from seqbuild.trace.recorder import Recorder
     from seqbuild.trace.sizes.symbols import Known
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import fx, nn
-
 SIZE = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """A call of a module while it was recorded.
+    """A recorded call of a module.
 
     Attributes:
         module: the module.
-        args: its arguments, fake.
-        kwargs: likewise.
-        inputs: the nodes of tensors among the arguments, before the call.
-        nodes: what was recorded.
+        args: its positional arguments, fake.
+        kwargs: its named arguments, fake.
+        inputs: the tensors among the arguments by their nodes before the call.
+        nodes: the recorded nodes.
         output: the fake result.
-        known: what was assumed of sizes before.
-        attributes: of the module and those inside it, before the call.
+        known: the assumptions about sizes before the call.
+        attributes: the attributes of the module and its submodules before the call.
     """
 
     module: nn.Module
@@ -57,23 +53,15 @@ class Call:
     attributes: Sequence[tuple[nn.Module, Mapping[str, Any]]]
 
 
-def nodes_after(last: fx.Node) -> Iterator[fx.Node]:
-    """What has been recorded since."""
-    node = last.next
-    while node.op != "root":
-        yield node
-        node = node.next
-
-
 class RecordedProgram:
-    """Code of what was recorded of a call.
+    """The code recorded for a call.
 
     Args:
-        tracer: owns the graph.
+        tracer: the tracer with the graph.
         call: the call.
 
     Raises:
-        TraceError: when the call takes or gives what cannot be made up or compared.
+        TraceError: if inputs of the call cannot be generated, or its results cannot be compared.
     """
 
     def __init__(self, tracer: Recorder, call: Call) -> None:
@@ -89,7 +77,7 @@ class RecordedProgram:
         self.symbols = tuple(self._symbols())
 
     def _is_from_outside(self, node: fx.Node) -> bool:
-        """Whether a node asks for a size of some tensor outside: it may be the first to ask for that size."""
+        """Return whether a node reads a size of a tensor outside the call; it may be the first read of that size."""
         return node.target is SIZE and node.args[0] not in self.call.inputs and node.args[0] not in self.call.nodes
 
     def _results(self) -> dict[str, tuple[fx.Node, torch.Tensor]]:
@@ -99,14 +87,14 @@ class RecordedProgram:
             if isinstance(value, torch.Tensor):
                 node = self.tracer.known_node(value)
                 if node is None or (node not in inside and node not in self.call.inputs):
-                    raise TraceError("a result is neither new nor an argument")
+                    raise TraceError("a result of the module is neither new nor an argument")
                 found[str(index)] = (node, value)
             elif value is not None and not isinstance(value, (bool, int, float, str)):
-                raise TraceError(f"a result of type {type(value).__name__}")
+                raise TraceError(f"the module returns a value of type {type(value).__name__}")
         return found
 
     def _graph(self) -> fx.Graph:
-        """The call's nodes as a graph of their own."""
+        """Copy the call's nodes to a graph of their own."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         inside = dict.fromkeys(self.nodes)
         needed = [source for node in self.nodes for source in node.all_input_nodes]
@@ -114,7 +102,7 @@ class RecordedProgram:
             if source in inside or source.op == "get_attr":
                 continue
             if source not in self.call.inputs and not isinstance(source.meta.get("val"), torch.SymInt):
-                raise TraceError(f"{source.name} comes by another way than as an argument")
+                raise TraceError(f"{source.name} enters the module other than as an argument")
             copies[source] = graph.placeholder(f"source_{len(self.sources)}")
             self.sources.append(source)
         for node in dict.fromkeys([*needed, *self.nodes]):
@@ -132,7 +120,7 @@ class RecordedProgram:
         return graph
 
     def _new_sizes(self) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
-        """Sizes that are first found in what was recorded: code behind the call may take them from there."""
+        """Yield sizes that first occur in the recorded nodes; code after the call may read them there."""
         seen = dict.fromkeys(size.node.expr for source in self.sources for size in sizes_in(source.meta.get("val")))
         for node in self.nodes:
             value = node.meta.get("val")
@@ -145,7 +133,7 @@ class RecordedProgram:
                     yield node, axis, size
 
     def _symbols(self) -> Iterator[sympy.Symbol]:
-        """All symbols that sizes of arguments are made of."""
+        """Yield the symbols in sizes of arguments."""
         values = [*leaves((self.call.args, self.call.kwargs)), *(source.meta.get("val") for source in self.sources)]
         found: dict[sympy.Symbol, None] = {}
         for value in values:
@@ -153,10 +141,10 @@ class RecordedProgram:
                 found.update(dict.fromkeys(self.tracer.shape_env.replace(size.node.expr).free_symbols))
         yield from sorted(found, key=str)
 
-    def is_right(self, sizes: Sizes) -> bool:
-        """Whether the code and the module give the same for arguments of these sizes."""
+    def is_equal(self, sizes: Sizes) -> bool:
+        """Return whether the code and the module have the same results for arguments of these sizes."""
         module, args, kwargs = self.call.module, self.call.args, self.call.kwargs
-        with for_real(), kept_as_found(module), really_there([module], LIMIT_BYTES) as real:
+        with plain_execution(), attributes_restored(module), real_tensors([module], LIMIT_BYTES) as real:
             ours, theirs = (MadeUpValues(sizes, real) for _ in range(2))
             output = module.forward(*theirs.of(tuple(args)), **theirs.of(dict(kwargs)))
             wanted = [value for value in leaves(output) if isinstance(value, torch.Tensor)]
@@ -168,7 +156,7 @@ class RecordedProgram:
                 and all(map(_is_same, got, wanted))
                 and all(_is_same(ours.made[key], value) for key, value in theirs.made.items() if key in ours.made)
                 and [sizes.shape(fake) for _, fake in self.results.values()] == [tuple(value.shape) for value in wanted]
-                and _says_something(wanted)
+                and _has_finite_value(wanted)
             )
 
     def _run(self, made: MadeUpValues) -> dict[str, Any]:
@@ -183,24 +171,24 @@ class RecordedProgram:
 
 
 class MadeUpValues:
-    """Real values for fake ones, of chosen sizes: each tensor once, and the same numbers whoever asks.
+    """Generates real values of chosen sizes for fake ones; two instances generate the same numbers.
 
     Args:
         sizes: the sizes.
-        real: gives parameters.
+        real: provides parameters.
     """
 
-    def __init__(self, sizes: Sizes, real: Real) -> None:
+    def __init__(self, sizes: Sizes, real: RealTensors) -> None:
         self.sizes = sizes
         self.real = real
         self.made: dict[int, torch.Tensor] = {}
 
     def of(self, value: Any) -> Any:
-        """What stands for `value`, which may be a container."""
+        """Return the real value for a fake value or container."""
         if isinstance(value, torch.SymInt):
             return self.sizes.number(value)
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
-            raise TraceError("a value that is no size")
+            raise TraceError("the value of a symbolic float or bool is unknown")
         if isinstance(value, nn.Parameter):
             return self.real.of(value)
         if isinstance(value, torch.Tensor):
@@ -221,7 +209,7 @@ class MadeUpValues:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What is in a container of containers, in order."""
+    """Yield the items of nested containers, in order."""
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from leaves(item)
@@ -236,7 +224,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def sizes_in(value: Any) -> Iterator[Any]:
-    """The symbolic sizes that `value` is made of."""
+    """Yield the symbolic sizes and strides in `value`."""
     sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
     yield from (size for size in sizes if isinstance(size, torch.SymInt))
 
@@ -247,6 +235,6 @@ def _is_same(one: Any, other: torch.Tensor) -> bool:
     return torch.equal(one, other) or (one.is_floating_point() and torch.allclose(one, other, 0, 0, equal_nan=True))
 
 
-def _says_something(values: Sequence[torch.Tensor]) -> bool:
-    """Whether the comparison could have failed: numbers that are none are all alike."""
+def _has_finite_value(values: Sequence[torch.Tensor]) -> bool:
+    """Return whether each tensor has a finite number; NaNs would always compare equal."""
     return all(bool(torch.isfinite(value).any()) for value in values if value.numel())

@@ -1,8 +1,8 @@
-"""Steps: calls that are recorded whole. A leaf module, an opaque function, a join of a sequence of unknown length.
+"""Record steps: calls of a leaf module, of an opaque function, or a join of a sequence of unknown length.
 
-What a step returns must be known in fake tensors, so that the trace can go on. There is a ladder: it is run on the fake
-tensors; where that fails it is rehearsed on real ones; and where only a size of the sample lets it run, that size is
-burnt in, which the trace then states or refuses. The rung that was taken is noted on the node.
+The trace needs a step's result in fake tensors. The step is run on fake tensors; if that fails, it gets a dry run on
+real ones, which is stored in the node's metadata. If it works only for a size of the sample, that size becomes a
+constant, which the trace then states as a condition or rejects.
 """
 
 from __future__ import annotations
@@ -19,33 +19,63 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 
 from runtime.errors import TraceError
 from runtime.host.left_as_found import values_apart
-from seqbuild.chain.marks import copy_dict
-from seqbuild.trace.real.rehearse import LIMIT_BYTES, Memory, Rehearsal, rehearse
+from seqbuild.chain.marks import copy_dict, is_empty_cache
+from seqbuild.chain.partition import DRY_RUN
+from seqbuild.trace.real.dry_run import LIMIT_BYTES, DryRun, Memory, dry_run
 from seqbuild.trace.real.replay import Replay
-from seqbuild.trace.real.used_parameters import ParametersSeen, really_there
-from seqbuild.trace.record.caches import EmptyCaches
+from seqbuild.trace.real.used_parameters import ParametersSeen, real_tensors
 from seqbuild.trace.record.opaque import OpaqueStep
-from seqbuild.trace.sizes.symbols import SizeBurntInError
+from seqbuild.trace.sizes.symbols import SizeSpecializedError
 
 if TYPE_CHECKING:
-    from seqbuild.trace.record.leaf_memory import LeafMemory
+    from seqbuild.trace.record.leaf_cache import LeafCache
     from seqbuild.trace.recorder import Recorder
-
-REHEARSED = "rehearsed"
 
 
 class TargetInsideError(TraceError):
     """A function that calls a target cannot be one step."""
 
 
+class _EmptyCaches:
+    """Replaces empty key-value caches among the arguments of layers by None.
+
+    Some models create a cache even if none is requested. A layer computes the same without it, because what it adds is
+    for the next token. But a model may also let one stack of layers read what another stack has added. This is part of
+    the computation and is rejected, because a chain has no cache.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], tuple[Any, nn.Module]] = {}
+
+    def without(self, value: Any, modules: Sequence[nn.Module]) -> Any:
+        """Return None for an empty cache, and any other argument of a step that calls `modules` unchanged.
+
+        Raises:
+            TraceError: if another layer with the same index has received the cache before.
+        """
+        if not is_empty_cache(value):
+            return value
+        for module in modules:
+            found = {vars(part).get("layer_idx") for part in module.modules()}
+            for number in sorted(number for number in found if type(number) is int):
+                _, before = self._seen.setdefault((id(value), number), (value, module))
+                if before is not module:
+                    raise TraceError(
+                        f"layers of {type(module).__name__} read the key-values that layers of {type(before).__name__} "
+                        "have stored in a cache, and a chain of subgraphs has no cache",
+                        hint="such a model cannot be compiled; compile the part that fills the cache separately",
+                    )
+        return None
+
+
 class Steps:
     """Records the steps of one trace.
 
     Args:
-        tracer: owns the graph.
+        tracer: the tracer with the graph.
         samples: real inputs of different sizes, see `seqbuild.trace.real.replay`.
-        lookup: from the name of a `get_attr` node to what it stands for.
-        leaf_memory: gives the results of leaves that are like an earlier one.
+        lookup: returns the value of a `get_attr` node.
+        leaf_cache: provides the results of leaves that equal an earlier one.
     """
 
     def __init__(
@@ -53,18 +83,18 @@ class Steps:
         tracer: Recorder,
         samples: Sequence[Mapping[str, Any]],
         lookup: Callable[[fx.Node], Any],
-        leaf_memory: LeafMemory,
+        leaf_cache: LeafCache,
     ) -> None:
         self.tracer = tracer
-        self.leaf_memory = leaf_memory
+        self.leaf_cache = leaf_cache
         self.replay = Replay(samples, tracer.shape_env, tracer.node_of, self._execute, lookup)
         self._memory: Memory = {}
         self._states: dict[int, tuple[Any, dict[Any, Any], fx.Node]] = {}
-        self._caches = EmptyCaches()
+        self._caches = _EmptyCaches()
         self._opaque_depth = 0
 
     def leaf(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """What replaces a leaf module's forward while the trace lasts."""
+        """Return the function that replaces a leaf module's forward during the trace."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if get_proxy_mode() is None:  # already inside another step
@@ -72,7 +102,7 @@ class Steps:
                     raise TargetInsideError(f"an opaque step calls the target {name}")
                 return forward(*args, **kwargs)
             if _modules(args, kwargs) and module not in self.tracer.targets:
-                return forward(*args, **kwargs)  # an artifact hands modules to opaque steps alone: it is traced through
+                return forward(*args, **kwargs)  # traced through: generated code passes modules to opaque steps only
             return self._record(
                 forward,
                 args,
@@ -126,7 +156,7 @@ class Steps:
         before = [(value, dict(value)) for value in _dicts(args, kwargs)]
         node_args, node_kwargs = self.tracer.create_arg(args), self.tracer.create_arg(kwargs)
         with _contents_kept(before):
-            output, rehearsal, used = self._run(function, args, kwargs, modules, is_known_to_fail)
+            output, learned, used = self._run(function, args, kwargs, modules, is_known_to_fail)
         filled = [(value, old) for value, old in before if not _same(value, old)]
         if filled:
             for value, old in filled:
@@ -136,11 +166,11 @@ class Steps:
         node.meta["structure"] = output
         if used is not None:
             node.meta["uses"] = used
-        if rehearsal is not None:
-            node.meta["rung"] = REHEARSED
+        if learned is not None:
+            node.meta[DRY_RUN] = True
         result = self.tracer.track(output, fx.Proxy(node, self.tracer))
-        if rehearsal is not None:
-            self.replay.remember(node, rehearsal.real)
+        if learned is not None:
+            self.replay.remember(node, learned.real)
         for value, old in filled:
             self._refill(value, old)
         return result
@@ -152,17 +182,17 @@ class Steps:
         kwargs: dict[str, Any],
         modules: Sequence[nn.Module],
         is_known_to_fail: bool,
-    ) -> tuple[Any, Rehearsal | None, tuple[str, ...] | None]:
-        """A step's result in fake tensors, what its rehearsal taught, and, for opaque ones, the parameters it uses."""
+    ) -> tuple[Any, DryRun | None, tuple[str, ...] | None]:
+        """Return a step's result in fake tensors, its dry run if any, and the parameters that an opaque step uses."""
         shape_env, names = self.tracer.shape_env, self.tracer.parameter_names
         with disable_proxy_modes_tracing(), shape_env.ignore_fresh_unbacked_symbols():
             try:
                 if is_known_to_fail:
-                    raise TraceError("a sequence of unknown length has no fake tensors")
+                    raise TraceError("a sequence of unknown length cannot be joined on fake tensors")
                 with shape_env.sizes_kept_free(), self._seen() as seen:
                     if seen is None and len(modules) == 1:
                         call = functools.partial(function, *args, **kwargs)
-                        output = self.leaf_memory.call(modules[0], args, kwargs, call)
+                        output = self.leaf_cache.call(modules[0], args, kwargs, call)
                     else:
                         output = function(*args, **kwargs)
                 return output, None, self._used(seen)
@@ -170,7 +200,7 @@ class Steps:
                 if isinstance(error, TargetInsideError):
                     raise
                 try:
-                    rehearsal = rehearse(
+                    learned = dry_run(
                         function,
                         args,
                         kwargs,
@@ -180,11 +210,11 @@ class Steps:
                         memory=self._memory,
                         names=names,
                     )
-                    return rehearsal.fake, rehearsal, rehearsal.used if self._opaque_depth else None
+                    return learned.fake, learned, learned.used if self._opaque_depth else None
                 except TargetInsideError:
                     raise
                 except Exception as second:
-                    if isinstance(error, SizeBurntInError):  # not by a loop over it: the step allows no other size
+                    if isinstance(error, SizeSpecializedError):  # the step allows this size only
                         with self._seen() as seen:
                             output = function(*args, **kwargs)
                         return output, None, self._used(seen)
@@ -203,16 +233,16 @@ class Steps:
         return None if seen is None else tuple(dict.fromkeys(n for t in seen.tensors for n in names.get(t, ())))
 
     def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        with values_apart(), really_there(_modules(args, kwargs), LIMIT_BYTES):
+        with values_apart(), real_tensors(_modules(args, kwargs), LIMIT_BYTES):
             return function(*args, **kwargs)
 
     def state_node(self, value: Any) -> fx.Node | None:
-        """The node of a dictionary that steps fill, as long as nothing else has changed it."""
+        """Return the node of a dictionary that steps fill, unless other code has modified it."""
         known = self._states.get(id(value))
         return known[2] if known is not None and _same(value, known[1]) else None
 
     def _state(self, value: MutableMapping[Any, Any], old: dict[Any, Any]) -> None:
-        """Make a dictionary that a step has filled a value of the graph: every step must get the same one."""
+        """Make a dictionary filled by a step a value of the graph, so that every step gets the same one."""
         known = self._states.get(id(value))
         if known is None or not _same(old, known[1]):
             node = self.tracer.create_node(
@@ -221,7 +251,7 @@ class Steps:
             self._states[id(value)] = (value, old, node)
 
     def _with_states(self, value: Any) -> Any:
-        """`create_arg`, with the dictionaries that are states by their nodes, whatever the step has made of them."""
+        """Apply `create_arg`, with the nodes of dictionaries from before the step modified them."""
         if id(value) in self._states:
             return self._states[id(value)][2]
         if type(value) is tuple:
@@ -231,7 +261,7 @@ class Steps:
         return self.tracer.create_arg(value)
 
     def _refill(self, value: MutableMapping[Any, Any], old: dict[Any, Any]) -> None:
-        """Name what the step has put into a dictionary."""
+        """Create nodes for the items that the step has added to a dictionary."""
         previous = self._states[id(value)][2]
         node = self.tracer.create_node("call_function", copy_dict, (previous,), {}, "state")
         proxy = fx.Proxy(node, self.tracer)
@@ -242,12 +272,12 @@ class Steps:
 
 
 def _modules(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[nn.Module]:
-    """Modules among the arguments of a step."""
+    """Return the modules among the arguments of a step."""
     return [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
 
 
 def _dicts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[MutableMapping[Any, Any]]:
-    """Dictionaries among the arguments of a step."""
+    """Yield the dictionaries among the arguments of a step."""
     for item in (*args, *kwargs.values()):
         if isinstance(item, (dict, UserDict)) and not dataclasses.is_dataclass(item):
             yield item
@@ -259,7 +289,7 @@ def _same(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 @contextlib.contextmanager
 def _contents_kept(found: Sequence[tuple[MutableMapping[Any, Any], dict[Any, Any]]]) -> Iterator[None]:
-    """Dictionaries get back the content that they are listed with when the step fails halfway."""
+    """Restore the given contents of dictionaries if the step fails."""
     try:
         yield
     except BaseException:

@@ -1,12 +1,12 @@
 """Record a model's forward at the dispatcher, with some modules as single steps.
 
-The model's own Python runs once, unchanged, on fake tensors whose batch and sequence lengths are symbols. Whatever
-reaches the dispatcher outside a leaf module is recorded as a `torch.ops.aten` call; a leaf's forward is replaced for
-the duration by one `call_module`. Python control flow just runs, so nothing of the model's source is parsed or
-rewritten, and the graph holds no closure and no live object: that is what makes it possible to save.
+The model's own Python code runs once, unchanged, on fake tensors with symbolic batch and sequence lengths. Operators
+outside leaf modules are recorded as `torch.ops.aten` calls, and calls of leaf modules as `call_module`. Python control
+flow is executed, so the model's source is neither parsed nor rewritten, and the graph contains no closures or live
+objects, which makes it possible to save it.
 
-Recording happens before decomposition (`pre_dispatch`), so composite operators such as
-`scaled_dot_product_attention` stay whole and choose their kernel on the device they run on.
+Recording happens before decomposition (`pre_dispatch`), so composite operators such as `scaled_dot_product_attention`
+stay whole and choose their kernel on the device of the run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,61 +23,70 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import (
-    ProxyTorchDispatchMode,
-    get_proxy_mode,
-)
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
 
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
-from runtime.host.left_as_found import Found, left_as_found
-from seqbuild.blame import UntraceableError, advice, blame, burnt_in, not_offered
+from runtime.host.left_as_found import ProcessState, left_as_found
+from seqbuild.blame import UntraceableError, advice, blame, specialized_size, unsupported_operator
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
 from seqbuild.trace.decide.constant_answers import constant_answer
 from seqbuild.trace.decide.decisions import Answer, Decisions, UndecidedError
 from seqbuild.trace.loops.record import Loops
-from seqbuild.trace.python.attribute_writes import leaves_left_alone
-from seqbuild.trace.python.builtins import Whole, largest, lengths_recorded, replaced, sets_in_order, smallest
+from seqbuild.trace.python.builtins import (
+    SymbolicInt,
+    lengths_recorded,
+    replaced,
+    sets_in_order,
+    symbolic_max,
+    symbolic_min,
+)
 from seqbuild.trace.python.modes import LiteralTensors, SymbolicIndices, limits_marked, vmap_recorded
 from seqbuild.trace.python.sequences import JoinsRecorded
-from seqbuild.trace.real.weightless import fake_parameters, hooks_set_aside, kept_as_found, tracing_configs
+from seqbuild.trace.real.weightless import (
+    TRACING_CONFIG,
+    attributes_restored,
+    configured,
+    fake_parameters,
+    hooks_set_aside,
+)
 from seqbuild.trace.record.cached_values import CachedValues, encoder_modules
 from seqbuild.trace.record.dead_code import drop_dead_code, drop_dropout
-from seqbuild.trace.record.leaf_memory import LeafMemory
-from seqbuild.trace.record.leaf_policy import LeafPolicy
+from seqbuild.trace.record.leaf_cache import LeafCache
+from seqbuild.trace.record.leaf_policy import LeafPolicy, leaves_left_alone
 from seqbuild.trace.record.opaque import find_opaque_steps
 from seqbuild.trace.record.proofs import Proofs
 from seqbuild.trace.record.sections import Sections
 from seqbuild.trace.record.steps import Steps
 from seqbuild.trace.record.values import ValueTracer, changed_in_place
-from seqbuild.trace.sizes.relations import is_assumption, is_statable
+from seqbuild.trace.sizes.relations import is_assumption, is_expressible
 from seqbuild.trace.sizes.symbols import WatchedSizes, model_sizes, numbers_hashable, sample_sizes
 
-# Torch logs whatever fails under fake tensors; ours is the one report a user sees.
+# Torch logs failures on fake tensors, which this package reports itself.
 _FAILURE_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 class SequentialTracer(ValueTracer):
-    """An fx tracer that looks inside the ancestors of sequential targets and nowhere else.
+    """An fx tracer that traces through the ancestors of sequential targets and records other modules as steps.
 
     Args:
-        ancestors: modules to trace through: those that contain a sequential target, see `get_sequential_ancestors`.
-        offloaded: modules whose parameters live elsewhere; never traced into, even when they are ancestors.
-        ignore: functions (`function`, `Class.method`, `module.path.function`) recorded as one opaque step each.
-        dtype: give the model's floating point parameters this dtype while tracing, whatever they have; None keeps
-            theirs. A dtype that the model's own code never names marks every place which follows the run's dtype.
-        targets: modules that may not be called inside of an opaque step.
-        answers: to decisions that follow from values, in their order, see `seqbuild.trace.decide.decisions`.
-        samples: real inputs for steps that need values, the first with the sizes of the sample; none makes them up.
-        leaves: `target` makes every module that contains no target one step; `linear` only what the host can build by
-            itself (see `runtime.model.leaves`), and everything else is traced through, targets included.
-        foreign: paths of forwards (`module:Class.forward`) whose modules are one step all the same.
-        fixed: inputs and axes whose sizes are no symbols.
-        marks_cache: note which values would enter the key-value cache, where leaves are traced to.
+        ancestors: the modules to trace through, which contain sequential targets, see `get_sequential_ancestors`.
+        offloaded: modules with offloaded parameters; never traced through, even if they are ancestors.
+        ignore: functions (`function`, `Class.method`, `module.path.function`) to record as one opaque step each.
+        dtype: the dtype of floating-point parameters during the trace; None keeps their own. A dtype that the model's
+            code never names marks every place that depends on the run's dtype.
+        targets: modules that must not be called inside an opaque step.
+        answers: answers to data-dependent decisions, in order, see `seqbuild.trace.decide.decisions`.
+        samples: real inputs for steps that need values, the first with the sizes of the sample; empty generates them.
+        leaves: `target` makes every module that contains no target one step; `linear` makes only modules that the host
+            can build by itself steps (see `runtime.model.leaves`) and traces through all others, including targets.
+        foreign: paths of forwards (`module:Class.forward`) whose modules are steps in any case.
+        fixed: inputs and axes whose sizes are not symbolic.
+        marks_cache: mark the values that would enter the key-value cache, if `leaves` is not `target`.
 
-    After `trace`, `shape_env` holds the symbols and what was assumed about them, `constants` the tensors that the
-    glue needs, and `unmatched_ignore` the names in `ignore` that fit no function.
+    After `trace`, `shape_env` contains the symbols and the assumptions about them, `constants` the tensors that the
+    code between steps needs, and `unmatched_ignore` the names in `ignore` without a match.
     """
 
     def __init__(
@@ -104,16 +114,14 @@ class SequentialTracer(ValueTracer):
         self.samples = samples
         self.fixed = frozenset(fixed)
         self.cached = CachedValues(self) if marks_cache and leaves != "target" else None
-        self.decisions = Decisions(answers, self, self._constant_answer)
+        self.decisions = Decisions(answers, self, lambda node: constant_answer(node, self.constants, self.dtype))
         self.shape_env = WatchedSizes(self.decisions)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        self.fake_mode.cache_enabled = False  # what it remembers is seldom asked for
+        self.fake_mode.cache_enabled = False  # it has few hits here
         self._real_buffers: dict[str, torch.Tensor] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether `m` is recorded as one step: its parameters are elsewhere, or it contains no target and is a leaf by
-        the policy.
-        """
+        """Return whether `m` is recorded as one step: if it is offloaded, or has no target inside and is a leaf."""
         if m in self.ancestors or m in self.offloaded:
             return m in self.offloaded
         return self.policy is None or self.policy.is_step(m)
@@ -121,21 +129,21 @@ class SequentialTracer(ValueTracer):
     def trace(  # type: ignore[override]
         self, root: nn.Module, sample_input: Mapping[str, Any], concrete_args: Mapping[str, Any] | None = None
     ) -> fx.Graph:
-        """Run `root(**sample_input, **concrete_args)` on fake tensors and return what it did.
+        """Run `root(**sample_input, **concrete_args)` on fake tensors and return the recorded graph.
 
         Args:
-            root: the model; real, on the meta device or offloaded. It is left as it was found, also on failure.
-            sample_input: named inputs; tensors become placeholders of symbolic size, anything else is taken as is.
+            root: the model; real, on the meta device, or offloaded. It is left unchanged, even on failure.
+            sample_input: named inputs; tensors become placeholders of symbolic size, other values are constants.
             concrete_args: further arguments whose values are part of the program, such as `use_cache=False`.
 
         Returns:
             The graph. Its output is a dict from the names of the model's output fields to their values.
 
         Raises:
-            TraceError: naming the function of the model, its file and its line, that could not be recorded.
+            TraceError: if code cannot be recorded; the message names function, file and line.
         """
         with left_as_found(root) as found, found.run():
-            # In a context of its own, so that what code keeps in context variables goes, too.
+            # A copied context discards changes of context variables.
             return contextvars.copy_context().run(self._trace, root, sample_input, concrete_args, found)
 
     def _trace(
@@ -143,7 +151,7 @@ class SequentialTracer(ValueTracer):
         root: nn.Module,
         sample_input: Mapping[str, Any],
         concrete_args: Mapping[str, Any] | None,
-        found: Found,
+        found: ProcessState,
     ) -> fx.Graph:
         self.root = root
         self.graph = fx.Graph(tracer_cls=SequentialTracer)
@@ -157,22 +165,19 @@ class SequentialTracer(ValueTracer):
             for context in self._surroundings(root):
                 stack.enter_context(context)
             self._name_objects(root)
-            leaf_memory = LeafMemory(root, self.fake_mode)
-            steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_memory)
+            leaf_cache = LeafCache(root, self.fake_mode)
+            steps = Steps(self, self.samples or rehearsal_samples(sample_input), self._lookup, leaf_cache)
             self._steps = steps
             self.decisions.replay = steps.replay
-            self._record_leaves(root, steps)
             loops = Loops(self)
             proofs = Proofs(self, loops)
-            self._watch(root, proofs)
-            self._watch_inside(root, Sections(self, leaf_memory))
+            self._replace_forwards(root, steps, proofs, Sections(self, leaf_cache))
             if self.cached is not None:
-                self._note_caches(root, self.cached)
                 stack.enter_context(self.cached.queries_marked())
             for step in opaque:
                 stack.enter_context(step.replaced(steps.opaque))
-            deeper = {} if self.policy is None else {"min": smallest, "max": largest, "range": loops.range}
-            stack.enter_context(replaced(root, {"int": Whole, **deeper}))
+            deeper = {} if self.policy is None else {"min": symbolic_min, "max": symbolic_max, "range": loops.range}
+            stack.enter_context(replaced(root, {"int": SymbolicInt, **deeper}))
             stack.enter_context(vmap_recorded(self))
             stack.enter_context(limits_marked(self.dtype))
             stack.enter_context(leaves_left_alone(inner for leaf in self._leaves(root) for inner in leaf.modules()))
@@ -194,20 +199,20 @@ class SequentialTracer(ValueTracer):
         return self.graph
 
     def _surroundings(self, root: nn.Module) -> tuple[contextlib.AbstractContextManager[Any], ...]:
-        """What holds around the whole trace, in the order in which it is entered."""
+        """Return the contexts of the whole trace, in order of entry."""
         return (
-            kept_as_found(root),
+            attributes_restored(root),
             sets_in_order((root, *self.ancestors)),
             hooks_set_aside(root, lambda name, module: self._is_step(root, name, module)),
             fake_parameters(root, self.fake_mode, self.dtype),
-            tracing_configs(root),
+            configured(root, TRACING_CONFIG),
             lengths_recorded(root),
             numbers_hashable(),
             quiet(*_FAILURE_LOGS, level=logging.CRITICAL),
         )
 
     def _finish(self, root: nn.Module, proofs: Proofs, loops: Loops) -> None:
-        """Check what was recorded, and drop what the graph does not need."""
+        """Check the graph and remove unneeded nodes and constants."""
         self._kept_alive.clear()
         self._steps = None
         drop_dropout(self.graph)
@@ -216,7 +221,7 @@ class SequentialTracer(ValueTracer):
         loops.require_closed(self.graph)
         for node in self.graph.nodes:
             if "culprit" in node.meta:
-                raise not_offered(node.target, node.meta["culprit"], self.ancestors)
+                raise unsupported_operator(node.target, node.meta["culprit"], self.ancestors)
         self._require_overwritten_unseen()
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {
@@ -235,16 +240,14 @@ class SequentialTracer(ValueTracer):
         )
 
     def _require_overwritten_unseen(self) -> None:
-        """Refuse steps that are handed, or that are, a module of a buffer that was overwritten around them: they would
-        see what the buffer held before.
-        """
+        """Reject steps that use the module of an overwritten buffer, because they would read its old value."""
         seen = [str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")]
         for name, place in self.overwritten.items():
             if any(name != other and (not other or name.startswith(f"{other}.")) for other in seen):
                 raise changed_in_place(name, place)
 
     def _run(self, root: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Run the model's forward while it is recorded; what goes wrong is laid at the door of a line of its code."""
+        """Record the model's forward, and attribute errors to a line of its code."""
         try:
             self.graph.output(self.create_arg(named_output(root(**arguments))))
         except UntraceableError:
@@ -258,28 +261,29 @@ class SequentialTracer(ValueTracer):
             raise blame(error, self.ancestors) from error
 
     def require_free_sizes(self, *, is_batch_only: bool) -> None:
-        """Refuse a trace that holds for one size of an input only.
+        """Reject a trace that is valid for one size of an input only.
 
         Args:
-            is_batch_only: look at the batch alone (the first of several axes), not at the length of token inputs. Other
-                sizes may be the model's own, an image's for instance.
+            is_batch_only: check the batch only (the first of several axes), not the length of token inputs. Other
+                sizes, such as an image's, may be fixed by the model.
 
         Raises:
-            TraceError: naming the input and the line of the model's code that decided by its size.
+            TraceError: naming the input and the line of the model's code that depends on its size.
         """
         for relation, culprit in self.shape_env.assumed:
             is_assumed = is_assumption(relation, is_decided=relation in self.shape_env.decided)
             if not relation.free_symbols <= self.shape_env.own and is_assumed:
-                raise burnt_in(f"the relation {relation} of sizes", culprit, self.ancestors)
+                raise specialized_size(f"the relation {relation} of sizes", culprit, self.ancestors)
         assumed = {guard.expr for guard in self.shape_env.guards}
-        for relation, culprit in self.shape_env.unstatable:
+        for relation, culprit in self.shape_env.inexpressible:
             known = self.shape_env.replace(relation)
             if (
                 relation in assumed
                 and known.free_symbols <= set(sample_sizes(self.shape_env))
-                and not is_statable(known)
+                and not is_expressible(known)
             ):
-                raise burnt_in(f"the relation {known} of sizes, which no artifact can state,", culprit, self.ancestors)
+                what = f"the relation {known} of sizes, which no condition can express"
+                raise specialized_size(what, culprit, self.ancestors)
         for node in self.graph.find_nodes(op="placeholder"):
             shape = node.meta["val"].shape
             is_text = len(shape) == 2 and not node.meta["val"].is_floating_point()
@@ -287,13 +291,11 @@ class SequentialTracer(ValueTracer):
                 is_meant = (axis == 0 and len(shape) > 1) or (axis == 1 and is_text and not is_batch_only)
                 if isinstance(size, torch.SymInt) and is_meant and self.shape_env.is_fixed(size):
                     what = f"the size of {node.target} along axis {axis} ({size.node.hint} in the sample)"
-                    raise burnt_in(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
+                    raise specialized_size(what, self.shape_env.culprits.get(size.node._expr), self.ancestors)
 
-    def insisted_on(self) -> tuple[tuple[str, int], ...]:
-        """Inputs and axes whose sizes the model takes but some of (see `seqbuild.trace.record.proofs`), in their
-        order.
-        """
-        symbols = {symbol for equality in self.shape_env.demanded for symbol in equality.free_symbols}
+    def fixed_by_model(self) -> tuple[tuple[str, int], ...]:
+        """Return the inputs and axes for which the model requires certain sizes, see `seqbuild.trace.record.proofs`."""
+        symbols = {symbol for equality in self.shape_env.required_equalities for symbol in equality.free_symbols}
         return tuple(
             (str(node.target), axis)
             for node in self.graph.find_nodes(op="placeholder")
@@ -302,7 +304,7 @@ class SequentialTracer(ValueTracer):
         )
 
     def is_for(self, sample_input: Mapping[str, Any]) -> bool:
-        """Whether a trace that was made with other sizes holds for those of this sample, too."""
+        """Return whether a trace made with other sizes is valid for this sample."""
         sizes: dict[Any, int] = {}
         for node in self.graph.find_nodes(op="placeholder"):
             for size, number in zip(node.meta["val"].shape, sample_input[str(node.target)].shape, strict=True):
@@ -311,53 +313,34 @@ class SequentialTracer(ValueTracer):
         return self.shape_env.allows(sizes)
 
     def _lookup(self, node: fx.Node) -> Any:
-        """What a `get_attr` node stands for; buffers have values even while they are fake."""
+        """Return the value of a `get_attr` node; buffers have real values even during the trace."""
         name = str(node.target)
         if "constant" in node.meta:
             return self.constants[name]
         if name in self._real_buffers:
             return self._real_buffers[name]
-        value: Any = self.root
-        for part in name.split(".") if name else ():
-            value = getattr(value, part)
-        return value
+        return operator.attrgetter(name)(self.root) if name else self.root
 
-    def _constant_answer(self, condition: fx.Node) -> bool | None:
-        return constant_answer(condition, self.constants, self.dtype)
+    def _replace_forwards(self, root: nn.Module, steps: Steps, proofs: Proofs, sections: Sections) -> None:
+        """Replace the forwards of modules; `attributes_restored` restores them.
 
-    def _record_leaves(self, root: nn.Module, steps: Steps) -> None:
-        """Replace the forward of every leaf by one that records a single step; `kept_as_found` puts it back."""
+        Leaves record a step. In a deep trace, assumptions about sizes are proven by the innermost module that makes
+        them. Modules that a trace with `leaves="target"` would record as steps must not make decisions, because as
+        steps they would be valid for all data. Targets also mark their nodes, and equal targets are recorded once.
+        """
+        encoder = encoder_modules(root) if self.cached is not None else frozenset()
         for name, module in root.named_modules():
             if self._is_step(root, name, module):
                 module.forward = steps.leaf(name, module, module.forward)
-
-    def _watch(self, root: nn.Module, proofs: Proofs) -> None:
-        """Have what is assumed of sizes inside of leaves by the other policy proven, by the smallest module that it
-        happens in.
-        """
-        if self.policy is not None:
-            for name, module in root.named_modules():
-                if module is not root and not self._is_step(root, name, module):
-                    module.forward = proofs.watched(module, module.forward)
-
-    def _watch_inside(self, root: nn.Module, sections: Sections) -> None:
-        """Modules that are traced through, though they contain no target, are steps by the other policy, and right for
-        all data then: so nothing may be decided inside of them. Targets also say so to the nodes that are made
-        meanwhile, and each kind is recorded but once.
-        """
-        for name, module in root.named_modules():
-            if module in self.ancestors or self._is_step(root, name, module):
                 continue
-            if module in self.targets:
+            if module is not root and self.policy is not None:
+                module.forward = proofs.watched(module, module.forward)
+            if module in self.targets and module not in self.ancestors:
                 module.forward = self._marked(name, module, module.forward, sections)
-            elif root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
+            elif module not in self.ancestors and root.get_submodule(name.rpartition(".")[0]) in self.ancestors:
                 module.forward = self._watched(module.forward)
-
-    def _note_caches(self, root: nn.Module, cached: CachedValues) -> None:
-        encoding = encoder_modules(root)
-        for name, module in root.named_modules():
-            if module is not root and module not in encoding and not self._is_step(root, name, module):
-                module.forward = cached.watched(name, module, module.forward) or module.forward
+            if module is not root and self.cached is not None and module not in encoder:
+                module.forward = self.cached.watched(name, module, module.forward) or module.forward
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -391,7 +374,7 @@ class SequentialTracer(ValueTracer):
 
 
 def leaf_policy(foreign: Collection[str] = (), dtype: torch.dtype | None = None) -> LeafPolicy:
-    """The policy that records programs of leaves with this tracer; the arguments are those of `LeafPolicy`."""
+    """Create a policy that records programs of leaves with this tracer; for the arguments see `LeafPolicy`."""
     return LeafPolicy(
         foreign, dtype, lambda module, sample: SequentialTracer([module], dtype=dtype).trace(module, sample)
     )

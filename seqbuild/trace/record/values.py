@@ -1,4 +1,4 @@
-"""What stands for what while a model's forward is recorded: values and the nodes whose results they are."""
+"""Map the values of a forward to the nodes whose results they are, while the forward is recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from runtime.errors import TraceError
 from runtime.language.operators import is_view
 from seqbuild.blame import Culprit, UntraceableError, find_culprit
-from seqbuild.chain.emit import is_offered
+from seqbuild.chain.emit import is_supported
 from seqbuild.chain.partition import WITHIN
 from seqbuild.trace.python.sequences import UnknownLength
 from seqbuild.trace.recorder import Recorder
@@ -29,15 +29,15 @@ _LITERALS = (type(None), bool, int, float, complex, str, torch.dtype, torch.devi
 
 
 class ValueTracer(Recorder):
-    """An fx tracer that knows the node of every tensor, symbol and named object that a model's code handles.
+    """An fx tracer that knows the node of every tensor, symbol and named object in a model's code.
 
     Args:
-        dtype: that of the weights while tracing, see `SequentialTracer`.
+        dtype: the dtype of the weights during the trace, see `SequentialTracer`.
 
     Attributes:
-        constants: tensors of the code's own, by the names of their nodes.
+        constants: tensors created by the model's code, by the names of their nodes.
         parameter_names: all dotted names of each parameter and buffer, by its id.
-        overwritten: buffers that the code fills anew whenever it runs, by name, and where.
+        overwritten: for each buffer that the code overwrites in every run, the line.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -54,7 +54,7 @@ class ValueTracer(Recorder):
         self._within = ""
 
     def create_arg(self, a: Any) -> Any:
-        """Turn a Python value into something a node can hold; names the type when it cannot."""
+        """Convert a Python value to an argument of a node; the error names the type if that is impossible."""
         if isinstance(a, torch.Tensor):
             return self._tensor_arg(a)
         if isinstance(a, UnknownLength):
@@ -81,7 +81,7 @@ class ValueTracer(Recorder):
         if name is not None:
             return self._attribute(name)
         raise TraceError(
-            f"a value of type {type(a).__module__}.{type(a).__qualname__} crosses a step and cannot be saved",
+            f"a step receives a value of type {type(a).__module__}.{type(a).__qualname__}, which cannot be saved",
             hint="make the function that passes it one opaque step with --ignore NAME",
         )
 
@@ -94,23 +94,25 @@ class ValueTracer(Recorder):
         name: str | None = None,
         type_expr: Any | None = None,
     ) -> fx.Node:
-        """Create a node as `fx.Tracer` does: attributes keep their dotted names."""
+        """Create a node as `fx.Tracer` does, so that attributes keep their dotted names."""
         if target is torch.ops.aten.copy_.default and self._overwrites(args):
             target = torch.ops.aten.copy.default
         node = fx.Tracer.create_node(self, kind, target, args, kwargs, name, type_expr)
         if self._within and kind != "get_attr":
             node.meta[WITHIN] = self._within
         if isinstance(target, torch._ops.OpOverload):
-            if not is_offered(target):
-                node.meta["culprit"] = find_culprit()  # refused when it turns out to be needed
+            if not is_supported(target):
+                node.meta["culprit"] = find_culprit()  # rejected at the end if the node is needed
             for written in _written(node, target._schema):
                 if written.op == "get_attr":
                     self._refuse_writing(str(written.target))
         return node
 
     def _overwrites(self, args: tuple[Any, ...]) -> bool:
-        """Whether a buffer gets other content before anything of it was read. What is read from then on is a result
-        like any other, and the buffer itself stays as it is: whoever runs the chain again overwrites it again.
+        """Return whether a buffer is overwritten before it was read.
+
+        Later reads then use the new value as an ordinary result. The buffer itself is not modified, because each run of
+        the chain overwrites it again.
         """
         buffer = args[0]
         if not isinstance(buffer, fx.Node) or buffer.op != "get_attr" or buffer.users:
@@ -125,11 +127,11 @@ class ValueTracer(Recorder):
         return True
 
     def _is_own_buffer(self, name: str) -> bool:
-        """Whether this is a buffer whose memory nothing else has; only who has the model can say so."""
+        """Return whether this buffer shares memory with no other tensor; a subclass that has the model overrides it."""
         return False
 
     def _refuse_writing(self, name: str) -> None:
-        """Refuse code that changes a parameter or buffer: a chain would do so for every batch, a model perhaps once."""
+        """Reject code that modifies a parameter or buffer, because a chain would do so again for every batch."""
         if any(name in names for names in self.parameter_names.values()):
             raise changed_in_place(name, find_culprit())
 
@@ -148,17 +150,18 @@ class ValueTracer(Recorder):
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
         if tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
             raise TraceError(
-                f"the model uses a tensor of shape {tuple(tensor.shape)} that is neither parameter, buffer nor result",
-                hint="its value is not known without weights; register it as a buffer of its module",
+                f"the model uses a tensor of shape {tuple(tensor.shape)} that is neither parameter, buffer nor result, "
+                "so its value is unknown without weights",
+                hint="register it as a buffer of its module",
             )
         if tensor.dtype == self.dtype:
             raise TraceError(
                 f"the model uses a tensor of shape {tuple(tensor.shape)} in the dtype of the weights, which is neither "
-                "parameter nor buffer",
-                hint="its digits are rounded for the trace; register it as a buffer of its module",
+                "parameter nor buffer and would be rounded in the trace",
+                hint="register it as a buffer of its module",
             )
         name = f"constant_{len(self.constants)}"
-        self.constants[name] = tensor  # copied when no mode is active any more, or the copy would be a fake
+        self.constants[name] = tensor  # copied after the trace, because a copy made in its modes would be fake
         self._tensor_names[id(tensor)] = name
         self._kept_alive.append(tensor)
         node = self._attribute(name)
@@ -166,7 +169,7 @@ class ValueTracer(Recorder):
         return node
 
     def _name_objects(self, root: nn.Module) -> None:
-        """Remember the dotted names of everything a step may be handed whole."""
+        """Store the dotted names of all tensors, modules and configs that a step may receive."""
         for tensors in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
             for name, tensor in tensors:
                 self._tensor_names.setdefault(id(tensor), name)
@@ -178,7 +181,7 @@ class ValueTracer(Recorder):
                 self._object_names.setdefault(id(config), f"{name}.config" if name else "config")
 
     def node_of(self, value: Any) -> fx.Node | None:
-        """The node whose result `value` is, or None."""
+        """Return the node whose result `value` is, or None."""
         if isinstance(value, UnknownLength):
             return value.node
         if not isinstance(value, (torch.Tensor, *_SYMBOLS)):
@@ -190,27 +193,27 @@ class ValueTracer(Recorder):
         return self._attribute(name) if name is not None else None
 
     def known_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """The node that looks a parameter or buffer up, or whose result a tensor is, if there is one."""
+        """Return the node that looks up a parameter or buffer, or whose result a tensor is, if there is one."""
         name = self._tensor_names.get(id(tensor))
         if name is not None:
-            return self._attribute_nodes.get(name)  # an operator that hands it on returns the very same tensor
+            return self._attribute_nodes.get(name)  # also if an operator returned the parameter itself
         found = self.unwrap_proxy(tensor)
         return found.node if isinstance(found, fx.Proxy) else None
 
     def outer_node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """As `known_node`, and one is made for a parameter that has not been looked up yet."""
+        """Return `known_node`, or a new node for a parameter that has not been looked up yet."""
         name = self._tensor_names.get(id(tensor))
         return self._attribute(name) if name is not None else self.known_node(tensor)
 
     def name_of(self, module: nn.Module) -> str:
-        """The name under which a module of the model is called."""
+        """Return the dotted name of a module."""
         return self._object_names[id(module)]
 
     def track(self, value: Any, proxy: fx.Proxy) -> Any:
-        """Tie every tensor and symbol inside `value` to its place in the result of `proxy`'s node.
+        """Register every tensor and symbol in `value` as a part of the result of `proxy`'s node.
 
-        A tensor that is already somebody's result (a step that hands its input through) becomes a fresh alias, so
-        that what came before the step keeps its own name.
+        A tensor that already has a node, because a step returns its input, is replaced by an alias, so that earlier
+        values keep their nodes.
         """
         if isinstance(value, torch.Tensor):
             if isinstance(self.unwrap_proxy(value), fx.Proxy) or id(value) in self._tensor_names:
@@ -239,20 +242,20 @@ class ValueTracer(Recorder):
         return value
 
     def item(self, proxy: fx.Proxy, key: Any) -> fx.Proxy:
-        """Part `key` of a step's result."""
+        """Record access to the item `key` of a step's result."""
         return fx.Proxy(self.create_node("call_function", operator.getitem, (proxy.node, key), {}), self)
 
 
 def _written(node: fx.Node, schema: Any) -> Iterator[fx.Node]:
-    """What an operator's node writes into, whatever it is a view of."""
+    """Yield the tensors that an operator modifies; for views, the viewed tensor."""
     for place, argument in enumerate(schema.arguments if schema.is_mutable else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            yield from (_seen_through(part) for part in pytree.tree_leaves(given) if isinstance(part, fx.Node))
+            yield from (_viewed(part) for part in pytree.tree_leaves(given) if isinstance(part, fx.Node))
 
 
-def _seen_through(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
+def _viewed(node: fx.Node) -> fx.Node:
+    """Return the node that a node is a view of."""
     while isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], fx.Node):
         if not is_view(node.target.overloadpacket.__name__):
             break
@@ -266,16 +269,16 @@ def _plain_key(key: Any) -> Any:
     if isinstance(key, torch.SymInt):
         return int(key)
     raise TraceError(
-        f"a dictionary with a key of type {type(key).__qualname__} crosses a step of the model and cannot be saved",
+        f"a step receives a dictionary with a key of type {type(key).__qualname__}, which cannot be saved",
         hint="make the function that passes it one opaque step with --ignore NAME",
     )
 
 
 def changed_in_place(name: str, place: Culprit | None) -> UntraceableError:
-    """The model's code changes a parameter or buffer."""
+    """Create the error for code that modifies a parameter or buffer."""
     where = f"{place.name} ({place.file}, line {place.line})" if place is not None else "the model's code"
     return UntraceableError(
-        f"{where} changes its own {name} in place while the model runs; an artifact would do so for every batch anew",
-        culprit=None,  # nor may it be done out of sight, in an opaque step
-        hint="switch it off in the model's config, if that offers to, or save the weights so changed",
+        f"{where} changes its own {name} in place while the model runs; an artifact would do so again for every batch",
+        culprit=None,  # an opaque step must not do it either
+        hint="switch it off in the model's config, if possible, or save the weights with the change",
     )

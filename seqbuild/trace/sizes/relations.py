@@ -1,10 +1,10 @@
-"""Convert assumptions of a trace about sizes to conditions that a host can check."""
+"""Analyze relations between symbolic sizes: which always hold, and which an artifact can state as conditions."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 from torch.utils._sympy.functions import (
@@ -21,9 +21,6 @@ from torch.utils._sympy.functions import (
     TruncToInt,
 )
 
-if TYPE_CHECKING:
-    pass
-
 RELATIONS: dict[Any, str] = {
     sympy.Eq: "==",
     sympy.Ne: "!=",
@@ -33,23 +30,23 @@ RELATIONS: dict[Any, str] = {
     sympy.GreaterThan: ">=",
 }
 _ROUNDED: dict[Any, str] = {CeilToInt: "ceil", FloorToInt: "floor", RoundToInt: "round", TruncToInt: "trunc"}
-# First size and step to the next one: sizes that a relation is tried on.
+# Sizes for testing a relation: the first size, and the step to each further one.
 _TRIALS = ((1, 0), (2, 1), (3, 4), (7, -1), (16, 13), (31, 5), (64, 64), (127, 1), (1000, 17), (4099, 101), (65537, 3))
 
 _ENOUGH_TRIALS = 4
 _MOST_SUMMED = 2000
 
 
-def is_statable(relation: Any) -> bool:
-    """Whether a relation between sizes could be a condition, or needs none."""
+def is_expressible(relation: Any) -> bool:
+    """Return whether a relation can be expressed as a condition or needs none."""
     if type(relation) not in RELATIONS or not relation.free_symbols or is_range(relation):
         return True
     names = {symbol: str(symbol) for symbol in relation.free_symbols}
-    return all(written(side, names) is not None for side in relation.args) or is_certain(relation)
+    return all(as_python(side, names) is not None for side in relation.args) or always_holds(relation)
 
 
 def is_implied(relation: Any, known: Iterable[Any]) -> bool:
-    """Whether a relation holds whenever those known do that are about the same sizes, as far as a few sizes show."""
+    """Return whether known relations of the same symbols imply a relation, judging by a few sizes."""
     same = [other for other in known if other.free_symbols and other.free_symbols <= relation.free_symbols]
     try:
         trials = [
@@ -62,10 +59,10 @@ def is_implied(relation: Any, known: Iterable[Any]) -> bool:
         return False
 
 
-def with_equalities(relation: Any, known: Iterable[Any]) -> Any:
-    """A relation, with numbers for those parts of it that are known to be equal to numbers.
+def substitute_equalities(relation: Any, known: Iterable[Any]) -> Any:
+    """Substitute numbers for the parts of a relation that are known to equal them.
 
-    Torch itself puts in numbers for single symbols only, not for products such as the patches of an image.
+    Torch substitutes single symbols only, not products such as the number of patches of an image.
     """
     for other in known:
         if relation.free_symbols and isinstance(other, sympy.Eq) and other.rhs.is_Integer:
@@ -74,31 +71,32 @@ def with_equalities(relation: Any, known: Iterable[Any]) -> Any:
 
 
 def is_assumption(relation: Any, *, is_decided: bool = False) -> bool:
-    """Whether a relation between sizes makes a trace hold for some data only: it is not true for all sizes, nor does it
-    only say that two inputs belong together.
+    """Return whether a relation restricts a trace to some data.
+
+    This is not the case if it holds for all sizes, or only states that two sizes of inputs are equal.
 
     Args:
-        relation: between sizes.
-        is_decided: whether the model's code decided by it. Then it is no matter of how a tensor lies in memory, and a
-            few sizes for which it holds say nothing: who asks for one length in particular asks for a rare one.
+        relation: a relation between sizes.
+        is_decided: whether the model's code branched on it. If so, it is not about memory layout, and testing a few
+            sizes is not enough, because code that tests for one particular length tests for a rare one.
     """
     if type(relation) not in RELATIONS or not relation.free_symbols:
         return False
     is_match = isinstance(relation, sympy.Eq) and all(side.is_Symbol for side in relation.args)
-    return not is_match and (is_decided or not is_certain(relation))
+    return not is_match and (is_decided or not always_holds(relation))
 
 
-def holds_in_turns(relation: Any, turns: Mapping[sympy.Symbol, Any]) -> bool:
-    """Whether a relation holds in every turn of loops, whatever the sizes.
+def holds_in_all_iterations(relation: Any, iteration_counts: Mapping[sympy.Symbol, Any]) -> bool:
+    """Return whether a relation holds in all iterations of loops for all sizes, judging by a few sizes.
 
     Args:
-        relation: with numbers of turns in it.
-        turns: how many turns each such number counts.
+        relation: a relation that contains loop indices.
+        iteration_counts: the number of iterations for each index.
     """
-    inner = [symbol for symbol in turns if symbol in relation.free_symbols]
-    counts = [turns[symbol] for symbol in inner]
-    sizes = {symbol for part in (relation, *counts) for symbol in part.free_symbols if symbol not in turns}
-    if any(symbol in turns for count in counts for symbol in count.free_symbols):
+    inner = [symbol for symbol in iteration_counts if symbol in relation.free_symbols]
+    counts = [iteration_counts[symbol] for symbol in inner]
+    sizes = {symbol for part in (relation, *counts) for symbol in part.free_symbols if symbol not in iteration_counts}
+    if any(symbol in iteration_counts for count in counts for symbol in count.free_symbols):
         return False
     try:
         for trial in _trials(sorted(sizes, key=str)):
@@ -112,13 +110,13 @@ def holds_in_turns(relation: Any, turns: Mapping[sympy.Symbol, Any]) -> bool:
 
 
 def summed(size: Any, index: sympy.Symbol, count: Any) -> Any:
-    """What a size comes to over all turns of a loop; None where that is not known."""
+    """Return the sum of a size over all iterations of a loop, or None if it is unknown."""
     if index not in size.free_symbols:
         return size * count
     symbols = sorted((size.free_symbols | count.free_symbols) - {index}, key=str)
     trials = [trial for trial in _trials(symbols) if int(count.xreplace(trial)) <= _MOST_SUMMED]
     totals = [
-        sum(int(size.xreplace({**trial, index: sympy.Integer(turn)})) for turn in range(int(count.xreplace(trial))))
+        sum(int(size.xreplace({**trial, index: sympy.Integer(i)})) for i in range(int(count.xreplace(trial))))
         for trial in trials
     ]
     matches = (s for s in symbols if all(int(trial[s]) == total for trial, total in zip(trials, totals, strict=True)))
@@ -126,28 +124,28 @@ def summed(size: Any, index: sympy.Symbol, count: Any) -> Any:
 
 
 def _trials(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, Any]]:
-    """Return several assignments of numbers to the symbols."""
+    """Return assignments of test sizes to the symbols."""
     return [{s: sympy.Integer(base + step * place) for place, s in enumerate(symbols)} for base, step in _TRIALS]
 
 
 def is_range(relation: Any, *, is_decided: bool = False) -> bool:
-    """Whether the relation only bounds a symbol: the dims state that. They have no gaps."""
+    """Return whether a relation only bounds a symbol, which the manifest's dims state. A range has no gaps."""
     left, right = relation.args
     if is_decided and isinstance(relation, sympy.Ne):
         return any(side.is_Integer and side < 1 for side in relation.args) and left.is_Symbol | right.is_Symbol
     return bool(left.is_Symbol and right.is_Integer) or bool(right.is_Symbol and left.is_Integer)
 
 
-def is_certain(relation: Any) -> bool:
-    """Whether the relation holds for all sizes, as far as a few show: then there is nothing to state."""
+def always_holds(relation: Any) -> bool:
+    """Return whether a relation holds for all sizes, judging by a few."""
     try:
         return all(bool(relation.xreplace(trial)) for trial in _trials(sorted(relation.free_symbols, key=str)))
     except ZeroDivisionError:
         return False
 
 
-def written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
-    """An expression as Python writes it; None for what a condition cannot hold."""
+def as_python(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
+    """Write an expression as Python code; return None if a condition cannot contain it."""
     if expression.is_Integer:
         return str(int(expression))
     if expression.is_Symbol:
@@ -156,7 +154,7 @@ def written(expression: Any, names: Mapping[sympy.Symbol, str]) -> str | None:
         return repr(float(expression))
     if expression.is_Rational:
         return f"({int(expression.p)} / {int(expression.q)})"
-    parts = [written(part, names) for part in expression.args]
+    parts = [as_python(part, names) for part in expression.args]
     if any(part is None for part in parts):
         return None
     if isinstance(expression, (FloorDiv, Mod, PythonMod)):

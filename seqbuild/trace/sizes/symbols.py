@@ -1,4 +1,4 @@
-"""Symbolic sizes that know who turned them into numbers."""
+"""Symbolic sizes that record which line of the model's code assumed something about them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from runtime.errors import TraceError
 from seqbuild.blame import Culprit, find_culprit, is_models_code
 from seqbuild.trace.decide.decisions import Decisions
-from seqbuild.trace.sizes.relations import holds_in_turns, is_assumption, is_implied, is_statable, with_equalities
+from seqbuild.trace.sizes.relations import (
+    holds_in_all_iterations,
+    is_assumption,
+    is_expressible,
+    is_implied,
+    substitute_equalities,
+)
 
-# Where a comparison of symbols becomes true or false, and what lies between it and whoever asks.
+# Files in which a comparison of symbols is evaluated, and files between these and the caller.
 _NUMBERS = inspect.getfile(torch.SymBool)
 _EVALUATES = (
     __file__,
@@ -40,25 +46,25 @@ _EVALUATES = (
     inspect.getfile(torch.fx.experimental.recording),
 )
 _FUNCTIONS = (inspect.getfile(torch.nn.functional), inspect.getfile(torch.functional))
-# Functions of torch in which one operator is executed, their `func`.
+# Functions of torch that execute one operator, `func`.
 _EXECUTES = (
     (inspect.getfile(torch._subclasses.fake_tensor), "dispatch"),
     (inspect.getfile(torch.fx.experimental.proxy_tensor), "proxy_call"),
 )
 _MOST_COORDINATES = 4
-# Of an expression. Sympy takes its time to simplify quotients and remainders in each other, a power of their depth.
+# Limit of an expression's size: the time sympy takes to simplify nested quotients and remainders is exponential.
 _MOST_PARTS = 1000
-# Where a result's memory layout is noted down.
+# The function of torch that stores a result's memory layout.
 _DESCRIBES = (inspect.getfile(torch.fx.experimental.proxy_tensor), "set_meta")
 
 
-class SizeBurntInError(RuntimeError):
-    """A symbol is about to become a number."""
+class SizeSpecializedError(RuntimeError):
+    """A symbol would be replaced by a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What is assumed of sizes at some point of a trace."""
+    """The assumptions about sizes at some point of a trace."""
 
     ranges: Mapping[Any, Any]
     axioms: Mapping[Any, Any]
@@ -66,10 +72,23 @@ class Known:
 
 
 class WatchedSizes(ShapeEnv):
-    """Remembers which line of the model's code turned a symbol into a number, or does not let it.
+    """Shape environment that records or prevents assumptions about sizes.
 
     Args:
-        decisions: answers what follows from values, where the glue asks for it.
+        decisions: answers data-dependent questions of code outside steps.
+
+    Attributes:
+        culprits: the line that converted a symbol to a number.
+        is_strict: raise an error instead of such a conversion.
+        is_noting: record assumptions instead of answering decisions: the code must be valid for all data.
+        assumed: the recorded assumptions and their lines.
+        decided: relations on which the model's own code branched.
+        more_than_one: symbols of sizes that must be larger than one.
+        required_equalities: equalities without which the model fails.
+        inexpressible: relations on which the code branched and that no condition can express.
+        iteration_counts: for each index of a loop, the number of iterations.
+        doubts: relations that do not hold in all iterations.
+        own: symbols of sizes fixed by the model, such as the width of a vector.
     """
 
     def __init__(self, decisions: Decisions | None = None) -> None:
@@ -77,21 +96,21 @@ class WatchedSizes(ShapeEnv):
         self.decisions = decisions
         self.culprits: dict[Any, Culprit | None] = {}
         self.is_strict = False
-        self.is_noting = False  # whether nothing may be decided: what the code assumes of sizes is to be noted
+        self.is_noting = False
         self.assumed: list[tuple[Any, Culprit | None]] = []
-        self.decided: set[Any] = set()  # relations that the model's own code has decided by
-        self.more_than_one: set[Any] = set()  # symbols for sizes that may not be one
-        self.demanded: list[Any] = []  # equalities without which the model fails
-        self.unstatable: list[tuple[Any, Culprit | None]] = []  # what the code decided by, and no artifact can state
-        self.turns: dict[Any, Any] = {}  # symbols that count the turns of loops, and how many those are
-        self.doubts: list[Any] = []  # relations that do not hold in all turns
-        self.own: set[Any] = set()  # symbols that stand for sizes of the model's own, such as the width of a vector
+        self.decided: set[Any] = set()
+        self.more_than_one: set[Any] = set()
+        self.required_equalities: list[Any] = []
+        self.inexpressible: list[tuple[Any, Culprit | None]] = []
+        self.iteration_counts: dict[Any, Any] = {}
+        self.doubts: list[Any] = []
+        self.own: set[Any] = set()
 
     @contextlib.contextmanager
     def sizes_kept_free(self) -> Iterator[None]:
-        """Raise `SizeBurntInError` where an input's size would become a number, and forget what a step assumed.
+        """Raise `SizeSpecializedError` if an input's size would become a number, and drop a step's assumptions.
 
-        Its branches on sizes are its own affair: a step is executed again in every run, and decides anew.
+        A step may branch on sizes, because it is executed in every run and branches again.
         """
         before, self.is_strict = self.is_strict, True
         known = self.known()
@@ -102,7 +121,7 @@ class WatchedSizes(ShapeEnv):
             self.is_strict = before
 
     def allows(self, numbers: Mapping[Any, int], known: Known | None = None) -> bool:
-        """Whether numbers for symbols respect everything that is assumed of sizes, or what was known once."""
+        """Return whether numbers for symbols satisfy the current assumptions, or those in `known`."""
         known = known or self.known()
         symbols = {symbol: sympy.Integer(number) for symbol, number in numbers.items()}
         for symbol, number in symbols.items():
@@ -114,15 +133,15 @@ class WatchedSizes(ShapeEnv):
         return all(relation != sympy.false for relation in relations)
 
     def known(self) -> Known:
-        """What is assumed of sizes by now, to come back to."""
+        """Return the current assumptions."""
         return Known(ranges=dict(self.var_to_range), axioms=dict(self.axioms), num_guards=len(self.guards))
 
     def forget(self, known: Known, is_forgotten: Callable[[Any], bool]) -> None:
-        """Forget relations assumed since then, so that whoever needs them is asked again.
+        """Drop relations assumed since `known`, so that code which needs them assumes them again.
 
         Args:
-            known: as of then.
-            is_forgotten: whether a relation is one of those.
+            known: the earlier assumptions.
+            is_forgotten: whether to drop a relation.
         """
         fresh = self.guards[known.num_guards :]
         if not any(is_forgotten(guard.expr) for guard in fresh) and self.var_to_range.items() >= known.ranges.items():
@@ -131,37 +150,40 @@ class WatchedSizes(ShapeEnv):
         self.var_to_range.update(known.ranges)
         self.axioms.clear()
         self.axioms.update(known.axioms)
-        self.fake_tensor_cache.clear()  # or an operator of the same sizes would not ask again
+        self.fake_tensor_cache.clear()  # otherwise an operator with the same sizes would not add guards again
         answered: Any = ShapeEnv._inner_evaluate_expr
-        answered.cache_clear()  # likewise whoever asks torch the same question
+        answered.cache_clear()  # for the same reason
         self._version_counter += 1
 
     def is_fixed(self, size: torch.SymInt) -> bool:
-        """Whether the trace holds for one value of `size` only."""
+        """Return whether the trace is valid for one value of `size` only."""
         expression = self.replace(size.node.expr)
         bounds = self.bound_sympy(expression)
         return bool(expression.is_number or bounds.lower == bounds.upper)
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `sym_node` is; a question that only values answer goes to `decisions`.
+        """Evaluate `sym_node`; a data-dependent question goes to `decisions`.
 
         Raises:
-            TraceError: for one that it would take sympy too long to think about.
+            TraceError: if the expression is too large for sympy.
         """
         if _has_more_parts(sym_node.expr, _MOST_PARTS):
-            raise TraceError(f"a size is calculated in more than {_MOST_PARTS} steps")
+            raise TraceError(f"the expression of a size has more than {_MOST_PARTS} terms")
         num_guards = len(self.guards)
         try:
             found = super().evaluate_sym_node(sym_node, *args, **kwargs)
-            self._set_turns_aside(num_guards)
+            self._drop_iteration_guards(num_guards)
             fresh = [] if self.is_strict else [guard.expr for guard in self.guards[num_guards:]]
             if not self.is_strict and sym_node.pytype is bool and _is_asked_by_code():
                 self._note_decision(sym_node.expr, found, fresh)
-            self.unstatable += [(relation, find_culprit()) for relation in fresh if not is_statable(relation)]
+            self.inexpressible += [(relation, find_culprit()) for relation in fresh if not is_expressible(relation)]
             if self.is_noting and len(self.guards) > num_guards and get_proxy_mode() is not None:
                 before = [guard.expr for guard in self.guards[:num_guards]]
-                added = [guard.expr for guard in self.guards[num_guards:]]
-                added = [relation for relation in added if self._is_open(relation, before)]
+                added = [
+                    guard.expr
+                    for guard in self.guards[num_guards:]
+                    if is_assumption(substitute_equalities(guard.expr, before), is_decided=guard.expr in self.decided)
+                ]
                 if not _is_asked_by_kernel() or any(_is_new_equality(relation, before) for relation in added):
                     self.assumed += [(relation, find_culprit()) for relation in added]
             return found
@@ -170,10 +192,10 @@ class WatchedSizes(ShapeEnv):
                 raise
             if self.is_noting:
                 is_bool = sym_node.pytype is bool
-                stated = self.decisions.stated(torch.SymBool(sym_node)) if is_bool else None  # type: ignore[no-untyped-call]
-                if stated is None:
+                constant = self.decisions.constant(torch.SymBool(sym_node)) if is_bool else None  # type: ignore[no-untyped-call]
+                if constant is None:
                     raise
-                return sympy.true if stated else sympy.false
+                return sympy.true if constant else sympy.false
             if sym_node.pytype is bool:
                 condition = torch.SymBool(sym_node)  # type: ignore[no-untyped-call]
                 return sympy.true if self.decisions.decide(condition, find_culprit()) else sympy.false
@@ -181,20 +203,17 @@ class WatchedSizes(ShapeEnv):
             if number is None:
                 raise
             if isinstance(sym_node.expr, sympy.Symbol):
-                self._set_replacement(sym_node.expr, sympy.Integer(number), "all samples have it")
+                self._set_replacement(sym_node.expr, sympy.Integer(number), "it is the same in all samples")
             return sympy.Integer(number)
 
     def is_assumption(self, relation: Any) -> bool:
-        """As `guards.is_assumption`, for a relation as it was when it was assumed."""
+        """Apply `relations.is_assumption` to a relation in the form in which it was assumed."""
         return is_assumption(self.replace(relation), is_decided=relation in self.decided)
 
-    def _is_open(self, relation: Any, known: Iterable[Any]) -> bool:
-        return is_assumption(with_equalities(relation, known), is_decided=relation in self.decided)
-
     def _note_decision(self, relation: Any, found: Any, fresh: Iterable[Any]) -> None:
-        """Remember what the model's code has decided by, and sizes that may not be one for it to come out so.
+        """Record a relation on which the model's code branched, and sizes for which one would change the outcome.
 
-        Torch takes it for granted that sizes are larger than one, and need not be told so.
+        Torch assumes that sizes are larger than one without adding a guard.
         """
         self.decided.update(fresh)
         sizes = {symbol: sympy.Integer(size) for symbol, size in sample_sizes(self).items()}
@@ -208,43 +227,43 @@ class WatchedSizes(ShapeEnv):
             ):
                 self.more_than_one.update(ones[:1])
 
-    def turn(self, count: torch.SymInt) -> torch.SymInt:
-        """The number of a turn of a loop; what is decided by it must be so in all of the turns."""
-        source = ConstantSource(f"turn_{len(self.turns)}")
+    def new_iteration_index(self, count: torch.SymInt) -> torch.SymInt:
+        """Create the symbol of a loop's index; branches on it must have the same outcome in all iterations."""
+        source = ConstantSource(f"turn_{len(self.iteration_counts)}")
         options: dict[str, Any] = {"positive": None, "do_not_specialize_zero_one": True}
         symbol = self.create_symbol(0, source, DimDynamic.DYNAMIC, None, **options)
         self.var_to_range[symbol] = ValueRanges(0, int_oo)
-        self.turns[symbol] = self.replace(count.node.expr)
+        self.iteration_counts[symbol] = self.replace(count.node.expr)
         index = self.create_symintnode(symbol, hint=0, source=source)
         assert isinstance(index, torch.SymInt), "it is a symbol"
         return index
 
     def num_symbols(self) -> int:
-        """How many symbols there are, those of loops not counted."""
-        return len(self.var_to_range) - len(self.turns)
+        """Return the number of symbols, without the indices of loops."""
+        return len(self.var_to_range) - len(self.iteration_counts)
 
-    def _set_turns_aside(self, num_guards: int) -> None:
-        """Relations of the number of a turn are no assumptions: they hold in all turns, or the loop is in doubt."""
-        if not self.turns or len(self.guards) == num_guards:
+    def _drop_iteration_guards(self, num_guards: int) -> None:
+        """Remove guards on loop indices; those that do not hold in all iterations become doubts about the loop."""
+        if not self.iteration_counts or len(self.guards) == num_guards:
             return
         for guard in self.guards[num_guards:]:
-            if any(symbol in self.turns for symbol in guard.expr.free_symbols):
+            if any(symbol in self.iteration_counts for symbol in guard.expr.free_symbols):
                 self.guards.remove(guard)
-                if not self.is_strict and not holds_in_turns(guard.expr, self.turns):
+                if not self.is_strict and not holds_in_all_iterations(guard.expr, self.iteration_counts):
                     self.doubts.append(guard.expr)
 
     def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
         if tgt.is_number and a in sample_sizes(self):
             if self.is_strict and a not in self.own:
-                raise SizeBurntInError(msg)
+                raise SizeSpecializedError(msg)
             self.culprits.setdefault(a, find_culprit())
         super()._set_replacement(a, tgt, msg)
 
 
 def _is_new_equality(relation: Any, known: Iterable[Any]) -> bool:
-    """Whether torch may simplify sizes by a relation, in a way that does not follow from what was assumed before.
+    """Return whether torch may simplify sizes by an equality that earlier assumptions do not imply.
 
-    Of each stride it asks whether it is the larger of one and itself, for one axis first and then for products.
+    Comparisons of a stride with the maximum of one and itself, which torch makes for every tensor, do not count.
     """
     if not isinstance(relation, sympy.Eq):
         return False
@@ -254,15 +273,15 @@ def _is_new_equality(relation: Any, known: Iterable[Any]) -> bool:
 
 
 def _has_more_parts(expression: Any, count: int) -> bool:
-    """Whether an expression consists of more parts than this, repeated ones counted each time."""
+    """Return whether an expression has more than `count` terms, counting repeated ones each time."""
     return next(itertools.islice(sympy.preorder_traversal(expression), count, None), None) is not None
 
 
 def _is_asked_by_kernel() -> bool:
-    """Whether torch asks while it works out the shape of one operator's result, and not the model's own code.
+    """Return whether torch asks while it computes the shape of one operator's result.
 
-    What torch decides there is how a tensor lies in memory, or that the operator would fail; in a run the operator is
-    executed and decides anew. Not so where it returns a list: how many tensors that has is the trace's then.
+    These branches concern memory layout or errors, and the operator makes them again in every run. Operators that
+    return a list are an exception, because the trace fixes the number of tensors.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -279,9 +298,9 @@ def _is_asked_by_kernel() -> bool:
 
 
 def _is_asked_by_code() -> bool:
-    """Whether Python code of the model, or a function of torch in its place, asks for the outcome of a comparison.
+    """Return whether Python code of the model, or a Python function of torch, branches on a comparison.
 
-    Not so an operator, which asks from C++ or while it is executed, for how a tensor lies in memory, or to fail.
+    Operators, which ask from C++ or during execution, branch on memory layout or to raise errors.
     """
     if get_proxy_mode() is None:
         return False
@@ -299,7 +318,7 @@ def _is_asked_by_code() -> bool:
 
 @contextlib.contextmanager
 def numbers_hashable() -> Iterator[None]:
-    """While the block runs, a number that follows from values can be a key where all samples have the same."""
+    """Make data-dependent numbers hashable while the block runs, if they are the same in all samples."""
     plain = torch.SymInt.__hash__
 
     def hashed(value: torch.SymInt) -> int:
@@ -316,23 +335,21 @@ def numbers_hashable() -> Iterator[None]:
 
 
 def sample_sizes(shape_env: ShapeEnv) -> Mapping[Any, int]:
-    """The sample's size for each symbol that stands for one; torch has renamed the table."""
+    """Return the sample's size for each symbol of a size; the attribute's name depends on torch's version."""
     name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
     sizes: Mapping[Any, int] = getattr(shape_env, name)
     return sizes
 
 
 def model_sizes(inputs: Mapping[str, Any]) -> Iterator[Any]:
-    """Symbols for axes which no model leaves open: a vector's width, an image's channels, how many coordinates a place
-    has.
-    """
+    """Yield symbols of axes whose size is fixed by every model: vector widths, image channels, coordinates."""
     own_axis = {3: 2, 4: 1, 5: 2}
     for value in inputs.values():
         if not isinstance(value, torch.Tensor) or value.dim() not in own_axis:
             continue
         size: Any = value.shape[own_axis[value.dim()]]
         if value.is_floating_point():
-            is_own = value.dim() != 3 or type(value.shape[1]) is not int or value.shape[1] != 1  # sound of one channel
+            is_own = value.dim() != 3 or type(value.shape[1]) is not int or value.shape[1] != 1  # 1: mono sound
         else:
             is_own = value.dim() == 3 and isinstance(size, torch.SymInt) and size.node.hint <= _MOST_COORDINATES
         if is_own and isinstance(size, torch.SymInt):

@@ -1,8 +1,9 @@
-"""Sizes to try a module with: some for which a relation holds, and some for which it does not."""
+"""Choose sizes to test a module with: some for which a relation holds, and some for which it does not."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,22 @@ if TYPE_CHECKING:
     from seqbuild.trace.sizes.symbols import Known, WatchedSizes
 
 _NUM_EACH = 2
-_TURNS = (1, 2, 3, 5)
-_TURNS_AT_LEAST = (2, 3)
+_COUNTS = (1, 2, 3, 5)
+_COUNTS_AT_LEAST = (2, 3)
 _MOST_SYMBOLS = 2
-_MOST = 8192  # the most that sizes may come to, multiplied
+_MOST = 8192  # limit of the product of the sizes
 _POWERS = [2**exponent for exponent in range(4, 14)]
 _SIZES = sorted({*range(2, 16), *(size + step for size in _POWERS for step in (-1, 0, 1, size // 2))})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """A number for each symbol.
+    """Numbers for the symbols.
 
     Attributes:
-        shape_env: holds the symbols.
-        numbers: for them.
-        is_before: take sizes as they were before any symbol was found to be a number or another symbol.
+        shape_env: the symbols of the trace.
+        numbers: the number for each symbol.
+        is_before: use sizes as they were before any symbol was replaced by a number or another symbol.
     """
 
     shape_env: WatchedSizes
@@ -40,55 +41,55 @@ class Sizes:
     is_before: bool = False
 
     def number(self, size: int | torch.SymInt) -> int:
-        """What a size is.
+        """Return the number for a size.
 
         Raises:
-            TraceError: when it is made of other symbols.
+            TraceError: if it contains other symbols.
         """
         if not isinstance(size, torch.SymInt):
             return int(size)
         expression = size.node._expr if self.is_before else self.shape_env.replace(size.node.expr)
         value = expression.xreplace(self.numbers)
         if not value.is_Integer:
-            raise TraceError("a size that comes from values")
+            raise TraceError("a size depends on data")
         return int(value)
 
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        """What the shape of a fake tensor is."""
+        """Return the shape of a fake tensor in numbers."""
         return tuple(self.number(size) for size in tensor.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turns:
-    """The question whether a loop is right, however often it turns."""
+class IterationCount:
+    """The question whether a recorded loop is correct for any number of iterations."""
 
     count: Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Doubt:
-    """The question whether a loop is right, although a relation does not hold in all of its turns."""
+    """The question whether a recorded loop is correct although a relation does not hold in all iterations."""
 
     relation: Any
     index: sympy.Symbol
     count: Any
 
     def holds(self, numbers: Mapping[Any, Any]) -> int:
-        """Whether the relation holds in all turns, for these sizes."""
-        turns = range(int(self.count.xreplace(numbers)))
-        return int(all(self.relation.xreplace({**numbers, self.index: sympy.Integer(turn)}) for turn in turns))
+        """Return whether the relation holds in all iterations for these sizes."""
+        indices = range(int(self.count.xreplace(numbers)))
+        return int(all(self.relation.xreplace({**numbers, self.index: sympy.Integer(index)}) for index in indices))
 
 
 def trials(
     shape_env: WatchedSizes, known: Known, symbols: Sequence[sympy.Symbol], questions: Sequence[Any]
 ) -> list[Sizes]:
-    """Sizes for all questions, each once; none when there is no telling by small ones.
+    """Choose sizes that answer all questions; return none if small sizes cannot answer them.
 
     Args:
-        shape_env: holds the symbols.
-        known: what the sizes must respect.
-        symbols: those to choose numbers for.
-        questions: relations, which must hold for some of the sizes and not for others, `Turns` and `Doubt`s.
+        shape_env: the symbols of the trace.
+        known: assumptions that the sizes must satisfy.
+        symbols: the symbols to choose numbers for.
+        questions: `IterationCount`s, `Doubt`s, and relations, which must hold for some of the sizes and not for others.
     """
     usual = {symbol: sympy.Integer(sample_sizes(shape_env).get(symbol, 3)) for symbol in symbols}
     found: dict[tuple[Any, ...], Sizes] = {}
@@ -101,20 +102,20 @@ def trials(
     return list(found.values())
 
 
-def otherwise(
+def counterexamples(
     shape_env: WatchedSizes, known: Known, symbols: Collection[Any], relation: Any, others: Sequence[Any]
 ) -> list[Sizes]:
-    """Sizes near those of the sample for which a relation does not hold, but others do; the sample's sizes come first.
+    """Choose sizes near the sample's that violate one relation and satisfy the others; the sample's sizes come first.
 
-    Sizes that are the same change together. Where a side of an equality is one there is nothing to learn: every
-    operator broadcasts that.
+    Equal sizes change together. Sizes for which one side of the equality is one are skipped, because every operator
+    broadcasts them.
 
     Args:
-        shape_env: holds the symbols.
-        known: what the sizes must respect.
-        symbols: those to choose numbers for.
-        relation: an equality.
-        others: relations.
+        shape_env: the symbols of the trace.
+        known: assumptions that the sizes must satisfy.
+        symbols: the symbols to choose numbers for.
+        relation: the equality to violate.
+        others: the relations to satisfy.
     """
     usual = {symbol: sympy.Integer(number) for symbol, number in sample_sizes(shape_env).items() if symbol in symbols}
     equalities = [guard.expr for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
@@ -138,7 +139,7 @@ def otherwise(
 
 
 def _same_as(symbol: Any, equalities: Sequence[Any]) -> set[Any]:
-    """A symbol and those that are the same size."""
+    """Return a symbol and the symbols that equal it."""
     same = {symbol}
     for _ in equalities:
         for tie in equalities:
@@ -153,7 +154,7 @@ def _for_question(
     own = sorted(_symbols_of(question), key=str)
     if not own or len(own) > _MOST_SYMBOLS or any(symbol not in usual for symbol in own):
         return []
-    wanted = dict.fromkeys(_TURNS, 1) if isinstance(question, Turns) else dict.fromkeys((1, 0), _NUM_EACH)
+    wanted = dict.fromkeys(_COUNTS, 1) if isinstance(question, IterationCount) else dict.fromkeys((1, 0), _NUM_EACH)
     missing, chosen = dict(wanted), list[dict[Any, Any]]()
     for numbers in _candidates(own):
         answer = _answer(question, numbers)
@@ -162,34 +163,27 @@ def _for_question(
             chosen.append({**usual, **numbers})
             if not any(missing.values()):
                 break
-    needed = _TURNS_AT_LEAST if isinstance(question, Turns) else (1, 0)
+    needed = _COUNTS_AT_LEAST if isinstance(question, IterationCount) else (1, 0)
     return chosen if all(missing[answer] < wanted[answer] for answer in needed) else []
 
 
 def _candidates(symbols: Sequence[Any]) -> Iterator[dict[Any, Any]]:
-    """Sizes for the symbols, small ones first."""
-    tuples = [sizes for sizes in itertools.product(_SIZES, repeat=len(symbols)) if _product(sizes) <= _MOST]
-    for sizes in sorted(tuples, key=lambda sizes: (_product(sizes), sizes)):
+    """Yield sizes for the symbols, small ones first."""
+    tuples = [sizes for sizes in itertools.product(_SIZES, repeat=len(symbols)) if math.prod(sizes) <= _MOST]
+    for sizes in sorted(tuples, key=lambda sizes: (math.prod(sizes), sizes)):
         yield dict(zip(symbols, map(sympy.Integer, sizes), strict=True))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _symbols_of(question: Any) -> set[Any]:
     if isinstance(question, Doubt):
         return set((question.relation.free_symbols | question.count.free_symbols) - {question.index})
-    return set((question.count if isinstance(question, Turns) else question).free_symbols)
+    return set((question.count if isinstance(question, IterationCount) else question).free_symbols)
 
 
 def _answer(question: Any, numbers: Mapping[Any, Any]) -> int:
-    """Whether a relation holds (one or zero), or how many turns there are; -1 where there is no telling."""
+    """Return whether a relation holds (1 or 0), or the number of iterations; -1 if it is undefined."""
     try:
-        if isinstance(question, Turns):
+        if isinstance(question, IterationCount):
             return int(question.count.xreplace(numbers))
         return question.holds(numbers) if isinstance(question, Doubt) else int(bool(question.xreplace(numbers)))
     except ZeroDivisionError:

@@ -1,10 +1,10 @@
-"""Rehearse a step that fails on fake tensors: run it for real on small values, to learn the shape of its result.
+"""Dry run: execute a step that fails on fake tensors on small real values, to learn the structure of its result.
 
-A function that loops over what `nonzero` found, or asks `.item()` and decides, needs values. It is run by itself on
-what the samples give (see `replay.py`), samples of several sizes and values: a size that is always the same is a
-constant, one that follows an input's size becomes that symbol again, and any other comes from the values, so it becomes
-a symbol of its own. A number in the result may have come from the values, too: the trace can calculate with it, but not
-decide by it. A tuple or list that is not always as long is a sequence of unknown length.
+A function that loops over the result of `nonzero`, or branches on `.item()`, needs values. It is executed on its
+arguments for samples of several sizes and values (see `replay.py`). A size that is the same in all runs is a constant;
+one that equals an input's size becomes that symbol; any other size depends on values and becomes a new symbol. A number
+in the result may depend on values, too: the trace can calculate with it, but not branch on it. A tuple or list whose
+length differs becomes a sequence of unknown length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,28 +24,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from runtime.errors import TraceError
 from runtime.host.left_as_found import values_apart
 from seqbuild.trace.python.sequences import UnknownLength
-from seqbuild.trace.real.replay import Replay, copied, for_real
-from seqbuild.trace.real.used_parameters import ParametersSeen, really_there
+from seqbuild.trace.real.replay import Replay, copied, plain_execution
+from seqbuild.trace.real.used_parameters import ParametersSeen, real_tensors
 
-if TYPE_CHECKING:
-    pass
-
-# A step with more weights than this is not run for real: compiling is to stay a laptop's work.
+# A step with more weights than this is not executed, so that a laptop can compile any model.
 LIMIT_BYTES = 4 * 2**30
 
 Memory = dict[Any, tuple[tuple[Any, ...], tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rehearsal:
-    """What a rehearsal taught: the result in fake tensors, the real one of each sample, the parameters it used."""
+class DryRun:
+    """Result of a dry run: the result in fake tensors, the real one for each sample, names of the used parameters."""
 
     fake: Any
     real: tuple[Any, ...]
     used: tuple[str, ...]
 
 
-def rehearse(
+def dry_run(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -55,21 +52,21 @@ def rehearse(
     fake_mode: FakeTensorMode,
     memory: Memory,
     names: Mapping[int, Sequence[str]],
-) -> Rehearsal:
-    """The result of `function(*args, **kwargs)` in fake tensors, learned from real runs.
+) -> DryRun:
+    """Execute `function(*args, **kwargs)` on real values and return its result in fake tensors.
 
     Args:
-        function: called outside of every mode; the model's fake parameters are exchanged for real ones meanwhile.
-        args: with fake tensors and symbols.
-        kwargs: likewise.
-        modules: those whose parameters the function uses; a real one is made when its module is called.
-        replay: gives real values for the arguments.
-        fake_mode: owns the fake tensors of the result.
-        memory: results of earlier rehearsals; a model's layers differ in nothing that is looked at here.
-        names: from the ids of the model's fake parameters to their dotted names.
+        function: called outside all modes, with real parameters in place of the model's fake ones.
+        args: positional arguments, with fake tensors and symbols.
+        kwargs: named arguments, with fake tensors and symbols.
+        modules: the modules whose parameters the function uses; real ones are created when a module is called.
+        replay: provides real values of the arguments.
+        fake_mode: the mode of the result's fake tensors.
+        memory: results of earlier dry runs; steps that differ in their weights only share one.
+        names: dotted names of the model's fake parameters, by their ids.
 
     Raises:
-        TraceError: when the structure of the result follows from values, or the step is too large to be run.
+        TraceError: if the structure of the result depends on values, or the step is too large to be executed.
     """
     key = (getattr(function, "__qualname__", ""), _signature(modules), _signature(args), _signature(kwargs))
     if key not in memory:
@@ -81,10 +78,10 @@ def rehearse(
             ),
             tuple(used),
         )
-    with for_real():
+    with plain_execution():
         results, used_names = tuple(copied(result) for result in memory[key][0]), memory[key][1]
-    learner = _Learner(fake_mode=fake_mode, known=_known_sizes(replay, args, kwargs))
-    return Rehearsal(fake=learner.learn(results), real=results, used=used_names)
+    merger = _ResultMerger(fake_mode=fake_mode, known=_known_sizes(replay, args, kwargs))
+    return DryRun(fake=merger.merge(results), real=results, used=used_names)
 
 
 def _run(
@@ -97,7 +94,7 @@ def _run(
     names: Mapping[int, Sequence[str]],
     used: dict[str, None],
 ) -> Any:
-    with for_real(), values_apart(), really_there(modules, LIMIT_BYTES) as real:
+    with plain_execution(), values_apart(), real_tensors(modules, LIMIT_BYTES) as real:
         real_args = [copied(replay.real(value, variant)) for value in args]
         real_kwargs = {name: copied(replay.real(value, variant)) for name, value in kwargs.items()}
         with ParametersSeen() as seen:
@@ -109,7 +106,7 @@ def _run(
 
 
 def _known_sizes(replay: Replay, args: Any, kwargs: Any) -> Mapping[tuple[int, ...], torch.SymInt]:
-    """What sizes among the arguments, and products of two of them (tokens of a batch), are in each sample."""
+    """Map the numbers that a size, or a product of two sizes (tokens of a batch), has in the samples to that size."""
     sizes = _sizes((args, kwargs))
     products = [one * two for one, two in itertools.combinations_with_replacement(sizes, 2)]
     known: dict[tuple[int, ...], torch.SymInt] = {}
@@ -118,12 +115,12 @@ def _known_sizes(replay: Replay, args: Any, kwargs: Any) -> Mapping[tuple[int, .
             numbers = tuple(replay.size(size, variant) for variant in range(len(replay.samples)))
         except TraceError:
             continue
-        known.setdefault(numbers, size)  # also one that all samples have in common: it may be no constant
+        known.setdefault(numbers, size)  # even if it is the same in all samples: it may still vary
     return known
 
 
 def _signature(value: Any) -> Any:
-    """What of a step's arguments and modules decides the structure of its result, to compare."""
+    """Return a key of everything in a step's arguments and modules that determines the structure of its result."""
     if isinstance(value, nn.Module):
         return type(value), tuple((name, tuple(p.shape)) for name, p in value.named_parameters())
     if isinstance(value, torch.Tensor):
@@ -138,7 +135,7 @@ def _signature(value: Any) -> Any:
 
 
 def _sizes(value: Any) -> list[torch.SymInt]:
-    """Every symbolic size among the arguments, simplest first."""
+    """Return the symbolic sizes among the arguments, simplest first."""
     found: dict[Any, torch.SymInt] = {}
     for item in _leaves(value):
         for size in item.shape if isinstance(item, torch.Tensor) else (item,):
@@ -161,35 +158,35 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 @dataclass(kw_only=True)
-class _Learner:
-    """Makes a fake result of several real ones, one for each sample."""
+class _ResultMerger:
+    """Merges the real results of all samples into one fake result."""
 
     fake_mode: FakeTensorMode
     known: Mapping[tuple[int, ...], torch.SymInt]
 
-    def learn(self, results: Sequence[Any]) -> Any:
+    def merge(self, results: Sequence[Any]) -> Any:
         first = results[0]
         if any(type(result) is not type(first) for result in results):
             kinds = " or ".join(dict.fromkeys(type(result).__name__ for result in results))
-            raise TraceError(f"a step returns {kinds}, as its values have it")
+            raise TraceError(f"the type of a step's result depends on data: {kinds}")
         if isinstance(first, torch.Tensor):
             return self._tensor(results)
         if isinstance(first, (tuple, list)):
             if len({len(result) for result in results}) > 1:
                 return UnknownLength()
-            items = [self.learn(parts) for parts in zip(*results, strict=True)]
+            items = [self.merge(parts) for parts in zip(*results, strict=True)]
             return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
         if isinstance(first, (dict, UserDict)):
             self._require_equal([list(result) for result in results])
             made: Any = copy.copy(first)
             for key in list(first):
-                made[key] = self.learn([result[key] for result in results])
+                made[key] = self.merge([result[key] for result in results])
             return made
         if dataclasses.is_dataclass(first):
             made = copy.copy(first)
             for item in dataclasses.fields(first):
-                learned = self.learn([getattr(result, item.name) for result in results])
-                object.__setattr__(made, item.name, learned)
+                merged = self.merge([getattr(result, item.name) for result in results])
+                object.__setattr__(made, item.name, merged)
             return made
         return self._number(results)
 
@@ -226,4 +223,4 @@ class _Learner:
     def _require_equal(self, values: Sequence[Any]) -> None:
         for value in values[1:]:
             if value != values[0]:
-                raise TraceError(f"the structure of a step's result follows from values: {values[0]}, then {value}")
+                raise TraceError(f"the structure of a step's result depends on data: {values[0]} or {value}")

@@ -1,4 +1,4 @@
-"""Everything that decides what a leaf returns, besides the numbers in its weights, as a key."""
+"""Compute a key of everything that determines what a leaf returns, except the numbers in its weights."""
 
 from __future__ import annotations
 
@@ -14,31 +14,41 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
+from transformers import PretrainedConfig
 
-from seqbuild.trace.experts.signature import MODULES_OWN
+from seqbuild.trace.experts.signature import MODULES_OWN, UnknownValueError
 from seqbuild.trace.record.number_reads import SHARED_KINDS
 
-# Attributes that number a layer. They always differ, and hardly any forward looks at them.
+# Attributes with the index of a layer. They always differ, and hardly any forward reads them.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, enum.Enum)
 
 
-class UnknownValueError(Exception):
-    """Something that is not compared."""
-
-
 @dataclass(kw_only=True)
-class Look:
-    """All that decides the structure of a leaf's result."""
+class CallState:
+    """The state that determines the structure of a leaf's result.
+
+    Attributes:
+        fake_mode: the mode of the fake tensors.
+        patched: ids of modules with an instance attribute `forward`.
+        usual: attributes that every fake tensor or parameter has.
+        key: the state, comparable.
+        facts: changes when the leaf modifies a tensor or creates a symbol.
+        tensors: those among the arguments, then the parameters and buffers.
+        num_arguments: the number of tensors among the arguments.
+        symbols: the symbols in sizes of tensors.
+        containers: ids of the containers among the arguments.
+        numbered: classes and their attributes that contain a layer's index.
+    """
 
     fake_mode: FakeTensorMode
     patched: set[int]
-    usual: frozenset[str]  # attributes that any fake tensor or parameter has
+    usual: frozenset[str]
     key: Any = None
-    facts: Any = None  # what changes when the leaf writes to a tensor or makes a symbol
-    tensors: list[torch.Tensor] = field(default_factory=list)  # the arguments', then the parameters
+    facts: Any = None
+    tensors: list[torch.Tensor] = field(default_factory=list)
     num_arguments: int = 0
     symbols: set[Any] = field(default_factory=set)
     containers: set[int] = field(default_factory=set)
@@ -48,11 +58,11 @@ class Look:
     _configs: dict[int, Any] = field(default_factory=dict)
     _classes: dict[type, Any] = field(default_factory=dict)
 
-    def at(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Fill in everything.
+    def fill(self, leaf: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Compute the state before or after a call.
 
         Raises:
-            UnknownValueError: when something takes part that is not compared.
+            UnknownValueError: if something cannot be compared.
         """
         if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
             raise UnknownValueError
@@ -67,7 +77,7 @@ class Look:
         if kind in PLAIN:
             return kind, value
         if kind in (float, complex):
-            return kind, repr(value)  # not-a-number equals itself then, and the two zeros differ
+            return kind, repr(value)  # so that NaN equals itself and 0.0 differs from -0.0
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, SYMBOLS):
@@ -84,7 +94,7 @@ class Look:
             return kind, value
         if kind is functools.partial:
             return kind, self._value(value.func), self._value(value.args), self._value(value.keywords)
-        if is_config(kind):
+        if isinstance(value, PretrainedConfig):
             return self._config(value)
         raise UnknownValueError
 
@@ -99,7 +109,7 @@ class Look:
         return is_parameter, tensor.dtype, tensor.device, tensor.requires_grad, tensor.dim(), sizes
 
     def require_plain(self, tensor: torch.Tensor) -> None:
-        """Refuse a tensor about which more is known than its sizes and strides."""
+        """Reject a tensor with other properties than dtype, device, sizes and strides."""
         is_plain = (
             isinstance(tensor, FakeTensor)
             and tensor.fake_mode is self.fake_mode
@@ -123,7 +133,7 @@ class Look:
 
     def _config(self, config: Any) -> Any:
         if id(config) not in self._configs:
-            self._configs[id(config)] = None  # a config that holds itself
+            self._configs[id(config)] = None  # a config may contain itself
             self._configs[id(config)] = tuple([(name, self._value(value)) for name, value in vars(config).items()])
         return id(config), self._configs[id(config)]
 
@@ -135,7 +145,7 @@ class Look:
         if id(module) in self.patched:
             raise UnknownValueError
         if not is_outer and (own["_forward_hooks"] or own["_forward_pre_hooks"]):
-            raise UnknownValueError  # those of the leaf itself run around what is remembered
+            raise UnknownValueError  # hooks of the leaf itself run outside the cached part
         attributes = [self._attribute(module, name, value) for name, value in own.items() if name not in MODULES_OWN]
         tensors = [
             (name, None if tensor is None else self._tensor(tensor))
@@ -146,7 +156,7 @@ class Look:
         return self._class(type(module)), tuple(attributes), tuple(tensors), tuple(children)
 
     def _class(self, cls: type) -> Any:
-        """A class with the plain attributes that its objects share: code may count in one of those."""
+        """Return a class with its plain attributes, which code may modify."""
         if cls not in self._classes:
             found = {
                 name: value
@@ -154,7 +164,9 @@ class Look:
                 for name, value in vars(base).items()
             }
             shared = [
-                (name, value) for name, value in found.items() if type(value) in SHARED_KINDS and not is_private(name)
+                (name, value)
+                for name, value in found.items()
+                if type(value) in SHARED_KINDS and not (name.startswith("__") and name.endswith("__"))
             ]
             self._classes[cls] = cls, tuple([(name, repr(value)) for name, value in shared])
         return self._classes[cls]
@@ -162,12 +174,12 @@ class Look:
     def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         if name in NUMBERS and type(value) is int and not any(name in vars(cls) for cls in type(module).__mro__):
             self.numbered[type(module), name] = None
-            return name, "a number"
+            return name, "index"
         return name, self._value(value)
 
 
 def replaced_symbols(key: Any, shape_env: Any) -> Any:
-    """A key with all sizes as they are known now."""
+    """Replace all sizes in a key by their current expressions."""
     if isinstance(key, sympy.Basic):
         return shape_env.replace(key)
     if type(key) in (tuple, frozenset):
@@ -176,7 +188,7 @@ def replaced_symbols(key: Any, shape_env: Any) -> Any:
 
 
 def surroundings() -> Any:
-    """What of torch's state a forward may follow."""
+    """Return the settings of torch that a forward may depend on."""
     is_cast = torch.is_autocast_enabled("cpu")
     return (
         torch.is_grad_enabled(),
@@ -184,13 +196,3 @@ def surroundings() -> Any:
         torch.get_default_dtype(),
         torch.get_autocast_dtype("cpu") if is_cast else None,
     )
-
-
-def is_private(name: str) -> bool:
-    """Whether an attribute of a class is Python's own."""
-    return name.startswith("__") and name.endswith("__")
-
-
-def is_config(kind: type) -> bool:
-    """Whether a class is a config of transformers."""
-    return any(cls.__module__ == "transformers.configuration_utils" for cls in kind.__mro__)
