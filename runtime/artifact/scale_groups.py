@@ -24,7 +24,7 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in group.modules if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two scale groups"
+            yield f"{twice[0]} is in two scale groups"
         seen.update(group.modules)
         yield from _wrong_group(manifest, group)
     stacked = {
@@ -40,17 +40,17 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in experts if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two mixture groups"
+            yield f"{twice[0]} is in two mixture groups"
         seen.update(experts)
         yield from _wrong_group(manifest, group)
 
 
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     first = (*group.modules, group.others[0].name if group.others else "")[0]
-    held = manifest.subgraphs[group.subgraph].parameters
+    used = manifest.subgraphs[group.subgraph].parameters
     weights = [f"{name}.weight" for name in group.modules]
     named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
-    missing = [name for name in named if name and (name not in held or name not in manifest.parameters)]
+    missing = [name for name in named if name and (name not in used or name not in manifest.parameters)]
     if missing:
         yield f"the scale group of {first} names {missing[0]!r}, which its subgraph does not use"
         return

@@ -88,7 +88,7 @@ def prepare(
     owners = _owners_to_split(prepared.artifact, prepared, recipe)
     if len(owners) == len(prepared.artifact.mixtures):
         return prepared
-    # The other experts are not changed, and stacked experts run faster.
+    # The other experts stay stacked: they are not changed, and stacked experts run faster.
     fewer = split_experts(artifact, checkpoint, only=owners)
     return _assigned(fewer, checkpoint, recipe, dtype, device, assign)
 

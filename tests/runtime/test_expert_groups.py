@@ -329,7 +329,7 @@ def test_attention_that_is_called_whole_has_siblings_by_name(made: Callable[[str
         own = [float(tensors[key.replace("q_proj", name)]) for name in ("q_proj", "k_proj", "v_proj")]
         assert own == own[:1] * 3
     assert len({float(tensors[key]) for key in queries}) > 1  # each layer has its own
-    (remark,) = (text for text in result.remarks if "engines join by their names" in text)
+    (remark,) = (text for text in result.remarks if "modules that engines fuse by name" in text)
     assert "model.layers.0.self_attn.q_proj" in remark
     assert ".experts." not in remark
 

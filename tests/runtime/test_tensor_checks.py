@@ -79,7 +79,7 @@ def refusal(small: Small, weights: Path, out: Path, plan: str = PLAN) -> str:
 def test_other_kinds_of_numbers(narrow_llama: Small, tmp_path: Path, key: str, dtype: torch.dtype) -> None:
     said = refusal(narrow_llama, recast(narrow_llama, tmp_path / "model", key, dtype), tmp_path / "out")
     if dtype == torch.float8_e4m3fn:
-        assert f"{tmp_path / 'model'} holds quantized weights ({key!r} in F8_E4M3" in said
+        assert f"{tmp_path / 'model'} contains quantized weights ({key!r} in F8_E4M3" in said
     else:
         assert f"tensor {key!r} of {tmp_path / 'model'} has the dtype" in said
 

@@ -339,9 +339,11 @@ def test_checkpoint_lists_shapes_and_bytes(tmp_path: Path) -> None:
 
 
 def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(runtime.WeightsError, match=r"there is no checkpoint directory .*nowhere"):
+    with pytest.raises(runtime.WeightsError, match=r"checkpoint directory .*nowhere"):
         Checkpoint(tmp_path / "nowhere")
-    with pytest.raises(runtime.WeightsError, match=r"holds no safetensors checkpoint \(it has no model.safetensors\)"):
+    with pytest.raises(
+        runtime.WeightsError, match=r"does not contain a safetensors checkpoint \(it has no model.safetensors\)"
+    ):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(runtime.WeightsError, match=r"\(pytorch_model.bin is a pickle: convert it to safetensors\)"):
@@ -352,15 +354,15 @@ def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is not JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "is not a JSON object"),
         ("[" * 100_000, "is not JSON"),
         ("{}", "it has no weight_map"),
         ('{"weight_map": []}', "it has no weight_map"),
         ('{"weight_map": {}}', "it has no weight_map"),
-        ('{"weight_map": {"a": "other.safetensors"}}', "puts a into other.safetensors, which is not there"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "puts a into ../model.safetensors, which is not there"),
-        ('{"weight_map": {"a": 3}}', "puts a into 3, which is not there"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "puts a into model.safetensors, which does not hold it"),
+        ('{"weight_map": {"a": "other.safetensors"}}', "puts a into other.safetensors, which is missing"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "puts a into ../model.safetensors, which is missing"),
+        ('{"weight_map": {"a": 3}}', "puts a into 3, which is missing"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "puts a into model.safetensors, which does not contain it"),
         ("\udcff", "is not JSON"),
     ],
 )
@@ -377,14 +379,14 @@ def test_broken_index(tmp_path: Path, text: str, message: str) -> None:
 def test_broken_config(llama: Small, tmp_path: Path, text: str) -> None:
     directory = copy(llama, tmp_path / "model")
     (directory / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(runtime.WeightsError, match=r"config\.json (is not JSON|holds no JSON object)"):
+    with pytest.raises(runtime.WeightsError, match=r"config\.json (is not JSON|is not a JSON object)"):
         open_weights(llama, directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 8, b"\x08\0\0\0\0\0\0\0notjson!", b"PK\x03\x04" * 9])
 def test_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(runtime.WeightsError, match=r"model\.safetensors is damaged, or no safetensors file"):
+    with pytest.raises(runtime.WeightsError, match=r"model\.safetensors is damaged or not a safetensors file"):
         Checkpoint(tmp_path)
 
 

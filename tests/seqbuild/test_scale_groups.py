@@ -193,7 +193,7 @@ def test_unsound_groups_are_refused(change: dict[str, Any], message: str, manife
     (wrong, *_) = wrong_groups(dataclasses.replace(manifest, scale_groups=(first,)))
     assert re.search(message, wrong)
     again = dataclasses.replace(manifest, scale_groups=(manifest.scale_groups[0],) * 2)
-    assert "lies in two scale groups" in next(wrong_groups(again))
+    assert "is in two scale groups" in next(wrong_groups(again))
 
 
 def test_a_reader_refuses_unsound_groups(compiled: Callable[..., Path], tmp_path: Path) -> None:
@@ -226,4 +226,4 @@ def test_unsound_groups_of_mixtures_are_refused(change: dict[str, Any], message:
     wrong = wrong_groups(dataclasses.replace(manifest, mixture_groups=(dataclasses.replace(first, **change),)))
     assert re.search(message, next(wrong))
     twice = wrong_groups(dataclasses.replace(manifest, mixture_groups=(first, first)))
-    assert "lies in two mixture groups" in next(twice)
+    assert "is in two mixture groups" in next(twice)
