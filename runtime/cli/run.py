@@ -90,6 +90,11 @@ def _user_error(error: BaseException) -> str | None:
     """Describe an error in the user's input or of the machine; None for a bug."""
     if isinstance(error, SeqbuildError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("runtime", "seqbuild")):
+        return (
+            f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
+            "docs/versions.md lists all of them)"
+        )
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
