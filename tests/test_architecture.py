@@ -64,9 +64,9 @@ LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 # What the compiler may import of the runtime: what both sides must agree on, and nothing that runs a model.
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
 SHARED |= {"checkpoint", "data", "recipe"}
-# By part of the compiler, what it may import besides: `verify` is a host, `manifest` reads experts as a host splits
-# them, and both command lines share commands and options.
-BESIDES = {"verify": {"weights"}, "manifest": {"experts"}, "cli": {"cli"}, "": {"planning"}}
+# By part of the compiler, what it may import besides: `verify` is a host, and both command lines share commands and
+# options.
+BESIDES = {"verify": {"weights"}, "cli": {"cli"}, "": {"planning"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -58,10 +58,10 @@ def _lasting_text(recipe: Recipe) -> str:
     """What a recipe says, without the fields that may change before a run goes on: they decide whether a module that
     saw too little ends the run, and none of the finished ones did.
     """
-    from runtime.recipe.yaml import Value
+    from runtime.recipe.yaml import parse
 
     try:
-        value = Value.parse(recipe.text, origin=recipe.source).plain()
+        value = parse(recipe.text, origin=recipe.source)
     except RecipeError:  # a recipe that was made in Python
         return recipe.text
     return json.dumps(_without(value, _MAY_CHANGE), default=str)

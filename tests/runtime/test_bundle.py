@@ -62,7 +62,7 @@ def findings(path: Path, **said: object) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"ok": [], "note": [], "problem": []}
     for finding in examine(examination):
         found[finding.kind].append(finding.text)
-    assert examination.is_well is not bool(found["problem"])
+    assert examination.is_ready is not bool(found["problem"])
     return found
 
 
@@ -115,7 +115,7 @@ class TestPacking:
         (tmp_path / "odd.yaml").write_text("Nothing: {}")
         (tmp_path / "text.txt").write_text("text")
         artifact, recipe, out = llama.artifact, parts / "r.yaml", tmp_path / "out"
-        with pytest.raises(RecipeError, match="unknown key 'Nothing'"):
+        with pytest.raises(RecipeError, match="'Nothing' is not supported"):
             pack(artifact, recipe=tmp_path / "odd.yaml", out=out)
         with pytest.raises(UsageError, match="is not a token file"):
             pack(artifact, recipe=recipe, data=tmp_path / "text.txt", out=out)
@@ -139,21 +139,21 @@ class TestPacking:
 
 
 class TestDoctor:
-    def test_all_is_well(self, bundle: Path) -> None:
+    def test_all_is_ready(self, bundle: Path) -> None:
         found = findings(bundle)
         assert found["problem"] == []
         said = "\n".join(found["ok"])
         for part in (
             "torch 2",
-            "as they were packed",
-            "is whole and within the grammar",
-            "it is portable",
-            "4 samples",
+            "files match their digests",
+            "artifact: valid, model",
+            "artifact: portable",
+            "data: 4 samples",
         ):
             assert part in said
-        assert re.search(r"the plan for 4 samples of \d+ tokens takes .* of memory", said)
-        assert re.search(r"disk: the result takes .* at least, .* are free", said)
-        assert found["note"] == ["it is not signed"]
+        assert re.search(r"memory: 4 samples of \d+ tokens need .* of host memory", said)
+        assert re.search(r"disk: the result needs at least .*, .* are free", said)
+        assert found["note"] == ["artifact: not signed"]
 
     @pytest.mark.parametrize(
         "name", ["artifact/config.json", "runtime/language/grammar.py", "data.safetensors", "recipe.yaml"]
@@ -190,7 +190,7 @@ class TestDoctor:
 
     def test_memory_and_disk_that_do_not_suffice(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.planning.request.memory_here", lambda device: Limits(host=1000))
-        assert any("and it does not fit" in text for text in findings(bundle)["problem"])
+        assert any("which does not fit" in text for text in findings(bundle)["problem"])
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(10, 10, 0))
         assert any("its disk has 0 B left" in text for text in findings(bundle)["problem"])
@@ -213,15 +213,17 @@ class TestDoctor:
         assert findings(llama.artifact, **said, data=parts / "calib.safetensors")["problem"] == []
         code, told, _ = run(["doctor", str(llama.artifact), "--device", "cpu"])
         assert code == 1
-        assert told.splitlines()[-1] == "this host cannot calibrate it as it is"
+        assert told.splitlines()[-1] == "not ready: fix the problems above"
         assert "problem  Missing option '--weights'" in told
+        code, _, complaint = run(["doctor", str(llama.artifact), "--dtype", "float64"])
+        assert (code, "--dtype" in complaint, "'float64'" in complaint) == (2, True, True)
 
     def test_own_code(self, bundle: Path, tmp_path: Path) -> None:
         """A bundle whose table of contents is none is a problem, and not a traceback."""
         copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
         for text in ("", "[]", "{}", json.dumps({"format": "x"}), '{"format": "seqbuild-bundle", "format_version": 9}'):
             (copy / "bundle.json").write_text(text)
-            assert any("describes no bundle" in problem for problem in findings(copy)["problem"])
+            assert any("is not the table of contents of a bundle" in problem for problem in findings(copy)["problem"])
 
 
 def distributions(names: Iterator[str]) -> dict[str, importlib.metadata.Distribution]:
@@ -277,7 +279,7 @@ def test_a_host_without_seqbuild_network_and_home_does_the_whole_job(
     found = subprocess.run([str(bare), "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout == "[]\n"
     before = sorted(there.rglob("*"))
-    for arguments, expected in ((["doctor", "."], "this host can calibrate it"), (["calibrate", "."], "in quantized")):
+    for arguments, expected in ((["doctor", "."], "ready: this host can run"), (["calibrate", "."], "in quantized")):
         done = subprocess.run(
             [*isolated(bare), *arguments, *(["--device", "cpu"])],
             cwd=there,

@@ -394,7 +394,7 @@ def test_a_plan_needs_nothing_but_the_artifact(place: Place, run: Run) -> None:
         assert code == 0
     steps = [json.loads(text)["subgraphs"] for text in said.values()]
     assert [step["weights"] for step in steps[0]] == [step["weights"] for step in steps[1]]
-    assert run(["plan", str(place.artifact)])[1].splitlines()[-1] == "it fits"
+    assert run(["plan", str(place.artifact)])[1].splitlines()[-1] == "fits"
 
 
 def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
@@ -409,8 +409,8 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
     [
         ("--device-memory=much", "--device-memory must be a size; got 'much'"),
         ("--size=pixels=3", "--size names 'pixels', and the artifact has no such size (it has batch, sequence)"),
-        ("--size=batch", "--size is 'batch' (write it as NAME=N)"),
-        ("--device=tpu", "--device is 'tpu'"),
+        ("--size=batch", "--size must be NAME=N with N >= 1; got 'batch'"),
+        ("--device=tpu", "--device must be one of cpu, cuda, xpu, auto; got 'tpu'"),
         ("--dtype=int8", "--dtype is 'int8'"),
         ("--recipe=nowhere.yaml", "the recipe 'nowhere.yaml' cannot be read"),
     ],

@@ -14,7 +14,7 @@ import runtime
 from runtime.artifact.manifest import LeafKind
 from runtime.artifact.tables import check_tables
 from runtime.errors import ArtifactError, VersionError
-from runtime.model.tree import Branch
+from runtime.model.experts import Branch
 from seqbuild.build import build
 from tests.runtime.small import EXPERTS, NARROW, Small, make_small
 from tests.sweep import sweep
@@ -56,7 +56,7 @@ def test_names_that_a_module_has_already_make_no_tree(small: Small, name: str) -
     artifact = small.load()
     entry = next(iter(artifact.manifest.parameters.values()))
     artifact.manifest = replace(artifact.manifest, parameters={**artifact.manifest.parameters, name: entry})
-    with pytest.raises(ArtifactError, match="make no module tree"):
+    with pytest.raises(ArtifactError, match="cannot build a module tree"):
         artifact.empty_model()
 
 

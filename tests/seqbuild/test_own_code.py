@@ -211,10 +211,13 @@ class TestHostileDirectories:
     @pytest.mark.parametrize(
         ("files", "why"),
         [
-            ({"modeling_toy.py": MODELING + "from .gone import x\n"}, "imports gone.py, which is not there"),
+            ({"modeling_toy.py": MODELING + "from .gone import x\n"}, "imports gone.py, which is missing"),
             ({"modeling_toy.py": MODELING + "from ..gone import x\n"}, "imports from outside of the model's directory"),
-            ({"toy_layers.py": "def ("}, "toy_layers.py is no Python"),
-            ({"toy_layers.py": "import no_such_package\n"}, "imports 'no_such_package', which is not there (install"),
+            ({"toy_layers.py": "def ("}, "toy_layers.py is not valid Python"),
+            (
+                {"toy_layers.py": "import no_such_package\n"},
+                "imports 'no_such_package', which is not installed (install",
+            ),
             ({"toy_layers.py": "raise RuntimeError('no')\n"}, "toy_layers.py, line 1, fails: RuntimeError: no"),
             ({"toy_layers.py": "raise SystemExit(0)\n"}, "toy_layers.py, line 1, fails: SystemExit"),
             ({"modeling_toy.py": "ToyForCausalLM = 1\n"}, "has no class ToyForCausalLM derived from PreTrainedModel"),
@@ -244,7 +247,7 @@ class TestHostileDirectories:
         directory = write_own_code_model(tmp_path / "toy")
         (directory / "modeling_toy.py").unlink()
         for trust in (False, True):
-            assert "toy brings its own code, and modeling_toy.py is not there" in refuse(
+            assert "toy brings its own code, and modeling_toy.py is missing" in refuse(
                 directory, out, trust_remote_code=trust
             )
 
@@ -269,7 +272,7 @@ class TestHostileDirectories:
         directory = write_own_code_model(tmp_path / "toy")
         (directory / "toy_activation.py").unlink()
         (directory / "toy_activation.py").symlink_to("nowhere")
-        assert "imports toy_activation.py, which is not there" in refuse(directory, out, trust_remote_code=True)
+        assert "imports toy_activation.py, which is missing" in refuse(directory, out, trust_remote_code=True)
 
 
 def to_cache(directory: Path, hub: Path, repo: str) -> None:

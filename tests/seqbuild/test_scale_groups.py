@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest, ScaledParameter, ScaleGroup
-from runtime.artifact.scale_groups import channels_of, wrong_groups
+from runtime.artifact.scale_groups import numbers_of, wrong_groups
 from runtime.chain import check, read_manifest
 from runtime.errors import ArtifactError
 from seqbuild.manifest.assemble import _programs
@@ -75,7 +75,7 @@ def test_the_layout_of_heads_is_found(manifest_of: Compiled) -> None:
     """Four heads of eight features share two heads of values."""
     group = next(g for g in manifest_of("llama").scale_groups if g.modules[0].endswith("o_proj"))
     heads = [list(range(8)), list(range(8)), list(range(8, 16)), list(range(8, 16))]
-    assert channels_of(group) == [channel for head in heads for channel in head]
+    assert numbers_of(group.channels) == [channel for head in heads for channel in head]
 
 
 def test_norms_that_store_their_distance_from_one(manifest_of: Compiled) -> None:
@@ -193,7 +193,7 @@ def test_unsound_groups_are_refused(change: dict[str, Any], message: str, manife
     (wrong, *_) = wrong_groups(dataclasses.replace(manifest, scale_groups=(first,)))
     assert re.search(message, wrong)
     again = dataclasses.replace(manifest, scale_groups=(manifest.scale_groups[0],) * 2)
-    assert "lies in two scale groups" in next(wrong_groups(again))
+    assert "is in two scale groups" in next(wrong_groups(again))
 
 
 def test_a_reader_refuses_unsound_groups(compiled: Callable[..., Path], tmp_path: Path) -> None:
@@ -226,4 +226,4 @@ def test_unsound_groups_of_mixtures_are_refused(change: dict[str, Any], message:
     wrong = wrong_groups(dataclasses.replace(manifest, mixture_groups=(dataclasses.replace(first, **change),)))
     assert re.search(message, next(wrong))
     twice = wrong_groups(dataclasses.replace(manifest, mixture_groups=(first, first)))
-    assert "lies in two mixture groups" in next(twice)
+    assert "is in two mixture groups" in next(twice)

@@ -182,7 +182,7 @@ def test_where_the_chain_leaves_the_model(llama: tuple[Path, Path], monkeypatch:
         assert shape.subgraph is not None
         assert manifest.subgraphs[shape.subgraph].targets == ("model.layers.1",)
         assert shape.result == f"differs: logits, from subgraph {shape.subgraph} on"
-    assert found.verdict.startswith("NOT EQUAL: on 2 of 2 shapes")
+    assert found.verdict.startswith("NOT EQUAL: the results of chain and model differ for 2 of 2 shapes")
 
 
 def test_a_chain_that_fails_is_not_equal(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +227,9 @@ def test_a_sample_that_cannot_be_made_up(tmp_path: Path) -> None:
         (lambda folder: (folder / "artifact" / MANIFEST_NAME).unlink(), "is not an artifact"),
         (lambda folder: (folder / "artifact/subgraphs/000.py").write_text("x"), "is damaged"),
         (lambda folder: shutil.rmtree(folder / "weights"), "config.json"),
-        (lambda folder: (folder / "weights/model.safetensors").unlink(), "holds no safetensors checkpoint"),
+        (lambda folder: (folder / "weights/model.safetensors").unlink(), "does not contain a safetensors checkpoint"),
         (lambda folder: (folder / "weights/model.safetensors").write_text("x"), "is damaged"),
-        (lambda folder: rewrite(folder, without_norm), "lacks tensor 'model.norm.weight'"),
+        (lambda folder: rewrite(folder, without_norm), "missing tensor 'model.norm.weight'"),
         (lambda folder: rewrite(folder, lambda t: t | {"lm_head.weight": torch.zeros(9, 9)}), "has shape [9, 9]"),
         (
             lambda folder: save_bert(folder),
