@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,22 +13,20 @@ from runtime.errors import DataError
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
 
-from typing import Any
-
 Batches = list[dict[str, Any]]
 
 
 def largest_batch(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> int:
-    """How many samples the largest batch has; 1 where that cannot be told, for then it cannot be split."""
+    """Return the number of samples of the largest batch that can be split; 1 if there is none."""
     name = manifest.inputs[0].name
     return max((batch[name].shape[0] for batch in batches if _is_splittable(manifest, batch)), default=1)
 
 
 def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size: int) -> Batches | None:
-    """The same samples in the same order, at most `size` at a time.
+    """Split batches into parts of at most `size` samples, in the same order.
 
     Returns:
-        None where the inputs have no batch dimension to split at, or the artifact does not hold for so few.
+        None if the inputs have no batch dimension, or the artifact is not valid for so few samples.
     """
     if not all(_is_splittable(manifest, batch) for batch in batches):
         return None
@@ -40,12 +38,8 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
         count = batch[manifest.inputs[0].name].shape[0]
         for start in range(0, count, size):
             length = min(size, count - start)
-            parts.append(
-                {
-                    name: value.narrow(dims[name], start, length) if name in dims else value
-                    for name, value in batch.items()
-                }
-            )
+            cut = {name: value.narrow(dims[name], start, length) for name, value in batch.items() if name in dims}
+            parts.append(dict(batch) | cut)
     try:
         require_in_range(manifest, parts)
     except DataError:
@@ -54,9 +48,9 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
 
 
 def _is_splittable(manifest: Manifest, batch: Mapping[str, Any]) -> bool:
-    """Each input must belong to samples by the first one's first dimension, or be the same for all sizes of it.
+    """Whether each input has one dimension for samples, that of the first input, or does not depend on their number.
 
-    The number of images or sounds is another symbol: which of them belongs to which sample the shapes do not say.
+    The number of images or sounds is another symbol: shapes do not state which of them belongs to which sample.
     """
     first = manifest.inputs[0]
     if not first.shape or not isinstance(first.shape[0], str):
@@ -64,7 +58,7 @@ def _is_splittable(manifest: Manifest, batch: Mapping[str, Any]) -> bool:
     known = {symbol for symbol in first.shape if isinstance(symbol, str)}
     for entry in manifest.inputs:
         symbols = [symbol for symbol in entry.shape if isinstance(symbol, str)]
-        is_by_row = entry.shape[:1] == first.shape[:1]  # a decoder's tokens are another size
+        is_by_row = entry.shape[:1] == first.shape[:1]  # tokens of a decoder have a size of their own
         is_foreign = not is_by_row and any(symbol not in known for symbol in symbols)
         if is_foreign or symbols.count(first.shape[0]) > 1:
             return False

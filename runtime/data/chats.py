@@ -1,7 +1,7 @@
-"""Conversations as tokens: written by the tokenizer's chat template, and which of them the assistant says.
+"""Tokenize conversations with the tokenizer's chat template, and find the tokens of the assistant.
 
-A template marks the assistant's text by `{% generation %}` and `{% endgeneration %}`. Where it does, those tokens alone
-can be made to count in statistics: they are what the model will have to write.
+A template marks the text of the assistant by `{% generation %}` and `{% endgeneration %}`. With these marks, statistics
+can be limited to those tokens, which are what the model will generate.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
-    """A conversation as text.
+    """Render a conversation as text.
 
     Raises:
-        DataError: when there is no template, or the messages do not fit it.
+        DataError: the tokenizer has no chat template, or the messages do not fit it.
     """
     text = _apply(tokenizer, document, tokenize=False)
     assert isinstance(text, str)
@@ -33,22 +33,22 @@ def rendered(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
 def assistant_tokens(
     tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None
 ) -> tuple[list[int], list[int]]:
-    """The ids of a conversation, and for each 1 where the assistant says it, else 0.
+    """Return the ids of a conversation, and 1 for each token of the assistant, 0 for others.
 
     Raises:
-        DataError: likewise, and when the template or the tokenizer cannot tell.
+        DataError: as `rendered`, and if the template or the tokenizer does not mark the assistant's tokens.
     """
     _require_template(tokenizer, document)
     if not tokenizer.is_fast:
         raise DataError(
-            "this tokenizer cannot say which token comes from which text, so there is no loss mask",
-            hint="take one with a tokenizer.json, or leave --loss-mask out",
+            "this tokenizer does not map tokens to text, so no loss mask can be made",
+            hint="use one with a tokenizer.json, or leave --loss-mask out",
         )
-    # Without the mark transformers would give a mask of nothing but zeros.
+    # Without the marks, transformers returns a mask of zeros.
     if not _GENERATION.search(tokenizer.get_chat_template()):
         raise DataError(
-            "the tokenizer's chat template does not mark what the assistant says",
-            hint="put {% generation %} and {% endgeneration %} around it in the template, or leave --loss-mask out",
+            "the tokenizer's chat template does not mark the text of the assistant",
+            hint="enclose it in {% generation %} and {% endgeneration %} in the template, or leave --loss-mask out",
         )
     found = _apply(tokenizer, document, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, counts = list(found["input_ids"]), list(found["assistant_masks"])
@@ -61,8 +61,8 @@ def assistant_tokens(
 def _require_template(tokenizer: PreTrainedTokenizerBase, document: Document) -> None:
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{document.where} has messages, and the tokenizer has no chat template",
-            hint="take an instruction-tuned model's tokenizer, or give the conversations as text",
+            f"{document.where} has messages, but the tokenizer has no chat template",
+            hint="use the tokenizer of an instruction-tuned model, or give the conversations as text",
         )
 
 
@@ -73,5 +73,5 @@ def _apply(tokenizer: PreTrainedTokenizerBase, document: Document, **options: An
         return tokenizer.apply_chat_template(messages, **options)
     except MemoryError:
         raise
-    except Exception as error:  # a template is a program and may raise anything
+    except Exception as error:  # a template is a program and can raise anything
         raise DataError(f"{document.where} does not fit the chat template: {error}") from error

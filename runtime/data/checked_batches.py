@@ -1,8 +1,8 @@
-"""Check batches that a caller of the Python API hands over: what they are, and whether they are the model's inputs.
+"""Check batches from a caller of the Python API, and convert them to the model's inputs.
 
-Batches are mappings from the names of inputs to tensors with values on the CPU. What can be had without a doubt is
-made: iterators are gone through once, tensors on another device are fetched, narrow integers become what the model was
-compiled with. Everything else is refused, naming the batch, the input and what is expected.
+Batches are mappings from the names of inputs to tensors with values on the CPU. Unambiguous values are converted:
+iterators are consumed once, tensors on another device are copied, narrow integers get the dtype that the model was
+compiled with. All others are rejected with the batch, the input and what is expected.
 """
 
 from __future__ import annotations
@@ -29,69 +29,67 @@ _EXPECTED = "a list of batches, each a dict from input names to tensors [batch, 
 
 
 def as_batches(batches: Any) -> list[dict[str, torch.Tensor]]:
-    """Batches of tensors with values, on the CPU.
+    """Convert batches to a list of tensors with values on the CPU.
 
     Args:
         batches: a sequence or an iterable of mappings, such as a DataLoader.
 
     Raises:
-        DataError: naming the batch and what is expected.
+        DataError: a batch is not a mapping of such tensors.
     """
     if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
-        hint = "put it into a list: [batch]" if isinstance(batches, Mapping) else f"give {_EXPECTED}"
+        hint = "put it into a list: [batch]" if isinstance(batches, Mapping) else f"pass {_EXPECTED}"
         raise DataError(f"batches is {shown(batches)}", hint=hint)
     if type(batches).__module__.partition(".")[0] == "datasets":
         raise DataError(
-            f"batches is {shown(batches)}, which gives samples and not batches",
+            f"batches is {shown(batches)}, which yields samples, not batches",
             hint="make batches with runtime.batches([torch.tensor(row['input_ids']) for row in dataset], batch_size)",
         )
     found = list(batches)
     if not found and isinstance(batches, Iterator):
-        raise DataError(
-            f"batches is {shown(batches)} that gives no more batches", hint="make it anew, or give a list of batches"
-        )
+        raise DataError(f"batches is {shown(batches)} that is exhausted", hint="pass a new one, or a list of batches")
     return [_as_batch(index, batch) for index, batch in enumerate(found)]
 
 
 def _as_batch(index: int, batch: Any) -> dict[str, torch.Tensor]:
     if not isinstance(batch, Mapping):
-        raise DataError(f"batch {index} is {shown(batch)}", hint=f"give {_EXPECTED}")
+        raise DataError(f"batch {index} is {shown(batch)}", hint=f"pass {_EXPECTED}")
     return {name: _as_tensor(f"batch {index}: {name}", name, value) for name, value in batch.items()}
 
 
 def _as_tensor(where: str, name: Any, value: Any) -> torch.Tensor:
     if not isinstance(name, str):
-        raise DataError(f"{where} is no name of an input", hint=f"give {_EXPECTED}")
+        raise DataError(f"{where} is not the name of an input", hint=f"pass {_EXPECTED}")
     if not isinstance(value, torch.Tensor):
-        hint = "give a tensor [batch, ...]"
+        hint = "pass a tensor [batch, ...]"
         if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
             hint += ", for instance torch.as_tensor(values)"
         raise DataError(f"{where} is {shown(value)}", hint=hint)
     if value.is_meta or hasattr(value, "fake_mode"):
-        raise DataError(f"{where} is a tensor without values", hint="give real data")
+        raise DataError(f"{where} is a tensor without values", hint="pass real data")
     if value.is_nested or value.is_quantized:
-        raise DataError(f"{where} is a nested or quantized tensor", hint="give a plain one")
+        raise DataError(f"{where} is a nested or quantized tensor", hint="pass a plain one")
     if value.layout is not torch.strided:
-        raise DataError(f"{where} is a tensor of layout {value.layout}", hint="give a dense one: tensor.to_dense()")
+        raise DataError(f"{where} is a tensor of layout {value.layout}", hint="pass a dense one: tensor.to_dense()")
     if not value.numel():
         raise DataError(f"{where} has the shape {list(value.shape)}, which is empty", hint="leave out empty batches")
     return value.detach().cpu()
 
 
 def model_batches(artifact: Artifact, batches: Any, *, is_scored: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Batches of the inputs that the artifact takes, in its dtypes; those that follow from others are made.
+    """Convert batches to the inputs of an artifact, in its dtypes; inputs that follow from others are added.
 
     Args:
-        artifact: says what it takes.
-        batches: as of `as_batches`.
-        is_scored: whether labels of a causal model matter, too; those of a decoder always do.
+        artifact: states its inputs.
+        batches: as for `as_batches`.
+        is_scored: whether labels of a causal model are checked too; those of a decoder always are.
 
     Raises:
-        DataError: naming the batch, the input and what is expected.
+        DataError: a batch does not fit the artifact.
     """
     from runtime.model.config import text_limits
 
-    # Torch tells a size of one from all others by itself, whatever the model's code does.
+    # A minimum of two comes from the tracer, which treats a size of one as special whatever the model's code does.
     dims = tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in artifact.manifest.dims)
     manifest = replace(artifact.manifest, dims=dims)
     inputs = {entry.name: entry for entry in manifest.inputs}
@@ -121,9 +119,9 @@ def model_batches(artifact: Artifact, batches: Any, *, is_scored: bool = False) 
 
 
 def _label_ids(where: str, batch: Mapping[str, torch.Tensor], num_tokens: int | None) -> torch.Tensor:
-    """Labels in int64, which are token ids or -100."""
+    """Convert labels to int64; they must be token ids or -100."""
     labels, ids, own = batch[LABELS], batch.get(IDS), batch.get(DECODER_IDS)
-    expected = "expected integers [batch, sequence], -100 where there is no label"
+    expected = "expected integers [batch, sequence], -100 at positions without a label"
     if labels.dtype not in _INTEGERS:
         raise DataError(f"{where}{LABELS} is {labels.dtype}", hint=expected)
     if labels.dim() != 2:
@@ -140,7 +138,7 @@ def _label_ids(where: str, batch: Mapping[str, torch.Tensor], num_tokens: int | 
 
 
 def _require_token_masks(where: str, batch: Mapping[str, torch.Tensor], inputs: Container[str]) -> None:
-    """Refuse masks that say of other tokens, or by other numbers, whether they count."""
+    """Require masks of integers, with the shape of the tokens."""
     ids = batch.get(IDS)
     for name in (MASK, LOSS_MASK):
         mask = batch.get(name)
@@ -157,19 +155,19 @@ def _require_names(index: int, batch: Mapping[str, torch.Tensor], inputs: Mappin
     missing = [name for name in inputs if name not in batch]
     if missing:
         has = f"it has {', '.join(batch)}" if batch else "it is empty"
-        raise DataError(f"batch {index} has no {missing[0]}; {has}", hint=f"the artifact takes {expected}")
+        raise DataError(f"batch {index} has no {missing[0]}; {has}", hint=f"inputs of the artifact are {expected}")
     for name, value in batch.items():
-        # A tokenizer that gives these gives zeros for text, which are as good as none.
+        # For text, token_type_ids are zeros, which is the same as none.
         is_harmless = name in BESIDE_INPUTS or (name == "token_type_ids" and not bool(value.any()))
         if name not in inputs and not is_harmless:
             raise DataError(
-                f"batch {index} has {name}, which the artifact does not take",
-                hint=f"it takes {expected}; leave {name} out, or compile the model with a --sample that has it",
+                f"batch {index} has {name}, which is not an input of the artifact",
+                hint=f"inputs are {expected}; leave {name} out, or compile the model with a --sample that has it",
             )
 
 
 def _fitting(where: str, value: torch.Tensor, entry: InputEntry) -> torch.Tensor:
-    """A tensor in the dtype that the artifact takes."""
+    """Convert a tensor to the dtype of an input."""
     expected = f"expected {entry.dtype} {_shape(entry)}"
     if value.dim() != len(entry.shape):
         raise DataError(f"{where} has the shape {list(value.shape)}", hint=expected)
@@ -187,17 +185,17 @@ def _fitting(where: str, value: torch.Tensor, entry: InputEntry) -> torch.Tensor
 def _require_known(where: str, ids: torch.Tensor, num_tokens: int | None, longest: int | None) -> None:
     if longest is not None and ids.shape[-1] > longest:
         raise DataError(
-            f"{where} has {ids.shape[-1]} tokens, and the model's config allows {longest} (max_position_embeddings)",
-            hint="give shorter samples",
+            f"{where} has {ids.shape[-1]} tokens, but the model's config allows {longest} (max_position_embeddings)",
+            hint="use shorter samples",
         )
     if not ids.numel():
         return
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0:
-        raise DataError(f"{where} has the token id {lowest}", hint="ids must not be negative; mark padding by a mask")
+        raise DataError(f"{where} has the token id {lowest}", hint="ids must not be negative; use a mask for padding")
     if num_tokens is not None and highest >= num_tokens:
         raise DataError(
-            f"{where} has the token id {highest}, and the model's vocabulary has {num_tokens} entries",
+            f"{where} has the token id {highest}, but the model's vocabulary has {num_tokens} entries",
             hint="use the model's own tokenizer",
         )
 

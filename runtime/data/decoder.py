@@ -1,14 +1,13 @@
-"""What an encoder-decoder model's decoder reads, and what it is to write: labels, moved one place to the right.
+"""Derive the inputs of an encoder-decoder model's decoder from labels: they are shifted one position to the right.
 
-    labels              x_1    x_2   ...   x_T                  what is predicted, position by position
-    decoder_input_ids   start  x_1   ...   x_(T-1)              what each prediction follows from, beside the encoder
+    labels              x_1    x_2   ...   x_T                  the prediction at each position
+    decoder_input_ids   start  x_1   ...   x_(T-1)              the tokens that each prediction is based on
 
 Most families begin with a token of their config (T5 with padding, BART with the end of a sentence). mBART, PLBart and
-FSMT begin with the last token of the labels themselves, which is a language or the end of a sentence. Which rule is a
-model's own, the compiler finds out by running it; the manifest's `decoder` states it.
+FSMT begin with the last token of the labels, which is a language or the end of a sentence. The compiler determines the
+rule of a model by running it, and states it in the manifest's `decoder`.
 
-A label of -100 is none, as everywhere in transformers: it is not predicted, and its place in the decoder's inputs is
-padding.
+As in transformers, a label of -100 is not predicted; the decoder reads padding at its position.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ NOT_A_LABEL = -100
 
 
 def shifted(labels_BT: torch.Tensor, rule: Mapping[str, int]) -> torch.Tensor:
-    """The decoder's inputs for labels, both int64 [B, T].
+    """Return the decoder's inputs for labels, both int64 [B, T].
 
     Args:
-        labels_BT: token ids, and -100 where there is no label.
-        rule: `pad`, the token in the place of those; `start`, the token that comes first, or none of it.
+        labels_BT: token ids, -100 at positions without a label.
+        rule: `pad`, the token at positions without a label; `start`, the first token, by default the last label.
     """
     import torch
 

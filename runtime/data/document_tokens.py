@@ -1,6 +1,6 @@
-"""Turn documents into token ids.
+"""Tokenize documents.
 
-A text gets the special tokens that its tokenizer adds, once; a conversation those that its chat template writes.
+A text gets the special tokens that its tokenizer adds, once; a conversation those of its chat template.
 
 Shapes: S tokens of a document, T tokens of a target.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from runtime.data.documents import Document
 
-Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and which of them count
-# By tokenizer, the ids that it puts before and after a text.
+Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and whether each counts in statistics
+# By tokenizer, the ids that it adds before and after a text.
 _ADDED: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def document_tokens(
     tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, loss_mask: bool
 ) -> Tokens:
-    """The ids [S] of one document, and which of them count, bool [S]."""
+    """Return the ids [S] of one document, and whether each counts in statistics, bool [S]."""
     import torch
 
     if loss_mask and not isinstance(document.content, str):
@@ -41,48 +41,40 @@ def document_tokens(
 
 
 def target_tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
-    """The ids [T] of what is to be written."""
-    import torch
-
+    """Return the ids [T] of the text that the model should generate."""
     assert document.target is not None
     _require_characters(document.target, document)
-    found: Any = tokenizer(
-        text_target=_without_added_tokens(tokenizer, document.target),
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
-    )
-    ids_T = torch.tensor(found["input_ids"][:max_length], dtype=torch.int64)
-    _require_tokens(ids_T, document)
-    return ids_T
+    target = _without_added_tokens(tokenizer, document.target)
+    return _encoded(tokenizer, document, max_length, text_target=target)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
-    """The ids [S] of one document. Where it is too long, the tokenizer keeps room for its special tokens."""
-    import torch
-
+    """Return the ids [S] of one document; a tokenizer that truncates it keeps its own special tokens."""
     is_text = isinstance(document.content, str)
     text = document.content if isinstance(document.content, str) else rendered(tokenizer, document)
     _require_characters(text, document)
-    encoding: dict[str, Any] = tokenizer(
-        _without_added_tokens(tokenizer, text) if is_text else text,
-        add_special_tokens=is_text,
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
-    )
-    # A length with no room for anything but special tokens is not kept by every tokenizer.
-    ids_S = torch.tensor(encoding["input_ids"][:max_length], dtype=torch.int64)
-    _require_tokens(ids_S, document)
-    return ids_S
+    if is_text:
+        text = _without_added_tokens(tokenizer, text)
+    return _encoded(tokenizer, document, max_length, text=text, add_special_tokens=is_text)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, **options: Any) -> Tensor:
+    import torch
+
+    truncation = max_length is not None
+    found: Any = tokenizer(truncation=truncation, max_length=max_length, verbose=False, **options)
+    # Some tokenizers exceed a length that has room for special tokens only.
+    ids = torch.tensor(found["input_ids"][:max_length], dtype=torch.int64)
+    _require_tokens(ids, document)
+    return ids
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text without the special tokens at its ends that the tokenizer adds itself, so that none is there twice.
+    """Remove special tokens at the ends of a text that the tokenizer will add again.
 
-    Texts that were written by a chat template mostly begin with one.
+    Texts that were rendered by a chat template usually begin with one.
     """
-    if tokenizer not in _ADDED:  # the same for all of its documents
+    if tokenizer not in _ADDED:
         _ADDED[tokenizer] = _added_ids(tokenizer)
     before, after = _ADDED[tokenizer]
     for token, token_id in _named(tokenizer, "bos", "cls"):
@@ -95,8 +87,8 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after those of a text."""
-    for probe in ("a", "1", "."):  # some know few characters
+    """Return the ids that the tokenizer adds before and after those of a text."""
+    for probe in ("a", "1", "."):  # some vocabularies have few characters
         plain = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
         whole = list(tokenizer(probe, verbose=False)["input_ids"])
         for start in range(len(whole) - len(plain) + 1):
@@ -106,7 +98,7 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, *kinds: str) -> list[tuple[str, int]]:
-    """Special tokens of these kinds that the tokenizer has, each once, with their ids."""
+    """List the special tokens of these kinds, each once, with their ids."""
     tokens = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
     return [(token, getattr(tokenizer, f"{kind}_token_id")) for token, kind in tokens.items() if token]
 
@@ -115,9 +107,9 @@ def _require_characters(text: str, document: Document) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{document.where} has half of a surrogate pair, which is no character") from error
+        raise DataError(f"{document.where} has an unpaired surrogate, which is not a character") from error
 
 
 def _require_tokens(ids: Sequence[int] | Tensor, document: Document) -> None:
     if not len(ids):
-        raise DataError(f"{document.where} gives no tokens", hint="take it out")
+        raise DataError(f"{document.where} has no tokens", hint="remove it")

@@ -1,8 +1,8 @@
-"""Text files as documents: `.txt` is one, `.jsonl` and `.parquet` hold one a line or row.
+"""Read documents from text files: one from a `.txt` file, one from each line or row of `.jsonl` and `.parquet`.
 
 A record has `text`, or `messages` for a chat template, or a pair for an encoder-decoder model: `source` (or `input`)
-and `target`. `text` counts where it has several. Text is UTF-8, with or without a byte order mark. Documents of nothing
-but white space are skipped, and so are pairs of which a half is that. Nothing here knows tokens.
+and `target`. `text` takes precedence. Text is UTF-8, with or without a byte order mark. Documents of white space are
+skipped, and so are pairs with one half of white space.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from runtime.host.regular_files import open_regular, read_regular
 
 _SOURCES = ("source", "input")
 _FIELDS = ("text", "messages", *_SOURCES, "target")
-_ROWS_AT_A_TIME = 16  # of a parquet file: a row of a few compressed bytes may be a text of megabytes
+_ROWS_AT_A_TIME = 16  # of a parquet file, in which a few compressed bytes can be a text of megabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text or a conversation.
+    """A text, a conversation, or a pair of source and target.
 
     Attributes:
-        where: the place it was read from, for error messages.
-        content: a text, or the messages of a conversation, each with what the chat template wants to see.
-        target: what an encoder-decoder model is to write when it reads `content`; None where that is not said.
+        where: its file and line, for messages.
+        content: a text, or the messages of a conversation, each with the fields that the chat template reads.
+        target: the text that an encoder-decoder model should generate for `content`; None for other documents.
     """
 
     where: str
@@ -37,23 +37,23 @@ class Document:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it says nothing."""
+        """Whether a text of the document is white space."""
         texts = [text for text in (self.content, self.target) if isinstance(text, str)]
         return not all(text.strip() for text in texts)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of one file, in order.
+    """Read the documents of one file, in order.
 
     Raises:
-        DataError: the file is missing, empty, of an unknown kind or damaged, or a record holds no document.
+        DataError: the file is missing, empty, of an unknown kind or damaged, or a record is not a document.
     """
     require_file(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(
-            f"{path} is of an unknown kind: {path.suffix or 'no extension'}",
-            hint="known are .txt, .jsonl, .parquet and .safetensors",
+            f"unsupported extension {path.suffix!r} of {path}",
+            hint="supported are .txt, .jsonl, .parquet and .safetensors",
         )
     for document in readers[path.suffix](path):
         if not document.is_blank:
@@ -61,7 +61,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def require_file(path: Path) -> None:
-    """Raise a `DataError` unless `path` is a file that can be opened and is not empty."""
+    """Raise a `DataError` unless `path` is a readable file that is not empty."""
     try:
         with open_regular(path) as file:
             is_empty = not file.read(1)
@@ -76,7 +76,7 @@ def require_pairs(documents: Sequence[Document]) -> None:
     alone = next((document for document in documents if document.target is None), None)
     if alone is not None:
         raise DataError(
-            f"{alone.where} has no target, and other records have one", hint="keep pairs in a file of their own"
+            f"{alone.where} has no target, but other records have one", hint="put pairs into a file of their own"
         )
 
 
@@ -96,7 +96,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise DataError(f"{where} is no JSON object but of type {type(record).__name__}")
+                raise DataError(f"{where} must be a JSON object, not {type(record).__name__}")
             yield _as_document(record, where)
 
 
@@ -105,7 +105,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} needs pyarrow", hint="pip install pyarrow") from error
+        raise DataError(f"reading {path} requires pyarrow", hint="pip install pyarrow") from error
     try:
         with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
@@ -119,7 +119,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                     (record,) = batch.slice(row, 1).to_pylist()
                     yield _as_document(record, f"row {number} of {path}")
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is no intact parquet file: {error}") from error
+        raise DataError(f"{path} is not a valid parquet file: {error}") from error
 
 
 def _as_document(record: Mapping[str, Any], where: str) -> Document:
@@ -127,14 +127,14 @@ def _as_document(record: Mapping[str, Any], where: str) -> Document:
     if isinstance(text, str):
         return Document(where, text)
     if text is not None:
-        raise DataError(f"{where} has a text of type {type(text).__name__} instead of a string")
+        raise DataError(f"text of {where} must be a string, not {type(text).__name__}")
     if messages is None and record.get("target") is not None:
         return _as_pair(record, where)
     if messages is None:
         raise DataError(f"{where} has neither text nor messages", hint=f"its fields are {list(record)}")
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
         raise DataError(
-            f"{where} has messages that are no list of objects",
+            f"messages of {where} must be a list of objects",
             hint='each message looks like {"role": "user", "content": "..."}',
         )
     return Document(where, messages)
@@ -145,7 +145,7 @@ def _as_pair(record: Mapping[str, Any], where: str) -> Document:
     for name, text in (("source", source), ("target", record["target"])):
         if not isinstance(text, str):
             raise DataError(
-                f"{where} has a {name} of type {type(text).__name__} instead of a string",
+                f"{name} of {where} must be a string, not {type(text).__name__}",
                 hint='a pair looks like {"source": "...", "target": "..."}',
             )
     assert isinstance(source, str)

@@ -1,7 +1,7 @@
-"""From batches of tokens to a model's inputs, and the check that the artifact holds for them.
+"""Make a model's inputs from batches of tokens, and check that the artifact is valid for their sizes.
 
-Data gives what a plain call of the model takes: `input_ids` and `attention_mask`, and `labels` of an encoder-decoder
-model. What else the artifact takes is made up only if the compiler has found out what stands for its absence.
+Data has what a plain call of the model takes: `input_ids` and `attention_mask`, and `labels` for an encoder-decoder
+model. Another input is added only if the compiler determined the value that is equivalent to leaving it out.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import InputEntry, Manifest
 
 IDS, MASK, DECODER_IDS = "input_ids", "attention_mask", "decoder_input_ids"
-# What a batch may hold besides the model's inputs, all [B, S] or [B, T]: it says which tokens count.
+# Tensors of a batch besides the model's inputs, all [B, S] or [B, T]: they state which tokens count in statistics.
 BESIDE_INPUTS = (MASK, LOSS_MASK, LABELS)
 
 
 def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs that the artifact's model takes, from a batch of tokens.
+    """Make the inputs of an artifact's model from a batch of tokens.
 
     Args:
-        manifest: names the inputs.
-        batch: `input_ids` and `attention_mask`, int64 [B, S]; of an encoder-decoder model also `labels`, int64 [B, T],
-            -100 where there is none: without them, the text itself is to be written. A `loss_mask` is handed on.
+        manifest: states the inputs.
+        batch: `input_ids` and `attention_mask`, int64 [B, S]; for an encoder-decoder model also `labels`, int64 [B, T],
+            -100 at positions without a label: by default the labels are the text itself. A `loss_mask` is kept.
 
     Returns:
-        The inputs, and what says which tokens count: `labels`, `loss_mask`, and the mask of padding if there is some.
+        The inputs, and the tensors that state which tokens count: `labels`, `loss_mask`, and `attention_mask` if there
+        is padding.
 
     Raises:
-        DataError: when the model takes an input that text cannot give.
+        DataError: the model has an input that cannot be made from text.
     """
     known = completed(manifest, batch)
     names = [entry.name for entry in manifest.inputs]
@@ -53,10 +54,10 @@ def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[
 
 
 def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch, and those inputs that it lacks and that follow from it.
+    """Add the missing inputs that follow from those of a batch.
 
     Raises:
-        DataError: when it has no inputs for the decoder, and the artifact does not say how they follow from labels.
+        DataError: the artifact does not state how inputs of the decoder follow from labels.
     """
     made = dict(batch)
     names = [entry.name for entry in manifest.inputs]
@@ -73,7 +74,7 @@ def completed(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A batch's labels; without any, the text is to be written as it is."""
+    """Return the labels of a batch, by default its text."""
     if LABELS not in batch:
         ids_BS, mask_BS = batch[IDS], batch.get(MASK)
         if mask_BS is None or mask_BS.shape != ids_BS.shape:
@@ -82,7 +83,7 @@ def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     found = batch[LABELS]
     if not isinstance(found, torch.Tensor) or found.dim() != 2 or found.dtype != torch.int64:
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise DataError(f"a batch has labels of {kind}", hint="give an int64 tensor [batch, sequence], -100 for none")
+        raise DataError(f"a batch has labels of {kind}", hint="pass an int64 tensor [batch, sequence], -100 for none")
     return found
 
 
@@ -90,13 +91,13 @@ def _rule(manifest: Manifest) -> Mapping[str, int]:
     if manifest.decoder:
         return manifest.decoder
     raise DataError(
-        f"the artifact does not say what the decoder of {manifest.model.class_name} reads for a text",
-        hint="compile it again, from a config with decoder_start_token_id; or give decoder_input_ids from Python",
+        f"the artifact does not state how decoder_input_ids of {manifest.model.class_name} follow from labels",
+        hint="compile the model again, with decoder_start_token_id in its config, or pass decoder_input_ids in Python",
     )
 
 
 def _stand_in(entry: InputEntry, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """A tensor of the number that stands for absence: for each token, or for each row."""
+    """Return the tensor that is equivalent to leaving an input out, for each token or each row."""
     of_tokens, of_each = tokens_BS.shape[: len(entry.shape)], entry.shape[tokens_BS.dim() :]
     return torch.full([*of_tokens, *map(int, of_each)], entry.absent, dtype=getattr(torch, entry.dtype))
 
@@ -104,75 +105,71 @@ def _stand_in(entry: InputEntry, tokens_BS: torch.Tensor) -> torch.Tensor:
 def _not_given(manifest: Manifest, name: str) -> DataError:
     if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
         return DataError(
-            f"the model takes an input {name!r}, which text data cannot give",
-            hint="compile it with --text-only to calibrate it with text, if it does without images and sounds",
+            f"the model has an input {name!r}, which cannot be made from text",
+            hint="compile it with --text-only, if it supports text without images and sounds",
         )
     return DataError(
-        f"the artifact takes an input {name!r}, which the data does not give, and {manifest.model.class_name} "
-        "may compute something else with zeros than without it",
-        hint="compile the model again, without this input in --sample, or give batches that have it from Python",
+        f"the artifact has an input {name!r}, which is missing in the data, and {manifest.model.class_name} may "
+        "not treat zeros like a missing input",
+        hint="compile the model again without this input in --sample, or pass batches that have it in Python",
     )
 
 
 def require_decoder(manifest: Manifest, targets: Sequence[torch.Tensor] | None) -> None:
-    """Refuse pairs of source and target for a model that does not read the one and write the other.
+    """Reject pairs of source and target for a model that is not an encoder-decoder model.
 
     Raises:
-        DataError: naming the model.
+        DataError: the model is another one.
     """
     if targets is not None and DECODER_IDS not in {entry.name for entry in manifest.inputs}:
         raise DataError(
-            f"the data has pairs of source and target, and {manifest.model.class_name} is no encoder-decoder model",
-            hint='give texts: {"text": "..."}',
+            f"the data has pairs of source and target, but {manifest.model.class_name} is not an encoder-decoder model",
+            hint='use texts: {"text": "..."}',
         )
 
 
 def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None:
-    """Refuse samples that are longer than the model's positions reach.
+    """Reject samples that are longer than the model's positions.
 
     Raises:
-        DataError: stating both lengths.
+        DataError: a sample is longer.
     """
     found = max((len(sample) for sample in samples), default=0)
     if longest is not None and found > longest:
         raise DataError(
-            f"a sample has {found} tokens, and the model's config allows {longest} (max_position_embeddings)",
-            hint=f"give --seq-len {longest} or less",
+            f"a sample has {found} tokens, but the model's config allows {longest} (max_position_embeddings)",
+            hint=f"use --seq-len {longest} or less",
         )
 
 
 def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse batches of sizes for which the trace does not hold.
+    """Reject batches of sizes for which the artifact is not valid.
 
     Raises:
-        DataError: naming the size and the range.
+        DataError: a size is out of range or violates a condition.
     """
-    dims = {dim.name: dim for dim in manifest.dims}
+    dims = {dim.name: (dim.min, dim.max) for dim in manifest.dims}
     for batch in batches:
         sizes: dict[str, int] = {}
         for entry in manifest.inputs:
-            for symbol, size in zip(entry.shape, batch[entry.name].shape, strict=True):
-                dim = dims.get(symbol) if isinstance(symbol, str) else None
-                if isinstance(symbol, str) and sizes.setdefault(symbol, int(size)) != size:
-                    raise DataError(
-                        f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but its {symbol} is "
-                        f"{sizes[symbol]} elsewhere"
-                    )
-                if dim is None:
-                    is_inside = isinstance(symbol, str) or symbol == size
-                    bounds = str(symbol)
-                else:
-                    is_inside = dim.min <= size and (dim.max < 0 or size <= dim.max)
-                    bounds = f"{dim.min} to {dim.max}" if dim.max >= 0 else f"{dim.min} or more"
+            shape = list(batch[entry.name].shape)
+            for symbol, size in zip(entry.shape, shape, strict=True):
+                valid = f"a size of {symbol}"
+                is_inside = symbol == size
+                if isinstance(symbol, str):
+                    if sizes.setdefault(symbol, size) != size:
+                        raise DataError(
+                            f"a batch has {entry.name} of shape {shape}, but its {symbol} is {sizes[symbol]} elsewhere"
+                        )
+                    low, high = dims.get(symbol, (0, -1))
+                    valid = f"a {symbol} of {low} to {high}" if high >= 0 else f"a {symbol} of {low} or more"
+                    is_inside = low <= size and (high < 0 or size <= high)
                 if not is_inside:
-                    raise DataError(
-                        f"a batch has {entry.name} of shape {list(batch[entry.name].shape)}, but the artifact "
-                        f"holds for a {symbol} of {bounds}"
-                    )
+                    raise DataError(f"a batch has {entry.name} of shape {shape}, but the artifact is valid for {valid}")
         for condition in manifest.conditions:
             if not holds(condition, sizes):
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in condition)
                 raise DataError(
-                    f"a batch has {stated}, but the artifact holds only where {condition}",
-                    hint="the model's code computes otherwise there; choose another --seq-len or --batch-size",
+                    f"a batch has {stated}, but the artifact is valid only if {condition}",
+                    hint="the model's code takes another path otherwise; choose another --seq-len or --batch-size",
                 )

@@ -1,7 +1,7 @@
-"""Which tokens of a batch count in statistics: not padding, and not what a loss mask leaves out.
+"""Determine which tokens of a batch count in statistics: no padding, and none that a loss mask excludes.
 
-A batch may bring a `loss_mask` besides the model's inputs: [B, S], nonzero where tokens count. What the decoder of an
-encoder-decoder model reads counts where it has a label to predict.
+A batch may have a `loss_mask` besides the model's inputs: [B, S], nonzero for tokens that count. Tokens of the decoder
+of an encoder-decoder model count if they have a label.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
 
-# Bool [B, S]; or that and the decoder's, [B, T]; None when all tokens count.
+# Bool [B, S]; for an encoder-decoder model that and the decoder's, [B, T]; None if all tokens count.
 TokenMask: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
 def token_mask(batch: Mapping[str, Any]) -> TokenMask:
-    """The tokens of a batch that count; None when all do, or it is not said."""
+    """Return the tokens of a batch that count; None if all do or no mask is present."""
     masks = [batch.get("attention_mask"), batch.get(LOSS_MASK)]
     found = [mask != 0 for mask in masks if isinstance(mask, torch.Tensor) and mask.dim() == 2]
     together = None
@@ -35,10 +35,10 @@ def token_mask(batch: Mapping[str, Any]) -> TokenMask:
 
 
 def require_tokens(batches: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse masks that fit no tokens, or leave none.
+    """Reject masks that do not fit the tokens, or exclude all of them.
 
     Raises:
-        DataError: naming the batch.
+        DataError: a mask has another shape, encoder and decoder cannot be told apart, or no token counts.
     """
     for index, batch in enumerate(batches):
         mask = batch.get(LOSS_MASK)
@@ -47,15 +47,15 @@ def require_tokens(batches: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"batch {index} has a loss_mask of {list(mask.shape)} for {list(ids.shape)} tokens")
     masks = [token_mask(batch) for batch in batches]
     for index, both in enumerate(masks):
-        # Modules of the decoder read both: their tokens are told apart by how many there are.
+        # Modules of the decoder also read tokens of the encoder; both are told apart by their number.
         if isinstance(both, tuple) and both[0].shape == both[1].shape and not torch.equal(*both):
             raise DataError(
-                f"batch {index} has as many labels as input_ids, and other ones are padding, so that tokens of the "
-                "encoder cannot be told from the decoder's",
-                hint="fill them up to different lengths, or leave padding out",
+                f"batch {index} has as many labels as input_ids, but other padding, so tokens of encoder and decoder "
+                "cannot be told apart",
+                hint="pad them to different lengths, or leave padding out",
             )
     if masks and all(mask is not None and not _leaves_any(mask) for mask in masks):
-        raise DataError("no token counts: every one is padding or masked", hint="check loss_mask and attention_mask")
+        raise DataError("no token counts: all are padding or masked", hint="check loss_mask and attention_mask")
 
 
 def _leaves_any(mask: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> bool:

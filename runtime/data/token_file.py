@@ -1,28 +1,28 @@
-"""The token file: samples of token ids that need no tokenizer any more. Format version 1.2.
+"""Read and write token files: samples of token ids, which need no tokenizer. Format version 1.2.
 
-A safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
-`offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets
-start at 0, grow strictly and end at the number of tokens; every id lies in `[0, vocab_size)`.
+A token file is a safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
+`offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets start at
+0, increase strictly and end at the number of tokens; every id lies in `[0, vocab_size)`.
 
-Since 1.1 there may be `loss_mask`, bool, uint8, or an integer of 8, 32 or 64 bits: as many numbers as tokens,
-1 for those that count in statistics and 0 for those that do not. A file without one is of version 1.0.
+Since 1.1 there may be `loss_mask`, bool, uint8, or an integer of 8, 32 or 64 bits: one number for each token, 1 if it
+counts in statistics and 0 if not. A file without one has version 1.0.
 
-Since 1.2 there may be `targets` and `target_offsets`, which are to `targets` what the two above are to samples, and as
-many: what an encoder-decoder model is to write for each of them.
+Since 1.2 there may be `targets` and `target_offsets`, in the form of `tokens` and `offsets`, with as many samples: the
+text that an encoder-decoder model should generate for each of them.
 
-Its metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
+The metadata has one key, `seqbuild_tokens`, a JSON object with sorted keys and no white space:
 
-    version             "1.0", "1.1" or "1.2": the first that has all that the file holds
+    version             "1.0", "1.1" or "1.2": the lowest that has all contents of the file
     tokenizer           its name, for people
     tokenizer_digest    over the names and contents of its files
-    vocab_size          one more than the largest id it can give
-    seq_len             no sample is longer; null where nothing was cut
+    vocab_size          one more than the largest id of the tokenizer
+    seq_len             the maximum length of a sample; null if nothing was cut
     sources             [[file name, digest], ...] of the texts, in the order in which they were read
 
-It is one key because safetensors writes several in an order that changes from process to process, and equal
-samples must give equal bytes. Only names of files are kept, never folders, for the same reason. Digests are
-sha256 in hexadecimal. A reader refuses another major version; it ignores tensors and keys it does not know,
-which is what a later minor version may add. A file that breaks any of this is refused whole.
+There is one key because safetensors writes several in an order that changes from process to process, and equal samples
+must have equal bytes. For the same reason only the names of files are stored, not their folders. Digests are SHA-256 in
+hexadecimal. A reader rejects another major version. It ignores unknown tensors and keys, which a later minor version
+may add. A file that violates any of these rules is rejected.
 
 Shapes: S tokens of a sample, T tokens of all samples, N samples.
 """
@@ -48,18 +48,18 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 VERSION, MASKED_VERSION, PAIRED_VERSION = "1.0", "1.1", "1.2"
 METADATA_KEY = "seqbuild_tokens"
-LOSS_MASK = "loss_mask"  # a tensor's name
-_MAKE_ANEW = "make it again with `seqbuild data`"
+LOSS_MASK = "loss_mask"  # the name of a tensor
+_MAKE_AGAIN = "make it again with `seqbuild data`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataOrigin:
-    """What token ids were made from.
+    """The tokenizer and the texts of token ids.
 
     Attributes:
         tokenizer: its name, for people.
         tokenizer_digest: over the names and contents of its files.
-        vocab_size: one more than the largest id it can give.
+        vocab_size: one more than the largest id of the tokenizer.
         sources: name and digest of each text file, in the order in which they were read.
     """
 
@@ -70,36 +70,35 @@ class DataOrigin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenData:
-    """Samples, and the file they come from.
+class Tokenized:
+    """Samples, and the tokenizer and texts that they were made from.
 
     Attributes:
-        samples: N tensors [S] int64 on the CPU; their lengths differ unless they were packed.
-        path: the text or token file that was read, or the token file that was written.
-        digest: of that file.
-        seq_len: no sample is longer; None where nothing was cut.
+        samples: N tensors [S] int64 on the CPU; lengths differ unless they were packed.
         origin: the tokenizer and the texts.
-        masks: for each sample which of its tokens count in statistics, bool [S]; None where all do.
-        targets: for each sample what is to be written for it, [T] int64; None where samples are texts.
+        masks: which tokens of each sample count in statistics, bool [S]; None if all do.
+        targets: the text to generate for each sample, [T] int64; None if samples are not pairs.
     """
 
     samples: tuple[Tensor, ...]
-    path: Path
-    digest: str
-    seq_len: int | None
     origin: DataOrigin
     masks: tuple[Tensor, ...] | None = None
     targets: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Tokenized:
-    """Samples, tensors [S] int64, and what they were made from; masks and targets as `TokenData` has them."""
+class TokenData(Tokenized):
+    """Samples of a file.
 
-    samples: tuple[Tensor, ...]
-    masks: tuple[Tensor, ...] | None
-    targets: tuple[Tensor, ...] | None
-    origin: DataOrigin
+    Attributes:
+        path: the text or token file that was read, or the token file that was written.
+        digest: of that file.
+        seq_len: the maximum length of a sample; None if nothing was cut.
+    """
+
+    path: Path
+    digest: str
+    seq_len: int | None
 
 
 def save_tokens(
@@ -111,19 +110,19 @@ def save_tokens(
     masks: Sequence[Tensor] | None = None,
     targets: Sequence[Tensor] | None = None,
 ) -> TokenData:
-    """Write samples as a token file, whole or not at all. A file of that name is replaced.
+    """Write samples as a token file, atomically. An existing file is replaced.
 
     Args:
-        path: where to; ends in `.safetensors`.
+        path: the file, with the extension `.safetensors`.
         samples: one or more tensors [S] of ids, none empty.
-        seq_len: no sample is longer; None where nothing was cut.
-        origin: what the ids were made from.
-        masks: which tokens of each sample count, bool [S].
-        targets: what is to be written for each sample, [T]; none empty.
+        seq_len: the maximum length of a sample; None if nothing was cut.
+        origin: the tokenizer and the texts of the ids.
+        masks: which tokens of each sample count in statistics, bool [S].
+        targets: the text to generate for each sample, [T]; none empty.
 
     Raises:
-        OutputError: the place cannot be written to.
-        UsageError: another file extension.
+        OutputError: the file cannot be written.
+        UsageError: the file has another extension.
     """
     import torch
     from safetensors.torch import save
@@ -156,7 +155,7 @@ def save_tokens(
 
 
 def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All tokens, and where each sample begins and ends."""
+    """Join samples; return their tokens, and the offsets of their ends."""
     import torch
 
     offsets = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
@@ -164,20 +163,25 @@ def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def require_place(path: Path) -> None:
-    """Raise at once what `save_tokens` would find wrong with the name after all the work."""
+    """Check the path of a token file before the work of making it.
+
+    Raises:
+        UsageError: the extension is not that of a token file.
+        OutputError: the path cannot be a file.
+    """
     if path.suffix != SUFFIX:
-        raise UsageError(f"{path} is no name for a token file", hint=f"let it end in {SUFFIX}")
+        raise UsageError(f"{path} is not the name of a token file", hint=f"use the extension {SUFFIX}")
     if path.is_dir():
         raise OutputError(f"{path} is a directory", hint="name a file in it")
     if path.parent.exists() and not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is no directory", hint="choose another place")
+        raise OutputError(f"{path.parent} is not a directory", hint="choose another one")
 
 
 def read_token_file(path: Path) -> TokenData:
-    """Read a token file and check all that its format promises.
+    """Read a token file and check its format.
 
     Raises:
-        DataError: the file is missing, of another version, damaged, or breaks the format.
+        DataError: the file is missing, damaged, of another version, or violates the format.
     """
     import torch
     from safetensors import SafetensorError
@@ -188,7 +192,7 @@ def read_token_file(path: Path) -> TokenData:
     try:
         tensors = load(content)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is no intact safetensors file: {error}", hint=_MAKE_ANEW) from error
+        raise DataError(f"{path} is not a valid safetensors file: {error}", hint=_MAKE_AGAIN) from error
     seq_len, origin = _read_metadata(_metadata_of(content), path)
     samples = _read_samples(tensors, ("tokens", "offsets"), seq_len, origin, path)
     targets = None
@@ -212,7 +216,7 @@ def read_token_file(path: Path) -> TokenData:
 def _read_samples(
     tensors: Mapping[str, Tensor], names: tuple[str, str], seq_len: int | None, origin: DataOrigin, path: Path
 ) -> tuple[Tensor, ...]:
-    """Samples that are joined in one tensor, by the tensor that says where each begins and ends."""
+    """Split a tensor of joined samples at its offsets."""
     import torch
 
     tokens_T = _tensor(tensors, names[0], (torch.int32, torch.int64), path).to(torch.int64)
@@ -223,10 +227,10 @@ def _read_samples(
         or int(offsets[-1]) != len(tokens_T)
         or not bool((offsets[1:] > offsets[:-1]).all())
     ):
-        raise _broken(path, f"its {names[1]} do not grow from 0 to the {len(tokens_T)} tokens")
+        raise _broken(path, f"its {names[1]} do not increase from 0 to the {len(tokens_T)} tokens")
     longest = int(offsets.diff().max())
     if seq_len is not None and longest > seq_len:
-        raise _broken(path, f"a sample has {longest} tokens and seq_len is {seq_len}")
+        raise _broken(path, f"a sample has {longest} tokens, but seq_len is {seq_len}")
     for wrong in (int(tokens_T.min()), int(tokens_T.max())):
         if not 0 <= wrong < origin.vocab_size:
             raise _broken(path, f"token id {wrong} is outside its vocabulary of {origin.vocab_size}")
@@ -242,12 +246,12 @@ def _read_mask(tensors: Mapping[str, Tensor], num_tokens: int, path: Path) -> Te
     if len(mask_T) != num_tokens:
         raise _broken(path, f"its loss_mask has {len(mask_T)} numbers for {num_tokens} tokens")
     if not bool(((mask_T == 0) | (mask_T == 1)).all()):
-        raise _broken(path, "its loss_mask holds other numbers than 0 and 1")
+        raise _broken(path, "its loss_mask has other numbers than 0 and 1")
     return mask_T.to(torch.bool)
 
 
 def _metadata_of(content: bytes) -> Mapping[str, str]:
-    """The metadata of safetensors bytes whose header has been checked: 8 bytes of its size, then JSON."""
+    """Return the metadata of safetensors bytes with a valid header: 8 bytes of its size, then JSON."""
     size = int.from_bytes(content[:8], "little")
     metadata: Mapping[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     return metadata
@@ -255,16 +259,16 @@ def _metadata_of(content: bytes) -> Mapping[str, str]:
 
 def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, DataOrigin]:
     if METADATA_KEY not in metadata:
-        raise DataError(f"{path} is a safetensors file but no token file", hint=_MAKE_ANEW)
+        raise DataError(f"{path} is a safetensors file but not a token file", hint=_MAKE_AGAIN)
     try:
         fields = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its metadata is not JSON: {error}") from error
     version = fields.get("version") if isinstance(fields, dict) else None
     if not isinstance(version, str):
-        raise _broken(path, "its metadata names no version")
+        raise _broken(path, "its metadata has no version")
     if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise DataError(f"{path} is of token file version {version}, and this release reads {VERSION}")
+        raise DataError(f"{path} has token file version {version}, but this release reads {PAIRED_VERSION}")
     seq_len = fields.get("seq_len")
     if seq_len is not None and not _is_count(seq_len):
         raise _broken(path, f"seq_len is {seq_len!r}")
@@ -274,10 +278,10 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None,
 def _as_origin(fields: Mapping[str, Any], path: Path) -> DataOrigin:
     sources = fields.get("sources")
     if not isinstance(sources, list) or not all(_is_pair_of_strings(source) for source in sources):
-        raise _broken(path, "sources is no list of pairs of name and digest")
+        raise _broken(path, "sources is not a list of pairs of name and digest")
     for name in ("tokenizer", "tokenizer_digest"):
         if not isinstance(fields.get(name), str):
-            raise _broken(path, f"{name} is no string")
+            raise _broken(path, f"{name} is not a string")
     if not _is_count(fields.get("vocab_size")):
         raise _broken(path, f"vocab_size is {fields.get('vocab_size')!r}")
     return DataOrigin(
@@ -306,7 +310,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, dtypes: tuple[object, ...]
 
 
 def _broken(path: Path, why: str) -> DataError:
-    return DataError(f"{path} is a broken token file: {why}", hint=_MAKE_ANEW)
+    return DataError(f"{path} is not a valid token file: {why}", hint=_MAKE_AGAIN)
 
 
 def _sha256(content: bytes) -> str:

@@ -16,29 +16,29 @@ from runtime.host.regular_files import open_regular, require_regular_entries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_TOKENIZER = "give the tokenizer's directory, or a token file made by `seqbuild data`, which needs none"
+NO_TOKENIZER = "pass the directory of a tokenizer, or a token file made by `seqbuild data`, which needs none"
 
-# Japanese and phonemes: analysers in programs and shared libraries of their own, which the files may choose.
+# Japanese and phonemes: they start programs and load shared libraries that the files can choose.
 _STARTS_PROGRAMS = re.compile(r"BertJapanese|Wav2Vec2Phoneme|Vits")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory.
+    """Load the tokenizer of a directory.
 
     Raises:
-        DataError: when there is none, it needs code of its own, or its files name something else.
+        DataError: there is none, it needs code of its own, or its files name an unsupported class.
     """
     from transformers import AutoTokenizer
 
     if not directory.is_dir():
-        raise DataError(f"{directory} is no directory with a tokenizer", hint=NO_TOKENIZER)
+        raise DataError(f"{directory} is not a directory with a tokenizer", hint=NO_TOKENIZER)
     try:
         require_regular_entries(directory)
     except OSError as error:
         raise DataError(f"the tokenizer's file {error.filename} cannot be read: {error.strerror}") from error
     try:
-        # Without `trust_remote_code=False` a tokenizer with code of its own would ask on the terminal.
-        # It may say that the model type in the config beside a tokenizer is unknown, and loads it all the same.
+        # Without `trust_remote_code=False`, transformers prompts on the terminal for a tokenizer with code of its own.
+        # It warns about an unknown model type in the config next to a tokenizer, but loads the tokenizer.
         with quiet("transformers.configuration_utils"), offline():
             _require_tokenizer_class(directory)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -48,19 +48,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # the tokenizers library raises plain `Exception`
         why = str(error).partition("\n")[0]
-        raise DataError(f"{directory} holds no tokenizer that loads: {why}", hint=NO_TOKENIZER) from error
-    # Given a config alone, transformers makes tokenizers without a vocabulary and does not complain.
+        raise DataError(f"the tokenizer in {directory} cannot be loaded: {why}", hint=NO_TOKENIZER) from error
+    # From a config alone, transformers makes a tokenizer without a vocabulary.
     if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
-        raise DataError(f"{directory} holds no tokenizer, only its config", hint=NO_TOKENIZER)
+        raise DataError(f"{directory} has the config of a tokenizer, but no vocabulary", hint=NO_TOKENIZER)
     return tokenizer
 
 
 def _require_tokenizer_class(directory: Path) -> None:
-    """Refuse a directory whose files name a class that is no tokenizer: transformers loads whatever has that name, a
-    model for instance; or one whose tokenizers start other programs.
+    """Require that the class named by the files is a tokenizer that starts no programs: transformers would load any
+    class, for example a model.
 
     Raises:
-        DataError: naming the class.
+        DataError: it is another class.
     """
     from transformers import PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -70,7 +70,7 @@ def _require_tokenizer_class(directory: Path) -> None:
             found = tokenizer_class_from_name(own)
             is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
             if found is not None and (not is_tokenizer or _STARTS_PROGRAMS.match(own)):
-                raise DataError(f"{directory} names {name} as its tokenizer, which is not a tokenizer to be loaded")
+                raise DataError(f"{directory} names {name} as its tokenizer, which is not a supported tokenizer")
 
 
 def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -78,7 +78,7 @@ def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str:
-    """Over the names and contents of those files of the directory that determine what the tokenizer does."""
+    """Return a digest of the names and contents of the files that determine the behavior of a tokenizer."""
     settings = [
         "added_tokens.json",
         "chat_template.jinja",
@@ -93,7 +93,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(1 << 20):

@@ -98,7 +98,7 @@ class _Planner:
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
         measured = {name: need for name, need in needs.items() if need}
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
-        sums = {**self._sums(footprint, measured), **self._witness_sums(step)}
+        sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
         statistics = self._bounded(sums)
         solve = quantization_bytes(step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
         weights, tables, on_host = self._weights(step)
@@ -171,12 +171,12 @@ class _Planner:
                 shared.setdefault((owner, self._width(name)), []).append(name)
         return seen | {tuple(names): size(names[0]) for names in shared.values()}
 
-    def _witness_sums(self, step: Step) -> Sums:
+    def _representative_sums(self, step: Step) -> Sums:
         """The sums of experts that are measured on all tokens besides their own."""
-        witnesses = {} if self.work.all_tokens else self.needs.witnesses(step.modules)
+        needs = {} if self.work.all_tokens else self.needs.representatives(step.modules)
         return {
             (f"{name} on all tokens",): statistics_bytes(self._width(name), need, self.work.dtype)
-            for name, need in witnesses.items()
+            for name, need in needs.items()
         }
 
     def _width(self, module: str) -> int:

@@ -1,43 +1,44 @@
-"""What `python -m runtime recipes` shows: every preset in a line, and a commented recipe for each algorithm."""
+"""Example recipes for `python -m runtime recipes`: one line for each preset, a commented recipe for each algorithm."""
 
 from __future__ import annotations
 
-import re
+from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
 
-_NUMBERS = re.compile(r"W(\d)A(\d+)")
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
 
 EXAMPLES: dict[str, str] = {
     "rtn": """\
-# Round to nearest: needs no data. The baseline.
+# Round to nearest: the baseline. Needs no data.
 QuantizationModifier:
   targets: Linear        # a class, a module's name, or re: with a regular expression
   scheme: {preset}
-  ignore: [lm_head]      # patterns of modules that stay as they are
-  # weight_observer: mse # search each group's range: minmax, mse, imatrix_mse (weighed by the inputs), percentile
+  ignore: [lm_head]      # patterns of modules that are not quantized
+  # weight_observer: mse # how each group's range is found: minmax, mse, imatrix_mse (weighted by inputs), percentile
 """,
     "gptq": """\
-# GPTQ: later columns make up for what earlier ones lose. Needs data; the best default at 4 bits and below.
+# GPTQ: later columns compensate the errors of earlier ones. Needs data; the best default at 4 bits and below.
 GPTQModifier:
   targets: Linear
   scheme: {preset}
   ignore: [lm_head]
-  dampening_frac: 0.01   # added to the Hessian's diagonal; raised tenfold, up to 1, when it does not factor
-  block_size: 128        # a matter of speed
-  actorder: static       # solve important columns first; null for left to right
-  # refine: 2            # go over columns and scales again; may pay at 2 bits, measure it
-  # fallback: rtn        # round to nearest, and say so, what cannot be solved; without it that is an error
-  # min_tokens: 256      # refuse modules that saw fewer tokens, unless fallback is rtn,
-                         # or all_tokens: measure experts that saw too few of their own on all
+  dampening_frac: 0.01   # added to the Hessian's diagonal; multiplied by 10, up to 1, while it cannot be factored
+  block_size: 128        # affects speed only
+  actorder: static       # important columns first; null for left to right
+  # refine: 2            # optimize columns and scales again; may help at 2 bits
+  # fallback: rtn        # round a module to nearest, with a warning, if it cannot be solved; the default is an error
+  # min_tokens: 256      # modules that saw fewer tokens are an error, or use the fallback: rtn,
+                         # or all_tokens, which measures an expert on all tokens
 """,
     "awq": """\
-# AWQ: scale up the columns that matter before they are rounded. Without mappings those that the compiler found.
+# AWQ: scale up important columns before they are rounded. Default mappings are those that the compiler found.
 AWQModifier:
   duo_scaling: true      # true, false or both
   n_grid: 20
-  clip: true             # search each group's range, where QuantizationModifier rounds
-  # mappings:            # where the compiler finds none: what makes the channels, and what takes them
+  clip: true             # search each group's range, if a QuantizationModifier rounds it
+  # mappings:            # if the compiler found none: the module that outputs the channels, and those that read them
   #   - smooth_layer: re:.*input_layernorm
   #     balance_layers: ['re:.*q_proj', 're:.*k_proj', 're:.*v_proj']
 QuantizationModifier:    # or GPTQModifier
@@ -46,7 +47,7 @@ QuantizationModifier:    # or GPTQModifier
   ignore: [lm_head]
 """,
     "smoothquant": """\
-# SmoothQuant: move outliers of activations into the weights, so that inputs can be rounded, too.
+# SmoothQuant: move outliers of activations into the weights, so that inputs can be quantized as well.
 SmoothQuantModifier:
   smoothing_strength: 0.8
 GPTQModifier:            # or QuantizationModifier
@@ -55,7 +56,7 @@ GPTQModifier:            # or QuantizationModifier
   ignore: [lm_head]
 """,
     "mixed": """\
-# Several schemes: a name or regular expression goes before a class.
+# Several schemes: names and regular expressions take precedence over classes.
 GPTQModifier:
   config_groups:
     rest:
@@ -67,11 +68,11 @@ GPTQModifier:
   ignore: [lm_head]
 """,
     "cache": """\
-# A key-value cache in 8 bits, and weights as they are. Needs data. Stands beside any scheme for weights, too.
+# An 8 bit key-value cache, weights unchanged. Needs data. Can be combined with any scheme for weights.
 QuantizationModifier:
   kv_cache_scheme: {{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}}
-  # strategy: attn_head  # a scale for each head
-  # or queries as well, where the reader computes attention in FP8:
+  # strategy: attn_head  # one scale for each head
+  # for readers that compute attention in FP8, quantize queries as well:
   # config_groups:
   #   attention:
   #     targets: ['re:.*self_attn$']
@@ -82,36 +83,39 @@ _USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
 
 
 def preset_line(name: str) -> str:
-    """A preset in words."""
-    bits = _NUMBERS.match(name)
-    if name in ("W8A8", "INT8"):
-        return "8 bit int weights by channel, 8 bit int inputs by token"
-    if bits is not None:
-        kind = "asymmetric " if name.endswith("ASYM") else ""
-        inputs = "" if bits[2] == "16" else f", {bits[2]} bit int inputs by token"
-        return f"{bits[1]} bit {kind}int weights in groups of 128{inputs}"
-    return {
-        "W4AFP8": "4 bit int weights in groups of 128, 8 bit float inputs by token",
-        "FP8": "8 bit float weights by tensor, 8 bit float inputs with one measured scale",
-        "FP8_DYNAMIC": "8 bit float weights by channel, 8 bit float inputs by token",
-        "FP8_BLOCK": "8 bit float weights in blocks of 128x128, 8 bit float inputs in groups of 128",
-        "NVFP4": "4 bit float weights and inputs in groups of 16 with 8 bit float scales",
-        "NVFP4A16": "4 bit float weights in groups of 16 with 8 bit float scales",
-        "MXFP4": "4 bit float weights and inputs in groups of 32 with scales of powers of two",
-        "MXFP4A16": "4 bit float weights in groups of 32 with scales of powers of two",
-        "MXFP4XFP8": "as MXFP4A16, 8 bit float inputs in groups of 128",
-        "MXFP6A16": "6 bit float weights in groups of 32 with scales of powers of two",
-        "MXFP6A8": "as MXFP6A16, 8 bit float inputs in groups of 32",
-        "MXFP8": "8 bit float weights and inputs in groups of 32 with scales of powers of two",
-        "MXFP8A16": "8 bit float weights in groups of 32 with scales of powers of two",
-    }[name]
+    """Describe a preset in words."""
+    from runtime.formats.presets import scheme_from_preset
+
+    scheme = scheme_from_preset(name, ["Linear"])
+    numbers, grouping = _words(scheme.weights)
+    if scheme.input_activations is None:
+        return f"{numbers} weights {grouping}"
+    inputs, input_grouping = _words(scheme.input_activations)
+    if scheme.input_activations.dynamic is False:
+        input_grouping = "with one measured scale"
+    if (inputs, input_grouping) == (numbers, grouping):
+        return f"{numbers} weights and inputs {grouping}"
+    return f"{numbers} weights {grouping}, {inputs} inputs {input_grouping}"
+
+
+def _words(args: QuantizationArgs) -> tuple[str, str]:
+    """Describe the type of numbers, and which of them share a scale."""
+    from runtime.formats.presets import plain_value
+
+    groups = f"in groups of {args.group_size}"
+    blocks = f"in blocks of {'x'.join(map(str, args.block_structure or ()))}"
+    strategy = plain_value(args.strategy)
+    grouping = {"group": groups, "tensor_group": groups, "block": blocks}.get(str(strategy), f"by {strategy}")
+    scales = {"torch.float8_e4m3fn": " with 8 bit float scales", "torch.uint8": " with scales of powers of two"}
+    numbers = f"{args.num_bits} bit {'' if args.symmetric else 'asymmetric '}{plain_value(args.type)}"
+    return numbers, grouping + scales.get(str(args.scale_dtype), "")
 
 
 def example(name: str) -> str:
-    """A commented recipe for a preset or an algorithm.
+    """Return a commented recipe for a preset or an algorithm.
 
     Raises:
-        UsageError: for a name that is neither.
+        UsageError: the name is neither.
     """
     from runtime.formats.presets import PRESETS
 
@@ -119,13 +123,13 @@ def example(name: str) -> str:
     if algorithm in EXAMPLES:
         return EXAMPLES[algorithm].format(preset=_USUAL.get(algorithm, "W4A16"))
     if preset in PRESETS:
-        needs_data = preset[:1] == "W" and preset not in ("W8A16",)
-        return EXAMPLES["gptq" if needs_data else "rtn"].format(preset=preset)
-    raise UsageError(f"there is no recipe for {name!r}", hint=f"there are {', '.join((*EXAMPLES, *PRESETS))}")
+        algorithm = "gptq" if preset.startswith("W") and preset != "W8A16" else "rtn"
+        return EXAMPLES[algorithm].format(preset=preset)
+    raise UsageError(f"no example is named {name!r}", hint=f"names are {', '.join((*EXAMPLES, *PRESETS))}")
 
 
 def listing() -> str:
-    """All presets and algorithms, a line each."""
+    """List all presets with a description, and all algorithms."""
     from runtime.formats.presets import PRESETS
 
     width = max(map(len, PRESETS))

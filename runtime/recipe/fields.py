@@ -1,188 +1,218 @@
-"""Fields that several modifiers of a recipe have, read with the line of every value."""
+"""Types of a recipe's fields, and errors that name a field, its line and what it may be.
+
+Validation itself is pydantic's. An error has the location of a value in the recipe; `reported` looks up its line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import contextlib
+import difflib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from runtime.console import shown
 from runtime.errors import RecipeError
-from runtime.recipe.yaml import Value
+from runtime.patterns import fault
+from runtime.recipe.yaml import Items, Table, Text
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-# compressed-tensors would take "4" for 4 and 1 for true.
-ARGS_TYPES: dict[str, type] = {
-    "num_bits": int,
-    "type": str,
-    "symmetric": bool,
-    "strategy": str,
-    "group_size": int,
-    "observer": str,
-}
-_ROLES = {"weights": "weight_observer", "input": "input_observer", "output": "output_observer"}
+    from typing_extensions import Self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pattern:
-    """A target: a module's name, `re:` with a regular expression, or a class; and its line."""
+def rejection(message: str, *location: int | str, hint: str = "", value: Any = None) -> ValidationError:
+    """Return an error for a validator to raise.
 
-    text: str
-    line: int
+    Args:
+        message: the problem; `{name}` and `{value}` stand for the name of the field and for `value`.
+        location: of the field, seen from the value that is validated.
+        hint: what to do.
+        value: the invalid value.
+    """
+    details = PydanticCustomError("recipe", "{message}", {"message": message, "hint": hint})
+    return ValidationError.from_exception_data("recipe", [InitErrorDetails(type=details, loc=location, input=value)])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observers:
-    """The observers that a modifier asks for instead of its schemes' own; `None` where it does not."""
+@contextlib.contextmanager
+def located(*location: str) -> Iterator[None]:
+    """Give errors about quantization schemes the location of a field."""
+    try:
+        yield
+    except RecipeError as error:
+        raise rejection(error.message, *location, hint=error.hint) from error
+    except (NotImplementedError, TypeError) as error:  # of compressed-tensors
+        raise rejection(f"{{name}}: {error}", *location) from error
 
-    weights: Value | None
-    inputs: Value | None
+
+@contextlib.contextmanager
+def reported(table: Table, origin: str) -> Iterator[None]:
+    """Report the first invalid value of a table of the file `origin`, with its line."""
+    try:
+        yield
+    except ValidationError as error:
+        found = [(*_place(table, details["loc"]), details) for details in error.errors(include_url=False)]
+        line, name, details = min(found, key=lambda entry: entry[0])
+        message, hint = details["msg"].removeprefix("Value error, ").partition("\n")[0], ""
+        if details["type"] == "recipe":
+            message, hint = details["ctx"]["message"], details["ctx"]["hint"]
+            message = message.replace("{name}", name).replace("{value}", shown(details["input"]))
+        elif details["type"] == "missing":
+            message = f"{name} has no {details['loc'][-1]}"
+        elif message.startswith("Input should be "):
+            expected = message.removeprefix("Input should be ").replace("a valid dictionary", "a mapping")
+            message = f"{name} must be {expected}, not {shown(details['input'])}"
+        else:
+            message = f"{name}: {message}"
+        raise RecipeError(f"{origin}:{line}: {message}", hint=hint) from error
+
+
+def _place(value: Any, location: tuple[int | str, ...]) -> tuple[int, str]:
+    """Find the line and the name of a value; what pydantic adds to the location is skipped."""
+    line, name = value.line, value.name
+    for key in location:
+        if isinstance(value, Table) and key in value:
+            line, name, value = value.lines[str(key)], str(key), value[str(key)]
+        elif isinstance(value, Items) and isinstance(key, int):
+            line, name, value = value.lines[key], f"an element of {name}", value[key]
+    return line, name
+
+
+class Only(PlainValidator):
+    """Accepts an unsupported field with the values that change nothing."""
+
+
+def only(*values: Any, reason: str) -> Only:
+    """Accept an unsupported field with these values; `reason` says why other values are rejected."""
+
+    def check(value: Any) -> Any:
+        # In Python, 0 equals False.
+        if any(value == other and isinstance(value, bool) is isinstance(other, bool) for other in values):
+            return value
+        raise rejection(f"{{name}} {{value}} is not supported: {reason}", value=value, hint="remove it")
+
+    return Only(check)
+
+
+def allowed(expected: str, *, hint: str = "") -> WrapValidator:
+    """State in words what a field may be, for the error about anything else."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise rejection(f"{{name}} must be {expected}, not {{value}}", value=value, hint=hint) from error
+
+    return WrapValidator(check)
+
+
+class Located(BaseModel):
+    """A mapping of a recipe, which knows its key and its line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    _name: str = PrivateAttr(default="")
+    _line: int = PrivateAttr(default=0)
+
+    @property
+    def name(self) -> str:
+        """The key of the mapping."""
+        return self._name
+
+    @property
+    def line(self) -> int:
+        """The line of the mapping; the first line of the file is 1."""
+        return self._line
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _locate(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        table, fields = require_table(value), cls.model_fields
+        require_known(
+            table, fields, [key for key in fields if not any(isinstance(e, Only) for e in fields[key].metadata)]
+        )
+        model = handler(table)
+        model._name, model._line = table.name, table.line
+        return model
+
+
+def require_table(value: Any, *location: str) -> Table:
+    """Return a value that must be a mapping.
+
+    Raises:
+        ValidationError: it is anything else.
+    """
+    if isinstance(value, Table):
+        return value
+    raise rejection("{name} must be a mapping, not {value}", *location, value=value)
+
+
+def require_known(table: Table, known: Collection[str], supported: Collection[str]) -> None:
+    """Reject a key that is not known.
+
+    Raises:
+        ValidationError: at the key, naming the nearest one that is supported.
+    """
+    for key in table:
+        if key not in known:
+            raise rejection(f"unknown key {key!r} of {table.name}", key, hint=nearest(key, supported))
+
+
+def nearest(key: str, supported: Collection[str], cutoff: float = 0.4) -> str:
+    """Say which supported key is meant, or list them."""
+    near = difflib.get_close_matches(key, supported, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else f"supported: {', '.join(supported)}"
 
 
 def as_number(value: Any) -> Any:
-    """The value, as a number where it can be one: to YAML 1.1, 1e-2 without a point is a string."""
+    """Read a string as a number if it is one: to YAML 1.1, 1e-2 without a point is a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def read_whole(value: Value | None, *, default: int, least: int) -> int:
-    """A whole number.
-
-    Raises:
-        RecipeError: when it is none, or smaller than `least`.
-    """
-    if value is None:
-        return default
-    number = value.plain()
-    if type(number) is not int or number < least:
-        what = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise value.error(f"{value.name} must be {what}, not {number!r}")
-    return number
+def as_tuple(value: Any) -> Any:
+    """Make a tuple of a list; any other value stands for a list of one, and null for an empty list."""
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def read_part(value: Value | None, *, default: float) -> float:
-    """A number between 0 and 1.
-
-    Raises:
-        RecipeError: when it is none.
-    """
-    if value is None:
-        return default
-    number = as_number(value.plain())
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
-        raise value.error(f"{value.name} must be a number from 0 to 1, not {shown(value.plain())}")
-    return float(number)
+def _pattern(value: Any) -> Text:
+    if not isinstance(value, Text):
+        raise rejection("{name} must be a string, not {value}", value=value)
+    if not value.removeprefix("re:"):
+        raise rejection("{name} is an empty pattern")
+    problem = fault(value.removeprefix("re:")) if value.startswith("re:") else ""
+    if problem:
+        raise rejection(f"{str(value[:200])!r} is not a valid regular expression: {problem}")
+    return value
 
 
-def require_no_op(value: Value, harmless: tuple[Any, ...], reason: str) -> None:
-    """Accept values that change nothing.
-
-    Raises:
-        RecipeError: for any other, with the reason.
-    """
-    plain = value.plain()
-    # The type, because in Python 0 is False.
-    if not any(plain == other and type(plain) is type(other) for other in harmless):
-        raise value.error(f"{value.name} {shown(plain)} cannot be obeyed: {reason}", hint="leave it out")
+def _not_empty(value: Any) -> Any:
+    if not value:
+        raise rejection("{name} must name at least one module")
+    return value
 
 
-def read_observers(fields: Mapping[str, Value]) -> Observers:
-    """`weight_observer` and `input_observer`, and `observer`, which goes before them.
-
-    Raises:
-        RecipeError: for a role that is none, or an observer of outputs.
-    """
-    found = {name: fields[name] for name in ("weight_observer", "input_observer") if name in fields}
-    entry = fields.get("observer")
-    if entry is not None and entry.plain() is not None:
-        for role, value in entry.mapping().items():
-            if role not in _ROLES:
-                raise value.unknown("key of observer", _ROLES)
-            if role == "output":
-                require_no_op(value, (None,), "outputs are not quantized")
-            else:
-                found[_ROLES[role]] = value
-    given = {name: value for name, value in found.items() if value.plain() is not None}
-    return Observers(weights=given.get("weight_observer"), inputs=given.get("input_observer"))
-
-
-def with_observers(origin: Value, scheme: QuantizationScheme, observers: Observers) -> QuantizationScheme:
-    """A scheme with these observers instead of its own.
-
-    Raises:
-        RecipeError: for one that is not offered.
-    """
-    from runtime.formats.presets import MIN_MAX_OBSERVERS, checked
-
-    for field, value in (("weights", observers.weights), ("input_activations", observers.inputs)):
-        args = getattr(scheme, field)
-        if value is None or args is None:
-            continue
-        name = value.text().lower()
-        if field == "weights" and name in MIN_MAX_OBSERVERS and args.observer in (None, *MIN_MAX_OBSERVERS):
-            continue  # a weight is observed once, whole, where these are one and the same
-        changed = args.model_copy(update={"observer": name})
-        try:
-            scheme = checked(scheme.model_copy(update={field: changed}))
-        except RecipeError as error:
-            raise value.error(error.message, hint=error.hint) from error
-    return scheme
-
-
-def read_patterns(value: Value | None) -> tuple[Pattern, ...]:
-    """Names and patterns, each with its line; none where there is no value."""
-    items = [] if value is None else value.items()
-    return tuple(Pattern(text=item.pattern(), line=item.line) for item in items)
-
-
-def read_targets(value: Value) -> tuple[Pattern, ...]:
-    """The targets of a group.
-
-    Raises:
-        RecipeError: when there is none.
-    """
-    targets = read_patterns(value)
-    if not targets:
-        raise value.error("targets must name at least one module")
-    return targets
-
-
-def read_args(value: Value) -> QuantizationArgs:
-    """How numbers are rounded.
-
-    Raises:
-        RecipeError: for what compressed-tensors does not take, with the line.
-    """
-    from compressed_tensors.quantization import QuantizationArgs
-
-    fields = value.mapping()
-    for name, field in fields.items():
-        if name not in QuantizationArgs.model_fields:
-            raise field.unknown(f"key of {value.name}", QuantizationArgs.model_fields)
-        plain = field.plain()
-        if name in ARGS_TYPES and plain is not None and type(plain) is not ARGS_TYPES[name]:
-            raise field.error(f"{name} must be {ARGS_TYPES[name].__name__}, not {shown(plain)}")
-    try:
-        given = {name: field.plain() for name, field in fields.items()}
-        if isinstance(given.get("observer"), str):
-            given["observer"] = given["observer"].lower()  # the peer finds observers in any spelling
-        return QuantizationArgs(**given)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise _culprit(value, fields, error).error(f"{value.name}: {reason_of(error)}") from error
-
-
-def _culprit(value: Value, fields: Mapping[str, Value], error: Exception) -> Value:
-    """The field that compressed-tensors' complaint is about, or the whole mapping."""
-    errors = error.errors() if hasattr(error, "errors") else []
-    location = errors[0]["loc"] if errors else ()
-    return fields.get(location[0], value) if location else value
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what compressed-tensors complains about."""
-    message = str(error.errors()[0]["msg"] if hasattr(error, "errors") else error)
-    return message.removeprefix("Value error, ").splitlines()[0]
+Switch = Annotated[bool, allowed("true or false")]
+Positive = Annotated[int, Field(ge=1), allowed("a positive integer")]
+Count = Annotated[int, Field(ge=0), allowed("an integer of at least 0")]
+Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(as_number), allowed("a number from 0 to 1")]
+# The name of a module, `re:` with a regular expression, or a class.
+Pattern = Annotated[Text, PlainValidator(_pattern)]
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(as_tuple)]
+Targets = Annotated[tuple[Pattern, ...], BeforeValidator(as_tuple), AfterValidator(_not_empty)]

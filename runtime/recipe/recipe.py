@@ -1,17 +1,17 @@
-"""Recipes: which modules are quantized, to which scheme, by which algorithm.
+"""A recipe: which modules are quantized, with which scheme, by which algorithm.
 
-A YAML file in llm-compressor's dialect, so that existing recipes run:
+A recipe is a YAML file in llm-compressor's dialect:
 
     quant_stage:
       quant_modifiers:
         GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head], dampening_frac: 0.01}
 
-Names of stages (`*_stage`) and of modifier groups (`*_modifiers`) are free; a modifier may also stand at the
-top of the file. What the fields may hold is the matter of `recipe_dialect`.
+Names of stages (`*_stage`) and of groups of modifiers (`*_modifiers`) are free. A modifier may also stand at the top
+level of the file. `modifiers` states what its fields may be.
 
-A target is a module's name, `re:` with a regular expression that matches names from their beginning, or a
-class. A name or regular expression goes before a class. Two names or regular expressions that give one module
-to different groups are an error, because the checkpoint's readers disagree on which of them wins.
+A target is the name of a module, `re:` with a regular expression that matches names from their beginning, or a class.
+Names and regular expressions take precedence over classes. Two of them that give one module to different groups are
+an error, because readers of the checkpoint disagree on which one wins.
 
 Reading a recipe imports torch and compressed-tensors; importing this module does not.
 """
@@ -19,7 +19,7 @@ Reading a recipe imports torch and compressed-tensors; importing this module doe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,22 +27,25 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import shown
 from runtime.errors import RecipeError
 from runtime.host.regular_files import read_text
-from runtime.recipe.dialect import Algorithm, GptqOptions, Group, Modifier, read_modifiers
-from runtime.recipe.fields import Pattern
-from runtime.recipe.key_value_cache import AttentionGroup
-from runtime.recipe.transforms import Transform
-from runtime.recipe.yaml import Value
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-__all__ = ["Assignment", "GptqOptions", "Group", "Modifier", "Recipe"]
+    from runtime.recipe.modifiers import Algorithm, ConfigGroup, GptqOptions, Group, QuantizationModifier, Transform
+    from runtime.recipe.yaml import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What is done to one module. `group` is the index in `Recipe.groups`; `min_tokens` is how many inputs it must have
-    seen; `clip` says that AWQ searches the ranges of its groups.
+    """How one module is quantized.
+
+    Attributes:
+        scheme: the format of its weight and inputs.
+        algorithm: round-to-nearest or GPTQ.
+        options: of GPTQ.
+        group: the index in `Recipe.groups`.
+        min_tokens: how many tokens must reach it during calibration.
+        clip: whether AWQ searches the ranges of its groups.
     """
 
     scheme: QuantizationScheme
@@ -55,11 +58,16 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The modifiers of a recipe, in the file's order: those that round, and those that rescale before. `source` is the
-    file's name, `text` its content.
+    """The modifiers of a recipe, in the order of the file.
+
+    Attributes:
+        modifiers: those that quantize.
+        source: the name of the file.
+        text: its contents.
+        transforms: modifiers that rescale before.
     """
 
-    modifiers: tuple[Modifier, ...]
+    modifiers: tuple[QuantizationModifier, ...]
     source: str
     text: str
     transforms: tuple[Transform, ...] = ()
@@ -69,10 +77,10 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            RecipeError: when the file cannot be read, or for what it says, with the line.
+            RecipeError: the file cannot be read, or is not a valid recipe; the message has the line.
         """
         if not isinstance(path, (str, os.PathLike)):
-            raise RecipeError(f"the recipe is {path!r}"[:200], hint="give the path of a file")
+            raise RecipeError(f"the recipe must be the path of a file, not {shown(path)}")
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
@@ -81,38 +89,40 @@ class Recipe:
 
     @classmethod
     def from_text(cls, text: str, origin: str) -> Recipe:
-        """Read a recipe from a string; `origin` stands in messages where a file's name would.
+        """Read a recipe from a string; messages name `origin` as its file.
 
         Raises:
-            RecipeError: for what the recipe says, with the line.
+            RecipeError: it is not a valid recipe; the message has the line.
         """
         if not isinstance(text, str):
-            raise RecipeError(f"the recipe {origin} is {type(text).__name__}", hint="give YAML as a str")
-        modifiers, transforms = read_modifiers(Value.parse(text, origin=origin))
+            raise RecipeError(f"the text of the recipe {origin} must be a str, not {shown(text)}")
+        from runtime.recipe.document import read_modifiers
+
+        modifiers, transforms = read_modifiers(text, origin)
         return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups of all modifiers; an index in here is a group's number in the checkpoint's config."""
+        """The groups of all modifiers, in the order of the checkpoint's config."""
         return tuple(group for modifier in self.modifiers for group in modifier.groups)
 
     @property
     def cache(self) -> QuantizationArgs | None:
-        """The key-value cache's scheme: that of the first modifier that has one."""
+        """The scheme of the key-value cache: that of the first modifier that has one."""
         return next((modifier.cache for modifier in self.modifiers if modifier.cache is not None), None)
 
     @property
-    def attention(self) -> tuple[AttentionGroup, ...]:
-        """The groups that round attention's queries as well."""
+    def attention(self) -> tuple[ConfigGroup, ...]:
+        """The groups that round the queries of attention as well."""
         return tuple(group for modifier in self.modifiers for group in modifier.attention)
 
     @property
     def sequential_targets(self) -> tuple[str, ...]:
-        """The sequential targets that modifiers ask for, each once, in the file's order."""
+        """The sequential targets of all modifiers, each once, in the order of the file."""
         return tuple(dict.fromkeys(t for modifier in self.modifiers for t in modifier.sequential_targets))
 
     def assign(self, linears: Mapping[str, type | str]) -> dict[str, Assignment]:
-        """Say what is done to each module; a module that nothing is done to is left out.
+        """Assign a scheme and an algorithm to each module that the recipe quantizes.
 
         Args:
             linears: the classes, or names of classes, of all modules that can be quantized, by dotted name.
@@ -121,21 +131,21 @@ class Recipe:
             Assignments in the order of `linears`.
 
         Raises:
-            RecipeError: when a target matches no module, two modifiers or groups claim one, or none is left, unless all
-                that the recipe quantizes is the cache.
+            RecipeError: a target matches no module, two modifiers or groups match the same one, or none is left to
+                quantize and the recipe does not quantize the cache alone.
         """
-        owned = [(modifier, group) for modifier in self.modifiers for group in modifier.groups]
-        if not owned and self.cache is not None:
+        groups = self.groups
+        if not groups and self.cache is not None:
             return {}
-        unmatched = {pattern: None for _, group in owned for pattern in group.targets}
+        unmatched = {pattern: None for group in groups for pattern in group.targets}
         assigned: dict[str, Assignment] = {}
         for name, module_class in linears.items():
-            match = _match(name, module_class, owned)
+            match = _match(name, module_class, groups)
             for pattern in match.patterns:
                 unmatched.pop(pattern, None)
             if match.claims:
-                index = self._only_claim(name, match, owned)
-                modifier, group = owned[index]
+                index = self._only_claim(name, match)
+                group, modifier = groups[index], groups[index].modifier
                 assigned[name] = Assignment(
                     scheme=group.scheme,
                     algorithm=modifier.algorithm,
@@ -146,21 +156,19 @@ class Recipe:
                 )
         for pattern in unmatched:
             raise RecipeError(
-                f"{self.source}:{pattern.line}: the target {pattern.text!r} matches no module",
-                hint=f"the model has {some(linears)}" if linears else "it has no Linear module",
+                f"{self.source}:{pattern.line}: the target {str(pattern)!r} matches no module",
+                hint=f"the model has {some(linears)}" if linears else "the model has no Linear module",
             )
         if not assigned:
             raise RecipeError(f"{self.source}: the recipe ignores every module that it targets")
         return assigned
 
     def means(self, name: str, module_class: type | str) -> bool:
-        """Whether a target matches a module, whatever can be done to it."""
-        return bool(
-            _match(name, module_class, [(owner, group) for owner in self.modifiers for group in owner.groups]).seen
-        )
+        """Whether a target matches a module, even one that cannot be quantized."""
+        return bool(_match(name, module_class, self.groups).seen)
 
     def idle_ignores(self, modules: Mapping[str, type | str]) -> list[str]:
-        """Names and regular expressions to ignore that match none of these modules, by name or class."""
+        """List the patterns to ignore that match none of these modules, by name or class."""
         from runtime.formats.targets import class_names, matches_name
 
         texts = dict.fromkeys(text for modifier in self.modifiers for text in modifier.ignore)
@@ -168,36 +176,38 @@ class Recipe:
         return [text for text in texts if text not in classes and not any(matches_name(text, name) for name in modules)]
 
     def _clips(self, scheme: QuantizationScheme) -> bool:
-        """Whether an AWQModifier searches ranges, and the scheme does not ask for a search of its own."""
+        """Whether an AWQModifier searches ranges, and the observer of the scheme does not."""
         from runtime.formats.presets import MIN_MAX_OBSERVERS
 
         args = scheme.weights
         is_plain = args.observer in (None, *MIN_MAX_OBSERVERS) and args.strategy in ("group", "channel", "tensor_group")
         return is_plain and any(entry.algorithm == "awq" and entry.clip for entry in self.transforms)
 
-    def _only_claim(self, name: str, match: _Match, owned: list[tuple[Modifier, Group]]) -> int:
-        """The one group that a module falls to.
+    def _only_claim(self, name: str, match: _Match) -> int:
+        """Return the index of the only group of a module.
 
         Raises:
-            RecipeError: when several claim it, or the checkpoint's readers would take it for another one's.
+            RecipeError: it has several, or readers of the checkpoint would assign it to another one.
         """
-        claimants = list(dict.fromkeys((owned[i][0].line, owned[i][0].name) for i in match.claims))
+        groups = self.groups
+        claims, seen = [groups[index] for index in match.claims], [groups[index] for index in match.seen]
+        claimants = {(group.modifier.line, group.modifier.name) for group in claims}
         if len(claimants) > 1:
             (first_line, first), (line, second) = sorted(claimants)[:2]
             raise RecipeError(
-                f"{self.source}:{line}: {second} claims {name}, and so does the {first} on line {first_line}",
-                hint="let one of them ignore it",
+                f"{self.source}:{line}: {second} and the {first} on line {first_line} both match {name}",
+                hint="add it to ignore in one of them",
             )
-        lines = [owned[i][1].targets[0].line for i in match.seen]
+        lines = [group.targets[0].line for group in seen]
         if len(match.seen) > 1:
             raise RecipeError(
-                f"{self.source}:{lines[1]}: {name} falls to this group and to the one on line {lines[0]}",
+                f"{self.source}:{lines[1]}: this group and the one on line {lines[0]} both match {name}",
                 hint="make their targets disjoint; readers of the checkpoint disagree on which one wins",
             )
         if match.seen[0] not in match.claims:
             raise RecipeError(
-                f"{self.source}:{owned[match.claims[0]][0].line}: readers of the checkpoint would take {name}"
-                f" for the group on line {lines[0]}, whose modifier ignores it",
+                f"{self.source}:{claims[0].modifier.line}: readers of the checkpoint would assign {name}"
+                f" to the group on line {lines[0]}, whose modifier ignores it",
                 hint="name the module in targets here, or narrow the targets there",
             )
         return match.seen[0]
@@ -205,55 +215,55 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Match:
-    """Which groups a module falls to.
+    """The groups that match a module.
 
-    Args:
+    Attributes:
         patterns: the targets that match.
-        seen: the groups that a reader of the checkpoint takes it for; the config has one ignore list for all
-            groups, so a modifier's own does not count.
+        seen: the groups that a reader of the checkpoint finds; the config has one ignore list for all groups, so
+            that of a modifier does not count.
         claims: the groups whose modifier does not ignore it.
     """
 
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Text, ...]
     seen: tuple[int, ...]
     claims: tuple[int, ...]
 
 
-def _match(name: str, module_class: type | str, owned: list[tuple[Modifier, Group]]) -> _Match:
+def _match(name: str, module_class: type | str, groups: Sequence[Group]) -> _Match:
     from runtime.formats.targets import class_names, matches_name
 
     classes = class_names(module_class)
-    patterns: list[Pattern] = []
+    patterns: list[Text] = []
     by_name: list[int] = []
     by_class: list[int] = []
-    for index, (_, group) in enumerate(owned):
-        named = [pattern for pattern in group.targets if matches_name(pattern.text, name)]
-        classed = [pattern for pattern in group.targets if pattern.text in classes]
+    for index, group in enumerate(groups):
+        named = [pattern for pattern in group.targets if matches_name(pattern, name)]
+        classed = [pattern for pattern in group.targets if pattern in classes]
         patterns += named + classed
         if named or classed:
             (by_name if named else by_class).append(index)
     claims = [
         index
         for index in by_name + by_class
-        if not any(matches_name(text, name) or text in classes for text in owned[index][0].ignore)
+        if not any(matches_name(text, name) or text in classes for text in groups[index].modifier.ignore)
     ]
     return _Match(patterns=tuple(patterns), seen=tuple(by_name or by_class), claims=tuple(claims))
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names of a list that may be long, for a message."""
+    """Join names for a message: the first three, and the number of the others."""
     listed = list(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def require_recipe(value: Any) -> Recipe:
-    """A recipe.
+    """Return an argument that must be a recipe, not a path, a text, a dict or a modifier of another library.
 
     Raises:
-        RecipeError: for anything else, such as a path, a text, a dict or another library's modifier.
+        RecipeError: it is anything else.
     """
     if isinstance(value, Recipe):
         return value
     raise RecipeError(
-        f"recipe is {shown(value)}", hint="make it with runtime.Recipe.from_file(path) or Recipe.from_text(text, name)"
+        f"recipe is {shown(value)}, not a Recipe", hint="use Recipe.from_file(path) or Recipe.from_text(text, name)"
     )

@@ -1,152 +1,133 @@
-"""YAML whose every value knows its line, so that a message can say where."""
+"""Read YAML, keeping the line of every value.
+
+Mappings, lists and strings are of subclasses that know their lines. Aliases are expanded, so that each use has a line
+of its own; the number of values is limited, because a few aliases can stand for billions.
+"""
 
 from __future__ import annotations
 
-import copy
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from runtime.console import shown
 from runtime.errors import RecipeError
-from runtime.patterns import fault
 
-_MERGE = "tag:yaml.org,2002:merge"
+MAX_VALUES = 300_000  # the largest mixtures have some 70,000 modules to name
+_MERGE, _MAPPING, _SEQUENCE = (f"tag:yaml.org,2002:{name}" for name in ("merge", "map", "seq"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """A value in a YAML text.
+class Text(str):
+    """A string, and the line of its key, or its own line in a list. The first line is 1."""
+
+    __slots__ = ("line",)
+    line: int
+
+    def __new__(cls, text: str, line: int = 0) -> Text:
+        """Return `text` with its line."""
+        self = super().__new__(cls, text)
+        self.line = line
+        return self
+
+
+class Table(dict[str, Any]):
+    """A mapping, its key and line in the surrounding one, and the lines of its own keys."""
+
+    name: str
+    line: int
+    lines: dict[str, int]
+
+
+class Items(list[Any]):
+    """A list, its line, and the lines of its elements."""
+
+    line: int
+    lines: list[int]
+
+
+def parse(text: str, *, origin: str) -> Any:
+    """Read one YAML document.
 
     Args:
-        node: as PyYAML composes it.
-        line: where its key stands, or where it begins itself; the first line is 1.
-        origin: the file's name, for messages.
-        name: its key, for messages.
+        text: the document.
+        origin: the name of its file, for messages.
+
+    Raises:
+        RecipeError: the text is empty, not YAML, or too large; a key is repeated or not a string.
     """
-
-    node: yaml.Node
-    line: int
-    origin: str
-    name: str
-
-    @classmethod
-    def parse(cls, text: str, *, origin: str) -> Value:
-        """Compose a text of one YAML document.
-
-        Raises:
-            RecipeError: when it is empty or no YAML.
-        """
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise _from_yaml(error, origin) from error
-        except RecursionError as error:
-            raise RecipeError(f"{origin}: not valid YAML: it is nested too deeply") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             raise RecipeError(f"{origin}: the file is empty")
-        return cls(node=node, line=node.start_mark.line + 1, origin=origin, name="the file")
+        return _YamlReader(origin).value(node, "the file", _line(node))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{origin}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{origin}: not valid YAML: it is nested too deeply") from error
 
-    def error(self, message: str, *, hint: str = "") -> RecipeError:
-        """An error that begins with the file and the line."""
-        return RecipeError(f"{self.origin}:{self.line}: {message}", hint=hint)
 
-    def mapping(self) -> dict[str, Value]:
-        """The entries, in the file's order; merge keys (`<<`) are resolved.
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
 
-        Raises:
-            RecipeError: when this is no mapping, or a key is there twice or is no string.
-        """
-        if not isinstance(self.node, yaml.MappingNode):
-            raise self.error(f"{self.name} must be a mapping, not {_kind(self.node)}")
-        written: dict[str, int] = {}
-        for key_node, _ in self.node.value:
-            key = "<<" if key_node.tag == _MERGE else self._at(key_node, "a key").text()
-            line = key_node.start_mark.line + 1
-            if key in written:
-                raise RecipeError(f"{self.origin}:{line}: {key!r} is here twice, first on line {written[key]}")
-            written[key] = line
-        return {
-            key_node.value: Value(
-                node=value_node, line=key_node.start_mark.line + 1, origin=self.origin, name=key_node.value
-            )
-            for key_node, value_node in self._merged(self.node)
-        }
 
-    def items(self) -> list[Value]:
-        """The elements of a list; a value that is no list counts as its only element."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            return [self]
-        return [self._at(node, f"an element of {self.name}") for node in self.node.value]
+class _YamlReader:
+    """Constructs values from the nodes of one document."""
 
-    def plain(self) -> Any:
-        """The value as Python has it.
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.scalars = yaml.SafeLoader("")
+        self.num_values = 0
 
-        Raises:
-            RecipeError: when it has a tag that is not plain YAML.
-        """
+    def value(self, node: yaml.Node, name: str, line: int) -> Any:
+        """Construct the value of the key `name`, which is on `line`."""
+        self._count(line)
+        if node.tag == _MAPPING and isinstance(node, yaml.MappingNode):
+            entries = self._entries(node)
+            table = Table({key: self.value(child, key, at) for key, (at, child) in entries.items()})
+            table.name, table.line, table.lines = name, line, {key: at for key, (at, _) in entries.items()}
+            return table
+        if node.tag == _SEQUENCE and isinstance(node, yaml.SequenceNode):
+            items = Items(self.value(child, f"an element of {name}", _line(child)) for child in node.value)
+            items.line, items.lines = line, [_line(child) for child in node.value]
+            return items
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._error(line, f"the tag {node.tag!r} of {name} is not supported")
         try:
-            return yaml.SafeLoader("").construct_document(copy.deepcopy(self.node))
-        except yaml.YAMLError as error:
-            raise _from_yaml(error, self.origin) from error
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            # A date that is none, an integer of thousands of digits, a tag of a type that the text is not of.
-            raise self.error(f"{self.name} cannot be read: {error}") from error
+            value = self.scalars.construct_object(node, deep=True)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            # An impossible date, an integer of thousands of digits, a tag that does not fit the text.
+            raise self._error(line, f"{name} cannot be read: {error}") from error
+        return Text(value, line) if isinstance(value, str) else value
 
-    def text(self) -> str:
-        """The value, which must be a string.
+    def _entries(self, node: yaml.MappingNode) -> dict[str, tuple[int, yaml.Node]]:
+        """Collect the line and the value of each key, those of merge keys (`<<`) first."""
+        own: dict[str, tuple[int, yaml.Node]] = {}
+        merged: dict[str, tuple[int, yaml.Node]] = {}
+        lines: dict[str, int] = {}
+        for key_node, child in node.value:
+            line = _line(key_node)
+            key = "<<" if key_node.tag == _MERGE else self.value(key_node, "a key", line)
+            if not isinstance(key, str):
+                raise self._error(line, f"a key must be a string, not {shown(key)}")
+            if key in lines:
+                raise self._error(line, f"{key!r} is repeated, first on line {lines[key]}")
+            lines[str(key)] = line
+            if key_node.tag != _MERGE:
+                own[str(key)] = line, child
+                continue
+            for source in reversed(child.value) if isinstance(child, yaml.SequenceNode) else [child]:
+                self._count(line)
+                if not isinstance(source, yaml.MappingNode):
+                    raise self._error(line, "not valid YAML: << takes a mapping or a list of mappings")
+                merged |= self._entries(source)
+        return merged | own
 
-        Raises:
-            RecipeError: when it is anything else.
-        """
-        value = self.plain()
-        if not isinstance(value, str):
-            raise self.error(f"{self.name} must be a string, not {shown(value)}")
-        return value
+    def _count(self, line: int) -> None:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise self._error(line, f"the file has more than {MAX_VALUES} values, with aliases expanded")
 
-    def pattern(self) -> str:
-        """The value, which must be a name or `re:` with a regular expression.
-
-        Raises:
-            RecipeError: when it is not.
-        """
-        text = self.text()
-        if text.startswith("re:"):
-            wrong = fault(text.removeprefix("re:"))
-            if wrong:
-                raise self.error(f"{text[:200]!r} is no regular expression: {wrong}")
-        if not text.removeprefix("re:"):
-            raise self.error(f"{self.name} is an empty pattern")
-        return text
-
-    def unknown(self, what: str, valid: Iterable[str]) -> RecipeError:
-        """An error for a key that means nothing, with the nearest that does."""
-        known = list(valid)
-        near = difflib.get_close_matches(self.name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"valid are {', '.join(known)}"
-        return self.error(f"unknown {what} {self.name!r}", hint=hint)
-
-    def _at(self, node: yaml.Node, name: str) -> Value:
-        return Value(node=node, line=node.start_mark.line + 1, origin=self.origin, name=name)
-
-    def _merged(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-        """The entries with merge keys resolved; PyYAML does that in place, and so is given a copy."""
-        copied = copy.deepcopy(node)
-        try:
-            yaml.SafeLoader("").flatten_mapping(copied)
-        except yaml.YAMLError as error:
-            raise _from_yaml(error, self.origin) from error
-        return list(copied.value)
-
-
-def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else shown(node.value)
-
-
-def _from_yaml(error: yaml.YAMLError, origin: str) -> RecipeError:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    return RecipeError(f"{origin}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}")
+    def _error(self, line: int, message: str) -> RecipeError:
+        return RecipeError(f"{self.origin}:{line}: {message}")

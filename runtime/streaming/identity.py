@@ -58,10 +58,10 @@ def _lasting_text(recipe: Recipe) -> str:
     """The content of a recipe without the fields that may change: these decide whether a module that saw too few tokens
     ends the run, which no finished module did.
     """
-    from runtime.recipe.yaml import Value
+    from runtime.recipe.yaml import parse
 
     try:
-        value = Value.parse(recipe.text, origin=recipe.source).plain()
+        value = parse(recipe.text, origin=recipe.source)
     except RecipeError:  # a recipe that was created in Python
         return recipe.text
     return json.dumps(_without(value, _MAY_CHANGE), default=str)

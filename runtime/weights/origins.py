@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from runtime.checkpoint.dtypes import Stored, dtype_name
-from runtime.weights.row_lookups import lookup_tables
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where a parameter comes from in one checkpoint.
+    """The origin of a parameter in one checkpoint.
 
     Attributes:
-        keys: its tensors, by the checkpoint's names; none for one that the checkpoint lacks and the artifact has.
-        conversion: index of the program that makes the parameter from them, or -1.
-        packed: the scheme under which the tensors are compressed; `keys` then are all of the module's tensors.
+        keys: names of its tensors; empty for a parameter whose default value is in the artifact.
+        conversion: index of the program that computes the parameter from them, or -1.
+        packed: the scheme of compressed tensors; `keys` then are all tensors of the module.
     """
 
     keys: tuple[str, ...]
@@ -81,7 +79,7 @@ class StatedParameters:
     def __init__(self, artifact: Artifact, dtype: torch.dtype) -> None:
         import torch
 
-        self._artifact = artifact
+        self._lookups = frozenset(artifact.manifest.lookups)
         self._parameters = artifact.manifest.parameters
         own = artifact.run_dtype(None)
         self._is_own_dtype = dtype == own
@@ -113,8 +111,5 @@ class StatedParameters:
         """Whether a parameter is only used to look up rows, and stored as the run uses it."""
         entry = self._parameters[name]
         is_stored_as_used = entry.dtype != "model" or self._is_own_dtype
-        return name in self._tables and is_stored_as_used and len(entry.shape) == 2 and self.plain_key(name) is not None
-
-    @functools.cached_property
-    def _tables(self) -> frozenset[str]:
-        return lookup_tables(self._artifact)
+        is_plain = len(entry.shape) == 2 and self.plain_key(name) is not None
+        return name in self._lookups and is_stored_as_used and is_plain

@@ -39,9 +39,12 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"batch 1 has no attention_mask; it has input_ids \(.*int64 \[batch",
     ),
     "empty batch": (lambda: [{}], "batch 0 has no input_ids; it is empty"),
-    "extra": (lambda: [{**BATCH, "position_ids": IDS}], "batch 0 has position_ids, which the artifact does not take"),
+    "extra": (
+        lambda: [{**BATCH, "position_ids": IDS}],
+        "batch 0 has position_ids, which is not an input",
+    ),
     "types": (lambda: [{**BATCH, "token_type_ids": MASK}], "batch 0 has token_type_ids, which"),
-    "lists": (lambda: [{**BATCH, "input_ids": IDS.tolist()}], r"batch 0: input_ids is a list \(give a tensor"),
+    "lists": (lambda: [{**BATCH, "input_ids": IDS.tolist()}], r"batch 0: input_ids is a list \(pass a tensor"),
     "numpy": (lambda: [{**BATCH, "input_ids": IDS.numpy()}], "batch 0: input_ids is a numpy.ndarray"),
     "none": (lambda: [{**BATCH, "input_ids": None}], "batch 0: input_ids is None"),
     "rank 1": (
@@ -54,16 +57,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"batch 1 has attention_mask of shape \[2, 7\]",
     ),
     "rows": (lambda: [{**BATCH, "attention_mask": MASK[:1]}], r"batch 0 has attention_mask of shape \[1, 16\]"),
-    "large": (lambda: [BATCH, {**BATCH, "input_ids": IDS + 258}], "batch 1: input_ids has the token id [0-9]+, and"),
+    "large": (lambda: [BATCH, {**BATCH, "input_ids": IDS + 258}], "batch 1: input_ids has the token id [0-9]+, but"),
     "negative": (lambda: [{**BATCH, "input_ids": IDS - 300}], "batch 0: input_ids has the token id -"),
-    "long": (lambda: token_batches([(1, 257)]), "batch 0: input_ids has 257 tokens, and the model's config allows 256"),
+    "long": (lambda: token_batches([(1, 257)]), "batch 0: input_ids has 257 tokens, but the model's config allows 256"),
     "float": (lambda: [{**BATCH, "input_ids": IDS.float()}], r"batch 0: input_ids is torch\.float32 \(expected int64"),
     "float mask": (lambda: [{**BATCH, "attention_mask": MASK.float()}], r"attention_mask is torch\.float32"),
     "meta": (lambda: [{**BATCH, "input_ids": IDS.to("meta")}], "batch 0: input_ids is a tensor without values"),
     "fake": (lambda: [{**BATCH, "input_ids": fake()}], "batch 0: input_ids is a tensor without values"),
     "sparse": (lambda: [{**BATCH, "input_ids": IDS.to_sparse()}], "input_ids is a tensor of layout torch.sparse_coo"),
     "no rows": (lambda: [{name: value[:0] for name, value in BATCH.items()}], r"input_ids has the shape \[0, 16\]"),
-    "exhausted": (exhausted, "batches is a list_iterator that gives no more batches"),
+    "exhausted": (exhausted, "batches is a list_iterator that is exhausted"),
     "one mapping": (lambda: BATCH, r"batches is a dict \(put it into a list"),
     "text": (lambda: "batches", "batches is 'batches'"),
     "nothing": (lambda: None, "batches is None"),
@@ -71,7 +74,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "tensor": (lambda: IDS, "batches is a torch.Tensor"),
     "tensors": (lambda: [IDS], "batch 0 is a torch.Tensor"),
     "texts": (lambda: ["text"], "batch 0 is 'text'"),
-    "keys": (lambda: [{0: IDS}], "batch 0: 0 is no name of an input"),
+    "keys": (lambda: [{0: IDS}], "batch 0: 0 is not the name of an input"),
     "nested": (
         lambda: [{**BATCH, "input_ids": torch.nested.as_nested_tensor([IDS[0], IDS[1, :3]], layout=torch.jagged)}],
         "batch 0: input_ids is a nested or quantized tensor",
@@ -89,7 +92,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 def test_a_data_set_gives_samples(narrow_llama: Small) -> None:
     data_set = type("Dataset", (Rows,), {"__module__": "datasets.arrow_dataset"})()
-    with pytest.raises(DataError, match=r"batches is a datasets.arrow_dataset.Dataset, .* samples and not batches"):
+    with pytest.raises(DataError, match=r"batches is a datasets.arrow_dataset.Dataset, .* samples, not batches"):
         runtime.evaluate(narrow_llama.load(), weights=narrow_llama.weights, batches=data_set)
 
 
@@ -241,14 +244,14 @@ def test_samples_of_batches(samples: Any) -> None:
 
 
 def test_masks_of_batches() -> None:
-    with pytest.raises(DataError, match=r"the masks are not those of the samples"):
+    with pytest.raises(DataError, match=r"masks do not have the shapes of the samples"):
         runtime.batches([IDS[0]], 1, [MASK[0][:3]])
 
 
 def test_inputs_of_a_loaded_subgraph(narrow_llama: Small) -> None:
     (first, *_) = narrow_llama.load().subgraphs
     model = torch.nn.Module()
-    with pytest.raises(DataError, match=r"the subgraph lacks its input 'attention_mask'"):
+    with pytest.raises(DataError, match=r"the subgraph is missing its input 'attention_mask'"):
         first.forward(model, input_ids=IDS)
     with pytest.raises(DataError, match=r"the subgraph has no input 'labels'"):
         first.forward(model, **BATCH, labels=IDS)
@@ -259,7 +262,7 @@ def test_paths(path: Any, tmp_path: Path) -> None:
     for call in (runtime.load, seqbuild.compile_model, runtime.load_tokens, seqbuild.verify_artifact):
         with pytest.raises(UsageError, match=r"must be a path"):
             call(path)
-    with pytest.raises(RecipeError, match=r"the recipe is"):
+    with pytest.raises(RecipeError, match=r"the recipe must be the path of a file, not "):
         runtime.Recipe.from_file(path)
     with pytest.raises(UsageError, match=r"out is"):
         seqbuild.compile_model(tmp_path, out=path)
@@ -298,7 +301,7 @@ BAD_LABELS: dict[str, tuple[dict[str, Any], str]] = {
     "rows": ({"labels": LABELS[:1]}, r"labels has the shape \[1, 5\] for 2 samples"),
     "float": ({"labels": LABELS.float()}, r"labels is torch\.float32 \(expected"),
     "bool": ({"labels": LABELS.bool()}, r"labels is torch\.bool \(expected"),
-    "large": ({"labels": LABELS * 0 + 258}, "labels has the token id 258, and the model's vocabulary has 258"),
+    "large": ({"labels": LABELS * 0 + 258}, "labels has the token id 258, but the model's vocabulary has 258"),
     "negative": ({"labels": LABELS * 0 - 1}, r"labels has the token id -1 \(.*-100"),
     "lengths": (
         {"labels": LABELS, "decoder_input_ids": LABELS[:, :3]},

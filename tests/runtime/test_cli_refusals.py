@@ -40,7 +40,7 @@ def damaged_program(place: Place) -> list[str]:
 
 def lost_program(place: Place) -> list[str]:
     (place.artifact / "subgraphs" / "001.py").unlink()
-    return ["has lost subgraphs/001.py"]
+    return ["is incomplete: subgraphs/001.py is missing"]
 
 
 def other_transformers(place: Place) -> list[str]:
@@ -50,23 +50,23 @@ def other_transformers(place: Place) -> list[str]:
 
 def no_weights(place: Place) -> list[str]:
     place.weights = place.folder / "nowhere"
-    return ["there is no checkpoint directory", "nowhere"]
+    return ["checkpoint directory", "nowhere"]
 
 
 def weights_are_a_file(place: Place) -> list[str]:
     place.weights = place.recipe
-    return ["there is no checkpoint directory", "recipe.yaml"]
+    return ["checkpoint directory", "recipe.yaml"]
 
 
 def empty_weights(place: Place) -> list[str]:
     place.weights = place.folder / "empty"
     place.weights.mkdir()
-    return ["holds no safetensors checkpoint", "it has no model.safetensors"]
+    return ["does not contain a safetensors checkpoint", "it has no model.safetensors"]
 
 
 def pickled_weights(place: Place) -> list[str]:
     (place.weights / "model.safetensors").rename(place.weights / "pytorch_model.bin")
-    return ["holds no safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
+    return ["does not contain a safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
 
 
 def truncated_weights(place: Place) -> list[str]:
@@ -107,12 +107,12 @@ def empty_data(place: Place) -> list[str]:
 
 def blank_data(place: Place) -> list[str]:
     place.data = place.write("blank.txt", " \n \n")
-    return ["blank.txt holds no text but white space"]
+    return ["blank.txt has only white space"]
 
 
 def short_data(place: Place) -> list[str]:
     place.data = place.write("short.txt", "hello")
-    return ["short.txt gives 0 windows of 256 tokens (6 tokens in all)", "give more text"]
+    return ["short.txt has 0 windows of 256 tokens (6 tokens in all)", "use more text"]
 
 
 def long_data(place: Place) -> list[str]:
@@ -122,17 +122,17 @@ def long_data(place: Place) -> list[str]:
 
 def unknown_data(place: Place) -> list[str]:
     place.data = place.write("text.docx", "hello")
-    return ["text.docx is of an unknown kind: .docx", ".txt, .jsonl, .parquet and .safetensors"]
+    return ["unsupported extension '.docx' of ", ".txt, .jsonl, .parquet and .safetensors"]
 
 
 def foreign_tokens(place: Place) -> list[str]:
     place.data = write_token_file(place.folder / "foreign.safetensors", largest=258)
-    return ["gives token id 258, and the model's vocabulary has 258 entries", "take the model's own tokenizer"]
+    return ["has the token id 258, but the model's vocabulary has 258 entries", "use the model's own tokenizer"]
 
 
 def weights_as_data(place: Place) -> list[str]:
     place.data = place.weights / "model.safetensors"
-    return ["is a safetensors file but no token file", "seqbuild data"]
+    return ["is a safetensors file but not a token file", "seqbuild data"]
 
 
 def binary_data(place: Place) -> list[str]:
@@ -154,7 +154,7 @@ def text_without_a_tokenizer(place: Place) -> list[str]:
 def model_with_other_inputs(place: Place) -> list[str]:
     manifest = read_manifest(place.artifact)
     edit_manifest(place, inputs=(*manifest.inputs, replace(manifest.inputs[0], name="pixel_values")))
-    return ["takes an input 'pixel_values', which the data does not give"]
+    return ["has an input 'pixel_values', which is missing in the data"]
 
 
 BOTH = [
@@ -222,7 +222,7 @@ def recipe_that_ignores_all(place: Place) -> list[str]:
 def groups_that_do_not_divide(place: Place) -> list[str]:
     weights = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 96}"
     place.recipe.write_text(f"GPTQModifier: {{config_groups: {{a: {{targets: [Linear], weights: {weights}}}}}}}\n")
-    return ["model.layers.0.self_attn.q_proj has 128 input features, which groups of 96 do not divide"]
+    return ["model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96"]
 
 
 def full_output(place: Place) -> list[str]:

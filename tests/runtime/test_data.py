@@ -190,23 +190,23 @@ def test_a_batch_size_of_zero_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", b"a", r"x.csv is of an unknown kind: .csv"),
-        ("x", b"a", r"unknown kind: no extension"),
+        ("x.csv", b"a", r"unsupported extension '.csv' of .*x.csv"),
+        ("x", b"a", r"unsupported extension '' of .*x"),
         ("x.txt", b"", r"x.txt is empty"),
-        ("x.txt", b" \n", r"x.txt holds no text but white space"),
+        ("x.txt", b" \n", r"x.txt has only white space"),
         ("x.txt", b"ab\xffc", r"x.txt is not UTF-8: byte 0xff at position 2"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of .*x.jsonl is not JSON"),
         ("x.jsonl", b"[" * 100_000, r"line 1 of .*x.jsonl is not JSON"),
-        ("x.jsonl", b"[]\n", r"line 1 of .*x.jsonl is no JSON object but of type list"),
+        ("x.jsonl", b"[]\n", r"line 1 of .*x.jsonl must be a JSON object, not list"),
         ("x.jsonl", b'{"text": "a"}\n\xff\n', r"line 2 of .*x.jsonl is not UTF-8"),
         ("x.jsonl", b'{"txt": "a"}\n', r"line 1 .* neither text nor messages \(its fields are \['txt'\]\)"),
-        ("x.jsonl", b'{"text": 7}\n', r"line 1 .* has a text of type int"),
-        ("x.jsonl", b'{"messages": []}\n', r"line 1 .* messages that are no list of objects"),
-        ("x.jsonl", b'{"messages": ["hi"]}\n', r"line 1 .* messages that are no list of objects"),
+        ("x.jsonl", b'{"text": 7}\n', r"text of line 1 of .* must be a string, not int"),
+        ("x.jsonl", b'{"messages": []}\n', r"messages of line 1 of .* must be a list of objects"),
+        ("x.jsonl", b'{"messages": ["hi"]}\n', r"messages of line 1 of .* must be a list of objects"),
         ("x.jsonl", b'{"messages": [{"role": "x"}]}\n', r"line 1 .* not fit the chat .*unknown role x"),
         ("x.jsonl", b'{"messages": [{"role": 1}]}\n', r"line 1 .* does not fit the chat template"),
-        ("x.jsonl", b'{"text": "a \\ud800"}\n', r"line 1 .* half of a surrogate pair"),
-        ("x.parquet", b"PAR1 not really", r"x.parquet is no intact parquet file"),
+        ("x.jsonl", b'{"text": "a \\ud800"}\n', r"line 1 .* unpaired surrogate"),
+        ("x.parquet", b"PAR1 not really", r"x.parquet is not a valid parquet file"),
     ],
 )
 def test_what_is_no_text_is_refused(
@@ -246,16 +246,16 @@ def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, byte_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"x.parquet needs pyarrow"):
+    with pytest.raises(DataError, match=r"x.parquet requires pyarrow"):
         load_tokens(text_file(tmp_path / "x.parquet", "PAR1"), tokenizer_dir=byte_tokenizer_dir, seq_len=2)
 
 
 def test_too_little_text_says_how_much_there_is(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     path = text_file(tmp_path / "x.txt", "abcdef")
     for arguments, message in (
-        ({"seq_len": 8}, r"x.txt gives 0 windows of 8 tokens \(7 tokens in all\)"),
-        ({"seq_len": 2, "num_samples": 4}, r"gives 3 windows of 2 tokens .*, and 4 were asked for"),
-        ({"num_samples": 2, "pack": False}, r"holds 1 documents, and 2 were asked for"),
+        ({"seq_len": 8}, r"x.txt has 0 windows of 8 tokens \(7 tokens in all\)"),
+        ({"seq_len": 2, "num_samples": 4}, r"has 3 windows of 2 tokens .*, but 4 are required"),
+        ({"num_samples": 2, "pack": False}, r"has 1 documents, but 2 are required"),
     ):
         values: dict[str, Any] = arguments
         with pytest.raises(DataError, match=message):
@@ -265,7 +265,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path, byte_tokenizer_d
 def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     path = text_file(tmp_path / "x.txt", "abz")
     load_tokens(path, tokenizer_dir=byte_tokenizer_dir, seq_len=2, vocab_size=125)
-    with pytest.raises(DataError, match="token id 124, and the model's vocabulary has 124 entries"):
+    with pytest.raises(DataError, match="token id 124, but the model's vocabulary has 124 entries"):
         load_tokens(path, tokenizer_dir=byte_tokenizer_dir, seq_len=2, vocab_size=124)
 
 
@@ -278,10 +278,10 @@ def test_text_needs_a_tokenizer_that_loads(tmp_path: Path, byte_tokenizer_dir: P
     (broken / "tokenizer.json").write_text("{}")
 
     for tokenizer_dir, message in (
-        (None, "x.txt is text, and there is no tokenizer"),
-        (tmp_path / "nowhere", "nowhere is no directory"),
-        (config_only, "config-only holds no tokenizer, only its config"),
-        (broken, "broken holds no tokenizer that loads"),
+        (None, "x.txt is text, which requires a tokenizer"),
+        (tmp_path / "nowhere", "nowhere is not a directory"),
+        (config_only, "config-only has the config of a tokenizer, but no vocabulary"),
+        (broken, "the tokenizer in .*broken cannot be loaded"),
     ):
         with pytest.raises(DataError, match=rf"{message}.*`seqbuild data`"):
             load_tokens(path, tokenizer_dir=tokenizer_dir, seq_len=2)
@@ -289,7 +289,7 @@ def test_text_needs_a_tokenizer_that_loads(tmp_path: Path, byte_tokenizer_dir: P
 
 def test_messages_need_a_chat_template(tmp_path: Path, minilm_tokenizer_dir: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
-    with pytest.raises(DataError, match=r"line 1 of .* has messages, and the tokenizer has no chat template"):
+    with pytest.raises(DataError, match=r"line 1 of .* has messages, but the tokenizer has no chat template"):
         load_tokens(path, tokenizer_dir=minilm_tokenizer_dir, seq_len=2)
 
 
@@ -298,7 +298,7 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, byte_tokenizer_dir: 
     for arguments, message in (
         ({"seq_len": 0}, "seq_len is 0"),
         ({"seq_len": 2, "num_samples": -1}, "num_samples is -1"),
-        ({}, "packing needs the length of a window"),
+        ({}, "packing requires the length of a window"),
     ):
         values: dict[str, Any] = arguments
         with pytest.raises(UsageError, match=message):

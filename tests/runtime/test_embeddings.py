@@ -33,7 +33,7 @@ def test_a_table_is_rounded_and_transformers_computes_the_same(model: Small, tmp
     plan = Recipe.from_text(f"{ROUND}: {{targets: [{target}], scheme: W4A16}}", "r")
     done = calibrate(model, plan, tmp_path / "out", batches=())
     assert [report.name for report in done.modules] == ["model.embed_tokens"]
-    assert any("loads quantized embeddings (model.embed_tokens)" in remark for remark in done.remarks)
+    assert any("quantized embeddings (model.embed_tokens) are loaded by" in remark for remark in done.remarks)
     tensors, original = read_tensors(tmp_path / "out"), read_tensors(model.weights)
     assert all(torch.equal(tensors[name], original[name]) for name in original if "embed_tokens" not in name)
     assert tensors["model.embed_tokens.weight_packed"].shape == (258, 16)
@@ -70,15 +70,18 @@ def test_a_table_beside_layers_of_another_scheme(model: Small, tmp_path: Path) -
     [
         (
             "GPTQModifier: {targets: Embedding, scheme: W4A16}",
-            "means model.embed_tokens, and embeddings have no inputs",
+            "matches model.embed_tokens, but embeddings have no inputs",
         ),
-        (f"{ROUND}: {{targets: Embedding, scheme: W4A16_ASYM}}", "symmetric integer weights by group or channel alone"),
+        (f"{ROUND}: {{targets: Embedding, scheme: W4A16_ASYM}}", "only symmetric integer weights by group or channel"),
         (
             f"{ROUND}: {{targets: Embedding, scheme: FP8_DYNAMIC}}",
-            "symmetric integer weights by group or channel alone",
+            "only symmetric integer weights by group or channel",
         ),
-        (f"{ROUND}: {{targets: Embedding, scheme: W8A8}}", "symmetric integer weights by group or channel alone"),
-        (f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}", "'LlamaAttention' means model.layers.0.self_attn, .*"),
+        (f"{ROUND}: {{targets: Embedding, scheme: W8A8}}", "only symmetric integer weights by group or channel"),
+        (
+            f"{ROUND}: {{targets: LlamaAttention, scheme: W4A16}}",
+            "matches model.layers.0.self_attn, .* whose only",
+        ),
         (f"{ROUND}: {{targets: LlamaMLP, scheme: W4A16}}", "matches no module"),
     ],
 )

@@ -139,7 +139,7 @@ def test_models_that_are_no_causal_language_models(tmp_path: Path, make: Callabl
 def test_a_decoder_that_nobody_says_how_to_begin(tmp_path: Path) -> None:
     weights = t5(tmp_path / "model")  # its config has no decoder_start_token_id
     artifact = runtime.load(seqbuild.build.build(weights, out=tmp_path / "artifacts").path)
-    with pytest.raises(runtime.DataError, match="does not say what the decoder of T5ForConditionalGeneration reads"):
+    with pytest.raises(runtime.DataError, match="not state how decoder_input_ids of T5ForConditionalGeneration follow"):
         runtime.evaluate(artifact, weights=weights, batches=BATCHES)
     given = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in BATCHES]
     with pytest.raises(runtime.DataError, match="batch 0 has decoder_input_ids but no labels"):

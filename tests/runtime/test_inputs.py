@@ -79,7 +79,7 @@ def test_what_data_gives_is_not_replaced() -> None:
 
 @pytest.mark.parametrize("name", ["token_type_ids", "bbox", "lang_ids", "position_ids", "cache_position"])
 def test_zeros_are_not_filled_in_where_they_may_mean_something(name: str) -> None:
-    with pytest.raises(DataError, match=f"takes an input '{name}', which the data does not give, and SomeModel may"):
+    with pytest.raises(DataError, match=f"has an input '{name}', which is missing in the data, and SomeModel may"):
         model_inputs(make("input_ids", name), BATCH)
 
 
@@ -92,7 +92,7 @@ def test_a_text_without_a_target_is_to_be_written_as_it_is() -> None:
 
 
 def test_a_decoder_without_a_rule() -> None:
-    with pytest.raises(DataError, match="does not say what the decoder of SomeModel reads"):
+    with pytest.raises(DataError, match="does not state how decoder_input_ids of SomeModel follow"):
         model_inputs(make("input_ids", "decoder_input_ids"), BATCH)
     given = {"decoder_input_ids": torch.tensor([[1, 2]])}
     assert model_inputs(make("input_ids", "decoder_input_ids"), BATCH | given).keys() == {"input_ids", *given}
@@ -122,7 +122,7 @@ def test_pairs_are_for_models_with_a_decoder() -> None:
     targets = [torch.tensor([1])]
     require_decoder(make("input_ids"), None)
     require_decoder(make("input_ids", "decoder_input_ids"), targets)
-    with pytest.raises(DataError, match="SomeModel is no encoder-decoder model"):
+    with pytest.raises(DataError, match="SomeModel is not an encoder-decoder model"):
         require_decoder(make("input_ids"), targets)
 
 
@@ -130,7 +130,7 @@ def test_pairs_are_for_models_with_a_decoder() -> None:
 def test_an_input_that_is_no_text(dtype: str) -> None:
     manifest = make("input_ids", "image_sizes")
     manifest.inputs += (InputEntry(name="pixel_values", dtype=dtype, shape=("images", 3)),)
-    with pytest.raises(DataError, match=r"'image_sizes', which text data cannot give .*--text-only"):
+    with pytest.raises(DataError, match=r"'image_sizes', which cannot be made from text .*--text-only"):
         model_inputs(manifest, BATCH)
 
 
@@ -170,7 +170,7 @@ def test_longest_sample() -> None:
     samples = [torch.zeros(5), torch.zeros(9)]
     require_length(samples, None)
     require_length(samples, 9)
-    with pytest.raises(DataError, match=r"has 9 tokens, and the model's config allows 8 .*--seq-len 8 or less"):
+    with pytest.raises(DataError, match=r"has 9 tokens, but the model's config allows 8 .*--seq-len 8 or less"):
         require_length(samples, 8)
 
 

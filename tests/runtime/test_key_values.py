@@ -335,17 +335,17 @@ def test_an_artifact_that_stops_at_layers_is_refused(tmp_path: Path, byte_tokeni
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ATTENTION.replace("TARGET", "Linear"), "the target 'Linear' matches .*q_proj, and its group has no weights"),
-        (ATTENTION.replace("TARGET", "'re:.*self_attn'"), "matches model.layers.0.self_attn.q_proj, and its group"),
+        (ATTENTION.replace("TARGET", "Linear"), "the target 'Linear' matches .*q_proj, but its group has no weights"),
+        (ATTENTION.replace("TARGET", "'re:.*self_attn'"), "matches model.layers.0.self_attn.q_proj, but its group"),
         (ATTENTION.replace("TARGET", "GemmaAttention"), "the target 'GemmaAttention' matches no attention module"),
-        (ATTENTION.replace("TARGET", "model.layers.1.self_attn"), "attention of model.layers.0.self_attn, .* is not"),
+        (ATTENTION.replace("TARGET", "model.layers.1.self_attn"), "r:1: model.layers.0.self_attn, .* is not targeted"),
         (ALONE.replace("num_bits: 8", "num_bits: 4"), "r:1: a key-value cache of 4 bit float by tensor"),
         (ALONE.replace("type: float", "type: int"), "r:1: a key-value cache of 8 bit int by tensor"),
         ("QuantizationModifier: {targets: Linear}", "neither scheme nor config_groups"),
         ("QuantizationModifier: {config_groups: {a: {targets: [Linear]}}}", "without weights quantizes nothing"),
         (
             ATTENTION.replace("TARGET", "LlamaAttention").removesuffix("}") + f", {whole_range(CACHE)}}}",
-            "a rounds keys and values in another way than the cache does",
+            "a rounds keys and values in another way than the cache",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def test_texts_count_whole(marking: Path, tmp_path: Path) -> None:
 
 
 def test_a_template_without_marks_is_refused(byte_tokenizer_dir: Path, chats: Path) -> None:
-    with pytest.raises(runtime.DataError, match=r"does not mark what the assistant says \(put {% generation %}"):
+    with pytest.raises(runtime.DataError, match=r"not mark the text of the assistant \(enclose it in {% generation %}"):
         load_tokens(chats, tokenizer_dir=byte_tokenizer_dir, pack=False, loss_mask=True)
 
 
@@ -89,7 +89,7 @@ def test_a_mask_that_leaves_no_token_is_rejected(
     """Cut before the assistant says anything, or without an assistant at all."""
     path, out = tmp_path / "chats.jsonl", tmp_path / "calib.safetensors"
     path.write_text(json.dumps({"messages": CHAT if seq_len else CHAT[:1]}) + "\n")
-    with pytest.raises(runtime.DataError, match=r"the loss mask leaves no token of .*chats\.jsonl"):
+    with pytest.raises(runtime.DataError, match=r"the loss mask excludes all tokens of .*chats\.jsonl"):
         tokenize_files(marking, [path], num_samples=None, seq_len=seq_len, pack=pack, out=out, loss_mask=True)
     assert not out.exists()
 
@@ -108,7 +108,7 @@ def test_token_files_keep_masks(marking: Path, chats: Path, tmp_path: Path) -> N
     ("mask", "why"),
     [
         (torch.ones(3, dtype=torch.uint8), "its loss_mask has 3 numbers for 4 tokens"),
-        (torch.tensor([0, 1, 2, 1]), "its loss_mask holds other numbers than 0 and 1"),
+        (torch.tensor([0, 1, 2, 1]), "its loss_mask has other numbers than 0 and 1"),
         (torch.ones(4), "loss_mask is torch.float32 of shape"),
     ],
 )

@@ -100,10 +100,10 @@ def test_a_target_is_tokenized_as_targets_are(tmp_path: Path, pairs: Path, byte_
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"source": "a", "target": "b"}, {"text": "c"}], "line 2 of .* has no target, and other records have one"),
-        ([{"source": 3, "target": "b"}], "line 1 of .* has a source of type int instead of a string"),
-        ([{"source": "a", "target": ["b"]}], "line 1 of .* has a target of type list instead of a string"),
-        ([{"target": "b"}], "line 1 of .* has a source of type NoneType instead of a string"),
+        ([{"source": "a", "target": "b"}, {"text": "c"}], "line 2 of .* has no target, but other records have one"),
+        ([{"source": 3, "target": "b"}], "source of line 1 of .* must be a string, not int"),
+        ([{"source": "a", "target": ["b"]}], "target of line 1 of .* must be a string, not list"),
+        ([{"target": "b"}], "source of line 1 of .* must be a string, not NoneType"),
         ([{"source": "a"}], "line 1 of .* has neither text nor messages"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_token_file_keeps_pairs(tmp_path: Path, pairs: Path, byte_tokenizer_di
     assert out.read_bytes() == first
     refused = run([*command, "--loss-mask"], seqbuild.cli.app.main)
     assert_refused(refused, "pairs of source and target have no loss mask", program="seqbuild")
-    with pytest.raises(DataError, match="token id 124, and the model's vocabulary has 123 entries"):
+    with pytest.raises(DataError, match="token id 124, but the model's vocabulary has 123 entries"):
         load_tokens(out, vocab_size=123)  # "y"
 
 
@@ -144,7 +144,7 @@ def test_a_token_file_keeps_pairs(tmp_path: Path, pairs: Path, byte_tokenizer_di
     ("changes", "message"),
     [
         ({"target_offsets": torch.tensor([0, 2])}, "has 1 targets for 2 samples"),
-        ({"target_offsets": torch.tensor([0, 0, 2])}, "its target_offsets do not grow from 0 to the 2 tokens"),
+        ({"target_offsets": torch.tensor([0, 0, 2])}, "its target_offsets do not increase from 0 to the 2 tokens"),
         ({"targets": torch.tensor([1, 9])}, "token id 9 is outside its vocabulary of 9"),
         ({"target_offsets": None}, "it has no tensor target_offsets"),
     ],
@@ -209,13 +209,13 @@ def test_perplexity_of_a_text_that_is_its_own_target(bart: Small, tmp_path: Path
 
 def test_pairs_for_a_model_without_a_decoder(llama: Small, pairs: Path, run: Run) -> None:
     command = ["evaluate", str(llama.artifact), "--weights", str(llama.weights), "--data", str(pairs)]
-    assert_refused(run(command), "pairs of source and target, and LlamaForCausalLM is no encoder-decoder model")
+    assert_refused(run(command), "pairs of source and target, but LlamaForCausalLM is not an encoder-decoder model")
 
 
 def test_a_target_that_is_too_long(bart: Small, tmp_path: Path, run: Run) -> None:
     data = jsonl(tmp_path / "x.jsonl", {"source": "a", "target": "b" * 99})
     command = ["evaluate", str(bart.artifact), "--weights", str(bart.weights), "--data", str(data), "--seq-len", "99"]
-    assert_refused(run(command), "a sample has 99 tokens, and the model's config allows 64")
+    assert_refused(run(command), "a sample has 99 tokens, but the model's config allows 64")
 
 
 @pytest.mark.parametrize("layers", [(3, 1), (1, 2)])
@@ -300,7 +300,7 @@ def test_masks_of_equal_shape_that_differ_cannot_be_told_apart() -> None:
     batch = {"input_ids": ids_BS, "decoder_input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
     require_tokens([batch | {"labels": ids_BS}])
     assert token_mask(batch | {"labels": ids_BS}) is None
-    with pytest.raises(DataError, match="batch 0 has as many labels as input_ids, and other ones are padding"):
+    with pytest.raises(DataError, match="batch 0 has as many labels as input_ids, but other padding"):
         require_tokens([batch | {"labels": labels}])
     require_tokens([batch | {"labels": labels, "attention_mask": (labels != NOT_A_LABEL).long()}])
     require_tokens([{"input_ids": ids_BS, "labels": labels}])  # of a causal model, which looks at none

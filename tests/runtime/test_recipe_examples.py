@@ -18,7 +18,7 @@ def test_every_example_is_a_recipe(name: str) -> None:
     assert schemes or plan.cache is not None
     if name in PRESETS:
         assert schemes[0].weights.num_bits in (2, 3, 4, 5, 6, 7, 8)
-        assert f"{schemes[0].weights.num_bits} bit" in preset_line(name) or preset_line(name).startswith("as ")
+        assert preset_line(name).startswith(f"{schemes[0].weights.num_bits} bit ")
     assert bool(plan.transforms) is (name in ("awq", "smoothquant"))
 
 

@@ -123,9 +123,9 @@ def test_samples_can_be_fewer_and_shorter(tmp_path: Path, arguments: dict[str, A
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seq_len": 4}, "was cut at 3 tokens, and samples of 4 were asked for"),
-        ({"num_samples": 4}, "holds 3 samples, and 4 were asked for"),
-        ({"vocab_size": 9}, "token id 9, and the model's vocabulary has 9 entries"),
+        ({"seq_len": 4}, "were cut at 3 tokens, but 4 are required"),
+        ({"num_samples": 4}, "has 3 samples, but 4 are required"),
+        ({"vocab_size": 9}, "token id 9, but the model's vocabulary has 9 entries"),
     ],
 )
 def test_samples_cannot_be_more_or_longer(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
@@ -138,17 +138,17 @@ def test_samples_cannot_be_more_or_longer(tmp_path: Path, arguments: dict[str, A
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"offsets": torch.tensor([1, 3, 5])}, "offsets do not grow from 0 to the 5 tokens"),
-        ({"offsets": torch.tensor([0, 3, 4])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([0, 3, 6])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([0, 3, 3, 5])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([0, 4, 3, 5])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([0, 2**63 - 1, -(2**63), 5])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([0])}, "offsets do not grow"),
-        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets do not grow"),
+        ({"offsets": torch.tensor([1, 3, 5])}, "offsets do not increase from 0 to the 5 tokens"),
+        ({"offsets": torch.tensor([0, 3, 4])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([0, 3, 6])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([0, 3, 3, 5])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([0, 4, 3, 5])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([0, 2**63 - 1, -(2**63), 5])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([0])}, "offsets do not increase"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets do not increase"),
         (
             {"offsets": torch.tensor([0]), "tokens": torch.tensor([], dtype=torch.int32)},
-            "offsets do not grow",
+            "offsets do not increase",
         ),
         ({"offsets": torch.tensor([0, 5], dtype=torch.int32)}, r"offsets is torch.int32 of shape \(2,\)"),
         ({"offsets": torch.tensor([[0, 5]])}, r"offsets is torch.int64 of shape \(1, 2\)"),
@@ -169,20 +169,20 @@ def test_tensors_that_break_the_format_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "2.0"}, "is of token file version 2.0, and this release reads 1.0"),
-        ({"version": None}, "names no version"),
-        ({"version": 1}, "names no version"),
-        ({"seq_len": 2}, "a sample has 3 tokens and seq_len is 2"),
+        ({"version": "2.0"}, "has token file version 2.0, but this release reads 1.2"),
+        ({"version": None}, "has no version"),
+        ({"version": 1}, "has no version"),
+        ({"seq_len": 2}, "a sample has 3 tokens, but seq_len is 2"),
         ({"seq_len": 0}, "seq_len is 0"),
         ({"seq_len": True}, "seq_len is True"),
         ({"seq_len": "3"}, "seq_len is '3'"),
         ({"vocab_size": 4.0}, "vocab_size is 4.0"),
         ({"vocab_size": None}, "vocab_size is None"),
-        ({"tokenizer": 1}, "tokenizer is no string"),
-        ({"tokenizer_digest": None}, "tokenizer_digest is no string"),
-        ({"sources": {}}, "sources is no list of pairs"),
-        ({"sources": [["a", "b", "c"]]}, "sources is no list of pairs"),
-        ({"sources": [["a", 1]]}, "sources is no list of pairs"),
+        ({"tokenizer": 1}, "tokenizer is not a string"),
+        ({"tokenizer_digest": None}, "tokenizer_digest is not a string"),
+        ({"sources": {}}, "sources is not a list of pairs"),
+        ({"sources": [["a", "b", "c"]]}, "sources is not a list of pairs"),
+        ({"sources": [["a", 1]]}, "sources is not a list of pairs"),
     ],
 )
 def test_metadata_that_breaks_the_format_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -195,7 +195,7 @@ def test_metadata_that_breaks_the_format_is_refused(tmp_path: Path, changes: dic
 def test_metadata_that_is_no_object_is_refused(tmp_path: Path, metadata: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(save({"tokens": torch.arange(5)}, metadata={"seqbuild_tokens": metadata}))
-    with pytest.raises(DataError, match="is a broken token file"):
+    with pytest.raises(DataError, match="is not a valid token file"):
         read_token_file(path)
 
 
@@ -213,7 +213,7 @@ def test_other_safetensors_files_are_no_token_files(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for metadata in (None, {"format": "pt"}):
         path.write_bytes(save({"tokens": torch.arange(5)}, metadata=metadata))
-        with pytest.raises(DataError, match="is a safetensors file but no token file"):
+        with pytest.raises(DataError, match="is a safetensors file but not a token file"):
             read_token_file(path)
 
 
@@ -222,7 +222,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     whole = expected_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="is empty" if length == 0 else "no intact safetensors file"):
+        with pytest.raises(DataError, match="is empty" if length == 0 else "not a valid safetensors file"):
             read_token_file(path)
 
 
@@ -265,9 +265,9 @@ def test_places_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "a.txt").touch()
     for name, error, message in (
-        ("x.bin", UsageError, "x.bin is no name for a token file"),
+        ("x.bin", UsageError, "x.bin is not the name of a token file"),
         ("folder.safetensors", OutputError, "folder.safetensors is a directory"),
-        ("a.txt/x.safetensors", OutputError, "a.txt is no directory"),
+        ("a.txt/x.safetensors", OutputError, "a.txt is not a directory"),
     ):
         with pytest.raises(error, match=message):
             save_tokens(tmp_path / name, SAMPLES, seq_len=3, origin=ORIGIN)

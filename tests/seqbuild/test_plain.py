@@ -120,7 +120,7 @@ def test_a_users_sample_may_have_them_and_then_data_must(tmp_path: Path, capsys:
             [command[0], str(path), *command[1:], "--weights", str(weights), "--data", str(data)]
         )
         assert code == 2
-        assert "takes an input 'token_type_ids', which the data does not give" in capsys.readouterr().err
+        assert "has an input 'token_type_ids', which is missing in the data" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     ids = torch.randint(3, 128, (2, 20))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids // 64}

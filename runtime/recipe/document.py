@@ -1,0 +1,96 @@
+"""Read the modifiers of a recipe file, which stand at its top level or in stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from runtime.console import shown
+from runtime.errors import RecipeError
+from runtime.recipe.fields import nearest, rejection, reported, require_table
+from runtime.recipe.modifiers import AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier, Transform
+from runtime.recipe.yaml import Table, parse
+
+_QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
+_SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
+# By depth: how names of nested mappings end, and all keys.
+_NESTED = ("_stage", "_modifiers", "\0")
+_KEYS = ((*_SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), _SUPPORTED)
+
+
+def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, ...], tuple[Transform, ...]]:
+    """Read the modifiers that quantize, and those that rescale before, in the order of the file.
+
+    Raises:
+        RecipeError: for anything invalid or unsupported, with its line.
+    """
+    root = parse(text, origin=origin)
+    if not isinstance(root, Table):
+        what = "a list" if isinstance(root, list) else shown(root)
+        raise RecipeError(f"{origin}:{getattr(root, 'line', 1)}: the file must be a mapping, not {what}")
+    modifiers: list[QuantizationModifier] = []
+    transforms: list[Transform] = []
+    with reported(root, origin):
+        tables = list(_find_modifiers(root))
+    for table in tables:
+        with reported(table, origin):
+            if table.name in _QUANTIZING:
+                modifiers.append(_QUANTIZING[table.name].model_validate(table))
+            elif modifiers:
+                raise rejection(f"{{name}} comes after {modifiers[-1].name}", hint="rescale before quantizing")
+            elif table.name == "SmoothQuantModifier":
+                transforms.append(SmoothQuantModifier.model_validate(table))
+            else:
+                rescaling, rounding = _split(table)
+                transforms.append(AWQModifier.model_validate(rescaling))
+                modifiers += [QuantizationModifier.model_validate(part) for part in rounding]
+    if modifiers:
+        return tuple(modifiers), tuple(transforms)
+    if not transforms:
+        raise RecipeError(
+            f"{origin}:{root.line}: the recipe names no modifier", hint=f"supported: {', '.join(_SUPPORTED)}"
+        )
+    raise RecipeError(
+        f"{origin}:{root.line}: {transforms[-1].name} rescales weights, but no modifier quantizes them",
+        hint="add a QuantizationModifier or a GPTQModifier after it",
+    )
+
+
+def _find_modifiers(entries: Table, *location: str) -> Iterator[Table]:
+    """Find modifiers at the top level, and in groups (`*_modifiers`) of stages (`*_stage`)."""
+    depth = len(location)
+    for key, value in entries.items():
+        path = (*location, key)
+        if key.endswith(_NESTED[depth]):
+            yield from _find_modifiers(require_table(value, *path), *path)
+        elif depth != 1 and key in _SUPPORTED:
+            yield require_table(value, *path)
+        elif depth == 0 and key == "args":
+            if value:
+                raise rejection("args are not supported", key, hint="write the values where they are used")
+        elif depth == 1 and key == "run_type":
+            if value != "oneshot":
+                raise rejection("{name} must be oneshot, not {value}", *path, value=value)
+        else:
+            # A modifier of llm-compressor that is not implemented is no misspelling.
+            cutoff = 0.8 if key.endswith("Modifier") else 0.4
+            raise rejection(f"{key!r} is not supported", *path, hint=nearest(key, _KEYS[depth], cutoff))
+
+
+def _split(table: Table) -> tuple[Table, list[Table]]:
+    """Split an AWQModifier in the older form of the dialect, which also rounds, into one that rescales and one that
+    rounds.
+    """
+    rounds = "scheme" in table or "config_groups" in table
+    stray = [key for key in table if key in QuantizationModifier.model_fields and key not in AWQModifier.model_fields]
+    if stray and not rounds:
+        raise rejection("AWQModifier has no scheme", stray[0], hint="give one to the modifier after it")
+    if not rounds:
+        return table, []
+    rescaling = _part(table, (key for key in table if key not in (*stray, "ignore")))
+    return rescaling, [_part(table, (key for key in table if key in QuantizationModifier.model_fields))]
+
+
+def _part(table: Table, keys: Iterable[str]) -> Table:
+    part = Table({key: table[key] for key in keys})
+    part.name, part.line, part.lines = table.name, table.line, table.lines
+    return part
