@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from runtime.cli.app import main
-
 if __name__ == "__main__":
+    try:
+        from runtime.cli.app import main
+    except ModuleNotFoundError as error:  # typer is missing, so there is no command line that could say so
+        print(f"runtime: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main())

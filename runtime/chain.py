@@ -80,8 +80,8 @@ class LoadedSubgraph:
 
         for name in (*self.input_names, *inputs):
             if name not in inputs or name not in self.input_names:
-                what = f"has no input {name!r}" if name in inputs else f"lacks its input {name!r}"
-                raise DataError(f"the subgraph {what}", hint=f"it takes {', '.join(self.input_names)}")
+                what = f"has no input {name!r}" if name in inputs else f"is missing its input {name!r}"
+                raise DataError(f"the subgraph {what}", hint=f"its inputs are {', '.join(self.input_names)}")
         return self.execute(model, inputs, self._artifact.run(run_device(inputs, model), run_dtype(model)))
 
     def execute(self, model: nn.Module, inputs: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _unchanged(entry: SubgraphEntry, model: nn.Module, run: Run) -> Iterator[Non
         raise ArtifactError(f"{entry.file} cannot be executed with this model and data: {what}") from error
     for name, tensor, version in before:
         if tensor._version != version:
-            raise ArtifactError(f"{entry.file} changes {name} in place", hint="weights are for reading only")
+            raise ArtifactError(f"{entry.file} changes {name} in place", hint="weights must not be modified")
 
 
 def _find(model: nn.Module, name: str) -> torch.Tensor:

@@ -63,6 +63,8 @@ def fault(expression: str) -> str:
         return f"its repetitions {{...}} multiply to {_short(repetitions)}, more than {_LARGEST_REPETITION}"
     try:
         _compiled(expression)
+    except ImportError:
+        raise
     except Exception as error:  # the package has its own exception, and may exceed limits of the interpreter
         return " ".join(str(error).split()) or type(error).__name__
     return ""

@@ -16,14 +16,47 @@ os.environ.update(
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
+import gc
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
 
+CompileOnce = Callable[..., Path]
+
 collect_ignore = ["bench", "clients"]
+# Python's default is to look for cyclic garbage after some hundred allocations; with a million live objects of
+# libraries that takes a tenth of the time.
+gc.set_threshold(100_000, 50, 50)
+
+
+_test_modules: dict[str, ModuleType] = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take test modules out of `sys.modules`; `_own_module` puts back those that a test needs."""
+    _test_modules.update({item.module.__name__: item.module for item in session.items if hasattr(item, "module")})
+    for name in _test_modules:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Import a test's own module and those that it takes names from, as if its file ran alone.
+
+    A trace copies the state of every Python module that a model may use; a hundred test modules would make it slow.
+    """
+    taken = {getattr(value, "__module__", None) for value in vars(request.module).values()}
+    own = {name: module for name, module in _test_modules.items() if module is request.module or name in taken}
+    sys.modules.update(own)
+    yield
+    for name in own:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,3 +125,35 @@ def byte_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("byte-tokenizer")
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
+    """Compile a config without weights: its name in `tiny_models`, changes of it, and options of `compile_model`.
+
+    A name with a slash is that of a case in `tests.zoo`.
+
+    The same is compiled once in a run: workers share the directory, and the compiler finds what another one has made.
+    Tests copy an artifact before they change it.
+    """
+    from filelock import FileLock
+
+    from runtime.artifact.encoding import sha256
+    from seqbuild import compile_model
+    from tests import zoo
+    from tests.tiny_models import save_config
+
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    (root / "models").mkdir(parents=True, exist_ok=True)
+
+    def compile_once(name: str, *, config: Mapping[str, Any] = {}, **options: Any) -> Path:
+        source = root / "models" / sha256(repr((name, sorted(config.items()))).encode())[:12] / Path(name).name
+        with FileLock(root / "models" / "lock"):
+            if not source.exists() and "/" in name:
+                zoo.small_config(zoo.case_of(name)).save_pretrained(source)
+            elif not source.exists():
+                save_config(name, source, **config)
+        return compile_model(source, out=root / "artifacts", **options)
+
+    return compile_once

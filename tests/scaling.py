@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from runtime.artifact.manifest import ScaleGroup
-from runtime.artifact.scale_groups import channels_of
+from runtime.artifact.scale_groups import numbers_of
 
 
 def scaled(
@@ -21,7 +21,7 @@ def scaled(
     if group.bias:
         changed[group.bias] = tensors[group.bias] / powers_C.to(weight)
     # A channel that no feature is proportional to stays as it is.
-    channels = torch.tensor(channels_of(group))
+    channels = torch.tensor(numbers_of(group.channels))
     untouched = torch.ones(weight.shape[0], dtype=torch.bool)
     untouched[channels] = False
     for name in changed:

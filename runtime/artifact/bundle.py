@@ -93,7 +93,7 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
         for name in damaged(bundle, with_weights=False):
             raise ArtifactError(f"{name} of the bundle {path} is damaged or missing", hint="copy the bundle again")
         if recipe is None and RECIPE not in bundle.files:
-            raise ArtifactError(f"{path / BUNDLE_NAME} lists no {RECIPE}", hint="name one with --recipe")
+            raise ArtifactError(f"{path / BUNDLE_NAME} lists no {RECIPE}", hint="pass --recipe")
         if weights is None and bundle.weights:
             _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
@@ -103,17 +103,13 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
     missing = {"--weights": weights, "--recipe": recipe, "--out": out}
     for option, value in missing.items():
         if value is None:
-            raise UsageError(f"Missing option '{option}'", hint="only a bundle does without")
+            raise UsageError(f"Missing option '{option}'", hint="pass it, or pass a bundle that contains it")
     assert weights is not None and recipe is not None and out is not None
     return Job(artifact=artifact_of(path), weights=weights, recipe=recipe, data=data, out=out)
 
 
 def _require_listed(bundle: Bundle, folder: str) -> None:
-    """Reject files in a folder of a bundle that its table of contents does not list.
-
-    Raises:
-        ArtifactError: naming the first such file.
-    """
+    """Reject files in a folder of a bundle that its table of contents does not list."""
     for path in sorted((bundle.root / folder).rglob("*")):
         name = path.relative_to(bundle.root).as_posix()
         if name not in bundle.files and (path.is_symlink() or not path.is_dir()):
@@ -136,7 +132,7 @@ def read_bundle(root: Path) -> Bundle:
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in table["files"].items()}
         for name in files:
             if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
-                raise ValueError(f"it lists {name!r}")
+                raise ValueError(f"it lists the invalid path {name!r}")
         return Bundle(
             root=root,
             files=files,
@@ -145,7 +141,9 @@ def read_bundle(root: Path) -> Bundle:
             weights=any(name.startswith(f"{WEIGHTS}/") for name in files),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ArtifactError(f"{path} describes no bundle: {error}", hint="copy the bundle again") from error
+        raise ArtifactError(
+            f"{path} is not the table of contents of a bundle: {error}", hint="copy the bundle again"
+        ) from error
 
 
 def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:

@@ -72,10 +72,10 @@ def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
     for entry in entries:
         parts.setdefault(entry.module, []).append(entry.part)
         if owners.setdefault(entry.module, entry.subgraph) != entry.subgraph:
-            yield f"{entry.module!r} keeps values in two subgraphs"
+            yield f"{entry.module!r} caches values in two subgraphs"
     for module, found in parts.items():
         if sorted(found) not in (["k", "v"], ["k", "q", "v"]):
-            yield f"{module!r} keeps the parts {', '.join(found)}, and must have k and v, and q at most, each once"
+            yield f"{module!r} has the cached parts {', '.join(found)}; it must have k and v once, and q at most once"
 
 
 def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str]:
@@ -92,7 +92,7 @@ def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str
         )
         is_named = entry.kind.isidentifier() and entry.part in PARTS and 0 <= entry.heads < _MOST_HEADS
         if not entry.module or not inside or not is_named:
-            yield f"the cached value {entry.name!r} of {entry.module!r} is of no module of subgraph {entry.subgraph}"
+            yield f"the cached value {entry.name!r} is invalid, or {entry.module!r} is not in subgraph {entry.subgraph}"
             return
         by_subgraph.setdefault(entry.subgraph, []).append(entry)
     yield from wrong_parts(manifest.cached)
@@ -103,4 +103,4 @@ def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str
         if key not in known:
             known[key] = hooked(sources[file], entries) is not None
         if not known[key]:
-            yield f"{file} has no such values as {', '.join(entry.name for entry in entries)} to be cached"
+            yield f"{file} does not compute the cached values {', '.join(entry.name for entry in entries)} as stated"

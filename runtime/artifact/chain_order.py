@@ -21,19 +21,19 @@ def wrong_chain(manifest: Manifest) -> Iterator[str]:
         return
     for given in manifest.inputs:
         if given.dtype not in DTYPES and given.dtype != "model":
-            yield f"the input {given.name!r} has the dtype {given.dtype!r}, and inputs are tensors"
+            yield f"the input {given.name!r} has the unsupported dtype {given.dtype!r}"
     present = dict.fromkeys(given.name for given in manifest.inputs)
     for index, entry in enumerate(entries):
         where = f"subgraph {index + 1} of {len(entries)}"
         yield from _wrong_names(entry, where)
         for name in entry.input_names:
             if name not in present:
-                yield f"{where} takes {name!r}, which is neither an input of the model nor what an earlier one hands on"
+                yield f"{where} takes {name!r}, which is neither an input of the model nor an available output"
         for name in entry.consumed_names:
             present.pop(name, None)
         for name in entry.output_names:
             if name in present:
-                yield f"{where} returns {name!r}, which is there already"
+                yield f"{where} returns {name!r}, which already exists"
             if name not in manifest.values:
                 yield f"{where} returns {name!r}, whose dtype and shape the manifest does not state"
             present[name] = None
@@ -48,8 +48,8 @@ def _wrong_names(entry: SubgraphEntry, where: str) -> Iterator[str]:
         "consumes": entry.consumed_names,
         "returns": entry.output_names,
         "needs": entry.parameters,
-        "calls its inputs": entry.arguments,
-        "calls its results": entry.results,
+        "names the input": entry.arguments,
+        "names the result": entry.results,
     }
     for verb, listed in names.items():
         for name in _twice(listed):

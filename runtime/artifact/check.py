@@ -74,7 +74,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
     named = sources.keys() | set(manifest.model.code)
     for path in contents:
         if path.endswith(".py") and path not in named:
-            raise ArtifactError(f"{path} is code that {root / MANIFEST_NAME} names as no program")
+            raise ArtifactError(f"{path} is Python code that {root / MANIFEST_NAME} does not list as a program")
     check_tables(manifest)
     for wrong in wrong_cached(manifest, sources):
         raise ArtifactError(wrong)
@@ -150,7 +150,7 @@ def check_versions(manifest: Manifest, *, allow_version_skew: bool) -> None:
     if changed:
         shown = ", ".join(changed[:_SOURCES_SHOWN]) + (" and others" if len(changed) > _SOURCES_SHOWN else "")
         what += f", and {len(changed)} of the {len(manifest.sources)} source files it relies on differ: {shown}"
-    mend = "put the files back as released" if wanted == found else f"install transformers=={wanted}"
+    mend = "restore the released files" if wanted == found else f"install transformers=={wanted}"
     raise VersionError(
         what,
         hint="layers are called as modules of transformers, so other sources may compute something else: "
@@ -178,7 +178,7 @@ def _allowed(entry: SubgraphEntry, own_modules: Sequence[str]) -> Allowed:
     inside = f"{entry.scope}." if entry.scope else ""
     outside = [n for n in (*entry.submodules, *entry.attributes, *entry.objects) if not n.startswith(inside)]
     if outside or (entry.arguments and len(entry.arguments) != len(entry.input_names)):
-        raise ArtifactError(f"{entry.file} reaches out of its scope, or takes other inputs than its subgraph")
+        raise ArtifactError(f"{entry.file} uses names outside of its scope, or has other inputs than its subgraph")
     relative = {
         kind: tuple(name.removeprefix(inside) for name in getattr(entry, kind))
         for kind in ("submodules", "attributes", "objects")

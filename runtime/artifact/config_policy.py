@@ -72,9 +72,9 @@ def check_config(contents: Mapping[str, bytes], *, has_own_code: bool) -> None:
             raise ValueError("it is too large")
         table = json.loads(data.decode("utf-8"))
         if not isinstance(table, dict):
-            raise ValueError("it holds no table")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{CONFIG_NAME} describes no model: {error}") from error
+        raise ArtifactError(f"{CONFIG_NAME} is not a valid config: {error}") from error
     for name, value, depth in _entries(table, "", 0):
         wrong = _wrong(name, value, depth) or ("" if has_own_code else _wrong_without_code(name, value))
         if wrong:
@@ -96,7 +96,9 @@ def _check_tokenizer(contents: Mapping[str, bytes]) -> None:
     for name in (_TOKENIZER_NAME, CONFIG_NAME):
         for value in _classes(contents.get(name, b"")):
             if value is not None and (not isinstance(value, str) or _TOKENIZER.fullmatch(value) is None):
-                raise ArtifactError(f"{name} has the tokenizer_class {str(value)[:60]!r}, which is no tokenizer")
+                raise ArtifactError(
+                    f"{name} has the tokenizer_class {str(value)[:60]!r}, which is not the name of a tokenizer class"
+                )
 
 
 def _classes(data: bytes) -> list[Any]:
@@ -110,12 +112,8 @@ def _classes(data: bytes) -> list[Any]:
 def require_possible(table: Mapping[str, Any], origin: str) -> None:
     """Reject a config with implausibly large numbers: building modules from it would take hours.
 
-    Args:
-        table: the config.
-        origin: its name in messages.
-
     Raises:
-        ArtifactError: naming the entry.
+        ArtifactError: naming the entry and `origin`.
     """
     counts = {"layers": 1.0, "experts": 1.0}
     for name, value, _ in _entries(table, "", 0):
@@ -150,9 +148,9 @@ def _wrong(name: str, value: Any, depth: int) -> str:
     if _IMPLEMENTATION.match(own) and not _are_words(value):
         return "which names a kernel to fetch and execute"
     if own.startswith("__"):
-        return "which is no entry of a config"
+        return "which is not a valid entry"
     if own in _NAMES_OF_CODE and isinstance(value, str) and (_PLACE.match(value) or "/" in value or "\\" in value):
-        return "which names a place to load a model from"
+        return "which is a path or an address to load a model from"
     if type(value) is int and abs(value) > 2**63:
         return "a number of more than 64 bits"
     return ""
@@ -164,9 +162,9 @@ def _wrong_without_code(name: str, value: Any) -> str:
     if own == "auto_map" and any(
         str(key).startswith(("AutoConfig", "AutoModel", "AutoBackbone")) and item for key, item in _items(value)
     ):
-        return "and the artifact lists no code of the model's own"
+        return "but the artifact does not contain the model's own code"
     if own in _OF_THE_CLASS:
-        return "which is for the config's class to say"
+        return "which only the config's class may define"
     return ""
 
 

@@ -52,7 +52,7 @@ def read_contents(root: Path, manifest: Manifest) -> dict[str, bytes]:
         present = dict.fromkeys(_present(root, folder, listed))
         for name in listed:
             if name not in present:
-                raise ArtifactError(f"{root} has lost {name}", hint="copy or compile it again")
+                raise ArtifactError(f"{root} is incomplete: {name} is missing", hint="copy or compile it again")
         return {name: _verified(root, folder, entry) for name, entry in listed.items()}
 
 
@@ -106,17 +106,19 @@ def _listed(root: Path, files: Collection[FileEntry]) -> dict[str, FileEntry]:
         if entry.path != CONSTANTS_NAME and (entry.bytes > _FILE_LIMIT_BYTES or total > _TOTAL_LIMIT_BYTES):
             raise ArtifactError(
                 f"{root} lists {entry.path[:_PATH_LIMIT]} with {entry.bytes} bytes, {total} in all: more than the "
-                f"{_FILE_LIMIT_BYTES} of one and the {_TOTAL_LIMIT_BYTES} of all that are allowed"
+                f"{_FILE_LIMIT_BYTES} for one file and {_TOTAL_LIMIT_BYTES} for all that are allowed"
             )
         parts = entry.path[: _PATH_LIMIT + 1].split("/")
         if len(entry.path) > _PATH_LIMIT or len(parts) > _PARTS_LIMIT:
             raise ArtifactError(f"{root} lists a file with a path of {len(entry.path)} characters: {parts[0][:40]}/...")
         if not all(map(_PART.match, parts)) or entry.path in (MANIFEST_NAME, SIGNATURE_NAME):
-            raise ArtifactError(f"{root} lists a file with the path {entry.path!r}, which leaves it or is not plain")
+            raise ArtifactError(
+                f"{root} lists a file with the path {entry.path!r}, which leaves the directory or is not plain"
+            )
         if entry.path in listed:
             raise ArtifactError(f"{root} lists {entry.path} twice")
         if not entry.path.endswith(_KINDS) and entry.path != CONSTANTS_NAME:
-            raise ArtifactError(f"{root} lists {entry.path}, a kind of file that artifacts do not hold")
+            raise ArtifactError(f"{root} lists {entry.path}, which has an unsupported file type")
         listed[entry.path] = entry
     return listed
 
@@ -150,7 +152,7 @@ def _present(root: Path, folder: int, listed: Collection[str]) -> Iterator[str]:
 
 
 def _unlisted(root: Path, name: str) -> ArtifactError:
-    return ArtifactError(f"{root} holds {name}, which its manifest does not list", hint="remove it")
+    return ArtifactError(f"{root} contains {name}, which its manifest does not list", hint="remove it")
 
 
 def _first_inside(root: Path, name: str) -> str:
@@ -168,11 +170,11 @@ def _first_inside(root: Path, name: str) -> str:
 def _require_plain(root: Path, name: str, status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
         raise ArtifactError(
-            f"{root / name} is not a plain file: it is known under {status.st_nlink} names",
-            hint="whoever has the other name can change it; copy the artifact with its contents (cp -r)",
+            f"{root / name} is not a plain file: it has {status.st_nlink} hard links",
+            hint="a file with several hard links can be changed from elsewhere; copy the artifact (cp -r)",
         )
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise ArtifactError(f"{root / name} is not a plain file", hint="artifacts hold no links or devices")
+        raise ArtifactError(f"{root / name} is not a plain file", hint="artifacts must not contain links or devices")
 
 
 def _verified(root: Path, folder: int, entry: FileEntry) -> bytes:

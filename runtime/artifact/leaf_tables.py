@@ -35,7 +35,7 @@ def _wrong_weights(manifest: Manifest, name: str, kind: str) -> Iterator[str]:
     if weight is None or len(weight.shape) != _NUM_AXES[kind]:
         yield f"the {kind} {name} has no weight with {_NUM_AXES[kind]} axes"
     elif weight.is_buffer or (bias is not None and bias.is_buffer):
-        yield f"the weight or bias of the {kind} {name} is no parameter but a buffer"
+        yield f"the weight or bias of the {kind} {name} is a buffer, not a parameter"
 
 
 def _wrong_options(kind: LeafKind) -> str:
@@ -45,30 +45,30 @@ def _wrong_options(kind: LeafKind) -> str:
         if len(values) == 1 and isinstance(values[0], int) and 0 <= values[0] < _LARGEST_COUNT
     }
     if not counts.get("num_experts"):
-        return "num_experts is no number of experts"
+        return "num_experts is not a valid number"
     for option in ("stacked", "flat"):
         names = kind.options.get(option, ())
         if not all(isinstance(own, str) and own for own in names) or len(set(names)) < len(names):
-            return f"{option} holds no names"
+            return f"{option} is not a list of distinct names"
     if not kind.options.get("stacked"):
         return "it has no parameters"
     if kind.kind != "Experts":
-        return "" if len(kind.arguments) == 1 else "its program takes not one input"
+        return "" if len(kind.arguments) == 1 else "its program must take one input"
     accumulator, inputs = kind.options.get("accumulator", ()), kind.options.get("inputs", ())
     if len(accumulator) != 1 or accumulator[0] not in _ACCUMULATORS:
-        return f"accumulator is none of {', '.join(_ACCUMULATORS)}"
+        return f"accumulator is not one of {', '.join(_ACCUMULATORS)}"
     if len(inputs) != 3 or not all(isinstance(own, str) for own in inputs) or len(set(inputs)) < 3:
-        return "inputs are not three names"
+        return "inputs must be three distinct names"
     if counts.get("is_column") not in (0, 1):
         return "is_column is neither 0 nor 1"
     if counts.get("num_dims", 2) not in (2, 3) or any(
         option in kind.options and option not in counts for option in ("num_identity", "num_dims")
     ):
-        return "num_identity or num_dims is none of its values"
+        return "num_identity or num_dims has an invalid value"
     if not set(kind.options.get("flat", ())) <= set(kind.options["stacked"]):
         return "flat names a parameter that is not stacked"
     if len(kind.arguments) != 2 + len(kind.options["stacked"]):
-        return "its program takes other parameters than are stacked"
+        return "the inputs of its program do not match its stacked parameters"
     return ""
 
 
@@ -80,9 +80,9 @@ def _wrong_parameters(manifest: Manifest, name: str, kind: LeafKind) -> Iterator
         if entry is None:
             yield f"the experts {name} have no parameter {own}, which the manifest lists as stacked"
         elif entry.is_buffer:
-            yield f"the parameter {name}.{own} of experts is no parameter but a buffer"
+            yield f"the parameter {name}.{own} of experts is a buffer, not a parameter"
         elif own in kind.options.get("flat", ()):
             if not entry.shape or entry.shape[0] % count:
-                yield f"the parameter {name}.{own} has no equal part for each of {count} experts"
+                yield f"the parameter {name}.{own} cannot be divided equally among {count} experts"
         elif not entry.shape or entry.shape[0] not in counts:
-            yield f"the parameter {name}.{own} has no part for each of {count} experts"
+            yield f"the parameter {name}.{own} does not have one part for each of {count} experts"

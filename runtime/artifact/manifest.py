@@ -205,6 +205,57 @@ class CachedValue:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertStack:
+    """The composition of a stacked parameter of a mixture, the same for each expert.
+
+    `name` is the stacked parameter, and `parts` are an expert's own parameters, as they would be named in Linear
+    modules. They are joined along `axis` of the expert's slice, alternately if `is_interleaved`, each transposed before
+    if `is_transposed`. Weights with the same `input` multiply the same tensor; 0 is the expert's own input.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    axis: int
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    input: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertPair:
+    """Two modules of every expert: the columns of `module` can be multiplied by what the rows of `producer` are divided
+    by. `bias` is divided too, and `channels` are the producer's rows for each column, as runs: start, length.
+    """
+
+    module: str
+    producer: str
+    bias: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayout:
+    """How the experts of a mixture split into Linear modules, `<number>.<module>` within the mixture.
+
+    `numbers` are the experts' numbers in order, as runs. `is_named` states that the checkpoint has a tensor for each
+    part; otherwise it has stacks, and the compiler chose the names. `pairs` has at most one entry.
+    """
+
+    stacks: tuple[ExpertStack, ...]
+    numbers: tuple[int, ...]
+    is_named: bool
+    pairs: tuple[ExpertPair, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureEntry:
+    """A mixture whose experts can be split: the index of its layout, and the checkpoint's name for the module."""
+
+    layout: int
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The complete table of contents; see docs/format.md."""
 
@@ -238,6 +289,9 @@ class Manifest:
     decoder: Mapping[str, int]
     mixture_groups: tuple[ScaleGroup, ...]
     cached: tuple[CachedValue, ...]
+    expert_layouts: tuple[ExpertLayout, ...]
+    mixtures: Mapping[str, MixtureEntry]
+    lookups: tuple[str, ...]
 
     @property
     def is_portable(self) -> bool:

@@ -150,7 +150,7 @@ def needed_files(
     finder = _Closure(read=read, origin=origin, kind=kind)
     for module in entries:
         if not finder.take(module.split(".")):
-            raise finder.refuse(f"{module.replace('.', '/')}.py is not there")
+            raise finder.refuse(f"{module.replace('.', '/')}.py is missing")
     while finder.pending:
         finder.follow(finder.pending.pop())
     return dict(sorted(finder.found.items()))
@@ -165,12 +165,14 @@ class _Closure:
     pending: list[str] = field(default_factory=list)  # found but not yet parsed
 
     def refuse(self, why: str) -> SeqbuildError:
-        return self.kind(f"{self.origin} brings its own code, and {why}", hint="complete or mend the model's directory")
+        return self.kind(
+            f"{self.origin} brings its own code, and {why}", hint="complete or correct the model's directory"
+        )
 
     def take(self, parts: Sequence[str]) -> bool:
         """Collect a module, its parent packages and everything it imports; False when its file does not exist."""
         if not all(_IDENTIFIER.match(part) for part in parts):
-            raise self.refuse(f"{'.'.join(parts)!r} is no name of a module of it")
+            raise self.refuse(f"{'.'.join(parts)!r} is not a valid module name")
         path = self._path(parts)
         if path is None:
             return False
@@ -194,7 +196,7 @@ class _Closure:
         try:
             statements = parse_imports(data)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise self.refuse(f"{path} is no Python: {error or type(error).__name__}") from error
+            raise self.refuse(f"{path} is not valid Python: {error or type(error).__name__}") from error
         for statement in statements:
             if statement.level:
                 self._follow(path, path.split("/")[:-1], statement)
@@ -211,7 +213,7 @@ class _Closure:
             is_submodule = name != "*" and self.take([*base, name])
             if not is_submodule and not is_file and not statement.is_guarded:
                 missing = "/".join(base if statement.module else (*base, name))
-                raise self.refuse(f"{where} imports {missing}.py, which is not there")
+                raise self.refuse(f"{where} imports {missing}.py, which is missing")
 
 
 def check_model_code(manifest: Manifest, contents: Mapping[str, bytes]) -> ModelCode | None:
@@ -231,13 +233,13 @@ def check_model_code(manifest: Manifest, contents: Mapping[str, bytes]) -> Model
     listed = [path for path in contents if path.startswith(f"{FOLDER}/")]
     odd = [path for path in (*listed, *model.code) if path not in model.code or path not in listed]
     if odd:
-        raise ArtifactError(f"{odd[0]} is in {FOLDER}/ or listed as the model's own code, and not both")
+        raise ArtifactError(f"{odd[0]} must be in {FOLDER}/ and be listed as the model's own code")
     if sorted(set(model.code)) != list(model.code):
         raise ArtifactError("the list of the model's own code is not in ascending order")
     files = {path.removeprefix(f"{FOLDER}/"): contents[path] for path in model.code}
     for path in files:
         if not path.endswith(".py") or not all(_IDENTIFIER.match(part) for part in path[:-3].split("/")):
-            raise ArtifactError(f"{FOLDER}/{path} is no module of Python")
+            raise ArtifactError(f"{FOLDER}/{path} is not a Python module")
     code = ModelCode(files=files)
     named = [name for name in (model.module, model.config_module) if is_own_module(name)]
     for name in named:
@@ -246,7 +248,7 @@ def check_model_code(manifest: Manifest, contents: Mapping[str, bytes]) -> Model
     if not files:
         return None
     if not named:
-        raise ArtifactError(f"the artifact holds {FOLDER}/, but neither its model nor its config comes from there")
+        raise ArtifactError(f"the artifact contains {FOLDER}/, but neither its model nor its config comes from there")
     needed_files(map(_module_of, files), files.get, "the artifact", ArtifactError)
     return code
 

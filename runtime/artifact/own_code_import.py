@@ -69,9 +69,11 @@ class LoadedCode:
                 warnings.simplefilter("ignore")
                 found = getattr(importlib.import_module(module), class_name, None)
         except ModuleNotFoundError as error:
+            is_own = not error.name or error.name.startswith(self.package)
             raise ModelError(
-                f"the model's own code {self._place(error, file)} imports {error.name!r}, which is not there",
-                hint="install what it needs" if error.name and not error.name.startswith(self.package) else "",
+                f"the model's own code {self._place(error, file)} imports {error.name!r}, which is "
+                + ("missing" if is_own else "not installed"),
+                hint="" if is_own else "install the packages that it needs",
             ) from error
         except MemoryError:
             raise

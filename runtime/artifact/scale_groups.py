@@ -24,7 +24,7 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in group.modules if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two scale groups"
+            yield f"{twice[0]} is in two scale groups"
         seen.update(group.modules)
         yield from _wrong_group(manifest, group)
     stacked = {
@@ -40,17 +40,17 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
             continue
         twice = [name for name in experts if name in seen]
         if twice:
-            yield f"{twice[0]} lies in two mixture groups"
+            yield f"{twice[0]} is in two mixture groups"
         seen.update(experts)
         yield from _wrong_group(manifest, group)
 
 
 def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     first = (*group.modules, group.others[0].name if group.others else "")[0]
-    held = manifest.subgraphs[group.subgraph].parameters
+    used = manifest.subgraphs[group.subgraph].parameters
     weights = [f"{name}.weight" for name in group.modules]
     named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
-    missing = [name for name in named if name and (name not in held or name not in manifest.parameters)]
+    missing = [name for name in named if name and (name not in used or name not in manifest.parameters)]
     if missing:
         yield f"the scale group of {first} names {missing[0]!r}, which its subgraph does not use"
         return
@@ -62,35 +62,38 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     if len(shape) not in (1, 2) or (group.offset and len(shape) == 2):
         yield f"the scale group of {first} has a producer of shape {list(shape)}"
         return
-    lengths = group.channels[1::2]
-    pairs = zip(group.channels[::2], lengths, strict=False)
-    if len(group.channels) % 2 or not all(
-        start >= 0 and length > 0 and start + length <= shape[0] for start, length in pairs
-    ):
+    if not are_runs(group.channels, shape[0]):
         yield f"the scale group of {first} names channels that {group.producer} does not have"
         return
+    num_channels = sum(group.channels[1::2])
     if group.bias and manifest.parameters[group.bias].shape != shape[:1]:
         yield f"the scale group of {first} has the bias {group.bias}, which does not fit its producer"
     if group.producer in weights or len(set(named) - {""}) != len([name for name in named if name]):
         yield f"the scale group of {first} names a parameter twice"
     for name, axis in [*((weight, 1) for weight in weights), *((other.name, other.axis) for other in group.others)]:
         taken = manifest.parameters[name].shape
-        if not 0 <= axis < len(taken) or taken[axis] != sum(lengths):
-            yield f"the scale group of {first} has {sum(lengths)} channels, and {name} the shape {list(taken)}"
+        if not 0 <= axis < len(taken) or taken[axis] != num_channels:
+            yield f"the scale group of {first} has {num_channels} channels, and {name} the shape {list(taken)}"
 
 
-def channels_of(group: ScaleGroup) -> list[int]:
-    """Return the producer's channel for each feature of the group's tensor."""
-    pairs = zip(group.channels[::2], group.channels[1::2], strict=True)
-    return [channel for start, length in pairs for channel in range(start, start + length)]
+def are_runs(runs: Sequence[int], size: int) -> bool:
+    """Return whether these are runs of numbers below `size`: start, length, start, length."""
+    pairs = zip(runs[::2], runs[1::2], strict=False)
+    return len(runs) % 2 == 0 and all(start >= 0 and 0 < length <= size - start for start, length in pairs)
 
 
-def runs_of(channels: Sequence[int]) -> tuple[int, ...]:
-    """Encode channels as runs of consecutive channels: start, length, start, length."""
+def numbers_of(runs: Sequence[int]) -> list[int]:
+    """Decode runs, for instance the producer's channel for each feature of a group's tensor."""
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    return [number for start, length in pairs for number in range(start, start + length)]
+
+
+def runs_of(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Encode numbers as runs of consecutive ones."""
     runs: list[int] = []
-    for channel in channels:
-        if runs and runs[-2] + runs[-1] == channel:
+    for number in numbers:
+        if runs and runs[-2] + runs[-1] == number:
             runs[-1] += 1
         else:
-            runs += [channel, 1]
+            runs += [number, 1]
     return tuple(runs)

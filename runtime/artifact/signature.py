@@ -50,7 +50,7 @@ def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes 
     if signature is None:
         raise SignatureError(
             f"{name} is not signed, and a signature for {public_key} is required",
-            hint="seqbuild sign makes one, where the private key is; nothing of the artifact was executed",
+            hint="sign it with seqbuild sign and the private key; nothing of the artifact was executed",
         )
     _require_key(public_key, "public")
     signing = _package()
@@ -68,7 +68,7 @@ def verify_signature(name: str, contents: Mapping[str, bytes], signature: bytes 
         except Exception as error:  # the package and its dependencies raise many kinds of errors
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise SignatureError(
-                f"{name} is not as the owner of {public_key} has signed it: {why}",
+                f"the signature of {name} is not valid for {public_key}: {why}",
                 hint="nothing of the artifact was executed",
             ) from error
 
@@ -98,11 +98,11 @@ def make_signature(name: str, contents: Mapping[str, bytes], private_key: Path, 
             raise
         except Exception as error:
             why = " ".join(str(error).split())[:300] or type(error).__name__
-            if isinstance(error, AttributeError):  # that is how the package finds out
-                why = "it is a key of another kind"
+            if isinstance(error, AttributeError):  # raised by the package for keys of another kind
+                why = "it is not an elliptic curve key"
             make = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
             raise SignatureError(
-                f"{private_key} cannot sign: {why}", hint=f"it must be an elliptic curve key in PEM: {make}"
+                f"cannot sign with {private_key}: {why}", hint=f"use an elliptic curve key in PEM format: {make}"
             ) from error
         return place.read_bytes()
 
@@ -111,7 +111,7 @@ def _require_key(path: Path, kind: str) -> None:
     try:
         require_regular(path)
     except FileNotFoundError as error:
-        raise SignatureError(f"there is no {kind} key {path}", hint="it is a file in PEM") from error
+        raise SignatureError(f"the {kind} key {path} does not exist", hint="pass a file in PEM format") from error
     except OSError as error:
         raise SignatureError(f"the {kind} key {path} cannot be read: {error.strerror}") from error
 
@@ -130,7 +130,7 @@ def _require_all(signature: bytes, contents: Mapping[str, bytes]) -> None:
     resources = statement["predicate"]["resources"]
     signed = {str(entry["name"]): (str(entry["algorithm"]), str(entry["digest"])) for entry in resources}
     if signed != {path: ("sha256", sha256(data)) for path, data in contents.items()}:
-        raise ValueError("it was made for other files")
+        raise ValueError("it covers other files")
 
 
 def _package() -> Any:
@@ -138,6 +138,6 @@ def _package() -> Any:
         import model_signing
     except ImportError as error:
         raise SignatureError(
-            f"signatures need the package model-signing, and it does not import here: {error}", hint=_INSTALL
+            f"signatures require the package model-signing, which cannot be imported: {error}", hint=_INSTALL
         ) from error
     return model_signing

@@ -132,7 +132,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int], condition: str, depth: int,
 
 
 def _refuse(condition: str) -> ArtifactError:
-    return ArtifactError(f"the manifest states a condition on sizes that is none: {condition[:80]!r}")
+    return ArtifactError(f"the manifest has an invalid expression over sizes: {condition[:80]!r}")
 
 
 def is_dimension(size: int | str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from runtime.artifact.chain_order import wrong_chain
 from runtime.artifact.encoding import canonical, sha256
+from runtime.artifact.expert_tables import wrong_experts, wrong_lookups
 from runtime.artifact.leaf_tables import wrong_leaf_tables
 from runtime.artifact.manifest import (
     ATTENTIONS,
@@ -70,10 +71,12 @@ def check_tables(manifest: Manifest) -> None:
     if manifest.model.dtype not in RUN_DTYPES:
         raise ArtifactError(f"the model has the unknown dtype {manifest.model.dtype!r}")
     if manifest.model.attn_implementation not in ATTENTIONS:
-        raise ArtifactError(f"the model asks for the attention {manifest.model.attn_implementation!r}")
+        raise ArtifactError(
+            f"the model has the unsupported attention implementation {manifest.model.attn_implementation!r}"
+        )
     for module in manifest.sources:
         if not is_module_name(module):
-            raise ArtifactError(f"the manifest lists the source of {module!r}, which is no module's name")
+            raise ArtifactError(f"the manifest lists the source of {module!r}, which is not a module name")
     if len(manifest.model.ignored_keys) > _MOST_PATTERNS:
         raise ArtifactError(
             f"the manifest lists {len(manifest.model.ignored_keys)} patterns of keys, more than {_MOST_PATTERNS}"
@@ -81,8 +84,10 @@ def check_tables(manifest: Manifest) -> None:
     for pattern in manifest.model.ignored_keys:
         wrong = fault(pattern)
         if wrong:
-            raise ArtifactError(f"the manifest's pattern {pattern[:80]!r} is no regular expression: {wrong}")
-    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups):
+            raise ArtifactError(
+                f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}"
+            )
+    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_experts, wrong_lookups):
         for wrong in wrongs(manifest):
             raise ArtifactError(wrong)
 
@@ -94,18 +99,18 @@ def _wrong_places(manifest: Manifest) -> Iterator[str]:
     files += [("leaves", kind.program) for kind in manifest.leaf_kinds if kind.program]
     for folder, file in files:
         if re.fullmatch(rf"{folder}/[0-9]{{3,6}}\.py", file) is None:
-            yield f"{file!r} is no place for one of the {folder}"
+            yield f"{file!r} is not a valid path in {folder}/"
     model = manifest.model
     is_known = _is_class(model.module, model.class_name) and _MODELING.fullmatch(model.module) is not None
     if not is_known and not is_own_module(model.module):
-        yield f"the model's class is {model.module}.{model.class_name}, which is no model of transformers"
+        yield f"the model's class is {model.module}.{model.class_name}, which is not a model of transformers"
     for name, path in manifest.foreign.items():
         module, _, class_name = path.partition(":")
         known = module.split(".")[0] in ("torch", "transformers", "timm") or is_own_module(module)
         if not known or not _is_class(module, class_name) or not _is_name(name):
-            yield f"the foreign module {name!r} is of class {path!r}, which is no module of the model's or a library's"
+            yield f"the foreign module {name!r} has the class {path!r}, which is not of the model or a known library"
     if manifest.input_key != sha256(canonical(dict(manifest.ingredients))):
-        yield "the manifest's input key is not that of its ingredients"
+        yield "the manifest's input key does not match its ingredients"
 
 
 def _wrong_values(manifest: Manifest) -> Iterator[str]:
@@ -113,48 +118,48 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     names = {dim.name for dim in manifest.dims}
     for dim in manifest.dims:
         if not _is_name(dim.name) or not -1 <= dim.max < 2**62 or not 0 <= dim.min < 2**62:
-            yield f"the size {dim.name!r} has the range {dim.min} to {dim.max}"
+            yield f"the size {dim.name!r} has the invalid range {dim.min} to {dim.max}"
     if len(names) != len(manifest.dims):
         yield "the manifest states the range of a size twice"
     entries: list[tuple[str, InputEntry | TensorEntry]] = [(entry.name, entry) for entry in manifest.inputs]
     entries += manifest.values.items()
     for name, entry in entries:
         if entry.dtype not in ("model", "", *DTYPES, *_OTHER_DTYPES) or not all(map(is_dimension, entry.shape)):
-            yield f"the value {name!r} has the dtype {entry.dtype!r} or the shape {list(entry.shape)!r}, which is none"
+            yield f"the value {name!r} has the invalid dtype {entry.dtype!r} or shape {list(entry.shape)!r}"
     if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):
         yield "the manifest states an input twice"
-    yield from _wrong_stand_ins(manifest)
+    yield from _wrong_absent_inputs(manifest)
     for name, parameter in manifest.parameters.items():
         is_shape = all(map(is_dimension, parameter.shape)) and math.prod(parameter.shape) <= _MOST_ELEMENTS
         if not is_shape or parameter.bytes < 0:
-            yield f"the parameter {name!r} has the shape {list(parameter.shape)!r}, which is none"
+            yield f"the parameter {name!r} has the invalid shape {list(parameter.shape)!r} or size"
         if parameter.tied_to and (parameter.tied_to not in manifest.parameters or parameter.tied_to == name):
-            yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is no other parameter"
+            yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is not another parameter"
     for name, constant in manifest.defaults.items():
         if name not in manifest.parameters or constant not in manifest.constants:
-            yield f"the default {constant!r} of {name!r} is no constant, or that of no parameter"
+            yield f"the default {constant!r} of {name!r} names a missing constant or parameter"
     for name, limit in manifest.limits.items():
         if not 0 < limit < 2**62:
-            yield f"the limit {name!r} is {limit}"
+            yield f"the limit {name!r} has the invalid value {limit}"
 
 
-def _wrong_stand_ins(manifest: Manifest) -> Iterator[str]:
+def _wrong_absent_inputs(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each invalid `absent` number or decoder rule: the host makes these inputs by their shape."""
     for entry in manifest.inputs:
         of_each = entry.shape[2:]  # axes after rows and tokens
         is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
         is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
         if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
-            yield f"the number {entry.absent} cannot stand for the absence of the input {entry.name!r}"
+            yield f"the input {entry.name!r} has the invalid absent number {entry.absent}"
     rule = manifest.decoder
     if rule and (PAD not in rule or rule.keys() - {PAD, START} or not all(0 <= id < 2**31 for id in rule.values())):
-        yield f"the decoder's inputs are made from labels by {dict(rule)!r}, which is no rule"
+        yield f"the rule for the decoder's inputs is invalid: {dict(rule)!r}"
     most = max((entry.shape[0] for entry in manifest.parameters.values() if len(entry.shape) > 1), default=0)
     ids = {f"the decoder's {name} token": token for name, token in rule.items()}
-    ids |= {f"what stands for the absence of {entry.name}": entry.absent for entry in manifest.inputs}
+    ids |= {f"the number for an absent {entry.name}": entry.absent for entry in manifest.inputs}
     for what, number in ids.items():
         if number >= max(most, 2):  # masks hold 0 and 1; other inputs are indices
-            yield f"{what} is {number}, and no table of the model has more than {most} rows"
+            yield f"{what} is {number}, but the largest table of the model has {most} rows"
 
 
 def _is_class(module: str, class_name: str) -> bool:
@@ -164,7 +169,7 @@ def _is_class(module: str, class_name: str) -> bool:
 def _wrong_leaves(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each error in the tables that a portable artifact's module tree is built from."""
     if manifest.policy not in POLICIES:
-        yield f"the artifact was traced down to {manifest.policy!r}, and leaves are one of {', '.join(POLICIES)}"
+        yield f"the leaf policy is {manifest.policy!r}, not one of {', '.join(POLICIES)}"
     for kind in manifest.leaf_kinds:
         yield from _wrong_kind(kind)
     for name, index in manifest.leaves.items():
@@ -173,44 +178,44 @@ def _wrong_leaves(manifest: Manifest) -> Iterator[str]:
     for name, buffer in manifest.buffers.items():
         used = buffer.constants
         if not _is_name(name) or name in manifest.parameters or not used or used.keys() - {"", *RUN_DTYPES}:
-            yield f"the computed tensor {name!r} has no name, no values, or is a parameter"
+            yield f"the computed tensor {name!r} has an invalid name, no values, or is also a parameter"
         if any(constant not in manifest.constants for constant in used.values()):
-            yield f"the values of {name!r} are no constant of the artifact"
+            yield f"the values of {name!r} are not a constant of the artifact"
     if manifest.is_portable:
         yield from _missing_parts(manifest)
 
 
 def _wrong_kind(kind: LeafKind) -> Iterator[str]:
     if kind.kind not in KINDS:
-        yield f"{kind.kind!r} is no kind of leaf; those are {', '.join(KINDS)}"
+        yield f"{kind.kind!r} is not a leaf kind; the kinds are {', '.join(KINDS)}"
     if bool(kind.program) != bool(kind.arguments):
         yield f"a leaf of kind {kind.kind} has a program without inputs, or inputs without a program"
     if kind.kind in MIXTURES and not kind.program:
-        yield "experts without a program calculate nothing"
+        yield "experts must have a program"
     wanted = _CONVOLUTION if kind.kind.startswith("Conv") and kind.kind != "Conv1D" else ()
     if kind.kind not in MIXTURES and sorted(kind.options) != sorted(wanted):
-        yield f"a leaf of kind {kind.kind} has the options {', '.join(kind.options) or 'none'}"
+        yield f"a leaf of kind {kind.kind} has the invalid options {', '.join(kind.options) or 'none'}"
     for name, values in kind.options.items() if wanted else ():
         words = _WORDS.get(name, ())
         are_fit = (value in words if isinstance(value, str) else 0 <= value < 2**20 for value in values)
         if not values or not all(are_fit):
-            yield f"a leaf of kind {kind.kind} has the {name} {values!r}"
+            yield f"a leaf of kind {kind.kind} has the invalid {name} {values!r}"
 
 
 def _missing_parts(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each name that the code of a portable artifact uses and its tables do not describe."""
     for name in manifest.parameters:
         if not _is_name(name):
-            yield f"the parameter {name!r} has no dotted name"
+            yield f"the parameter {name!r} is not a dotted name"
     for entry in manifest.subgraphs:
         for name in entry.submodules:
             if name not in manifest.leaves:
-                yield f"{entry.file} calls {name}, which the manifest describes as no leaf"
+                yield f"{entry.file} calls {name}, which the manifest does not describe as a leaf"
         for name in entry.attributes:
             if name not in manifest.parameters and name not in manifest.buffers:
                 yield f"{entry.file} reads {name}, which is neither a parameter nor a computed tensor"
         if entry.objects:
-            yield f"{entry.file} hands out {entry.objects[0]}, and a portable artifact has no code to take it"
+            yield f"{entry.file} passes {entry.objects[0]} to model code, which a portable artifact does not have"
 
 
 def _is_name(name: str) -> bool:

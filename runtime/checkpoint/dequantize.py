@@ -64,7 +64,7 @@ def _derived(checkpoint: Checkpoint, key: str, packed: Packed, dtype: str) -> De
     found = checkpoint.stored(numbers).dtype
     if found != expected:
         raise WeightsError(
-            f"{checkpoint.directory}: {numbers!r} is {found}, and {packed.method} weights are {expected}"
+            f"{checkpoint.directory}: {numbers!r} is stored as {found}, but {packed.method} weights must be {expected}"
         )
     undo = _undo_fp8 if packed.method == FP8 else _undo_mxfp4
 

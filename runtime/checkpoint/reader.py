@@ -108,7 +108,7 @@ class Checkpoint:
 
         if place.stored.dtype not in DTYPES:
             where = self.directory / place.shard
-            raise WeightsError(f"tensor {place.stored.name} of {where} has the dtype {place.stored.dtype}")
+            raise WeightsError(f"tensor {place.stored.name} of {where} has the unsupported dtype {place.stored.dtype}")
         data = empty_bytes(place.end - place.begin)
         self._read_into(place, bytes_of(data))  # without holding up other threads
         tensor: torch.Tensor = data.view(DTYPES[place.stored.dtype]).reshape(place.stored.shape)
@@ -186,7 +186,7 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, _Place]:
         if not self.directory.is_dir():
-            raise WeightsError(f"there is no checkpoint directory {self.directory}")
+            raise WeightsError(f"checkpoint directory {self.directory} does not exist")
         try:
             require_regular_entries(self.directory)
         except OSError as error:
@@ -200,13 +200,13 @@ class Checkpoint:
             for key, name in file_of.items():
                 if "/" in name or not (self.directory / name).is_file():
                     raise WeightsError(
-                        f"{index} puts {key} into {name}, which is not there", hint="copy the checkpoint again"
+                        f"{index} puts {key} into {name}, which is missing", hint="copy the checkpoint again"
                     )
             return self._with_headers(dict.fromkeys(file_of.values()), file_of)
         if not (self.directory / SINGLE_NAME).is_file():
             others = [path.name for path in sorted(self.directory.glob("pytorch_model*.bin"))]
             hint = f"{others[0]} is a pickle: convert it to safetensors" if others else f"it has no {SINGLE_NAME}"
-            raise WeightsError(f"{self.directory} holds no safetensors checkpoint", hint=hint)
+            raise WeightsError(f"{self.directory} does not contain a safetensors checkpoint", hint=hint)
         return self._with_headers({SINGLE_NAME: None}, None)
 
     def _with_headers(self, names: dict[str, None], stated: dict[str, str] | None) -> dict[str, _Place]:
@@ -216,7 +216,7 @@ class Checkpoint:
             found.update(self._read_header(name))
         for key, name in (stated or {}).items():
             if key not in found or found[key].shard != name:
-                raise WeightsError(f"the index of {self.directory} puts {key} into {name}, which does not hold it")
+                raise WeightsError(f"the index of {self.directory} puts {key} into {name}, which does not contain it")
         return {key: found[key] for key in sorted(found)}
 
     def _read_header(self, name: str) -> dict[str, _Place]:
@@ -232,7 +232,7 @@ class Checkpoint:
                 pass
         except Exception as error:
             raise WeightsError(
-                f"{path} is damaged, or no safetensors file: {error}", hint="copy the checkpoint again"
+                f"{path} is damaged or not a safetensors file: {error}", hint="copy the checkpoint again"
             ) from error
         size = 8 + int.from_bytes(self._files.read(name, 0, 8), "little")
         header = json.loads(self._files.read(name, 8, size))
@@ -254,5 +254,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds no JSON object")
+        raise WeightsError(f"{path} is not a JSON object")
     return value

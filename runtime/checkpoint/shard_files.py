@@ -117,16 +117,6 @@ class ShardFiles:
         for start in range(begin, end, _ANNOUNCED_BYTES):
             os.posix_fadvise(opened.number, start, min(_ANNOUNCED_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
-    def require_unchanged(self, name: str) -> None:
-        """Check that a file has not changed since it was added.
-
-        Raises:
-            WeightsError: when it has.
-        """
-        found = self._descriptor(name).version()
-        if found != self._versions[name]:
-            raise self._changed(name, found)
-
     def _descriptor(self, name: str) -> _Descriptor:
         with self._lock:
             opened = self._open.pop(name, None)
@@ -151,6 +141,6 @@ class ShardFiles:
         sizes = f": it had {expected.size} bytes and now has {found.size}" if found.size != expected.size else ""
         return WeightsError(
             f"{self.directory / name} was changed while it was read{sizes}",
-            hint="put the file back as it was, with its time of change (cp -p), or start anew",
+            hint="restore the file with its modification time (cp -p), or start again",
             is_resumable=True,
         )

@@ -30,39 +30,31 @@ _FILE_LIMIT_BYTES = 2**20
 
 # Name suffixes that only tensors of a quantized checkpoint have, and the format that uses them.
 _MARKS: Mapping[str, str] = {
-    "_weight_qdata": "torchao",
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
-    "absmax": "bitsandbytes",
-    "quant_map": "bitsandbytes",
-    "nested_absmax": "bitsandbytes",
-    "nested_quant_map": "bitsandbytes",
-    "SCB": "bitsandbytes",
-    "weight_format": "bitsandbytes",
-    "weight_scale": "compressed-tensors or ModelOpt",
-    "input_scale": "compressed-tensors or ModelOpt",
-    "weight_scale_2": "ModelOpt",
-    "pre_quant_scale": "ModelOpt",
-    "weight_packed": "compressed-tensors",
-    "weight_global_scale": "compressed-tensors",
-    "weight_zero_point": "compressed-tensors",
-    "input_global_scale": "compressed-tensors",
-    "input_zero_point": "compressed-tensors",
+    name: tool
+    for tool, names in (
+        ("torchao", "_weight_qdata"),
+        ("GPTQ or AWQ", "qweight qzeros"),
+        ("GPTQ", "g_idx"),
+        ("bitsandbytes", "absmax quant_map nested_absmax nested_quant_map SCB weight_format"),
+        ("compressed-tensors or ModelOpt", "weight_scale input_scale"),
+        ("ModelOpt", "weight_scale_2 pre_quant_scale"),
+        (
+            "compressed-tensors",
+            "weight_packed weight_global_scale weight_zero_point input_global_scale input_zero_point",
+        ),
+    )
+    for name in names.split()
 }
 _CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
 _BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
-_ROUND_WHILE_RUNNING = ("bitnet",)  # stored as plain weights, but quantized in the forward pass
+_QUANTIZED_IN_FORWARD = ("bitnet",)  # stores plain weights
 _NARROW = ("F8_", "F6_", "F4")
 
 
 def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
     """Reject quantized weights that config.json does not mention, and quantization entries of plain weights.
 
-    Args:
-        directory: of the model.
-        config: its config.json; empty where there is none.
-        dtypes: safetensors' name of the dtype of each tensor, by the tensor's name.
+    `dtypes` has safetensors' name of the dtype of each tensor.
 
     Raises:
         WeightsError: naming the file, the tensor or the entry.
@@ -72,17 +64,17 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
     if entry and quantized is None and not _may_have_plain_weights(entry, dtypes):
         path = entry_path(config)
         message = f"{directory / 'config.json'} has a {path.rpartition('.')[2]} ({described(entry)})"
-        if entry.get("quant_method") in _ROUND_WHILE_RUNNING:
+        if entry.get("quant_method") in _QUANTIZED_IN_FORWARD:
             raise WeightsError(
-                f"{message}: layers of this model round their weights and inputs while it runs, which is not supported",
-                hint="take a model that is computed with its weights as they are",
+                f"{message}: layers of this model quantize weights and inputs in the forward pass",
+                hint="this is not supported; use a model that computes with its stored weights",
             )
         raise WeightsError(
             f"{message}, but the weights are not quantized", hint=f"remove the entry {path!r} from config.json"
         )
     if quantized is not None and not entry:
         raise WeightsError(
-            f"{directory} holds quantized weights ({quantized!r} in {dtypes[quantized]}, "
+            f"{directory} contains quantized weights ({quantized!r} in {dtypes[quantized]}, "
             f"{described_files(directory) or _mark(quantized, dtypes) or 'unknown format'}), "
             f"and its config.json has no {ENTRY}",
             hint="start from the original checkpoint, or restore that entry if the format is supported",
@@ -100,7 +92,7 @@ def require_no_adapter(directory: Path) -> None:
     for name in ADAPTER_FILES:
         if (directory / name).is_file():
             raise WeightsError(
-                f"{directory} holds a PEFT adapter ({name}), which quantization would leave out",
+                f"{directory} contains a PEFT adapter ({name}), which quantization would leave out",
                 hint="merge it into the weights (merge_and_unload) and save the result, or move the adapter elsewhere",
             )
 

@@ -136,14 +136,14 @@ def _fp8(
         key = scale.removesuffix(_SCALE)
         shape = shapes.get(key)
         if shape is None or len(shape) < 2:
-            raise WeightsError(f"{origin} holds {scale!r} and no weight {key!r} that it belongs to")
+            raise WeightsError(f"{origin} contains {scale!r} without its weight {key!r}")
         own = block if block is not None else (shape[-2], shape[-1])
         expected = (*shape[:-2], -(-shape[-2] // own[0]), -(-shape[-1] // own[1]))
         if scale_shape != expected and not (block is None and math.prod(scale_shape) == math.prod(expected)):
             raise WeightsError(
                 f"{origin}: {scale!r} has shape {list(scale_shape)}, and blocks of {own[0]}x{own[1]} of {key!r} "
                 f"{list(shape)} need {list(expected)}",
-                hint="is weight_block_size in its config.json right?",
+                hint="check weight_block_size in its config.json",
             )
         found[key] = Packed(method=FP8, parts=(key, scale), shape=shape, block=own)
     return found, [key for key in shapes if key.endswith(_INPUT_SCALE)]
@@ -168,7 +168,7 @@ def _mxfp4(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Pack
         scales = f"{name}{_SCALES}"
         if len(shape) != 4 or shape[-1] * 2 != _MX_GROUP or shapes.get(scales) != shape[:-1]:
             found_shapes = f"{key!r} {list(shape)} and {scales!r} {list(shapes.get(scales, ()))}"
-            raise WeightsError(f"{origin}: {found_shapes} make no experts in MXFP4")
+            raise WeightsError(f"{origin}: {found_shapes} are not valid MXFP4 experts")
         num_experts, num_out, num_groups, _ = shape
         plain = (num_experts, num_groups * _MX_GROUP, num_out)
         found[name] = Packed(method=MXFP4, parts=(key, scales), shape=plain, block=(1, _MX_GROUP))

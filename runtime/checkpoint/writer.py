@@ -50,7 +50,7 @@ class ShardWriter:
         """Write a tensor of the layout's dtype and shape, and return its size in bytes.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         slot = self.layout.slots[name]
         assert tensor.dtype == DTYPES.get(slot.stored.dtype), f"{name} was to be {slot.stored.dtype}"
@@ -61,7 +61,7 @@ class ShardWriter:
         """Write the bytes of a tensor as stored in its source checkpoint, and return their number.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         slot = self.layout.slots[name]
         descriptor = self._file(slot)
@@ -86,7 +86,7 @@ class ShardWriter:
         while done < len(view):
             count = os.preadv(descriptor, [view[done : done + 2**30]], slot.offset + done)
             if not count:
-                raise OutputError(f"{self.directory / self.layout.shards[slot.shard].name} was cut short")
+                raise OutputError(f"{self.directory / self.layout.shards[slot.shard].name} was truncated")
             done += count
         return data.view(DTYPES[slot.stored.dtype]).reshape(slot.stored.shape)
 
@@ -120,15 +120,15 @@ class ShardWriter:
             is_begun = False
         if not is_begun:
             raise OutputError(
-                f"{path} is not as the interrupted run has left it: it is gone, cut short or overwritten",
-                hint=f"remove {self.directory.parent} to start anew",
+                f"{path} has changed since the interrupted run: it is missing, truncated or overwritten",
+                hint=f"remove {self.directory.parent} to start again",
             )
 
     def sync(self) -> None:
         """Flush all data written so far to disk.
 
         Raises:
-            OSError: where the operating system says why.
+            OSError: when the system reports an error.
         """
         with self._lock:
             shards, self._unsynced = list(self._unsynced), {}
@@ -181,11 +181,7 @@ class ShardWriter:
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Check that the disk has space for the checkpoint before it is written.
-
-    Args:
-        path: of the checkpoint; it and its parents need not exist.
-        num_bytes: the least space that it needs.
+    """Check that the disk has space for a checkpoint before it is written; `path` and its parents need not exist.
 
     Raises:
         OutputError: stating the required and the free space.
@@ -194,6 +190,6 @@ def require_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise OutputError(
-            f"{path} takes {human_bytes(num_bytes)} at least, and its disk has {human_bytes(free)} left",
-            hint="make room, or choose another place",
+            f"{path} needs at least {human_bytes(num_bytes)}, but its disk has {human_bytes(free)} left",
+            hint="free disk space, or choose another directory",
         )

@@ -1,1 +1,1 @@
-"""The command line of the calibration host."""
+"""The command line of the calibration host, and the parts that both command lines share."""

@@ -1,6 +1,6 @@
 """The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check|doctor`.
 
-Only typer is imported up here; torch and transformers wait until a command needs them.
+Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
 
 from __future__ import annotations
@@ -12,37 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import runtime.cli.options as given
 from runtime.cli.batches import DataOptions, make_batches
-from runtime.cli.options import (
-    ActivationMemory,
-    AllExperts,
-    ArtifactPath,
-    BatchSize,
-    BundledData,
-    BundledRecipe,
-    BundledWeights,
-    CheckpointActivations,
-    DataPath,
-    Device,
-    Dtype,
-    Force,
-    Log,
-    LossMask,
-    MaxShardSize,
-    Out,
-    Pack,
-    PropagateError,
-    Resume,
-    Samples,
-    SeqLen,
-    Signature,
-    Skew,
-    StatisticsMemory,
-    SummaryAsJson,
-    Tokenizer,
-    Trust,
-    WeightsPath,
-)
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
@@ -62,8 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Run, calibrate and evaluate compiled models. It never traces, and needs no network.",
-    epilog="--debug anywhere shows the traceback of an error.",
+    help="Calibrate and evaluate compiled models. Nothing is traced, and no network is used.",
+    epilog="--debug, at any position, shows the traceback of an error.",
 )
 
 app.command()(plan)
@@ -71,34 +42,34 @@ app.command()(plan)
 
 @app.command()
 def calibrate(
-    artifact: ArtifactPath,
-    weights: BundledWeights = None,
-    recipe: BundledRecipe = None,
-    out: Out = None,
-    data: BundledData = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    samples: Samples = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    pack: Pack = True,
-    loss_mask: LossMask = False,
-    tokenizer: Tokenizer = None,
-    max_shard_size: MaxShardSize = "2GB",
-    resume: Resume = False,
-    checkpoint_activations: CheckpointActivations = "replay",
-    activation_memory: ActivationMemory = None,
-    propagate_error: PropagateError = True,
-    moe_calibrate_all_experts: AllExperts = True,
-    statistics_memory: StatisticsMemory = None,
-    log: Log = None,
-    force: Force = False,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
-    require_signature: Signature = None,
-    as_json: SummaryAsJson = False,
+    artifact: given.ArtifactPath,
+    weights: given.BundledWeights = None,
+    recipe: given.BundledRecipe = None,
+    out: given.Out = None,
+    data: given.BundledData = None,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    samples: given.Samples = None,
+    seq_len: given.SeqLen = None,
+    batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
+    pack: given.Pack = True,
+    loss_mask: given.LossMask = False,
+    tokenizer: given.Tokenizer = None,
+    max_shard_size: given.MaxShardSize = "2GB",
+    resume: given.Resume = False,
+    checkpoint_activations: given.CheckpointActivations = "replay",
+    activation_memory: given.ActivationMemory = None,
+    propagate_error: given.PropagateError = True,
+    moe_calibrate_all_experts: given.AllExperts = True,
+    statistics_memory: given.StatisticsMemory = None,
+    log: given.Log = None,
+    force: given.Force = False,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
+    require_signature: given.Signature = None,
+    as_json: given.SummaryAsJson = False,
 ) -> None:
-    """Quantize a model by a recipe, one subgraph in memory at a time."""
+    """Quantize a model with a recipe; one subgraph is in memory at a time."""
     from runtime.artifact.bundle import find_job
 
     options: dict[str, Any] = {
@@ -130,7 +101,7 @@ def calibrate(
 
 
 def _recipe_of(job: Job, resume: bool) -> Recipe:
-    """Check the output before anything takes time, and read the recipe."""
+    """Check the output directory, which takes no time, and read the recipe."""
     from runtime.host.publish import require_free
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.workplace import require_unfinished
@@ -177,7 +148,7 @@ def _calibrate(
 
 
 def _watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher]:
-    """A display if there is a terminal to show it on, and the event log."""
+    """Create the progress display, if the output is a terminal, and the event log."""
     import sys
 
     watchers: list[Watcher] = []
@@ -195,17 +166,17 @@ def _watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher
 
 
 def _interval(text: str) -> int:
-    """After how many subgraphs activations are saved; 0 for never."""
+    """Parse --checkpoint-activations: activations are saved after every N subgraphs; 0 for never."""
     from runtime.errors import UsageError
 
     known = {"replay": 0, "save": 1}
     if text not in known and not text.isdecimal():
-        raise UsageError(f"--checkpoint-activations is {text!r}", hint="it can be replay, save, or a number")
+        raise UsageError(f"--checkpoint-activations must be replay, save or a number; got {text!r}")
     return known[text] if text in known else int(text)
 
 
 def _report(result: Calibration, as_json: bool) -> None:
-    """The summary of a calibration: the worst modules first, and every warning again."""
+    """Print the summary of a calibration."""
     if not as_json:
         from runtime.streaming.report import summary_lines
 
@@ -227,22 +198,22 @@ def _report(result: Calibration, as_json: bool) -> None:
 
 @app.command()
 def evaluate(
-    artifact: ArtifactPath,
-    weights: WeightsPath,
-    data: DataPath,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    samples: Samples = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    pack: Pack = True,
-    tokenizer: Tokenizer = None,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
-    require_signature: Signature = None,
+    artifact: given.ArtifactPath,
+    weights: given.WeightsPath,
+    data: given.DataPath,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    samples: given.Samples = None,
+    seq_len: given.SeqLen = None,
+    batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
+    pack: given.Pack = True,
+    tokenizer: given.Tokenizer = None,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
+    require_signature: given.Signature = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Perplexity of the original or a quantized checkpoint, one subgraph in memory at a time."""
+    """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
     require_output()
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
@@ -276,9 +247,9 @@ def evaluate(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A preset or an algorithm.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of a preset or an algorithm.")] = None,
 ) -> None:
-    """List presets and algorithms, or show a commented recipe for one."""
+    """List presets and algorithms, or print a commented recipe for one."""
     from runtime.recipe.examples import example, listing
 
     require_output()
@@ -287,13 +258,11 @@ def recipes(
 
 @app.command()
 def check(
-    artifact: ArtifactPath,
-    public_key: Annotated[
-        Path | None, typer.Option("--public-key", help="Refuse an artifact that its owner has not signed.")
-    ] = None,
-    allow_version_skew: Skew = False,
+    artifact: given.ArtifactPath,
+    public_key: given.PublicKey = None,
+    allow_version_skew: given.Skew = False,
 ) -> None:
-    """Check an artifact without executing anything of it."""
+    """Check an artifact without executing any of its code."""
     from runtime.artifact.bundle import artifact_of
     from runtime.artifact.check import check_artifact, check_versions
 
@@ -301,29 +270,29 @@ def check(
     found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
     manifest = found.manifest
     check_versions(manifest, allow_version_skew=allow_version_skew)
-    say(f"{artifact}: {len(manifest.files)} files and {len(found.sources)} programs are as the manifest states")
+    say(f"{artifact}: valid; {len(manifest.files)} files and {len(found.sources)} programs match the manifest")
     if found.signed:
-        say("signature: by the owner of the key")
-    say(f"model {manifest.model.class_name} of {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
-    say(f"input key {manifest.input_key}")
+        say("signature: valid for every required key")
+    say(f"model: {manifest.model.class_name} from {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
+    say(f"input key: {manifest.input_key}")
     say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
     if manifest.model.code:
-        say(f"the model's own code, which was not executed: {', '.join(manifest.model.code)}")
+        say(f"the model's own code (not executed): {', '.join(manifest.model.code)}")
 
 
 @app.command()
 def doctor(
-    artifact: ArtifactPath,
-    weights: Annotated[Path | None, typer.Option("--weights", help="As for calibrate.")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="As for calibrate.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="As for calibrate.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="As for calibrate.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
-    public_key: Annotated[Path | None, typer.Option("--public-key", help="As for check.")] = None,
+    artifact: given.ArtifactPath,
+    weights: given.BundledWeights = None,
+    recipe: given.BundledRecipe = None,
+    data: given.BundledData = None,
+    out: given.Out = None,
+    device: given.Device = "auto",
+    dtype: given.Dtype = "auto",
+    trust_remote_code: given.Trust = False,
+    public_key: given.PublicKey = None,
 ) -> int:
-    """Say what is missing on this host, or does not match. Exit code 1 says that something does not."""
+    """Check whether this host can run a calibration, and list what is missing; exit code 1 if it cannot."""
     from runtime.cli.doctor import Examination, examine
 
     require_output()
@@ -340,8 +309,8 @@ def doctor(
     )
     for finding in examine(examination):
         say(f"{finding.kind:8} {finding.text}")
-    say("this host can calibrate it" if examination.is_well else "this host cannot calibrate it as it is")
-    return 0 if examination.is_well else 1
+    say("ready: this host can run the calibration" if examination.is_ready else "not ready: fix the problems above")
+    return 0 if examination.is_ready else 1
 
 
 def _loaded(

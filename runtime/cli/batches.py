@@ -17,18 +17,18 @@ DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataOptions:
-    """How the model's inputs are made from a data file.
+    """The options that control how model inputs are made from a data file.
 
     Attributes:
-        tokenizer: its directory; None for that of the weights, or of the artifact.
+        tokenizer: the tokenizer's directory; None for the tokenizer of the weights, or of the artifact.
         weights: the model directory.
-        samples: how many samples to use; None for all, or `default_samples` spread over them.
-        default_samples: the most samples without a stated number; None for all.
-        seq_len: tokens of a sample; None for the default.
-        batch_size: samples of a batch.
-        pack: whether texts are joined into full samples.
-        loss_mask: whether only what the assistant says counts.
-        has_masks: whether a mask makes a difference; for a perplexity it makes none.
+        samples: number of samples; None for all, but at most `default_samples`, taken at even distances.
+        default_samples: the maximum if `samples` is None; None for no maximum.
+        seq_len: tokens per sample; None for the default.
+        batch_size: samples per batch.
+        pack: join texts into full samples.
+        loss_mask: measure only the assistant's messages.
+        has_masks: pass the masks of the data on; a perplexity does not use them.
     """
 
     tokenizer: Path | None
@@ -43,10 +43,10 @@ class DataOptions:
 
 
 def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[dict[str, torch.Tensor]]:
-    """The model's inputs for a data file, refused where the artifact does not hold for them.
+    """Read a data file and make the model's inputs from it.
 
     Raises:
-        DataError: for data that cannot be read, or that the artifact does not hold for.
+        DataError: for data that cannot be read, or that the artifact does not support.
     """
     from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
     from runtime.data.samples import batches, load_tokens
@@ -65,14 +65,14 @@ def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[d
         loss_mask=options.loss_mask,
         vocab_size=vocab_size,
     )
-    places: Sequence[int] = range(len(tokens.samples))
-    most = options.default_samples
-    if options.samples is None and most is not None and len(places) > most:
-        places = [index * len(places) // most for index in range(most)]
-    chosen = [tokens.samples[place] for place in places]
+    indices: Sequence[int] = range(len(tokens.samples))
+    limit = options.default_samples
+    if options.samples is None and limit is not None and len(indices) > limit:
+        indices = [index * len(indices) // limit for index in range(limit)]
+    chosen = [tokens.samples[index] for index in indices]
     known = tokens.masks if options.has_masks else None
-    masks = None if known is None else [known[place] for place in places]
-    targets = None if tokens.targets is None else [tokens.targets[place] for place in places]
+    masks = None if known is None else [known[index] for index in indices]
+    targets = None if tokens.targets is None else [tokens.targets[index] for index in indices]
     require_length((*chosen, *(targets or ())), longest)
     require_decoder(artifact.manifest, targets)
     made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, options.batch_size, masks, targets)]
@@ -81,5 +81,5 @@ def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[d
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """The weights' own tokenizer, else the one that travels with the artifact."""
+    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's."""
     return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path

@@ -1,6 +1,6 @@
-"""Tell a host in plain words what is missing or does not match, before anyone waits for it.
+"""Check whether this host can run a calibration, and list what is missing or does not match.
 
-Everything is looked at that a calibration would come to, in its order, and nothing of the model is run.
+The steps are those of a calibration, in the same order, but the model is not run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from runtime.artifact.bundle import Job, artifact_of, damaged, find_job, is_bundle, read_bundle
 from runtime.artifact.check import check_artifact, check_versions
@@ -27,15 +28,16 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.data.token_file import TokenData
 
+_T = TypeVar("_T")
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors", "typer", "pyyaml")
 OLDEST_PYTHON = (3, 10)
-# As `calibrate` has them by default: samples and tokens of each, and samples that run at a time.
-_USUAL_SIZES, _USUAL_BATCH = (128, 2048), 8
+# The defaults of `calibrate`: samples, tokens per sample, samples per batch.
+_DEFAULT_SIZES, _DEFAULT_BATCH = (128, 2048), 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at: `kind` is `ok`, `note` or `problem`."""
+    """The result of one check: `kind` is `ok`, `note` or `problem`."""
 
     kind: str
     text: str
@@ -43,15 +45,13 @@ class Finding:
 
 @dataclass(kw_only=True)
 class Examination:
-    """What is examined, and what has been found.
+    """The options of `doctor`, and its findings so far.
 
     Attributes:
         path: an artifact or a bundle.
-        weights: likewise the following: what the user says; None takes what the bundle says.
-        device: as for calibrate.
-        dtype: likewise.
-        trust_remote_code: whether the user would allow it.
-        public_key: that must have signed it.
+        weights: an option of `calibrate`, like all that are not described here; None takes the bundle's.
+        public_key: the key that must have signed the artifact.
+        findings: the results of the checks.
     """
 
     path: Path
@@ -66,164 +66,162 @@ class Examination:
     findings: list[Finding] = field(default_factory=list)
 
     @property
-    def is_well(self) -> bool:
-        """Whether a calibration may begin."""
+    def is_ready(self) -> bool:
+        """Whether no problem was found."""
         return not any(finding.kind == "problem" for finding in self.findings)
 
-    def say(self, kind: str, text: str) -> None:
+    def add(self, kind: str, text: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(kind=kind, text=text))
 
-    def tried(self, what: Callable[[], str]) -> bool:
-        """Add what a step says: its result, or the error with which it ends."""
+    def run(self, step: Callable[[], tuple[str, _T]]) -> _T | None:
+        """Run a step, add its text or the error that it raised, and return its result; None after an error."""
         try:
-            self.say("ok", what())
+            text, result = step()
         except SeqbuildError as error:
-            self.say("problem", str(error))
+            self.add("problem", str(error))
         except (OSError, ImportError) as error:
-            self.say("problem", f"{type(error).__name__}: {error}")
+            self.add("problem", f"{type(error).__name__}: {error}")
         else:
-            return True
-        return False
+            self.add("ok", text)
+            return result
+        return None
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
-    """Look at everything, a finding at a time.
+    """Run all checks, and yield their findings one after the other.
 
     Args:
-        examination: what to look at; collects the findings.
+        examination: the options; collects the findings.
+
+    Raises:
+        UsageError: for an unknown dtype.
     """
-    shown = 0
-    for step in (_python, _libraries, _bundle, _artifact, _run):
+    num_yielded = 0
+    for step in (_python, _libraries, _bundle, _artifact, _calibration):
         step(examination)
-        yield from examination.findings[shown:]
-        if step is _libraries and not examination.is_well:
-            return  # without them nothing else can be said
-        shown = len(examination.findings)
+        yield from examination.findings[num_yielded:]
+        num_yielded = len(examination.findings)
+        if step is _libraries:
+            if not examination.is_ready:
+                return  # the other checks need these libraries
+            from runtime.host.devices import resolve_dtype
+
+            resolve_dtype(examination.dtype)
 
 
 def _python(found: Examination) -> None:
     version = ".".join(map(str, sys.version_info[:3]))
     is_new = sys.version_info >= OLDEST_PYTHON
-    found.say("ok" if is_new else "problem", f"Python {version}" + ("" if is_new else ": 3.10 or newer is needed"))
+    found.add("ok" if is_new else "problem", f"Python {version}" + ("" if is_new else ": 3.10 or newer is required"))
 
 
 def _libraries(found: Examination) -> None:
     pinned: Mapping[str, str] = {}
     if is_bundle(found.path):
-        with contextlib.suppress(SeqbuildError):  # `_bundle` says so
+        with contextlib.suppress(SeqbuildError):  # `_bundle` reports the error
             pinned = read_bundle(found.path).requirements
     for name in LIBRARIES:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.say("problem", f"{name} is not installed (pip install {name}=={pinned.get(name, '...')})")
+            pin = f"=={pinned[name]}" if name in pinned else ""
+            found.add("problem", f"{name} is not installed (pip install {name}{pin})")
             continue
         wanted = pinned.get(name, "")
         if wanted and version.partition("+")[0] != wanted:
-            found.say("note", f"{name} {version}; the bundle was packed with {wanted}")
+            found.add("note", f"{name} {version}; the bundle was packed with {wanted}")
         else:
-            found.say("ok", f"{name} {version}")
+            found.add("ok", f"{name} {version}")
 
 
 def _bundle(found: Examination) -> None:
-    if not is_bundle(found.path):
-        return
-
-    def whole() -> str:
+    def check() -> tuple[str, None]:
         bundle = read_bundle(found.path)
         bad = damaged(bundle, with_weights=True)
         if bad:
-            raise UsageError(f"{len(bad)} files of the bundle are damaged or missing: {', '.join(bad[:5])}")
-        return f"the bundle's {len(bundle.files)} files are as they were packed"
+            raise UsageError(
+                f"{len(bad)} files of the bundle are damaged or missing: {', '.join(bad[:5])}",
+                hint="copy the bundle again",
+            )
+        return f"bundle: all {len(bundle.files)} files match their digests", None
 
-    found.tried(whole)
+    if is_bundle(found.path):
+        found.run(check)
 
 
 def _artifact(found: Examination) -> None:
     path = artifact_of(found.path)
-    checked: dict[str, Manifest] = {}
 
-    def check() -> str:
+    def check() -> tuple[str, Manifest]:
         result = check_artifact(path, [found.public_key] if found.public_key is not None else [])
-        checked["manifest"] = result.manifest
-        signed = "signed by the owner of the key" if result.signed else "not asked for a signature"
-        return f"the artifact of {result.manifest.model.class_name} is whole and within the grammar, {signed}"
+        signed = "valid signature" if result.signed else "no signature required"
+        return f"artifact: valid, model {result.manifest.model.class_name}, {signed}", result.manifest
 
-    if not found.tried(check):
+    manifest = found.run(check)
+    if manifest is None:
         return
-    manifest = checked["manifest"]
     if found.public_key is None:
-        is_there = read_signature(path) is not None
-        found.say("note", "it carries a signature; --public-key compares it" if is_there else "it is not signed")
+        is_signed = read_signature(path) is not None
+        found.add("note", f"artifact: {'signed; verify it with --public-key' if is_signed else 'not signed'}")
     if manifest.is_portable:
-        found.say("ok", "it is portable: this host's transformers runs nothing of the model")
-    else:
-        found.tried(lambda: _fits_transformers(manifest))
-    if manifest.model.code and not manifest.is_portable and not found.trust_remote_code:
-        found.say(
+        found.add("ok", "artifact: portable, needs no model code from transformers")
+        return
+    found.run(lambda: _same_sources(manifest))
+    if manifest.model.code and not found.trust_remote_code:
+        found.add(
             "problem",
-            f"it brings its own code ({', '.join(manifest.model.code)}): read it, and allow it with "
+            f"the model has its own code ({', '.join(manifest.model.code)}); read it, and allow it with "
             "--trust-remote-code",
         )
 
 
-def _fits_transformers(manifest: Manifest) -> str:
+def _same_sources(manifest: Manifest) -> tuple[str, None]:
     check_versions(manifest, allow_version_skew=False)
-    return "the library sources that it relies on are the same here"
+    return "libraries: the sources that the artifact relies on are the same on this host", None
 
 
-def _run(found: Examination) -> None:
-    """What a calibration does before its first batch."""
-    if not found.is_well:
-        found.say("note", "weights, data and memory were not looked at, for a run would not come to them")
+def _calibration(found: Examination) -> None:
+    """Check paths, device, weights, data, memory and disk, as a calibration does before its first batch."""
+    if not found.is_ready:
+        found.add("note", "weights, data, memory and disk were not checked because of the problems above")
         return
-    jobs: dict[str, Job] = {}
-
-    def job() -> str:
-        jobs["job"] = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
-        return f"reads {jobs['job'].weights}, writes {jobs['job'].out}"
-
-    if found.tried(job):
-        _look(found, jobs["job"])
-
-
-def _look(found: Examination, job: Job) -> None:
-    import torch
-
     from runtime.chain import load
-    from runtime.host.devices import resolve_device
+    from runtime.host.devices import resolve_dtype
 
-    device: dict[str, torch.device] = {}
-
-    def find_device() -> str:
-        device["device"] = resolve_device(found.device)
-        return _describe(device["device"])
-
-    if not found.tried(find_device):
+    job = found.run(lambda: _paths(found))
+    device = found.run(lambda: _device(found.device)) if job is not None else None
+    if job is None or device is None:
         return
     artifact = load(job.artifact, allow_version_skew=True, trust_remote_code=found.trust_remote_code)
-    dtype = getattr(torch, artifact.manifest.model.dtype if found.dtype == "auto" else found.dtype)
-    state: dict[str, Any] = {}
-    if not found.tried(lambda: _checkpoint(artifact, job, dtype, state)):
+    dtype = artifact.run_dtype(resolve_dtype(found.dtype))
+    num_bytes = found.run(lambda: _checkpoint(artifact, job, dtype))
+    if num_bytes is None:
         return
-    if job.data is not None:
-        found.tried(lambda: _data(artifact, job, state))
-    _memory(found, artifact, job, device["device"], dtype, state.get("tokens"))
-    found.tried(lambda: _disk(job, state["least_bytes"]))
+    tokens = found.run(partial(_data, artifact, job.data)) if job.data is not None else None
+    _memory(found, artifact, job, device, dtype, tokens)
+    found.run(lambda: _disk(job, num_bytes))
 
 
-def _describe(device: torch.device) -> str:
+def _paths(found: Examination) -> tuple[str, Job]:
+    job = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
+    return f"paths: reads {job.weights}, writes {job.out}", job
+
+
+def _device(name: str) -> tuple[str, torch.device]:
     import torch
 
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"device {device}: {properties.name}, {human_bytes(properties.total_memory)}"
-    accelerator = "no GPU was found, so it runs on the CPU" if device.type == "cpu" else f"device {device}"
-    return accelerator
+    from runtime.host.devices import resolve_device
+
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return f"device: {device}", device
+    properties = torch.cuda.get_device_properties(device)
+    return f"device: {device}, {properties.name}, {human_bytes(properties.total_memory)}", device
 
 
-def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[str, Any]) -> str:
+def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, int]:
+    """Compare weights and recipe with the artifact; return the least bytes of the result."""
     from runtime.checkpoint.dequantize import open_checkpoint
     from runtime.quantize.assignments import least_bytes
     from runtime.quantize.needs import RecipeNeeds
@@ -234,70 +232,66 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype, state: dict[st
     checkpoint = open_checkpoint(job.weights)
     prepared = prepare(artifact, checkpoint, recipe, dtype)
     source, jobs = prepared.weights, prepared.jobs
-    state["least_bytes"] = least_bytes(source, jobs)
     needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
     if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
-    return f"weights of {human_bytes(source.checkpoint.total_bytes)} fit the artifact; {len(jobs)} modules to quantize"
+    size = human_bytes(source.checkpoint.total_bytes)
+    return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
 
 
-def _data(artifact: Artifact, job: Job, state: dict[str, Any]) -> str:
+def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.samples import load_tokens
     from runtime.model.config import text_limits
 
-    assert job.data is not None
-    if job.data.suffix != ".safetensors":
-        return f"{job.data} is text, which is tokenized when the run begins"
+    if data.suffix != ".safetensors":
+        return f"data: {data} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_tokens(job.data, vocab_size=vocab_size)
+    tokens = load_tokens(data, vocab_size=vocab_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
-    state["tokens"] = tokens
-    return f"{len(tokens.samples)} samples of data"
+    return f"data: {len(tokens.samples)} samples", tokens
 
 
 def _memory(
     found: Examination, artifact: Artifact, job: Job, device: torch.device, dtype: torch.dtype, tokens: TokenData | None
 ) -> None:
-    """What the plan says that the run takes, by the sizes of its data, or the usual ones where that is still text."""
+    """Predict the memory of the run from the sizes of its data, or from the default sizes for text."""
     from runtime.planning.request import memory_here, plan_artifact
     from runtime.recipe.recipe import Recipe
 
-    num_samples, seq_len = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _USUAL_SIZES
-    limits = memory_here(device)
+    sizes = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _DEFAULT_SIZES
     try:
-        plan, missing, mended = plan_artifact(
+        plan, shortages, advice = plan_artifact(
             artifact,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            batch_size=_USUAL_BATCH,
+            num_samples=sizes[0],
+            seq_len=sizes[1],
+            batch_size=_DEFAULT_BATCH,
             recipe=Recipe.from_file(job.recipe),
             dtype=dtype,
             device_type=device.type,
-            limits=limits,
+            limits=memory_here(device),
         )
     except UsageError as error:
-        found.say("note", f"memory was not looked at: {error}")
+        found.add("note", f"memory was not checked: {error}")
         return
-    where = f"{human_bytes(plan.host_bytes)} of memory"
+    needed = f"{human_bytes(plan.host_bytes)} of host memory"
     if device.type == "cuda":
-        where += f" and {human_bytes(plan.device_bytes)} on {device}"
-    text = f"the plan for {num_samples} samples of {seq_len} tokens takes {where}"
-    if not missing:
-        found.say("ok", text)
+        needed += f" and {human_bytes(plan.device_bytes)} on {device}"
+    text = f"memory: {sizes[0]} samples of {sizes[1]} tokens need {needed}"
+    if not shortages:
+        found.add("ok", text)
         return
-    advice = f"; what would help: {'; '.join(mended)}" if mended else ""
-    found.say("problem", f"{text}, and it does not fit: {'; '.join(missing)}{advice}")
+    found.add("problem", f"{text}, which does not fit: {'; '.join((*shortages, *(f'advice: {a}' for a in advice)))}")
 
 
-def _disk(job: Job, least_bytes: int) -> str:
+def _disk(job: Job, least_bytes: int) -> tuple[str, None]:
     from runtime.checkpoint.writer import require_space
     from runtime.host.publish import require_free, require_outside
 
     require_free(job.out)
     require_outside(job.out, job.artifact, job.weights)
     require_space(job.out, least_bytes)
-    place = next(folder for folder in (job.out, *job.out.absolute().parents) if folder.is_dir())
-    free = human_bytes(shutil.disk_usage(place).free)
-    return f"disk: the result takes {human_bytes(least_bytes)} at least, {free} are free at {place}"
+    folder = next(folder for folder in (job.out, *job.out.absolute().parents) if folder.is_dir())
+    free = human_bytes(shutil.disk_usage(folder).free)
+    return f"disk: the result needs at least {human_bytes(least_bytes)}, {free} are free in {folder}", None

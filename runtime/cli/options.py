@@ -1,4 +1,4 @@
-"""Options that several commands have, in both command lines."""
+"""Options that several commands of both command lines share."""
 
 from __future__ import annotations
 
@@ -7,54 +7,70 @@ from typing import Annotated
 
 import typer
 
-Skew = Annotated[bool, typer.Option("--allow-version-skew", help="Go on with other sources of transformers.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Execute the code that the model brings.")]
+Skew = Annotated[
+    bool, typer.Option("--allow-version-skew", help="Accept library sources that differ from the compiled ones.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the model's own code to be executed.")]
 ActivationMemory = Annotated[
     str | None,
-    typer.Option(help="For values between subgraphs: 16GiB of host memory, or device=4GiB,host=16GiB; then disk."),
+    typer.Option(
+        help="Memory for values between subgraphs: 16GiB (host), or device=4GiB,host=16GiB; the rest goes to disk."
+    ),
 ]
 StatisticsMemory = Annotated[
-    str | None, typer.Option(help="For the statistics of a layer's experts, 8GiB say; by default no bound.")
+    str | None, typer.Option(help="Memory for the statistics of a layer's experts, such as 8GiB; default: no limit.")
 ]
 ArtifactPath = Annotated[
-    Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile, or by seqbuild pack.")
+    Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile or seqbuild pack.")
 ]
 WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
-DataPath = Annotated[Path, typer.Option("--data", help=".txt, .jsonl, .parquet, or .safetensors from seqbuild data.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu or auto.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples that run at a time.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens of a sample.")]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="How many samples to use.")]
-Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or one sample a text.")]
-Tokenizer = Annotated[Path | None, typer.Option("--tokenizer", help="Directory; by default that of the weights.")]
-Signature = Annotated[Path | None, typer.Option("--require-signature", help="Public key that must have signed it.")]
+_DATA_FILES = ".txt, .jsonl, .parquet, or .safetensors from seqbuild data"
+DataPath = Annotated[Path, typer.Option("--data", help=f"{_DATA_FILES}.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu, xpu:N, or auto for an accelerator.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own dtype.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples.")]
+Pack = Annotated[
+    bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or make one sample of each text.")
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Directory of the tokenizer; default: that of the weights.")
+]
+_KEY = "Public key (PEM file); the artifact must be signed with its private key."
+Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
+PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
 BundledWeights = Annotated[
-    Path | None, typer.Option("--weights", help="Model directory with safetensors weights; a bundle may hold it.")
+    Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
 ]
 BundledRecipe = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML, in llm-compressor's dialect; a bundle holds one.")
+    Path | None, typer.Option("--recipe", help="YAML recipe in llm-compressor's format; default: the bundle's.")
 ]
 BundledData = Annotated[
-    Path | None, typer.Option("--data", help="As for evaluate; not needed by a recipe without statistics.")
+    Path | None,
+    typer.Option("--data", help=f"{_DATA_FILES}; default: the bundle's. Data-free recipes need none."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")]
-LossMask = Annotated[bool, typer.Option("--loss-mask", help="Of conversations, count only what the assistant says.")]
-MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of a file of weights: 5GB, 500MB.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Directory for the quantized checkpoint; default for a bundle: quantized/."),
+]
+LossMask = Annotated[bool, typer.Option("--loss-mask", help="In conversations, measure only the assistant's messages.")]
+MaxShardSize = Annotated[
+    str, typer.Option("--max-shard-size", help="Maximum size of a weights file, such as 5GB or 500MB.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 CheckpointActivations = Annotated[
     str,
     typer.Option(
-        help="For a resume: replay finished subgraphs (costs nothing now), save the values between them "
-        "(costs their bytes on disk), or a number N to save after every N subgraphs."
+        help="What --resume can start from: replay recomputes finished subgraphs (no cost now), save stores the "
+        "values between all subgraphs on disk, a number N stores them after every N subgraphs."
     ),
 ]
 PropagateError = Annotated[
-    bool, typer.Option(help="Later layers see what quantized ones return, or (faster) what the original ones do.")
+    bool,
+    typer.Option(help="Later layers see the outputs of quantized layers, or (faster) those of the original layers."),
 ]
-AllExperts = Annotated[
-    bool, typer.Option(help="Measure every expert on all tokens, or each on those that are sent to it.")
-]
-Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, a JSON object a line.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on where the plan says that it does not fit.")]
+AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all tokens, or only on tokens routed to it.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]

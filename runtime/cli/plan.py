@@ -1,7 +1,4 @@
-"""The command `plan`, the same on both command lines.
-
-Only typer is imported up here; torch waits until the command runs.
-"""
+"""The command `plan`, which both command lines have. torch is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.cli.options import ActivationMemory, Skew, StatisticsMemory, Trust
+from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import say
 
@@ -19,23 +16,27 @@ if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
+RecipePath = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")]
+DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
+HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
+Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
 _HELP = {
-    "device": "cpu, cuda, xpu, or auto for an accelerator if there is one here or --device-memory is given.",
-    "sizes": "NAME=N, for sizes that are neither samples nor tokens, such as numbers of images; may be repeated.",
+    "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
+    "sizes": "NAME=N, for sizes other than samples and tokens, such as the number of images; can be repeated.",
 }
 
 
 def plan(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of calibration data.")] = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a sample.")] = 2048,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples that run at a time.")] = 8,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML; by default GPTQ W4A16.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = 2048,
+    batch_size: BatchSize = 8,
+    recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",
-    device_memory: Annotated[str | None, typer.Option("--device-memory", help="What the device has: 24GiB.")] = None,
-    host_memory: Annotated[str | None, typer.Option("--host-memory", help="What the process may have: 64GiB.")] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="Free room for the output: 500GB.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")] = "auto",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    disk: Disk = None,
+    dtype: Dtype = "auto",
     activation_memory: ActivationMemory = None,
     statistics_memory: StatisticsMemory = None,
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
@@ -43,9 +44,9 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what a calibration takes in memory, traffic and disk, without weights and without running it.
+    """Predict the memory, traffic and disk space of a calibration, without weights and without running it.
 
-    Exit code 1 says that it does not fit.
+    Exit code 1 if it does not fit.
     """
     from runtime.console import optional_bytes
     from runtime.planning.fit import Limits
@@ -64,7 +65,7 @@ def plan(
     from runtime.host.devices import resolve_dtype
     from runtime.planning.request import plan_artifact
 
-    made, missing, mended = plan_artifact(
+    forecast, shortages, advice = plan_artifact(
         load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
         num_samples=samples,
         seq_len=seq_len,
@@ -77,26 +78,26 @@ def plan(
         sizes=given,
         limits=limits,
     )
-    _print(made, missing, mended, as_json)
-    if missing:
+    _print(forecast, shortages, advice, as_json)
+    if shortages:
         raise typer.Exit(1)
 
 
-def _print(made: Forecast, missing: list[str], mended: list[str], as_json: bool) -> None:
+def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        say(json.dumps(plan_facts(made) | {"fits": not missing, "shortages": missing, "advice": mended}))
+        say(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
         return
-    for line in plan_lines(made):
+    for line in plan_lines(forecast):
         say(line)
-    say("it fits" if not missing else f"it does not fit: {'; '.join(missing)}")
-    for option in mended:
-        say(f"  what would: {option}")
+    say(f"does not fit: {'; '.join(shortages)}" if shortages else "fits")
+    for option in advice:
+        say(f"  advice: {option}")
 
 
 def _budget(stated: str | None, device_type: str, device_bytes: int | None) -> Budget:
-    """What is stated, or what a run takes by itself: a quarter of a device's memory, then the host's."""
+    """Parse --activation-memory; the default is that of a run: a quarter of the device's memory, then the host's."""
     from runtime.streaming.activations import Budget
 
     if stated is not None:
@@ -105,12 +106,12 @@ def _budget(stated: str | None, device_type: str, device_bytes: int | None) -> B
 
 
 def _device_type(device: str, has_memory: bool) -> str:
-    """The kind of device to plan for; it need not be here."""
+    """Return the kind of device to plan for; this host need not have one."""
     from runtime.errors import UsageError
 
     kind = device.partition(":")[0]
     if kind not in ("auto", "cpu", "cuda", "xpu"):
-        raise UsageError(f"--device is {device!r}", hint="it can be cpu, cuda, xpu or auto")
+        raise UsageError(f"--device must be one of cpu, cuda, xpu, auto; got {device!r}")
     if kind != "auto":
         return kind
     from runtime.host.devices import resolve_device
@@ -126,6 +127,6 @@ def _sizes(texts: list[str]) -> dict[str, int]:
     for text in texts:
         name, _, size = text.partition("=")
         if not name or not size.isdecimal() or int(size) < 1:
-            raise UsageError(f"--size is {text!r}", hint="write it as NAME=N")
+            raise UsageError(f"--size must be NAME=N with N >= 1; got {text!r}")
         found[name] = int(size)
     return found

@@ -1,4 +1,4 @@
-"""Run a command line: one line for an error, the exit code, a traceback only with `--debug`."""
+"""Run a command line: return its exit code, print an error as one line, and the traceback only with `--debug`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _needs_output = [False]
 
 
 def require_output() -> None:
-    """Let the command that runs fail in the end if its output cannot be written: it has no other result."""
+    """Make the running command fail if its output cannot be written: the output is its only result."""
     _needs_output[0] = True
 
 
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
-    `--debug`, anywhere on the command line, shows the traceback of an error. Without arguments there is the help.
+    `--debug`, at any position, shows the traceback of an error. Without arguments the help is printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
@@ -48,16 +48,17 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
     from typer import Abort
 
     try:
-        with _terminable():
+        with _unwound_by_sigterm():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except (KeyboardInterrupt, Abort):
         code = INTERRUPTED
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's: of a tokenizer
+        # A panic of the tokenizers library, which is written in Rust, is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        message = _user_error(error) or _unforeseen(error)
+        message = _user_error(error) or _internal_error(error)
         if is_debug:
             import traceback
 
@@ -72,38 +73,46 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
     return code
 
 
-def _unforeseen(error: BaseException) -> str:
-    """Describe an unexpected error and the line that raised it, for a bug report."""
+def _internal_error(error: BaseException) -> str:
+    """Describe a bug and the line that raised it."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     text = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}{where}: {text} (nobody has foreseen this: report it with what --debug shows)"
+    return (
+        f"internal error: {type(error).__name__}{where}: {text} (this is a bug in seqbuild; --debug shows the "
+        "traceback: please report it with an issue in the project's repository)"
+    )
 
 
 def _user_error(error: BaseException) -> str | None:
-    """What to say about an error that is not ours: a mistake of the user's, or something the machine lacks."""
+    """Describe an error in the user's input or of the machine; None for a bug."""
     if isinstance(error, SeqbuildError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("runtime", "seqbuild")):
+        return (
+            f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
+            "docs/versions.md lists all of them)"
+        )
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
         command = getattr(getattr(error, "ctx", None), "command_path", "")
-        hint = f" ({command} --help shows what it takes)" if command else ""
+        hint = f" (see {command} --help)" if command else ""
         return str(error.format_message()).rstrip(".") + hint
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "no more threads can be started (raise ulimit -u, or pids of the container, or lower OMP_NUM_THREADS)"
+        return "cannot start more threads (raise ulimit -u or the container's pids limit, or lower OMP_NUM_THREADS)"
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_full or "can't allocate memory" in str(error):
-        what = str(error).partition(". ")[0] or "the machine has no more"
+        what = str(error).partition(". ")[0] or "an allocation failed"
         return f"out of memory: {what} (lower --batch-size or --seq-len)"
     return None
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half-written is taken away."""
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that incomplete files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,20 +1,18 @@
-"""Take a mixture's stacked experts apart, into Linear modules by the checkpoint's own names.
+"""Split a mixture's stacked experts into one Linear module for each matrix of each expert.
 
-A checkpoint mostly has a tensor for each matrix of each expert; transformers stacks them when it loads. Calibration
-wants them apart: to stream them one by one, to measure and quantize each, and to write them back under their names. So
-the tables of an artifact are rewritten: what was one stacked parameter becomes one parameter for each tensor that it is
-made from. How it is made is read off the conversion itself, by running it on small numbered tensors.
+transformers stacks the matrices of all experts when it loads a checkpoint. Calibration needs them apart: to stream,
+measure and quantize each, and to write it under its own name. So one stacked parameter of the artifact's tables becomes
+one parameter for each tensor that it is composed of, as the manifest states.
 
-Where the checkpoint has them stacked, it is read off what an expert does (`runtime.experts.layout_from_program`), and
-their tensors are parts of the stacked one (`runtime.experts.checkpoint_view`). Their names are then those of the
-model's module, the expert's number, and gate_proj, up_proj and down_proj: what llm-compressor writes. Not all readers
-know them: see `runtime.quantize.reader_limits`.
+If the checkpoint has stacked tensors, each part is a view of one of them (`runtime.experts.checkpoint_view`), and its
+name is that of the model's module, the expert's number, and gate_proj, up_proj or down_proj: the names that
+llm-compressor writes. Not all readers know them: see `runtime.quantize.reader_limits`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,100 +20,98 @@ import torch
 from torch import nn
 
 from runtime.arguments import shown
-from runtime.artifact.manifest import MIXTURES
-from runtime.chain import Artifact, LoadedSubgraph
-from runtime.errors import UsageError
-from runtime.experts.checkpoint_view import HeldStack, experts_apart
-from runtime.experts.scale_groups import Insides, groups_apart, siblings_apart
-from runtime.experts.tables import Apart, Understood, mixture_of, part_entries, part_names
-from runtime.model.experts import Mixture, Stack, input_place, input_positions, owner_of
+from runtime.chain import Artifact
+from runtime.errors import ArtifactError, UsageError
+from runtime.experts.checkpoint_view import split_checkpoint
+from runtime.experts.tables import MixtureSplit, split_groups, split_mixture
+from runtime.model.experts import Mixture, input_place, owner_of
+from runtime.model.leaves import build_leaf
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import ParameterEntry, SubgraphEntry
+    from runtime.artifact.manifest import Manifest, ParameterEntry, SubgraphEntry
     from runtime.checkpoint.reader import Checkpoint
 
 
 @dataclass(kw_only=True)
 class SplitArtifact(Artifact):
-    """An artifact whose tables have experts apart.
+    """An artifact whose tables have a parameter for each matrix of each expert.
 
     Attributes:
-        whole: the artifact as it was read.
-        stacks: by the name of a module of experts, how its stacked parameters are made.
-        held: what the checkpoint holds stacked all the same.
-        insides: by the same names, what an expert does.
-        named_anew: modules whose experts' matrices have no names of their own in the original checkpoint.
-        spare: by the name of a module of experts, parameters that a checkpoint has and no expert uses.
+        whole: the artifact as it was loaded.
+        mixtures: how the experts of a module are split, by the module's name.
     """
 
     whole: Artifact
-    stacks: Mapping[str, Mapping[str, Stack]] = field(default_factory=dict)
-    insides: Mapping[str, Insides] = field(default_factory=dict)
-    held: tuple[HeldStack, ...] = ()
-    named_anew: tuple[str, ...] = ()
-    spare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mixtures: Mapping[str, MixtureSplit] = field(default_factory=dict)
 
     @property
     def compiled_parameters(self) -> Mapping[str, ParameterEntry]:
-        """The table before experts were taken apart."""
+        """The parameter table as compiled."""
         return self.whole.manifest.parameters
 
     def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module tree, with a Linear module for each matrix of each expert."""
+        """Build the module tree, with a Linear module for each matrix of each expert."""
         model = self.whole.empty_model(dtype)
-        for name, stacks in self.stacks.items():
-            self._mixture(model, name).split(stacks, dict(self._linears(name, stacks, dtype)))
+        for name, split in self.mixtures.items():
+            try:
+                self._mixture(model, name).split(split.stacks, dict(self._linears(name, split, dtype)))
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise ArtifactError(f"the experts {name} cannot be split: {error}", hint="compile again") from error
         return model
 
     def _mixture(self, model: nn.Module, name: str) -> Mixture:
-        """The module of experts of this name. In a tree of the model's own classes it takes the place of theirs: what
-        calls it sees no difference.
-        """
+        """Find the mixture of this name; in a tree of the model's own classes it replaces theirs."""
         inner = model.get_submodule(name)
         if isinstance(inner, Mixture):
             return inner
-        experts = mixture_of(self.whole, name)
+        experts = self._build_mixture(name)
         for own, module in inner.named_children():
             experts.add_module(own, module)
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner).add_module(own, experts)
         return experts
 
+    def _build_mixture(self, name: str) -> Mixture:
+        manifest = self.whole.manifest
+        kind = manifest.leaf_kinds[manifest.leaves[name]]
+        stacked = kind.options["stacked"]
+        shapes = {
+            own: entry.shape
+            for key, entry in manifest.parameters.items()
+            if key.startswith(f"{name}.") and ("." not in (own := key.removeprefix(f"{name}.")) or own in stacked)
+        }
+        module = build_leaf(kind, name, shapes, self.whole.leaf_programs.get(kind.program))
+        assert isinstance(module, Mixture), "its kind says so"
+        return module
+
     def seen(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint, with a tensor for each matrix of each expert."""
-        return experts_apart(checkpoint, self.held) if self.held else checkpoint
+        """Adapt the checkpoint: a tensor for each matrix of each expert."""
+        stored = [stack for split in self.mixtures.values() for stack in split.stored]
+        return split_checkpoint(checkpoint, stored) if stored else checkpoint
 
     def owners(self, names: Iterable[str]) -> list[str]:
-        """The modules of experts that any of these modules is a part of."""
-        wanted = dict.fromkeys(names)
-        return [
-            owner
-            for owner, stacks in self.stacks.items()
-            if any(f"{owner}.{owner_of(part)}" in wanted for part in part_names(stacks))
-        ]
+        """List the mixtures that any of these modules is a part of."""
+        mixtures = {module: owner for module, (owner, _, _) in self.inputs(all_tokens=False).items()}
+        return list(dict.fromkeys(mixtures[name] for name in names if name in mixtures))
 
     def inputs(self, *, all_tokens: bool) -> dict[str, tuple[str, int, int]]:
-        """For each module of an expert, what it is called with: modules of one input have one value.
+        """Return a value for each module of an expert that is equal for modules with the same input.
 
         Args:
             all_tokens: whether experts are called with all tokens, so that the layer's input is one for all of them.
         """
-        found: dict[str, tuple[str, int, int]] = {}
-        for name, stacks in self.stacks.items():
-            positions = input_positions(stacks)
-            for own, stack in stacks.items():
-                position = positions[own]
-                if stack.is_of_biases:
-                    continue
-                for expert in range(len(stack.parts)):
-                    place = input_place(position, expert, all_tokens=all_tokens)
-                    found.update({f"{name}.{owner}": (name, position, place) for owner in stack.modules(expert)})
-        return found
+        return {
+            f"{name}.{owner}": (name, stack.input, input_place(stack.input, expert, all_tokens=all_tokens))
+            for name, split in self.mixtures.items()
+            for stack in split.stacks.values()
+            if not stack.is_of_biases
+            for expert in range(len(stack.parts))
+            for owner in stack.modules(expert)
+        }
 
-    def _linears(
-        self, name: str, stacks: Mapping[str, Stack], dtype: torch.dtype | None
-    ) -> Iterator[tuple[str, nn.Linear]]:
-        names = [*part_names(stacks), *self.spare.get(name, ())]
+    def _linears(self, name: str, split: MixtureSplit, dtype: torch.dtype | None) -> Iterator[tuple[str, nn.Linear]]:
+        names = [key.removeprefix(f"{name}.") for own in split.entries.values() for key in own]
+        names += split.spare
         biases = {owner_of(part) for part in names if part.endswith(".bias")}
         for part in names:
             owner, _, own = part.rpartition(".")
@@ -125,101 +121,76 @@ class SplitArtifact(Artifact):
 
 
 def expert_of(artifact: Artifact) -> dict[str, tuple[str, int]]:
-    """For each module of an expert that is apart the mixture's name and the expert's number."""
+    """Return for each module of a split expert the mixture's name and the expert's index."""
     if not isinstance(artifact, SplitArtifact):
         return {}
     return {name: (owner, expert) for name, (owner, _, expert) in artifact.inputs(all_tokens=False).items()}
 
 
 def siblings_of(artifact: Artifact) -> dict[str, Hashable]:
-    """For each module that an engine may join with others something that is equal for these: they read one tensor, and
-    are of one expert, if of any.
+    """Return a value for each module that is equal for modules with the same input, of one expert if of any: those that
+    an engine may join.
     """
     tables = artifact.whole.manifest if isinstance(artifact, SplitArtifact) else artifact.manifest
     found: dict[str, Hashable] = {
         name: number for number, group in enumerate(tables.scale_groups) for name in group.modules
     }
-    if isinstance(artifact, SplitArtifact):
-        found |= siblings_apart(artifact.stacks, artifact.insides)
-    return found
-
-
-def _with_parts(
-    entries: Sequence[SubgraphEntry], replaced: Mapping[str, Mapping[str, ParameterEntry]]
-) -> tuple[SubgraphEntry, ...]:
-    """The subgraphs' entries, with the parts of each stacked parameter in its place."""
-    return tuple(
-        dataclasses.replace(
-            entry, parameters=tuple(new for old in entry.parameters for new in replaced.get(old, {old: None}))
-        )
-        for entry in entries
-    )
+    return found | artifact.inputs(all_tokens=False) if isinstance(artifact, SplitArtifact) else found
 
 
 def split_experts(
     artifact: Artifact, checkpoint: Checkpoint | None = None, *, only: Collection[str] | None = None
 ) -> Artifact:
-    """The artifact with its experts apart.
+    """Split the experts of an artifact.
 
-    Experts that a checkpoint has stacked are taken apart as they are read. In a quantized one they stay as they are:
-    nobody has quantized them.
+    Experts that a quantized checkpoint has stacked stay stacked: they are not quantized.
 
     Args:
-        artifact: a portable one, or one without experts of the host's own: then it is returned as it is.
-        checkpoint: None for one that has its experts as the artifact's tables say.
-        only: the modules of experts to take apart; None for all.
+        artifact: returned as it is if it has no experts that can be split.
+        checkpoint: None for one that has the tensors stated in the manifest.
+        only: the mixtures to split; None for all.
     """
     tables = artifact.manifest
-    understood = Understood(artifact)
-    found: dict[str, Apart] = {}
-    for name, kind in tables.leaves.items():
-        if tables.leaf_kinds[kind].kind in MIXTURES and (only is None or name in only):
-            apart = understood.module(name, checkpoint)
-            if apart is not None:
-                found[name] = apart
+    wanted = [name for name in tables.mixtures if only is None or name in only]
+    found = {name: split for name in wanted if (split := split_mixture(artifact, name, checkpoint)) is not None}
     if not found:
         return artifact
-    replaced = {
-        f"{name}.{stacked}": part_entries(apart.entries[stacked], name, stack, apart.keys)
-        for name, apart in found.items()
-        for stacked, stack in apart.stacks.items()
-    }
-    parameters = {
-        new: entry
-        for old, own in tables.parameters.items()
-        for new, entry in (replaced[old].items() if old in replaced else [(old, own)])
-    }
-    for name, apart in found.items():
-        parameters.update({f"{name}.{part}": entry for part, entry in apart.spare.items()})
-    stacks = {name: apart.stacks for name, apart in found.items()}
-    insides = {name: understood.insides(name) for name in found}
-    groups = groups_apart(tables, stacks, insides)
-    manifest = dataclasses.replace(tables, parameters=parameters, scale_groups=groups)
-    manifest = dataclasses.replace(manifest, subgraphs=_with_parts(tables.subgraphs, replaced))
-    subgraphs: tuple[LoadedSubgraph, ...] = tuple(
+    manifest = _split_tables(tables, found)
+    subgraphs = tuple(
         dataclasses.replace(subgraph, entry=entry)
         for subgraph, entry in zip(artifact.subgraphs, manifest.subgraphs, strict=True)
     )
     fields = {entry.name: getattr(artifact, entry.name) for entry in dataclasses.fields(Artifact)}
-    return SplitArtifact(
-        **{**fields, "manifest": manifest, "subgraphs": subgraphs},
-        whole=artifact,
-        stacks=stacks,
-        insides=insides,
-        held=tuple(held for apart in found.values() for held in apart.held),
-        named_anew=tuple(name for name, apart in found.items() if apart.is_named_anew),
-        spare={name: tuple(apart.spare) for name, apart in found.items() if apart.spare},
+    return SplitArtifact(**{**fields, "manifest": manifest, "subgraphs": subgraphs}, whole=artifact, mixtures=found)
+
+
+def _split_tables(tables: Manifest, splits: Mapping[str, MixtureSplit]) -> Manifest:
+    """Return the manifest with an expert's own parameters in the place of stacked ones."""
+    replaced = {f"{name}.{own}": new for name, split in splits.items() for own, new in split.entries.items()}
+    parameters = {
+        new: entry for old, own in tables.parameters.items() for new, entry in replaced.get(old, {old: own}).items()
+    }
+    for name, split in splits.items():
+        parameters.update({f"{name}.{part}": entry for part, entry in split.spare.items()})
+
+    def with_parts(entry: SubgraphEntry) -> SubgraphEntry:
+        names = (new for old in entry.parameters for new in replaced.get(old, (old,)))
+        return dataclasses.replace(entry, parameters=tuple(names))
+
+    return dataclasses.replace(
+        tables,
+        parameters=parameters,
+        scale_groups=split_groups(tables, splits),
+        subgraphs=tuple(map(with_parts, tables.subgraphs)),
     )
 
 
 def require_artifact(value: Any) -> Artifact:
-    """A loaded artifact.
+    """Return a loaded artifact.
 
     Raises:
         UsageError: for anything else, a path for instance.
     """
-    from runtime.chain import Artifact
-
-    if isinstance(value, (Artifact, SplitArtifact)):
+    if isinstance(value, Artifact):
         return value
     raise UsageError(f"artifact is {shown(value)}", hint="it must be what runtime.load(path) returns")

@@ -132,6 +132,15 @@ def compile_program(
     return program
 
 
+def run_conversion(program: Program, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute a parameter from checkpoint tensors."""
+    run = Run(device=sources[0].device, dtype=sources[0].dtype)
+    value: torch.Tensor = program(None, **{f"source_{place}": one for place, one in enumerate(sources)}, run=run)[
+        "value"
+    ]
+    return value
+
+
 def run_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating point parameters: the one it was built for, else the first parameter's, as in
     transformers.

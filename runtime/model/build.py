@@ -1,4 +1,4 @@
-"""The module tree of an artifact's model, without weights."""
+"""Build the module tree of an artifact's model, without weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build_skeleton(artifact: ArtifactParts, dtype: torch.dtype | None) -> nn.Mod
     """Build the model with parameters on the meta device; buffers that are computed, not loaded, are real.
 
     Args:
-        artifact: names the class, and brings config.json.
-        dtype: of floating point parameters, None for the manifest's.
+        artifact: names the class and contains config.json.
+        dtype: of floating point parameters; None for the manifest's.
 
     Raises:
         ModelError: when the class does not exist on this host, or cannot be built from the config.
@@ -51,10 +51,10 @@ def build_skeleton(artifact: ArtifactParts, dtype: torch.dtype | None) -> nn.Mod
 
 
 def model_class(artifact: ArtifactParts) -> Any:
-    """The class of the artifact's model.
+    """Find the class of the artifact's model.
 
     Raises:
-        ArtifactError: when it names a class that is no model, or that is not part of transformers or its own code.
+        ArtifactError: when the class is not a model, or is part of neither transformers nor the model's own code.
         ModelError: when the class does not exist on this host.
     """
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def model_class(artifact: ArtifactParts) -> Any:
     if code is not None and module_name in code.modules:
         return code.find(module_name, class_name, PreTrainedModel)
     if module_name.split(".")[0] != "transformers":
-        raise ArtifactError(f"the model's class is {module_name}.{class_name}, which is not part of transformers")
+        raise ArtifactError(f"the model's class {module_name}.{class_name} is not part of transformers")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
@@ -79,27 +79,28 @@ def model_class(artifact: ArtifactParts) -> Any:
 
 
 def _require_shapes(model: nn.Module, manifest: Manifest) -> None:
-    """Whatever works with a weight's shape takes it from the manifest, and the modules follow from the config.
+    """Compare the shapes in the manifest with the modules, which follow from the config.
 
     Raises:
-        ArtifactError: where the two differ.
+        ArtifactError: when they differ.
     """
     found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, entry in manifest.parameters.items():
         if name not in found:
             raise ArtifactError(
-                f"the manifest lists {name!r}, and the model that config.json describes has no such tensor"
+                f"the manifest lists {name!r}, but the model of config.json has no such tensor",
+                hint="compile the model again",
             )
         shape = tuple(found[name].shape)
         if shape != tuple(entry.shape):
             raise ArtifactError(
-                f"the manifest states the shape {list(entry.shape)} for {name}, and config.json makes it {list(shape)}",
+                f"{name} has shape {list(entry.shape)} in the manifest, but {list(shape)} by config.json",
                 hint="compile the model again",
             )
 
 
 def _apply_dtypes(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
-    """Give parameters that keep a dtype of their own (float32 routers, for instance) that dtype."""
+    """Set the dtype of parameters that do not follow the run's (float32 routers, for instance)."""
     import torch
     from torch import nn
 

@@ -1,4 +1,4 @@
-"""What config.json says: the numbers that data must respect, and whether two of them describe one model."""
+"""Read config.json: limits on the data, and whether two files describe the same model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 _DEPTH_LIMIT = 24
 LIMITS = ("vocab_size", "max_position_embeddings")
-# What a run without training, sampling and cache does not look at, so that copies of one model may differ in it.
+# Entries without effect on a run without training, sampling and cache; copies of one model may differ in them.
 _WITHOUT_EFFECT = re.compile(
     r"_.*|.*_token_id|.*dropout.*|.*dropprob|initializer_.*|output_.*|use_cache|return_dict|router_aux_loss_coef"
     r"|id2label|label2id|problem_type|architectures|auto_map|(torch_)?dtype|transformers_version|quantization_config"
@@ -29,15 +29,15 @@ _WITHOUT_EFFECT = re.compile(
 
 
 def read_config(directory: Path, config_class: type | None = None, *, origin: Path | None = None) -> PretrainedConfig:
-    """The config of a directory, with its class's defaults where it says nothing.
+    """Read the config of a directory, with its class's defaults for missing entries.
 
     Args:
-        directory: holds a config.json.
-        config_class: of a model that brings its own code; None for one that transformers knows.
-        origin: what messages call the directory.
+        directory: contains a config.json.
+        config_class: of a model with its own code; None for one of transformers.
+        origin: the directory's name in messages.
 
     Raises:
-        ModelError: when it describes no such model.
+        ModelError: when it is not the config of such a model.
     """
     origin = origin or directory
     try:
@@ -47,18 +47,18 @@ def read_config(directory: Path, config_class: type | None = None, *, origin: Pa
     except Exception as error:  # transformers validates with many kinds of exceptions
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         whom = "transformers" if config_class is None else config_class.__name__
-        raise ModelError(f"{origin / 'config.json'} describes no model that {whom} knows: {why}") from error
+        raise ModelError(f"{origin / 'config.json'} is not a config that {whom} accepts: {why}") from error
     require_plain_attention(config, origin)
     return config
 
 
 def parse_config(path: Path, config_class: Any = None) -> PretrainedConfig:
-    """The config in a file or directory, by transformers' own classes or by `config_class`; its errors come through."""
-    with offline():  # a backbone would be asked for at the hub
+    """Parse a file or directory with transformers' classes or `config_class`, whose errors are not caught."""
+    with offline():  # a backbone would be requested from the hub
         if config_class is None:
             from transformers import AutoConfig
 
-            # Without `trust_remote_code=False` a config with code of its own would ask on the terminal, and run it.
+            # With the default of `trust_remote_code`, a config with its own code prompts on the terminal and runs it.
             found: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         else:
             found = config_class.from_pretrained(path, local_files_only=True)
@@ -66,20 +66,21 @@ def parse_config(path: Path, config_class: Any = None) -> PretrainedConfig:
 
 
 def require_plain_attention(config: PretrainedConfig, origin: Path) -> None:
-    """Refuse a config that asks for an attention or experts outside of torch; transformers would fetch a kernel from
-    the hub. Every config that it holds is looked at, also where its class does not count it among its parts.
+    """Reject a config with an attention or experts implementation outside of torch, also in nested configs:
+    transformers would fetch a kernel from the hub.
 
     Raises:
-        ModelError: naming what it asks for.
+        ModelError: naming the implementation.
     """
     for part in _configs(config, 0):
         wanted = str(getattr(part, "_attn_implementation", ""))
         if wanted not in ATTENTIONS:
-            raise ModelError(f"{origin} asks for the attention {wanted!r}", hint="eager and sdpa are offered")
+            raise ModelError(f"{origin} has the unsupported attention {wanted!r}", hint="use eager or sdpa")
         experts = getattr(part, "_experts_implementation", None)
         if not isinstance(experts, (str, type(None))) or experts not in _EXPERTS:
             raise ModelError(
-                f"{origin} asks for the experts {experts!r}", hint=f"{', '.join(map(str, _EXPERTS[1:]))} are offered"
+                f"{origin} has the unsupported experts implementation {experts!r}",
+                hint=f"use one of {', '.join(map(str, _EXPERTS[1:]))}",
             )
 
 
@@ -101,16 +102,16 @@ def _configs(value: Any, depth: int) -> Iterator[PretrainedConfig]:
 
 
 def artifact_config(artifact: ArtifactParts) -> PretrainedConfig:
-    """The config that an artifact was compiled from.
+    """Read the config that an artifact was compiled from.
 
     Raises:
-        ModelError: when it describes no model that this host knows.
+        ModelError: when it is not the config of a model on this host.
     """
     return read_config(artifact.companions_path, artifact.config_class, origin=artifact.path)
 
 
 def text_limits(artifact: ArtifactParts) -> tuple[int | None, int | None]:
-    """Size of the vocabulary and length of the longest sequence, None where the config does not state it."""
+    """Return vocabulary size and maximum sequence length; None if the config does not state it."""
     if artifact.manifest.is_portable:
         vocab_size, longest = (artifact.manifest.limits.get(name) for name in LIMITS)
         return vocab_size, longest
@@ -120,14 +121,14 @@ def text_limits(artifact: ArtifactParts) -> tuple[int | None, int | None]:
 
 
 def require_same_model(artifact: ArtifactParts, directory: Path) -> None:
-    """Refuse a checkpoint whose config is not the one that was compiled.
+    """Reject a checkpoint whose config differs from the compiled one.
 
-    Tensors of one shape can belong to models that compute differently: another base of the rotary embedding, another
-    epsilon. Then the subgraphs would run, and give something else than the checkpoint's own model.
+    Tensors of the same shape can belong to models that compute something else, with another rotary base or epsilon for
+    instance. The subgraphs would run without an error and give a different result.
 
     Args:
-        artifact: brings the config it was compiled from.
-        directory: the checkpoint's; a config.json in it may be missing.
+        artifact: contains the config it was compiled from.
+        directory: the checkpoint's; config.json may be missing.
 
     Raises:
         WeightsError: naming the first entry or file that differs.
@@ -135,7 +136,7 @@ def require_same_model(artifact: ArtifactParts, directory: Path) -> None:
     for name, data in artifact.model_code.files.items() if artifact.model_code is not None else ():
         if is_there(directory / name) and read_regular(directory / name) != data:
             raise WeightsError(
-                f"{directory / name} is other code than the artifact was compiled with",
+                f"{directory / name} differs from the code that the artifact was compiled with",
                 hint="compile the model of this checkpoint",
             )
     if not is_there(directory / "config.json"):
@@ -145,10 +146,10 @@ def require_same_model(artifact: ArtifactParts, directory: Path) -> None:
     if next(_differences(stated[0], stated[1], is_strict=True), None) is None:
         return
     if artifact.manifest.is_portable and artifact.model_code is not None:
-        compiled, found = stated  # the classes that know more are the model's own code
+        compiled, found = stated  # the config class is part of the model's own code
     else:
         kinds = [table.get("model_type") for table in stated]
-        if None not in kinds and kinds[0] != kinds[1]:  # its own code may have to tell what the rest means
+        if None not in kinds and kinds[0] != kinds[1]:  # the rest may need the model's own code
             raise _another(directory, "model_type", *kinds)
         compiled, found = (read_config(path, artifact.config_class).to_dict() | _stated_type(path) for path in paths)
     for name, expected, got in _differences(compiled, found):
@@ -163,19 +164,19 @@ def _another(directory: Path, name: str, expected: Any, got: Any) -> WeightsErro
 
 
 def _stated(directory: Path) -> dict[str, Any]:
-    """What config.json itself says."""
+    """Parse config.json without defaults."""
     path = directory / "config.json"
     try:
         table = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(table, dict):
-        raise ModelError(f"{path} holds no model config")
+        raise ModelError(f"{path} must be a JSON object")
     return table
 
 
 def _stated_type(directory: Path) -> dict[str, Any]:
-    """The model type that the file itself states: a config class that is given does not look at it."""
+    """Return the model type stated in the file, which a given config class ignores."""
     stated = _stated(directory).get("model_type")
     return {"model_type": stated} if stated is not None else {}
 
@@ -183,7 +184,7 @@ def _stated_type(directory: Path) -> dict[str, Any]:
 def _differences(
     one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "", *, is_strict: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Entries that differ; with `is_strict` also those that only one of the two has."""
+    """Yield entries that differ; with `is_strict` also those that only one of the two has."""
     for name in dict.fromkeys((*one, *other)):
         is_missing = name not in one or name not in other
         if _WITHOUT_EFFECT.fullmatch(name) or (is_missing and not is_strict):

@@ -1,8 +1,8 @@
-"""A mixture's experts that calculate all at once: each gets all tokens, those that are not for it as zeros.
+"""The experts of a mixture that are computed at once: each gets all tokens, with zeros for those of other experts.
 
-Llama 4 multiplies a token by its expert's score before the expert sees it, and by zero for all others. Its code is one
-product of stacks with stacks, and so is the program of this leaf. With experts apart the stack is joined for the time
-of that product, so that the result is the same to the bit.
+Llama 4 multiplies a token by its expert's score before the expert, and by zero for all others. Its code multiplies
+stacks by stacks, and so does the program of this module. Split experts are joined for that product, so the result is
+the same to the bit.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ STACKED_PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.matmul.default)
 
 
 class DenseExperts(Mixture):
-    """Experts that are handed all tokens, one expert's after the other's: [E * T, H].
+    """Experts that all get all tokens, expert by expert: [E * T, H].
 
-    While `sees_all`, hooks of an expert's modules see, for each token, the sum of what experts are handed of it: where
-    one expert is chosen, what that expert gets.
+    While `sees_all`, hooks of an expert's modules see for each token the sum of what all experts get: with one expert
+    for each token, what that expert gets.
     """
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Send all tokens through all experts.
+        """Compute all experts for all tokens.
 
         Args:
             args: hidden states [E * T, H].
-            kwargs: the same by the name that the model's code has for them.
+            kwargs: the same by their name in the model's code.
 
         Returns:
-            What each expert makes of each token, [E * T, H].
+            The result of each expert for each token, [E * T, H].
         """
         (hidden,) = (*args, *kwargs.values())
         modules = {expert: self.watched(expert) for expert in range(self.num_experts)} if self.stacks else {}
         if not any(modules.values()):
-            return self._calculated(hidden)
+            return self._compute(hidden)
         hidden_ETH = hidden.view(self.num_experts, -1, hidden.shape[-1])
         if self.sees_all:
             sum_TH = hidden_ETH.sum(0)
             with _HookedDense(self, modules, [None] * self.num_experts, sum_TH):
-                self._calculated(sum_TH.repeat(self.num_experts, 1))
-            return self._calculated(hidden)
-        with _HookedDense(self, modules, [_sent(own_TH) for own_TH in hidden_ETH], None):
-            return self._calculated(hidden)
+                self._compute(sum_TH.repeat(self.num_experts, 1))
+            return self._compute(hidden)
+        with _HookedDense(self, modules, [_routed(own_TH) for own_TH in hidden_ETH], None):
+            return self._compute(hidden)
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter; one that is apart is put together."""
+        """Return a parameter; one that was split is joined."""
         if target not in self.stacks:
             return super().get_parameter(target)
         joined: Any = torch.stack([self.own(target, expert) for expert in range(self.num_experts)])
         self.__dict__.setdefault("joined", {})[storage(joined)] = target
         return joined  # type: ignore[no-any-return]
 
-    def _calculated(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
         program: Program | Any = self.program
         run = Run(device=hidden.device, dtype=hidden.dtype)
         try:
@@ -73,8 +73,8 @@ class DenseExperts(Mixture):
         return output
 
 
-def _sent(hidden_TH: torch.Tensor) -> torch.Tensor | None:
-    """Indices of the tokens that are for an expert; None for all, where there are no values to look at."""
+def _routed(hidden_TH: torch.Tensor) -> torch.Tensor | None:
+    """Return the indices of the tokens that are routed to an expert; None for all if the tensor has no values."""
     return None if hidden_TH.is_meta else hidden_TH.any(dim=-1).nonzero().flatten()
 
 
@@ -82,10 +82,10 @@ class _HookedDense(TorchFunctionMode):
     """Run forward pre-hooks of experts' modules for products with their stacks.
 
     Args:
-        experts: whose program runs.
-        modules: for each expert, by the name of a stack, the modules whose hooks are run.
-        tokens: for each expert which of the batch's tokens are its own; None for all.
-        shared: what all experts' first matrices are multiplied with, if that is one tensor.
+        experts: the module whose program runs.
+        modules: the modules whose hooks run, by expert and stack.
+        tokens: for each expert the indices of its tokens; None for all.
+        shared: the tensor that the first matrices of all experts multiply, if it is the same.
     """
 
     def __init__(

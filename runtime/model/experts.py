@@ -1,9 +1,8 @@
-"""A mixture's experts, as a leaf of the host's own: which token goes where is the same for all; what one expert does is
-a program of the artifact.
+"""The experts of a mixture as a module of the host: it routes tokens, and a program of the artifact computes an expert.
 
-Their weights are stacked, as the model has them, or apart (`runtime.experts.split`): then each expert's matrices are
-Linear modules of their own, that can be measured, quantized and hooked like any others. What is calculated is the
-same to the bit, for the program gets the same matrices.
+The weights are stacked, as in the model, or split (`runtime.experts.split`): then each expert's matrices are Linear
+modules that can be measured, quantized and hooked like any others. The result is the same to the bit, because the
+program gets the same matrices.
 """
 
 from __future__ import annotations
@@ -18,59 +17,72 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from runtime.artifact.expert_tables import stack_shape
 from runtime.errors import ArtifactError
 from runtime.language.program import Run
 
 if TYPE_CHECKING:
+    from runtime.artifact.manifest import ExpertStack
     from runtime.language.program import Program
 
 
-# What the matrices of an expert are called where a checkpoint has no names for them: the first ones, and the last.
-FIRST, LAST = ("gate_proj", "up_proj"), "down_proj"
-# Under this key a module says which of a batch's tokens it is called with: indices [N], while it is called.
+# While a module is called, this attribute has the indices [N] of the batch's tokens that it is called with.
 ROWS = "rows"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """How a stacked parameter is made of its experts' own.
+    """The composition of a stacked parameter from single experts' parameters.
 
     Attributes:
-        parts: for each expert the parameters that make its matrix, by their names below the experts' module.
-        axis: along which those of one expert are joined.
-        is_transposed: whether each is turned around before.
-        is_interleaved: whether their columns (or rows) take turns, and do not follow one after the other.
+        parts: for each expert the names of its parameters within the mixture, in the order in which they are joined.
+        axis: along which they are joined.
+        is_transposed: whether each is transposed before.
+        is_interleaved: whether their rows (or columns) alternate instead of following one another.
+        input: the tensor that they multiply; 0 is the expert's own input.
     """
 
     parts: tuple[tuple[str, ...], ...]
     axis: int
     is_transposed: bool
     is_interleaved: bool = False
+    input: int = 0
+
+    @classmethod
+    def of(cls, entry: ExpertStack, numbers: Sequence[int]) -> Stack:
+        """Return the composition stated in the manifest, for experts with these numbers."""
+        return cls(
+            parts=tuple(tuple(f"{number}.{part}" for part in entry.parts) for number in numbers),
+            axis=entry.axis,
+            is_transposed=entry.is_transposed,
+            is_interleaved=entry.is_interleaved,
+            input=entry.input,
+        )
 
     def modules(self, expert: int) -> tuple[str, ...]:
-        """The modules that hold an expert's parts, each once, by their names below the experts' module."""
+        """Return the names within the mixture of the modules that own an expert's parts, each once."""
         return tuple(dict.fromkeys(owner_of(part) for part in self.parts[expert]))
 
     @property
     def is_of_biases(self) -> bool:
-        """Whether it is what is added, not what is multiplied."""
+        """Whether the parameter is a bias."""
         return all(part.endswith(".bias") for part in self.parts[0])
 
     def part_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of one part of a stacked parameter of this shape, [E, ...]."""
+        """Return the shape of one part of a stacked parameter of this shape, [E, ...]."""
         own = list(shape[1:])
         own[self.axis] //= len(self.parts[0])
         return tuple(reversed(own)) if self.is_transposed else tuple(own)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """An expert's own part of the stacked parameter, from tensors as they lie in its modules."""
-        turned = [part.T for part in parts] if self.is_transposed else list(parts)
+        """Join an expert's slice of the stacked parameter from its modules' tensors."""
+        joined = [part.T for part in parts] if self.is_transposed else list(parts)
         if self.is_interleaved:
-            return torch.stack(turned, self.axis + 1).flatten(self.axis, self.axis + 1)
-        return torch.cat(turned, self.axis) if len(turned) > 1 or self.is_transposed else turned[0]
+            return torch.stack(joined, self.axis + 1).flatten(self.axis, self.axis + 1)
+        return torch.cat(joined, self.axis) if len(joined) > 1 or self.is_transposed else joined[0]
 
     def take(self, own: torch.Tensor, place: int) -> torch.Tensor:
-        """The reverse: one part, number `place`, of what an expert has in the stack."""
+        """Return part number `place` of an expert's slice; the reverse of `join`."""
         count = len(self.parts[0])
         if self.is_interleaved:
             part = own[:, place::count] if self.axis else own[place::count]
@@ -80,62 +92,47 @@ class Stack:
 
 
 def owner_of(part: str) -> str:
-    """The module that holds a parameter."""
+    """Return the name of the module that owns a parameter."""
     return part.rpartition(".")[0]
 
 
-def stack_shape(shape: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """The shape that a flat parameter [E * R, ...] has with an axis for experts: [E, R, ...]."""
-    return (num_experts, shape[0] // num_experts, *shape[1:])
+class Branch(nn.Module):
+    """A module that only contains others; its computation is in the artifact's code."""
 
 
-def branch(module: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The module of these names below another one; those that are not there are made."""
-    for name in names:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        module = module.get_submodule(name)
+def branch(root: nn.Module, name: str) -> nn.Module:
+    """Return the module of this dotted name, and create it if it is missing."""
+    module = root
+    for part in name.split(".") if name else ():
+        if part not in module._modules:
+            module.add_module(part, Branch())
+        module = module.get_submodule(part)
     return module
 
 
-def input_positions(stacks: Mapping[str, Stack]) -> dict[str, int]:
-    """For each stack, which of the inputs of an expert it is multiplied with: gates and what they open have one, where
-    these are stacks of their own.
-    """
-    found: dict[str, int] = {}
-    first: int | None = None
-    for position, (name, stack) in enumerate(stacks.items()):
-        found[name] = position
-        if {owner_of(part).rpartition(".")[2] for part in stack.parts[0]} <= set(FIRST):
-            first = position if first is None else first
-            found[name] = first
-    return found
-
-
 def input_place(position: int, expert: int, *, all_tokens: bool) -> int:
-    """Which of the inputs of a stack an expert is called with; those of one place are one tensor.
-
-    What the first matrix is multiplied with is the layer's input: called with all tokens, it is one for all experts.
+    """Return a number that is equal for experts with the same input tensor: called with all tokens, experts share the
+    layer's input.
 
     Args:
-        position: of the input among those of its module, see `input_positions`.
-        expert: its number.
-        all_tokens: whether experts are called with all tokens, or with those that are sent to them.
+        position: `Stack.input`.
+        expert: its index.
+        all_tokens: whether experts are called with all tokens instead of those that are routed to them.
     """
     return 0 if all_tokens and position == 0 else expert
 
 
 class Mixture(nn.Module):
-    """Experts whose weights are stacked: the first axis of each is the expert.
+    """Experts whose weights are stacked, with the expert as the first axis.
 
     Args:
-        num_experts: how many there are, E.
-        stacked: names of the parameters of which each expert has its own part.
-        flat: those of them whose rows are one axis for all experts: [E * R, ...], not [E, R, ...].
+        num_experts: number of experts with weights, E.
+        stacked: names of the stacked parameters.
+        flat: those of them without an axis for experts: [E * R, ...], not [E, R, ...].
 
     Attributes:
-        num_identity: how many there are besides that hand on their tokens.
-        stacks: how these are made, where experts are apart.
+        num_identity: number of further experts, which return their tokens.
+        stacks: the composition of stacked parameters that have been split.
         sees_all: whether hooks of experts' modules see all tokens.
     """
 
@@ -150,32 +147,30 @@ class Mixture(nn.Module):
         self.__dict__["program"] = None
 
     def split(self, stacks: Mapping[str, Stack], modules: Mapping[str, nn.Linear]) -> None:
-        """Take the parameters of single experts in the place of stacked ones.
+        """Replace stacked parameters by modules of single experts.
 
         Args:
-            stacks: by the names of the stacked parameters, which are dropped.
-            modules: the new modules, by their names below this one.
+            stacks: the composition of each stacked parameter, by its name.
+            modules: the new modules, by their names within this one.
         """
         for name in stacks:
             owner, _, own = name.rpartition(".")
             del self.get_submodule(owner)._parameters[own]
         self.stacks = dict(stacks)
         for name, module in modules.items():
-            *branches, own = name.split(".")
-            branch(self, branches).add_module(own, module)
+            owner, _, own = name.rpartition(".")
+            branch(self, owner).add_module(own, module)
 
     def own(self, name: str, expert: int) -> torch.Tensor:
-        """An expert's own part of a stacked parameter, laid out as it is in the stack."""
-        if name not in self.stacks:
-            stacked = self.get_parameter(name)
-            return (stacked.view(stack_shape(stacked.shape, self.num_experts)) if name in self.flat else stacked)[
-                expert
-            ]
-        stack = self.stacks[name]
-        return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
+        """Return an expert's slice of a stacked parameter."""
+        if name in self.stacks:
+            stack = self.stacks[name]
+            return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
+        whole = self.get_parameter(name)
+        return (whole.view(stack_shape(whole.shape, self.num_experts)) if name in self.flat else whole)[expert]
 
     def watched(self, expert: int) -> dict[str, list[nn.Module]]:
-        """By the name of a stack, an expert's modules of which any has hooks."""
+        """Return an expert's modules by stack, for the stacks with a hooked module."""
         modules = {
             name: [self.get_submodule(owner) for owner in stack.modules(expert)]
             for name, stack in self.stacks.items()
@@ -185,16 +180,16 @@ class Mixture(nn.Module):
 
 
 class Experts(Mixture):
-    """Experts that get the tokens which are sent to them, one expert after the other.
+    """Experts that are called one after the other with the tokens that are routed to them.
 
     Args:
-        num_experts: how many there are, E.
-        stacked: names of the parameters of which each expert gets its own part.
-        inputs: what the model's code calls the three inputs.
-        accumulator: the dtype in which results of several experts are summed: `hidden`, `weights` or `float32`.
+        num_experts: see `Mixture`.
+        stacked: see `Mixture`.
+        inputs: the names of the three inputs in the model's code.
+        accumulator: the dtype in which the results of experts are summed: `hidden`, `weights` or `float32`.
         is_column: whether an expert gets its routing weights as a column [N, 1] or as a vector [N].
-        num_identity: how many there are besides, numbered after the others, that hand on their tokens, times weights.
-        num_dims: of the hidden states and of what is returned: 2, or 3 with the tokens in two axes.
+        num_identity: number of experts, numbered after the others, that return their tokens times the routing weights.
+        num_dims: dimensions of the hidden states and the result: 2, or 3 with tokens in two axes.
         flat: see `Mixture`.
     """
 
@@ -218,15 +213,15 @@ class Experts(Mixture):
         self.num_dims = num_dims
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Send tokens through their experts.
+        """Route tokens to their experts.
 
         Args:
-            args: hidden states [T, H], indices of each token's experts [T, K] (the number after the last one means
-                none), and their weights [T, K].
-            kwargs: the same by the names that the model's code has for them.
+            args: hidden states [T, H], the indices of each token's experts [T, K] (one after the last means none), and
+                their weights [T, K].
+            kwargs: the same by their names in the model's code.
 
         Returns:
-            Sums over each token's experts, in shape and dtype of the hidden states.
+            Sums over each token's experts, in the shape and dtype of the hidden states.
         """
         hidden, index_TK, weight_TK = self.values(*args, **kwargs)
         hidden_TH = self.rows(hidden)
@@ -237,7 +232,7 @@ class Experts(Mixture):
         if self.sees_all:
             first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
             for expert in range(self.num_experts):
-                if self.watched(expert):  # nothing else comes of it
+                if self.watched(expert):  # the result is not used
                     self._expert(expert, hidden_TH, first_TK)
         for expert in used:
             if expert == num_all:
@@ -252,13 +247,16 @@ class Experts(Mixture):
         return sum_TH.to(hidden_TH.dtype).view(hidden.shape)
 
     def values(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> list[torch.Tensor]:
-        """The inputs in order."""
+        """Return the inputs in order."""
         return [*args, *(kwargs[name] for name in self.inputs[len(args) :])]
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states, a row for each token."""
+        """Return hidden states with a row for each token."""
         if hidden.dim() != self.num_dims:
-            raise ArtifactError(f"experts get hidden states of {hidden.dim()} dimensions, and take {self.num_dims}")
+            raise ArtifactError(
+                f"hidden states of experts must have {self.num_dims} dimensions, got {hidden.dim()}",
+                hint="compile the model again",
+            )
         return hidden.reshape(-1, hidden.shape[-1]) if self.num_dims > 2 else hidden
 
     def _expert(
@@ -270,7 +268,7 @@ class Experts(Mixture):
         *,
         is_hooked: bool = True,
     ) -> torch.Tensor:
-        """What one expert makes of its tokens, [N, H]; `tokens` are their indices, None for all in order."""
+        """Compute one expert, [N, H]; `tokens` are the indices of its tokens, None for all in order."""
         own = [self.own(name, expert) for name in self.stacked]
         run = Run(device=hidden_NH.device, dtype=own[0].dtype)
         program: Program | Any = self.program
@@ -281,7 +279,7 @@ class Experts(Mixture):
     def _hooked(
         self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[Any]:
-        """Have the hooks of an expert's modules see what is multiplied by their weights."""
+        """Run the hooks of an expert's modules on the tensors that their weights multiply."""
         watched = self.watched(expert)
         matrices = {name: tensor for name, tensor in zip(self.stacked, own, strict=True) if tensor.dim() > 1}
         found = {storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
@@ -293,8 +291,8 @@ class Experts(Mixture):
 
 @contextlib.contextmanager
 def all_tokens_seen(model: nn.Module) -> Iterator[None]:
-    """While the block runs, hooks of experts' modules see all tokens, not only those that are sent to their expert. The
-    layer's output stays what it was: the sum over the experts that are chosen.
+    """Let hooks of experts' modules see all tokens instead of those that are routed to their expert. The layer's output
+    does not change.
     """
     experts = [module for module in model.modules() if isinstance(module, Mixture)]
     for module in experts:
@@ -310,8 +308,8 @@ class _Hooked(TorchFunctionMode):
     """Run forward pre-hooks of Linear modules for products with their weights.
 
     Args:
-        modules: by the storage of a matrix, the modules that it is made of.
-        tokens: which of the batch's tokens those are, see `ROWS`.
+        modules: the modules that a matrix is joined from, by its storage.
+        tokens: the indices of the batch's tokens that are multiplied, see `ROWS`.
     """
 
     def __init__(self, modules: Mapping[int, Sequence[nn.Module]], tokens: torch.Tensor | None) -> None:
@@ -330,7 +328,7 @@ class _Hooked(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# Products of states with a matrix, and where in their arguments the states are; the matrix comes next.
+# Products of states with a matrix, and the position of the states in their arguments; the matrix follows.
 PRODUCTS: dict[Any, int] = {
     torch.ops.aten.linear.default: 0,
     torch.ops.aten.matmul.default: 0,
@@ -340,13 +338,13 @@ PRODUCTS: dict[Any, int] = {
 
 
 def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    """Show the modules of a matrix what is multiplied by it, and return that after the pre-hooks of the first: they see
-    one input, so what its hooks make of it holds for all.
+    """Run the pre-hooks of a matrix's modules, and return the states as those of the first module change them: all get
+    the same input.
 
     Args:
-        modules: that the matrix is made of.
-        states: what is multiplied.
-        tokens: which of the batch's tokens those are, see `ROWS`.
+        modules: the modules that the matrix is joined from.
+        states: the tensor that it multiplies.
+        tokens: the indices of the batch's tokens in it, see `ROWS`.
     """
     values = states
     for number, module in enumerate(modules):
@@ -358,7 +356,7 @@ def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torc
 
 
 def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The first argument that a module would be called with, after its pre-hooks."""
+    """Return the first argument of a module after its pre-hooks."""
     args: Any = (states,)
     for number, hook in module._forward_pre_hooks.items():
         if number in module._forward_pre_hooks_with_kwargs:
@@ -372,5 +370,5 @@ def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor from that of others; views of one have one."""
+    """Identify the memory of a tensor; its views share it."""
     return int(tensor.untyped_storage()._cdata)

@@ -1,7 +1,7 @@
-"""Modules that the host builds by itself: what the code of a portable artifact calls.
+"""Leaves: the modules that the code of a portable artifact calls, built by the host itself.
 
-A leaf is one of torch's own classes (or transformers' `Conv1D`) and a few options; the shapes are those of its
-parameters. Exactly these classes: one that inherits from them may calculate something else.
+A leaf is a class of torch (or transformers' `Conv1D`) with a few options; shapes follow from its parameters. Subclasses
+are not leaves, because they may compute something else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def leaf_kind(module: nn.Module) -> LeafKind | None:
-    """The kind of leaf that does what this module does, or None if there is none."""
+    """Return the kind of leaf with the computation of this module, or None if there is none."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +36,7 @@ def leaf_kind(module: nn.Module) -> LeafKind | None:
     if kind is Conv1D:
         return LeafKind(kind="Conv1D")
     if kind is nn.Embedding:
-        has_norm = module.max_norm is not None  # rows are scaled where they lie when they are looked up
+        has_norm = module.max_norm is not None  # looking up a row rescales it in place
         return None if has_norm else LeafKind(kind="Embedding")
     if kind.__name__ in _CONVOLUTIONS and kind is getattr(nn, kind.__name__):
         return LeafKind(
@@ -50,16 +50,16 @@ def _items(value: Any) -> Shape:
 
 
 def build_leaf(leaf: LeafKind, name: str, shapes: Mapping[str, Sequence[int]], program: Program | None) -> nn.Module:
-    """A module without memory for its weights.
+    """Build a module without memory for its weights.
 
     Args:
         leaf: its kind and options.
         name: its dotted name, for messages.
-        shapes: of its parameters, by their own names: `weight` [O, I], for instance, and `bias` [O] if it has one.
-        program: what it calculates, where that is not what its kind does.
+        shapes: the shapes of its parameters: `weight` [O, I], for instance, and `bias` [O] if it has one.
+        program: its computation, if that differs from its kind's.
 
     Raises:
-        ArtifactError: when options and shapes do not make a module of this kind.
+        ArtifactError: when options and shapes do not fit this kind.
     """
     import torch
 
@@ -70,7 +70,7 @@ def build_leaf(leaf: LeafKind, name: str, shapes: Mapping[str, Sequence[int]], p
         raise ArtifactError(f"the artifact describes {name} as a {leaf.kind} that cannot be built: {error}") from error
     found = {own: tuple(parameter.shape) for own, parameter in module.named_parameters()}
     if found != {own: tuple(shape) for own, shape in shapes.items()}:
-        raise ArtifactError(f"the artifact's parameters of {name} are not those of a {leaf.kind}")
+        raise ArtifactError(f"the parameters of {name} do not fit a {leaf.kind}", hint="compile the model again")
     if leaf.kind in MIXTURES:
         module.__dict__["program"] = program
     elif program is not None:
@@ -124,7 +124,7 @@ def _require_stacks(
     num_identity: int = 0,
     flat: Sequence[str] = (),
 ) -> None:
-    """Refuse parameters that do not hold a part for each expert; what there is for those without weights is unused."""
+    """Reject parameters without a slice for each expert; those for experts without weights are not used."""
     counts = (num_experts, num_experts + num_identity)
     are_stacked = (
         shapes[name][0] % num_experts == 0 if name in flat else shapes[name][0] in counts for name in stacked
@@ -140,14 +140,14 @@ def _with_parameters(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
     from runtime.model.experts import branch
 
     for name, shape in shapes.items():
-        *branches, own = name.split(".")
+        owner, _, own = name.rpartition(".")
         parameter = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
-        branch(module, branches).register_parameter(own, parameter)
+        branch(module, owner).register_parameter(own, parameter)
     return module
 
 
 def _programmed(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class that is `kind` to everybody who asks, and calculates what its `program` says."""
+    """Return a subclass of `kind` that runs the module's program."""
     from runtime.language.program import Run
 
     def forward(self: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
@@ -203,9 +203,9 @@ def _convolution(leaf: LeafKind, weight: Sequence[int], has_bias: bool) -> nn.Mo
 
 
 def _uninitialized(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
-    """A module of torch's, without drawing numbers for its weights.
+    """Create a module of torch without initializing its weights.
 
-    On the meta device that would change nothing, take most of the time, and import torch's whole compiler.
+    On the meta device initialization has no effect, takes most of the time, and imports torch's compiler.
     """
     module: nn.Module = type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})(*args, **options)
     module.__class__ = kind

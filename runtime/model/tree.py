@@ -1,6 +1,4 @@
-"""The module tree of a portable artifact, built from its tables: leaves, parameters and computed tensors by their
-names, and nothing in between but names.
-"""
+"""Build the module tree of a portable artifact from its tables: leaves, parameters and computed tensors by name."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime.errors import ArtifactError
+from runtime.model.experts import Branch, branch
 from runtime.model.leaves import build_leaf
 
 if TYPE_CHECKING:
@@ -18,31 +17,21 @@ if TYPE_CHECKING:
     from runtime.artifact.parts import ArtifactParts
 
 
-class Branch(nn.Module):
-    """A module that only holds others: what it calculated in the model is in the artifact's code."""
-
-
 def build_tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
     """Build the tree with parameters on the meta device; tensors that are computed, not loaded, are real.
 
     Args:
         artifact: a portable one.
-        dtype: of the parameters that follow the run's.
+        dtype: of the parameters that follow the run's dtype.
 
     Raises:
         ArtifactError: when the tables contradict each other.
     """
     try:
         return _tree(artifact, dtype)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-    ) as error:
-        reason = " ".join(str(error).split())  # torch refuses names and shapes in many ways
-        raise ArtifactError(f"the tables of {artifact.path} make no module tree: {reason}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())  # torch rejects names and shapes in many ways
+        raise ArtifactError(f"cannot build a module tree from the tables of {artifact.path}: {reason}") from error
 
 
 def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
@@ -61,9 +50,10 @@ def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
         shapes = {own: entry.shape for own, entry in owned.get(name, {}).items()}
         shapes |= {own: manifest.parameters[f"{name}.{own}"].shape for own in inner}
         program = artifact.leaf_programs[kind.program] if kind.program else None
-        _attach(root, name, build_leaf(kind, name, shapes, program))
+        owner, _, own = name.rpartition(".")
+        branch(root, owner).add_module(own, build_leaf(kind, name, shapes, program))
     for owner, entries in owned.items():
-        module = _branch(root, owner)
+        module = branch(root, owner)
         for own, entry in entries.items():
             module._parameters.pop(own, None)
             if entry.is_buffer:
@@ -73,7 +63,7 @@ def _tree(artifact: ArtifactParts, dtype: torch.dtype) -> nn.Module:
     for name, buffer in manifest.buffers.items():
         owner, _, own = name.rpartition(".")
         value = artifact.constants[_constant(buffer.constants, dtype, name)]
-        _branch(root, owner).register_buffer(own, value, persistent=False)
+        branch(root, owner).register_buffer(own, value, persistent=False)
     return root.eval()
 
 
@@ -85,20 +75,5 @@ def _empty(entry: ParameterEntry, dtype: torch.dtype) -> torch.Tensor:
 def _constant(constants: Mapping[str, str], dtype: torch.dtype, name: str) -> str:
     found = constants.get("") or constants.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ArtifactError(f"the artifact has no values of {name} for {dtype}", hint="run it in another dtype")
+        raise ArtifactError(f"the artifact has no values of {name} for {dtype}", hint="use another dtype")
     return found
-
-
-def _branch(root: nn.Module, name: str) -> nn.Module:
-    """The module of this dotted name, made if there is none yet."""
-    module = root
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, Branch())
-        module = module.get_submodule(part)
-    return module
-
-
-def _attach(root: nn.Module, name: str, leaf: nn.Module) -> None:
-    owner, _, own = name.rpartition(".")
-    _branch(root, owner).add_module(own, leaf)

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# No table that a model calculates is as large; fused experts are.
+# Larger than any table that a model computes; fused experts exceed it.
 _LARGE_ELEMENTS = 2**24
-# From here on, zeros are pages of their own: nothing is held for those that nobody writes to, and what is freed goes
-# back at once. From the heap, the routers of sixty layers would come to hundreds of megabytes of holes.
+# Larger zeros are separate pages: those that are not written take no memory, and freed ones are returned at once. On
+# the heap, the routers of sixty layers would leave hundreds of megabytes of holes.
 _PAGED_ELEMENTS = 2**18
 
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Parameters go to the meta device, buffers are real: they are calculated, not loaded.
+    """Create parameters on the meta device; buffers are real, because they are computed, not loaded.
 
-    accelerate moves a parameter there when it is registered, by then it has been made once: the experts of one layer
-    may be 40 GB. So large tensors without content of their own are made on the meta device in the first place.
+    accelerate moves a parameter to the meta device when it is registered, after it has been created: the experts of one
+    layer may have 40 GB. So large tensors without content are created on the meta device in the first place.
     """
     import torch
     from accelerate import init_empty_weights
@@ -39,7 +39,7 @@ def without_weights() -> Iterator[None]:
         ) -> Any:
             kwargs = kwargs or {}
             if func in randomizers and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-                return args[0]  # which is all that happens, but torch takes its time for it
+                return args[0]  # as torch does, but slowly
             if func in makers and kwargs.get("out") is None:
                 shape_only: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
                 if shape_only.numel() > _LARGE_ELEMENTS:
@@ -55,14 +55,14 @@ def without_weights() -> Iterator[None]:
 
 
 def from_config(cls: Any, config: Any, *, dtype: torch.dtype, attention: str | None) -> Any:
-    """A model of a class of transformers.
+    """Build a model of a class of transformers.
 
     Args:
         cls: the class.
         config: its config.
         dtype: of the weights.
-        attention: `eager` or `sdpa`, None for what transformers takes by itself. Parts that have no such attention keep
-            theirs, as they do when transformers chooses it.
+        attention: `eager` or `sdpa`; None for transformers' own choice. Parts without such an attention keep theirs, as
+            they do when transformers chooses.
     """
     try:
         return cls._from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
@@ -76,8 +76,8 @@ def from_config(cls: Any, config: Any, *, dtype: torch.dtype, attention: str | N
 
 
 def calculate_buffers(model: nn.Module) -> None:
-    """Calculate the buffers that no checkpoint holds once more, as loading a checkpoint does: a constructor runs in the
-    dtype of the weights, and numbers that are rounded on the way differ then.
+    """Recompute the buffers that no checkpoint has, as loading a checkpoint does: the constructor ran in the dtype of
+    the weights, which rounds intermediate values.
     """
     import torch
     from transformers import PreTrainedModel
@@ -95,7 +95,7 @@ def calculate_buffers(model: nn.Module) -> None:
 
 
 def _with_owners(module: nn.Module, owner: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """All modules, each with the model of transformers that it belongs to, which knows how to initialize it."""
+    """Yield all modules, each with the model of transformers that contains it and can initialize it."""
     from transformers import PreTrainedModel
 
     owner = module if isinstance(module, PreTrainedModel) else owner
@@ -106,7 +106,7 @@ def _with_owners(module: nn.Module, owner: nn.Module | None) -> Iterator[tuple[n
 
 @contextlib.contextmanager
 def _nothing_to_initialize() -> Iterator[None]:
-    """Do not ask transformers to initialize modules that hold nothing but parameters on the meta device."""
+    """Skip transformers' initialization of modules with nothing but parameters on the meta device."""
     from transformers import PreTrainedModel
 
     cls: Any = PreTrainedModel

@@ -30,7 +30,6 @@ from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.values import ShapeValues
 from runtime.planning.workload import Workload
 from runtime.quantize.statistics import Needs
-from runtime.weights.row_lookups import lookup_tables
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact, LoadedSubgraph
@@ -267,7 +266,7 @@ class _Planner:
         """The tables that the checkpoint has in the dtype of the run, as far as its size tells, and that nobody loads
         as a whole under another name.
         """
-        tables = lookup_tables(self.artifact)
+        tables = self.artifact.manifest.lookups
         loaded = (name for part in self.artifact.subgraphs[: self.last_measured + 1] for name in part.entry.parameters)
         whole = {self.parameters[name].tied_to or name for name in loaded if name not in tables}
         used = {name: parameter_bytes(self.parameters, [name], self.work.dtype) for name in tables}

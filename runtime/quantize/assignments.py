@@ -1,7 +1,4 @@
-"""What a recipe comes to for one model: which module gets which scheme, and whether that can be done.
-
-Whatever could go wrong when a module's turn comes is looked for here, before anything runs.
-"""
+"""Assign a scheme to each module of a model, and reject before the run what could not be quantized."""
 
 from __future__ import annotations
 
@@ -23,26 +20,20 @@ if TYPE_CHECKING:
 def assign_jobs(
     artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe
 ) -> tuple[dict[str, Assignment], list[str]]:
-    """Decide what is done to each module.
-
-    Args:
-        artifact: says which modules its subgraphs use.
-        model: its module tree; weights are not looked at.
-        source: the checkpoint; None to plan without one, by what the artifact knows of it.
-        recipe: says what is wanted.
+    """Assign a scheme to each module; without a checkpoint (`source`), from the manifest.
 
     Returns:
-        Jobs by module name, and the names of modules that the recipe targets and no subgraph uses.
+        Assignments by module name, and the names of modules that the recipe targets and no subgraph uses.
 
     Raises:
-        RecipeError: naming the module that cannot be quantized as asked, and why.
+        RecipeError: naming the module that cannot be quantized, and the reason.
     """
     wanted, compiled = recipe.sequential_targets, artifact.manifest.target_patterns
     if wanted and sorted(wanted) != sorted(compiled):
         raise RecipeError(
-            f"{recipe.source} asks for the sequential targets {', '.join(wanted)}, "
-            f"and the artifact was cut at {', '.join(compiled)}",
-            hint="compile with --targets, or leave sequential_targets out",
+            f"{recipe.source} has the sequential targets {', '.join(wanted)}, "
+            f"but the artifact was compiled with {', '.join(compiled)}",
+            hint="compile with --targets, or remove sequential_targets",
         )
     try:
         assigned = recipe.assign(targeted_modules(model, artifact.manifest, recipe))
@@ -52,11 +43,11 @@ def assign_jobs(
             raise
         raise RecipeError(
             f"{error.message}; {len(kept)} modules of this model are Conv1D, which cannot be quantized: readers "
-            "of the checkpoint load quantized weights of Linear modules alone",
-            hint=error.hint or "take a model whose layers are Linear modules",
+            "only load quantized weights of Linear modules",
+            hint=error.hint or "use a model whose layers are Linear modules",
         ) from error
     require_attention(model, artifact.manifest, recipe)
-    if not assigned:  # all that is quantized is the cache
+    if not assigned:  # the recipe quantizes only the cache
         return {}, []
     jobs, unreached = _split_reached(artifact, model, recipe, assigned)
     _require_possible(artifact, model, source, recipe, jobs)
@@ -64,10 +55,10 @@ def assign_jobs(
 
 
 def transposed(model: nn.Module) -> list[str]:
-    """Modules of transformers' class Conv1D, as in GPT-2: Linear but for a weight that is [in, out].
+    """List modules of transformers' class Conv1D, a Linear whose weight is [in, out], as in GPT-2.
 
-    compressed-tensors gives quantized weights to Linear and Embedding modules and to no others, so that transformers
-    would find no place for the tensors of a quantized Conv1D, and start it at random.
+    compressed-tensors supports quantized weights only in Linear and Embedding modules. transformers would ignore the
+    tensors of a quantized Conv1D and initialize it at random.
     """
     return [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
 
@@ -75,11 +66,7 @@ def transposed(model: nn.Module) -> list[str]:
 def _split_reached(
     artifact: Artifact, model: nn.Module, recipe: Recipe, assigned: Mapping[str, Assignment]
 ) -> tuple[dict[str, Assignment], list[str]]:
-    """What is to be done to modules that some subgraph uses, and the names of the others.
-
-    Raises:
-        RecipeError: when nothing is left to do.
-    """
+    """Return the assignments of modules that some subgraph uses, and the names of the others; reject having none."""
     used = dict.fromkeys(name for subgraph in artifact.subgraphs for name in subgraph.entry.parameters)
     tables = dict.fromkeys(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
     jobs = {
@@ -91,7 +78,7 @@ def _split_reached(
     if not jobs:
         raise RecipeError(
             f"{recipe.source}: the model never calls any module that the recipe targets: {some(unreached)}",
-            hint="target the layers that the artifact's subgraphs run; seqbuild inspect shows them",
+            hint="target modules that the subgraphs use; seqbuild inspect lists them",
         )
     return jobs, unreached
 
@@ -99,40 +86,41 @@ def _split_reached(
 def _require_possible(
     artifact: Artifact, model: nn.Module, source: Weights | None, recipe: Recipe, jobs: Mapping[str, Assignment]
 ) -> None:
-    """Refuse now what could not be quantized when its turn comes."""
+    """Reject modules that could not be quantized when the run reaches them."""
     for name, job in jobs.items():
         ignore = f"add {name} to ignore"
-        tied = artifact.manifest.parameters[f"{name}.weight"].tied_to or _tied_by(artifact, f"{name}.weight")
-        if tied:  # also when the checkpoint has a tensor for each: readers would tie them by the config
+        entry = artifact.manifest.parameters[f"{name}.weight"]
+        tied = entry.tied_to or _tied_by(artifact, f"{name}.weight")
+        if tied:  # also if the checkpoint stores both: readers tie them because of the config
             owner = tied.removesuffix(".weight")
             raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
         if not is_plain(artifact, source, f"{name}.weight"):
             raise RecipeError(
-                f"{recipe.source}: the weight of {name} is not one tensor of the checkpoint, so it cannot be "
-                "quantized under the checkpoint's names",
+                f"{recipe.source}: the weight of {name} is not stored as one tensor in the checkpoint, so it cannot "
+                "be quantized under the checkpoint's names",
                 hint=ignore,
             )
-        entry = artifact.manifest.parameters[f"{name}.weight"]
         key = source.plain_key(f"{name}.weight") if source is not None else entry.sources[0]
         if key is None or not key.endswith(".weight"):
             raise RecipeError(
-                f"{recipe.source}: the checkpoint calls the weight of {name} {key!r}; what belongs to a quantized "
-                "weight is called by the name before .weight, and there is none",
+                f"{recipe.source}: the weight of {name} has the name {key!r} in the checkpoint; the names of its "
+                "scales can only be derived from a name that ends in .weight",
                 hint=ignore,
             )
         num_in = model.get_submodule(name).get_parameter("weight").shape[1]
         for size in _group_sizes(job):
             if num_in % size:
                 raise RecipeError(
-                    f"{recipe.source}: {name} has {num_in} input features, which groups of {size} do not divide",
-                    hint=f"{ignore}, or choose another group_size",
+                    f"{recipe.source}: {name} has {num_in} input features, which is not a multiple of group_size "
+                    f"{size}",
+                    hint=f"{ignore}, or use another group_size",
                 )
 
 
 def is_plain(artifact: Artifact, source: Weights | None, name: str) -> bool:
-    """Whether a parameter is one tensor of the checkpoint as it stands; without one, by what the artifact says.
+    """Whether the checkpoint stores a parameter unchanged as one tensor; without a checkpoint, by the manifest.
 
-    Stacks of experts that are apart are not parameters any more.
+    The stacks of split experts are no longer parameters.
     """
     if source is not None:
         return name in source.origins and source.plain_key(name) is not None
@@ -141,14 +129,14 @@ def is_plain(artifact: Artifact, source: Weights | None, name: str) -> bool:
 
 
 def _group_sizes(job: Assignment) -> Iterator[int]:
-    """Of weights, and of inputs that are rounded in groups."""
+    """Yield the group sizes of weights and of inputs."""
     for args in (job.scheme.weights, job.scheme.input_activations):
         if args is not None and args.strategy in ("group", "tensor_group"):
             yield int(args.group_size)
 
 
 def least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
-    """What the checkpoint takes on disk, without scales and headers."""
+    """Compute a lower bound of the size of the quantized checkpoint on disk, without scales and headers."""
     bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
     return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
 

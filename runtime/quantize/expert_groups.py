@@ -1,4 +1,4 @@
-"""Measure a mixture's experts: on all tokens or on their own, and as many at a time as memory allows."""
+"""Measure a mixture's experts, on all tokens or on those routed to them, as many at a time as memory allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtime.algorithms.hessian import hessian_bytes
 from runtime.errors import DataError
 from runtime.formats.compressed import input_parts
 from runtime.formats.key_values import of_model
-from runtime.model.experts import Mixture, all_tokens_seen, input_place, input_positions
+from runtime.model.experts import Mixture, all_tokens_seen, input_place
 from runtime.quantize.seen_inputs import require_finite_inputs, require_inputs, unreached
 from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
 from runtime.recipe.recipe import some
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.work import Work
 
-ALL_TOKENS = "all_tokens"  # a recipe's `fallback` that measures an expert on all tokens when it saw too few
+ALL_TOKENS = "all_tokens"  # the value of `fallback` that measures an expert on all tokens if it received too few
 
 
 def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
-    """The experts' modules of a step in groups that are measured, rounded and forgotten one after the other.
+    """Divide the experts' modules of a step into groups that are measured and rounded one after the other.
 
-    Experts do not see each other, so it makes no difference to any of them which come first. All modules of one expert
-    are in one group, for they do see each other.
+    Experts are independent of each other, so the groups may be processed in any order. All modules of one expert are in
+    one group, because they depend on each other.
 
     Args:
-        work: has the module tree and the bound on the bytes of Gram matrices.
-        needs: what is to be measured; modules that are no expert's, or need nothing, are left out.
+        work: has the module tree and the limit on the bytes of Gram matrices.
+        needs: the measurements; modules outside of experts and modules without measurements are omitted.
     """
     groups: list[list[str]] = []
     taken = 0
@@ -46,17 +46,16 @@ def expert_groups(work: Work, needs: Mapping[str, Needs]) -> list[list[str]]:
 
 
 def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[str], int]]:
-    """Each expert's modules, and the bytes of the Gram matrices that they add."""
+    """Yield each expert's modules, and the bytes of the Gram matrices that they add."""
     for name, module in work.model.named_modules():
         if not isinstance(module, Mixture) or not module.stacks:
             continue
-        positions = input_positions(module.stacks)
         for expert in range(module.num_experts):
             found: dict[str, None] = {}
             counted: dict[int, None] = {}
             num_bytes = 0
-            for own, stack in module.stacks.items():
-                position = positions[own]
+            for stack in module.stacks.values():
+                position = stack.input
                 owners = [f"{name}.{owner}" for owner in stack.modules(expert)]
                 wanted = [owner for owner in owners if needs.get(owner) and owner not in found]
                 found.update(dict.fromkeys(wanted))
@@ -70,39 +69,35 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
 
 
 def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignment]) -> dict[str, InputStatistics]:
-    """The statistics of modules, experts' among them.
+    """Measure modules, including experts.
 
     Raises:
-        DataError: when a module saw no token or fewer than the recipe's `min_tokens`, and no `fallback` helps.
+        DataError: when a module received no token or fewer than the recipe's `min_tokens`, and has no `fallback`.
         QuantizationError: when inputs are not finite.
     """
-    statistics = _measured(work, needs, all_tokens=work.all_tokens)
+    statistics = measure_once(work, needs, all_tokens=work.all_tokens)
     starved = _starved(needs, jobs, statistics)
     again = [name for name in starved if _fallback(jobs[name]) == ALL_TOKENS]
     if again and not work.all_tokens:
-        work.warnings.append(f"warning: {some(again)} saw too few tokens of their own and are measured on all")
-        statistics.update(_measured(work, {name: needs[name] for name in again}, all_tokens=True))
+        work.warnings.append(f"warning: {some(again)} received too few tokens and are measured on all tokens")
+        statistics.update(measure_once(work, {name: needs[name] for name in again}, all_tokens=True))
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
         if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
             raise DataError(
-                f"{name} saw {count} tokens, and the recipe asks for {jobs[name].min_tokens} (min_tokens)",
-                hint="calibrate with more data, ignore the module, or set fallback: rtn",
+                f"{name} received {count} tokens, fewer than the recipe's min_tokens: {jobs[name].min_tokens}",
+                hint="calibrate with more data, add it to ignore, or set fallback: rtn",
                 is_resumable=True,
             )
     require_inputs(unreached(needs, statistics), jobs)
     require_finite_inputs(statistics, work.source.dtype)
     for name in starved:
-        statistics.pop(name, None)  # it is rounded to nearest then, which is said in the summary
+        statistics.pop(name, None)  # it is rounded to nearest, which the summary reports
     return statistics
 
 
-def measured_on_all(work: Work, needs: Mapping[str, Needs]) -> dict[str, InputStatistics]:
-    """The statistics of modules of experts on all tokens, whoever is sent them."""
-    return _measured(work, needs, all_tokens=True)
-
-
-def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+def measure_once(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+    """Run the batches once and measure modules, experts on all tokens or on those routed to them."""
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
         return collect_statistics(
@@ -111,10 +106,10 @@ def _measured(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> di
 
 
 def _may_stop(work: Work, names: Iterable[str]) -> bool:
-    """Whether a batch may end with the last measured module.
+    """Whether a batch may end after the last measured module.
 
-    Code without loops that calls these modules itself calls them in one order whatever the batch. Others, such as
-    experts, are called as their owners see fit. Keys and values are measured by others than the modules' hooks.
+    Code without loops calls its modules in the same order in every batch. Modules that are called by other modules,
+    such as experts, may be called in any order. Keys and values are not measured by hooks of modules.
     """
     subgraph, key_values = work.step.subgraph, of_model(work.model)
     has_loops = any(line.lstrip().startswith("for ") for line in subgraph.source.splitlines())
@@ -125,8 +120,8 @@ def _may_stop(work: Work, names: Iterable[str]) -> bool:
 def _starved(
     needs: Mapping[str, Needs], jobs: Mapping[str, Assignment], statistics: Mapping[str, InputStatistics]
 ) -> dict[str, int]:
-    """Modules that saw fewer tokens than they must, and how many those were. An expert that is to be measured again
-    when it saw too few must have seen one at least.
+    """Map modules that received too few tokens to the number of tokens. The minimum is `min_tokens`, and at least one
+    for an expert that can be measured again on all tokens.
     """
     seen = {name: statistics[name].num_tokens if name in statistics else 0 for name in needs if name in jobs}
     least = {name: max(jobs[name].min_tokens, int(_fallback(jobs[name]) == ALL_TOKENS)) for name in seen}
@@ -134,7 +129,7 @@ def _starved(
 
 
 def measured_again(name: str, jobs: Mapping[str, Assignment]) -> bool:
-    """Whether an expert is measured on all tokens if it saw too few."""
+    """Whether an expert is measured on all tokens if it received too few."""
     return name in jobs and _fallback(jobs[name]) == ALL_TOKENS
 
 
@@ -143,7 +138,7 @@ def _fallback(job: Assignment) -> str | None:
 
 
 def few_tokens(needs: Mapping[str, Needs], statistics: Mapping[str, InputStatistics]) -> Sequence[str]:
-    """Modules whose Gram matrix cannot have full rank, for they saw fewer tokens than they have inputs."""
+    """List modules whose Gram matrix cannot have full rank, because they received fewer tokens than input features."""
     return [
         name
         for name, need in needs.items()

@@ -1,9 +1,9 @@
-"""Modules that vLLM builds as one layer: they must have one scheme, or it does not load the checkpoint.
+"""Find modules that vLLM loads as one layer but that have different schemes, so that it does not load the checkpoint.
 
 The names are those of the `packed_modules_mapping` of vLLM's models (0.32), and a few that its Transformers backend
-finds by what they compute. Modules are only taken together when they lie in one module and, where the artifact's scale
-groups say which modules read one tensor, read the same one: the keys of cross-attention are no siblings of its queries.
-The matrices of all experts of a layer are one layer, too.
+fuses by computation. Modules are fused only if they have the same parent and, where the artifact's scale groups state
+which modules read one tensor, read the same tensor: the keys of cross-attention are not fused with its queries. The
+matrices of all experts of a layer are one layer, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
 
 READER = "vLLM 0.32"
-_CONSEQUENCE = "with different schemes it stops, or computes wrong numbers"
+_CONSEQUENCE = "with different schemes it fails or computes wrong numbers"
 _REMEDY = "give them one scheme, or ignore all of them"
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -48,13 +48,13 @@ def mixed_layers(
     experts: Mapping[str, Sequence[str]],
     jobs: Mapping[str, Assignment],
 ) -> Iterator[str]:
-    """What vLLM would not load, a sentence for each kind of layer.
+    """Yield a sentence for each kind of layer that vLLM cannot load.
 
     Args:
         linears: names of all Linear modules, quantized or not.
-        groups: which of them read one tensor; may be empty.
-        experts: by the name of a mixture, the matrices of its experts.
-        jobs: what is done to each module; those that are not in it stay as they are.
+        groups: the modules that read one tensor, as far as known.
+        experts: the matrices of its experts by the name of a mixture.
+        jobs: assignment of each quantized module.
     """
     places: dict[tuple[tuple[str, str], ...], list[tuple[str, ...]]] = {}
     of_experts = {name for names in experts.values() for name in names}
@@ -64,7 +64,7 @@ def mixed_layers(
             places.setdefault(tuple(schemes), []).append(layer)
     for kind, layers in places.items():
         listed = _listed(f"{name} ({scheme})" for name, (_, scheme) in zip(layers[0], kind, strict=True))
-        more = f", and so in {len(layers) - 1} more layers" if len(layers) > 1 else ""
+        more = f", and {len(layers) - 1} more layers" if len(layers) > 1 else ""
         owns = _listed(own for own, _ in kind)
         yield f"{READER} loads {owns} as one layer; {_CONSEQUENCE}: {listed}{more}; {_REMEDY}"
     for owner, names in experts.items():
@@ -75,7 +75,7 @@ def mixed_layers(
 
 
 def _layers(linears: Sequence[str], groups: Sequence[ScaleGroup]) -> Iterator[tuple[str, ...]]:
-    """Modules that become one."""
+    """Yield the modules that vLLM loads as one layer."""
     siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
     children: dict[str, dict[str, str]] = {}
     for name in linears:
@@ -101,7 +101,7 @@ def _scheme(job: Assignment | None) -> str:
 
 
 def _described(args: QuantizationArgs) -> str:
-    """All that decides what is stored and computed."""
+    """Describe all properties that affect what is stored and computed."""
     parts = [f"{args.num_bits} bit {plain_value(args.type)}"]
     if not args.symmetric:
         parts.append("asymmetric")

@@ -1,4 +1,4 @@
-"""Which groups of modules a SmoothQuant or AWQ modifier rescales: those the compiler found, or those a recipe names."""
+"""Select the groups that a SmoothQuant or AWQ modifier rescales: those the compiler found, or the recipe's mappings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.artifact.manifest import Manifest, ScaledParameter, ScaleGroup
+from runtime.artifact.manifest import Manifest, ScaleGroup
 from runtime.errors import RecipeError
 from runtime.experts.split import siblings_of
 from runtime.quantize.assignments import is_plain
@@ -21,44 +21,40 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
 
 
+_NO_PRODUCER = "no norm or Linear that can be scaled without changing the model computes"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescaling:
-    """A group, and whether only the recipe names it: what nobody has proven is checked by running it."""
+    """A group that is rescaled; `is_unproven`: only the recipe names it, so the run must check it."""
 
     group: ScaleGroup
-    is_named: bool
+    is_unproven: bool
 
 
 def rescalings(
     artifact: Artifact, source: Weights | None, jobs: Iterable[str], transform: Transform, origin: str
 ) -> tuple[list[Rescaling], list[str]]:
-    """The groups that a modifier rescales, in order of execution.
-
-    Args:
-        artifact: has the groups that the compiler has found.
-        source: says which parameters are tensors of the checkpoint as they stand; None to go by the manifest.
-        jobs: modules that are quantized.
-        transform: the modifier.
-        origin: the recipe's name, for messages.
+    """Select the groups that a modifier rescales, in order of execution; `origin` is the recipe's name, for messages.
 
     Returns:
-        The groups, and remarks on those that had to be left out.
+        The groups, and warnings about those that cannot be rescaled.
 
     Raises:
-        RecipeError: when there are none, or a mapping fits nothing.
+        RecipeError: when there are none, or a mapping matches nothing.
     """
     wanted = dict.fromkeys(jobs)
     if transform.mappings:
         found = list(_named_rescalings(artifact, transform.mappings, origin))
     else:
         found = [
-            Rescaling(group=group, is_named=False)
+            Rescaling(group=group, is_unproven=False)
             for group in _with_all_readers(artifact)
-            if group.producer and _is_wanted(group, artifact, transform)
+            if group.producer and _is_rescaled_by(transform, group, artifact)
         ]
     tied = {entry.tied_to for entry in artifact.manifest.parameters.values() if entry.tied_to}
     kept: list[Rescaling] = []
-    left: dict[str, list[str]] = {}  # by the reason, modules whose inputs stay as they are
+    left: dict[str, list[str]] = {}  # modules whose inputs are not rescaled, by reason; "" for ignored ones
     for rescaling in found:
         group = rescaling.group
         if not any(name in wanted for name in group.modules):
@@ -66,9 +62,9 @@ def rescalings(
         if _is_ignored(group, transform.ignore):
             left.setdefault("", []).extend(group.modules)
             continue
-        fixed = _fixed(group, artifact, source, tied)
-        if fixed:
-            left.setdefault(fixed, []).extend(group.modules)
+        obstacle = _obstacle(group, artifact, source, tied)
+        if obstacle:
+            left.setdefault(obstacle, []).extend(group.modules)
         else:
             kept.append(rescaling)
     remarks = [
@@ -76,43 +72,39 @@ def rescalings(
         for reason, names in left.items()
         if reason
     ]
-    seen = {name for own in left.values() for name in own} | {n for entry in kept for n in entry.group.modules}
-    unmade = [] if transform.mappings else _unmade(artifact, transform, [name for name in wanted if name not in seen])
     if not kept:
-        raise _nothing_to_do(artifact, transform, origin, remarks, is_ignored="" in left)
-    if unmade:
+        raise _nothing_to_rescale(artifact, transform, origin, remarks, is_ignored="" in left)
+    seen = {name for own in left.values() for name in own} | {n for entry in kept for n in entry.group.modules}
+    rest = [name for name in wanted if name not in seen]
+    fixed = [] if transform.mappings else _without_producer(artifact, transform, rest)
+    if fixed:
         remarks.append(
-            f"warning: {transform.name} does not rescale the inputs of {some(unmade)}: no norm or Linear makes them "
-            f"that could be scaled without changing the model ({len(unmade)} of {len(wanted)} quantized modules)"
+            f"warning: {transform.name} does not rescale the inputs of {some(fixed)}: {_NO_PRODUCER} "
+            f"them ({len(fixed)} of {len(wanted)} quantized modules)"
         )
     return kept, remarks
 
 
-def _nothing_to_do(
+def _nothing_to_rescale(
     artifact: Artifact, transform: Transform, origin: str, remarks: Sequence[str], *, is_ignored: bool
 ) -> RecipeError:
-    """Why a modifier rescales nothing at all."""
-    what = f"{origin}:{transform.line}: {transform.name} finds nothing to rescale in this artifact"
-    without = f"leave {transform.name} out"
+    what = f"{origin}:{transform.line}: {transform.name} has nothing to rescale in this artifact"
+    without = f"remove {transform.name}"
     if artifact.manifest.policy == "target" and not transform.mappings:
         return RecipeError(
-            f"{what}: it was compiled down to its targets alone, so what makes their modules' inputs is not known",
-            hint="compile with --leaves linear, so that the compiler looks for it, or give mappings",
+            f"{what}: it was compiled with --leaves target, so the modules that compute inputs are unknown",
+            hint="compile with --leaves linear, or add mappings",
         )
     if remarks:
-        return RecipeError(f"{what}: {remarks[0].partition(': ')[2]}", hint=f"{without}, or give mappings")
+        return RecipeError(f"{what}: {remarks[0].partition(': ')[2]}", hint=f"{without}, or add mappings")
     if is_ignored:
-        return RecipeError(f"{what}: it ignores all that could be rescaled", hint=f"narrow ignore, or {without}")
-    return RecipeError(
-        f"{what}: no norm or Linear makes the inputs of a quantized module that could be scaled without changing "
-        "the model",
-        hint=f"{without}, or give mappings",
-    )
+        return RecipeError(f"{what}: its ignore matches every group", hint=f"narrow ignore, or {without}")
+    return RecipeError(f"{what}: {_NO_PRODUCER} the inputs of a quantized module", hint=f"{without}, or add mappings")
 
 
-def _unmade(artifact: Artifact, transform: Transform, names: Sequence[str]) -> list[str]:
-    """Modules among these that a modifier would rescale if anything made their inputs: SmoothQuant those that norms
-    mostly make the inputs of, which several modules read.
+def _without_producer(artifact: Artifact, transform: Transform, names: Sequence[str]) -> list[str]:
+    """List the modules that a modifier would rescale if a parameter scaled their inputs. For SmoothQuant those are
+    modules that share their input, because norms mostly compute such inputs.
     """
     if transform.algorithm == "awq":
         return list(names)
@@ -123,7 +115,7 @@ def _unmade(artifact: Artifact, transform: Transform, names: Sequence[str]) -> l
 
 
 def _with_all_readers(artifact: Artifact) -> Iterator[ScaleGroup]:
-    """The artifact's groups, Linear modules that read the tensor in another shape or times a number among their own."""
+    """Yield the artifact's groups; their modules include those that read the tensor reshaped or multiplied."""
     manifest = artifact.manifest
     for group in manifest.scale_groups:
         linears = [
@@ -143,8 +135,8 @@ def _is_linear(manifest: Manifest, weight: str) -> bool:
     return kind is not None and manifest.leaf_kinds[kind].kind == "Linear"
 
 
-def _is_wanted(group: ScaleGroup, artifact: Artifact, transform: Transform) -> bool:
-    """SmoothQuant rescales what norms make, as its paper does; AWQ whatever can be."""
+def _is_rescaled_by(transform: Transform, group: ScaleGroup, artifact: Artifact) -> bool:
+    """Whether a modifier rescales a group: SmoothQuant only outputs of norms, as in its paper; AWQ all."""
     return transform.algorithm == "awq" or len(artifact.manifest.parameters[group.producer].shape) == 1
 
 
@@ -155,16 +147,16 @@ def _is_ignored(group: ScaleGroup, ignore: Sequence[str]) -> bool:
     return any(matches_name(pattern, name) for pattern in ignore for name in names)
 
 
-def _fixed(group: ScaleGroup, artifact: Artifact, source: Weights | None, tied: Collection[str]) -> str:
-    """Why a group cannot be rescaled: a parameter that the checkpoint has not as it stands, or under several names."""
+def _obstacle(group: ScaleGroup, artifact: Artifact, source: Weights | None, tied: Collection[str]) -> str:
+    """Return the reason why a group cannot be rescaled: a parameter that cannot be rewritten; "" if it can."""
     weights = [f"{name}.weight" for name in group.modules]
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
     for name in names:
         if not is_plain(artifact, source, name):
-            return f"{name} is not one tensor of the checkpoint, and cannot be rewritten"
+            return f"{name} is not stored as one tensor in the checkpoint and cannot be rewritten"
         if parameters[name].tied_to or name in tied:
-            return f"{name} is used under several names, and cannot be rewritten for one of them"
+            return f"{name} is shared with another module and cannot be rewritten"
     return ""
 
 
@@ -174,7 +166,7 @@ def _named_rescalings(artifact: Artifact, mappings: Sequence[LayerMapping], orig
         if not found:
             raise RecipeError(
                 f"{origin}:{mapping.line}: the mapping of {mapping.smooth_layer!r} to "
-                f"{', '.join(map(repr, mapping.balance_layers))} fits no modules",
+                f"{', '.join(map(repr, mapping.balance_layers))} matches no modules",
                 hint="smooth_layer and each of balance_layers must match modules of one subgraph; "
                 "seqbuild inspect shows their names",
             )
@@ -186,7 +178,7 @@ def _named_rescalings(artifact: Artifact, mappings: Sequence[LayerMapping], orig
 
 
 def _matches(artifact: Artifact, mapping: LayerMapping) -> Iterator[ScaleGroup]:
-    """One group for each module that is smoothed: with those of its subgraph whose names share most with its own."""
+    """Yield a group for each smoothed module: with the matching modules of its subgraph that are closest by name."""
     from runtime.formats.targets import matches_name
 
     for index, subgraph in enumerate(artifact.manifest.subgraphs):
@@ -194,7 +186,7 @@ def _matches(artifact: Artifact, mapping: LayerMapping) -> Iterator[ScaleGroup]:
         producers = [name for name in modules if matches_name(mapping.smooth_layer, name)]
         readers = [[name for name in modules if matches_name(pattern, name)] for pattern in mapping.balance_layers]
         for producer in producers if any(readers) else ():
-            balanced = [name for own in readers for name in _nearest(producer, own)]
+            balanced = [name for own in readers for name in _closest(producer, own)]
             bias = f"{producer}.bias"
             yield ScaleGroup(
                 subgraph=index,
@@ -204,8 +196,8 @@ def _matches(artifact: Artifact, mapping: LayerMapping) -> Iterator[ScaleGroup]:
             )
 
 
-def _nearest(producer: str, names: Sequence[str]) -> list[str]:
-    """Of several modules those that share the longest part of the producer's path."""
+def _closest(producer: str, names: Sequence[str]) -> list[str]:
+    """Return the modules that share the longest part of the producer's path."""
 
     def shared(name: str) -> int:
         parts = zip(producer.split("."), name.split("."), strict=False)
@@ -216,26 +208,18 @@ def _nearest(producer: str, names: Sequence[str]) -> list[str]:
 
 
 def _completed(artifact: Artifact, group: ScaleGroup, known: Sequence[ScaleGroup], where: str) -> Rescaling:
-    """A named group with what the compiler knows of its producer, which needs no proof, or each channel its own.
-
-    Raises:
-        RecipeError: when shapes do not fit.
-    """
+    """Complete a mapping's group with the compiler's group of the same producer, or by assuming equal channels."""
     parameters = artifact.manifest.parameters
     for own in known:
-        if set(group.modules) <= {*own.modules, *_modules_of(own.others)}:
-            return Rescaling(group=own, is_named=False)
+        if set(group.modules) <= {*own.modules, *(other.name.removesuffix(".weight") for other in own.others)}:
+            return Rescaling(group=own, is_unproven=False)
     widths = {parameters[f"{name}.weight"].shape[1] for name in group.modules}
     rows = parameters[group.producer].shape[0]
     if widths != {rows}:
         raise RecipeError(
-            f"{where}: {group.producer.removesuffix('.weight')} makes {rows} channels, and "
-            f"{some(group.modules)} take {', '.join(map(str, sorted(widths)))}",
-            hint="which channel feeds which must be known; leave mappings out where the compiler finds them",
+            f"{where}: {group.producer.removesuffix('.weight')} has {rows} output channels, but "
+            f"{some(group.modules)} have {', '.join(map(str, sorted(widths)))} input features",
+            hint="map modules of equal width, or remove the mappings, so that the compiler's groups are used",
         )
     offset = next((own.offset for own in known), 0)
-    return Rescaling(group=dataclasses.replace(group, channels=(0, rows), offset=offset), is_named=True)
-
-
-def _modules_of(others: Iterable[ScaledParameter]) -> Iterator[str]:
-    yield from (other.name.removesuffix(".weight") for other in others)
+    return Rescaling(group=dataclasses.replace(group, channels=(0, rows), offset=offset), is_unproven=True)

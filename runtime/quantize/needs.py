@@ -1,6 +1,6 @@
-"""What a recipe measures and rescales, module by module: one answer for the run, its plan, and the doctor.
+"""Determine what a recipe measures and rescales, module by module; used by the run, its plan and the doctor.
 
-It follows from the artifact and the recipe alone. A checkpoint only says besides which parameters are tensors of it.
+This follows from the artifact and the recipe. A checkpoint only adds which parameters it stores unchanged.
 """
 
 from __future__ import annotations
@@ -25,19 +25,13 @@ if TYPE_CHECKING:
 
 
 class RecipeNeeds:
-    """What a recipe asks of a model's modules, before any of them is loaded.
-
-    Args:
-        artifact: the compiled model.
-        source: the checkpoint; None where there is none yet, and the manifest says what it will hold.
-        recipe: in order: modifiers that rescale, then those that round.
-        jobs: what is done to each module.
+    """The measurements and rescalings that a recipe requires; without a checkpoint (`source`), from the manifest.
 
     Attributes:
-        rescalings: each modifier that rescales, with the groups that it does it to.
-        experts: for each module of an expert that is apart the mixture's name and the expert's number.
+        rescalings: each modifier that rescales, with the groups that it rescales.
+        experts: for each module of a split expert, the mixture's name and the expert's number.
         key_values: the cache whose keys and values are measured, or None.
-        remarks: what a user should know before it begins, a line each.
+        remarks: messages to print before the run.
 
     Raises:
         RecipeError: when a modifier finds nothing to do.
@@ -56,7 +50,7 @@ class RecipeNeeds:
             self.remarks += remarks
         self._by_owner: dict[str, list[tuple[int, Transform, Rescaling]]] | None = None
         if recipe.transforms:
-            _require_usual_averages(jobs, recipe.source)
+            _require_default_averages(jobs, recipe.source)
         self.key_values = None
         if recipe.cache is not None:
             self.key_values = KeyValues.of(artifact.manifest, recipe.cache, has_queries=bool(recipe.attention))
@@ -70,47 +64,47 @@ class RecipeNeeds:
         return bool(self.attentions(entry))
 
     def of(self, names: Sequence[str], *, all_tokens: bool = True) -> dict[str, Needs]:
-        """What is measured of the inputs of each module of a step, those included that are rescaled alone.
+        """Return what is measured of the inputs of each module of a step, including modules that are only rescaled.
 
         Args:
             names: the modules that are quantized with the step.
-            all_tokens: whether experts are measured on all tokens, so that one of them can stand for those that read
-                the same tensor; otherwise it is measured besides (`witnesses`).
+            all_tokens: whether experts are measured on all tokens, so that one of them can represent all that read the
+                same tensor; otherwise the representative is measured separately (`representatives`).
         """
         needs = {name: _needs_of(self.jobs[name]) for name in names}
         for transform, rescaling in self.rescaled(names):
-            for name in self._measured(rescaling.group, with_witness=all_tokens):
+            for name in self._measured(rescaling.group, with_expert=all_tokens):
                 needs[name] = needs.get(name, Needs()) | _needs_to_rescale(transform)
         return needs
 
-    def witnesses(self, names: Sequence[str]) -> dict[str, Needs]:
-        """Modules of experts that are measured on all tokens, for all modules that read the same tensor."""
+    def representatives(self, names: Sequence[str]) -> dict[str, Needs]:
+        """Return the expert modules that are measured on all tokens for all modules that read the same tensor."""
         needs: dict[str, Needs] = {}
         for transform, rescaling in self.rescaled(names):
-            for name in self._measured(rescaling.group, with_witness=True):
+            for name in self._measured(rescaling.group, with_expert=True):
                 if name in self.experts and not self.is_inside(rescaling):
                     needs[name] = needs.get(name, Needs()) | _needs_to_rescale(transform)
         return needs
 
     def rescaled_modules(self) -> list[str]:
-        """All modules whose inputs are rescaled, quantized or not."""
+        """List all modules whose inputs are rescaled, quantized or not."""
         return list(dict.fromkeys(name for _, own in self.rescalings for entry in own for name in entry.group.modules))
 
     def is_inside(self, rescaling: Rescaling) -> bool:
-        """Whether all of a rescaling lies inside of one expert."""
+        """Whether a rescaling only involves modules of one expert."""
         return rescaling.group.producer.rpartition(".")[0] in self.experts
 
-    def _measured(self, group: ScaleGroup, *, with_witness: bool) -> list[str]:
-        """The modules of a group whose inputs are measured for it. A mixture's experts are many and see one tensor: the
-        first is enough, and none is needed where another module reads it as well.
+    def _measured(self, group: ScaleGroup, *, with_expert: bool) -> list[str]:
+        """List the modules whose inputs are measured for a group: of a mixture's experts, which all read one tensor,
+        the first, and none where another module reads the tensor.
         """
         others = [name for name in group.modules if name not in self.experts]
         if others or group.producer.rpartition(".")[0] in self.experts:
             return others or list(group.modules)
-        return list(group.modules[:1]) if with_witness else []
+        return list(group.modules[:1]) if with_expert else []
 
     def rescaled(self, names: Sequence[str]) -> list[tuple[Transform, Rescaling]]:
-        """What is rescaled with a step that quantizes these modules, in order."""
+        """Return the rescalings of a step that quantizes these modules, in order."""
         if self._by_owner is None:
             self._by_owner = {}
             order = 0
@@ -124,18 +118,18 @@ class RecipeNeeds:
         return [(transform, rescaling) for _, transform, rescaling in sorted(own, key=lambda entry: entry[0])]
 
     def attentions(self, entry: SubgraphEntry) -> tuple[str, ...]:
-        """The attention modules of a subgraph whose keys and values are rounded."""
+        """Return the attention modules of a subgraph whose keys and values are quantized."""
         return self.key_values.of_subgraph(entry) if self.key_values is not None else ()
 
 
-def _require_usual_averages(jobs: Mapping[str, Assignment], source: str) -> None:
-    """What is rescaled has its features averaged one by one while it is measured, before anything else is known."""
+def _require_default_averages(jobs: Mapping[str, Assignment], source: str) -> None:
+    """Reject other averaging constants: inputs that are rescaled later are averaged feature by feature with 0.01."""
     for name, job in jobs.items():
         inputs = job.scheme.input_activations
         if input_parts(job.scheme) and averaging_of(inputs) not in (None, AVERAGING_CONSTANT):
             raise RecipeError(
-                f"{source}: {name}: the averaging_constant of inputs is not offered beside modifiers that rescale them",
-                hint="leave it out, or use the observer static_minmax",
+                f"{source}: {name}: averaging_constant cannot be combined with SmoothQuant or AWQ",
+                hint="remove averaging_constant, or use the observer static_minmax",
             )
 
 

@@ -86,9 +86,9 @@ def prepare(
     if checkpoint is None or not isinstance(prepared.artifact, SplitArtifact):
         return prepared
     owners = _owners_to_split(prepared.artifact, prepared, recipe)
-    if len(owners) == len(prepared.artifact.stacks):
+    if len(owners) == len(prepared.artifact.mixtures):
         return prepared
-    # The other experts are not changed, and stacked experts run faster.
+    # The other experts stay stacked: they are not changed, and stacked experts run faster.
     fewer = split_experts(artifact, checkpoint, only=owners)
     return _assigned(fewer, checkpoint, recipe, dtype, device, assign)
 
@@ -120,8 +120,8 @@ def _assigned(
 def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe) -> list[str]:
     """The modules whose experts are quantized, or rescaled unless the checkpoint stores them stacked."""
     owners = dict.fromkeys(artifact.owners(prepared.jobs))
-    if recipe.transforms and len(owners) < len(artifact.stacks):
+    if recipe.transforms and len(owners) < len(artifact.mixtures):
         needs = RecipeNeeds(artifact, prepared.source, recipe, prepared.jobs)
         rescaled = artifact.owners(needs.rescaled_modules())
-        owners |= dict.fromkeys(name for name in rescaled if name not in artifact.named_anew)
-    return [name for name in artifact.stacks if name in owners]
+        owners |= dict.fromkeys(name for name in rescaled if artifact.mixtures[name].is_named)
+    return [name for name in artifact.mixtures if name in owners]

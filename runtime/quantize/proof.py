@@ -1,4 +1,4 @@
-"""Check a rescaling that a recipe names: the subgraph must compute the same before and after."""
+"""Check a rescaling that only the recipe names: the subgraph must compute the same before and after."""
 
 from __future__ import annotations
 
@@ -16,28 +16,22 @@ if TYPE_CHECKING:
     from runtime.quantize.smoothing import Rescaled
     from runtime.streaming.work import Work
 
-TOLERANCE = 0.05  # of the largest number; what is wrong is off by as much as the factors are
+TOLERANCE = 0.05  # relative to the largest number; the error of a wrong mapping is as large as its factors
 
 
 def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: str) -> None:
-    """Run the first batch through the subgraph with both sets of parameters.
-
-    Args:
-        work: the step.
-        before: parameters that differ from the checkpoint's.
-        after: the same after the rescaling.
-        where: the mapping, for the message.
+    """Run the first batch through the subgraph with the parameters before and after the rescaling of a mapping.
 
     Raises:
-        RecipeError: when the results differ by more than rounding explains.
+        RecipeError: naming the mapping (`where`), when the results differ by more than rounding errors.
     """
     one, two = _outputs(work, before), _outputs(work, after)
     for first, second in zip(one, two, strict=True):
         size = float(first.abs().max()) if first.numel() else 0.0
         if size and float((first - second).abs().max()) > TOLERANCE * size:
             raise RecipeError(
-                f"{where} changes what the model computes",
-                hint="smooth_layer must make what balance_layers read, and nothing else may read it",
+                f"{where} changes the model's output",
+                hint="smooth_layer must compute the input of balance_layers, and no other module may read it",
             )
 
 
@@ -53,13 +47,13 @@ def _outputs(work: Work, changed: Rescaled) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def assigned(work: Work, changed: Rescaled, names: Iterable[str]) -> Iterator[None]:
-    """Let the model compute with rescaled parameters while the block runs."""
+    """Use rescaled parameters in the model while the block runs."""
     kept = {}
     try:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             parameter = work.model.get_submodule(owner).get_parameter(leaf)
-            values = changed.rounded(name, parameter.dtype)  # made of the parameter as it was
+            values = changed.rounded(name, parameter.dtype)  # reads the original parameter
             kept[name] = parameter
             assign(work.model, name, values)
         yield

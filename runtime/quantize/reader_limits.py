@@ -1,7 +1,8 @@
-"""What readers of a checkpoint do not load, or load wrongly: one table, measured by tests/clients (docs/readers.md).
+"""The modules that readers of a checkpoint do not load, or load incorrectly, as measured by tests/clients
+(docs/readers.md).
 
-A row says for which modules it is: where they are, and what their scheme is like. Of the rows of one reader the first
-that fits a module counts.
+A row of the table states the place and the scheme of the modules that it applies to. Of the rows of one reader, the
+first that matches a module applies.
 """
 
 from __future__ import annotations
@@ -18,36 +19,35 @@ if TYPE_CHECKING:
 
     from runtime.recipe.recipe import Assignment
 
-# Where a module is. An expert's matrices are parts of one stacked parameter in transformers; the renamed are those that
-# the original checkpoint has stacked, too; the separate are modules of their own when transformers loads them, as
-# Llama 4's are.
+# The place of a module. transformers loads experts into stacked parameters. Renamed experts are stacked in the original
+# checkpoint, too; separate experts are modules of their own when transformers loads them, as in Llama 4.
 DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT = "dense", "expert", "renamed expert", "separate expert"
-UNQUANTIZED_EXPERT = "expert that is not quantized"  # beside modules that are
+UNQUANTIZED_EXPERT = "expert that is not quantized"  # in a checkpoint with quantized modules
 CACHE = "cache"  # of keys and values, of an attention module
 ANYWHERE = (DENSE, EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT)
 EXPERTS = (EXPERT, RENAMED_EXPERT, SEPARATE_EXPERT)
 
-# What a scheme is like.
+# The properties of a scheme.
 ANY = "any"
 ZERO_POINTS = "packed zero points"
 BLOCKS = "blocks"
 INTEGERS = "integers"
 ROUNDED_INPUTS = "rounded inputs"
-SEVERAL_GROUPS = "one of several"  # groups of the config
+SEVERAL_GROUPS = "one of several"  # config groups
 PACKED_ROUNDED_INPUTS = "packed integers with rounded inputs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What one reader makes of some modules.
+    """A limitation of one reader.
 
     Attributes:
         reader: the program.
-        versions: those that were tried.
-        places: where the modules are.
-        scheme: what their scheme is like: one of the above, or a format of compressed-tensors.
-        consequence: what it does, as the end of a sentence that begins with its name.
-        model_types: the models that this is about; empty for all.
+        versions: the tested versions.
+        places: the places of the modules.
+        scheme: a property of their scheme: one of the above, or a format of compressed-tensors.
+        consequence: what the reader does, as the predicate of a sentence.
+        model_types: the affected models; empty for all.
     """
 
     reader: str
@@ -58,7 +58,7 @@ class Limit:
     model_types: tuple[str, ...] = ()
 
 
-_REFUSES = "does not load experts with such a scheme"
+_NOT_LOADED = "does not load experts with this scheme"
 _BOTH = "5.17 and 5.24"
 LIMITS = (
     Limit(
@@ -66,33 +66,33 @@ LIMITS = (
         versions=_BOTH,
         places=(RENAMED_EXPERT,),
         scheme=ANY,
-        consequence="starts these experts at random, without an error: they are written one by one, as llm-compressor "
-        "writes them, and it looks for the stacked ones of the original checkpoint",
+        consequence="initializes these experts at random without an error: they are stored separately, as "
+        "llm-compressor stores them, and it expects the stacked tensors of the original checkpoint",
     ),
     Limit(
         reader="transformers",
         versions=_BOTH,
         places=(EXPERT,),
         scheme=SEVERAL_GROUPS,
-        consequence="does not load these experts where the config has several groups, even of the same scheme",
+        consequence="does not load these experts if the config has several groups, even with the same scheme",
     ),
-    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme=ZERO_POINTS, consequence=_REFUSES),
-    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme="int-quantized", consequence=_REFUSES),
-    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme=BLOCKS, consequence=_REFUSES),
-    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme="mxfp8-quantized", consequence=_REFUSES),
+    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme=ZERO_POINTS, consequence=_NOT_LOADED),
+    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme="int-quantized", consequence=_NOT_LOADED),
+    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme=BLOCKS, consequence=_NOT_LOADED),
+    Limit(reader="transformers", versions=_BOTH, places=(EXPERT,), scheme="mxfp8-quantized", consequence=_NOT_LOADED),
     Limit(
         reader="transformers",
         versions=_BOTH,
         places=(EXPERT,),
         scheme="nvfp4-pack-quantized",
-        consequence="loads these experts without an error and computes wrong numbers: it drops their global scales",
+        consequence="loads these experts without an error and computes wrong numbers: it ignores their global scales",
     ),
     Limit(
         reader="transformers",
         versions=_BOTH,
         places=(EXPERT,),
         scheme=ROUNDED_INPUTS,
-        consequence="does not round the inputs of these experts",
+        consequence="does not quantize the inputs of these experts",
     ),
     Limit(
         reader="transformers",
@@ -106,28 +106,28 @@ LIMITS = (
         versions="5.17",
         places=(UNQUANTIZED_EXPERT,),
         scheme=INTEGERS,
-        consequence="starts experts that are not quantized at random, without an error, beside integer layers",
+        consequence="initializes experts that are not quantized at random, without an error, if others are integers",
     ),
     Limit(
         reader="transformers",
         versions="5.24",
         places=(UNQUANTIZED_EXPERT,),
         scheme=INTEGERS,
-        consequence="does not load experts that are not quantized beside integer layers",
+        consequence="does not load experts that are not quantized if other layers are integers",
     ),
     Limit(
         reader="transformers",
         versions="5.24",
         places=(CACHE,),
         scheme=ANY,
-        consequence="ignores the scales of a key-value cache, and keeps it in 16 bits",
+        consequence="ignores the scales of a key-value cache and stores the cache in 16 bits",
     ),
     Limit(
         reader="transformers",
         versions="5.17",
         places=(CACHE,),
         scheme=ANY,
-        consequence="does not load a key-value cache's scales for a config without num_key_value_heads",
+        consequence="does not load the scales of a key-value cache if the config has no num_key_value_heads",
         model_types=("opt",),
     ),
     Limit(
@@ -135,8 +135,8 @@ LIMITS = (
         versions="0.32",
         places=(RENAMED_EXPERT,),
         scheme=ANY,
-        consequence="does not load these experts, in some schemes without an error: of this architecture it reads "
-        "stacked ones alone",
+        consequence="does not load these experts, in some schemes without an error: for this architecture it only "
+        "loads stacked experts",
         model_types=("gpt_oss",),
     ),
     Limit(
@@ -144,14 +144,14 @@ LIMITS = (
         versions="0.32",
         places=EXPERTS,
         scheme=PACKED_ROUNDED_INPUTS,
-        consequence="does not load experts with such a scheme",
+        consequence=_NOT_LOADED,
     ),
     Limit(
         reader="vLLM",
         versions="0.32",
         places=ANYWHERE,
         scheme="mxfp6-pack-quantized",
-        consequence="does not load such a scheme",
+        consequence="does not load this scheme",
     ),
 )
 
@@ -162,14 +162,14 @@ def reader_limits(
     jobs: Mapping[str, Assignment],
     others: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[str]:
-    """What should be known before a checkpoint is made, a sentence for each row of the table that matters.
+    """Yield a sentence for each row of the table that applies.
 
     Args:
         model_type: of the config.
-        places: where a module is; those that are not in it are dense.
-        jobs: what is done to each module.
-        others: what matters besides, by its place: stacked weights of experts that stay as they are and have a tensor
-            for each expert in the checkpoint, attention modules whose keys and values have scales.
+        places: places of modules; modules without an entry are dense.
+        jobs: assignment of each module.
+        others: further names by place: stacked weights of unquantized experts with one checkpoint tensor per expert,
+            and attention modules whose keys and values have scales.
     """
     found: dict[Limit, list[str]] = {}
     kinds: dict[tuple[str, int], tuple[Limit, ...]] = {}
@@ -193,18 +193,18 @@ def reader_limits(
 
 
 def _matching(model_type: str, place: str, scheme_traits: frozenset[str]) -> Iterator[Limit]:
-    said: set[tuple[str, str]] = set()  # reader and version
+    matched: set[tuple[str, str]] = set()  # reader and version
     for limit in LIMITS:
-        is_about = not limit.model_types or model_type in limit.model_types
-        if is_about and place in limit.places and limit.scheme in scheme_traits:
+        is_affected = not limit.model_types or model_type in limit.model_types
+        if is_affected and place in limit.places and limit.scheme in scheme_traits:
             versions = {(limit.reader, version) for version in limit.versions.split(" and ")}
-            if not versions & said:
-                said |= versions
+            if not versions & matched:
+                matched |= versions
                 yield limit
 
 
 def traits(scheme: QuantizationScheme) -> frozenset[str]:
-    """What a scheme is like, in the words of the table."""
+    """Return the properties of a scheme that the table distinguishes."""
     weights, format_name = scheme.weights, str(plain_value(scheme.format))
     is_packed = format_name == "pack-quantized"
     found = {ANY, format_name, *([INTEGERS] if weights.type == "int" else ())}

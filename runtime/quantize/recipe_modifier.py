@@ -1,7 +1,7 @@
-"""A recipe as a modifier of a run: on each subgraph measure once, rescale as asked, round.
+"""Apply a recipe to each subgraph: measure once, rescale, round.
 
-Rescaling inputs by known factors changes their statistics by known factors. So whatever a recipe composes, SmoothQuant
-then GPTQ or AWQ then GPTQ, the batches pass through a subgraph once to be measured, not once for each modifier.
+Rescaling inputs by known factors changes their statistics by known factors. So the batches pass through a subgraph only
+once to be measured, even if a recipe combines modifiers such as SmoothQuant and GPTQ or AWQ and GPTQ.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, static_input_parts
 from runtime.formats.presets import averaging_of
-from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measured_again, measured_on_all
+from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
-from runtime.quantize.rounding import Rounded, round_modules, with_inputs
+from runtime.quantize.rounding import Rounded, Rounding, round_modules, with_inputs
 from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
-from runtime.quantize.siblings import JOINED, siblings_by_name
 from runtime.quantize.smoothing import Rescaled
+from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
 
@@ -41,20 +41,11 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class RecipeModifier:
-    """What a recipe says, for the modules of any step.
-
-    Args:
-        artifact: the compiled model.
-        source: the checkpoint.
-        recipe: in order: modifiers that rescale, then those that round.
-        jobs: what is done to each module.
+    """The modifier that applies a recipe; arguments and errors are those of `RecipeNeeds`, with a checkpoint.
 
     Attributes:
-        needs: what of it is measured and rescaled.
-        remarks: what a user should know before it begins, a line each.
-
-    Raises:
-        RecipeError: when a modifier finds nothing to do.
+        needs: what is measured and rescaled.
+        remarks: messages to print before the run.
     """
 
     def __init__(self, artifact: Artifact, source: Weights, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
@@ -69,25 +60,25 @@ class RecipeModifier:
         named = siblings_by_name(name for name in joined if name not in self.siblings)
         self.siblings |= named
         if named:
+            fused = ", ".join("/".join(names) for names in FUSED_NAMES)
             self.remarks.append(
-                f"warning: this artifact does not say which modules read one tensor with {some(list(named))}, so those "
-                f"that engines join by their names ({', '.join('/'.join(names) for names in JOINED)}) share NVFP4's "
-                "global scale"
+                f"warning: this artifact does not state which modules read the same tensor as {some(list(named))}, so "
+                f"modules that engines fuse by name ({fused}) share NVFP4's global scale"
             )
 
     def measures(self, names: Sequence[str]) -> bool:
-        """Hessians, sizes of channels, ranges of inputs, keys and values."""
+        """Whether batches must run for a step that quantizes these modules."""
         return self.needs.measures(names)
 
     def measures_cache(self, entry: SubgraphEntry) -> bool:
-        """Whether a subgraph keeps keys and values, whatever is quantized in it."""
+        """Whether batches must run through a subgraph for the scales of its key-value cache."""
         return self.needs.measures_cache(entry)
 
     def adds(self, entry: SubgraphEntry) -> Sequence[Stored]:
-        """The scales of keys and values, in float32 where a checkpoint's own dtype is none for them."""
+        """List the scales of keys and values that are added to the checkpoint."""
         found = []
         for module in self.needs.attentions(entry):
-            assert self.key_values is not None, "there are attentions"
+            assert self.key_values is not None, "only a recipe with a cache has attentions"
             prefix, dtype = self.source.checkpoint_prefix(module), self._cache_dtype(entry, module)
             for part in self.key_values.parts:
                 shape = self.key_values.scale_shape(module, part)
@@ -95,68 +86,71 @@ class RecipeModifier:
         return found
 
     def _cache_dtype(self, entry: SubgraphEntry, module: str) -> torch.dtype:
-        """The dtype of a module's first parameter in the checkpoint, which its scales get, too."""
+        """Return the dtype of a module's scales: the checkpoint's dtype of its first parameter, or float32."""
         inside = (name for name in entry.parameters if name.startswith(f"{module}."))
         keys = (key for name in inside for key in self.source.origins[name].keys[:1])
         dtypes = (DTYPES[self.source.checkpoint.stored(key).dtype] for key in keys)
         return next((dtype for dtype in dtypes if dtype in _SCALE_DTYPES), torch.float32)
 
     def rewrites(self, names: Sequence[str]) -> Sequence[str]:
-        """What makes the channels that are rescaled, and what takes them, unless it is quantized itself."""
+        """List the parameters that rescaling changes and that are not quantized."""
         found: dict[str, None] = {}
         for _, rescaling in self.needs.rescaled(names):
-            found.update(dict.fromkeys(_touched(rescaling.group)))
-        return [name for name in found if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")]
+            found.update(dict.fromkeys(_changed_parameters(rescaling.group)))
+        return [name for name in found if self._is_rewritten(name)]
+
+    def _is_rewritten(self, name: str) -> bool:
+        return name.removesuffix(".weight") not in self.jobs or name.endswith(".bias")
 
     def apply(self, work: Work) -> None:
-        """Measure, rescale, round; experts first, in groups that fit into memory.
+        """Measure, rescale and round a step; experts first, in groups that fit into memory.
 
-        The last experts come first: nothing that is measured later is computed from what they return.
+        Groups of experts are processed from last to first: no input that is measured later depends on their outputs.
         """
         names, all_tokens = work.step.modules, work.all_tokens
         needs = {name: need for name, need in self.needs.of(names, all_tokens=all_tokens).items() if need}
         groups = expert_groups(work, needs)[::-1]
         grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
-        if groups and all_tokens:  # one expert stands for all of its mixture
-            others |= {name: need for name, need in self.needs.witnesses(names).items() if name not in groups[0]}
+        if groups and all_tokens:  # one expert is measured for all of its mixture
+            others |= {name: need for name, need in self.needs.representatives(names).items() if name not in groups[0]}
         rescaled = Rescaled(read=lambda name: _parameter(work, name), stored_dtype=work.stored_dtype, jobs=self.jobs)
         rescaler = StepRescaler(work, rescaled, self.recipe.source)
         inside, outside = self._rescalings(names)
         attentions = self.needs.attentions(work.step.subgraph.entry)
         statistics: dict[str, InputStatistics] = {}
         for index, group in enumerate(groups or [[]]):
-            wanted = others if index == 0 else {}  # what else there is is measured before any weight is rounded
+            wanted = others if index == 0 else {}  # all other modules are measured before any weight is rounded
             own = {name: needs[name] for name in group}
             later = [name for name in grouped if name not in own] if index == 0 else []
-            # Experts that no token reaches are to end the run before others are solved.
+            # An expert that no token reaches must end the run before other experts are solved.
             with reached_modules(work.model, later) as reached:
                 measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
             if index == 0:
-                rescaler.rescale(outside, measured, self._witnesses(work))
+                rescaler.rescale(outside, measured, self._representatives(work))
                 self._measure_cache_again(work, rescaled, [rescaling.group for _, rescaling in outside], attentions)
                 found = {name: measured.pop(name) for name in wanted if name in measured}
                 statistics = {name: entry for name, entry in found.items() if name in self.jobs and name not in grouped}
-                del found  # the others were rescaled alone
+                del found  # frees the statistics of modules that are only rescaled
             else:
                 rescaler.adjust(measured)
             for expert in dict.fromkeys(self.needs.experts[name] for name in group):
                 rescaler.rescale(inside.get(expert, ()), measured, {})
             self._round(work, group, rescaled, measured, others=list(statistics.values()))
-        rescaler.say_what_was_left()
+        rescaler.warn_of_unreached()
         self._add_key_value_scales(work, attentions)
         self._rewrite(work, rescaled)
         left = [name for name in names if name not in grouped]
         used = {name: statistics[name] for name in left if name in statistics}
-        del statistics  # of modules that are rescaled and not rounded
+        del statistics  # frees those of modules that are only rescaled
         self._round(work, left, rescaled, used)
 
     def _rescalings(
         self, names: Sequence[str]
     ) -> tuple[dict[tuple[str, int], list[tuple[Transform, Rescaling]]], list[tuple[Transform, Rescaling]]]:
-        """A step's rescalings inside of single experts, by the expert, and the others."""
+        """Split a step's rescalings into those inside of single experts, by expert, and the others."""
         inside: dict[tuple[str, int], list[tuple[Transform, Rescaling]]] = {}
         outside = []
         for transform, rescaling in self.needs.rescaled(names):
@@ -166,29 +160,28 @@ class RecipeModifier:
                 outside.append((transform, rescaling))
         return inside, outside
 
-    def _witnesses(self, work: Work) -> dict[str, InputStatistics]:
-        """What all tokens are for modules of experts that are measured on their own."""
-        needs = {} if work.all_tokens else self.needs.witnesses(work.step.modules)
-        return measured_on_all(work, needs) if needs else {}
+    def _representatives(self, work: Work) -> dict[str, InputStatistics]:
+        """Measure representative experts on all tokens if experts are measured on their own tokens."""
+        needs = {} if work.all_tokens else self.needs.representatives(work.step.modules)
+        return measure_once(work, needs, all_tokens=True) if needs else {}
 
     def _rewrite(self, work: Work, rescaled: Rescaled) -> None:
-        """Write what has been rescaled and is not rounded."""
+        """Write the rescaled parameters that are not quantized."""
         for name in rescaled.changed():
-            if name.removesuffix(".weight") not in self.jobs or name.endswith(".bias"):
+            if self._is_rewritten(name):
                 work.rewrite(name, rescaled.rounded(name, _parameter(work, name).dtype))
                 rescaled.forget(name)
 
     def _measure_cache_again(
         self, work: Work, rescaled: Rescaled, groups: Sequence[ScaleGroup], attentions: Sequence[str]
     ) -> None:
-        """Measure keys and values once more where what makes them has been divided, as the values of AWQ are."""
+        """Measure keys and values again if a projection that computes them was rescaled, as AWQ does for values."""
         inside = tuple(f"{module}." for module in attentions)
         if not any(group.producer.startswith(inside) for group in groups):
             return
         changed = dict.fromkeys(rescaled.changed())
-        touching = [names for names in map(_touched, groups) if any(name.startswith(inside) for name in names)]
-        assert self.key_values is not None, "there are attentions"
-        with assigned(work, rescaled, dict.fromkeys(name for names in touching for name in names if name in changed)):
+        related = [names for names in map(_changed_parameters, groups) if any(n.startswith(inside) for n in names)]
+        with assigned(work, rescaled, dict.fromkeys(name for names in related for name in names if name in changed)):
             self._measured(work, {}, attentions)
 
     def _measured(
@@ -198,25 +191,23 @@ class RecipeModifier:
             return {}
         with self._measuring(work, attentions):
             statistics = measure(work, needs, self.jobs)
-        blind = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
-        if blind:
-            work.warnings.append(f"warning: no token reached {some(blind)}: rounded to nearest, ranges not searched")
-        dead = only_zeros(statistics)
-        if dead:
-            work.warnings.append(
-                f"warning: {some(dead)} saw nothing but zeros, so every rounding loses the same: rounded to nearest"
-            )
+        missed = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
+        if missed:
+            work.warnings.append(f"warning: no token reached {some(missed)}: rounded to nearest without a range search")
+        zeros = only_zeros(statistics)
+        if zeros:
+            work.warnings.append(f"warning: all inputs of {some(zeros)} are zero: rounded to nearest")
         few = few_tokens(needs, statistics)
         if few:
             fewest = min(statistics[name].num_tokens for name in few)
             work.warnings.append(
-                f"warning: {some(few)} saw fewer tokens than input features, {fewest} at least; more data is better"
+                f"warning: {some(few)} saw fewer tokens than input features (minimum {fewest}); use more data"
             )
         return statistics
 
     @contextlib.contextmanager
     def _measuring(self, work: Work, attentions: Sequence[str]) -> Iterator[None]:
-        """Keys and values are measured, too, if there are some: in each pass from the beginning."""
+        """Also measure keys and values while the block runs; each pass over the batches starts anew."""
         if self.key_values is None or not attentions:
             yield
             return
@@ -234,11 +225,14 @@ class RecipeModifier:
 
     def _add_key_value_scales(self, work: Work, attentions: Sequence[str]) -> None:
         for module in attentions:
-            assert self.key_values is not None, "there are attentions"
+            assert self.key_values is not None, "only a recipe with a cache has attentions"
             entry, prefix = work.step.subgraph.entry, self.source.checkpoint_prefix(module)
             for part in self.key_values.parts:
                 if (module, part) not in self.key_values.spans:
-                    raise DataError(f"{module} was never run, so its keys and values have no scale")
+                    raise DataError(
+                        f"no batch ran {module}, so the scales of its keys and values are undefined",
+                        hint="calibrate with more data",
+                    )
                 scale = self.key_values.scale_of(module, part, self._cache_dtype(entry, module))
                 work.add(f"{prefix}.{part}_scale", scale)
                 self.key_values.scales[module, part] = scale
@@ -251,13 +245,20 @@ class RecipeModifier:
         statistics: dict[str, InputStatistics],
         others: Collection[InputStatistics] = (),
     ) -> None:
-        """Round modules in order; what nobody needs any more of rescaled weights and statistics is taken out."""
+        """Round modules in order, and release rescaled weights and statistics after their last use."""
 
         def weight_of(name: str) -> torch.Tensor:
             return rescaled.get(f"{name}.weight") if f"{name}.weight" in rescaled.factors else work.weight(name)
 
-        rounding = round_modules(names, self.jobs, weight_of, work.scale_dtype, statistics, self.siblings, others)
-        for rounded in rounding:
+        rounding = Rounding(
+            jobs=self.jobs,
+            weight_of=weight_of,
+            scale_dtype_of=work.scale_dtype,
+            statistics=statistics,
+            siblings=self.siblings,
+            others=others,
+        )
+        for rounded in round_modules(names, rounding):
             found = statistics.get(rounded.name)
             if rounded.warning:
                 work.warnings.append(rounded.warning)
@@ -273,7 +274,7 @@ class RecipeModifier:
             )
             rescaled.forget(f"{rounded.name}.weight")
             statistics.pop(rounded.name, None)
-            del found, rounded  # or the last of them would keep its weight and its sums while the next is solved
+            del found, rounded  # frees the weight and its sums before the next module is solved
 
     def _input_parts(
         self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype
@@ -281,18 +282,18 @@ class RecipeModifier:
         scheme = self.jobs[name].scheme
         if not input_parts(scheme):
             return {}
-        assert found is not None, f"{name} was measured, or the run has ended"
+        assert found is not None, f"{name} has static inputs and was not measured"
         args = scheme.input_activations
         try:
             return static_input_parts(*found.span(averaging_of(args)), args, scale_dtype)
         except QuantizationError as error:
             raise QuantizationError(
-                f"the inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
+                f"inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
             ) from error
 
 
-def _touched(group: ScaleGroup) -> list[str]:
-    """The parameters that rescaling a group changes."""
+def _changed_parameters(group: ScaleGroup) -> list[str]:
+    """List the parameters that rescaling a group changes."""
     names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
     return [name for name in (*names, *(other.name for other in group.others)) if name]
 
@@ -304,11 +305,11 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
         return work.weight(owner).detach()
     found = module._parameters.get(leaf)
     if found is None:
-        raise RecipeError(f"{name} is no parameter that can be rescaled")
+        raise RecipeError(f"{name} is not a parameter and cannot be rescaled", hint="correct the mapping")
     return found.detach()
 
 
 def _relative_error(rounded: Rounded) -> float:
-    """See `ModuleReport`."""
+    """Compute `ModuleReport.error`."""
     size, loss = rounded.size, rounded.loss
     return float(loss / size) ** 0.5 if size > 0 and loss > 0 else 0.0

@@ -1,6 +1,4 @@
-"""What a user should know about a result before it is made: which experts are not quantized, and why; which readers do
-not load it.
-"""
+"""Collect the remarks printed before a run: modules that are not quantized, readers that do not load the result."""
 
 from __future__ import annotations
 
@@ -41,51 +39,44 @@ def make_remarks(
     jobs: Mapping[str, Assignment],
     unreached: Sequence[str],
 ) -> Iterator[str]:
-    """A line each.
-
-    Args:
-        artifact: as the run has it, experts apart or not.
-        model: its modules.
-        recipe: says what is wanted.
-        jobs: what is done.
-        unreached: modules that the recipe targets and no subgraph uses.
-    """
+    """Yield the remarks, one line each; `unreached` are the modules that the recipe targets and no subgraph uses."""
     kept = transposed(model)
     if kept:
         yield (
-            f"warning: {len(kept)} Conv1D modules stay as they are ({some(kept)}): readers of the checkpoint load "
-            "quantized weights of Linear modules alone"
+            f"warning: {len(kept)} Conv1D modules are not quantized ({some(kept)}): readers only load quantized "
+            "weights of Linear modules"
         )
     tables = targeted_tables(model, recipe, jobs)
     if tables:
         yield (
-            f"warning: {some(tables)} stay as they are: targets that match Linear modules, too, do not mean embeddings"
+            f"warning: the embeddings {some(tables)} are not quantized: a target that also matches Linear modules does "
+            "not apply to embeddings; name them in a target of their own"
         )
     packed = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and name in jobs]
     if packed:
         yield (
-            f"warning: vLLM (0.32) loads quantized embeddings ({some(packed)}); transformers does from 5.24 on, with "
-            "CompressedTensorsConfig(dequantize=True) and where all modules have one scheme"
+            f"warning: quantized embeddings ({some(packed)}) are loaded by vLLM 0.32, and by transformers 5.24 or "
+            "newer with CompressedTensorsConfig(dequantize=True) if all modules have the same scheme"
         )
     idle = recipe.idle_ignores({name: type(module) for name, module in model.named_modules()})
     if idle:
-        yield f"no module is ignored as {some(idle)}, for none has such a name (seqbuild inspect shows names)"
+        yield f"ignore entries that match no module: {some(idle)} (seqbuild inspect shows module names)"
     if unreached:
-        yield f"left as they are, for the model never calls them: {some(unreached)}"
+        yield f"left unchanged, because the model never calls them: {some(unreached)}"
     stacked = list(_stacked_experts(artifact))
     left: dict[str, list[str]] = {}
     for name in stacked:
-        if _is_wanted(recipe, name.rpartition(".")[0]):
+        if _is_targeted(recipe, name.rpartition(".")[0]):
             left.setdefault(_why_not(artifact, name), []).append(name)
     for reason, names in left.items():
-        yield f"warning: {len(names)} stacked weights of experts are not quantized, for {reason}: {some(names)}"
-    yield from _of_readers(artifact, model, recipe, jobs, stacked)
+        yield f"warning: {len(names)} stacked expert weights are not quantized, because {reason}: {some(names)}"
+    yield from _reader_remarks(artifact, model, recipe, jobs, stacked)
 
 
-def _of_readers(
+def _reader_remarks(
     artifact: Artifact, model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment], stacked: Sequence[str]
 ) -> Iterator[str]:
-    """What readers do not load, or load wrongly."""
+    """Yield the remarks about readers that do not load the result, or load it incorrectly."""
     manifest, experts = artifact.manifest, _experts(artifact)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for text in mixed_layers(linears, manifest.scale_groups, experts, jobs):
@@ -99,32 +90,28 @@ def _of_readers(
     latent = latent_attention(artifact.manifest) if recipe.cache is not None else []
     if latent:
         yield (
-            f"warning: k_scale and v_scale of {some(latent)} are those of what transformers caches, the latent and the "
-            "rotary key; vLLM (0.32) does not read them for multi-head latent attention, and caches both with a scale "
-            "of 1"
+            f"warning: k_scale and v_scale of {some(latent)} belong to the values that transformers caches, the latent "
+            "and the rotary key; vLLM 0.32 ignores them for multi-head latent attention and uses a scale of 1 for both"
         )
-    odd = [kind for kind in _attention_classes(artifact) if not kind.endswith("Attention")] if recipe.attention else []
+    kinds = dict.fromkeys(entry.kind for entry in manifest.cached) if recipe.attention else {}
+    odd = [kind for kind in kinds if not kind.endswith("Attention")]
     if odd:
-        yield f"warning: vLLM knows a group for attention by a class that ends in Attention, and not {some(odd)}"
+        yield f"warning: vLLM only recognizes attention groups whose class name ends in Attention, not {some(odd)}"
 
 
 def _caching(manifest: Manifest) -> list[str]:
-    """The attention modules that keep keys and values."""
+    """List the attention modules that cache keys and values."""
     return list(dict.fromkeys(entry.module for entry in manifest.cached))
 
 
-def _attention_classes(artifact: Artifact) -> Iterator[str]:
-    yield from dict.fromkeys(entry.kind for entry in artifact.manifest.cached)
-
-
 def targeted_tables(model: nn.Module, recipe: Recipe, jobs: Container[str]) -> list[str]:
-    """Embeddings that a recipe's targets match and that are not quantized: readers would take them for quantized."""
+    """List embeddings that a recipe targets and that are not quantized: readers would assume that they are."""
     tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     return [name for name, module in tables if name not in jobs and recipe.means(name, type(module))]
 
 
 def _experts(artifact: Artifact) -> dict[str, list[str]]:
-    """By the name of a mixture that is taken apart, the modules of its experts."""
+    """Map each split mixture to the modules of its experts."""
     found: dict[str, list[str]] = {}
     if isinstance(artifact, SplitArtifact):
         for name, (owner, _, _) in artifact.inputs(all_tokens=True).items():
@@ -133,19 +120,19 @@ def _experts(artifact: Artifact) -> dict[str, list[str]]:
 
 
 def _places(artifact: Artifact, experts: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Where experts' modules are, in the words of `runtime.quantize.reader_limits`."""
+    """Map experts' modules to the places of `runtime.quantize.reader_limits`."""
     if not isinstance(artifact, SplitArtifact):
         return {}
     manifest, found = artifact.manifest, {}
     for owner, names in experts.items():
         is_stacked = manifest.leaf_kinds[manifest.leaves[owner]].kind == "Experts"
-        renamed = RENAMED_EXPERT if owner in artifact.named_anew else EXPERT
+        renamed = EXPERT if artifact.mixtures[owner].is_named else RENAMED_EXPERT
         found.update(dict.fromkeys(names, renamed if is_stacked else SEPARATE_EXPERT))
     return found
 
 
 def _stacked_experts(artifact: Artifact) -> Iterator[str]:
-    """Parameters with a matrix for each expert."""
+    """Yield the parameters with a matrix for each expert."""
     manifest = artifact.manifest
     used = dict.fromkeys(name for entry in manifest.subgraphs for name in entry.parameters)
     flat = {
@@ -166,8 +153,8 @@ def _stacked_experts(artifact: Artifact) -> Iterator[str]:
             yield name
 
 
-def _is_wanted(recipe: Recipe, owner: str) -> bool:
-    """Whether the recipe would quantize an expert's matrix, if it were a module."""
+def _is_targeted(recipe: Recipe, owner: str) -> bool:
+    """Whether the recipe would quantize an expert's matrix if it were a module."""
     try:
         return bool(recipe.assign({f"{owner}.0.up_proj": nn.Linear}))
     except RecipeError:
@@ -178,10 +165,10 @@ def _why_not(artifact: Artifact, name: str) -> str:
     manifest = artifact.manifest
     if any(name.startswith(f"{owner}.") for owner in manifest.leaves):
         if len(manifest.parameters[name].sources) > 1:
-            return "the names of their tensors do not tell whose they are"
-        return "what one of them does is no product with a gate, a matrix up and one down"
+            return "the names of their tensors do not state the expert"
+        return "the computation of an expert is not a gated product of an up and a down projection"
     if manifest.policy == "target" and manifest.ingredients.get("leaves") == "target":
         return "the artifact calls the model's own modules (compile without --leaves target)"
     if not manifest.is_portable:
-        return "the artifact calls the model's own modules, which could not be traced through"
-    return "the model's code sends tokens to them in a way of its own"
+        return "the artifact calls the model's own modules, which could not be traced"
+    return "the model's routing code is not supported"

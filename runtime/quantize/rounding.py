@@ -1,4 +1,4 @@
-"""Round the weights of a step: siblings that see one input and have one scheme together."""
+"""Quantize the weights of a step; modules that read one input and have one scheme are solved together."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounded:
-    """A module's quantized weight.
+    """The quantized weight of a module.
 
     Attributes:
-        name: of the module.
-        result: without scales for inputs.
-        algorithm: what was used in the end.
-        warning: what a user should know, or "".
-        start: the clock (`perf_counter`) when work on the module began.
-        size: ||W X||^2 over the measured inputs X, or ||W||^2 where none were measured.
+        name: the module.
+        result: the quantized weight, without input scales.
+        algorithm: the algorithm that was used in the end.
+        warning: a message for the user, or "".
+        start: the time (`perf_counter`) at which work on the module began.
+        size: ||W X||^2 over the measured inputs X, or ||W||^2 without inputs.
         loss: ||W X - Q X||^2 over the same inputs, or ||W - Q||^2.
     """
 
@@ -48,71 +48,69 @@ class Rounded:
     loss: float
 
 
-def round_modules(
-    names: Sequence[str],
-    jobs: Mapping[str, Assignment],
-    weight_of: Callable[[str], torch.Tensor],
-    scale_dtype_of: Callable[[str], torch.dtype],
-    statistics: Mapping[str, InputStatistics],
-    siblings: Mapping[str, Hashable],
-    others: Collection[InputStatistics] = (),
-) -> Iterator[Rounded]:
-    """Quantize modules, in order of execution.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """What the quantization of a step needs to know of its modules.
 
-    Args:
-        names: the modules.
-        jobs: what is done to each.
-        weight_of: a module's weight [O, I].
-        scale_dtype_of: in what the checkpoint stores its scales.
-        statistics: of its inputs, where they were measured. Whoever takes a module that comes out takes its statistics
-            out of here: GPTQ works in the memory of a Hessian that no module is left for.
-        siblings: something that is equal for modules that read one tensor, as far as that is known.
-        others: statistics that are still to be used for other modules than these.
+    Attributes:
+        jobs: assignment of each module.
+        weight_of: returns a module's weight [O, I].
+        scale_dtype_of: returns the dtype in which the checkpoint stores a module's scales.
+        statistics: input statistics of the measured modules. The caller removes an entry when it has taken the module's
+            result: GPTQ overwrites a Hessian that no remaining module needs.
+        siblings: equal values for modules that are known to read one tensor.
+        others: statistics that are needed later for other modules.
+    """
+
+    jobs: Mapping[str, Assignment]
+    weight_of: Callable[[str], torch.Tensor]
+    scale_dtype_of: Callable[[str], torch.dtype]
+    statistics: Mapping[str, InputStatistics]
+    siblings: Mapping[str, Hashable]
+    others: Collection[InputStatistics] = ()
+
+
+def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
+    """Quantize modules in order of execution.
 
     Raises:
         QuantizationError: naming the module.
     """
-    shared = _global_scales(names, jobs, weight_of, siblings)
-    # What is solved together has one global scale, too; siblings have the very same tensor.
+    statistics = step.statistics
+    shared = _global_scales(names, step)
+    # Modules that are solved together also have one global scale; siblings share the same tensor object.
     inputs = {
-        name: (id(statistics[name]), scale_dtype_of(name), id(shared.get(name))) for name in names if name in statistics
+        name: (id(statistics[name]), step.scale_dtype_of(name), id(shared.get(name)))
+        for name in names
+        if name in statistics
     }
-    for together in solved_together(names, jobs, inputs):
-        # In a frame of its own, so that nothing of one batch is held while the next is solved.
-        found = statistics.get(together[0])
+    for batch in solved_together(names, step.jobs, inputs):
+        # A separate frame, so that no tensor of one batch stays alive while the next is solved.
+        found = statistics.get(batch[0])
         users = [name for name, entry in statistics.items() if entry is found]
-        is_free = not any(found is other for other in others) and may_overwrite(jobs[together[0]], together, users)
+        is_free = not any(found is other for other in step.others) and may_overwrite(step.jobs[batch[0]], batch, users)
         del found
-        yield from _rounded_together(together, jobs, weight_of, scale_dtype_of, statistics, shared, overwrite=is_free)
+        yield from _rounded_batch(batch, step, shared, overwrite=is_free)
 
 
-def _rounded_together(
-    together: Sequence[str],
-    jobs: Mapping[str, Assignment],
-    weight_of: Callable[[str], torch.Tensor],
-    scale_dtype_of: Callable[[str], torch.dtype],
-    statistics: Mapping[str, InputStatistics],
-    shared: Mapping[str, torch.Tensor],
-    *,
-    overwrite: bool,
+def _rounded_batch(
+    names: Sequence[str], step: Rounding, shared: Mapping[str, torch.Tensor], *, overwrite: bool
 ) -> Iterator[Rounded]:
-    weights = [weight_of(name) for name in together]
+    weights = [step.weight_of(name) for name in names]
     start = time.perf_counter()
-    found = statistics.get(together[0])
+    found = step.statistics.get(names[0])
     seen = found if found is not None and found.num_tokens else None
     sizes = [_size(weight, seen) for weight in weights]
-    results, algorithm, warning = _solve(
-        together, weights, jobs, scale_dtype_of, statistics, shared, overwrite=overwrite
-    )
-    # GPTQ knows its loss, and may have worked in H's own memory. What is not needed any more is not held.
+    results, algorithm, warning = _solve(names, weights, step, shared, overwrite=overwrite)
+    # GPTQ reports its loss, and may have overwritten H. Tensors that are no longer needed are released.
     del found
-    left = list(weights) if algorithm == "rtn" else []
-    seen = seen if left else None
+    remaining = list(weights) if algorithm == "rtn" else []
+    seen = seen if remaining else None
     del weights
-    for name, size in zip(together, sizes, strict=True):
+    for name, size in zip(names, sizes, strict=True):
         result = [next(results)]
-        loss = _size(left.pop(0), seen, result[0].weight_OI) if left else result[0].loss
-        seen = seen if left else None
+        loss = _size(remaining.pop(0), seen, result[0].weight_OI) if remaining else result[0].loss
+        seen = seen if remaining else None
         yield Rounded(
             name=name, result=result.pop(), algorithm=algorithm, warning=warning, start=start, size=size, loss=loss
         )
@@ -120,96 +118,81 @@ def _rounded_together(
 
 
 def _size(weight_OI: torch.Tensor, found: InputStatistics | None, quantized_OI: torch.Tensor | None = None) -> float:
-    """||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
+    """Compute ||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
     if not weight_OI.numel() or (found is not None and found.num_in_features != weight_OI.shape[-1]):
-        return 0.0  # the solve says what is wrong
+        return 0.0  # the solve reports the error
     if found is None:
         return summed(weight_OI, quantized_OI, plain_square)
     return found.output_square(weight_OI, quantized_OI)
 
 
-def _global_scales(
-    names: Sequence[str],
-    jobs: Mapping[str, Assignment],
-    weight_of: Callable[[str], torch.Tensor],
-    siblings: Mapping[str, Hashable],
-) -> dict[str, torch.Tensor]:
-    """NVFP4's global scales: engines fuse siblings into one matrix, which has one."""
+def _global_scales(names: Sequence[str], step: Rounding) -> dict[str, torch.Tensor]:
+    """Compute NVFP4's global scales: engines fuse siblings into one matrix, which has one global scale."""
     groups: dict[Hashable, list[str]] = {}
     for name in names:
-        if grid.needs_global_scale(jobs[name].scheme.weights):
-            groups.setdefault(siblings.get(name, name), []).append(name)
+        if grid.needs_global_scale(step.jobs[name].scheme.weights):
+            groups.setdefault(step.siblings.get(name, name), []).append(name)
     return {
         name: scale
         for group in groups.values()
-        for scale in [grid.global_scale_of(*(weight_of(name).detach() for name in group))]
+        for scale in [grid.global_scale_of(*(step.weight_of(name).detach() for name in group))]
         for name in group
     }
 
 
 def _solve(
-    together: Sequence[str],
+    names: Sequence[str],
     weights: Sequence[torch.Tensor],
-    jobs: Mapping[str, Assignment],
-    scale_dtype_of: Callable[[str], torch.dtype],
-    statistics: Mapping[str, InputStatistics],
+    step: Rounding,
     shared: Mapping[str, torch.Tensor],
     *,
     overwrite: bool,
 ) -> tuple[Iterator[QuantizedWeight], str, str]:
-    """The results, one after the other, the algorithm, and a warning or ""."""
-    first = together[0]
-    job, found, scale_dtype = jobs[first], statistics.get(first), scale_dtype_of(first)
+    """Quantize a batch; return the results one by one, the algorithm, and a warning or ""."""
+    first = names[0]
+    job, found = step.jobs[first], step.statistics.get(first)
     try:
         if job.algorithm == "rtn":
-            return iter([_nearest(first, weights[0], jobs, scale_dtype, found, shared)]), "rtn", ""
+            return iter(_nearest(names, weights, step, shared)), "rtn", ""
         assert job.options is not None, "GPTQ comes with options"
         try:
             if found is None or not found.num_tokens:
                 raise QuantizationError("no calibration token reached it")
-            if found.is_zero():  # every rounding has the same loss, which the modifier says
-                nearest = [
-                    _nearest(name, weight, jobs, scale_dtype, found, shared)
-                    for name, weight in zip(together, weights, strict=True)
-                ]
-                return iter(nearest), "rtn", ""
+            if found.is_zero():  # every rounding has the same loss; the modifier warns of it
+                return iter(_nearest(names, weights, step, shared)), "rtn", ""
             results = quantize_siblings(
                 weights,
                 found.take_hessian() if overwrite else found.hessian_II,
                 job.scheme.weights,
-                scale_dtype=scale_dtype,
+                scale_dtype=step.scale_dtype_of(first),
                 dampening_frac=job.options.dampening_frac,
                 block_size=job.options.block_size,
                 actorder=job.options.actorder,
                 global_scale=shared.get(first),
                 overwrite_hessian=overwrite,
             )
-            one = next(results)  # if there is one, there will be the others
+            one = next(results)  # if the first succeeds, the others do
         except QuantizationError as error:
             if job.options.fallback != "rtn" or not all(grid.is_finite(weight) for weight in weights):
                 raise
-            nearest = [
-                _nearest(name, weight, jobs, scale_dtype, found, shared)
-                for name, weight in zip(together, weights, strict=True)
-            ]
-            return iter(nearest), "rtn", f"warning: {', '.join(together)} rounded to nearest: {error.message}"
+            nearest = _nearest(names, weights, step, shared)
+            return iter(nearest), "rtn", f"warning: {', '.join(names)} rounded to nearest: {error.message}"
     except QuantizationError as error:
-        culprit = next((name for name, w in zip(together, weights, strict=True) if not grid.is_finite(w)), "")
+        culprit = next((name for name, w in zip(names, weights, strict=True) if not grid.is_finite(w)), "")
         raise QuantizationError(
             f"{culprit or first}: {error.message}",
             hint=error.hint,
             is_resumable=job.algorithm == "gptq" and not culprit,
         ) from error
-    used = one.damping
-    is_raised = used > job.options.dampening_frac
-    raised = f"warning: {', '.join(together)}: the Hessian factored with dampening {used:g} only" if is_raised else ""
-    results = _both([one], results)
+    is_raised = one.damping > job.options.dampening_frac
+    warning = f"warning: {', '.join(names)}: the Hessian needed dampening {one.damping:g}" if is_raised else ""
+    results = _chained([one], results)
     del one
-    return (_refined(results, weights, job, found) if job.options.refine else results), "gptq", raised
+    return (_refined(results, weights, job, found) if job.options.refine else results), "gptq", warning
 
 
-def _both(first: list[QuantizedWeight], others: Iterator[QuantizedWeight]) -> Iterator[QuantizedWeight]:
-    """One after the other, as `itertools.chain`, which would hold the first one to the end."""
+def _chained(first: list[QuantizedWeight], others: Iterator[QuantizedWeight]) -> Iterator[QuantizedWeight]:
+    """Yield the first result and the others; `itertools.chain` would keep the first one alive to the end."""
     yield first.pop()
     yield from others
 
@@ -217,7 +200,7 @@ def _both(first: list[QuantizedWeight], others: Iterator[QuantizedWeight]) -> It
 def _refined(
     results: Iterator[QuantizedWeight], weights: Sequence[torch.Tensor], job: Assignment, found: InputStatistics
 ) -> Iterator[QuantizedWeight]:
-    """The results of a solve, improved."""
+    """Improve the results of a solve."""
     assert job.options is not None, "GPTQ comes with options"
     for weight_OI in weights:
         result = [next(results)]
@@ -232,32 +215,32 @@ def _refined(
             )
         )
         del result[0]
-        yield result.pop()  # none is held here while it is worked with
+        yield result.pop()  # this frame holds no result while the caller works with it
 
 
 def _nearest(
-    name: str,
-    weight_OI: torch.Tensor,
-    jobs: Mapping[str, Assignment],
-    scale_dtype: torch.dtype,
-    found: InputStatistics | None,
-    shared: Mapping[str, torch.Tensor],
+    names: Sequence[str], weights: Sequence[torch.Tensor], step: Rounding, shared: Mapping[str, torch.Tensor]
+) -> list[QuantizedWeight]:
+    """Round weights to nearest, with the observers and the clipping of their assignments."""
+    return [_round_to_nearest(name, w, step, shared.get(name)) for name, w in zip(names, weights, strict=True)]
+
+
+def _round_to_nearest(
+    name: str, weight_OI: torch.Tensor, step: Rounding, global_scale: torch.Tensor | None
 ) -> QuantizedWeight:
-    args = jobs[name].scheme.weights
-    if jobs[name].clip and jobs[name].algorithm == "rtn" and found is not None and found.num_tokens:
-        return quantize_clipped(
-            weight_OI, found.hessian_II, args, scale_dtype=scale_dtype, global_scale=shared.get(name)
-        )
+    job, scale_dtype = step.jobs[name], step.scale_dtype_of(name)
+    args, found = job.scheme.weights, step.statistics.get(name)
+    seen = found if found is not None and found.num_tokens else None
+    if job.clip and job.algorithm == "rtn" and seen is not None:
+        return quantize_clipped(weight_OI, seen.hessian_II, args, scale_dtype=scale_dtype, global_scale=global_scale)
     importance_I = None
-    if args.observer == "imatrix_mse" and found is not None and found.num_tokens:
-        importance_I = found.hessian_II.diagonal()
-    elif args.observer == "imatrix_mse" and jobs[name].algorithm == "gptq":  # a fallback, which has no inputs to go by
+    if args.observer == "imatrix_mse" and seen is not None:
+        importance_I = seen.hessian_II.diagonal()
+    elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
         importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    return quantize_rtn(
-        weight_OI, args, scale_dtype=scale_dtype, global_scale=shared.get(name), importance_I=importance_I
-    )
+    return quantize_rtn(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
 
 
 def with_inputs(result: QuantizedWeight, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    """A result with the scales of static inputs."""
+    """Add the scales of static inputs to a result."""
     return dataclasses.replace(result, inputs=dict(parts))

@@ -1,6 +1,6 @@
-"""What measured inputs are worth: numbers that overflowed, modules that no token reached, inputs of nothing but zeros.
+"""Check measured inputs for numbers that are not finite, modules that no token reached, and inputs that are all zero.
 
-All of it is looked at as soon as a subgraph is measured, before any of its weights is solved.
+The checks run as soon as a subgraph is measured, before any of its weights is quantized.
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ _MORE_DATA = "calibrate with more data, or add it to ignore"
 
 
 def require_finite_inputs(statistics: Mapping[str, InputStatistics], dtype: torch.dtype) -> None:
-    """Refuse what overflowed or was no number on its way.
-
-    Args:
-        statistics: in the order in which modules were called.
-        dtype: of the run.
+    """Reject inputs that are not finite.
 
     Raises:
-        QuantizationError: naming the first module whose inputs are not finite.
+        QuantizationError: naming the first module in the order of `statistics` whose inputs are not finite.
     """
     for name, found in statistics.items():
         if found.num_tokens and not found.is_finite():
@@ -41,54 +37,42 @@ def require_finite_inputs(statistics: Mapping[str, InputStatistics], dtype: torc
                 f"the calibration inputs of {name} are not finite in {plain}",
                 hint="activations overflow float16: run with --dtype bfloat16"
                 if narrow
-                else "check the weights before it and the data, or run with --dtype float32",
+                else "check the data and the weights of earlier layers, or run with --dtype float32",
             )
 
 
 def unreached(needs: Mapping[str, Needs], statistics: Mapping[str, InputStatistics]) -> list[str]:
-    """Modules that were to be measured and that no token has reached."""
+    """List the modules that should have been measured and that no token has reached."""
     return [
         name for name, need in needs.items() if need and (name not in statistics or not statistics[name].num_tokens)
     ]
 
 
 def require_inputs(names: Iterable[str], jobs: Mapping[str, Assignment]) -> None:
-    """Refuse modules that cannot do without inputs.
-
-    Args:
-        names: those that no token has reached.
-        jobs: what is done to each module.
+    """Reject modules that no token has reached and whose quantization needs inputs.
 
     Raises:
-        DataError: naming the module, and what to do.
+        DataError: naming the module.
     """
     for name in names:
         job = jobs.get(name)
         if job is None:
             continue
+        hint = _MORE_DATA
         if input_parts(job.scheme):
-            raise DataError(
-                f"no calibration token reached {name}, so its static input scale is undefined",
-                hint=_MORE_DATA,
-                is_resumable=True,
-            )
-        if job.algorithm == "rtn" and job.scheme.weights.observer == "imatrix_mse":
-            raise DataError(
-                f"no calibration token reached {name}, so its observer imatrix_mse has no inputs to weigh errors by",
-                hint=_MORE_DATA,
-                is_resumable=True,
-            )
-        if job.algorithm == "gptq" and job.options is not None and job.options.fallback != "rtn":
-            raise DataError(
-                f"no calibration token reached {name}, so GPTQ has no inputs to judge its rounding by",
-                hint=f"set fallback: rtn in the recipe, {_MORE_DATA}",
-                is_resumable=True,
-            )
+            consequence = "its static input scale is undefined"
+        elif job.algorithm == "rtn" and job.scheme.weights.observer == "imatrix_mse":
+            consequence = "the observer imatrix_mse has no inputs to weight errors with"
+        elif job.algorithm == "gptq" and job.options is not None and job.options.fallback != "rtn":
+            consequence, hint = "GPTQ cannot quantize it", f"set fallback: rtn in the recipe, {_MORE_DATA}"
+        else:
+            continue
+        raise DataError(f"no calibration token reached {name}, so {consequence}", hint=hint, is_resumable=True)
 
 
 @contextlib.contextmanager
 def reached_modules(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, None]]:
-    """Which modules are called with tokens while the block runs."""
+    """Record which modules are called with tokens while the block runs."""
     found: dict[str, None] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -107,5 +91,5 @@ def reached_modules(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
 
 
 def only_zeros(statistics: Mapping[str, InputStatistics]) -> list[str]:
-    """Modules whose inputs were zero in every token: whatever their weights are rounded to, nothing is lost."""
+    """List the modules whose inputs were all zero: every rounding of their weights has the same error."""
     return [name for name, found in statistics.items() if found.num_tokens and found.is_zero()]

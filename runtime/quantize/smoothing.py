@@ -1,13 +1,13 @@
-"""Rescale groups of modules: what SmoothQuant and AWQ have in common.
+"""Rescale groups of modules: the part that SmoothQuant and AWQ share.
 
-All is done on copies in float32. Weights that are quantized afterwards are never rounded to the checkpoint's dtype in
-between; parameters that are not are written in it, and then columns are multiplied by what the rounded parameter really
-gives, so that the model computes the same.
+The arithmetic is done on copies in float32. Weights that are quantized afterwards are not rounded to the checkpoint's
+dtype in between. Other parameters are stored in that dtype; columns are then multiplied by the factor that the rounded
+parameter actually gives, so that the model computes the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,29 +15,29 @@ import torch
 
 from runtime.algorithms.awq import search_scales
 from runtime.algorithms.smoothquant import smoothing_factors
-from runtime.artifact.scale_groups import channels_of
+from runtime.artifact.scale_groups import numbers_of
 from runtime.errors import QuantizationError
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
     from runtime.quantize.statistics import InputStatistics
-    from runtime.recipe.modifiers import AWQModifier, Transform
+    from runtime.recipe.modifiers import Transform
     from runtime.recipe.recipe import Assignment
 
 
 @dataclass(kw_only=True)
 class Rescaled:
-    """Parameters of a step that differ from the checkpoint's.
+    """The changed parameters of a step.
 
-    Vectors are kept as they are now; of matrices only what has become of them, and they are made when they are asked
-    for: those of a mixture's experts would take twice as much memory in float32 as the model itself.
+    Changed vectors are stored. For matrices only the factors are stored, and the matrices are computed on demand: those
+    of a mixture's experts would take twice as much memory in float32 as the model itself.
 
     Attributes:
-        read: a parameter as it was, by name.
-        stored_dtype: the dtype of a parameter in the checkpoint, by name.
-        jobs: modules that are quantized.
-        tensors: vectors that have changed, float32.
-        factors: by the names of matrices, what to divide or multiply them by, one after the other.
+        read: returns an original parameter by name.
+        stored_dtype: returns the dtype of a parameter in the checkpoint by name.
+        jobs: the modules that are quantized.
+        tensors: changed vectors, float32.
+        factors: the factors of each changed matrix, applied in order.
     """
 
     read: Callable[[str], torch.Tensor]
@@ -47,18 +47,18 @@ class Rescaled:
     factors: dict[str, list[_Factor]] = field(default_factory=dict)
 
     def get(self, name: str) -> torch.Tensor:
-        """A parameter as it is now; float32 where it has changed."""
+        """Return a parameter with its changes; float32 if it has any."""
         tensor = self.tensors[name] if name in self.tensors else self.read(name)
         for factor in self.factors.get(name, ()):
             tensor = factor.applied(tensor.to(torch.float32))
         return tensor
 
     def changed(self) -> list[str]:
-        """The names of all that has changed."""
+        """List the names of all changed parameters."""
         return [*self.tensors, *self.factors]
 
     def rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A parameter as it is now, in this dtype; stacks are made expert by expert."""
+        """Return a parameter with its changes in this dtype; stacks are computed expert by expert."""
         tensor = self.read(name)
         if name not in self.factors or tensor.dim() < 3:
             return self.get(name).to(dtype)
@@ -71,36 +71,36 @@ class Rescaled:
         return result
 
     def forget(self, name: str) -> None:
-        """Drop what has become of a parameter that has been written."""
+        """Drop the changes of a parameter that has been written."""
         self.tensors.pop(name, None)
         self.factors.pop(name, None)
 
     def copy(self) -> Rescaled:
-        """The same as it is now."""
+        """Copy the current state."""
         factors = {name: list(own) for name, own in self.factors.items()}
         return replace(self, tensors=dict(self.tensors), factors=factors)
 
     def apply(self, group: ScaleGroup, scale_I: torch.Tensor) -> torch.Tensor:
-        """Divide what makes a group's channels by these factors, and multiply what takes them.
+        """Divide the producer of a group by these factors, and multiply the parameters that read its channels.
 
         Args:
-            group: with a producer.
-            scale_I: one positive factor for each feature, the same for those of one channel.
+            group: a group with a producer.
+            scale_I: one positive factor for each feature, equal for features of one channel.
 
         Returns:
-            The factors [I] by which inputs really are divided.
+            The factors [I] by which inputs are actually divided.
         """
         producer = self.read(group.producer)
-        channels = torch.tensor(channels_of(group), device=producer.device)
+        channels = torch.tensor(numbers_of(group.channels), device=producer.device)
         factor_C = torch.ones(len(producer), device=producer.device)
         factor_C[channels] = scale_I.to(producer.device, torch.float32)
         if producer.dim() == 1:
             weight = self.get(group.producer).to(torch.float32)
             divided = (weight + group.offset) / factor_C - group.offset
             rounded = divided.to(self.stored_dtype(group.producer)).to(torch.float32)
-            really = (weight + group.offset) / (rounded + group.offset)
-            is_sound = torch.isfinite(really) & (really > 0)
-            factor_C = torch.where(is_sound, really, factor_C)
+            actual_C = (weight + group.offset) / (rounded + group.offset)
+            is_valid = torch.isfinite(actual_C) & (actual_C > 0)
+            factor_C = torch.where(is_valid, actual_C, factor_C)
             self.tensors[group.producer] = rounded
         else:
             self._change(group.producer, factor_C, axis=0, is_division=True)
@@ -121,7 +121,7 @@ class Rescaled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Factor:
-    """What a matrix is multiplied with, or divided by; as many dimensions, all but one of size 1."""
+    """A factor of a matrix, or a divisor; it has as many dimensions, all but one of size 1."""
 
     values: torch.Tensor
     is_division: bool
@@ -138,19 +138,14 @@ def find_scales(
     statistics: InputStatistics,
     scale_dtypes: Mapping[str, torch.dtype],
 ) -> torch.Tensor:
-    """The factors [I] that a modifier chooses for a group.
+    """Compute the factors [I] that a modifier chooses for a group, from its weights and the statistics of its inputs.
 
-    Args:
-        transform: the modifier.
-        group: whose inputs are rescaled.
-        rescaled: has its weights.
-        statistics: of its inputs.
-        scale_dtypes: in what the checkpoint stores the scales of its quantized modules.
+    `scale_dtypes` are the dtypes in which the checkpoint stores the scales of the group's quantized modules.
 
     Raises:
         QuantizationError: naming the group's first module.
     """
-    channels = torch.tensor(channels_of(group), device=statistics.smallest_I.device)
+    channels = torch.tensor(numbers_of(group.channels), device=statistics.smallest_I.device)
     try:
         if transform.algorithm == "smoothquant":
             low_I, high_I = statistics.feature_span()
@@ -159,27 +154,16 @@ def find_scales(
                 torch.maximum(-low_I, high_I), weights, strength=transform.smoothing_strength, channel_I=channels
             )
         quantized = [name for name in group.modules if name in rescaled.jobs]
-        return _search(transform, quantized, rescaled, statistics, scale_dtypes, channels)
+        found = search_scales(
+            (rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized),
+            statistics.hessian_II,
+            statistics.mean_abs_I,
+            [rescaled.jobs[name].scheme.weights for name in quantized],
+            scale_dtype=scale_dtypes[quantized[0]],
+            n_grid=transform.n_grid,
+            duo_scaling=transform.duo_scaling,
+            channel_I=channels,
+        )
     except QuantizationError as error:
         raise QuantizationError(f"{group.modules[0]}: {error.message}", hint=error.hint) from error
-
-
-def _search(
-    transform: AWQModifier,
-    quantized: Sequence[str],
-    rescaled: Rescaled,
-    statistics: InputStatistics,
-    scale_dtypes: Mapping[str, torch.dtype],
-    channels: torch.Tensor,
-) -> torch.Tensor:
-    found = search_scales(
-        (rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized),
-        statistics.hessian_II,
-        statistics.mean_abs_I,
-        [rescaled.jobs[name].scheme.weights for name in quantized],
-        scale_dtype=scale_dtypes[quantized[0]],
-        n_grid=transform.n_grid,
-        duo_scaling=transform.duo_scaling,
-        channel_I=channels,
-    )
     return found.scale_I

@@ -1,26 +1,33 @@
-"""Which modules are solved together, and in what memory: one answer for the run and for the plan of its memory."""
+"""Decide which modules are solved together, whether a solve overwrites its Hessian, and which modules engines fuse."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
 
-# The most modules that are solved together: experts that are measured on all tokens see one input by the hundred.
-_MOST_TOGETHER = 8
+# The last parts of the names of modules of one parent that vLLM's models fuse.
+FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+_LIMIT = 8  # modules per batch: hundreds of experts that are measured on all tokens read one input
 
 
 def solved_together(
     names: Sequence[str], jobs: Mapping[str, Assignment], inputs: Mapping[str, Hashable]
 ) -> Iterator[list[str]]:
-    """Modules in batches: those by GPTQ that see one input and have one scheme and the same options.
+    """Yield modules in batches: GPTQ modules that read one input and have the same scheme and options.
 
-    Args:
-        names: the modules, in order.
-        jobs: what is done to each.
-        inputs: something that is equal for those that see one input; modules that are not measured have none.
+    `inputs` has equal values for measured modules that read one input.
     """
     done: set[str] = set()
     for name in names:
@@ -28,25 +35,34 @@ def solved_together(
             continue
         together = [name]
         if jobs[name].algorithm == "gptq" and name in inputs:
-            fellows = [other for other in names if other in inputs and inputs[other] == inputs[name]]
-            together = [other for other in fellows if other not in done and _is_alike(jobs[name], jobs[other])]
-            together = together[:_MOST_TOGETHER]
+            readers = [other for other in names if other in inputs and inputs[other] == inputs[name]]
+            together = [other for other in readers if other not in done and _is_alike(jobs[name], jobs[other])]
+            together = together[:_LIMIT]
         done.update(together)
         yield together
 
 
 def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]) -> bool:
-    """Whether a solve may work in the memory of its Hessian: whether nobody asks for that afterwards.
+    """Whether the solve of the modules `together` may overwrite their Hessian, because nothing reads it afterwards.
 
-    Args:
-        job: of the modules that are solved.
-        together: these modules.
-        users: all that have not been solved and see the same input.
+    `users` are all modules that are not yet solved and read the same input.
     """
-    # Who improves on the result, or rounds to nearest instead, asks for it again.
-    is_asked_again = job.options is None or bool(job.options.refine) or job.options.fallback == "rtn"
-    return not is_asked_again and all(name in together for name in users)
+    # Refinement, and the fallback to rounding to nearest, read it again.
+    is_read_again = job.options is None or bool(job.options.refine) or job.options.fallback == "rtn"
+    return not is_read_again and all(name in together for name in users)
 
 
 def _is_alike(one: Assignment, two: Assignment) -> bool:
     return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights
+
+
+def siblings_by_name(names: Iterable[str]) -> dict[str, Hashable]:
+    """Map each module that engines fuse with others in `names` to a value that is equal for those."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        together = next((joined for joined in FUSED_NAMES if own in joined), None)
+        if together is not None:
+            found[name] = (parent, together)
+    count = Counter(found.values())
+    return {name: key for name, key in found.items() if count[key] > 1}

@@ -1,6 +1,6 @@
-"""What calibration measures of the inputs that Linear modules see: Gram matrices, and sizes of channels.
+"""Measure the inputs of Linear modules: Gram matrices, and magnitudes and ranges of channels.
 
-Only tokens count that carry information: padding does not, nor what a loss mask leaves out.
+Padding, and tokens that a loss mask excludes, are not measured.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from runtime.model.experts import ROWS
 from runtime.streaming.work import EnoughSeenError
 
 RunBatches = Callable[[Callable[[int], None]], None]
-_TOKENS_OF_A_SUM = 256
+_TOKENS_PER_SUM = 256
 
 
 class _SharingBrokenError(Exception):
-    """Modules that were taken to see the same inputs do not."""
+    """Raised when modules that were assumed to read the same inputs do not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What is to be measured for a module.
+    """The measurements that a module needs.
 
     Attributes:
         hessian: the Gram matrix of its inputs.
-        channels: the mean and the largest magnitude, the smallest and the largest number of each input feature.
+        channels: the mean magnitude, the minimum and the maximum of each input feature.
     """
 
     hessian: bool = False
@@ -47,19 +47,18 @@ class Needs:
 
 
 class InputStatistics:
-    """Sums over the inputs of modules that see the same tensor.
+    """Statistics of the inputs of modules that read the same tensor.
 
     Args:
         num_in_features: I.
-        needs: what to sum up.
-        device: where sums are kept; inputs must be there.
+        needs: what to measure.
+        device: the device of the sums, and of the inputs.
 
     Attributes:
-        num_tokens: how many inputs have counted.
-        hessian_II: H, or None.
-        smallest_I: of each feature, or None; `largest_I` and `mean_abs_I` likewise.
-        average_smallest_I: the moving average over batches of a batch's smallest; `average_largest_I` likewise.
-        spans: the smallest and the largest number of each batch, each [2].
+        num_tokens: number of measured inputs.
+        smallest_I: the minimum of each feature; `largest_I` is the maximum.
+        average_smallest_I: the moving average of the batches' minima; `average_largest_I` of their maxima.
+        spans: minimum and maximum of each batch, each [2].
     """
 
     def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
@@ -73,7 +72,7 @@ class InputStatistics:
         self.average_smallest_I = self.average_largest_I = torch.zeros(0, device=device)
         self.spans: list[torch.Tensor] = []
         self._scale_I: torch.Tensor | None = None
-        # Of inputs that nobody needs H of, the report of errors has a small one or some tokens.
+        # If no algorithm needs H, the error report uses a Gram matrix of narrow inputs, or some tokens of wide ones.
         is_reported = needs.channels and not needs.hessian
         is_narrow = num_in_features <= WIDEST_GRAM
         self._gram = HessianAccumulator(num_in_features, device=device) if is_reported and is_narrow else self._hessian
@@ -84,13 +83,12 @@ class InputStatistics:
 
         Args:
             inputs: all leading dimensions are tokens.
-            counts: bool, of as many numbers as there are tokens; None when all count.
+            counts: bool for each token, whether it is measured; None for all.
         """
-        assert self._scale_I is None, "what is added later would not be divided"
+        assert self._scale_I is None, "inputs that are added after scaling would not be divided"
         flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
         if counts is not None:
-            kept_TI = flat_TI[counts.reshape(-1)]
-            flat_TI = kept_TI
+            flat_TI = flat_TI[counts.reshape(-1)]
         self.num_tokens += len(flat_TI)
         if not len(flat_TI):
             return
@@ -110,45 +108,44 @@ class InputStatistics:
             smallest_I = torch.lerp(self.average_smallest_I, smallest_I, AVERAGING_CONSTANT)
             largest_I = torch.lerp(self.average_largest_I, largest_I, AVERAGING_CONSTANT)
         self.average_smallest_I, self.average_largest_I = smallest_I, largest_I
-        for part_TI in torch.split(flat_TI, _TOKENS_OF_A_SUM):  # adding up in float64 copies what is added
+        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM):  # a sum in float64 copies its operand
             self._sum_abs_I += part_TI.abs().sum(dim=0, dtype=torch.float64)
 
     @property
     def hessian_II(self) -> torch.Tensor:
-        """H of the inputs as they are after scaling, float32: the sum itself, no copy."""
-        assert self._hessian is not None, "H was not asked for"
+        """H of the scaled inputs, float32; the sum itself, not a copy."""
+        assert self._hessian is not None, "H was not measured"
         return self._hessian.hessian_II
 
     def is_finite(self) -> bool:
-        """Whether all inputs that counted were finite, and their squares have room in float32."""
+        """Whether all measured inputs and the sums of their squares are finite in float32."""
         sums = [] if self._hessian is None else [self._hessian.hessian_II.diagonal()]
         if self.needs.channels:
             sums += [self.smallest_I, self.largest_I]
         return all(bool(torch.isfinite(one).all()) for one in sums)
 
     def is_zero(self) -> bool:
-        """Whether all inputs that counted were zero."""
+        """Whether all measured inputs were zero."""
         if self.needs.channels:
             return not bool(self.smallest_I.any()) and not bool(self.largest_I.any())
         return self._hessian is not None and not bool(self._hessian.hessian_II.diagonal().any())
 
     def take_hessian(self) -> torch.Tensor:
-        """H, for one who may overwrite it; nobody can ask for it afterwards."""
+        """Move H out; the caller may overwrite it."""
         hessian_II, self._hessian, self._gram = self.hessian_II, None, None
         return hessian_II
 
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
-        """||W X||^2 over the inputs as they are after scaling, or ||W X - Q X||^2; see
-        `runtime.algorithms.output_squares`.
+        """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
 
         Args:
-            weight_OI: [O, I], on the device of the inputs.
-            quantized_OI: Q.
+            weight_OI: W [O, I], on the device of the inputs.
+            quantized_OI: Q, or None.
         """
         if self._gram is not None:
             gram_II = self._gram.hessian_II
             return summed(weight_OI, quantized_OI, lambda rows_RI: gram_square(rows_RI, gram_II))
-        assert self._sample is not None, "nothing was measured, or H was taken"
+        assert self._sample is not None, "nothing was measured, or H was moved out"
         inputs_TI = self._sample.inputs_TI
         if self._scale_I is not None:
             inputs_TI /= self._scale_I
@@ -162,18 +159,18 @@ class InputStatistics:
         return mean_I if self._scale_I is None else mean_I / self._scale_I
 
     def feature_span(self, *, average: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smallest and the largest number of each feature, over all batches or as a moving average."""
+        """Minimum and maximum of each feature, over all batches or as moving averages."""
         low_I, high_I = self.smallest_I, self.largest_I
         if average:
             low_I, high_I = self.average_smallest_I, self.average_largest_I
         return (low_I, high_I) if self._scale_I is None else (low_I / self._scale_I, high_I / self._scale_I)
 
     def span(self, averaging: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smallest and the largest number, scalars: over all batches, or a batch's as a moving average.
+        """Minimum and maximum of all features, over all batches or as moving averages.
 
         Args:
-            averaging: the weight of the newest batch in the average; None for no average. Where inputs were scaled
-                since, features are averaged one by one, with a weight of 0.01.
+            averaging: weight of the newest batch in the average; None for no average. If the inputs were scaled, each
+                feature is averaged with a weight of 0.01 instead.
         """
         if averaging is None or self._scale_I is not None:
             low_I, high_I = self.feature_span(average=averaging is not None)
@@ -184,7 +181,7 @@ class InputStatistics:
         return average[0], average[1]
 
     def scale(self, scale_I: torch.Tensor) -> None:
-        """Make these the statistics of inputs divided by positive factors [I]: no second pass is needed for them."""
+        """Convert the statistics to those of inputs divided by positive factors [I], without a second pass."""
         factors_I = scale_I.to(self._sum_abs_I.device, torch.float32)
         self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
         if self._gram is not None:
@@ -200,24 +197,24 @@ def collect_statistics(
     *,
     may_stop: bool = False,
 ) -> dict[str, InputStatistics]:
-    """Sum up what modules need of every distinct input while all batches run.
+    """Measure the inputs of modules while all batches run.
 
-    Modules that are handed the very same tensor, such as the query, key and value projections, share one sum. Should
-    they turn out to part ways in a later batch, everything is measured again with a sum for each.
+    Modules that receive the same tensor object, such as the query, key and value projections, share one sum. If they
+    receive different tensors in a later batch, everything is measured again with one sum per module.
 
     Args:
         modules: Linear modules by dotted name; their inputs are [..., I].
         needs: what to measure for each.
-        run_batches: executes the subgraph for every batch; calls what it is given with a batch's index before it runs.
-        device: where sums are kept.
-        masks: for each batch which tokens count, see `runtime.data.masks`. An input of as many tokens is in their
-            order, and so is one of experts, which say which tokens they see (not beside a decoder's); all of any
-            other counts.
-        may_stop: whether `run_batches` takes `EnoughSeenError` out of a batch for its end, as nobody needs its results,
-            and every batch calls the modules as the first one does.
+        run_batches: executes the subgraph for every batch; calls its argument with the batch's index before each.
+        device: the device of the sums.
+        masks: for each batch, which tokens are measured (`runtime.data.masks`). A mask applies to inputs with as many
+            tokens, and to inputs of experts, which state the tokens that they receive (without a decoder). All tokens
+            of other inputs are measured.
+        may_stop: whether `run_batches` accepts `EnoughSeenError` as the end of a batch. This requires that the batch's
+            results are not needed and that every batch calls the modules in the same order.
 
     Returns:
-        The statistics of the modules that were called, by name; one object may stand under several names.
+        The statistics of the called modules by name; several names may share one object.
     """
     try:
         return _collect(modules, run_batches, _Observer(device, needs, masks, share=True, may_stop=may_stop))
@@ -254,23 +251,23 @@ class _Observer:
         self.share = share
         self.masks = masks
         self.found: dict[str, InputStatistics] = {}
-        # Whom siblings follow is known only when they come, so the first one measures what any of them needs.
+        # Which modules share an input is known only when they are called, so the first measures what any of them needs.
         together = Needs()
         for need in needs.values():
             together |= need
         self._needs = dict.fromkeys(needs, together) if share else dict(needs)
-        self._masks: tuple[torch.Tensor, ...] = ()  # of the batch that runs
-        self._leaders: dict[str, str] = {}
+        self._masks: tuple[torch.Tensor, ...] = ()  # of the current batch
+        self._leaders: dict[str, str] = {}  # the module that measures the input of each module
         self._tokens: dict[str, int] = {}
-        self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # what each leader was handed last, and its version
-        self._calls: list[str] = []  # of the batch that runs
-        self._usual_calls: list[str] | None = None  # of the first one
+        self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # the last input of each leader, and its version
+        self._calls: list[str] = []  # of the current batch
+        self._first_calls: list[str] | None = None  # of the first batch
         self._may_stop = may_stop
 
     def begin(self, batch: int) -> None:
-        """The batch that runs from here on."""
-        if self._calls and self._usual_calls is None:
-            self._usual_calls = self._calls
+        """Start a batch."""
+        if self._calls and self._first_calls is None:
+            self._first_calls = self._calls
         self._calls = []
         mask = self.masks[batch] if batch < len(self.masks) else None
         parts = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
@@ -281,7 +278,7 @@ class _Observer:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._observe(name, args[0] if args else next(iter(kwargs.values())), module.__dict__.get(ROWS))
             self._calls.append(name)
-            if self._may_stop and self._calls == self._usual_calls:
+            if self._may_stop and self._calls == self._first_calls:
                 raise EnoughSeenError
 
         return observe
@@ -303,7 +300,7 @@ class _Observer:
             raise _SharingBrokenError
 
     def _counts(self, inputs: torch.Tensor, num_tokens: int, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of these inputs count; None for all."""
+        """Select the inputs that are measured; None for all."""
         if rows is not None:
             chosen = self._masks[0].flatten()[rows] if len(self._masks) == 1 else None
             return chosen if chosen is not None and chosen.numel() == num_tokens else None
@@ -313,7 +310,7 @@ class _Observer:
         return fit[0] if fit else None
 
     def _find_leader(self, inputs: torch.Tensor) -> str | None:
-        """A module that was handed this tensor, and nothing before it."""
+        """Find a module that has received this tensor and no other."""
         num_tokens = inputs.numel() // inputs.shape[-1]
         names = (name for name in self._latest if self._is_latest(name, inputs) and self._tokens[name] == num_tokens)
         return next(names, None) if self.share else None
@@ -323,7 +320,7 @@ class _Observer:
         return tensor is inputs and version == inputs._version
 
     def require_agreement(self) -> None:
-        """Followers must have seen all that their leaders have."""
+        """Check that all modules have received every input of their leaders."""
         for name, leader in self._leaders.items():
             if self._tokens[name] != self._tokens[leader]:
                 raise _SharingBrokenError

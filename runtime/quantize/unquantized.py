@@ -6,8 +6,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.source_checks import numbered_list
-from runtime.experts.tables import checkpoint_name
 from runtime.model.experts import Mixture
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ from torch import nn
 def not_quantized(
     model: nn.Module, source: Weights, quantized: Container[str], tables: Sequence[str] = ()
 ) -> list[str]:
-    """Patterns for everything that a reader could take for a quantized Linear and that is none.
+    """Return patterns for everything that a reader could take for a quantized Linear although it is not.
 
-    Those are the Linear modules that were left as they are, and what is one or more Linear modules to readers with
-    other classes than ours: routers, and experts, whose weights are single matrices in the checkpoint and one stack
-    here; and what the checkpoint has besides the model (layers that predict several tokens, DeepSeek's for instance).
+    These are the unquantized Linear modules; modules that other readers implement as Linear, such as routers, and
+    experts whose matrices are separate in the checkpoint and stacked here; and parts of the checkpoint that the model
+    does not use, such as DeepSeek's layers for multi-token prediction.
 
     Args:
         model: the module tree.
-        source: says which tensors make which parameter.
-        quantized: names of the modules that were quantized.
+        source: states the tensors of each parameter.
+        quantized: names of the quantized modules.
         tables: names of the embeddings that a target matches.
     """
     modules = dict(model.named_modules())
@@ -56,7 +56,7 @@ def not_quantized(
 
 
 def _left_over(source: Weights) -> Iterator[str]:
-    """Modules of matrices that no parameter is made from; experts as one regular expression."""
+    """Yield modules with matrices that no parameter uses; experts as one regular expression."""
     used = {key for origin in source.origins.values() for key in origin.keys}
     around = {".".join(parts[:depth]) for parts in (key.split(".") for key in used) for depth in range(len(parts))}
     for key in source.unused:
@@ -70,12 +70,12 @@ def _left_over(source: Weights) -> Iterator[str]:
             yield module
         elif module in around:
             yield key
-        else:  # stacked experts: to readers they are a module, or one for each of them
+        else:  # stacked experts: readers have one module for all, or one for each
             yield "re:" + re.escape(module) + r"(\.|$)"
 
 
 def _names(name: str, source: Weights) -> Iterator[str]:
-    """A module's name in the model, and in the checkpoint, where experts may have another."""
+    """Yield a module's name in the model and its name in the checkpoint, which may differ for experts."""
     yield name
     key = source.plain_key(f"{name}.weight") if f"{name}.weight" in source.origins else None
     if key is not None:
@@ -83,7 +83,7 @@ def _names(name: str, source: Weights) -> Iterator[str]:
 
 
 def _lists(names: Iterable[str]) -> set[str]:
-    """Names of what has a numbered member among these modules or around them."""
+    """Return the names of module lists that contain these modules."""
     found: set[str] = set()
     for name in names:
         parts = name.split(".")
@@ -92,11 +92,11 @@ def _lists(names: Iterable[str]) -> set[str]:
 
 
 def _stacked(keys: tuple[str, ...], lists: Container[str]) -> Iterator[str]:
-    """The modules of several tensors: one regular expression where they are the members of a list.
+    """Yield the modules of several tensors; members of a list as one regular expression.
 
     Args:
         keys: the tensors.
-        lists: those of which other members are quantized (Ernie has experts for text and for images in one).
+        lists: module lists that also have quantized members (Ernie has experts for text and for images in one list).
     """
     owner = numbered_list(keys)
     if owner:

@@ -1,8 +1,8 @@
-"""Stream weights into a module tree, one subgraph at a time.
+"""Map a checkpoint's tensors to an artifact's parameters, and load them into a module tree.
 
-The artifact's parameter table says which checkpoint tensors make each parameter. Everything is compared before
-anything is loaded; the first tensor that is missing or of another shape is an error. Tensors that the model does not
-use (heads that predict several tokens, value heads, a head beside a base model) belong to the checkpoint all the same.
+The artifact's parameter table states which tensors a parameter is made from. All names and shapes are compared before
+anything is loaded. A checkpoint may have tensors that the model does not use: heads that predict several tokens, value
+heads, a head beside a base model.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from runtime.checkpoint.names import spellings
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.source_checks import is_quantization_name, numbered_list
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored_table import StoredTable
 from runtime.errors import WeightsError
-from runtime.language.program import Run
+from runtime.language.program import run_conversion
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
 from runtime.recipe.recipe import some
 from runtime.weights.origins import Origin
-from runtime.weights.row_lookups import lookup_tables
 from runtime.weights.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
@@ -33,20 +33,21 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
 
 
-_OTHER_MODEL = "is it the checkpoint of the model that was compiled?"
+_COPY_AGAIN = "copy or export the checkpoint again"
+_OTHER_MODEL = "use the checkpoint of the model that was compiled"
 
 
 class Weights:
-    """A checkpoint, seen through an artifact's parameter table.
+    """The weights of an artifact's model in a checkpoint.
 
     Args:
-        artifact: names the parameters.
-        checkpoint: holds the tensors; plain, or compressed by compressed-tensors.
-        dtype: of the floating point parameters that follow the run.
-        model: the artifact's module tree, to find the classes of compressed modules.
+        artifact: states the parameters.
+        checkpoint: plain, or compressed by compressed-tensors.
+        dtype: of the floating point parameters that follow the run's dtype.
+        model: the artifact's module tree, for the classes of compressed modules.
 
     Attributes:
-        checks: of the tensors' numbers.
+        checks: checks of the tensors' values.
 
     Raises:
         WeightsError: naming the first tensor that does not fit.
@@ -68,21 +69,19 @@ class Weights:
         self.remarks = tuple(self._remarks())
         targets = artifact.manifest.targets
         self.checks = TensorChecks(checkpoint, self.origins, artifact.manifest.parameters, model, targets)
-        self._tables = lookup_tables(artifact)
+        self._tables = frozenset(artifact.manifest.lookups)
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Put parameters into the module tree, on `device` and in the run's dtype."""
+        """Load parameters into the module tree, on `device` and in the run's dtype."""
         for name in names:
             assign(model, name, self.read(name, device))
             self.load_input_parts(model, name)
 
     def load_input_parts(self, model: nn.Module, name: str) -> None:
-        """Give the module of a compressed weight the scales of its static inputs, if it has any."""
-        packed = self.origins[name].packed
-        if packed is not None:
-            self._load_input_parts(model, name, packed)
-
-    def _load_input_parts(self, model: nn.Module, name: str, scheme: QuantizationScheme) -> None:
+        """Load the scales of a compressed module's static inputs, if it has any."""
+        scheme = self.origins[name].packed
+        if scheme is None:
+            return
         from runtime.formats.compressed import input_parts
         from runtime.formats.rounded_inputs import set_input_parts
 
@@ -95,11 +94,11 @@ class Weights:
     def read(
         self, name: str, device: torch.device, read_key: Callable[[str], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """One parameter as the model uses it, [shape of the manifest's table].
+        """Read a parameter, [shape in the manifest].
 
         Args:
-            name: the parameter's.
-            device: where it is wanted.
+            name: of the parameter.
+            device: of the result.
             read_key: reads a tensor of the checkpoint; by default the checkpoint itself.
         """
         read = read_key or self.checkpoint.read
@@ -107,15 +106,15 @@ class Weights:
         return value.to(self._used_dtype(name, value)).to(device)
 
     def table(self, name: str) -> StoredTable | None:
-        """A parameter that is only looked up in, left on disk; None for any other, and for one that the
-        checkpoint does not have as the model uses it.
+        """Return a lookup table that stays on disk; None for another parameter, and for one that the checkpoint stores
+        in another form or dtype.
         """
         key = self.plain_key(name) if name in self._tables else None
         value = self.checkpoint.table(key) if key is not None else None
         return value if value is not None and value.dtype == self._used_dtype(name, value) else None
 
     def _used_dtype(self, name: str, stored: torch.Tensor) -> torch.dtype:
-        """The dtype of a parameter in the run."""
+        """Return the dtype of a parameter in the run."""
         entry = self.artifact.manifest.parameters[name]
         if not stored.is_floating_point():
             return stored.dtype
@@ -123,7 +122,7 @@ class Weights:
         return dtype
 
     def plain_key(self, name: str) -> str | None:
-        """The one checkpoint tensor that is the parameter as it stands, or None where something must be computed."""
+        """Return the checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
         origin = self.origins[name]
         return origin.keys[0] if len(origin.keys) == 1 and origin.conversion < 0 and origin.packed is None else None
 
@@ -137,11 +136,7 @@ class Weights:
             return decompress_module(parts, origin.packed)
         if origin.conversion < 0:
             return tensors[0] if tensors else self.artifact.constants[self.artifact.manifest.defaults[name]].clone()
-        program = self.artifact.conversions[origin.conversion]
-        run = Run(device=tensors[0].device, dtype=tensors[0].dtype)
-        sources = {f"source_{index}": tensor for index, tensor in enumerate(tensors)}
-        value: torch.Tensor = program(None, **sources, run=run)["value"]
-        return value
+        return run_conversion(self.artifact.conversions[origin.conversion], tensors)
 
     def _compressed_modules(self, model: nn.Module) -> dict[str, QuantizationScheme]:
         config = stated(self.checkpoint.config)
@@ -157,12 +152,12 @@ class Weights:
             scheme = schemes.find(name, type(module)) if entry is not None else None
             if entry is None or scheme is None:
                 continue
-            # What is ignored may be written as the checkpoint spells it: an expert's modules have a name of ours.
+            # `ignore` may have the checkpoint's name, where the compiler has named an expert's modules.
             spelled = _module_key(entry.sources[0]) if len(entry.sources) == 1 else name
             if schemes.find(spelled, type(module)) is None:
                 continue
-            # A regular expression can match modules of any class, of which readers take Linear alone for quantized,
-            # unless others are stored so.
+            # A regular expression can match modules of any class. Readers treat only Linear as quantized, unless the
+            # checkpoint has a scale for another.
             prefixes = self._module_spellings(f"{name}.weight", entry)
             if isinstance(module, nn.Linear) or any(f"{p}.weight_scale" in self.checkpoint for p in prefixes):
                 found[name] = scheme
@@ -173,7 +168,7 @@ class Weights:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self.schemes:
             return self._packed_origin(name, entry, self.schemes[module])
-        own = self._present((name,))  # a tied parameter may have been saved under its own name
+        own = self._present((name,))  # a tied parameter may be stored under its own name
         keys = self._present(entry.sources) or (own if entry.tied_to or entry.conversion < 0 else None)
         keys = keys or self._saved_as_another(name)
         if keys is None and name in self.artifact.manifest.defaults:
@@ -181,7 +176,7 @@ class Weights:
         if keys is None:
             missing = next(key for key in entry.sources if self._present((key,)) is None)
             raise WeightsError(
-                f"{self.checkpoint.directory} lacks tensor {missing!r}, which parameter {name} is made from",
+                f"missing tensor {missing!r} in {self.checkpoint.directory}, required by parameter {name}",
                 hint=_OTHER_MODEL,
             )
         if own is not None and entry.tied_to:
@@ -189,7 +184,7 @@ class Weights:
         return Origin(keys=keys, conversion=entry.conversion)
 
     def _saved_as_another(self, name: str) -> tuple[str, ...] | None:
-        """What the checkpoint has under the name of a parameter that is tied to this one."""
+        """Return the tensor stored under the name of a parameter that is tied to this one."""
         parameters = self.artifact.manifest.parameters
         owner = parameters[name].tied_to or name
         tied = (other for other, entry in parameters.items() if other == owner or entry.tied_to == owner)
@@ -203,15 +198,18 @@ class Weights:
         prefix = next((p for p in prefixes if any(f"{p}.{mark}" in self.checkpoint for mark in marks)), None)
         if prefix is None:
             raise WeightsError(
-                f"{self.checkpoint.directory} lacks the compressed tensors of {name}",
-                hint="its config.json says that the module is quantized",
+                f"missing compressed tensors of {name} in {self.checkpoint.directory}; its config.json states that "
+                "the module is quantized",
+                hint=_COPY_AGAIN,
             )
         keys = []
         for suffix, expected in stored_shapes(entry.shape, scheme).items():
             key = f"{prefix}.{suffix}"
             if key not in self.checkpoint:
                 raise WeightsError(
-                    f"{self.checkpoint.directory} lacks tensor {key!r}, without which {name} is no weight"
+                    f"missing tensor {key!r} in {self.checkpoint.directory}, required by quantized module "
+                    f"{_module_key(name)}",
+                    hint=_COPY_AGAIN,
                 )
             found: tuple[int, ...] = self.checkpoint.shape(key)
             if suffix == "weight_shape" and found == expected:
@@ -222,11 +220,11 @@ class Weights:
         return Origin(keys=tuple(keys), conversion=-1, packed=scheme)
 
     def _module_spellings(self, name: str, entry: ParameterEntry) -> Iterator[str]:
-        """What the module of a weight may be called in this checkpoint."""
+        """Yield the names that the module of a weight may have in this checkpoint."""
         return (_module_key(key) for source in (*entry.sources, name) for key in self._spellings(source))
 
     def _present(self, keys: tuple[str, ...]) -> tuple[str, ...] | None:
-        """The keys as this checkpoint spells them, or None unless all are there."""
+        """Return the keys in this checkpoint's spelling, or None unless it has all of them."""
         found = []
         for key in keys:
             spelling = next((option for option in self._spellings(key) if option in self.checkpoint), None)
@@ -239,7 +237,7 @@ class Weights:
         return spellings(key, self.artifact.manifest.model.base_model_prefix)
 
     def _attach_key_values(self, model: nn.Module) -> list[str]:
-        """Have the model round its keys and values if the checkpoint says so; returns the tensors for that."""
+        """Let the model round keys and values if the checkpoint states a scheme; return the names of the scales."""
         if self.cache_scheme is None:
             return []
         from runtime.formats.key_values import KeyValues, attach
@@ -250,14 +248,17 @@ class Weights:
             for part in key_values.parts:
                 name = f"{self.checkpoint_prefix(module)}.{part}_scale"
                 if name not in self.checkpoint:
-                    raise WeightsError(f"{self.checkpoint.directory} lacks tensor {name!r} of its key-value cache")
+                    raise WeightsError(
+                        f"missing tensor {name!r} in {self.checkpoint.directory}, required by its kv_cache_scheme",
+                        hint=_COPY_AGAIN,
+                    )
                 key_values.scales[module, part] = read_scale(self.checkpoint, name)
                 keys.append(name)
         attach(model, key_values)
         return keys
 
     def checkpoint_prefix(self, module: str) -> str:
-        """What the checkpoint calls a module that holds others."""
+        """Return the checkpoint's name for a module that contains others."""
         name = next(name for name in self.origins if name.startswith(f"{module}."))
         packed = self.origins[name].packed is not None
         inner = name.removeprefix(module)
@@ -267,10 +268,10 @@ class Weights:
         return key.removesuffix(end)
 
     def _unused(self, others: Iterable[str]) -> tuple[str, ...]:
-        """Tensors that no parameter is made from.
+        """Return the tensors that no parameter is made from.
 
         Raises:
-            WeightsError: for one that says that another tensor is not what the artifact takes it for.
+            WeightsError: for one that shows that the artifact misinterprets another tensor.
         """
         used = {key for origin in self.origins.values() for key in origin.keys} | set(others)
         unused = tuple(key for key in self.checkpoint if key not in used)
@@ -281,21 +282,21 @@ class Weights:
             module, own = _module_key(key), key.rpartition(".")[2]
             if (module in packed and own != "bias") or (module in modules and is_quantization_name(key)):
                 raise WeightsError(
-                    f"{self.checkpoint.directory} holds tensor {key!r}, but {module} is not quantized in a "
-                    "way that has such a tensor",
-                    hint="does its config.json describe this checkpoint?",
+                    f"unexpected tensor {key!r} in {self.checkpoint.directory}: the quantization of {module} that its "
+                    "config.json states has no such tensor",
+                    hint="use the config.json of this checkpoint",
                 )
             for name, numbers in members.items():
                 if key.startswith(f"{name}.") and key.removeprefix(f"{name}.").partition(".")[0] not in numbers:
                     raise WeightsError(
-                        f"{self.checkpoint.directory} holds tensor {key!r}, but the artifact expects only "
+                        f"unexpected tensor {key!r} in {self.checkpoint.directory}: the artifact expects only "
                         f"{len(numbers)} members of {name}",
                         hint=_OTHER_MODEL,
                     )
         return unused
 
     def _members(self) -> dict[str, set[str]]:
-        """By the names of lists whose members make one parameter together, the members' numbers."""
+        """Return the members' numbers of each list whose members form one parameter, by the list's name."""
         found: dict[str, set[str]] = {}
         for entry in self.artifact.compiled_parameters.values():
             prefix = numbered_list(entry.sources)
@@ -316,7 +317,7 @@ class Weights:
     def _require_shape(self, name: str) -> None:
         origin, expected = self.origins[name], self.artifact.manifest.parameters[name].shape
         if origin.packed is not None:
-            return  # `_packed_origin` has compared its tensors
+            return  # compared in `_packed_origin`
         shapes = [self.checkpoint.shape(key) for key in origin.keys]
         try:
             made = self._make(name, [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes])
@@ -333,18 +334,11 @@ class Weights:
         )
 
 
-def spellings(key: str, prefix: str) -> tuple[str, ...]:
-    """A key, and the same with the base model's prefix added or taken away, as transformers tolerates."""
-    if not prefix:
-        return (key,)
-    return (key, key.removeprefix(f"{prefix}.") if key.startswith(f"{prefix}.") else f"{prefix}.{key}")
-
-
 def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter or buffer of that dotted name.
+    """Set the parameter or buffer of this dotted name.
 
-    A parameter asks for gradients, as that of a freshly loaded model does, though none are ever computed: by that torch
-    chooses how it multiplies, and so decides the last bits of the result.
+    A parameter requires gradients as in a freshly loaded model, although none are computed: torch chooses its kernels
+    by that, and so the last bits of results.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -364,7 +358,7 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def unload(model: nn.Module, names: Iterable[str]) -> None:
-    """Give the memory of parameters back: they go to the meta device."""
+    """Free the memory of parameters by moving them to the meta device."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)

@@ -1,12 +1,12 @@
 """Read the weights of the next step while the current one computes, and every tensor of the checkpoint once.
 
-For a GPU a thread reads, converts, and copies from pinned memory on a stream of its own. On the CPU the next step's
-weights would take the memory that the current one's statistics need: there the thread has the operating system read
-them into its page cache, from where they are copied when their turn comes, in a hundredth of the time that a step
-takes; and tables that are only looked up in stay on disk.
+For a GPU, a thread reads and converts the weights, and copies them from pinned memory on a separate stream. On the CPU
+the next step's weights would take memory that the current step's statistics need: there the thread only asks the
+operating system to read them into its page cache, from which they are copied in a hundredth of a step's time. Lookup
+tables stay on disk.
 
-What must be written as it is goes to the output as it is read, so that nobody has to read it again, and a tensor that a
-later step uses too (tied embeddings, layers that share weights) is kept until then.
+Tensors that are copied unchanged are written when they are read, and a tensor that a later step uses too (tied
+embeddings, layers that share weights) is kept until then.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ Loaded = tuple[dict[str, torch.Tensor], Any]  # the parameters of a step, and th
 
 
 class Loading(Protocol):
-    """What is loaded at a time: a step of a run, or a subgraph that is evaluated."""
+    """A set of parameters that is loaded at a time: those of a step, or of a subgraph that is evaluated."""
 
     @property
     def index(self) -> int:
-        """Its place in the chain."""
+        """Its position in the chain."""
 
     @property
     def loads(self) -> Sequence[str]:
-        """The names of its parameters."""
+        """Names of its parameters."""
 
 
 class WeightStream:
     """The weights of a sequence of steps.
 
     Args:
-        source: the checkpoint, as parameters.
+        source: reads parameters.
         steps: in the order in which they will be loaded.
-        device: where parameters go.
-        on_read: called, from the reading thread, with each checkpoint tensor that was read, once.
+        device: of the parameters.
+        on_read: called once with each checkpoint tensor that was read, in the reading thread.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class WeightStream:
         self._next = {step.index: after.index for step, after in itertools.pairwise(steps)}
         names = [name for step in steps for name in step.loads]
         self._tables = self._left_on_disk(names) if device.type == "cpu" else {}
-        # How often each tensor will be asked for.
+        # The number of reads of each tensor that are still to come.
         self._uses = Counter(key for name in names if name not in self._tables for key in source.origins[name].keys)
         self._kept: dict[str, torch.Tensor] = {}
         self._pending: dict[int, Future[Loaded]] = {}
@@ -86,7 +86,7 @@ class WeightStream:
         self._kept.clear()
 
     def load(self, model: nn.Module, index: int) -> None:
-        """Put the parameters of a step into the module tree, and begin to read those of the next one."""
+        """Load the parameters of a step into the module tree, and start reading those of the next one."""
         tensors, mark = (self._pending.pop(index, None) or self._submit(index)).result()
         following = self._next.get(index)
         if following is not None and self._is_ahead:
@@ -99,7 +99,7 @@ class WeightStream:
             assign(model, name, tensor)
 
     def reload(self, model: nn.Module, index: int) -> None:
-        """Load a step again whose weights were changed; this reads what was read before."""
+        """Load a step again whose weights were modified; this reads its tensors a second time."""
         for name in self._steps[index].loads:
             table = self._tables.get(name)
             assign(model, name, table if table is not None else self.source.read(name, self.device))
@@ -138,7 +138,7 @@ class WeightStream:
         return tensor
 
     def _left_on_disk(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Those of the parameters that are only looked up in, and whose tensor nobody needs as a whole."""
+        """Return the lookup tables among these parameters whose tensor no other parameter needs."""
         tables: dict[str, torch.Tensor] = {
             name: table for name in names if (table := self.source.table(name)) is not None
         }

@@ -1,13 +1,13 @@
-"""What tensors of a checkpoint may be: numbers of the kind that the model has there, and finite ones.
+"""Check the dtypes and values of a checkpoint's tensors.
 
-Kinds are compared before anything is read: headers state them. Numbers are looked at
+Dtypes are compared before anything is read, because headers state them. Values are checked
 
-- before anything runs, where that costs little: tensors outside of the layers (embeddings, final norm, head), which a
-  run would otherwise come to after hours, and small ones (norms, biases) wherever they are;
-- else when they are read, whether they are used or copied.
+- before the run, if that costs little: tensors outside of the layers (embeddings, final norm, head), which a run would
+  reach after hours, and small ones (norms, biases);
+- otherwise when they are read, whether they are used or copied.
 
-So a broken checkpoint ends a run with the name of the tensor, and a large one is not read twice. Parameters must be
-finite. Buffers may hold infinities (masks do), and what no parameter is made from may hold anything.
+So a damaged checkpoint ends a run with the tensor's name, and no large tensor is read twice. Parameters must be finite.
+Buffers may be infinite (masks are), and tensors that no parameter is made from are not checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL_BYTES = 2**20
 _NUMBERS_AT_A_TIME = 2**24
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _INTEGERS = ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
-# Bits of float8 numbers that are all set in NaN, and in e5m2 in infinities as well.
+# The bits of float8 numbers that are all set in NaN, and for e5m2 in infinities as well.
 _NAN_BITS = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 
 
@@ -41,9 +41,9 @@ class TensorChecks:
 
     Args:
         checkpoint: the tensors.
-        origins: which of them make each parameter.
+        origins: the origin of each parameter.
         parameters: the artifact's table.
-        model: the artifact's module tree, which tells parameters from buffers.
+        model: the artifact's module tree, which distinguishes parameters from buffers.
         targets: names of the layers.
     """
 
@@ -67,13 +67,13 @@ class TensorChecks:
                 self._may_be_infinite[key] = self._may_be_infinite.get(key, True) and name in buffers
 
     def require_outside(self, unless: Iterable[str] = ()) -> None:
-        """Look at tensors outside of the layers, and at small ones.
+        """Check tensors outside of the layers, and small ones.
 
         Args:
-            unless: parameters that are looked at when they are quantized.
+            unless: parameters that are checked when they are quantized.
 
         Raises:
-            WeightsError: naming the first tensor that holds NaN or infinity.
+            WeightsError: naming the first tensor with NaN or infinity.
         """
         others = set(unless)
         for name, origin in self.origins.items():
@@ -85,7 +85,7 @@ class TensorChecks:
                         self._sound.add(key)
 
     def require_finite(self, key: str, tensor: torch.Tensor) -> None:
-        """Look at a tensor that was read, unless that was done.
+        """Check a tensor that was read, unless it has been checked.
 
         Raises:
             WeightsError: naming it.
@@ -97,12 +97,12 @@ class TensorChecks:
         self._sound.add(key)
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        """The bytes of a tensor that is copied as it is."""
+        """Yield the bytes of a tensor that is copied unchanged."""
         dtype = DTYPES.get(self.checkpoint.stored(key).dtype)
         is_checked = key in self._may_be_infinite and key not in self._sound and dtype is not None
         for piece in self.checkpoint.pieces(key):
             if is_checked and dtype is not None and len(piece):
-                numbers = torch.frombuffer(piece, dtype=torch.uint8).clone().view(dtype)  # it may begin at an odd place
+                numbers = torch.frombuffer(piece, dtype=torch.uint8).clone().view(dtype)  # it may be unaligned
                 self._require_part(key, numbers)
             yield piece
 
@@ -110,7 +110,7 @@ class TensorChecks:
         value = _odd_number(part, may_be_infinite=self._may_be_infinite[key])
         if value:
             raise WeightsError(
-                f"tensor {key!r} of {self.checkpoint.directory} holds {value}",
+                f"tensor {key!r} of {self.checkpoint.directory} contains {value}",
                 hint="copy or export the checkpoint again",
             )
 
@@ -126,8 +126,7 @@ class TensorChecks:
             kinds = ", ".join(_FLOATS) if is_float else "integers"
             if found.startswith("F8_") and is_float:
                 raise WeightsError(
-                    f"tensor {key!r} of {self.checkpoint.directory} is in float8 ({found}), and nothing says how it is "
-                    "scaled",
+                    f"tensor {key!r} of {self.checkpoint.directory} has the dtype float8 ({found}) and no scale",
                     hint="use the original checkpoint, or one whose config.json has a quantization_config",
                 )
             raise WeightsError(
@@ -156,7 +155,7 @@ class TensorChecks:
 
 
 def read_scale(checkpoint: Checkpoint, key: str) -> torch.Tensor:
-    """The scale, or the zero point, of static inputs or of a key-value cache.
+    """Read a scale or zero point of static inputs or of a key-value cache.
 
     Raises:
         WeightsError: for a scale that is not finite and above zero.
@@ -166,15 +165,14 @@ def read_scale(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     bad = ~(torch.isfinite(numbers) & (numbers > 0))
     if key.endswith("_scale") and bool(bad.any()):
         raise WeightsError(
-            f"tensor {key!r} of {checkpoint.directory} is {float(numbers[bad][0]):g}, and a scale must be finite and "
-            "above zero",
+            f"scale {key!r} of {checkpoint.directory} is {float(numbers[bad][0]):g}; it must be finite and above zero",
             hint="quantize again",
         )
     return tensor
 
 
 def _odd_number(values: torch.Tensor, *, may_be_infinite: bool) -> str:
-    """What of NaN and infinity is among some numbers, or ""."""
+    """Return "NaN" or "infinity" if a tensor contains it, else ""."""
     if not values.numel() or values.is_complex() or not values.is_floating_point():
         return ""
     if values.dtype.itemsize == 1:

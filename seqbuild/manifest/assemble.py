@@ -15,9 +15,8 @@ from runtime.host.regular_files import read_regular
 from seqbuild.cache.key import Compilation, digest, versions
 from seqbuild.chain.emit import EmittedCode, common_scope
 from seqbuild.manifest import describe
-from seqbuild.manifest.attention import cached_values
+from seqbuild.manifest.inside import inner_tables
 from seqbuild.manifest.portable import Parts, limits, parts
-from seqbuild.manifest.scale_groups import mixture_groups, scale_groups
 from seqbuild.model.checkpoint_keys import key_table
 from seqbuild.model.defaults import default_values
 from seqbuild.model.from_config import TRACE_DTYPE, build_weightless, default_dtype
@@ -53,7 +52,8 @@ def assemble(
     symbols = describe.Symbols(trace, traced.marker)
     plain = plain_call(model, [str(node.target) for node in trace.graph.find_nodes(op="placeholder")])
     dtype = default_dtype(source)
-    groups = scale_groups(model, trace.subgraphs, entries) if is_deep else ()
+    parameters = describe.describe_parameters(model, keys, dtype, traced.fixed_dtype)
+    deep = list(zip(trace.subgraphs, entries, codes, strict=True)) if is_deep else []
     manifest = Manifest(
         input_key=digest(ingredients),
         ingredients=dict(ingredients),
@@ -68,7 +68,7 @@ def assemble(
         dims=symbols.dims(),
         conditions=symbols.conditions(),
         subgraphs=tuple(entries),
-        parameters=describe.describe_parameters(model, keys, dtype, traced.fixed_dtype),
+        parameters=parameters,
         conversions=tuple(
             ConversionEntry(file=file, num_sources=count)
             for file, count in zip(conversions, keys.num_sources, strict=True)
@@ -82,12 +82,10 @@ def assemble(
         buffers=found.buffers,
         foreign=found.foreign,
         limits=limits(model.config),
-        cached=cached_values(model, trace.subgraphs, codes) if is_deep else (),
         defaults=defaults,
         decoder=plain.decoder,
-        scale_groups=tuple(group for group in groups if group.modules),
-        mixture_groups=mixture_groups(groups),
         files=tuple(FileEntry(path=path, bytes=len(data), sha256=sha256(data)) for path, data in sorted(files.items())),
+        **inner_tables(model, deep, found, parameters, keys.programs),
     )
     return files, manifest
 

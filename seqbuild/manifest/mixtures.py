@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.artifact.manifest import MIXTURES
-from runtime.experts.channel_flow import Reading, input_readings
-from runtime.language.program import compile_program
-from runtime.model.experts import Mixture, stack_shape
-from runtime.model.leaves import build_leaf
+from seqbuild.manifest.experts.probe import make_probe
+from seqbuild.manifest.experts.proportional import Reading, input_readings
 from seqbuild.model.from_config import TRACE_DTYPE
 from seqbuild.trace.experts.dense import is_dense_experts
 from seqbuild.trace.experts.learn import is_experts
@@ -36,8 +34,5 @@ class Mixtures:
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         key = repr((leaf.kind, leaf.source, shapes))
         if key not in self._known:
-            built = build_leaf(leaf.kind, "experts", shapes, compile_program(leaf.source, "experts.py"))
-            assert isinstance(built, Mixture), "guaranteed by the kind"
-            apart = {name: stack_shape(shapes[name], built.num_experts) for name in built.flat}
-            self._known[key] = input_readings(built, shapes | apart)
+            self._known[key] = input_readings(make_probe(leaf.kind, leaf.source, shapes))
         return self._known[key]

@@ -103,7 +103,7 @@ DIRECTORIES = [
     ),
     done(
         "a directory for a program",
-        "has lost",
+        "is incomplete: ",
         lambda root: ((root / "subgraphs/000.py").unlink(), (root / "subgraphs/000.py").mkdir()),
     ),
     *(
@@ -130,6 +130,6 @@ DIRECTORIES = [
         lambda root: Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe")).write_bytes(b""),
     ),
     done("a deep directory", "does not list", lambda root: (root / "/".join("d" * 200)).mkdir(parents=True)),
-    done("a missing program", "has lost", lambda root: (root / "subgraphs/001.py").unlink()),
+    done("a missing program", "is incomplete: ", lambda root: (root / "subgraphs/001.py").unlink()),
     done("no manifest", "has no manifest", lambda root: (root / MANIFEST_NAME).unlink()),
 ]

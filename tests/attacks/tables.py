@@ -50,7 +50,7 @@ def encoded(name: str, reason: str, change: Callable[[dict[str, Any]], object]) 
     return Attack(name, reason, make)
 
 
-def absent(name: str, reason: str = "cannot stand for the absence", **changes: Any) -> Attack:
+def absent(name: str, reason: str = "has the invalid absent number", **changes: Any) -> Attack:
     """The usual artifact with one more input, for which a number stands."""
     entry: dict[str, Any] = {"name": "types", "dtype": "int64", "shape": ("batch", "sequence"), "absent": 0}
     more = InputEntry(**(entry | changes))
@@ -104,7 +104,7 @@ def cached(name: str, reason: str, changes: Mapping[str, Any]) -> Attack:
     return changed(name, reason, cached=(replace(_cached(), **changes), replace(_cached(), part="v")))
 
 
-_NO_VALUE, _NO_MODULE = "has no such values", "is of no module of subgraph"
+_NO_VALUE, _NO_MODULE = "does not compute the cached values", "is invalid, or "
 CACHED: list[tuple[str, str, dict[str, Any]]] = [
     ("a cached value that no statement makes", _NO_VALUE, {"name": "nowhere"}),
     ("a cached value that is an input", _NO_VALUE, {"name": "x", "after": "x"}),
@@ -171,11 +171,11 @@ ENCODING = [
 ]
 
 VALUES = [
-    changed("an input key of other ingredients", "is not that of its ingredients", input_key="ab" * 32),
-    changed("a negative shape", "the shape [-1]", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
+    changed("an input key of other ingredients", "does not match its ingredients", input_key="ab" * 32),
+    changed("a negative shape", "shape [-1]", values={"layers_0": TensorEntry(dtype="model", shape=(-1,))}),
     changed(
         "a shape beyond all memory",
-        f"the shape [{2**60}]",
+        f"shape [{2**60}]",
         values={"layers_0": TensorEntry(dtype="model", shape=(2**60,))},
     ),
     changed(
@@ -183,55 +183,78 @@ VALUES = [
     ),
     changed("a shape with an exponent bomb", "9**9**9", values={"y": TensorEntry(dtype="", shape=("9**9**9",))}),
     changed("a shape with a lambda", "(lambda: 1)()", values={"y": TensorEntry(dtype="", shape=("(lambda: 1)()",))}),
-    changed("a dtype that is a function", "the dtype 'load'", inputs=(InputEntry(name="x", dtype="load", shape=()),)),
+    changed("a dtype that is a function", "dtype 'load'", inputs=(InputEntry(name="x", dtype="load", shape=()),)),
     changed("an input twice", "an input twice", inputs=manifest().inputs * 2),
     changed("a size twice", "size twice", dims=manifest().dims * 2),
-    changed("a size of odd range", "has the range", dims=(DimEntry(name="batch", min=-5, max=3),)),
-    changed("a condition that is code", "that is none", conditions=("__import__('os').system('touch owned') == 0",)),
-    changed("a condition with an exponent", "that is none", conditions=("9 ** 9 ** 9 == 0",)),
-    changed("a condition that is endless", "that is none", conditions=("batch" + " + 1" * 5000 + " == 0",)),
-    changed("a default that is no constant", "is no constant, or", defaults={"head.weight": "nowhere"}),
-    changed("a default of no parameter", "is no constant, or", defaults={"nowhere.weight": "constant_0"}),
+    changed("a size of odd range", "has the invalid range", dims=(DimEntry(name="batch", min=-5, max=3),)),
+    changed(
+        "a condition that is code",
+        "an invalid expression over sizes",
+        conditions=("__import__('os').system('touch owned') == 0",),
+    ),
+    changed("a condition with an exponent", "an invalid expression over sizes", conditions=("9 ** 9 ** 9 == 0",)),
+    changed(
+        "a condition that is endless",
+        "an invalid expression over sizes",
+        conditions=("batch" + " + 1" * 5000 + " == 0",),
+    ),
+    changed(
+        "a default that is no constant", "names a missing constant or parameter", defaults={"head.weight": "nowhere"}
+    ),
+    changed(
+        "a default of no parameter", "names a missing constant or parameter", defaults={"nowhere.weight": "constant_0"}
+    ),
     changed("limits that are negative", "the limit", limits={"vocab_size": -1}),
     absent("the absence of numbers with fractions", dtype="model"),
-    absent("the absence of what has no name", "the dtype 'load'", dtype="load"),
+    absent("the absence of what has no name", "dtype 'load'", dtype="load"),
     absent("an absence beyond all numbers", absent=2**40),
     absent("a negative absence", absent=-2),
     absent("an absence beyond all memory", shape=("batch", "sequence", 2**40)),
     absent("an absence of many small axes", shape=("batch", "sequence", 64, 64, 64)),
     absent("an absence of endless axes", shape=("batch", "sequence", *[1] * 10000)),
     absent("an absence of an unknown size", shape=("batch", "sequence", "u0")),
-    changed("a decoder without padding", "which is no rule", decoder={"start": 1}),
-    changed("a decoder with another entry", "which is no rule", decoder={"pad": 0, "end": 1}),
-    changed("a decoder that begins before its tokens", "which is no rule", decoder={"pad": 0, "start": -1}),
-    changed("a decoder that begins outside of the vocabulary", "more than", decoder={"pad": 0, "start": 100_000}),
-    changed("padding outside of the vocabulary", "more than", decoder={"pad": 100_000}),
-    absent("an absence outside of all tables", "more than", absent=100_000),
-    changed("a decoder that begins beyond all numbers", "which is no rule", decoder={"pad": 2**40}),
+    changed("a decoder without padding", "the rule for the decoder", decoder={"start": 1}),
+    changed("a decoder with another entry", "the rule for the decoder", decoder={"pad": 0, "end": 1}),
+    changed("a decoder that begins before its tokens", "the rule for the decoder", decoder={"pad": 0, "start": -1}),
+    changed(
+        "a decoder that begins outside of the vocabulary", "but the largest table", decoder={"pad": 0, "start": 100_000}
+    ),
+    changed("padding outside of the vocabulary", "but the largest table", decoder={"pad": 100_000}),
+    absent("an absence outside of all tables", "but the largest table", absent=100_000),
+    changed("a decoder that begins beyond all numbers", "the rule for the decoder", decoder={"pad": 2**40}),
     parameter("a parameter of negative shape", "[-2, 2]", shape=(-2, 2)),
     parameter("a parameter beyond all memory", f"[{2**62}, {2**62}]", shape=(2**62, 2**62)),
     parameter("a parameter of an unknown dtype", "unknown dtype", dtype="load"),
     parameter("a parameter without sources", "no sources", sources=()),
-    parameter("a parameter that is tied to nothing", "is no other parameter", tied_to="nothing"),
-    parameter("a parameter that is tied to itself", "is no other parameter", tied_to="head.weight"),
+    parameter("a parameter that is tied to nothing", "is not another parameter", tied_to="nothing"),
+    parameter("a parameter that is tied to itself", "is not another parameter", tied_to="head.weight"),
     parameter("a conversion that does not exist", "which does not exist", conversion=7),
-    model("a class outside of transformers", "no model of transformers", module="os", class_name="PathLike"),
+    model("a class outside of transformers", "not a model of transformers", module="os", class_name="PathLike"),
     model(
-        "a module of transformers that is no model", "no model of", module="transformers.trainer", class_name="Trainer"
+        "a module of transformers that is no model",
+        "not a model of",
+        module="transformers.trainer",
+        class_name="Trainer",
     ),
-    model("a class that is a path", "no model of transformers", class_name="A.__init__.__globals__['os']"),
-    model("a module beyond transformers", "no model of transformers", module="transformers.models.x.modeling_x.os"),
+    model("a class that is a path", "not a model of transformers", class_name="A.__init__.__globals__['os']"),
+    model("a module beyond transformers", "not a model of transformers", module="transformers.models.x.modeling_x.os"),
     model("own code that is not there", "not among the files", module="seqbuild_modeling_0123456789abcdef.evil"),
-    model("an attention from the hub", "asks for the attention", attn_implementation="kernels-community/flash-attn"),
+    model(
+        "an attention from the hub",
+        "has the unsupported attention implementation",
+        attn_implementation="kernels-community/flash-attn",
+    ),
     model("a run dtype that is a function", "unknown dtype", dtype="load"),
-    model("a pattern of endless size", "no regular expression", ignored_keys=(r"((a{1000}){1000}){1000}",)),
-    model("a pattern of endless length", "no regular expression", ignored_keys=("a" * 10_001,)),
+    model(
+        "a pattern of endless size", "is not a supported regular expression", ignored_keys=(r"((a{1000}){1000}){1000}",)
+    ),
+    model("a pattern of endless length", "is not a supported regular expression", ignored_keys=("a" * 10_001,)),
     model("patterns without end", "more than 4096", ignored_keys=("a",) * 4097),
-    model("a pattern that is none", "no regular expression", ignored_keys=("(",)),
-    changed("a library source that is a path", "which is no module's name", sources={"../../etc/passwd": "00"}),
-    changed("a foreign leaf of any class", "is of class", foreign={"layers.0": "os:system"}, policy="linear"),
-    changed("a foreign leaf that is a path", "is of class", foreign={"layers.0": "torch.nn:../x"}, policy="linear"),
-    changed("a policy that is unknown", "leaves are one of", policy="everything"),
+    model("a pattern that is none", "is not a supported regular expression", ignored_keys=("(",)),
+    changed("a library source that is a path", "which is not a module name", sources={"../../etc/passwd": "00"}),
+    changed("a foreign leaf of any class", "has the class", foreign={"layers.0": "os:system"}, policy="linear"),
+    changed("a foreign leaf that is a path", "has the class", foreign={"layers.0": "torch.nn:../x"}, policy="linear"),
+    changed("a policy that is unknown", "the leaf policy is", policy="everything"),
     *(cached(*attack) for attack in CACHED),
     changed(
         "a cached value of keys alone",
@@ -243,11 +266,13 @@ VALUES = [
         "must have k and v",
         cached=(_cached(), replace(_cached(), part="v"), _cached()),
     ),
-    changed("a kind of leaf that is unknown", "no kind of leaf", leaf_kinds=(LeafKind(kind="system"),)),
-    changed("a leaf with odd options", "has the options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)),
+    changed("a kind of leaf that is unknown", "is not a leaf kind", leaf_kinds=(LeafKind(kind="system"),)),
+    changed(
+        "a leaf with odd options", "has the invalid options", leaf_kinds=(LeafKind(kind="Linear", options={"x": (1,)}),)
+    ),
     changed(
         "a leaf with huge options",
-        f"the stride ({2**40},)",
+        f"the invalid stride ({2**40},)",
         leaf_kinds=(
             LeafKind(
                 kind="Conv1d",
@@ -283,7 +308,7 @@ VALUES = [
 PLACES = [
     changed(
         f"a file at {path!r}",
-        "leaves it or is not plain",
+        "leaves the directory or is not plain",
         files=(*manifest().files, FileEntry(path=path, bytes=1, sha256=sha256(b"x"))),
     )
     for path in (
@@ -328,13 +353,13 @@ LISTED = [
         "more than the",
         files=tuple(FileEntry(path=f"a{index}.txt", bytes=0, sha256="") for index in range(20_001)),
     ),
-    replaced("a shared library", "a kind of file", {"evil.so": b"\x7fELF"}),
-    replaced("a pickle", "a kind of file", {"pytorch_model.bin": b"\x80\x04"}),
-    replaced("a path file for Python", "a kind of file", {"evil.pth": b"import os; os.system('touch owned')\n"}),
-    replaced("byte code that is listed", "a kind of file", {"runtime.pyc": b"\xcb\x0d\x0d\x0a"}),
-    replaced("code that is no program", "names as no program", {"sitecustomize.py": b"import os\n"}),
-    replaced("code beside the programs", "names as no program", {"subgraphs/typing.py": FIRST.encode()}),
-    replaced("own code that is not stated", "and not both", {"modeling/modeling_evil.py": b"import os\n"}),
+    replaced("a shared library", "unsupported file type", {"evil.so": b"\x7fELF"}),
+    replaced("a pickle", "unsupported file type", {"pytorch_model.bin": b"\x80\x04"}),
+    replaced("a path file for Python", "unsupported file type", {"evil.pth": b"import os; os.system('touch owned')\n"}),
+    replaced("byte code that is listed", "unsupported file type", {"runtime.pyc": b"\xcb\x0d\x0d\x0a"}),
+    replaced("code that is no program", "does not list as a program", {"sitecustomize.py": b"import os\n"}),
+    replaced("code beside the programs", "does not list as a program", {"subgraphs/typing.py": FIRST.encode()}),
+    replaced("own code that is not stated", "and be listed as", {"modeling/modeling_evil.py": b"import os\n"}),
 ]
 
 CONSTANTS = [
@@ -344,54 +369,64 @@ CONSTANTS = [
     constants("a header of endless depth", "cannot be read", b"[" * 100_000),
     constants(
         "a tensor beyond the file",
-        "not all of its bytes",
+        "unexpected bytes after",
         b'{"constant_0":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]}}',
     ),
     constants(
-        "a shape that lies", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[9],"data_offsets":[0,8]}}'
+        "a shape that lies",
+        "do not match its shape",
+        b'{"constant_0":{"dtype":"F32","shape":[9],"data_offsets":[0,8]}}',
     ),
     constants(
         "a shape that overflows",
-        "has the shape",
+        "has the invalid shape",
         b'{"constant_0":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}',
     ),
     constants(
         "a shape that is not a number",
-        "has the shape",
+        "has the invalid shape",
         b'{"constant_0":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
     ),
     constants(
-        "a negative place", "does not lie where", b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'
+        "a negative place",
+        "do not match its shape",
+        b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}',
     ),
     constants(
         "tensors that overlap",
-        "does not lie where",
+        "do not match its shape",
         b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
         b'"constant_1":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     ),
     constants(
         "a hole between tensors",
-        "does not lie where",
+        "do not match its shape",
         b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
     ),
     constants(
-        "bytes of no tensor", "not all of its bytes", b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        "bytes of no tensor",
+        "unexpected bytes after",
+        b'{"constant_0":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     ),
     constants(
         "a tensor twice",
-        "names something twice",
+        "has a duplicate key",
         b'{"constant_0":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
         b'"constant_0":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}',
     ),
     constants(
-        "an unknown dtype", "has the dtype", b'{"constant_0":{"dtype":"OBJECT","shape":[2],"data_offsets":[0,8]}}'
+        "an unknown dtype",
+        "has the unsupported dtype",
+        b'{"constant_0":{"dtype":"OBJECT","shape":[2],"data_offsets":[0,8]}}',
     ),
     constants(
-        "other tensors than stated", "other tensors", b'{"constant_9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+        "other tensors than stated",
+        "does not contain the tensors",
+        b'{"constant_9":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     ),
     Attack(
         "constants that are not stated",
-        "does not state",
+        "does not list",
         lambda root: write(
             root,
             {
@@ -411,21 +446,37 @@ def config(name: str, reason: str, text: str) -> Attack:
 
 
 CONFIGS = [
-    config("a config that is no JSON", "describes no model", "{"),
-    config("a config that is a list", "holds no table", "[]"),
-    config("a config of endless depth", "config.json describes no model", "[" * 100_000 + "]" * 100_000),
-    config("a config with an auto_map", "lists no code", '{"auto_map": {"AutoConfig": "evil.Config"}}'),
-    config("an auto_map to another repository", "lists no code", '{"auto_map": {"AutoModel": "evil/repo--m.Model"}}'),
+    config("a config that is no JSON", "is not a valid config", "{"),
+    config("a config that is a list", "is not a JSON object", "[]"),
+    config("a config of endless depth", "config.json is not a valid config", "[" * 100_000 + "]" * 100_000),
+    config(
+        "a config with an auto_map",
+        "does not contain the model's own code",
+        '{"auto_map": {"AutoConfig": "evil.Config"}}',
+    ),
+    config(
+        "an auto_map to another repository",
+        "does not contain the model's own code",
+        '{"auto_map": {"AutoModel": "evil/repo--m.Model"}}',
+    ),
     config("a checkpoint for timm", "names a file", '{"model_args": {"checkpoint_path": "vocab.txt"}}'),
     config("weights for timm", "names a file", '{"vision_config": {"model_args": {"pretrained": true}}}'),
-    config("an architecture from a directory", "names a place", '{"architecture": "local-dir:/tmp/evil"}'),
-    config("a backbone from the hub", "names a place", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'),
-    config("a backbone from the hub by its name", "names a place", '{"vision_config": {"backbone": "evil/model"}}'),
-    config("a backbone from a directory", "names a place", '{"backbone": "./evil"}'),
+    config("an architecture from a directory", "is a path or an address", '{"architecture": "local-dir:/tmp/evil"}'),
     config(
-        "an auto_map of a part", "lists no code", '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}'
+        "a backbone from the hub", "is a path or an address", '{"vision_config": {"backbone": "hf_hub:evil/model"}}'
     ),
-    config("an auto_map that is text", "lists no code", '{"auto_map": "evil/repo--m.Model"}'),
+    config(
+        "a backbone from the hub by its name",
+        "is a path or an address",
+        '{"vision_config": {"backbone": "evil/model"}}',
+    ),
+    config("a backbone from a directory", "is a path or an address", '{"backbone": "./evil"}'),
+    config(
+        "an auto_map of a part",
+        "does not contain the model's own code",
+        '{"text_config": {"auto_map": {"AutoModel": "evil/repo--m.Model"}}}',
+    ),
+    config("an auto_map that is text", "does not contain the model's own code", '{"auto_map": "evil/repo--m.Model"}'),
     *(
         config(f"a kernel from the hub: {name}", "names a kernel", text)
         for name, text in (
@@ -438,12 +489,14 @@ CONFIGS = [
             ("experts of a part", '{"text_config": {"_experts_implementation_internal": "someone/kernels"}}'),
         )
     ),
-    config("another file", "for the config's class to say", '{"configuration_files": ["config.4.0.0.json"]}'),
+    config("another file", "only the config's class may define", '{"configuration_files": ["config.4.0.0.json"]}'),
     config(
-        "other names of entries", "for the config's class to say", '{"attribute_map": {"a": "_attn_implementation"}}'
+        "other names of entries",
+        "only the config's class may define",
+        '{"attribute_map": {"a": "_attn_implementation"}}',
     ),
-    config("no parts", "for the config's class to say", '{"sub_configs": {}}'),
-    config("a dunder", "no entry of a config", '{"text_config": {"__class__": 1}}'),
+    config("no parts", "only the config's class may define", '{"sub_configs": {}}'),
+    config("a dunder", "is not a valid entry", '{"text_config": {"__class__": 1}}'),
     config("layers without end", "num_hidden_layers = 10000000, and no", '{"num_hidden_layers": 10000000}'),
     config("a width without end", "text_config.hidden_size = ", '{"text_config": {"hidden_size": 1000000000000}}'),
     config("a size that is no number", "vocab_size = inf", '{"vocab_size": Infinity}'),
@@ -453,7 +506,11 @@ CONFIGS = [
 
 TOKENIZERS = [
     *(
-        replaced(f"{name} as the tokenizer", "is no tokenizer", {file: f'{{"tokenizer_class": {name}}}'.encode()})
+        replaced(
+            f"{name} as the tokenizer",
+            "is not the name of a tokenizer class",
+            {file: f'{{"tokenizer_class": {name}}}'.encode()},
+        )
         for name, file in (
             ('"AutoModel"', "tokenizer_config.json"),
             ('"AutoTokenizer"', "tokenizer_config.json"),

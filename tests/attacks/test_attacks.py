@@ -11,10 +11,12 @@ from runtime.chain import check
 from runtime.errors import ArtifactError
 from tests.attacks.attack import OWNED, Attack, watched
 from tests.attacks.directories import DIRECTORIES
+from tests.attacks.experts import ATTACKS as EXPERTS
+from tests.attacks.experts import experts
 from tests.attacks.programs import PROGRAMS
 from tests.attacks.tables import TABLES
 
-ATTACKS = [*PROGRAMS, *TABLES, *DIRECTORIES]
+ATTACKS = [*PROGRAMS, *TABLES, *DIRECTORIES, *EXPERTS]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +46,11 @@ def test_an_attack_is_refused(attack: Attack, tmp_path: Path, monkeypatch: pytes
     assert seen == []
     assert not (tmp_path / OWNED).exists()
     assert len(str(first.value)) < 2000
+
+
+def test_the_mixture_that_attacks_change_is_accepted(tmp_path: Path) -> None:
+    experts("", "").make(tmp_path / "artifact")
+    assert check(tmp_path / "artifact")[0].mixtures
 
 
 def test_there_are_enough_of_them() -> None:

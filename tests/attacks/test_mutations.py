@@ -145,14 +145,14 @@ def none_at_all(manifest: Manifest) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (in_another_order, "which is neither an input of the model nor what an earlier one hands on"),
-        (consumed_too_early, "which is neither an input of the model nor what an earlier one hands on"),
+        (in_another_order, "which is neither an input of the model nor an available output"),
+        (consumed_too_early, "which is neither an input of the model nor an available output"),
         (no_such_input, "subgraph 1 of 4 takes 'attention_mask'"),
-        (no_dtype, "has the dtype '', and inputs are tensors"),
+        (no_dtype, "has the unsupported dtype ''"),
         (returned_twice, "neither an input"),
         (far_too_many, "1 to 8192 are supported"),
         (no_value, "whose dtype and shape the manifest does not state"),
-        (none_at_all, "has 0 subgraphs|names as no program"),
+        (none_at_all, "has 0 subgraphs|does not list as a program"),
     ],
 )
 def test_subgraphs_that_are_no_chain(

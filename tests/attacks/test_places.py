@@ -137,9 +137,9 @@ def no_identity(partial: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda partial: a_shard(partial).unlink(), "is gone, cut short or overwritten"),
-        (cut, "is gone, cut short or overwritten"),
-        (overwrite, "is gone, cut short or overwritten"),
+        (lambda partial: a_shard(partial).unlink(), "is missing, truncated or overwritten"),
+        (cut, "is missing, truncated or overwritten"),
+        (overwrite, "is missing, truncated or overwritten"),
         (line_twice, "is not the journal of one run"),
         (begun_twice, "is not the journal of one run"),
         (never_begun, "is not the journal of one run"),
@@ -210,5 +210,5 @@ def test_a_bundle_vouches_for_all_that_it_brings(bundle: Path, victim: Path) -> 
         job(bundle)
     table["files"]["artifact/manifest.msgpack"][0] = float("inf")
     (bundle / BUNDLE_NAME).write_text(json.dumps(table))
-    with pytest.raises(ArtifactError, match="describes no bundle"):
+    with pytest.raises(ArtifactError, match="is not the table of contents of a bundle"):
         job(bundle)

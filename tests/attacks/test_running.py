@@ -203,7 +203,7 @@ def test_a_check_from_inside_of_an_artifact_runs_nothing_of_it(name: str, tmp_pa
         [sys.executable, "-m", "runtime", "check", "."], cwd=root, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"holds {name}.py, which its manifest does not list" in done.stderr
+    assert f"contains {name}.py, which its manifest does not list" in done.stderr
     assert not (tmp_path / OWNED).exists()
 
 

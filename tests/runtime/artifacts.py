@@ -143,8 +143,9 @@ def manifest(contents: dict[str, bytes] | None = None, **changes: Any) -> Manife
         ),
     }
     empty: dict[str, Any] = {
-        **{key: {} for key in ("sources", "leaves", "buffers", "foreign", "limits", "defaults", "decoder")},
+        **{key: {} for key in ("sources", "leaves", "buffers", "foreign", "limits", "defaults", "decoder", "mixtures")},
         **dict.fromkeys(("auto_ignore", "conditions", "leaf_kinds", "scale_groups", "mixture_groups", "cached"), ()),
+        **dict.fromkeys(("expert_layouts", "lookups"), ()),
     }
     return Manifest(**{**empty, "policy": "target", **values, **changes})
 

@@ -251,7 +251,7 @@ def test_masks_of_batches() -> None:
 def test_inputs_of_a_loaded_subgraph(narrow_llama: Small) -> None:
     (first, *_) = narrow_llama.load().subgraphs
     model = torch.nn.Module()
-    with pytest.raises(DataError, match=r"the subgraph lacks its input 'attention_mask'"):
+    with pytest.raises(DataError, match=r"the subgraph is missing its input 'attention_mask'"):
         first.forward(model, input_ids=IDS)
     with pytest.raises(DataError, match=r"the subgraph has no input 'labels'"):
         first.forward(model, **BATCH, labels=IDS)

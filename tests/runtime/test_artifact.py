@@ -109,14 +109,14 @@ class TestFiles:
     def test_an_unlisted_file_is_refused(self, name: str, artifact: Path) -> None:
         (artifact / name).parent.mkdir(parents=True, exist_ok=True)
         (artifact / name).write_bytes(b"")
-        refuse(artifact, f"holds {name}, which its manifest does not list")
+        refuse(artifact, f"contains {name}, which its manifest does not list")
 
     @pytest.mark.parametrize("name", sorted(files()))
     def test_a_missing_file_is_refused(self, name: str, artifact: Path) -> None:
         (artifact / name).unlink()
-        refuse(artifact, f"has lost {name}")
+        refuse(artifact, f"is incomplete: {name}")
         (artifact / name).mkdir()
-        refuse(artifact, f"has lost {name}")
+        refuse(artifact, f"is incomplete: {name}")
 
     def test_links_are_refused(self, artifact: Path, tmp_path: Path) -> None:
         for name in (*sorted(files()), MANIFEST_NAME):
@@ -157,7 +157,7 @@ class TestFiles:
         (tmp_path / "outside.txt").write_bytes(b"secret")
         odd = FileEntry(path=path, bytes=6, sha256=sha256(b"secret"))
         write(tmp_path / "artifact", files=(*manifest().files, odd))
-        refuse(tmp_path / "artifact", "which leaves it or is not plain")
+        refuse(tmp_path / "artifact", "which leaves the directory or is not plain")
 
     def test_a_file_that_is_listed_twice_is_refused(self, tmp_path: Path) -> None:
         listed = manifest().files
@@ -292,7 +292,7 @@ class TestPrograms:
 
     def test_code_that_is_no_program_is_refused(self, tmp_path: Path) -> None:
         contents = files() | {"modeling.py": b"import os\n"}
-        refuse(write(tmp_path / "artifact", contents), "modeling.py is code that")
+        refuse(write(tmp_path / "artifact", contents), "modeling.py is Python code that")
 
     def test_programs_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
         for index, bad in enumerate(
@@ -318,7 +318,7 @@ class TestPrograms:
         refuse(write(tmp_path / "bad", files() | {"constants.safetensors": b"12345678"}), "constants.safetensors")
         more = ("constant_0", "constant_1")
         path = write(tmp_path / "more", constants=more)
-        with pytest.raises(ArtifactError, match="holds other tensors than the manifest states"):
+        with pytest.raises(ArtifactError, match="does not contain the tensors that the manifest lists"):
             load(path, allow_version_skew=True)
 
 

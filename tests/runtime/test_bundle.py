@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import venv
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import runtime.cli.app
 import seqbuild.cli.app
 from runtime.artifact.bundle import damaged, read_bundle
 from runtime.cli.doctor import Examination, examine
@@ -62,7 +62,7 @@ def findings(path: Path, **said: object) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"ok": [], "note": [], "problem": []}
     for finding in examine(examination):
         found[finding.kind].append(finding.text)
-    assert examination.is_well is not bool(found["problem"])
+    assert examination.is_ready is not bool(found["problem"])
     return found
 
 
@@ -139,21 +139,21 @@ class TestPacking:
 
 
 class TestDoctor:
-    def test_all_is_well(self, bundle: Path) -> None:
+    def test_all_is_ready(self, bundle: Path) -> None:
         found = findings(bundle)
         assert found["problem"] == []
         said = "\n".join(found["ok"])
         for part in (
             "torch 2",
-            "as they were packed",
-            "is whole and within the grammar",
-            "it is portable",
-            "4 samples",
+            "files match their digests",
+            "artifact: valid, model",
+            "artifact: portable",
+            "data: 4 samples",
         ):
             assert part in said
-        assert re.search(r"the plan for 4 samples of \d+ tokens takes .* of memory", said)
-        assert re.search(r"disk: the result takes .* at least, .* are free", said)
-        assert found["note"] == ["it is not signed"]
+        assert re.search(r"memory: 4 samples of \d+ tokens need .* of host memory", said)
+        assert re.search(r"disk: the result needs at least .*, .* are free", said)
+        assert found["note"] == ["artifact: not signed"]
 
     @pytest.mark.parametrize(
         "name", ["artifact/config.json", "runtime/language/grammar.py", "data.safetensors", "recipe.yaml"]
@@ -190,7 +190,7 @@ class TestDoctor:
 
     def test_memory_and_disk_that_do_not_suffice(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.planning.request.memory_here", lambda device: Limits(host=1000))
-        assert any("and it does not fit" in text for text in findings(bundle)["problem"])
+        assert any("which does not fit" in text for text in findings(bundle)["problem"])
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(10, 10, 0))
         assert any("its disk has 0 B left" in text for text in findings(bundle)["problem"])
@@ -213,15 +213,17 @@ class TestDoctor:
         assert findings(llama.artifact, **said, data=parts / "calib.safetensors")["problem"] == []
         code, told, _ = run(["doctor", str(llama.artifact), "--device", "cpu"])
         assert code == 1
-        assert told.splitlines()[-1] == "this host cannot calibrate it as it is"
+        assert told.splitlines()[-1] == "not ready: fix the problems above"
         assert "problem  Missing option '--weights'" in told
+        code, _, complaint = run(["doctor", str(llama.artifact), "--dtype", "float64"])
+        assert (code, "--dtype" in complaint, "'float64'" in complaint) == (2, True, True)
 
     def test_own_code(self, bundle: Path, tmp_path: Path) -> None:
         """A bundle whose table of contents is none is a problem, and not a traceback."""
         copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
         for text in ("", "[]", "{}", json.dumps({"format": "x"}), '{"format": "seqbuild-bundle", "format_version": 9}'):
             (copy / "bundle.json").write_text(text)
-            assert any("describes no bundle" in problem for problem in findings(copy)["problem"])
+            assert any("is not the table of contents of a bundle" in problem for problem in findings(copy)["problem"])
 
 
 def distributions(names: Iterator[str]) -> dict[str, importlib.metadata.Distribution]:
@@ -272,11 +274,12 @@ def test_a_host_without_seqbuild_network_and_home_does_the_whole_job(
     there = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     # No file can be made in /proc, whoever asks.
     environment = {"PATH": os.environ["PATH"], "HOME": "/proc", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    for package in ("seqbuild", "runtime", "pytest", "model_signing"):
-        command = [str(bare), "-c", f"import {package}"]
-        assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 1
+    unseen = ("seqbuild", "runtime", "pytest", "model_signing")
+    program = f"import importlib.util as util; print([name for name in {unseen} if util.find_spec(name)])"
+    found = subprocess.run([str(bare), "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout == "[]\n"
     before = sorted(there.rglob("*"))
-    for arguments, expected in ((["doctor", "."], "this host can calibrate it"), (["calibrate", "."], "in quantized")):
+    for arguments, expected in ((["doctor", "."], "ready: this host can run"), (["calibrate", "."], "in quantized")):
         done = subprocess.run(
             [*isolated(bare), *arguments, *(["--device", "cpu"])],
             cwd=there,
@@ -288,14 +291,8 @@ def test_a_host_without_seqbuild_network_and_home_does_the_whole_job(
         assert expected in done.stdout
         assert done.stderr == ""
     assert [path for path in sorted(there.rglob("*")) if "quantized" not in path.parts] == before
-    usual = [sys.executable, "-m", "runtime", "calibrate", str(llama.artifact), "--weights", str(llama.weights)]
-    usual += ["--recipe", str(parts / "r.yaml"), "--data", str(parts / "calib.safetensors"), "--device", "cpu"]
-    subprocess.run(
-        [*usual, "-o", str(tmp_path / "usual")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    usual = ["calibrate", llama.artifact, "--weights", llama.weights, "--device", "cpu", "-o", tmp_path / "usual"]
+    usual += ["--recipe", parts / "r.yaml", "--data", parts / "calib.safetensors"]
+    assert runtime.cli.app.main([str(part) for part in usual]) == 0
     assert directory_bytes(there / "quantized") == directory_bytes(tmp_path / "usual")
     assert "model.safetensors" in directory_bytes(there / "quantized")

@@ -176,7 +176,7 @@ def test_unreached_modules_stay_as_they_are_and_are_reported(llava: Small, tmp_p
     assert len(result.unreached) == 2 * 6 + 2
     assert all("language_model" not in name for name in result.unreached)
     assert lines[0] == (
-        f"left as they are, for the model never calls them: {', '.join(result.unreached[:3])} and 11 more"
+        f"left unchanged, because the model never calls them: {', '.join(result.unreached[:3])} and 11 more"
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert [name for name in result.unreached if name not in config["ignore"]] == []
@@ -204,10 +204,12 @@ def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llam
         weights=qwen3_moe.weights, artifact=build(qwen3_moe.weights, out=tmp_path / "artifacts", leaves="target").path
     )
     moe = calibrate(at_layers, recipe(NARROW_W4), tmp_path / "moe")
-    left = "stacked weights of experts are not quantized, for the artifact calls the model's own modules"
+    left = "stacked expert weights are not quantized, because the artifact calls the model's own modules"
     assert [left in remark for remark in moe.remarks] == [True, False, False]
-    assert "transformers 5.17 starts experts that are not quantized at random" in moe.remarks[1]
-    assert "transformers 5.24 does not load experts that are not quantized beside integer layers" in moe.remarks[2]
+    assert "transformers 5.17 initializes experts that are not quantized at random" in moe.remarks[1]
+    assert (
+        "transformers 5.24 does not load experts that are not quantized if other layers are integers" in moe.remarks[2]
+    )
     (remark,) = calibrate(at_layers, recipe(RECIPES["FP8_DYNAMIC"]), tmp_path / "fp8").remarks
     assert left in remark
     ignored = recipe(RECIPES["FP8_DYNAMIC"].replace("lm_head", "lm_head, 're:.*experts'"))
@@ -252,7 +254,7 @@ def test_conv1d_modules_stay_as_they_are_and_it_is_said(small: Callable[..., Sma
     done = calibrate(gpt2, everything, tmp_path / "out", batches=batches)
     assert [module.name for module in done.modules] == ["lm_head"]
     (said,) = [remark for remark in done.remarks if "Conv1D" in remark]
-    assert said.startswith("warning: 8 Conv1D modules stay as they are (transformer.h.0.attn.c_attn, ")
+    assert said.startswith("warning: 8 Conv1D modules are not quantized (transformer.h.0.attn.c_attn, ")
     before, after = read_tensors(gpt2.weights), read_tensors(tmp_path / "out")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if ".h." in name)
 

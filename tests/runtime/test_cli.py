@@ -51,9 +51,9 @@ def test_calibrate_evaluate_and_check(place: Place, run: Run) -> None:
     assert (code, complaint) == (0, "")
     manifest = read_manifest(place.artifact)
     assert printed.splitlines() == [
-        f"{place.artifact}: {len(manifest.files)} files and 3 programs are as the manifest states",
-        "model LlamaForCausalLM of transformers.models.llama.modeling_llama, 4 subgraphs",
-        f"input key {manifest.input_key}",
+        f"{place.artifact}: valid; {len(manifest.files)} files and 3 programs match the manifest",
+        "model: LlamaForCausalLM from transformers.models.llama.modeling_llama, 4 subgraphs",
+        f"input key: {manifest.input_key}",
         "opaque steps: none",
     ]
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 8, 1))
     before = place.tree()
-    assert_refused(run(place.calibrate()), "takes 51", "kB at least, and its disk has 1 B left")
+    assert_refused(run(place.calibrate()), "needs at least 51", "kB, but its disk has 1 B left")
     assert place.tree() == before
 
 
@@ -275,16 +275,17 @@ def test_out_of_memory(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch, 
     assert place.tree() == before
 
 
-def test_what_nobody_has_foreseen_is_a_line_that_says_so(
-    place: Place, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_internal_error_is_one_line(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr("runtime.quantize.expert_groups.collect_statistics", fail)
     before = place.tree()
     assert_refused(
-        run(place.calibrate()), "AssertionError at test_cli.py:", "a bug (nobody has foreseen this", "--debug"
+        run(place.calibrate()),
+        "internal error: AssertionError at test_cli.py:",
+        "a bug (this is a bug in seqbuild",
+        "--debug shows the traceback",
     )
     code, _, complaint = run(place.calibrate("--debug"))
     assert code == 2 and "Traceback" in complaint

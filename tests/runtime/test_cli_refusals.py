@@ -40,7 +40,7 @@ def damaged_program(place: Place) -> list[str]:
 
 def lost_program(place: Place) -> list[str]:
     (place.artifact / "subgraphs" / "001.py").unlink()
-    return ["has lost subgraphs/001.py"]
+    return ["is incomplete: subgraphs/001.py is missing"]
 
 
 def other_transformers(place: Place) -> list[str]:
@@ -50,23 +50,23 @@ def other_transformers(place: Place) -> list[str]:
 
 def no_weights(place: Place) -> list[str]:
     place.weights = place.folder / "nowhere"
-    return ["there is no checkpoint directory", "nowhere"]
+    return ["checkpoint directory", "nowhere"]
 
 
 def weights_are_a_file(place: Place) -> list[str]:
     place.weights = place.recipe
-    return ["there is no checkpoint directory", "recipe.yaml"]
+    return ["checkpoint directory", "recipe.yaml"]
 
 
 def empty_weights(place: Place) -> list[str]:
     place.weights = place.folder / "empty"
     place.weights.mkdir()
-    return ["holds no safetensors checkpoint", "it has no model.safetensors"]
+    return ["does not contain a safetensors checkpoint", "it has no model.safetensors"]
 
 
 def pickled_weights(place: Place) -> list[str]:
     (place.weights / "model.safetensors").rename(place.weights / "pytorch_model.bin")
-    return ["holds no safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
+    return ["does not contain a safetensors checkpoint", "pytorch_model.bin is a pickle: convert it"]
 
 
 def truncated_weights(place: Place) -> list[str]:
@@ -222,7 +222,7 @@ def recipe_that_ignores_all(place: Place) -> list[str]:
 def groups_that_do_not_divide(place: Place) -> list[str]:
     weights = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 96}"
     place.recipe.write_text(f"GPTQModifier: {{config_groups: {{a: {{targets: [Linear], weights: {weights}}}}}}}\n")
-    return ["model.layers.0.self_attn.q_proj has 128 input features, which groups of 96 do not divide"]
+    return ["model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96"]
 
 
 def full_output(place: Place) -> list[str]:

@@ -104,14 +104,17 @@ def test_two_models_do_not_meet() -> None:
 def test_nothing_else_is_found() -> None:
     with LoadedCode(code()) as loaded:
         for name in ("os", "nothing", "inner.nothing", "main.part", "__init__"):
-            with pytest.raises(ModelError, match="which is not there"):
+            with pytest.raises(ModelError, match="which is missing"):
                 loaded.find(f"{loaded.package}.{name}", "X", object)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("import no_such_package", "main.py, line 1, imports 'no_such_package', which is not there (install what it"),
+        (
+            "import no_such_package",
+            "main.py, line 1, imports 'no_such_package', which is not installed (install the packages",
+        ),
         ("from .part import gone", "main.py, line 1, fails: ImportError: cannot import name 'gone'"),
         ("\nraise ValueError('no luck\\nat all')", "main.py, line 2, fails: ValueError: no luck"),
         ("raise RuntimeError", "fails: RuntimeError: no reason given"),

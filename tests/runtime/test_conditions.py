@@ -40,5 +40,5 @@ def test_a_condition_is_calculated(condition: str, expected: bool) -> None:
     ],
 )
 def test_what_is_no_condition_is_refused(condition: str) -> None:
-    with pytest.raises(ArtifactError, match="that is none"):
+    with pytest.raises(ArtifactError, match="an invalid expression over sizes"):
         check_condition(condition, SIZES)

@@ -35,5 +35,5 @@ def test_no_model_is_that_large(entry: str, number: str) -> None:
     ],
 )
 def test_other_names_of_python_are_refused(table: dict[str, object]) -> None:
-    with pytest.raises(ArtifactError, match="which is no entry of a config"):
+    with pytest.raises(ArtifactError, match="which is not a valid entry"):
         check_config({"config.json": json.dumps(table).encode()}, has_own_code=False)

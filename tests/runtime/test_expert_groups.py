@@ -13,10 +13,11 @@ import torch
 
 import runtime
 from runtime.checkpoint.reader import Checkpoint
-from runtime.experts.channel_flow import input_readings, opened_rows
 from runtime.experts.split import SplitArtifact, expert_of, siblings_of, split_experts
 from runtime.model.experts import Experts
 from runtime.weights.parameters import Weights
+from seqbuild.manifest.experts.probe import ExpertProbe
+from seqbuild.manifest.experts.proportional import input_readings, proportional_rows
 from tests.runtime.small import Small, calibrate, make_small, read_tensors, run_weights, token_batches
 from tests.runtime.test_expert_models import MODELS, NUM_EXPERTS, SIZES
 from tests.scaling import scaled
@@ -151,7 +152,7 @@ def test_siblings_are_of_one_expert(made: Callable[[str], Small]) -> None:
     assert len({siblings[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"}) == 1
 
 
-def experts(body: str) -> tuple[Experts, dict[str, tuple[int, ...]]]:
+def experts(body: str) -> ExpertProbe:
     """Two experts of width 4 with 6 features inside, that calculate what this says."""
     from runtime.language.program import compile_program
 
@@ -161,7 +162,7 @@ def experts(body: str) -> tuple[Experts, dict[str, tuple[int, ...]]]:
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     source = f"def forward(self, hidden, weights, both, down, *, run):\n{lines}\n    return {{'output': output}}\n"
     module.__dict__["program"] = compile_program(source, "expert.py")
-    return module, {"both": (2, 12, 4), "down": (2, 4, 6)}
+    return ExpertProbe(module, {"both": (2, 12, 4), "down": (2, 4, 6)})
 
 
 LINEAR = "torch.ops.aten.linear.default"
@@ -181,10 +182,10 @@ DOWN = f"output = {LINEAR}(product, down)"
     ],
 )
 def test_what_the_last_matrix_reads_is_proportional_to(body: str, rows: Any) -> None:
-    module, shapes = experts(f"{SPLIT}{body}\n{DOWN}")
-    found = opened_rows(module, shapes)
+    probe = experts(f"{SPLIT}{body}\n{DOWN}")
+    found = proportional_rows(probe)
     assert (found and list(found.rows)) == (list(rows) if rows is not None else None)
-    assert [(reading.name, reading.axis) for reading in input_readings(module, shapes)] == [("both", 2)]
+    assert [(reading.name, reading.axis) for reading in input_readings(probe)] == [("both", 2)]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_what_the_last_matrix_reads_is_proportional_to(body: str, rows: Any) -> 
     ],
 )
 def test_an_input_that_is_used_otherwise_cannot_be_scaled(body: str) -> None:
-    assert input_readings(*experts(body)) == ()
+    assert input_readings(experts(body)) == ()
 
 
 NARROW_W3 = "{num_bits: 3, type: int, symmetric: true, strategy: group, group_size: 16}"
@@ -328,7 +329,7 @@ def test_attention_that_is_called_whole_has_siblings_by_name(made: Callable[[str
         own = [float(tensors[key.replace("q_proj", name)]) for name in ("q_proj", "k_proj", "v_proj")]
         assert own == own[:1] * 3
     assert len({float(tensors[key]) for key in queries}) > 1  # each layer has its own
-    (remark,) = (text for text in result.remarks if "engines join by their names" in text)
+    (remark,) = (text for text in result.remarks if "modules that engines fuse by name" in text)
     assert "model.layers.0.self_attn.q_proj" in remark
     assert ".experts." not in remark
 

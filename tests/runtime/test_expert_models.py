@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import runtime
+from runtime.artifact.manifest import ExpertStack
+from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.reader import Checkpoint
-from runtime.errors import RecipeError
-from runtime.experts.checkpoint_view import HeldStack, experts_apart
-from runtime.experts.layout_from_program import stacks_of
+from runtime.errors import ArtifactError, RecipeError, WeightsError
+from runtime.experts.checkpoint_view import StoredStack, split_checkpoint
 from runtime.experts.split import SplitArtifact, split_experts
-from runtime.experts.tables import checkpoint_name
 from runtime.model.dense_experts import DenseExperts
 from runtime.model.experts import Experts, Mixture, Stack
 from runtime.weights.parameters import Weights
+from seqbuild.manifest.experts.probe import ExpertProbe
+from seqbuild.manifest.experts.program import stacks_from_program
 from seqbuild.verify.running import EAGER_EXPERTS, configured
 from tests.runtime.small import (
     EXPERTS,
@@ -214,8 +218,8 @@ def matrices(small: Small) -> list[str]:
     used = [name for entry in artifact.manifest.subgraphs for name in entry.parameters]
     return [
         entries[f"{name}.{part}"].sources[0].removesuffix(".weight")
-        for name, stacks in artifact.stacks.items()
-        for stack in stacks.values()
+        for name, split in artifact.mixtures.items()
+        for stack in split.stacks.values()
         for parts in stack.parts
         for part in parts
         if part.endswith(".weight") and f"{name}.{part}" in used
@@ -409,7 +413,7 @@ def test_experts_without_weights_need_none(made: Callable[[str], Small], tmp_pat
 
 def test_a_weight_whose_name_is_no_modules_is_refused(made: Callable[[str], Small], tmp_path: Path) -> None:
     plan = recipe(NARROW_W4.replace("Linear", "'re:.*weight_proj'"))
-    with pytest.raises(RecipeError, match=r"calls the weight of .*weight_proj 'model\.llm.*weight_proj'"):
+    with pytest.raises(RecipeError, match=r"weight of .*weight_proj has the name 'model\.llm.*weight_proj'"):
         calibrate(made("inkling2_text"), plan, tmp_path / "out")
 
 
@@ -417,7 +421,7 @@ def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
     sizes = {**SIZES, "num_local_experts": NUM_EXPERTS, "kv_channels": 8}
     small = make_small(tmp_path, "JetMoeForCausalLM", "JetMoeConfig", sizes)
     result = calibrate(small, gptq(), tmp_path / "out")
-    assert any("are not quantized, for the model's code sends tokens" in remark for remark in result.remarks)
+    assert any("because the model's routing code is not supported" in remark for remark in result.remarks)
 
 
 # What one expert does
@@ -425,10 +429,11 @@ def test_what_stays_stacked_is_said(tmp_path: Path) -> None:
 _WIDE, _NARROW = 6, 4  # features of the layer and of an expert
 
 
-def _experts(program: Callable[..., torch.Tensor], **shapes: tuple[int, ...]) -> dict[str, Stack]:
+def _experts(program: Callable[..., torch.Tensor], **shapes: tuple[int, ...]) -> dict[str, ExpertStack]:
     module = Experts(num_experts=2, stacked=list(shapes), inputs=("a", "b", "c"), accumulator="hidden", is_column=True)
     module.__dict__["program"] = lambda self, *args, run: {"output": program(*args)}
-    return stacks_of(module, {name: (2, *shape) for name, shape in shapes.items()})
+    probe = ExpertProbe(module, {name: (2, *shape) for name, shape in shapes.items()})
+    return {stack.name: stack for stack in stacks_from_program(probe)}
 
 
 _LINEAR, _MM = torch.ops.aten.linear.default, torch.ops.aten.mm.default
@@ -441,9 +446,9 @@ def test_the_gate_is_what_switches_off() -> None:
         return _LINEAR(one * _SILU(other), down) * weights
 
     found = _experts(swapped, both=(2 * _NARROW, _WIDE), down=(_WIDE, _NARROW))
-    assert found["both"].parts[1] == ("1.up_proj.weight", "1.gate_proj.weight")
+    assert found["both"].parts == ("up_proj.weight", "gate_proj.weight")
     assert not found["both"].is_interleaved
-    assert found["down"].parts[0] == ("0.down_proj.weight",)
+    assert found["down"].parts == ("down_proj.weight",)
 
 
 def test_a_matrix_without_a_gate_goes_up() -> None:
@@ -451,7 +456,7 @@ def test_a_matrix_without_a_gate_goes_up() -> None:
         return _MM(torch.relu(_MM(states, up)), down) * weights
 
     found = _experts(plain, up=(_WIDE, _NARROW), down=(_NARROW, _WIDE))
-    assert found["up"].parts[0] == ("0.up_proj.weight",)
+    assert found["up"].parts == ("up_proj.weight",)
     assert found["up"].is_transposed
 
 
@@ -484,19 +489,75 @@ def test_a_stack_that_is_turned_when_it_is_loaded_is_turned_expert_by_expert(tmp
     stored = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)  # qwen3_vl_moe's checkpoint has [E, I, O], the model [E, O, I]
     save_file({"x": stored}, tmp_path / "model.safetensors")
     stack = Stack(parts=(("0.a.weight", "0.b.weight"), ("1.a.weight", "1.b.weight")), axis=0, is_transposed=False)
-    held = HeldStack(
+    stored_stack = StoredStack(
         sources=("x",),
         shape=(2, 4, 3),
         stack=stack,
-        keys={part: f"m.{part}" for parts in stack.parts for part in parts},
+        prefix="m",
         program=lambda self, source_0, *, run: {"value": source_0.transpose(1, 2)},
     )
-    seen = experts_apart(Checkpoint(tmp_path), [held])
+    seen = split_checkpoint(Checkpoint(tmp_path), [stored_stack])
     assert list(seen) == ["m.0.a.weight", "m.0.b.weight", "m.1.a.weight", "m.1.b.weight"]
     for expert in range(2):
         both = torch.cat([seen.read(f"m.{expert}.{own}.weight") for own in ("a", "b")])
         assert torch.equal(both, stored[expert].T)
     assert seen.bytes_read == stored.nbytes
+
+
+def relaid(small: Small, **changes: Any) -> runtime.Artifact:
+    """An artifact whose experts' first stack is said to be composed in another way."""
+    artifact = small.load()
+    (layout,) = artifact.manifest.expert_layouts
+    first, *rest = layout.stacks
+    changed = replace(layout, stacks=(replace(first, **changes), *rest), pairs=())
+    artifact.manifest = replace(artifact.manifest, expert_layouts=(changed,))
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parts": ("up_proj.weight", "gate_proj.weight")},
+        {"parts": ("a.weight", "b.weight", "c.weight", "d.weight")},
+        {"is_interleaved": True},
+        {"is_transposed": True},
+        {"axis": 1},
+        {"input": 1},
+    ],
+)
+def test_a_layout_that_lies_changes_names_and_not_the_model(
+    made: Callable[[str], Small], changes: dict[str, Any]
+) -> None:
+    small = made("granitemoe")
+    batch = token_batches(((2, 11),))[0]
+    outputs = []
+    for artifact in (relaid(small), relaid(small, **changes)):
+        split, checkpoint = split_experts(artifact, Checkpoint(small.weights)), Checkpoint(small.weights)
+        model = split.empty_model(torch.float32)
+        Weights(split, checkpoint, torch.float32, model).load(model, split.manifest.parameters, torch.device("cpu"))
+        outputs.append(run_chain(split.subgraphs, model, dict(batch))["logits"])
+    assert torch.equal(*outputs)
+
+
+def test_a_module_name_that_is_taken_is_refused(made: Callable[[str], Small]) -> None:
+    small = made("granitemoe")
+    split = split_experts(relaid(small, parts=("forward.weight", "up_proj.weight")), Checkpoint(small.weights))
+    with pytest.raises(ArtifactError, match=r"the experts .* cannot be split: .*attribute 'forward' already exists"):
+        split.empty_model(torch.float32)
+
+
+def test_stacks_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2, 4, 3)}, tmp_path / "model.safetensors")
+    stack = Stack(parts=(("0.a.weight",), ("1.a.weight",)), axis=0, is_transposed=False)
+    stored = StoredStack(sources=("x",), shape=(2, 4, 5), stack=stack, prefix="m", program=None)
+    with pytest.raises(WeightsError, match=r"has shape \[2, 4, 3\], the artifact expects \[2, 4, 5\] for 2 experts"):
+        split_checkpoint(Checkpoint(tmp_path), [stored])
+    with pytest.raises(WeightsError, match=r"the artifact expects \[8, 5\] for 2 experts"):
+        split_checkpoint(Checkpoint(tmp_path), [replace(stored, is_flat=True)])
+    made_otherwise: Any = lambda self, source_0, *, run: {"value": source_0.sum(0, keepdim=True)[:, :2]}  # noqa: E731
+    seen = split_checkpoint(Checkpoint(tmp_path), [replace(stored, program=made_otherwise)])
+    with pytest.raises(ArtifactError, match=r"makes \[2, 3\] of one expert's slice"):
+        seen.read("m.0.a.weight")
 
 
 @pytest.mark.parametrize(

@@ -274,5 +274,5 @@ def test_experts_that_are_none_are_refused(options: dict[str, tuple[int | str, .
 
 def test_experts_refuse_states_of_other_dimensions() -> None:
     module = build_leaf(leaf_of_experts(), "a.leaf", {"up": (3, 4, 8), "inner.down": (3, 8, 4)}, None)
-    with pytest.raises(ArtifactError, match="hidden states of 3 dimensions, and take 2"):
+    with pytest.raises(ArtifactError, match="must have 2 dimensions, got 3"):
         module(torch.zeros(1, 2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))

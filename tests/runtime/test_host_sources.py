@@ -59,7 +59,7 @@ def test_nothing_is_imported() -> None:
 @pytest.mark.parametrize("name", ["", ".", "a.", "../x", "a/b", "a..b", "a b", "a.b-c", "a\n", "1a", "\u00e4"])
 def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     assert not is_module_name(name)
-    with pytest.raises(ArtifactError, match="which is no module's name"):
+    with pytest.raises(ArtifactError, match="which is not a module name"):
         check(write(tmp_path / "artifact", sources={name: "0" * 64}))
 
 
@@ -72,7 +72,7 @@ class TestVersions:
         changed = manifest(versions={"transformers": transformers.__version__}, sources={LLAMA: "0" * 64})
         with pytest.raises(VersionError, match=f"1 of the 1 source files it relies on differ: {LLAMA}") as caught:
             check_versions(changed, allow_version_skew=False)
-        assert "put the files back as released" in caught.value.hint
+        assert "restore the released files" in caught.value.hint
         check_versions(changed, allow_version_skew=True)
 
     def test_both_versions_and_the_modules_are_named(self) -> None:

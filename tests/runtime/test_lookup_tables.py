@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +12,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import fx
 
 import runtime
 import runtime.checkpoint.reader
 import seqbuild.build
+from runtime.artifact.manifest import LeafKind, ParameterEntry
 from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.stored_table import StoredTable
 from runtime.weights.parameters import Weights
-from runtime.weights.row_lookups import lookup_tables
 from runtime.weights.stream import WeightStream
-from tests.runtime.small import NARROW, NARROW_W4, Small, calibrate, read_tensors, recipe, save_model
+from seqbuild.chain.marks import variable
+from seqbuild.chain.subgraph import Subgraph
+from seqbuild.manifest.lookups import lookups
+from seqbuild.manifest.portable import Parts
+from tests.runtime.artifacts import entry
+from tests.runtime.small import NARROW, NARROW_W4, Small, calibrate, read_tensors, recipe, save_model, token_batches
+from tests.tiny_models import run_chain
 
 EMBEDDING = "model.embed_tokens.weight"
-LOOKUP = 'torch.ops.aten.embedding.default(self.get_parameter("table"), ids)'
 
 
 def small_of(model: Any, tmp_path: Path, **options: Any) -> Small:
@@ -47,38 +56,75 @@ def streamed(small: Small, dtype: torch.dtype, steps: int) -> WeightStream:
 
 
 def test_an_embedding_is_a_table(narrow_llama: Small) -> None:
-    assert lookup_tables(narrow_llama.load()) == {EMBEDDING}
+    assert narrow_llama.load().manifest.lookups == (EMBEDDING,)
 
 
 def test_an_embedding_that_is_scaled_is_one(tmp_path: Path) -> None:
-    assert lookup_tables(tied(tmp_path).load()) == {EMBEDDING}
+    assert tied(tmp_path).load().manifest.lookups == (EMBEDDING,)
 
 
 def test_of_models_own_modules_nothing_is_known(tmp_path: Path) -> None:
-    assert not lookup_tables(tied(tmp_path, leaves="target").load())
+    assert tied(tmp_path, leaves="target").load().manifest.lookups == ()
+
+
+def used(*statements: Callable[[fx.Graph, fx.Node, fx.Node], object]) -> tuple[str, ...]:
+    """The lookup tables of a graph with a matrix [9, 4] and these uses of it, beside an embedding."""
+    graph = fx.Graph()
+    ids, table = graph.placeholder("ids"), graph.create_node("get_attr", "table")
+    for statement in statements:
+        statement(graph, table, ids)
+    parts = Parts(kinds=[LeafKind(kind="Embedding")], leaves={"inner": 0})
+    matrix = ParameterEntry(shape=(9, 4), dtype="model", bytes=144, sources=("x",), conversion=-1, tied_to="")
+    parameters = {"inner.weight": matrix, "table": matrix}
+    return lookups(parts, [Subgraph(graph=graph, input_names=["ids"])], [], parameters)
+
+
+def looked_up(graph: fx.Graph, table: fx.Node, ids: fx.Node) -> object:
+    return graph.call_function(torch.ops.aten.embedding.default, (table, ids))
+
+
+def test_a_parameter_that_is_only_looked_up_is_one() -> None:
+    assert used(looked_up, looked_up) == ("inner.weight", "table")
 
 
 @pytest.mark.parametrize(
-    "body",
+    "use",
     [
-        'a = self.get_parameter("table")\n    x = torch.ops.aten.embedding.default(a, ids)\n    y = a + 1',
-        'a = self.get_parameter("table")\n    x = torch.ops.aten.embedding.default(b, a)',
-        'a = ids\n    x = torch.ops.aten.embedding.default(a, ids)\n    a = self.get_parameter("table")',
-        f'x = {LOOKUP}\n    y = torch.ops.aten.neg.default(self.get_parameter("table"))',
-        'x = torch.ops.aten.linear.default(ids, self.get_parameter("table"))',
+        lambda graph, table, ids: graph.call_function(torch.ops.aten.add.Tensor, (table, 1)),
+        lambda graph, table, ids: graph.call_function(torch.ops.aten.embedding.default, (ids, table)),
+        lambda graph, table, ids: graph.call_function(torch.ops.aten.embedding.default, (table, table)),
+        lambda graph, table, ids: graph.call_function(variable, (table,)),
+        lambda graph, table, ids: graph.output({"table": table}),
     ],
 )
-def test_what_is_used_otherwise_is_none(body: str) -> None:
-    source = f"def forward(self, ids, *, run):\n    {body}\n"
-    entry, manifest = (
-        SimpleNamespace(scope="inner"),
-        SimpleNamespace(leaves={"inner": 0}, leaf_kinds=[SimpleNamespace(kind="Embedding")]),
-    )
-    artifact: Any = SimpleNamespace(manifest=manifest, subgraphs=[SimpleNamespace(source=source, entry=entry)])
-    assert lookup_tables(artifact) == {"inner.weight"}
-    looked_up = f"def forward(self, ids, *, run):\n    x = {LOOKUP}\n"
-    artifact.subgraphs = [SimpleNamespace(source=looked_up, entry=entry)]
-    assert lookup_tables(artifact) == {"inner.weight", "inner.table"}
+def test_one_with_another_use_is_not(use: Callable[[fx.Graph, fx.Node, fx.Node], object]) -> None:
+    assert used(looked_up, use) == ("inner.weight",)
+
+
+def test_one_that_an_opaque_step_uses_is_not() -> None:
+    parts = Parts(kinds=[LeafKind(kind="Embedding")], leaves={"inner": 0})
+    matrix = ParameterEntry(shape=(9, 4), dtype="model", bytes=144, sources=("x",), conversion=-1, tied_to="")
+    opaque = entry(file="subgraphs/000.py", input_names=(), output_names=(), uses=("inner.weight",))
+    assert lookups(parts, [], [opaque], {"inner.weight": matrix}) == ()
+
+
+def test_a_table_that_is_used_otherwise_all_the_same_is_read_whole(tmp_path: Path) -> None:
+    """A manifest that lies costs time: the result is the same."""
+    small = tied(tmp_path)
+    artifact = small.load()
+    projection = "model.layers.0.self_attn.q_proj.weight"
+    outputs = []
+    for names in ((), (EMBEDDING, projection)):
+        artifact.manifest = replace(artifact.manifest, lookups=names)
+        model = artifact.empty_model(torch.float32)
+        source = Weights(artifact, Checkpoint(small.weights), torch.float32, model)
+        with WeightStream(
+            source, [SimpleNamespace(index=0, loads=list(source.origins))], torch.device("cpu")
+        ) as stream:
+            stream.load(model, 0)
+        outputs.append(run_chain(artifact.subgraphs, model, token_batches(((2, 9),))[0])["logits"])
+        assert isinstance(model.get_parameter(projection), StoredTable) is (projection in names)
+    assert torch.equal(*outputs)
 
 
 def test_it_is_not_read(narrow_llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:

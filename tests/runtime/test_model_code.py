@@ -59,21 +59,21 @@ class TestClosure:
     @pytest.mark.parametrize(
         ("texts", "why"),
         [
-            ({}, "a.py is not there"),
-            ({"a.py": "from .b import x"}, "a.py, line 1 imports b.py, which is not there"),
-            ({"a.py": "\nfrom . import b"}, "a.py, line 2 imports b.py, which is not there"),
-            ({"a.py": "from .p import q", "p/r.py": ""}, "imports p.py, which is not there"),
-            ({"a.py": "try:\n    from .b import x\nexcept KeyError:\n    pass"}, "imports b.py, which is not there"),
-            ({"a.py": "try:\n    pass\nexcept ImportError:\n    from .b import x"}, "imports b.py, which is not there"),
+            ({}, "a.py is missing"),
+            ({"a.py": "from .b import x"}, "a.py, line 1 imports b.py, which is missing"),
+            ({"a.py": "\nfrom . import b"}, "a.py, line 2 imports b.py, which is missing"),
+            ({"a.py": "from .p import q", "p/r.py": ""}, "imports p.py, which is missing"),
+            ({"a.py": "try:\n    from .b import x\nexcept KeyError:\n    pass"}, "imports b.py, which is missing"),
+            ({"a.py": "try:\n    pass\nexcept ImportError:\n    from .b import x"}, "imports b.py, which is missing"),
             ({"a.py": "from .. import b", "b.py": ""}, "a.py, line 1 imports from outside of the model's directory"),
             ({"a.py": "from ...os import path"}, "imports from outside of the model's directory"),
             ({"a.py": "from .p.q import x", "p/q.py": "from ...x import y"}, "p/q.py, line 1 imports from outside"),
-            ({"a.py": "def f(:"}, "a.py is no Python"),
-            ({"a.py": "from .b import x", "b.py": "\0"}, "b.py is no Python"),
-            ({"a.py": "(" * 5000}, "a.py is no Python"),
-            ({"a.py": "-" * 200000 + "1"}, "a.py is no Python"),
+            ({"a.py": "def f(:"}, "a.py is not valid Python"),
+            ({"a.py": "from .b import x", "b.py": "\0"}, "b.py is not valid Python"),
+            ({"a.py": "(" * 5000}, "a.py is not valid Python"),
+            ({"a.py": "-" * 200000 + "1"}, "a.py is not valid Python"),
             ({"a.py": " " * (FILE_LIMIT_BYTES + 1)}, f"a.py has {FILE_LIMIT_BYTES + 1} bytes"),
-            ({"a.py": "from .ä import x", "ä.py": ""}, "'ä' is no name of a module"),
+            ({"a.py": "from .ä import x", "ä.py": ""}, "'ä' is not a valid module name"),
         ],
     )
     def test_what_is_refused(self, texts: dict[str, str], why: str) -> None:
@@ -180,21 +180,21 @@ class TestArtifact:
             (
                 CODE,
                 {"code": ()},
-                "configuration_toy.py is in modeling/ or listed as the model's own code, and not both",
+                "configuration_toy.py must be in modeling/ and be listed as the model's own code",
             ),
-            (CODE, {"code": (*CODE, "modeling/other.py")}, "modeling/other.py is in modeling/ or listed"),
-            (CODE, {"code": (*CODE, "subgraphs/000.py")}, "subgraphs/000.py is in modeling/ or listed"),
+            (CODE, {"code": (*CODE, "modeling/other.py")}, "modeling/other.py must be in modeling/ and be listed"),
+            (CODE, {"code": (*CODE, "subgraphs/000.py")}, "subgraphs/000.py must be in modeling/ and be listed"),
             (CODE, {"code": ("modeling/modeling_toy.py", "modeling/configuration_toy.py")}, "not in ascending order"),
             (CODE, {"code": (*CODE, "modeling/modeling_toy.py")}, "not in ascending order"),
             (CODE, {"module": "seqbuild_modeling_0123456789abcdef.modeling_toy"}, "not among the files of modeling/"),
             (CODE, {"config_module": "seqbuild_modeling_0123456789abcdef"}, "not among the files of modeling/"),
             (CODE, {"module": "os", "config_module": "os"}, "neither its model nor its config comes from there"),
-            ({**CODE, "modeling/data.txt": b""}, {}, "modeling/data.txt is no module of Python"),
-            ({**CODE, "modeling/a-b.py": b""}, {}, "modeling/a-b.py is no module of Python"),
-            ({**CODE, "modeling/a.b/c.py": b""}, {}, "modeling/a.b/c.py is no module of Python"),
-            ({**CODE, "modeling/modeling_toy.py": b"from .gone import x"}, {}, "imports gone.py, which is not there"),
+            ({**CODE, "modeling/data.txt": b""}, {}, "modeling/data.txt is not a Python module"),
+            ({**CODE, "modeling/a-b.py": b""}, {}, "modeling/a-b.py is not a Python module"),
+            ({**CODE, "modeling/a.b/c.py": b""}, {}, "modeling/a.b/c.py is not a Python module"),
+            ({**CODE, "modeling/modeling_toy.py": b"from .gone import x"}, {}, "imports gone.py, which is missing"),
             ({**CODE, "modeling/modeling_toy.py": b"from .. import x"}, {}, "imports from outside"),
-            ({**CODE, "modeling/modeling_toy.py": b"class"}, {}, "modeling_toy.py is no Python"),
+            ({**CODE, "modeling/modeling_toy.py": b"class"}, {}, "modeling_toy.py is not valid Python"),
         ],
     )
     def test_refused(self, code: dict[str, bytes], changes: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ class TestArtifact:
             assert why in str(caught.value)
 
     def test_code_outside_of_its_folder_is_no_code(self, tmp_path: Path) -> None:
-        with pytest.raises(ArtifactError, match=r"evil\.py is code that .* names as no program"):
+        with pytest.raises(ArtifactError, match=r"evil\.py is Python code that .* does not list as a program"):
             check(write(tmp_path / "artifact", files() | {"evil.py": b""}))
 
     def test_own_code_is_no_program(self, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_targets_that_match_other_modules_than_linear(model: Small, tmp_path: Pa
     has_table = target != "re:.*self_attn.*"
     assert ("model.embed_tokens" in config_of(out)["quantization_config"]["ignore"]) is has_table
     said = (
-        "warning: model.embed_tokens stay as they are: targets that match Linear modules, too, do not mean embeddings"
+        "warning: the embeddings model.embed_tokens are not quantized: a target that also matches Linear modules does "
+        "not apply to embeddings; name them in a target of their own"
     )
     assert (said in result.remarks) is has_table
     assert perplexity(model, out) > 1
@@ -54,8 +55,8 @@ def test_targets_that_match_other_modules_than_linear(model: Small, tmp_path: Pa
 def test_an_ignored_name_that_no_module_has_is_remarked_upon(model: Small, tmp_path: Path) -> None:
     text = "targets: Linear, scheme: W8A8, ignore: [lm_head, 're:.*mlp\\.fc1$', Conv1d, 're:.*q_norm$']"
     remarks = calibrate(model, recipe(text), tmp_path / "out").remarks
-    assert [line for line in remarks if "ignored" in line] == [
-        "no module is ignored as re:.*mlp\\.fc1$, Conv1d, for none has such a name (seqbuild inspect shows names)"
+    assert [line for line in remarks if "ignore" in line] == [
+        "ignore entries that match no module: re:.*mlp\\.fc1$, Conv1d (seqbuild inspect shows module names)"
     ]
 
 
@@ -117,7 +118,7 @@ def test_other_averages_do_not_go_with_rescaling(model: Small, tmp_path: Path) -
     inputs = f"input_activations: {{{STATIC}, observer: minmax, observer_kwargs: {{averaging_constant: 0.5}}}}"
     scheme = f"a: {{targets: [Linear], weights: {{num_bits: 8, type: float, strategy: channel}}, {inputs}}}"
     text = f"SmoothQuantModifier: {{}}\nQuantizationModifier: {{config_groups: {{{scheme}}}, ignore: [lm_head]}}"
-    with pytest.raises(RecipeError, match=r"averaging_constant of inputs is not offered beside modifiers that rescale"):
+    with pytest.raises(RecipeError, match=r"averaging_constant cannot be combined with SmoothQuant or AWQ"):
         calibrate(model, runtime.Recipe.from_text(text, "r"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

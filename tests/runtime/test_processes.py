@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 
 import pytest
 
+import runtime
+import seqbuild
 from tests.runtime.place import ROOT, Place, Run
+from tests.sweep import sweep
 
 # A test run in the background may have been told to ignore interruptions, and hands that on to its processes.
 SLOW = """
@@ -31,8 +37,13 @@ def environment() -> Iterator[dict[str, str]]:
     yield {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+# In this process, an interruption is tested with what a run leaves for the next one (`test_resume`).
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    sweep(
+        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        (signal.SIGTERM, 143, "terminated"),
+    ),
 )
 def test_a_run_that_is_stopped_leaves_nothing_and_the_next_one_works(
     place: Place, run: Run, environment: dict[str, str], number: int, code: int, word: str
@@ -94,15 +105,10 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
 
-def test_public_names_are_not_hidden_by_modules_of_the_same_name(environment: dict[str, str]) -> None:
-    code = """
-import pkgutil, importlib, types
-for package in map(importlib.import_module, ("runtime", "seqbuild")):
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__"]
-    for name in modules:
-        importlib.import_module(f"{package.__name__}.{name}")
-    for name in package.__all__:
-        assert not isinstance(getattr(package, name), types.ModuleType), name
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
+    for package in (runtime, seqbuild):
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name != "__main__":
+                importlib.import_module(f"{package.__name__}.{module.name}")
+        for name in package.__all__:
+            assert not isinstance(getattr(package, name), types.ModuleType), name

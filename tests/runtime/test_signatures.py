@@ -81,7 +81,7 @@ def test_an_unsigned_artifact_is_refused(tmp_path: Path, keys: tuple[Path, Path]
 
 
 def test_another_key_is_refused(signed: Path, others: tuple[Path, Path]) -> None:
-    refused(signed, others[1], "is not as the owner of")
+    refused(signed, others[1], "is not valid for")
 
 
 @pytest.mark.parametrize("name", sorted(files()))
@@ -91,7 +91,7 @@ def test_tampering_with_fitting_digests_is_refused(name: str, signed: Path, keys
     if name == "constants.safetensors":
         changed[name] = changed[name][:-1].replace(b"\x80?", b"\x00@")
     write(signed, changed)
-    refused(signed, keys[1], "is not as the owner of")
+    refused(signed, keys[1], "is not valid for")
 
 
 def test_a_changed_manifest_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
@@ -118,7 +118,7 @@ def test_a_signature_of_another_artifact_is_refused(tmp_path: Path, signed: Path
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\x80\x04", b'{"dsseEnvelope": {}}', b"[" * 100_000])
 def test_broken_signatures_are_refused(data: bytes, signed: Path, keys: tuple[Path, Path]) -> None:
     (signed / SIGNATURE_NAME).write_bytes(data)
-    refused(signed, keys[1], "is not as the owner of")
+    refused(signed, keys[1], "is not valid for")
 
 
 def test_a_payload_that_was_edited_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
@@ -128,7 +128,7 @@ def test_a_payload_that_was_edited_is_refused(signed: Path, keys: tuple[Path, Pa
     statement["predicate"]["serialization"]["ignore_paths"].append("subgraphs")
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
     (signed / SIGNATURE_NAME).write_text(json.dumps(bundle))
-    refused(signed, keys[1], "is not as the owner of")
+    refused(signed, keys[1], "is not valid for")
 
 
 def test_a_signature_that_passes_files_over_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
@@ -140,7 +140,7 @@ def test_a_signature_that_passes_files_over_is_refused(signed: Path, keys: tuple
     signer = model_signing.signing.Config().use_elliptic_key_signer(private_key=keys[0])
     signer.set_hashing_config(hashing).sign(signed, signed.parent / "partial")
     shutil.move(signed.parent / "partial", signed / SIGNATURE_NAME)
-    refused(signed, keys[1], "is not as the owner of")
+    refused(signed, keys[1], "is not valid for")
 
 
 def test_the_package_itself_verifies_it(signed: Path, keys: tuple[Path, Path]) -> None:
@@ -159,10 +159,10 @@ def test_a_host_that_asks_for_signatures(
     monkeypatch.setenv(REQUIRED, str(keys[1]))
     assert len(load(signed).subgraphs) == 2
     assert len(load(signed, keys[1]).subgraphs) == 2
-    refused(signed, others[1], "is not as the owner of")
+    refused(signed, others[1], "is not valid for")
     monkeypatch.setenv(REQUIRED, str(others[1]))
-    refused(signed, None, "is not as the owner of")
-    refused(signed, keys[1], "is not as the owner of")  # what a user asks for does not replace the host's
+    refused(signed, None, "is not valid for")
+    refused(signed, keys[1], "is not valid for")  # what a user asks for does not replace the host's
     (signed / SIGNATURE_NAME).unlink()
     refused(signed, None, "is not signed")
     monkeypatch.setenv(REQUIRED, "")
@@ -172,23 +172,23 @@ def test_a_host_that_asks_for_signatures(
 
 
 def test_keys_that_are_none(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
-    refused(signed, tmp_path / "nothing.pub", "there is no public key")
+    refused(signed, tmp_path / "nothing.pub", "nothing.pub does not exist")
     (tmp_path / "odd.pub").write_text("no key")
-    refused(signed, tmp_path / "odd.pub", "is not as the owner of")
-    refused(signed, keys[0], "is not as the owner of")
+    refused(signed, tmp_path / "odd.pub", "is not valid for")
+    refused(signed, keys[0], "is not valid for")
     plain = rsa.generate_private_key(65537, 2048)
     private = plain.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "rsa.pem").write_bytes(private)
     edwards = ed25519.Ed25519PrivateKey.generate()
     private = edwards.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "edwards.pem").write_bytes(private)
-    with pytest.raises(SignatureError, match=r"there is no private key .*nothing"):
+    with pytest.raises(SignatureError, match=r"the private key .*nothing.* does not exist"):
         sign_artifact(signed, private_key=tmp_path / "nothing")
     for key in (tmp_path / "odd.pub", keys[1]):
-        with pytest.raises(SignatureError, match=f"{key.name} cannot sign"):
+        with pytest.raises(SignatureError, match=f"cannot sign with .*{key.name}"):
             sign_artifact(signed, private_key=key)
     for name in ("rsa", "edwards"):
-        with pytest.raises(SignatureError, match="cannot sign: it is a key of another kind"):
+        with pytest.raises(SignatureError, match=r"cannot sign with .*: it is not an elliptic curve key"):
             sign_artifact(signed, private_key=tmp_path / f"{name}.pem")
 
 
@@ -199,7 +199,7 @@ def test_a_key_with_a_password(tmp_path: Path, run: Run) -> None:
     arguments = ["sign", str(root), "--private-key", str(private)]
     code, _, complaint = run(arguments, seqbuild.cli.app.main)
     assert code == 2
-    assert "secret.pem cannot sign: Password" in complaint
+    assert "secret.pem: Password" in complaint
     assert not (root / SIGNATURE_NAME).exists()
     assert run([*arguments, "--password-file", str(tmp_path / "password")], seqbuild.cli.app.main)[0] == 0
     load(root, public)
@@ -214,7 +214,7 @@ def test_what_is_not_right_is_not_signed(tmp_path: Path, keys: tuple[Path, Path]
 
 def test_without_the_package(signed: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)
-    refused(signed, keys[1], r"signatures need the package model-signing.*pip install")
+    refused(signed, keys[1], r"signatures require the package model-signing.*pip install")
     assert len(load(signed).subgraphs) == 2
 
 
@@ -223,10 +223,10 @@ def test_on_the_command_line(signed: Path, keys: tuple[Path, Path], others: tupl
     code, said, _ = run(usual)
     assert (code, "signature" in said) == (0, False)
     code, said, _ = run([*usual, "--public-key", str(keys[1])])
-    assert (code, "signature: by the owner of the key" in said) == (0, True)
+    assert (code, "signature: valid for every required key" in said) == (0, True)
     code, said, complaint = run([*usual, "--public-key", str(others[1])])
     assert (code, said) == (2, "")
-    assert "is not as the owner of" in complaint
+    assert "is not valid for" in complaint
     for command in ("calibrate", "evaluate"):
         rest = {"calibrate": ["--recipe", "r", "-o", "o"], "evaluate": ["--data", "d"]}[command]
         if command == "calibrate":
@@ -234,4 +234,4 @@ def test_on_the_command_line(signed: Path, keys: tuple[Path, Path], others: tupl
             rest = ["--recipe", str(signed.parent / "r"), "-o", str(signed.parent / "o")]
         arguments = [command, str(signed), "--weights", str(signed), *rest, "--device", "cpu", "--allow-version-skew"]
         code, _, complaint = run([*arguments, "--require-signature", str(others[1])])
-        assert (code, "is not as the owner of" in complaint) == (2, True), complaint
+        assert (code, "is not valid for" in complaint) == (2, True), complaint

@@ -34,12 +34,12 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]
 def adapter(directory: Path) -> list[str]:
     (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2)}, directory / "adapter_model.safetensors")
-    return ["holds a PEFT adapter (adapter_config.json)", "merge_and_unload"]
+    return ["contains a PEFT adapter (adapter_config.json)", "merge_and_unload"]
 
 
 def adapter_without_config(directory: Path) -> list[str]:
     (directory / "adapter_model.bin").write_bytes(b"x")
-    return ["holds a PEFT adapter (adapter_model.bin)"]
+    return ["contains a PEFT adapter (adapter_model.bin)"]
 
 
 def float8_without_scales(directory: Path) -> list[str]:
@@ -102,7 +102,7 @@ def no_groups(directory: Path) -> list[str]:
 def rounds_while_running(directory: Path) -> list[str]:
     entry = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
     set_entry(directory, quantization_config=entry)
-    return ["(bitnet): layers of this model round their weights and inputs while it runs"]
+    return ["(bitnet): layers of this model quantize weights and inputs in the forward pass"]
 
 
 def fp8_without_scales(directory: Path) -> list[str]:

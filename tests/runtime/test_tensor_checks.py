@@ -79,7 +79,7 @@ def refusal(small: Small, weights: Path, out: Path, plan: str = PLAN) -> str:
 def test_other_kinds_of_numbers(narrow_llama: Small, tmp_path: Path, key: str, dtype: torch.dtype) -> None:
     said = refusal(narrow_llama, recast(narrow_llama, tmp_path / "model", key, dtype), tmp_path / "out")
     if dtype == torch.float8_e4m3fn:
-        assert f"{tmp_path / 'model'} holds quantized weights ({key!r} in F8_E4M3" in said
+        assert f"{tmp_path / 'model'} contains quantized weights ({key!r} in F8_E4M3" in said
     else:
         assert f"tensor {key!r} of {tmp_path / 'model'} has the dtype" in said
 
@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_before_anything_runs(
     narrow_llama: Small, tmp_path: Path, key: str, value: float
 ) -> None:
     said = refusal(narrow_llama, broken(narrow_llama, tmp_path / "model", key, value), tmp_path / "out")
-    assert f"tensor {key!r} of {tmp_path / 'model'} holds {'NaN' if value != value else 'infinity'}" in said
+    assert f"tensor {key!r} of {tmp_path / 'model'} contains {'NaN' if value != value else 'infinity'}" in said
 
 
 @pytest.mark.parametrize("plan", [PLAN, PLAN.replace("GPTQ", "Quantization")])
@@ -149,7 +149,7 @@ def test_scales_of_quantized_weights_are_finite(narrow_llama: Small, tmp_path: P
     calibrate(narrow_llama, recipe(NARROW_W4), tmp_path / "w4")
     quantized = Small(weights=tmp_path / "w4", artifact=narrow_llama.artifact)
     weights = broken(quantized, tmp_path / "model", "model.layers.1.mlp.down_proj.weight_scale", float("nan"))
-    with pytest.raises(runtime.WeightsError, match=r"down_proj\.weight_scale.* holds NaN"):
+    with pytest.raises(runtime.WeightsError, match=r"down_proj\.weight_scale.* contains NaN"):
         runtime.evaluate(narrow_llama.load(), weights=weights, batches=token_batches())
 
 
@@ -160,9 +160,7 @@ def test_static_scales_are_above_zero(narrow_llama: Small, tmp_path: Path, part:
     calibrate(narrow_llama, recipe(f"targets: Linear, scheme: FP8, ignore: [lm_head], {cache}"), tmp_path / "fp8")
     quantized = Small(weights=tmp_path / "fp8", artifact=narrow_llama.artifact)
     weights = broken(quantized, tmp_path / "model", f"model.layers.1.{part}", bad)
-    with pytest.raises(
-        runtime.WeightsError, match=rf"layers\.1\.{part}' of .* (is {said}, and a scale must be|holds NaN)"
-    ):
+    with pytest.raises(runtime.WeightsError, match=rf"layers\.1\.{part}' of .* (is {said}; it must be|contains NaN)"):
         runtime.evaluate(narrow_llama.load(), weights=weights, batches=token_batches())
 
 
@@ -183,9 +181,9 @@ def test_masks_may_hold_infinities_and_weights_may_not(tmp_path: Path) -> None:
     dtypes = {"weight": "model", "mask": "float32"}
     infinite = torch.tensor([0.0, -float("inf")])
     checks(tmp_path / "a", {"weight": torch.ones(2), "mask": infinite}, dtypes).require_outside()
-    with pytest.raises(runtime.WeightsError, match=r"'weight' .* holds infinity"):
+    with pytest.raises(runtime.WeightsError, match=r"'weight' .* contains infinity"):
         checks(tmp_path / "b", {"weight": infinite.clone(), "mask": infinite}, dtypes).require_outside()
-    with pytest.raises(runtime.WeightsError, match=r"'mask' .* holds NaN"):
+    with pytest.raises(runtime.WeightsError, match=r"'mask' .* contains NaN"):
         checks(tmp_path / "c", {"weight": torch.ones(2), "mask": infinite * 0}, dtypes).require_outside()
 
 

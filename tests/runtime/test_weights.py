@@ -108,7 +108,7 @@ def remove(name: str) -> Change:
     [
         (
             remove("model.layers.1.mlp.up_proj.weight"),
-            "lacks tensor 'model.layers.1.mlp.up_proj.weight', which parameter model.layers.1.mlp.up_proj.weight is",
+            r"missing tensor '(model.layers.1.mlp.up_proj.weight)' in .*, required by parameter \1",
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.ones(3, 4)}),
@@ -129,14 +129,14 @@ def test_tensors_that_do_not_fit(llama: Small, tmp_path: Path, change: Change, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove("model.layers.1.mlp.experts.2.up_proj.weight"), r"lacks tensor '.*experts\.2\.up_proj\.weight'"),
+        (remove("model.layers.1.mlp.experts.2.up_proj.weight"), r"missing tensor '.*experts\.2\.up_proj\.weight'"),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.experts.2.up_proj.weight": torch.ones(3, 4)}),
             r"of .* the artifact expects \[4, 32, 32\] for parameter model\.layers\.1\.mlp\.experts\.gate_up_proj",
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.experts.4.up_proj.weight": torch.ones(16, 32)}),
-            r"holds tensor 'model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight', but the artifact expects only 4",
+            r"unexpected tensor 'model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight' .* the artifact expects only 4",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def packed(llama: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.unheard_of": torch.ones(1)}),
-            r"holds tensor 'model\.layers\.1\.mlp\.up_proj\.unheard_of'",
+            r"unexpected tensor 'model\.layers\.1\.mlp\.up_proj\.unheard_of'",
         ),
     ],
 )
@@ -339,9 +339,11 @@ def test_checkpoint_lists_shapes_and_bytes(tmp_path: Path) -> None:
 
 
 def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(runtime.WeightsError, match=r"there is no checkpoint directory .*nowhere"):
+    with pytest.raises(runtime.WeightsError, match=r"checkpoint directory .*nowhere"):
         Checkpoint(tmp_path / "nowhere")
-    with pytest.raises(runtime.WeightsError, match=r"holds no safetensors checkpoint \(it has no model.safetensors\)"):
+    with pytest.raises(
+        runtime.WeightsError, match=r"does not contain a safetensors checkpoint \(it has no model.safetensors\)"
+    ):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(runtime.WeightsError, match=r"\(pytorch_model.bin is a pickle: convert it to safetensors\)"):
@@ -352,15 +354,15 @@ def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is not JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "is not a JSON object"),
         ("[" * 100_000, "is not JSON"),
         ("{}", "it has no weight_map"),
         ('{"weight_map": []}', "it has no weight_map"),
         ('{"weight_map": {}}', "it has no weight_map"),
-        ('{"weight_map": {"a": "other.safetensors"}}', "puts a into other.safetensors, which is not there"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "puts a into ../model.safetensors, which is not there"),
-        ('{"weight_map": {"a": 3}}', "puts a into 3, which is not there"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "puts a into model.safetensors, which does not hold it"),
+        ('{"weight_map": {"a": "other.safetensors"}}', "puts a into other.safetensors, which is missing"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "puts a into ../model.safetensors, which is missing"),
+        ('{"weight_map": {"a": 3}}', "puts a into 3, which is missing"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "puts a into model.safetensors, which does not contain it"),
         ("\udcff", "is not JSON"),
     ],
 )
@@ -377,14 +379,14 @@ def test_broken_index(tmp_path: Path, text: str, message: str) -> None:
 def test_broken_config(llama: Small, tmp_path: Path, text: str) -> None:
     directory = copy(llama, tmp_path / "model")
     (directory / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(runtime.WeightsError, match=r"config\.json (is not JSON|holds no JSON object)"):
+    with pytest.raises(runtime.WeightsError, match=r"config\.json (is not JSON|is not a JSON object)"):
         open_weights(llama, directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 8, b"\x08\0\0\0\0\0\0\0notjson!", b"PK\x03\x04" * 9])
 def test_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(runtime.WeightsError, match=r"model\.safetensors is damaged, or no safetensors file"):
+    with pytest.raises(runtime.WeightsError, match=r"model\.safetensors is damaged or not a safetensors file"):
         Checkpoint(tmp_path)
 
 

@@ -181,6 +181,6 @@ def test_space_is_compared_on_the_disk_of_the_nearest_directory(
 
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     require_space(tmp_path / "not" / "there", 5_000)
-    with pytest.raises(OutputError, match=r"not/there takes 5\.0 kB at least, and its disk has 5\.0 kB left"):
+    with pytest.raises(OutputError, match=r"not/there needs at least 5\.0 kB, but its disk has 5\.0 kB left"):
         require_space(tmp_path / "not" / "there", 5_001)
     assert asked == [tmp_path, tmp_path]

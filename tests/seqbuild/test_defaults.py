@@ -73,7 +73,7 @@ def test_others_must_be_there(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["model.encoder.layers.0.fc1.bias"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(runtime.WeightsError, match=r"lacks tensor 'model\.encoder\.layers\.0\.fc1\.bias'"):
+    with pytest.raises(runtime.WeightsError, match=r"missing tensor 'model\.encoder\.layers\.0\.fc1\.bias'"):
         opened(artifact, tmp_path / "model")
 
 

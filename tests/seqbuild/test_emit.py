@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from runtime.language.grammar import Allowed, check_program
 from runtime.language.program import Run, compile_program
 from seqbuild.chain.emit import EmittedCode, emit
 from seqbuild.manifest.describe import Symbols
-from seqbuild.trace.model import TraceOptions, trace_model
+from seqbuild.trace.model import Trace, TraceOptions, trace_model
 from tests.seqbuild import toys
 from tests.tiny_models import randomize
 
@@ -190,6 +191,11 @@ def test_values_are_deleted_after_their_last_use() -> None:
     assert z.users == {}
 
 
+@cache
+def traced(make: Callable[[], nn.Module]) -> Trace:
+    return trace_model(make(), {"x": X.to(MARKER)}, ["Layer"], TraceOptions(dtype=MARKER))
+
+
 class TestNeutralCode:
     """Traced once in the marker dtype, run in others."""
 
@@ -199,7 +205,7 @@ class TestNeutralCode:
         [toys.Toy, toys.Parameters, toys.PlainTensor, toys.Literals, toys.Sizes, toys.InPlace, toys.Identity],
     )
     def test_equals_the_model_in_every_dtype(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
-        trace = trace_model(make(), {"x": X.to(MARKER)}, ["Layer"], TraceOptions(dtype=MARKER))
+        trace = traced(make)
         model = randomize(make()).to(dtype).eval()
         x = torch.randn(3, 4, toys.WIDTH).to(dtype)
         values = {"x": x.clone()}

@@ -61,7 +61,7 @@ def test_every_stack_of_experts_comes_apart(name: str, tmp_path: Path) -> None:
         for key, value in model.named_parameters()
         if value.dim() == 3 and ".experts." in key and "vision" not in key
     ]
-    apart = {f"{owner}.{own}" for owner, stacks in artifact.stacks.items() for own in stacks}
+    apart = {f"{owner}.{own}" for owner, split in artifact.mixtures.items() for own in split.stacks}
     used = {key for entry in found.manifest.subgraphs for key in entry.parameters}
     assert [key for key in stacked if key in used and key not in apart] == []
     assert apart

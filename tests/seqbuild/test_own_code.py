@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,10 +211,13 @@ class TestHostileDirectories:
     @pytest.mark.parametrize(
         ("files", "why"),
         [
-            ({"modeling_toy.py": MODELING + "from .gone import x\n"}, "imports gone.py, which is not there"),
+            ({"modeling_toy.py": MODELING + "from .gone import x\n"}, "imports gone.py, which is missing"),
             ({"modeling_toy.py": MODELING + "from ..gone import x\n"}, "imports from outside of the model's directory"),
-            ({"toy_layers.py": "def ("}, "toy_layers.py is no Python"),
-            ({"toy_layers.py": "import no_such_package\n"}, "imports 'no_such_package', which is not there (install"),
+            ({"toy_layers.py": "def ("}, "toy_layers.py is not valid Python"),
+            (
+                {"toy_layers.py": "import no_such_package\n"},
+                "imports 'no_such_package', which is not installed (install",
+            ),
             ({"toy_layers.py": "raise RuntimeError('no')\n"}, "toy_layers.py, line 1, fails: RuntimeError: no"),
             ({"toy_layers.py": "raise SystemExit(0)\n"}, "toy_layers.py, line 1, fails: SystemExit"),
             ({"modeling_toy.py": "ToyForCausalLM = 1\n"}, "has no class ToyForCausalLM derived from PreTrainedModel"),
@@ -246,7 +247,7 @@ class TestHostileDirectories:
         directory = write_own_code_model(tmp_path / "toy")
         (directory / "modeling_toy.py").unlink()
         for trust in (False, True):
-            assert "toy brings its own code, and modeling_toy.py is not there" in refuse(
+            assert "toy brings its own code, and modeling_toy.py is missing" in refuse(
                 directory, out, trust_remote_code=trust
             )
 
@@ -271,7 +272,7 @@ class TestHostileDirectories:
         directory = write_own_code_model(tmp_path / "toy")
         (directory / "toy_activation.py").unlink()
         (directory / "toy_activation.py").symlink_to("nowhere")
-        assert "imports toy_activation.py, which is not there" in refuse(directory, out, trust_remote_code=True)
+        assert "imports toy_activation.py, which is missing" in refuse(directory, out, trust_remote_code=True)
 
 
 def to_cache(directory: Path, hub: Path, repo: str) -> None:
@@ -288,31 +289,20 @@ def to_cache(directory: Path, hub: Path, repo: str) -> None:
         (folder / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{blob.name}")
 
 
-def test_hub_ids_and_code_of_other_repositories(tmp_path: Path, out: Path) -> None:
-    """In a process of its own: the hub's library reads the cache's place when it is imported."""
+def test_hub_ids_and_code_of_other_repositories(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = tmp_path / "hub"
     to_cache(write_own_code_model(tmp_path / "toy"), hub, "some-org/toy")
     for name, repo in (("elsewhere", "some-org/toy"), ("nowhere", "some-org/gone")):
         auto_map = {kind: f"{repo}--{value}" for kind, value in AUTO_MAP.items()}
         write_own_code_model(tmp_path / name, {}, auto_map)
-    program = (
-        "import sys\n"
-        "from runtime.errors import ModelError\n"
-        "from seqbuild.build import build\n"
-        "for name in sys.argv[2:]:\n"
-        "    try:\n"
-        "        print(*build(name, out=sys.argv[1], trust_remote_code=True).manifest.model.code)\n"
-        "    except ModelError as error:\n"
-        "        print(error)\n"
-    )
-    sources = ("some-org/toy", str(tmp_path / "elsewhere"), str(tmp_path / "nowhere"))
-    environment = os.environ | {"HF_HUB_CACHE": str(hub), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(out), *sources], env=environment, capture_output=True, text=True, check=True
-    )
-    from_hub, from_other, missing = run.stdout.splitlines()
-    assert from_hub == from_other == " ".join(f"modeling/{name}" for name in sorted(FILES))
-    assert missing.startswith(
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for source in ("some-org/toy", tmp_path / "elsewhere"):
+        found = build(source, out=out, trust_remote_code=True).manifest.model.code
+        assert found == tuple(f"modeling/{name}" for name in sorted(FILES))
+    with pytest.raises(ModelError) as caught:
+        build(tmp_path / "nowhere", out=out, trust_remote_code=True)
+    assert str(caught.value).startswith(
         "nowhere brings its own code, and its repository some-org/gone is not in the local cache ("
     )
 

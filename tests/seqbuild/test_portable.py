@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import runtime
-from runtime.chain import Artifact
+from runtime.chain import Artifact, read_manifest
 from runtime.errors import ArtifactError, UsageError
 from runtime.weights.parameters import assign
 from seqbuild.build import build
@@ -38,6 +38,9 @@ def twin_of(artifact: Artifact, model: nn.Module, dtype: torch.dtype = torch.flo
     return twin
 
 
+Compiled = Callable[..., Path]
+
+
 def deep(model: nn.Module, targets: list[str], sample: dict[str, Any], **options: Any) -> Trace:
     return trace_model(
         model, sample, targets, TraceOptions(leaves="linear", may_ignore=lambda function: True, **options)
@@ -58,9 +61,8 @@ class TestArtifacts:
             *("gemma2", "gpt2", "mixtral", "bert"),
         ),
     )
-    def test_equal_to_the_model_bit_for_bit(self, name: str, tmp_path: Path) -> None:
-        source = save_config(name, tmp_path / "model")
-        artifact = runtime.load(build(source, out=tmp_path, attn_implementation="eager").path)
+    def test_equal_to_the_model_bit_for_bit(self, name: str, compiled: Compiled) -> None:
+        artifact = runtime.load(compiled(name, attn_implementation="eager"))
         assert artifact.manifest.is_portable
         model = tiny_model(name)
         twin = twin_of(artifact, model)
@@ -73,25 +75,23 @@ class TestArtifacts:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2"], "gemma2"))
-    def test_follows_the_dtype_of_the_run(self, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-        source = save_config(name, tmp_path / "model")
-        artifact = runtime.load(build(source, out=tmp_path, attn_implementation="eager").path)
+    def test_follows_the_dtype_of_the_run(self, name: str, dtype: torch.dtype, compiled: Compiled) -> None:
+        artifact = runtime.load(compiled(name, attn_implementation="eager"))
         model = tiny_model(name, dtype=dtype)
         inputs = make_inputs(model, 2, 9, "left")
         assert_same(run_chain(artifact.subgraphs, twin_of(artifact, model, dtype), inputs), run_model(model, inputs))
 
-    def test_attention_stays_one_operator(self, tmp_path: Path) -> None:
-        source = save_config("llama", tmp_path / "model")
-        artifact = runtime.load(build(source, out=tmp_path, attn_implementation="sdpa").path)
+    def test_attention_stays_one_operator(self, compiled: Compiled) -> None:
+        artifact = runtime.load(compiled("llama", attn_implementation="sdpa"))
         for subgraph in artifact.subgraphs[:3]:
             assert subgraph.source.count("aten.scaled_dot_product_attention") == 1
         model = tiny_model("llama", attention="sdpa")
         inputs = make_inputs(model, 3, 11, "left")
         assert_near(run_chain(artifact.subgraphs, twin_of(artifact, model), inputs), run_model(model, inputs))
 
-    def test_code_names_neither_device_nor_dropout(self, tmp_path: Path) -> None:
-        done = build(save_config("gpt2", tmp_path / "model"), out=tmp_path)
-        code = "".join(path.read_text() for path in sorted(done.path.glob("subgraphs/*.py")))
+    def test_code_names_neither_device_nor_dropout(self, compiled: Compiled) -> None:
+        artifact = compiled("gpt2", attn_implementation="eager")
+        code = "".join(path.read_text() for path in sorted(artifact.glob("subgraphs/*.py")))
         assert "dropout" not in code
         assert "cpu" not in code
         assert "bfloat16" not in code
@@ -111,28 +111,27 @@ class TestArtifacts:
         assert files[1] == files[3] == files[5]
         assert files[2] == files[4] != files[1]
 
-    def test_each_target_lies_in_one_subgraph_with_all_of_its_leaves(self, tmp_path: Path) -> None:
-        manifest = build(save_config("t5", tmp_path / "model"), out=tmp_path).manifest
+    def test_each_target_lies_in_one_subgraph_with_all_of_its_leaves(self, compiled: Compiled) -> None:
+        manifest = read_manifest(compiled("t5", attn_implementation="eager"))
         assert sorted(name for entry in manifest.subgraphs for name in entry.targets) == sorted(manifest.targets)
         for entry in manifest.subgraphs:
             inside = [name for target in manifest.targets for name in entry.submodules if name.startswith(f"{target}.")]
             assert all(any(name.startswith(f"{target}.") for target in entry.targets) for name in inside)
 
-    def test_the_default_stops_at_the_layers_where_something_is_foreign(self, tmp_path: Path) -> None:
-        source = save_config("mamba", tmp_path / "model")
-        whole = build(source, out=tmp_path, leaves="linear")
-        usual = build(source, out=tmp_path)
-        assert usual.manifest.policy == ("linear" if whole.manifest.is_portable else "target")
-        assert whole.path != usual.path
+    def test_the_default_stops_at_the_layers_where_something_is_foreign(self, compiled: Compiled) -> None:
+        whole = compiled("mamba", attn_implementation="eager", leaves="linear")
+        usual = compiled("mamba", attn_implementation="eager")
+        assert read_manifest(usual).policy == ("linear" if read_manifest(whole).is_portable else "target")
+        assert whole != usual
 
-    def test_what_stays_at_the_layers(self, tmp_path: Path) -> None:
-        manifest = build(save_config("llama", tmp_path / "model"), out=tmp_path, leaves="target").manifest
+    def test_what_stays_at_the_layers(self, compiled: Compiled) -> None:
+        manifest = read_manifest(compiled("llama", leaves="target"))
         assert (manifest.policy, manifest.leaves, manifest.is_portable) == ("target", {}, False)
         assert manifest.sources
         assert manifest.subgraphs[1].submodules == ("model.layers.1",)
 
-    def test_a_portable_artifact_relies_on_no_source(self, tmp_path: Path) -> None:
-        manifest = build(save_config("llama", tmp_path / "model"), out=tmp_path).manifest
+    def test_a_portable_artifact_relies_on_no_source(self, compiled: Compiled) -> None:
+        manifest = read_manifest(compiled("llama"))
         assert manifest.sources == {}
         assert manifest.limits == {"vocab_size": 128, "max_position_embeddings": 2048}
 
@@ -140,18 +139,18 @@ class TestArtifacts:
         with pytest.raises(UsageError, match="--leaves must be one of auto, target, linear; got 'layer'"):
             build(save_config("llama", tmp_path / "model"), out=tmp_path, leaves="layer")
 
-    def test_experts_have_a_program_for_one_of_them(self, tmp_path: Path) -> None:
-        done = build(save_config("mixtral", tmp_path / "model"), out=tmp_path)
-        manifest = done.manifest
+    def test_experts_have_a_program_for_one_of_them(self, compiled: Compiled) -> None:
+        artifact = compiled("mixtral")
+        manifest = read_manifest(artifact)
         (kind,) = [kind for kind in manifest.leaf_kinds if kind.kind == "Experts"]
         assert kind.options["num_experts"] == (4,)
         assert kind.options["stacked"] == ("gate_up_proj", "down_proj")
-        code = (done.path / kind.program).read_text()
+        code = (artifact / kind.program).read_text()
         assert code.count("aten.linear.default") == 2
         assert "def forward(self, hidden_states, weights, gate_up_proj, down_proj, *, run):" in code
 
-    def test_a_wrong_table_of_leaves_is_refused(self, tmp_path: Path) -> None:
-        artifact = runtime.load(build(save_config("llama", tmp_path / "model"), out=tmp_path).path)
+    def test_a_wrong_table_of_leaves_is_refused(self, compiled: Compiled) -> None:
+        artifact = runtime.load(compiled("llama"))
         manifest = artifact.manifest
         entry = manifest.parameters["model.layers.0.mlp.up_proj.weight"]
         object.__setattr__(entry, "shape", (48, 32, 1))

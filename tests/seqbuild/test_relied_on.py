@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
 
 import seqbuild.cache.recall
+from runtime.chain import read_manifest
 from seqbuild.build import build
 from tests.own_code_model import FILES, MODELING, write_own_code_model
 from tests.tiny_models import save_config
@@ -17,13 +19,16 @@ from tests.tiny_models import save_config
 FOLDER = Path(transformers.__file__).parent
 
 
-def sources(name: str, tmp_path: Path, **options: str) -> dict[str, str]:
-    manifest = build(save_config(name, tmp_path / name), out=tmp_path / "out", leaves="target", **options).manifest
-    return dict(manifest.sources)
+Sources = Callable[..., dict[str, str]]
 
 
-def test_what_llama_relies_on(tmp_path: Path) -> None:
-    found = sources("llama", tmp_path)
+@pytest.fixture(scope="module")
+def sources(compiled: Callable[..., Path]) -> Sources:
+    return lambda name, **options: dict(read_manifest(compiled(name, leaves="target", **options)).sources)
+
+
+def test_what_llama_relies_on(sources: Sources) -> None:
+    found = sources("llama")
     assert list(found) == sorted(found)
     expected = {"activations", "masking_utils", "modeling_layers", "modeling_rope_utils", "integrations.sdpa_attention"}
     expected |= {"models.llama.modeling_llama", "models.llama.configuration_llama"}
@@ -35,15 +40,15 @@ def test_what_llama_relies_on(tmp_path: Path) -> None:
         assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_attention_that_is_not_used_is_no_matter(tmp_path: Path) -> None:
-    assert "transformers.integrations.sdpa_attention" not in sources("llama", tmp_path, attn_implementation="eager")
+def test_the_attention_that_is_not_used_is_no_matter(sources: Sources) -> None:
+    assert "transformers.integrations.sdpa_attention" not in sources("llama", attn_implementation="eager")
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("mixtral", "integrations.moe"), ("gpt2", "pytorch_utils"), ("t5", "models.t5.modeling_t5")]
 )
-def test_what_others_rely_on(name: str, expected: str, tmp_path: Path) -> None:
-    found = sources(name, tmp_path)
+def test_what_others_rely_on(name: str, expected: str, sources: Sources) -> None:
+    found = sources(name)
     assert f"transformers.{expected}" in found
     odd = re.compile(r"\.(auto|generation|modeling_utils|cache_utils|utils|configuration_utils)(\.|$)")
     assert [module for module in found if odd.search(module)] == []

@@ -7,30 +7,35 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from runtime.errors import ModelError, UsageError
+from seqbuild import compile_model
 from seqbuild.build import build
 from seqbuild.verify.rebuild import rebuild
+from tests import zoo
 from tests.own_code_model import write_own_code_model
+from tests.sweep import sweep
 from tests.tiny_models import save_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
-os.umask(int(sys.argv[4]))
-ballast = [bytearray(int(sys.argv[3])) for _ in range(50)]  # another layout of the memory
+os.umask(int(sys.argv[3]))
+ballast = [bytearray(int(sys.argv[2])) for _ in range(50)]  # another layout of the memory
 from seqbuild import compile_model
-print(compile_model(sys.argv[1], out=sys.argv[2], targets_per_subgraph=2))
+for model, leaves in zip(sys.argv[4:], ("auto", "target")):
+    print(compile_model(model, out=sys.argv[1], targets_per_subgraph=2, leaves=leaves))
 """
-# Hash seed, user, home, language, time zone, allocator, environment: whatever machines and users differ in.
+# Hash seed, user, home, language, time zone, allocator, environment: whatever machines and users differ in. This
+# process is another world.
 WORLDS: list[dict[str, str]] = [
-    {"PYTHONHASHSEED": "0", "USER": "alice", "LANG": "C", "TZ": "UTC"},
-    {"PYTHONHASHSEED": "4711", "USER": "bob", "LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "PYTHONMALLOC": "malloc"},
-    {"PYTHONHASHSEED": "99", "LOGNAME": "carol", "MALLOC_ARENA_MAX": "1", "COLUMNS": "20"},
+    {"PYTHONHASHSEED": "0", "USER": "alice", "LANG": "C", "TZ": "UTC", "MALLOC_ARENA_MAX": "1", "COLUMNS": "20"},
+    {"PYTHONHASHSEED": "4711", "LOGNAME": "bob", "LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo", "PYTHONMALLOC": "malloc"},
 ]
 
 
@@ -46,41 +51,47 @@ def unrandomized() -> list[str]:
     return command if can else []
 
 
-def test_processes_of_several_worlds(tmp_path: Path) -> None:
-    found = []
-    for index, world in enumerate(WORLDS):
-        home = tmp_path / f"home{index}"
-        (home / "deeper").mkdir(parents=True)
-        model = save_config("qwen3_moe", home / "somewhere" / "model")
-        command = [sys.executable, "-c", PROGRAM, os.path.relpath(model, home / "deeper") if index else str(model)]
-        command += [str(tmp_path / f"out{index}"), str(10**index * 1000), str((0, 0o022, 0o077)[index])]
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(home), "TMPDIR": str(home)}
-        done = subprocess.run(
-            [*(unrandomized() if index == 1 else []), *command],
-            cwd=home / "deeper",
-            env={**environment, "OMP_NUM_THREADS": str(1 + index % 2), "HF_HUB_OFFLINE": "1", **world},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        path = Path(done.stdout.strip())
-        found.append((path.name, contents(path)))
-        everything = b"".join(found[-1][1].values())
-        for secret in (str(tmp_path), *(world[key] for key in ("USER", "LOGNAME") if key in world), "somewhere"):
-            assert secret.encode() not in everything
-    assert found[0] == found[1] == found[2]
+def save_models(folder: Path) -> list[Path]:
+    """A mixture of experts, and a model whose forward goes through sets."""
+    (gemma4,) = (case for case in zoo.cases() if case.name == "causal LM/gemma4_text")
+    zoo.small_config(gemma4).save_pretrained(folder / "gemma4")
+    return [save_config("qwen3_moe", folder / "model"), folder / "gemma4"]
+
+
+@pytest.mark.parametrize("index", sweep(range(len(WORLDS)), 1))
+def test_processes_of_several_worlds(index: int, tmp_path: Path) -> None:
+    here = zip(save_models(tmp_path / "here"), ("auto", "target"), strict=True)
+    made = [compile_model(model, out=tmp_path / "out", targets_per_subgraph=2, leaves=leaves) for model, leaves in here]
+    world, home = WORLDS[index], tmp_path / "home"
+    (home / "deeper").mkdir(parents=True)
+    models = [os.path.relpath(model, home / "deeper") for model in save_models(home / "somewhere")]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "there"), str(100**index * 1000)]
+    command += [str((0, 0o077)[index]), *models]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(home), "TMPDIR": str(home)}
+    done = subprocess.run(
+        [*(unrandomized() if index == 1 else []), *command],
+        cwd=home / "deeper",
+        env={**environment, "OMP_NUM_THREADS": str(1 + index % 2), "HF_HUB_OFFLINE": "1", **world},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert [(path.name, contents(path)) for path in paths] == [(path.name, contents(path)) for path in made]
+    everything = b"".join(data for path in paths for data in contents(path).values())
+    for secret in (str(tmp_path), *(world[key] for key in ("USER", "LOGNAME") if key in world), "somewhere"):
+        assert secret.encode() not in everything
 
 
 class TestRebuild:
-    def test_from_the_artifact_alone(self, tmp_path: Path) -> None:
-        path = build(save_config("llama", tmp_path / "model"), out=tmp_path / "out", targets_per_subgraph=2).path
-        shutil.rmtree(tmp_path / "model")
+    def test_from_the_artifact_alone(self, compiled: Callable[..., Path], tmp_path: Path) -> None:
+        path = shutil.copytree(compiled("llama", targets_per_subgraph=2), tmp_path / "artifact")
         found = rebuild(path)
         assert (found.is_same, found.differing, found.ingredients) == (True, (), ())
         assert "the same" in str(found)
 
-    def test_other_bytes_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = build(save_config("llama", tmp_path / "model"), out=tmp_path / "out").path
+    def test_other_bytes_are_named(self, compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        path = compiled("llama")
         monkeypatch.setattr("seqbuild.cache.key.own_digest", lambda: "another seqbuild")
         found = rebuild(path)
         assert (found.is_same, found.differing) == (False, ("manifest.msgpack",))
