@@ -2,6 +2,8 @@
 
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Each worker begins with a share of the files, so that fixtures are made once, and ends with tests of the other ones.
+PARALLEL = -n $(WORKERS) --dist worksteal
 PYTHON3 ?= python3
 
 ENV := $(or $(VIRTUAL_ENV),.venv)
@@ -9,22 +11,26 @@ PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all test-oldest bench clients coverage lint venv
+.PHONY: demo test test-all test-oldest test-times bench clients coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
 
 test: lint
-	$(PYTHON) -m pytest -n $(WORKERS)
+	$(PYTHON) -m pytest $(PARALLEL)
 
 # Sweeps over many architectures, hours on two cores, besides what `make test` runs.
 test-all: lint
-	$(PYTHON) -m pytest -n $(WORKERS) -m ""
+	$(PYTHON) -m pytest $(PARALLEL) -m ""
+
+# Processor time of the tests of each package, written to docs/architecture.md.
+test-times: venv
+	$(PYTHON) tests/times.py $(PARALLEL)
 
 # The minimum versions that pyproject.toml declares, in an environment of their own under .oldest (7 GB, made once:
 # the oldest torch comes with CUDA's libraries); see docs/versions.md.
 test-oldest: .oldest/minimums.txt
-	.oldest/bin/python -m pytest -n $(WORKERS)
+	.oldest/bin/python -m pytest $(PARALLEL)
 
 .oldest/minimums.txt: pyproject.toml tests/minimums.py | .oldest/bin/python
 	.oldest/bin/python tests/minimums.py > $@.new

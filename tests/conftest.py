@@ -129,7 +129,9 @@ def byte_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
-    """Compile a config of the zoo without weights: name, options of `compile_model`, and changes of the config.
+    """Compile a config without weights: its name in `tiny_models`, changes of it, and options of `compile_model`.
+
+    A name with a slash is that of a case in `tests.zoo`.
 
     The same is compiled once in a run: workers share the directory, and the compiler finds what another one has made.
     Tests copy an artifact before they change it.
@@ -138,6 +140,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
 
     from runtime.artifact.encoding import sha256
     from seqbuild import compile_model
+    from tests import zoo
     from tests.tiny_models import save_config
 
     own = tmp_path_factory.getbasetemp()
@@ -145,9 +148,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompileOnce:
     (root / "models").mkdir(parents=True, exist_ok=True)
 
     def compile_once(name: str, *, config: Mapping[str, Any] = {}, **options: Any) -> Path:
-        source = root / "models" / sha256(repr((name, sorted(config.items()))).encode())[:12] / name
+        source = root / "models" / sha256(repr((name, sorted(config.items()))).encode())[:12] / Path(name).name
         with FileLock(root / "models" / "lock"):
-            if not source.exists():
+            if not source.exists() and "/" in name:
+                zoo.small_config(zoo.case_of(name)).save_pretrained(source)
+            elif not source.exists():
                 save_config(name, source, **config)
         return compile_model(source, out=root / "artifacts", **options)
 

@@ -61,6 +61,12 @@ def cases() -> Iterator[Case]:
                 yield Case(mapping=mapping, model_type=model_type, class_name=class_name)
 
 
+def case_of(name: str) -> Case:
+    """The case of that name."""
+    (found,) = (case for case in cases() if case.name == name)
+    return found
+
+
 def unusable(case: Case) -> str:
     """Why the case cannot be built or run here: packages that it lacks, a fault of its own; nothing if it can."""
     if case.model_type in UNUSABLE:

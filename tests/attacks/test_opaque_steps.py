@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,13 @@ from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
 from seqbuild.sample.inputs import default_sample
 from tests.attacks.attack import OWNED, watched
-from tests.zoo import Case, cases, small_model
+from tests.zoo import cases, small_model
 
 LLAVA = "transformers.models.llava.modeling_llava"
 FEATURES = f"{LLAVA}:LlavaModel.get_image_features"
 COVERAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 CASES = {case.name: case for case in cases()}
-
-
-def compiled(case: Case, root: Path, **options: Any) -> Path:
-    small_model(case).config.save_pretrained(root / "model")
-    return build(root / "model", out=root / "artifacts", attn_implementation="eager", leaves="target", **options).path
+Compiled = Callable[..., Path]
 
 
 def tampered(
@@ -65,8 +61,8 @@ def tampered(
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(CASES["image-text-to-text/llava"], tmp_path_factory.mktemp("llava"))
+def llava(compiled: Compiled) -> Path:
+    return compiled("image-text-to-text/llava", attn_implementation="eager", leaves="target")
 
 
 def copied(source: Path, place: Path) -> Path:
@@ -76,8 +72,8 @@ def copied(source: Path, place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def granite_speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(CASES["seq2seq/granite_speech"], tmp_path_factory.mktemp("granite"), text_only=True)
+def granite_speech(compiled: Compiled) -> Path:
+    return compiled("seq2seq/granite_speech", attn_implementation="eager", leaves="target", text_only=True)
 
 
 @pytest.mark.parametrize("module", ["", "model"])
@@ -163,8 +159,8 @@ def test_a_step_is_handed_its_own_module_and_data_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(CASES["causal LM/mistral"], tmp_path_factory.mktemp("mistral"))
+def mistral(compiled: Compiled) -> Path:
+    return compiled("causal LM/mistral", attn_implementation="eager", leaves="target")
 
 
 @pytest.mark.parametrize("error", [OSError("a file"), ImportError("a module"), ArtifactError("a step"), KeyError(1)])

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,11 @@ ROOT = Path(__file__).parents[2]
 AS_ANYBODY = """
 import sys, torch, transformers
 from safetensors.torch import load_file, save_file
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="auto").eval()
-with torch.no_grad():
-    logits = model(**load_file(sys.argv[2])).logits
-save_file({"logits": logits.contiguous()}, sys.argv[3])
+for weights in sys.argv[2:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(weights, trust_remote_code=True, dtype="auto").eval()
+    with torch.no_grad():
+        logits = model(**load_file(sys.argv[1])).logits
+    save_file({"logits": logits.contiguous()}, weights + "-logits")
 """
 
 
@@ -147,11 +149,11 @@ def test_the_code_is_gone_with_the_last_who_uses_it(toy: Toy) -> None:
     assert [name for name in sys.modules if name.startswith("seqbuild_modeling_")] == []
 
 
-def test_evaluation_equals_the_model_itself(toy: Toy, run: Run) -> None:
+def test_evaluation_equals_the_model_itself(toy: Toy, run: Run, as_anybody: Callable[[Path], torch.Tensor]) -> None:
     code, said, complaint = run([*toy.evaluate(toy.weights), "--trust-remote-code", "--json"])
     assert (code, complaint) == (0, "")
     samples = runtime.load_tokens(toy.data).samples
-    logits_BSV = as_anybody(toy.weights, torch.stack(list(samples)), toy.folder / "original")
+    logits_BSV = as_anybody(toy.weights)
     losses = [
         torch.nn.functional.cross_entropy(logits_SV[:-1], tokens_S[1:], reduction="none")
         for logits_SV, tokens_S in zip(logits_BSV, samples, strict=True)
@@ -160,18 +162,21 @@ def test_evaluation_equals_the_model_itself(toy: Toy, run: Run) -> None:
     assert json.loads(said)["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
-def as_anybody(weights: Path, tokens_BS: torch.Tensor, folder: Path) -> torch.Tensor:
-    """The logits that transformers computes with a checkpoint, [B, S, V]."""
-    folder.mkdir(exist_ok=True)
-    save_file({"input_ids": tokens_BS, "attention_mask": torch.ones_like(tokens_BS)}, folder / "inputs")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
-    command = [sys.executable, "-c", AS_ANYBODY, weights, folder / "inputs", folder / "logits"]
-    done = subprocess.run(list(map(str, command)), env=environment, cwd=folder, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def as_anybody(toy: Toy, quantized: Path) -> Callable[[Path], torch.Tensor]:
+    """The logits that transformers computes with a checkpoint in a process of its own, [B, S, V]."""
+    tokens_BS = torch.stack(list(runtime.load_tokens(toy.data).samples))
+    save_file({"input_ids": tokens_BS, "attention_mask": torch.ones_like(tokens_BS)}, toy.folder / "inputs")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(toy.folder / "modules")}
+    command = [sys.executable, "-c", AS_ANYBODY, toy.folder / "inputs", toy.weights, quantized]
+    done = subprocess.run(list(map(str, command)), env=environment, cwd=toy.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return load_file(folder / "logits")["logits"]
+    return lambda weights: load_file(f"{weights}-logits")["logits"]
 
 
-def test_a_quantized_checkpoint_loads_anywhere_with_the_same_logits(toy: Toy, quantized: Path) -> None:
+def test_a_quantized_checkpoint_loads_anywhere_with_the_same_logits(
+    toy: Toy, quantized: Path, as_anybody: Callable[[Path], torch.Tensor]
+) -> None:
     tokens_BS = torch.stack(list(runtime.load_tokens(toy.data).samples))
     artifact = runtime.load(toy.artifact, trust_remote_code=True)
     model = artifact.empty_model()
@@ -181,7 +186,7 @@ def test_a_quantized_checkpoint_loads_anywhere_with_the_same_logits(toy: Toy, qu
     with torch.no_grad(), input_quantization(model, source.schemes):
         for subgraph in artifact.subgraphs:
             values |= subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
-    assert torch.equal(values["logits"], as_anybody(quantized, tokens_BS, toy.folder / "packed"))
+    assert torch.equal(values["logits"], as_anybody(quantized))
 
 
 def test_a_quantized_checkpoint_carries_code_and_auto_map(toy: Toy, quantized: Path, run: Run) -> None:

@@ -31,11 +31,9 @@ from runtime.quantize.needs import RecipeNeeds
 from runtime.streaming.activations import Activations, Budget
 from runtime.streaming.events import EventLog
 from runtime.weights.parameters import Weights
-from seqbuild.build import build
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import RECIPES, Small, recipe, token_batches
 from tests.sweep import sweep
-from tests.tiny_models import save_config
 
 CPU = torch.device("cpu")
 
@@ -122,8 +120,17 @@ def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
 # Costs
 
 
-@pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)]])
-@pytest.mark.parametrize("kind", ["gptq", "gptq in place", "rtn"])
+SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    sweep(
+        [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "rtn")],
+        *(([(512, 512)], "rtn"), ([(1024, 256)], "rtn"), ([(512, 512)], "gptq in place")),
+        *(([(256, 1024)], "gptq"), ([(1024, 256)], "gptq in place"), ([(512, 256), (512, 256)], "gptq")),
+    ),
+)
 def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind: str) -> None:
     modifier = "QuantizationModifier" if kind == "rtn" else "GPTQModifier"
     (job,) = recipe(RECIPES["W4A16"], modifier=modifier).assign({"one": "Linear"}).values()
@@ -277,8 +284,8 @@ def test_the_names_at_the_top_plan(llama: Small) -> None:
 
 
 @pytest.mark.parametrize("name", sweep(["t5", "bart", "mamba", "bert"], "t5", "mamba"))
-def test_encoders_and_recurrent_models_are_planned(name: str, tmp_path: Path) -> None:
-    artifact = runtime.load(build(save_config(name, tmp_path / "model"), out=tmp_path).path)
+def test_encoders_and_recurrent_models_are_planned(name: str, compiled: Callable[..., Path]) -> None:
+    artifact = runtime.load(compiled(name, attn_implementation="eager"))
     text = "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}, ignore: [lm_head]"
     plan = planned(artifact, recipe=recipe(text, modifier="GPTQModifier"))
     assert plan.read_bytes == sum(entry.bytes for entry in artifact.manifest.parameters.values() if not entry.tied_to)
@@ -286,22 +293,12 @@ def test_encoders_and_recurrent_models_are_planned(name: str, tmp_path: Path) ->
     assert all(step.working > 0 and step.statistics > 0 for step in plan.steps if step.num_modules)
 
 
-def test_pixels_are_assumed_unless_they_are_stated(tmp_path: Path, run: Run) -> None:
-    import transformers
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 384, **sizes},
-        vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes},
-        image_token_index=383,
-        architectures=["LlavaForConditionalGeneration"],
-    )
-    config.save_pretrained(tmp_path / "model")
-    artifact = build(tmp_path / "model", out=tmp_path).path
+def test_pixels_are_assumed_unless_they_are_stated(compiled: Callable[..., Path], run: Run) -> None:
+    artifact = compiled("image-text-to-text/llava", attn_implementation="eager", leaves="target")
     code, said, _ = run(["plan", str(artifact), "--batch-size", "2"])
     assert code == 0
     assert "pixel_values_0 = 2 was assumed (--size pixel_values_0=N states another)" in said
-    images = [f"--size=pixel_values_{place}={size}" for place, size in enumerate((5, 3, 32, 32))]
+    images = [f"--size=pixel_values_{place}={size}" for place, size in enumerate((5, 3, 56, 56))]
     code, said, _ = run(["plan", str(artifact), "--json", "--batch-size", "2", *images])
     assert code == 0
     assert json.loads(said)["work"]["sizes"]["pixel_values_0"] == 5
@@ -354,15 +351,12 @@ def test_what_no_option_can_make_fit_is_said(llama: Small) -> None:
     assert line.startswith("a larger machine, for model.layers.0 alone has ")
 
 
-def test_peaks_do_not_grow_with_depth(small: Callable[..., Small]) -> None:
+def test_peaks_do_not_grow_with_depth(small: Callable[..., Small], narrow_llama: Small) -> None:
     from tests.runtime.small import NARROW
 
-    plans = [
-        planned(small("LlamaForCausalLM", "LlamaConfig", {**NARROW, "num_hidden_layers": depth}).load())
-        for depth in (3, 9)
-    ]
-    assert plans[0].device_bytes == plans[1].device_bytes
-    assert len(plans[1].steps) == 10
+    deep = planned(small("LlamaForCausalLM", "LlamaConfig", {**NARROW, "num_hidden_layers": 9}).load())
+    assert planned(narrow_llama.load()).device_bytes == deep.device_bytes
+    assert len(deep.steps) == 10
 
 
 def test_a_table_counts_unless_it_is_left_on_disk(llama: Small) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from seqbuild.sample.shape import SampleShape
 from seqbuild.verify.difference import difference
 from seqbuild.verify.running import SHAPES, run_model
 from tests.own_code_model import write_own_code_model
+from tests.sweep import sweep
 from tests.tiny_models import save_config, tiny_model
-from tests.zoo import cases, small_config
 
 FEW = (SHAPES[0], SHAPES[2])
 
@@ -107,27 +108,27 @@ def test_the_architecture_is_verified_without_weights(
         ("t5", {"targets": "T5Block", "targets_per_subgraph": 2}),
     ],
 )
-def test_the_small_model_is_compiled_as_the_artifact_was(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    artifact = compile_model(save_config(name, tmp_path / name), out=tmp_path, **options)
+def test_the_small_model_is_compiled_as_the_artifact_was(
+    compiled: Callable[..., Path], name: str, options: dict[str, Any]
+) -> None:
+    artifact = compiled(name, **options)
     found = verify_artifact(artifact, shapes=FEW)
     assert found.is_equal
     assert found.changed == ()
     assert [shape.absolute for shape in found.shapes] == [0.0, 0.0]
 
 
-def test_a_model_that_sees(tmp_path: Path) -> None:
-    (case,) = (case for case in cases() if case.name == "image-text-to-text/llava")
-    small_config(case).save_pretrained(tmp_path / "llava")
-    found = verify_artifact(compile_model(tmp_path / "llava", out=tmp_path), shapes=FEW)
+@pytest.mark.parametrize("leaves", sweep(["auto", "target"], "target"))
+def test_a_model_that_sees(leaves: str, compiled: Callable[..., Path]) -> None:
+    artifact = compiled("image-text-to-text/llava", attn_implementation="eager", leaves=leaves)
+    found = verify_artifact(artifact, shapes=FEW)
     assert found.is_equal
     assert found.changed == ()
     assert [shape.images for shape in found.shapes] == [1, 2]
 
 
-def test_a_model_that_could_see(tmp_path: Path) -> None:
-    (case,) = (case for case in cases() if case.name == "image-text-to-text/llava")
-    small_config(case).save_pretrained(tmp_path / "llava")
-    found = verify_artifact(compile_model(tmp_path / "llava", out=tmp_path, text_only=True), shapes=FEW[1:])
+def test_a_model_that_could_see(compiled: Callable[..., Path]) -> None:
+    found = verify_artifact(compiled("image-text-to-text/llava", text_only=True), shapes=FEW[1:])
     assert found.is_equal
     assert found.changed == ()
     assert [shape.images for shape in found.shapes] == [None]
