@@ -94,7 +94,7 @@ def test_links_where_a_run_would_work_are_refused(
 ) -> None:
     before = contents(victim)
     prepare(tmp_path / ".out.run.partial", victim)
-    with pytest.raises(OutputError, match="it is a link or a special file"):
+    with pytest.raises(OutputError, match="is a link or a special file, which no run creates"):
         calibrate(narrow_llama, GPTQ, tmp_path / "out", resume=resume)
     assert contents(victim) == before
     assert not (tmp_path / "out").exists()
