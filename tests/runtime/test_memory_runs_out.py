@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from tests.sweep import sweep
 
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
 Fit = Callable[[Callable[[int, int], int]], list[tuple[int, int]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """Spare what other tests have left: a run collects garbage whenever memory runs out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
