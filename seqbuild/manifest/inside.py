@@ -44,5 +44,5 @@ def inner_tables(
         "mixture_groups": mixture_groups(groups),
         "expert_layouts": layouts,
         "mixtures": mixtures,
-        "lookups": lookups(parts, graphs, entries, parameters),
+        "lookups": lookups(parts, graphs, parameters),
     }

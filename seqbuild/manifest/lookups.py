@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.artifact.manifest import ParameterEntry, SubgraphEntry
+from runtime.artifact.manifest import ParameterEntry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,22 +18,18 @@ if TYPE_CHECKING:
     from seqbuild.manifest.portable import Parts
 
 
-def lookups(
-    parts: Parts,
-    subgraphs: Sequence[Subgraph],
-    entries: Sequence[SubgraphEntry],
-    parameters: Mapping[str, ParameterEntry],
-) -> tuple[str, ...]:
+def lookups(parts: Parts, subgraphs: Sequence[Subgraph], parameters: Mapping[str, ParameterEntry]) -> tuple[str, ...]:
     """Return the names of these parameters, in the order of the parameter table.
+
+    Opaque steps are not examined: a table that one of them uses in another way is read as a whole there.
 
     Args:
         parts: the leaves, of which embeddings only look rows up.
         subgraphs: the graphs that read other parameters.
-        entries: the manifest entries of these subgraphs; opaque steps may use parameters in any way.
         parameters: the manifest's parameter table.
     """
     tables = {f"{name}.weight" for name, kind in parts.leaves.items() if parts.kinds[kind].kind == "Embedding"}
-    others = {name for entry in entries for name in entry.uses}
+    others: set[str] = set()
     for subgraph in subgraphs:
         for name, is_lookup in _uses(subgraph.graph):
             (tables if is_lookup else others).add(name)

@@ -25,7 +25,6 @@ from seqbuild.chain.marks import variable
 from seqbuild.chain.subgraph import Subgraph
 from seqbuild.manifest.lookups import lookups
 from seqbuild.manifest.portable import Parts
-from tests.runtime.artifacts import entry
 from tests.runtime.small import NARROW, NARROW_W4, Small, calibrate, read_tensors, recipe, save_model, token_batches
 from tests.tiny_models import run_chain
 
@@ -72,7 +71,7 @@ def used(*statements: Callable[[fx.Graph, fx.Node, fx.Node], object]) -> tuple[s
     parts = Parts(kinds=[LeafKind(kind="Embedding")], leaves={"inner": 0})
     matrix = ParameterEntry(shape=(9, 4), dtype="model", bytes=144, sources=("x",), conversion=-1, tied_to="")
     parameters = {"inner.weight": matrix, "table": matrix}
-    return lookups(parts, [Subgraph(graph=graph, input_names=["ids"])], [], parameters)
+    return lookups(parts, [Subgraph(graph=graph, input_names=["ids"])], parameters)
 
 
 def looked_up(graph: fx.Graph, table: fx.Node, ids: fx.Node) -> object:
@@ -95,13 +94,6 @@ def test_a_parameter_that_is_only_looked_up_is_one() -> None:
 )
 def test_one_with_another_use_is_not(use: Callable[[fx.Graph, fx.Node, fx.Node], object]) -> None:
     assert used(looked_up, use) == ("inner.weight",)
-
-
-def test_one_that_an_opaque_step_uses_is_not() -> None:
-    parts = Parts(kinds=[LeafKind(kind="Embedding")], leaves={"inner": 0})
-    matrix = ParameterEntry(shape=(9, 4), dtype="model", bytes=144, sources=("x",), conversion=-1, tied_to="")
-    opaque = entry(file="subgraphs/000.py", input_names=(), output_names=(), uses=("inner.weight",))
-    assert lookups(parts, [], [opaque], {"inner.weight": matrix}) == ()
 
 
 def test_a_table_that_is_used_otherwise_all_the_same_is_read_whole(tmp_path: Path) -> None:
