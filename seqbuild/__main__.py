@@ -1,4 +1,4 @@
-"""`python -m seqbuild`."""
+"""Run the command line with `python -m seqbuild`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from runtime.data.token_file import TokenData
 
 _T = TypeVar("_T")
-LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors", "typer", "pyyaml")
+LIBRARIES = (
+    *("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors"),
+    *("pydantic", "pyyaml", "regex", "typer"),
+)
 OLDEST_PYTHON = (3, 10)
 # The defaults of `calibrate`: samples, tokens per sample, samples per batch.
 _DEFAULT_SIZES, _DEFAULT_BATCH = (128, 2048), 8

@@ -40,7 +40,7 @@ def resolve_dtype(name: str) -> torch.dtype | None:
         UsageError: if the dtype is unsupported.
     """
     if name not in DTYPES:
-        raise UsageError(f"--dtype is {name!r}", hint=f"it must be one of {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
     found: torch.dtype | None = None if name == "auto" else getattr(torch, name)
     return found
 

@@ -13,7 +13,7 @@ from runtime.recipe.yaml import Table, parse
 _QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
 _SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
 # By depth: how names of nested mappings end, and all keys.
-_NESTED = ("_stage", "_modifiers", "\0")
+_NESTED = ("_stage", "_modifiers", ())
 _KEYS = ((*_SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), _SUPPORTED)
 
 
@@ -47,7 +47,7 @@ def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, 
         return tuple(modifiers), tuple(transforms)
     if not transforms:
         raise RecipeError(
-            f"{origin}:{root.line}: the recipe names no modifier", hint=f"supported: {', '.join(_SUPPORTED)}"
+            f"{origin}:{root.line}: the recipe has no modifier", hint=f"supported: {', '.join(_SUPPORTED)}"
         )
     raise RecipeError(
         f"{origin}:{root.line}: {transforms[-1].name} rescales weights, but no modifier quantizes them",

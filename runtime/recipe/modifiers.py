@@ -1,7 +1,7 @@
 """The modifiers of a recipe: the classes of llm-compressor's dialect that are supported, and all of their fields.
 
-Each field of llm-compressor's modifiers is obeyed, accepted with the values that change nothing, or rejected with its
-name and line. Modifiers that rescale (`AWQModifier`, `SmoothQuantModifier`) come before those that quantize.
+Each field of llm-compressor's modifiers is supported, accepted with the values that change nothing, or rejected with
+its name and line. Modifiers that rescale (`AWQModifier`, `SmoothQuantModifier`) come before those that quantize.
 
 Importing this module imports torch, through compressed-tensors.
 """

@@ -126,7 +126,7 @@ def test_a_token_file_keeps_pairs(tmp_path: Path, pairs: Path, byte_tokenizer_di
     out = tmp_path / "pairs.safetensors"
     command = ["data", str(byte_tokenizer_dir), str(pairs), "-o", str(out), "--seq-len", "16"]
     code, said, _ = run(command, seqbuild.cli.app.main)
-    assert (code, said.strip()) == (0, f"{out}: 4 samples, 17 tokens, and 12 of targets")
+    assert (code, said.strip()) == (0, f"{out}: 4 samples, 17 tokens, and 12 target tokens")
     first = out.read_bytes()
     assert b'\\"version\\":\\"1.2\\"' in first
     found = load_tokens(out, num_samples=2, seq_len=3)

@@ -411,7 +411,7 @@ def test_the_shortages_of_a_cpu_are_the_hosts(llama: Small) -> None:
         ("--size=pixels=3", "--size names 'pixels', and the artifact has no such size (it has batch, sequence)"),
         ("--size=batch", "--size must be NAME=N with N >= 1; got 'batch'"),
         ("--device=tpu", "--device must be one of cpu, cuda, xpu, auto; got 'tpu'"),
-        ("--dtype=int8", "--dtype is 'int8'"),
+        ("--dtype=int8", "got 'int8'"),
         ("--recipe=nowhere.yaml", "the recipe 'nowhere.yaml' cannot be read"),
     ],
 )

@@ -220,8 +220,8 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("# nothing\n", "recipe.yaml: the file is empty"),
         ("- a\n", "recipe.yaml:1: the file must be a mapping, not a list"),
         ("W4A16", "recipe.yaml:1: the file must be a mapping, not 'W4A16'"),
-        ("{}", "recipe.yaml:1: the recipe names no modifier"),
-        ("a_stage: {}", "recipe.yaml:1: the recipe names no modifier"),
+        ("{}", "recipe.yaml:1: the recipe has no modifier"),
+        ("a_stage: {}", "recipe.yaml:1: the recipe has no modifier"),
         ("a: b: c", "recipe.yaml:1: not valid YAML: mapping values are not allowed here"),
         ("\na: [1,\nb: }", "recipe.yaml:3: not valid YAML: "),
         ("a: 1\n---\nb: 2", "recipe.yaml:2: not valid YAML: but found another document"),
@@ -306,6 +306,7 @@ GROUP = "QuantizationModifier:\n  config_groups:\n    g:\n      targets: Linear\
         ("GPTQModifier: {<<: 3}", "recipe.yaml:1: not valid YAML: << takes a mapping or a list of mappings"),
         ("GPTQModifier: {<<: {}, <<: {}}", "recipe.yaml:1: '<<' is repeated, first on line 1"),
         ('GPTQModifier: {"<<": {scheme: W4A16}}', "recipe.yaml:1: unknown key '<<' of GPTQModifier"),
+        ('a_stage:\n  b_modifiers:\n    "x\\0": {}', "recipe.yaml:3: 'x\\x00' is not supported"),
         ("a_stage: [1]", "recipe.yaml:1: a_stage must be a mapping, not [1]"),
         (gptq("ignore: 2001-13-01"), "recipe.yaml:4: ignore cannot be read: month must be in 1..12"),
         # several problems: the first line

@@ -76,10 +76,10 @@ def test_models(model: Any, chain: list[Subgraph]) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "reason"),
     [
-        ({"sequential_targets": None}, TargetError, "no sequential targets"),
-        ({"sequential_targets": 3}, TargetError, "name is 3"),
+        ({"sequential_targets": None}, TargetError, "the list of sequential targets is empty"),
+        ({"sequential_targets": 3}, TargetError, "3 is not a name"),
         ({"sequential_targets": [3]}, TargetError, "target is 3"),
-        ({"ignore": 3}, TargetError, "name is 3"),
+        ({"ignore": 3}, TargetError, "3 is not a name"),
         ({"targets_per_subgraph": "1"}, UsageError, "targets per subgraph is '1'"),
         ({"targets_per_subgraph": 0}, UsageError, "targets per subgraph is 0"),
     ],

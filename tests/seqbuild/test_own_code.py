@@ -239,9 +239,10 @@ class TestHostileDirectories:
     )
     def test_code_that_is_not_right(self, files: dict[str, str], why: str, tmp_path: Path, out: Path) -> None:
         directory = write_own_code_model(tmp_path / "toy", FILES | files)
+        before = set(sys.modules)
         said = refuse(directory, out, trust_remote_code=True)
         assert why in said
-        assert not [name for name in sys.modules if name.startswith("seqbuild_modeling_")]
+        assert not [name for name in set(sys.modules) - before if name.startswith("seqbuild_modeling_")]
 
     def test_a_missing_file(self, tmp_path: Path, out: Path) -> None:
         directory = write_own_code_model(tmp_path / "toy")
