@@ -69,7 +69,7 @@ def check_decoder(case: Case, directory: Path) -> None:
             assert got == (pytest.approx(wanted[0], rel=TOLERANCE), wanted[1]), padding
 
 
-@pytest.mark.parametrize("name", sweep(FAMILIES, "opt", "mpt", "gemma2", "mamba", "qwen3_moe"))
+@pytest.mark.parametrize("name", sweep(FAMILIES, "opt", "mpt", "mamba"))
 def test_the_loss_is_that_of_a_plain_call(name: str, tmp_path: Path) -> None:
     check_causal(ALL[f"causal LM/{name}"], tmp_path)
 

@@ -332,6 +332,11 @@ class TestStackedInTheCheckpoint:
     def small(self, request: pytest.FixtureRequest, made: Callable[[str], Small]) -> Small:
         return made(request.param)
 
+    @pytest.fixture(params=sweep(STACKED, "gpt_oss", "dbrx"))
+    def usual(self, request: pytest.FixtureRequest, made: Callable[[str], Small]) -> Small:
+        """One that takes gates by turns and has biases, one whose experts stand below each other."""
+        return made(request.param)
+
     def test_each_tensor_is_read_once(self, small: Small) -> None:
         artifact = split_experts(small.load(), Checkpoint(small.weights))
         model = artifact.empty_model(torch.float32)
@@ -356,24 +361,24 @@ class TestStackedInTheCheckpoint:
         (batch,) = token_batches(((2, 23),))
         assert torch.isfinite(run_weights(small, tmp_path / "out", batch)["logits"]).all()
 
-    def test_memory_for_statistics_changes_nothing(self, small: Small, tmp_path: Path) -> None:
+    def test_memory_for_statistics_changes_nothing(self, usual: Small, tmp_path: Path) -> None:
         for bound in (None, 1):
-            calibrate(small, gptq(), tmp_path / str(bound), statistics_memory=bound)
+            calibrate(usual, gptq(), tmp_path / str(bound), statistics_memory=bound)
         assert directory_bytes(tmp_path / "None") == directory_bytes(tmp_path / "1")
 
-    def test_an_interrupted_run_goes_on(self, small: Small, tmp_path: Path) -> None:
-        calibrate(small, gptq(), tmp_path / "whole")
+    def test_an_interrupted_run_goes_on(self, usual: Small, tmp_path: Path) -> None:
+        calibrate(usual, gptq(), tmp_path / "whole")
         with pytest.raises(StopError):
-            calibrate(small, gptq(), tmp_path / "out", watchers=[Stopping()])
-        assert calibrate(small, gptq(), tmp_path / "out", resume=True).resumed_at > 0
+            calibrate(usual, gptq(), tmp_path / "out", watchers=[Stopping()])
+        assert calibrate(usual, gptq(), tmp_path / "out", resume=True).resumed_at > 0
         assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
 
-    def test_all_tokens_are_seen_or_only_an_experts_own(self, small: Small, tmp_path: Path) -> None:
+    def test_all_tokens_are_seen_or_only_an_experts_own(self, usual: Small, tmp_path: Path) -> None:
         total = sum(batch["input_ids"].numel() for batch in token_batches())
-        config = json.loads((small.weights / "config.json").read_text())
+        config = json.loads((usual.weights / "config.json").read_text())
         per_token = config.get("text_config", config)["num_experts_per_tok"]
         for is_all in (True, False):
-            result = calibrate(small, gptq(), tmp_path / str(is_all), moe_calibrate_all_experts=is_all)
+            result = calibrate(usual, gptq(), tmp_path / str(is_all), moe_calibrate_all_experts=is_all)
             for last in ("gate_proj", "down_proj"):
                 counts = [m.num_tokens for m in result.modules if re.search(rf"\.0\..*\bexperts\.\d+\.{last}", m.name)]
                 assert sum(counts) == (NUM_EXPERTS if is_all else per_token) * total
@@ -388,11 +393,11 @@ class TestStackedInTheCheckpoint:
             plain = run_weights(small, tmp_path / "out", batch)["logits"]
         assert not torch.equal(rounded, plain)
 
-    def test_the_plan_needs_no_checkpoint(self, small: Small, tmp_path: Path) -> None:
+    def test_the_plan_needs_no_checkpoint(self, usual: Small, tmp_path: Path) -> None:
         from runtime.planning.request import plan_artifact
 
-        plan, _, _ = plan_artifact(small.load(), num_samples=8, seq_len=32, batch_size=2, recipe=gptq())
-        result = calibrate(small, gptq(), tmp_path / "out")
+        plan, _, _ = plan_artifact(usual.load(), num_samples=8, seq_len=32, batch_size=2, recipe=gptq())
+        result = calibrate(usual, gptq(), tmp_path / "out")
         assert plan.output_bytes == result.num_bytes
 
 

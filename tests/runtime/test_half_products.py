@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from runtime.host import half_precision as half_products
 from runtime.host.half_precision import quick_halves, slow_halves
 from runtime.planning.request import plan_artifact
 from tests.runtime.small import NARROW_W4, RECIPES, Small, calibrate, recipe, token_batches
+from tests.sweep import sweep
 
 HALVES = (torch.bfloat16, torch.float16)
 Product = Callable[..., torch.Tensor]
@@ -120,10 +122,17 @@ CASES: dict[str, tuple[Product, list[torch.Tensor]]] = {
 }
 
 
+PARTS = (64, half_products.NUMBERS_AT_A_TIME)
+
+
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("numbers", [64, half_products.NUMBERS_AT_A_TIME])
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "numbers"),
+    sweep(
+        itertools.product(CASES, HALVES, PARTS),
+        *((name, *way) for name, way in zip(CASES, itertools.cycle(itertools.product(HALVES, PARTS)), strict=False)),
+    ),
+)
 def test_it_is_the_product_rounded_once(
     name: str, dtype: torch.dtype, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

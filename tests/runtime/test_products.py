@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from runtime.algorithms import products
 from runtime.algorithms.products import factorize_, multiplied
+from tests.sweep import sweep
+
+SIZES = ((1, 1, 1), (3, 5, 7), (128, 300, 64), (65, 1, 513), (0, 4, 3), (4, 3, 0))
+ORDERS = (1, 2, 127, 128, 129, 255, 257, 640, 1000)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,8 +30,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.usefixtures("way")
 class TestMultiplied:
-    @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (128, 300, 64), (65, 1, 513), (0, 4, 3), (4, 3, 0)])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("sizes", "dtype"),
+        sweep(
+            itertools.product(SIZES, (torch.float32, torch.float64, torch.bfloat16)),
+            *((sizes, torch.float32) for sizes in SIZES),
+            *(((128, 300, 64), torch.float64), ((65, 1, 513), torch.bfloat16)),
+        ),
+    )
     def test_is_the_product(self, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
         rows, columns, inner = sizes
         first, second = numbers(rows, inner).to(dtype), numbers(columns, inner, seed=1).to(dtype)
@@ -52,8 +64,14 @@ class TestMultiplied:
 
 @pytest.mark.usefixtures("way")
 class TestFactorize:
-    @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 255, 257, 640, 1000])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        ("size", "dtype"),
+        sweep(
+            itertools.product(ORDERS, (torch.float32, torch.float64)),
+            *((size, torch.float32) for size in ORDERS),
+            *((1, torch.float64), (129, torch.float64), (640, torch.float64)),
+        ),
+    )
     def test_gives_the_matrix_back(self, size: int, dtype: torch.dtype) -> None:
         inputs = numbers(size + 50, size).to(dtype) * torch.linspace(0.1, 3, size, dtype=dtype)
         matrix = inputs.t() @ inputs
@@ -63,8 +81,12 @@ class TestFactorize:
         tolerance = 1e-6 if dtype == torch.float32 else 1e-14
         assert float((lower.t() @ lower - matrix.double()).norm() / matrix.double().norm()) < tolerance
 
-    @pytest.mark.parametrize("size", [200, 1025, 1200, 1500])
-    @pytest.mark.parametrize("small", [128, 700])
+    @pytest.mark.parametrize(
+        ("size", "small"),
+        sweep(
+            itertools.product((200, 1025, 1200, 1500), (128, 700)), (200, 128), (1025, 700), (1200, 128), (1500, 700)
+        ),
+    )
     def test_reads_the_lower_triangle_alone(self, size: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of small blocks as well, wherever pieces of rows end: what is above the diagonal is out of date by then."""
         monkeypatch.setattr(products, "_SMALL", small)

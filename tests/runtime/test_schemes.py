@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from runtime.formats.compressed import (
 from runtime.formats.presets import PRESETS, checked, checked_cache, scheme_from_preset
 from runtime.formats.rounded_inputs import quantize_activation
 from tests.runtime.small import load_transformers
+from tests.sweep import sweep
 
 LINEAR = ["Linear"]
 
@@ -86,8 +88,16 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", OFFERED)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    sweep(
+        itertools.product(OFFERED, DTYPES),
+        *((name, dtype) for name, dtype in zip(OFFERED, itertools.cycle(DTYPES), strict=False)),
+    ),
+)
 def test_compress_and_decompress_give_the_weight_back(name: str, dtype: torch.dtype) -> None:
     scheme = OFFERED[name]
     # 50 rows and 384 columns: neither the packed words of zero points nor those of 3 bit weights come out even.
