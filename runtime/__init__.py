@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.activations import Budget
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Artifact",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from seqbuild.trace.record.tracer import SequentialTracer
     from seqbuild.verify.artifact import verify_artifact
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SequentialTracer",
