@@ -9,7 +9,7 @@ them compiles the program again, with a statement inserted after the one that co
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,6 +78,17 @@ def wrong_parts(entries: Sequence[CachedValue]) -> Iterator[str]:
             yield f"{module!r} has the cached parts {', '.join(found)}; it must have k and v once, and q at most once"
 
 
+def _modules_of(parameters: Iterable[str]) -> set[str]:
+    """Return the names of all modules that contain these parameters."""
+    found: set[str] = set()
+    for name in parameters:
+        owner = name.rpartition(".")[0]
+        while owner and owner not in found:
+            found.add(owner)
+            owner = owner.rpartition(".")[0]
+    return found
+
+
 def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield a sentence for each error in the manifest's cached values.
 
@@ -86,10 +97,9 @@ def wrong_cached(manifest: Manifest, sources: Mapping[str, str]) -> Iterator[str
         sources: its checked programs by file.
     """
     by_subgraph: dict[int, list[CachedValue]] = {}
+    modules = [_modules_of(entry.parameters) if manifest.cached else () for entry in manifest.subgraphs]
     for entry in manifest.cached:
-        inside = 0 <= entry.subgraph < len(manifest.subgraphs) and any(
-            name.startswith(f"{entry.module}.") for name in manifest.subgraphs[entry.subgraph].parameters
-        )
+        inside = 0 <= entry.subgraph < len(modules) and entry.module in modules[entry.subgraph]
         is_named = entry.kind.isidentifier() and entry.part in PARTS and 0 <= entry.heads < _MOST_HEADS
         if not entry.module or not inside or not is_named:
             yield f"the cached value {entry.name!r} is invalid, or {entry.module!r} is not in subgraph {entry.subgraph}"

@@ -20,6 +20,8 @@ from runtime.artifact.manifest import (
     ParameterEntry,
 )
 from runtime.artifact.scale_groups import are_runs, numbers_of
+from runtime.console import shown
+from runtime.language.library_sources import LONGEST_NAME
 
 _PART = re.compile(r"(?!__)[^\W\d]\w*(?:\.(?!__)[^\W\d]\w*)*\.(weight|bias)")
 _PREFIX = re.compile(r"\w+(\.\w+)*")
@@ -88,18 +90,23 @@ def wrong_lookups(manifest: Manifest) -> Iterator[str]:
 
 def _wrong_layout(layout: ExpertLayout) -> str:
     """Return what is wrong with a layout, whatever it applies to."""
-    parts = [part for stack in layout.stacks for part in stack.parts]
+    num_parts = sum(len(stack.parts) for stack in layout.stacks)
+    parts = [part for stack in layout.stacks for part in stack.parts[:_MOST_KINDS]]
+    if not 0 < num_parts <= _MOST_KINDS:
+        return f"it has {num_parts} parts, and 1 to {_MOST_KINDS} are allowed"
+    if max(map(len, parts)) > LONGEST_NAME:
+        return f"a part has a name of more than {LONGEST_NAME} characters"
     for stack in layout.stacks:
         kinds = {match[1] for part in stack.parts if (match := _PART.fullmatch(part))}
         if len(kinds) != 1 or not all(map(_PART.fullmatch, stack.parts)):
-            return f"the parts of {stack.name} are not names of weights, or of biases: {list(stack.parts)}"
+            return f"the parts of {stack.name} are not names of weights, or of biases: {shown(list(stack.parts))}"
         last_axis = 0 if kinds == {"bias"} else 1
         if not 0 <= stack.axis <= last_axis or (stack.is_transposed and not last_axis):
             return f"{stack.name} is joined along axis {stack.axis}, which its parts do not have"
         if not 0 <= stack.input < len(layout.stacks):
             return f"{stack.name} has the input {stack.input}"
-    if not 0 < len(parts) <= _MOST_KINDS or len(set(parts)) < len(parts):
-        return f"it has {len(parts)} parts, or a part twice"
+    if len(set(parts)) < num_parts:
+        return "it has a part twice"
     modules = dict.fromkeys(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))
     alone = [part for part in parts if part.endswith(".bias") and part.removesuffix(".bias") not in modules]
     if alone:
@@ -122,20 +129,21 @@ def _wrong_mixture(manifest: Manifest, name: str, entry: MixtureEntry, layout: E
     options = manifest.leaf_kinds[manifest.leaves[name]].options
     stacked, flat, num_experts = options["stacked"], options.get("flat", ()), int(options["num_experts"][0])
     if tuple(stack.name for stack in layout.stacks) != tuple(stacked):
-        yield f"the layout of {name} is for the parameters {[stack.name for stack in layout.stacks]}"
+        yield f"the layout of {name} is for the parameters {shown([stack.name for stack in layout.stacks])}"
         return
     if sum(layout.numbers[1::2]) != num_experts or len(set(numbers_of(layout.numbers))) != num_experts:
         yield f"the layout of {name} does not have a number for each of {num_experts} experts"
         return
-    if _PREFIX.fullmatch(entry.prefix) is None:
-        yield f"the checkpoint's name {entry.prefix!r} for {name} is invalid"
+    if len(entry.prefix) > LONGEST_NAME or _PREFIX.fullmatch(entry.prefix) is None:
+        yield f"the checkpoint's name {shown(entry.prefix)} for {name} is invalid"
     shapes: dict[str, tuple[int, ...]] = {}
     for stack in layout.stacks:
         own = manifest.parameters[f"{name}.{stack.name}"]
         shape = by_expert(own, num_experts, is_flat=stack.name in flat).shape
         num_dims = 3 if stack.parts[0].endswith(".weight") else 2
         if len(shape) != num_dims or shape[1 + stack.axis] % len(stack.parts):
-            yield f"{name}.{stack.name} of shape {list(own.shape)} does not split into {list(stack.parts)}"
+            parts = shown(list(stack.parts))
+            yield f"{name}.{stack.name} of shape {shown(list(own.shape))} does not split into {parts}"
             return
         if stack.name in flat and own.conversion >= 0:
             yield f"{name}.{stack.name} is made by a conversion and has no axis for experts"

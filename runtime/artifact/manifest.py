@@ -318,6 +318,11 @@ class Manifest:
         entries = decoded(data, dict[str, msgspec.Raw], origin)
         version = _format_version(entries, origin)
         content = {key: value for key, value in entries.items() if key != "digest"}
+        if canonical(entries) != data:  # the entries' own contents are compared below
+            raise ArtifactError(
+                f"{origin} is damaged: it is not the canonical encoding of its entries: a key occurs twice, or the "
+                "keys are not in ascending order"
+            )
         digest = decoded(entries.get("digest", msgspec.Raw(canonical(""))), str, f"{origin}: digest")
         if digest != sha256(canonical(content)):
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
@@ -341,7 +346,7 @@ def _format_version(entries: Mapping[str, msgspec.Raw], origin: str) -> tuple[in
     if name != FORMAT:
         raise ArtifactError(f"{origin} is not the manifest of a seqbuild artifact")
     version = decoded(entries.get("format_version", absent), tuple[int, int], f"{origin}: format_version")
-    if version[0] != FORMAT_VERSION[0]:
+    if version[0] != FORMAT_VERSION[0] or version[1] < 0:
         raise ArtifactError(
             f"{origin} has format version {version[0]}.{version[1]}, this runtime reads {FORMAT_VERSION[0]}.x",
             hint="compile the model again, or use the runtime that belongs to the artifact",

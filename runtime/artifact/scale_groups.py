@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.artifact.manifest import MIXTURES
+from runtime.console import shown
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest, ScaleGroup
@@ -18,15 +19,16 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
     of the model.
     """
     seen: set[str] = set()
+    used = [frozenset(entry.parameters) for entry in manifest.subgraphs]
     for group in manifest.scale_groups:
         if not group.modules or not 0 <= group.subgraph < len(manifest.subgraphs):
-            yield f"a scale group has the modules {list(group.modules)} in subgraph {group.subgraph}"
+            yield f"a scale group has the modules {shown(list(group.modules))} in subgraph {group.subgraph}"
             continue
         twice = [name for name in group.modules if name in seen]
         if twice:
             yield f"{twice[0]} is in two scale groups"
         seen.update(group.modules)
-        yield from _wrong_group(manifest, group)
+        yield from _wrong_group(manifest, group, used[group.subgraph])
     stacked = {
         f"{name}.{own}"
         for name, kind in manifest.leaves.items()
@@ -42,12 +44,11 @@ def wrong_groups(manifest: Manifest) -> Iterator[str]:
         if twice:
             yield f"{twice[0]} is in two mixture groups"
         seen.update(experts)
-        yield from _wrong_group(manifest, group)
+        yield from _wrong_group(manifest, group, used[group.subgraph])
 
 
-def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
+def _wrong_group(manifest: Manifest, group: ScaleGroup, used: Container[str]) -> Iterator[str]:
     first = (*group.modules, group.others[0].name if group.others else "")[0]
-    used = manifest.subgraphs[group.subgraph].parameters
     weights = [f"{name}.weight" for name in group.modules]
     named = [*weights, *(other.name for other in group.others), group.producer, group.bias]
     missing = [name for name in named if name and (name not in used or name not in manifest.parameters)]
@@ -60,7 +61,7 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
         return
     shape = manifest.parameters[group.producer].shape
     if len(shape) not in (1, 2) or (group.offset and len(shape) == 2):
-        yield f"the scale group of {first} has a producer of shape {list(shape)}"
+        yield f"the scale group of {first} has a producer of shape {shown(list(shape))}"
         return
     if not are_runs(group.channels, shape[0]):
         yield f"the scale group of {first} names channels that {group.producer} does not have"
@@ -73,7 +74,7 @@ def _wrong_group(manifest: Manifest, group: ScaleGroup) -> Iterator[str]:
     for name, axis in [*((weight, 1) for weight in weights), *((other.name, other.axis) for other in group.others)]:
         taken = manifest.parameters[name].shape
         if not 0 <= axis < len(taken) or taken[axis] != num_channels:
-            yield f"the scale group of {first} has {num_channels} channels, and {name} the shape {list(taken)}"
+            yield f"the scale group of {first} has {num_channels} channels, and {name} the shape {shown(list(taken))}"
 
 
 def are_runs(runs: Sequence[int], size: int) -> bool:

@@ -10,11 +10,11 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from runtime.errors import ArtifactError
 
 _LIMIT_CHARACTERS, _LIMIT_DEPTH, _LIMIT_NUMBER = 2**14, 64, 2**63
+ANY_SIZE = 7
 Number = int | float
 _ARITHMETIC: dict[type, Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -79,15 +79,15 @@ def size_of(expression: str, sizes: Mapping[str, int]) -> int:
     return size
 
 
-def check_condition(condition: str, names: Mapping[str, Any]) -> None:
-    """Reject a string that is not a condition on the sizes `names`.
+def check_condition(condition: str, sizes: Mapping[str, int]) -> None:
+    """Reject a string that is not a condition on these sizes, whose values are placeholders (`ANY_SIZE`).
 
     Raises:
         ArtifactError: naming it.
     """
     tree = _parsed(condition)
     for side in (tree.left, tree.comparators[0]):
-        _value(side, dict.fromkeys(names, 7), condition, 0, is_tried=True)
+        _value(side, sizes, condition, 0, is_tried=True)
 
 
 def _parsed(condition: str) -> ast.Compare:

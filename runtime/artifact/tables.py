@@ -24,9 +24,10 @@ from runtime.artifact.manifest import (
 )
 from runtime.artifact.own_code import is_own_module
 from runtime.artifact.scale_groups import wrong_groups
-from runtime.artifact.size_expressions import check_condition, is_dimension
+from runtime.artifact.size_expressions import ANY_SIZE, check_condition, is_dimension
+from runtime.console import shown
 from runtime.errors import ArtifactError
-from runtime.language.library_sources import is_module_name
+from runtime.language.library_sources import LONGEST_NAME, is_module_name
 from runtime.patterns import fault
 
 POLICIES = ("target", "linear")
@@ -39,6 +40,7 @@ _MODELING = re.compile(r"transformers\.models(\.[a-z0-9_]+)+\.modeling_[a-z0-9_]
 # An input that can be filled with one number: its dtype, and how many numbers it has for each token.
 _COUNTED, _LARGEST_ROW = ("bool", "int32", "int64"), 4096
 _MOST_PATTERNS = 4096
+_MOST_AXES = 64
 _MOST_ELEMENTS = 2**40  # per parameter: all experts of a layer form one
 RUN_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -49,16 +51,19 @@ def check_tables(manifest: Manifest) -> None:
     Raises:
         ArtifactError: naming the entry.
     """
+    constants = frozenset(manifest.constants)
     for entry in manifest.subgraphs:
+        inputs = frozenset(entry.input_names)
         missing = [name for name in entry.parameters if name not in manifest.parameters]
-        missing += [name for name in entry.constants if name not in manifest.constants]
-        missing += [name for name in entry.consumed_names if name not in entry.input_names]
+        missing += [name for name in entry.constants if name not in constants]
+        missing += [name for name in entry.consumed_names if name not in inputs]
         if missing:
             raise ArtifactError(f"{entry.file} needs {missing[0]!r}, which the manifest does not describe")
     for wrong in (*_wrong_places(manifest), *_wrong_values(manifest)):
         raise ArtifactError(wrong)
+    sizes = dict.fromkeys((dim.name for dim in manifest.dims), ANY_SIZE)
     for condition in manifest.conditions:
-        check_condition(condition, {dim.name: dim for dim in manifest.dims})
+        check_condition(condition, sizes)
     for name, parameter in manifest.parameters.items():
         if not -1 <= parameter.conversion < len(manifest.conversions):
             raise ArtifactError(f"parameter {name} names conversion {parameter.conversion}, which does not exist")
@@ -125,18 +130,19 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     entries += manifest.values.items()
     for name, entry in entries:
         if entry.dtype not in ("model", "", *DTYPES, *_OTHER_DTYPES) or not all(map(is_dimension, entry.shape)):
-            yield f"the value {name!r} has the invalid dtype {entry.dtype!r} or shape {list(entry.shape)!r}"
+            yield f"the value {name!r} has the invalid dtype {entry.dtype!r} or shape {shown(list(entry.shape))}"
     if len({entry.name for entry in manifest.inputs}) != len(manifest.inputs):
         yield "the manifest states an input twice"
     yield from _wrong_absent_inputs(manifest)
     for name, parameter in manifest.parameters.items():
-        is_shape = all(map(is_dimension, parameter.shape)) and math.prod(parameter.shape) <= _MOST_ELEMENTS
-        if not is_shape or parameter.bytes < 0:
-            yield f"the parameter {name!r} has the invalid shape {list(parameter.shape)!r} or size"
+        is_shape = len(parameter.shape) <= _MOST_AXES and all(map(is_dimension, parameter.shape))
+        if not is_shape or math.prod(parameter.shape) > _MOST_ELEMENTS or parameter.bytes < 0:
+            yield f"the parameter {name!r} has the invalid shape {shown(list(parameter.shape))} or size"
         if parameter.tied_to and (parameter.tied_to not in manifest.parameters or parameter.tied_to == name):
             yield f"the parameter {name!r} is tied to {parameter.tied_to!r}, which is not another parameter"
+    constants = frozenset(manifest.constants)
     for name, constant in manifest.defaults.items():
-        if name not in manifest.parameters or constant not in manifest.constants:
+        if name not in manifest.parameters or constant not in constants:
             yield f"the default {constant!r} of {name!r} names a missing constant or parameter"
     for name, limit in manifest.limits.items():
         if not 0 < limit < 2**62:
@@ -147,13 +153,13 @@ def _wrong_absent_inputs(manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for each invalid `absent` number or decoder rule: the host makes these inputs by their shape."""
     for entry in manifest.inputs:
         of_each = entry.shape[2:]  # axes after rows and tokens
-        is_small = all(isinstance(size, int) for size in of_each) and math.prod(map(int, of_each)) <= _LARGEST_ROW
-        is_fit = entry.dtype in _COUNTED and is_small and len(of_each) < 4
+        is_sized = len(of_each) < 4 and all(isinstance(size, int) for size in of_each)
+        is_fit = entry.dtype in _COUNTED and is_sized and math.prod(map(int, of_each)) <= _LARGEST_ROW
         if entry.absent != UNKNOWN_ABSENCE and not (is_fit and 0 <= entry.absent < 2**31):
             yield f"the input {entry.name!r} has the invalid absent number {entry.absent}"
     rule = manifest.decoder
     if rule and (PAD not in rule or rule.keys() - {PAD, START} or not all(0 <= id < 2**31 for id in rule.values())):
-        yield f"the rule for the decoder's inputs is invalid: {dict(rule)!r}"
+        yield f"the rule for the decoder's inputs is invalid: {shown(dict(rule))}"
     most = max((entry.shape[0] for entry in manifest.parameters.values() if len(entry.shape) > 1), default=0)
     ids = {f"the decoder's {name} token": token for name, token in rule.items()}
     ids |= {f"the number for an absent {entry.name}": entry.absent for entry in manifest.inputs}
@@ -175,11 +181,12 @@ def _wrong_leaves(manifest: Manifest) -> Iterator[str]:
     for name, index in manifest.leaves.items():
         if not 0 <= index < len(manifest.leaf_kinds) or not _is_name(name):
             yield f"the leaf {name!r} is of kind {index}, which the manifest does not describe"
+    constants = frozenset(manifest.constants)
     for name, buffer in manifest.buffers.items():
         used = buffer.constants
         if not _is_name(name) or name in manifest.parameters or not used or used.keys() - {"", *RUN_DTYPES}:
             yield f"the computed tensor {name!r} has an invalid name, no values, or is also a parameter"
-        if any(constant not in manifest.constants for constant in used.values()):
+        if not constants.issuperset(used.values()):
             yield f"the values of {name!r} are not a constant of the artifact"
     if manifest.is_portable:
         yield from _missing_parts(manifest)
@@ -194,12 +201,12 @@ def _wrong_kind(kind: LeafKind) -> Iterator[str]:
         yield "experts must have a program"
     wanted = _CONVOLUTION if kind.kind.startswith("Conv") and kind.kind != "Conv1D" else ()
     if kind.kind not in MIXTURES and sorted(kind.options) != sorted(wanted):
-        yield f"a leaf of kind {kind.kind} has the invalid options {', '.join(kind.options) or 'none'}"
+        yield f"a leaf of kind {kind.kind} has the invalid options {shown(list(kind.options))}"
     for name, values in kind.options.items() if wanted else ():
         words = _WORDS.get(name, ())
         are_fit = (value in words if isinstance(value, str) else 0 <= value < 2**20 for value in values)
         if not values or not all(are_fit):
-            yield f"a leaf of kind {kind.kind} has the invalid {name} {values!r}"
+            yield f"a leaf of kind {kind.kind} has the invalid {name} {shown(values)}"
 
 
 def _missing_parts(manifest: Manifest) -> Iterator[str]:
@@ -219,4 +226,4 @@ def _missing_parts(manifest: Manifest) -> Iterator[str]:
 
 
 def _is_name(name: str) -> bool:
-    return re.fullmatch(r"\w+(\.\w+)*", name) is not None and name[:2] != "__"
+    return len(name) <= LONGEST_NAME and re.fullmatch(r"\w+(\.\w+)*", name) is not None and name[:2] != "__"

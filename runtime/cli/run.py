@@ -15,6 +15,7 @@ from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+_LONGEST_MESSAGE = 4000  # names from untrusted files can have megabytes
 _needs_output = [False]
 
 
@@ -63,7 +64,8 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
             import traceback
 
             traceback.print_exc()
-        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        shortened = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+        print(f"{program}: error: {printable(' '.join(shortened.split()))}", file=sys.stderr)
         return USER_ERROR
     else:
         code = int(result or 0) if arguments else USER_ERROR

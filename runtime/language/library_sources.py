@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+LONGEST_NAME = 512  # a regular expression with a repeated group takes 80 bytes for each repetition
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*\Z")
 
 
 def is_module_name(name: str) -> bool:
     """Whether a name is a dotted path of identifiers, so that its source file can only lie inside its package."""
-    return _MODULE.match(name) is not None
+    return len(name) <= LONGEST_NAME and _MODULE.match(name) is not None
 
 
 def source_file(module: str) -> Path | None:

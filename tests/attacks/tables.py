@@ -139,7 +139,7 @@ ENCODING = [
     raw("trailing bytes", "is damaged", lambda: manifest().to_bytes() + b"\x00"),
     raw(
         "another order of keys",
-        "digest does not match",
+        "the keys are not in ascending order",
         lambda: msgpack.packb(dict(reversed(_without_digest().items()))),
     ),
     raw(
@@ -524,4 +524,12 @@ TOKENIZERS = [
     ),
 ]
 
-TABLES = [*ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS, *TOKENIZERS]
+LARGE = [
+    parameter("a hundred thousand axes", "has the invalid shape", shape=(2**47,) * 100_000),
+    parameter("a hundred thousand negative axes", "has the invalid shape", shape=(-1,) * 100_000),
+    absent("an absent number for a hundred thousand axes", shape=("batch", "sequence", *(2**47,) * 100_000)),
+    changed(
+        "a leaf with a long name", "is of kind 0", leaves={"a." * 500 + "a": 0}, leaf_kinds=(LeafKind(kind="Linear"),)
+    ),
+]
+TABLES = [*LARGE, *ENCODING, *VALUES, *PLACES, *LISTED, *CONSTANTS, *CONFIGS, *TOKENIZERS]

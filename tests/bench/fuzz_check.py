@@ -69,7 +69,7 @@ def _texts(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     is_dimension(text)
     fault(text)
-    check_condition(text, {"batch": None})
+    check_condition(text, {"batch": 7})
 
 
 if __name__ == "__main__":

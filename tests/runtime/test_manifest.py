@@ -139,6 +139,21 @@ def test_a_higher_minor_version_may_say_more() -> None:
     assert again == manifest()
 
 
+def test_a_higher_minor_version_has_each_key_once_and_in_order() -> None:
+    data = sealed(plain() | {"format_version": [2, 1]})
+    entries = msgpack.unpackb(data)
+    backwards = msgpack.packb(dict(reversed(entries.items())))
+    doubled = b"\xde" + (len(entries) + 1).to_bytes(2, "big") + data[3:] + msgpack.packb("versions") + b"\x80"
+    for changed in (backwards, doubled):
+        with pytest.raises(ArtifactError, match="a key occurs twice, or the keys are not in ascending order"):
+            Manifest.from_bytes(changed)
+
+
+def test_a_minor_version_is_not_negative() -> None:
+    with pytest.raises(ArtifactError, match=r"has format version 2\.-1"):
+        Manifest.from_bytes(sealed(plain() | {"format_version": [2, -1]}))
+
+
 @pytest.mark.parametrize("level", ["top", "model", "subgraph", "parameter"])
 def test_this_version_may_not(level: str) -> None:
     changed = plain()
