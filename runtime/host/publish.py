@@ -171,6 +171,7 @@ def disk_errors(path: Path, hint: Callable[[], str] = lambda: "nothing was left 
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file is larger than the file system or ulimit -f allows",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",

@@ -60,7 +60,7 @@ def load_boundary(activations: Activations, folder: Path, index: int) -> None:
         for batch in range(len(activations)):
             path = _path(folder, index, batch)
             with safe_open(path, framework="pt") as file:
-                values = json.loads(file.metadata()[_VALUES])
+                values = json.loads((file.metadata() or {})[_VALUES])
             get = partial(_get, activations, known, path)
             activations.restore(batch, {name: _decode(node, get) for name, node in values.items()})
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:

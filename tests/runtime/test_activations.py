@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 import runtime
 from runtime.artifact.manifest import DTYPES
@@ -181,7 +182,8 @@ def test_a_damaged_save_is_an_error(tmp_path: Path) -> None:
     save_boundary(activations, tmp_path, 0)
     file = tmp_path / "boundary-0-0.safetensors"
     whole = file.read_bytes()
-    for damaged in (b"short", whole[:-1], whole.replace(b"values", b"volume")):
+    foreign = save({"x": torch.ones(2)})
+    for damaged in (b"short", whole[:-1], whole.replace(b"values", b"volume"), foreign):
         file.write_bytes(damaged)
         with pytest.raises(runtime.OutputError, match="cannot read the activations saved in"):
             load_boundary(Activations([{}], CPU), tmp_path, 0)

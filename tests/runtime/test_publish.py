@@ -127,6 +127,10 @@ class TestDirectory:
         assert caught.value.message == f"cannot write {tmp_path / 'result'}: the disk is full"
         assert everything(tmp_path) == []
 
+    def test_a_file_that_is_too_large(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="a file is larger than"), publish_directory(tmp_path / "result"):
+            raise OSError(errno.EFBIG, "File too large")
+
     def test_a_disk_that_is_full_when_it_is_flushed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(_: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
