@@ -197,7 +197,7 @@ def test_a_tensor_that_the_model_lacks_is_named(llama_by_layers: Small, tmp_path
     manifest = read_manifest(root)
     more = {**manifest.parameters, "model.layers.9.mlp.up_proj.weight": manifest.parameters[Q_PROJ]}
     (root / MANIFEST_NAME).write_bytes(replace(manifest, parameters=more).to_bytes())
-    with pytest.raises(ArtifactError, match=r"lists 'model.layers.9.mlp.up_proj.weight', and the model"):
+    with pytest.raises(ArtifactError, match=r"lists 'model.layers.9.mlp.up_proj.weight', but the model"):
         runtime.load(root).empty_model()
 
 
