@@ -3,7 +3,7 @@
 import sys
 
 if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
-    # `python -m` looks for modules in the current directory first, which may be an artifact's that nobody has checked.
+    # `python -m` looks for modules in the current directory first, which may belong to an unchecked artifact.
     # So that goes before anything else is imported, `__future__` included.
     del sys.path[0]
 
@@ -88,7 +88,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch only when something that needs it is asked for."""
+    """Import a public name on first access, so that `import runtime` does not import torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,7 +96,7 @@ def parse_imports(data: bytes) -> tuple[Import, ...]:
         SyntaxError: when it is not valid Python; also ValueError, RecursionError and MemoryError from `ast.parse`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an invalid escape in somebody else's string
+        warnings.simplefilter("ignore")  # an invalid escape in a string of the model's code
         tree = ast.parse(data)
     return tuple(_imports(tree, False))
 

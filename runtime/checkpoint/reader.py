@@ -186,7 +186,11 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, _Place]:
         if not self.directory.is_dir():
-            raise WeightsError(f"checkpoint directory {self.directory} does not exist")
+            problem = "is not a directory" if self.directory.exists() else "does not exist"
+            raise WeightsError(
+                f"checkpoint directory {self.directory} {problem}",
+                hint="pass the directory with the model's safetensors files",
+            )
         try:
             require_regular_entries(self.directory)
         except OSError as error:

@@ -169,7 +169,7 @@ def _stated(directory: Path) -> dict[str, Any]:
     try:
         table = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(table, dict):
         raise ModelError(f"{path} must be a JSON object")
     return table

@@ -84,7 +84,9 @@ class Recipe:
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from error
+            raise RecipeError(
+                f"the recipe {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
         return cls.from_text(text, str(path))
 
     @classmethod

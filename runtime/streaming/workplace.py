@@ -103,7 +103,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             another identity.
     """
     require_free(out)
-    root = out.parent.resolve() / f".{out.name}.run.partial"
+    root = _root_of(out)
     _require_plain(root)
     with disk_errors(out, lambda: _what_is_left(out)), _locked(root, out):
         count = num_finished(out)
@@ -129,6 +129,10 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         finally:
             place.journal.close()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _root_of(out: Path) -> Path:
+    return out.parent.resolve() / f".{out.name}.run.partial"
 
 
 def _require_plain(root: Path) -> None:
@@ -168,16 +172,23 @@ def _subgraphs(count: int) -> str:
 def require_unfinished(out: Path) -> None:
     """Reject an output that is complete.
 
+    A run that was killed after it had published the output left its directory behind; that is removed.
+
     Raises:
         OutputError: naming it.
     """
     if (out / "config.json").is_file():
+        root = _root_of(out)
+        if root.is_dir() and not (root / "checkpoint").exists():
+            _require_plain(root)
+            with _locked(root, out):
+                shutil.rmtree(root, ignore_errors=True)
         raise OutputError(f"output directory {out} is already complete; nothing to resume")
 
 
 def num_finished(out: Path) -> int:
     """Number of subgraphs that an interrupted run of an output has finished; 0 without one."""
-    root = out.parent.resolve() / f".{out.name}.run.partial"
+    root = _root_of(out)
     if not (root / "checkpoint").is_dir():
         return 0  # killed after it was published
     return sum(entry["kind"] == journal.STEP for entry in journal.read(root / journal.NAME))

@@ -166,7 +166,7 @@ def _from_file(name: str, config_file: Path, source: str) -> Source:
     try:
         config = json.loads(read_text(config_file))
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{config_file} cannot be read: {error}") from error
+        raise ModelError(f"{config_file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} is not a model config: it must contain a JSON object")
     try:

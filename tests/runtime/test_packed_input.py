@@ -265,12 +265,12 @@ _WEIGHT, _SCALE = "a.weight", "a.weight_scale_inv"
 @pytest.mark.parametrize(
     ("entry", "shapes", "complaint"),
     [
-        ({}, {_SCALE: (2, 2)}, "no weight 'a.weight'"),
+        ({}, {_SCALE: (2, 2)}, "without its weight 'a.weight'"),
         ({}, {_WEIGHT: (200, 300), _SCALE: (2, 2)}, "blocks of 128x128"),
         ({"weight_block_size": [0, 128]}, {}, "weight_block_size"),
         ({"weight_block_size": "128"}, {}, "weight_block_size"),
-        ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 16)}, "no experts in MXFP4"),
-        ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 8), "x_scales": (2, 8, 1)}, "no experts in MXFP4"),
+        ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 16)}, "are not valid MXFP4 experts"),
+        ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 8), "x_scales": (2, 8, 1)}, "are not valid MXFP4 experts"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(

@@ -23,6 +23,7 @@ from runtime.chain import LoadedSubgraph
 from runtime.streaming import journal
 from runtime.streaming.events import Lines
 from runtime.streaming.journal import Journal
+from runtime.streaming.workplace import require_unfinished
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused
 from tests.runtime.small import (
     NARROW_W4,
@@ -305,9 +306,9 @@ def test_killed_at_random_moments_a_run_comes_to_the_same_bytes(place: Place, ru
     command = place.calibrate(*options)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, check=True, capture_output=True)
-    if not place.out.exists():  # else it was faster this time
-        code, _, complaint = run(command)
-        assert (code, complaint) == (0, "")
+    was_published = place.out.exists()  # it was faster this time
+    code, _, complaint = run(command)
+    assert code == 2 and "already complete" in complaint if was_published else (code, complaint) == (0, "")
     assert directory_bytes(place.out) == directory_bytes(place.folder / "out-expected")
     assert not list(place.folder.glob(".out*"))
 
@@ -369,3 +370,12 @@ def test_a_fact_counts_when_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     assert (tmp_path / "journal").read_bytes() == before
     assert [entry["kind"] for entry in log.entries] == ["run"]
+
+
+def test_what_a_run_killed_after_publishing_left_is_removed(narrow_llama: Small, tmp_path: Path) -> None:
+    calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
+    left = tmp_path / ".out.run.partial"
+    (left / "values").mkdir(parents=True)
+    with pytest.raises(runtime.OutputError, match="already complete"):
+        require_unfinished(tmp_path / "out")
+    assert not left.exists()

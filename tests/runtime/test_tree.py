@@ -63,11 +63,11 @@ def test_names_that_a_module_has_already_make_no_tree(small: Small, name: str) -
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"padding": ("bogus",)}, "has the padding"),
-        ({"stride": (-1,)}, "has the stride"),
-        ({"dilation": (2**40,)}, "has the dilation"),
-        ({"groups": ("1",)}, "has the groups"),
-        ({"extra": (1,)}, "has the options"),
+        ({"padding": ("bogus",)}, "has the invalid padding"),
+        ({"stride": (-1,)}, "has the invalid stride"),
+        ({"dilation": (2**40,)}, "has the invalid dilation"),
+        ({"groups": ("1",)}, "has the invalid groups"),
+        ({"extra": (1,)}, "has the invalid options"),
     ],
 )
 def test_options_that_no_convolution_has_are_refused(small: Small, options: dict[str, Any], why: str) -> None:

@@ -53,7 +53,7 @@ for child, mine in children:
     print(said, os.waitpid(child, 0)[1])
 """
 KILLED = """
-import os, signal, sys, time, seqbuild.build
+import os, signal, sys, time, seqbuild.build, seqbuild.passes
 import transformers.models.llama.modeling_llama
 def timed(out, wait):
     start = time.monotonic()

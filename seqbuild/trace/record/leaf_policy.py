@@ -44,7 +44,7 @@ class LeafPolicy:
     """Decides which modules are leaves.
 
     Args:
-        foreign: paths of forwards (`module:Class.forward`) whose modules are leaves although the host lacks them.
+        foreign: paths of forwards (`module:Class.forward`) whose modules are leaves although they are not the host's.
         dtype: the dtype that represents the weights' in programs of leaves; None for their own.
         trace: records the forward of one module on one sample, with weights of that dtype.
     """
