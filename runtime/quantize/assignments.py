@@ -88,10 +88,11 @@ def _require_possible(
     artifact: Artifact, model: nn.Module, source: ParameterSource, recipe: Recipe, jobs: Mapping[str, Assignment]
 ) -> None:
     """Reject modules that could not be quantized when the run reaches them."""
+    tied_by = {entry.tied_to: name for name, entry in artifact.manifest.parameters.items()}
     for name, job in jobs.items():
         ignore = f"add {name} to ignore"
         entry = artifact.manifest.parameters[f"{name}.weight"]
-        tied = entry.tied_to or _tied_by(artifact, f"{name}.weight")
+        tied = entry.tied_to or tied_by.get(f"{name}.weight", "")
         if tied:  # also if the checkpoint stores both: readers tie them because of the config
             owner = tied.removesuffix(".weight")
             raise RecipeError(f"{recipe.source}: {name} shares its weight with {owner}", hint=ignore)
@@ -134,8 +135,3 @@ def least_bytes(source: Weights, jobs: Mapping[str, Assignment]) -> int:
     """Compute a lower bound of the size of the quantized checkpoint on disk, without scales and headers."""
     bits = {source.plain_key(f"{name}.weight"): job.scheme.weights.num_bits for name, job in jobs.items()}
     return sum(source.checkpoint.num_bytes(key, bits=bits.get(key)) for key in source.checkpoint)
-
-
-def _tied_by(artifact: Artifact, name: str) -> str:
-    parameters = artifact.manifest.parameters.items()
-    return next((other for other, entry in parameters if entry.tied_to == name), "")

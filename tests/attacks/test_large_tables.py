@@ -50,3 +50,22 @@ def test_many_constants_and_sizes(table: str) -> None:
         changed = large(dims=(*base.dims, *dims), conditions=tuple(f"{name} > 0" for name in NAMES[:4000]))
     check_tables(changed)
     assert time.monotonic() - begin < LIMIT_SECONDS
+
+
+def test_the_parameters_are_not_searched_for_each_module() -> None:
+    from unittest.mock import Mock
+
+    from runtime.errors import RecipeError
+    from runtime.quantize.assignments import _require_possible
+
+    begin = time.monotonic()
+    artifact, recipe = Mock(manifest=large()), Mock(source="recipe.yaml")
+    source, model = Mock(origins=artifact.manifest.parameters), Mock()
+    source.plain_key.side_effect = lambda name: name if name != f"{NAMES[-1]}.weight" else None
+    jobs = {
+        name: Mock(**{"scheme.weights": None, "scheme.input_activations": None}) for name in NAMES[::8] + NAMES[-1:]
+    }
+    model.get_submodule.return_value.get_parameter.return_value.shape = (2, 2)
+    with pytest.raises(RecipeError, match=f"the weight of {NAMES[-1]} is not stored as one tensor"):
+        _require_possible(artifact, model, source, recipe, jobs)
+    assert time.monotonic() - begin < LIMIT_SECONDS
