@@ -102,6 +102,7 @@ def calibrate(
 
 def _recipe_of(job: Job, resume: bool) -> Recipe:
     """Check the output directory, which takes no time, and read the recipe."""
+    from runtime.cli.imports import prepare
     from runtime.host.publish import require_free
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.workplace import require_unfinished
@@ -109,6 +110,7 @@ def _recipe_of(job: Job, resume: bool) -> Recipe:
     if resume:
         require_unfinished(job.out)
     require_free(job.out)
+    prepare(job.artifact)
     return Recipe.from_file(job.recipe)
 
 

@@ -48,6 +48,7 @@ def plan(
 
     Exit code 1 if it does not fit.
     """
+    from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
     from runtime.planning.fit import Limits
     from runtime.recipe.recipe import Recipe
@@ -58,6 +59,7 @@ def plan(
         host=optional_bytes(host_memory, option="--host-memory"),
         disk=optional_bytes(disk, option="--disk"),
     )
+    prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
     parsed = None if recipe is None else Recipe.from_file(recipe)
     device_type = _device_type(device, device_memory is not None)
