@@ -25,7 +25,7 @@ from runtime.language.library_sources import LONGEST_NAME
 
 _PART = re.compile(r"(?!__)[^\W\d]\w*(?:\.(?!__)[^\W\d]\w*)*\.(weight|bias)")
 _PREFIX = re.compile(r"\w+(\.\w+)*")
-_MOST_PARTS = 2**20  # of all mixtures; each becomes a parameter of the host
+_MOST_PARTS = 2**18  # of all mixtures; each becomes a parameter of the host
 _MOST_KINDS = 64  # of parts that one expert has
 _LARGEST_NUMBER = 2**20
 

@@ -119,7 +119,10 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             place.begin(identity)
             yield place
         except BaseException as error:
-            if not _is_worth_keeping(place.journal, error):
+            if (out / "config.json").is_file() and not place.checkpoint.exists():
+                shutil.rmtree(root, ignore_errors=True)
+                tell_when_stopped(f"output directory {out} is complete")
+            elif not _is_worth_keeping(place.journal, error):
                 shutil.rmtree(root, ignore_errors=True)
             elif not isinstance(error, SeqbuildError):
                 tell_when_stopped(_what_is_left(out))

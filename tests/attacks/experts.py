@@ -164,7 +164,7 @@ EXPERTS = [
     layout("numbers that are no runs", "are not runs", numbers=(0, 2, 4)),
     layout("a negative number", "are not runs", numbers=(-1, 2)),
     layout("numbers without bound", "are not runs", numbers=(0, 2**60)),
-    layout("very many numbers", "more than 1048576 parameters", numbers=(0, 2**20)),
+    layout("very many numbers", "more than 262144 parameters", numbers=(0, 2**20)),
     layout("two pairs", "more than one pair", pairs=(PAIR, PAIR)),
     pair("a pair of one module", "its pair is", producer="down_proj", bias=""),
     pair("a pair of no module", "its pair is", module="side_proj"),

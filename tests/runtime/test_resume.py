@@ -20,10 +20,11 @@ from torch import nn
 
 import runtime
 from runtime.chain import LoadedSubgraph
+from runtime.console import left_behind
 from runtime.streaming import journal
 from runtime.streaming.events import Lines
 from runtime.streaming.journal import Journal
-from runtime.streaming.workplace import require_unfinished
+from runtime.streaming.workplace import Workplace, require_unfinished
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused
 from tests.runtime.small import (
     NARROW_W4,
@@ -379,3 +380,19 @@ def test_what_a_run_killed_after_publishing_left_is_removed(narrow_llama: Small,
     with pytest.raises(runtime.OutputError, match="already complete"):
         require_unfinished(tmp_path / "out")
     assert not left.exists()
+
+
+def test_a_run_stopped_after_publishing_leaves_only_the_output(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Workplace.publish
+
+    def publish(place: Workplace) -> None:
+        real(place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workplace, "publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert left_behind == [f"output directory {tmp_path / 'out'} is complete"]
