@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from tests.attacks.attack import Attack, program, raw_program
 from tests.attacks.steps import MODULES, STEPS
 
 _RUN = "__import__('os').system('touch owned')"
 _OPAQUE = "transformers.models.llama.modeling_llama"
+# The parser of Python 3.10 reads it, those of later versions do not.
+_TOO_DEEP = "nesting deeper than 32" if sys.version_info < (3, 11) else "is not a valid artifact program"
 
 
 def opaque(path: str, reason: str = "", argument: str = '"touch owned"') -> Attack:
@@ -184,7 +188,7 @@ BOMBS = [
     program("deep nesting of calls", "nesting deeper", f"y = {'torch.ops.aten.neg.default(' * 60}x{')' * 60}"),
     program("deep nesting of signs", "is not a valid artifact program", f"y = {'-' * 50_000}x"),
     program("deep nesting of subscripts", "nesting deeper", f"y = x{'[0]' * 500}"),
-    program("a long sum", "is not a valid artifact program", f"y = x{' + 1' * 100_000}"),
+    program("a long sum", _TOO_DEEP, f"y = x{' + 1' * 100_000}"),
     program("a terabyte", "a literal size", "y = torch.ops.aten.empty.memory_format([1099511627776])"),
     program("a terabyte in two factors", "a literal size", "y = torch.ops.aten.zeros.default([1048576, 1048576])"),
     program("a terabyte by repeating", "a literal size", "y = torch.ops.aten.repeat.default(x, [1048576, 1048576])"),
