@@ -17,7 +17,7 @@ Batches = list[dict[str, Any]]
 
 
 def largest_batch(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of samples of the largest batch that can be split; 1 if there is none."""
+    """Return the number of samples of the largest batch that can be split; 1 if no batch can."""
     name = manifest.inputs[0].name
     return max((batch[name].shape[0] for batch in batches if _is_splittable(manifest, batch)), default=1)
 

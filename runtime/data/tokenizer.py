@@ -26,7 +26,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory.
 
     Raises:
-        DataError: there is none, it needs code of its own, or its files name an unsupported class.
+        DataError: the tokenizer is missing, needs its own code, or its files name an unsupported class.
     """
     from transformers import AutoTokenizer
 

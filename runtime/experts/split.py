@@ -165,7 +165,7 @@ def split_experts(
 
 
 def _split_tables(tables: Manifest, splits: Mapping[str, MixtureSplit]) -> Manifest:
-    """Return the manifest with an expert's own parameters in the place of stacked ones."""
+    """Return the manifest in which each expert's own parameters replace the stacked ones."""
     replaced = {f"{name}.{own}": new for name, split in splits.items() for own, new in split.entries.items()}
     parameters = {
         new: entry for old, own in tables.parameters.items() for new, entry in replaced.get(old, {old: own}).items()

@@ -30,6 +30,11 @@ class NotRegularError(OSError):
     """An input that is not a regular file; `strerror` says what it is."""
 
 
+def reason_of(error: BaseException) -> str:
+    """Say why a file could not be read or parsed, without the path that the caller's message names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def descriptor_of(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading; the caller closes the descriptor.
 

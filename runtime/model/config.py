@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.artifact.manifest import ATTENTIONS
 from runtime.errors import ModelError, WeightsError
 from runtime.host.offline import offline
-from runtime.host.regular_files import is_there, read_regular, read_text
+from runtime.host.regular_files import is_there, read_regular, read_text, reason_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -169,7 +169,7 @@ def _stated(directory: Path) -> dict[str, Any]:
     try:
         table = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}") from error
     if not isinstance(table, dict):
         raise ModelError(f"{path} must be a JSON object")
     return table

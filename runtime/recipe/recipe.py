@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import shown
 from runtime.errors import RecipeError
-from runtime.host.regular_files import read_text
+from runtime.host.regular_files import read_text, reason_of
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -84,9 +84,7 @@ class Recipe:
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"the recipe {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            raise RecipeError(f"the recipe {str(path)!r} cannot be read: {reason_of(error)}") from error
         return cls.from_text(text, str(path))
 
     @classmethod

@@ -119,7 +119,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
             place.begin(identity)
             yield place
         except BaseException as error:
-            if (out / "config.json").is_file() and not place.checkpoint.exists():
+            if _is_published(out):
                 shutil.rmtree(root, ignore_errors=True)
                 tell_when_stopped(f"output directory {out} is complete")
             elif not _is_worth_keeping(place.journal, error):
@@ -136,6 +136,11 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
 
 def _root_of(out: Path) -> Path:
     return out.parent.resolve() / f".{out.name}.run.partial"
+
+
+def _is_published(out: Path) -> bool:
+    """Whether the checkpoint was renamed to the output, so that nothing remains to be resumed."""
+    return (out / "config.json").is_file() and not (_root_of(out) / "checkpoint").exists()
 
 
 def _require_plain(root: Path) -> None:
@@ -182,7 +187,7 @@ def require_unfinished(out: Path) -> None:
     """
     if (out / "config.json").is_file():
         root = _root_of(out)
-        if root.is_dir() and not (root / "checkpoint").exists():
+        if root.is_dir() and _is_published(out):
             _require_plain(root)
             with _locked(root, out):
                 shutil.rmtree(root, ignore_errors=True)

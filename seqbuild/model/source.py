@@ -13,7 +13,7 @@ from runtime.artifact.config_policy import require_possible
 from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
 from runtime.checkpoint.source_formats import plain_shapes
 from runtime.errors import ArtifactError, ModelError, WeightsError
-from runtime.host.regular_files import is_there, open_regular, read_regular, read_text
+from runtime.host.regular_files import is_there, open_regular, read_regular, read_text, reason_of
 
 # Files copied to the artifact besides the config, if present: a host needs them to prepare data and to save the model.
 COMPANIONS = (
@@ -166,7 +166,7 @@ def _from_file(name: str, config_file: Path, source: str) -> Source:
     try:
         config = json.loads(read_text(config_file))
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{config_file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ModelError(f"{config_file} cannot be read: {reason_of(error)}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} is not a model config: it must contain a JSON object")
     try:
