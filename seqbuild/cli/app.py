@@ -14,7 +14,7 @@ import typer
 
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
+from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.options import takes_compile_options
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
-    epilog="--debug, in any position, shows the traceback of an error.",
+    epilog=EPILOG,
 )
 
 app.add_typer(cache_app, name="cache")
