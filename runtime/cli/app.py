@@ -44,6 +44,7 @@ app.command()(plan)
 def calibrate(
     artifact: given.ArtifactPath,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     out: given.Out = None,
     data: given.BundledData = None,
@@ -79,13 +80,13 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=data, out=out)
     parsed = _recipe_of(job, resume)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     data_options = DataOptions(
-        tokenizer=tokenizer,
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
         weights=job.weights,
         samples=samples,
         default_samples=DEFAULT_SAMPLES,
@@ -203,6 +204,7 @@ def evaluate(
     artifact: given.ArtifactPath,
     weights: given.WeightsPath,
     data: given.DataPath,
+    revision: given.Revision = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
     samples: given.Samples = None,
@@ -216,13 +218,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
+    from runtime.host.hub import resolve_directory
+
     require_output()
+    directory = resolve_directory(weights, revision=revision, what="weights")
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     options = DataOptions(
-        tokenizer=tokenizer,
-        weights=weights,
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=directory,
         samples=samples,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -231,7 +236,7 @@ def evaluate(
     batches = make_batches(loaded, data, options)
     from runtime.evaluation import evaluate as run
 
-    result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
+    result = run(loaded, weights=directory, batches=batches, device=run_device, dtype=run_dtype)
     if as_json:
         say(
             json.dumps(
@@ -286,6 +291,7 @@ def check(
 def doctor(
     artifact: given.ArtifactPath,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     data: given.BundledData = None,
     out: given.Out = None,
@@ -301,6 +307,7 @@ def doctor(
     examination = Examination(
         path=artifact,
         weights=weights,
+        revision=revision,
         recipe=recipe,
         data=data,
         out=out,

@@ -23,7 +23,12 @@ StatisticsMemory = Annotated[
 ArtifactPath = Annotated[
     Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile or seqbuild pack.")
 ]
-WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
+_WEIGHTS = "Model directory with safetensors weights, or hub id in the local cache"
+WeightsPath = Annotated[str, typer.Option("--weights", help=f"{_WEIGHTS}.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id; the same as ID@REVISION."),
+]
 _DATA_FILES = ".txt, .jsonl, .parquet, or .safetensors from seqbuild data"
 DataPath = Annotated[Path, typer.Option("--data", help=f"{_DATA_FILES}.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu, xpu:N, or auto for an accelerator.")]
@@ -35,14 +40,12 @@ Pack = Annotated[
     bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or make one sample of each text.")
 ]
 Tokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Directory of the tokenizer; default: that of the weights.")
+    str | None, typer.Option("--tokenizer", help="Directory or hub id of the tokenizer; default: that of the weights.")
 ]
 _KEY = "Public key (PEM file); the artifact must be signed with its private key."
 Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
 PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
-BundledWeights = Annotated[
-    Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
-]
+BundledWeights = Annotated[str | None, typer.Option("--weights", help=f"{_WEIGHTS}; default: the bundle's.")]
 BundledRecipe = Annotated[
     Path | None, typer.Option("--recipe", help="YAML recipe in llm-compressor's format; default: the bundle's.")
 ]
@@ -74,3 +77,15 @@ AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all toke
 Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def directory_of(given: str | None, revision: str | None, what: str) -> Path | None:
+    """Return the directory of an option that is a directory or a hub id; see `resolve_directory`."""
+    from runtime.errors import UsageError
+    from runtime.host.hub import resolve_directory
+
+    if given is not None:
+        return resolve_directory(given, revision=revision, what=what)
+    if revision is not None:
+        raise UsageError(f"--revision {revision} requires a hub id", hint="pass one, or leave it out")
+    return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.cli.options import Skew, Trust
+import runtime.cli.options as given
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, say, warn
@@ -111,31 +111,36 @@ def inspect(
 def verify(
     artifact: ArtifactPath,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Model directory with safetensors; default: a small random model.")
+        str | None,
+        typer.Option("--weights", help="Model directory or hub id with safetensors; default: a small random model."),
     ] = None,
+    revision: given.Revision = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compile again instead, and compare every byte.")] = False,
     source: Annotated[
-        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if it had a checkpoint.")
+        str | None,
+        typer.Option("--source", help="For --rebuild: the model's directory or hub id, if it had a checkpoint."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="The largest relative difference that counts as equal.")
     ] = 0.0,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Compare the chain with the model, or with the result of compiling again. Exit code 0 if equal, else 1."""
     require_output()
     if rebuild:
-        return _rebuild(artifact, source, trust_remote_code, as_json)
+        is_file = source is not None and Path(source).is_file()  # a config.json
+        model = Path(source or "") if is_file else given.directory_of(source, revision, "model")
+        return _rebuild(artifact, model, trust_remote_code, as_json)
     from seqbuild.cli.show import print_report
     from seqbuild.verify.artifact import verify_artifact
     from seqbuild.verify.report import as_plain
 
     found = verify_artifact(
         artifact,
-        weights=weights,
+        weights=given.directory_of(weights, revision, "weights"),
         dtype=dtype,
         tolerance=tolerance,
         trust_remote_code=trust_remote_code,
@@ -169,12 +174,13 @@ def pack(
     recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file with the suffix .tar.")],
     data: Annotated[Path | None, typer.Option("--data", help="Token file written by seqbuild data.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to include.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Checkpoint to include, or its hub id.")] = None,
+    revision: given.Revision = None,
 ) -> None:
     """Write a directory or .tar with everything that a host without network access needs."""
     from seqbuild.ship.pack import pack as run
 
-    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=given.directory_of(weights, revision, "weights"))
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
 
@@ -208,12 +214,20 @@ def data(
     loss_mask: Annotated[
         bool, typer.Option("--loss-mask", help="Count only the assistant's tokens in calibration.")
     ] = False,
+    revision: given.Revision = None,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
     from seqbuild.ship.tokens import tokenize_files
 
     made = tokenize_files(
-        tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
+        tokenizer,
+        files,
+        num_samples=samples,
+        seq_len=seq_len,
+        pack=pack,
+        out=out,
+        loss_mask=loss_mask,
+        revision=revision,
     )
     if made.masks is not None:
         say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")

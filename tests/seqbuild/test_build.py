@@ -305,7 +305,7 @@ class TestErrors:
 
     def test_a_file_that_is_no_config(self, tmp_path: Path, out: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"")
-        with self.refused(ModelError, "neither a model directory nor a config.json", out):
+        with self.refused(ModelError, "is a file, but the model must be a directory", out):
             compile_model(tmp_path / "model.safetensors", out=out)
 
     def test_an_unknown_target_names_the_classes(self, llama: Path, out: Path) -> None:
