@@ -98,6 +98,7 @@ def find_job(
         ArtifactError: when the bundle is damaged.
         UsageError: when a required path is neither given nor packed.
     """
+    directory = None
     if is_bundle(path):
         bundle = read_bundle(path)
         for name in damaged(bundle, with_weights=False):
@@ -108,14 +109,17 @@ def find_job(
             _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
         data = data or (path / DATA if bundle.data else None)
-        weights = weights or (str(path / WEIGHTS) if bundle.weights else None)
+        directory = path / WEIGHTS if bundle.weights else None
         out = out or path / RESULT
-    missing = {"--weights": weights, "--recipe": recipe, "--out": out}
+    if weights is not None:
+        directory = resolve_directory(weights, revision=revision, what="weights")
+    elif revision is not None:
+        raise UsageError(f"--revision {revision} requires a hub id", hint="pass one with --weights, or leave it out")
+    missing = {"--weights": directory, "--recipe": recipe, "--out": out}
     for option, value in missing.items():
         if value is None:
             raise UsageError(f"Missing option '{option}'", hint="pass it, or pass a bundle that contains it")
-    assert weights is not None and recipe is not None and out is not None
-    directory = resolve_directory(weights, revision=revision, what="weights")
+    assert directory is not None and recipe is not None and out is not None
     return Job(artifact=artifact_of(path), weights=directory, recipe=recipe, data=data, out=out)
 
 

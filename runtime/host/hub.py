@@ -66,10 +66,11 @@ class _HubId:
         )
 
     def error(self, problem: str, hint: str) -> SeqbuildError:
-        """Make the error of this purpose."""
+        """Make the error of this purpose; the problem continues a sentence about the sought item."""
+        noun = self.what if self.what == "model" else f"{self.what} of"
         at = f" at revision {self.revision}" if self.revision is not None else ""
-        message = f"there {'are' if self.what == 'weights' else 'is'} no {self.what} {self.repo!r}{at}: {problem}"
-        return _ERRORS.get(self.what, ModelError)(message, hint=hint)
+        verb = "are" if self.what == "weights" else "is"
+        return _ERRORS.get(self.what, ModelError)(f"the {noun} {self.repo!r}{at} {verb} {problem}", hint=hint)
 
 
 def resolve_directory(given: str | os.PathLike[str], *, revision: str | None = None, what: str = "model") -> Path:
@@ -194,13 +195,11 @@ def _no_directory(text: str, what: str) -> SeqbuildError:
     if "\0" not in text and os.path.exists(text):
         return error(f"{text} is a file, but the {what} must be {kinds}", hint="pass the directory that contains it")
     hint = f"pass {kinds}"
-    folder, name = os.path.split(text.rstrip("/"))
-    home = os.path.expanduser(text)
-    if text.startswith("~") and os.path.exists(home):
+    home, near = os.path.expanduser(text), _near_directory(text)
+    if text.startswith("~") and "\0" not in text and os.path.exists(home):
         hint = f"the shell did not replace ~; write {home}"
-    elif "\0" not in text and os.path.isdir(folder or "."):
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
-        hint = f"did you mean {os.path.join(folder, near[0])}?" if near else hint
+    elif near is not None:
+        hint = f"did you mean {near}?"
     return error(f"there {'are' if what == 'weights' else 'is'} no {what} at {text}", hint=hint)
 
 
@@ -210,14 +209,26 @@ def _not_cached(sought: _HubId) -> SeqbuildError:
     name = sought.folder.name
     elsewhere = [place for place in _other_caches(cache) if (place / name).is_dir()]
     if elsewhere:
-        problem = f"it is not in the local cache {cache}{_set_by()}, but in {elsewhere[0]}"
+        problem = f"not in the local cache {cache}{_set_by()}, but in {elsewhere[0]}"
         return sought.error(problem, f"set HF_HUB_CACHE={shlex.quote(str(elsewhere[0]))}")
-    spelled = {entry.removeprefix("models--").replace("--", "/"): entry for entry in _names(cache)}
-    known = {repo.lower(): repo for repo, entry in spelled.items() if entry.startswith("models--")}
+    spelled = [entry.removeprefix("models--") for entry in _names(cache) if entry.startswith("models--")]
+    known = {entry.replace("--", "/").lower(): entry.replace("--", "/") for entry in spelled}
     near = difflib.get_close_matches(sought.repo.lower(), known, n=1, cutoff=0.85)
-    hint = f"did you mean {known[near[0]]}, which is cached? Otherwise d" if near else "d"
-    problem = f"no such directory, and it is not in the local cache {cache}{_set_by()}"
+    local = _near_directory(sought.repo)
+    similar = f"the directory {local}" if local else f"{known[near[0]]}, which is cached" if near else ""
+    hint = f"did you mean {similar}? Otherwise d" if similar else "d"
+    problem = f"not in the local cache {cache}{_set_by()}, and no directory has this name"
     return sought.error(problem, f"{hint}ownload it: {sought.command()}; {_access(sought.repo)}")
+
+
+def _near_directory(text: str) -> str | None:
+    """Return an existing directory with a similar name next to this path."""
+    folder, name = os.path.split(text.rstrip("/"))
+    if "\0" in text or not os.path.isdir(folder or "."):
+        return None
+    names = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return os.path.join(folder, near[0]) if near else None
 
 
 def _access(repo: str) -> str:
@@ -249,20 +260,17 @@ def _no_revision(sought: _HubId) -> SeqbuildError:
     named = [name for name, commit in commits.items() if commit in snapshots]
     cached = named + [commit for commit in snapshots if commit not in commits.values()]
     if not cached or (sought.revision or _MAIN) in commits:
-        return sought.error(f"its download did not finish: no file is complete{_unfinished(sought)}", _retry(sought))
+        problem = f"not downloaded completely: no file is complete{_unfinished(sought)}"
+        return sought.error(problem, f"continue with: {sought.command()}; {_access(sought.repo)}")
     others = f"{', '.join(cached[:_SHOWN])}{' and others' if len(cached) > _SHOWN else ''}"
-    problem = f"in the local cache {cache_directory()} are only the revisions {others}"
-    stated = "" if sought.revision is not None else f"; its revision {_MAIN} is not cached"
-    return sought.error(f"{problem}{stated}", f"pass --revision {cached[0]}, or download it: {sought.command()}")
+    missing = "" if sought.revision is not None else f" at revision {_MAIN}"
+    problem = f"not in the local cache {cache_directory()}{missing}; its cached revisions are {others}"
+    return sought.error(problem, f"pass --revision {cached[0]}, or download it: {sought.command()}")
 
 
 def _unfinished(sought: _HubId) -> str:
     count = sum(name.endswith(".incomplete") for name in _names(sought.folder / "blobs"))
-    return f" ({count} interrupted or still running)" if count else ""
-
-
-def _retry(sought: _HubId) -> str:
-    return f"continue with: {sought.command()}; {_access(sought.repo)}"
+    return f"; unfinished downloads: {count}" if count else ""
 
 
 def _require_files(sought: _HubId, snapshot: Path) -> None:
@@ -283,10 +291,10 @@ def _require_files(sought: _HubId, snapshot: Path) -> None:
     absent = [name for name in missing if listed is not None and not set(name.split(" or ")) & listed]
     if absent:
         kinds = "pass the tokenizer of another directory or id" if sought.what == "tokenizer" else "use another one"
-        raise sought.error(f"its repository does not contain {absent[0]}", kinds)
+        raise sought.error(f"missing: its repository does not contain {absent[0]}", kinds)
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    problem = f"it is only partly downloaded; {snapshot} does not contain {', '.join(missing[:_SHOWN])}{more}"
-    raise sought.error(problem + _unfinished(sought), _retry(sought))
+    problem = f"only partly downloaded: {snapshot} does not contain {', '.join(missing[:_SHOWN])}{more}"
+    raise sought.error(problem + _unfinished(sought), f"continue with: {sought.command()}")
 
 
 def _missing_weights(sought: _HubId, snapshot: Path, complete: list[str]) -> list[str]:
@@ -306,14 +314,14 @@ def _missing_weights(sought: _HubId, snapshot: Path, complete: list[str]) -> lis
     others = sorted(name for name in listed or complete if _OTHER_WEIGHTS.fullmatch(name))
     if not others:
         return [SINGLE_NAME]
-    where = "in the cache are" if listed is None else "its repository has"
+    where = "the cache contains" if listed is None else "its repository contains"
     first = f"if its repository also has safetensors: {sought.command()}; otherwise " if listed is None else ""
     if not others[0].endswith(".bin"):
         hint = f"{first}use a repository with safetensors in transformers' format"
     else:
         load = f"AutoModelForCausalLM.from_pretrained('{sought.repo}').save_pretrained('DIRECTORY')"
         hint = f"{first}if you trust it, as a pickle may contain any code, convert it with transformers: {load}"
-    raise sought.error(f"{where} no safetensors, only {others[0]}", hint)
+    raise sought.error(f"unsupported: {where} no safetensors, only {others[0]}", hint)
 
 
 def _shards(index: Path) -> list[str]:

@@ -57,7 +57,7 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
 @pytest.mark.parametrize(
     ("source", "content", "part"),
     [
-        ("nowhere/model", None, "there is no model 'nowhere/model'"),
+        ("nowhere/model", None, "the model 'nowhere/model' is not in the local cache"),
         ("./nowhere", None, "there is no model at ./nowhere"),
         ("nowhere.json", None, "there is no model at nowhere.json"),
         ("a b", None, "there is no model at a b"),

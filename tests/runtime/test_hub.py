@@ -150,13 +150,11 @@ class TestFound:
 class TestNotCached:
     def test_the_command_and_the_cache(self, cache: Cache) -> None:
         said = refusal(REPO)
-        assert said.startswith(f"there are no weights {REPO!r}: no such directory, and it is not in the local cache ")
-        assert (
-            f"{cache.root} (download it: hf download {REPO}; if it is gated or private, first accept its terms" in said
-        )
+        assert said.startswith(f"the weights of {REPO!r} are not in the local cache {cache.root}, and no directory has")
+        assert f"this name (download it: hf download {REPO}; if it is gated or private, first accept its terms" in said
         assert f"https://huggingface.co/{REPO} and log in with hf auth login, as no token is stored here)" in said
         said = refusal(REPO, revision="v2", what="model")
-        assert f"there is no model {REPO!r} at revision v2: " in said
+        assert f"the model {REPO!r} at revision v2 is not in the local cache " in said
         assert f"hf download {REPO} --revision v2;" in said
         assert f'hf download {REPO} --include "*.json" --include' in refusal(REPO, what="tokenizer")
 
@@ -170,11 +168,14 @@ class TestNotCached:
         self, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setenv(name, str(tmp_path))
-        assert f"not in the local cache {cache.root} (from {name}) (download it: hf download" in refusal(REPO)
+        assert (
+            f"not in the local cache {cache.root} (from {name}), and no directory has this name (download"
+            in refusal(REPO)
+        )
         usual = Cache(tmp_path / "home" / ".cache" / "huggingface" / "hub")
         usual.add(*WHOLE)
         said = refusal(REPO)
-        assert f"it is not in the local cache {cache.root} (from {name}), but in {usual.root}" in said
+        assert f"are not in the local cache {cache.root} (from {name}), but in {usual.root}" in said
         assert f"(set HF_HUB_CACHE={usual.root})" in said
 
     def test_a_misspelled_id(self, cache: Cache) -> None:
@@ -202,6 +203,7 @@ class TestNotCached:
         (tmp_path / "models" / "llama").mkdir(parents=True)
         (tmp_path / "home" / "models").mkdir(parents=True)
         (tmp_path / "notes").write_text("")
+        assert "did you mean the directory models/llama? Otherwise download it: hf download" in refusal("models/lama")
         assert part in refusal(given)
 
     @pytest.mark.parametrize(
@@ -241,40 +243,41 @@ class TestNoRevision:
         cache.add(*WHOLE)
         cache.add(*WHOLE, commit=OLD, ref=None)
         said = refusal(REPO, revision="v2")
-        assert f"there are no weights {REPO!r} at revision v2: in the local cache {cache.root} are only the rev" in said
-        assert f"only the revisions main, {OLD} (pass --revision main, or download it: hf download {REPO}" in said
+        assert f"the weights of {REPO!r} at revision v2 are not in the local cache {cache.root}; its cached rev" in said
+        assert f"its cached revisions are main, {OLD} (pass --revision main, or download it: hf download {REPO}" in said
         assert said.endswith("hf download some-org/Tiny-1.5B --revision v2)")
 
     def test_main_was_not_downloaded(self, cache: Cache) -> None:
         cache.add(*WHOLE, ref="v1")
         said = refusal(REPO)
-        assert (
-            "only the revisions v1; its revision main is not cached (pass --revision v1, or download it: hf d" in said
-        )
+        assert "at revision main; its cached revisions are v1 (pass --revision v1, or download it: hf d" in said
 
     def test_many(self, cache: Cache) -> None:
         for number in range(9):
             cache.add(*WHOLE, commit=f"{number:040d}", ref=f"v{number}")
-        assert "only the revisions v0, v1, v2, v3 and others;" in refusal(REPO)
+        assert "its cached revisions are v0, v1, v2, v3 and others (" in refusal(REPO)
 
 
 class TestPartial:
     def test_nothing_is_complete(self, cache: Cache) -> None:
         cache.blob(b"", ending=".8f3a.incomplete")
         said = refusal(REPO, what="model")
-        assert "its download did not finish: no file is complete (1 interrupted or still running)" in said
+        assert "is not downloaded completely: no file is complete; unfinished downloads: 1 (" in said
         assert f"(continue with: hf download {REPO}; if it is gated" in said
         (cache.folder() / "refs").mkdir()
         (cache.folder() / "refs" / "main").write_text(NEW)
         cache.add(*WHOLE, commit=OLD, ref="v1")
-        assert "its download did not finish" in refusal(REPO, what="model")
+        assert "is not downloaded completely" in refusal(REPO, what="model")
 
     def test_shards(self, cache: Cache) -> None:
         snapshot = cache.add("config.json", INDEX, SHARDS[0], files={"x": b""})
         cache.blob(b"", ending=".incomplete")
         said = refusal(REPO, revision="main")
-        assert f"it is only partly downloaded; {snapshot} does not contain {SHARDS[1]}, {SHARDS[2]} (1 interr" in said
-        assert f"(continue with: hf download {REPO} --revision main; " in said
+        assert (
+            f"are only partly downloaded: {snapshot} does not contain {SHARDS[1]}, {SHARDS[2]}; unfinished downl"
+            in said
+        )
+        assert f"(continue with: hf download {REPO} --revision main)" in said
 
     def test_many_shards(self, cache: Cache) -> None:
         names = [f"model-{number:05d}-of-00090.safetensors" for number in range(1, 91)]
@@ -309,13 +312,14 @@ class TestOtherFormats:
         cache.add("config.json", "pytorch_model.bin")
         said = refusal(REPO)
         assert (
-            "in the cache are no safetensors, only pytorch_model.bin (if its repository also has safetensors: hf d"
+            "the cache contains no safetensors, only pytorch_model.bin (if its repository also has safetensors: hf d"
             in said
         )
         assert f"convert it with transformers: AutoModelForCausalLM.from_pretrained('{REPO}').save_pretrained(" in said
         cache.list("config.json", "pytorch_model.bin")
-        assert "its repository has no safetensors, only pytorch_model.bin (if you trust it, as a pickle may" in refusal(
-            REPO
+        assert (
+            "its repository contains no safetensors, only pytorch_model.bin (if you trust it, as a pickle may"
+            in refusal(REPO)
         )
         cache.list("config.json", "pytorch_model.bin", "model.safetensors")
         assert "only partly downloaded" in refusal(REPO)
@@ -367,7 +371,7 @@ class TestCommands:
         assert code == 0, told + complaint
         code, told, _ = run([*doctor, "--revision", "v9"])
         assert code == 1
-        assert "problem  there are no weights" in told and "are only the revisions main" in told
+        assert "problem  the weights of" in told and "its cached revisions are main" in told
 
     def test_the_python_api(self, cached: Cache, place: Place) -> None:
         artifact = runtime.load(place.artifact)
@@ -406,7 +410,7 @@ class TestCommands:
             (*data, "v2"),
             (*pack, "-o", tmp_path / "other", "--revision", "v2"),
         ):
-            assert_refused(call(*command), "at revision v2", "are only the revisions main", program="seqbuild")
+            assert_refused(call(*command), "at revision v2", "its cached revisions are main", program="seqbuild")
         assert not (tmp_path / "other").exists()
 
     def test_a_partial_checkpoint_is_not_compiled(self, cache: Cache, place: Place, run: Run, tmp_path: Path) -> None:
@@ -493,9 +497,9 @@ def test_caches_that_the_library_made(cache: Cache) -> None:
         assert resolve_directory("some-org/tiny", revision="v1", what=what) == Path(whole)
     assert resolve_directory(f"some-org/tiny@{'2' * 40}", what="weights") == Path(whole)
     assert resolve_directory("some-org/tiny", what="tokenizer") == Path(part)
-    assert f"it is only partly downloaded; {part} does not contain {SHARDS[1]} (contin" in refusal("some-org/tiny")
+    assert f"only partly downloaded: {part} does not contain {SHARDS[1]} (contin" in refusal("some-org/tiny")
     assert "if it is gated or private, first accept its terms" in refusal("some-org/gated")
-    assert "are only the revisions main, v1 (" in refusal("some-org/tiny", revision="v2")
+    assert "its cached revisions are main, v1 (" in refusal("some-org/tiny", revision="v2")
 
 
 def test_nothing_is_imported_that_has_a_client_for_the_network(cache: Cache) -> None:

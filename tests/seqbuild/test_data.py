@@ -69,7 +69,7 @@ def test_a_tokenizer_is_found_in_the_local_hub_cache(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("someone/elsewhere", 'there is no tokenizer .someone/elsewhere.*hf download someone/elsewhere --include "'),
+        ("someone/elsewhere", 'the tokenizer of .someone/elsewhere.*hf download someone/elsewhere --include "'),
         ("./no/such/folder", "there is no tokenizer at ./no/such/folder"),
         ("a/b/c", "there is no tokenizer at a/b/c"),
         ("", "no tokenizer given"),
