@@ -36,6 +36,7 @@ class HostCommands(CommandList):
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
     }
+    example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
         name: f"it is a command of the compiler: seqbuild {name}"
         for name in ("quantize", "compile", "inspect", "verify", "data", "cache", "pack", "sign")

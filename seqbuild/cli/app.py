@@ -20,14 +20,15 @@ from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
+from seqbuild.cli.next_command import next_command
 from seqbuild.cli.options import takes_compile_options
-from seqbuild.cli.quantize import quantize
+from seqbuild.cli.quantize import QuantizeCommand, quantize
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
     from seqbuild.options import CompileOptions
 
-_QUANTIZE = "use seqbuild quantize MODEL --scheme W4A16 -o OUT"
+_QUANTIZE = "quantize MODEL --scheme W4A16 -o OUT"
 
 
 class Commands(CommandList):
@@ -39,8 +40,10 @@ class Commands(CommandList):
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor"),
     }
+    example = _QUANTIZE
     others: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"), _QUANTIZE
+        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"),
+        f"use seqbuild {_QUANTIZE}",
     )
 
 
@@ -54,7 +57,7 @@ app = typer.Typer(
     "an error.",
 )
 
-app.command()(quantize)
+app.command(cls=QuantizeCommand)(quantize)
 app.command()(recipes)
 app.command()(evaluate)
 app.command()(plan)
@@ -79,6 +82,7 @@ def compile_command(options: CompileOptions, as_json: bool) -> None:
         say(json.dumps(_compiled_facts(done)))
     else:
         _say_compiled(done)
+        say(f"next: {next_command(done, options)}")
 
 
 def _compiled_facts(done: Compiled) -> dict[str, Any]:

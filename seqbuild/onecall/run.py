@@ -32,7 +32,7 @@ from seqbuild.onecall.steps import (
     held_out_batches,
     measure,
     planned_run,
-    require_free_output,
+    require_place,
     require_run,
     run_calibration,
 )
@@ -131,7 +131,7 @@ def plan_quantization(options: QuantizeOptions, given: Given = Given(), show: Sh
 
 def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) -> CheckedCall:
     with clock.step("compile"):
-        require_free_output(options)
+        require_place(options)
         if given.recipe is None:
             require_recipe_name(options)
         weights = given.weights or find_weights(options)
