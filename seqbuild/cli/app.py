@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from runtime.cli import imports
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
 from runtime.cli.options import Skew, Trust
@@ -254,4 +255,6 @@ def data(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    if argv is None:
+        imports.allow()  # this process runs one command
     return run_app(app, "seqbuild", argv)

@@ -146,10 +146,10 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
         held_out: Batches | str = given.held_out or ""
         if given.held_out is None:
             is_wanted = options.evaluate
-            held_out = held_out_batches(artifact, weights, options) if is_wanted else "it was switched off"
+            held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
     show.line(f"data: {_amount(batches) if readiness.needs_data else 'the recipe needs none'}")
     if isinstance(held_out, str):
-        show.line(f"evaluation: none: {held_out}")
+        show.line(f"evaluation: none, {held_out}")
     else:
         show.line(f"evaluation: {_amount(held_out)}")
     return CheckedCall(
