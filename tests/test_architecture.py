@@ -40,7 +40,7 @@ RUNTIME = (
     {"", "__main__"},
 )
 SEQBUILD = (
-    {"options", "blame", "shrink"},
+    {"options", "blame", "shrink", "own_runtime"},
     {"sample"},
     {"chain"},
     {"model"},
@@ -116,7 +116,8 @@ def edges() -> dict[str, set[str]]:
     known = {module_name(path): path for package in LAYERS for path in sources(package)}
     found = {}
     for module, path in known.items():
-        taken = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+        used = {name for name in imports(path) if not name.endswith(".__version__")}
+        taken = {name if name in known else name.rpartition(".")[0] for name in used}
         found[module] = {name for name in taken if name in known and name != module}
     return found
 

@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -17,7 +17,7 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, DataOptions, make_batches
 from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
+from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     cls=HostCommands,
     help="Calibrate and evaluate compiled models. Nothing is traced, and no network is used.",
-    epilog="--debug, at any position, shows the traceback of an error.",
+    epilog=EPILOG,
 )
 
 app.command()(plan)
@@ -342,6 +342,6 @@ def _loaded(
     return loaded, run_device, run_dtype
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, program: str = "runtime") -> int:
     """Entry point; returns the exit code."""
-    return run_app(app, "runtime", argv)
+    return run_app(app, program, argv)

@@ -18,7 +18,7 @@ from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
+from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.next_command import next_command
@@ -54,8 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     cls=Commands,
     help="Quantize a large language model layer by layer, in one call or step by step.",
-    epilog="seqbuild COMMAND --help lists the options of a command. --debug, in any position, shows the traceback of "
-    "an error.",
+    epilog=f"seqbuild COMMAND --help lists the options of a command. {EPILOG}",
 )
 
 app.command(cls=QuantizeCommand)(quantize)

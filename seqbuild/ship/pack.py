@@ -115,7 +115,7 @@ def pack(
 def _runtime_files() -> Iterator[tuple[str, Path]]:
     folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
-        if source.suffix == ".py" or source.name == "py.typed":
+        if source.suffix in (".py", ".yaml") or source.name == "py.typed":
             yield source.relative_to(folder).as_posix(), source
 
 
@@ -139,7 +139,7 @@ def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed:
         command=f"python -m runtime calibrate .{weights}{own}",
         weights=weights,
         data="    data.safetensors the tokenized text\n" if has_data else "",
-        version=importlib.metadata.version("seqbuild"),
+        version=runtime.__version__,
         signature="signed; --require-signature PUBLIC_KEY verifies it" if is_signed else "not signed",
     )
     return text.encode("utf-8")
