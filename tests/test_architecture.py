@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = (
     {"errors"},
     {"standard_output", "patterns", "arguments"},
+    {"terminal"},
+    {"status"},
     {"console"},
     {"algorithms"},
     {"host"},
@@ -64,7 +66,7 @@ SEQBUILD = (
 LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 # What the compiler may import of the runtime: what both sides must agree on, and nothing that runs a model.
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
-SHARED |= {"checkpoint", "data", "recipe"}
+SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
 # By part of the compiler, what it may import besides: `verify` and `onecall` are hosts, and both command lines share
 # commands and options.
 BESIDES = {

@@ -58,7 +58,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = folder.glob("lib/python*/site-packages")
     found = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
     (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in found))
-    install = "-m pip --disable-pip-version-check install --no-deps --no-index --ignore-installed".split()
+    install = ["-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index", "--ignore-installed"]
     subprocess.run([folder / "bin" / "python", *install, wheel], capture_output=True, check=True)
     return folder / "bin"
 

@@ -19,7 +19,7 @@ from runtime.cli.commands import CommandList
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
-from runtime.console import human_bytes, say, warn
+from runtime.console import human_bytes, put, say, warn
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.next_command import next_command
 from seqbuild.cli.options import takes_compile_options
@@ -79,10 +79,10 @@ def compile_command(options: CompileOptions, as_json: bool) -> None:
     for line in done.remarks:
         warn(line)
     if as_json:
-        say(json.dumps(_compiled_facts(done)))
+        put(json.dumps(_compiled_facts(done)))
     else:
         _say_compiled(done)
-        say(f"next: {next_command(done, options)}")
+        put(f"next: {next_command(done, options)}")
 
 
 def _compiled_facts(done: Compiled) -> dict[str, Any]:
@@ -134,9 +134,9 @@ def inspect(
             raise UsageError(
                 f"there is no subgraph {code}", hint=f"valid numbers are 0 to {len(manifest.subgraphs) - 1}"
             )
-        say(sources[manifest.subgraphs[code].file].rstrip("\n"))
+        put(sources[manifest.subgraphs[code].file].rstrip("\n"))
     elif as_json:
-        say(json.dumps(dataclasses.asdict(manifest), indent=2))
+        put(json.dumps(dataclasses.asdict(manifest), indent=2))
     else:
         print_table(manifest)
 
@@ -176,7 +176,7 @@ def verify(
         allow_version_skew=allow_version_skew,
     )
     if as_json:
-        say(json.dumps(as_plain(found)))
+        put(json.dumps(as_plain(found)))
     else:
         print_report(found)
     return 0 if found.is_equal else 1
@@ -188,7 +188,7 @@ def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_js
     found = rebuild(artifact, source=source, trust_remote_code=trust_remote_code)
     if as_json:
         facts = {"same": found.is_same, "files": found.num_files, "differing": list(found.differing)}
-        say(json.dumps(facts | {"ingredients": list(found.ingredients)}))
+        put(json.dumps(facts | {"ingredients": list(found.ingredients)}))
     else:
         say(str(found))
     return 0 if found.is_same else 1

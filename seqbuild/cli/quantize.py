@@ -11,10 +11,11 @@ import typer
 from typer.core import TyperCommand
 
 import runtime.cli.options as given
-from runtime.cli.app import memory_options, run_watchers
+from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
-from runtime.console import parse_bytes, say
+from runtime.cli.watching import watching
+from runtime.console import parse_bytes, put, say
 from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions
@@ -133,10 +134,15 @@ def quantize(
     from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
 
-    show = Show(line=tell, watchers=lambda stack: run_watchers(stack, log, as_json))
+    show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
     result = quantize_model(options, show=show)
-    for line in [json.dumps(facts(result))] if as_json else summary(result):
+    if as_json:
+        put(json.dumps(facts(result)))
+        return
+    for line in summary(result):
         say(line)
+    for line in result.serving:
+        put(f"load it      {line}")
 
 
 def _ignore(line: str) -> None:

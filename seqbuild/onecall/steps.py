@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, DataOptions, make_batches
 from runtime.errors import DataError, ModelError, SeqbuildError
+from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import resolve_source
 from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, EVALUATED_TOKENS, QuantizeOptions, user_artifacts
@@ -196,8 +197,7 @@ def run_calibration(
             out=options.out,
             device=resolve_device(options.device),
             dtype=resolve_dtype(options.dtype),
-            progress=show.line,
-            watchers=show.watchers(stack),
+            **show.watching(stack),
             max_shard_bytes=options.max_shard_bytes,
             resume=options.resume,
             checkpoint_activations=options.checkpoint_activations,
@@ -224,6 +224,7 @@ def measure(artifact: Artifact, weights: Path, batches: Batches, options: Quanti
         batches=batches,
         device=resolve_device(options.device),
         dtype=resolve_dtype(options.dtype),
+        progress=lambda line: doing(f"evaluating: {line}"),
     )
 
 

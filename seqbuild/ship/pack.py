@@ -36,6 +36,7 @@ from runtime.errors import UsageError, WeightsError
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.recipe.named import recipe_of
+from runtime.status import doing
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
@@ -89,6 +90,7 @@ def pack(
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
         read_token_file(Path(data))
+    doing("writing the bundle")
     files: dict[str, Path | bytes] = {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
     files |= {f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()}
     signature = read_signature(root)
