@@ -38,6 +38,7 @@ from runtime.host.half_precision import quick_halves
 from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.quantize.preparation import Prepared, prepare
+from runtime.status import doing
 from runtime.streaming.activations import Activations
 from runtime.weights.parameters import unload
 from runtime.weights.stream import WeightStream
@@ -93,7 +94,7 @@ def evaluate(
     directory = weights_directory(weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    _require_predicting(artifact.manifest)
+    require_predicting(artifact.manifest)
     batches = model_batches(artifact, batches, is_scored=True)
     labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
@@ -102,6 +103,7 @@ def evaluate(
             raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
         raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
+    doing("checking the weights")
     prepared = prepare(artifact, open_checkpoint(directory), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:
@@ -155,7 +157,7 @@ def _summed_loss(
     return total
 
 
-def _require_predicting(manifest: Manifest) -> None:
+def require_predicting(manifest: Manifest) -> None:
     """Reject a model without a perplexity: one that does not predict each token from the previous ones."""
     logits = manifest.values.get(LOGITS)
     inputs = {entry.name: entry.shape for entry in manifest.inputs}

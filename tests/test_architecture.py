@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = (
     {"errors"},
     {"standard_output", "patterns", "arguments"},
+    {"terminal"},
+    {"status"},
     {"console"},
     {"algorithms"},
     {"host"},
@@ -56,17 +58,23 @@ SEQBUILD = (
     {"manifest"},
     {"passes"},
     {"build"},
-    {"verify"},
+    {"verify", "text"},
+    {"onecall"},
     {"cli"},
     {"", "__main__", "trace"},
 )
 LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 # What the compiler may import of the runtime: what both sides must agree on, and nothing that runs a model.
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
-SHARED |= {"checkpoint", "data", "recipe"}
-# By part of the compiler, what it may import besides: `verify` is a host, and both command lines share commands and
-# options.
-BESIDES = {"verify": {"weights"}, "cli": {"cli"}, "": {"planning"}}
+SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
+# By part of the compiler, what it may import besides: `verify` and `onecall` are hosts, and both command lines share
+# commands and options.
+BESIDES = {
+    "verify": {"weights"},
+    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "cli"},
+    "cli": {"cli"},
+    "": {"planning"},
+}
 
 
 def imports(path: Path) -> set[str]:

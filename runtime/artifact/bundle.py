@@ -56,12 +56,12 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The input and output paths of a calibration."""
+    """The input and output paths of a calibration; its data arguments may name data sets."""
 
     artifact: Path
     weights: Path
     recipe: Path
-    data: Path | None
+    data: tuple[str, ...]
     out: Path
 
 
@@ -80,7 +80,7 @@ def find_job(
     *,
     weights: str | None,
     recipe: Path | None,
-    data: Path | None,
+    data: tuple[str, ...],
     out: Path | None,
     revision: str | None = None,
 ) -> Job:
@@ -90,9 +90,9 @@ def find_job(
         path: an artifact or a bundle; small files of a bundle are compared with their digests.
         weights: the user's option, None if not given: a directory or hub id; the same for the following arguments.
         recipe: "
-        data: "
-        out: "
-        revision: "
+        data: the user's data arguments; empty for the bundle's.
+        out: as `weights`.
+        revision: of the hub id `weights`.
 
     Raises:
         ArtifactError: when the bundle is damaged.
@@ -108,7 +108,7 @@ def find_job(
         if weights is None and bundle.weights:
             _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
-        data = data or (path / DATA if bundle.data else None)
+        data = data or ((str(path / DATA),) if bundle.data else ())
         directory = path / WEIGHTS if bundle.weights else None
         out = out or path / RESULT
     if weights is not None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime import __version__
-from runtime.console import NOTHING_LEFT, left_behind, printable, tell_when_stopped
+from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopped
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
+from runtime.status import nothing_to_show, status_line
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -38,12 +39,13 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False
     with unfailing() as (output, _):
-        code = _run(app, program, arguments, is_debug)
+        with status_line("loading libraries"):
+            code = _run(app, program, arguments, is_debug)
         output.flush()
         if output.failure and output.failure != GONE:
             is_error = _needs_output[0] and code == 0
             kind = "error" if is_error else "warning"
-            print(f"{program}: {kind}: standard output cannot be written: {output.failure}", file=sys.stderr)
+            complain(f"{program}: {kind}: standard output cannot be written: {output.failure}")
             code = USER_ERROR if is_error else code
     return code
 
@@ -66,19 +68,20 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
         # A panic of the tokenizers library, which is written in Rust, is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        nothing_to_show()
         message = _user_error(error) or _internal_error(error)
         if is_debug:
             import traceback
 
             traceback.print_exc()
         shortened = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        print(f"{program}: error: {printable(' '.join(shortened.split()))}", file=sys.stderr)
+        complain(f"{program}: error: {' '.join(shortened.split())}")
         return USER_ERROR
     else:
         code = int(result or 0) if arguments else USER_ERROR
     if code in (INTERRUPTED, TERMINATED):
         word = "interrupted" if code == INTERRUPTED else "terminated"
-        print(f"{program}: {word}; {left_behind[0]}", file=sys.stderr)
+        complain(f"{program}: {word}; {left_behind[0]}")
     return code
 
 

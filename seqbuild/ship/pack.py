@@ -36,7 +36,8 @@ from runtime.errors import UsageError, WeightsError
 from runtime.host.hub import weights_directory
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
-from runtime.recipe.recipe import Recipe
+from runtime.recipe.named import recipe_of
+from runtime.status import doing
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
@@ -74,7 +75,7 @@ def pack(
 
     Args:
         artifact: a directory written by `seqbuild compile`.
-        recipe: the recipe file.
+        recipe: the recipe file, or the name of a preset or an algorithm.
         out: the bundle: a directory, or a file if the name ends in `.tar`.
         data: a token file written by `seqbuild data`; None for a recipe without statistics.
         weights: the checkpoint's directory or hub id; None leaves it out of the bundle.
@@ -85,18 +86,19 @@ def pack(
     """
     root, path = Path(artifact), Path(out)
     checked = check_artifact(root)
-    Recipe.from_file(Path(recipe))
+    parsed = recipe_of(recipe)
     if data is not None:
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
         read_token_file(Path(data))
+    doing("writing the bundle")
     files: dict[str, Path | bytes] = {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
     files |= {f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()}
     signature = read_signature(root)
     if signature is not None:
         files[f"{ARTIFACT}/{SIGNATURE_NAME}"] = signature
     files |= {f"{RUNTIME}/{name}": source for name, source in _runtime_files()}
-    files[RECIPE] = Path(recipe)
+    files[RECIPE] = parsed.text.encode("utf-8")
     if data is not None:
         files[DATA] = Path(data)
     if weights is not None:

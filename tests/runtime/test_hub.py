@@ -387,9 +387,11 @@ class TestCommands:
         def call(*arguments: str | Path) -> tuple[int, str, str]:
             return run([str(argument) for argument in arguments], seqbuild.cli.app.main)
 
-        code, told, complaint = call("compile", f"{REPO}@main", "-o", tmp_path / "artifacts")
+        code, told, complaint = call("compile", REPO, "--revision", "main", "-o", tmp_path / "artifacts")
         assert code == 0, complaint
-        artifact = Path(told.splitlines()[-1].partition(":")[0])
+        assert f" --weights {REPO} --revision main --recipe " in told
+        code, told, _ = call("compile", f"{REPO}@main", "-o", tmp_path / "artifacts", "--json")
+        artifact = Path(json.loads(told)["path"])
         assert artifact.name.startswith("Tiny-1.5B-")
         assert call("verify", artifact, "--weights", REPO, "--revision", NEW)[0] == 0
         assert call("verify", artifact, "--rebuild", "--source", REPO)[0] == 0

@@ -261,7 +261,9 @@ class TestErrors:
         "name", ["no/such", "/no/such/place", "./nowhere", "a/b/c", "nothing.json", "", "bad name!", "~/x"]
     )
     def test_no_such_model(self, name: str, out: Path) -> None:
-        with self.refused(ModelError, "there is no model|no model given|the model 'no/such' is not in the local cache", out):
+        with self.refused(
+            ModelError, "there is no model|no model given|the model 'no/such' is not in the local cache", out
+        ):
             compile_model(name, out=out)
 
     def test_a_directory_without_config(self, tmp_path: Path, out: Path) -> None:
