@@ -404,12 +404,16 @@ class TestCommands:
         assert call(*pack, "-o", tmp_path / "bundle")[0] == 0
         packed = directory_bytes(tmp_path / "bundle" / "weights")
         assert packed["model.safetensors"] == (place.weights / "model.safetensors").read_bytes()
+        quantize = ["quantize", REPO, "--scheme", "W4A16", "-o", tmp_path / "other", "--artifacts", artifact.parent]
+        quantize += ["--tokenizer", f"{REPO}@main", "--dry-run", "--data", text, "--no-evaluate"]
+        assert call(*quantize)[0] == 0
         for command in (
             ("compile", REPO, "-o", tmp_path / "artifacts", "--revision", "v2"),
             ("cache", "explain", REPO, "-o", tmp_path / "artifacts", "--revision", "v2"),
             ("verify", artifact, "--weights", REPO, "--revision", "v2"),
             ("verify", artifact, "--rebuild", "--source", f"{REPO}@v2"),
-            (*data, "v2"),
+            (*data, "v2", "--force"),
+            (*quantize, "--revision", "v2"),
             (*pack, "-o", tmp_path / "other", "--revision", "v2"),
         ):
             assert_refused(call(*command), "at revision v2", "its cached revisions are main", program="seqbuild")
