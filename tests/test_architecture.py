@@ -40,7 +40,7 @@ RUNTIME = (
     {"", "__main__"},
 )
 SEQBUILD = (
-    {"options", "blame", "shrink"},
+    {"options", "blame", "shrink", "text"},
     {"sample"},
     {"chain"},
     {"model"},
