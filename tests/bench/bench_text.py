@@ -27,8 +27,8 @@ _MODIFIER = "{name}: {{targets: [Linear], scheme: {scheme}, ignore: {ignore}{ext
 RECIPES = {
     "GPTQ W4A16": ("", "GPTQModifier", "W4A16"),
     "GPTQ W3A16": ("", "GPTQModifier", "W3A16"),
+    "GPTQ W2A16": ("", "GPTQModifier", "W2A16"),
     "AWQ W4A16_ASYM": ("AWQModifier: {}\n", "QuantizationModifier", "W4A16_ASYM"),
-    "AWQ W3A16": ("AWQModifier: {}\n", "QuantizationModifier", "W3A16"),
 }
 # Routers stay in full precision, and experts without tokens are rounded to nearest.
 IGNORE = r"[lm_head, 're:.*mlp\.gate$']"
@@ -86,7 +86,7 @@ def bench(chosen: argparse.Namespace, folder: Path) -> None:
     print(f"{'recipe':<18}{'calibrated on':<18}" + "".join(f"{'on ' + name:>14}" for name, _ in judges))
     judge(chosen.model, "original", "")
     texts = list(calibrations(chosen, judges[0][1].origin.vocab_size))
-    for bits in (4, 3):
+    for bits in (4, 3, 2):
         recipe = _MODIFIER.format(name="QuantizationModifier", scheme=f"W{bits}A16", ignore=IGNORE, extra="")
         judge(quantized(chosen, recipe, None, folder / f"rtn-{bits}"), f"nearest W{bits}A16", "")
     for name, (before, modifier, scheme) in RECIPES.items():
