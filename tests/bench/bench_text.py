@@ -2,9 +2,9 @@
 
     python tests/bench/bench_text.py MODEL --calib builtin --calib random --calib own=CALIB.jsonl --eval own=EVAL.jsonl
 
-Every calibration has the same number and length of samples. Each recipe runs once per calibration text, and the result
-is evaluated on each evaluation text and on the built-in one. `round to nearest` needs no text and is printed for
-comparison.
+Without arguments: the demo model, the built-in text, the demo's text and random tokens. Every calibration has the same
+number and length of samples. Each recipe runs once per calibration text, and the result is evaluated on each evaluation
+text and on the built-in one. Rounding to nearest needs no text and is printed for comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from runtime.data.samples import TokenData, batches
 from seqbuild.build import build
 from seqbuild.text import builtin_evaluation_text, builtin_text
 
+DEMO = Path(__file__).parents[2] / "demo"
 SAMPLES, SEQ_LEN = 128, 256
 _MODIFIER = "{name}: {{targets: [Linear], scheme: {scheme}, ignore: {ignore}{extra}}}\n"
 # name: modifiers before the quantizing one, that modifier, scheme
@@ -59,13 +60,16 @@ def named(value: str) -> tuple[str, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=named, action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("model", type=Path, nargs="?", default=DEMO / "model")
+    parser.add_argument("--calib", type=named, action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--eval", type=named, action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--eval-samples", type=int, help="windows of each evaluation text; all by default")
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
     chosen = parser.parse_args()
+    if not chosen.calib:
+        chosen.calib = [(BUILTIN, builtin_text()), ("demo", DEMO / "text" / "calib.jsonl"), (RANDOM, Path())]
+        chosen.eval = chosen.eval or [("demo", DEMO / "text" / "eval.jsonl")]
     with tempfile.TemporaryDirectory() as directory:
         bench(chosen, Path(directory))
 
