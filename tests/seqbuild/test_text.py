@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runtime.data.documents import read_documents
+import runtime
 from seqbuild.text import builtin_evaluation_text, builtin_text
 
 Record = dict[str, Any]
@@ -43,9 +44,25 @@ def test_records_have_known_fields_and_the_files_their_size(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: path.name)
-def test_the_runtime_reads_every_record(path: Path) -> None:
-    found = [document.content for document in read_documents(path)]
-    assert found == [record.get("text", record.get("messages")) for record in records(path)]
+@pytest.mark.parametrize("template", ["any role", "no system", "none"])
+def test_every_tokenizer_reads_every_record(
+    path: Path, template: str, byte_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """With templates that accept and reject system messages, as Gemma's does, and without a template."""
+    shutil.copytree(byte_tokenizer_dir, tmp_path / "tokenizer")
+    chat_template = tmp_path / "tokenizer" / "chat_template.jinja"
+    assert chat_template.is_file()
+    if template == "any role":
+        chat_template.write_text("{% for message in messages %}{{ message.role }}:{{ message.content }}{% endfor %}")
+    elif template == "none":
+        chat_template.unlink()
+    data = runtime.load_tokens(path, tokenizer_dir=tmp_path / "tokenizer", pack=False)
+    found = records(path)
+    assert len(data.samples) == len(found)
+    for record, sample in zip(found, data.samples, strict=True):
+        text = bytes((sample[sample >= 2] - 2).tolist()).decode()  # each byte is a token, its number plus two
+        expected = [record["text"]] if "text" in record else [message["content"] for message in record["messages"]]
+        assert all(part in text for part in expected)
 
 
 def test_every_source_has_a_licence_and_every_licence_a_source() -> None:
