@@ -21,13 +21,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.arguments import as_path, require_callable
-from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.arguments import require_callable
+from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.data.checked_batches import model_batches
 from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.inputs import DECODER_IDS, IDS, MASK
@@ -45,6 +44,7 @@ from runtime.weights.stream import WeightStream
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.checkpoint.reader import Checkpoint
 
 LOGITS = "logits"
 _LARGEST_LOSS = 700.0  # its exponential is finite
@@ -63,7 +63,7 @@ class Evaluation:
 def evaluate(
     artifact: Artifact,
     *,
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Checkpoint,
     batches: Sequence[Mapping[str, torch.Tensor]],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -73,7 +73,8 @@ def evaluate(
 
     Args:
         artifact: the compiled model.
-        weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format.
+        weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format; or an open
+            checkpoint.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
             `labels` [B, S] are the predicted tokens, or -100 for none; those of a causal model are at the position of
             the token itself. Without them, and without `decoder_input_ids`, the text itself is predicted.
@@ -90,7 +91,7 @@ def evaluate(
     """
     start = time.perf_counter()
     artifact, place, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
-    weights = as_path("weights", weights)
+    given = as_weights(weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     _require_predicting(artifact.manifest)
@@ -102,7 +103,7 @@ def evaluate(
             raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
         raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
-    prepared = prepare(artifact, open_checkpoint(Path(weights)), None, run_dtype, place)
+    prepared = prepare(artifact, open_checkpoint(given), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:
         progress(remark)
