@@ -56,7 +56,9 @@ SEQBUILD = (
     {"manifest"},
     {"passes"},
     {"build"},
+    {"modifiers"},
     {"verify"},
+    {"onecall"},
     {"cli"},
     {"", "__main__", "trace"},
 )

@@ -169,7 +169,7 @@ def _write_config(model: PreTrainedModel, directory: Path) -> None:
     config.architectures = [type(model).__name__]
     try:
         if model.is_remote_code():
-            custom_object_save(model, directory, config=config)
+            custom_object_save(model, directory, config=config)  # type: ignore[arg-type]  # or a config
         config.save_pretrained(directory)
     except Exception as error:  # transformers validates with many kinds of exceptions
         raise ModelError(f"the config of {type(model).__name__} cannot be saved: {error}") from error

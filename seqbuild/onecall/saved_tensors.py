@@ -36,7 +36,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, HeldTensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    record = _Record()
+    record = _RecordedRules()
     names = _saved_names(model)
     state = {name: record.add(_getter(model, name, tensor), tensor) for name, tensor in names.items()}
     try:
@@ -110,7 +110,7 @@ class _Operation:
     index: int | None
 
 
-class _Record(TorchFunctionMode):
+class _RecordedRules(TorchFunctionMode):
     """Records how tensors without data are computed, to compute one of them later from the model's own."""
 
     def __init__(self) -> None:
@@ -138,7 +138,8 @@ class _Record(TorchFunctionMode):
             return found
         with torch.no_grad():
             result = origin.function(*args, **kwargs)
-        return result if origin.index is None else result[origin.index]
+        one: torch.Tensor = result if origin.index is None else result[origin.index]
+        return one
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
