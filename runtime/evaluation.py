@@ -94,7 +94,7 @@ def evaluate(
     given = as_weights(weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    _require_predicting(artifact.manifest)
+    require_predicting(artifact.manifest)
     batches = model_batches(artifact, batches, is_scored=True)
     labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
@@ -156,7 +156,7 @@ def _summed_loss(
     return total
 
 
-def _require_predicting(manifest: Manifest) -> None:
+def require_predicting(manifest: Manifest) -> None:
     """Reject a model without a perplexity: one that does not predict each token from the previous ones."""
     logits = manifest.values.get(LOGITS)
     inputs = {entry.name: entry.shape for entry in manifest.inputs}

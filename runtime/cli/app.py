@@ -6,14 +6,16 @@ Only typer is imported at the top; torch and transformers are imported by the co
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, DataOptions, make_batches
+from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
@@ -27,12 +29,24 @@ if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
     from runtime.streaming.report import Calibration
 
-DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
+
+class HostCommands(CommandList):
+    """The commands of the host."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
+    }
+    others: ClassVar[Mapping[str, str]] = {
+        name: f"it is a command of the compiler: seqbuild {name}"
+        for name in ("quantize", "compile", "inspect", "verify", "data", "cache", "pack", "sign")
+    }
+
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=HostCommands,
     help="Calibrate and evaluate compiled models. Nothing is traced, and no network is used.",
     epilog="--debug, at any position, shows the traceback of an error.",
 )
@@ -96,25 +110,23 @@ def calibrate(
         has_masks=True,
     )
     batches = make_batches(loaded, job.data, data_options) if job.data is not None else []
-    options |= _memory_options(checkpoint_activations, activation_memory, statistics_memory)
+    options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
 def _recipe_of(job: Job, resume: bool) -> Recipe:
     """Check the output directory, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
-    from runtime.host.publish import require_free
-    from runtime.recipe.recipe import Recipe
-    from runtime.streaming.workplace import require_unfinished
+    from runtime.recipe.named import recipe_of
+    from runtime.streaming.workplace import require_startable
 
-    if resume:
-        require_unfinished(job.out)
-    require_free(job.out)
+    require_startable(job.out, resume=resume)
     prepare(job.artifact)
-    return Recipe.from_file(job.recipe)
+    return recipe_of(job.recipe)
 
 
-def _memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
+def memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
+    """Parse --checkpoint-activations, --activation-memory and --statistics-memory."""
     from runtime.streaming.activations import Budget
 
     return {
@@ -143,13 +155,13 @@ def _calibrate(
             batches=batches,
             out=job.out,
             progress=(lambda line: None) if as_json else say,
-            watchers=_watchers(stack, log, as_json),
+            watchers=run_watchers(stack, log, as_json),
             **options,
         )
     _report(result, as_json)
 
 
-def _watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher]:
+def run_watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher]:
     """Create the progress display, if the output is a terminal, and the event log."""
     import sys
 

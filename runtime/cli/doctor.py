@@ -226,20 +226,15 @@ def _device(name: str) -> tuple[str, torch.device]:
 def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, int]:
     """Compare weights and recipe with the artifact; return the least bytes of the result."""
     from runtime.checkpoint.dequantize import open_checkpoint
-    from runtime.quantize.assignments import least_bytes
-    from runtime.quantize.needs import RecipeNeeds
-    from runtime.quantize.preparation import prepare
-    from runtime.recipe.recipe import Recipe
+    from runtime.quantize.readiness import require_fitting
+    from runtime.recipe.named import recipe_of
 
-    recipe = Recipe.from_file(job.recipe)
-    checkpoint = open_checkpoint(job.weights)
-    prepared = prepare(artifact, checkpoint, recipe, dtype)
-    source, jobs = prepared.weights, prepared.jobs
-    needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
-    if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
+    recipe = recipe_of(job.recipe)
+    ready = require_fitting(artifact, open_checkpoint(job.weights), recipe, dtype)
+    if job.data is None and ready.needs_data:
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
-    size = human_bytes(source.checkpoint.total_bytes)
-    return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
+    size = human_bytes(ready.weights_bytes)
+    return f"weights: {size}, match the artifact; {ready.num_modules} modules will be quantized", ready.least_bytes
 
 
 def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
@@ -261,7 +256,7 @@ def _memory(
 ) -> None:
     """Predict the memory of the run from the sizes of its data, or from the default sizes for text."""
     from runtime.planning.request import memory_here, plan_artifact
-    from runtime.recipe.recipe import Recipe
+    from runtime.recipe.named import recipe_of
 
     sizes = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _DEFAULT_SIZES
     try:
@@ -270,7 +265,7 @@ def _memory(
             num_samples=sizes[0],
             seq_len=sizes[1],
             batch_size=_DEFAULT_BATCH,
-            recipe=Recipe.from_file(job.recipe),
+            recipe=recipe_of(job.recipe),
             dtype=dtype,
             device_type=device.type,
             limits=memory_here(device),

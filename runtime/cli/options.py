@@ -44,7 +44,8 @@ BundledWeights = Annotated[
     Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
 ]
 BundledRecipe = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML recipe in llm-compressor's format; default: the bundle's.")
+    Path | None,
+    typer.Option("--recipe", help="YAML recipe of llm-compressor, or a preset such as W4A16; default: the bundle's."),
 ]
 BundledData = Annotated[
     Path | None,

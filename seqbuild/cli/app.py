@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|plan|cache|pack|sign|data`.
+"""The command line `seqbuild`: quantize a model in one call, and each of its steps.
 
 Torch and transformers are imported only by commands that need them.
 """
@@ -7,30 +7,60 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
+from runtime.cli.commands import CommandList
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.options import takes_compile_options
+from seqbuild.cli.quantize import quantize
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
     from seqbuild.options import CompileOptions
 
+_QUANTIZE = "use seqbuild quantize MODEL --scheme W4A16 -o OUT"
+
+
+class Commands(CommandList):
+    """The commands of `seqbuild`."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Quantize a model": ("quantize", "recipes", "evaluate"),
+        "Step by step": ("compile", "data", "plan", "calibrate"),
+        "Look at a compiled model": ("inspect", "verify", "check", "cache"),
+        "For another host": ("pack", "sign", "doctor"),
+    }
+    others: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"), _QUANTIZE
+    )
+
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
-    epilog="--debug, in any position, shows the traceback of an error.",
+    cls=Commands,
+    help="Quantize a large language model layer by layer, in one call or step by step.",
+    epilog="seqbuild COMMAND --help lists the options of a command. --debug, in any position, shows the traceback of "
+    "an error.",
 )
 
+app.command()(quantize)
+app.command()(recipes)
+app.command()(evaluate)
+app.command()(plan)
+app.command()(calibrate)
+app.command("check")(check)
+app.command()(doctor)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
@@ -89,12 +119,12 @@ def inspect(
     code: Annotated[int | None, typer.Option("--code", min=0, metavar="N", help="Print subgraph N's source.")] = None,
 ) -> None:
     """Show an artifact's manifest, or the code of one subgraph."""
-    from runtime.chain import check
+    from runtime.chain import check as checked
     from runtime.errors import UsageError
     from seqbuild.cli.show import print_table
 
     require_output()
-    manifest, sources = check(artifact)
+    manifest, sources = checked(artifact)
     if code is not None:
         if code >= len(manifest.subgraphs):
             raise UsageError(
@@ -148,9 +178,6 @@ def verify(
     return 0 if found.is_equal else 1
 
 
-app.command()(plan)
-
-
 def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_json: bool) -> int:
     from seqbuild.verify.rebuild import rebuild
 
@@ -166,7 +193,7 @@ def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_js
 @app.command()
 def pack(
     artifact: ArtifactPath,
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host, or a preset such as W4A16.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file with the suffix .tar.")],
     data: Annotated[Path | None, typer.Option("--data", help="Token file written by seqbuild data.")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to include.")] = None,

@@ -35,7 +35,7 @@ from runtime.data.token_file import SUFFIX, read_token_file
 from runtime.errors import UsageError, WeightsError
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
-from runtime.recipe.recipe import Recipe
+from runtime.recipe.named import recipe_of
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
@@ -73,7 +73,7 @@ def pack(
 
     Args:
         artifact: a directory written by `seqbuild compile`.
-        recipe: the recipe file.
+        recipe: the recipe file, or the name of a preset or an algorithm.
         out: the bundle: a directory, or a file if the name ends in `.tar`.
         data: a token file written by `seqbuild data`; None for a recipe without statistics.
         weights: the checkpoint's directory; None leaves it out of the bundle.
@@ -84,7 +84,7 @@ def pack(
     """
     root, path = Path(artifact), Path(out)
     checked = check_artifact(root)
-    Recipe.from_file(Path(recipe))
+    parsed = recipe_of(recipe)
     if data is not None:
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
@@ -95,7 +95,7 @@ def pack(
     if signature is not None:
         files[f"{ARTIFACT}/{SIGNATURE_NAME}"] = signature
     files |= {f"{RUNTIME}/{name}": source for name, source in _runtime_files()}
-    files[RECIPE] = Path(recipe)
+    files[RECIPE] = parsed.text.encode("utf-8")
     if data is not None:
         files[DATA] = Path(data)
     if weights is not None:

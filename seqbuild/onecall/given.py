@@ -1,0 +1,55 @@
+"""What the caller of one call passes besides the options: objects in memory, and where progress is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.recipe.recipe import Recipe
+    from runtime.streaming.events import Watcher
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """Objects that replace the result of a step. None runs the step.
+
+    Attributes:
+        artifact: a compiled model.
+        weights: the directory of its weights.
+        recipe: what to quantize, and how.
+        batches: model inputs for the calibration.
+        held_out: model inputs for the evaluation.
+    """
+
+    artifact: Path | None = None
+    weights: Path | None = None
+    recipe: Recipe | None = None
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None
+    held_out: Sequence[Mapping[str, torch.Tensor]] | None = None
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+def _no_watchers(stack: ExitStack) -> Sequence[Watcher]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Show:
+    """Where progress is shown.
+
+    Attributes:
+        line: called with each line.
+        watchers: makes the watchers of the calibration, which live until the stack is closed.
+    """
+
+    line: Callable[[str], None] = _ignore
+    watchers: Callable[[ExitStack], Sequence[Watcher]] = _no_watchers

@@ -1,0 +1,234 @@
+"""The steps of one call. Each can be used alone; none prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.cli.batches import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DataOptions, make_batches
+from runtime.errors import DataError, ModelError, SeqbuildError
+from seqbuild.build import compile_with
+from seqbuild.model.source import resolve_source
+from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, QuantizeOptions, user_artifacts
+from seqbuild.options import CompileOptions
+from seqbuild.text import builtin_evaluation, builtin_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.chain import Artifact
+    from runtime.evaluation import Evaluation
+    from runtime.planning.request import Planned
+    from runtime.quantize.readiness import Readiness
+    from runtime.recipe.recipe import Recipe
+    from runtime.streaming.report import Calibration
+    from seqbuild.cache.recall import Compiled
+    from seqbuild.onecall.given import Show
+
+    Batches = Sequence[Mapping[str, torch.Tensor]]
+
+_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
+_MEDIA_CONFIGS = ("vision_config", "audio_config")
+
+
+def require_free_output(options: QuantizeOptions) -> None:
+    """Reject an output that exists, or that an interrupted run has begun, unless it is resumed.
+
+    Raises:
+        OutputError: naming it and what to do.
+    """
+    from runtime.streaming.workplace import require_startable
+
+    require_startable(options.out, resume=options.resume)
+
+
+def find_weights(options: QuantizeOptions) -> Path:
+    """Return the model's directory, whose weights are complete.
+
+    Raises:
+        ModelError, WeightsError: there is no such model, or no weights.
+        OutputError: the output is inside it.
+    """
+    from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.host.publish import require_outside
+
+    source = resolve_source(options.model, revision=options.revision)
+    if Path(options.model).is_file():
+        raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
+    open_checkpoint(source.directory)
+    require_outside(options.out, source.directory)
+    return source.directory
+
+
+def compile_model_for(options: QuantizeOptions) -> Compiled:
+    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
+
+    Raises:
+        ModelError, TargetError, TraceError, OutputError: as `compile_with`.
+    """
+    source = resolve_source(options.model, revision=options.revision)
+    has_media = any(isinstance(source.config.get(name), Mapping) for name in _MEDIA_CONFIGS)
+    return compile_with(
+        CompileOptions(
+            model=options.model,
+            revision=options.revision,
+            text_only=options.text_only or has_media,
+            leaves=options.leaves,
+            out=options.artifacts or user_artifacts(),
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+
+
+def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: QuantizeOptions) -> Readiness:
+    """Check that the recipe fits the model, its weights and the disk.
+
+    Raises:
+        RecipeError, WeightsError, OutputError: if it does not.
+    """
+    from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.checkpoint.writer import require_space
+    from runtime.host.devices import resolve_dtype
+    from runtime.quantize.readiness import require_fitting
+
+    dtype = artifact.run_dtype(resolve_dtype(options.dtype))
+    ready = require_fitting(artifact, open_checkpoint(weights), recipe, dtype)
+    require_space(options.out, ready.least_bytes)
+    return ready
+
+
+def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches:
+    """Read the calibration data.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model.
+    """
+    data = DataOptions(
+        tokenizer=options.tokenizer,
+        weights=weights,
+        samples=options.samples,
+        default_samples=DEFAULT_SAMPLES,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        pack=options.pack,
+        loss_mask=options.loss_mask,
+        has_masks=True,
+    )
+    return _batches(artifact, options.data, builtin_text(), data)
+
+
+def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches | str:
+    """Read the text that the evaluation predicts, or return the reason why perplexity cannot be measured.
+
+    Raises:
+        DataError: the user's text cannot be read, or does not fit the model.
+    """
+    from runtime.evaluation import require_predicting
+
+    is_builtin = options.eval_data == (BUILTIN,)
+    data = DataOptions(
+        tokenizer=options.tokenizer,
+        weights=weights,
+        samples=None,
+        default_samples=EVALUATED_SAMPLES,
+        seq_len=min(options.seq_len, DEFAULT_SEQ_LEN) if options.seq_len is not None else None,
+        batch_size=options.batch_size,
+        # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
+        pack=options.pack and not is_builtin,
+    )
+    try:
+        require_predicting(artifact.manifest)
+    except ModelError as error:
+        return str(error)
+    try:
+        return _batches(artifact, options.eval_data, builtin_evaluation(), data)
+    except SeqbuildError as error:
+        if not is_builtin:
+            raise
+        return str(error)
+
+
+def _batches(artifact: Artifact, given: Sequence[str], builtin: Path, data: DataOptions) -> Batches:
+    """Make the model's inputs from data; this is the only call that reads any."""
+    paths = [builtin if name == BUILTIN else Path(name) for name in given]
+    if len(paths) > 1:
+        raise DataError(f"{len(paths)} sources of data were given", hint="pass one --data")
+    return make_batches(artifact, paths[0], data)
+
+
+def run_calibration(
+    artifact: Artifact, weights: Path, recipe: Recipe, batches: Batches, options: QuantizeOptions, show: Show
+) -> Calibration:
+    """Quantize the model and write the checkpoint.
+
+    Raises:
+        SeqbuildError: as `runtime.calibration.calibrate`.
+    """
+    from runtime.calibration import calibrate
+    from runtime.host.devices import resolve_device, resolve_dtype
+
+    with ExitStack() as stack:
+        return calibrate(
+            artifact,
+            weights=weights,
+            recipe=recipe,
+            batches=batches,
+            out=options.out,
+            device=resolve_device(options.device),
+            dtype=resolve_dtype(options.dtype),
+            progress=show.line,
+            watchers=show.watchers(stack),
+            max_shard_bytes=options.max_shard_bytes,
+            resume=options.resume,
+            checkpoint_activations=options.checkpoint_activations,
+            activation_memory=options.activation_memory,
+            propagate_error=options.propagate_error,
+            moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+            statistics_memory=options.statistics_memory,
+            force=options.force,
+        )
+
+
+def measure(artifact: Artifact, weights: Path, batches: Batches, options: QuantizeOptions) -> Evaluation:
+    """Measure the perplexity of a checkpoint.
+
+    Raises:
+        SeqbuildError: as `runtime.evaluation.evaluate`.
+    """
+    from runtime.evaluation import evaluate
+    from runtime.host.devices import resolve_device, resolve_dtype
+
+    return evaluate(
+        artifact,
+        weights=weights,
+        batches=batches,
+        device=resolve_device(options.device),
+        dtype=resolve_dtype(options.dtype),
+    )
+
+
+def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: QuantizeOptions) -> Planned:
+    """Predict the memory and disk space of the calibration, on this host.
+
+    Raises:
+        SeqbuildError: as `runtime.planning.request.plan_artifact`.
+    """
+    from runtime.host.devices import resolve_device, resolve_dtype
+    from runtime.planning.request import memory_here, plan_artifact
+
+    device = resolve_device(options.device)
+    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
+    return plan_artifact(
+        artifact,
+        num_samples=sum(size[0] for size in sizes),
+        seq_len=max(size[1] for size in sizes),
+        batch_size=max(size[0] for size in sizes),
+        recipe=recipe,
+        dtype=resolve_dtype(options.dtype),
+        device_type=device.type,
+        budget=options.activation_memory,
+        statistics_bytes=options.statistics_memory,
+        limits=memory_here(device),
+    )
