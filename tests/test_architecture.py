@@ -67,8 +67,9 @@ LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
 SHARED |= {"checkpoint", "data", "recipe"}
 # By part of the compiler, what it may import besides: `verify` is a host, and both command lines share commands and
-# options.
+# options; one call ends with a calibration.
 BESIDES = {"verify": {"weights"}, "cli": {"cli"}, "": {"planning"}}
+BESIDES["onecall"] = {"calibration", "evaluation", "planning", "quantize", "streaming", "formats", "cli"}
 
 
 def imports(path: Path) -> set[str]:

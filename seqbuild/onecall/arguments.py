@@ -41,7 +41,10 @@ _LIMITED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "raw_kwargs": ((None, {}), "load the data set with the datasets library, and pass it as dataset"),
     "recipe_args": ((None, [], {}), "write the values into the recipe"),
     "save_compressed": ((True,), "checkpoints are always compressed"),
-    "sequential_offload_device": (("cpu",), "values between subgraphs are kept in memory or on disk, by activation_memory"),
+    "sequential_offload_device": (
+        ("cpu",),
+        "values between subgraphs are kept in memory or on disk, by activation_memory",
+    ),
     "stage": ((None,), "all modifiers of a recipe are applied; pass a recipe with those that you want"),
     "tie_word_embeddings": ((True, None), "embeddings stay tied as in the model; untie them in the model"),
 }
@@ -51,7 +54,42 @@ _COLLATORS = ("truncation", "padding")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneshotOptions:
-    """The arguments of `oneshot`, which describes them."""
+    """The arguments of `oneshot`.
+
+    Attributes:
+        model: hub id in the local cache, directory, or `PreTrainedModel` in memory.
+        recipe: YAML text, path, name of a preset, `Recipe`, modifier or list of modifiers.
+        dataset: data set in memory, path, or id of a data set; None for the built-in text, if the recipe needs data.
+        output_dir: of the checkpoint; None only with `load`.
+        load: return the quantized model of transformers instead of the result of the calibration.
+        tokenizer: for texts and records; by default the model's. A hub id, a directory or an object.
+        processor: as `tokenizer`.
+        dataset_config_name: the configuration of a data set that `dataset` names.
+        splits: the split of a data set, such as `train` or `train[:512]`.
+        text_column: the field of a record that has the text or the messages; `text` finds it.
+        preprocessing_func: called with each row; returns the row to use.
+        data_collator: called with a list of `batch_size` rows; returns a batch. A name is accepted and has no effect.
+        concatenate_data: join texts, and cut samples of `max_seq_length` tokens.
+        num_calibration_samples: the largest number of samples; a DataLoader is used whole.
+        shuffle_calibration_samples: choose rows at random instead of the first ones.
+        seed: of that choice.
+        max_seq_length: the largest number of tokens of a sample; None for the model's limit, at most 2,048. Tokenized
+            rows are cut only if it is given.
+        batch_size: the largest number of samples of a batch; they have equal lengths.
+        use_loss_mask: measure only the tokens of the assistant in conversations.
+        model_revision: branch, tag or commit of a hub id.
+        trust_remote_code_model: allow executing the model's own code.
+        sequential_targets: the modules to cut at; by default those of the recipe, or the model's layers.
+        sequential_targets_per_subgraph: the number of these in each subgraph.
+        ignore: modules that a preset does not apply to, besides those that are never quantized.
+        moe_calibrate_all_experts, propagate_error: as in `RunOptions`.
+        precision: dtype of weights and activations in the run; `auto` for the model's own.
+        device: where subgraphs run; `auto` for a GPU if there is one.
+        log_dir: a directory for the event log.
+        artifacts: the directory of compiled models; None for that of the user's cache.
+        progress: called with each line of progress.
+        run: further arguments of `calibrate`.
+    """
 
     model: Any
     recipe: Any
@@ -61,7 +99,7 @@ class OneshotOptions:
     tokenizer: Any = None
     processor: Any = None
     dataset_config_name: str | None = None
-    splits: Any = None
+    splits: str | None = None
     text_column: str = "text"
     preprocessing_func: Callable[[Any], Any] | None = None
     data_collator: str | Callable[[Any], Any] = "truncation"
@@ -72,11 +110,11 @@ class OneshotOptions:
     max_seq_length: int | None = None
     batch_size: int = 1
     use_loss_mask: bool = False
-    model_revision: str | None = None
+    model_revision: str | None = "main"
     trust_remote_code_model: bool = False
-    sequential_targets: Sequence[str] | str | None = None
+    sequential_targets: tuple[str, ...] = ()
     sequential_targets_per_subgraph: int = 1
-    ignore: Sequence[str] | str | None = None
+    ignore: tuple[str, ...] = ()
     moe_calibrate_all_experts: bool = True
     propagate_error: bool = True
     precision: Any = "auto"
@@ -102,6 +140,8 @@ class OneshotOptions:
         for name in ("output_dir", "log_dir", "artifacts"):
             if getattr(self, name) is not None:
                 self._set(name, as_path(name, getattr(self, name)))
+        if self.recipe is None:
+            raise UsageError("no recipe was given", hint="pass the name of a preset such as W4A16, or modifiers")
         self._set("precision", _dtype_name(self.precision))
         for name in ("sequential_targets", "ignore"):
             self._set(name, _names(name, getattr(self, name)))
@@ -114,12 +154,6 @@ class OneshotOptions:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as frozen dataclasses do
-
-    @property
-    def split(self) -> str | None:
-        """The split of the data set."""
-        found: str | None = self.splits
-        return found
 
     @property
     def data_argument(self) -> str | None:

@@ -1,8 +1,8 @@
 """Make the model's inputs from rows in memory.
 
-A row is a text, a record with text or messages, or tokenized: a mapping from `input_ids` and other inputs to numbers. A
-tokenized row is one sample, [S] or [1, S]. Samples of text with equal shapes are batched, the longest first, and nothing
-is padded or cut to fit a batch.
+A row is a text, a record with text or messages, or tokenized: a mapping from `input_ids` and other inputs to numbers.
+A tokenized row is one sample, [S] or [1, S]. Samples of text with equal shapes are batched, the longest first, and
+nothing is padded or cut to fit a batch.
 
 Shapes: B samples of a batch, S tokens of a sample.
 """
@@ -18,7 +18,7 @@ import torch
 from runtime.arguments import shown
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
-from runtime.data.documents import as_document
+from runtime.data.documents import _as_document
 from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
@@ -56,9 +56,11 @@ def row_batches(
     collate = options.data_collator
     if callable(collate):
         return _collated(rows, options, collate)
-    samples = list(itertools.islice(_samples(rows, options, tokenizer, length, inputs), options.num_calibration_samples))
+    samples = list(
+        itertools.islice(_samples(rows, options, tokenizer, length, inputs), options.num_calibration_samples)
+    )
     if not samples:
-        what = "no window of {length} tokens" if options.concatenate_data else "only white space"
+        what = f"less than {length} tokens" if options.concatenate_data else "only white space"
         raise DataError(f"the data set has {what}", hint="use more text, or a smaller max_seq_length")
     return _batched(samples, options.batch_size)
 
@@ -107,12 +109,15 @@ def _sample(row: Any, number: int, length: int | None, inputs: Collection[str] |
     wanted = {name: value for name, value in row.items() if inputs is None or name in inputs or name in BESIDE_INPUTS}
     found = {name: tensor for name, value in wanted.items() if (tensor := _tensor(value)) is not None}
     if IDS not in found or found[IDS].dim() not in (1, 2) or not found[IDS].numel():
-        raise DataError(f"{IDS} of row {number} is {shown(row[IDS])}", hint="it must be a list of integers, or a tensor")
+        raise DataError(
+            f"{IDS} of row {number} is {shown(row[IDS])}", hint="it must be a list of integers, or a tensor"
+        )
     if found[IDS].dim() == 1:
         found = {name: tensor.unsqueeze(0) for name, tensor in found.items()}
     if len(found[IDS]) != 1:
         raise DataError(
-            f"row {number} has {len(found[IDS])} samples", hint="pass batches in a DataLoader, or one sample in each row"
+            f"row {number} has {len(found[IDS])} samples",
+            hint="pass batches in a DataLoader, or one sample in each row",
         )
     cut = {name: value[:, :length] for name, value in found.items() if name in _SEQUENCES and value.dim() == 2}
     found |= cut
@@ -140,7 +145,7 @@ def _text_sample(
     if not isinstance(row, (str, Mapping)):
         raise DataError(f"{where} is {shown(row)}", hint="a row is a text, a record or a mapping with input_ids")
     columns = () if isinstance(row, str) or options.text_column == "text" else (options.text_column,)
-    document = as_document(row, where, columns)
+    document = _as_document(row, where)
     if document.is_blank:
         return None
     ids_S, counts_S = document_tokens(tokenizer, document, length, options.use_loss_mask)

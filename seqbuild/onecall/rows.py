@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import shown
@@ -34,7 +35,7 @@ def require_dataset(options: OneshotOptions) -> Any:
     Raises:
         UsageError: it is of an unsupported type, or has no such split.
     """
-    dataset, split = options.dataset, options.split
+    dataset, split = options.dataset, options.splits
     if _is_of_datasets(dataset) and isinstance(dataset, Mapping):
         return _split_of(dataset, split)
     if split is not None:
@@ -68,14 +69,14 @@ def chosen_rows(dataset: Any, options: OneshotOptions) -> Iterator[Any]:
 def _raw_rows(dataset: Any, options: OneshotOptions) -> Iterator[Any]:
     count = options.num_calibration_samples
     if not _is_indexed(dataset):
-        # Joined documents fill samples, so their number is unknown; blank ones are skipped.
         yield from dataset
         return
-    indices: Iterable[int] = range(len(dataset))
+    indices: Sequence[int] = range(len(dataset))
     if options.shuffle_calibration_samples and count < len(dataset):
         order = random.Random(options.seed)
-        few = order.sample(indices, len(dataset) if options.concatenate_data else count)
-        indices = few if options.concatenate_data else sorted(few)
+        # Of joined texts, it is unknown how many are needed.
+        is_joined = options.concatenate_data
+        indices = order.sample(indices, len(dataset)) if is_joined else sorted(order.sample(indices, count))
     for index in indices:
         yield dataset[index]
 
@@ -101,10 +102,9 @@ def _split_of(dataset: Mapping[str, Any], split: str | None) -> Any:
         return found
     if not _is_indexed(found):
         raise UsageError(f"the split {split!r} is a part of a stream", hint="pass dataset[name].take(number)")
-    from datasets import ReadInstruction
-
+    library: Any = sys.modules["datasets"]
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({name: len(found)})
+        parts = library.ReadInstruction.from_spec(split).to_absolute({name: len(found)})
     except (ValueError, AssertionError) as error:
         raise UsageError(f"splits is {split!r}: {error}", hint="write it as train[:512] or train[:10%]") from error
     return found.select([index for part in parts for index in range(part.from_ or 0, part.to or len(found))])

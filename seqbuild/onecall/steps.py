@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from runtime.cli.batches import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DataOptions, make_batches
 from runtime.errors import DataError, ModelError, SeqbuildError
 from seqbuild.build import compile_with
-from seqbuild.model.source import resolve_source
+from seqbuild.model.source import Source, resolve_source
 from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, QuantizeOptions, user_artifacts
 from seqbuild.options import CompileOptions
 from seqbuild.text import builtin_evaluation, builtin_text
@@ -69,17 +69,21 @@ def compile_model_for(options: QuantizeOptions) -> Compiled:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
     """
     source = resolve_source(options.model, revision=options.revision)
-    has_media = any(isinstance(source.config.get(name), Mapping) for name in _MEDIA_CONFIGS)
     return compile_with(
         CompileOptions(
             model=options.model,
             revision=options.revision,
-            text_only=options.text_only or has_media,
+            text_only=options.text_only or has_media(source),
             leaves=options.leaves,
             out=options.artifacts or user_artifacts(),
             trust_remote_code=options.trust_remote_code,
         )
     )
+
+
+def has_media(source: Source) -> bool:
+    """Whether a model has inputs for images or sounds."""
+    return any(isinstance(source.config.get(name), Mapping) for name in _MEDIA_CONFIGS)
 
 
 def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: QuantizeOptions) -> Readiness:
@@ -116,7 +120,16 @@ def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOpti
         loss_mask=options.loss_mask,
         has_masks=True,
     )
-    return _batches(artifact, options.data, builtin_text(), data)
+    return text_batches(artifact, options.data, data)
+
+
+def text_batches(artifact: Artifact, given: Sequence[str], data: DataOptions) -> Batches:
+    """Read the calibration data that these arguments name.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model.
+    """
+    return _batches(artifact, given, builtin_text(), data)
 
 
 def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches | str:
