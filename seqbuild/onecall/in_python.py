@@ -11,11 +11,12 @@ load        the quantized model, if wanted
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from runtime.streaming.report import Calibration
     from seqbuild.model.source import Source
     from seqbuild.onecall.steps import Batches
+
+
+_USUAL_REVISION = "main"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +109,9 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
                 preparers_directory=loaded.source.directory,
             )
         return
-    source = resolve_source(os.fspath(options.model), revision=options.model_revision)
+    source = resolve_source(
+        os.fspath(options.model), revision=None if options.model_revision == _USUAL_REVISION else options.model_revision
+    )
     if os.path.isfile(options.model):
         raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as directory:
@@ -130,13 +136,10 @@ def _class_of(source: Source) -> type | None:
 
 def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -> list[Batch]:
     """Read a data set in memory; columns that are no inputs of the model are left out."""
-    import inspect
-
     inputs = tuple(inspect.signature(opened.kind.forward).parameters) if opened.kind is not None else None  # type: ignore[attr-defined]
     if is_loader(dataset):
         return [_without_others(batch, inputs) for batch in dataset]
     directory = opened.source.directory
-
     return row_batches(
         chosen_rows(dataset, options),
         options,
@@ -147,8 +150,6 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
 
 
 def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
-    from collections.abc import Mapping
-
     if not isinstance(batch, Mapping) or inputs is None:
         return batch
     return {name: value for name, value in batch.items() if name in inputs or name in TEXT_INPUTS} or batch
@@ -223,7 +224,7 @@ def _named_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact,
         dtype = artifact.run_dtype(resolve_dtype(options.precision))
         if not require_fitting(artifact, open_checkpoint(opened.weights), recipe, dtype).needs_data:
             return ()
-        warnings.warn("the recipe needs data, and no dataset was given: the built-in text is used", stacklevel=5)
+        warnings.warn("the recipe needs data, and no dataset was given: the built-in text is used", stacklevel=4)
     is_packed = argument in (None, BUILTIN) or options.concatenate_data
     data = DataOptions(
         tokenizer=opened.preparers_directory,

@@ -63,7 +63,7 @@ def loaded_model(model: PreTrainedModel, preparers: Sequence[Any] = ()) -> Itera
         ModelError: if the model is not what its config describes, or has no weights in this process.
     """
     require_as_built(model)
-    origin = origin_of(model)
+    origin = _origin_of(model)
     name = Path(str(model.config.name_or_path)).name or type(model).__name__
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as parent:
         directory = Path(parent) / name
@@ -86,7 +86,7 @@ def loaded_model(model: PreTrainedModel, preparers: Sequence[Any] = ()) -> Itera
         yield LoadedModel(source=source, checkpoint=MemoryCheckpoint(directory, tensors), attention=_attention(model))
 
 
-def origin_of(model: PreTrainedModel) -> Path | None:
+def _origin_of(model: PreTrainedModel) -> Path | None:
     """Return the directory that a model was loaded from, or of its hub id in the cache; None if there is none."""
     given = str(model.config.name_or_path or "")
     if not given:
@@ -142,7 +142,8 @@ def require_as_built(model: PreTrainedModel) -> None:
 def _require_module(name: str, module: nn.Module, own: str) -> None:
     kind = type(module)
     is_known = kind.__module__.partition(".")[0] in _LIBRARIES and not kind.__module__.startswith(_WRAPPERS)
-    is_own = kind.__module__.rpartition(".")[0] == own.rpartition(".")[0]
+    package = own.rpartition(".")[0]
+    is_own = kind.__module__ == own or (package != "" and kind.__module__.startswith(f"{package}."))
     where = f"{name} of the model" if name else "the model"
     if not is_known and not is_own:
         raise ModelError(

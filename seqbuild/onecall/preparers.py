@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from seqbuild.onecall.arguments import OneshotOptions
 
 
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
 def given_preparers(options: OneshotOptions) -> tuple[Any, ...]:
     """Return the tokenizer and the processor that the caller gave, loaded.
 
@@ -42,10 +45,9 @@ def tokenizer_of(preparers: Sequence[Any], directory: Path) -> PreTrainedTokeniz
         found = getattr(preparer, "tokenizer", preparer)
         if isinstance(found, PreTrainedTokenizerBase):
             return found
-    try:
-        return load_tokenizer(directory)
-    except DataError as error:
-        raise DataError(error.message, hint="pass tokenizer=, or tokenized rows, which need none") from error
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError("the data is text, and the model has no tokenizer", hint="pass tokenizer=, or tokenized rows")
+    return load_tokenizer(directory)
 
 
 def _loaded(name: str, value: Any) -> Any:

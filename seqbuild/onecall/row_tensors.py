@@ -18,7 +18,7 @@ import torch
 from runtime.arguments import shown
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
-from runtime.data.documents import _as_document
+from runtime.data.documents import Document, _as_document
 from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
@@ -98,12 +98,20 @@ def _samples(
 
 
 def _is_tokenized(row: Any) -> bool:
-    return isinstance(row, torch.Tensor) or (isinstance(row, Mapping) and IDS in row)
+    return isinstance(_as_mapping(row), Mapping) and IDS in _as_mapping(row)
+
+
+def _as_mapping(row: Any) -> Any:
+    """Give the ids of a sample, or the messages of a conversation, their name."""
+    is_list = isinstance(row, (list, tuple)) and len(row) > 0
+    if is_list and all(isinstance(item, Mapping) for item in row):
+        return {"messages": list(row)}
+    return {IDS: row} if is_list or hasattr(row, "__array__") else row
 
 
 def _sample(row: Any, number: int, length: int | None, inputs: Collection[str] | None) -> Batch:
     """Convert a tokenized row to a batch of one."""
-    row = {IDS: row} if isinstance(row, torch.Tensor) else row
+    row = _as_mapping(row)
     if not isinstance(row, Mapping) or IDS not in row:
         raise DataError(f"row {number} has no {IDS}, but the first row has", hint="pass rows of one kind")
     wanted = {name: value for name, value in row.items() if inputs is None or name in inputs or name in BESIDE_INPUTS}
@@ -141,11 +149,12 @@ def _text_sample(
     row: Any, number: int, options: OneshotOptions, tokenizer: PreTrainedTokenizerBase, length: int | None
 ) -> Batch | None:
     """Tokenize a text or a record; None for white space."""
-    where = f"row {number}"
+    where, row = f"row {number}", _as_mapping(row)
     if not isinstance(row, (str, Mapping)):
         raise DataError(f"{where} is {shown(row)}", hint="a row is a text, a record or a mapping with input_ids")
-    columns = () if isinstance(row, str) or options.text_column == "text" else (options.text_column,)
-    document = _as_document(row, where)
+    if isinstance(row, Mapping) and options.text_column != "text":
+        row = {"text": row.get(options.text_column)}
+    document = Document(where, row) if isinstance(row, str) else _as_document(row, where)
     if document.is_blank:
         return None
     ids_S, counts_S = document_tokens(tokenizer, document, length, options.use_loss_mask)

@@ -22,6 +22,8 @@ EXPECTED = (
     "pass a data set of the datasets library, a DataLoader, an iterable of records, a path, or the id of a data set"
 )
 _DEFAULT_SPLIT = "train"
+# Their tables iterate over columns.
+_HINTS = {"pandas": 'pass frame.to_dict("records")', "polars": "pass frame.to_dicts()"}
 
 
 def is_loader(dataset: Any) -> bool:
@@ -36,19 +38,20 @@ def require_dataset(options: OneshotOptions) -> Any:
         UsageError: it is of an unsupported type, or has no such split.
     """
     dataset, split = options.dataset, options.splits
-    if _is_of_datasets(dataset) and isinstance(dataset, Mapping):
+    library = type(dataset).__module__.partition(".")[0]
+    if library == "datasets" and isinstance(dataset, Mapping):
         return _split_of(dataset, split)
+    hint = _HINTS.get(library, EXPECTED)
+    if isinstance(dataset, Mapping):
+        hint = "put it into a list: [row]"
+    elif callable(dataset) and not isinstance(dataset, Iterable):
+        hint = "call it, and pass what it returns"
+    is_table = library in _HINTS or isinstance(dataset, (bytes, bytearray, Mapping))
+    if is_table or not (isinstance(dataset, Iterable) or _is_indexed(dataset)):
+        raise UsageError(f"dataset is {shown(dataset)}", hint=hint)
     if split is not None:
         raise UsageError(f"splits is {split!r}, but the data set has none", hint="leave splits out")
-    if isinstance(dataset, (bytes, Mapping)) or hasattr(dataset, "to_dict"):
-        hint = {"pandas": 'pass frame.to_dict("records")'}.get(type(dataset).__module__.partition(".")[0])
-        if not _is_of_datasets(dataset):
-            hint = hint or ("put it into a list" if isinstance(dataset, Mapping) else EXPECTED)
-            raise UsageError(f"dataset is {shown(dataset)}", hint=hint)
-    if isinstance(dataset, Iterable) or _is_indexed(dataset):
-        return dataset
-    hint = "call it, and pass what it returns" if callable(dataset) else EXPECTED
-    raise UsageError(f"dataset is {shown(dataset)}", hint=hint)
+    return dataset
 
 
 def chosen_rows(dataset: Any, options: OneshotOptions) -> Iterator[Any]:
@@ -82,11 +85,8 @@ def _raw_rows(dataset: Any, options: OneshotOptions) -> Iterator[Any]:
 
 
 def _is_indexed(dataset: Any) -> bool:
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
-def _is_of_datasets(dataset: Any) -> bool:
-    return type(dataset).__module__.partition(".")[0] == "datasets"
+    is_stream = any(kind.__name__ == "IterableDataset" for kind in type(dataset).__mro__)
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not is_stream
 
 
 def _split_of(dataset: Mapping[str, Any], split: str | None) -> Any:

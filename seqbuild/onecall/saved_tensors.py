@@ -54,7 +54,10 @@ def _saved_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if name not in ignored:
-            names.setdefault(id(tensor), []).append(name)
+            source = state.get(tied.get(name, ""))
+            # accelerate gives each of the tied tensors that it offloads a parameter of its own.
+            is_tied = tensor.is_meta and source is not None and source.is_meta
+            names.setdefault(id(source if is_tied else tensor), []).append(name)
     dropped: set[str] = set()
     for same in names.values():
         derived = [name for name in sorted(same) if name in tied]
