@@ -88,6 +88,7 @@ class OneshotOptions:
         log_dir: a directory for the event log.
         artifacts: the directory of compiled models; None for that of the user's cache.
         progress: called with each line of progress.
+        is_data_free: reject a recipe that needs data instead of using the built-in text.
         run: further arguments of `calibrate`.
     """
 
@@ -122,6 +123,7 @@ class OneshotOptions:
     log_dir: Path | None = None
     artifacts: Path | None = None
     progress: Callable[[str], None] | None = None
+    is_data_free: bool = False
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -179,14 +181,14 @@ def parse_arguments(given: Mapping[str, Any], others: Mapping[str, Any], run: Se
     Raises:
         UsageError: an argument is unknown, unsupported or has an invalid value.
     """
-    known = {entry.name for entry in fields(OneshotOptions)} - {"run"}
+    is_data_free = others.get("pipeline") == "datafree"
     for name, value in others.items():
         if name in _LIMITED:
             accepted, why = _LIMITED[name]
             if not any(value is one or (type(value) is type(one) and value == one) for one in accepted):
                 raise UsageError(f"{name}={shown(value)} is not supported", hint=why)
         elif name not in run and name not in WITHOUT_EFFECT and name != "dataset_path":
-            names = sorted({*known, *run, *_LIMITED, *WITHOUT_EFFECT, "dataset_path"})
+            names = sorted({*given, *run, *_LIMITED, *WITHOUT_EFFECT, "dataset_path"})
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
             raise UsageError(
                 f"oneshot has no argument {name!r}",
@@ -195,9 +197,11 @@ def parse_arguments(given: Mapping[str, Any], others: Mapping[str, Any], run: Se
     values = dict(given)
     if others.get("dataset_path") is not None:
         values["dataset"] = others["dataset_path"]
-    if others.get("pipeline") == "datafree" and values.get("dataset") is not None:
+    if is_data_free and values.get("dataset") is not None:
         raise UsageError("pipeline='datafree' was given with a data set", hint="leave one of them out")
-    return OneshotOptions(**values, run={name: others[name] for name in run if name in others})
+    return OneshotOptions(
+        **values, is_data_free=is_data_free, run={name: others[name] for name in run if name in others}
+    )
 
 
 def _dtype_name(value: Any) -> str:

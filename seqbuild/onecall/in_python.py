@@ -11,6 +11,7 @@ load        the quantized model, if wanted
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import tempfile
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import ModelError
+from runtime.errors import ModelError, UsageError
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
@@ -143,7 +144,7 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
     return row_batches(
         chosen_rows(dataset, options),
         options,
-        lambda: tokenizer_of(opened.preparers, directory),
+        functools.cache(lambda: tokenizer_of(opened.preparers, directory)),
         _text_length(options, opened.source),
         inputs,
     )
@@ -224,6 +225,8 @@ def _named_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact,
         dtype = artifact.run_dtype(resolve_dtype(options.precision))
         if not require_fitting(artifact, open_checkpoint(opened.weights), recipe, dtype).needs_data:
             return ()
+        if options.is_data_free:
+            raise UsageError("pipeline is 'datafree', but the recipe needs data", hint="pass dataset=")
         warnings.warn("the recipe needs data, and no dataset was given: the built-in text is used", stacklevel=4)
     is_packed = argument in (None, BUILTIN) or options.concatenate_data
     data = DataOptions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def tokenizer_of(preparers: Sequence[Any], directory: Path) -> PreTrainedTokeniz
     for preparer in preparers:
         found = getattr(preparer, "tokenizer", preparer)
         if isinstance(found, PreTrainedTokenizerBase):
-            return found
+            return copy.deepcopy(found)  # a tokenizer keeps, and saves, the length at which it last cut a text
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError("the data is text, and the model has no tokenizer", hint="pass tokenizer=, or tokenized rows")
     return load_tokenizer(directory)

@@ -91,9 +91,9 @@ def _samples(
         for number, row in rest:
             yield _sample(row, number, options.max_seq_length, inputs)
     elif options.concatenate_data:
-        yield from _windows((_text_sample(row, number, options, tokenizer(), None) for number, row in rest), length)
+        yield from _windows((_text_sample(row, number, options, tokenizer, None) for number, row in rest), length)
     else:
-        made = (_text_sample(row, number, options, tokenizer(), length) for number, row in rest)
+        made = (_text_sample(row, number, options, tokenizer, length) for number, row in rest)
         yield from (sample for sample in made if sample is not None)
 
 
@@ -146,7 +146,11 @@ def _tensor(value: Any) -> torch.Tensor | None:
 
 
 def _text_sample(
-    row: Any, number: int, options: OneshotOptions, tokenizer: PreTrainedTokenizerBase, length: int | None
+    row: Any,
+    number: int,
+    options: OneshotOptions,
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    length: int | None,
 ) -> Batch | None:
     """Tokenize a text or a record; None for white space."""
     where, row = f"row {number}", _as_mapping(row)
@@ -157,6 +161,7 @@ def _text_sample(
     document = Document(where, row) if isinstance(row, str) else _as_document(row, where)
     if document.is_blank:
         return None
+    tokenizer = load_tokenizer()
     ids_S, counts_S = document_tokens(tokenizer, document, length, options.use_loss_mask)
     sample = {IDS: ids_S[None], MASK: torch.ones_like(ids_S)[None]}
     if options.use_loss_mask:
