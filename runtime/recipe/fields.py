@@ -200,6 +200,8 @@ def _from_python(name: str, value: Any) -> Any:
         items = Items(_from_python(f"an element of {name}", item) for item in value)
         items.line, items.lines = 0, [0] * len(items)
         return items
+    if type(value).__module__ == "numpy" and callable(getattr(value, "item", None)):
+        return value.item() if getattr(value, "ndim", 0) == 0 else value
     if type(value).__module__ == "torch":  # a device or a dtype
         return Text(str(value).removeprefix("torch."))
     return value

@@ -34,7 +34,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "empty model": ({"model": ""}, ModelError, "no model"),
     "number as data": ({"dataset": 3}, UsageError, "dataset is 3"),
     "row as data": ({"dataset": {"text": "a"}}, UsageError, r"put it into a list"),
-    "function as data": ({"dataset": lambda: []}, UsageError, "call it, and pass what it returns"),
+    "function as data": ({"dataset": list}, UsageError, "call it, and pass what it returns"),
     "bytes as data": ({"dataset": b"text"}, UsageError, "dataset is a bytes"),
     "no rows": ({"dataset": []}, DataError, "no rows"),
     "used iterator": ({"dataset": iter(())}, DataError, "an iterator can be read only once"),
