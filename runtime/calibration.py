@@ -44,6 +44,7 @@ from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks, targeted_tables
 from runtime.quantize.unquantized import not_quantized
 from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
 from runtime.streaming.identity import run_identity
@@ -183,6 +184,7 @@ def _scheduled(request: _Request) -> _Scheduled:
     """Prepare the model, decide every step, and check that the run fits this machine."""
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
+    doing("checking the weights")
     prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
@@ -195,6 +197,7 @@ def _scheduled(request: _Request) -> _Scheduled:
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    doing("planning")
     limits = memory_here(options.device)
     predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits)
     return _Scheduled(
@@ -218,6 +221,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
+    doing("calibrating")
     with ExitStack() as stack:
         is_resumed = request.options.resume
         workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))

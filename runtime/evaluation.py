@@ -37,6 +37,7 @@ from runtime.host.devices import as_device, as_dtype
 from runtime.host.half_precision import quick_halves
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.quantize.preparation import Prepared, prepare
+from runtime.status import doing
 from runtime.streaming.activations import Activations
 from runtime.weights.parameters import unload
 from runtime.weights.stream import WeightStream
@@ -103,6 +104,7 @@ def evaluate(
             raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
         raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
+    doing("checking the weights")
     prepared = prepare(artifact, open_checkpoint(given), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:

@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -6,6 +6,7 @@ Only typer is imported at the top; torch and transformers are imported by the co
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +18,11 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, DataOptions, make_batches
 from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
-from runtime.console import optional_bytes, parse_bytes, say
+from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.cli.watching import watching
+from runtime.console import optional_bytes, parse_bytes, put, say
+from runtime.status import doing
+from runtime.terminal import width_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +30,6 @@ if TYPE_CHECKING:
     from runtime.artifact.bundle import Job
     from runtime.chain import Artifact
     from runtime.recipe.recipe import Recipe
-    from runtime.streaming.events import Watcher
     from runtime.streaming.report import Calibration
 
 
@@ -36,6 +39,7 @@ class HostCommands(CommandList):
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
     }
+    example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
         name: f"it is a command of the compiler: seqbuild {name}"
         for name in ("quantize", "compile", "inspect", "verify", "data", "cache", "pack", "sign")
@@ -48,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     cls=HostCommands,
     help="Calibrate and evaluate compiled models. Nothing is traced, and no network is used.",
-    epilog="--debug, at any position, shows the traceback of an error.",
+    epilog=EPILOG,
 )
 
 app.command()(plan)
@@ -154,29 +158,10 @@ def _calibrate(
             recipe=recipe,
             batches=batches,
             out=job.out,
-            progress=(lambda line: None) if as_json else say,
-            watchers=run_watchers(stack, log, as_json),
+            **watching(stack, log, as_json=as_json),
             **options,
         )
     _report(result, as_json)
-
-
-def run_watchers(stack: ExitStack, log: Path | None, as_json: bool) -> list[Watcher]:
-    """Create the progress display, if the output is a terminal, and the event log."""
-    import sys
-
-    watchers: list[Watcher] = []
-    if sys.stdout.isatty() and not as_json:
-        from rich.console import Console
-
-        from runtime.streaming.display import Display
-
-        watchers.append(stack.enter_context(Display(Console())))
-    if log is not None:
-        from runtime.streaming.events import EventLog
-
-        watchers.append(stack.enter_context(EventLog(log)))
-    return watchers
 
 
 def _interval(text: str) -> int:
@@ -194,7 +179,7 @@ def _report(result: Calibration, as_json: bool) -> None:
     if not as_json:
         from runtime.streaming.report import summary_lines
 
-        for line in summary_lines(result):
+        for line in summary_lines(result, width_of(sys.stdout)):
             say(line)
         return
     fields = ("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
@@ -207,7 +192,7 @@ def _report(result: Calibration, as_json: bool) -> None:
         "remarks": list(result.remarks),
         "resumed_at": result.resumed_at,
     }
-    say(json.dumps(facts))
+    put(json.dumps(facts))
 
 
 @app.command()
@@ -243,9 +228,16 @@ def evaluate(
     batches = make_batches(loaded, data, options)
     from runtime.evaluation import evaluate as run
 
-    result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
+    result = run(
+        loaded,
+        weights=weights,
+        batches=batches,
+        device=run_device,
+        dtype=run_dtype,
+        progress=lambda line: doing(f"evaluating: {line}"),
+    )
     if as_json:
-        say(
+        put(
             json.dumps(
                 {
                     "perplexity": result.perplexity,
@@ -267,7 +259,10 @@ def recipes(
     from runtime.recipe.examples import example, listing
 
     require_output()
-    say((listing() if name is None else example(name)).rstrip("\n"))
+    if name is None:
+        say(listing().rstrip("\n"))
+    else:
+        put(example(name).rstrip("\n"))
 
 
 @app.command()
@@ -341,6 +336,6 @@ def _loaded(
     return loaded, run_device, run_dtype
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, program: str = "runtime") -> int:
     """Entry point; returns the exit code."""
-    return run_app(app, "runtime", argv)
+    return run_app(app, program, argv)

@@ -9,18 +9,18 @@ from typer.core import TyperGroup
 
 from runtime.errors import UsageError
 
-_EXAMPLE = "seqbuild quantize MODEL --scheme W4A16 -o OUT"
-
 
 class CommandList(TyperGroup):
     """The commands of a program, listed in sections.
 
     Attributes:
         sections: the commands of each section of the help, by its title.
+        example: arguments of a command, for the message about an option before the command.
         others: for commands that do not exist here, and that users of this or similar programs may try, what to do.
     """
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    example: ClassVar[str] = "COMMAND"
     others: ClassVar[Mapping[str, str]] = {}
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -34,7 +34,8 @@ class CommandList(TyperGroup):
         """Explain an option before the command."""
         known = {option for parameter in self.params for option in parameter.opts}
         if args and args[0].startswith("-") and args[0].partition("=")[0] not in {*known, "--help"}:
-            raise UsageError(f"{args[0]} is an option of a command, and no command was given", hint=f"as in {_EXAMPLE}")
+            hint = f"options come after a command, as in {ctx.info_name} {self.example}"
+            raise UsageError(f"No such option: {args[0]}", hint=hint)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

@@ -20,6 +20,7 @@ from runtime.artifact.check import check_artifact, check_versions
 from runtime.artifact.files import read_signature
 from runtime.console import human_bytes
 from runtime.errors import SeqbuildError, UsageError
+from runtime.status import doing
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +190,7 @@ def _calibration(found: Examination) -> None:
     if not found.is_ready:
         found.add("note", "weights, data, memory and disk were not checked because of the problems above")
         return
+    doing("loading libraries")
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
 
@@ -198,6 +200,7 @@ def _calibration(found: Examination) -> None:
         return
     artifact = load(job.artifact, allow_version_skew=True, trust_remote_code=found.trust_remote_code)
     dtype = artifact.run_dtype(resolve_dtype(found.dtype))
+    doing("checking the weights and the memory")
     num_bytes = found.run(lambda: _checkpoint(artifact, job, dtype))
     if num_bytes is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,9 @@ import typer
 
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
-from runtime.console import say
+from runtime.console import put, say
+from runtime.status import doing
+from runtime.terminal import width_of
 
 if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
@@ -69,6 +72,7 @@ def plan(
     from runtime.host.devices import resolve_dtype
     from runtime.planning.request import plan_artifact
 
+    doing("planning")
     forecast, shortages, advice = plan_artifact(
         load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
         num_samples=samples,
@@ -92,9 +96,9 @@ def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_j
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        say(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
+        put(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
         return
-    for line in plan_lines(forecast):
+    for line in plan_lines(forecast, width_of(sys.stdout)):
         say(line)
     say(f"does not fit: {'; '.join(shortages)}" if shortages else "fits")
     for option in advice:

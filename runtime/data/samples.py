@@ -49,6 +49,7 @@ from runtime.data.token_file import (
 )
 from runtime.data.tokenizer import NO_TOKENIZER, file_digest, load_tokenizer, tokenizer_digest
 from runtime.errors import DataError, UsageError
+from runtime.status import doing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +107,7 @@ def load_tokens(
         require_file(path)
         raise DataError(f"{path} is text, which requires a tokenizer", hint=NO_TOKENIZER)
     else:
+        doing("tokenizing")
         found = tokenize_documents(
             [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
+from runtime.host.regular_files import read_text
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -80,6 +82,7 @@ QuantizationModifier:
   #     input_activations: {{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}}
 """,
 }
+RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
 _USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
 
 
@@ -113,10 +116,10 @@ def _words(args: QuantizationArgs) -> tuple[str, str]:
 
 
 def example(name: str) -> str:
-    """Return a commented recipe for a preset or an algorithm, named in upper or lower case.
+    """Return a commented recipe for a preset or an algorithm, or a recipe file of this package; case does not matter.
 
     Raises:
-        UsageError: the name is neither.
+        UsageError: no recipe has this name.
     """
     from runtime.formats.presets import PRESETS
 
@@ -125,7 +128,10 @@ def example(name: str) -> str:
         return recipe_text(_USUAL.get(algorithm, "W4A16"), algorithm)
     if preset in PRESETS:
         return recipe_text(preset, default_algorithm(preset))
-    raise UsageError(f"no example is named {name!r}", hint=f"names are {', '.join((*EXAMPLES, *PRESETS))}")
+    if algorithm in RECIPE_FILES:
+        return read_text(RECIPE_FILES[algorithm])
+    names = ", ".join((*EXAMPLES, *PRESETS, *RECIPE_FILES))
+    raise UsageError(f"no example is named {name!r}", hint=f"names are {names}")
 
 
 def default_algorithm(preset: str) -> str:
@@ -151,9 +157,10 @@ def _flow(names: Sequence[str]) -> str:
 
 
 def listing() -> str:
-    """List all presets with a description, and all algorithms."""
+    """List all presets with a description, all algorithms and all recipe files."""
     from runtime.formats.presets import PRESETS
 
     width = max(map(len, PRESETS))
     lines = [f"{name:<{width}}  {preset_line(name)}" for name in PRESETS]
-    return "\n".join(["presets", *lines, "", f"algorithms  {', '.join(EXAMPLES)}", "", "recipes NAME shows an example"])
+    others = [f"algorithms  {', '.join(EXAMPLES)}", f"recipes     {', '.join(RECIPE_FILES)}"]
+    return "\n".join(["presets", *lines, "", *others, "", "recipes NAME shows an example"])

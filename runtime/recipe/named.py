@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import RecipeError, UsageError
-from runtime.recipe.examples import EXAMPLES, default_algorithm, example, recipe_text
+from runtime.recipe.examples import EXAMPLES, RECIPE_FILES, default_algorithm, example, recipe_text
 from runtime.recipe.recipe import Recipe
 
 ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant")
@@ -25,11 +25,11 @@ def recipe_of(given: str | os.PathLike[str]) -> Recipe:
 
     name = os.fspath(given)
     is_path = os.path.isfile(name) or os.sep in name or Path(name).suffix in (".yaml", ".yml", ".json", ".txt")
-    if not is_path and (name.lower() in EXAMPLES or name.upper() in PRESETS):
+    if not is_path and (name.lower() in (*EXAMPLES, *RECIPE_FILES) or name.upper() in PRESETS):
         return Recipe.from_text(example(name), f"recipe {name}")
     if is_path or os.path.exists(name):
         return Recipe.from_file(name)
-    near = _nearest(name, (*PRESETS, *EXAMPLES))
+    near = _nearest(name, (*PRESETS, *EXAMPLES, *RECIPE_FILES))
     raise RecipeError(
         f"there is no recipe {name!r}: no such file, preset or algorithm",
         hint=f"did you mean {near}? {_LISTED}" if near else _LISTED,

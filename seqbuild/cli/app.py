@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from runtime.cli import imports
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
-from runtime.console import human_bytes, say, warn
+from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.console import human_bytes, put, say, warn
 from seqbuild.cli.cache import app as cache_app
+from seqbuild.cli.next_command import next_command
 from seqbuild.cli.options import takes_compile_options
-from seqbuild.cli.quantize import quantize
+from seqbuild.cli.quantize import QuantizeCommand, quantize
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
     from seqbuild.options import CompileOptions
 
-_QUANTIZE = "use seqbuild quantize MODEL --scheme W4A16 -o OUT"
+_QUANTIZE = "quantize MODEL --scheme W4A16 -o OUT"
 
 
 class Commands(CommandList):
@@ -39,8 +41,10 @@ class Commands(CommandList):
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor"),
     }
+    example = _QUANTIZE
     others: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"), _QUANTIZE
+        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"),
+        f"use seqbuild {_QUANTIZE}",
     )
 
 
@@ -50,11 +54,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     cls=Commands,
     help="Quantize a large language model layer by layer, in one call or step by step.",
-    epilog="seqbuild COMMAND --help lists the options of a command. --debug, in any position, shows the traceback of "
-    "an error.",
+    epilog=f"seqbuild COMMAND --help lists the options of a command. {EPILOG}",
 )
 
-app.command()(quantize)
+app.command(cls=QuantizeCommand)(quantize)
 app.command()(recipes)
 app.command()(evaluate)
 app.command()(plan)
@@ -76,9 +79,10 @@ def compile_command(options: CompileOptions, as_json: bool) -> None:
     for line in done.remarks:
         warn(line)
     if as_json:
-        say(json.dumps(_compiled_facts(done)))
+        put(json.dumps(_compiled_facts(done)))
     else:
         _say_compiled(done)
+        put(f"next: {next_command(done, options)}")
 
 
 def _compiled_facts(done: Compiled) -> dict[str, Any]:
@@ -130,9 +134,9 @@ def inspect(
             raise UsageError(
                 f"there is no subgraph {code}", hint=f"valid numbers are 0 to {len(manifest.subgraphs) - 1}"
             )
-        say(sources[manifest.subgraphs[code].file].rstrip("\n"))
+        put(sources[manifest.subgraphs[code].file].rstrip("\n"))
     elif as_json:
-        say(json.dumps(dataclasses.asdict(manifest), indent=2))
+        put(json.dumps(dataclasses.asdict(manifest), indent=2))
     else:
         print_table(manifest)
 
@@ -172,7 +176,7 @@ def verify(
         allow_version_skew=allow_version_skew,
     )
     if as_json:
-        say(json.dumps(as_plain(found)))
+        put(json.dumps(as_plain(found)))
     else:
         print_report(found)
     return 0 if found.is_equal else 1
@@ -184,7 +188,7 @@ def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_js
     found = rebuild(artifact, source=source, trust_remote_code=trust_remote_code)
     if as_json:
         facts = {"same": found.is_same, "files": found.num_files, "differing": list(found.differing)}
-        say(json.dumps(facts | {"ingredients": list(found.ingredients)}))
+        put(json.dumps(facts | {"ingredients": list(found.ingredients)}))
     else:
         say(str(found))
     return 0 if found.is_same else 1
@@ -250,4 +254,6 @@ def data(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    if argv is None:
+        imports.allow()  # this process runs one command
     return run_app(app, "seqbuild", argv)

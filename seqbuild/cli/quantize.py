@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import runtime.cli.options as given
-from runtime.cli.app import memory_options, run_watchers
+from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
-from runtime.console import parse_bytes, say
+from runtime.cli.watching import watching
+from runtime.console import parse_bytes, put, say
+from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions
 
@@ -52,6 +55,34 @@ Artifacts = Annotated[
     Path | None, typer.Option(help="Directory of compiled models; default: ~/.cache/seqbuild/artifacts.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; quantize nothing.")]
+
+
+# Options of other programs, and what to use instead.
+_ELSEWHERE = {
+    **dict.fromkeys(("model", "model-id", "model-path", "model-name-or-path", "pretrained"), "pass MODEL first"),
+    **dict.fromkeys(("output", "output-dir", "output-path", "save-dir", "save-path", "out-dir"), "use --out"),
+    **dict.fromkeys(("bits", "w-bits", "wbits", "num-bits", "group-size", "format", "sym", "asym"), "use --scheme"),
+    **dict.fromkeys(("method", "modifier", "quant-method"), "use --algorithm"),
+    **dict.fromkeys(("dataset", "dataset-id", "calib-data", "calibration-dataset"), "use --data"),
+    **dict.fromkeys(("nsamples", "num-samples", "num-calibration-samples", "calib-size"), "use --samples"),
+    **dict.fromkeys(("seqlen", "max-seq-length", "max-length", "max-seq-len"), "use --seq-len"),
+}
+
+
+class QuantizeCommand(TyperCommand):
+    """The command, which knows options that similar programs have."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Say which option or argument replaces one of another program."""
+        known = {option for parameter in self.params for option in parameter.opts}
+        for given_option in (argument.partition("=")[0] for argument in args):
+            name = given_option.lstrip("-").replace("_", "-")
+            if given_option.startswith("--") and given_option not in known and name in _ELSEWHERE:
+                raise UsageError(
+                    f"seqbuild quantize has no option {given_option}",
+                    hint=f"{_ELSEWHERE[name]}, as in seqbuild quantize MODEL --scheme W4A16 -o OUT",
+                )
+        return super().parse_args(ctx, args)
 
 
 def quantize(
@@ -103,10 +134,15 @@ def quantize(
     from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
 
-    show = Show(line=tell, watchers=lambda stack: run_watchers(stack, log, as_json))
+    show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
     result = quantize_model(options, show=show)
-    for line in [json.dumps(facts(result))] if as_json else summary(result):
+    if as_json:
+        put(json.dumps(facts(result)))
+        return
+    for line in summary(result):
         say(line)
+    for line in result.serving:
+        put(f"load it      {line}")
 
 
 def _ignore(line: str) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.recipe.recipe import Recipe
-    from runtime.streaming.events import Watcher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +37,8 @@ def _ignore(line: str) -> None:
     pass
 
 
-def _no_watchers(stack: ExitStack) -> Sequence[Watcher]:
-    return ()
+def _unwatched(stack: ExitStack) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +47,8 @@ class Show:
 
     Attributes:
         line: called with each line.
-        watchers: makes the watchers of the calibration, which live until the stack is closed.
+        watching: makes the arguments `progress` and `watchers` of `calibrate`; the stack is closed after it.
     """
 
     line: Callable[[str], None] = _ignore
-    watchers: Callable[[ExitStack], Sequence[Watcher]] = _no_watchers
+    watching: Callable[[ExitStack], Mapping[str, Any]] = _unwatched

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 DEFAULT_SHARD_BYTES = 2 * 1000**3
-EVALUATED_SAMPLES = 64
+# Of the built-in text.
+EVALUATED_SAMPLES, EVALUATED_TOKENS = 64, 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,8 +62,6 @@ def summary(result: Quantized) -> Iterator[str]:
     yield f"perplexity   {_perplexity(result)}"
     yield f"time         {sum(seconds.values()):.1f} s: {', '.join(f'{name} {s:.1f} s' for name, s in seconds.items())}"
     yield f"peak memory  {memory}"
-    for number, line in enumerate(result.serving):
-        yield f"{'' if number else 'load it':<12} {line}"
 
 
 def _perplexity(result: Quantized) -> str:

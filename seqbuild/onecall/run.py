@@ -32,7 +32,7 @@ from seqbuild.onecall.steps import (
     held_out_batches,
     measure,
     planned_run,
-    require_free_output,
+    require_place,
     require_run,
     run_calibration,
 )
@@ -131,7 +131,7 @@ def plan_quantization(options: QuantizeOptions, given: Given = Given(), show: Sh
 
 def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) -> CheckedCall:
     with clock.step("compile"):
-        require_free_output(options)
+        require_place(options)
         if given.recipe is None:
             require_recipe_name(options)
         weights = given.weights or find_weights(options)
@@ -146,10 +146,10 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
         held_out: Batches | str = given.held_out or ""
         if given.held_out is None:
             is_wanted = options.evaluate
-            held_out = held_out_batches(artifact, weights, options) if is_wanted else "it was switched off"
+            held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
     show.line(f"data: {_amount(batches) if readiness.needs_data else 'the recipe needs none'}")
     if isinstance(held_out, str):
-        show.line(f"evaluation: none: {held_out}")
+        show.line(f"evaluation: none, {held_out}")
     else:
         show.line(f"evaluation: {_amount(held_out)}")
     return CheckedCall(

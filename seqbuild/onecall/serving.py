@@ -15,6 +15,7 @@ VLLM_MODEL_TYPES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "qwen3_moe", "mixtral", "deepseek_v3"),
     *("granitemoe", "llama4_text", "qwen3_next"),
 )
+_NOT_LOADED = ("does not load", "at random", "wrong numbers")
 _DEQUANTIZED = "CompressedTensorsConfig(dequantize=True)"
 
 
@@ -30,14 +31,14 @@ def serving_lines(manifest: Manifest, path: Path, remarks: Sequence[str]) -> tup
     if manifest.model.model_type in VLLM_MODEL_TYPES and not any(text.startswith("vLLM") for text in limits):
         return (f"vllm serve {shlex.quote(str(path))}",)
     of_transformers = [text for text in limits if text.startswith("transformers")]
-    if any(_DEQUANTIZED not in text for text in of_transformers):
+    if any(reason in text for text in of_transformers for reason in _NOT_LOADED):
         return ("none of the tested programs loads all of it, see the warnings above and docs/readers.md",)
     name, options = manifest.model.class_name, ["device_map='auto'"]
     if manifest.model.code:
         name = "AutoModelForCausalLM" if "CausalLM" in name else "AutoModel"
         options.append("trust_remote_code=True")
     names = [name]
-    if of_transformers:
+    if any(_DEQUANTIZED in text for text in of_transformers):
         names.insert(0, "CompressedTensorsConfig")
         options.append(f"quantization_config={_DEQUANTIZED}")
     code = f"from transformers import {', '.join(names)}; model = {name}.from_pretrained"

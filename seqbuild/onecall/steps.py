@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.cli.batches import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_SAMPLES, DataOptions, make_batches
 from runtime.errors import DataError, ModelError, SeqbuildError
+from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
-from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, QuantizeOptions, user_artifacts
+from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, EVALUATED_TOKENS, QuantizeOptions, user_artifacts
 from seqbuild.options import CompileOptions
-from seqbuild.text import builtin_evaluation, builtin_text
+from seqbuild.text import builtin_evaluation_text, builtin_text
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +34,19 @@ _NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
-def require_free_output(options: QuantizeOptions) -> None:
-    """Reject an output that exists, or that an interrupted run has begun, unless it is resumed.
+def require_place(options: QuantizeOptions) -> None:
+    """Reject an output that exists, or that an interrupted run has begun, unless it is resumed, and a missing device.
 
     Raises:
-        OutputError: naming it and what to do.
+        OutputError: naming the output and what to do.
+        DeviceError, UsageError: for the names of device and dtype.
     """
+    from runtime.host.devices import resolve_device, resolve_dtype
     from runtime.streaming.workplace import require_startable
 
     require_startable(options.out, resume=options.resume)
+    resolve_device(options.device)
+    resolve_dtype(options.dtype)
 
 
 def find_weights(options: QuantizeOptions) -> Path:
@@ -139,14 +144,16 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
         DataError: the user's text cannot be read, or does not fit the model.
     """
     from runtime.evaluation import require_predicting
+    from runtime.model.config import text_limits
 
     is_builtin = options.eval_data == (BUILTIN,)
+    lengths = [options.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
     data = DataOptions(
         tokenizer=options.tokenizer,
         weights=weights,
         samples=None,
         default_samples=EVALUATED_SAMPLES,
-        seq_len=min(options.seq_len, DEFAULT_SEQ_LEN) if options.seq_len is not None else None,
+        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.seq_len,
         batch_size=options.batch_size,
         # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
         pack=options.pack and not is_builtin,
@@ -156,11 +163,23 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
     except ModelError as error:
         return str(error)
     try:
-        return _batches(artifact, options.eval_data, builtin_evaluation(), data)
+        found = _batches(artifact, options.eval_data, builtin_evaluation_text(), data)
+        return _equally_long(found) if is_builtin else found
     except SeqbuildError as error:
         if not is_builtin:
             raise
         return str(error)
+
+
+def _equally_long(batches: Batches) -> Batches:
+    """Return the batches of the greatest length, which come first, if they have half of all tokens.
+
+    On a CPU, the first batch of each length takes as long as many others: it measures which products are fast.
+    """
+    sizes = [batch["input_ids"].shape for batch in batches]
+    longest = [size for size in sizes if size[1] == sizes[0][1]]
+    num_tokens, num_longest = (sum(size.numel() for size in some) for some in (sizes, longest))
+    return batches[: len(longest)] if 2 * num_longest >= num_tokens else batches
 
 
 def _batches(artifact: Artifact, given: Sequence[str], builtin: Path, data: DataOptions) -> Batches:
@@ -191,8 +210,7 @@ def run_calibration(
             out=options.out,
             device=resolve_device(options.device),
             dtype=resolve_dtype(options.dtype),
-            progress=show.line,
-            watchers=show.watchers(stack),
+            **show.watching(stack),
             max_shard_bytes=options.max_shard_bytes,
             resume=options.resume,
             checkpoint_activations=options.checkpoint_activations,
@@ -219,6 +237,7 @@ def measure(artifact: Artifact, weights: Path, batches: Batches, options: Quanti
         batches=batches,
         device=resolve_device(options.device),
         dtype=resolve_dtype(options.dtype),
+        progress=lambda line: doing(f"evaluating: {line}"),
     )
 
 

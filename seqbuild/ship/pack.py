@@ -36,6 +36,7 @@ from runtime.errors import UsageError, WeightsError
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.recipe.named import recipe_of
+from runtime.status import doing
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
@@ -89,6 +90,7 @@ def pack(
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
         read_token_file(Path(data))
+    doing("writing the bundle")
     files: dict[str, Path | bytes] = {f"{ARTIFACT}/{MANIFEST_NAME}": checked.manifest_bytes}
     files |= {f"{ARTIFACT}/{name}": content for name, content in checked.contents.items()}
     signature = read_signature(root)
@@ -115,7 +117,7 @@ def pack(
 def _runtime_files() -> Iterator[tuple[str, Path]]:
     folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
-        if source.suffix == ".py" or source.name == "py.typed":
+        if source.suffix in (".py", ".yaml") or source.name == "py.typed":
             yield source.relative_to(folder).as_posix(), source
 
 
@@ -139,7 +141,7 @@ def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed:
         command=f"python -m runtime calibrate .{weights}{own}",
         weights=weights,
         data="    data.safetensors the tokenized text\n" if has_data else "",
-        version=importlib.metadata.version("seqbuild"),
+        version=runtime.__version__,
         signature="signed; --require-signature PUBLIC_KEY verifies it" if is_signed else "not signed",
     )
     return text.encode("utf-8")

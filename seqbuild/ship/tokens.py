@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime.data.samples import TokenData, require_place, save_tokens, tokenize_documents
 from runtime.errors import DataError, UsageError
+from runtime.status import doing
 
 
 def tokenize_files(
@@ -40,6 +41,7 @@ def tokenize_files(
         raise UsageError("no files given", hint="pass one or more .txt, .jsonl or .parquet files")
     require_place(out)
     directory = _tokenizer_directory(str(tokenizer))
+    doing("tokenizing")
     found = tokenize_documents(
         paths,
         directory,

@@ -12,6 +12,6 @@ def builtin_text() -> Path:
     return _FOLDER / "calib.jsonl"
 
 
-def builtin_evaluation() -> Path:
+def builtin_evaluation_text() -> Path:
     """Return the file with the built-in evaluation text, whose documents are not in the calibration text."""
     return _FOLDER / "eval.jsonl"

@@ -35,6 +35,7 @@ from runtime.errors import DataError, ModelError, UsageError, WeightsError
 from runtime.model.build import model_class
 from runtime.model.config import artifact_config, read_config
 from runtime.model.weightless import from_config
+from runtime.status import doing
 from runtime.weights.parameters import Weights, place_buffers
 from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import randomize
@@ -291,6 +292,7 @@ class _ModelRun:
 def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
     """Run the model on all shapes first, so that it can be freed before the chain's weights are loaded."""
     pair.check()
+    doing("running the model")
     model = pair.model()
     references = [_reference(pair, model, shape) for shape in options.shapes]
     if all(reference.refusal for reference in references):
@@ -301,7 +303,8 @@ def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
         )
     del model
     twin = pair.twin()
-    for reference in references:
+    for number, reference in enumerate(references, start=1):
+        doing(f"running the chain on shape {number} of {len(references)}")
         yield _compared(pair.artifact, twin, reference, options.tolerance)
 
 
