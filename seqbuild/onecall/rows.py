@@ -44,10 +44,10 @@ def require_dataset(options: OneshotOptions) -> Any:
     hint = _HINTS.get(library, EXPECTED)
     if isinstance(dataset, Mapping):
         hint = "put it into a list: [row]"
-    elif callable(dataset) and not isinstance(dataset, Iterable):
+    is_rows = not isinstance(dataset, type) and (isinstance(dataset, Iterable) or _is_indexed(dataset))
+    if callable(dataset) and not is_rows:
         hint = "call it, and pass what it returns"
-    is_table = library in _HINTS or isinstance(dataset, (bytes, bytearray, Mapping))
-    if is_table or not (isinstance(dataset, Iterable) or _is_indexed(dataset)):
+    if not is_rows or library in _HINTS or isinstance(dataset, (bytes, bytearray, Mapping)):
         raise UsageError(f"dataset is {shown(dataset)}", hint=hint)
     if split is not None:
         raise UsageError(f"splits is {split!r}, but the data set has none", hint="leave splits out")

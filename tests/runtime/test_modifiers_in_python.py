@@ -45,7 +45,7 @@ SAME: dict[str, tuple[Any, str]] = {
     "a preset of compressed-tensors": (
         QuantizationModifier(config_groups={"a": preset_name_to_scheme("W4A16_ASYM", ["Linear"])}),
         "QuantizationModifier: {config_groups: {a: {targets: [Linear], weights: {num_bits: 4, type: int, "
-        "symmetric: false, strategy: group, group_size: 128, dynamic: false, zp_dtype: torch.int8}, format: pack-quantized}}}",
+        "symmetric: false, strategy: group, group_size: 128, dynamic: false}}}}",
     ),
     "a cache": (
         QuantizationModifier(scheme="FP8_DYNAMIC", kv_cache_scheme={"num_bits": 8, "type": "float", "dynamic": False}),
@@ -131,5 +131,5 @@ def test_modifiers_that_do_not_fit_together_are_named_by_number() -> None:
     both = Recipe.from_modifiers([gptq, QuantizationModifier(scheme="W8A16")])
     with pytest.raises(RecipeError, match="recipe:2: QuantizationModifier and the GPTQModifier on line 1 both match"):
         both.assign({"model.layers.0.q_proj": torch.nn.Linear})
-    with pytest.raises(RecipeError, match="an object cannot be part of a recipe"):
+    with pytest.raises(RecipeError, match=r"object.* cannot be part of a recipe"):
         in_one_line({"scheme": object()})
