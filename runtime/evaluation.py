@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         artifact: the compiled model.
-        weights: directory of the original or a quantized checkpoint, or an open checkpoint.
+        weights: directory or hub id of the original or a quantized checkpoint, or an open checkpoint.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
             `labels` [B, S] are the predicted tokens, or -100 for none; those of a causal model are at the position of
             the token itself. Without them, and without `decoder_input_ids`, the text itself is predicted.

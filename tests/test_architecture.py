@@ -42,7 +42,7 @@ RUNTIME = (
     {"", "__main__"},
 )
 SEQBUILD = (
-    {"options", "blame", "shrink", "own_runtime"},
+    {"options", "blame", "shrink", "own_runtime", "text"},
     {"sample"},
     {"chain"},
     {"model"},
@@ -59,7 +59,7 @@ SEQBUILD = (
     {"passes"},
     {"build"},
     {"modifiers"},
-    {"verify", "text"},
+    {"verify"},
     {"onecall"},
     {"cli"},
     {"", "__main__", "trace"},

@@ -11,12 +11,12 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.arguments import as_path
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
 from runtime.checkpoint.source_formats import FP8, Packed, packed_tensors, without_quantization
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.errors import WeightsError
+from runtime.host.hub import weights_directory
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ _USUAL = "bfloat16"
 
 
 def as_weights(value: Any) -> Path | Checkpoint:
-    """Return an argument that must be the directory of a checkpoint, or an open checkpoint."""
-    return value if isinstance(value, Checkpoint) else as_path("weights", value)
+    """Return an argument that must be a directory or hub id of a checkpoint, or an open checkpoint."""
+    return value if isinstance(value, Checkpoint) else weights_directory(value)
 
 
 def open_checkpoint(directory: Path | Checkpoint) -> Checkpoint:

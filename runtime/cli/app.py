@@ -9,18 +9,20 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import watching
 from runtime.console import optional_bytes, parse_bytes, put, say
+from runtime.data.options import DataOptions
 from runtime.status import doing
 from runtime.terminal import width_of
 
@@ -59,19 +61,18 @@ app.command()(plan)
 
 
 @app.command()
+@given.takes_data_options
 def calibrate(
     artifact: given.ArtifactPath,
+    data_options: DataOptions,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     out: given.Out = None,
     data: given.BundledData = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
-    loss_mask: given.LossMask = False,
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
@@ -97,23 +98,19 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
     parsed = _recipe_of(job, resume)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    data_options = DataOptions(
-        tokenizer=tokenizer,
+    batch_options = BatchOptions(
+        data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
         weights=job.weights,
-        samples=samples,
-        default_samples=DEFAULT_SAMPLES,
-        seq_len=seq_len,
         batch_size=batch_size,
-        pack=pack,
-        loss_mask=loss_mask,
         has_masks=True,
     )
-    batches = make_batches(loaded, job.data, data_options) if job.data is not None else []
+    batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
     options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
@@ -196,16 +193,16 @@ def _report(result: Calibration, as_json: bool) -> None:
 
 
 @app.command()
+@given.takes_data_options
 def evaluate(
     artifact: given.ArtifactPath,
     weights: given.WeightsPath,
-    data: given.DataPath,
+    data: given.DataSources,
+    data_options: DataOptions,
+    revision: given.Revision = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
     tokenizer: given.Tokenizer = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -213,24 +210,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
+    from runtime.host.hub import resolve_directory
+
     require_output()
+    directory = resolve_directory(weights, revision=revision, what="weights")
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    options = DataOptions(
-        tokenizer=tokenizer,
-        weights=weights,
-        samples=samples,
-        seq_len=seq_len,
+    options = BatchOptions(
+        data=replace(data_options, sources=tuple(data)),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=directory,
         batch_size=batch_size,
-        pack=pack,
     )
-    batches = make_batches(loaded, data, options)
+    batches = make_batches(loaded, options, None if as_json else say)
     from runtime.evaluation import evaluate as run
 
     result = run(
         loaded,
-        weights=weights,
+        weights=directory,
         batches=batches,
         device=run_device,
         dtype=run_dtype,
@@ -293,6 +291,7 @@ def check(
 def doctor(
     artifact: given.ArtifactPath,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     data: given.BundledData = None,
     out: given.Out = None,
@@ -308,8 +307,9 @@ def doctor(
     examination = Examination(
         path=artifact,
         weights=weights,
+        revision=revision,
         recipe=recipe,
-        data=data,
+        data=tuple(data or ()),
         out=out,
         device=device,
         dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
 from runtime.cli.watching import watching
 from runtime.console import parse_bytes, put, say
+from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions
@@ -41,7 +43,7 @@ Ignore = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", help=f"Calibration data: .txt, .jsonl, .parquet, a token file, or {BUILTIN} (default)."),
+    typer.Option("--data", metavar="SOURCE", help=f"{given.DATA}. Default: {BUILTIN}, the built-in text."),
 ]
 EvalData = Annotated[
     list[str] | None,
@@ -85,9 +87,11 @@ class QuantizeCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+@given.takes_data_options
 def quantize(
     model: Model,
     out: Out,
+    data_options: DataOptions,
     scheme: Scheme = None,
     algorithm: Algorithm = None,
     recipe: Recipe = None,
@@ -96,11 +100,7 @@ def quantize(
     data: Data = None,
     eval_data: EvalData = None,
     evaluate: Evaluate = True,
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
-    loss_mask: given.LossMask = False,
     tokenizer: given.Tokenizer = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
@@ -153,8 +153,9 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
     """Make the options from the values of the command line."""
     for name in ("targets", "ignore"):
         values[name] = tuple(values[name] or ())
-    for name in ("data", "eval_data"):
-        values[name] = tuple(values[name] or (BUILTIN,))
+    values["data"] = replace(values.pop("data_options"), sources=tuple(values["data"] or (BUILTIN,)))
+    values["tokenizer"] = given.directory_of(values["tokenizer"], None, "tokenizer")
+    values["eval_data"] = tuple(values["eval_data"] or (BUILTIN,))
     values["max_shard_bytes"] = parse_bytes(values.pop("max_shard_size"), option="--max-shard-size")
     names = ("checkpoint_activations", "activation_memory", "statistics_memory")
     memory = memory_options(*(values.pop(name) for name in names))

@@ -158,16 +158,9 @@ class OneshotOptions:
         object.__setattr__(self, name, value)  # as frozen dataclasses do
 
     @property
-    def data_argument(self) -> str | None:
-        """The data argument for a path or the id of a data set; None for a data set in memory."""
-        if not isinstance(self.dataset, (str, os.PathLike)):
-            return None
-        settings = {"config": self.dataset_config_name, "split": self.splits}
-        if self.text_column != "text":
-            settings["column"] = self.text_column
-        given = [f"{name}={value}" for name, value in settings.items() if value is not None]
-        location = os.fspath(self.dataset)
-        return f"{location}::{','.join(given)}" if given else location
+    def is_named(self) -> bool:
+        """Whether the data set is a path or an id."""
+        return isinstance(self.dataset, (str, os.PathLike))
 
 
 def parse_arguments(given: Mapping[str, Any], others: Mapping[str, Any], run: Sequence[str]) -> OneshotOptions:
@@ -242,7 +235,7 @@ def _require_functions(options: OneshotOptions) -> None:
         )
     if options.progress is not None and not callable(options.progress):
         raise UsageError(f"progress is {shown(options.progress)}", hint="pass a function that takes one line of text")
-    if options.data_argument is not None and (function is not None or callable(collate)):
+    if options.is_named and (function is not None or callable(collate)):
         name = "preprocessing_func" if function is not None else "data_collator"
         raise UsageError(
             f"{name} is not applied to the data set {options.dataset!r}, which is a path or an id",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.data.options import DataOptions
 from runtime.errors import ModelError, UsageError
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
@@ -29,7 +30,7 @@ from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
 from seqbuild.onecall.preparers import given_preparers, tokenizer_of
 from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
-from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, row_batches
+from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
     from runtime.streaming.workplace import require_startable
 
     recipe = python_recipe(options.recipe, options.ignore)
-    in_memory = options.dataset is not None and options.data_argument is None
+    in_memory = options.dataset is not None and not options.is_named
     dataset = require_dataset(options) if in_memory else None
     with contextlib.ExitStack() as stack:
         out = options.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "model"
@@ -141,13 +142,13 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
     if is_loader(dataset):
         return [_without_others(batch, inputs) for batch in dataset]
     directory = opened.source.directory
-    return row_batches(
-        chosen_rows(dataset, options),
-        options,
-        functools.cache(lambda: tokenizer_of(opened.preparers, directory)),
-        _text_length(options, opened.source),
-        inputs,
+    reader = RowReader(
+        options=options,
+        load_tokenizer=functools.cache(lambda: tokenizer_of(opened.preparers, directory)),
+        length=_text_length(options, opened.source),
+        inputs=inputs,
     )
+    return reader.batches(chosen_rows(dataset, options))
 
 
 def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
@@ -158,7 +159,7 @@ def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
 
 def _text_length(options: OneshotOptions, source: Source) -> int:
     """Return the maximum number of tokens of a text: that of the caller or the default, within the model's limit."""
-    from runtime.cli.batches import DEFAULT_SEQ_LEN
+    from runtime.data.options import DEFAULT_SEQ_LEN
     from runtime.model.config import parse_config
 
     try:
@@ -215,32 +216,44 @@ def _save_sample(batch: Batch, path: Path) -> None:
 def _named_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:
     """Read the data that a path or an id names; without one, the built-in text if the recipe needs data."""
     from runtime.checkpoint.dequantize import open_checkpoint
-    from runtime.cli.batches import DataOptions
+    from runtime.cli.batches import BatchOptions
     from runtime.host.devices import resolve_dtype
     from runtime.quantize.readiness import require_fitting
     from seqbuild.onecall.steps import text_batches
+    from seqbuild.text import builtin_text
 
-    argument = options.data_argument
-    if argument is None:
+    if not options.is_named:
         dtype = artifact.run_dtype(resolve_dtype(options.precision))
         if not require_fitting(artifact, open_checkpoint(opened.weights), recipe, dtype).needs_data:
             return ()
         if options.is_data_free:
             raise UsageError("pipeline is 'datafree', but the recipe needs data", hint="pass dataset=")
         warnings.warn("the recipe needs data, and no dataset was given: the built-in text is used", stacklevel=4)
-    is_packed = argument in (None, BUILTIN) or options.concatenate_data
-    data = DataOptions(
+    batches = BatchOptions(
+        data=_data_options(options),
         tokenizer=opened.preparers_directory,
         weights=opened.source.directory,
-        samples=None,
-        default_samples=options.num_calibration_samples,
-        seq_len=options.max_seq_length,
         batch_size=options.batch_size,
-        pack=is_packed,
-        loss_mask=options.use_loss_mask,
         has_masks=True,
     )
-    return text_batches(artifact, (argument or BUILTIN,), data)
+    return text_batches(artifact, batches, builtin_text(), options.progress)
+
+
+def _data_options(options: OneshotOptions) -> DataOptions:
+    is_builtin = options.dataset in (None, BUILTIN)
+    is_shuffled = options.shuffle_calibration_samples and not is_builtin
+    return DataOptions(
+        sources=(os.fspath(options.dataset or BUILTIN),),
+        default_samples=options.num_calibration_samples,
+        seq_len=options.max_seq_length,
+        pack=is_builtin or options.concatenate_data,
+        loss_mask=options.use_loss_mask,
+        shuffle=is_shuffled,
+        seed=options.seed if is_shuffled else None,
+        columns=() if options.text_column == "text" else (options.text_column,),
+        split=options.splits,
+        config=options.dataset_config_name,
+    )
 
 
 def _calibrated(

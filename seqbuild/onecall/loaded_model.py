@@ -23,15 +23,16 @@ from runtime.checkpoint.companions import copy_companions
 from runtime.checkpoint.in_memory import MemoryCheckpoint
 from runtime.console import quiet
 from runtime.errors import ModelError, UsageError
-from seqbuild.model.source import Source, cached_snapshot
+from runtime.host.hub import cached_snapshot
+from seqbuild.model.source import Source
 from seqbuild.onecall.saved_tensors import saved_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The libraries whose modules are built from a config; torch's parametrizations and wrappers are not among them.
+# The libraries whose modules are built from a config; torch's wrappers are not among them.
 _LIBRARIES = ("torch", "transformers")
-_WRAPPERS = ("torch.nn.utils.", "torch.nn.parallel", "torch.distributed", "torch._dynamo", "torch.ao")
+_WRAPPERS = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "torch.ao")
 _MERGE = "merge the adapter into the weights with merge_and_unload(), and pass the model that it returns"
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
+from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime.streaming.activations import Budget
 
 BUILTIN = "builtin"
+BUILTIN_DATA = DataOptions(sources=(BUILTIN,))
 DEFAULT_SHARD_BYTES = 2 * 1000**3
 # Of the built-in text.
 EVALUATED_SAMPLES, EVALUATED_TOKENS = 64, 512
@@ -23,7 +25,7 @@ EVALUATED_SAMPLES, EVALUATED_TOKENS = 64, 512
 class QuantizeOptions:
     """Options of one call, from the command line to the last step.
 
-    The attributes that are not described are those of `CompileOptions`, `DataOptions` and `RunOptions`.
+    The attributes that are not described are those of `CompileOptions`, `BatchOptions` and `RunOptions`.
 
     Attributes:
         model: hub id in the local cache, or model directory.
@@ -33,7 +35,7 @@ class QuantizeOptions:
         recipe: path of a recipe, or the name of a preset or an algorithm; instead of `scheme`.
         targets: modules that `scheme` applies to; empty for all Linear modules.
         ignore: modules that `scheme` does not apply to, besides those that are never quantized.
-        data: calibration data; `builtin` is the built-in text.
+        data: the calibration data; the source `builtin` is the built-in text.
         eval_data: text that the calibration does not read.
         evaluate: measure the perplexity of the model and of the result.
         artifacts: the directory that contains the compiled models; None for that of the user's cache.
@@ -46,14 +48,10 @@ class QuantizeOptions:
     recipe: str | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    data: tuple[str, ...] = (BUILTIN,)
+    data: DataOptions = BUILTIN_DATA
     eval_data: tuple[str, ...] = (BUILTIN,)
     evaluate: bool = True
-    samples: int | None = None
-    seq_len: int | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
-    pack: bool = True
-    loss_mask: bool = False
     tokenizer: Path | None = None
     revision: str | None = None
     text_only: bool = False
@@ -86,8 +84,6 @@ class QuantizeOptions:
             for option, value in given.items():
                 if value:
                     raise UsageError(f"{option} cannot be combined with --recipe", hint="state it in the recipe")
-        if not self.data:
-            raise UsageError("no calibration data was given", hint=f"pass --data FILE or --data {BUILTIN}")
 
 
 def user_artifacts() -> Path:

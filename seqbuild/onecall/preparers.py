@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import shown
 from runtime.data.tokenizer import load_tokenizer
 from runtime.errors import DataError, UsageError
+from runtime.host.hub import resolve_directory
 from runtime.host.offline import offline
-from seqbuild.model.source import cached_snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,12 +58,7 @@ def _loaded(name: str, value: Any) -> Any:
         return value
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise UsageError(f"{name} is {shown(value)}", hint=f"pass a {name} of transformers, a directory or a hub id")
-    directory = Path(value) if Path(value).is_dir() else cached_snapshot(os.fspath(value))
-    if directory is None:
-        raise DataError(
-            f"there is no {name} {os.fspath(value)!r}: no such directory, and no such id in the local cache",
-            hint=f"download it first, or pass the {name} itself",
-        )
+    directory = resolve_directory(value, what="tokenizer")
     if name == "tokenizer":
         return load_tokenizer(directory)
     try:

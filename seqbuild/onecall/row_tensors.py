@@ -10,7 +10,10 @@ Shapes: B samples of a batch, S tokens of a sample.
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,7 +21,7 @@ import torch
 from runtime.arguments import shown
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
-from runtime.data.documents import Document, _as_document
+from runtime.data.documents import as_document
 from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
@@ -34,67 +37,101 @@ TEXT_INPUTS = (IDS, *BESIDE_INPUTS, "token_type_ids", DECODER_IDS, "decoder_atte
 _SEQUENCES = (*TEXT_INPUTS, "position_ids", "mm_token_type_ids")
 
 
-def row_batches(
-    rows: Iterable[Any],
-    options: OneshotOptions,
-    tokenizer: Callable[[], PreTrainedTokenizerBase],
-    length: int,
-    inputs: Collection[str] | None,
-) -> list[Batch]:
-    """Make batches of rows.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReader:
+    """Makes batches of rows.
 
-    Args:
-        rows: in order; only as many as needed are read.
+    Attributes:
         options: state the number of samples and how rows are read.
-        tokenizer: loads the tokenizer, which tokenized rows do not need.
+        load_tokenizer: is called for texts only.
         length: the maximum number of tokens of a text.
         inputs: the inputs of the model; None if they are unknown. Other columns of tokenized rows are ignored.
-
-    Raises:
-        DataError: a row is of no supported kind, or there is no sample.
+        notes: counts documents that had to be changed, by what was done.
     """
-    collate = options.data_collator
-    if callable(collate):
-        return _collated(rows, options, collate)
-    samples = list(
-        itertools.islice(_samples(rows, options, tokenizer, length, inputs), options.num_calibration_samples)
-    )
-    if not samples:
-        what = f"less than {length} tokens" if options.concatenate_data else "only white space"
-        raise DataError(f"the data set has {what}", hint="use more text, or a smaller max_seq_length")
-    return _batched(samples, options.batch_size)
 
+    options: OneshotOptions
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    length: int
+    inputs: Collection[str] | None
+    notes: Counter[str] = field(default_factory=Counter)
 
-def _collated(rows: Iterable[Any], options: OneshotOptions, collate: Callable[[Any], Any]) -> list[Batch]:
-    """Let the caller's function make each batch."""
-    few = itertools.islice(rows, options.num_calibration_samples)
-    batches: list[Batch] = []
-    while chosen := list(itertools.islice(few, options.batch_size)):
-        made = collate(chosen)
-        if not isinstance(made, Mapping):
-            raise DataError(f"data_collator returned {shown(made)}", hint="it must return a mapping of tensors")
-        batches.append(dict(made))
-    return batches
+    def batches(self, rows: Iterable[Any]) -> list[Batch]:
+        """Read as many rows as needed, in order.
 
+        Raises:
+            DataError: a row is of no supported kind, or there is no sample.
+        """
+        options = self.options
+        if callable(options.data_collator):
+            return self._collated(rows, options.data_collator)
+        samples = list(itertools.islice(self._samples(rows), options.num_calibration_samples))
+        if not samples:
+            what = f"less than {self.length} tokens" if options.concatenate_data else "only white space"
+            raise DataError(f"the data set has {what}", hint="use more text, or a smaller max_seq_length")
+        for note, count in sorted(self.notes.items()):
+            warnings.warn(f"{count} {note}", stacklevel=5)
+        return _batched(samples, options.batch_size)
 
-def _samples(
-    rows: Iterable[Any],
-    options: OneshotOptions,
-    tokenizer: Callable[[], PreTrainedTokenizerBase],
-    length: int,
-    inputs: Collection[str] | None,
-) -> Iterator[Batch]:
-    numbered = enumerate(rows)
-    number, first = next(numbered)
-    rest = itertools.chain(((number, first),), numbered)
-    if _is_tokenized(first):
-        for number, row in rest:
-            yield _sample(row, number, options.max_seq_length, inputs)
-    elif options.concatenate_data:
-        yield from _windows((_text_sample(row, number, options, tokenizer, None) for number, row in rest), length)
-    else:
-        made = (_text_sample(row, number, options, tokenizer, length) for number, row in rest)
-        yield from (sample for sample in made if sample is not None)
+    def _collated(self, rows: Iterable[Any], collate: Callable[[Any], Any]) -> list[Batch]:
+        """Let the caller's function make each batch."""
+        few = itertools.islice(rows, self.options.num_calibration_samples)
+        batches: list[Batch] = []
+        while chosen := list(itertools.islice(few, self.options.batch_size)):
+            made = collate(chosen)
+            if not isinstance(made, Mapping):
+                raise DataError(f"data_collator returned {shown(made)}", hint="it must return a mapping of tensors")
+            batches.append(dict(made))
+        return batches
+
+    def _samples(self, rows: Iterable[Any]) -> Iterator[Batch]:
+        numbered = enumerate(rows)
+        number, first = next(numbered)
+        rest = itertools.chain(((number, first),), numbered)
+        if _is_tokenized(first):
+            yield from (self._sample(row, number) for number, row in rest)
+            return
+        is_joined = self.options.concatenate_data
+        made = (self._text_sample(row, number, None if is_joined else self.length) for number, row in rest)
+        found = (sample for sample in made if sample is not None)
+        yield from _windows(found, self.length) if is_joined else found
+
+    def _sample(self, row: Any, number: int) -> Batch:
+        """Convert a tokenized row to a batch of one."""
+        row, inputs = _as_mapping(row), self.inputs
+        if not isinstance(row, Mapping) or IDS not in row:
+            raise DataError(f"row {number} has no {IDS}, but the first row has", hint="pass rows of one kind")
+        own = [name for name in row if inputs is None or name in inputs or name in BESIDE_INPUTS]
+        found = {name: tensor for name in own if (tensor := _tensor(row[name])) is not None}
+        if IDS not in found or found[IDS].dim() not in (1, 2) or not found[IDS].numel():
+            hint = "it must be a list of integers, or a tensor"
+            raise DataError(f"{IDS} of row {number} is {shown(row[IDS])}", hint=hint)
+        if found[IDS].dim() == 1:
+            found = {name: tensor.unsqueeze(0) for name, tensor in found.items()}
+        if len(found[IDS]) != 1:
+            hint = "pass batches in a DataLoader, or one sample in each row"
+            raise DataError(f"row {number} has {len(found[IDS])} samples", hint=hint)
+        length = self.options.max_seq_length
+        found |= {name: value[:, :length] for name, value in found.items() if name in _SEQUENCES and value.dim() == 2}
+        found.setdefault(MASK, torch.ones_like(found[IDS]))
+        return found
+
+    def _text_sample(self, row: Any, number: int, length: int | None) -> Batch | None:
+        """Tokenize a text or a record; None for white space."""
+        where, row, options = f"row {number}", _as_mapping(row), self.options
+        if not isinstance(row, (str, Mapping)):
+            raise DataError(f"{where} is {shown(row)}", hint="a row is a text, a record or a mapping with input_ids")
+        columns = () if isinstance(row, str) or options.text_column == "text" else (options.text_column,)
+        document = as_document(row, where, columns)
+        if document.is_blank:
+            return None
+        tokenizer = self.load_tokenizer()
+        tokens = document_tokens(tokenizer, document, length, options.use_loss_mask, self.notes)
+        sample = {IDS: tokens.ids[None], MASK: torch.ones_like(tokens.ids)[None]}
+        if options.use_loss_mask:
+            sample[LOSS_MASK] = tokens.counts[None].to(torch.int64)
+        if document.target is not None:
+            sample[LABELS] = target_tokens(tokenizer, document, length)[None]
+        return sample
 
 
 def _is_tokenized(row: Any) -> bool:
@@ -109,30 +146,6 @@ def _as_mapping(row: Any) -> Any:
     return {IDS: row} if is_list or hasattr(row, "__array__") else row
 
 
-def _sample(row: Any, number: int, length: int | None, inputs: Collection[str] | None) -> Batch:
-    """Convert a tokenized row to a batch of one."""
-    row = _as_mapping(row)
-    if not isinstance(row, Mapping) or IDS not in row:
-        raise DataError(f"row {number} has no {IDS}, but the first row has", hint="pass rows of one kind")
-    wanted = {name: value for name, value in row.items() if inputs is None or name in inputs or name in BESIDE_INPUTS}
-    found = {name: tensor for name, value in wanted.items() if (tensor := _tensor(value)) is not None}
-    if IDS not in found or found[IDS].dim() not in (1, 2) or not found[IDS].numel():
-        raise DataError(
-            f"{IDS} of row {number} is {shown(row[IDS])}", hint="it must be a list of integers, or a tensor"
-        )
-    if found[IDS].dim() == 1:
-        found = {name: tensor.unsqueeze(0) for name, tensor in found.items()}
-    if len(found[IDS]) != 1:
-        raise DataError(
-            f"row {number} has {len(found[IDS])} samples",
-            hint="pass batches in a DataLoader, or one sample in each row",
-        )
-    cut = {name: value[:, :length] for name, value in found.items() if name in _SEQUENCES and value.dim() == 2}
-    found |= cut
-    found.setdefault(MASK, torch.ones_like(found[IDS]))
-    return found
-
-
 def _tensor(value: Any) -> torch.Tensor | None:
     """Convert numbers to a tensor; None for anything else, and for a single number."""
     if not isinstance(value, torch.Tensor):
@@ -145,38 +158,10 @@ def _tensor(value: Any) -> torch.Tensor | None:
     return value.detach() if value.dim() else None
 
 
-def _text_sample(
-    row: Any,
-    number: int,
-    options: OneshotOptions,
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase],
-    length: int | None,
-) -> Batch | None:
-    """Tokenize a text or a record; None for white space."""
-    where, row = f"row {number}", _as_mapping(row)
-    if not isinstance(row, (str, Mapping)):
-        raise DataError(f"{where} is {shown(row)}", hint="a row is a text, a record or a mapping with input_ids")
-    if isinstance(row, Mapping) and options.text_column != "text":
-        row = {"text": row.get(options.text_column)}
-    document = Document(where, row) if isinstance(row, str) else _as_document(row, where)
-    if document.is_blank:
-        return None
-    tokenizer = load_tokenizer()
-    ids_S, counts_S = document_tokens(tokenizer, document, length, options.use_loss_mask)
-    sample = {IDS: ids_S[None], MASK: torch.ones_like(ids_S)[None]}
-    if options.use_loss_mask:
-        sample[LOSS_MASK] = counts_S[None].to(torch.int64)
-    if document.target is not None:
-        sample[LABELS] = target_tokens(tokenizer, document, length)[None]
-    return sample
-
-
-def _windows(samples: Iterable[Batch | None], length: int) -> Iterator[Batch]:
+def _windows(samples: Iterable[Batch], length: int) -> Iterator[Batch]:
     """Join texts in order, and cut windows that do not overlap."""
     rest: Batch | None = None
     for sample in samples:
-        if sample is None:
-            continue
         if LABELS in sample:
             raise DataError("pairs of source and target cannot be joined", hint="leave concatenate_data out")
         rest = sample if rest is None else {name: torch.cat((rest[name], sample[name]), 1) for name in rest}

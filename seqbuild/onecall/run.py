@@ -32,6 +32,7 @@ from seqbuild.onecall.steps import (
     held_out_batches,
     measure,
     planned_run,
+    require_data,
     require_place,
     require_run,
     run_calibration,
@@ -132,6 +133,8 @@ def plan_quantization(options: QuantizeOptions, given: Given = Given(), show: Sh
 def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) -> CheckedCall:
     with clock.step("compile"):
         require_place(options)
+        if given.batches is None:
+            require_data(options)
         if given.recipe is None:
             require_recipe_name(options)
         weights = given.weights or find_weights(options)
@@ -141,13 +144,16 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
     show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
     with clock.step("data"):
         batches: Batches = given.batches or ()
-        if given.batches is None and readiness.needs_data:
-            batches = calibration_batches(artifact, weights, options)
+        if given.batches is not None:
+            show.line(f"data: {_amount(batches)}")
+        elif readiness.needs_data:
+            batches = calibration_batches(artifact, weights, options, show)
+        else:
+            show.line("data: the recipe needs none")
         held_out: Batches | str = given.held_out or ""
         if given.held_out is None:
             is_wanted = options.evaluate
             held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
-    show.line(f"data: {_amount(batches) if readiness.needs_data else 'the recipe needs none'}")
     if isinstance(held_out, str):
         show.line(f"evaluation: none, {held_out}")
     else:

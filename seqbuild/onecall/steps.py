@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.cli.batches import DEFAULT_SAMPLES, DataOptions, make_batches
-from runtime.errors import DataError, ModelError, SeqbuildError
+from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.data.options import DataOptions
+from runtime.errors import ModelError, SeqbuildError
 from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
@@ -49,6 +51,23 @@ def require_place(options: QuantizeOptions) -> None:
     resolve_dtype(options.dtype)
 
 
+def require_data(options: QuantizeOptions) -> None:
+    """Reject invalid data arguments and files that cannot be read, before the model is compiled.
+
+    Raises:
+        DataError, UsageError: naming the argument.
+    """
+    from runtime.data.documents import require_file
+    from runtime.data.file_formats import format_of
+    from runtime.data.options import data_sources
+
+    sources = options.data.sources + (options.eval_data if options.evaluate else ())
+    for source in data_sources(replace(options.data, sources=sources)):
+        path = Path(source.location)
+        if format_of(path) is not None:
+            require_file(path)
+
+
 def find_weights(options: QuantizeOptions) -> Path:
     """Return the model's directory, whose weights are complete.
 
@@ -57,14 +76,16 @@ def find_weights(options: QuantizeOptions) -> Path:
         OutputError: the output is inside it.
     """
     from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.host.hub import resolve_directory
     from runtime.host.publish import require_outside
 
-    source = resolve_source(options.model, revision=options.revision)
+    resolve_source(options.model, revision=options.revision)
     if Path(options.model).is_file():
         raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
-    open_checkpoint(source.directory)
-    require_outside(options.out, source.directory)
-    return source.directory
+    directory = resolve_directory(options.model, revision=options.revision, what="weights")
+    open_checkpoint(directory)
+    require_outside(options.out, directory)
+    return directory
 
 
 def compile_model_for(options: QuantizeOptions) -> Compiled:
@@ -108,33 +129,20 @@ def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: Quan
     return ready
 
 
-def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches:
+def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions, show: Show) -> Batches:
     """Read the calibration data.
 
     Raises:
         DataError: it cannot be read, or does not fit the model.
     """
-    data = DataOptions(
+    data = BatchOptions(
+        data=replace(options.data, default_samples=DEFAULT_SAMPLES),
         tokenizer=options.tokenizer,
         weights=weights,
-        samples=options.samples,
-        default_samples=DEFAULT_SAMPLES,
-        seq_len=options.seq_len,
         batch_size=options.batch_size,
-        pack=options.pack,
-        loss_mask=options.loss_mask,
         has_masks=True,
     )
-    return text_batches(artifact, options.data, data)
-
-
-def text_batches(artifact: Artifact, given: Sequence[str], data: DataOptions) -> Batches:
-    """Read the calibration data that these arguments name.
-
-    Raises:
-        DataError: it cannot be read, or does not fit the model.
-    """
-    return _batches(artifact, given, builtin_text(), data)
+    return text_batches(artifact, data, builtin_text(), show.line)
 
 
 def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches | str:
@@ -147,28 +155,38 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
     from runtime.model.config import text_limits
 
     is_builtin = options.eval_data == (BUILTIN,)
-    lengths = [options.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
+    lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
     data = DataOptions(
-        tokenizer=options.tokenizer,
-        weights=weights,
-        samples=None,
+        sources=options.eval_data,
         default_samples=EVALUATED_SAMPLES,
-        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.seq_len,
-        batch_size=options.batch_size,
+        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.data.seq_len,
         # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
-        pack=options.pack and not is_builtin,
+        pack=options.data.pack and not is_builtin,
     )
+    batches = BatchOptions(data=data, tokenizer=options.tokenizer, weights=weights, batch_size=options.batch_size)
     try:
         require_predicting(artifact.manifest)
     except ModelError as error:
         return str(error)
     try:
-        found = _batches(artifact, options.eval_data, builtin_evaluation_text(), data)
+        found = text_batches(artifact, batches, builtin_evaluation_text())
         return _equally_long(found) if is_builtin else found
     except SeqbuildError as error:
         if not is_builtin:
             raise
         return str(error)
+
+
+def text_batches(
+    artifact: Artifact, options: BatchOptions, builtin: Path, tell: Callable[[str], None] | None = None
+) -> Batches:
+    """Make the model's inputs from data; `builtin` is the file of the source of that name.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model.
+    """
+    sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
+    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell)
 
 
 def _equally_long(batches: Batches) -> Batches:
@@ -180,14 +198,6 @@ def _equally_long(batches: Batches) -> Batches:
     longest = [size for size in sizes if size[1] == sizes[0][1]]
     num_tokens, num_longest = (sum(size.numel() for size in some) for some in (sizes, longest))
     return batches[: len(longest)] if 2 * num_longest >= num_tokens else batches
-
-
-def _batches(artifact: Artifact, given: Sequence[str], builtin: Path, data: DataOptions) -> Batches:
-    """Make the model's inputs from data; this is the only call that reads any."""
-    paths = [builtin if name == BUILTIN else Path(name) for name in given]
-    if len(paths) > 1:
-        raise DataError(f"{len(paths)} sources of data were given", hint="pass one --data")
-    return make_batches(artifact, paths[0], data)
 
 
 def run_calibration(

@@ -215,11 +215,6 @@ def _of_an_own_class(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _parametrized(model: PreTrainedModel) -> PreTrainedModel:
-    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
-    return model
-
-
 def _marked_as_quantized(model: PreTrainedModel) -> PreTrainedModel:
     model.config.quantization_config = {"quant_method": "gptq"}
     return model
@@ -238,7 +233,6 @@ CHANGED: dict[Callable[[PreTrainedModel], PreTrainedModel], str] = {
     _with_another_layer: r"lm_head of the model is .*Doubled, which its config does not describe",
     _with_a_patched_forward: "model.norm of the model has a replaced forward",
     _of_an_own_class: "is not a class of transformers",
-    _parametrized: "lm_head of the model is torch.nn.utils.parametrize.ParametrizedLinear",
     _marked_as_quantized: "quantized already",
     _with_a_tensor_of_another_kind: r"lm_head.weight of the model is .*Sharded, not a plain tensor",
 }

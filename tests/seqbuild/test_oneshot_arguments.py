@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "split of a list": ({"dataset": ["a"], "splits": "train"}, UsageError, "the data set has none"),
     "several splits": ({"splits": ["a", "b"]}, UsageError, "pass the name of one split"),
     "number as tokenizer": ({"tokenizer": 3}, UsageError, "tokenizer is 3"),
-    "missing tokenizer": ({"tokenizer": "./missing"}, DataError, "there is no tokenizer './missing'"),
+    "missing tokenizer": ({"tokenizer": "./missing"}, DataError, "there is no tokenizer at ./missing"),
     "model as processor": ({"processor": nn.Linear(2, 2)}, UsageError, "processor is a torch.nn"),
     "no samples": ({"num_calibration_samples": 0}, UsageError, "num_calibration_samples is 0"),
     "text as length": ({"max_seq_length": "2048"}, UsageError, "max_seq_length is '2048'"),

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from runtime.errors import DataError, UsageError
 from seqbuild.onecall.arguments import parse_arguments
-from seqbuild.onecall.row_tensors import Batch, row_batches
+from seqbuild.onecall.row_tensors import Batch, RowReader
 from seqbuild.onecall.rows import chosen_rows, require_dataset
 
 TEXTS = ["One text.", "A second, longer text.", "Text 3...", "   ", "The last text, the longest of all."]
@@ -33,7 +33,8 @@ def options_of(dataset: Any, **changes: Any) -> Any:
 
 def read(dataset: Any, tokenizer: Any = None, length: int = 24, **changes: Any) -> list[Batch]:
     options = options_of(dataset, **changes)
-    return row_batches(chosen_rows(require_dataset(options), options), options, lambda: tokenizer, length, INPUTS)
+    reader = RowReader(options=options, load_tokenizer=lambda: tokenizer, length=length, inputs=INPUTS)
+    return reader.batches(chosen_rows(require_dataset(options), options))
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
@@ -190,20 +191,16 @@ def test_a_loader_is_used_as_it_is() -> None:
     assert not is_loader(Indexed(IDS))
 
 
-@pytest.mark.parametrize(
-    ("changes", "argument"),
-    [
-        ({"dataset": "owner/name"}, "owner/name"),
-        ({"dataset": Path("a.jsonl"), "text_column": "words"}, "a.jsonl::column=words"),
-        (
-            {"dataset": "owner/name", "splits": {"calibration": "train[:9]"}, "dataset_config_name": "en"},
-            "owner/name::config=en,split=train[:9]",
-        ),
-        ({"dataset": ["a"]}, None),
-    ],
-)
-def test_names_become_data_arguments(changes: dict[str, Any], argument: str | None) -> None:
-    assert options_of(**changes).data_argument == argument
+def test_names_become_data_options() -> None:
+    from seqbuild.onecall.in_python import _data_options
+
+    options = options_of("owner/name", splits={"calibration": "train[:9]"}, dataset_config_name="en", seed=3)
+    found = _data_options(options)
+    assert (found.sources, found.split, found.config) == (("owner/name",), "train[:9]", "en")
+    assert (found.default_samples, found.shuffle, found.seed, found.pack) == (512, True, 3, False)
+    found = _data_options(options_of(Path("a.jsonl"), text_column="words", shuffle_calibration_samples=False))
+    assert (found.sources, found.columns, found.shuffle, found.seed) == (("a.jsonl",), ("words",), False, None)
+    assert _data_options(options_of(None)).pack
 
 
 def test_data_sets_of_the_datasets_library(tokenizer: Any) -> None:

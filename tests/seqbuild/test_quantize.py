@@ -66,7 +66,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     assert lines[0] == f"quantizing {llama_dir} to out dir"
     assert lines[1].startswith(f"artifact: {cache}/seqbuild/artifacts/tiny llama-")
     assert lines[2].startswith("recipe: gptq W4A16, 21 modules, ")
-    assert lines[3] == "data: 8 samples, 256 tokens"
+    assert lines[3] == f"{builtin_text()}: 8 samples, 256 tokens; 32 tokens each"
     facts = {line.split("  ")[0]: line for line in lines}
     assert "21 modules with gptq W4A16, in out dir" in facts["quantized"]
     assert " before, " in facts["perplexity"] and "that the calibration did not read" in facts["perplexity"]
@@ -84,7 +84,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     assert call(*steps, *FEW, "-o", "steps")[0] == 0
     assert directory_bytes(Path("steps")) == directory_bytes(Path("out dir"))
     code, printed, _ = call("evaluate", artifact, "--weights", "steps", "--data", builtin_text(), *FEW)
-    assert code == 0 and printed.startswith("perplexity ")
+    assert code == 0 and "\nperplexity " in printed
 
     # A recipe that needs no data reads none, and JSON is all that is printed.
     code, printed, complaint = call(
@@ -97,8 +97,6 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
         "--json",
         "--seq-len",
         "32",
-        "--data",
-        "nowhere.txt",
     )
     assert (code, complaint) == (0, "")
     found = json.loads(printed)
@@ -154,7 +152,7 @@ def test_a_dry_run_writes_nothing(call: Call, llama_dir: Path, monkeypatch: pyte
     command = ("quantize", llama_dir, "--scheme", "W4A16", *FEW, "-o", "out", "--dry-run")
     code, printed, complaint = call(*command)
     assert (code, complaint) == (0, "")
-    assert "data: 8 samples, 256 tokens" in printed and printed.splitlines()[-1] == "fits"
+    assert ": 8 samples, 256 tokens; " in printed and printed.splitlines()[-1] == "fits"
     code, printed, _ = call(*command, "--json")
     assert code == 0 and json.loads(printed)["fits"] is True
     assert calls == [0] and not list(Path.cwd().iterdir())
