@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runtime.data.media import Medium
+from runtime.data.media_rows import MEDIA_FIELDS, with_media
 from runtime.errors import DataError
 from runtime.host.regular_files import open_regular, read_regular
 
 _SOURCES = ("source", "input")
-_FIELDS = ("text", "messages", *_SOURCES, "target")
+_FIELDS = ("text", "messages", *_SOURCES, "target", *MEDIA_FIELDS)
 _ROWS_AT_A_TIME = 16  # of a parquet file, in which a few compressed bytes can be a text of megabytes
 
 
@@ -29,17 +31,19 @@ class Document:
         where: its file and line, for messages.
         content: a text, or the messages of a conversation, each with the fields that the chat template reads.
         target: the text that an encoder-decoder model should generate for `content`; None for other documents.
+        media: the images, sounds and videos of the document, in the order of their places in its messages.
     """
 
     where: str
     content: str | list[dict[str, Any]]
     target: str | None = None
+    media: tuple[Medium, ...] = ()
 
     @property
     def is_blank(self) -> bool:
         """Whether a text of the document is white space."""
         texts = [text for text in (self.content, self.target) if isinstance(text, str)]
-        return not all(text.strip() for text in texts)
+        return not self.media and not all(text.strip() for text in texts)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -97,7 +101,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 raise DataError(f"{where} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where} must be a JSON object, not {type(record).__name__}")
-            yield _as_document(record, where)
+            yield _as_document(record, where, path.parent)
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -117,12 +121,18 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 for row in range(batch.num_rows):
                     number += 1
                     (record,) = batch.slice(row, 1).to_pylist()
-                    yield _as_document(record, f"row {number} of {path}")
+                    yield _as_document(record, f"row {number} of {path}", path.parent)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not a valid parquet file: {error}") from error
 
 
-def _as_document(record: Mapping[str, Any], where: str) -> Document:
+def _as_document(record: Mapping[str, Any], where: str, base: Path) -> Document:
+    document = _text_of(record, where)
+    content, media = with_media(document.content, record, where, base)
+    return replace(document, content=content, media=media)
+
+
+def _text_of(record: Mapping[str, Any], where: str) -> Document:
     text, messages = record.get("text"), record.get("messages")
     if isinstance(text, str):
         return Document(where, text)
@@ -130,6 +140,8 @@ def _as_document(record: Mapping[str, Any], where: str) -> Document:
         raise DataError(f"text of {where} must be a string, not {type(text).__name__}")
     if messages is None and record.get("target") is not None:
         return _as_pair(record, where)
+    if messages is None and any(record.get(name) for name in MEDIA_FIELDS):
+        return Document(where, "")
     if messages is None:
         raise DataError(f"{where} has neither text nor messages", hint=f"its fields are {list(record)}")
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
