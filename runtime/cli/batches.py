@@ -49,14 +49,16 @@ def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[d
         DataError: for data that cannot be read, or that the artifact does not support.
     """
     from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
-    from runtime.data.samples import batches, load_tokens
+    from runtime.data.named_batches import chosen, named_batches
+    from runtime.data.named_tensors import NamedSamples
+    from runtime.data.samples import batches, load_data
     from runtime.model.config import text_limits
 
     vocab_size, longest = text_limits(artifact)
     seq_len = options.seq_len
     if seq_len is None and data.suffix != ".safetensors":
         seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    tokens = load_tokens(
+    tokens = load_data(
         data,
         tokenizer_dir=options.tokenizer or _tokenizer_directory(options.weights, artifact),
         num_samples=options.samples,
@@ -65,21 +67,26 @@ def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[d
         loss_mask=options.loss_mask,
         vocab_size=vocab_size,
     )
-    indices: Sequence[int] = range(len(tokens.samples))
     limit = options.default_samples
+    if isinstance(tokens, NamedSamples):
+        if options.samples is None and limit is not None and len(tokens.samples) > limit:
+            tokens = chosen(tokens, limit, None, str(data))
+        return named_batches(artifact.manifest, tokens, options.batch_size)
+    indices: Sequence[int] = range(len(tokens.samples))
     if options.samples is None and limit is not None and len(indices) > limit:
         indices = [index * len(indices) // limit for index in range(limit)]
-    chosen = [tokens.samples[index] for index in indices]
+    samples = [tokens.samples[index] for index in indices]
     known = tokens.masks if options.has_masks else None
     masks = None if known is None else [known[index] for index in indices]
     targets = None if tokens.targets is None else [tokens.targets[index] for index in indices]
-    require_length((*chosen, *(targets or ())), longest)
+    require_length((*samples, *(targets or ())), longest)
     require_decoder(artifact.manifest, targets)
-    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, options.batch_size, masks, targets)]
+    made = [model_inputs(artifact.manifest, batch) for batch in batches(samples, options.batch_size, masks, targets)]
     require_in_range(artifact.manifest, made)
     return made
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """Return the directory of the weights if it has a tokenizer, otherwise the artifact's."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
+    names = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    return weights if any((weights / name).is_file() for name in names) else artifact.companions_path

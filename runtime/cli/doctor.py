@@ -244,13 +244,18 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
 
 def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
     from runtime.data.inputs import require_decoder, require_length
-    from runtime.data.samples import load_tokens
+    from runtime.data.named_batches import named_batches
+    from runtime.data.named_tensors import NamedSamples
+    from runtime.data.samples import load_data
     from runtime.model.config import text_limits
 
     if data.suffix != ".safetensors":
         return f"data: {data} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_tokens(data, vocab_size=vocab_size)
+    tokens = load_data(data, vocab_size=vocab_size)
+    if isinstance(tokens, NamedSamples):
+        named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)
+        return f"data: {len(tokens.samples)} samples", None
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     return f"data: {len(tokens.samples)} samples", tokens

@@ -40,7 +40,7 @@ def process_documents(
     if pairs is not None:
         raise DataError(
             f"{pairs.where} is a pair of source and target beside records with media",
-            hint='use {"audio": "NAME", "text": "..."}',
+            hint='use records like {"audio": "NAME", "text": "..."}',
         )
     processor = load_processor(directory)
     samples = tuple(processor.sample(document, seq_len) for document in documents)

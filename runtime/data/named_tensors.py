@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 Sample: TypeAlias = "dict[str, torch.Tensor]"
 
 NAMED_VERSION = "2.0"
-_TOKENS = ("input_ids", "decoder_input_ids", "labels")
+IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
+_TOKENS = (IDS, "decoder_input_ids", LABELS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,7 +67,7 @@ class NamedSamples:
 
 def text_name(sample: Mapping[str, Any]) -> str | None:
     """Return the name of the tensor of tokens: of the text, or else of the decoder."""
-    return next((name for name in ("input_ids", "labels") if name in sample), None)
+    return next((name for name in (IDS, LABELS) if name in sample), None)
 
 
 def save_named(path: Path, data: NamedSamples, metadata_key: str) -> None:
@@ -141,12 +142,40 @@ def _require_tokens(index: int, sample: Sample, vocab_size: int, seq_len: int | 
             continue
         if ids.dtype not in (torch.int32, torch.int64) or ids.dim() < 2:
             raise DataError(f"{index}.{name} is {ids.dtype} of shape {tuple(ids.shape)}")
-        lowest = -100 if name == "labels" else 0
+        lowest = -100 if name == LABELS else 0
         for wrong in (int(ids.min()), int(ids.max())):
             if not lowest <= wrong < vocab_size:
                 raise DataError(f"token id {wrong} of {index}.{name} is outside its vocabulary of {vocab_size}")
         if seq_len is not None and ids.shape[1] > seq_len:
             raise DataError(f"{index}.{name} has {ids.shape[1]} tokens, but seq_len is {seq_len}")
+
+
+def shortened(sample: Sample, max_length: int | None, media_tokens: Sequence[int], where: str) -> Sample:
+    """Cut the tensors of tokens of a sample at a length.
+
+    Raises:
+        DataError: tokens of media would be cut off.
+    """
+    import torch
+
+    ids_BS = sample[text_name(sample) or IDS]
+    if max_length is None or ids_BS.shape[1] <= max_length:
+        return sample
+    if bool(torch.isin(ids_BS[:, max_length:], torch.tensor(list(media_tokens) or [-1])).any()):
+        raise DataError(
+            f"{where} has {ids_BS.shape[1]} tokens with its media, and --seq-len {max_length} would cut the media",
+            hint=f"use --seq-len {ids_BS.shape[1]}, or smaller or fewer media",
+        )
+    return {
+        name: value[:, :max_length].clone() if is_of_tokens(name, value, ids_BS) else value
+        for name, value in sample.items()
+    }
+
+
+def is_of_tokens(name: str, value: torch.Tensor, ids_BS: torch.Tensor) -> bool:
+    """Whether a tensor has one number for each token of the text: ids, masks, types, labels."""
+    is_named = name in (MASK, LABELS) or name.endswith(("input_ids", "token_type_ids", "_mask", "position_ids"))
+    return is_named and not value.is_floating_point() and value.shape[:2] == ids_BS.shape
 
 
 def sizes_of(samples: Sequence[Mapping[str, torch.Tensor]]) -> list[str]:

@@ -26,6 +26,7 @@ from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
 from runtime.data.decoder import LABELS, NOT_A_LABEL, shifted
 from runtime.data.media import AUDIO, IMAGE, MEDIA_EXTRA, VIDEO, Frames, Medium
+from runtime.data.named_tensors import Sample, shortened
 from runtime.data.tokenizer import require_tokenizer_class
 from runtime.errors import DataError
 from runtime.host.offline import offline
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from runtime.data.documents import Document
-
-Sample = dict[str, "torch.Tensor"]
 
 IDS, MASK, DECODER_IDS = "input_ids", "attention_mask", "decoder_input_ids"
 _MEDIA_TOKENS = tuple(
@@ -333,34 +332,6 @@ def _forward_names(directory: Path) -> tuple[str, ...]:
     if table.get("auto_map") or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         return ()
     return tuple(inspect.signature(cls.forward).parameters)
-
-
-def shortened(sample: Sample, max_length: int | None, media_tokens: Sequence[int], where: str) -> Sample:
-    """Cut the tensors of tokens of a sample at a length.
-
-    Raises:
-        DataError: tokens of media would be cut off.
-    """
-    import torch
-
-    ids_BS = sample[IDS]
-    if max_length is None or ids_BS.shape[1] <= max_length:
-        return sample
-    if bool(torch.isin(ids_BS[:, max_length:], torch.tensor(list(media_tokens) or [-1])).any()):
-        raise DataError(
-            f"{where} has {ids_BS.shape[1]} tokens with its media, and --seq-len {max_length} would cut the media",
-            hint=f"use --seq-len {ids_BS.shape[1]}, or smaller or fewer media",
-        )
-    return {
-        name: value[:, :max_length].clone() if is_of_tokens(name, value, ids_BS) else value
-        for name, value in sample.items()
-    }
-
-
-def is_of_tokens(name: str, value: torch.Tensor, ids_BS: torch.Tensor) -> bool:
-    """Whether a tensor has one number for each token of the text: ids, masks, types, labels."""
-    is_named = name in (MASK, LABELS) or name.endswith(("input_ids", "token_type_ids", "_mask", "position_ids"))
-    return is_named and not value.is_floating_point() and value.shape[:2] == ids_BS.shape
 
 
 def text_labels(ids_BS: torch.Tensor, media_tokens: Sequence[int]) -> torch.Tensor:

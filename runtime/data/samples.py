@@ -37,6 +37,9 @@ from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import Tokens, document_tokens, target_tokens
 from runtime.data.documents import Document, read_documents, require_file, require_pairs
+from runtime.data.named_batches import chosen
+from runtime.data.named_samples import process_documents
+from runtime.data.named_tensors import NamedSamples
 from runtime.data.token_file import (
     LOSS_MASK,
     SUFFIX,
@@ -95,11 +98,40 @@ def load_tokens(
         DataError: the file cannot be read, is invalid, or has too few samples.
         UsageError: a number is not positive, or text is packed without `seq_len`.
     """
+    found = load_data(
+        path,
+        tokenizer_dir=tokenizer_dir,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        pack=pack,
+        loss_mask=loss_mask,
+        vocab_size=vocab_size,
+    )
+    if isinstance(found, NamedSamples):
+        raise DataError(f"{path} has images, sounds or videos, so its samples are not tokens alone", hint="use text")
+    return found
+
+
+def load_data(
+    path: str | Path,
+    *,
+    tokenizer_dir: Path | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    pack: bool = True,
+    loss_mask: bool = False,
+    vocab_size: int | None = None,
+) -> TokenData | NamedSamples:
+    """Read samples as `load_tokens` does, or samples of named tensors if there are images, sounds or videos."""
     path = as_path("the data", path)
     tokenizer_dir = None if tokenizer_dir is None else as_path("tokenizer_dir", tokenizer_dir)
     if path.suffix == SUFFIX:
         require_counts(num_samples=num_samples, seq_len=seq_len)
-        data = _shortened(read_token_file(path), num_samples, seq_len)
+        read = read_token_file(path)
+        if isinstance(read, NamedSamples):
+            _require_no_mask(loss_mask, str(path))
+            return chosen(read, num_samples, seq_len, str(path))
+        data = _shortened(read, num_samples, seq_len)
         if loss_mask and data.masks is None:
             raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
     elif tokenizer_dir is None:
@@ -109,6 +141,8 @@ def load_tokens(
         found = tokenize_documents(
             [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
         )
+        if isinstance(found, NamedSamples):
+            return found
         data = TokenData(
             samples=found.samples,
             path=path,
@@ -137,7 +171,7 @@ def tokenize_documents(
     pack: bool,
     loss_mask: bool = False,
     tokenizer_name: str = "",
-) -> Tokenized:
+) -> Tokenized | NamedSamples:
     """Make samples from the documents of several files, in this order.
 
     Args:
@@ -160,6 +194,11 @@ def tokenize_documents(
     documents = [document for path in paths for document in read_documents(path)]
     if not documents:
         raise DataError(f"{what} has only white space")
+    if any(document.media for document in documents):
+        _require_no_mask(loss_mask, what)
+        some = _spread(documents, num_samples, f"{what} has {len(documents)} records")
+        sources = [(path.name, file_digest(path)) for path in paths]
+        return process_documents(some, tokenizer_dir, sources=sources, seq_len=seq_len, name=tokenizer_name)
     tokenizer = load_tokenizer(tokenizer_dir)
     targets = None
     if any(document.target is not None for document in documents):
@@ -167,20 +206,20 @@ def tokenize_documents(
         if loss_mask:
             raise DataError("pairs of source and target have no loss mask", hint="leave --loss-mask out")
         some = _spread(documents, num_samples, f"{what} has {len(documents)} pairs")
-        chosen = [document_tokens(tokenizer, document, seq_len, False) for document in some]
+        parts = [document_tokens(tokenizer, document, seq_len, False) for document in some]
         targets = tuple(target_tokens(tokenizer, document, seq_len) for document in some)
     elif pack and seq_len is not None:
-        chosen = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
+        parts = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
     else:
         some = _spread(documents, num_samples, f"{what} has {len(documents)} documents")
-        chosen = [document_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
-    if loss_mask and not any(bool(counts_S.any()) for _, counts_S in chosen):
+        parts = [document_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
+    if loss_mask and not any(bool(counts_S.any()) for _, counts_S in parts):
         raise DataError(
             f"the loss mask excludes all tokens of {what}: no sample has text of the assistant",
             hint="use longer samples, or conversations with assistant messages, or leave --loss-mask out",
         )
-    samples = tuple(ids_S for ids_S, _ in chosen)
-    masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
+    samples = tuple(ids_S for ids_S, _ in parts)
+    masks = tuple(counts_S for _, counts_S in parts) if loss_mask else None
     origin = DataOrigin(
         tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
         tokenizer_digest=tokenizer_digest(tokenizer, tokenizer_dir),
@@ -188,6 +227,11 @@ def tokenize_documents(
         sources=tuple((path.name, file_digest(path)) for path in paths),
     )
     return Tokenized(samples=samples, masks=masks, targets=targets, origin=origin)
+
+
+def _require_no_mask(loss_mask: bool, what: str) -> None:
+    if loss_mask:
+        raise DataError(f"{what} has images, sounds or videos, for which no loss mask is made", hint="leave --loss-mask out")
 
 
 def batches(

@@ -210,11 +210,17 @@ def data(
     ] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
+    from runtime.data.named_tensors import NamedSamples, sizes_of
     from seqbuild.ship.tokens import tokenize_files
 
     made = tokenize_files(
         tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
     )
+    if isinstance(made, NamedSamples):
+        say(f"{out}: {len(made.samples)} samples, {made.num_tokens:,} tokens")
+        for line in sizes_of(made.samples):
+            say(f"  {line}")
+        return
     if made.masks is not None:
         say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
     targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} target tokens"

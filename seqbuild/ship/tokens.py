@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.samples import TokenData, require_place, save_tokens, tokenize_documents
+from runtime.data.token_file import METADATA_KEY
 from runtime.errors import DataError, UsageError
 
 
@@ -18,7 +20,7 @@ def tokenize_files(
     pack: bool,
     out: str | Path,
     loss_mask: bool = False,
-) -> TokenData:
+) -> TokenData | NamedSamples:
     """Tokenize the documents in `files`, write a token file, and return its contents.
 
     Args:
@@ -49,6 +51,9 @@ def tokenize_files(
         loss_mask=loss_mask,
         tokenizer_name=directory.resolve().name if directory == Path(tokenizer) else str(tokenizer),
     )
+    if isinstance(found, NamedSamples):
+        save_named(out, found, METADATA_KEY)
+        return found
     return save_tokens(
         out, found.samples, seq_len=seq_len, origin=found.origin, masks=found.masks, targets=found.targets
     )
