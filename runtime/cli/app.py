@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_SAMPLES, DataOptions, make_batches
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
     from runtime.streaming.report import Calibration
 
-DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
+DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     add_completion=False,

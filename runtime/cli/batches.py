@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from runtime.chain import Artifact
 
-DEFAULT_SEQ_LEN = 2048
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.data.named_tensors import Sample
     from runtime.data.token_file import TokenData
 
 _T = TypeVar("_T")
@@ -242,7 +243,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
     return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
 
 
-def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
+def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | list[Sample] | None]:
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.named_batches import named_batches
     from runtime.data.named_tensors import NamedSamples
@@ -254,27 +255,37 @@ def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
     vocab_size, longest = text_limits(artifact)
     tokens = load_data(data, vocab_size=vocab_size)
     if isinstance(tokens, NamedSamples):
-        named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)
-        return f"data: {len(tokens.samples)} samples", None
+        text = f"data: {len(tokens.samples)} samples with images, sounds or videos"
+        return text, named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     return f"data: {len(tokens.samples)} samples", tokens
 
 
 def _memory(
-    found: Examination, artifact: Artifact, job: Job, device: torch.device, dtype: torch.dtype, tokens: TokenData | None
+    found: Examination,
+    artifact: Artifact,
+    job: Job,
+    device: torch.device,
+    dtype: torch.dtype,
+    data: TokenData | list[Sample] | None,
 ) -> None:
     """Predict the memory of the run from the sizes of its data, or from the default sizes for text."""
-    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.planning.request import memory_here, num_rows, plan_artifact
     from runtime.recipe.recipe import Recipe
 
-    sizes = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _DEFAULT_SIZES
+    sizes, batches = _DEFAULT_SIZES, list[Any]()
+    if isinstance(data, list):
+        sizes, batches = (sum(map(num_rows, data)), 1), data
+    elif data is not None:
+        sizes = (len(data.samples), max(map(len, data.samples)))
     try:
         plan, shortages, advice = plan_artifact(
             artifact,
             num_samples=sizes[0],
             seq_len=sizes[1],
             batch_size=_DEFAULT_BATCH,
+            batches=batches,
             recipe=Recipe.from_file(job.recipe),
             dtype=dtype,
             device_type=device.type,
@@ -286,7 +297,7 @@ def _memory(
     needed = f"{human_bytes(plan.host_bytes)} of host memory"
     if device.type == "cuda":
         needed += f" and {human_bytes(plan.device_bytes)} on {device}"
-    text = f"memory: {sizes[0]} samples of {sizes[1]} tokens need {needed}"
+    text = f"memory: {sizes[0]} samples{'' if batches else f' of {sizes[1]} tokens'} need {needed}"
     if not shortages:
         found.add("ok", text)
         return

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from runtime.cli.batches import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DataOptions, make_batches
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import say
 
 if TYPE_CHECKING:
+    import torch
+
+    from runtime.chain import Artifact
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
@@ -28,8 +32,13 @@ _HELP = {
 
 def plan(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")] = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = 2048,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Number of calibration samples; default: 128.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample; default: 2048.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Token file from seqbuild data, for the sizes of its samples.")
+    ] = None,
     batch_size: BatchSize = 8,
     recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",
@@ -65,13 +74,16 @@ def plan(
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
-    from runtime.planning.request import plan_artifact
+    from runtime.planning.request import num_rows, plan_artifact
 
+    loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
     forecast, shortages, advice = plan_artifact(
-        load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
-        num_samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
+        loaded,
+        num_samples=sum(map(num_rows, batches)) or samples or DEFAULT_SAMPLES,
+        seq_len=seq_len or DEFAULT_SEQ_LEN,
+        batch_size=max(map(num_rows, batches), default=batch_size),
+        batches=batches,
         recipe=parsed,
         dtype=resolve_dtype(dtype),
         device_type=device_type,
@@ -83,6 +95,25 @@ def plan(
     _print(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
+
+
+def _batches(
+    artifact: Artifact, data: Path, samples: int | None, seq_len: int | None, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """Make the batches of a token file, as a run would."""
+    from runtime.data.token_file import require_place
+
+    require_place(data)
+    options = DataOptions(
+        tokenizer=None,
+        weights=artifact.companions_path,
+        samples=samples,
+        default_samples=DEFAULT_SAMPLES,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        pack=True,
+    )
+    return make_batches(artifact, data, options)
 
 
 def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:

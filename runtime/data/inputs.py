@@ -7,6 +7,7 @@ model. Another input is added only if the compiler determined the value that is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,6 +149,14 @@ def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None
         )
 
 
+def with_single_sizes(manifest: Manifest) -> Manifest:
+    """Return the manifest with a minimum of one where it states two.
+
+    A minimum of two comes from the tracer, which treats a size of one as special whatever the model's code does.
+    """
+    return replace(manifest, dims=tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in manifest.dims))
+
+
 def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> None:
     """Reject batches of sizes for which the artifact is not valid.
 
@@ -181,5 +190,6 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in condition)
                 raise DataError(
                     f"a batch has {stated}, but the artifact is valid only if {condition}",
-                    hint=hint or "the model's code takes another path otherwise; choose another --seq-len or --batch-size",
+                    hint=hint
+                    or "the model's code takes another path otherwise; choose another --seq-len or --batch-size",
                 )

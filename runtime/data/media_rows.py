@@ -2,7 +2,7 @@
 
 Media are parts of messages, as transformers' processors take them:
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "..."}]}]}
+    {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "..."}]}
 
 or fields of the record (`image`, `images`, `audio`, `video`, ...) beside `text` or `messages`. A part without a value,
 or the text `<image>`, takes the next medium of the fields; media of fields that have no place in the messages stand at
@@ -57,11 +57,11 @@ def with_media(
     """
     fields = {kind: list[Any]() for kind in KINDS}
     for name, kind in MEDIA_FIELDS.items():
-        value = record.get(name)
+        value: Any = record.get(name)
         if _is_given(value):
             # A list of frames is one video; a list of numbers (a sound) one sound.
             is_several = isinstance(value, (list, tuple)) and (name not in KINDS or kind == IMAGE)
-            fields[kind] += list(value) if is_several else [value]
+            fields[kind] += value if is_several else [value]
     if isinstance(content, str):
         media = (Medium(kind=kind, value=value, where=where, base=base) for kind in KINDS for value in fields[kind])
         return content, tuple(media)

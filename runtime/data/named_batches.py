@@ -16,7 +16,16 @@ import torch
 
 from runtime.arguments import require_count
 from runtime.data.decoder import LABELS, NOT_A_LABEL
-from runtime.data.inputs import BESIDE_INPUTS, COMPILE_FOR_DATA, DECODER_IDS, IDS, MASK, completed
+from runtime.data.inputs import (
+    BESIDE_INPUTS,
+    COMPILE_FOR_DATA,
+    DECODER_IDS,
+    IDS,
+    MASK,
+    completed,
+    require_in_range,
+    with_single_sizes,
+)
 from runtime.data.named_tensors import NamedSamples, Sample, is_of_tokens, shortened
 from runtime.errors import DataError
 
@@ -54,6 +63,8 @@ def named_batches(manifest: Manifest, data: NamedSamples, batch_size: int) -> li
     for equals in groups.values():
         for start in range(0, len(equals), batch_size):
             made.append(_joined([rows[index] for index in equals[start : start + batch_size]]))
+    made = [completed(manifest, batch) for batch in made]
+    require_in_range(with_single_sizes(manifest), made)
     return made
 
 

@@ -266,7 +266,9 @@ class MediaProcessor:
         assert isinstance(document.content, str)
         if LABELS not in self.names:
             return {}
-        start = self.config.get_text_config(decoder=True).decoder_start_token_id if DECODER_IDS in self.names else None
+        parts = (self.config, self.config.get_text_config(decoder=True))
+        starts = [getattr(part, "decoder_start_token_id", None) for part in parts]
+        start = next((int(token) for token in starts if token is not None), None)
         ids = list(self.tokenizer(text_target=document.content, verbose=False)["input_ids"])
         ids = ids[1:] if ids[:1] == [start] else ids  # the shift adds it
         if not ids:
@@ -274,7 +276,7 @@ class MediaProcessor:
         labels_BT = torch.tensor([ids[:max_length]], dtype=torch.int64)
         if DECODER_IDS not in self.names:
             return {LABELS: labels_BT}
-        rule = {PAD: self.padding_token} | ({} if start is None else {START: int(start)})
+        rule = {PAD: self.padding_token} | ({} if start is None else {START: start})
         return {LABELS: labels_BT, DECODER_IDS: shifted(labels_BT, rule)}
 
     def _cut(self, sample: Sample, document: Document, max_length: int | None) -> Sample:
@@ -365,4 +367,6 @@ def _with_names(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _missing_package(what: str, error: ImportError) -> DataError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return DataError(f"{what} requires a package that is missing: {lines[0] if lines else error.name}", hint=MEDIA_EXTRA)
+    return DataError(
+        f"{what} requires a package that is missing: {lines[0] if lines else error.name}", hint=MEDIA_EXTRA
+    )

@@ -231,7 +231,9 @@ def tokenize_documents(
 
 def _require_no_mask(loss_mask: bool, what: str) -> None:
     if loss_mask:
-        raise DataError(f"{what} has images, sounds or videos, for which no loss mask is made", hint="leave --loss-mask out")
+        raise DataError(
+            f"{what} has images, sounds or videos, for which no loss mask is made", hint="leave --loss-mask out"
+        )
 
 
 def batches(

@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime.arguments import require_count, require_counts, require_kind
 from runtime.artifact.size_expressions import holds
+from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
@@ -66,6 +67,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     budget: Budget | None = None,
     statistics_bytes: int | None = None,
     sizes: Mapping[str, int] | None = None,
+    batches: Sequence[Mapping[str, Any]] = (),
     limits: Limits | None = None,
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
@@ -83,6 +85,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         budget: memory for the values between subgraphs; None for no bound, on the host.
         statistics_bytes: the largest size of the statistics of a layer's experts at a time; None for no bound.
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
+        batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
         limits: the available memory and disk space.
 
     Raises:
@@ -93,7 +96,10 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         require_count(name, number)
     _require_kinds(budget, limits, sizes, statistics_bytes)
-    found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
+    if batches:
+        found, remarks = batch_sizes(artifact.manifest, batches), list[str]()
+    else:
+        found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
     run_dtype = artifact.run_dtype(dtype)
     if recipe is not None:
         recipe = require_recipe(recipe)
@@ -159,8 +165,8 @@ def require_plan(
         PlanError: if it does not fit, without `force`.
     """
     work = Workload(
-        num_samples=sum(_samples(batch) for batch in batches),
-        batch_size=max((_samples(batch) for batch in batches), default=1),
+        num_samples=sum(num_rows(batch) for batch in batches),
+        batch_size=max((num_rows(batch) for batch in batches), default=1),
         sizes=batch_sizes(run.artifact.manifest, batches),
         dtype=dtype,
         device_type=options.device.type,
@@ -242,8 +248,11 @@ def batch_sizes(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> dic
     return sizes
 
 
-def _samples(batch: Mapping[str, Any]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Return the number of samples of a batch; images and patches are not counted by tokens."""
+    tokens = [batch[name] for name in (IDS, DECODER_IDS) if name in batch]
+    found = (value for value in (*tokens, *batch.values()) if isinstance(value, torch.Tensor) and value.dim())
+    return next((len(value) for value in found), 1)
 
 
 def _usual_jobs(

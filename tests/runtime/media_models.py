@@ -116,7 +116,10 @@ def gemma3(bytes_dir: Path) -> tuple[Any, Any]:
     )
     images = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     processor = transformers.Gemma3Processor(
-        images, tokenizer, chat_template="{{ bos_token }}" + _CHAT.replace("IMAGE", "<start_of_image>"), image_seq_length=4
+        images,
+        tokenizer,
+        chat_template="{{ bos_token }}" + _CHAT.replace("IMAGE", "<start_of_image>"),
+        image_seq_length=4,
     )
     config = transformers.Gemma3Config(
         text_config={**_TEXT, "vocab_size": len(tokenizer), "sliding_window": 16},
@@ -165,7 +168,14 @@ def qwen2_audio(bytes_dir: Path) -> tuple[Any, Any]:
 
 def whisper(bytes_dir: Path) -> tuple[Any, Any]:
     vocabulary = PreTrainedTokenizerFast.from_pretrained(bytes_dir).get_vocab()
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+    special = [
+        "<|endoftext|>",
+        "<|startoftranscript|>",
+        "<|en|>",
+        "<|transcribe|>",
+        "<|translate|>",
+        "<|notimestamps|>",
+    ]
     for token in special:
         vocabulary[token] = len(vocabulary)
     tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[], language="en", task="transcribe")
