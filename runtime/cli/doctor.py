@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.artifact.bundle import Job, artifact_of, damaged, find_job, is_bundle, read_bundle
 from runtime.artifact.check import check_artifact, check_versions

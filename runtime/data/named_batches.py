@@ -99,8 +99,7 @@ def _known_inputs(manifest: Manifest, index: int, sample: Mapping[str, torch.Ten
             row[name] = value
         elif name != DECODER_IDS and (not name.endswith("token_type_ids") or bool(value.any())):
             raise DataError(
-                f"sample {index} has {name} {list(value.shape)}, but the artifact was compiled without it; its inputs are "
-                f"{', '.join(names)}",
+                f"sample {index} has {name} {list(value.shape)}, but the inputs of the artifact are {', '.join(names)}",
                 hint=COMPILE_FOR_DATA,
             )
     return row

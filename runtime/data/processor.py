@@ -3,8 +3,8 @@
 The processor is that of the model's directory, loaded without its own code and without a network. It decides the names,
 shapes and dtypes of the inputs, and the tokens that stand for media. Each document becomes one sample: a batch of one.
 
-- A conversation is rendered by the processor's chat template; a text with its placeholders (`<image>`) is used as it is,
-  and one without them becomes a user's message, if there is a template.
+- A conversation is rendered by the processor's chat template. A text with its placeholders (`<image>`) is used as it
+  is, and one without them becomes a user's message, if there is a template.
 - For a model that generates text from sound or images alone (Whisper), the text becomes the labels, and the inputs of
   the decoder follow from them.
 - `labels` of other models are the tokens of the text: -100 for media, which a perplexity does not count.
@@ -308,7 +308,8 @@ def load_processor(directory: Path) -> MediaProcessor:
         with quiet("transformers"), warnings.catch_warnings(), offline():
             warnings.simplefilter("ignore")
             require_tokenizer_class(directory)
-            found: Any = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            auto: Any = AutoProcessor
+            found = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             config = parse_config(directory)
     except MemoryError:
         raise
