@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,13 @@ def _tokenizer(directory: Path, *special: str, **named: str) -> PreTrainedTokeni
     )
 
 
+def _images(kind: str, **config: Any) -> Any:
+    """An image processor from its config, with torchvision or without, as transformers chooses."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **config}))
+        return transformers.AutoImageProcessor.from_pretrained(directory)
+
+
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     return dict(zip(names, tokenizer.convert_tokens_to_ids(list(_VISUAL_TOKENS)), strict=True))
@@ -75,7 +84,7 @@ def qwen2_5_vl(bytes_dir: Path) -> tuple[Any, Any]:
 
     tokenizer = _tokenizer(bytes_dir, "<|im_start|>", "<|im_end|>", *_VISUAL_TOKENS)
     size = {"shortest_edge": 4 * 28**2, "longest_edge": 16 * 28**2}
-    images = transformers.Qwen2VLImageProcessor(size=size)
+    images = _images("Qwen2VLImageProcessor", size=size)
     processor = transformers.Qwen2_5_VLProcessor(
         images, tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=_qwen_chat()
     )
@@ -92,7 +101,7 @@ def qwen2_5_vl(bytes_dir: Path) -> tuple[Any, Any]:
 def qwen3_vl(bytes_dir: Path) -> tuple[Any, Any]:
     tokenizer = _tokenizer(bytes_dir, "<|im_start|>", "<|im_end|>", *_VISUAL_TOKENS)
     size = {"shortest_edge": 4 * 32**2, "longest_edge": 16 * 32**2}
-    images = transformers.Qwen2VLImageProcessor(size=size, patch_size=16)
+    images = _images("Qwen2VLImageProcessor", size=size, patch_size=16)
     videos = transformers.Qwen3VLVideoProcessor(size={"shortest_edge": 4096, "longest_edge": 64 * 32**2})
     processor = transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=_qwen_chat())
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 128}
@@ -114,7 +123,7 @@ def gemma3(bytes_dir: Path) -> tuple[Any, Any]:
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
     )
-    images = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    images = _images("Gemma3ImageProcessor", size={"height": 56, "width": 56})
     processor = transformers.Gemma3Processor(
         images,
         tokenizer,
@@ -134,7 +143,7 @@ def gemma3(bytes_dir: Path) -> tuple[Any, Any]:
 
 def llava(bytes_dir: Path) -> tuple[Any, Any]:
     tokenizer = _tokenizer(bytes_dir, "<image>")
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    images = _images("CLIPImageProcessor", size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     processor = transformers.LlavaProcessor(
         images,
         tokenizer,
@@ -239,3 +248,39 @@ def copy_without_processor(directory: Path, target: Path) -> Path:
     for name in ("processor_config.json", "preprocessor_config.json"):
         (target / name).unlink(missing_ok=True)
     return target
+
+
+def write_video(path: Path, frames: int, width: int, height: int) -> Path:
+    """A film of noise, 4 frames a second."""
+    import av
+
+    generator = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def rows_of(family: str, folder: Path) -> Path:
+    """Rows of data for a model: media of two sizes, one twice, and a text among them; Whisper takes no text alone."""
+    write_image(folder / "a.png", 90, 60)
+    write_image(folder / "b.jpg", 60, 130, seed=1)
+    write_sound(folder / "a.wav", 0.7)
+    write_sound(folder / "b.wav", 0.4, rate=8000, seed=1)
+    kind, names = ("audio", ("a.wav", "b.wav")) if "audio" in family else ("image", ("a.png", "b.jpg"))
+    question = [{"type": kind, kind: names[0]}, {"type": "text", "text": "What is it?"}]
+    described: dict[str, Any] = {kind: names[1], "text": "Describe it."}
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A cat."}]},
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]},
+        described,
+        described,
+    ]
+    if family == "whisper":
+        rows = [{"audio": "a.wav", "text": "hello"}, {"audio": "b.wav", "text": "so"}, {"audio": "a.wav", "text": "ho"}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder / "rows.jsonl"
