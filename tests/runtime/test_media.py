@@ -14,7 +14,6 @@ import transformers
 
 import runtime
 import seqbuild.cli.app
-from runtime.chain import LoadedSubgraph
 from runtime.cli.batches import DataOptions, make_batches
 from runtime.data.named_tensors import NamedSamples
 from runtime.data.token_file import read_token_file
@@ -30,7 +29,9 @@ pytest.importorskip("PIL")
 pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from tests.runtime.media_models import FAMILIES, rows_of, save, write_image, write_video
+from PIL import Image
+
+from tests.runtime.media_models import rows_of, save, write_image, write_video
 
 QUESTION = {"type": "text", "text": "What is it?"}
 # Everything but the layers of the language model.
@@ -111,7 +112,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_dir: Path) -
 
 
 def _of_transformers(family: str, place: Seeing) -> Iterator[Mapping[str, Any]]:
-    """The inputs that the processor makes when transformers opens the files by itself."""
+    """The inputs that the processor makes by transformers' own way from messages to tensors."""
     processor = transformers.AutoProcessor.from_pretrained(place.small.weights)
     for line in place.rows.read_text().splitlines():
         row = json.loads(line)
@@ -127,7 +128,8 @@ def _of_transformers(family: str, place: Seeing) -> Iterator[Mapping[str, Any]]:
             if isinstance(message["content"], str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
             for part in message["content"]:
-                part |= {kind: str(place.folder / part[kind]) for kind in ("image", "audio") if kind in part}
+                part |= {"image": Image.open(place.folder / part["image"])} if "image" in part else {}
+                part |= {"audio": str(place.folder / part["audio"])} if "audio" in part else {}
         yield processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 
 
@@ -214,7 +216,15 @@ def test_plan_and_evaluate_take_the_data(family: str, seeing: Callable[[str], Se
     facts = json.loads(out)
     assert not any("assumed" in line for line in facts["remarks"])
     code, out, _ = run(
-        ["evaluate", str(place.small.artifact), "--weights", str(place.small.weights), "--data", str(place.data), "--json"]
+        [
+            "evaluate",
+            str(place.small.artifact),
+            "--weights",
+            str(place.small.weights),
+            "--data",
+            str(place.data),
+            "--json",
+        ]
     )
     assert code == 0
     model, total, count = place.load_model(), 0.0, 0
@@ -237,7 +247,7 @@ def test_a_stopped_run_gives_the_same_bytes(
     options: dict[str, Any] = {"weights": place.small.weights, "recipe": GPTQ, "batches": place.batches()}
     runtime.calibrate(place.small.load(), out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        stop_at(patch, 10)
+        stop_at(patch, 5)
         with pytest.raises(Stop):
             runtime.calibrate(place.small.load(), out=tmp_path / "stopped", **options)
     found = runtime.calibrate(place.small.load(), out=tmp_path / "stopped", resume=True, **options)
@@ -245,9 +255,7 @@ def test_a_stopped_run_gives_the_same_bytes(
     assert directory_bytes(tmp_path / "stopped") == directory_bytes(tmp_path / "whole")
 
 
-def test_commands_take_rows_and_token_files_alike(
-    seeing: Callable[[str], Seeing], tmp_path: Path, run: Run
-) -> None:
+def test_commands_take_rows_and_token_files_alike(seeing: Callable[[str], Seeing], tmp_path: Path, run: Run) -> None:
     place = seeing("gemma3")
     data = tmp_path / "again.safetensors"
     command = ["data", str(place.small.weights), str(place.rows), "-o", str(data), "--seq-len", "256"]
@@ -309,9 +317,7 @@ def test_videos(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
     artifact = build(weights, out=tmp_path / "art", sample=data, leaves="target").path
     place = Seeing(tmp_path, Small(weights, artifact))
     assert {"pixel_values_videos", "video_grid_thw"} <= {entry.name for entry in place.small.load().manifest.inputs}
-    runtime.calibrate(
-        place.small.load(), weights=weights, recipe=GPTQ, batches=place.batches(), out=tmp_path / "out"
-    )
+    runtime.calibrate(place.small.load(), weights=weights, recipe=GPTQ, batches=place.batches(), out=tmp_path / "out")
     model = place.load_model()
     names = {entry.name for entry in place.small.load().manifest.inputs}
     for batch in place.batches():
@@ -327,7 +333,7 @@ def test_rows_are_refused(seeing: Callable[[str], Seeing], tmp_path: Path, run: 
     def refuse(row: dict[str, Any], *parts: str, model: Path = place.small.weights, seq_len: int = 256) -> None:
         (tmp_path / "x.jsonl").write_text(json.dumps(row))
         command = ["data", str(model), str(tmp_path / "x.jsonl"), "-o", str(tmp_path / "x.safetensors")]
-        assert_refused(*run([*command, "--seq-len", str(seq_len)], seqbuild.cli.app.main), *parts)
+        assert_refused(run([*command, "--seq-len", str(seq_len)], seqbuild.cli.app.main), *parts, program="seqbuild")
         assert not (tmp_path / "x.safetensors").exists()
 
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -341,7 +347,7 @@ def test_rows_are_refused(seeing: Callable[[str], Seeing], tmp_path: Path, run: 
     refuse(text | {"image": "data:image/png;base64,@@"}, "not valid base64")
     refuse(text | {"audio": "a.wav"}, "has audio data, but Gemma3Processor has no feature_extractor")
     refuse({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "type image without a file")
-    refuse({"image": "a.png", "text": "a"}, "40 tokens" if False else "would cut the media", seq_len=8)
+    refuse({"image": "a.png", "text": "a"}, "would cut the media", seq_len=8)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
@@ -360,8 +366,3 @@ def test_missing_packages_are_named(
         tokenize_files(
             place.small.weights, [place.rows], num_samples=None, seq_len=256, pack=True, out=tmp_path / "x.safetensors"
         )
-
-
-def test_families_are_all_tested() -> None:
-    assert set(FAMILIES) == {"gemma3", "llava", "whisper", "qwen2_audio", "qwen2_5_vl", "qwen3_vl"}
-    assert LoadedSubgraph is not None
