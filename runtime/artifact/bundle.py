@@ -55,12 +55,12 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The input and output paths of a calibration."""
+    """The input and output paths of a calibration; its data arguments may name data sets."""
 
     artifact: Path
     weights: Path
     recipe: Path
-    data: Path | None
+    data: tuple[str, ...]
     out: Path
 
 
@@ -74,15 +74,15 @@ def artifact_of(path: Path) -> Path:
     return path / ARTIFACT if is_bundle(path) else path
 
 
-def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Path | None, out: Path | None) -> Job:
+def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: tuple[str, ...], out: Path | None) -> Job:
     """Resolve the paths of a calibration: the user's options first, then the bundle.
 
     Args:
         path: an artifact or a bundle; small files of a bundle are compared with their digests.
         weights: the user's option, None if not given; the same for the following arguments.
         recipe: "
-        data: "
-        out: "
+        data: the user's data arguments; empty for the bundle's.
+        out: as `weights`.
 
     Raises:
         ArtifactError: when the bundle is damaged.
@@ -97,7 +97,7 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
         if weights is None and bundle.weights:
             _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
-        data = data or (path / DATA if bundle.data else None)
+        data = data or ((str(path / DATA),) if bundle.data else ())
         weights = weights or (path / WEIGHTS if bundle.weights else None)
         out = out or path / RESULT
     missing = {"--weights": weights, "--recipe": recipe, "--out": out}

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DEFAULT_SAMPLES, DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import optional_bytes, parse_bytes, say
+from runtime.data.options import DataOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.events import Watcher
     from runtime.streaming.report import Calibration
-
-DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     add_completion=False,
@@ -41,19 +41,17 @@ app.command()(plan)
 
 
 @app.command()
+@given.takes_data_options
 def calibrate(
     artifact: given.ArtifactPath,
+    data_options: DataOptions,
     weights: given.BundledWeights = None,
     recipe: given.BundledRecipe = None,
     out: given.Out = None,
     data: given.BundledData = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
-    loss_mask: given.LossMask = False,
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
@@ -79,23 +77,19 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    job = find_job(artifact, weights=weights, recipe=recipe, data=tuple(data or ()), out=out)
     parsed = _recipe_of(job, resume)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    data_options = DataOptions(
+    batch_options = BatchOptions(
+        data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
         tokenizer=tokenizer,
         weights=job.weights,
-        samples=samples,
-        default_samples=DEFAULT_SAMPLES,
-        seq_len=seq_len,
         batch_size=batch_size,
-        pack=pack,
-        loss_mask=loss_mask,
         has_masks=True,
     )
-    batches = make_batches(loaded, job.data, data_options) if job.data is not None else []
+    batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
     options |= _memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
@@ -199,16 +193,15 @@ def _report(result: Calibration, as_json: bool) -> None:
 
 
 @app.command()
+@given.takes_data_options
 def evaluate(
     artifact: given.ArtifactPath,
     weights: given.WeightsPath,
-    data: given.DataPath,
+    data: given.DataSources,
+    data_options: DataOptions,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
     tokenizer: given.Tokenizer = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -220,15 +213,10 @@ def evaluate(
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    options = DataOptions(
-        tokenizer=tokenizer,
-        weights=weights,
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        pack=pack,
+    options = BatchOptions(
+        data=replace(data_options, sources=tuple(data)), tokenizer=tokenizer, weights=weights, batch_size=batch_size
     )
-    batches = make_batches(loaded, data, options)
+    batches = make_batches(loaded, options, None if as_json else say)
     from runtime.evaluation import evaluate as run
 
     result = run(loaded, weights=weights, batches=batches, device=run_device, dtype=run_dtype)
@@ -302,7 +290,7 @@ def doctor(
         path=artifact,
         weights=weights,
         recipe=recipe,
-        data=data,
+        data=tuple(data or ()),
         out=out,
         device=device,
         dtype=dtype,

@@ -61,7 +61,7 @@ class Examination:
     path: Path
     weights: Path | None = None
     recipe: Path | None = None
-    data: Path | None = None
+    data: tuple[str, ...] = ()
     out: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -202,7 +202,7 @@ def _calibration(found: Examination) -> None:
     num_bytes = found.run(lambda: _checkpoint(artifact, job, dtype))
     if num_bytes is None:
         return
-    tokens = found.run(partial(_data, artifact, job.data)) if job.data is not None else None
+    tokens = found.run(partial(_data, artifact, job.data)) if job.data else None
     _memory(found, artifact, job, device, dtype, tokens)
     found.run(lambda: _disk(job, num_bytes))
 
@@ -237,23 +237,30 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
     prepared = prepare(artifact, checkpoint, recipe, dtype)
     source, jobs = prepared.weights, prepared.jobs
     needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
-    if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
+    if not job.data and (needs.measures(list(jobs)) or needs.key_values is not None):
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
     size = human_bytes(source.checkpoint.total_bytes)
     return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
 
 
-def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | list[Sample] | None]:
+def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | list[Sample] | None]:
+    from runtime.data.documents import require_file
+    from runtime.data.file_formats import format_of
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.named_batches import named_batches
     from runtime.data.named_tensors import NamedSamples
-    from runtime.data.samples import load_data
+    from runtime.data.options import DataOptions, data_sources
+    from runtime.data.samples import is_token_file, load_data
     from runtime.model.config import text_limits
 
-    if data.suffix != ".safetensors":
-        return f"data: {data} is text, which the run will tokenize", None
+    sources = data_sources(DataOptions(sources=data))
+    if not is_token_file(sources):
+        for path in (Path(source.location) for source in sources):
+            if format_of(path) is not None:
+                require_file(path)
+        return f"data: {', '.join(data)} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_data(data, vocab_size=vocab_size)
+    tokens, _ = load_data(DataOptions(sources=data), None, vocab_size=vocab_size)
     if isinstance(tokens, NamedSamples):
         text = f"data: {len(tokens.samples)} samples with images, sounds or videos"
         return text, named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)

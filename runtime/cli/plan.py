@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.cli.batches import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import say
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
 
 if TYPE_CHECKING:
     import torch
@@ -104,16 +105,9 @@ def _batches(
     from runtime.data.token_file import require_place
 
     require_place(data)
-    options = DataOptions(
-        tokenizer=None,
-        weights=artifact.companions_path,
-        samples=samples,
-        default_samples=DEFAULT_SAMPLES,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        pack=True,
-    )
-    return make_batches(artifact, data, options)
+    options = DataOptions(sources=(data,), num_samples=samples, default_samples=DEFAULT_SAMPLES, seq_len=seq_len)
+    chosen = BatchOptions(data=options, tokenizer=None, weights=artifact.companions_path, batch_size=batch_size)
+    return make_batches(artifact, chosen)
 
 
 def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:

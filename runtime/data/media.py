@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE, AUDIO, VIDEO = KINDS = ("image", "audio", "video")
+MEDIA_FIELDS = {kind + plural: kind for kind in KINDS for plural in ("", "s")}  # of a record
 MEDIA_EXTRA = "pip install 'seqbuild-llm[media]'"
 # Pillow starts Ghostscript for EPS; formats that nobody stores photos in are left out, too.
 _IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -72,7 +73,7 @@ class Medium:
     kind: str
     value: Any
     where: str
-    base: Path
+    base: Path = Path()
 
     def image(self) -> Image.Image:
         """Return the image in RGB, upright."""

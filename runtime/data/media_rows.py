@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from runtime.arguments import shown
-from runtime.data.media import AUDIO, IMAGE, KINDS, VIDEO, Medium
+from runtime.data.media import AUDIO, IMAGE, KINDS, MEDIA_FIELDS, VIDEO, Medium
 from runtime.errors import DataError
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 Content: TypeAlias = "str | Messages"
 
-MEDIA_FIELDS = {kind + plural: kind for kind in KINDS for plural in ("", "s")}
 _PART_KINDS = {
     **{kind: kind for kind in KINDS},
     "image_url": IMAGE,
@@ -38,16 +36,13 @@ _PLACE = re.compile(r"<(image|audio|video)>")
 _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
-def with_media(
-    content: Content, record: Mapping[str, Any], where: str, base: Path
-) -> tuple[Content, tuple[Medium, ...]]:
+def with_media(content: Content, record: Mapping[str, Any], where: str) -> tuple[Content, tuple[Medium, ...]]:
     """Mark the place of each medium in the content of a record, and list the media.
 
     Args:
         content: the record's text or messages.
         record: may have fields of media.
         where: the record, for messages.
-        base: the directory that file names are relative to.
 
     Returns:
         The text unchanged, or messages in which each medium is a part `{"type": kind}`; and the media in order.
@@ -63,18 +58,18 @@ def with_media(
             is_several = isinstance(value, (list, tuple)) and (name not in KINDS or kind == IMAGE)
             fields[kind] += value if is_several else [value]
     if isinstance(content, str):
-        media = (Medium(kind=kind, value=value, where=where, base=base) for kind in KINDS for value in fields[kind])
+        media = (Medium(kind=kind, value=value, where=where) for kind in KINDS for value in fields[kind])
         return content, tuple(media)
     if not any(fields.values()) and not any(_kind(part) for part in _parts(content)):
         return content, ()
-    return _Placed(where, base, fields).messages(content)
+    return _Placed(where, fields).messages(content)
 
 
 class _Placed:
     """Assigns media to the places of a conversation."""
 
-    def __init__(self, where: str, base: Path, fields: Mapping[str, list[Any]]) -> None:
-        self._where, self._base = where, base
+    def __init__(self, where: str, fields: Mapping[str, list[Any]]) -> None:
+        self._where = where
         self._fields = fields
         self._media: list[Medium] = []
 
@@ -119,7 +114,7 @@ class _Placed:
                         f"{self._where} has a part of type {kind} without a file", hint=f'add "{kind}": "NAME" to it'
                     )
                 value = self._fields[kind].pop(0)
-            self._media.append(Medium(kind=kind, value=value, where=self._where, base=self._base))
+            self._media.append(Medium(kind=kind, value=value, where=self._where))
             return {"type": kind}
         if not isinstance(part, Mapping) or (part.get("type") in _TEXT_KINDS and not isinstance(part.get("text"), str)):
             raise DataError(

@@ -50,6 +50,7 @@ class NamedSamples:
         padding_token: the id to pad with.
         is_joinable: whether samples of equal shapes can be batched.
         seq_len: the maximum number of tokens; None if nothing was cut.
+        path: the data or token file that was read, or the token file that was written.
     """
 
     samples: tuple[Sample, ...]
@@ -58,11 +59,13 @@ class NamedSamples:
     padding_token: int
     is_joinable: bool
     seq_len: int | None
+    path: Path = Path()
 
     @property
-    def num_tokens(self) -> int:
-        """The number of tokens of text, of media included."""
-        return sum(sample[name].numel() for sample in self.samples for name in sample if name == text_name(sample))
+    def texts(self) -> list[torch.Tensor]:
+        """The tokens of each sample, of media included: of the text, or else of the decoder."""
+        names = [text_name(sample) for sample in self.samples]
+        return [sample[name][0] for sample, name in zip(self.samples, names, strict=True) if name]
 
 
 def text_name(sample: Mapping[str, Any]) -> str | None:

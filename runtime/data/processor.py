@@ -26,7 +26,7 @@ from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
 from runtime.data.decoder import LABELS, NOT_A_LABEL, shifted
 from runtime.data.media import AUDIO, IMAGE, MEDIA_EXTRA, VIDEO, Frames, Medium
-from runtime.data.named_tensors import Sample, shortened
+from runtime.data.named_tensors import Sample
 from runtime.data.tokenizer import require_tokenizer_class
 from runtime.errors import DataError
 from runtime.host.offline import offline
@@ -85,27 +85,18 @@ class MediaProcessor:
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(token for token in tokens if token is not None))
 
-    def sample(self, document: Document, max_length: int | None) -> Sample:
+    def sample(self, document: Document) -> Sample:
         """Return the model's inputs for one document, each tensor as in a batch of one.
 
         Raises:
             DataError: the media cannot be opened, or the processor rejects the document.
         """
-        is_transcript = self._is_transcript
-        if is_transcript and not isinstance(document.content, str):
-            raise DataError(
-                f"{document.where} has messages, but the model takes no text besides {document.media[0].kind}"
-                if document.media
-                else f"{document.where} has messages, but the model takes no text",
-                hint='use records like {"audio": "NAME", "text": "..."}',
-            )
-        if is_transcript and not document.media:
-            raise DataError(f"{document.where} has no audio or image, which the model requires")
         made = self._made([document])
-        if is_transcript:
-            made |= self._transcript(document, max_length)
-        known = {name: made[name] for name in (*self.names, LABELS) if name in made} if self.names else made
-        return known if is_transcript else self._cut(known, document, max_length)
+        if self._is_transcript:
+            made |= self._transcript(document)
+        elif IDS in made:
+            made[LABELS] = text_labels(made[IDS], self.media_tokens)
+        return {name: made[name] for name in (*self.names, LABELS) if name in made} if self.names else made
 
     def is_joinable(self, document: Document) -> bool:
         """Whether the inputs of a batch are those of its samples, each concatenated along the first dimension."""
@@ -117,6 +108,8 @@ class MediaProcessor:
     def _made(self, documents: Sequence[Document]) -> Sample:
         """Run the processor on a batch of documents."""
         where = documents[0].where
+        if self._is_transcript and not documents[0].media:
+            raise DataError(f"{where} has no audio or image, which the model requires", hint="remove it")
         given: dict[str, Any] = {"return_tensors": "pt"} | self._media(documents)
         if not self._is_transcript:
             given["text"] = [self._prompt(document) for document in documents]
@@ -259,33 +252,24 @@ class MediaProcessor:
             made[name] = tensor.detach().contiguous()
         return made
 
-    def _transcript(self, document: Document, max_length: int | None) -> Sample:
+    def _transcript(self, document: Document) -> Sample:
         """Return the labels of the text, and the decoder's inputs if the model takes them."""
         import torch
 
-        assert isinstance(document.content, str)
         if LABELS not in self.names:
             return {}
         parts = (self.config, self.config.get_text_config(decoder=True))
         starts = [getattr(part, "decoder_start_token_id", None) for part in parts]
         start = next((int(token) for token in starts if token is not None), None)
-        ids = list(self.tokenizer(text_target=document.content, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(text_target=_answer(document), verbose=False)["input_ids"])
         ids = ids[1:] if ids[:1] == [start] else ids  # the shift adds it
         if not ids:
             raise DataError(f"{document.where} has no tokens", hint="remove it")
-        labels_BT = torch.tensor([ids[:max_length]], dtype=torch.int64)
+        labels_BT = torch.tensor([ids], dtype=torch.int64)
         if DECODER_IDS not in self.names:
             return {LABELS: labels_BT}
         rule = {PAD: self.padding_token} | ({} if start is None else {START: start})
         return {LABELS: labels_BT, DECODER_IDS: shifted(labels_BT, rule)}
-
-    def _cut(self, sample: Sample, document: Document, max_length: int | None) -> Sample:
-        """Cut the text of a sample at a length, which must not cut media, and add labels."""
-        ids_BS = sample.get(IDS)
-        if ids_BS is None:
-            return sample
-        cut = shortened(sample, max_length, self.media_tokens, document.where)
-        return cut | {LABELS: text_labels(cut[IDS], self.media_tokens)}
 
 
 def load_processor(directory: Path) -> MediaProcessor:
@@ -345,6 +329,18 @@ def text_labels(ids_BS: torch.Tensor, media_tokens: Sequence[int]) -> torch.Tens
     return ids_BS.to(torch.int64).masked_fill(is_medium_BS, NOT_A_LABEL)
 
 
+def _answer(document: Document) -> str:
+    """Return the text that a model should generate: of a conversation, that of the assistant."""
+    if isinstance(document.content, str):
+        return document.content
+    answers = [message for message in document.content if message.get("role") == "assistant"]
+    texts = [text for message in answers for text in _texts(message.get("content"))]
+    if not texts:
+        hint = 'add {"role": "assistant", "content": "..."}, or use records like {"audio": "NAME", "text": "..."}'
+        raise DataError(f"{document.where} has no text of the assistant, which the model should generate", hint=hint)
+    return " ".join(texts)
+
+
 def _texts(content: Any) -> list[str]:
     if isinstance(content, str):
         return [content]
@@ -367,7 +363,7 @@ def _with_names(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _missing_package(what: str, error: ImportError) -> DataError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip().partition(" but ")[0] for line in str(error).splitlines() if line.strip()]
     return DataError(
         f"{what} requires a package that is missing: {lines[0] if lines else error.name}", hint=MEDIA_EXTRA
     )

@@ -33,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -164,7 +164,7 @@ def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(samples)).to(torch.int64), offsets
 
 
-def is_token_file(content: bytes) -> bool:
+def has_token_metadata(content: bytes) -> bool:
     """Whether the bytes of a safetensors file with a valid header are those of a token file."""
     return METADATA_KEY in _metadata_of(content)
 
@@ -204,7 +204,7 @@ def read_token_file(path: Path) -> TokenData | NamedSamples:
     seq_len, origin = _seq_len(fields, path), _as_origin(fields, path)
     if _major(fields) == _major({"version": NAMED_VERSION}):
         try:
-            return read_named(tensors, fields, seq_len, origin)
+            return replace(read_named(tensors, fields, seq_len, origin), path=path)
         except DataError as error:
             raise _broken(path, error.message) from error
     samples = _read_samples(tensors, ("tokens", "offsets"), seq_len, origin, path)

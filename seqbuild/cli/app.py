@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import runtime.cli.options as given
 from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
 from runtime.cli.run import require_output, run_app
 from runtime.console import human_bytes, say, warn
+from runtime.data.options import DataOptions
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.options import takes_compile_options
 
@@ -196,35 +198,22 @@ def sign(
 
 
 @app.command()
+@given.takes_data_options
 def data(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],
+    sources: given.DataArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples; default: all.")] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a sample.")] = 2048,
-    pack: Annotated[
-        bool, typer.Option("--pack/--no-pack", help="Join texts to full samples, or make one sample of each.")
-    ] = True,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Count only the assistant's tokens in calibration.")
-    ] = False,
+    data_options: DataOptions,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
-    from runtime.data.named_tensors import NamedSamples, sizes_of
-    from seqbuild.ship.tokens import tokenize_files
+    from runtime.cli.batches import describe
+    from runtime.data.options import DEFAULT_SEQ_LEN
+    from seqbuild.ship.tokens import write_token_file
 
-    made = tokenize_files(
-        tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
-    )
-    if isinstance(made, NamedSamples):
-        say(f"{out}: {len(made.samples)} samples, {made.num_tokens:,} tokens")
-        for line in sizes_of(made.samples):
-            say(f"  {line}")
-        return
-    if made.masks is not None:
-        say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
-    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} target tokens"
-    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens{targets}")
+    options = dataclasses.replace(data_options, sources=tuple(sources), default_length=DEFAULT_SEQ_LEN)
+    made, summary, directory = write_token_file(tokenizer, options, out, force=force)
+    describe(made, summary, options, directory, say)
 
 
 def main(argv: list[str] | None = None) -> int:

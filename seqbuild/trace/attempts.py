@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.data.named_tensors import NamedSamples
-from runtime.data.token_file import TokenData, is_token_file, read_token_file
+from runtime.data.token_file import TokenData, has_token_metadata, read_token_file
 from runtime.errors import DataError, TargetError, TraceError
 from runtime.host.regular_files import read_regular
 from seqbuild.model.from_config import TRACE_DTYPE
@@ -84,7 +84,7 @@ def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Te
             f"sample file {file} cannot be read: {error}",
             hint="write the model's inputs by name with safetensors.torch.save_file",
         ) from error
-    if is_token_file(content):
+    if has_token_metadata(content):
         sample = sample_of_data(model, _named(read_token_file(file), file))
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]

@@ -46,7 +46,7 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
     command = ["data", str(place.weights), str(text), "-o", str(tokens), "--seq-len", "32"]
     code, printed, complaint = run(command, seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
-    assert printed == f"{tokens}: 17 samples, 544 tokens\n"
+    assert printed == f"{tokens}: 17 samples, 544 tokens; 32 tokens each; 27 tokens at the end dropped\n"
     assert run(place.calibrate("--data", tokens))[0] == 0
     one = directory_bytes(place.out)
     place.out = place.folder / "from-text"

@@ -14,8 +14,9 @@ import transformers
 
 import runtime
 import seqbuild.cli.app
-from runtime.cli.batches import DataOptions, make_batches
+from runtime.cli.batches import BatchOptions, make_batches
 from runtime.data.named_tensors import NamedSamples
+from runtime.data.options import DataOptions
 from runtime.data.token_file import read_token_file
 from runtime.errors import DataError
 from runtime.quantize.statistics import InputStatistics
@@ -77,10 +78,9 @@ class Seeing:
         return self.folder / "data.safetensors"
 
     def batches(self, data: Path | None = None, batch_size: int = 4) -> list[dict[str, torch.Tensor]]:
-        options = DataOptions(
-            tokenizer=None, weights=self.small.weights, samples=None, seq_len=None, batch_size=batch_size, pack=True
-        )
-        return make_batches(self.small.load(), data or self.data, options)
+        options = DataOptions(sources=(data or self.data,))
+        chosen = BatchOptions(data=options, tokenizer=None, weights=self.small.weights, batch_size=batch_size)
+        return make_batches(self.small.load(), chosen)
 
     def samples(self) -> NamedSamples:
         found = read_token_file(self.data)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from runtime.data.documents import Document, read_documents
+from runtime.data.documents import Document
+from runtime.data.reading import parts_of
+from runtime.data.sources import DataSource
 from runtime.data.media import Medium
 from runtime.errors import DataError
 
@@ -23,7 +25,11 @@ TEXT = {"type": "text", "text": "What?"}
 
 def documents(folder: Path, *rows: dict[str, Any]) -> list[Document]:
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return list(read_documents(folder / "x.jsonl"))
+    return read_documents(folder / "x.jsonl")
+
+
+def read_documents(path: Path) -> list[Document]:
+    return [record() for part in parts_of(DataSource(location=str(path))) for record in part.records()]
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
@@ -119,7 +125,7 @@ def test_parquet_of_datasets(tmp_path: Path) -> None:
         {"image": {"bytes": None, "path": "a.png"}, "text": "y"},
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    found = list(read_documents(tmp_path / "x.parquet"))
+    found = read_documents(tmp_path / "x.parquet")
     assert [document.content for document in found] == ["x", "y"]
     for document in found:
         assert np.array_equal(np.asarray(document.media[0].image()), np.asarray(Image.open(path)))

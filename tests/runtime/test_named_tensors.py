@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from runtime.artifact.manifest import DimEntry, InputEntry
 from runtime.data.named_batches import chosen, named_batches
 from runtime.data.named_tensors import NamedSamples, Sample, save_named
+from runtime.data.options import DataOptions
 from runtime.data.samples import load_tokens
 from runtime.data.token_file import METADATA_KEY, DataOrigin, read_token_file
 from runtime.errors import DataError
@@ -62,7 +63,7 @@ def test_a_file_has_what_was_saved_and_always_the_same_bytes(tmp_path: Path) -> 
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     found = read_token_file(tmp_path / "a.safetensors")
     assert isinstance(found, NamedSamples)
-    assert str(replace(found, samples=())) == str(replace(data, samples=()))
+    assert str(replace(found, samples=())) == str(replace(data, samples=(), path=tmp_path / "a.safetensors"))
     for sample, expected in zip(found.samples, data.samples, strict=True):
         assert sample.keys() == expected.keys()
         assert all(torch.equal(sample[name], expected[name]) for name in sample)
@@ -159,12 +160,12 @@ def test_samples_that_cannot_run_are_named(seeing: Any) -> None:
 
 def test_samples_are_chosen_and_cut() -> None:
     data = named(*(row(length) for length in (4, 5, 6, 7)), seq_len=8)
-    some = chosen(data, 2, 4, "x")
+    some = chosen(data, DataOptions(num_samples=2, seq_len=4), "x")
     assert [tuple(sample["input_ids"].shape) for sample in some.samples] == [(1, 4), (1, 4)]
     assert some.samples[0]["pixel_values"].shape == (1, 3, 2, 2)
     with pytest.raises(DataError, match="x has 4 samples, but 5 are required"):
-        chosen(data, 5, None, "x")
+        chosen(data, DataOptions(num_samples=5), "x")
     with pytest.raises(DataError, match="were cut at 8 tokens, but 9 are required"):
-        chosen(data, None, 9, "x")
+        chosen(data, DataOptions(seq_len=9), "x")
     with pytest.raises(DataError, match="sample 0 has 6 tokens with its media, and --seq-len 2 would cut the media"):
-        chosen(named(row(6, images=3)), None, 2, "x")
+        chosen(named(row(6, images=3)), DataOptions(seq_len=2), "x")

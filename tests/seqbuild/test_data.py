@@ -75,10 +75,10 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name
 def test_a_bad_place_or_no_files_are_refused_before_any_work(
     tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seqbuild.ship.tokens.tokenize_documents", None)
+    monkeypatch.setattr("seqbuild.ship.tokens.prepare_data", None)
     (tmp_path / "folder.safetensors").mkdir()
     for out, error in (("x.bin", UsageError), ("folder.safetensors", OutputError)):
         with pytest.raises(error, match=out.replace(".", "[.]")):
             tokenize_files(tmp_path, texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / out)
-    with pytest.raises(UsageError, match="no files"):
+    with pytest.raises(UsageError, match="no data given"):
         tokenize_files(tmp_path, [], num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")
