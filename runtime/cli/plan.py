@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.planning.fit import Limits
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
@@ -60,15 +61,10 @@ def plan(
     """
     from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
-    from runtime.planning.fit import Limits
     from runtime.recipe.recipe import Recipe
 
     require_output()
-    limits = Limits(
-        device=optional_bytes(device_memory, option="--device-memory"),
-        host=optional_bytes(host_memory, option="--host-memory"),
-        disk=optional_bytes(disk, option="--disk"),
-    )
+    limits = _limits(device_memory, host_memory, disk)
     prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
     parsed = None if recipe is None else Recipe.from_file(recipe)
@@ -96,6 +92,17 @@ def plan(
     _print(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
+
+
+def _limits(device: str | None, host: str | None, disk: str | None) -> Limits:
+    from runtime.console import optional_bytes
+    from runtime.planning.fit import Limits
+
+    return Limits(
+        device=optional_bytes(device, option="--device-memory"),
+        host=optional_bytes(host, option="--host-memory"),
+        disk=optional_bytes(disk, option="--disk"),
+    )
 
 
 def _batches(

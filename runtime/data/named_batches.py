@@ -9,7 +9,6 @@ statistics. A sample is never used twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +25,7 @@ from runtime.data.inputs import (
     require_in_range,
     with_single_sizes,
 )
-from runtime.data.mixing import spread
-from runtime.data.named_tensors import NamedSamples, Sample, is_of_tokens, shortened
-from runtime.data.options import DataOptions
+from runtime.data.named_tensors import NamedSamples, Sample, is_of_tokens
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,31 +65,6 @@ def named_batches(manifest: Manifest, data: NamedSamples, batch_size: int) -> li
     made = [completed(manifest, batch) for batch in made]
     require_in_range(with_single_sizes(manifest), made)
     return made
-
-
-def chosen(data: NamedSamples, options: DataOptions, what: str) -> NamedSamples:
-    """Return the samples of a file that the options state, with their text cut at a length.
-
-    Raises:
-        DataError: there are fewer samples, media would be cut, or samples were cut at a smaller length before.
-    """
-    total, seq_len = len(data.samples), options.seq_len
-    if options.loss_mask:
-        raise DataError(f"{what} has no loss mask", hint="leave --loss-mask out")
-    if seq_len is not None and data.seq_len is not None and seq_len > data.seq_len:
-        raise DataError(
-            f"samples of {what} were cut at {data.seq_len} tokens, but {seq_len} are required",
-            hint=f"reduce --seq-len to {data.seq_len}, or make the file again with `seqbuild data`",
-        )
-    count = options.num_samples or min(total, options.default_samples or total)
-    if count > total:
-        raise DataError(
-            f"{what} has {total} samples, but {count} are required", hint="reduce --samples or use more data"
-        )
-    cut = [
-        shortened(data.samples[index], seq_len, data.media_tokens, f"sample {index}") for index in spread(count, total)
-    ]
-    return replace(data, samples=tuple(cut), seq_len=data.seq_len if seq_len is None else seq_len)
 
 
 def _known_inputs(manifest: Manifest, index: int, sample: Mapping[str, torch.Tensor]) -> Sample:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from runtime.data.mixing import ReadDocuments, interleaved, shares, spread
 from runtime.data.named_tensors import NamedSamples, shortened
 from runtime.data.options import DataOptions
+from runtime.data.origin import DataOrigin
 from runtime.data.processor import PROCESSOR_FILES, MediaProcessor
-from runtime.data.token_file import DataOrigin
 from runtime.data.tokenizer import tokenizer_digest
 from runtime.errors import DataError
 

@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from runtime.data.mixing import spread
+from runtime.data.options import DataOptions
+from runtime.data.origin import METADATA_KEY, DataOrigin
 from runtime.errors import DataError
 from runtime.host.publish import write_file
 
 if TYPE_CHECKING:
     import torch
-
-    from runtime.data.token_file import DataOrigin
 
 Sample: TypeAlias = "dict[str, torch.Tensor]"
 
@@ -73,7 +74,7 @@ def text_name(sample: Mapping[str, Any]) -> str | None:
     return next((name for name in (IDS, LABELS) if name in sample), None)
 
 
-def save_named(path: Path, data: NamedSamples, metadata_key: str) -> None:
+def save_named(path: Path, data: NamedSamples) -> None:
     """Write samples as a file of version 2.0, atomically. An existing file is replaced."""
     from safetensors.torch import save
 
@@ -87,7 +88,7 @@ def save_named(path: Path, data: NamedSamples, metadata_key: str) -> None:
     }
     tensors = {f"{index}.{name}": value for index, sample in enumerate(data.samples) for name, value in sample.items()}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    write_file(path, save(tensors, metadata={metadata_key: text}))
+    write_file(path, save(tensors, metadata={METADATA_KEY: text}))
 
 
 def read_named(
@@ -151,6 +152,31 @@ def _require_tokens(index: int, sample: Sample, vocab_size: int, seq_len: int | 
                 raise DataError(f"token id {wrong} of {index}.{name} is outside its vocabulary of {vocab_size}")
         if seq_len is not None and ids.shape[1] > seq_len:
             raise DataError(f"{index}.{name} has {ids.shape[1]} tokens, but seq_len is {seq_len}")
+
+
+def chosen(data: NamedSamples, options: DataOptions, what: str) -> NamedSamples:
+    """Return the samples of a file that the options state, with their text cut at a length.
+
+    Raises:
+        DataError: there are fewer samples, media would be cut, or samples were cut at a smaller length before.
+    """
+    total, seq_len = len(data.samples), options.seq_len
+    if options.loss_mask:
+        raise DataError(f"{what} has no loss mask", hint="leave --loss-mask out")
+    if seq_len is not None and data.seq_len is not None and seq_len > data.seq_len:
+        raise DataError(
+            f"samples of {what} were cut at {data.seq_len} tokens, but {seq_len} are required",
+            hint=f"reduce --seq-len to {data.seq_len}, or make the file again with `seqbuild data`",
+        )
+    count = options.num_samples or min(total, options.default_samples or total)
+    if count > total:
+        raise DataError(
+            f"{what} has {total} samples, but {count} are required", hint="reduce --samples or use more data"
+        )
+    cut = [
+        shortened(data.samples[index], seq_len, data.media_tokens, f"sample {index}") for index in spread(count, total)
+    ]
+    return replace(data, samples=tuple(cut), seq_len=data.seq_len if seq_len is None else seq_len)
 
 
 def shortened(sample: Sample, max_length: int | None, media_tokens: Sequence[int], where: str) -> Sample:

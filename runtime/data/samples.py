@@ -40,14 +40,13 @@ from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
 from runtime.data.documents import require_file
 from runtime.data.mixing import spread
-from runtime.data.named_batches import chosen
-from runtime.data.named_tensors import NamedSamples
+from runtime.data.named_tensors import NamedSamples, chosen
 from runtime.data.options import DataOptions, data_sources
+from runtime.data.origin import DataOrigin
 from runtime.data.sources import DataSource
 from runtime.data.token_file import (
     LOSS_MASK,
     SUFFIX,
-    DataOrigin,
     TokenData,
     read_token_file,
     require_place,

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from runtime.data.documents import require_file
 from runtime.data.named_tensors import NAMED_VERSION, NamedSamples, read_named
+from runtime.data.origin import METADATA_KEY, DataOrigin
 from runtime.errors import DataError, OutputError, UsageError
 from runtime.host.publish import write_file
 from runtime.host.regular_files import read_regular
@@ -49,26 +50,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 VERSION, MASKED_VERSION, PAIRED_VERSION = "1.0", "1.1", "1.2"
-METADATA_KEY = "seqbuild_tokens"
 LOSS_MASK = "loss_mask"  # the name of a tensor
 _MAKE_AGAIN = "make it again with `seqbuild data`"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataOrigin:
-    """The tokenizer and the texts of token ids.
-
-    Attributes:
-        tokenizer: its name, for people.
-        tokenizer_digest: over the names and contents of its files.
-        vocab_size: one more than the largest id of the tokenizer.
-        sources: name and digest of each text file, in the order in which they were read.
-    """
-
-    tokenizer: str
-    tokenizer_digest: str
-    vocab_size: int
-    sources: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -21,10 +21,11 @@ from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_orde
 from runtime.data.named_samples import has_media, process_documents
 from runtime.data.named_tensors import NamedSamples
 from runtime.data.options import DataOptions, data_sources
+from runtime.data.origin import DataOrigin
 from runtime.data.processor import MediaProcessor, load_processor
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataPart, DataSource
-from runtime.data.token_file import DataOrigin, Tokenized
+from runtime.data.token_file import Tokenized
 from runtime.data.tokenizer import load_tokenizer, tokenizer_digest
 from runtime.errors import DataError, UsageError
 from runtime.host.regular_files import read_text

@@ -10,7 +10,6 @@ from runtime.arguments import require_counts
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.samples import TokenData, is_token_file, require_place, save_tokens
-from runtime.data.token_file import METADATA_KEY
 from runtime.data.tokenization import DataSummary, prepare_data
 from runtime.errors import DataError, OutputError, UsageError
 
@@ -68,7 +67,7 @@ def write_token_file(
     found = prepare_data(options, directory, name)
     tokens = found.tokens
     if isinstance(tokens, NamedSamples):
-        save_named(out, tokens, METADATA_KEY)
+        save_named(out, tokens)
         return replace(tokens, path=out), found.summary, directory
     saved = save_tokens(
         out,

@@ -181,12 +181,12 @@ def test_statistics_are_those_of_the_model(
 ) -> None:
     """The first measured input has the second moments of the original model, called with each row alone."""
     place = seeing(family)
-    seen: dict[int, list[torch.Tensor]] = {}
+    seen: list[tuple[InputStatistics, torch.Tensor]] = []
     add = InputStatistics.add
 
     def recording(self: InputStatistics, inputs: torch.Tensor, counts: torch.Tensor | None = None) -> None:
         rows = inputs.flatten(0, -2)
-        seen.setdefault(id(self), []).append(rows if counts is None else rows[counts.flatten()])
+        seen.append((self, rows if counts is None else rows[counts.flatten()]))
         add(self, inputs, counts)
 
     monkeypatch.setattr(InputStatistics, "add", recording)
@@ -194,7 +194,7 @@ def test_statistics_are_those_of_the_model(
     result = runtime.calibrate(
         place.small.load(), weights=place.small.weights, recipe=GPTQ, batches=batches, out=tmp_path / "out"
     )
-    first = torch.cat(next(iter(seen.values())))
+    first = torch.cat([rows for statistics, rows in seen if statistics is seen[0][0]])
     model, expected = place.load_model(), list[torch.Tensor]()
     module = model.get_submodule(result.modules[0].name)
     module.register_forward_pre_hook(lambda _, args, kwargs: expected.append(args[0].flatten(0, -2)), with_kwargs=True)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from runtime.data.documents import Document
+from runtime.data.media import Medium
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataSource
-from runtime.data.media import Medium
 from runtime.errors import DataError
 
 np = pytest.importorskip("numpy")

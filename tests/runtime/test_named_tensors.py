@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load, save
 
 from runtime.artifact.manifest import DimEntry, InputEntry
-from runtime.data.named_batches import chosen, named_batches
-from runtime.data.named_tensors import NamedSamples, Sample, save_named
+from runtime.data.named_batches import named_batches
+from runtime.data.named_tensors import NamedSamples, Sample, chosen, save_named
 from runtime.data.options import DataOptions
+from runtime.data.origin import METADATA_KEY, DataOrigin
 from runtime.data.samples import load_tokens
-from runtime.data.token_file import METADATA_KEY, DataOrigin, read_token_file
+from runtime.data.token_file import read_token_file
 from runtime.errors import DataError
 
 ORIGIN = DataOrigin(tokenizer="bytes", tokenizer_digest="d", vocab_size=50, sources=(("x.jsonl", "e"),))
@@ -58,8 +59,8 @@ def seeing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_file_has_what_was_saved_and_always_the_same_bytes(tmp_path: Path) -> None:
     data = named(row(5), row(4, images=0), row(7, images=2), seq_len=9, is_joinable=False)
-    save_named(tmp_path / "a.safetensors", data, METADATA_KEY)
-    save_named(tmp_path / "b.safetensors", data, METADATA_KEY)
+    save_named(tmp_path / "a.safetensors", data)
+    save_named(tmp_path / "b.safetensors", data)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     found = read_token_file(tmp_path / "a.safetensors")
     assert isinstance(found, NamedSamples)
@@ -88,7 +89,7 @@ def test_a_file_has_what_was_saved_and_always_the_same_bytes(tmp_path: Path) -> 
 )
 def test_wrong_metadata_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = tmp_path / "x.safetensors"
-    save_named(path, named(row(5), row(4)), METADATA_KEY)
+    save_named(path, named(row(5), row(4)))
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     fields = json.loads(header["__metadata__"][METADATA_KEY]) | changes
@@ -113,7 +114,7 @@ def test_wrong_metadata_is_refused(tmp_path: Path, changes: dict[str, Any], mess
 )
 def test_wrong_tensors_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = tmp_path / "x.safetensors"
-    save_named(path, named(row(5)), METADATA_KEY)
+    save_named(path, named(row(5)))
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     path.write_bytes(save(load(content) | changes, metadata=header["__metadata__"]))
