@@ -65,6 +65,7 @@ def make_batches(
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
     describe(tokens, summary, data, tokenizer, tell)
     if isinstance(tokens, NamedSamples):
+        require_length(tokens.texts, longest)
         return named_batches(artifact.manifest, tokens, options.batch_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)

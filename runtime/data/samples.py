@@ -148,7 +148,9 @@ def load_data(
     if is_token_file(sources):
         read = read_token_file(path)
         if isinstance(read, NamedSamples):
-            return chosen(read, options, str(path)), None
+            some = chosen(read, options, str(path))
+            _require_vocabulary(path, some.texts, vocab_size)
+            return some, None
         data = _shortened(read, options)
         if options.loss_mask and data.masks is None:
             raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
@@ -160,6 +162,7 @@ def load_data(
         found = prepare_data(options, tokenizer_dir)
         summary, tokens = found.summary, found.tokens
         if isinstance(tokens, NamedSamples):
+            _require_vocabulary(path, tokens.texts, vocab_size)
             return replace(tokens, path=path), summary
         digests = [digest for _, digest in tokens.origin.sources]
         joined = hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -172,14 +175,17 @@ def load_data(
             masks=tokens.masks,
             targets=tokens.targets,
         )
-    if vocab_size is not None:
-        largest = max(int(sample.max()) for sample in (*data.samples, *(data.targets or ())))
-        if largest >= vocab_size:
-            raise DataError(
-                f"{data.path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
-                hint="use the model's own tokenizer",
-            )
+    _require_vocabulary(data.path, (*data.samples, *(data.targets or ())), vocab_size)
     return data, summary
+
+
+def _require_vocabulary(path: Path, samples: Sequence[Tensor], vocab_size: int | None) -> None:
+    largest = max((int(sample.max()) for sample in samples), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"{path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
+            hint="use the model's own tokenizer",
+        )
 
 
 def is_token_file(sources: Sequence[DataSource]) -> bool:

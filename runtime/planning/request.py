@@ -96,18 +96,11 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         require_count(name, number)
     _require_kinds(budget, limits, sizes, statistics_bytes)
-    if batches:
-        found, remarks = batch_sizes(artifact.manifest, batches), list[str]()
-    else:
-        found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
+    found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
-    if recipe is not None:
-        recipe = require_recipe(recipe)
-        prepared = prepare(artifact, None, recipe, run_dtype)
-    else:
-        recipe = Recipe.from_text(_USUAL, "the usual recipe")
-        prepared = prepare(artifact, None, recipe, run_dtype, assign=_usual_jobs)
+    if recipe is None:
         remarks = [*remarks, f"without --recipe: {_USUAL}"]
+    recipe, prepared = _prepared(artifact, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -119,6 +112,15 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         process_bytes=resident_bytes(),
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
+
+
+def _prepared(artifact: Artifact, recipe: Recipe | None, dtype: torch.dtype) -> tuple[Recipe, Prepared]:
+    """Prepare the model for the recipe, or for the usual one."""
+    if recipe is not None:
+        recipe = require_recipe(recipe)
+        return recipe, prepare(artifact, None, recipe, dtype)
+    recipe = Recipe.from_text(_USUAL, "the usual recipe")
+    return recipe, prepare(artifact, None, recipe, dtype, assign=_usual_jobs)
 
 
 def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) -> None:
@@ -196,15 +198,22 @@ def memory_here(device: torch.device) -> Limits:
 
 
 def dim_sizes(
-    manifest: Manifest, batch_size: int, seq_len: int, given: Mapping[str, int]
+    manifest: Manifest,
+    batch_size: int,
+    seq_len: int,
+    given: Mapping[str, int],
+    batches: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, int], list[str]]:
     """Return the size of each of the manifest's dims, and a remark for each size that was assumed.
 
-    Other inputs of tokens (a decoder's) are as long as the text; of anything else, each sample has one.
+    Other inputs of tokens (a decoder's) are as long as the text; of anything else, each sample has one. Those of given
+    batches are known.
 
     Raises:
         UsageError: for a size that the artifact does not have or does not support.
     """
+    if batches:
+        return batch_sizes(manifest, batches), []
     dims = {dim.name: dim for dim in manifest.dims}
     for name in given:
         if name not in dims:
