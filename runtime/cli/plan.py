@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,10 @@ import typer
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
-from runtime.console import say
+from runtime.console import put, say
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
+from runtime.status import doing
+from runtime.terminal import width_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
-RecipePath = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")]
+RecipePath = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML recipe, or a preset such as FP8; default: GPTQ W4A16.")
+]
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
 Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
@@ -61,13 +66,13 @@ def plan(
     """
     from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
-    from runtime.recipe.recipe import Recipe
+    from runtime.recipe.named import recipe_of
 
     require_output()
     limits = _limits(device_memory, host_memory, disk)
     prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
-    parsed = None if recipe is None else Recipe.from_file(recipe)
+    parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
@@ -75,6 +80,7 @@ def plan(
 
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
+    doing("planning")
     forecast, shortages, advice = plan_artifact(
         loaded,
         num_samples=sum(map(num_rows, batches)) or samples or DEFAULT_SAMPLES,
@@ -89,7 +95,7 @@ def plan(
         sizes=given,
         limits=limits,
     )
-    _print(forecast, shortages, advice, as_json)
+    print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
 
@@ -117,13 +123,14 @@ def _batches(
     return make_batches(artifact, chosen)
 
 
-def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+    """Print a forecast, what is short, and the options with which the run fits."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        say(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
+        put(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
         return
-    for line in plan_lines(forecast):
+    for line in plan_lines(forecast, width_of(sys.stdout)):
         say(line)
     say(f"does not fit: {'; '.join(shortages)}" if shortages else "fits")
     for option in advice:

@@ -59,7 +59,7 @@ def is_repository_id(location: str) -> bool:
 
 def is_saved(path: Path) -> bool:
     """Whether a directory was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    return any((path / name).is_file() for name in _SAVED_NAMES)
+    return any(os.path.isfile(path / name) for name in _SAVED_NAMES)
 
 
 def saved_parts(source: DataSource, path: Path) -> list[DataPart]:
@@ -148,9 +148,10 @@ def _require_own_files(directory: Path) -> None:
 
     stated: list[Any] = []
     if (directory / REPOCARD_FILENAME).is_file():
-        stated.append(DatasetCard(read_text(directory / REPOCARD_FILENAME)).data.to_dict().get("configs"))
+        stated.append(DatasetCard(read_text(directory / REPOCARD_FILENAME)).data.get("configs"))
     if (directory / REPOYAML_FILENAME).is_file():
-        stated.append(yaml.safe_load(read_text(directory / REPOYAML_FILENAME)))
+        settings = yaml.safe_load(read_text(directory / REPOYAML_FILENAME))
+        stated.append(settings.get("configs") if isinstance(settings, dict) else None)
     while stated:
         value = stated.pop()
         if isinstance(value, (dict, list)):

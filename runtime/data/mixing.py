@@ -42,13 +42,23 @@ class ReadDocuments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Enough:
-    """Documents that suffice: this number of them (of those with media, another), if they have this number of
-    characters.
+    """How many documents suffice.
+
+    Attributes:
+        num_documents: their number.
+        num_with_media: their number if they have images, sounds or videos, of which each becomes one sample.
+        num_characters: their characters.
+        large: the characters of a source of which only some documents are kept.
     """
 
     num_documents: int
     num_characters: int
+    large: int
     num_with_media: int = 1
+
+    def least(self, document: Document) -> int:
+        """The number of documents that suffice, if they are like this one."""
+        return max(self.num_documents, self.num_with_media) if document.media else self.num_documents
 
 
 def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) -> ReadDocuments:
@@ -56,11 +66,11 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
 
     Args:
         records: each with the number of its source.
-        enough: the documents that are kept of a large source, or up to twice as many; None for all.
+        enough: what is kept of a large source, or up to twice as much; None for all.
     """
     kept: list[tuple[int, Document]] = []
-    stride, num_characters, num_blank, total = 1, 0, 0, 0
-    least = enough.num_documents if enough else 0
+    stride, num_characters, num_blank, total, least = 1, 0, 0, 0, 0
+    most = None if enough is None else max(enough.large, 2 * enough.num_characters)
     for number, (source, record) in enumerate(records):
         total = number + 1
         if number % stride:
@@ -71,8 +81,9 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
             continue
         kept.append((source, document))
         num_characters += document.num_characters
-        least = max(least, enough.num_with_media if enough and document.media else 0)
-        while enough and num_characters > 2 * enough.num_characters and len(kept) > 2 * least:
+        least = max(least, enough.least(document) if enough else 0)
+        while enough and most and num_characters > most and len(kept) > 2 * least:
+            most = 2 * enough.num_characters
             stride *= 2
             kept = kept[::2]
             num_characters = sum(document.num_characters for _, document in kept)
@@ -82,8 +93,9 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
 def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, seed: int) -> ReadDocuments:
     """Read documents in a random order; of too many, the first ones of this order."""
     kept: list[tuple[int, int, int, Document]] = []  # a heap: the last document of the order is its first entry
-    num_characters, num_blank, total = 0, 0, 0
-    is_whole, least = True, enough.num_documents if enough else 0
+    num_characters, num_blank, total, least = 0, 0, 0, 0
+    is_whole = True
+    most = None if enough is None else max(enough.large, enough.num_characters)
     for number, (source, record) in enumerate(records):
         total = number + 1
         place = _place(seed, number)
@@ -95,8 +107,8 @@ def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, 
             continue
         heapq.heappush(kept, (-place, number, source, document))
         num_characters += document.num_characters
-        least = max(least, enough.num_with_media if enough and document.media else 0)
-        while enough and num_characters > enough.num_characters and len(kept) > least:
+        least = max(least, enough.least(document) if enough else 0)
+        while enough and most and num_characters > most and len(kept) > least:
             is_whole = False
             num_characters -= heapq.heappop(kept)[3].num_characters
     documents = [(source, document) for _, _, source, document in sorted(kept, key=lambda entry: -entry[0])]

@@ -21,7 +21,7 @@ from runtime.data.documents import Document
 from runtime.data.mixing import Enough, interleaved, read_in_order, read_shuffled, shares, spread
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.preview import preview_lines, summary_line
-from runtime.data.samples import load_tokens
+from runtime.data.samples import load_data
 from runtime.data.sources import DataSource, parse_source
 from runtime.data.tokenization import PreparedData, prepare_data
 from runtime.errors import DataError, UsageError
@@ -176,7 +176,7 @@ def records(count: int, parsed: list[int] | None = None) -> Iterator[tuple[int, 
 
 def test_of_a_large_source_evenly_spread_records_are_kept() -> None:
     parsed: list[int] = []
-    enough = Enough(num_documents=4, num_characters=100)
+    enough = Enough(num_documents=4, num_characters=100, large=0)
     found = read_in_order(records(10_000, parsed), enough)
     numbers = [int(document.where) for _, document in found.documents]
     assert 10 <= len(numbers) <= 20
@@ -193,7 +193,7 @@ def test_of_a_large_source_evenly_spread_records_are_kept() -> None:
 def test_of_a_large_source_the_first_of_a_random_order_are_kept() -> None:
     parsed: list[int] = []
     whole = read_shuffled(records(3000), None, 5)
-    part = read_shuffled(records(3000, parsed), Enough(num_documents=4, num_characters=100), 5)
+    part = read_shuffled(records(3000, parsed), Enough(num_documents=4, num_characters=100, large=0), 5)
     assert part.documents == whole.documents[:10]
     assert (part.is_whole, whole.is_whole) == (False, True)
     assert len(parsed) < 300
@@ -283,7 +283,7 @@ def test_the_command_prints_previews_and_replaces_nothing(tmp_path: Path, byte_t
 
 def test_token_files_are_not_mixed(tmp_path: Path, byte_tokenizer_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"the token file x.safetensors cannot be mixed with other data"):
-        load_tokens(["x.safetensors", "y.txt"], tokenizer_dir=byte_tokenizer_dir)
+        load_data(DataOptions(sources=("x.safetensors", "y.txt")), byte_tokenizer_dir)
 
 
 def test_the_options_load_neither_torch_nor_a_data_library() -> None:
