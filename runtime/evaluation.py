@@ -169,8 +169,8 @@ def require_predicting(manifest: Manifest) -> None:
         why = f"{name} does not predict each token from the previous ones alone"
     elif logits.shape[:-1] != inputs.get(read):
         why = f"the logits of {name} have the shape {list(logits.shape)}, not one row for each token"
-    elif IDS not in inputs:
-        why = f"{name} has no input {IDS}"
+    elif read not in inputs:
+        why = f"{name} has no input {read}"
     else:
         return
     raise ModelError(why, hint="perplexity is defined for causal and encoder-decoder language models")
