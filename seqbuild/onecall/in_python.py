@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -22,7 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.data.named_batches import named_batches
+from runtime.data.named_tensors import NamedSamples
 from runtime.data.options import DataOptions
+from runtime.data.processor import load_processor
 from runtime.errors import ModelError, UsageError
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
@@ -86,7 +90,9 @@ def run_oneshot(options: OneshotOptions) -> Any:
         if isinstance(recipe, str):
             stated = QuantizeOptions(model=opened.source.name, out=out, scheme=recipe, ignore=options.ignore)
             recipe = choose_recipe(stated, artifact.manifest)
-        batches = _named_batches(options, opened, artifact, recipe) if rows is None else rows
+        if isinstance(rows, NamedSamples):
+            rows = named_batches(artifact.manifest, rows, options.batch_size)
+        batches = _stated_batches(options, opened, artifact, recipe) if rows is None else rows
         result = _calibrated(options, opened, artifact, recipe, batches, out)
         if isinstance(opened.weights, Path):
             for preparer in opened.preparers:
@@ -119,6 +125,8 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as directory:
         for preparer in preparers:
             preparer.save_pretrained(directory)
+        if preparers:
+            shutil.copyfile(source.config_file, Path(directory) / "config.json")  # a processor is loaded with it
         yield _Opened(
             source=source,
             weights=source.directory,
@@ -136,7 +144,7 @@ def _class_of(source: Source) -> type | None:
     return getattr(transformers, str(names[0]), None) if names and "auto_map" not in source.config else None
 
 
-def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -> list[Batch]:
+def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -> list[Batch] | NamedSamples:
     """Read a data set in memory; columns that are no inputs of the model are left out."""
     inputs = tuple(inspect.signature(opened.kind.forward).parameters) if opened.kind is not None else None  # type: ignore[attr-defined]
     if is_loader(dataset):
@@ -144,6 +152,7 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
     directory = opened.source.directory
     reader = RowReader(
         options=options,
+        load_processor=lambda: load_processor(opened.preparers_directory or directory),
         load_tokenizer=functools.cache(lambda: tokenizer_of(opened.preparers, directory)),
         length=_text_length(options, opened.source),
         inputs=inputs,
@@ -171,7 +180,7 @@ def _text_length(options: OneshotOptions, source: Source) -> int:
 
 
 def _compiled(
-    options: OneshotOptions, opened: _Opened, recipe: Recipe | str, batches: Sequence[Batch] | None
+    options: OneshotOptions, opened: _Opened, recipe: Recipe | str, rows: Sequence[Batch] | NamedSamples | None
 ) -> Artifact:
     """Compile the model, or find the existing artifact, for the inputs that the batches have."""
     from runtime.chain import load
@@ -181,9 +190,11 @@ def _compiled(
 
     with contextlib.ExitStack() as stack:
         sample = None
-        if batches and any(name not in TEXT_INPUTS for name in batches[0]):
+        given = rows.samples if isinstance(rows, NamedSamples) else rows
+        first = max(given, key=len) if given else {}
+        if any(name not in TEXT_INPUTS for name in first):
             sample = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "sample.safetensors"
-            _save_sample(batches[0], sample)
+            _save_sample(first, sample)
         own_targets = () if isinstance(recipe, str) else recipe.sequential_targets
         compiled = compile_with(
             CompileOptions(
@@ -213,7 +224,7 @@ def _save_sample(batch: Batch, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in batch.items() if name not in (LABELS, LOSS_MASK)}, path)
 
 
-def _named_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:
+def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:
     """Read the data that a path or an id names; without one, the built-in text if the recipe needs data."""
     from runtime.checkpoint.dequantize import open_checkpoint
     from runtime.cli.batches import BatchOptions

@@ -21,19 +21,23 @@ import torch
 from runtime.arguments import shown
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
-from runtime.data.documents import as_document
+from runtime.data.documents import Document, as_document
 from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK
+from runtime.data.named_tensors import NamedSamples, shortened
+from runtime.data.origin import DataOrigin
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from runtime.data.processor import MediaProcessor
     from seqbuild.onecall.arguments import OneshotOptions
 
 Batch: TypeAlias = "dict[str, torch.Tensor]"
 
 TEXT_INPUTS = (IDS, *BESIDE_INPUTS, "token_type_ids", DECODER_IDS, "decoder_attention_mask")
+_TOKENIZED = (IDS, DECODER_IDS, "input_features", "input_values")
 _SEQUENCES = (*TEXT_INPUTS, "position_ids", "mm_token_type_ids")
 
 
@@ -44,6 +48,7 @@ class RowReader:
     Attributes:
         options: state the number of samples and how rows are read.
         load_tokenizer: is called for texts only.
+        load_processor: is called for rows with images, sounds or videos only.
         length: the maximum number of tokens of a text.
         inputs: the inputs of the model; None if they are unknown. Other columns of tokenized rows are ignored.
         notes: counts documents that had to be changed, by what was done.
@@ -51,25 +56,37 @@ class RowReader:
 
     options: OneshotOptions
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    load_processor: Callable[[], MediaProcessor]
     length: int
     inputs: Collection[str] | None
     notes: Counter[str] = field(default_factory=Counter)
 
-    def batches(self, rows: Iterable[Any]) -> list[Batch]:
-        """Read as many rows as needed, in order.
+    def batches(self, rows: Iterable[Any]) -> list[Batch] | NamedSamples:
+        """Read as many rows as needed, in order. Batches of records with media depend on the compiled model.
 
         Raises:
             DataError: a row is of no supported kind, or there is no sample.
         """
-        options = self.options
+        options, count = self.options, self.options.num_calibration_samples
         if callable(options.data_collator):
             return self._collated(rows, options.data_collator)
-        samples = list(itertools.islice(self._samples(rows), options.num_calibration_samples))
+        numbered = enumerate(rows)
+        number, first = next(numbered)
+        rest = itertools.chain(((number, first),), numbered)
+        if _is_tokenized(first):
+            samples = [self._sample(row, number) for number, row in itertools.islice(rest, count)]
+        elif options.concatenate_data:
+            samples = list(itertools.islice(self._windows(rest), count))
+        else:
+            documents = list(itertools.islice(self._documents(rest), count))
+            if any(document.media for document in documents):
+                return self._processed(documents)
+            samples = [self._tokens(document, self.length) for document in documents]
         if not samples:
             what = f"less than {self.length} tokens" if options.concatenate_data else "only white space"
             raise DataError(f"the data set has {what}", hint="use more text, or a smaller max_seq_length")
-        for note, count in sorted(self.notes.items()):
-            warnings.warn(f"{count} {note}", stacklevel=5)
+        for note, number in sorted(self.notes.items()):
+            warnings.warn(f"{number} {note}", stacklevel=5)
         return _batched(samples, options.batch_size)
 
     def _collated(self, rows: Iterable[Any], collate: Callable[[Any], Any]) -> list[Batch]:
@@ -83,59 +100,83 @@ class RowReader:
             batches.append(dict(made))
         return batches
 
-    def _samples(self, rows: Iterable[Any]) -> Iterator[Batch]:
-        numbered = enumerate(rows)
-        number, first = next(numbered)
-        rest = itertools.chain(((number, first),), numbered)
-        if _is_tokenized(first):
-            yield from (self._sample(row, number) for number, row in rest)
-            return
-        is_joined = self.options.concatenate_data
-        made = (self._text_sample(row, number, None if is_joined else self.length) for number, row in rest)
-        found = (sample for sample in made if sample is not None)
-        yield from _windows(found, self.length) if is_joined else found
-
     def _sample(self, row: Any, number: int) -> Batch:
         """Convert a tokenized row to a batch of one."""
         row, inputs = _as_mapping(row), self.inputs
-        if not isinstance(row, Mapping) or IDS not in row:
+        if not _is_tokenized(row):
             raise DataError(f"row {number} has no {IDS}, but the first row has", hint="pass rows of one kind")
         own = [name for name in row if inputs is None or name in inputs or name in BESIDE_INPUTS]
         found = {name: tensor for name in own if (tensor := _tensor(row[name])) is not None}
-        if IDS not in found or found[IDS].dim() not in (1, 2) or not found[IDS].numel():
+        text = next((name for name in (IDS, DECODER_IDS, LABELS) if name in found), None)
+        if IDS in row and (text != IDS or found[IDS].dim() not in (1, 2) or not found[IDS].numel()):
             hint = "it must be a list of integers, or a tensor"
             raise DataError(f"{IDS} of row {number} is {shown(row[IDS])}", hint=hint)
-        if found[IDS].dim() == 1:
+        if text is not None and found[text].dim() == 1:
             found = {name: tensor.unsqueeze(0) for name, tensor in found.items()}
-        if len(found[IDS]) != 1:
+        if text is not None and len(found[text]) != 1:
             hint = "pass batches in a DataLoader, or one sample in each row"
-            raise DataError(f"row {number} has {len(found[IDS])} samples", hint=hint)
+            raise DataError(f"row {number} has {len(found[text])} samples", hint=hint)
         length = self.options.max_seq_length
         found |= {name: value[:, :length] for name, value in found.items() if name in _SEQUENCES and value.dim() == 2}
-        found.setdefault(MASK, torch.ones_like(found[IDS]))
+        if IDS in found:
+            found.setdefault(MASK, torch.ones_like(found[IDS]))
         return found
 
-    def _text_sample(self, row: Any, number: int, length: int | None) -> Batch | None:
-        """Tokenize a text or a record; None for white space."""
-        where, row, options = f"row {number}", _as_mapping(row), self.options
-        if not isinstance(row, (str, Mapping)):
-            raise DataError(f"{where} is {shown(row)}", hint="a row is a text, a record or a mapping with input_ids")
-        columns = () if isinstance(row, str) or options.text_column == "text" else (options.text_column,)
-        document = as_document(row, where, columns)
-        if document.is_blank:
-            return None
-        tokenizer = self.load_tokenizer()
-        tokens = document_tokens(tokenizer, document, length, options.use_loss_mask, self.notes)
+    def _documents(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Document]:
+        """Read texts and records, and skip white space."""
+        column = self.options.text_column
+        for number, given in rows:
+            where, row = f"row {number}", _as_mapping(given)
+            if not isinstance(row, (str, Mapping)):
+                hint = "a row is a text, a record or a mapping with input_ids"
+                raise DataError(f"{where} is {shown(row)}", hint=hint)
+            columns = () if isinstance(row, str) or column == "text" else (column,)
+            document = as_document(row, where, columns)
+            if not document.is_blank:
+                yield document
+
+    def _tokens(self, document: Document, length: int | None) -> Batch:
+        """Tokenize a document without media to a batch of one."""
+        tokenizer, has_mask = self.load_tokenizer(), self.options.use_loss_mask
+        tokens = document_tokens(tokenizer, document, length, has_mask, self.notes)
         sample = {IDS: tokens.ids[None], MASK: torch.ones_like(tokens.ids)[None]}
-        if options.use_loss_mask:
+        if has_mask:
             sample[LOSS_MASK] = tokens.counts[None].to(torch.int64)
         if document.target is not None:
             sample[LABELS] = target_tokens(tokenizer, document, length)[None]
         return sample
 
+    def _windows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Batch]:
+        """Join texts in order, and cut windows that do not overlap."""
+        rest: Batch | None = None
+        for document in self._documents(rows):
+            if document.target is not None or document.media:
+                what = "pairs of source and target" if document.target is not None else "records with media"
+                raise DataError(f"{what} cannot be joined", hint="leave concatenate_data out")
+            sample = self._tokens(document, None)
+            rest = sample if rest is None else {name: torch.cat((rest[name], sample[name]), 1) for name in rest}
+            while rest[IDS].shape[1] >= self.length:
+                yield {name: tensor[:, : self.length].clone() for name, tensor in rest.items()}
+                rest = {name: tensor[:, self.length :] for name, tensor in rest.items()}
+
+    def _processed(self, documents: Sequence[Document]) -> NamedSamples:
+        """Make a sample from each document by the model's processor."""
+        processor, length = self.load_processor(), self.options.max_seq_length
+        made = [(processor.sample(document), document.where) for document in documents]
+        medial = next(document for document in documents if document.media)
+        return NamedSamples(
+            samples=tuple(shortened(sample, length, processor.media_tokens, where) for sample, where in made),
+            origin=DataOrigin(tokenizer="", tokenizer_digest="", vocab_size=1, sources=()),
+            media_tokens=processor.media_tokens,
+            padding_token=processor.padding_token,
+            is_joinable=self.options.batch_size > 1 and processor.is_joinable(medial),
+            seq_len=length,
+        )
+
 
 def _is_tokenized(row: Any) -> bool:
-    return isinstance(_as_mapping(row), Mapping) and IDS in _as_mapping(row)
+    found = _as_mapping(row)
+    return isinstance(found, Mapping) and any(name in found for name in _TOKENIZED)
 
 
 def _as_mapping(row: Any) -> Any:
@@ -158,18 +199,6 @@ def _tensor(value: Any) -> torch.Tensor | None:
     return value.detach() if value.dim() else None
 
 
-def _windows(samples: Iterable[Batch], length: int) -> Iterator[Batch]:
-    """Join texts in order, and cut windows that do not overlap."""
-    rest: Batch | None = None
-    for sample in samples:
-        if LABELS in sample:
-            raise DataError("pairs of source and target cannot be joined", hint="leave concatenate_data out")
-        rest = sample if rest is None else {name: torch.cat((rest[name], sample[name]), 1) for name in rest}
-        while rest[IDS].shape[1] >= length:
-            yield {name: tensor[:, :length].clone() for name, tensor in rest.items()}
-            rest = {name: tensor[:, length:] for name, tensor in rest.items()}
-
-
 def _batched(samples: Sequence[Batch], size: int) -> list[Batch]:
     """Join samples of text that have the same names and shapes, the longest first."""
     alike: dict[Any, list[Batch]] = {}
@@ -187,4 +216,5 @@ def _batched(samples: Sequence[Batch], size: int) -> list[Batch]:
 
 
 def _lengths(sample: Batch) -> tuple[int, int]:
-    return sample[IDS].shape[1], sample[LABELS].shape[-1] if LABELS in sample else 0
+    first = sample[IDS] if IDS in sample else next(iter(sample.values()))
+    return first.shape[-1], sample[LABELS].shape[-1] if LABELS in sample else 0

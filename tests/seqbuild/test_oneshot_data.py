@@ -33,8 +33,20 @@ def options_of(dataset: Any, **changes: Any) -> Any:
 
 def read(dataset: Any, tokenizer: Any = None, length: int = 24, **changes: Any) -> list[Batch]:
     options = options_of(dataset, **changes)
-    reader = RowReader(options=options, load_tokenizer=lambda: tokenizer, length=length, inputs=INPUTS)
-    return reader.batches(chosen_rows(require_dataset(options), options))
+
+    def no_processor() -> Any:
+        raise AssertionError("the rows have no media")
+
+    reader = RowReader(
+        options=options,
+        load_tokenizer=lambda: tokenizer,
+        load_processor=no_processor,
+        length=length,
+        inputs=INPUTS,
+    )
+    found = reader.batches(chosen_rows(require_dataset(options), options))
+    assert isinstance(found, list)
+    return found
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
