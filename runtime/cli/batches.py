@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.data.named_tensors import NamedSamples
     from runtime.data.token_file import TokenData
     from runtime.data.tokenization import DataSummary
 
@@ -53,6 +54,8 @@ def make_batches(
         DataError: for data that cannot be read, or that the artifact does not support.
     """
     from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
+    from runtime.data.named_batches import named_batches
+    from runtime.data.named_tensors import NamedSamples
     from runtime.data.samples import batches, load_data
     from runtime.model.config import text_limits
 
@@ -61,6 +64,9 @@ def make_batches(
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
     describe(tokens, summary, data, tokenizer, tell)
+    if isinstance(tokens, NamedSamples):
+        require_length(tokens.texts, longest)
+        return named_batches(artifact.manifest, tokens, options.batch_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     masks = tokens.masks if options.has_masks else None
@@ -71,13 +77,14 @@ def make_batches(
 
 
 def describe(
-    tokens: TokenData,
+    tokens: TokenData | NamedSamples,
     summary: DataSummary | None,
     options: DataOptions,
     tokenizer: Path,
     tell: Callable[[str], None] | None,
 ) -> None:
     """Print warnings, the previews that `--show` requires, and one line about all samples."""
+    from runtime.data.named_tensors import NamedSamples, sizes_of
     from runtime.data.preview import preview_lines, summary_line
     from runtime.data.tokenizer import load_tokenizer
 
@@ -85,13 +92,17 @@ def describe(
         warn(remark)
     if tell is None or (summary is None and not options.show):
         return
+    texts = tokens.texts if isinstance(tokens, NamedSamples) else tokens.samples
     if options.show:
         loaded = None if summary is None else load_tokenizer(tokenizer)
-        for line in preview_lines(tokens.samples, options.show, loaded):
+        for line in preview_lines(texts, options.show, loaded):
             tell(line)
     tell(f"{tokens.path}: {summary_line(tokens, summary)}")
+    for line in sizes_of(tokens.samples) if isinstance(tokens, NamedSamples) else ():
+        tell(f"  {line}")
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """Return the directory of the weights if it has a tokenizer, otherwise the artifact's."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
+    names = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    return weights if any((weights / name).is_file() for name in names) else artifact.companions_path

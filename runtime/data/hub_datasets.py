@@ -48,6 +48,7 @@ _READERS = (
 _LONGEST_REASON = 300
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOUND = r"-?\d+%?"
+_DECODED = ("Image", "Audio", "Video")  # features of data sets
 _SLICE = re.compile(rf"(?P<name>[\w.-]+)(\[(?P<start>{_BOUND})?:(?P<end>{_BOUND})?\])?")
 
 
@@ -293,7 +294,11 @@ def _with_fields(split: Any, name: str, columns: tuple[str, ...]) -> Any:
     names = split.column_names
     if names is None:
         names = list(next(iter(split.take(1)), {}))
-    return split.select_columns(chosen_columns(names, columns, name))
+    split = split.select_columns(chosen_columns(names, columns, name))
+    for column, feature in (split.features or {}).items():
+        if type(feature).__name__ in _DECODED:  # opened later, by the same code as those of files
+            split = split.cast_column(column, type(feature)(decode=False))
+    return split
 
 
 def _bound(text: str | None, default: int, count: int) -> int:
