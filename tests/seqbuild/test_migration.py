@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from seqbuild.cli.app import main
+from tests.runtime.media_models import rows_of, save
 from tests.runtime.small import read_tensors, save_model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "migrate.md"
@@ -35,6 +36,13 @@ MODELS = {
     "Qwen/Qwen3-Reranker-0.6B": ("Qwen3Config", _SIZES, "Qwen3ForCausalLM"),
     "Qwen/Qwen3-30B-A3B": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS}, "Qwen3MoeForCausalLM"),
 }
+# Their processors need the packages of the extra `media`.
+MEDIA = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", "images.jsonl"),
+    "openai/whisper-large-v3": ("whisper", "sounds.jsonl"),
+}
+# The defaults of the call, which are llm-compressor's.
+AS_CALLED = ("--no-pack", "--shuffle", "--batch-size", "1")
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
@@ -88,6 +96,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_dir: Path) -
         directory = save_model(model.to(torch.bfloat16), root / name.replace("/", "--"), byte_tokenizer_dir)
         (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         made[name] = directory
+    for name, (family, _) in MEDIA.items():
+        made[name] = save(family, byte_tokenizer_dir, root / name.replace("/", "--"))
     return made
 
 
@@ -107,12 +117,15 @@ def test_command_and_call_give_the_same_checkpoint(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_chats(tmp_path / "chats.jsonl")
+    for family, name in MEDIA.values():
+        if name in section.call:
+            rows_of(family, tmp_path).rename(tmp_path / name)
     (tmp_path / "recipe.yaml").write_text(section.recipe, encoding="utf-8")
     outputs = []
     for command in section.commands:
         words = [str(models.get(word, word)) for word in shlex.split(command)]
         assert words[:2] == ["seqbuild", "quantize"]
-        assert main([*words[1:], "--no-evaluate"]) == 0, command
+        assert main([*words[1:], "--no-evaluate", *AS_CALLED]) == 0, command
         outputs.append(tmp_path / words[words.index("-o") + 1])
     code = section.call
     for name, directory in models.items():
