@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,10 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.data.decoder import LABELS
+from runtime.data.inputs import IDS
 from runtime.data.named_batches import named_batches
-from runtime.data.named_tensors import NamedSamples
+from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.data.processor import load_processor
+from runtime.data.token_file import LOSS_MASK
 from runtime.errors import ModelError, UsageError
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
@@ -34,7 +38,7 @@ from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
 from seqbuild.onecall.preparers import given_preparers, tokenizer_of
 from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
-from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader
+from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader, as_named
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
 
 _USUAL_REVISION = "main"
+_MEDIA_TOKEN = re.compile(r"(image|audio|video)_(token_id|token_index|pad_token_id)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,11 +195,9 @@ def _compiled(
 
     with contextlib.ExitStack() as stack:
         sample = None
-        given = rows.samples if isinstance(rows, NamedSamples) else rows
-        first = max(given, key=len) if given else {}
-        if any(name not in TEXT_INPUTS for name in first):
+        if rows and (isinstance(rows, NamedSamples) or any(name not in TEXT_INPUTS for name in rows[0])):
             sample = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "sample.safetensors"
-            _save_sample(first, sample)
+            _save_sample(rows, sample, opened.source)
         own_targets = () if isinstance(recipe, str) else recipe.sequential_targets
         compiled = compile_with(
             CompileOptions(
@@ -215,13 +218,18 @@ def _compiled(
     return load(compiled.path, trust_remote_code=options.trust_remote_code_model)
 
 
-def _save_sample(batch: Batch, path: Path) -> None:
+def _save_sample(rows: Sequence[Batch] | NamedSamples, path: Path, source: Source) -> None:
+    """Write a file that the model is compiled for: samples, from which the compiler makes a batch, or a whole batch."""
     from safetensors.torch import save_file
 
-    from runtime.data.decoder import LABELS
-    from runtime.data.token_file import LOSS_MASK
-
-    save_file({name: value.contiguous() for name, value in batch.items() if name not in (LABELS, LOSS_MASK)}, path)
+    if isinstance(rows, NamedSamples):
+        save_named(path, rows)
+    elif all(len(batch[IDS]) == 1 for batch in rows if IDS in batch):
+        tokens = [value for name, value in source.config.items() if _MEDIA_TOKEN.fullmatch(name) and type(value) is int]
+        save_named(path, as_named(rows, tuple(tokens)))
+    else:
+        beside = (LABELS, LOSS_MASK)
+        save_file({name: value.contiguous() for name, value in rows[0].items() if name not in beside}, path)
 
 
 def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:
