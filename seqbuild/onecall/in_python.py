@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
         out = options.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "model"
         require_startable(out, resume=bool(options.run.get("resume", False)))
         opened = stack.enter_context(_opened(options))
-        rows = _batches_in_memory(dataset, options, opened) if in_memory else None
+        rows = _batches_in_memory(dataset, options, opened) if in_memory else _samples_with_media(options, opened)
         artifact = _compiled(options, opened, recipe, rows)
         if isinstance(recipe, str):
             stated = QuantizeOptions(model=opened.source.name, out=out, scheme=recipe, ignore=options.ignore)
@@ -163,6 +163,18 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
         inputs=inputs,
     )
     return reader.batches(chosen_rows(dataset, options))
+
+
+def _samples_with_media(options: OneshotOptions, opened: _Opened) -> NamedSamples | None:
+    """Read the data that a path or an id names for a model of images or sounds; None if it is text only."""
+    from runtime.data.samples import load_data
+    from seqbuild.onecall.steps import has_media
+
+    if not options.is_named or options.dataset == BUILTIN or not has_media(opened.source):
+        return None
+    data = replace(_data_options(options), default_length=_text_length(options, opened.source))
+    found, _ = load_data(data, opened.preparers_directory or opened.source.directory)
+    return found if isinstance(found, NamedSamples) else None
 
 
 def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
