@@ -34,13 +34,13 @@ def sample_of_data(model: nn.Module, data: NamedSamples) -> dict[str, torch.Tens
         data: the samples.
     """
     known = [{name: value for name, value in sample.items() if name != LABELS} for sample in data.samples]
-    rows = _covering(known)
+    rows: list[Row] = _covering(known)
     if IDS not in rows[0] or _has_media_by_row(model, rows[0]):
         rows = rows[:1] * SAMPLE_BATCH
     else:
         longest = max(row[IDS].shape[1] for row in rows) + 1
-        rows = [_ending_in_text(row, longest, data.media_tokens) for row in rows] * 2
-        rows.append(_without_media(rows[0], data.media_tokens))
+        longer = [_ending_in_text(row, longest, data.media_tokens) for row in rows]
+        rows = [*longer, *longer, _without_media(longer[0], data.media_tokens)]
     given = dict.fromkeys(name for row in rows for name in row)
     names = [name for name in inspect.signature(model.forward).parameters if name in given]
     return {

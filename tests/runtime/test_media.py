@@ -321,6 +321,7 @@ def test_videos_and_images(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
     runtime.calibrate(place.small.load(), weights=weights, recipe=GPTQ, batches=place.batches(), out=tmp_path / "out")
     model = place.load_model()
     names = {entry.name for entry in place.small.load().manifest.inputs}
+    assert {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"} <= names
     for batch in place.batches():
         inputs = {name: value for name, value in batch.items() if name in names}
         with torch.no_grad():
@@ -329,7 +330,7 @@ def test_videos_and_images(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
 
 
 def test_quantize_in_one_call(seeing: Callable[[str], Seeing], tmp_path: Path, run: Run) -> None:
-    place = seeing("llava")
+    place = seeing("gemma3")
     command = ["quantize", str(place.small.weights), "--scheme", "W4A16", "--data", str(place.rows)]
     command += ["--artifacts", str(tmp_path / "art"), "-o", str(tmp_path / "out"), "--json"]
     code, out, err = run(command, seqbuild.cli.app.main)
