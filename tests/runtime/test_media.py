@@ -368,6 +368,9 @@ def test_rows_are_refused(seeing: Callable[[str], Seeing], tmp_path: Path, run: 
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (bare / name).write_bytes((place.small.weights / name).read_bytes())
     refuse(text | {"image": "a.png"}, "bare has no processor", model=bare)
+    stated = json.loads((place.small.weights / "processor_config.json").read_text())
+    (bare / "processor_config.json").write_text(json.dumps(stated | {"processor_class": "BertModel"}))
+    refuse(text | {"image": "a.png"}, "names BertModel as a processor", model=bare)
 
 
 def test_missing_packages_are_named(
