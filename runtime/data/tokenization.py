@@ -18,7 +18,7 @@ from runtime.data.document_tokens import DocumentTokens, document_tokens, target
 from runtime.data.documents import Document, require_pairs
 from runtime.data.file_formats import Record
 from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_order, read_shuffled, shares, spread
-from runtime.data.options import DataOptions, data_sources
+from runtime.data.options import DataOptions, data_sources, names_of
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataPart, DataSource
 from runtime.data.token_file import DataOrigin, Tokenized
@@ -138,7 +138,7 @@ def samples_of(
         UsageError: text is packed without a length.
     """
     _require_length(options)
-    what = ", ".join(names)
+    what = names_of(names)
     labels = [what] if len(groups) == 1 else names
     is_paired = _require_documents(groups, labels, options)
     seq_len = options.seq_len

@@ -203,6 +203,9 @@ def test_arguments_of_calls_are_objects_where_the_template_takes_them(templated:
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert text_of(templated(CALLS), messages)[0] == "[('x', 1)]"
     assert text_of(templated(STRING_CALLS), messages)[0] == 'call:{"x": 1}'
+    no_content = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    strict = "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}" + STRING_CALLS.replace("m.content", "''")
+    assert text_of(templated(strict), no_content)[0] == '[]call:{"x": 1}'
 
 
 def test_tools_reach_the_template(templated: Any) -> None:
