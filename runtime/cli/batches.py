@@ -60,7 +60,8 @@ def make_batches(
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
-    describe(names_of(data.sources), tokens, summary, data.show, tokenizer, tell)
+    name = str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
+    describe(name, tokens, summary, data.show, tokenizer, tell)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     masks = tokens.masks if options.has_masks else None

@@ -97,14 +97,12 @@ def cached_parts(source: DataSource) -> list[DataPart]:
         prepared = _prepared(source)
         if prepared:
             return _parts(source, prepared, name, [split._fingerprint for split in prepared.values()])
-    revision = f" --revision {source.revision}" if source.revision else ""
-    what = f"the data set {name}{f' at {source.revision}' if source.revision else ''} is not in the local cache"
-    why = what if failure is None else f"{failure.message}; the data set in the local cache may be incomplete"
-    exists = "" if "/" in name else f"no file or directory {name} exists, and "
-    raise DataError(
-        f"{exists}{why}",
-        hint=f"download it on a machine with a network: hf download --repo-type dataset {name}{revision}",
-    )
+    at, option = (f" at {source.revision}", f" --revision {source.revision}") if source.revision else ("", "")
+    why = f"no file or directory {name} exists, and the data set {name}{at} is not in the local cache"
+    if failure is not None:
+        why = f"{failure.message}; the data set in the local cache may be incomplete"
+    command = f"hf download --repo-type dataset {name}{option}"
+    raise DataError(why, hint=f"download it on a machine with a network: {command}")
 
 
 def _snapshot(source: DataSource) -> Path | None:

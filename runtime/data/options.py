@@ -76,9 +76,9 @@ def data_sources(options: DataOptions) -> list[DataSource]:
     return [_completed(source, options) for source in given]
 
 
-def names_of(sources: Sequence[object]) -> str:
+def names_of(locations: Sequence[str]) -> str:
     """Name the sources of data in a message."""
-    names = [str(source.location if isinstance(source, DataSource) else source) for source in sources]
+    names = ["standard input" if name == STANDARD_INPUT else name for name in locations]
     rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + rest
 

@@ -27,6 +27,7 @@ from runtime.errors import UsageError
 
 STANDARD_INPUT = "-"
 _MARK = "::"
+_LONGEST_ARGUMENT = 4096
 _SETTINGS = ("weight", "format", "split", "config", "revision", "column")
 _HINT = f"write SOURCE{_MARK}NAME=VALUE,NAME=VALUE with the names {', '.join(_SETTINGS)}"
 
@@ -83,6 +84,11 @@ def parse_source(text: str | Path) -> DataSource:
     argument = str(text)
     if not argument or "\0" in argument:
         raise UsageError(f"the data argument is {argument!r}", hint="pass a file, a directory or the id of a data set")
+    if len(argument) > _LONGEST_ARGUMENT:
+        raise UsageError(
+            f"the data argument has {len(argument):,} characters, beginning with {argument[:40]!r}",
+            hint="pass a file, a directory or the id of a data set, not the text itself",
+        )
     location, mark, settings = argument.partition(_MARK)
     if isinstance(text, Path) or not mark or os.path.exists(argument):
         return DataSource(location=argument)

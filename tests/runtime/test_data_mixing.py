@@ -76,6 +76,7 @@ def test_a_source_may_have_settings(tmp_path: Path) -> None:
         ("a::weight=inf", "has the weight 'inf'"),
         ("a::format=doc", "--format must be one of text, json"),
         ("", "the data argument is ''"),
+        ("some text " * 999, "the data argument has 9,990 characters, beginning with 'some text"),
     ],
 )
 def test_invalid_settings(text: str, message: str) -> None:
