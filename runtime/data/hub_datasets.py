@@ -30,6 +30,7 @@ from runtime.data.file_formats import Record
 from runtime.data.records import chosen_columns
 from runtime.data.sources import DataPart, DataSource
 from runtime.errors import DataError, SeqbuildError, UsageError
+from runtime.host.hub import cached_snapshot
 from runtime.host.offline import offline
 from runtime.host.regular_files import read_text
 
@@ -84,7 +85,7 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     """
     name = source.location
     failure: SeqbuildError | None = None
-    snapshot = _snapshot(source)
+    snapshot = cached_snapshot(name, source.revision, kind="datasets")
     if snapshot is not None:
         try:
             splits, _ = _streamed(source, snapshot, name)
@@ -103,20 +104,6 @@ def cached_parts(source: DataSource) -> list[DataPart]:
         why = f"{failure.message}; the data set in the local cache may be incomplete"
     command = f"hf download --repo-type dataset {name}{option}"
     raise DataError(why, hint=f"download it on a machine with a network: {command}")
-
-
-def _snapshot(source: DataSource) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        with offline():
-            found = snapshot_download(
-                source.location, repo_type="dataset", revision=source.revision, local_files_only=True
-            )
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
-    return Path(found)
 
 
 def _streamed(source: DataSource, directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:

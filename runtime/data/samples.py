@@ -53,6 +53,7 @@ from runtime.data.token_file import (
 from runtime.data.tokenization import DataSummary, prepare_data
 from runtime.data.tokenizer import NO_TOKENIZER
 from runtime.errors import DataError, UsageError
+from runtime.status import doing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,6 +149,7 @@ def load_data(
             require_file(path)
         raise DataError(f"{path} is text, which requires a tokenizer", hint=NO_TOKENIZER)
     else:
+        doing("tokenizing")
         found = prepare_data(options, tokenizer_dir)
         summary, tokens = found.summary, found.tokens
         digests = [digest for _, digest in tokens.origin.sources]
