@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Messages: TypeAlias = "list[dict[str, Any]]"
 
 NO_TEMPLATE = "conversations written as plain text, because the tokenizer has no chat template"
-MERGED_SYSTEM = "system messages merged into the user's first message, because the chat template rejects them"
+MERGED_SYSTEM = "system messages merged into the user's first message"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "seqbuild"
 # By tokenizer, the kind of content that its template prints: str or list; None if it prints neither.
