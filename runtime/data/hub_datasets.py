@@ -189,8 +189,9 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
         raise DataError(
             f"datasets {datasets.__version__} can execute code of a data set", hint="pip install 'datasets>=4'"
         )
-    before = settings.HF_HUB_OFFLINE
+    before, is_silent = settings.HF_HUB_OFFLINE, datasets.are_progress_bars_disabled()
     settings.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
     try:
         with offline(), quiet("datasets", "datasets.load", "datasets.packaged_modules.cache.cache"):
             yield datasets
@@ -206,6 +207,8 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
         raise DataError(message) from error
     finally:
         settings.HF_HUB_OFFLINE = before
+        if not is_silent:
+            datasets.enable_progress_bars()
 
 
 def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object]) -> list[DataPart]:
