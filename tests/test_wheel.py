@@ -122,9 +122,9 @@ def test_a_model_is_quantized_in_any_directory(programs: Path, tmp_path: Path) -
     done = call([programs / "seqbuild-runtime", "check", artifact], tmp_path)
     assert done.returncode == 0, done.stderr
     assert ": valid; " in done.stdout
-    program = "import sys; sys.argv[1:] = ['recipes', 'w4a16_gptq']; from seqbuild_runtime import main; before = sys.path[:]; main()"
-    told = "print('seqbuild' in sys.modules, sys.path == before)"
-    done = call([programs / "python", "-I", "-c", f"{program}; {told}"], tmp_path)
+    program = "import sys, seqbuild_runtime; before = sys.path[:]; seqbuild_runtime.main(); "
+    program += "print('seqbuild' in sys.modules, sys.path == before)"
+    done = call([programs / "python", "-I", "-c", program, "recipes", "w4a16_gptq"], tmp_path)
     assert "GPTQModifier" in done.stdout
     assert done.stdout.splitlines()[-1] == "False True", done
 
