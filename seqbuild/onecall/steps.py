@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.data.options import DataOptions
-from runtime.errors import ModelError, SeqbuildError
+from runtime.errors import ModelError, SeqbuildError, UsageError
 from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
@@ -52,7 +52,8 @@ def require_place(options: QuantizeOptions) -> None:
 
 
 def require_data(options: QuantizeOptions) -> None:
-    """Reject invalid data arguments and files that cannot be read, before the model is compiled.
+    """Reject invalid data arguments, files that cannot be read, and evaluation on calibration data, before the model is
+    compiled.
 
     Raises:
         DataError, UsageError: naming the argument.
@@ -61,11 +62,27 @@ def require_data(options: QuantizeOptions) -> None:
     from runtime.data.file_formats import format_of
     from runtime.data.options import data_sources
 
-    sources = options.data.sources + (options.eval_data if options.evaluate else ())
-    for source in data_sources(replace(options.data, sources=sources)):
-        path = Path(source.location)
+    sources = data_sources(options.data)
+    if options.evaluate:
+        held_out = data_sources(_held_out_data(options))
+        both = [source.location for source in held_out if source in sources and source.location != BUILTIN]
+        if both:
+            raise UsageError(f"{both[0]} is given for calibration and evaluation", hint="pass another --eval-data")
+        sources += held_out
+    for path in (Path(source.location) for source in sources):
         if format_of(path) is not None:
             require_file(path)
+
+
+def _held_out_data(options: QuantizeOptions) -> DataOptions:
+    return DataOptions(
+        sources=options.eval_data,
+        default_samples=EVALUATED_SAMPLES,
+        seq_len=options.data.seq_len,
+        pack=options.data.pack,
+        columns=options.data.columns,
+        format=options.data.format,
+    )
 
 
 def find_weights(options: QuantizeOptions) -> Path:
@@ -153,14 +170,16 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
     from runtime.model.config import text_limits
 
     is_builtin = options.eval_data == (BUILTIN,)
-    lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
-    data = DataOptions(
-        sources=options.eval_data,
-        default_samples=EVALUATED_SAMPLES,
-        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.data.seq_len,
+    data = _held_out_data(options)
+    if is_builtin:
+        lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
         # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
-        pack=options.data.pack and not is_builtin,
-    )
+        data = DataOptions(
+            sources=options.eval_data,
+            default_samples=EVALUATED_SAMPLES,
+            seq_len=min(length for length in lengths if length is not None),
+            pack=False,
+        )
     batches = BatchOptions(data=data, tokenizer=options.tokenizer, weights=weights, batch_size=options.batch_size)
     try:
         require_predicting(artifact.manifest)
