@@ -42,7 +42,7 @@ RUNTIME = (
     {"", "__main__"},
 )
 SEQBUILD = (
-    {"options", "blame", "shrink", "own_runtime"},
+    {"options", "blame", "shrink", "own_runtime", "text"},
     {"sample"},
     {"chain"},
     {"model"},

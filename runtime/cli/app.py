@@ -66,6 +66,7 @@ def calibrate(
     artifact: given.ArtifactPath,
     data_options: DataOptions,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     out: given.Out = None,
     data: given.BundledData = None,
@@ -97,14 +98,14 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, recipe=recipe, data=tuple(data or ()), out=out)
+    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
     parsed = _recipe_of(job, resume)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     batch_options = BatchOptions(
         data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
-        tokenizer=tokenizer,
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
         weights=job.weights,
         batch_size=batch_size,
         has_masks=True,
@@ -198,6 +199,7 @@ def evaluate(
     weights: given.WeightsPath,
     data: given.DataSources,
     data_options: DataOptions,
+    revision: given.Revision = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
@@ -208,19 +210,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
+    from runtime.host.hub import resolve_directory
+
     require_output()
+    directory = resolve_directory(weights, revision=revision, what="weights")
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
     options = BatchOptions(
-        data=replace(data_options, sources=tuple(data)), tokenizer=tokenizer, weights=weights, batch_size=batch_size
+        data=replace(data_options, sources=tuple(data)),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=directory,
+        batch_size=batch_size,
     )
     batches = make_batches(loaded, options, None if as_json else say)
     from runtime.evaluation import evaluate as run
 
     result = run(
         loaded,
-        weights=weights,
+        weights=directory,
         batches=batches,
         device=run_device,
         dtype=run_dtype,
@@ -283,6 +291,7 @@ def check(
 def doctor(
     artifact: given.ArtifactPath,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     data: given.BundledData = None,
     out: given.Out = None,
@@ -298,6 +307,7 @@ def doctor(
     examination = Examination(
         path=artifact,
         weights=weights,
+        revision=revision,
         recipe=recipe,
         data=tuple(data or ()),
         out=out,

@@ -59,7 +59,8 @@ class Examination:
     """
 
     path: Path
-    weights: Path | None = None
+    weights: str | None = None
+    revision: str | None = None
     recipe: Path | None = None
     data: tuple[str, ...] = ()
     out: Path | None = None
@@ -210,7 +211,14 @@ def _calibration(found: Examination) -> None:
 
 
 def _paths(found: Examination) -> tuple[str, Job]:
-    job = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
+    job = find_job(
+        found.path,
+        weights=found.weights,
+        revision=found.revision,
+        recipe=found.recipe,
+        data=found.data,
+        out=found.out,
+    )
     return f"paths: reads {job.weights}, writes {job.out}", job
 
 

@@ -28,7 +28,12 @@ StatisticsMemory = Annotated[
 ArtifactPath = Annotated[
     Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile or seqbuild pack.")
 ]
-WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
+_WEIGHTS = "Model directory with safetensors weights, or hub id in the local cache"
+WeightsPath = Annotated[str, typer.Option("--weights", help=f"{_WEIGHTS}.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id; the same as ID@REVISION."),
+]
 _SOURCES = (
     ".txt, .json, .jsonl, .csv, .tsv, .parquet, a directory of such, - for standard input, or the id of a data set"
 )
@@ -42,14 +47,12 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu, x
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own dtype.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
 Tokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Directory of the tokenizer; default: that of the weights.")
+    str | None, typer.Option("--tokenizer", help="Directory or hub id of the tokenizer; default: that of the weights.")
 ]
 _KEY = "Public key (PEM file); the artifact must be signed with its private key."
 Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
 PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
-BundledWeights = Annotated[
-    Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
-]
+BundledWeights = Annotated[str | None, typer.Option("--weights", help=f"{_WEIGHTS}; default: the bundle's.")]
 BundledRecipe = Annotated[
     Path | None,
     typer.Option("--recipe", help="YAML recipe of llm-compressor, or a preset such as W4A16; default: the bundle's."),
@@ -81,6 +84,18 @@ AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all toke
 Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def directory_of(given: str | None, revision: str | None, what: str) -> Path | None:
+    """Return the directory of an option that is a directory or a hub id; see `resolve_directory`."""
+    from runtime.errors import UsageError
+    from runtime.host.hub import resolve_directory
+
+    if given is not None:
+        return resolve_directory(given, revision=revision, what=what)
+    if revision is not None:
+        raise UsageError(f"--revision {revision} requires a hub id", hint="pass one, or leave it out")
+    return None
 
 
 def _data_options(

@@ -17,7 +17,6 @@ import runtime.cli.options as given
 from runtime.cli import imports
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
-from runtime.cli.options import Skew, Trust
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, put, say, warn
@@ -147,31 +146,36 @@ def inspect(
 def verify(
     artifact: ArtifactPath,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Model directory with safetensors; default: a small random model.")
+        str | None,
+        typer.Option("--weights", help="Model directory or hub id with safetensors; default: a small random model."),
     ] = None,
+    revision: given.Revision = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compile again instead, and compare every byte.")] = False,
     source: Annotated[
-        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if it had a checkpoint.")
+        str | None,
+        typer.Option("--source", help="For --rebuild: the model's directory or hub id, if it had a checkpoint."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="The largest relative difference that counts as equal.")
     ] = 0.0,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Compare the chain with the model, or with the result of compiling again. Exit code 0 if equal, else 1."""
     require_output()
     if rebuild:
-        return _rebuild(artifact, source, trust_remote_code, as_json)
+        is_file = source is not None and Path(source).is_file()  # a config.json
+        model = Path(source or "") if is_file else given.directory_of(source, revision, "model")
+        return _rebuild(artifact, model, trust_remote_code, as_json)
     from seqbuild.cli.show import print_report
     from seqbuild.verify.artifact import verify_artifact
     from seqbuild.verify.report import as_plain
 
     found = verify_artifact(
         artifact,
-        weights=weights,
+        weights=given.directory_of(weights, revision, "weights"),
         dtype=dtype,
         tolerance=tolerance,
         trust_remote_code=trust_remote_code,
@@ -202,12 +206,13 @@ def pack(
     recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host, or a preset such as W4A16.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file with the suffix .tar.")],
     data: Annotated[Path | None, typer.Option("--data", help="Token file written by seqbuild data.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to include.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Checkpoint to include, or its hub id.")] = None,
+    revision: given.Revision = None,
 ) -> None:
     """Write a directory or .tar with everything that a host without network access needs."""
     from seqbuild.ship.pack import pack as run
 
-    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=given.directory_of(weights, revision, "weights"))
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
 
@@ -235,6 +240,7 @@ def data(
     sources: given.DataArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     data_options: DataOptions,
+    revision: given.Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
@@ -243,7 +249,7 @@ def data(
     from seqbuild.ship.tokens import write_token_file
 
     options = dataclasses.replace(data_options, sources=tuple(sources), default_length=DEFAULT_SEQ_LEN)
-    made, summary, directory = write_token_file(tokenizer, options, out, force=force)
+    made, summary, directory = write_token_file(tokenizer, options, out, force=force, revision=revision)
     describe(made, summary, options, directory, say)
 
 

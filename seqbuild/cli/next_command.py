@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ def next_command(done: Compiled, options: CompileOptions) -> str:
     has_weights = any(source.directory.glob("*.safetensors"))
     scheme = "W4A16"
     words = ["seqbuild", "calibrate", str(done.path), "--weights"]
-    words.append(str(source.directory) if has_weights else "MODEL_DIR")
+    place = str(source.directory) if os.path.exists(options.model) else options.model  # a hub id
+    words.append(place if has_weights else "MODEL_DIR")
+    words += ["--revision", options.revision] if has_weights and options.revision is not None else []
     words += ["--recipe", scheme, "--data", str(builtin_text()) if _reads_text(done.manifest) else "DATA"]
     if done.manifest.model.code and not done.manifest.is_portable:
         words.append("--trust-remote-code")

@@ -154,6 +154,7 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
     for name in ("targets", "ignore"):
         values[name] = tuple(values[name] or ())
     values["data"] = replace(values.pop("data_options"), sources=tuple(values["data"] or (BUILTIN,)))
+    values["tokenizer"] = given.directory_of(values["tokenizer"], None, "tokenizer")
     values["eval_data"] = tuple(values["eval_data"] or (BUILTIN,))
     values["max_shard_bytes"] = parse_bytes(values.pop("max_shard_size"), option="--max-shard-size")
     names = ("checkpoint_activations", "activation_memory", "statistics_memory")

@@ -93,14 +93,16 @@ def find_weights(options: QuantizeOptions) -> Path:
         OutputError: the output is inside it.
     """
     from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.host.hub import resolve_directory
     from runtime.host.publish import require_outside
 
-    source = resolve_source(options.model, revision=options.revision)
+    resolve_source(options.model, revision=options.revision)
     if Path(options.model).is_file():
         raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
-    open_checkpoint(source.directory)
-    require_outside(options.out, source.directory)
-    return source.directory
+    directory = resolve_directory(options.model, revision=options.revision, what="weights")
+    open_checkpoint(directory)
+    require_outside(options.out, directory)
+    return directory
 
 
 def compile_model_for(options: QuantizeOptions) -> Compiled:

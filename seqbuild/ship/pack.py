@@ -33,6 +33,7 @@ from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.checkpoint.companions import companion_files
 from runtime.data.token_file import SUFFIX, read_token_file
 from runtime.errors import UsageError, WeightsError
+from runtime.host.hub import weights_directory
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
 from runtime.recipe.named import recipe_of
@@ -77,7 +78,7 @@ def pack(
         recipe: the recipe file, or the name of a preset or an algorithm.
         out: the bundle: a directory, or a file if the name ends in `.tar`.
         data: a token file written by `seqbuild data`; None for a recipe without statistics.
-        weights: the checkpoint's directory; None leaves it out of the bundle.
+        weights: the checkpoint's directory or hub id; None leaves it out of the bundle.
 
     Raises:
         ArtifactError, RecipeError, DataError, WeightsError: for invalid contents.
@@ -101,7 +102,8 @@ def pack(
     if data is not None:
         files[DATA] = Path(data)
     if weights is not None:
-        files |= {f"{WEIGHTS}/{name}": source for name, source in _weight_files(Path(weights)).items()}
+        directory = weights_directory(weights)
+        files |= {f"{WEIGHTS}/{name}": source for name, source in _weight_files(directory).items()}
     requirements = {name: importlib.metadata.version(name).partition("+")[0] for name in REQUIRED}
     files[REQUIREMENTS_NAME] = "".join(f"{name}=={version}\n" for name, version in requirements.items()).encode()
     files[README_NAME] = _readme(
@@ -123,8 +125,6 @@ def _runtime_files() -> Iterator[tuple[str, Path]]:
 
 def _weight_files(directory: Path) -> dict[str, Path]:
     """Return the checkpoint's files and their companions, and no others, by relative name."""
-    if not directory.is_dir():
-        raise WeightsError(f"there is no checkpoint directory {directory}")
     require_regular_entries(directory)
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _KINDS]
     if not any(path.suffix == ".safetensors" for path in found):

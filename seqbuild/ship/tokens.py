@@ -9,7 +9,8 @@ from runtime.arguments import require_counts
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.samples import TokenData, is_token_file, require_place, save_tokens
 from runtime.data.tokenization import DataSummary, prepare_data
-from runtime.errors import DataError, OutputError, UsageError
+from runtime.errors import OutputError, UsageError
+from runtime.host.hub import resolve_directory
 from runtime.status import doing
 
 
@@ -23,11 +24,12 @@ def tokenize_files(
     out: str | Path,
     loss_mask: bool = False,
     force: bool = False,
+    revision: str | None = None,
 ) -> TokenData:
     """Tokenize the documents in `files`, write a token file, and return its contents.
 
     Args:
-        tokenizer: a directory, or the id of a model in the local hub cache. Nothing is downloaded.
+        tokenizer: a directory, or the hub id of a model in the local cache.
         files: data arguments (`runtime.data.sources`), read in this order as one text.
         num_samples: the number of samples, spread evenly; None for all.
         seq_len: tokens in a window, or the largest number in a document; None only if not packed.
@@ -35,6 +37,7 @@ def tokenize_files(
         out: the token file.
         loss_mask: save which tokens of a conversation are the assistant's; calibration counts only these.
         force: replace an existing file.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         DataError: for a missing tokenizer, or texts that cannot be read or are too short.
@@ -44,11 +47,11 @@ def tokenize_files(
     options = DataOptions(
         sources=tuple(files), num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
     )
-    return write_token_file(tokenizer, options, Path(out), force=force)[0]
+    return write_token_file(tokenizer, options, Path(out), force=force, revision=revision)[0]
 
 
 def write_token_file(
-    tokenizer: str | Path, options: DataOptions, out: Path, *, force: bool = False
+    tokenizer: str | Path, options: DataOptions, out: Path, *, force: bool = False, revision: str | None = None
 ) -> tuple[TokenData, DataSummary, Path]:
     """Tokenize data, write a token file, and return its contents, how they were made, and the tokenizer's directory.
 
@@ -61,7 +64,7 @@ def write_token_file(
     require_place(out)
     if out.exists() and not force:
         raise OutputError(f"{out} already exists", hint="pass --force to replace it, or choose another name")
-    directory = _tokenizer_directory(str(tokenizer))
+    directory = resolve_directory(tokenizer, revision=revision, what="tokenizer")
     doing("tokenizing")
     name = directory.resolve().name if directory == Path(tokenizer) else str(tokenizer)
     found = prepare_data(options, directory, name)
@@ -75,24 +78,3 @@ def write_token_file(
         targets=tokens.targets,
     )
     return saved, found.summary, directory
-
-
-def _tokenizer_directory(name: str) -> Path:
-    """Return the directory itself, or the hub cache directory with this model's tokenizer."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if name and Path(name).is_dir():
-        return Path(name)
-    try:
-        # Tokenizers of all versions of transformers have one of these two.
-        for file in ("tokenizer_config.json", "tokenizer.json"):
-            found = try_to_load_from_cache(name, file)
-            if isinstance(found, str):
-                return Path(found).parent
-    except HFValidationError:
-        pass  # not a valid id
-    raise DataError(
-        f"{name!r} is neither a directory nor a model whose tokenizer is in the local hub cache",
-        hint="pass the directory with its tokenizer.json, or download the model's tokenizer first",
-    )

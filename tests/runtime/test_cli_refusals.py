@@ -50,12 +50,12 @@ def other_transformers(place: Place) -> list[str]:
 
 def no_weights(place: Place) -> list[str]:
     place.weights = place.folder / "nowhere"
-    return ["checkpoint directory", "nowhere"]
+    return ["there are no weights at ", "nowhere"]
 
 
 def weights_are_a_file(place: Place) -> list[str]:
     place.weights = place.recipe
-    return ["checkpoint directory", "recipe.yaml"]
+    return ["recipe.yaml is a file, but the weights must be a directory"]
 
 
 def empty_weights(place: Place) -> list[str]:

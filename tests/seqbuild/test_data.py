@@ -66,9 +66,17 @@ def test_a_tokenizer_is_found_in_the_local_hub_cache(
     assert data.origin.tokenizer == "someone/tiny"
 
 
-@pytest.mark.parametrize("name", ["someone/elsewhere", "./no/such/folder", "a/b/c", ""])
-def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name: str) -> None:
-    with pytest.raises(DataError, match=f"{name!r} is neither a directory nor a model"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/elsewhere", 'the tokenizer of .someone/elsewhere.*hf download someone/elsewhere --include "'),
+        ("./no/such/folder", "there is no tokenizer at ./no/such/folder"),
+        ("a/b/c", "there is no tokenizer at a/b/c"),
+        ("", "no tokenizer given"),
+    ],
+)
+def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         tokenize_files(name, texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")
 
 
