@@ -220,7 +220,7 @@ def _read_json(opened: io.BufferedReader, file: DataFile, columns: Sequence[str]
     try:
         value = json.loads(_decoded(content, file.name))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file.name} is not JSON: {error}", hint="JSON lines have the extension .jsonl") from error
+        raise DataError(f"{file.name} is not JSON: {error}", hint="pass --format for other data") from error
     for number, record in enumerate(_records_of(value, file.name), start=1):
         yield partial(_json_document, record, f"record {number} of {file.name}", columns)
 

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from runtime.console import quiet
 from runtime.data.documents import Document, as_document
 from runtime.data.file_formats import Record
@@ -29,6 +31,7 @@ from runtime.data.records import chosen_columns
 from runtime.data.sources import DataPart, DataSource
 from runtime.errors import DataError, SeqbuildError, UsageError
 from runtime.host.offline import offline
+from runtime.host.regular_files import read_text
 
 _SAVED_NAMES = ("state.json", "dataset_dict.json")
 _READERS = (
@@ -42,6 +45,7 @@ _READERS = (
     "videofolder",
     "webdataset",
 )
+_LONGEST_REASON = 300
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOUND = r"-?\d+%?"
 _SLICE = re.compile(rf"(?P<name>[\w.-]+)(\[(?P<start>{_BOUND})?:(?P<end>{_BOUND})?\])?")
@@ -54,7 +58,7 @@ def is_repository_id(location: str) -> bool:
 
 def is_saved(path: Path) -> bool:
     """Whether a directory was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    return any((path / name).is_file() for name in _SAVED_NAMES)
+    return any(os.path.isfile(path / name) for name in _SAVED_NAMES)
 
 
 def saved_parts(source: DataSource, path: Path) -> list[DataPart]:
@@ -67,7 +71,7 @@ def saved_parts(source: DataSource, path: Path) -> list[DataPart]:
 
 def directory_parts(source: DataSource, directory: Path) -> list[DataPart]:
     """Return the splits of a directory that has the layout of a data set on the hub."""
-    splits, files = _streamed(source, directory)
+    splits, files = _streamed(source, directory, str(directory))
     states = [(Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     return _parts(source, splits, directory.name, states)
 
@@ -83,7 +87,7 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     snapshot = _snapshot(source)
     if snapshot is not None:
         try:
-            splits, _ = _streamed(source, snapshot)
+            splits, _ = _streamed(source, snapshot, name)
             return _parts(source, splits, name, [snapshot.name])
         except UsageError:
             raise
@@ -117,13 +121,14 @@ def _snapshot(source: DataSource) -> Path | None:
     return Path(found)
 
 
-def _streamed(source: DataSource, directory: Path) -> tuple[dict[str, Any], list[str]]:
+def _streamed(source: DataSource, directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
     """Return the splits of a directory as streams, and the files of them."""
-    with _datasets(directory, source.config) as datasets:
+    with _datasets(name, source.config) as datasets:
+        _require_own_files(directory)
         builder = datasets.load_dataset_builder(
             str(directory.absolute()), name=source.config, cache_dir=_scratch().name, token=False
         )
-        _require_plain(builder, directory)
+        _require_plain(builder, directory.absolute())
         splits = dict(builder.as_streaming_dataset())
     files = [str(file) for found in (builder.config.data_files or {}).values() for file in found]
     return splits, sorted(files)
@@ -135,14 +140,33 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="seqbuild-")
 
 
-def _require_plain(builder: Any, directory: Path) -> None:
+def _require_own_files(directory: Path) -> None:
+    """Reject a card that names files outside the directory, before the library looks for them, on a network even."""
+    from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
+    from huggingface_hub import DatasetCard
+
+    stated: list[Any] = []
+    if (directory / REPOCARD_FILENAME).is_file():
+        stated.append(DatasetCard(read_text(directory / REPOCARD_FILENAME)).data.get("configs"))
+    if (directory / REPOYAML_FILENAME).is_file():
+        settings = yaml.safe_load(read_text(directory / REPOYAML_FILENAME))
+        stated.append(settings.get("configs") if isinstance(settings, dict) else None)
+    while stated:
+        value = stated.pop()
+        if isinstance(value, (dict, list)):
+            stated += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and ("://" in value or Path(value).is_absolute() or ".." in Path(value).parts):
+            raise DataError(f"the card of {directory} names {value!r}, which is outside of it", hint="remove it")
+
+
+def _require_plain(builder: Any, root: Path) -> None:
+    """Reject a reader that can execute code or connect to servers, and files outside the directory."""
     reader = type(builder).__module__.rpartition(".")[2]
     if reader not in _READERS:
-        raise DataError(f"{directory} has data for the reader {reader!r}", hint=f"supported are {', '.join(_READERS)}")
-    root = directory.absolute()
+        raise DataError(f"{root} has data for the reader {reader!r}", hint=f"supported are {', '.join(_READERS)}")
     for file in (file for found in (builder.config.data_files or {}).values() for file in found):
         if "://" in str(file) or root not in Path(os.path.normpath(file)).parents:
-            raise DataError(f"{directory} names {file}, which is outside of it", hint="remove it from the README.md")
+            raise DataError(f"{root} names {file}, which is outside of it", hint="remove it from its card")
 
 
 def _prepared(source: DataSource) -> dict[str, Any]:
@@ -190,9 +214,11 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
     except Exception as error:  # readers of many formats
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         stated = f" with the config {config}" if config is not None else ""
-        hint = "choose one with --config NAME" if "onfig" in str(error) else ""
-        why = " ".join(lines[:2]) or type(error).__name__
-        raise DataError(f"the data set {what}{stated} cannot be read: {why}", hint=hint) from error
+        why = " ".join(lines[:2])[:_LONGEST_REASON] or type(error).__name__
+        message = f"the data set {what}{stated} cannot be read: {why}"
+        if "onfig" in why:
+            raise UsageError(message, hint="choose one with --config NAME") from error
+        raise DataError(message) from error
     finally:
         settings.HF_HUB_OFFLINE = before
 
@@ -233,15 +259,16 @@ def _sha256(text: str) -> str:
 
 
 def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns: tuple[str, ...]) -> Iterator[Record]:
-    with _datasets(name):
+    with _datasets(name) as datasets:
+        is_table = isinstance(split, datasets.Dataset)
         split = _with_fields(split, name, columns)
         start, end = bounds
         if start is None and (end is None or end.isdecimal()):
             first, last = 0, None if end is None else int(end)
         else:
-            count = len(split) if hasattr(split, "__len__") else sum(1 for _ in split)
+            count = len(split) if is_table else sum(1 for _ in split)
             first, last = _bound(start, 0, count), _bound(end, count, count)
-    if hasattr(split, "__getitem__"):
+    if is_table:
         last = len(split) if last is None else min(last, len(split))
         for number in range(first, last):
             yield partial(_row, split, number, f"row {number + 1} of {name}", columns)

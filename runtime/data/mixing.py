@@ -42,10 +42,17 @@ class ReadDocuments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Enough:
-    """Documents that suffice: this number of them, if they have this number of characters."""
+    """How many documents suffice.
+
+    Attributes:
+        num_documents: their number.
+        num_characters: their characters.
+        large: the characters of a source of which only some documents are kept.
+    """
 
     num_documents: int
     num_characters: int
+    large: int
 
 
 def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) -> ReadDocuments:
@@ -53,10 +60,11 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
 
     Args:
         records: each with the number of its source.
-        enough: the documents that are kept of a large source, or up to twice as many; None for all.
+        enough: what is kept of a large source, or up to twice as much; None for all.
     """
     kept: list[tuple[int, Document]] = []
     stride, num_characters, num_blank, total = 1, 0, 0, 0
+    most = None if enough is None else max(enough.large, 2 * enough.num_characters)
     for number, (source, record) in enumerate(records):
         total = number + 1
         if number % stride:
@@ -67,7 +75,8 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
             continue
         kept.append((source, document))
         num_characters += document.num_characters
-        while enough and num_characters > 2 * enough.num_characters and len(kept) > 2 * enough.num_documents:
+        while enough and most and num_characters > most and len(kept) > 2 * enough.num_documents:
+            most = 2 * enough.num_characters
             stride *= 2
             kept = kept[::2]
             num_characters = sum(document.num_characters for _, document in kept)
@@ -79,6 +88,7 @@ def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, 
     kept: list[tuple[int, int, int, Document]] = []  # a heap: the last document of the order is its first entry
     num_characters, num_blank, total = 0, 0, 0
     is_whole = True
+    most = None if enough is None else max(enough.large, enough.num_characters)
     for number, (source, record) in enumerate(records):
         total = number + 1
         place = _place(seed, number)
@@ -90,7 +100,7 @@ def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, 
             continue
         heapq.heappush(kept, (-place, number, source, document))
         num_characters += document.num_characters
-        while enough and num_characters > enough.num_characters and len(kept) > enough.num_documents:
+        while enough and most and num_characters > most and len(kept) > enough.num_documents:
             is_whole = False
             num_characters -= heapq.heappop(kept)[3].num_characters
     documents = [(source, document) for _, _, source, document in sorted(kept, key=lambda entry: -entry[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,4 +87,4 @@ def _completed(source: DataSource, options: DataOptions) -> DataSource:
 
 
 def _is_file(source: DataSource) -> bool:
-    return source.location == STANDARD_INPUT or Path(source.location).is_file()
+    return source.location == STANDARD_INPUT or os.path.isfile(source.location)

@@ -43,7 +43,7 @@ def parts_of(source: DataSource) -> list[DataPart]:
     path = Path(source.location)
     if is_saved(path):
         return saved_parts(source, path)
-    if path.is_dir() and not format_of(path):  # a directory named x.txt is a mistake
+    if os.path.isdir(path) and not format_of(path):  # a directory named x.txt is a mistake
         if source.is_of_data_set:
             return directory_parts(source, path)
         return _directory(source, path)
@@ -88,7 +88,7 @@ def _files_below(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if not name.startswith(".") and os.path.isfile(path):
                 yield path
 
 

@@ -76,6 +76,8 @@ def content_of(record: Mapping[str, Any], where: str) -> Parts:
     alone = next((name for name in ("chosen", "prompt") if name in known), None)
     if alone is not None:
         return _text_or_chat(known, alone, where)
+    if isinstance(known.get(question or ""), str) and any(name in record for name in _ANSWERS):
+        return _conversation(known, [{"role": "user", "content": known[str(question)]}], where)  # without an answer
     if any(name in record for name in _STARTS) and not any(name in known for name in _STARTS):
         return "", None, None
     raise DataError(

@@ -30,7 +30,6 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +70,7 @@ __all__ = [
 
 
 def load_tokens(
-    data: str | Path | DataSource | Sequence[str | Path | DataSource],
+    path: str | Path | DataSource,
     *,
     tokenizer_dir: Path | None = None,
     num_samples: int | None = None,
@@ -91,7 +90,7 @@ def load_tokens(
     Samples of a token file are cut already: `pack` is ignored, and `seq_len` can only shorten them, each at its end.
 
     Args:
-        data: a token file, or one or more files, directories and data sets, as `runtime.data.sources` describes.
+        path: a token file, or a file, directory or data set, as `runtime.data.sources` describes.
         tokenizer_dir: a directory with the tokenizer's files; required for text, ignored for a token file.
         num_samples: the number of samples; None for all.
         seq_len: the number of tokens of a window, or the maximum of a sample; None to cut nothing.
@@ -110,10 +109,9 @@ def load_tokens(
         DataError: the data cannot be read, are invalid, or have too few samples.
         UsageError: an option is invalid, or text is packed without `seq_len`.
     """
-    given = [data] if isinstance(data, (str, os.PathLike, DataSource)) or not isinstance(data, Sequence) else data
-    sources = tuple(entry if isinstance(entry, (str, DataSource)) else as_path("the data", entry) for entry in given)
+    source = path if isinstance(path, DataSource) or (isinstance(path, str) and path) else as_path("the data", path)
     options = DataOptions(
-        sources=sources,
+        sources=(source,),
         num_samples=num_samples,
         seq_len=seq_len,
         pack=pack,

@@ -17,6 +17,7 @@ never cut at `::`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def parse_source(text: str | Path) -> DataSource:
     if not argument or "\0" in argument:
         raise UsageError(f"the data argument is {argument!r}", hint="pass a file, a directory or the id of a data set")
     location, mark, settings = argument.partition(_MARK)
-    if isinstance(text, Path) or not mark or _exists(argument):
+    if isinstance(text, Path) or not mark or os.path.exists(argument):
         return DataSource(location=argument)
     source = DataSource(location=location)
     for setting in settings.split(","):
@@ -99,13 +100,6 @@ def parse_source(text: str | Path) -> DataSource:
             source = replace(source, **changes)  # type: ignore[arg-type]
     require_format(source.format)
     return source
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # longer than a file name may be
-        return False
 
 
 def _weight(text: str, argument: str) -> float:

@@ -215,8 +215,11 @@ def _enough(options: DataOptions) -> Enough | None:
     if num_samples is None:
         return None
     length = options.seq_len or options.default_length or 0
-    num_characters = max(_LARGE_CHARACTERS, num_samples * length * _CHARACTERS_OF_A_TOKEN)
-    return Enough(num_documents=1 if options.pack else num_samples, num_characters=num_characters)
+    return Enough(
+        num_documents=1 if options.pack else num_samples,
+        num_characters=num_samples * length * _CHARACTERS_OF_A_TOKEN,
+        large=_LARGE_CHARACTERS,
+    )
 
 
 def _read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def write_token_file(
     if is_token_file(data_sources(options)):
         raise UsageError(f"{options.sources[0]} is a token file already", hint="pass text")
     require_place(out)
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise OutputError(f"{out} already exists", hint="pass --force to replace it, or choose another name")
     directory = resolve_directory(tokenizer, revision=revision, what="tokenizer")
     doing("tokenizing")
