@@ -58,7 +58,7 @@ SEQBUILD = (
     {"manifest"},
     {"passes"},
     {"build"},
-    {"verify", "text"},
+    {"verify"},
     {"onecall"},
     {"cli"},
     {"", "__main__", "trace"},

@@ -106,7 +106,8 @@ def find_weights(options: QuantizeOptions) -> Path:
 
 
 def compile_model_for(options: QuantizeOptions) -> Compiled:
-    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
+    """Compile the model, or find the existing artifact. Without a sample, a model of images or sounds and text is
+    compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -116,7 +117,8 @@ def compile_model_for(options: QuantizeOptions) -> Compiled:
         CompileOptions(
             model=options.model,
             revision=options.revision,
-            text_only=options.text_only or has_media(source),
+            text_only=options.text_only or (options.sample is None and has_media(source)),
+            sample=options.sample,
             leaves=options.leaves,
             out=options.artifacts or user_artifacts(),
             trust_remote_code=options.trust_remote_code,
@@ -277,10 +279,10 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         SeqbuildError: as `runtime.planning.request.plan_artifact`.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.planning.request import batch_sizes, memory_here, plan_artifact
 
     device = resolve_device(options.device)
-    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
+    sizes = [(len(next(iter(batch.values()))), _length(batch)) for batch in batches] or [_NO_DATA]
     return plan_artifact(
         artifact,
         num_samples=sum(size[0] for size in sizes),
@@ -291,5 +293,10 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         device_type=device.type,
         budget=options.activation_memory,
         statistics_bytes=options.statistics_memory,
+        sizes=batch_sizes(artifact.manifest, batches) if batches else None,
         limits=memory_here(device),
     )
+
+
+def _length(batch: Mapping[str, torch.Tensor]) -> int:
+    return int(batch["input_ids"].shape[1]) if "input_ids" in batch else _NO_DATA[1]
