@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
+_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
@@ -282,12 +282,12 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
     from runtime.planning.request import batch_sizes, memory_here, plan_artifact
 
     device = resolve_device(options.device)
-    sizes = [(len(next(iter(batch.values()))), _length(batch)) for batch in batches] or [_NO_DATA]
+    samples = [len(next(iter(batch.values()))) for batch in batches] or [1]
     return plan_artifact(
         artifact,
-        num_samples=sum(size[0] for size in sizes),
-        seq_len=max(size[1] for size in sizes),
-        batch_size=max(size[0] for size in sizes),
+        num_samples=sum(samples),
+        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
+        batch_size=max(samples),
         recipe=recipe,
         dtype=resolve_dtype(options.dtype),
         device_type=device.type,
@@ -296,7 +296,3 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         sizes=batch_sizes(artifact.manifest, batches) if batches else None,
         limits=memory_here(device),
     )
-
-
-def _length(batch: Mapping[str, torch.Tensor]) -> int:
-    return int(batch["input_ids"].shape[1]) if "input_ids" in batch else _NO_DATA[1]
