@@ -45,18 +45,18 @@ class DataSummary:
         num_blank: the records without text.
         num_cut: the documents that were cut at the maximum length.
         num_left: the tokens at the end of the text that did not fill a window.
-        num_merged: the system messages that became part of the user's, because the chat template rejects them.
         shares: the number of samples of each source, in order.
         remarks: what a user should know, one line each.
+        num_merged: the system messages that became part of the user's, because the chat template rejects them.
     """
 
     num_documents: int
     num_blank: int
     num_cut: int
     num_left: int
-    num_merged: int
     shares: tuple[tuple[str, int], ...]
     remarks: tuple[str, ...]
+    num_merged: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
