@@ -34,6 +34,7 @@ from runtime.errors import DataError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
+from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_free, require_outside
 from runtime.planning.predict import PlannedRun
@@ -43,6 +44,7 @@ from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks, targeted_tables
 from runtime.quantize.unquantized import not_quantized
 from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
 from runtime.streaming.identity import run_identity
@@ -86,7 +88,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
     Args:
         artifact: the compiled model.
-        weights: directory of its safetensors checkpoint.
+        weights: directory of its safetensors checkpoint, or a hub id (`owner/name` or `owner/name@revision`) whose
+            snapshot is in the local cache.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
@@ -159,7 +162,7 @@ def _request(
     options: RunOptions,
 ) -> _Request:
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
-    path, directory = as_path("out", out), as_path("weights", weights)
+    path, directory = as_path("out", out), weights_directory(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
@@ -182,6 +185,7 @@ def _scheduled(request: _Request) -> _Scheduled:
     """Prepare the model, decide every step, and check that the run fits this machine."""
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
+    doing("checking the weights")
     prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
@@ -194,6 +198,7 @@ def _scheduled(request: _Request) -> _Scheduled:
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    doing("planning")
     limits = memory_here(options.device)
     predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits)
     return _Scheduled(
@@ -217,6 +222,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
+    doing("calibrating")
     with ExitStack() as stack:
         is_resumed = request.options.resume
         workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))

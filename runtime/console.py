@@ -12,6 +12,8 @@ from typing import TextIO
 
 from runtime.errors import UsageError
 from runtime.standard_output import Output
+from runtime.status import nothing_to_show
+from runtime.terminal import flowed
 
 NOTHING_LEFT = "no partial output was left behind"
 left_behind = [NOTHING_LEFT]
@@ -24,15 +26,26 @@ def tell_when_stopped(text: str) -> None:
 
 def say(line: str = "") -> None:
     """Print a line and flush it; a stream that cannot be written does not end the run."""
-    _print(printable(line), sys.stdout)
+    _print(flowed(printable(line), sys.stdout), sys.stdout)
+
+
+def put(text: str) -> None:
+    """Print JSON or source code: as `say`, but the same on a terminal as in a file."""
+    _print(printable(text), sys.stdout)
 
 
 def warn(line: str) -> None:
     """Print a warning to standard error."""
-    _print(f"warning: {printable(line)}", sys.stderr)
+    complain(f"warning: {line}")
+
+
+def complain(line: str) -> None:
+    """Print a line to standard error."""
+    _print(flowed(printable(line), sys.stderr), sys.stderr)
 
 
 def _print(line: str, stream: TextIO | Output | None) -> None:
+    nothing_to_show()
     if stream is not None:
         output = stream if isinstance(stream, Output) else Output(stream)
         output.write(f"{line}\n")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 GONE = "its reader has closed it"
+# For encodings without the signs that this project prints; all of them take as many columns.
+_PLAIN = str.maketrans({"…": "~", "‖": "|", "−": "-", "–": "-", "×": "x"})
 
 
 class Output:
@@ -39,7 +41,7 @@ class Output:
                     self._stream.write(text)
                 except UnicodeEncodeError:
                     encoding = self._stream.encoding or "ascii"
-                    self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                    self._stream.write(text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding))
             except (OSError, ValueError) as error:
                 self._give_up(error)
         return len(text)

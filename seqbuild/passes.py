@@ -22,6 +22,7 @@ from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.errors import ArtifactError, TargetError, TraceError
 from runtime.host.publish import move_aside, publish_directory, write_files
 from runtime.language.opaque import is_harmless
+from runtime.status import doing
 from seqbuild.cache.key import Compilation, digest, resolved
 from seqbuild.cache.recall import Compiled, find_artifact, is_recorded, remember
 from seqbuild.cache.store import locked
@@ -68,6 +69,7 @@ def run_passes(compilation: Compilation, request: Mapping[str, str]) -> Compiled
         is_cached = existing is not None and is_recorded(request, options.out, existing)
         if existing is None or not is_cached:
             traced = _trace(compilation, built, remarks)
+            doing("writing the code of the subgraphs")
             files, manifest = assemble(compilation, built.model, traced, built.ingredients)
             _require_accepted(files, manifest, compilation.own_modules)
             if existing is not None and existing != manifest:
@@ -82,6 +84,7 @@ def run_passes(compilation: Compilation, request: Mapping[str, str]) -> Compiled
 def build_model(compilation: Compilation, request: Mapping[str, str]) -> BuiltModel:
     """Build the model without weights, and complete the ingredients of the input key."""
     options = compilation.options
+    doing("building the model without weights")
     model = build_weightless(compilation.source, attn_implementation=options.attn_implementation, own=compilation.own)
     sample = read_sample(model, options)
     candidates = (options.targets,) if options.targets else tuple(candidate_targets(model))
@@ -107,6 +110,7 @@ def _trace(compilation: Compilation, built: BuiltModel, remarks: list[str]) -> T
         TargetError: if a function to ignore does not exist.
     """
     options, model = compilation.options, built.model
+    doing("tracing")
 
     def may_ignore(function: Function) -> bool:
         own_modules = compilation.own_modules
@@ -154,6 +158,7 @@ def _require_accepted(files: Mapping[str, bytes], manifest: Manifest, own_module
 
 def _publish(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Manifest:
     """Check the artifact as a host does, publish it, and return the manifest as a host reads it."""
+    doing("checking the artifact")
     with publish_directory(path, replace=True) as partial:
         write_files(partial, {**files, MANIFEST_NAME: manifest.to_bytes()})
         return check_artifact(partial).manifest

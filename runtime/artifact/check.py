@@ -24,6 +24,7 @@ from runtime.language.grammar import Allowed, check_program
 from runtime.language.library_sources import changed_sources
 from runtime.language.opaque import require_harmless
 from runtime.language.operators import check_operators
+from runtime.status import doing
 
 _SOURCES_SHOWN = 5
 
@@ -60,6 +61,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         ArtifactError: naming the file and the problem.
         SignatureError: when the signature of one of the keys is missing or invalid.
     """
+    doing("checking the artifact")
     data = read_manifest_bytes(root, MANIFEST_LIMIT_BYTES)
     manifest = Manifest.from_bytes(data, str(root / MANIFEST_NAME))
     if len(manifest.subgraphs) > MOST_SUBGRAPHS:  # before each is compared with its code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +11,17 @@ import typer
 
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
-from runtime.console import say
+from runtime.console import put, say
+from runtime.status import doing
+from runtime.terminal import width_of
 
 if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
-RecipePath = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")]
+RecipePath = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML recipe, or a preset such as FP8; default: GPTQ W4A16.")
+]
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
 Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
@@ -51,7 +56,7 @@ def plan(
     from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
     from runtime.planning.fit import Limits
-    from runtime.recipe.recipe import Recipe
+    from runtime.recipe.named import recipe_of
 
     require_output()
     limits = Limits(
@@ -61,12 +66,13 @@ def plan(
     )
     prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
-    parsed = None if recipe is None else Recipe.from_file(recipe)
+    parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
     from runtime.planning.request import plan_artifact
 
+    doing("planning")
     forecast, shortages, advice = plan_artifact(
         load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
         num_samples=samples,
@@ -80,18 +86,19 @@ def plan(
         sizes=given,
         limits=limits,
     )
-    _print(forecast, shortages, advice, as_json)
+    print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
 
 
-def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+    """Print a forecast, what is short, and the options with which the run fits."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        say(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
+        put(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
         return
-    for line in plan_lines(forecast):
+    for line in plan_lines(forecast, width_of(sys.stdout)):
         say(line)
     say(f"does not fit: {'; '.join(shortages)}" if shortages else "fits")
     for option in advice:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.console import NOTHING_LEFT, left_behind, printable, tell_when_stopped
+from runtime import __version__
+from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopped
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
+from runtime.status import nothing_to_show, status_line
 
+EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _LONGEST_MESSAGE = 4000  # names from untrusted files can have megabytes
 _needs_output = [False]
@@ -27,7 +30,8 @@ def require_output() -> None:
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
-    `--debug`, at any position, shows the traceback of an error. Without arguments the help is printed.
+    At any position, `--debug` shows the traceback of an error, and `--version` prints the versions instead of running a
+    command. Without arguments the help is printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
@@ -35,12 +39,13 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False
     with unfailing() as (output, _):
-        code = _run(app, program, arguments, is_debug)
+        with status_line("loading libraries"):
+            code = _run(app, program, arguments, is_debug)
         output.flush()
         if output.failure and output.failure != GONE:
             is_error = _needs_output[0] and code == 0
             kind = "error" if is_error else "warning"
-            print(f"{program}: {kind}: standard output cannot be written: {output.failure}", file=sys.stderr)
+            complain(f"{program}: {kind}: standard output cannot be written: {output.failure}")
             code = USER_ERROR if is_error else code
     return code
 
@@ -48,6 +53,10 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
 def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: bool) -> int:
     from typer import Abort
 
+    if "--version" in arguments:
+        require_output()
+        print(_versions(program))
+        return 0
     try:
         with _unwound_by_sigterm():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
@@ -59,20 +68,34 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
         # A panic of the tokenizers library, which is written in Rust, is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        nothing_to_show()
         message = _user_error(error) or _internal_error(error)
         if is_debug:
             import traceback
 
             traceback.print_exc()
         shortened = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        print(f"{program}: error: {printable(' '.join(shortened.split()))}", file=sys.stderr)
+        complain(f"{program}: error: {' '.join(shortened.split())}")
         return USER_ERROR
     else:
         code = int(result or 0) if arguments else USER_ERROR
     if code in (INTERRUPTED, TERMINATED):
         word = "interrupted" if code == INTERRUPTED else "terminated"
-        print(f"{program}: {word}; {left_behind[0]}", file=sys.stderr)
+        complain(f"{program}: {word}; {left_behind[0]}")
     return code
+
+
+def _versions(program: str) -> str:
+    """State the version of this program, and of the libraries that its results depend on, without importing them."""
+    import importlib.metadata
+
+    found = [f"Python {'.'.join(map(str, sys.version_info[:3]))}"]
+    for name in ("torch", "transformers", "compressed-tensors"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return f"{program} {__version__} ({', '.join(found)})"
 
 
 def _internal_error(error: BaseException) -> str:
@@ -95,7 +118,7 @@ def _user_error(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("runtime", "seqbuild")):
         return (
             f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
-            "docs/versions.md lists all of them)"
+            "pip install seqbuild-llm installs all of them)"
         )
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

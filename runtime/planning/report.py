@@ -7,23 +7,26 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runtime.console import human_bytes
+from runtime.console import human_bytes, printable
 from runtime.planning.forecast import Forecast, SubgraphForecast
+from runtime.terminal import Column, Names, table_lines
 
-_COLUMNS = ("weights", "working", "statistics", "solve", "activations", "read", "written", "device", "host")
+# The number is the turn to be left out on a narrow terminal.
+_SIZES = {"weights": 5, "working": 3, "statistics": 4, "solve": 2, "activations": 0, "read": 1, "written": 6}
+_SIZES |= {"device": 0, "host": 0}
+_COLUMNS = (
+    Column(heading="subgraph", is_flexible=True, least=18),
+    *(Column(heading=name, is_number=True, dropped=turn) for name, turn in _SIZES.items()),
+)
 
 
-def plan_lines(plan: Forecast) -> Iterator[str]:
-    """Yield the table, equal rows in a run as one, and the totals."""
-    rows: list[tuple[str, ...]] = [("subgraph", *_COLUMNS)]
+def plan_lines(plan: Forecast, width: int | None = None) -> Iterator[str]:
+    """Yield the table, equal rows in a run as one, and the totals, for a terminal of this width or without a limit."""
+    rows: list[Sequence[str | Names]] = []
     for _, group in itertools.groupby(plan.steps, key=lambda step: dataclasses.replace(step, label="")):
         steps = list(group)
-        sizes = (human_bytes(getattr(steps[0], column)) for column in _COLUMNS)
-        rows.append((_label(steps), *sizes))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (cell.ljust(widths[0]) if not i else cell.rjust(widths[i]) for i, cell in enumerate(row))
-        yield "  ".join((first, *rest)).rstrip()
+        rows.append((_label(steps), *(human_bytes(getattr(steps[0], name)) for name in _SIZES)))
+    yield from table_lines(_COLUMNS, rows, width)
     yield ""
     for name, value in _totals(plan).items():
         yield f"{name.replace('_', ' ').removesuffix(' bytes'):<18} {human_bytes(value):>9}"
@@ -62,6 +65,6 @@ def _totals(plan: Forecast) -> dict[str, int]:
     }
 
 
-def _label(steps: Sequence[SubgraphForecast]) -> str:
-    first = f"{steps[0].label}{' (a guess)' if steps[0].is_estimated else ''}"
-    return first if len(steps) == 1 else f"{first} and {len(steps) - 1} more like it"
+def _label(steps: Sequence[SubgraphForecast]) -> Names:
+    first = printable(f"{steps[0].label}{' (a guess)' if steps[0].is_estimated else ''}")
+    return Names(tuple(first.split(", ")), len(steps) - 1, "more like it")

@@ -1,74 +1,130 @@
-"""The progress of a run on a terminal: a bar that moves with every batch, tokens per second, time left and memory."""
+"""The progress of a run on a terminal: two lines below the lines of the finished subgraphs.
+
+    [3/32] model.layers.2: measure, batch 12 of 16
+    ━━━━━━━━━━╸━━━━━━━━━━━━━━━  9% 0:42 elapsed, 6:20 left, 12,345 tokens/s, 4.1 GB
+
+A narrow terminal leaves out memory and speed, and shortens the names of modules in the middle.
+"""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from runtime.console import human_bytes
+from runtime.console import human_bytes, printable
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
+from runtime.status import nothing_to_show
+from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, step_facts
+from runtime.terminal import shortened
+
+_LEAST_BAR, _MOST_BAR = 10, 20
 
 
 class Display:
-    """A watcher that draws a progress bar; other lines scroll by above it.
+    """A watcher that draws the progress from the first subgraph on; an error before it finds nothing drawn.
 
     Args:
         console: the terminal.
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left,"),
-            TextColumn("{task.fields[memory]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task("", total=None, speed="", memory="")
-        self._by_tokens = False
-        self._step = ""
+        self._console = console
+        self._live: Live | None = None
+        self._facts: dict[str, Any] = {}
         self._device: Any = None
-        self._batch = self._batches = self._count = 0
+        self._begin = self._phase_begin = 0.0
+        self._index = self._done = self._total = self._phase_tokens = self._num_finished = self._batch = 0
+        self._label = self._phase = self._detail = ""
 
     def __enter__(self) -> Display:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def tell(self, event: str, **facts: Any) -> None:
         """Receive an event."""
         if event == "begin":
-            import torch
-
-            self._by_tokens = facts["total_tokens"] > 0
-            self._count, self._batches = facts["subgraphs"], facts["batches"]
-            self._device = torch.device(facts["device"])
-            left = facts["subgraphs"] - facts["resumed_at"]
-            self._progress.update(self._task, total=facts["total_tokens"] if self._by_tokens else left)
-        elif event == "load":
-            self._step, self._batch = f"[{facts['index'] + 1}/{self._count}] {facts['label']}", 0
+            self._start(facts)
+        elif event == "phase":
+            self._index, self._label, self._phase = facts["index"], facts["label"], facts["phase"]
+            self._phase_begin = time.perf_counter()
+            self._phase_tokens = self._batch = 0
+            self._detail = ""
         elif event == "batch":
-            self._batch = self._batch % self._batches + 1 if self._batches else 0
-            self._progress.advance(self._task, facts["tokens"] if self._by_tokens else 0)
+            self._batch += 1
+            self._phase_tokens += facts["tokens"]
+            self._detail = f", batch {self._batch} of {self._facts['batches']}"
+            if self._phase != REPLAY:
+                self._done += facts["tokens"]
+        elif event == "solved":
+            self._detail = f", {facts['done']} of {facts['count']} modules"
         elif event == "subgraph":
-            self._progress.advance(self._task, 0 if self._by_tokens else 1)
+            self._num_finished += 1
+            self._line(f"[{facts['index'] + 1}/{self._facts['subgraphs']}] ", facts["label"], step_facts(facts))
+        elif event == "warning":
+            self._console.print(Text(printable(facts["text"])))
         elif event == "end":
-            self._progress.update(self._task, total=1, completed=1)
-        self._refresh()
+            self.__exit__()
 
-    def _refresh(self) -> None:
-        speed = self._progress.tasks[0].speed if self._by_tokens else None
-        memory = human_bytes(peak_host_bytes())
-        on_device = peak_device_bytes(self._device) if self._device is not None else 0
-        self._progress.update(
-            self._task,
-            description=f"{self._step} batch {self._batch}/{self._batches}" if self._batch else self._step,
-            speed=f"{speed:,.0f} tokens/s" if speed else "",
-            memory=f"{memory}, {human_bytes(on_device)} on the device" if on_device else memory,
-        )
+    def _start(self, facts: dict[str, Any]) -> None:
+        import torch
+
+        self._facts, self._total = facts, facts["total_tokens"]
+        self._device, self._begin = torch.device(facts["device"]), time.perf_counter()
+        if facts["resumed_at"]:
+            self._console.print(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
+        nothing_to_show()
+        self._live = Live(console=self._console, get_renderable=self._drawn, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def _line(self, head: str, label: str, parts: list[str]) -> None:
+        """Print the line of a finished subgraph; the last facts are left out if the terminal is narrow."""
+        while len(parts) > 2 and len(f"{head}{label}: {', '.join(parts)}") > self._console.width:
+            parts = parts[:-1]
+        rest = f": {', '.join(parts)}"
+        name = shortened(printable(label), max(self._console.width - len(head) - len(rest), 1))
+        self._console.print(Text(f"{head}{name}{rest}"))
+
+    def _drawn(self) -> Group:
+        head, rest = f"[{self._index + 1}/{self._facts['subgraphs']}] ", f": {self._phase}{self._detail}"
+        width = self._console.width
+        name = shortened(printable(self._label), max(width - len(head) - len(rest), 1))
+        part = self._part()
+        parts = self._times(part)
+        while len(parts) > 1 and len(", ".join(parts)) + _LEAST_BAR + len(" 100% ") > width:
+            parts = parts[:-1]
+        text = f"{100 * part:3.0f}% {', '.join(parts)}"
+        bar = ProgressBar(total=1.0, completed=part, width=max(min(width - len(text) - 1, _MOST_BAR), 1))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(bar, Text(text, no_wrap=True))
+        return Group(Text(f"{head}{name}{rest}", no_wrap=True), grid)
+
+    def _part(self) -> float:
+        """Return the part of the run that is done: of all tokens, or of the subgraphs if no batch runs."""
+        left: int = self._facts["subgraphs"] - self._facts["resumed_at"]
+        return min(self._done / self._total if self._total else self._num_finished / max(left, 1), 1.0)
+
+    def _times(self, part: float) -> list[str]:
+        now = time.perf_counter()
+        parts = [f"{_clock(now - self._begin)} elapsed"]
+        if self._num_finished and part:  # before, nothing is known about the time to quantize
+            parts.append(f"{_clock((now - self._begin) * (1 - part) / part)} left")
+        if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, REPLAY):
+            parts.append(f"{self._phase_tokens / max(now - self._phase_begin, 1e-9):,.0f} tokens/s")
+        parts.append(human_bytes(peak_host_bytes()))
+        on_device = peak_device_bytes(self._device)
+        return [*parts, f"{human_bytes(on_device)} on the device"] if on_device else parts
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,8 +1,10 @@
 """The events of a run, and watchers that receive them: each event is a name and facts.
 
 begin       subgraphs, batches, tokens, modules, resumed_at, device
+phase       index, label, phase: work on a subgraph goes on with one of the phases below
 load        index, label: the weights of a subgraph are loaded
 batch       index, tokens: a batch has passed through a subgraph
+solved      index, name, done, count: a module is quantized, `done` of `count` in this subgraph
 module      index and the fields of its report: a module is quantized and written
 subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished
 warning     text
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -22,6 +24,15 @@ from runtime.console import human_bytes, warn
 from runtime.errors import OutputError
 from runtime.host.publish import disk_errors
 from runtime.host.regular_files import NotRegularError, open_to_append
+
+READ = "read weights"
+MEASURE = "measure"
+QUANTIZE = "quantize"
+PROPAGATE = "propagate"
+WRITE = "write"
+REPLAY = "replay"  # finished subgraphs run again, after an interruption or a lack of memory
+
+_BRIEF = ("phase", "load", "batch", "solved")  # too many for a log
 
 
 class Watcher(Protocol):
@@ -73,17 +84,10 @@ class Lines:
             self.say(facts["text"])
         elif event == "subgraph":
             self._done += facts["tokens"]
-            parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+            parts = step_facts(facts)
             if facts["tokens"]:
-                rate = facts["tokens"] / max(facts["seconds"], 1e-9)
-                parts += [
-                    f"{self._begin['batches']} batches",
-                    f"{rate:,.0f} tokens/s",
-                    f"{self._seconds_left():.0f} s left",
-                ]
-            parts.append(human_bytes(facts["peak_host_bytes"]))
-            if facts["peak_device_bytes"]:
-                parts.append(f"{human_bytes(facts['peak_device_bytes'])} on the device")
+                parts[2:2] = [f"{self._begin['batches']} batches"]
+                parts[4:4] = [f"{self._seconds_left():.0f} s left"]
             self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
 
     def _seconds_left(self) -> float:
@@ -93,8 +97,19 @@ class Lines:
         return elapsed * max(total - self._done, 0) / self._done
 
 
+def step_facts(facts: Mapping[str, Any]) -> list[str]:
+    """Return a finished subgraph's modules, time, speed and memory, from the facts of its event."""
+    parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+    if facts["tokens"]:
+        parts.append(f"{facts['tokens'] / max(facts['seconds'], 1e-9):,.0f} tokens/s")
+    parts.append(human_bytes(facts["peak_host_bytes"]))
+    if facts["peak_device_bytes"]:
+        parts.append(f"{human_bytes(facts['peak_device_bytes'])} on the device")
+    return parts
+
+
 class EventLog:
-    """Writes every event except `batch` and `load` as a line of JSON, with the time in seconds since 1970.
+    """Writes every event except those of `_BRIEF` as a line of JSON, with the time in seconds since 1970.
 
     If the file cannot be written any more, the log ends with a warning, and the run continues.
 
@@ -115,7 +130,7 @@ class EventLog:
 
     def tell(self, event: str, **facts: Any) -> None:
         """Receive an event."""
-        if event in ("batch", "load") or self._file is None:
+        if event in _BRIEF or self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.half_precision import quick_halves
 from runtime.host.memory import trim_heap
+from runtime.streaming.events import MEASURE, PROPAGATE, QUANTIZE
 from runtime.streaming.work import EnoughSeenError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Passes:
         If nothing is stored (`forgets`), a hook may end a batch by `EnoughSeenError`.
         """
         keeps = not self.forgets(step) and not self._went_on
+        self._begin_phase(step, MEASURE)
         with self._running():
             for batch, inputs in self.activations.stream(step.subgraph.input_names, private=True):
                 before(batch)
@@ -77,6 +79,7 @@ class Passes:
                 del outputs  # or they stay in memory while the next batch runs
                 self._passed(step, batch)
         self._went_on |= keeps
+        self._begin_phase(step, QUANTIZE)
 
     def forgets(self, step: Step) -> bool:
         """Whether the outputs of a measuring pass are discarded."""
@@ -89,13 +92,14 @@ class Passes:
                 return step.subgraph.forward(self.model, **inputs)
         return {}
 
-    def go_on(self, step: Step) -> None:
+    def go_on(self, step: Step, phase: str = PROPAGATE) -> None:
         """Store the step's outputs, and drop the values that no later step needs."""
         consumed = step.subgraph.consumed_names
         if self._went_on:
             for batch in range(len(self.activations)):
                 self.activations.drop(batch, consumed)
             return
+        self._begin_phase(step, phase)
         schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
         with self._running(), input_quantization(self.model, schemes):
             for batch, inputs in self.activations.stream(step.subgraph.input_names):
@@ -115,6 +119,9 @@ class Passes:
 
     def _quick_halves(self) -> contextlib.AbstractContextManager[None]:
         return quick_halves(self.activations.device.type)
+
+    def _begin_phase(self, step: Step, phase: str) -> None:
+        self.watcher.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _passed(self, step: Step, batch: int) -> None:
         self.num_tokens += self.tokens[batch]

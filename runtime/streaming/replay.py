@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.streaming.events import REPLAY
 from runtime.streaming.schedule import ModuleTensors
 from runtime.weights.origins import checkpoint_prefix, required_key
 from runtime.weights.parameters import assign, unload
@@ -119,5 +120,5 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
             if passes.propagate_error:  # otherwise later steps got values from before anything was rounded
                 written.give_key_value_scales(passes.model, step)
             passes.begin()
-            passes.go_on(step)
+            passes.go_on(step, REPLAY)
             unload(passes.model, names)

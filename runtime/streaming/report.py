@@ -6,9 +6,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.console import human_bytes
+from runtime.console import human_bytes, printable
+from runtime.terminal import Column, table_lines
 
 _NUM_SHOWN = 5
+_COLUMNS = (
+    Column(heading="module", is_flexible=True),
+    Column(heading="error", is_number=True),
+    Column(heading="loss", is_number=True),
+    Column(heading="dampening", is_number=True, dropped=1),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +69,13 @@ class Calibration:
     num_caches: int = 0
 
 
-def summary_lines(result: Calibration) -> Iterator[str]:
-    """Summarize a run: its size, the modules with the largest errors, and every warning."""
+def summary_lines(result: Calibration, width: int | None = None) -> Iterator[str]:
+    """Summarize a run: its size, the modules with the largest errors, and every warning.
+
+    Args:
+        result: of the run.
+        width: of the terminal; None for files and pipes.
+    """
     again = f", after {result.resumed_at} subgraphs of an earlier process" if result.resumed_at else ""
     size = human_bytes(result.num_bytes)
     caches = f" and scales of {result.num_caches} key-value caches measured" if result.num_caches else ""
@@ -72,16 +84,17 @@ def summary_lines(result: Calibration) -> Iterator[str]:
     others = [module for module in result.modules if not module.num_tokens]
     if measured:
         yield "Largest relative output error (‖WX−QX‖/‖WX‖):"
-        yield from _table(measured)
+        yield from _table(measured, width)
     if others:
         yield "Largest relative weight error (‖W−Q‖/‖W‖) of modules whose inputs were not measured:"
-        yield from _table(others)
+        yield from _table(others, width)
     yield from result.remarks
 
 
-def _table(modules: Iterable[ModuleReport]) -> Iterator[str]:
+def _table(modules: Iterable[ModuleReport], width: int | None) -> Iterator[str]:
     worst = sorted(modules, key=lambda module: -module.error)[:_NUM_SHOWN]
-    width = max(len(module.name) for module in worst)
-    for module in worst:
-        damping = f", dampening {module.damping:g}" if module.damping else ""
-        yield f"  {module.name:{width}}  {module.error:.4f}  loss {module.loss:.4g}{damping}"
+    rows = [
+        (printable(module.name), f"{module.error:.4f}", f"{module.loss:.4g}", f"{module.damping:g}") for module in worst
+    ]
+    for line in table_lines(_COLUMNS, rows, None if width is None else width - 2):
+        yield f"  {line}"

@@ -26,6 +26,7 @@ from runtime.host.memory import (
 from runtime.streaming import journal
 from runtime.streaming.activations import DEVICE, Activations
 from runtime.streaming.committer import Committer
+from runtime.streaming.events import QUANTIZE, READ, WRITE
 from runtime.streaming.passes import Passes
 from runtime.streaming.replay import Written, run_again
 from runtime.streaming.report import ModuleReport
@@ -102,6 +103,9 @@ class StreamingRun:
             self._resume(first)
             for step in remaining:
                 self._run_step(step)
+            if self.schedule.rest:
+                facts = {"index": len(self.schedule.steps) - 1, "label": "tensors outside of all subgraphs"}
+                self.watch.tell("phase", **facts, phase=WRITE)
             for stored in self.schedule.rest:
                 self._pass_through(stored.name)
             self.committer.wait()
@@ -136,6 +140,7 @@ class StreamingRun:
         begin = time.perf_counter()
         bytes_before = self.source.checkpoint.bytes_read
         self.passes.begin()
+        self._begin_phase(step, READ)
         if is_retry:
             self.stream.reload(self.model, step.index)
         else:
@@ -145,10 +150,12 @@ class StreamingRun:
             if name in self.kept:
                 assign(self.model, name, self.kept[name])
         work = self._work(step)
+        self._begin_phase(step, QUANTIZE)  # batches that are measured begin a phase of their own
         for modifier in self.modifiers:
             modifier.apply(work)
         if step.goes_on:
             self.passes.go_on(step)
+        self._begin_phase(step, WRITE)
         for key in step.passes:
             self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
@@ -173,6 +180,9 @@ class StreamingRun:
             peak_device_bytes=peak_device_bytes(self.options.device),
         )
 
+    def _begin_phase(self, step: Step, phase: str) -> None:
+        self.watch.tell("phase", index=step.index, label=step.label, phase=phase)
+
     def _work(self, step: Step) -> Work:
         return Work(
             step=step,
@@ -188,6 +198,7 @@ class StreamingRun:
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,
             forgets=self.passes.forgets(step),
+            watcher=self.watch,
         )
 
     def _pass_through(self, key: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.data.masks import TokenMask
     from runtime.recipe.recipe import Assignment
+    from runtime.streaming.events import Watcher
     from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.parameters import Weights
 
@@ -48,6 +49,7 @@ class Work:
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
         forgets: whether `run_batches` stores no outputs, so that a hook may end a batch by
             `runtime.streaming.work.EnoughSeenError`.
+        watcher: receives an event for each module.
         reports: of the modules that are done.
         kept: changed parameters that later steps run with.
         warnings: for the user, a line each.
@@ -62,6 +64,7 @@ class Work:
     device: torch.device
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
+    watcher: Watcher
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
@@ -135,6 +138,8 @@ class Work:
                 num_bytes=size,
             )
         )
+        done, count = len(self.reports), len(self.step.modules)
+        self.watcher.tell("solved", index=self.step.index, name=name, done=done, count=count)
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.

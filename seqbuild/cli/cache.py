@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runtime.cli.run import require_output
-from runtime.console import human_bytes, say
+from runtime.console import human_bytes, printable, put, say
+from runtime.terminal import Column, shortened, table_lines, width_of
 from seqbuild.cli.options import AsJson, Out, takes_compile_options
 from seqbuild.options import DEFAULT_OUT
 
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List compiled artifacts, explain cache hits and misses, remove artifacts.")
 
 _SHOWN = 60
+_COLUMNS = (
+    Column(heading="artifact"),
+    Column(heading="model", is_flexible=True, dropped=1),
+    Column(heading="size", is_number=True, dropped=3),
+    Column(heading="used", is_number=True, dropped=2),
+)
 
 
 @app.command("ls")
@@ -41,12 +49,19 @@ def list_command(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
             }
             for entry in found
         ]
-        say(json.dumps(facts))
+        put(json.dumps(facts))
         return
-    for entry in found:
-        class_name = entry.manifest.model.class_name if entry.manifest is not None else "DAMAGED"
-        days = (time.time() - entry.used) / 86400
-        say(f"{entry.path}  {class_name}, {human_bytes(entry.num_bytes)}, used {days:.1f} days ago")
+    rows = [
+        (
+            str(entry.path),
+            entry.manifest.model.class_name if entry.manifest is not None else "DAMAGED",
+            human_bytes(entry.num_bytes),
+            f"{(time.time() - entry.used) / 86400:.1f} days ago",
+        )
+        for entry in found
+    ]
+    for line in table_lines(_COLUMNS, [tuple(map(printable, row)) for row in rows], width_of(sys.stdout)):
+        say(line)
     say(f"{len(found)} artifacts, {human_bytes(sum(entry.num_bytes for entry in found))}")
 
 
@@ -59,7 +74,7 @@ def explain_command(options: CompileOptions, as_json: bool) -> None:
     require_output()
     found = explain(options)
     if as_json:
-        say(json.dumps(_facts(found)))
+        put(json.dumps(_facts(found)))
     else:
         _say(found)
 
@@ -84,8 +99,9 @@ def _say(found: Explanation) -> None:
     from seqbuild.cli.explain import EXCLUDED
 
     width = max(map(len, found.ingredients))
+    room = min((width_of(sys.stdout) or _SHOWN * 2) - width - 2, _SHOWN)
     for name, value in found.ingredients.items():
-        say(f"{name:{width}}  {_short(value)}")
+        say(f"{name:{width}}  {shortened(value, room)}")
     for name, description in EXCLUDED.items():
         say(f"{'not included':{width}}  {name}: {description}")
     say(f"{'input key':{width}}  {found.input_key}")
@@ -96,7 +112,7 @@ def _say(found: Explanation) -> None:
     if found.nearest is not None:
         say(f"nearest: {found.nearest}, which differs in {', '.join(found.differing) or 'nothing'}")
     for name, (theirs, ours) in found.differing.items():
-        say(f"  {name}: {_short(theirs)} there, {_short(ours)} here")
+        say(f"  {name}: {shortened(theirs, _SHOWN)} there, {shortened(ours, _SHOWN)} here")
     if found.changed:
         say(f"library files that have changed: {', '.join(found.changed)}")
 
@@ -132,7 +148,3 @@ def _number(text: str, units: dict[str, float], option: str) -> float:
     if match is None or match[2] not in units:
         raise UsageError(f"{option} must be a number followed by one of {', '.join(units)}; got {text!r}")
     return float(match[1]) * units[match[2]]
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from runtime.artifact.manifest import UNBOUNDED, Manifest, SubgraphEntry
 from runtime.console import human_bytes, printable, say
-from seqbuild.verify.report import HEADINGS, Verification
+from runtime.terminal import Column, Names, table_lines, width_of
+from seqbuild.verify.report import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
 _NAMES_SHOWN = 4
-_FILE_WIDTH = 240  # files and pipes have no width
+_COLUMNS = (
+    Column(heading="subgraph"),
+    Column(heading="targets", is_flexible=True),
+    Column(heading="calls", is_flexible=True, dropped=3),
+    Column(heading="weights", is_number=True),
+    Column(heading="inputs", is_flexible=True, dropped=2),
+    Column(heading="frees", is_flexible=True, dropped=1),
+    Column(heading="outputs", is_flexible=True),
+)
+_COMPARED = (
+    *(Column(heading=name) for name in ("batch", "sequence", "padding")),
+    Column(heading="images", dropped=1),
+    Column(heading="seed", dropped=2),
+    *(Column(heading=name) for name in ("absolute", "relative", "result")),
+)
 
 
 def summary(manifest: Manifest) -> Iterator[str]:
@@ -61,51 +77,43 @@ def remarks(manifest: Manifest) -> Iterator[str]:
         yield f"Valid only for {', '.join(fixed)}"
 
 
-def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    """Return one row for each subgraph, under `_HEADINGS`."""
+def rows(manifest: Manifest) -> Iterator[tuple[str | Names, ...]]:
+    """Return one row for each subgraph, under `_COLUMNS`."""
     for index, entry in enumerate(manifest.subgraphs):
         num_bytes = sum(manifest.parameters[name].bytes for name in entry.parameters)
         yield (
             str(index),
-            ", ".join(entry.targets) or "-",
-            _some(entry.submodules),
+            _names(entry.targets),
+            _names(entry.submodules),
             human_bytes(num_bytes),
-            _some(entry.input_names),
-            _some(entry.consumed_names),
+            _names(entry.input_names),
+            _names(entry.consumed_names),
             _outputs(manifest, entry),
         )
 
 
-_HEADINGS = ("subgraph", "targets", "calls", "weights", "inputs", "frees", "outputs")
-
-
 def print_table(manifest: Manifest) -> None:
     """Print the summary and a table of the subgraphs on standard output."""
-    print_rows(summary(manifest), _HEADINGS, rows(manifest))
+    for line in summary(manifest):
+        say(line)
+    say()
+    _print_rows(_COLUMNS, list(rows(manifest)))
 
 
-def print_rows(lines: Iterable[str], headings: Iterable[str], cells: Iterable[tuple[str, ...]]) -> None:
-    """Print some lines, then a table, on standard output."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    for line in lines:
-        console.print(printable(line), markup=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in cells:
-        table.add_row(*(printable(cell).replace("[", r"\[") for cell in row))
-    console.print(table)
+def _print_rows(columns: Sequence[Column], cells: Sequence[Sequence[str | Names]]) -> None:
+    for line in table_lines(columns, cells, width_of(sys.stdout)):
+        say(line)
 
 
-def _outputs(manifest: Manifest, entry: SubgraphEntry) -> str:
+def _names(names: Sequence[str]) -> Names:
+    shown = tuple(printable(name) for name in names[:_NAMES_SHOWN])
+    return Names(shown or ("-",), max(len(names) - _NAMES_SHOWN, 0))
+
+
+def _outputs(manifest: Manifest, entry: SubgraphEntry) -> Names:
     shapes = {name: manifest.values[name].shape for name in entry.output_names if name in manifest.values}
-    return _some([f"{name} {_shape(shapes.get(name, ()))}" for name in entry.output_names])
+    found = _names([f"{name} {_shape(shapes.get(name, ()))}" for name in entry.output_names])
+    return found._replace(brief=_names(entry.output_names).names)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:
@@ -124,9 +132,15 @@ def _range(name: str, low: int, high: int) -> str:
 
 
 def print_report(found: Verification) -> None:
-    """Print the comparison as a table, with remarks and verdict, on standard output."""
+    """Print the comparison as a table, with details, remarks and verdict, on standard output."""
     weights = "a small model of its architecture, random weights" if found.weights is None else f"{found.weights}"
-    print_rows([f"{found.path}: {found.class_name}, {weights}, {found.dtype} on the CPU"], HEADINGS, _rows(found))
+    say(f"{found.path}: {found.class_name}, {weights}, {found.dtype} on the CPU")
+    say()
+    _print_rows(_COMPARED, list(_rows(found)))
+    say()
+    for shape in found.shapes:
+        if ":" in shape.result:
+            say(f"batch {shape.batch}, sequence {shape.sequence}, seed {shape.seed}: {shape.result}")
     for remark in found.remarks:
         say(remark)
     say(f"{found.verdict}; {found.seconds:.1f} s")
@@ -143,5 +157,5 @@ def _rows(found: Verification) -> Iterator[tuple[str, ...]]:
             str(shape.seed),
             f"{shape.absolute:.3g}" if is_measured else "-",
             f"{shape.relative:.3g}" if is_measured else "-",
-            shape.result,
+            shape.result.partition(":")[0],
         )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.arguments import as_path, shown
+from runtime.arguments import shown
 from runtime.chain import load
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.checkpoint.source_formats import ENTRY, OLD_ENTRY
@@ -32,9 +32,11 @@ from runtime.checkpoint.view import DerivedCheckpoint
 from runtime.console import quiet
 from runtime.data.inputs import require_in_range
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
+from runtime.host.hub import weights_directory
 from runtime.model.build import model_class
 from runtime.model.config import artifact_config, read_config
 from runtime.model.weightless import from_config
+from runtime.status import doing
 from runtime.weights.parameters import Weights, place_buffers
 from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import randomize
@@ -97,7 +99,7 @@ def verify_artifact(
 
     Args:
         path: the artifact's directory.
-        weights: a model directory with config.json and safetensors; None selects the small model.
+        weights: a model directory with config.json and safetensors, or a hub id; None selects the small model.
         dtype: the dtype of weights and activations: `float32`, `bfloat16` or `float16`.
         tolerance: the largest difference that counts as equal, relative to the largest magnitude in its tensor (at
             least 1).
@@ -118,7 +120,7 @@ def verify_artifact(
     """
     start = time.perf_counter()
     options = VerifyOptions(
-        weights=None if weights is None else as_path("weights", weights),
+        weights=None if weights is None else weights_directory(weights),
         dtype=dtype,
         tolerance=tolerance,
         shapes=shapes,
@@ -291,6 +293,7 @@ class _ModelRun:
 def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
     """Run the model on all shapes first, so that it can be freed before the chain's weights are loaded."""
     pair.check()
+    doing("running the model")
     model = pair.model()
     references = [_reference(pair, model, shape) for shape in options.shapes]
     if all(reference.refusal for reference in references):
@@ -301,7 +304,8 @@ def _compare(pair: _Pair, options: VerifyOptions) -> Iterator[Compared]:
         )
     del model
     twin = pair.twin()
-    for reference in references:
+    for number, reference in enumerate(references, start=1):
+        doing(f"running the chain on shape {number} of {len(references)}")
         yield _compared(pair.artifact, twin, reference, options.tolerance)
 
 

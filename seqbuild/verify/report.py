@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-HEADINGS = ("batch", "sequence", "padding", "images", "seed", "absolute", "relative", "result")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:

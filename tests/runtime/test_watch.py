@@ -67,14 +67,15 @@ def test_the_summary_has_the_worst_modules_first_and_all_warnings() -> None:
     lines = list(summary_lines(result))
     assert lines[1] == "Largest relative output error (‖WX−QX‖/‖WX‖):"
     assert lines[0] == "6 modules quantized in 3.0 s, after 2 subgraphs of an earlier process; 2.0 MB in out"
-    assert [line.split()[:2] for line in lines[2:7]] == [
+    assert [line.split()[:2] for line in lines[2:8]] == [
+        ["module", "error"],
         ["m9", "0.0900"],
         ["m8", "0.0800"],
         ["m7", "0.0700"],
         ["m5", "0.0500"],
         ["m3", "0.0300"],
     ]
-    assert lines[7:] == ["warning: a", "warning: b"]
+    assert lines[8:] == ["warning: a", "warning: b"]
 
 
 @pytest.mark.parametrize("modifier", ["GPTQModifier", "QuantizationModifier"])

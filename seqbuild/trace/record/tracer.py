@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy
 from runtime.console import quiet
 from runtime.errors import SeqbuildError, TraceError
 from runtime.host.left_as_found import ProcessState, left_as_found
+from runtime.status import doing
 from seqbuild.blame import UntraceableError, advice, blame, specialized_size, unsupported_operator
 from seqbuild.chain.partition import named_output
 from seqbuild.sample.inputs import rehearsal_samples, symbolic_inputs
@@ -358,6 +359,7 @@ class SequentialTracer(ValueTracer):
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._within or get_proxy_mode() is None:
                 return forward(*args, **kwargs)
+            doing(f"tracing {name}")
             self._within, self.shape_env.is_noting = name, True
             try:
                 return sections.call(name, module, args, kwargs, functools.partial(forward, *args, **kwargs))
