@@ -1,4 +1,4 @@
-"""The text that calibrates a model when no data is given, and text for evaluation that shares no document with it."""
+"""The text that calibrates a model when no data is given, and text for evaluation that shares no passage with it."""
 
 from pathlib import Path
 
