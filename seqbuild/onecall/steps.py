@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
-from runtime.errors import ModelError, SeqbuildError
+from runtime.errors import ModelError, SeqbuildError, UsageError
 from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
+_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
@@ -54,7 +54,8 @@ def require_place(options: QuantizeOptions) -> None:
 
 
 def require_data(options: QuantizeOptions) -> None:
-    """Reject invalid data arguments and files that cannot be read, before the model is compiled.
+    """Reject invalid data arguments, files that cannot be read, and evaluation on calibration data, before the model is
+    compiled.
 
     Raises:
         DataError, UsageError: naming the argument.
@@ -63,11 +64,27 @@ def require_data(options: QuantizeOptions) -> None:
     from runtime.data.file_formats import format_of
     from runtime.data.options import data_sources
 
-    sources = options.data.sources + (options.eval_data if options.evaluate else ())
-    for source in data_sources(replace(options.data, sources=sources)):
-        path = Path(source.location)
+    sources = data_sources(options.data)
+    if options.evaluate:
+        held_out = data_sources(_held_out_data(options))
+        both = [source.location for source in held_out if source in sources and source.location != BUILTIN]
+        if both:
+            raise UsageError(f"{both[0]} is given for calibration and evaluation", hint="pass another --eval-data")
+        sources += held_out
+    for path in (Path(source.location) for source in sources):
         if format_of(path) is not None:
             require_file(path)
+
+
+def _held_out_data(options: QuantizeOptions) -> DataOptions:
+    return DataOptions(
+        sources=options.eval_data,
+        default_samples=EVALUATED_SAMPLES,
+        seq_len=options.data.seq_len,
+        pack=options.data.pack,
+        columns=options.data.columns,
+        format=options.data.format,
+    )
 
 
 def find_weights(options: QuantizeOptions) -> Path:
@@ -108,7 +125,7 @@ def media_samples(weights: Path, options: QuantizeOptions, show: Show) -> NamedS
     found, summary = load_data(data, directory)
     if not isinstance(found, NamedSamples):
         return None
-    describe(found, summary, data, directory, show.line)
+    describe(str(found.path), found, summary, data.show, directory, show.line)
     return found
 
 
@@ -124,8 +141,8 @@ def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOpti
 
 
 def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = None) -> Compiled:
-    """Compile the model for this data, or find the existing artifact. Without images, sounds or videos in the data, a
-    model of these is compiled for text.
+    """Compile the model, or find the existing artifact. Without a sample or media in the data, a model of images or
+    sounds and text is compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -134,12 +151,13 @@ def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = Non
     compilation = CompileOptions(
         model=options.model,
         revision=options.revision,
-        text_only=options.text_only or (media is None and has_media(source)),
+        text_only=options.text_only or (options.sample is None and media is None and has_media(source)),
+        sample=options.sample,
         leaves=options.leaves,
         out=options.artifacts or user_artifacts(),
         trust_remote_code=options.trust_remote_code,
     )
-    if media is None:
+    if media is None or options.sample is not None:
         return compile_with(compilation)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as folder:
         file = Path(folder) / "sample.safetensors"
@@ -195,14 +213,16 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
     from runtime.model.config import text_limits
 
     is_builtin = options.eval_data == (BUILTIN,)
-    lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
-    data = DataOptions(
-        sources=options.eval_data,
-        default_samples=EVALUATED_SAMPLES,
-        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.data.seq_len,
+    data = _held_out_data(options)
+    if is_builtin:
+        lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
         # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
-        pack=options.data.pack and not is_builtin,
-    )
+        data = DataOptions(
+            sources=options.eval_data,
+            default_samples=EVALUATED_SAMPLES,
+            seq_len=min(length for length in lengths if length is not None),
+            pack=False,
+        )
     batches = BatchOptions(data=data, tokenizer=options.tokenizer, weights=weights, batch_size=options.batch_size)
     try:
         require_predicting(artifact.manifest)
@@ -301,11 +321,11 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
     from runtime.planning.request import memory_here, num_rows, plan_artifact
 
     device = resolve_device(options.device)
-    rows = [num_rows(batch) for batch in batches] or [_NO_DATA[0]]
+    rows = [num_rows(batch) for batch in batches] or [1]
     return plan_artifact(
         artifact,
         num_samples=sum(rows),
-        seq_len=_NO_DATA[1],
+        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
         batch_size=max(rows),
         batches=batches,
         recipe=recipe,
