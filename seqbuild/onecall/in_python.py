@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,15 +166,11 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
 
 
 def _samples_with_media(options: OneshotOptions, opened: _Opened) -> NamedSamples | None:
-    """Read the data that a path or an id names for a model of images or sounds; None if it is text only."""
-    from runtime.data.samples import load_data
-    from seqbuild.onecall.steps import has_media
+    """Read the data that a path or an id names; None if it is text only."""
+    from seqbuild.onecall.steps import samples_with_media
 
-    if not options.is_named or options.dataset == BUILTIN or not has_media(opened.source):
-        return None
-    data = replace(_data_options(options), default_length=_text_length(options, opened.source))
-    found, _ = load_data(data, opened.preparers_directory or opened.source.directory)
-    return found if isinstance(found, NamedSamples) else None
+    directory = opened.preparers_directory or opened.source.directory
+    return samples_with_media(directory, _data_options(options), options.progress) if options.is_named else None
 
 
 def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
