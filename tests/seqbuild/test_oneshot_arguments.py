@@ -17,6 +17,21 @@ from tests.tiny_models import tiny_model
 
 RECIPE = QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"])
 
+
+class PeftModel(nn.Module):
+    """Has the name of the wrapper of a library that is not installed."""
+
+    __module__ = "peft.peft_model"
+
+
+class Compiled(nn.Module):
+    """Is like what `torch.compile` returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = nn.Linear(2, 2)
+
+
 # name: (arguments, class of the error, a part of its message)
 WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "no recipe": ({"recipe": None}, UsageError, "no recipe was given"),
@@ -30,6 +45,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "ignore with modifiers": ({"ignore": ["lm_head"]}, UsageError, "ignore applies to the name of a preset only"),
     "number as model": ({"model": 3}, UsageError, "model is 3 .pass a hub id"),
     "module as model": ({"model": nn.Linear(2, 2)}, UsageError, "model is a torch.nn.modules.linear.Linear"),
+    "model with an adapter": ({"model": PeftModel()}, UsageError, r"merge_and_unload\(\)"),
+    "compiled model": ({"model": Compiled()}, UsageError, "model._orig_mod"),
     "missing model": ({"model": "./missing"}, ModelError, "missing"),
     "empty model": ({"model": ""}, ModelError, "no model"),
     "number as data": ({"dataset": 3}, UsageError, "dataset is 3"),
