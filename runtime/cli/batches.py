@@ -40,7 +40,10 @@ class BatchOptions:
 
 
 def make_batches(
-    artifact: Artifact, options: BatchOptions, tell: Callable[[str], None] | None = None
+    artifact: Artifact,
+    options: BatchOptions,
+    tell: Callable[[str], None] | None = None,
+    complain: Callable[[str], None] = warn,
 ) -> list[dict[str, torch.Tensor]]:
     """Read data and make the model's inputs from it.
 
@@ -48,6 +51,7 @@ def make_batches(
         artifact: the compiled model.
         options: what is read, and how.
         tell: takes lines that describe the samples.
+        complain: takes warnings about the data.
 
     Raises:
         DataError: for data that cannot be read, or that the artifact does not support.
@@ -60,7 +64,7 @@ def make_batches(
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
-    describe(tokens, summary, data, tokenizer, tell)
+    describe(tokens, summary, data, tokenizer, tell, complain)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     masks = tokens.masks if options.has_masks else None
@@ -76,13 +80,14 @@ def describe(
     options: DataOptions,
     tokenizer: Path,
     tell: Callable[[str], None] | None,
+    complain: Callable[[str], None] = warn,
 ) -> None:
     """Print warnings, the previews that `--show` requires, and one line about all samples."""
     from runtime.data.preview import preview_lines, summary_line
     from runtime.data.tokenizer import load_tokenizer
 
     for remark in () if summary is None else summary.remarks:
-        warn(remark)
+        complain(remark)
     if tell is None or (summary is None and not options.show):
         return
     if options.show:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.console import warn
 from runtime.data.options import DataOptions
 from runtime.errors import ModelError, SeqbuildError, UsageError
 from runtime.status import doing
@@ -207,7 +208,13 @@ def text_batches(
         DataError: it cannot be read, or does not fit the model.
     """
     sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
-    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell)
+    # How conversations of the built-in text were adapted to the model's template is nothing that a user can change.
+    complain = _ignore if set(options.data.sources) == {BUILTIN} else warn
+    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 def _equally_long(batches: Batches) -> Batches:
