@@ -22,7 +22,6 @@ from packaging.requirements import Requirement
 import runtime
 import seqbuild
 from tests.minimums import declared
-from tests.tiny_models import save_config
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = declared()["project"]["urls"]["Repository"]
@@ -102,13 +101,23 @@ def test_both_programs_run_in_any_directory(programs: Path, place: Path) -> None
         assert done.stdout.startswith(f"seqbuild {version} ")
 
 
-def test_a_model_is_compiled_and_checked_there(programs: Path, tmp_path: Path) -> None:
+def test_a_model_is_quantized_in_any_directory(programs: Path, tmp_path: Path) -> None:
+    """In an empty directory with the built-in text, then among foreign modules with the artifact of the first call."""
+    artifacts, empty = tmp_path / "artifacts", tmp_path / "empty"
+    empty.mkdir()
     for name in ("runtime", "seqbuild"):
         (tmp_path / f"{name}.py").write_text(FOREIGN)
-    save_config("llama", tmp_path / "model")
-    done = call([programs / "seqbuild", "compile", "model", "-o", "out"], tmp_path)
+    (tmp_path / "runtime").mkdir()
+    quantize = [programs / "seqbuild", "quantize", ROOT / "demo" / "model", "--artifacts", artifacts, "-o", "out"]
+    gptq = ["--scheme", "W4A16", "--samples", "4", "--seq-len", "64", "--no-evaluate"]
+    done = call([*quantize, *gptq], empty)
     assert done.returncode == 0, done.stderr
-    (artifact,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert "28 modules with gptq W4A16, in out" in done.stdout
+    assert [path.name for path in empty.iterdir()] == ["out"]
+    done = call([*quantize, "--scheme", "W8A16", "--no-evaluate"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "28 modules with rtn W8A16, in out" in done.stdout
+    (artifact,) = (path for path in artifacts.iterdir() if path.is_dir())
     done = call([programs / "seqbuild-runtime", "check", artifact], tmp_path)
     assert done.returncode == 0, done.stderr
     assert ": valid; " in done.stdout
@@ -127,11 +136,13 @@ def test_the_wheel_contains_what_the_programs_read(wheel: Path) -> None:
         inside = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         assert {path.relative_to(ROOT).as_posix() for path in inside} <= names
     assert {"runtime/py.typed", "seqbuild/py.typed", "runtime/recipe/files/w4a16_gptq.yaml"} <= names
+    assert {"seqbuild/text/calibration.jsonl", "seqbuild/text/evaluation.jsonl", "seqbuild/text/LICENSES.md"} <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"runtime", "seqbuild"}
 
 
 def test_the_metadata(metadata: email.message.Message) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("seqbuild-llm", runtime.__version__)
+    assert metadata.get_all("License-File") == ["LICENSE", "seqbuild/text/LICENSES.md"]
     urls = dict(line.split(", ") for line in metadata.get_all("Project-URL", ()))
     assert set(urls) == {"Repository", "Documentation", "Changelog", "Issues"}
     assert all(url.startswith(REPOSITORY) for url in urls.values())
