@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.data.tokenization import DataSummary
 
 DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,5 +99,6 @@ def describe(
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's."""
-    return weights if (weights / "tokenizer_config.json").is_file() else artifact.companions_path
+    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's if that has one."""
+    has_own = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return artifact.companions_path if has_own and not (weights / "tokenizer_config.json").is_file() else weights
