@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
+_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
@@ -107,8 +107,7 @@ def find_weights(options: QuantizeOptions) -> Path:
 
 
 def compile_model_for(options: QuantizeOptions) -> Compiled:
-    """Compile the model, or find the existing artifact. Without a sample, a model of images or sounds and text is
-    compiled for text.
+    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -118,8 +117,7 @@ def compile_model_for(options: QuantizeOptions) -> Compiled:
         CompileOptions(
             model=options.model,
             revision=options.revision,
-            text_only=options.text_only or (options.sample is None and has_media(source)),
-            sample=options.sample,
+            text_only=options.text_only or has_media(source),
             leaves=options.leaves,
             out=options.artifacts or user_artifacts(),
             trust_remote_code=options.trust_remote_code,
@@ -286,20 +284,19 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         SeqbuildError: as `runtime.planning.request.plan_artifact`.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.planning.request import batch_sizes, memory_here, plan_artifact
+    from runtime.planning.request import memory_here, plan_artifact
 
     device = resolve_device(options.device)
-    samples = [len(next(iter(batch.values()))) for batch in batches] or [1]
+    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
     return plan_artifact(
         artifact,
-        num_samples=sum(samples),
-        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
-        batch_size=max(samples),
+        num_samples=sum(size[0] for size in sizes),
+        seq_len=max(size[1] for size in sizes),
+        batch_size=max(size[0] for size in sizes),
         recipe=recipe,
         dtype=resolve_dtype(options.dtype),
         device_type=device.type,
         budget=options.activation_memory,
         statistics_bytes=options.statistics_memory,
-        sizes=batch_sizes(artifact.manifest, batches) if batches else None,
         limits=memory_here(device),
     )
