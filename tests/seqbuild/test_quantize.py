@@ -100,7 +100,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     )
     assert (code, complaint) == (0, "")
     found = json.loads(printed)
-    assert (found["path"], found["modules"], found["recipe"]) == ("fp8", 21, "recipe fp8_dynamic")
+    assert (found["path"], found["modules"], found["recipe"]) == ("fp8", 21, "fp8_dynamic")
     assert found["bytes"]["after"] == sum(
         tensor.numel() * tensor.element_size() for tensor in read_tensors(Path("fp8")).values()
     )
