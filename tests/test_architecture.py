@@ -59,6 +59,8 @@ SEQBUILD = (
     {"passes"},
     {"build"},
     {"verify"},
+    {"peer"},
+    {"llmcompressor"},
     {"cli"},
     {"", "__main__", "trace"},
 )
