@@ -110,7 +110,6 @@ def load_subgraphs(
         )
         path = compile_with(options).path
     artifact = load(path, trust_remote_code=own_code)
-    artifact.run_dtype(run_dtype(model))  # which the artifact may not be valid for
     _require_same_modules(model, artifact, targets)
     return [
         OneshotSubgraph(loaded=subgraph, artifact=artifact, is_first=index == 0)
@@ -150,9 +149,7 @@ def _require_same_modules(model: PreTrainedModel, artifact: Artifact, targets: t
     for name in (name for entry in manifest.subgraphs for name in entry.submodules):
         if name not in names:
             raise ModelError(f"the model has no module {name}, which its config describes", hint=_USE_SEQUENTIAL)
-    found = {name for name, module in model.named_modules() if module in match_modules(model, targets)}
-    extra = sorted(found - set(manifest.targets))
-    inside = tuple(f"{name}." for name in manifest.targets)
-    extra = [name for name in extra if not name.startswith(inside)]
-    if extra:
-        raise ModelError(f"the target {extra[0]} of the model is not a target of its artifact", hint=_USE_SEQUENTIAL)
+    found, inside = match_modules(model, targets), tuple(f"{name}." for name in manifest.targets)
+    for name, module in model.named_modules():
+        if module in found and name not in manifest.targets and not name.startswith(inside):
+            raise ModelError(f"the target {name} of the model is not a target of its artifact", hint=_USE_SEQUENTIAL)

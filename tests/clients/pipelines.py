@@ -45,7 +45,7 @@ def main() -> int:
         num_wrong += is_wrong
         seconds = " ".join(f"{name} {result[f'{name}_s']:.2f} s" for name in ("traced", "compiled", "loaded"))
         mark = "UNEXPECTED: " if is_wrong else ""
-        print(f"{result['model']:10} {result['recipe']:34} {seconds}  {mark}{verdict}")
+        print(f"{result['model']:11} {result['recipe']:34} {seconds}  {mark}{verdict}")
     print(f"{len(results)} comparisons, {num_wrong} unexpected")
     return int(done.returncode != 0 or num_wrong > 0 or not results)
 
