@@ -13,8 +13,7 @@ from pathlib import Path
 import runtime
 import seqbuild
 from runtime.data.inputs import model_inputs
-
-RECIPE = Path(__file__).resolve().parent / "recipes" / "w4a16_gptq.yaml"
+from runtime.recipe.named import recipe_of
 
 
 def main(model_dir: str, text: str, out: str) -> None:
@@ -29,7 +28,7 @@ def main(model_dir: str, text: str, out: str) -> None:
     tokens = runtime.load_tokens(text, tokenizer_dir=Path(model_dir), num_samples=128, seq_len=256)
     batches = [model_inputs(artifact.manifest, batch) for batch in runtime.batches(tokens.samples, batch_size=8)]
     result = runtime.calibrate(
-        artifact, weights=model_dir, recipe=runtime.Recipe.from_file(RECIPE), batches=batches, out=out, progress=print
+        artifact, weights=model_dir, recipe=recipe_of("W4A16"), batches=batches, out=out, progress=print
     )
     worst = max(result.modules, key=lambda module: module.loss)
     print(f"{result.num_bytes:,} bytes in {result.path}; largest error in {worst.name}")

@@ -3,9 +3,12 @@
 import sys
 
 if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
-    # `python -m` looks for modules in the current directory first, which may belong to an unchecked artifact.
-    # So that goes before anything else is imported, `__future__` included.
-    del sys.path[0]
+    # `python -m runtime` looks for modules in the current directory first, which may belong to an unchecked artifact.
+    # So that goes before anything else is imported, `__future__` included. `python -P` has already left it out.
+    # While NAME of `python -m NAME` is looked for, argv[0] is "-m", and orig_argv ends with NAME and its arguments.
+    _name = sys.orig_argv[-len(sys.argv)].partition(".")[0]
+    if (_name == "runtime" or _name.endswith("mruntime")) and not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -92,3 +95,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, which need not be imported yet, and Python's own."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,15 +1,20 @@
-"""`python -m runtime`."""
+"""The programs `seqbuild-runtime` and `python -m runtime`."""
 
 from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":
+
+def main(program: str = "seqbuild-runtime") -> int:
+    """Run the host's command line in a process of its own, and return the exit code."""
     try:
-        from runtime.cli import imports
-        from runtime.cli.app import main
+        from runtime.cli import app, imports
     except ModuleNotFoundError as error:  # typer is missing, so there is no command line that could say so
-        print(f"runtime: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
-        sys.exit(2)
+        print(f"{program}: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
+        return 2
     imports.allow()
-    sys.exit(main())
+    return app.main(program=program)
+
+
+if __name__ == "__main__":
+    sys.exit(main("runtime"))

@@ -34,6 +34,7 @@ from runtime.errors import DataError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
+from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_free, require_outside
 from runtime.planning.predict import PlannedRun
@@ -87,7 +88,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
     Args:
         artifact: the compiled model.
-        weights: directory of its safetensors checkpoint.
+        weights: directory of its safetensors checkpoint, or a hub id (`owner/name` or `owner/name@revision`) whose
+            snapshot is in the local cache.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
@@ -160,7 +162,7 @@ def _request(
     options: RunOptions,
 ) -> _Request:
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
-    path, directory = as_path("out", out), as_path("weights", weights)
+    path, directory = as_path("out", out), weights_directory(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)

@@ -21,12 +21,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.arguments import as_path, require_callable
+from runtime.arguments import require_callable
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.data.checked_batches import model_batches
 from runtime.data.decoder import LABELS, NOT_A_LABEL
@@ -36,6 +35,7 @@ from runtime.experts.split import require_artifact
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.half_precision import quick_halves
+from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.status import doing
@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         artifact: the compiled model.
-        weights: directory of a checkpoint: the original, or one quantized in compressed-tensors' format.
+        weights: directory or hub id of a checkpoint: the original, or one quantized in compressed-tensors' format.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
             `labels` [B, S] are the predicted tokens, or -100 for none; those of a causal model are at the position of
             the token itself. Without them, and without `decoder_input_ids`, the text itself is predicted.
@@ -91,10 +91,10 @@ def evaluate(
     """
     start = time.perf_counter()
     artifact, place, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
-    weights = as_path("weights", weights)
+    directory = weights_directory(weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    _require_predicting(artifact.manifest)
+    require_predicting(artifact.manifest)
     batches = model_batches(artifact, batches, is_scored=True)
     labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
@@ -104,7 +104,7 @@ def evaluate(
         raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
     doing("checking the weights")
-    prepared = prepare(artifact, open_checkpoint(Path(weights)), None, run_dtype, place)
+    prepared = prepare(artifact, open_checkpoint(directory), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:
         progress(remark)
@@ -157,7 +157,7 @@ def _summed_loss(
     return total
 
 
-def _require_predicting(manifest: Manifest) -> None:
+def require_predicting(manifest: Manifest) -> None:
     """Reject a model without a perplexity: one that does not predict each token from the previous ones."""
     logits = manifest.values.get(LOGITS)
     inputs = {entry.name: entry.shape for entry in manifest.inputs}

@@ -3,10 +3,14 @@
 import sys
 
 if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] != __path__[0].rpartition("/")[0]:
-    del sys.path[0]  # as in runtime/__init__.py
+    _name = sys.orig_argv[-len(sys.argv)].partition(".")[0]  # as in runtime/__init__.py
+    if (_name == "seqbuild" or _name.endswith("mseqbuild")) and not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from seqbuild.own_runtime import require_own_runtime
 
 if TYPE_CHECKING:
     from runtime.planning.request import plan_artifact as plan
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from seqbuild.verify.artifact import verify_artifact
 
 __version__ = "0.2.0"
+
+require_own_runtime(__version__)
 
 __all__ = [
     "SequentialTracer",
@@ -70,3 +76,8 @@ def __getattr__(name: str) -> Any:
         home, _, other_name = _HOMES[name].partition(":")
         return getattr(importlib.import_module(home), other_name or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, which need not be imported yet, and Python's own."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

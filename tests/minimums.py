@@ -27,7 +27,7 @@ def requirements(project: dict[str, Any]) -> dict[str, list[str]]:
     """Return the declared requirements of the build, of the package and of each extra, without its own extras."""
     extras = {name: lines for name, lines in project["project"]["optional-dependencies"].items() if name != "dev"}
     groups = {"build": project["build-system"]["requires"], "": project["project"]["dependencies"], **extras}
-    return {name: [line for line in lines if not line.startswith("seqbuild[")] for name, lines in groups.items()}
+    return {name: [line for line in lines if not line.startswith("seqbuild-llm[")] for name, lines in groups.items()}
 
 
 def minimums(project: dict[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ RUNTIME = (
     {"", "__main__"},
 )
 SEQBUILD = (
-    {"options", "blame", "shrink"},
+    {"options", "blame", "shrink", "own_runtime", "text"},
     {"sample"},
     {"chain"},
     {"model"},
@@ -59,6 +59,7 @@ SEQBUILD = (
     {"passes"},
     {"build"},
     {"verify"},
+    {"onecall"},
     {"peer"},
     {"llmcompressor"},
     {"cli"},
@@ -68,9 +69,14 @@ LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 # What the compiler may import of the runtime: what both sides must agree on, and nothing that runs a model.
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
 SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
-# By part of the compiler, what it may import besides: `verify` is a host, and both command lines share commands and
-# options.
-BESIDES = {"verify": {"weights"}, "cli": {"cli"}, "": {"planning"}}
+# By part of the compiler, what it may import besides: `verify` and `onecall` are hosts, and both command lines share
+# commands and options.
+BESIDES = {
+    "verify": {"weights"},
+    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "cli"},
+    "cli": {"cli"},
+    "": {"planning"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -114,7 +120,8 @@ def edges() -> dict[str, set[str]]:
     known = {module_name(path): path for package in LAYERS for path in sources(package)}
     found = {}
     for module, path in known.items():
-        taken = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+        used = {name for name in imports(path) if not name.endswith(".__version__")}
+        taken = {name if name in known else name.rpartition(".")[0] for name in used}
         found[module] = {name for name in taken if name in known and name != module}
     return found
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.errors import ArtifactError, UsageError
+from runtime.host.hub import resolve_directory
 from runtime.host.regular_files import is_there, open_regular, read_text
 
 BUNDLE_NAME, SUMS_NAME, REQUIREMENTS_NAME, README_NAME = "bundle.json", "SHA256SUMS", "requirements.txt", "README.md"
@@ -55,12 +56,12 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The input and output paths of a calibration."""
+    """The input and output paths of a calibration; its data arguments may name data sets."""
 
     artifact: Path
     weights: Path
     recipe: Path
-    data: Path | None
+    data: tuple[str, ...]
     out: Path
 
 
@@ -74,20 +75,30 @@ def artifact_of(path: Path) -> Path:
     return path / ARTIFACT if is_bundle(path) else path
 
 
-def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Path | None, out: Path | None) -> Job:
+def find_job(
+    path: Path,
+    *,
+    weights: str | None,
+    recipe: Path | None,
+    data: tuple[str, ...],
+    out: Path | None,
+    revision: str | None = None,
+) -> Job:
     """Resolve the paths of a calibration: the user's options first, then the bundle.
 
     Args:
         path: an artifact or a bundle; small files of a bundle are compared with their digests.
-        weights: the user's option, None if not given; the same for the following arguments.
+        weights: the user's option, None if not given: a directory or hub id; the same for the following arguments.
         recipe: "
-        data: "
-        out: "
+        data: the user's data arguments; empty for the bundle's.
+        out: as `weights`.
+        revision: of the hub id `weights`.
 
     Raises:
         ArtifactError: when the bundle is damaged.
         UsageError: when a required path is neither given nor packed.
     """
+    directory = None
     if is_bundle(path):
         bundle = read_bundle(path)
         for name in damaged(bundle, with_weights=False):
@@ -97,15 +108,19 @@ def find_job(path: Path, *, weights: Path | None, recipe: Path | None, data: Pat
         if weights is None and bundle.weights:
             _require_listed(bundle, WEIGHTS)
         recipe = recipe or path / RECIPE
-        data = data or (path / DATA if bundle.data else None)
-        weights = weights or (path / WEIGHTS if bundle.weights else None)
+        data = data or ((str(path / DATA),) if bundle.data else ())
+        directory = path / WEIGHTS if bundle.weights else None
         out = out or path / RESULT
-    missing = {"--weights": weights, "--recipe": recipe, "--out": out}
+    if weights is not None:
+        directory = resolve_directory(weights, revision=revision, what="weights")
+    elif revision is not None:
+        raise UsageError(f"--revision {revision} requires a hub id", hint="pass one with --weights, or leave it out")
+    missing = {"--weights": directory, "--recipe": recipe, "--out": out}
     for option, value in missing.items():
         if value is None:
             raise UsageError(f"Missing option '{option}'", hint="pass it, or pass a bundle that contains it")
-    assert weights is not None and recipe is not None and out is not None
-    return Job(artifact=artifact_of(path), weights=weights, recipe=recipe, data=data, out=out)
+    assert directory is not None and recipe is not None and out is not None
+    return Job(artifact=artifact_of(path), weights=directory, recipe=recipe, data=data, out=out)
 
 
 def _require_listed(bundle: Bundle, folder: str) -> None:

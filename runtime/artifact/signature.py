@@ -23,7 +23,7 @@ from runtime.host.publish import write_files
 from runtime.host.regular_files import require_regular
 
 REQUIRED = "SEQBUILD_REQUIRE_SIGNATURE"
-_INSTALL = "pip install 'model-signing>=1.1' pyopenssl, or seqbuild[sign]; on a host without a network from wheels"
+_INSTALL = "pip install 'model-signing>=1.1' pyopenssl, or seqbuild-llm[sign]; on a host without a network from wheels"
 
 
 def required_keys(public_keys: Sequence[Path] = ()) -> tuple[Path, ...]:

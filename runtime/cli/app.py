@@ -1,4 +1,4 @@
-"""The host's command line: `python -m runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DataOptions, make_batches
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
+from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import watching
 from runtime.console import optional_bytes, parse_bytes, put, say
+from runtime.data.options import DataOptions
 from runtime.status import doing
 from runtime.terminal import width_of
 
@@ -30,33 +34,45 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
 
-DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
+
+class HostCommands(CommandList):
+    """The commands of the host."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
+    }
+    example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
+    others: ClassVar[Mapping[str, str]] = {
+        name: f"it is a command of the compiler: seqbuild {name}"
+        for name in ("quantize", "compile", "inspect", "verify", "data", "cache", "pack", "sign")
+    }
+
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=HostCommands,
     help="Calibrate and evaluate compiled models. Nothing is traced, and no network is used.",
-    epilog="--debug, at any position, shows the traceback of an error.",
+    epilog=EPILOG,
 )
 
 app.command()(plan)
 
 
 @app.command()
+@given.takes_data_options
 def calibrate(
     artifact: given.ArtifactPath,
+    data_options: DataOptions,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     out: given.Out = None,
     data: given.BundledData = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
-    loss_mask: given.LossMask = False,
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
@@ -82,42 +98,36 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, recipe=recipe, data=data, out=out)
+    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
     parsed = _recipe_of(job, resume)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    data_options = DataOptions(
-        tokenizer=tokenizer,
+    batch_options = BatchOptions(
+        data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
         weights=job.weights,
-        samples=samples,
-        default_samples=DEFAULT_SAMPLES,
-        seq_len=seq_len,
         batch_size=batch_size,
-        pack=pack,
-        loss_mask=loss_mask,
         has_masks=True,
     )
-    batches = make_batches(loaded, job.data, data_options) if job.data is not None else []
-    options |= _memory_options(checkpoint_activations, activation_memory, statistics_memory)
+    batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
+    options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
 def _recipe_of(job: Job, resume: bool) -> Recipe:
     """Check the output directory, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
-    from runtime.host.publish import require_free
-    from runtime.recipe.recipe import Recipe
-    from runtime.streaming.workplace import require_unfinished
+    from runtime.recipe.named import recipe_of
+    from runtime.streaming.workplace import require_startable
 
-    if resume:
-        require_unfinished(job.out)
-    require_free(job.out)
+    require_startable(job.out, resume=resume)
     prepare(job.artifact)
-    return Recipe.from_file(job.recipe)
+    return recipe_of(job.recipe)
 
 
-def _memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
+def memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
+    """Parse --checkpoint-activations, --activation-memory and --statistics-memory."""
     from runtime.streaming.activations import Budget
 
     return {
@@ -183,16 +193,16 @@ def _report(result: Calibration, as_json: bool) -> None:
 
 
 @app.command()
+@given.takes_data_options
 def evaluate(
     artifact: given.ArtifactPath,
     weights: given.WeightsPath,
-    data: given.DataPath,
+    data: given.DataSources,
+    data_options: DataOptions,
+    revision: given.Revision = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
-    samples: given.Samples = None,
-    seq_len: given.SeqLen = None,
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    pack: given.Pack = True,
     tokenizer: given.Tokenizer = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -200,24 +210,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
+    from runtime.host.hub import resolve_directory
+
     require_output()
+    directory = resolve_directory(weights, revision=revision, what="weights")
     loaded, run_device, run_dtype = _loaded(
         artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
-    options = DataOptions(
-        tokenizer=tokenizer,
-        weights=weights,
-        samples=samples,
-        seq_len=seq_len,
+    options = BatchOptions(
+        data=replace(data_options, sources=tuple(data)),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=directory,
         batch_size=batch_size,
-        pack=pack,
     )
-    batches = make_batches(loaded, data, options)
+    batches = make_batches(loaded, options, None if as_json else say)
     from runtime.evaluation import evaluate as run
 
     result = run(
         loaded,
-        weights=weights,
+        weights=directory,
         batches=batches,
         device=run_device,
         dtype=run_dtype,
@@ -280,6 +291,7 @@ def check(
 def doctor(
     artifact: given.ArtifactPath,
     weights: given.BundledWeights = None,
+    revision: given.Revision = None,
     recipe: given.BundledRecipe = None,
     data: given.BundledData = None,
     out: given.Out = None,
@@ -295,8 +307,9 @@ def doctor(
     examination = Examination(
         path=artifact,
         weights=weights,
+        revision=revision,
         recipe=recipe,
-        data=data,
+        data=tuple(data or ()),
         out=out,
         device=device,
         dtype=dtype,
@@ -323,6 +336,6 @@ def _loaded(
     return loaded, run_device, run_dtype
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, program: str = "runtime") -> int:
     """Entry point; returns the exit code."""
-    return run_app(app, "runtime", argv)
+    return run_app(app, program, argv)

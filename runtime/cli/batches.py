@@ -2,82 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from runtime.console import warn
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.data.token_file import TokenData
+    from runtime.data.tokenization import DataSummary
 
-DEFAULT_SEQ_LEN = 2048
+DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataOptions:
-    """The options that control how model inputs are made from a data file.
+class BatchOptions:
+    """The options that control how model inputs are made from data.
 
     Attributes:
+        data: the sources, and how they become samples.
         tokenizer: the tokenizer's directory; None for the tokenizer of the weights, or of the artifact.
         weights: the model directory.
-        samples: number of samples; None for all, but at most `default_samples`, taken at even distances.
-        default_samples: the maximum if `samples` is None; None for no maximum.
-        seq_len: tokens per sample; None for the default.
         batch_size: samples per batch.
-        pack: join texts into full samples.
-        loss_mask: measure only the assistant's messages.
         has_masks: pass the masks of the data on; a perplexity does not use them.
     """
 
+    data: DataOptions
     tokenizer: Path | None
     weights: Path
-    samples: int | None
-    seq_len: int | None
-    batch_size: int
-    pack: bool
-    default_samples: int | None = None
-    loss_mask: bool = False
+    batch_size: int = DEFAULT_BATCH_SIZE
     has_masks: bool = False
 
 
-def make_batches(artifact: Artifact, data: Path, options: DataOptions) -> list[dict[str, torch.Tensor]]:
-    """Read a data file and make the model's inputs from it.
+def make_batches(
+    artifact: Artifact, options: BatchOptions, tell: Callable[[str], None] | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Read data and make the model's inputs from it.
+
+    Args:
+        artifact: the compiled model.
+        options: what is read, and how.
+        tell: takes lines that describe the samples.
 
     Raises:
         DataError: for data that cannot be read, or that the artifact does not support.
     """
     from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
-    from runtime.data.samples import batches, load_tokens
+    from runtime.data.samples import batches, load_data
     from runtime.model.config import text_limits
 
     vocab_size, longest = text_limits(artifact)
-    seq_len = options.seq_len
-    if seq_len is None and data.suffix != ".safetensors":
-        seq_len = min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    tokens = load_tokens(
-        data,
-        tokenizer_dir=options.tokenizer or _tokenizer_directory(options.weights, artifact),
-        num_samples=options.samples,
-        seq_len=seq_len,
-        pack=options.pack,
-        loss_mask=options.loss_mask,
-        vocab_size=vocab_size,
-    )
-    indices: Sequence[int] = range(len(tokens.samples))
-    limit = options.default_samples
-    if options.samples is None and limit is not None and len(indices) > limit:
-        indices = [index * len(indices) // limit for index in range(limit)]
-    chosen = [tokens.samples[index] for index in indices]
-    known = tokens.masks if options.has_masks else None
-    masks = None if known is None else [known[index] for index in indices]
-    targets = None if tokens.targets is None else [tokens.targets[index] for index in indices]
-    require_length((*chosen, *(targets or ())), longest)
-    require_decoder(artifact.manifest, targets)
-    made = [model_inputs(artifact.manifest, batch) for batch in batches(chosen, options.batch_size, masks, targets)]
+    data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
+    tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
+    tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
+    describe(tokens, summary, data, tokenizer, tell)
+    require_length((*tokens.samples, *(tokens.targets or ())), longest)
+    require_decoder(artifact.manifest, tokens.targets)
+    masks = tokens.masks if options.has_masks else None
+    stacked = batches(tokens.samples, options.batch_size, masks, tokens.targets)
+    made = [model_inputs(artifact.manifest, batch) for batch in stacked]
     require_in_range(artifact.manifest, made)
     return made
+
+
+def describe(
+    tokens: TokenData,
+    summary: DataSummary | None,
+    options: DataOptions,
+    tokenizer: Path,
+    tell: Callable[[str], None] | None,
+) -> None:
+    """Print warnings, the previews that `--show` requires, and one line about all samples."""
+    from runtime.data.preview import preview_lines, summary_line
+    from runtime.data.tokenizer import load_tokenizer
+
+    for remark in () if summary is None else summary.remarks:
+        warn(remark)
+    if tell is None or (summary is None and not options.show):
+        return
+    if options.show:
+        loaded = None if summary is None else load_tokenizer(tokenizer)
+        for line in preview_lines(tokens.samples, options.show, loaded):
+            tell(line)
+    tell(f"{tokens.path}: {summary_line(tokens, summary)}")
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:

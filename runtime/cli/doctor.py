@@ -59,9 +59,10 @@ class Examination:
     """
 
     path: Path
-    weights: Path | None = None
+    weights: str | None = None
+    revision: str | None = None
     recipe: Path | None = None
-    data: Path | None = None
+    data: tuple[str, ...] = ()
     out: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -204,13 +205,20 @@ def _calibration(found: Examination) -> None:
     num_bytes = found.run(lambda: _checkpoint(artifact, job, dtype))
     if num_bytes is None:
         return
-    tokens = found.run(partial(_data, artifact, job.data)) if job.data is not None else None
+    tokens = found.run(partial(_data, artifact, job.data)) if job.data else None
     _memory(found, artifact, job, device, dtype, tokens)
     found.run(lambda: _disk(job, num_bytes))
 
 
 def _paths(found: Examination) -> tuple[str, Job]:
-    job = find_job(found.path, weights=found.weights, recipe=found.recipe, data=found.data, out=found.out)
+    job = find_job(
+        found.path,
+        weights=found.weights,
+        revision=found.revision,
+        recipe=found.recipe,
+        data=found.data,
+        out=found.out,
+    )
     return f"paths: reads {job.weights}, writes {job.out}", job
 
 
@@ -229,31 +237,33 @@ def _device(name: str) -> tuple[str, torch.device]:
 def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, int]:
     """Compare weights and recipe with the artifact; return the least bytes of the result."""
     from runtime.checkpoint.dequantize import open_checkpoint
-    from runtime.quantize.assignments import least_bytes
-    from runtime.quantize.needs import RecipeNeeds
-    from runtime.quantize.preparation import prepare
-    from runtime.recipe.recipe import Recipe
+    from runtime.quantize.readiness import require_fitting
+    from runtime.recipe.named import recipe_of
 
-    recipe = Recipe.from_file(job.recipe)
-    checkpoint = open_checkpoint(job.weights)
-    prepared = prepare(artifact, checkpoint, recipe, dtype)
-    source, jobs = prepared.weights, prepared.jobs
-    needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
-    if job.data is None and (needs.measures(list(jobs)) or needs.key_values is not None):
+    recipe = recipe_of(job.recipe)
+    ready = require_fitting(artifact, open_checkpoint(job.weights), recipe, dtype)
+    if not job.data and ready.needs_data:
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
-    size = human_bytes(source.checkpoint.total_bytes)
-    return f"weights: {size}, match the artifact; {len(jobs)} modules will be quantized", least_bytes(source, jobs)
+    size = human_bytes(ready.weights_bytes)
+    return f"weights: {size}, match the artifact; {ready.num_modules} modules will be quantized", ready.least_bytes
 
 
-def _data(artifact: Artifact, data: Path) -> tuple[str, TokenData | None]:
+def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | None]:
+    from runtime.data.documents import require_file
+    from runtime.data.file_formats import format_of
     from runtime.data.inputs import require_decoder, require_length
-    from runtime.data.samples import load_tokens
+    from runtime.data.options import DataOptions, data_sources
+    from runtime.data.samples import is_token_file, load_tokens
     from runtime.model.config import text_limits
 
-    if data.suffix != ".safetensors":
-        return f"data: {data} is text, which the run will tokenize", None
+    sources = data_sources(DataOptions(sources=data))
+    if not is_token_file(sources):
+        for path in (Path(source.location) for source in sources):
+            if format_of(path) is not None:
+                require_file(path)
+        return f"data: {', '.join(data)} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_tokens(data, vocab_size=vocab_size)
+    tokens = load_tokens(data[0], vocab_size=vocab_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     return f"data: {len(tokens.samples)} samples", tokens
@@ -264,7 +274,7 @@ def _memory(
 ) -> None:
     """Predict the memory of the run from the sizes of its data, or from the default sizes for text."""
     from runtime.planning.request import memory_here, plan_artifact
-    from runtime.recipe.recipe import Recipe
+    from runtime.recipe.named import recipe_of
 
     sizes = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _DEFAULT_SIZES
     try:
@@ -273,7 +283,7 @@ def _memory(
             num_samples=sizes[0],
             seq_len=sizes[1],
             batch_size=_DEFAULT_BATCH,
-            recipe=Recipe.from_file(job.recipe),
+            recipe=recipe_of(job.recipe),
             dtype=dtype,
             device_type=device.type,
             limits=memory_here(device),

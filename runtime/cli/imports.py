@@ -1,11 +1,11 @@
 """Import compressed-tensors without the parts of transformers that a portable artifact does not need.
 
 compressed-tensors imports transformers' base classes of models for type checks that this project never reaches, which
-takes 2 to 3 s of processor time and 200 MB, about half of what a small run needs. So `python -m runtime` puts empty
+takes 2 to 3 s of processor time and 200 MB, about half of what a small run needs. So both command lines put empty
 classes in their place while compressed-tensors is imported, and removes them afterwards: code that imports transformers
 later gets the real package. Triton is left out in the same way on hosts without a GPU.
 
-A process that runs other code as well must not do this; only `python -m runtime` calls `allow`.
+A process that runs other code as well must not do this; only they call `allow`, before a command.
 """
 
 from __future__ import annotations

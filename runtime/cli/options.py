@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from runtime.data.options import DataOptions
 
 Skew = Annotated[
     bool, typer.Option("--allow-version-skew", help="Accept library sources that differ from the compiled ones.")
@@ -23,38 +28,43 @@ StatisticsMemory = Annotated[
 ArtifactPath = Annotated[
     Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile or seqbuild pack.")
 ]
-WeightsPath = Annotated[Path, typer.Option("--weights", help="Model directory with safetensors weights.")]
-_DATA_FILES = ".txt, .jsonl, .parquet, or .safetensors from seqbuild data"
-DataPath = Annotated[Path, typer.Option("--data", help=f"{_DATA_FILES}.")]
+_WEIGHTS = "Model directory with safetensors weights, or hub id in the local cache"
+WeightsPath = Annotated[str, typer.Option("--weights", help=f"{_WEIGHTS}.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id; the same as ID@REVISION."),
+]
+_SOURCES = (
+    ".txt, .json, .jsonl, .csv, .tsv, .parquet, a directory of such, - for standard input, or the id of a data set"
+)
+DATA = f"{_SOURCES}; or one file of seqbuild data. Repeatable; SOURCE::weight=0.7 mixes by weight"
+DataSources = Annotated[list[str], typer.Option("--data", metavar="SOURCE", help=f"{DATA}.")]
+DataArguments = Annotated[
+    list[str],
+    typer.Argument(metavar="SOURCE...", help=f"{_SOURCES}. SOURCE::weight=0.7 mixes by weight."),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, xpu, xpu:N, or auto for an accelerator.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the model's own dtype.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample.")]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples.")]
-Pack = Annotated[
-    bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or make one sample of each text.")
-]
 Tokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Directory of the tokenizer; default: that of the weights.")
+    str | None, typer.Option("--tokenizer", help="Directory or hub id of the tokenizer; default: that of the weights.")
 ]
 _KEY = "Public key (PEM file); the artifact must be signed with its private key."
 Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
 PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
-BundledWeights = Annotated[
-    Path | None, typer.Option("--weights", help="Model directory with safetensors weights; default: the bundle's.")
-]
+BundledWeights = Annotated[str | None, typer.Option("--weights", help=f"{_WEIGHTS}; default: the bundle's.")]
 BundledRecipe = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML recipe in llm-compressor's format; default: the bundle's.")
+    Path | None,
+    typer.Option("--recipe", help="YAML recipe of llm-compressor, or a preset such as W4A16; default: the bundle's."),
 ]
 BundledData = Annotated[
-    Path | None,
-    typer.Option("--data", help=f"{_DATA_FILES}; default: the bundle's. Data-free recipes need none."),
+    list[str] | None,
+    typer.Option("--data", metavar="SOURCE", help=f"{DATA}. Default: the bundle's. Data-free recipes need none."),
 ]
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Directory for the quantized checkpoint; default for a bundle: quantized/."),
 ]
-LossMask = Annotated[bool, typer.Option("--loss-mask", help="In conversations, measure only the assistant's messages.")]
 MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", help="Maximum size of a weights file, such as 5GB or 500MB.")
 ]
@@ -74,3 +84,87 @@ AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all toke
 Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def directory_of(given: str | None, revision: str | None, what: str) -> Path | None:
+    """Return the directory of an option that is a directory or a hub id; see `resolve_directory`."""
+    from runtime.errors import UsageError
+    from runtime.host.hub import resolve_directory
+
+    if given is not None:
+        return resolve_directory(given, revision=revision, what=what)
+    if revision is not None:
+        raise UsageError(f"--revision {revision} requires a hub id", hint="pass one, or leave it out")
+    return None
+
+
+def _data_options(
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples.")] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", min=2, help="Tokens per sample; default: the model's maximum, at most 2048."),
+    ] = None,
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Join texts into full samples, or make one sample of each text.")
+    ] = True,
+    loss_mask: Annotated[
+        bool, typer.Option("--loss-mask", help="In conversations, measure only the assistant's messages.")
+    ] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME",
+            help="Field with the text or the messages; or FIELD=NAME, such as prompt=question. Repeatable.",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split of a data set, such as train or train[:512].")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Configuration (subset) of a data set.")] = None,
+    data_revision: Annotated[
+        str | None, typer.Option("--data-revision", help="Branch, tag or commit of a data set.")
+    ] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="Format of files: text, json, jsonl, csv, tsv or parquet.")
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Take texts in a random order instead of evenly spread ones.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Number that determines the order of --shuffle.")] = None,
+    show: Annotated[int, typer.Option("--show", min=0, metavar="N", help="Print the first N samples.")] = 0,
+) -> DataOptions:
+    """Build the options of the data from the command line."""
+    return DataOptions(
+        num_samples=samples,
+        seq_len=seq_len,
+        pack=pack,
+        loss_mask=loss_mask,
+        columns=tuple(column or ()),
+        split=split,
+        config=config,
+        revision=data_revision,
+        format=data_format,
+        shuffle=shuffle,
+        seed=seed,
+        show=show,
+    )
+
+
+def takes_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of the data, in place of its parameter `data_options`."""
+    shared = inspect.signature(_data_options, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> Any:
+        chosen = {name: values.pop(name) for name in shared}
+        return command(**values, data_options=_data_options(**chosen))
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += shared.values() if parameter.name == "data_options" else [parameter]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    shape: Any = wrapped  # typer reads both
+    shape.__signature__ = inspect.Signature(keywords)
+    shape.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+    return wrapped

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
-RecipePath = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; default: GPTQ W4A16.")]
+RecipePath = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML recipe, or a preset such as FP8; default: GPTQ W4A16.")
+]
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
 Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
@@ -54,7 +56,7 @@ def plan(
     from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
     from runtime.planning.fit import Limits
-    from runtime.recipe.recipe import Recipe
+    from runtime.recipe.named import recipe_of
 
     require_output()
     limits = Limits(
@@ -64,7 +66,7 @@ def plan(
     )
     prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
-    parsed = None if recipe is None else Recipe.from_file(recipe)
+    parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
@@ -84,12 +86,13 @@ def plan(
         sizes=given,
         limits=limits,
     )
-    _print(forecast, shortages, advice, as_json)
+    print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
 
 
-def _print(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
+    """Print a forecast, what is short, and the options with which the run fits."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:

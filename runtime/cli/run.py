@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime import __version__
 from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopped
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
 from runtime.status import nothing_to_show, status_line
 
+EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _LONGEST_MESSAGE = 4000  # names from untrusted files can have megabytes
 _needs_output = [False]
@@ -28,7 +30,8 @@ def require_output() -> None:
 def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None) -> int:
     """Run a typer application and return the process's exit code.
 
-    `--debug`, at any position, shows the traceback of an error. Without arguments the help is printed.
+    At any position, `--debug` shows the traceback of an error, and `--version` prints the versions instead of running a
+    command. Without arguments the help is printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
@@ -50,6 +53,10 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
 def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: bool) -> int:
     from typer import Abort
 
+    if "--version" in arguments:
+        require_output()
+        print(_versions(program))
+        return 0
     try:
         with _unwound_by_sigterm():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
@@ -78,6 +85,19 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
     return code
 
 
+def _versions(program: str) -> str:
+    """State the version of this program, and of the libraries that its results depend on, without importing them."""
+    import importlib.metadata
+
+    found = [f"Python {'.'.join(map(str, sys.version_info[:3]))}"]
+    for name in ("torch", "transformers", "compressed-tensors"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return f"{program} {__version__} ({', '.join(found)})"
+
+
 def _internal_error(error: BaseException) -> str:
     """Describe a bug and the line that raised it."""
     import traceback
@@ -98,7 +118,7 @@ def _user_error(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("runtime", "seqbuild")):
         return (
             f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
-            "docs/versions.md lists all of them)"
+            "pip install seqbuild-llm installs all of them)"
         )
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

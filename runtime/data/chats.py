@@ -1,4 +1,12 @@
-"""Tokenize conversations with the tokenizer's chat template, and find the tokens of the assistant.
+"""Render conversations with the tokenizer's chat template, and find the tokens of the assistant.
+
+Templates differ in what they accept, so a conversation is adapted to them:
+
+- Content that is a list of text parts becomes a string, or a string becomes a list, whichever the template prints.
+- Arguments of tool calls are objects, as templates expect; if the template rejects them, they stay JSON.
+- If the template rejects a system message, it becomes the beginning of the user's first message.
+
+Without a template, messages are written as `User: ...`, separated by blank lines.
 
 A template marks the text of the assistant by `{% generation %}` and `{% endgeneration %}`. With these marks, statistics
 can be limited to those tokens, which are what the model will generate.
@@ -6,8 +14,12 @@ can be limited to those tokens, which are what the model will generate.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from runtime.errors import DataError
 
@@ -16,29 +28,53 @@ if TYPE_CHECKING:
 
     from runtime.data.documents import Document
 
+Messages: TypeAlias = "list[dict[str, Any]]"
+
+NO_TEMPLATE = "conversations written as plain text, because the tokenizer has no chat template"
+MERGED_SYSTEM = "system messages merged into the user's first message, because the chat template rejects them"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "seqbuild"
+# By tokenizer, the kind of content that its template prints: str or list; None if it prints neither.
+_CONTENT_KINDS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, type | None] = weakref.WeakKeyDictionary()
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer can render conversations."""
+    return tokenizer.chat_template is not None
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, document: Document, notes: Counter[str]) -> str:
     """Render a conversation as text.
 
+    Args:
+        tokenizer: has the chat template.
+        document: the conversation.
+        notes: counts conversations that had to be changed, by what was done.
+
     Raises:
-        DataError: the tokenizer has no chat template, or the messages do not fit it.
+        DataError: the messages do not fit the chat template, or name images, audio or video.
     """
-    text = _apply(tokenizer, document, tokenize=False)
+    if not has_template(tokenizer):
+        notes[NO_TEMPLATE] += 1
+        return _plain_text(document)
+    text = _apply(tokenizer, document, notes, tokenize=False)
     assert isinstance(text, str)
     return text
 
 
 def assistant_tokens(
-    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None
+    tokenizer: PreTrainedTokenizerBase, document: Document, notes: Counter[str]
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation, and 1 for each token of the assistant, 0 for others.
 
     Raises:
-        DataError: as `rendered`, and if the template or the tokenizer does not mark the assistant's tokens.
+        DataError: as `rendered`, and if no template or tokenizer marks the assistant's tokens.
     """
-    _require_template(tokenizer, document)
+    if not has_template(tokenizer):
+        raise DataError(
+            f"{document.where} has messages, but the tokenizer has no chat template, which a loss mask requires",
+            hint="use the tokenizer of an instruction-tuned model, or leave --loss-mask out",
+        )
     if not tokenizer.is_fast:
         raise DataError(
             "this tokenizer does not map tokens to text, so no loss mask can be made",
@@ -50,28 +86,113 @@ def assistant_tokens(
             "the tokenizer's chat template does not mark the text of the assistant",
             hint="enclose it in {% generation %} and {% endgeneration %} in the template, or leave --loss-mask out",
         )
-    found = _apply(tokenizer, document, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, counts = list(found["input_ids"]), list(found["assistant_masks"])
-    kept = slice(None)
-    if max_length is not None:
-        kept = slice(-max_length, None) if tokenizer.truncation_side == "left" else slice(max_length)
-    return ids[kept], counts[kept]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = _apply(tokenizer, document, notes, **options)
+    return list(found["input_ids"]), list(found["assistant_masks"])
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase, document: Document) -> None:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{document.where} has messages, but the tokenizer has no chat template",
-            hint="use the tokenizer of an instruction-tuned model, or give the conversations as text",
-        )
+def _apply(tokenizer: PreTrainedTokenizerBase, document: Document, notes: Counter[str], **options: Any) -> Any:
+    """Apply the template to the first form of the conversation that it accepts."""
+    failure: Exception | None = None
+    for note, messages in _forms(document, _content_kind(tokenizer)):
+        try:
+            found = tokenizer.apply_chat_template(messages, tools=document.tools, **options)
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program and can raise anything
+            failure = failure or error
+            continue
+        notes.update([note] if note else [])
+        return found
+    raise DataError(f"{document.where} does not fit the chat template: {failure}") from failure
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, document: Document, **options: Any) -> Any:
-    _require_template(tokenizer, document)
-    messages: Any = document.content
+def _content_kind(tokenizer: PreTrainedTokenizerBase) -> type | None:
+    """Determine which content the template prints; some drop a string, others print a list as Python writes it."""
+    if tokenizer not in _CONTENT_KINDS:
+        _CONTENT_KINDS[tokenizer] = None
+        contents: tuple[Any, ...] = (_PROBE, [{"type": "text", "text": _PROBE}])
+        for content in contents:
+            try:
+                text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            except MemoryError:
+                raise
+            except Exception:  # a template is a program and can raise anything
+                continue
+            if isinstance(text, str) and _PROBE in text and "'type'" not in text:
+                _CONTENT_KINDS[tokenizer] = type(content)
+                break
+    return _CONTENT_KINDS[tokenizer]
+
+
+def _forms(document: Document, kind: type | None) -> Iterator[tuple[str, Messages]]:
+    """Yield the forms in which a template may accept a conversation, and what to note about each."""
+    given: Any = document.content
+    messages = [_with_content(message, kind, document.where) for message in given]
+    with_objects = [_with_parsed_arguments(message) for message in messages]
+    yield "", with_objects
+    if with_objects != messages:
+        yield "", messages
+    if len(messages) > 1 and messages[0].get("role") == "system" and messages[1].get("role") == "user":
+        system, user, *rest = with_objects
+        both = [_text_of(message, document.where) for message in (system, user)]
+        merged = {**user, "content": "\n\n".join(text for text in both if text)}
+        yield MERGED_SYSTEM, [_with_content(merged, kind, document.where), *rest]
+
+
+def _with_content(message: dict[str, Any], kind: type | None, where: str) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        text = _text_of(message, where)
+        return {**message, "content": text} if kind is str else message
+    if kind is list and isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return message
+
+
+def _text_of(message: dict[str, Any], where: str) -> str:
+    """Return the text of a message; its parts must be texts."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise DataError(
+                f"{where} has a part of type {kind!r}, which a tokenizer cannot read",
+                hint="use messages of text, or a model with a processor",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Parse arguments of tool calls that are JSON in a string, as in OpenAI's format."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_parsed_call(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def _parsed_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _parsed_call(call["function"])}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program and can raise anything
-        raise DataError(f"{document.where} does not fit the chat template: {error}") from error
+        arguments = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _plain_text(document: Document) -> str:
+    """Write a conversation as text, for a tokenizer without a chat template."""
+    given: Any = document.content
+    lines = [f"Tools: {json.dumps(document.tools, default=str)}"] if document.tools else []
+    for message in given:
+        texts = [str(message[name]) for name in ("reasoning_content",) if message.get(name)]
+        texts += [text for text in [_text_of(message, document.where)] if text]
+        texts += [json.dumps(call, default=str) for call in message.get("tool_calls") or ()]
+        lines.append(f"{str(message.get('role', '')).capitalize()}: " + "\n".join(texts))
+    return "\n\n".join(lines)

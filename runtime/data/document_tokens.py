@@ -8,10 +8,12 @@ Shapes: S tokens of a document, T tokens of a target.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from runtime.data.chats import assistant_tokens, rendered
+from runtime.data.chats import assistant_tokens, has_template, rendered
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,24 +22,49 @@ if TYPE_CHECKING:
 
     from runtime.data.documents import Document
 
-Tokens: TypeAlias = "tuple[Tensor, Tensor]"  # ids, and whether each counts in statistics
 # By tokenizer, the ids that it adds before and after a text.
 _ADDED: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[list[int], list[int]]] = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentTokens:
+    """The tokens of one document.
+
+    Attributes:
+        ids: int64 [S].
+        counts: whether each counts in statistics, bool [S].
+        is_cut: whether tokens at the end were left out.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    is_cut: bool
+
+
 def document_tokens(
-    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, loss_mask: bool
-) -> Tokens:
-    """Return the ids [S] of one document, and whether each counts in statistics, bool [S]."""
+    tokenizer: PreTrainedTokenizerBase,
+    document: Document,
+    max_length: int | None,
+    loss_mask: bool,
+    notes: Counter[str],
+) -> DocumentTokens:
+    """Tokenize one document; `notes` counts conversations that had to be changed, by what was done."""
     import torch
 
     if loss_mask and not isinstance(document.content, str):
-        _require_characters(rendered(tokenizer, document), document)
-        ids, counts = assistant_tokens(tokenizer, document, max_length)
+        if has_template(tokenizer):
+            _require_characters(rendered(tokenizer, document, Counter()), document)
+        ids, counts = assistant_tokens(tokenizer, document, notes)
         _require_tokens(ids, document)
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.bool)
-    ids_S = _token_ids(tokenizer, document, max_length)
-    return ids_S, torch.ones(len(ids_S), dtype=torch.bool)
+        is_cut = max_length is not None and len(ids) > max_length
+        kept = slice(None)
+        if is_cut and max_length is not None:
+            kept = slice(-max_length, None) if tokenizer.truncation_side == "left" else slice(max_length)
+        return DocumentTokens(
+            torch.tensor(ids[kept], dtype=torch.int64), torch.tensor(counts[kept], dtype=torch.bool), is_cut
+        )
+    ids_S, is_cut = _token_ids(tokenizer, document, max_length, notes)
+    return DocumentTokens(ids_S, torch.ones(len(ids_S), dtype=torch.bool), is_cut)
 
 
 def target_tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
@@ -45,20 +72,30 @@ def target_tokens(tokenizer: PreTrainedTokenizerBase, document: Document, max_le
     assert document.target is not None
     _require_characters(document.target, document)
     target = _without_added_tokens(tokenizer, document.target)
-    return _encoded(tokenizer, document, max_length, text_target=target)
+    return _encoded(tokenizer, document, max_length, text_target=target)[0]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None) -> Tensor:
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, notes: Counter[str]
+) -> tuple[Tensor, bool]:
     """Return the ids [S] of one document; a tokenizer that truncates it keeps its own special tokens."""
-    is_text = isinstance(document.content, str)
-    text = document.content if isinstance(document.content, str) else rendered(tokenizer, document)
+    content = document.content
+    text = content if isinstance(content, str) else rendered(tokenizer, document, notes)
+    is_text = isinstance(content, str) or not has_template(tokenizer)
     _require_characters(text, document)
     if is_text:
         text = _without_added_tokens(tokenizer, text)
-    return _encoded(tokenizer, document, max_length, text=text, add_special_tokens=is_text)
+    ids_S, is_cut = _encoded(tokenizer, document, max_length, text=text, add_special_tokens=is_text)
+    bos = tokenizer.bos_token_id
+    if not is_text and bos is not None and ids_S[:2].tolist() == [bos, bos]:
+        ids_S = ids_S[1:]  # the template and the text of the first message both begin with it
+    return ids_S, is_cut
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, **options: Any) -> Tensor:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int | None, **options: Any
+) -> tuple[Tensor, bool]:
+    """Return ids, and whether the text was cut at `max_length`."""
     import torch
 
     truncation = max_length is not None
@@ -66,7 +103,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, document: Document, max_length:
     # Some tokenizers exceed a length that has room for special tokens only.
     ids = torch.tensor(found["input_ids"][:max_length], dtype=torch.int64)
     _require_tokens(ids, document)
-    return ids
+    encodings = getattr(found, "encodings", None)
+    is_cut = bool(encodings[0].overflowing) if encodings else len(ids) == max_length
+    return ids, is_cut
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

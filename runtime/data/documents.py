@@ -1,24 +1,18 @@
-"""Read documents from text files: one from a `.txt` file, one from each line or row of `.jsonl` and `.parquet`.
+"""A document: a text, a conversation, or a pair of source and target; and how a record becomes one.
 
-A record has `text`, or `messages` for a chat template, or a pair for an encoder-decoder model: `source` (or `input`)
-and `target`. `text` takes precedence. Text is UTF-8, with or without a byte order mark. Documents of white space are
-skipped, and so are pairs with one half of white space.
+A record is a JSON object, a row of a table, or a mapping in memory. `runtime.data.records` lists the supported kinds.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.data.records import Content, content_of, with_columns
 from runtime.errors import DataError
-from runtime.host.regular_files import open_regular, read_regular
-
-_SOURCES = ("source", "input")
-_FIELDS = ("text", "messages", *_SOURCES, "target")
-_ROWS_AT_A_TIME = 16  # of a parquet file, in which a few compressed bytes can be a text of megabytes
+from runtime.host.regular_files import open_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +23,13 @@ class Document:
         where: its file and line, for messages.
         content: a text, or the messages of a conversation, each with the fields that the chat template reads.
         target: the text that an encoder-decoder model should generate for `content`; None for other documents.
+        tools: descriptions of the functions that the assistant may call, for the chat template; None for none.
     """
 
     where: str
-    content: str | list[dict[str, Any]]
+    content: Content
     target: str | None = None
+    tools: list[Any] | None = None
 
     @property
     def is_blank(self) -> bool:
@@ -41,23 +37,34 @@ class Document:
         texts = [text for text in (self.content, self.target) if isinstance(text, str)]
         return not all(text.strip() for text in texts)
 
+    @property
+    def num_characters(self) -> int:
+        """The characters of all its texts."""
+        return _num_characters((self.content, self.target, self.tools))
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """Read the documents of one file, in order.
+
+def as_document(record: Mapping[str, Any] | str, where: str, columns: Sequence[str] = ()) -> Document:
+    """Make a document from a record, or from a text.
+
+    A record without a value in the fields of its kind, such as `{"text": null}`, becomes a blank document.
+
+    Args:
+        record: fields by name.
+        where: its file and line, or its number, for messages.
+        columns: the fields to read: `NAME`, the text or the messages; `FIELD=NAME`, a field with another name. By
+            default, the fields of the kinds in `runtime.data.records`.
 
     Raises:
-        DataError: the file is missing, empty, of an unknown kind or damaged, or a record is not a document.
+        DataError: the record is of no supported kind, a field is missing, or a value is invalid.
     """
-    require_file(path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(
-            f"unsupported extension {path.suffix!r} of {path}",
-            hint="supported are .txt, .jsonl, .parquet and .safetensors",
-        )
-    for document in readers[path.suffix](path):
-        if not document.is_blank:
-            yield document
+    if isinstance(record, str):
+        return Document(where, record)
+    try:
+        chosen = with_columns(record, where, columns) if columns else record
+        content, target, tools = content_of(chosen, where)
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply", hint="remove it") from error
+    return Document(where, content, target, tools)
 
 
 def require_file(path: Path) -> None:
@@ -80,81 +87,9 @@ def require_pairs(documents: Sequence[Document]) -> None:
         )
 
 
-def _read_txt(path: Path) -> Iterator[Document]:
-    yield Document(str(path), _decoded(read_regular(path), str(path)))
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    with open_regular(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"line {number} of {path}"
-            text = _decoded(line, where)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where} must be a JSON object, not {type(record).__name__}")
-            yield _as_document(record, where)
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} requires pyarrow", hint="pip install pyarrow") from error
-    try:
-        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in _FIELDS if name in names]
-            if not columns:
-                raise DataError(f"{path} has no column text or messages", hint=f"its columns are {names}")
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=columns):
-                for row in range(batch.num_rows):
-                    number += 1
-                    (record,) = batch.slice(row, 1).to_pylist()
-                    yield _as_document(record, f"row {number} of {path}")
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is not a valid parquet file: {error}") from error
-
-
-def _as_document(record: Mapping[str, Any], where: str) -> Document:
-    text, messages = record.get("text"), record.get("messages")
-    if isinstance(text, str):
-        return Document(where, text)
-    if text is not None:
-        raise DataError(f"text of {where} must be a string, not {type(text).__name__}")
-    if messages is None and record.get("target") is not None:
-        return _as_pair(record, where)
-    if messages is None:
-        raise DataError(f"{where} has neither text nor messages", hint=f"its fields are {list(record)}")
-    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
-        raise DataError(
-            f"messages of {where} must be a list of objects",
-            hint='each message looks like {"role": "user", "content": "..."}',
-        )
-    return Document(where, messages)
-
-
-def _as_pair(record: Mapping[str, Any], where: str) -> Document:
-    source = next((record[name] for name in _SOURCES if record.get(name) is not None), None)
-    for name, text in (("source", source), ("target", record["target"])):
-        if not isinstance(text, str):
-            raise DataError(
-                f"{name} of {where} must be a string, not {type(text).__name__}",
-                hint='a pair looks like {"source": "...", "target": "..."}',
-            )
-    assert isinstance(source, str)
-    return Document(where, source, target=record["target"])
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte {content[error.start]:#04x} at position {error.start}"
-        raise DataError(f"{where} is not UTF-8: {byte}", hint="convert it to UTF-8") from error
+def _num_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, (list, tuple)) else 0

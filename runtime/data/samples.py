@@ -1,13 +1,14 @@
 """Read calibration and evaluation data: token ids, cut into samples.
 
-**Files.** Text with a tokenizer (`runtime.data.documents`: `.txt`, `.jsonl`, `.parquet`), or a token file
+**Data.** Text with a tokenizer (`runtime.data.sources` lists what is read), or a token file
 (`runtime.data.token_file`: `.safetensors`), which needs no tokenizer and loads none, so that the calibration host can
 do without the tokenizer and its libraries.
 
 **From documents to samples.** Packed, the ids of all documents are joined in order and cut into windows of `seq_len`
 that do not overlap; the rest at the end is dropped. Not packed, each document is one sample, cut at `seq_len`. If there
 are more samples than `num_samples`, those with index `i * total // num_samples` are taken: the same ones every time,
-spread over the whole text.
+spread over the whole text. With `shuffle`, documents are in a random order that the seed determines, and the first
+samples are taken. Of sources with weights, each contributes its share of the samples.
 
 **Pairs.** A record of source and target is one sample and its labels, for encoder-decoder models, each cut at
 `seq_len`; pairs are never joined, even if packing is on. The target is tokenized as a target if the tokenizer
@@ -28,48 +29,48 @@ Shapes: B samples of a batch, S tokens of a sample, T tokens of the joined docum
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
-from runtime.data.document_tokens import Tokens, document_tokens, target_tokens
-from runtime.data.documents import Document, read_documents, require_file, require_pairs
+from runtime.data.documents import require_file
+from runtime.data.mixing import spread
+from runtime.data.options import DataOptions, data_sources
+from runtime.data.sources import DataSource
 from runtime.data.token_file import (
     LOSS_MASK,
     SUFFIX,
     DataOrigin,
     TokenData,
-    Tokenized,
     read_token_file,
     require_place,
     save_tokens,
 )
-from runtime.data.tokenizer import NO_TOKENIZER, file_digest, load_tokenizer, tokenizer_digest
+from runtime.data.tokenization import DataSummary, prepare_data
+from runtime.data.tokenizer import NO_TOKENIZER
 from runtime.errors import DataError, UsageError
 from runtime.status import doing
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataOrigin",
     "TokenData",
     "batches",
+    "load_data",
     "load_tokens",
     "require_place",
     "save_tokens",
-    "tokenize_documents",
 ]
-
-_T = TypeVar("_T")
 
 
 def load_tokens(
-    path: str | Path,
+    path: str | Path | DataSource,
     *,
     tokenizer_dir: Path | None = None,
     num_samples: int | None = None,
@@ -77,13 +78,19 @@ def load_tokens(
     pack: bool = True,
     loss_mask: bool = False,
     vocab_size: int | None = None,
+    columns: Sequence[str] = (),
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
 ) -> TokenData:
-    """Read samples from a text or a token file.
+    """Read samples from texts or a token file.
 
     Samples of a token file are cut already: `pack` is ignored, and `seq_len` can only shorten them, each at its end.
 
     Args:
-        path: `.txt`, `.jsonl`, `.parquet` or `.safetensors`.
+        path: a token file, or a file, directory or data set, as `runtime.data.sources` describes.
         tokenizer_dir: a directory with the tokenizer's files; required for text, ignored for a token file.
         num_samples: the number of samples; None for all.
         seq_len: the number of tokens of a window, or the maximum of a sample; None to cut nothing.
@@ -91,34 +98,70 @@ def load_tokens(
         loss_mask: in conversations, count only the text of the assistant; a token file must have a mask. By default,
             the mask of a token file is used if it has one.
         vocab_size: reject ids outside of a model's vocabulary of this size.
+        columns: the fields of records to read: `NAME`, or `FIELD=NAME`.
+        split: the split of data sets, such as `train[:512]`.
+        config: the configuration of data sets.
+        revision: the branch, tag or commit of data sets.
+        shuffle: take documents in a random order.
+        seed: of that order.
 
     Raises:
-        DataError: the file cannot be read, is invalid, or has too few samples.
-        UsageError: a number is not positive, or text is packed without `seq_len`.
+        DataError: the data cannot be read, are invalid, or have too few samples.
+        UsageError: an option is invalid, or text is packed without `seq_len`.
     """
-    path = as_path("the data", path)
+    source = path if isinstance(path, DataSource) or (isinstance(path, str) and path) else as_path("the data", path)
+    options = DataOptions(
+        sources=(source,),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        pack=pack,
+        loss_mask=loss_mask,
+        columns=tuple(columns),
+        split=split,
+        config=config,
+        revision=revision,
+        shuffle=shuffle,
+        seed=seed if shuffle else None,
+    )
     tokenizer_dir = None if tokenizer_dir is None else as_path("tokenizer_dir", tokenizer_dir)
-    if path.suffix == SUFFIX:
-        require_counts(num_samples=num_samples, seq_len=seq_len)
-        data = _shortened(read_token_file(path), num_samples, seq_len)
-        if loss_mask and data.masks is None:
+    return load_data(options, tokenizer_dir, vocab_size=vocab_size)[0]
+
+
+def load_data(
+    options: DataOptions, tokenizer_dir: Path | None, *, vocab_size: int | None = None
+) -> tuple[TokenData, DataSummary | None]:
+    """Read samples, and a summary of how they were made of text; None for those of a token file.
+
+    Raises:
+        DataError: as for `load_tokens`.
+        UsageError: as for `load_tokens`.
+    """
+    require_counts(num_samples=options.num_samples, seq_len=options.seq_len)
+    sources = data_sources(options)
+    path = Path(sources[0].location)
+    summary = None
+    if is_token_file(sources):
+        data = _shortened(read_token_file(path), options)
+        if options.loss_mask and data.masks is None:
             raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
     elif tokenizer_dir is None:
-        require_file(path)
+        if path.suffix and len(sources) == 1:
+            require_file(path)
         raise DataError(f"{path} is text, which requires a tokenizer", hint=NO_TOKENIZER)
     else:
         doing("tokenizing")
-        found = tokenize_documents(
-            [path], tokenizer_dir, num_samples=num_samples, seq_len=seq_len, pack=pack, loss_mask=loss_mask
-        )
+        found = prepare_data(options, tokenizer_dir)
+        summary, tokens = found.summary, found.tokens
+        digests = [digest for _, digest in tokens.origin.sources]
+        joined = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         data = TokenData(
-            samples=found.samples,
+            samples=tokens.samples,
             path=path,
-            digest=found.origin.sources[0][1],
-            seq_len=seq_len,
-            origin=found.origin,
-            masks=found.masks,
-            targets=found.targets,
+            digest=digests[0] if len(digests) == 1 else joined,
+            seq_len=found.seq_len,
+            origin=tokens.origin,
+            masks=tokens.masks,
+            targets=tokens.targets,
         )
     if vocab_size is not None:
         largest = max(int(sample.max()) for sample in (*data.samples, *(data.targets or ())))
@@ -127,69 +170,19 @@ def load_tokens(
                 f"{data.path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
                 hint="use the model's own tokenizer",
             )
-    return data
+    return data, summary
 
 
-def tokenize_documents(
-    paths: Sequence[Path],
-    tokenizer_dir: Path,
-    *,
-    num_samples: int | None,
-    seq_len: int | None,
-    pack: bool,
-    loss_mask: bool = False,
-    tokenizer_name: str = "",
-) -> Tokenized:
-    """Make samples from the documents of several files, in this order.
-
-    Args:
-        paths: `.txt`, `.jsonl` or `.parquet`.
-        tokenizer_dir: a directory with the tokenizer's files.
-        num_samples: as for `load_tokens`, of all files together.
-        seq_len: as for `load_tokens`.
-        pack: as for `load_tokens`.
-        loss_mask: as for `load_tokens`.
-        tokenizer_name: the name of the tokenizer in the origin, by default that of its directory.
+def is_token_file(sources: Sequence[DataSource]) -> bool:
+    """Whether the data is a token file.
 
     Raises:
-        DataError: as for `load_tokens`, and if only some documents are pairs.
-        UsageError: as for `load_tokens`.
+        UsageError: it is one besides other data.
     """
-    require_counts(num_samples=num_samples, seq_len=seq_len)
-    if pack and seq_len is None:
-        raise UsageError("packing requires the length of a window", hint="set seq_len")
-    what = ", ".join(str(path) for path in paths)
-    documents = [document for path in paths for document in read_documents(path)]
-    if not documents:
-        raise DataError(f"{what} has only white space")
-    tokenizer = load_tokenizer(tokenizer_dir)
-    targets = None
-    if any(document.target is not None for document in documents):
-        require_pairs(documents)
-        if loss_mask:
-            raise DataError("pairs of source and target have no loss mask", hint="leave --loss-mask out")
-        some = _spread(documents, num_samples, f"{what} has {len(documents)} pairs")
-        chosen = [document_tokens(tokenizer, document, seq_len, False) for document in some]
-        targets = tuple(target_tokens(tokenizer, document, seq_len) for document in some)
-    elif pack and seq_len is not None:
-        chosen = _windows(tokenizer, documents, num_samples, seq_len, what, loss_mask)
-    else:
-        some = _spread(documents, num_samples, f"{what} has {len(documents)} documents")
-        chosen = [document_tokens(tokenizer, document, seq_len, loss_mask) for document in some]
-    if loss_mask and not any(bool(counts_S.any()) for _, counts_S in chosen):
-        raise DataError(
-            f"the loss mask excludes all tokens of {what}: no sample has text of the assistant",
-            hint="use longer samples, or conversations with assistant messages, or leave --loss-mask out",
-        )
-    samples = tuple(ids_S for ids_S, _ in chosen)
-    masks = tuple(counts_S for _, counts_S in chosen) if loss_mask else None
-    origin = DataOrigin(
-        tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
-        tokenizer_digest=tokenizer_digest(tokenizer, tokenizer_dir),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        sources=tuple((path.name, file_digest(path)) for path in paths),
-    )
-    return Tokenized(samples=samples, masks=masks, targets=targets, origin=origin)
+    files = [source.location for source in sources if Path(source.location).suffix == SUFFIX]
+    if files and len(sources) > 1:
+        raise UsageError(f"the token file {files[0]} cannot be mixed with other data", hint="pass it alone")
+    return bool(files)
 
 
 def batches(
@@ -260,37 +253,8 @@ def _require_samples(name: str, samples: Any) -> None:
             raise DataError(f"{name} {index} is {what}", hint="it must be a tensor [sequence] of integers")
 
 
-def _windows(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    num_samples: int | None,
-    seq_len: int,
-    what: str,
-    loss_mask: bool,
-) -> list[Tokens]:
-    import torch
-
-    parts = [document_tokens(tokenizer, document, None, loss_mask) for document in documents]
-    ids_T, counts_T = torch.cat([ids for ids, _ in parts]), torch.cat([counts for _, counts in parts])
-    num_windows = len(ids_T) // seq_len
-    there_are = f"{what} has {num_windows} windows of {seq_len} tokens ({len(ids_T)} tokens in all)"
-    if num_windows == 0:
-        raise DataError(there_are, hint="use more text or a smaller --seq-len")
-    starts = _spread(range(0, num_windows * seq_len, seq_len), num_samples, there_are)
-    windows = [slice(start, start + seq_len) for start in starts]
-    return [(ids_T[window].clone(), counts_T[window].clone()) for window in windows]
-
-
-def _spread(items: Sequence[_T], count: int | None, there_are: str) -> Sequence[_T]:
-    """Choose `count` items at equal distances, beginning with the first; None for all."""
-    if count is None:
-        return items
-    if count > len(items):
-        raise DataError(f"{there_are}, but {count} are required", hint="reduce --samples or use more data")
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) -> TokenData:
+def _shortened(data: TokenData, options: DataOptions) -> TokenData:
+    seq_len = options.seq_len
     if seq_len is None:
         seq_len = data.seq_len
     elif data.seq_len is not None and seq_len > data.seq_len:
@@ -298,10 +262,16 @@ def _shortened(data: TokenData, num_samples: int | None, seq_len: int | None) ->
             f"samples of {data.path} were cut at {data.seq_len} tokens, but {seq_len} are required",
             hint=f"reduce --seq-len to {data.seq_len}, or make the file again with `seqbuild data`",
         )
+    available = len(data.samples)
+    count = options.num_samples or min(available, options.default_samples or available)
+    if count > available:
+        raise DataError(
+            f"{data.path} has {available} samples, but {count} are required", hint="reduce --samples or use more data"
+        )
+    indices = spread(count, available)
 
     def shorten(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        chosen = _spread(tensors, num_samples, f"{data.path} has {len(data.samples)} samples")
-        return tuple(tensor[:seq_len] for tensor in chosen)
+        return tuple(tensors[index][:seq_len] for index in indices)
 
     return replace(
         data,

@@ -1,10 +1,13 @@
-"""Example recipes for `python -m runtime recipes`: one line for each preset, a commented recipe for each algorithm."""
+"""Example recipes for the command `recipes`: one line for each preset, a commented recipe for each algorithm."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
+from runtime.host.regular_files import read_text
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -13,17 +16,17 @@ EXAMPLES: dict[str, str] = {
     "rtn": """\
 # Round to nearest: the baseline. Needs no data.
 QuantizationModifier:
-  targets: Linear        # a class, a module's name, or re: with a regular expression
+  targets: {targets}        # a class, a module's name, or re: with a regular expression
   scheme: {preset}
-  ignore: [lm_head]      # patterns of modules that are not quantized
+  ignore: {ignore}      # patterns of modules that are not quantized
   # weight_observer: mse # how each group's range is found: minmax, mse, imatrix_mse (weighted by inputs), percentile
 """,
     "gptq": """\
 # GPTQ: later columns compensate the errors of earlier ones. Needs data; the best default at 4 bits and below.
 GPTQModifier:
-  targets: Linear
+  targets: {targets}
   scheme: {preset}
-  ignore: [lm_head]
+  ignore: {ignore}
   dampening_frac: 0.01   # added to the Hessian's diagonal; multiplied by 10, up to 1, while it cannot be factored
   block_size: 128        # affects speed only
   actorder: static       # important columns first; null for left to right
@@ -42,18 +45,18 @@ AWQModifier:
   #   - smooth_layer: re:.*input_layernorm
   #     balance_layers: ['re:.*q_proj', 're:.*k_proj', 're:.*v_proj']
 QuantizationModifier:    # or GPTQModifier
-  targets: Linear
+  targets: {targets}
   scheme: {preset}
-  ignore: [lm_head]
+  ignore: {ignore}
 """,
     "smoothquant": """\
 # SmoothQuant: move outliers of activations into the weights, so that inputs can be quantized as well.
 SmoothQuantModifier:
   smoothing_strength: 0.8
 GPTQModifier:            # or QuantizationModifier
-  targets: Linear
+  targets: {targets}
   scheme: {preset}
-  ignore: [lm_head]
+  ignore: {ignore}
 """,
     "mixed": """\
 # Several schemes: names and regular expressions take precedence over classes.
@@ -79,6 +82,7 @@ QuantizationModifier:
   #     input_activations: {{num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}}
 """,
 }
+RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
 _USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
 
 
@@ -112,26 +116,51 @@ def _words(args: QuantizationArgs) -> tuple[str, str]:
 
 
 def example(name: str) -> str:
-    """Return a commented recipe for a preset or an algorithm.
+    """Return a commented recipe for a preset or an algorithm, or a recipe file of this package; case does not matter.
 
     Raises:
-        UsageError: the name is neither.
+        UsageError: no recipe has this name.
     """
     from runtime.formats.presets import PRESETS
 
     algorithm, preset = name.lower(), name.upper()
     if algorithm in EXAMPLES:
-        return EXAMPLES[algorithm].format(preset=_USUAL.get(algorithm, "W4A16"))
+        return recipe_text(_USUAL.get(algorithm, "W4A16"), algorithm)
     if preset in PRESETS:
-        algorithm = "gptq" if preset.startswith("W") and preset != "W8A16" else "rtn"
-        return EXAMPLES[algorithm].format(preset=preset)
-    raise UsageError(f"no example is named {name!r}", hint=f"names are {', '.join((*EXAMPLES, *PRESETS))}")
+        return recipe_text(preset, default_algorithm(preset))
+    if algorithm in RECIPE_FILES:
+        return read_text(RECIPE_FILES[algorithm])
+    names = ", ".join((*EXAMPLES, *PRESETS, *RECIPE_FILES))
+    raise UsageError(f"no example is named {name!r}", hint=f"names are {names}")
+
+
+def default_algorithm(preset: str) -> str:
+    """Return the algorithm for a preset: GPTQ for integers, except 8 bit weights with 16 bit inputs, which lose next to
+    nothing when they are rounded to nearest.
+    """
+    return "gptq" if preset == "INT8" or (preset.startswith("W") and preset != "W8A16") else "rtn"
+
+
+def recipe_text(
+    preset: str, algorithm: str, *, targets: Sequence[str] = ("Linear",), ignore: Sequence[str] = ("lm_head",)
+) -> str:
+    """Return the commented recipe of an algorithm for a preset, for these targets except those to ignore."""
+    shown_targets = targets[0] if tuple(targets) == ("Linear",) else _flow(targets)
+    return EXAMPLES[algorithm].format(preset=preset, targets=shown_targets, ignore=_flow(ignore))
+
+
+def _flow(names: Sequence[str]) -> str:
+    """Write a list of names on one line of YAML."""
+    import yaml
+
+    return str(yaml.safe_dump(list(names), default_flow_style=True, width=float("inf"))).strip()
 
 
 def listing() -> str:
-    """List all presets with a description, and all algorithms."""
+    """List all presets with a description, all algorithms and all recipe files."""
     from runtime.formats.presets import PRESETS
 
     width = max(map(len, PRESETS))
     lines = [f"{name:<{width}}  {preset_line(name)}" for name in PRESETS]
-    return "\n".join(["presets", *lines, "", f"algorithms  {', '.join(EXAMPLES)}", "", "recipes NAME shows an example"])
+    others = [f"algorithms  {', '.join(EXAMPLES)}", f"recipes     {', '.join(RECIPE_FILES)}"]
+    return "\n".join(["presets", *lines, "", *others, "", "recipes NAME shows an example"])

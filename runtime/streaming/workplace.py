@@ -106,13 +106,7 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
     root = _root_of(out)
     _require_plain(root)
     with disk_errors(out, lambda: _what_is_left(out)), _locked(root, out):
-        count = num_finished(out)
-        if count and not resume:
-            raise OutputError(
-                f"an interrupted run has left {_subgraphs(count)} of {out}",
-                hint=f"continue it with --resume, or remove {root} to start again",
-            )
-        if not count:
+        if not _require_resumed(out, resume=resume):
             _clear(root)
         place = Workplace(out=out, root=root, journal=Journal(root / journal.NAME))
         try:
@@ -132,6 +126,33 @@ def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> I
         finally:
             place.journal.close()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def require_startable(out: Path, *, resume: bool) -> None:
+    """Reject an output that no run can begin or continue, before its inputs are prepared.
+
+    Raises:
+        OutputError: as `require_unfinished` and `open_workplace`.
+    """
+    if resume:
+        require_unfinished(out)
+    require_free(out)
+    root = _root_of(out)
+    if root.is_dir():
+        _require_plain(root)
+        with disk_errors(out), _locked(root, out):
+            _require_resumed(out, resume=resume)
+
+
+def _require_resumed(out: Path, *, resume: bool) -> int:
+    """Require `resume` for an output with finished subgraphs of an interrupted run, and return their number."""
+    count = num_finished(out)
+    if count and not resume:
+        raise OutputError(
+            f"an interrupted run has left {_subgraphs(count)} of {out}",
+            hint=f"continue it with --resume, or remove {_root_of(out)} to start again",
+        )
+    return count
 
 
 def _root_of(out: Path) -> Path:

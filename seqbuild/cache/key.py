@@ -119,7 +119,8 @@ def digest(ingredients: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that takes part in a compilation."""
-    return {name: importlib.metadata.version(name) for name in ("seqbuild", "torch", "transformers")}
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"seqbuild": runtime.__version__, **libraries}
 
 
 def own_digest() -> str:

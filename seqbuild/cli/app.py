@@ -1,4 +1,4 @@
-"""The command line: `seqbuild compile|inspect|verify|plan|cache|pack|sign|data`.
+"""The command line `seqbuild`: quantize a model in one call, and each of its steps.
 
 Torch and transformers are imported only by commands that need them.
 """
@@ -7,30 +7,64 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from runtime.cli.options import Skew, Trust
+import runtime.cli.options as given
+from runtime.cli import imports
+from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
+from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
-from runtime.cli.run import require_output, run_app
+from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, put, say, warn
+from runtime.data.options import DataOptions
 from seqbuild.cli.cache import app as cache_app
+from seqbuild.cli.next_command import next_command
 from seqbuild.cli.options import takes_compile_options
+from seqbuild.cli.quantize import QuantizeCommand, quantize
 
 if TYPE_CHECKING:
     from seqbuild.cache.recall import Compiled
     from seqbuild.options import CompileOptions
 
+_QUANTIZE = "quantize MODEL --scheme W4A16 -o OUT"
+
+
+class Commands(CommandList):
+    """The commands of `seqbuild`."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Quantize a model": ("quantize", "recipes", "evaluate"),
+        "Step by step": ("compile", "data", "plan", "calibrate"),
+        "Look at a compiled model": ("inspect", "verify", "check", "cache"),
+        "For another host": ("pack", "sign", "doctor"),
+    }
+    example = _QUANTIZE
+    others: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("oneshot", "one-shot", "quant", "ptq", "compress", "auto-round", "autoround", "convert"),
+        f"use seqbuild {_QUANTIZE}",
+    )
+
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Compile a model into a chain of subgraphs, offline, without weights and without a GPU.",
-    epilog="--debug, in any position, shows the traceback of an error.",
+    cls=Commands,
+    help="Quantize a large language model layer by layer, in one call or step by step.",
+    epilog=f"seqbuild COMMAND --help lists the options of a command. {EPILOG}",
 )
 
+app.command(cls=QuantizeCommand)(quantize)
+app.command()(recipes)
+app.command()(evaluate)
+app.command()(plan)
+app.command()(calibrate)
+app.command("check")(check)
+app.command()(doctor)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
@@ -49,6 +83,7 @@ def compile_command(options: CompileOptions, as_json: bool) -> None:
         put(json.dumps(_compiled_facts(done)))
     else:
         _say_compiled(done)
+        put(f"next: {next_command(done, options)}")
 
 
 def _compiled_facts(done: Compiled) -> dict[str, Any]:
@@ -89,12 +124,12 @@ def inspect(
     code: Annotated[int | None, typer.Option("--code", min=0, metavar="N", help="Print subgraph N's source.")] = None,
 ) -> None:
     """Show an artifact's manifest, or the code of one subgraph."""
-    from runtime.chain import check
+    from runtime.chain import check as checked
     from runtime.errors import UsageError
     from seqbuild.cli.show import print_table
 
     require_output()
-    manifest, sources = check(artifact)
+    manifest, sources = checked(artifact)
     if code is not None:
         if code >= len(manifest.subgraphs):
             raise UsageError(
@@ -111,31 +146,36 @@ def inspect(
 def verify(
     artifact: ArtifactPath,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Model directory with safetensors; default: a small random model.")
+        str | None,
+        typer.Option("--weights", help="Model directory or hub id with safetensors; default: a small random model."),
     ] = None,
+    revision: given.Revision = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compile again instead, and compare every byte.")] = False,
     source: Annotated[
-        Path | None, typer.Option("--source", help="For --rebuild: the model's directory, if it had a checkpoint.")
+        str | None,
+        typer.Option("--source", help="For --rebuild: the model's directory or hub id, if it had a checkpoint."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="The largest relative difference that counts as equal.")
     ] = 0.0,
-    allow_version_skew: Skew = False,
-    trust_remote_code: Trust = False,
+    allow_version_skew: given.Skew = False,
+    trust_remote_code: given.Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Compare the chain with the model, or with the result of compiling again. Exit code 0 if equal, else 1."""
     require_output()
     if rebuild:
-        return _rebuild(artifact, source, trust_remote_code, as_json)
+        is_file = source is not None and Path(source).is_file()  # a config.json
+        model = Path(source or "") if is_file else given.directory_of(source, revision, "model")
+        return _rebuild(artifact, model, trust_remote_code, as_json)
     from seqbuild.cli.show import print_report
     from seqbuild.verify.artifact import verify_artifact
     from seqbuild.verify.report import as_plain
 
     found = verify_artifact(
         artifact,
-        weights=weights,
+        weights=given.directory_of(weights, revision, "weights"),
         dtype=dtype,
         tolerance=tolerance,
         trust_remote_code=trust_remote_code,
@@ -146,9 +186,6 @@ def verify(
     else:
         print_report(found)
     return 0 if found.is_equal else 1
-
-
-app.command()(plan)
 
 
 def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_json: bool) -> int:
@@ -166,15 +203,16 @@ def _rebuild(artifact: Path, source: Path | None, trust_remote_code: bool, as_js
 @app.command()
 def pack(
     artifact: ArtifactPath,
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML recipe for the host, or a preset such as W4A16.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle: a directory, or a file with the suffix .tar.")],
     data: Annotated[Path | None, typer.Option("--data", help="Token file written by seqbuild data.")] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Checkpoint to include.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Checkpoint to include, or its hub id.")] = None,
+    revision: given.Revision = None,
 ) -> None:
     """Write a directory or .tar with everything that a host without network access needs."""
     from seqbuild.ship.pack import pack as run
 
-    path = run(artifact, recipe=recipe, out=out, data=data, weights=weights)
+    path = run(artifact, recipe=recipe, out=out, data=data, weights=given.directory_of(weights, revision, "weights"))
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     say(f"{path}: {len(files)} files, {human_bytes(sum(file.stat().st_size for file in files))}")
 
@@ -196,31 +234,27 @@ def sign(
 
 
 @app.command()
+@given.takes_data_options
 def data(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt, .jsonl or .parquet.")],
+    sources: given.DataArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Number of samples; default: all.")] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens in a sample.")] = 2048,
-    pack: Annotated[
-        bool, typer.Option("--pack/--no-pack", help="Join texts to full samples, or make one sample of each.")
-    ] = True,
-    loss_mask: Annotated[
-        bool, typer.Option("--loss-mask", help="Count only the assistant's tokens in calibration.")
-    ] = False,
+    data_options: DataOptions,
+    revision: given.Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Tokenize texts into one file, so that the calibration host needs no tokenizer."""
-    from seqbuild.ship.tokens import tokenize_files
+    from runtime.cli.batches import describe
+    from runtime.data.options import DEFAULT_SEQ_LEN
+    from seqbuild.ship.tokens import write_token_file
 
-    made = tokenize_files(
-        tokenizer, files, num_samples=samples, seq_len=seq_len, pack=pack, out=out, loss_mask=loss_mask
-    )
-    if made.masks is not None:
-        say(f"{sum(int(mask.sum()) for mask in made.masks):,} tokens count in statistics")
-    targets = "" if made.targets is None else f", and {sum(len(target) for target in made.targets):,} target tokens"
-    say(f"{out}: {len(made.samples)} samples, {sum(len(sample) for sample in made.samples):,} tokens{targets}")
+    options = dataclasses.replace(data_options, sources=tuple(sources), default_length=DEFAULT_SEQ_LEN)
+    made, summary, directory = write_token_file(tokenizer, options, out, force=force, revision=revision)
+    describe(made, summary, options, directory, say)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    if argv is None:
+        imports.allow()  # this process runs one command
     return run_app(app, "seqbuild", argv)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifact.own_code import ModelCode, needed_files
 from runtime.errors import ModelError
+from runtime.host.hub import cached_snapshot, download_command
 from runtime.host.regular_files import is_there, read_regular, read_text
-from seqbuild.model.source import Source, cached_snapshot
+from seqbuild.model.source import Source
 
 if TYPE_CHECKING:
     from runtime.artifact.own_code_import import LoadedCode
@@ -179,7 +180,7 @@ def _collect(source: Source, references: tuple[Reference, ...]) -> ModelCode:
         if directory is None:
             raise ModelError(
                 f"{source.name} brings its own code, and its repository {repo} is not in the local cache",
-                hint="download that repository first",
+                hint=f"download that repository first: {download_command(repo)}",
             )
         modules = dict.fromkeys(entry.module for entry in references if entry.repo == repo)
         for path, data in needed_files(modules, _Reader(directory).read, repo or source.name).items():

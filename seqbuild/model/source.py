@@ -12,7 +12,8 @@ from typing import Any
 from runtime.artifact.config_policy import require_possible
 from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
 from runtime.checkpoint.source_formats import plain_shapes
-from runtime.errors import ArtifactError, ModelError, WeightsError
+from runtime.errors import ArtifactError, ModelError, UsageError, WeightsError
+from runtime.host.hub import completion_of, name_of, resolve_directory
 from runtime.host.regular_files import is_there, open_regular, read_regular, read_text, reason_of
 
 # Files copied to the artifact besides the config, if present: a host needs them to prepare data and to save the model.
@@ -83,9 +84,11 @@ class Source:
         if len(missing) == len(paths):
             return None
         if missing:
+            command = completion_of(self.directory)
+            complete = f"complete it with {command}" if command else "complete the checkpoint"
             raise WeightsError(
                 f"missing {missing[0].name} in {self.directory}, one of the {len(paths)} shards of its checkpoint",
-                hint="complete the checkpoint, or compile from the config.json alone",
+                hint=f"{complete}, or compile from the config.json alone",
             )
         require_no_adapter(self.directory)
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -121,42 +124,17 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
 
     Raises:
         ModelError: if there is no such model, or it has no config.
+        UsageError: for a revision of a directory or file.
     """
-    if not source:
-        raise ModelError("no model given", hint="pass a directory, a config.json or a hub id")
     path = Path(source)
-    if path.is_dir():
-        return _from_file(path.resolve().name, path / "config.json", source)
-    if path.is_file():
-        if path.suffix != ".json":
-            raise ModelError(f"{source} is neither a model directory nor a config.json")
+    if path.suffix == ".json" and path.is_file():
+        if revision is not None:
+            raise UsageError(f"a revision ({revision}) requires a hub id, but {source} is a file")
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
         return _from_file(name, path, source)
-    return _from_cache(source, revision)
-
-
-def _from_cache(source: str, revision: str | None) -> Source:
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".json"):
-        raise ModelError(f"there is no model at {source}", hint="pass a directory, a config.json or a hub id")
-    folder = cached_snapshot(source, revision)
-    if folder is None:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"there is no model {source!r}{at}: no such directory, and no such id in the local cache",
-            hint="download it first on a machine with a network, or pass a directory or config.json",
-        )
-    return _from_file(source.rsplit("/", 1)[-1], folder / "config.json", source)
-
-
-def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """Return the local cache directory of a hub id, or None if it is not cached. Nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError):
-        return None
+    directory = resolve_directory(source, revision=revision, what="model")
+    name = directory.resolve().name if source and path.is_dir() else name_of(source)
+    return _from_file(name, directory / "config.json", source)
 
 
 def _from_file(name: str, config_file: Path, source: str) -> Source:

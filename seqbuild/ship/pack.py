@@ -33,9 +33,10 @@ from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.checkpoint.companions import companion_files
 from runtime.data.token_file import SUFFIX, read_token_file
 from runtime.errors import UsageError, WeightsError
+from runtime.host.hub import weights_directory
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
 from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
-from runtime.recipe.recipe import Recipe
+from runtime.recipe.named import recipe_of
 from runtime.status import doing
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
@@ -74,10 +75,10 @@ def pack(
 
     Args:
         artifact: a directory written by `seqbuild compile`.
-        recipe: the recipe file.
+        recipe: the recipe file, or the name of a preset or an algorithm.
         out: the bundle: a directory, or a file if the name ends in `.tar`.
         data: a token file written by `seqbuild data`; None for a recipe without statistics.
-        weights: the checkpoint's directory; None leaves it out of the bundle.
+        weights: the checkpoint's directory or hub id; None leaves it out of the bundle.
 
     Raises:
         ArtifactError, RecipeError, DataError, WeightsError: for invalid contents.
@@ -85,7 +86,7 @@ def pack(
     """
     root, path = Path(artifact), Path(out)
     checked = check_artifact(root)
-    Recipe.from_file(Path(recipe))
+    parsed = recipe_of(recipe)
     if data is not None:
         if Path(data).suffix != SUFFIX:
             raise UsageError(f"{data} is not a token file", hint="make one from texts with seqbuild data")
@@ -97,11 +98,12 @@ def pack(
     if signature is not None:
         files[f"{ARTIFACT}/{SIGNATURE_NAME}"] = signature
     files |= {f"{RUNTIME}/{name}": source for name, source in _runtime_files()}
-    files[RECIPE] = Path(recipe)
+    files[RECIPE] = parsed.text.encode("utf-8")
     if data is not None:
         files[DATA] = Path(data)
     if weights is not None:
-        files |= {f"{WEIGHTS}/{name}": source for name, source in _weight_files(Path(weights)).items()}
+        directory = weights_directory(weights)
+        files |= {f"{WEIGHTS}/{name}": source for name, source in _weight_files(directory).items()}
     requirements = {name: importlib.metadata.version(name).partition("+")[0] for name in REQUIRED}
     files[REQUIREMENTS_NAME] = "".join(f"{name}=={version}\n" for name, version in requirements.items()).encode()
     files[README_NAME] = _readme(
@@ -117,14 +119,12 @@ def pack(
 def _runtime_files() -> Iterator[tuple[str, Path]]:
     folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
-        if source.suffix == ".py" or source.name == "py.typed":
+        if source.suffix in (".py", ".yaml") or source.name == "py.typed":
             yield source.relative_to(folder).as_posix(), source
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
     """Return the checkpoint's files and their companions, and no others, by relative name."""
-    if not directory.is_dir():
-        raise WeightsError(f"there is no checkpoint directory {directory}")
     require_regular_entries(directory)
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _KINDS]
     if not any(path.suffix == ".safetensors" for path in found):
@@ -141,7 +141,7 @@ def _readme(manifest: Manifest, *, has_data: bool, has_weights: bool, is_signed:
         command=f"python -m runtime calibrate .{weights}{own}",
         weights=weights,
         data="    data.safetensors the tokenized text\n" if has_data else "",
-        version=importlib.metadata.version("seqbuild"),
+        version=runtime.__version__,
         signature="signed; --require-signature PUBLIC_KEY verifies it" if is_signed else "not signed",
     )
     return text.encode("utf-8")

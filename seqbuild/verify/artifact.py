@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.arguments import as_path, shown
+from runtime.arguments import shown
 from runtime.chain import load
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.checkpoint.source_formats import ENTRY, OLD_ENTRY
@@ -32,6 +32,7 @@ from runtime.checkpoint.view import DerivedCheckpoint
 from runtime.console import quiet
 from runtime.data.inputs import require_in_range
 from runtime.errors import DataError, ModelError, UsageError, WeightsError
+from runtime.host.hub import weights_directory
 from runtime.model.build import model_class
 from runtime.model.config import artifact_config, read_config
 from runtime.model.weightless import from_config
@@ -98,7 +99,7 @@ def verify_artifact(
 
     Args:
         path: the artifact's directory.
-        weights: a model directory with config.json and safetensors; None selects the small model.
+        weights: a model directory with config.json and safetensors, or a hub id; None selects the small model.
         dtype: the dtype of weights and activations: `float32`, `bfloat16` or `float16`.
         tolerance: the largest difference that counts as equal, relative to the largest magnitude in its tensor (at
             least 1).
@@ -119,7 +120,7 @@ def verify_artifact(
     """
     start = time.perf_counter()
     options = VerifyOptions(
-        weights=None if weights is None else as_path("weights", weights),
+        weights=None if weights is None else weights_directory(weights),
         dtype=dtype,
         tolerance=tolerance,
         shapes=shapes,

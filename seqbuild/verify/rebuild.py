@@ -54,7 +54,7 @@ def rebuild(
 
     Args:
         artifact: its directory.
-        source: the model's directory; None uses the config, tokenizer and code in the artifact.
+        source: the model's directory or hub id; None uses the config, tokenizer and code in the artifact.
         trust_remote_code: allow executing the model's own code, if any.
 
     Raises:

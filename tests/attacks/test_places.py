@@ -194,7 +194,7 @@ def bundle(narrow_llama: Small, tmp_path: Path) -> Path:
 
 
 def job(bundle: Path) -> object:
-    return find_job(bundle, weights=None, recipe=None, data=None, out=None)
+    return find_job(bundle, weights=None, recipe=None, data=(), out=None)
 
 
 def test_a_bundle_vouches_for_all_that_it_brings(bundle: Path, victim: Path) -> None:

@@ -210,7 +210,7 @@ class TestDoctor:
     def test_a_bare_artifact(self, llama: Small, parts: Path, tmp_path: Path, run: Run) -> None:
         said = {"weights": llama.weights, "recipe": parts / "r.yaml", "out": tmp_path / "out"}
         assert any("needs calibration data" in text for text in findings(llama.artifact, **said)["problem"])
-        assert findings(llama.artifact, **said, data=parts / "calib.safetensors")["problem"] == []
+        assert findings(llama.artifact, **said, data=(str(parts / "calib.safetensors"),))["problem"] == []
         code, told, _ = run(["doctor", str(llama.artifact), "--device", "cpu"])
         assert code == 1
         assert told.splitlines()[-1] == "not ready: fix the problems above"

@@ -88,6 +88,15 @@ def test_text_is_read_with_the_tokenizer_of_the_weights(place: Place, run: Run) 
     assert json.loads(printed)["tokens"] == 99
 
 
+def test_a_short_text_is_one_sample(place: Place, run: Run) -> None:
+    text = place.write("short.txt", "hello")
+    code, printed, complaint = run(place.evaluate("--data", text))
+    assert (code, complaint) == (0, f"warning: {text} has 6 tokens, which become one sample of less than 256\n")
+    assert printed.splitlines()[0] == f"{text}: 1 samples, 6 tokens; 6 tokens each"
+    command = place.evaluate("--data", text, "--seq-len", "256")
+    assert_refused(run(command), "short.txt has 0 windows of 256 tokens (6 tokens in all)", "use more text")
+
+
 def test_tokenizer_of_the_artifact_is_taken_where_the_weights_have_none(place: Place, run: Run) -> None:
     text = place.write("text.txt", "to be or not to be " * 30)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -173,7 +182,7 @@ def test_command_lines_of_the_compiler_that_do_not_parse(run: Run, arguments: li
 def test_without_arguments_there_is_help(run: Run, main: Callable[[list[str]], int]) -> None:
     code, printed, complaint = run([], main)
     assert (code, complaint) == (2, "")
-    assert "Commands:" in printed
+    assert "  calibrate  " in printed
 
 
 def test_version_skew_can_be_accepted(place: Place, run: Run) -> None:

@@ -46,7 +46,7 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
     command = ["data", str(place.weights), str(text), "-o", str(tokens), "--seq-len", "32"]
     code, printed, complaint = run(command, seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
-    assert printed == f"{tokens}: 17 samples, 544 tokens\n"
+    assert printed == f"{tokens}: 17 samples, 544 tokens; 32 tokens each; 27 tokens at the end dropped\n"
     assert run(place.calibrate("--data", tokens))[0] == 0
     one = directory_bytes(place.out)
     place.out = place.folder / "from-text"
@@ -57,12 +57,12 @@ def test_seqbuild_compile_inspect_and_data(place: Place, run: Run) -> None:
 @pytest.mark.parametrize(
     ("source", "content", "part"),
     [
-        ("nowhere/model", None, "there is no model 'nowhere/model'"),
+        ("nowhere/model", None, "the model 'nowhere/model' is not in the local cache"),
         ("./nowhere", None, "there is no model at ./nowhere"),
         ("nowhere.json", None, "there is no model at nowhere.json"),
-        ("a b", None, "there is no model 'a b'"),
+        ("a b", None, "there is no model at a b"),
         ("x" * 300, None, "xxx"),
-        ("{}/notes.txt", "text", "is neither a model directory nor a config.json"),
+        ("{}/notes.txt", "text", "notes.txt is a file, but the model must be a directory, a config.json or a hub id"),
         ("{}/config.json", "", "config.json cannot be read"),
         ("{}/config.json", "[" * 100_000, "config.json cannot be read"),
         ("{}/config.json", "[1]", "is not a model config"),

@@ -126,15 +126,17 @@ def test_a_token_file_keeps_pairs(tmp_path: Path, pairs: Path, byte_tokenizer_di
     out = tmp_path / "pairs.safetensors"
     command = ["data", str(byte_tokenizer_dir), str(pairs), "-o", str(out), "--seq-len", "16"]
     code, said, _ = run(command, seqbuild.cli.app.main)
-    assert (code, said.strip()) == (0, f"{out}: 4 samples, 17 tokens, and 12 target tokens")
+    facts = "4 samples, 17 tokens, and 12 target tokens; lengths 3 to 6, median 4; 1 blank record skipped"
+    assert (code, said.strip()) == (0, f"{out}: {facts}")
     first = out.read_bytes()
     assert b'\\"version\\":\\"1.2\\"' in first
     found = load_tokens(out, num_samples=2, seq_len=3)
     assert lists(found.samples) == [ids("ab"), ids("ij")]
     assert lists(found.targets) == [ids("xy"), ids("vw")]
-    run(command, seqbuild.cli.app.main)
+    assert_refused(run(command, seqbuild.cli.app.main), "already exists (pass --force", program="seqbuild")
+    run([*command, "--force"], seqbuild.cli.app.main)
     assert out.read_bytes() == first
-    refused = run([*command, "--loss-mask"], seqbuild.cli.app.main)
+    refused = run([*command, "--loss-mask", "--force"], seqbuild.cli.app.main)
     assert_refused(refused, "pairs of source and target have no loss mask", program="seqbuild")
     with pytest.raises(DataError, match="token id 124, but the model's vocabulary has 123 entries"):
         load_tokens(out, vocab_size=123)  # "y"

@@ -284,5 +284,5 @@ def test_calibrate_says_who_does_not_read_gpt_oss(small: Callable[..., Small], t
 
 def test_the_example_of_mixed_bits_is_read_by_all(small: Callable[..., Small], tmp_path: Path) -> None:
     llama = small("LlamaForCausalLM", "LlamaConfig", {**NARROW, "hidden_size": 128, "intermediate_size": 128})
-    plan = runtime.Recipe.from_file(Path(__file__).parents[2] / "examples" / "recipes" / "mixed_bits.yaml")
+    plan = runtime.Recipe.from_file(Path(runtime.__file__).parent / "recipe" / "files" / "mixed_bits.yaml")
     assert not warnings_of(llama, plan, tmp_path / "out")

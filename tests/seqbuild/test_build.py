@@ -121,7 +121,7 @@ class TestSources:
         assert first == compile_model("some-org/tiny-model", out=filled, revision=commit)
         with pytest.raises(ModelError, match="'some-org/tiny-model' at revision v2"):
             compile_model("some-org/tiny-model", out=filled, revision="v2")
-        with pytest.raises(ModelError, match="there is no model 'some-org/other'"):
+        with pytest.raises(ModelError, match="the model 'some-org/other' is not in the local cache"):
             compile_model("some-org/other", out=filled)
         assert re.fullmatch(r"tiny-model-[0-9a-f]{12}", first.name)
         assert not (first / "config.json").is_symlink()
@@ -261,7 +261,9 @@ class TestErrors:
         "name", ["no/such", "/no/such/place", "./nowhere", "a/b/c", "nothing.json", "", "bad name!", "~/x"]
     )
     def test_no_such_model(self, name: str, out: Path) -> None:
-        with self.refused(ModelError, "there is no model|no model given", out):
+        with self.refused(
+            ModelError, "there is no model|no model given|the model 'no/such' is not in the local cache", out
+        ):
             compile_model(name, out=out)
 
     def test_a_directory_without_config(self, tmp_path: Path, out: Path) -> None:
@@ -305,7 +307,7 @@ class TestErrors:
 
     def test_a_file_that_is_no_config(self, tmp_path: Path, out: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"")
-        with self.refused(ModelError, "neither a model directory nor a config.json", out):
+        with self.refused(ModelError, "is a file, but the model must be a directory", out):
             compile_model(tmp_path / "model.safetensors", out=out)
 
     def test_an_unknown_target_names_the_classes(self, llama: Path, out: Path) -> None:

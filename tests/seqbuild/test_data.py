@@ -66,19 +66,27 @@ def test_a_tokenizer_is_found_in_the_local_hub_cache(
     assert data.origin.tokenizer == "someone/tiny"
 
 
-@pytest.mark.parametrize("name", ["someone/elsewhere", "./no/such/folder", "a/b/c", ""])
-def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name: str) -> None:
-    with pytest.raises(DataError, match=f"{name!r} is neither a directory nor a model"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/elsewhere", 'the tokenizer of .someone/elsewhere.*hf download someone/elsewhere --include "'),
+        ("./no/such/folder", "there is no tokenizer at ./no/such/folder"),
+        ("a/b/c", "there is no tokenizer at a/b/c"),
+        ("", "no tokenizer given"),
+    ],
+)
+def test_an_unknown_tokenizer_is_refused(tmp_path: Path, texts: list[Path], name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         tokenize_files(name, texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")
 
 
 def test_a_bad_place_or_no_files_are_refused_before_any_work(
     tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seqbuild.ship.tokens.tokenize_documents", None)
+    monkeypatch.setattr("seqbuild.ship.tokens.prepare_data", None)
     (tmp_path / "folder.safetensors").mkdir()
     for out, error in (("x.bin", UsageError), ("folder.safetensors", OutputError)):
         with pytest.raises(error, match=out.replace(".", "[.]")):
             tokenize_files(tmp_path, texts, num_samples=1, seq_len=2, pack=True, out=tmp_path / out)
-    with pytest.raises(UsageError, match="no files"):
+    with pytest.raises(UsageError, match="no data given"):
         tokenize_files(tmp_path, [], num_samples=1, seq_len=2, pack=True, out=tmp_path / "x.safetensors")

@@ -1,0 +1,200 @@
+"""Quantize a model in one call.
+
+check       the output, the names of scheme and algorithm, and the weights
+compile     the model, or find the existing artifact
+data        the calibration data, and text that the calibration does not read
+calibrate   after the recipe, memory and disk were checked
+evaluate    the model and the result
+
+Everything that can be wrong is checked before anything that takes long.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.console import human_bytes, tell_when_stopped
+from runtime.errors import SeqbuildError
+from seqbuild.onecall.given import Given, Show
+from seqbuild.onecall.options import QuantizeOptions
+from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
+from seqbuild.onecall.result import Quantized
+from seqbuild.onecall.serving import serving_lines
+from seqbuild.onecall.steps import (
+    calibration_batches,
+    compile_model_for,
+    find_weights,
+    held_out_batches,
+    measure,
+    planned_run,
+    require_data,
+    require_place,
+    require_run,
+    run_calibration,
+)
+
+if TYPE_CHECKING:
+    from runtime.chain import Artifact
+    from runtime.evaluation import Evaluation
+    from runtime.planning.request import Planned
+    from runtime.quantize.readiness import Readiness
+    from runtime.recipe.recipe import Recipe
+    from seqbuild.onecall.steps import Batches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedCall:
+    """A call that is ready to run: everything that its calibration and evaluation read.
+
+    Attributes:
+        artifact: the compiled model.
+        weights: the model's directory.
+        recipe: what to quantize, and how.
+        readiness: what the recipe does with this model.
+        batches: model inputs for the calibration; empty for a recipe that needs no data.
+        held_out: model inputs for the evaluation, or the reason why there is none.
+    """
+
+    artifact: Artifact
+    weights: Path
+    recipe: Recipe
+    readiness: Readiness
+    batches: Batches
+    held_out: Batches | str
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Seconds by step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def quantize_model(options: QuantizeOptions, given: Given = Given(), show: Show = Show()) -> Quantized:  # noqa: B008
+    """Quantize a model and write the checkpoint.
+
+    Args:
+        options: what to quantize, and how.
+        given: objects that replace the result of a step.
+        show: where progress is shown.
+
+    Raises:
+        SeqbuildError: one of its classes, for anything the user can fix; nothing partial is left under the output's
+            name.
+    """
+    clock = _Clock()
+    call = _checked(options, given, show, clock)
+    with clock.step("calibrate"):
+        done = run_calibration(call.artifact, call.weights, call.recipe, call.batches, options, show)
+    tell_when_stopped(f"output directory {options.out} is complete")
+    with clock.step("evaluate"):
+        before, after, why_not = _evaluated(call, options, show)
+    from runtime.host.devices import resolve_device
+    from runtime.host.memory import peak_device_bytes, peak_host_bytes
+
+    return Quantized(
+        calibration=done,
+        artifact=call.artifact.path,
+        recipe=call.recipe.source,
+        original_bytes=call.readiness.weights_bytes,
+        before=before,
+        after=after,
+        not_measured=why_not,
+        seconds=clock.seconds,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(resolve_device(options.device)),
+        serving=serving_lines(call.artifact.manifest, done.path, done.remarks),
+    )
+
+
+def plan_quantization(options: QuantizeOptions, given: Given = Given(), show: Show = Show()) -> Planned:  # noqa: B008
+    """Check a call and predict its memory and disk space. The model is compiled, and nothing else is written.
+
+    Raises:
+        SeqbuildError: as `quantize_model`.
+    """
+    call = _checked(options, given, show, _Clock())
+    return planned_run(call.artifact, call.recipe, call.batches, options)
+
+
+def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) -> CheckedCall:
+    with clock.step("compile"):
+        require_place(options)
+        if given.batches is None:
+            require_data(options)
+        if given.recipe is None:
+            require_recipe_name(options)
+        weights = given.weights or find_weights(options)
+        artifact = _artifact(options, given, show)
+        recipe = given.recipe or choose_recipe(options, artifact.manifest)
+        readiness = require_run(artifact, weights, recipe, options)
+    show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
+    with clock.step("data"):
+        batches: Batches = given.batches or ()
+        if given.batches is not None:
+            show.line(f"data: {_amount(batches)}")
+        elif readiness.needs_data:
+            batches = calibration_batches(artifact, weights, options, show)
+        else:
+            show.line("data: the recipe needs none")
+        held_out: Batches | str = given.held_out or ""
+        if given.held_out is None:
+            is_wanted = options.evaluate
+            held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
+    if isinstance(held_out, str):
+        show.line(f"evaluation: none, {held_out}")
+    else:
+        show.line(f"evaluation: {_amount(held_out)}")
+    return CheckedCall(
+        artifact=artifact, weights=weights, recipe=recipe, readiness=readiness, batches=batches, held_out=held_out
+    )
+
+
+def _artifact(options: QuantizeOptions, given: Given, show: Show) -> Artifact:
+    from runtime.chain import load
+
+    path = given.artifact
+    if path is None:
+        compiled = compile_model_for(options)
+        path = compiled.path
+        for line in compiled.remarks:
+            show.line(f"warning: {line}")
+        what = "found" if compiled.is_cached else "compiled"
+        show.line(f"artifact: {path}, {what} in {compiled.seconds:.1f} s")
+    return load(path, allow_version_skew=options.allow_version_skew, trust_remote_code=options.trust_remote_code)
+
+
+def _amount(batches: Batches) -> str:
+    """Describe the number of samples and tokens."""
+    sizes = [batch["input_ids"].shape for batch in batches if "input_ids" in batch]
+    tokens = sum(size.numel() for size in sizes)
+    return f"{sum(size[0] for size in sizes)} samples, {tokens:,} tokens"
+
+
+def _evaluated(
+    call: CheckedCall, options: QuantizeOptions, show: Show
+) -> tuple[Evaluation | None, Evaluation | None, str]:
+    """Measure the perplexity of the model and of the result, or return why it cannot be measured."""
+    if isinstance(call.held_out, str):
+        return None, None, call.held_out
+    try:
+        found = []
+        for what, weights in (("the model", call.weights), ("the result", options.out)):
+            show.line(f"evaluating {what}")
+            found.append(measure(call.artifact, weights, call.held_out, options))
+    except SeqbuildError as error:  # the checkpoint is complete
+        return None, None, str(error)
+    return found[0], found[1], ""

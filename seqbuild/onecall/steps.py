@@ -1,0 +1,276 @@
+"""The steps of one call. Each can be used alone; none prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.data.options import DataOptions
+from runtime.errors import ModelError, SeqbuildError
+from runtime.status import doing
+from seqbuild.build import compile_with
+from seqbuild.model.source import Source, resolve_source
+from seqbuild.onecall.options import BUILTIN, EVALUATED_SAMPLES, EVALUATED_TOKENS, QuantizeOptions, user_artifacts
+from seqbuild.options import CompileOptions
+from seqbuild.text import builtin_evaluation_text, builtin_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.chain import Artifact
+    from runtime.evaluation import Evaluation
+    from runtime.planning.request import Planned
+    from runtime.quantize.readiness import Readiness
+    from runtime.recipe.recipe import Recipe
+    from runtime.streaming.report import Calibration
+    from seqbuild.cache.recall import Compiled
+    from seqbuild.onecall.given import Show
+
+    Batches = Sequence[Mapping[str, torch.Tensor]]
+
+_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
+_MEDIA_CONFIGS = ("vision_config", "audio_config")
+
+
+def require_place(options: QuantizeOptions) -> None:
+    """Reject an output that exists, or that an interrupted run has begun, unless it is resumed, and a missing device.
+
+    Raises:
+        OutputError: naming the output and what to do.
+        DeviceError, UsageError: for the names of device and dtype.
+    """
+    from runtime.host.devices import resolve_device, resolve_dtype
+    from runtime.streaming.workplace import require_startable
+
+    require_startable(options.out, resume=options.resume)
+    resolve_device(options.device)
+    resolve_dtype(options.dtype)
+
+
+def require_data(options: QuantizeOptions) -> None:
+    """Reject invalid data arguments and files that cannot be read, before the model is compiled.
+
+    Raises:
+        DataError, UsageError: naming the argument.
+    """
+    from runtime.data.documents import require_file
+    from runtime.data.file_formats import format_of
+    from runtime.data.options import data_sources
+
+    sources = options.data.sources + (options.eval_data if options.evaluate else ())
+    for source in data_sources(replace(options.data, sources=sources)):
+        path = Path(source.location)
+        if format_of(path) is not None:
+            require_file(path)
+
+
+def find_weights(options: QuantizeOptions) -> Path:
+    """Return the model's directory, whose weights are complete.
+
+    Raises:
+        ModelError, WeightsError: there is no such model, or no weights.
+        OutputError: the output is inside it.
+    """
+    from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.host.hub import resolve_directory
+    from runtime.host.publish import require_outside
+
+    resolve_source(options.model, revision=options.revision)
+    if Path(options.model).is_file():
+        raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
+    directory = resolve_directory(options.model, revision=options.revision, what="weights")
+    open_checkpoint(directory)
+    require_outside(options.out, directory)
+    return directory
+
+
+def compile_model_for(options: QuantizeOptions) -> Compiled:
+    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
+
+    Raises:
+        ModelError, TargetError, TraceError, OutputError: as `compile_with`.
+    """
+    source = resolve_source(options.model, revision=options.revision)
+    return compile_with(
+        CompileOptions(
+            model=options.model,
+            revision=options.revision,
+            text_only=options.text_only or has_media(source),
+            leaves=options.leaves,
+            out=options.artifacts or user_artifacts(),
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+
+
+def has_media(source: Source) -> bool:
+    """Whether a model has inputs for images or sounds."""
+    return any(isinstance(source.config.get(name), Mapping) for name in _MEDIA_CONFIGS)
+
+
+def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: QuantizeOptions) -> Readiness:
+    """Check that the recipe fits the model, its weights and the disk.
+
+    Raises:
+        RecipeError, WeightsError, OutputError: if it does not.
+    """
+    from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.checkpoint.writer import require_space
+    from runtime.host.devices import resolve_dtype
+    from runtime.quantize.readiness import require_fitting
+
+    dtype = artifact.run_dtype(resolve_dtype(options.dtype))
+    ready = require_fitting(artifact, open_checkpoint(weights), recipe, dtype)
+    require_space(options.out, ready.least_bytes)
+    return ready
+
+
+def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions, show: Show) -> Batches:
+    """Read the calibration data.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model.
+    """
+    data = BatchOptions(
+        data=replace(options.data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=options.tokenizer,
+        weights=weights,
+        batch_size=options.batch_size,
+        has_masks=True,
+    )
+    return text_batches(artifact, data, builtin_text(), show.line)
+
+
+def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches | str:
+    """Read the text that the evaluation predicts, or return the reason why perplexity cannot be measured.
+
+    Raises:
+        DataError: the user's text cannot be read, or does not fit the model.
+    """
+    from runtime.evaluation import require_predicting
+    from runtime.model.config import text_limits
+
+    is_builtin = options.eval_data == (BUILTIN,)
+    lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
+    data = DataOptions(
+        sources=options.eval_data,
+        default_samples=EVALUATED_SAMPLES,
+        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.data.seq_len,
+        # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
+        pack=options.data.pack and not is_builtin,
+    )
+    batches = BatchOptions(data=data, tokenizer=options.tokenizer, weights=weights, batch_size=options.batch_size)
+    try:
+        require_predicting(artifact.manifest)
+    except ModelError as error:
+        return str(error)
+    try:
+        found = text_batches(artifact, batches, builtin_evaluation_text())
+        return _equally_long(found) if is_builtin else found
+    except SeqbuildError as error:
+        if not is_builtin:
+            raise
+        return str(error)
+
+
+def text_batches(
+    artifact: Artifact, options: BatchOptions, builtin: Path, tell: Callable[[str], None] | None = None
+) -> Batches:
+    """Make the model's inputs from data; `builtin` is the file of the source of that name.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model.
+    """
+    sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
+    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell)
+
+
+def _equally_long(batches: Batches) -> Batches:
+    """Return the batches of the greatest length, which come first, if they have half of all tokens.
+
+    On a CPU, the first batch of each length takes as long as many others: it measures which products are fast.
+    """
+    sizes = [batch["input_ids"].shape for batch in batches]
+    longest = [size for size in sizes if size[1] == sizes[0][1]]
+    num_tokens, num_longest = (sum(size.numel() for size in some) for some in (sizes, longest))
+    return batches[: len(longest)] if 2 * num_longest >= num_tokens else batches
+
+
+def run_calibration(
+    artifact: Artifact, weights: Path, recipe: Recipe, batches: Batches, options: QuantizeOptions, show: Show
+) -> Calibration:
+    """Quantize the model and write the checkpoint.
+
+    Raises:
+        SeqbuildError: as `runtime.calibration.calibrate`.
+    """
+    from runtime.calibration import calibrate
+    from runtime.host.devices import resolve_device, resolve_dtype
+
+    with ExitStack() as stack:
+        return calibrate(
+            artifact,
+            weights=weights,
+            recipe=recipe,
+            batches=batches,
+            out=options.out,
+            device=resolve_device(options.device),
+            dtype=resolve_dtype(options.dtype),
+            **show.watching(stack),
+            max_shard_bytes=options.max_shard_bytes,
+            resume=options.resume,
+            checkpoint_activations=options.checkpoint_activations,
+            activation_memory=options.activation_memory,
+            propagate_error=options.propagate_error,
+            moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+            statistics_memory=options.statistics_memory,
+            force=options.force,
+        )
+
+
+def measure(artifact: Artifact, weights: Path, batches: Batches, options: QuantizeOptions) -> Evaluation:
+    """Measure the perplexity of a checkpoint.
+
+    Raises:
+        SeqbuildError: as `runtime.evaluation.evaluate`.
+    """
+    from runtime.evaluation import evaluate
+    from runtime.host.devices import resolve_device, resolve_dtype
+
+    return evaluate(
+        artifact,
+        weights=weights,
+        batches=batches,
+        device=resolve_device(options.device),
+        dtype=resolve_dtype(options.dtype),
+        progress=lambda line: doing(f"evaluating: {line}"),
+    )
+
+
+def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: QuantizeOptions) -> Planned:
+    """Predict the memory and disk space of the calibration, on this host.
+
+    Raises:
+        SeqbuildError: as `runtime.planning.request.plan_artifact`.
+    """
+    from runtime.host.devices import resolve_device, resolve_dtype
+    from runtime.planning.request import memory_here, plan_artifact
+
+    device = resolve_device(options.device)
+    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
+    return plan_artifact(
+        artifact,
+        num_samples=sum(size[0] for size in sizes),
+        seq_len=max(size[1] for size in sizes),
+        batch_size=max(size[0] for size in sizes),
+        recipe=recipe,
+        dtype=resolve_dtype(options.dtype),
+        device_type=device.type,
+        budget=options.activation_memory,
+        statistics_bytes=options.statistics_memory,
+        limits=memory_here(device),
+    )
