@@ -71,7 +71,7 @@ def _perplexity(result: Quantized) -> str:
     change = after.perplexity / before.perplexity - 1
     return (
         f"{before.perplexity:.4f} before, {after.perplexity:.4f} after ({change:+.2%}), "
-        f"over {after.num_tokens} tokens that the calibration did not read"
+        f"{after.num_tokens:,} held-out tokens"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.data.options import DataOptions
-from runtime.errors import ModelError, SeqbuildError
+from runtime.errors import ModelError, SeqbuildError, UsageError
 from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
+_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
@@ -52,7 +52,8 @@ def require_place(options: QuantizeOptions) -> None:
 
 
 def require_data(options: QuantizeOptions) -> None:
-    """Reject invalid data arguments and files that cannot be read, before the model is compiled.
+    """Reject invalid data arguments, files that cannot be read, and evaluation on calibration data, before the model is
+    compiled.
 
     Raises:
         DataError, UsageError: naming the argument.
@@ -61,11 +62,27 @@ def require_data(options: QuantizeOptions) -> None:
     from runtime.data.file_formats import format_of
     from runtime.data.options import data_sources
 
-    sources = options.data.sources + (options.eval_data if options.evaluate else ())
-    for source in data_sources(replace(options.data, sources=sources)):
-        path = Path(source.location)
+    sources = data_sources(options.data)
+    if options.evaluate:
+        held_out = data_sources(_held_out_data(options))
+        both = [source.location for source in held_out if source in sources and source.location != BUILTIN]
+        if both:
+            raise UsageError(f"{both[0]} is given for calibration and evaluation", hint="pass another --eval-data")
+        sources += held_out
+    for path in (Path(source.location) for source in sources):
         if format_of(path) is not None:
             require_file(path)
+
+
+def _held_out_data(options: QuantizeOptions) -> DataOptions:
+    return DataOptions(
+        sources=options.eval_data,
+        default_samples=EVALUATED_SAMPLES,
+        seq_len=options.data.seq_len,
+        pack=options.data.pack,
+        columns=options.data.columns,
+        format=options.data.format,
+    )
 
 
 def find_weights(options: QuantizeOptions) -> Path:
@@ -89,7 +106,8 @@ def find_weights(options: QuantizeOptions) -> Path:
 
 
 def compile_model_for(options: QuantizeOptions) -> Compiled:
-    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
+    """Compile the model, or find the existing artifact. Without a sample, a model of images or sounds and text is
+    compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -99,7 +117,8 @@ def compile_model_for(options: QuantizeOptions) -> Compiled:
         CompileOptions(
             model=options.model,
             revision=options.revision,
-            text_only=options.text_only or has_media(source),
+            text_only=options.text_only or (options.sample is None and has_media(source)),
+            sample=options.sample,
             leaves=options.leaves,
             out=options.artifacts or user_artifacts(),
             trust_remote_code=options.trust_remote_code,
@@ -155,14 +174,16 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
     from runtime.model.config import text_limits
 
     is_builtin = options.eval_data == (BUILTIN,)
-    lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
-    data = DataOptions(
-        sources=options.eval_data,
-        default_samples=EVALUATED_SAMPLES,
-        seq_len=min(length for length in lengths if length is not None) if is_builtin else options.data.seq_len,
+    data = _held_out_data(options)
+    if is_builtin:
+        lengths = [options.data.seq_len, EVALUATED_TOKENS, text_limits(artifact)[1]]
         # Documents begin as the model expects them to, which decides the perplexity of some models (Gemma).
-        pack=options.data.pack and not is_builtin,
-    )
+        data = DataOptions(
+            sources=options.eval_data,
+            default_samples=EVALUATED_SAMPLES,
+            seq_len=min(length for length in lengths if length is not None),
+            pack=False,
+        )
     batches = BatchOptions(data=data, tokenizer=options.tokenizer, weights=weights, batch_size=options.batch_size)
     try:
         require_predicting(artifact.manifest)
@@ -258,19 +279,20 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         SeqbuildError: as `runtime.planning.request.plan_artifact`.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.planning.request import batch_sizes, memory_here, plan_artifact
 
     device = resolve_device(options.device)
-    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
+    samples = [len(next(iter(batch.values()))) for batch in batches] or [1]
     return plan_artifact(
         artifact,
-        num_samples=sum(size[0] for size in sizes),
-        seq_len=max(size[1] for size in sizes),
-        batch_size=max(size[0] for size in sizes),
+        num_samples=sum(samples),
+        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
+        batch_size=max(samples),
         recipe=recipe,
         dtype=resolve_dtype(options.dtype),
         device_type=device.type,
         budget=options.activation_memory,
         statistics_bytes=options.statistics_memory,
+        sizes=batch_sizes(artifact.manifest, batches) if batches else None,
         limits=memory_here(device),
     )

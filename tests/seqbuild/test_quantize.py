@@ -69,7 +69,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     assert lines[3] == f"{builtin_text()}: 8 samples, 256 tokens; 32 tokens each"
     facts = {line.split("  ")[0]: line for line in lines}
     assert "21 modules with gptq W4A16, in out dir" in facts["quantized"]
-    assert " before, " in facts["perplexity"] and "that the calibration did not read" in facts["perplexity"]
+    assert " before, " in facts["perplexity"] and "held-out tokens" in facts["perplexity"]
     assert facts["load it"].endswith("vllm serve 'out dir'")
     config = json.loads(Path("out dir/config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
@@ -172,6 +172,10 @@ def test_a_dry_run_writes_nothing(call: Call, llama_dir: Path, monkeypatch: pyte
         (["MODEL", "-s", "W4A16", "--ignore", "re:("], ["'re:(' is not a valid regular expression"]),
         (["MODEL", "-s", "W4A16", "--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["MODEL", "-s", "W4A16", "--eval-data", "nowhere.jsonl", *FEW], ["nowhere.jsonl"]),
+        (
+            ["MODEL", "-s", "FP8", "--data", "MODEL/x.txt", "--eval-data", "MODEL/x.txt"],
+            ["is given for calibration and"],
+        ),
         (["MODEL", "-s", "W4A16", "--seq-len", "4096"], ["--seq-len 256 or less"]),
         (["MODEL", "-s", "W4A16", "--device", "cuda:99"], ["device 'cuda:99' is not available"]),
         (["MODEL/config.json", "-s", "W4A16"], ["is a config without weights"]),
