@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from runtime.errors import ModelError
 from runtime.language.program import run_device, run_dtype
 from seqbuild.build import compile_with
 from seqbuild.chain.targets import match_modules
-from seqbuild.options import DEFAULT_OUT, CompileOptions
+from seqbuild.onecall.options import user_artifacts
+from seqbuild.options import CompileOptions
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from runtime.chain import Artifact
 
-FOLDER = "SEQBUILD_ARTIFACTS"  # the environment variable with the directory of the artifacts
 _TEXT = ("input_ids", "attention_mask")
 _USE_SEQUENTIAL = 'use pipeline="sequential"'
 
@@ -104,7 +103,7 @@ def load_subgraphs(
             attn_implementation=attention,
             sample=_sample_file(model, sample, Path(folder)),
             text_only=True,
-            out=Path(os.environ.get(FOLDER) or DEFAULT_OUT),
+            out=user_artifacts(),
             leaves="target",
             trust_remote_code=own_code,
         )

@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
     logger.remove()
     if not torch.accelerator.is_available():  # AWQ of 0.14 pins memory, which needs one
         IntermediatesCache.pin_memory = lambda *_: None
-    os.environ["SEQBUILD_ARTIFACTS"] = str(folder / "artifacts")
+    os.environ["SEQBUILD_CACHE"] = str(folder)
     for name, (model_class, config_class, sizes) in MODELS.items():
         directory = make(folder / name, model_class, config_class, sizes)
         for recipe, (modifiers, options) in RECIPES.items():

@@ -25,7 +25,7 @@ TEXT["attention_mask"][0, :4] = 0
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
-    monkeypatch.setenv("SEQBUILD_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setenv("SEQBUILD_CACHE", str(tmp_path))
     torch.manual_seed(0)
     made: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**ZOO["llama"][1], attn_implementation="eager")).eval()
     return made
