@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.console import warn
-from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions, names_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,8 @@ def make_batches(
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
-    describe(tokens, summary, data, tokenizer, tell)
+    name = str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
+    describe(name, tokens, summary, data.show, tokenizer, tell)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     masks = tokens.masks if options.has_masks else None
@@ -71,9 +72,10 @@ def make_batches(
 
 
 def describe(
+    name: str,
     tokens: TokenData,
     summary: DataSummary | None,
-    options: DataOptions,
+    show: int,
     tokenizer: Path,
     tell: Callable[[str], None] | None,
 ) -> None:
@@ -83,13 +85,13 @@ def describe(
 
     for remark in () if summary is None else summary.remarks:
         warn(remark)
-    if tell is None or (summary is None and not options.show):
+    if tell is None or (summary is None and not show):
         return
-    if options.show:
+    if show:
         loaded = None if summary is None else load_tokenizer(tokenizer)
-        for line in preview_lines(tokens.samples, options.show, loaded):
+        for line in preview_lines(tokens.samples, show, loaded):
             tell(line)
-    tell(f"{tokens.path}: {summary_line(tokens, summary)}")
+    tell(f"{name}: {summary_line(tokens, summary)}")
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:

@@ -14,11 +14,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.data.chats import MERGED_SYSTEM, NO_TEMPLATE
 from runtime.data.document_tokens import DocumentTokens, document_tokens, target_tokens
 from runtime.data.documents import Document, require_pairs
 from runtime.data.file_formats import Record
 from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_order, read_shuffled, shares, spread
-from runtime.data.options import DataOptions, data_sources
+from runtime.data.options import DataOptions, data_sources, names_of
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataPart, DataSource
 from runtime.data.token_file import DataOrigin, Tokenized
@@ -46,6 +47,7 @@ class DataSummary:
         num_left: the tokens at the end of the text that did not fill a window.
         shares: the number of samples of each source, in order.
         remarks: what a user should know, one line each.
+        num_merged: the system messages that became part of the user's, because the chat template rejects them.
     """
 
     num_documents: int
@@ -54,6 +56,7 @@ class DataSummary:
     num_left: int
     shares: tuple[tuple[str, int], ...]
     remarks: tuple[str, ...]
+    num_merged: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +141,7 @@ def samples_of(
         UsageError: text is packed without a length.
     """
     _require_length(options)
-    what = ", ".join(names)
+    what = names_of(names)
     labels = [what] if len(groups) == 1 else names
     is_paired = _require_documents(groups, labels, options)
     seq_len = options.seq_len
@@ -160,6 +163,7 @@ def samples_of(
         num_blank=sum(group.num_blank for group in groups),
         num_cut=sum(sample.tokens.is_cut for sample in chosen),
         num_left=sum(pool.num_left for pool, count in zip(pools, counts, strict=True) if count == pool.available),
+        num_merged=maker.notes[MERGED_SYSTEM],
         shares=tuple((name, by_source[index]) for index, name in enumerate(names)),
         remarks=(*maker.all_remarks(), *_size_remarks(groups, labels, options)),
     )
@@ -274,7 +278,8 @@ class _SampleMaker:
     remarks: list[str] = field(default_factory=list)
 
     def all_remarks(self) -> list[str]:
-        return [*self.remarks, *(f"{count} {note}" for note, count in sorted(self.notes.items()))]
+        plain = self.notes[NO_TEMPLATE]
+        return [*self.remarks, *([f"{plain} {NO_TEMPLATE}"] if plain else [])]
 
     def windows(self, group: ReadDocuments, what: str) -> _Pool:
         """Join the documents, and cut windows that do not overlap."""

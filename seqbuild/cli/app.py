@@ -250,7 +250,7 @@ def data(
 
     options = dataclasses.replace(data_options, sources=tuple(sources), default_length=DEFAULT_SEQ_LEN)
     made, summary, directory = write_token_file(tokenizer, options, out, force=force, revision=revision)
-    describe(made, summary, options, directory, say)
+    describe(str(out), made, summary, options.show, directory, say)
 
 
 def main(argv: list[str] | None = None) -> int:
