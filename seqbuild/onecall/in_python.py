@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.data.checked_batches import as_batches
 from runtime.data.decoder import LABELS
 from runtime.data.inputs import IDS
 from runtime.data.named_batches import named_batches
@@ -31,7 +32,8 @@ from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.data.processor import load_processor
 from runtime.data.token_file import LOSS_MASK
-from runtime.errors import ModelError, UsageError
+from runtime.errors import DataError, ModelError, UsageError
+from runtime.host.hub import resolve_directory
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
@@ -81,8 +83,10 @@ def run_oneshot(options: OneshotOptions) -> Any:
     Raises:
         SeqbuildError: one of its classes, for anything the user can fix.
     """
+    from runtime.host.devices import resolve_device
     from runtime.streaming.workplace import require_startable
 
+    resolve_device(str(options.device))
     recipe = python_recipe(options.recipe, options.ignore)
     in_memory = options.dataset is not None and not options.is_named
     dataset = require_dataset(options) if in_memory else None
@@ -108,6 +112,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
 @contextlib.contextmanager
 def _opened(options: OneshotOptions) -> Iterator[_Opened]:
     """Find the model, or describe that in memory in a temporary directory."""
+    from runtime.checkpoint.dequantize import open_checkpoint
     from seqbuild.model.source import resolve_source
 
     preparers = given_preparers(options)
@@ -122,11 +127,12 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
                 preparers_directory=loaded.source.directory,
             )
         return
-    source = resolve_source(
-        os.fspath(options.model), revision=None if options.model_revision == _USUAL_REVISION else options.model_revision
-    )
+    revision = None if options.model_revision == _USUAL_REVISION else options.model_revision
+    source = resolve_source(os.fspath(options.model), revision=revision)
     if os.path.isfile(options.model):
         raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
+    weights = resolve_directory(options.model, revision=revision, what="weights")
+    open_checkpoint(weights)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as directory:
         for preparer in preparers:
             preparer.save_pretrained(directory)
@@ -134,7 +140,7 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
             shutil.copyfile(source.config_file, Path(directory) / "config.json")  # a processor is loaded with it
         yield _Opened(
             source=source,
-            weights=source.directory,
+            weights=weights,
             kind=_class_of(source),
             attention=None,
             preparers=preparers,
@@ -153,7 +159,10 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
     """Read a data set in memory; columns that are no inputs of the model are left out."""
     inputs = tuple(inspect.signature(opened.kind.forward).parameters) if opened.kind is not None else None  # type: ignore[attr-defined]
     if is_loader(dataset):
-        return [_without_others(batch, inputs) for batch in dataset]
+        batches = as_batches([_without_others(batch, inputs) for batch in dataset])
+        if not batches:
+            raise DataError("the DataLoader has no batches", hint="pass a data set with rows")
+        return batches
     directory = opened.source.directory
     reader = RowReader(
         options=options,

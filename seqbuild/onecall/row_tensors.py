@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from runtime.arguments import shown
+from runtime.data.checked_batches import as_batches
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
 from runtime.data.documents import Document, as_document
@@ -98,7 +99,7 @@ class RowReader:
             if not isinstance(made, Mapping):
                 raise DataError(f"data_collator returned {shown(made)}", hint="it must return a mapping of tensors")
             batches.append(dict(made))
-        return batches
+        return as_batches(batches)
 
     def _sample(self, row: Any, number: int) -> Batch:
         """Convert a tokenized row to a batch of one."""
