@@ -60,6 +60,8 @@ SEQBUILD = (
     {"build"},
     {"verify"},
     {"onecall"},
+    {"peer"},
+    {"llmcompressor"},
     {"cli"},
     {"", "__main__", "trace"},
 )

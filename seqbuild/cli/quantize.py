@@ -52,9 +52,6 @@ EvalData = Annotated[
 Evaluate = Annotated[bool, typer.Option(help="Measure the perplexity of the model and of the result.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TextOnly = Annotated[bool, typer.Option("--text-only", help="Use a model of images or sounds for text only.")]
-Sample = Annotated[
-    Path | None, typer.Option(help="Model inputs to compile with, as for compile; for data with images or sounds.")
-]
 Leaves = Annotated[str, typer.Option(help="Tracing depth, as for compile.")]
 Artifacts = Annotated[
     Path | None, typer.Option(help="Directory of compiled models; default: ~/.cache/seqbuild/artifacts.")
@@ -111,7 +108,6 @@ def quantize(
     dry_run: DryRun = False,
     revision: Revision = None,
     text_only: TextOnly = False,
-    sample: Sample = None,
     leaves: Leaves = "auto",
     artifacts: Artifacts = None,
     max_shard_size: given.MaxShardSize = "2GB",

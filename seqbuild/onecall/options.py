@@ -55,7 +55,6 @@ class QuantizeOptions:
     tokenizer: Path | None = None
     revision: str | None = None
     text_only: bool = False
-    sample: Path | None = None
     leaves: str = "auto"
     artifacts: Path | None = None
     device: str = "auto"

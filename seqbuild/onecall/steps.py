@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.console import warn
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.errors import ModelError, SeqbuildError, UsageError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
+_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
@@ -141,8 +142,8 @@ def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOpti
 
 
 def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = None) -> Compiled:
-    """Compile the model, or find the existing artifact. Without a sample or media in the data, a model of images or
-    sounds and text is compiled for text.
+    """Compile the model, or find the existing artifact. Without media in the data, a model of images or sounds and text
+    is compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -151,13 +152,12 @@ def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = Non
     compilation = CompileOptions(
         model=options.model,
         revision=options.revision,
-        text_only=options.text_only or (options.sample is None and media is None and has_media(source)),
-        sample=options.sample,
+        text_only=options.text_only or (media is None and has_media(source)),
         leaves=options.leaves,
         out=options.artifacts or user_artifacts(),
         trust_remote_code=options.trust_remote_code,
     )
-    if media is None or options.sample is not None:
+    if media is None:
         return compile_with(compilation)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as folder:
         file = Path(folder) / "sample.safetensors"
@@ -246,7 +246,13 @@ def text_batches(
         DataError: it cannot be read, or does not fit the model.
     """
     sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
-    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell)
+    # How conversations of the built-in text were adapted to the model's template is nothing that a user can change.
+    complain = _ignore if set(options.data.sources) == {BUILTIN} else warn
+    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 def _equally_long(batches: Batches) -> Batches:
@@ -321,11 +327,11 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
     from runtime.planning.request import memory_here, num_rows, plan_artifact
 
     device = resolve_device(options.device)
-    rows = [num_rows(batch) for batch in batches] or [1]
+    rows = [num_rows(batch) for batch in batches] or [_NO_DATA[0]]
     return plan_artifact(
         artifact,
         num_samples=sum(rows),
-        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
+        seq_len=_NO_DATA[1],  # the sizes of the batches, if any, take precedence
         batch_size=max(rows),
         batches=batches,
         recipe=recipe,

@@ -66,7 +66,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     assert lines[0] == f"quantizing {llama_dir} to out dir"
     assert lines[1].startswith(f"artifact: {cache}/seqbuild/artifacts/tiny llama-")
     assert lines[2].startswith("recipe: gptq W4A16, 21 modules, ")
-    assert lines[3].startswith(f"{builtin_text()}: 8 samples, 256 tokens; 32 tokens each; ")
+    assert lines[3].startswith(f"{builtin_text()}: 8 samples, 256 tokens; 32 tokens each")
     facts = {line.split("  ")[0]: line for line in lines}
     assert "21 modules with gptq W4A16, in out dir" in facts["quantized"]
     assert " before, " in facts["perplexity"] and "held-out tokens" in facts["perplexity"]
@@ -100,7 +100,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     )
     assert (code, complaint) == (0, "")
     found = json.loads(printed)
-    assert (found["path"], found["modules"], found["recipe"]) == ("fp8", 21, "recipe fp8_dynamic")
+    assert (found["path"], found["modules"], found["recipe"]) == ("fp8", 21, "fp8_dynamic")
     assert found["bytes"]["after"] == sum(
         tensor.numel() * tensor.element_size() for tensor in read_tensors(Path("fp8")).values()
     )
