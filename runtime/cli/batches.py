@@ -111,7 +111,7 @@ def describe(
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's if that has one."""
-    names = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    has_own = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    return artifact.companions_path if has_own and not any((weights / name).is_file() for name in names) else weights
+    """Return the directory of the weights if it has a tokenizer or processor, or the artifact has none."""
+    own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    is_compiled = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return weights if any((weights / name).is_file() for name in own) or not is_compiled else artifact.companions_path

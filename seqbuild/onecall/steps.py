@@ -148,8 +148,8 @@ def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOpti
 
 
 def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = None) -> Compiled:
-    """Compile the model, or find the existing artifact. Without media in the data, a model of images or sounds and
-    text is compiled for text.
+    """Compile the model, or find the existing artifact. Without media in the data, a model of images or sounds and text
+    is compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
@@ -333,11 +333,11 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
     from runtime.planning.request import memory_here, num_rows, plan_artifact
 
     device = resolve_device(options.device)
-    rows = [num_rows(batch) for batch in batches] or [1]
+    rows = [num_rows(batch) for batch in batches] or [_NO_DATA[0]]
     return plan_artifact(
         artifact,
         num_samples=sum(rows),
-        seq_len=_NO_DATA_TOKENS,  # the sizes of the batches, if any, take precedence
+        seq_len=_NO_DATA[1],  # the sizes of the batches, if any, take precedence
         batch_size=max(rows),
         batches=batches,
         recipe=recipe,
