@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
-_NO_DATA_TOKENS = 16  # of a sample, for the plan of a recipe that runs no batch
+_NO_DATA = (1, 16)  # sizes for the plan of a recipe that runs no batch
 _MEDIA_CONFIGS = ("vision_config", "audio_config")
 
 
