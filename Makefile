@@ -53,8 +53,9 @@ coverage: venv
 bench: venv
 	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
-# Other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
+# llm-compressor runs our pipeline, and other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
 clients: venv
+	$(PYTHON) tests/clients/pipelines.py
 	$(PYTHON) tests/clients/readers.py --update
 
 venv: $(INSTALLED)

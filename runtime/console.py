@@ -12,7 +12,7 @@ from typing import TextIO
 
 from runtime.errors import UsageError
 from runtime.standard_output import Output
-from runtime.status import nothing_to_show
+from runtime.status import make_room
 from runtime.terminal import flowed
 
 NOTHING_LEFT = "no partial output was left behind"
@@ -45,7 +45,7 @@ def complain(line: str) -> None:
 
 
 def _print(line: str, stream: TextIO | Output | None) -> None:
-    nothing_to_show()
+    make_room()
     if stream is not None:
         output = stream if isinstance(stream, Output) else Output(stream)
         output.write(f"{line}\n")

@@ -1,4 +1,4 @@
-"""The status line: what a command does at present, on a terminal, until the command prints something else.
+"""The status line: what a command does at present, below the lines that it has printed on a terminal.
 
 Importing torch, tracing a model or tokenizing takes seconds in which nothing is printed. Library code calls `doing`,
 which has no effect outside of a command line. Files and pipes never get a status line.
@@ -36,20 +36,27 @@ class _StatusLine:
 
     def show(self, text: str) -> None:
         with self._lock:
+            if not self._text:
+                self._since = time.perf_counter()
             self._text = text
             if self._timer is None:
-                self._since = time.perf_counter()
-                self._timer = threading.Timer(_DELAY_S, self._start)
-                self._timer.daemon = True
-                self._timer.start()
+                self._arm()
 
-    def hide(self) -> None:
+    def _arm(self) -> None:
+        self._timer = threading.Timer(_DELAY_S, self._start)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def hide(self, *, is_over: bool) -> None:
         with self._lock:
+            self._text = "" if is_over else self._text
             timer, live, self._timer, self._live = self._timer, self._live, None, None
             if timer is not None:
                 timer.cancel()
             if live is not None:
                 live.stop()
+            if self._text:
+                self._arm()
 
     def _start(self) -> None:
         """Start to draw; only then is rich imported, in the timer's thread."""
@@ -91,10 +98,16 @@ def doing(text: str) -> None:
         line.show(text)
 
 
-def nothing_to_show() -> None:
-    """Erase the status line: other text is about to be printed, or a progress display begins."""
+def make_room() -> None:
+    """Erase the status line, because other text is about to be printed; it returns when nothing else is printed."""
     for line in _current:
-        line.hide()
+        line.hide(is_over=False)
+
+
+def done() -> None:
+    """Erase the status line until the next call of `doing`."""
+    for line in _current:
+        line.hide(is_over=True)
 
 
 @contextlib.contextmanager
@@ -112,5 +125,5 @@ def status_line(first: str) -> Iterator[None]:
     try:
         yield
     finally:
-        nothing_to_show()
+        done()
         _current.pop()

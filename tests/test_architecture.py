@@ -61,6 +61,8 @@ SEQBUILD = (
     {"modifiers"},
     {"verify"},
     {"onecall"},
+    {"peer"},
+    {"llmcompressor"},
     {"cli"},
     {"", "__main__", "trace"},
 )

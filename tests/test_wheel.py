@@ -35,6 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    shutil.copy(ROOT / "seqbuild_runtime.py", copy)
     for name in ("runtime", "seqbuild"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=copy, capture_output=True, check=True)
@@ -92,7 +93,7 @@ def test_both_programs_run_in_any_directory(programs: Path, place: Path) -> None
     is_on_path = (place / "runtime.py").exists() and (place / "seqbuild").exists()
     path = {"PYTHONPATH": ":/no/such/folder"} if is_on_path else {}  # an empty entry is the working directory
     version = runtime.__version__
-    for name in ("seqbuild", "seqbuild-runtime")[: 1 if is_on_path else 2]:
+    for name in ("seqbuild", "seqbuild-runtime"):
         done = call([programs / name, "--version"], place, **path)
         assert (done.returncode, done.stderr) == (0, ""), done
         assert re.match(rf"{name} {re.escape(version)} \(Python \S+, torch \d", done.stdout)
@@ -121,11 +122,11 @@ def test_a_model_is_quantized_in_any_directory(programs: Path, tmp_path: Path) -
     done = call([programs / "seqbuild-runtime", "check", artifact], tmp_path)
     assert done.returncode == 0, done.stderr
     assert ": valid; " in done.stdout
-    done = call([programs / "seqbuild-runtime", "recipes", "w4a16_gptq"], tmp_path)
+    program = "import sys, seqbuild_runtime; before = sys.path[:]; seqbuild_runtime.main(); "
+    program += "print('seqbuild' in sys.modules, sys.path == before)"
+    done = call([programs / "python", "-I", "-c", program, "recipes", "w4a16_gptq"], tmp_path)
     assert "GPTQModifier" in done.stdout
-    program = "import sys; sys.argv = ['x', 'recipes']; from runtime.__main__ import main; main()"
-    done = call([programs / "python", "-I", "-c", f"{program}; print('seqbuild' in sys.modules)"], tmp_path)
-    assert done.stdout.splitlines()[-1] == "False", done
+    assert done.stdout.splitlines()[-1] == "False True", done
 
 
 def test_the_wheel_contains_what_the_programs_read(wheel: Path) -> None:
@@ -137,7 +138,8 @@ def test_the_wheel_contains_what_the_programs_read(wheel: Path) -> None:
         assert {path.relative_to(ROOT).as_posix() for path in inside} <= names
     assert {"runtime/py.typed", "seqbuild/py.typed", "runtime/recipe/files/w4a16_gptq.yaml"} <= names
     assert {"seqbuild/text/calibration.jsonl", "seqbuild/text/evaluation.jsonl", "seqbuild/text/LICENSES.md"} <= names
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"runtime", "seqbuild"}
+    own = {"runtime", "seqbuild", "seqbuild_runtime.py"}
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == own
 
 
 def test_the_metadata(metadata: email.message.Message) -> None:

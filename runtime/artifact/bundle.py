@@ -111,14 +111,14 @@ def find_job(
         data = data or ((str(path / DATA),) if bundle.data else ())
         directory = path / WEIGHTS if bundle.weights else None
         out = out or path / RESULT
+    missing = {"--weights": weights or directory, "--recipe": recipe, "--out": out}
+    for option, value in missing.items():
+        if value is None:
+            raise UsageError(f"Missing option '{option}'", hint="pass it, or pass a bundle that contains it")
     if weights is not None:
         directory = resolve_directory(weights, revision=revision, what="weights")
     elif revision is not None:
         raise UsageError(f"--revision {revision} requires a hub id", hint="pass one with --weights, or leave it out")
-    missing = {"--weights": directory, "--recipe": recipe, "--out": out}
-    for option, value in missing.items():
-        if value is None:
-            raise UsageError(f"Missing option '{option}'", hint="pass it, or pass a bundle that contains it")
     assert directory is not None and recipe is not None and out is not None
     return Job(artifact=artifact_of(path), weights=directory, recipe=recipe, data=data, out=out)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.console import warn
-from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions, names_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.data.tokenization import DataSummary
 
 DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,10 @@ class BatchOptions:
 
 
 def make_batches(
-    artifact: Artifact, options: BatchOptions, tell: Callable[[str], None] | None = None
+    artifact: Artifact,
+    options: BatchOptions,
+    tell: Callable[[str], None] | None = None,
+    complain: Callable[[str], None] = warn,
 ) -> list[dict[str, torch.Tensor]]:
     """Read data and make the model's inputs from it.
 
@@ -49,6 +53,7 @@ def make_batches(
         artifact: the compiled model.
         options: what is read, and how.
         tell: takes lines that describe the samples.
+        complain: takes warnings about the data.
 
     Raises:
         DataError: for data that cannot be read, or that the artifact does not support.
@@ -63,7 +68,8 @@ def make_batches(
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
-    describe(tokens, summary, data, tokenizer, tell)
+    name = str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
+    describe(name, tokens, summary, data.show, tokenizer, tell, complain)
     if isinstance(tokens, NamedSamples):
         require_length(tokens.texts, longest)
         return named_batches(artifact.manifest, tokens, options.batch_size)
@@ -77,11 +83,13 @@ def make_batches(
 
 
 def describe(
+    name: str,
     tokens: TokenData | NamedSamples,
     summary: DataSummary | None,
-    options: DataOptions,
+    show: int,
     tokenizer: Path,
     tell: Callable[[str], None] | None,
+    complain: Callable[[str], None] = warn,
 ) -> None:
     """Print warnings, the previews that `--show` requires, and one line about all samples."""
     from runtime.data.named_tensors import NamedSamples, sizes_of
@@ -89,20 +97,21 @@ def describe(
     from runtime.data.tokenizer import load_tokenizer
 
     for remark in () if summary is None else summary.remarks:
-        warn(remark)
-    if tell is None or (summary is None and not options.show):
+        complain(remark)
+    if tell is None or (summary is None and not show):
         return
     texts = tokens.texts if isinstance(tokens, NamedSamples) else tokens.samples
-    if options.show:
+    if show:
         loaded = None if summary is None else load_tokenizer(tokenizer)
-        for line in preview_lines(texts, options.show, loaded):
+        for line in preview_lines(texts, show, loaded):
             tell(line)
-    tell(f"{tokens.path}: {summary_line(tokens, summary)}")
+    tell(f"{name}: {summary_line(tokens, summary)}")
     for line in sizes_of(tokens.samples) if isinstance(tokens, NamedSamples) else ():
         tell(f"  {line}")
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's."""
-    names = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    return weights if any((weights / name).is_file() for name in names) else artifact.companions_path
+    """Return the directory of the weights if it has a tokenizer or processor, or the artifact has none."""
+    own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    is_compiled = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return weights if any((weights / name).is_file() for name in own) or not is_compiled else artifact.companions_path

@@ -31,6 +31,9 @@ RecipePath = Annotated[
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
 Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples; default: 128.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample; default: 2048.")]
+TokenFile = Annotated[Path | None, typer.Option("--data", help="Token file from seqbuild data, instead of sizes.")]
 _HELP = {
     "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
     "sizes": "NAME=N, for sizes other than samples and tokens, such as the number of images; can be repeated.",
@@ -39,13 +42,9 @@ _HELP = {
 
 def plan(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")],
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Number of calibration samples; default: 128.")
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample; default: 2048.")] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Token file from seqbuild data, for the sizes of its samples.")
-    ] = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    data: TokenFile = None,
     batch_size: BatchSize = 8,
     recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",

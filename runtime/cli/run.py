@@ -14,7 +14,7 @@ from runtime import __version__
 from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopped
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
-from runtime.status import nothing_to_show, status_line
+from runtime.status import done, status_line
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -68,7 +68,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
         # A panic of the tokenizers library, which is written in Rust, is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        nothing_to_show()
+        done()
         message = _user_error(error) or _internal_error(error)
         if is_debug:
             import traceback

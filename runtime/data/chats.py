@@ -3,7 +3,8 @@
 Templates differ in what they accept, so a conversation is adapted to them:
 
 - Content that is a list of text parts becomes a string, or a string becomes a list, whichever the template prints.
-- Arguments of tool calls are objects, as templates expect; if the template rejects them, they stay JSON.
+- Arguments of tool calls become objects, as most templates expect, or JSON if the template rejects objects.
+- If the template rejects a message without content, its content becomes an empty string.
 - If the template rejects a system message, it becomes the beginning of the user's first message.
 
 Without a template, messages are written as `User: ...`, separated by blank lines.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Messages: TypeAlias = "list[dict[str, Any]]"
 
 NO_TEMPLATE = "conversations written as plain text, because the tokenizer has no chat template"
-MERGED_SYSTEM = "system messages merged into the user's first message, because the chat template rejects them"
+MERGED_SYSTEM = "system messages merged into the user's first message"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "seqbuild"
 # By tokenizer, the kind of content that its template prints: str or list; None if it prints neither.
@@ -104,7 +105,8 @@ def _apply(tokenizer: PreTrainedTokenizerBase, document: Document, notes: Counte
             continue
         notes.update([note] if note else [])
         return found
-    raise DataError(f"{document.where} does not fit the chat template: {failure}") from failure
+    why = str(failure).strip().partition("\n")[0]
+    raise DataError(f"{document.where} does not fit the chat template: {why}", hint="change or remove it") from failure
 
 
 def _content_kind(tokenizer: PreTrainedTokenizerBase) -> type | None:
@@ -129,10 +131,14 @@ def _forms(document: Document, kind: type | None) -> Iterator[tuple[str, Message
     """Yield the forms in which a template may accept a conversation, and what to note about each."""
     given: Any = document.content
     messages = [_with_content(message, kind, document.where) for message in given]
-    with_objects = [_with_parsed_arguments(message) for message in messages]
+    with_objects = [_with_arguments(message, dict) for message in messages]
+    with_texts = [_with_arguments(message, str) for message in messages]
     yield "", with_objects
-    if with_objects != messages:
-        yield "", messages
+    yield from (("", form) for form in (with_texts,) if form != with_objects)
+    if any(message.get("content") is None for message in messages):
+        empty = _with_content({"content": ""}, kind, document.where)
+        for form in (with_objects, with_texts):
+            yield "", [message if message.get("content") is not None else message | empty for message in form]
     if len(messages) > 1 and messages[0].get("role") == "system" and messages[1].get("role") == "user":
         system, user, *rest = with_objects
         both = [_text_of(message, document.where) for message in (system, user)]
@@ -168,22 +174,25 @@ def _text_of(message: dict[str, Any], where: str) -> str:
     return "\n".join(texts)
 
 
-def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Parse arguments of tool calls that are JSON in a string, as in OpenAI's format."""
+def _with_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Write the arguments of tool calls as objects, or as JSON in a string, as OpenAI's format has them."""
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [_parsed_call(call) for call in calls]} if isinstance(calls, list) else message
+    return {**message, "tool_calls": [_converted(call, kind) for call in calls]} if isinstance(calls, list) else message
 
 
-def _parsed_call(call: Any) -> Any:
+def _converted(call: Any, kind: type) -> Any:
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _parsed_call(call["function"])}
+        return {**call, "function": _converted(call["function"], kind)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, dict) and kind is str:
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     try:
-        arguments = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+        parsed = json.loads(arguments) if isinstance(arguments, str) and kind is dict else None
     except (ValueError, RecursionError):
         return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
 
 
 def _plain_text(document: Document) -> str:

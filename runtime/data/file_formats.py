@@ -50,7 +50,7 @@ _PEEK_BYTES = 4096
 _LONGEST_LINE = 2**28  # bytes
 _LONGEST_TEXT, _PIECE_BYTES = 2**26, 2**18
 _LONGEST_JSON = 2**29
-_LONGEST_FIELD = 2**31 - 1  # of a table; the csv module's own limit is 128 KiB
+_LONGEST_FIELD = 2**28  # characters of a table's field; the csv module's own limit is 128 KiB
 _ROWS_AT_A_TIME = 16  # of a parquet file, in which a few compressed bytes can be a text of megabytes
 
 

@@ -30,6 +30,7 @@ from runtime.data.file_formats import Record
 from runtime.data.records import chosen_columns
 from runtime.data.sources import DataPart, DataSource
 from runtime.errors import DataError, SeqbuildError, UsageError
+from runtime.host.hub import cached_snapshot
 from runtime.host.offline import offline
 from runtime.host.regular_files import read_text
 
@@ -85,7 +86,7 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     """
     name = source.location
     failure: SeqbuildError | None = None
-    snapshot = _snapshot(source)
+    snapshot = cached_snapshot(name, source.revision, kind="datasets")
     if snapshot is not None:
         try:
             splits, _ = _streamed(source, snapshot, name)
@@ -98,28 +99,12 @@ def cached_parts(source: DataSource) -> list[DataPart]:
         prepared = _prepared(source)
         if prepared:
             return _parts(source, prepared, name, [split._fingerprint for split in prepared.values()])
-    revision = f" --revision {source.revision}" if source.revision else ""
-    what = f"the data set {name}{f' at {source.revision}' if source.revision else ''} is not in the local cache"
-    why = what if failure is None else f"{failure.message}; the data set in the local cache may be incomplete"
-    exists = "" if "/" in name else f"no file or directory {name} exists, and "
-    raise DataError(
-        f"{exists}{why}",
-        hint=f"download it on a machine with a network: hf download --repo-type dataset {name}{revision}",
-    )
-
-
-def _snapshot(source: DataSource) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        with offline():
-            found = snapshot_download(
-                source.location, repo_type="dataset", revision=source.revision, local_files_only=True
-            )
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
-    return Path(found)
+    at, option = (f" at {source.revision}", f" --revision {source.revision}") if source.revision else ("", "")
+    why = f"no file or directory {name} exists, and the data set {name}{at} is not in the local cache"
+    if failure is not None:
+        why = f"{failure.message}; the data set in the local cache may be incomplete"
+    command = f"hf download --repo-type dataset {name}{option}"
+    raise DataError(why, hint=f"download it on a machine with a network: {command}")
 
 
 def _streamed(source: DataSource, directory: Path, name: str) -> tuple[dict[str, Any], list[str]]:
@@ -205,8 +190,9 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
         raise DataError(
             f"datasets {datasets.__version__} can execute code of a data set", hint="pip install 'datasets>=4'"
         )
-    before = settings.HF_HUB_OFFLINE
+    before, is_silent = settings.HF_HUB_OFFLINE, datasets.are_progress_bars_disabled()
     settings.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
     try:
         with offline(), quiet("datasets", "datasets.load", "datasets.packaged_modules.cache.cache"):
             yield datasets
@@ -222,6 +208,8 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
         raise DataError(message) from error
     finally:
         settings.HF_HUB_OFFLINE = before
+        if not is_silent:
+            datasets.enable_progress_bars()
 
 
 def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object]) -> list[DataPart]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from runtime.data.mixing import ReadDocuments, interleaved, shares, spread
 from runtime.data.named_tensors import NamedSamples, shortened
-from runtime.data.options import DataOptions
+from runtime.data.options import DataOptions, names_of
 from runtime.data.origin import DataOrigin
 from runtime.data.processor import PROCESSOR_FILES, MediaProcessor
 from runtime.data.tokenizer import tokenizer_digest
@@ -33,7 +33,7 @@ class ProcessedData:
     by_source: tuple[int, ...]
 
 
-def has_media(groups: Sequence[ReadDocuments]) -> bool:
+def have_media(groups: Sequence[ReadDocuments]) -> bool:
     """Whether a document has images, sounds or videos."""
     return any(document.media for group in groups for _, document in group.documents)
 
@@ -64,7 +64,7 @@ def process_documents(
     Raises:
         DataError: there are too few documents, or the processor rejects one.
     """
-    labels = names if len(groups) > 1 else [", ".join(names)]
+    labels = names if len(groups) > 1 else [names_of(names)]
     chosen = _chosen(groups, labels, weights, options)
     documents = [document for _, document in chosen]
     _require_possible(documents, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from runtime.data.sources import STANDARD_INPUT, DataSource, parse_source
 from runtime.errors import UsageError
 
 DEFAULT_SEQ_LEN = 2048
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,13 @@ def data_sources(options: DataOptions) -> list[DataSource]:
         name = next(name for name, value in settings.items() if value)
         raise UsageError(f"{name} {settings[name]!r} applies to data sets, but the data are files", hint="leave it out")
     return [_completed(source, options) for source in given]
+
+
+def names_of(locations: Sequence[str]) -> str:
+    """Name the sources of data in a message."""
+    names = ["standard input" if name == STANDARD_INPUT else name for name in locations]
+    rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + rest
 
 
 def _completed(source: DataSource, options: DataOptions) -> DataSource:

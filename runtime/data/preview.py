@@ -45,6 +45,7 @@ def _facts(summary: DataSummary) -> list[str]:
         (summary.num_blank, "blank record", " skipped"),
         (summary.num_cut, "document", " cut at the maximum length"),
         (summary.num_left, "token", " at the end dropped"),
+        (summary.num_merged, "system message", " merged into the user's, as the chat template requires"),
     )
     found = [f"{count:,} {noun}{'' if count == 1 else 's'}{what}" for count, noun, what in facts if count]
     total = sum(count for _, count in summary.shares)

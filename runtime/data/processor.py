@@ -30,7 +30,7 @@ from runtime.data.named_tensors import Sample
 from runtime.data.tokenizer import require_tokenizer_class
 from runtime.errors import DataError
 from runtime.host.offline import offline
-from runtime.host.regular_files import require_regular_entries
+from runtime.host.regular_files import read_text, require_regular_entries
 from runtime.model.config import parse_config
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ IDS, MASK, DECODER_IDS = "input_ids", "attention_mask", "decoder_input_ids"
 _MEDIA_TOKENS = tuple(
     f"{kind}_{name}" for kind in (IMAGE, AUDIO, VIDEO) for name in ("token_id", "token_index", "pad_token_id")
 )
+_CLASS_KEYS = ("processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type")
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -292,6 +293,7 @@ def load_processor(directory: Path) -> MediaProcessor:
         with quiet("transformers"), warnings.catch_warnings(), offline():
             warnings.simplefilter("ignore")
             require_tokenizer_class(directory)
+            _require_processor_classes(directory)
             auto: Any = AutoProcessor
             found = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             config = parse_config(directory)
@@ -309,11 +311,33 @@ def load_processor(directory: Path) -> MediaProcessor:
     return MediaProcessor(processor=found, directory=directory, names=_forward_names(directory), config=config)
 
 
+def _require_processor_classes(directory: Path) -> None:
+    """Require that the classes named by the files are processors: transformers would load any class, such as a model.
+
+    Raises:
+        DataError: one is another class.
+    """
+    import transformers
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.processing_utils import ProcessorMixin
+
+    bases = (ProcessorMixin, ImageProcessingMixin, FeatureExtractionMixin)
+    for file in (*PROCESSOR_FILES, "tokenizer_config.json", "config.json"):
+        table = json.loads(read_text(directory / file)) if (directory / file).is_file() else {}
+        parts = [table, *(part for part in table.values() if isinstance(part, dict))] if isinstance(table, dict) else []
+        for name in (part.get(key) for part in parts for key in _CLASS_KEYS):
+            found = getattr(transformers, name, None) if isinstance(name, str) else None
+            # The class of a missing package has `is_dummy`.
+            if isinstance(found, type) and not issubclass(found, bases) and not getattr(found, "is_dummy", False):
+                raise DataError(f"{directory / file} names {name} as a processor, which is another class")
+
+
 def _forward_names(directory: Path) -> tuple[str, ...]:
     """Return the parameters of the forward of the class that config.json names; nothing if it has code of its own."""
     import transformers
 
-    table = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    table = json.loads(read_text(directory / "config.json"))
     names = table.get("architectures") or [""]
     cls = getattr(transformers, str(names[0]), None)
     if table.get("auto_map") or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):

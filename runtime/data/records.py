@@ -101,6 +101,7 @@ def chosen_columns(names: Sequence[str], columns: Sequence[str], where: str) -> 
         DataError: a column does not exist, or none is known.
     """
     wanted = [column if column in names else column.partition("=")[2] or column for column in columns]
+    wanted = [name if name in names else name.partition(".")[0] for name in wanted]
     for column in wanted:
         if column not in names:
             raise DataError(f"{where} has no column {column!r}", hint=f"its columns are {list(names)}")
@@ -117,10 +118,10 @@ def with_columns(record: Mapping[str, Any], where: str, columns: Sequence[str]) 
     Args:
         record: fields by name.
         where: its place, for messages.
-        columns: `NAME` or `FIELD=NAME`.
+        columns: `NAME` or `FIELD=NAME`; a name with dots is a path into nested fields.
 
     Raises:
-        DataError: the record has no such field, or its value is neither a text nor a list.
+        DataError: the record has no such field, its value is neither a text nor a list, or two are the same field.
     """
     found = {name: record[name] for name in _BESIDES if name in record}
     for column in columns:
@@ -129,15 +130,24 @@ def with_columns(record: Mapping[str, Any], where: str, columns: Sequence[str]) 
             field, name = "", column
         elif field not in (*FIELDS, *MEDIA_FIELDS):
             raise DataError(f"--column {column}: {field!r} is not a field", hint=f"fields are {', '.join(FIELDS)}")
-        if name not in record:
-            raise DataError(f"{where} has no column {name!r}", hint=f"its columns are {list(record)}")
-        value = record[name]
+        value = _value_at(record, name, where)
         if not field:
             field = "text" if _is_null(value) or isinstance(value, str) else "messages"
             if field == "messages" and not isinstance(_plain(value), (list, Mapping)):
                 raise DataError(f"column {name!r} of {where} is {type(value).__name__}, not a text or messages")
+        if field in found and field not in _BESIDES:
+            raise DataError(f"two columns are the {field} of {where}", hint="write --column FIELD=NAME for each")
         found[field] = value
     return found
+
+
+def _value_at(record: Mapping[str, Any], name: str, where: str) -> Any:
+    value: Any = record
+    for key in [name] if name in record else name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise DataError(f"{where} has no column {name!r}", hint=f"its columns are {list(record)}")
+        value = value[key]
+    return value
 
 
 def messages_of(value: Any, name: str, where: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from runtime.errors import UsageError
 
 STANDARD_INPUT = "-"
 _MARK = "::"
+_URL = re.compile(r"(?:hf|https?)://(?:(?:(?:huggingface\.co|hf\.co)/)?datasets/([\w.-]+/[\w.-]+))?")
+_LONGEST_ARGUMENT = 4096
 _SETTINGS = ("weight", "format", "split", "config", "revision", "column")
 _HINT = f"write SOURCE{_MARK}NAME=VALUE,NAME=VALUE with the names {', '.join(_SETTINGS)}"
 
@@ -83,6 +86,15 @@ def parse_source(text: str | Path) -> DataSource:
     argument = str(text)
     if not argument or "\0" in argument:
         raise UsageError(f"the data argument is {argument!r}", hint="pass a file, a directory or the id of a data set")
+    if len(argument) > _LONGEST_ARGUMENT:
+        raise UsageError(
+            f"the data argument has {len(argument):,} characters, beginning with {argument[:40]!r}",
+            hint="pass a file, a directory or the id of a data set, not the text itself",
+        )
+    url = _URL.match(argument)
+    if url is not None and not os.path.exists(argument):
+        hint = f"pass the id of the data set: {url[1]}" if url[1] else "download it, and pass the file"
+        raise UsageError(f"{argument} is a URL, and nothing is downloaded", hint=hint)
     location, mark, settings = argument.partition(_MARK)
     if isinstance(text, Path) or not mark or os.path.exists(argument):
         return DataSource(location=argument)

@@ -14,13 +14,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.data.chats import MERGED_SYSTEM, NO_TEMPLATE
 from runtime.data.document_tokens import DocumentTokens, document_tokens, target_tokens
 from runtime.data.documents import Document, require_pairs
 from runtime.data.file_formats import Record
 from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_order, read_shuffled, shares, spread
-from runtime.data.named_samples import has_media, process_documents
+from runtime.data.named_samples import have_media, process_documents
 from runtime.data.named_tensors import NamedSamples
-from runtime.data.options import DataOptions, data_sources
+from runtime.data.options import DataOptions, data_sources, names_of
 from runtime.data.origin import DataOrigin
 from runtime.data.processor import MediaProcessor, load_processor
 from runtime.data.reading import parts_of
@@ -50,6 +51,7 @@ class DataSummary:
         num_left: the tokens at the end of the text that did not fill a window.
         shares: the number of samples of each source, in order.
         remarks: what a user should know, one line each.
+        num_merged: the system messages that became part of the user's, because the chat template rejects them.
     """
 
     num_documents: int
@@ -58,6 +60,7 @@ class DataSummary:
     num_left: int
     shares: tuple[tuple[str, int], ...]
     remarks: tuple[str, ...]
+    num_merged: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +108,7 @@ def prepare_data(options: DataOptions, tokenizer_dir: Path, tokenizer_name: str 
     digests = [(part.name, part.digest()) for of_source in parts for part in of_source]
     names = [source.location for source in sources]
     weights = [1.0 if source.weight is None else source.weight for source in sources]
-    if has_media(groups):
+    if have_media(groups):
         processor = load_processor(tokenizer_dir)
         return processed_samples(groups, names, weights, processor, options, sources=digests, name=tokenizer_name)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -145,7 +148,7 @@ def samples_of(
         UsageError: text is packed without a length.
     """
     _require_length(options)
-    what = ", ".join(names)
+    what = names_of(names)
     labels = [what] if len(groups) == 1 else names
     is_paired = _require_documents(groups, labels, options)
     seq_len = _seq_len(options, longest)
@@ -165,6 +168,7 @@ def samples_of(
         num_blank=sum(group.num_blank for group in groups),
         num_cut=sum(sample.tokens.is_cut for sample in chosen),
         num_left=sum(pool.num_left for pool, count in zip(pools, counts, strict=True) if count == pool.available),
+        num_merged=maker.notes[MERGED_SYSTEM],
         shares=tuple((name, by_source[index]) for index, name in enumerate(names)),
         remarks=(*maker.all_remarks(), *_size_remarks(groups, labels, options)),
     )
@@ -192,7 +196,7 @@ def processed_samples(
     longest = _longest(processor.tokenizer, processor.directory)
     seq_len = _seq_len(options, longest)
     made = process_documents(groups, names, weights, processor, options, sources=sources, seq_len=seq_len, name=name)
-    labels = [", ".join(names)] if len(groups) == 1 else names
+    labels = [names_of(names)] if len(groups) == 1 else names
     summary = DataSummary(
         num_documents=sum(len(group.documents) for group in groups),
         num_blank=sum(group.num_blank for group in groups),
@@ -312,7 +316,8 @@ class _SampleMaker:
     remarks: list[str] = field(default_factory=list)
 
     def all_remarks(self) -> list[str]:
-        return [*self.remarks, *(f"{count} {note}" for note, count in sorted(self.notes.items()))]
+        plain = self.notes[NO_TEMPLATE]
+        return [*self.remarks, *([f"{plain} {NO_TEMPLATE}"] if plain else [])]
 
     def windows(self, group: ReadDocuments, what: str) -> _Pool:
         """Join the documents, and cut windows that do not overlap."""

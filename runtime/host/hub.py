@@ -108,11 +108,17 @@ def weights_directory(weights: Any) -> Path:
     return resolve_directory(weights, what="weights")
 
 
-def cached_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """Return the directory of a hub id's snapshot in the local cache; None if there is none. It may be incomplete."""
+def cached_snapshot(repo: str, revision: str | None = None, *, kind: str = "models") -> Path | None:
+    """Return the directory of a hub id's snapshot in the local cache; None if there is none. It may be incomplete.
+
+    Args:
+        repo: the id.
+        revision: branch, tag or commit; None for `main`.
+        kind: `models` or `datasets`.
+    """
     if not _is_id(repo):
         return None
-    folder = _HubId(repo=repo, revision=revision, what="model").folder
+    folder = cache_directory() / "--".join((kind, *repo.split("/")))
     stated = _checked(revision) if revision is not None else _MAIN
     commit = _commits(folder).get(stated, stated)
     if _COMMIT.fullmatch(commit) is None or commit in (".", ".."):

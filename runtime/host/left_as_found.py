@@ -257,7 +257,7 @@ def _is_traced(value: Any) -> bool:
     if torch is None:
         return False
     kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return isinstance(value, kinds) or type(value).__module__.startswith("torch.fx")
+    return isinstance(value, kinds) or str(type(value).__module__).startswith("torch.fx")
 
 
 def _entries(cache: Any) -> dict[Any, Any] | None:

@@ -60,9 +60,12 @@ _DATA, _MOST_ENTERED = 1000, 20_000
 _SKIPPED_IN_CLASSES = ("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__doc__")
 
 
-def is_unrelated(module: str) -> bool:
-    """Whether the module of this name, and objects of its classes, keep no state of a model."""
-    top = module.partition(".")[0]
+def is_unrelated(module: str | None) -> bool:
+    """Whether the module of this name, and objects of its classes, keep no state of a model.
+
+    Classes that code creates may have no module.
+    """
+    top = (module or "").partition(".")[0]
     return top in _UNRELATED or (top in sys.stdlib_module_names and top != "__main__") or module in _TABLES
 
 
@@ -333,7 +336,7 @@ class StateWalk:
             return [function.func, function.args, function.keywords]
         if isinstance(function, _LRU):
             self.caches.append(function)
-        elif is_unrelated(function.__module__ or ""):
+        elif is_unrelated(function.__module__):
             return []
         own = self._keep(function, _ATTRIBUTES).values()
         inner = getattr(function, "__wrapped__", None)

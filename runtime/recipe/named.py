@@ -26,7 +26,7 @@ def recipe_of(given: str | os.PathLike[str]) -> Recipe:
     name = os.fspath(given)
     is_path = os.path.isfile(name) or os.sep in name or Path(name).suffix in (".yaml", ".yml", ".json", ".txt")
     if not is_path and (name.lower() in (*EXAMPLES, *RECIPE_FILES) or name.upper() in PRESETS):
-        return Recipe.from_text(example(name), f"recipe {name}")
+        return Recipe.from_text(example(name), name)
     if is_path or os.path.exists(name):
         return Recipe.from_file(name)
     near = _nearest(name, (*PRESETS, *EXAMPLES, *RECIPE_FILES))

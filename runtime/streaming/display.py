@@ -19,7 +19,7 @@ from rich.text import Text
 
 from runtime.console import human_bytes, printable
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
-from runtime.status import nothing_to_show
+from runtime.status import done
 from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, step_facts
 from runtime.terminal import shortened
 
@@ -81,7 +81,7 @@ class Display:
         self._device, self._begin = torch.device(facts["device"]), time.perf_counter()
         if facts["resumed_at"]:
             self._console.print(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
-        nothing_to_show()
+        done()
         self._live = Live(console=self._console, get_renderable=self._drawn, refresh_per_second=4, transient=True)
         self._live.start()
 

@@ -236,7 +236,12 @@ def sign(
 @app.command()
 @given.takes_data_options
 def data(
-    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
+    tokenizer: Annotated[
+        str,
+        typer.Argument(
+            metavar="TOKENIZER", help="Directory, or hub id in the local cache; for images or sounds, of the model."
+        ),
+    ],
     sources: given.DataArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     data_options: DataOptions,
@@ -250,7 +255,7 @@ def data(
 
     options = dataclasses.replace(data_options, sources=tuple(sources), default_length=DEFAULT_SEQ_LEN)
     made, summary, directory = write_token_file(tokenizer, options, out, force=force, revision=revision)
-    describe(made, summary, options, directory, say)
+    describe(str(out), made, summary, options.show, directory, say)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,18 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.data.checked_batches import as_batches
+from runtime.data.decoder import LABELS
+from runtime.data.inputs import IDS
 from runtime.data.named_batches import named_batches
-from runtime.data.named_tensors import NamedSamples
+from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.data.processor import load_processor
-from runtime.errors import ModelError, UsageError
+from runtime.data.token_file import LOSS_MASK
+from runtime.errors import DataError, ModelError, UsageError
+from runtime.host.hub import resolve_directory
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
 from seqbuild.onecall.preparers import given_preparers, tokenizer_of
 from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
-from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader
+from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader, as_named
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
 
 if TYPE_CHECKING:
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
 
 
 _USUAL_REVISION = "main"
+_MEDIA_TOKEN = re.compile(r"(image|audio|video)_(token_id|token_index|pad_token_id)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +83,10 @@ def run_oneshot(options: OneshotOptions) -> Any:
     Raises:
         SeqbuildError: one of its classes, for anything the user can fix.
     """
+    from runtime.host.devices import resolve_device
     from runtime.streaming.workplace import require_startable
 
+    resolve_device(str(options.device))
     recipe = python_recipe(options.recipe, options.ignore)
     in_memory = options.dataset is not None and not options.is_named
     dataset = require_dataset(options) if in_memory else None
@@ -85,7 +94,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
         out = options.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "model"
         require_startable(out, resume=bool(options.run.get("resume", False)))
         opened = stack.enter_context(_opened(options))
-        rows = _batches_in_memory(dataset, options, opened) if in_memory else None
+        rows = _batches_in_memory(dataset, options, opened) if in_memory else _samples_with_media(options, opened)
         artifact = _compiled(options, opened, recipe, rows)
         if isinstance(recipe, str):
             stated = QuantizeOptions(model=opened.source.name, out=out, scheme=recipe, ignore=options.ignore)
@@ -103,6 +112,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
 @contextlib.contextmanager
 def _opened(options: OneshotOptions) -> Iterator[_Opened]:
     """Find the model, or describe that in memory in a temporary directory."""
+    from runtime.checkpoint.dequantize import open_checkpoint
     from seqbuild.model.source import resolve_source
 
     preparers = given_preparers(options)
@@ -117,11 +127,12 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
                 preparers_directory=loaded.source.directory,
             )
         return
-    source = resolve_source(
-        os.fspath(options.model), revision=None if options.model_revision == _USUAL_REVISION else options.model_revision
-    )
+    revision = None if options.model_revision == _USUAL_REVISION else options.model_revision
+    source = resolve_source(os.fspath(options.model), revision=revision)
     if os.path.isfile(options.model):
         raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
+    weights = resolve_directory(options.model, revision=revision, what="weights")
+    open_checkpoint(weights)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as directory:
         for preparer in preparers:
             preparer.save_pretrained(directory)
@@ -129,7 +140,7 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
             shutil.copyfile(source.config_file, Path(directory) / "config.json")  # a processor is loaded with it
         yield _Opened(
             source=source,
-            weights=source.directory,
+            weights=weights,
             kind=_class_of(source),
             attention=None,
             preparers=preparers,
@@ -148,7 +159,10 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
     """Read a data set in memory; columns that are no inputs of the model are left out."""
     inputs = tuple(inspect.signature(opened.kind.forward).parameters) if opened.kind is not None else None  # type: ignore[attr-defined]
     if is_loader(dataset):
-        return [_without_others(batch, inputs) for batch in dataset]
+        batches = as_batches([_without_others(batch, inputs) for batch in dataset])
+        if not batches:
+            raise DataError("the DataLoader has no batches", hint="pass a data set with rows")
+        return batches
     directory = opened.source.directory
     reader = RowReader(
         options=options,
@@ -158,6 +172,14 @@ def _batches_in_memory(dataset: Any, options: OneshotOptions, opened: _Opened) -
         inputs=inputs,
     )
     return reader.batches(chosen_rows(dataset, options))
+
+
+def _samples_with_media(options: OneshotOptions, opened: _Opened) -> NamedSamples | None:
+    """Read the data that a path or an id names; None if it is text only."""
+    from seqbuild.onecall.steps import samples_with_media
+
+    directory = opened.preparers_directory or opened.source.directory
+    return samples_with_media(directory, _data_options(options), options.progress) if options.is_named else None
 
 
 def _without_others(batch: Any, inputs: Sequence[str] | None) -> Any:
@@ -190,11 +212,9 @@ def _compiled(
 
     with contextlib.ExitStack() as stack:
         sample = None
-        given = rows.samples if isinstance(rows, NamedSamples) else rows
-        first = max(given, key=len) if given else {}
-        if any(name not in TEXT_INPUTS for name in first):
+        if rows and (isinstance(rows, NamedSamples) or any(name not in TEXT_INPUTS for name in rows[0])):
             sample = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "sample.safetensors"
-            _save_sample(first, sample)
+            _save_sample(rows, sample, opened.source)
         own_targets = () if isinstance(recipe, str) else recipe.sequential_targets
         compiled = compile_with(
             CompileOptions(
@@ -215,13 +235,18 @@ def _compiled(
     return load(compiled.path, trust_remote_code=options.trust_remote_code_model)
 
 
-def _save_sample(batch: Batch, path: Path) -> None:
+def _save_sample(rows: Sequence[Batch] | NamedSamples, path: Path, source: Source) -> None:
+    """Write a file that the model is compiled for: samples, from which the compiler makes a batch, or a whole batch."""
     from safetensors.torch import save_file
 
-    from runtime.data.decoder import LABELS
-    from runtime.data.token_file import LOSS_MASK
-
-    save_file({name: value.contiguous() for name, value in batch.items() if name not in (LABELS, LOSS_MASK)}, path)
+    if isinstance(rows, NamedSamples):
+        save_named(path, rows)
+    elif all(len(batch[IDS]) == 1 for batch in rows if IDS in batch):
+        tokens = [value for name, value in source.config.items() if _MEDIA_TOKEN.fullmatch(name) and type(value) is int]
+        save_named(path, as_named(rows, tuple(tokens)))
+    else:
+        beside = (LABELS, LOSS_MASK)
+        save_file({name: value.contiguous() for name, value in rows[0].items() if name not in beside}, path)
 
 
 def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:

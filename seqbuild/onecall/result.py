@@ -57,7 +57,8 @@ def summary(result: Quantized) -> Iterator[str]:
     if result.peak_device_bytes:
         memory += f", {human_bytes(result.peak_device_bytes)} on the device"
     share = done.num_bytes / max(result.original_bytes, 1)
-    yield f"quantized    {len(done.modules)} modules with {result.recipe}, in {done.path}"
+    caches = f" and {done.num_caches} key-value caches" if done.num_caches else ""
+    yield f"quantized    {len(done.modules)} modules{caches} with {result.recipe}, in {done.path}"
     yield f"size         {human_bytes(result.original_bytes)} before, {human_bytes(done.num_bytes)} after ({share:.0%})"
     yield f"perplexity   {_perplexity(result)}"
     yield f"time         {sum(seconds.values()):.1f} s: {', '.join(f'{name} {s:.1f} s' for name, s in seconds.items())}"
@@ -71,7 +72,7 @@ def _perplexity(result: Quantized) -> str:
     change = after.perplexity / before.perplexity - 1
     return (
         f"{before.perplexity:.4f} before, {after.perplexity:.4f} after ({change:+.2%}), "
-        f"over {after.num_tokens} tokens that the calibration did not read"
+        f"{after.num_tokens:,} held-out tokens"
     )
 
 

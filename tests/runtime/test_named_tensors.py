@@ -134,7 +134,7 @@ def test_samples_of_equal_shapes_are_joined(seeing: Any) -> None:
 def test_texts_are_padded_beside_images_and_each_sample_runs_once(seeing: Any) -> None:
     samples = [row(5), row(7), row(4, images=0, first=10), row(9, images=0, first=20)]
     batches = named_batches(seeing, named(*samples), 2)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 7), (2, 9)]
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 9), (2, 5)]
     tokens = torch.cat([batch["input_ids"][batch["attention_mask"] != 0] for batch in batches])
     assert sorted(tokens.tolist()) == sorted(torch.cat([sample["input_ids"][0] for sample in samples]).tolist())
     for batch in batches:
@@ -142,11 +142,23 @@ def test_texts_are_padded_beside_images_and_each_sample_runs_once(seeing: Any) -
         assert bool((batch["input_ids"][padded] == 0).all()) and bool((batch["labels"][padded] == -100).all())
 
 
+def test_images_run_with_videos(seeing: Any) -> None:
+    both = inputs(
+        *seeing.inputs, entry("videos", "v", 5, dtype="model"), dims=(*seeing.dims, DimEntry(name="v", min=1, max=-1))
+    )
+    videos = [row(length, images=0) | {"videos": torch.randn(2, 5)} for length in (6, 8)]
+    samples = [row(5), *videos, row(7), row(4, images=0), row(9)]
+    batches = named_batches(both, named(*samples), 3)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3]
+    assert sorted(len(batch["pixel_values"]) for batch in batches) == [1, 2]
+    assert [len(batch["videos"]) for batch in batches] == [2, 2]
+
+
 def test_samples_that_cannot_run_are_named(seeing: Any) -> None:
     text, image = row(4, images=0), row(4)
-    with pytest.raises(DataError, match=r"sample 0 has no pixel_values.* no sample has all .*--text-only"):
+    with pytest.raises(DataError, match=r"sample 0 has no pixel_values.* no sample has it .*--text-only"):
         named_batches(seeing, named(text, text), 8)
-    with pytest.raises(DataError, match=r"3 samples have no pixel_values.* only 1 .*--batch-size 4"):
+    with pytest.raises(DataError, match=r"3 samples have no pixel_values .* only 1 .*--batch-size 4"):
         named_batches(seeing, named(text, text, text, image), 2)
     named_batches(seeing, named(text, text, text, image), 4)
     extra = image | {"image_sizes": torch.ones(1, 2)}

@@ -174,7 +174,32 @@ class TestStatus:
         _, terminal = show(main)
         assert "planning" in terminal.shown
         assert terminal.rows == ["warning: text"]
-        assert terminal.shown.count(HIDE_CURSOR) == terminal.shown.count(SHOW_CURSOR) == 1
+        assert terminal.shown.count(HIDE_CURSOR) == terminal.shown.count(SHOW_CURSOR) > 0
+
+    def test_it_returns_below_what_was_printed(self, show: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("runtime.status._DELAY_S", 0.0)
+        drawn = threading.Semaphore(0)
+        rendered, texts = runtime.status._StatusLine._rendered, []
+
+        def noted(line: Any) -> Any:
+            found = rendered(line)
+            texts.append(found.plain)
+            drawn.release()
+            return found
+
+        monkeypatch.setattr("runtime.status._StatusLine._rendered", noted)
+
+        def main() -> int:
+            with status_line("loading"):
+                assert drawn.acquire(timeout=10)
+                say("quantizing")
+                texts.clear()
+                while not texts:
+                    assert drawn.acquire(timeout=10)
+                return 0
+
+        _, terminal = show(main)
+        assert (terminal.rows, texts[0]) == (["quantizing"], "loading")
 
     def test_a_quick_command_shows_none(self, show: Callable[..., Any], tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()

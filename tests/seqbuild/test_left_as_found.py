@@ -163,6 +163,14 @@ def test_what_is_not_the_models_is_put_back_as_well() -> None:
     assert look() == before
 
 
+def test_a_class_without_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    created = type("Created", (), {"__module__": None, "table": {}})
+    monkeypatch.setattr(remembering, "CREATED", created(), raising=False)
+    model = fresh(())
+    model.created = created()
+    assert len(trace_subgraphs(model, {"x": X}, LAYERS)) > 1
+
+
 def test_two_threads_trace_one_after_the_other() -> None:
     models = [fresh(("cache", "globals", "attribute of another module")) for _ in range(2)]
     found: list[torch.Tensor] = [torch.empty(0)] * 2

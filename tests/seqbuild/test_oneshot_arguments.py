@@ -11,11 +11,35 @@ from torch import nn
 
 import seqbuild
 import seqbuild.build
-from runtime.errors import DataError, ModelError, OutputError, RecipeError, SeqbuildError, UsageError
+from runtime.errors import (
+    DataError,
+    DeviceError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    SeqbuildError,
+    UsageError,
+    WeightsError,
+)
 from seqbuild.modifiers import QuantizationModifier
 from tests.tiny_models import tiny_model
 
 RECIPE = QuantizationModifier(scheme="FP8_DYNAMIC", ignore=["lm_head"])
+
+
+class PeftModel(nn.Module):
+    """Has the name of the wrapper of a library that is not installed."""
+
+    __module__ = "peft.peft_model"
+
+
+class Compiled(nn.Module):
+    """Is like what `torch.compile` returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = nn.Linear(2, 2)
+
 
 # name: (arguments, class of the error, a part of its message)
 WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
@@ -30,6 +54,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "ignore with modifiers": ({"ignore": ["lm_head"]}, UsageError, "ignore applies to the name of a preset only"),
     "number as model": ({"model": 3}, UsageError, "model is 3 .pass a hub id"),
     "module as model": ({"model": nn.Linear(2, 2)}, UsageError, "model is a torch.nn.modules.linear.Linear"),
+    "model with an adapter": ({"model": PeftModel()}, UsageError, r"merge_and_unload\(\)"),
+    "compiled model": ({"model": Compiled()}, UsageError, "model._orig_mod"),
     "missing model": ({"model": "./missing"}, ModelError, "missing"),
     "empty model": ({"model": ""}, ModelError, "no model"),
     "number as data": ({"dataset": 3}, UsageError, "dataset is 3"),
@@ -58,6 +84,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[SeqbuildError], str]] = {
     "text as length": ({"max_seq_length": "2048"}, UsageError, "max_seq_length is '2048'"),
     "number as switch": ({"load": 1}, UsageError, "load is 1 .it must be True or False"),
     "unknown precision": ({"precision": "int4"}, UsageError, "precision is 'int4'"),
+    "missing device": ({"device": "cuda:99"}, DeviceError, "cuda:99"),
     "no output": ({"output_dir": None}, UsageError, "pass one, or load=True"),
     "number as output": ({"output_dir": 3}, UsageError, "output_dir is 3"),
     "progress bar": ({"progress": True}, UsageError, "progress is True"),
@@ -100,6 +127,17 @@ def test_an_output_that_exists_is_rejected_before_anything_runs(model: Any, tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="not empty"):
         seqbuild.oneshot(model, recipe=RECIPE, output_dir=tmp_path)
+
+
+def test_weights_are_required_before_anything_is_compiled(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seqbuild.build, "compile_with", None)
+    model.config.save_pretrained(tmp_path / "model")
+    with pytest.raises(WeightsError, match="does not contain a safetensors checkpoint"):
+        seqbuild.oneshot(tmp_path / "model", recipe=RECIPE, output_dir=tmp_path / "out")
+    with pytest.raises(ModelError, match="is a config without weights"):
+        seqbuild.oneshot(tmp_path / "model" / "config.json", recipe=RECIPE, output_dir=tmp_path / "out")
 
 
 def test_arguments_without_effect_are_accepted(model: Any, tmp_path: Path) -> None:

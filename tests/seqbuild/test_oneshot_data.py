@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from runtime.errors import DataError, UsageError
 from seqbuild.onecall.arguments import parse_arguments
+from seqbuild.onecall.in_python import _batches_in_memory, _data_options
 from seqbuild.onecall.row_tensors import Batch, RowReader
 from seqbuild.onecall.rows import chosen_rows, require_dataset
 
@@ -192,20 +194,28 @@ def test_a_function_can_make_the_batches() -> None:
     assert [batch["input_ids"].tolist() for batch in batches] == [[ids[:3] for ids in IDS[:3]], [IDS[3][:3]]]
 
 
+class Own(DataLoader[Any]):
+    """A subclass, as trainers have."""
+
+
 def test_a_loader_is_used_as_it_is() -> None:
-    from seqbuild.onecall.rows import is_loader
+    def loaded(rows: list[Any], kind: type[DataLoader[Any]] = DataLoader) -> Any:
+        opened: Any = SimpleNamespace(kind=LlamaForCausalLM, source=None)
+        loader = kind(Indexed(rows), batch_size=3)
+        return _batches_in_memory(loader, options_of(loader, num_calibration_samples=1), opened)
 
-    class Own(DataLoader[Any]):
-        pass
-
-    assert is_loader(DataLoader(Indexed(IDS)))
-    assert is_loader(Own(Indexed(IDS)))
-    assert not is_loader(Indexed(IDS))
+    rows = [{"input_ids": torch.tensor(ids[:4]), "id": number, "text": "a"} for number, ids in enumerate(IDS)]
+    for kind in (DataLoader, Own):
+        batches = loaded(rows, kind)
+        assert [list(batch) for batch in batches] == [["input_ids"]] * 2
+        assert [batch["input_ids"].tolist() for batch in batches] == [[ids[:4] for ids in IDS[:3]], [IDS[3][:4]]]
+    with pytest.raises(DataError, match="batch 0 is a list"):
+        loaded([(torch.tensor(ids[:4]), 0) for ids in IDS])
+    with pytest.raises(DataError, match="no batches"):
+        loaded([])
 
 
 def test_names_become_data_options() -> None:
-    from seqbuild.onecall.in_python import _data_options
-
     options = options_of("owner/name", splits={"calibration": "train[:9]"}, dataset_config_name="en", seed=3)
     found = _data_options(options)
     assert (found.sources, found.split, found.config) == (("owner/name",), "train[:9]", "en")

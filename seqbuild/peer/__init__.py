@@ -1,0 +1,1 @@
+"""Subgraphs of an artifact inside llm-compressor."""
