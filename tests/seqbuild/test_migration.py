@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ MODELS = {
     "Qwen/Qwen3-Reranker-0.6B": ("Qwen3Config", _SIZES, "Qwen3ForCausalLM"),
     "Qwen/Qwen3-30B-A3B": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS}, "Qwen3MoeForCausalLM"),
 }
-# Their processors need the packages of the extra `media`.
+# The model, the file of its rows, and the package that its processor needs.
 MEDIA = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", "images.jsonl"),
-    "openai/whisper-large-v3": ("whisper", "sounds.jsonl"),
+    "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", "images.jsonl", "torchvision"),
+    "openai/whisper-large-v3": ("whisper", "sounds.jsonl", "soundfile"),
 }
 # The defaults of the call, which are llm-compressor's.
 AS_CALLED = ("--no-pack", "--shuffle", "--batch-size", "1")
@@ -65,7 +66,7 @@ def sections() -> list[Section]:
     found = []
     for part in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
         blocks = [(kind, text) for kind, text in _BLOCK.findall(part) if not text.startswith("# llm-compressor")]
-        texts = {kind: text for kind, text in blocks}
+        texts = dict(blocks)
         assert len(texts) == len(blocks), f"two blocks of one kind in {part[:40]!r}"
         if "sh" in texts:
             commands = tuple(texts["sh"].strip().splitlines())
@@ -96,8 +97,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_dir: Path) -
         directory = save_model(model.to(torch.bfloat16), root / name.replace("/", "--"), byte_tokenizer_dir)
         (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         made[name] = directory
-    for name, (family, _) in MEDIA.items():
-        made[name] = save(family, byte_tokenizer_dir, root / name.replace("/", "--"))
+    for name, (family, _, package) in MEDIA.items():
+        if find_spec(package):
+            made[name] = save(family, byte_tokenizer_dir, root / name.replace("/", "--"))
     return made
 
 
@@ -117,8 +119,9 @@ def test_command_and_call_give_the_same_checkpoint(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_chats(tmp_path / "chats.jsonl")
-    for family, name in MEDIA.values():
+    for family, name, package in MEDIA.values():
         if name in section.call:
+            pytest.importorskip(package)
             rows_of(family, tmp_path).rename(tmp_path / name)
     (tmp_path / "recipe.yaml").write_text(section.recipe, encoding="utf-8")
     outputs = []
