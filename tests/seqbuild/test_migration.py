@@ -117,7 +117,7 @@ def test_command_and_call_give_the_same_checkpoint(
     section: Section, models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SEQBUILD_CACHE", str(next(iter(models.values())).parent / "artifacts"))  # compiled once
     write_chats(tmp_path / "chats.jsonl")
     for family, name, package in MEDIA.values():
         if name in section.call:
