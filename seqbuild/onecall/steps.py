@@ -114,19 +114,25 @@ def media_samples(weights: Path, options: QuantizeOptions, show: Show) -> NamedS
     Raises:
         DataError: it cannot be read, or does not fit the model's processor.
     """
+    data = replace(options.data, default_samples=DEFAULT_SAMPLES)
+    return samples_with_media(options.tokenizer or weights, data, show.line)
+
+
+def samples_with_media(
+    directory: Path, data: DataOptions, tell: Callable[[str], None] | None = None
+) -> NamedSamples | None:
+    """Read data as `media_samples` does, for the processor in a directory."""
     from runtime.cli.batches import describe
     from runtime.data.options import DEFAULT_SEQ_LEN
     from runtime.data.processor import PROCESSOR_FILES
     from runtime.data.samples import load_data
 
-    directory = options.tokenizer or weights
-    if BUILTIN in options.data.sources or not any((directory / name).is_file() for name in PROCESSOR_FILES):
+    if BUILTIN in data.sources or not any((directory / name).is_file() for name in PROCESSOR_FILES):
         return None
-    data = replace(options.data, default_samples=DEFAULT_SAMPLES, default_length=DEFAULT_SEQ_LEN)
-    found, summary = load_data(data, directory)
+    found, summary = load_data(replace(data, default_length=DEFAULT_SEQ_LEN), directory)
     if not isinstance(found, NamedSamples):
         return None
-    describe(str(found.path), found, summary, data.show, directory, show.line)
+    describe(str(found.path), found, summary, data.show, directory, tell)
     return found
 
 
