@@ -32,7 +32,7 @@ pytest.importorskip("soxr")
 
 from PIL import Image
 
-from tests.runtime.media_models import rows_of, save, write_image, write_video
+from tests.runtime.media_models import read_sound, rows_of, save, write_image, write_video
 
 QUESTION = {"type": "text", "text": "What is it?"}
 # Everything but the layers of the language model.
@@ -117,7 +117,7 @@ def _of_transformers(family: str, place: Seeing) -> Iterator[Mapping[str, Any]]:
     for line in place.rows.read_text().splitlines():
         row = json.loads(line)
         if family == "whisper":
-            sound = transformers.audio_utils.load_audio(str(place.folder / row["audio"]), sampling_rate=16000)
+            sound = read_sound(place.folder / row["audio"])
             yield processor(audio=sound, sampling_rate=16000, text=row["text"], return_tensors="pt")
             continue
         kind = next((kind for kind in ("image", "audio") if kind in row), "")
@@ -129,7 +129,7 @@ def _of_transformers(family: str, place: Seeing) -> Iterator[Mapping[str, Any]]:
                 message["content"] = [{"type": "text", "text": message["content"]}]
             for part in message["content"]:
                 part |= {"image": Image.open(place.folder / part["image"])} if "image" in part else {}
-                part |= {"audio": str(place.folder / part["audio"])} if "audio" in part else {}
+                part |= {"audio": read_sound(place.folder / part["audio"])} if "audio" in part else {}
         yield processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 
 
