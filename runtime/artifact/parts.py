@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from runtime.artifact.manifest import Manifest
 from runtime.artifact.own_code import ModelCode, is_own_module
+from runtime.host.publish import disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +50,12 @@ class ArtifactParts:
         directory may have changed since it was checked.
         """
         if self._private is None:
-            self._private = Path(tempfile.mkdtemp(prefix="seqbuild-"))
-            weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
-            for name, data in self.companions.items():
-                (self._private / name).write_bytes(data)
+            private = Path(tempfile.mkdtemp(prefix="seqbuild-"))
+            weakref.finalize(self, shutil.rmtree, private, ignore_errors=True)
+            with disk_errors(private, lambda: "TMPDIR selects another directory for temporary files"):
+                for name, data in self.companions.items():
+                    (private / name).write_bytes(data)
+            self._private = private
         return self._private
 
     @property

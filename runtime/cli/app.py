@@ -99,7 +99,7 @@ def calibrate(
         "force": force,
     }
     job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
-    parsed = _recipe_of(job, resume)
+    parsed = _recipe_of(job, resume, log)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
@@ -108,20 +108,22 @@ def calibrate(
         tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
         weights=job.weights,
         batch_size=batch_size,
-        has_masks=True,
+        is_calibration=True,
     )
     batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
     options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
-def _recipe_of(job: Job, resume: bool) -> Recipe:
-    """Check the output directory, which takes no time, and read the recipe."""
+def _recipe_of(job: Job, resume: bool, log: Path | None) -> Recipe:
+    """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
+    from runtime.streaming.events import require_log
     from runtime.streaming.workplace import require_startable
 
     require_startable(job.out, resume=resume)
+    require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.console import warn
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions, names_of
+from runtime.data.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.data.tokenization import DataSummary
 
 DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 8
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*")
+_SHORT = 32  # tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,14 +32,14 @@ class BatchOptions:
         tokenizer: the tokenizer's directory; None for the tokenizer of the weights, or of the artifact.
         weights: the model directory.
         batch_size: samples per batch.
-        has_masks: pass the masks of the data on; a perplexity does not use them.
+        is_calibration: pass the masks of the data on, which a perplexity does not use, and warn of short samples.
     """
 
     data: DataOptions
     tokenizer: Path | None
     weights: Path
     batch_size: int = DEFAULT_BATCH_SIZE
-    has_masks: bool = False
+    is_calibration: bool = False
 
 
 def make_batches(
@@ -75,7 +76,9 @@ def make_batches(
         return named_batches(artifact.manifest, tokens, options.batch_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
-    masks = tokens.masks if options.has_masks else None
+    if options.is_calibration:
+        _complain_of_short(tokens, min(_SHORT, options.data.seq_len or _SHORT, longest or _SHORT), complain)
+    masks = tokens.masks if options.is_calibration else None
     stacked = batches(tokens.samples, options.batch_size, masks, tokens.targets)
     made = [model_inputs(artifact.manifest, batch) for batch in stacked]
     require_in_range(artifact.manifest, made)
@@ -110,8 +113,17 @@ def describe(
         tell(f"  {line}")
 
 
+def _complain_of_short(tokens: TokenData, least: int, complain: Callable[[str], None]) -> None:
+    mean = sum(map(len, tokens.samples)) / len(tokens.samples)
+    if mean < least:
+        complain(
+            f"the samples have {mean:.0f} tokens on average, so the model sees hardly any context and the result may "
+            "be poor; use longer texts, or join them with --pack"
+        )
+
+
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """Return the directory of the weights if it has a tokenizer or processor, or the artifact has none."""
     own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    is_compiled = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    is_compiled = has_tokenizer(artifact.companions_path)
     return weights if any((weights / name).is_file() for name in own) or not is_compiled else artifact.companions_path

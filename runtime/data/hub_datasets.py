@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -47,6 +48,7 @@ _READERS = (
     "webdataset",
 )
 _LONGEST_REASON = 300
+_INSTALL = "pip install 'datasets>=4'"
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOUND = r"-?\d+%?"
 _DECODED = ("Image", "Audio", "Video")  # features of data sets
@@ -85,6 +87,11 @@ def cached_parts(source: DataSource) -> list[DataPart]:
         DataError: it is not in the cache, or cannot be read.
     """
     name = source.location
+    if importlib.util.find_spec("datasets") is None:  # most likely, a path is misspelled
+        raise DataError(
+            f"no file or directory {name} exists, and reading the data set {name} requires the package datasets",
+            hint=_INSTALL,
+        )
     failure: SeqbuildError | None = None
     snapshot = cached_snapshot(name, source.revision, kind="datasets")
     if snapshot is not None:
@@ -183,13 +190,9 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
         import datasets
         from datasets import config as settings
     except ImportError as error:
-        raise DataError(
-            f"reading the data set {what} requires the package datasets", hint="pip install 'datasets>=4'"
-        ) from error
+        raise DataError(f"reading the data set {what} requires the package datasets", hint=_INSTALL) from error
     if int(datasets.__version__.partition(".")[0]) < 4:
-        raise DataError(
-            f"datasets {datasets.__version__} can execute code of a data set", hint="pip install 'datasets>=4'"
-        )
+        raise DataError(f"datasets {datasets.__version__} can execute code of a data set", hint=_INSTALL)
     before, is_silent = settings.HF_HUB_OFFLINE, datasets.are_progress_bars_disabled()
     settings.HF_HUB_OFFLINE = True
     datasets.disable_progress_bars()

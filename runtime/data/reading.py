@@ -126,7 +126,8 @@ def _state(file: DataFile) -> tuple[int, ...]:
 def _standard_input(source: DataSource) -> DataPart:
     """Copy standard input to a temporary file, because a pipe can be read only once."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("standard input is a terminal", hint="pipe data into the command, or pass a file")
+        state = "closed" if sys.stdin is None else "a terminal"
+        raise UsageError(f"standard input is {state}", hint="pipe data into the command, or pass a file")
     spooled = tempfile.NamedTemporaryFile(prefix="seqbuild-")  # noqa: SIM115
     _SPOOLED.append(spooled)
     try:

@@ -218,7 +218,7 @@ def _require_documents(groups: Sequence[ReadDocuments], labels: Sequence[str], o
     """Reject sources without text, and pairs among other documents; return whether they are pairs."""
     for group, label in zip(groups, labels, strict=True):
         if not group.documents:
-            raise DataError(f"{label} has only white space")
+            raise DataError(f"{label} has only white space" if group.num_records else f"{label} has no records")
     documents = [document for group in groups for _, document in group.documents]
     is_paired = any(document.target is not None for document in documents)
     if is_paired:
@@ -334,7 +334,8 @@ class _SampleMaker:
             self.remarks.append(f"{what} has {num_tokens} tokens, which become one sample of less than {seq_len}")
             seq_len = num_tokens
         num_windows = num_tokens // seq_len
-        there_are = f"{what} has {num_windows} windows of {seq_len} tokens ({num_tokens} tokens in all)"
+        windows = "window" if num_windows == 1 else "windows"
+        there_are = f"{what} has {num_windows} {windows} of {seq_len} tokens ({num_tokens} tokens in all)"
         if num_windows == 0:
             raise DataError(there_are, hint="use more text or a smaller --seq-len")
 

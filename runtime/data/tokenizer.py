@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NO_TOKENIZER = "pass the directory of a tokenizer, or a token file made by `seqbuild data`, which needs none"
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*")
+
 # Japanese and phonemes: they start programs and load shared libraries that the files can choose.
 _STARTS_PROGRAMS = re.compile(r"BertJapanese|Wav2Vec2Phoneme|Vits")
 
@@ -48,12 +50,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises plain `Exception`
-        why = str(error).partition("\n")[0]
+        if not has_tokenizer(directory):
+            raise DataError(f"{directory} has no tokenizer", hint=NO_TOKENIZER) from error
+        why = str(error).partition("\n")[0].removesuffix(" from one of:")  # a list follows
         raise DataError(f"the tokenizer in {directory} cannot be loaded: {why}", hint=NO_TOKENIZER) from error
     # From a config alone, transformers makes a tokenizer without a vocabulary.
     if not any((directory / name).is_file() for name in _vocabulary_files(tokenizer)):
         raise DataError(f"{directory} has the config of a tokenizer, but no vocabulary", hint=NO_TOKENIZER)
     return tokenizer
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has files with the names that tokenizers use."""
+    return any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def require_tokenizer_class(directory: Path) -> None:

@@ -77,6 +77,22 @@ def require_free(path: Path, *, replace: bool = False) -> None:
             raise OutputError(f"{path} is a mount point or the current directory and cannot be replaced", hint=hint)
 
 
+def require_writable(path: Path) -> None:
+    """Require that a new file or directory can be created, before the work that ends with it.
+
+    Raises:
+        OutputError: naming the directory that cannot be changed.
+    """
+    with disk_errors(path):
+        parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not parent.is_dir():
+            raise OutputError(f"cannot write {path}: {parent} is not a directory", hint="choose another output")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"cannot write {path}: no permission to create files in {parent}", hint="choose another output"
+            )
+
+
 def require_outside(path: Path, *sources: Path) -> None:
     """Require an output outside the directories that the run reads, because writing would change them.
 

@@ -89,7 +89,7 @@ def _require_possible(
 ) -> None:
     """Reject modules that could not be quantized when the run reaches them."""
     tied_by = {entry.tied_to: name for name, entry in artifact.manifest.parameters.items()}
-    for name, job in jobs.items():
+    for name in jobs:
         ignore = f"add {name} to ignore"
         entry = artifact.manifest.parameters[f"{name}.weight"]
         tied = entry.tied_to or tied_by.get(f"{name}.weight", "")
@@ -109,14 +109,25 @@ def _require_possible(
                 "scales can only be derived from a name that ends in .weight",
                 hint=ignore,
             )
-        num_in = model.get_submodule(name).get_parameter("weight").shape[1]
-        for size in _group_sizes(job):
-            if num_in % size:
-                raise RecipeError(
-                    f"{recipe.source}: {name} has {num_in} input features, which is not a multiple of group_size "
-                    f"{size}",
-                    hint=f"{ignore}, or use another group_size",
-                )
+    _require_whole_groups(model, recipe, jobs)
+
+
+def _require_whole_groups(model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment]) -> None:
+    """Reject groups that do not divide a module's input features, naming all such modules at once."""
+    features = {name: model.get_submodule(name).get_parameter("weight").shape[1] for name in jobs}
+    uneven = [
+        (name, num_in, size) for name, num_in in features.items() for size in _group_sizes(jobs[name]) if num_in % size
+    ]
+    if not uneven:
+        return
+    name, num_in, size = uneven[0]
+    others = list(dict.fromkeys(other for other, _, _ in uneven if other != name))
+    also = f"; the same applies to {some(others)}" if others else ""
+    raise RecipeError(
+        f"{recipe.source}: {name} has {num_in} input features, which is not a multiple of group_size {size}{also}",
+        hint=f"add {'them' if others else name} to ignore, use another group_size, or a scheme without groups such as "
+        "W8A8 or FP8_DYNAMIC",
+    )
 
 
 def is_plain(source: ParameterSource, name: str) -> bool:

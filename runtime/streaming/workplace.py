@@ -21,7 +21,7 @@ from pathlib import Path
 
 from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
-from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free
+from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free, require_writable
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
 
@@ -137,6 +137,7 @@ def require_startable(out: Path, *, resume: bool) -> None:
     if resume:
         require_unfinished(out)
     require_free(out)
+    require_writable(out)
     root = _root_of(out)
     if root.is_dir():
         _require_plain(root)
@@ -212,7 +213,10 @@ def require_unfinished(out: Path) -> None:
             _require_plain(root)
             with _locked(root, out):
                 shutil.rmtree(root, ignore_errors=True)
-        raise OutputError(f"output directory {out} is already complete; nothing to resume")
+        raise OutputError(
+            f"output directory {out} is already complete; nothing to resume",
+            hint="seqbuild evaluate measures its perplexity",
+        )
 
 
 def num_finished(out: Path) -> int:

@@ -130,10 +130,12 @@ def quantize(
     if dry_run:
         _plan(options, tell, as_json)
         return
+    from runtime.streaming.events import require_log
     from seqbuild.onecall.given import Show
     from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
 
+    require_log(log)
     show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
     result = quantize_model(options, show=show)
     if as_json:

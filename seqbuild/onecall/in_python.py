@@ -270,7 +270,7 @@ def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact
         tokenizer=opened.preparers_directory,
         weights=opened.source.directory,
         batch_size=options.batch_size,
-        has_masks=True,
+        is_calibration=True,
     )
     return text_batches(artifact, batches, builtin_text(), options.progress)
 

@@ -46,9 +46,19 @@ def choose_recipe(options: QuantizeOptions, manifest: Manifest) -> Recipe:
         return found
     modules = {name.rpartition(".")[0] for name in manifest.parameters}
     never = [pattern for pattern in NEVER_QUANTIZED if any(matches_name(pattern, name) for name in modules)]
+    never += [name for name in _tied_heads(manifest) if not any(matches_name(pattern, name) for pattern in never)]
     return recipe_from_scheme(
         str(options.scheme),
         options.algorithm,
         targets=options.targets or ("Linear",),
         ignore=list(dict.fromkeys((*never, *options.ignore))),
     )
+
+
+def _tied_heads(manifest: Manifest) -> list[str]:
+    """Return the modules outside of the layers that share their weight with an embedding, whatever their names."""
+    owners = {entry.tied_to for entry in manifest.parameters.values()}
+    tied = {name for name, entry in manifest.parameters.items() if entry.tied_to or name in owners}
+    outside = [entry for entry in manifest.subgraphs if not entry.targets]
+    called = {name: None for entry in outside for name in entry.submodules}
+    return [name for name in called if f"{name}.weight" in tied]

@@ -29,7 +29,8 @@ def serving_lines(manifest: Manifest, path: Path, remarks: Sequence[str]) -> tup
     """
     limits = [text.removeprefix("warning: ") for text in remarks]
     if manifest.model.model_type in VLLM_MODEL_TYPES and not any(text.startswith("vLLM") for text in limits):
-        return (f"vllm serve {shlex.quote(str(path))}",)
+        # A name that begins with a dash would be an option.
+        return (f"vllm serve {shlex.quote(f'./{path}' if str(path).startswith('-') else str(path))}",)
     of_transformers = [text for text in limits if text.startswith("transformers")]
     if any(reason in text for text in of_transformers for reason in _NOT_LOADED):
         return ("none of the tested programs loads all of it, see the warnings above and docs/readers.md",)

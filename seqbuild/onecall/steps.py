@@ -62,8 +62,10 @@ def require_data(options: QuantizeOptions) -> None:
         DataError, UsageError: naming the argument.
     """
     from runtime.data.documents import require_file
-    from runtime.data.file_formats import format_of
     from runtime.data.options import data_sources
+    from runtime.data.reading import parts_of
+    from runtime.data.samples import is_token_file
+    from runtime.data.sources import STANDARD_INPUT
 
     sources = data_sources(options.data)
     if options.evaluate:
@@ -72,9 +74,11 @@ def require_data(options: QuantizeOptions) -> None:
         if both:
             raise UsageError(f"{both[0]} is given for calibration and evaluation", hint="pass another --eval-data")
         sources += held_out
-    for path in (Path(source.location) for source in sources):
-        if format_of(path) is not None:
-            require_file(path)
+    for source in sources:
+        if is_token_file([source]):
+            require_file(Path(source.location))
+        elif source.location not in (BUILTIN, STANDARD_INPUT):
+            parts_of(source)
 
 
 def _held_out_data(options: QuantizeOptions) -> DataOptions:
@@ -199,12 +203,20 @@ def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOpti
     Raises:
         DataError: it cannot be read, or does not fit the model.
     """
+    from runtime.data.options import data_sources
+    from runtime.data.samples import is_token_file
+    from runtime.data.tokenizer import has_tokenizer
+    from runtime.host.hub import resolve_directory
+
+    if options.tokenizer is None and not has_tokenizer(weights) and not is_token_file(data_sources(options.data)):
+        # Of a hub id, an interrupted download may have left the weights alone.
+        resolve_directory(options.model, revision=options.revision, what="tokenizer")
     data = BatchOptions(
         data=replace(options.data, default_samples=DEFAULT_SAMPLES),
         tokenizer=options.tokenizer,
         weights=weights,
         batch_size=options.batch_size,
-        has_masks=True,
+        is_calibration=True,
     )
     return text_batches(artifact, data, builtin_text(), show.line)
 

@@ -49,7 +49,8 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
             "config_groups: {a: {targets: [Linear], weights: {num_bits: 4, type: int, symmetric: true, "
             "strategy: group, group_size: 96}}}, ignore: [lm_head]",
             runtime.RecipeError,
-            "model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96",
+            "model.layers.0.self_attn.q_proj has 128 input features, which is not a multiple of group_size 96; "
+            "the same applies to model.layers.0.self_attn.k_proj, ",
         ),
     ],
 )

@@ -194,6 +194,7 @@ def test_a_batch_size_of_zero_is_refused() -> None:
         ("x", b"a", r"unsupported extension '' of .*x"),
         ("x.txt", b"", r"x.txt is empty"),
         ("x.txt", b" \n", r"x.txt has only white space"),
+        ("x.json", b"[]", r"x.json has no records"),
         ("x.txt", b"ab\xffc", r"x.txt is not UTF-8: byte 0xff at position 2"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of .*x.jsonl is not JSON"),
         ("x.jsonl", b"[" * 100_000, r"line 1 of .*x.jsonl is not JSON"),

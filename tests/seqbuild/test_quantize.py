@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,11 @@ def test_a_dry_run_writes_nothing(call: Call, llama_dir: Path, monkeypatch: pyte
         (["MODEL", "-s", "W4A16", "--device", "cuda:99"], ["device 'cuda:99' is not available"]),
         (["MODEL/config.json", "-s", "W4A16"], ["is a config without weights"]),
         (["MODEL", "-s", "W4A16", "--max-shard-size", "2"], ["--max-shard-size is '2', a size without a unit"]),
+        (
+            ["MODEL", "-s", "W4A16", "--log", "nowhere/events"],
+            ["cannot write the log nowhere/events", "does not exist"],
+        ),
+        (["MODEL", "-s", "W4A16", "--log", "MODEL"], ["cannot write the log", "Is a directory"]),
         (["--model", "MODEL", "--bits", "4"], ["has no option --model", "pass MODEL first"]),
         (["MODEL", "--output_dir=out"], ["has no option --output_dir", "use --out"]),
     ],
@@ -188,6 +194,67 @@ def test_what_is_wrong_is_said_in_one_line(call: Call, llama_dir: Path, argument
     filled = [argument.replace("MODEL", str(llama_dir)) for argument in arguments]
     assert_refused(call("quantize", *filled, "-o", "out"), *parts, program="seqbuild")
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [
+        ("--data", "nowhere", "no file or directory nowhere exists"),
+        ("--eval-data", "owner/nowhere", "the data set owner/nowhere "),
+        ("--data", "MODEL/model.safetensors.index.yaml", "cannot be read"),
+        ("--data", "MODEL/tokenizer_config.json::split=train", "is a file, which has no split"),
+        ("--log", "nowhere/events", "its directory does not exist"),
+    ],
+)
+def test_wrong_places_are_found_before_the_model_is_compiled(
+    call: Call, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, part: str
+) -> None:
+    monkeypatch.setattr("seqbuild.onecall.run.compile_model_for", Stop)
+    result = call("quantize", llama_dir, "-s", "W4A16", option, value.replace("MODEL", str(llama_dir)), "-o", "out")
+    assert_refused(result, part, program="seqbuild")
+
+
+def test_a_directory_without_permission_is_found_before_the_model_is_compiled(
+    call: Call, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seqbuild.onecall.run.compile_model_for", Stop)
+    Path("file").write_text("")
+    result = call("quantize", llama_dir, "-s", "W4A16", "-o", "file/out")
+    assert_refused(result, "cannot write file/out", "is not a directory", program="seqbuild")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    result = call("quantize", llama_dir, "-s", "W4A16", "-o", "new/out")
+    assert_refused(result, f"cannot write new/out: no permission to create files in {Path.cwd()}", program="seqbuild")
+    assert not Path("new").exists()
+
+
+def test_a_download_without_tokenizer_is_continued(
+    call: Call, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, folder = "0123456789" * 4, tmp_path / "hub" / "models--owner--name"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama_dir / name, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = call("quantize", "owner/name", "-s", "W4A16", *FEW, "-o", "out")
+    parts = ("only partly downloaded", "tokenizer_config.json or tokenizer.json", "hf download owner/name")
+    assert_refused(result, *parts, program="seqbuild")
+    (tmp_path / "local").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama_dir / name, tmp_path / "local")
+    result = call("quantize", tmp_path / "local", "-s", "W4A16", *FEW, "-o", "out")
+    assert_refused(result, "local has no tokenizer", program="seqbuild")
+
+
+def test_samples_that_are_much_too_short_are_reported(call: Call, llama_dir: Path) -> None:
+    Path("short.jsonl").write_text('{"text": "Hello"}\n' * 40)
+    command = ("quantize", llama_dir, "-s", "FP8", "--data", "short.jsonl", "--no-evaluate", "-o")
+    code, _, complaint = call(*command, "alone", "--no-pack")
+    assert code == 0 and "tokens on average" in complaint and "--pack" in complaint
+    code, _, complaint = call(*command, "joined")
+    assert code == 0 and "on average" not in complaint
 
 
 def test_the_output_is_outside_of_the_model(call: Call, llama_dir: Path) -> None:
@@ -205,6 +272,17 @@ def test_an_encoder_has_no_perplexity(call: Call, byte_tokenizer_dir: Path, tmp_
     assert "evaluation: none, BertModel returns" in printed
     assert "perplexity is defined for causal and encoder-decoder language models" in printed
     assert "from transformers import BertModel; model = BertModel.from_pretrained('out'" in printed
+
+
+def test_a_head_of_any_name_that_shares_its_weight_is_not_quantized(
+    call: Call, byte_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    sizes = {key: value for key, value in WIDTHS.items() if key != "num_key_value_heads"}
+    folder = model_in(tmp_path / "bert", byte_tokenizer_dir, "BertForMaskedLM", "BertConfig", sizes)
+    code, _, complaint = call("quantize", folder, "-s", "FP8_DYNAMIC", "-o", "out")
+    assert (code, complaint) == (0, "")
+    quantized = {name.removesuffix(".weight_scale") for name in read_tensors(Path("out")) if name.endswith("_scale")}
+    assert "bert.encoder.layer.0.output.dense" in quantized and "cls.predictions.decoder" not in quantized
 
 
 def test_heads_and_routers_are_not_quantized(call: Call, byte_tokenizer_dir: Path, tmp_path: Path) -> None:
