@@ -20,7 +20,7 @@ from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOption
 from runtime.cli.commands import CommandList
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
-from runtime.cli.watching import watching
+from runtime.cli.watching import require_log, watching
 from runtime.console import optional_bytes, parse_bytes, put, say
 from runtime.data.options import DataOptions
 from runtime.status import doing
@@ -119,7 +119,6 @@ def _recipe_of(job: Job, resume: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
-    from runtime.streaming.events import require_log
     from runtime.streaming.workplace import require_startable
 
     require_startable(job.out, resume=resume)

@@ -8,11 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.console import say
+from runtime.errors import OutputError
+from runtime.host.publish import require_writable
 from runtime.status import doing
 from runtime.terminal import is_terminal
 
 if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
+
+
+def require_log(path: Path | None) -> None:
+    """Require that the event log can be written, before the work that it describes; a new one is not created.
+
+    Raises:
+        OutputError: naming it.
+    """
+    from runtime.streaming.events import EventLog
+
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"cannot write the log {path}: its directory does not exist", hint="create it")
+    if not path.exists():
+        require_writable(path)
+        return
+    with EventLog(path):
+        return
 
 
 def watching(stack: ExitStack, log: Path | None, *, as_json: bool) -> dict[str, Any]:

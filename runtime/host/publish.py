@@ -86,7 +86,7 @@ def require_writable(path: Path) -> None:
     with disk_errors(path):
         parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if not parent.is_dir():
-            raise OutputError(f"cannot write {path}: {parent} is not a directory", hint="choose another output")
+            raise OutputError(f"cannot write {path}: part of the path is not a directory", hint=f"{parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
                 f"cannot write {path}: no permission to create files in {parent}", hint="choose another output"

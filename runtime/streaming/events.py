@@ -22,7 +22,7 @@ from typing import Any, Protocol, TextIO
 
 from runtime.console import human_bytes, warn
 from runtime.errors import OutputError
-from runtime.host.publish import disk_errors, require_writable
+from runtime.host.publish import disk_errors
 from runtime.host.regular_files import NotRegularError, open_to_append
 
 READ = "read weights"
@@ -108,22 +108,6 @@ def step_facts(facts: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def require_log(path: Path | None) -> None:
-    """Require that an event log can be opened, before the work that it describes.
-
-    Raises:
-        OutputError: naming it.
-    """
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"cannot write the log {path}: its directory does not exist", hint="create it")
-    if path.exists():
-        with _opened_log(path):
-            return
-    require_writable(path)
-
-
 class EventLog:
     """Writes every event except those of `_BRIEF` as a line of JSON, with the time in seconds since 1970.
 
@@ -138,7 +122,11 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = _opened_log(path)
+        try:
+            with disk_errors(path):
+                self._file: TextIO | None = open_to_append(path)
+        except NotRegularError as error:
+            raise OutputError(f"cannot write the log {path}: {error.strerror}") from error
 
     def tell(self, event: str, **facts: Any) -> None:
         """Receive an event."""
@@ -166,11 +154,3 @@ class EventLog:
 
     def __exit__(self, *_: object) -> None:
         self._close()
-
-
-def _opened_log(path: Path) -> TextIO:
-    try:
-        with disk_errors(path):
-            return open_to_append(path)
-    except NotRegularError as error:
-        raise OutputError(f"cannot write the log {path}: {error.strerror}") from error

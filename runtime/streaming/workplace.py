@@ -86,6 +86,7 @@ class Workplace:
             OutputError: when the output directory was filled meanwhile.
         """
         flush_tree(self.checkpoint)
+        self.out.parent.mkdir(parents=True, exist_ok=True)  # of new/../out, only the directory of the run exists
         put_in_place(self.checkpoint, self.out)
 
 

@@ -15,7 +15,7 @@ import runtime.cli.options as given
 from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
-from runtime.cli.watching import watching
+from runtime.cli.watching import require_log, watching
 from runtime.console import parse_bytes, put, say
 from runtime.data.options import DataOptions
 from runtime.errors import UsageError
@@ -130,7 +130,6 @@ def quantize(
     if dry_run:
         _plan(options, tell, as_json)
         return
-    from runtime.streaming.events import require_log
     from seqbuild.onecall.given import Show
     from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model

@@ -111,7 +111,8 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
 
 def test_an_interrupted_call_is_resumed(call: Call, llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("quantize", llama_dir, "--scheme", "W4A16", "--no-evaluate", *FEW, "-o")
-    assert call(*command, "whole")[0] == 0
+    assert call(*command, "new/../whole")[0] == 0  # as of a variable
+    Path("new").rmdir()
     with monkeypatch.context() as patch:
         stop_at(patch, 4, KeyboardInterrupt)
         code, printed, complaint = call(*command, "out")
@@ -220,7 +221,7 @@ def test_a_directory_without_permission_is_found_before_the_model_is_compiled(
     monkeypatch.setattr("seqbuild.onecall.run.compile_model_for", Stop)
     Path("file").write_text("")
     result = call("quantize", llama_dir, "-s", "W4A16", "-o", "file/out")
-    assert_refused(result, "cannot write file/out", "is not a directory", program="seqbuild")
+    assert_refused(result, "cannot write file/out", "part of the path is not a directory", program="seqbuild")
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     result = call("quantize", llama_dir, "-s", "W4A16", "-o", "new/out")
     assert_refused(result, f"cannot write new/out: no permission to create files in {Path.cwd()}", program="seqbuild")
@@ -314,12 +315,13 @@ def test_a_model_with_images_is_quantized_for_text(call: Call, byte_tokenizer_di
 
 
 class TestServing:
-    def lines(self, model_type: str, *remarks: str) -> tuple[str, ...]:
+    def lines(self, model_type: str, *remarks: str, out: str = "out") -> tuple[str, ...]:
         model = SimpleNamespace(model_type=model_type, class_name="SomeForCausalLM", code=())
-        return serving_lines(SimpleNamespace(model=model), Path("out"), remarks)  # type: ignore[arg-type]
+        return serving_lines(SimpleNamespace(model=model), Path(out), remarks)  # type: ignore[arg-type]
 
     def test_only_tested_architectures_are_served_with_vllm(self) -> None:
         assert self.lines("llama") == ("vllm serve out",)
+        assert self.lines("llama", out="-out") == ("vllm serve ./-out",)
         assert self.lines("unheard_of") == (
             "from transformers import SomeForCausalLM; "
             "model = SomeForCausalLM.from_pretrained('out', device_map='auto')",
