@@ -7,7 +7,7 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING
 
-from runtime.console import printable
+from runtime.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
