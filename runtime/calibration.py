@@ -25,8 +25,9 @@ import torch
 
 from runtime.arguments import as_path, require_callable, require_methods
 from runtime.checkpoint.companions import write_companions
-from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 from runtime.data.checked_batches import model_batches
 from runtime.data.masks import require_tokens
@@ -34,7 +35,6 @@ from runtime.errors import DataError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
-from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_free, require_outside
 from runtime.planning.predict import PlannedRun
@@ -66,7 +66,7 @@ Progress = Callable[[str], None]
 def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     artifact: Artifact,
     *,
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Checkpoint,
     recipe: Recipe,
     batches: Sequence[Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
@@ -88,8 +88,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
     Args:
         artifact: the compiled model.
-        weights: directory of its safetensors checkpoint, or a hub id (`owner/name` or `owner/name@revision`) whose
-            snapshot is in the local cache.
+        weights: directory of its safetensors checkpoint, a hub id (`owner/name` or `owner/name@revision`) whose
+            snapshot is in the local cache, or an open checkpoint.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
@@ -127,7 +127,7 @@ class _Request:
     """The checked arguments of `calibrate`."""
 
     artifact: Artifact
-    weights: Path
+    weights: Path | Checkpoint
     recipe: Recipe
     batches: Sequence[Mapping[str, torch.Tensor]]
     out: Path
@@ -154,7 +154,7 @@ class _Scheduled:
 
 def _request(
     artifact: Artifact,
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Checkpoint,
     recipe: Recipe,
     batches: Sequence[Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
@@ -162,17 +162,17 @@ def _request(
     options: RunOptions,
 ) -> _Request:
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
-    path, directory = as_path("out", out), weights_directory(weights)
+    path, source = as_path("out", out), as_weights(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
     if options.resume:
         require_unfinished(path)
     require_free(path)
-    require_outside(path, artifact.path, directory)
+    require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
     return _Request(
         artifact=artifact,
-        weights=directory,
+        weights=source,
         recipe=recipe,
         batches=checked,
         out=path,

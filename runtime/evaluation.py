@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.arguments import require_callable
-from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.data.checked_batches import model_batches
 from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.inputs import DECODER_IDS, IDS, MASK
@@ -35,7 +35,6 @@ from runtime.experts.split import require_artifact
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.half_precision import quick_halves
-from runtime.host.hub import weights_directory
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.status import doing
@@ -46,6 +45,7 @@ from runtime.weights.stream import WeightStream
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.checkpoint.reader import Checkpoint
 
 LOGITS = "logits"
 _LARGEST_LOSS = 700.0  # its exponential is finite
@@ -64,7 +64,7 @@ class Evaluation:
 def evaluate(
     artifact: Artifact,
     *,
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Checkpoint,
     batches: Sequence[Mapping[str, torch.Tensor]],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         artifact: the compiled model.
-        weights: directory or hub id of a checkpoint: the original, or one quantized in compressed-tensors' format.
+        weights: directory or hub id of the original or a quantized checkpoint, or an open checkpoint.
         batches: the model's inputs, one mapping a batch, on the CPU. Tokens where `attention_mask` is zero are padding.
             `labels` [B, S] are the predicted tokens, or -100 for none; those of a causal model are at the position of
             the token itself. Without them, and without `decoder_input_ids`, the text itself is predicted.
@@ -91,7 +91,7 @@ def evaluate(
     """
     start = time.perf_counter()
     artifact, place, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
-    directory = weights_directory(weights)
+    given = as_weights(weights)
     require_callable("progress", progress)
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     require_predicting(artifact.manifest)
@@ -104,7 +104,7 @@ def evaluate(
         raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
     run_dtype = artifact.run_dtype(dtype)
     doing("checking the weights")
-    prepared = prepare(artifact, open_checkpoint(directory), None, run_dtype, place)
+    prepared = prepare(artifact, open_checkpoint(given), None, run_dtype, place)
     source = prepared.weights
     for remark in source.remarks:
         progress(remark)
@@ -169,8 +169,8 @@ def require_predicting(manifest: Manifest) -> None:
         why = f"{name} does not predict each token from the previous ones alone"
     elif logits.shape[:-1] != inputs.get(read):
         why = f"the logits of {name} have the shape {list(logits.shape)}, not one row for each token"
-    elif IDS not in inputs:
-        why = f"{name} has no input {IDS}"
+    elif read not in inputs:
+        why = f"{name} has no input {read}"
     else:
         return
     raise ModelError(why, hint="perplexity is defined for causal and encoder-decoder language models")

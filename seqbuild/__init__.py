@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from seqbuild.chain.subgraph import Subgraph
     from seqbuild.chain.targets import get_sequential_ancestors, get_sequential_targets, match_modules
+    from seqbuild.onecall.api import oneshot
     from seqbuild.sample.inputs import populate_concrete_args
     from seqbuild.trace.model import trace_subgraphs
     from seqbuild.trace.record.tracer import SequentialTracer
@@ -42,6 +43,7 @@ __all__ = [
     "get_sequential_targets",
     "graph_is_well_formed",
     "match_modules",
+    "oneshot",
     "partition_graph",
     "plan",
     "populate_concrete_args",
@@ -60,6 +62,7 @@ _HOMES = {
     "get_sequential_targets": "seqbuild.chain.targets",
     "graph_is_well_formed": "seqbuild.chain.partition",
     "match_modules": "seqbuild.chain.targets",
+    "oneshot": "seqbuild.onecall.api",
     "partition_graph": "seqbuild.chain.partition",
     "plan": "runtime.planning.request:plan_artifact",
     "populate_concrete_args": "seqbuild.sample.inputs",

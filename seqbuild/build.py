@@ -22,7 +22,7 @@ from typing import Any
 from seqbuild.cache.key import Compilation, requested
 from seqbuild.cache.recall import Compiled, recall
 from seqbuild.model.own_code import own_code_of
-from seqbuild.model.source import resolve_source
+from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import CompileOptions
 
 # The thresholds of `gc.set_threshold`; Python's default for the first is between some hundred and a few thousand.
@@ -47,10 +47,15 @@ def build(model_id_or_path: str | os.PathLike[str], **options: Any) -> Compiled:
     return compile_with(CompileOptions(model=model_id_or_path, **options))  # type: ignore[arg-type]  # normalized there
 
 
-def compile_with(options: CompileOptions) -> Compiled:
-    """Compile a model, or return the existing artifact for the same input."""
+def compile_with(options: CompileOptions, source: Source | None = None) -> Compiled:
+    """Compile a model, or return the existing artifact for the same input.
+
+    Args:
+        options: state the model and how it is compiled.
+        source: of a model in memory; None to find the one that the options name.
+    """
     start = time.perf_counter()
-    with _rarely_collected(), opened(options) as compilation:
+    with _rarely_collected(), opened(options, source) as compilation:
         request = requested(compilation)
         found = None if options.force else recall(compilation, request)
         if found is None:
@@ -61,9 +66,9 @@ def compile_with(options: CompileOptions) -> Compiled:
 
 
 @contextlib.contextmanager
-def opened(options: CompileOptions) -> Iterator[Compilation]:
+def opened(options: CompileOptions, source: Source | None = None) -> Iterator[Compilation]:
     """Find the source, and make the model's own code, if any, importable while the block runs."""
-    source = resolve_source(options.model, revision=options.revision)
+    source = source or resolve_source(options.model, revision=options.revision)
     with own_code_of(source, is_allowed=options.trust_remote_code) as own:
         yield Compilation(source=source, own=own, options=options)
 

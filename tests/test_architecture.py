@@ -58,6 +58,7 @@ SEQBUILD = (
     {"manifest"},
     {"passes"},
     {"build"},
+    {"modifiers"},
     {"verify"},
     {"onecall"},
     {"peer"},

@@ -16,6 +16,7 @@ from runtime.checkpoint.source_checks import require_no_adapter, require_true_na
 from runtime.checkpoint.source_formats import FP8, Packed, packed_tensors, without_quantization
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.errors import WeightsError
+from runtime.host.hub import weights_directory
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +26,23 @@ _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _USUAL = "bfloat16"
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def as_weights(value: Any) -> Path | Checkpoint:
+    """Return an argument that must be a directory or hub id of a checkpoint, or an open checkpoint."""
+    return value if isinstance(value, Checkpoint) else weights_directory(value)
+
+
+def open_checkpoint(directory: Path | Checkpoint) -> Checkpoint:
     """Open a checkpoint; its weights read as plain, or as stored by compressed-tensors.
 
     Args:
-        directory: of the checkpoint; its config.json states whether and how it is quantized.
+        directory: of the checkpoint; its config.json states whether and how it is quantized. An open checkpoint is
+            returned as it is.
 
     Raises:
         WeightsError: when it is missing, damaged, or quantized in an unsupported format.
     """
+    if isinstance(directory, Checkpoint):
+        return directory
     require_no_adapter(directory)
     stored = Checkpoint(directory)
     shapes = {key: stored.shape(key) for key in stored}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.data.named_tensors import NamedSamples
     from runtime.data.token_file import TokenData
     from runtime.data.tokenization import DataSummary
 
@@ -58,6 +59,8 @@ def make_batches(
         DataError: for data that cannot be read, or that the artifact does not support.
     """
     from runtime.data.inputs import model_inputs, require_decoder, require_in_range, require_length
+    from runtime.data.named_batches import named_batches
+    from runtime.data.named_tensors import NamedSamples
     from runtime.data.samples import batches, load_data
     from runtime.model.config import text_limits
 
@@ -67,6 +70,9 @@ def make_batches(
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
     name = str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
     describe(name, tokens, summary, data.show, tokenizer, tell, complain)
+    if isinstance(tokens, NamedSamples):
+        require_length(tokens.texts, longest)
+        return named_batches(artifact.manifest, tokens, options.batch_size)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     masks = tokens.masks if options.has_masks else None
@@ -78,7 +84,7 @@ def make_batches(
 
 def describe(
     name: str,
-    tokens: TokenData,
+    tokens: TokenData | NamedSamples,
     summary: DataSummary | None,
     show: int,
     tokenizer: Path,
@@ -86,6 +92,7 @@ def describe(
     complain: Callable[[str], None] = warn,
 ) -> None:
     """Print warnings, the previews that `--show` requires, and one line about all samples."""
+    from runtime.data.named_tensors import NamedSamples, sizes_of
     from runtime.data.preview import preview_lines, summary_line
     from runtime.data.tokenizer import load_tokenizer
 
@@ -93,14 +100,18 @@ def describe(
         complain(remark)
     if tell is None or (summary is None and not show):
         return
+    texts = tokens.texts if isinstance(tokens, NamedSamples) else tokens.samples
     if show:
         loaded = None if summary is None else load_tokenizer(tokenizer)
-        for line in preview_lines(tokens.samples, show, loaded):
+        for line in preview_lines(texts, show, loaded):
             tell(line)
     tell(f"{name}: {summary_line(tokens, summary)}")
+    for line in sizes_of(tokens.samples) if isinstance(tokens, NamedSamples) else ():
+        tell(f"  {line}")
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """Return the directory of the weights if it has a tokenizer, otherwise the artifact's if that has one."""
-    has_own = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    return artifact.companions_path if has_own and not (weights / "tokenizer_config.json").is_file() else weights
+    """Return the directory of the weights if it has a tokenizer or processor, or the artifact has none."""
+    own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    is_compiled = any(any(artifact.companions_path.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return weights if any((weights / name).is_file() for name in own) or not is_compiled else artifact.companions_path

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.artifact.bundle import Job, artifact_of, damaged, find_job, is_bundle, read_bundle
 from runtime.artifact.check import check_artifact, check_versions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.data.named_tensors import Sample
     from runtime.data.token_file import TokenData
 
 _T = TypeVar("_T")
@@ -248,12 +249,14 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
     return f"weights: {size}, match the artifact; {ready.num_modules} modules will be quantized", ready.least_bytes
 
 
-def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | None]:
+def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | list[Sample] | None]:
     from runtime.data.documents import require_file
     from runtime.data.file_formats import format_of
     from runtime.data.inputs import require_decoder, require_length
+    from runtime.data.named_batches import named_batches
+    from runtime.data.named_tensors import NamedSamples
     from runtime.data.options import DataOptions, data_sources
-    from runtime.data.samples import is_token_file, load_tokens
+    from runtime.data.samples import is_token_file, load_data
     from runtime.model.config import text_limits
 
     sources = data_sources(DataOptions(sources=data))
@@ -263,26 +266,39 @@ def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | N
                 require_file(path)
         return f"data: {', '.join(data)} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
-    tokens = load_tokens(data[0], vocab_size=vocab_size)
+    tokens, _ = load_data(DataOptions(sources=data), None, vocab_size=vocab_size)
+    if isinstance(tokens, NamedSamples):
+        text = f"data: {len(tokens.samples)} samples with images, sounds or videos"
+        return text, named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     return f"data: {len(tokens.samples)} samples", tokens
 
 
 def _memory(
-    found: Examination, artifact: Artifact, job: Job, device: torch.device, dtype: torch.dtype, tokens: TokenData | None
+    found: Examination,
+    artifact: Artifact,
+    job: Job,
+    device: torch.device,
+    dtype: torch.dtype,
+    data: TokenData | list[Sample] | None,
 ) -> None:
     """Predict the memory of the run from the sizes of its data, or from the default sizes for text."""
-    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.planning.request import memory_here, num_rows, plan_artifact
     from runtime.recipe.named import recipe_of
 
-    sizes = (len(tokens.samples), max(map(len, tokens.samples))) if tokens is not None else _DEFAULT_SIZES
+    sizes, batches = _DEFAULT_SIZES, list[Any]()
+    if isinstance(data, list):
+        sizes, batches = (sum(map(num_rows, data)), 1), data
+    elif data is not None:
+        sizes = (len(data.samples), max(map(len, data.samples)))
     try:
         plan, shortages, advice = plan_artifact(
             artifact,
             num_samples=sizes[0],
             seq_len=sizes[1],
             batch_size=_DEFAULT_BATCH,
+            batches=batches,
             recipe=recipe_of(job.recipe),
             dtype=dtype,
             device_type=device.type,
@@ -294,7 +310,7 @@ def _memory(
     needed = f"{human_bytes(plan.host_bytes)} of host memory"
     if device.type == "cuda":
         needed += f" and {human_bytes(plan.device_bytes)} on {device}"
-    text = f"memory: {sizes[0]} samples of {sizes[1]} tokens need {needed}"
+    text = f"memory: {sizes[0]} samples{'' if batches else f' of {sizes[1]} tokens'} need {needed}"
     if not shortages:
         found.add("ok", text)
         return

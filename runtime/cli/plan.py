@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import put, say
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
 from runtime.status import doing
 from runtime.terminal import width_of
 
 if TYPE_CHECKING:
+    import torch
+
+    from runtime.chain import Artifact
+    from runtime.planning.fit import Limits
     from runtime.planning.forecast import Forecast
     from runtime.streaming.activations import Budget
 
@@ -25,6 +31,9 @@ RecipePath = Annotated[
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", help="Memory of the device, such as 24GiB.")]
 HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Memory for the process, such as 64GiB.")]
 Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for the output, such as 500GB.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples; default: 128.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample; default: 2048.")]
+TokenFile = Annotated[Path | None, typer.Option("--data", help="Token file from seqbuild data, instead of sizes.")]
 _HELP = {
     "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
     "sizes": "NAME=N, for sizes other than samples and tokens, such as the number of images; can be repeated.",
@@ -33,8 +42,9 @@ _HELP = {
 
 def plan(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")] = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = 2048,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    data: TokenFile = None,
     batch_size: BatchSize = 8,
     recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",
@@ -55,29 +65,27 @@ def plan(
     """
     from runtime.cli.imports import prepare
     from runtime.console import optional_bytes
-    from runtime.planning.fit import Limits
     from runtime.recipe.named import recipe_of
 
     require_output()
-    limits = Limits(
-        device=optional_bytes(device_memory, option="--device-memory"),
-        host=optional_bytes(host_memory, option="--host-memory"),
-        disk=optional_bytes(disk, option="--disk"),
-    )
+    limits = _limits(device_memory, host_memory, disk)
     prepare(artifact)  # so that this process has the resident memory that the run will have
     given = _sizes(sizes or [])
     parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
-    from runtime.planning.request import plan_artifact
+    from runtime.planning.request import num_rows, plan_artifact
 
+    loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
+    batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
     doing("planning")
     forecast, shortages, advice = plan_artifact(
-        load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code),
-        num_samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
+        loaded,
+        num_samples=sum(map(num_rows, batches)) or samples or DEFAULT_SAMPLES,
+        seq_len=seq_len or DEFAULT_SEQ_LEN,
+        batch_size=max(map(num_rows, batches), default=batch_size),
+        batches=batches,
         recipe=parsed,
         dtype=resolve_dtype(dtype),
         device_type=device_type,
@@ -89,6 +97,29 @@ def plan(
     print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
+
+
+def _limits(device: str | None, host: str | None, disk: str | None) -> Limits:
+    from runtime.console import optional_bytes
+    from runtime.planning.fit import Limits
+
+    return Limits(
+        device=optional_bytes(device, option="--device-memory"),
+        host=optional_bytes(host, option="--host-memory"),
+        disk=optional_bytes(disk, option="--disk"),
+    )
+
+
+def _batches(
+    artifact: Artifact, data: Path, samples: int | None, seq_len: int | None, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """Make the batches of a token file, as a run would."""
+    from runtime.data.token_file import require_place
+
+    require_place(data)
+    options = DataOptions(sources=(data,), num_samples=samples, default_samples=DEFAULT_SAMPLES, seq_len=seq_len)
+    chosen = BatchOptions(data=options, tokenizer=None, weights=artifact.companions_path, batch_size=batch_size)
+    return make_batches(artifact, chosen)
 
 
 def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:

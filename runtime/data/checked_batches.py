@@ -8,14 +8,13 @@ compiled with. All others are rejected with the batch, the input and what is exp
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runtime.arguments import shown
 from runtime.data.decoder import LABELS, NOT_A_LABEL
-from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK, completed, require_in_range
+from runtime.data.inputs import BESIDE_INPUTS, DECODER_IDS, IDS, MASK, completed, require_in_range, with_single_sizes
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError
 
@@ -89,9 +88,7 @@ def model_batches(artifact: Artifact, batches: Any, *, is_scored: bool = False) 
     """
     from runtime.model.config import text_limits
 
-    # A minimum of two comes from the tracer, which treats a size of one as special whatever the model's code does.
-    dims = tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in artifact.manifest.dims)
-    manifest = replace(artifact.manifest, dims=dims)
+    manifest = with_single_sizes(artifact.manifest)
     inputs = {entry.name: entry for entry in manifest.inputs}
     given = as_batches(batches)
     is_text = all(entry.dtype.startswith(("int", "bool")) for entry in inputs.values())

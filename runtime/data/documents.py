@@ -6,10 +6,12 @@ A record is a JSON object, a row of a table, or a mapping in memory. `runtime.da
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runtime.data.media import Medium
+from runtime.data.media_rows import with_media
 from runtime.data.records import Content, content_of, with_columns
 from runtime.errors import DataError
 from runtime.host.regular_files import open_regular
@@ -24,23 +26,29 @@ class Document:
         content: a text, or the messages of a conversation, each with the fields that the chat template reads.
         target: the text that an encoder-decoder model should generate for `content`; None for other documents.
         tools: descriptions of the functions that the assistant may call, for the chat template; None for none.
+        media: its images, sounds and videos, in the order of their places in the messages.
     """
 
     where: str
     content: Content
     target: str | None = None
     tools: list[Any] | None = None
+    media: tuple[Medium, ...] = ()
 
     @property
     def is_blank(self) -> bool:
         """Whether a text of the document is white space."""
         texts = [text for text in (self.content, self.target) if isinstance(text, str)]
-        return not all(text.strip() for text in texts)
+        return not self.media and not all(text.strip() for text in texts)
 
     @property
     def num_characters(self) -> int:
-        """The characters of all its texts."""
-        return _num_characters((self.content, self.target, self.tools))
+        """The characters of all its texts, and the bytes of media that it contains."""
+        return _num_characters((self.content, self.target, self.tools, [medium.value for medium in self.media]))
+
+    def relative_to(self, base: Path) -> Document:
+        """Return the document with the names of its media relative to this directory."""
+        return replace(self, media=tuple(replace(medium, base=base) for medium in self.media)) if self.media else self
 
 
 def as_document(record: Mapping[str, Any] | str, where: str, columns: Sequence[str] = ()) -> Document:
@@ -62,9 +70,10 @@ def as_document(record: Mapping[str, Any] | str, where: str, columns: Sequence[s
     try:
         chosen = with_columns(record, where, columns) if columns else record
         content, target, tools = content_of(chosen, where)
+        content, media = with_media(content, {**record, **chosen}, where)
     except RecursionError as error:
         raise DataError(f"{where} is nested too deeply", hint="remove it") from error
-    return Document(where, content, target, tools)
+    return Document(where, content, target, tools, media)
 
 
 def require_file(path: Path) -> None:
@@ -88,7 +97,7 @@ def require_pairs(documents: Sequence[Document]) -> None:
 
 
 def _num_characters(value: Any) -> int:
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):
         return sum(map(_num_characters, value.values()))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from runtime.data.documents import Document, as_document
+from runtime.data.media import MEDIA_FIELDS
 from runtime.data.records import FIELDS, chosen_columns
 from runtime.errors import DataError, UsageError
 from runtime.host.regular_files import open_regular, reason_of
@@ -316,7 +317,12 @@ def _row_document(batch: Any, row: int, where: str, columns: Sequence[str]) -> D
         (record,) = batch.slice(row, 1).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{where} cannot be read: {error}") from error
-    texts = {name: _decoded(value, where) for name, value in record.items() if isinstance(value, bytes)}
+    fields = {column.partition("=")[2] or column: column.partition("=")[0] for column in columns}
+    texts = {
+        name: _decoded(value, where)
+        for name, value in record.items()
+        if isinstance(value, bytes) and fields.get(name, name) not in MEDIA_FIELDS
+    }
     return as_document(record | texts, where, columns)
 
 

@@ -325,7 +325,10 @@ def _with_fields(split: Any, name: str, columns: tuple[str, ...]) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    """Return a feature of `datasets` without its decoders, which would open any file or address that a row names."""
+    """Return a feature of `datasets` without its decoders, which would open any file or address that a row names.
+
+    Media are opened later, by the same code as those of files.
+    """
     if isinstance(feature, dict):
         return {name: _undecoded(part) for name, part in feature.items()}
     changes = {"decode": False} if getattr(feature, "decode", False) is True else {}

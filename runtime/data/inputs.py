@@ -7,6 +7,7 @@ model. Another input is added only if the compiler determined the value that is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 IDS, MASK, DECODER_IDS = "input_ids", "attention_mask", "decoder_input_ids"
 # Tensors of a batch besides the model's inputs, all [B, S] or [B, T]: they state which tokens count in statistics.
 BESIDE_INPUTS = (MASK, LOSS_MASK, LABELS)
+COMPILE_FOR_DATA = "compile for this data: seqbuild compile MODEL --sample FILE.safetensors, made by `seqbuild data`"
 
 
 def model_inputs(manifest: Manifest, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,8 +104,13 @@ def _stand_in(entry: InputEntry, tokens_BS: torch.Tensor) -> torch.Tensor:
     return torch.full([*of_tokens, *map(int, of_each)], entry.absent, dtype=getattr(torch, entry.dtype))
 
 
+def is_text_only(manifest: Manifest) -> bool:
+    """Whether all inputs are integers: no images, sounds or videos."""
+    return not any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs)
+
+
 def _not_given(manifest: Manifest, name: str) -> DataError:
-    if any(entry.dtype == "model" or "float" in entry.dtype for entry in manifest.inputs):
+    if not is_text_only(manifest):
         return DataError(
             f"the model has an input {name!r}, which cannot be made from text",
             hint="compile it with --text-only, if it supports text without images and sounds",
@@ -142,12 +149,21 @@ def require_length(samples: Sequence[torch.Tensor], longest: int | None) -> None
         )
 
 
+def with_single_sizes(manifest: Manifest) -> Manifest:
+    """Return the manifest with a minimum of one where it states two.
+
+    A minimum of two comes from the tracer, which treats a size of one as special whatever the model's code does.
+    """
+    return replace(manifest, dims=tuple(replace(dim, min=1) if dim.min == 2 else dim for dim in manifest.dims))
+
+
 def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> None:
     """Reject batches of sizes for which the artifact is not valid.
 
     Raises:
         DataError: a size is out of range or violates a condition.
     """
+    hint = "" if is_text_only(manifest) else COMPILE_FOR_DATA
     dims = {dim.name: (dim.min, dim.max) for dim in manifest.dims}
     for batch in batches:
         sizes: dict[str, int] = {}
@@ -159,17 +175,21 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
                 if isinstance(symbol, str):
                     if sizes.setdefault(symbol, size) != size:
                         raise DataError(
-                            f"a batch has {entry.name} of shape {shape}, but its {symbol} is {sizes[symbol]} elsewhere"
+                            f"a batch has {entry.name} of shape {shape}, but its {symbol} is {sizes[symbol]} elsewhere",
+                            hint=hint,
                         )
                     low, high = dims.get(symbol, (0, -1))
                     valid = f"a {symbol} of {low} to {high}" if high >= 0 else f"a {symbol} of {low} or more"
                     is_inside = low <= size and (high < 0 or size <= high)
                 if not is_inside:
-                    raise DataError(f"a batch has {entry.name} of shape {shape}, but the artifact is valid for {valid}")
+                    raise DataError(
+                        f"a batch has {entry.name} of shape {shape}, but the artifact is valid for {valid}", hint=hint
+                    )
         for condition in manifest.conditions:
             if not holds(condition, sizes):
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in condition)
                 raise DataError(
                     f"a batch has {stated}, but the artifact is valid only if {condition}",
-                    hint="the model's code takes another path otherwise; choose another --seq-len or --batch-size",
+                    hint=hint
+                    or "the model's code takes another path otherwise; choose another --seq-len or --batch-size",
                 )

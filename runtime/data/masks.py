@@ -29,6 +29,8 @@ def token_mask(batch: Mapping[str, Any]) -> TokenMask:
     labels = batch.get(LABELS)
     if "decoder_input_ids" in batch and isinstance(labels, torch.Tensor):
         own = labels != NOT_A_LABEL
+        if "input_ids" not in batch:  # the encoder reads sounds or images, all of which count
+            return None if bool(own.all()) else own
         together = torch.ones_like(batch["input_ids"], dtype=torch.bool) if together is None else together
         return None if bool(together.all()) and bool(own.all()) else (together, own)
     return None if together is None or bool(together.all()) else together

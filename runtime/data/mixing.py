@@ -46,6 +46,7 @@ class Enough:
 
     Attributes:
         num_documents: their number.
+        num_with_media: their number if they have images, sounds or videos, of which each becomes one sample.
         num_characters: their characters.
         large: the characters of a source of which only some documents are kept.
     """
@@ -53,6 +54,11 @@ class Enough:
     num_documents: int
     num_characters: int
     large: int
+    num_with_media: int = 1
+
+    def least(self, document: Document) -> int:
+        """The number of documents that suffice, if they are like this one."""
+        return max(self.num_documents, self.num_with_media) if document.media else self.num_documents
 
 
 def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) -> ReadDocuments:
@@ -63,7 +69,7 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
         enough: what is kept of a large source, or up to twice as much; None for all.
     """
     kept: list[tuple[int, Document]] = []
-    stride, num_characters, num_blank, total = 1, 0, 0, 0
+    stride, num_characters, num_blank, total, least = 1, 0, 0, 0, 0
     most = None if enough is None else max(enough.large, 2 * enough.num_characters)
     for number, (source, record) in enumerate(records):
         total = number + 1
@@ -75,7 +81,8 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
             continue
         kept.append((source, document))
         num_characters += document.num_characters
-        while enough and most and num_characters > most and len(kept) > 2 * enough.num_documents:
+        least = max(least, enough.least(document) if enough else 0)
+        while enough and most and num_characters > most and len(kept) > 2 * least:
             most = 2 * enough.num_characters
             stride *= 2
             kept = kept[::2]
@@ -86,7 +93,7 @@ def read_in_order(records: Iterable[tuple[int, Record]], enough: Enough | None) 
 def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, seed: int) -> ReadDocuments:
     """Read documents in a random order; of too many, the first ones of this order."""
     kept: list[tuple[int, int, int, Document]] = []  # a heap: the last document of the order is its first entry
-    num_characters, num_blank, total = 0, 0, 0
+    num_characters, num_blank, total, least = 0, 0, 0, 0
     is_whole = True
     most = None if enough is None else max(enough.large, enough.num_characters)
     for number, (source, record) in enumerate(records):
@@ -100,7 +107,8 @@ def read_shuffled(records: Iterable[tuple[int, Record]], enough: Enough | None, 
             continue
         heapq.heappush(kept, (-place, number, source, document))
         num_characters += document.num_characters
-        while enough and most and num_characters > most and len(kept) > enough.num_documents:
+        least = max(least, enough.least(document) if enough else 0)
+        while enough and most and num_characters > most and len(kept) > least:
             is_whole = False
             num_characters -= heapq.heappop(kept)[3].num_characters
     documents = [(source, document) for _, _, source, document in sorted(kept, key=lambda entry: -entry[0])]

@@ -7,6 +7,7 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING
 
+from runtime.data.named_tensors import NamedSamples
 from runtime.terminal import printable
 
 if TYPE_CHECKING:
@@ -19,18 +20,20 @@ if TYPE_CHECKING:
 _LONGEST_TEXT, _MOST_TOKENS, _MOST_SOURCES = 480, 12, 6
 
 
-def summary_line(tokens: Tokenized, summary: DataSummary | None = None) -> str:
+def summary_line(tokens: Tokenized | NamedSamples, summary: DataSummary | None = None) -> str:
     """Describe samples in one line: their number, tokens and lengths, and what was left out."""
-    lengths = [len(sample) for sample in tokens.samples]
-    total = sum(lengths)
-    targets = "" if tokens.targets is None else f", and {sum(map(len, tokens.targets)):,} target tokens"
-    parts = [f"{len(lengths):,} samples, {total:,} tokens{targets}"]
+    lengths = [len(sample) for sample in (tokens.texts if isinstance(tokens, NamedSamples) else tokens.samples)]
+    masks, targets = (None, None) if isinstance(tokens, NamedSamples) else (tokens.masks, tokens.targets)
+    besides = "" if targets is None else f", and {sum(map(len, targets)):,} target tokens"
+    parts = [f"{len(tokens.samples):,} samples, {sum(lengths):,} tokens{besides}"]
+    if not lengths:
+        return "; ".join(parts)
     if min(lengths) == max(lengths):
         parts.append(f"{lengths[0]:,} tokens each")
     else:
         parts.append(f"lengths {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")
-    if tokens.masks is not None:
-        parts.append(f"{sum(int(mask.sum()) for mask in tokens.masks):,} tokens count in statistics")
+    if masks is not None:
+        parts.append(f"{sum(int(mask.sum()) for mask in masks):,} tokens count in statistics")
     if summary is not None:
         parts += _facts(summary)
     return "; ".join(parts)

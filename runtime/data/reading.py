@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from runtime.data.documents import require_file
+from runtime.data.documents import Document, require_file
 from runtime.data.file_formats import (
     SUPPORTED,
     DataFile,
@@ -25,6 +25,7 @@ from runtime.errors import DataError, UsageError
 from runtime.host.regular_files import file_digest, reason_of
 
 _CHUNK_BYTES = 2**20
+_STANDARD_INPUT = "standard input"
 _SPOOLED: list[tempfile._TemporaryFileWrapper[bytes]] = []  # removed when the process ends
 
 
@@ -37,7 +38,7 @@ def parts_of(source: DataSource) -> list[DataPart]:
     """
     require_format(source.format)
     if source.location == STANDARD_INPUT:
-        _require_no_split(source, "standard input")
+        _require_no_split(source, _STANDARD_INPUT)
         return [_standard_input(source)]
     path = Path(source.location)
     if is_saved(path):
@@ -108,7 +109,12 @@ def _file_part(file: DataFile, name: str, source: DataSource) -> DataPart:
 
 def _records(file: DataFile, columns: tuple[str, ...]) -> Iterator[Record]:
     require_file(file.path)
-    return read_records(file, columns)
+    base = Path() if file.name == _STANDARD_INPUT else file.path.parent
+    return (partial(_based, record, base) for record in read_records(file, columns))
+
+
+def _based(record: Record, base: Path) -> Document:
+    return record().relative_to(base)
 
 
 def _state(file: DataFile) -> tuple[int, ...]:
@@ -135,4 +141,4 @@ def _standard_input(source: DataSource) -> DataPart:
     if not path.stat().st_size:
         raise DataError("standard input is empty")
     name = source.format or sniffed_format(path)
-    return _file_part(DataFile(path=path, name="standard input", format=name), "standard input", source)
+    return _file_part(DataFile(path=path, name=_STANDARD_INPUT, format=name), _STANDARD_INPUT, source)

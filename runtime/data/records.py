@@ -24,6 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from runtime.data.media import MEDIA_FIELDS
 from runtime.errors import DataError
 
 Content: TypeAlias = "str | list[dict[str, Any]]"
@@ -80,6 +81,8 @@ def content_of(record: Mapping[str, Any], where: str) -> Parts:
         return _conversation(known, [{"role": "user", "content": known[str(question)]}], where)  # without an answer
     if any(name in record for name in _STARTS) and not any(name in known for name in _STARTS):
         return "", None, None
+    if any(not _is_null(record.get(name)) for name in MEDIA_FIELDS):
+        return "", None, None
     raise DataError(
         f"{where} has neither text nor messages",
         hint=f"its fields are {list(record)}; choose one with --column NAME",
@@ -102,7 +105,7 @@ def chosen_columns(names: Sequence[str], columns: Sequence[str], where: str) -> 
     for column in wanted:
         if column not in names:
             raise DataError(f"{where} has no column {column!r}", hint=f"its columns are {list(names)}")
-    chosen = [name for name in names if name in wanted or name in FIELDS]
+    chosen = [name for name in names if name in wanted or name in FIELDS or name in MEDIA_FIELDS]
     if not chosen:
         hint = f"its columns are {list(names)}; choose one with --column NAME"
         raise DataError(f"{where} has no column text or messages", hint=hint)
@@ -125,7 +128,7 @@ def with_columns(record: Mapping[str, Any], where: str, columns: Sequence[str]) 
         field, equals, name = column.partition("=")
         if column in record or not equals:
             field, name = "", column
-        elif field not in FIELDS:
+        elif field not in (*FIELDS, *MEDIA_FIELDS):
             raise DataError(f"--column {column}: {field!r} is not a field", hint=f"fields are {', '.join(FIELDS)}")
         value = _value_at(record, name, where)
         if not field:

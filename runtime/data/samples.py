@@ -39,12 +39,13 @@ from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
 from runtime.data.documents import require_file
 from runtime.data.mixing import spread
+from runtime.data.named_tensors import NamedSamples, chosen
 from runtime.data.options import DataOptions, data_sources
+from runtime.data.origin import DataOrigin
 from runtime.data.sources import DataSource
 from runtime.data.token_file import (
     LOSS_MASK,
     SUFFIX,
-    DataOrigin,
     TokenData,
     read_token_file,
     require_place,
@@ -124,12 +125,15 @@ def load_tokens(
         seed=seed if shuffle else None,
     )
     tokenizer_dir = None if tokenizer_dir is None else as_path("tokenizer_dir", tokenizer_dir)
-    return load_data(options, tokenizer_dir, vocab_size=vocab_size)[0]
+    found, _ = load_data(options, tokenizer_dir, vocab_size=vocab_size)
+    if isinstance(found, NamedSamples):
+        raise DataError(f"{found.origin.sources[0][0]} has images, sounds or videos besides tokens", hint="use text")
+    return found
 
 
 def load_data(
     options: DataOptions, tokenizer_dir: Path | None, *, vocab_size: int | None = None
-) -> tuple[TokenData, DataSummary | None]:
+) -> tuple[TokenData | NamedSamples, DataSummary | None]:
     """Read samples, and a summary of how they were made of text; None for those of a token file.
 
     Raises:
@@ -141,7 +145,12 @@ def load_data(
     path = Path(sources[0].location)
     summary = None
     if is_token_file(sources):
-        data = _shortened(read_token_file(path), options)
+        read = read_token_file(path)
+        if isinstance(read, NamedSamples):
+            some = chosen(read, options, str(path))
+            _require_vocabulary(path, some.texts, vocab_size)
+            return some, None
+        data = _shortened(read, options)
         if options.loss_mask and data.masks is None:
             raise DataError(f"{path} has no loss mask", hint="make it again with `seqbuild data --loss-mask`")
     elif tokenizer_dir is None:
@@ -152,6 +161,9 @@ def load_data(
         doing("tokenizing")
         found = prepare_data(options, tokenizer_dir)
         summary, tokens = found.summary, found.tokens
+        if isinstance(tokens, NamedSamples):
+            _require_vocabulary(path, tokens.texts, vocab_size)
+            return replace(tokens, path=path), summary
         digests = [digest for _, digest in tokens.origin.sources]
         joined = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         data = TokenData(
@@ -163,14 +175,17 @@ def load_data(
             masks=tokens.masks,
             targets=tokens.targets,
         )
-    if vocab_size is not None:
-        largest = max(int(sample.max()) for sample in (*data.samples, *(data.targets or ())))
-        if largest >= vocab_size:
-            raise DataError(
-                f"{data.path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
-                hint="use the model's own tokenizer",
-            )
+    _require_vocabulary(data.path, (*data.samples, *(data.targets or ())), vocab_size)
     return data, summary
+
+
+def _require_vocabulary(path: Path, samples: Sequence[Tensor], vocab_size: int | None) -> None:
+    largest = max((int(sample.max()) for sample in samples), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"{path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
+            hint="use the model's own tokenizer",
+        )
 
 
 def is_token_file(sources: Sequence[DataSource]) -> bool:
@@ -229,13 +244,13 @@ def batches(
     for length in sorted(by_length, reverse=True):
         equals = by_length[length]
         for start in range(0, len(equals), batch_size):
-            chosen = equals[start : start + batch_size]
-            ids_BS = torch.stack([samples[index] for index in chosen])
+            some = equals[start : start + batch_size]
+            ids_BS = torch.stack([samples[index] for index in some])
             batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
             if masks is not None:
-                batch[LOSS_MASK] = torch.stack([masks[index] for index in chosen]).to(torch.int64)
+                batch[LOSS_MASK] = torch.stack([masks[index] for index in some]).to(torch.int64)
             if targets is not None:
-                batch[LABELS] = torch.stack([targets[index] for index in chosen])
+                batch[LABELS] = torch.stack([targets[index] for index in some])
             result.append(batch)
     return result
 

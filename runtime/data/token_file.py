@@ -1,4 +1,5 @@
-"""Read and write token files: samples of token ids, which need no tokenizer. Format version 1.2.
+"""Read and write token files: samples of token ids, which need no tokenizer. Format version 1.2; 2.0 is described in
+`runtime.data.named_tensors`.
 
 A token file is a safetensors file. Its tensors are `tokens`, int32 or int64 of one dimension, all samples joined, and
 `offsets`, int64, one more than there are samples: sample `i` is `tokens[offsets[i]:offsets[i + 1]]`. Offsets start at
@@ -32,12 +33,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from runtime.data.documents import require_file
+from runtime.data.named_tensors import NAMED_VERSION, NamedSamples, read_named
+from runtime.data.origin import METADATA_KEY, DataOrigin
 from runtime.errors import DataError, OutputError, UsageError
 from runtime.host.publish import write_file
 from runtime.host.regular_files import read_regular
@@ -47,26 +50,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 VERSION, MASKED_VERSION, PAIRED_VERSION = "1.0", "1.1", "1.2"
-METADATA_KEY = "seqbuild_tokens"
 LOSS_MASK = "loss_mask"  # the name of a tensor
 _MAKE_AGAIN = "make it again with `seqbuild data`"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataOrigin:
-    """The tokenizer and the texts of token ids.
-
-    Attributes:
-        tokenizer: its name, for people.
-        tokenizer_digest: over the names and contents of its files.
-        vocab_size: one more than the largest id of the tokenizer.
-        sources: name and digest of each text file, in the order in which they were read.
-    """
-
-    tokenizer: str
-    tokenizer_digest: str
-    vocab_size: int
-    sources: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -162,6 +147,11 @@ def _joined(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(samples)).to(torch.int64), offsets
 
 
+def has_token_metadata(content: bytes) -> bool:
+    """Whether the bytes of a safetensors file with a valid header are those of a token file."""
+    return METADATA_KEY in _metadata_of(content)
+
+
 def require_place(path: Path) -> None:
     """Check the path of a token file before the work of making it.
 
@@ -177,8 +167,8 @@ def require_place(path: Path) -> None:
         raise OutputError(f"{path.parent} is not a directory", hint="choose another one")
 
 
-def read_token_file(path: Path) -> TokenData:
-    """Read a token file and check its format.
+def read_token_file(path: Path) -> TokenData | NamedSamples:
+    """Read a token file of version 1 or 2 and check its format.
 
     Raises:
         DataError: the file is missing, damaged, of another version, or violates the format.
@@ -193,7 +183,13 @@ def read_token_file(path: Path) -> TokenData:
         tensors = load(content)
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} is not a valid safetensors file: {error}", hint=_MAKE_AGAIN) from error
-    seq_len, origin = _read_metadata(_metadata_of(content), path)
+    fields = _fields_of(_metadata_of(content), path)
+    seq_len, origin = _seq_len(fields, path), _as_origin(fields, path)
+    if _major(fields) == _major({"version": NAMED_VERSION}):
+        try:
+            return replace(read_named(tensors, fields, seq_len, origin), path=path)
+        except DataError as error:
+            raise _broken(path, error.message) from error
     samples = _read_samples(tensors, ("tokens", "offsets"), seq_len, origin, path)
     targets = None
     if "targets" in tensors:
@@ -257,7 +253,8 @@ def _metadata_of(content: bytes) -> Mapping[str, str]:
     return metadata
 
 
-def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None, DataOrigin]:
+def _fields_of(metadata: Mapping[str, str], path: Path) -> Mapping[str, Any]:
+    """Return the metadata of a token file of a known version."""
     if METADATA_KEY not in metadata:
         raise DataError(f"{path} is a safetensors file but not a token file", hint=_MAKE_AGAIN)
     try:
@@ -267,12 +264,22 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[int | None,
     version = fields.get("version") if isinstance(fields, dict) else None
     if not isinstance(version, str):
         raise _broken(path, "its metadata has no version")
-    if version.partition(".")[0] != VERSION.partition(".")[0]:
-        raise DataError(f"{path} has token file version {version}, but this release reads {PAIRED_VERSION}")
+    if _major(fields) not in (_major({"version": VERSION}), _major({"version": NAMED_VERSION})):
+        raise DataError(
+            f"{path} has token file version {version}, but this release reads {PAIRED_VERSION} and {NAMED_VERSION}"
+        )
+    return cast(Mapping[str, Any], fields)
+
+
+def _major(fields: Mapping[str, Any]) -> str:
+    return str(fields["version"]).partition(".")[0]
+
+
+def _seq_len(fields: Mapping[str, Any], path: Path) -> int | None:
     seq_len = fields.get("seq_len")
     if seq_len is not None and not _is_count(seq_len):
         raise _broken(path, f"seq_len is {seq_len!r}")
-    return seq_len, _as_origin(fields, path)
+    return cast("int | None", seq_len)
 
 
 def _as_origin(fields: Mapping[str, Any], path: Path) -> DataOrigin:

@@ -19,10 +19,14 @@ from runtime.data.document_tokens import DocumentTokens, document_tokens, target
 from runtime.data.documents import Document, require_pairs
 from runtime.data.file_formats import Record
 from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_order, read_shuffled, shares, spread
+from runtime.data.named_samples import have_media, process_documents
+from runtime.data.named_tensors import NamedSamples
 from runtime.data.options import DataOptions, data_sources, names_of
+from runtime.data.origin import DataOrigin
+from runtime.data.processor import MediaProcessor, load_processor
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataPart, DataSource
-from runtime.data.token_file import DataOrigin, Tokenized
+from runtime.data.token_file import Tokenized
 from runtime.data.tokenizer import load_tokenizer, tokenizer_digest
 from runtime.errors import DataError, UsageError
 from runtime.host.regular_files import read_text
@@ -63,7 +67,7 @@ class DataSummary:
 class PreparedData:
     """Samples, and how they were made."""
 
-    tokens: Tokenized
+    tokens: Tokenized | NamedSamples
     seq_len: int | None
     summary: DataSummary
 
@@ -103,6 +107,10 @@ def prepare_data(options: DataOptions, tokenizer_dir: Path, tokenizer_name: str 
     groups = _read(sources, parts, options)
     digests = [(part.name, part.digest()) for of_source in parts for part in of_source]
     names = [source.location for source in sources]
+    weights = [1.0 if source.weight is None else source.weight for source in sources]
+    if have_media(groups):
+        processor = load_processor(tokenizer_dir)
+        return processed_samples(groups, names, weights, processor, options, sources=digests, name=tokenizer_name)
     tokenizer = load_tokenizer(tokenizer_dir)
     origin = DataOrigin(
         tokenizer=tokenizer_name or tokenizer_dir.resolve().name,
@@ -111,7 +119,6 @@ def prepare_data(options: DataOptions, tokenizer_dir: Path, tokenizer_name: str 
         sources=tuple(digests),
     )
     longest = _longest(tokenizer, tokenizer_dir)
-    weights = [1.0 if source.weight is None else source.weight for source in sources]
     return samples_of(groups, names, weights, tokenizer, options, origin=origin, longest=longest)
 
 
@@ -144,9 +151,7 @@ def samples_of(
     what = names_of(names)
     labels = [what] if len(groups) == 1 else names
     is_paired = _require_documents(groups, labels, options)
-    seq_len = options.seq_len
-    if seq_len is None and options.default_length is not None:
-        seq_len = min(options.default_length, longest or options.default_length)
+    seq_len = _seq_len(options, longest)
     maker = _SampleMaker(tokenizer=tokenizer, options=options, seq_len=seq_len)
     is_packed = options.pack and not is_paired
     pools = [
@@ -175,6 +180,38 @@ def samples_of(
         origin=origin,
     )
     return PreparedData(tokens=tokens, seq_len=seq_len, summary=summary)
+
+
+def processed_samples(
+    groups: Sequence[ReadDocuments],
+    names: Sequence[str],
+    weights: Sequence[float],
+    processor: MediaProcessor,
+    options: DataOptions,
+    *,
+    sources: Sequence[tuple[str, str]],
+    name: str = "",
+) -> PreparedData:
+    """Make samples of documents of which some have images, sounds or videos, as `process_documents` describes."""
+    longest = _longest(processor.tokenizer, processor.directory)
+    seq_len = _seq_len(options, longest)
+    made = process_documents(groups, names, weights, processor, options, sources=sources, seq_len=seq_len, name=name)
+    labels = [names_of(names)] if len(groups) == 1 else names
+    summary = DataSummary(
+        num_documents=sum(len(group.documents) for group in groups),
+        num_blank=sum(group.num_blank for group in groups),
+        num_cut=made.num_cut,
+        num_left=0,
+        shares=tuple(zip(names, made.by_source, strict=True)),
+        remarks=tuple(_size_remarks(groups, labels, options)),
+    )
+    return PreparedData(tokens=made.samples, seq_len=seq_len, summary=summary)
+
+
+def _seq_len(options: DataOptions, longest: int | None) -> int | None:
+    if options.seq_len is None and options.default_length is not None:
+        return min(options.default_length, longest or options.default_length)
+    return options.seq_len
 
 
 def _require_documents(groups: Sequence[ReadDocuments], labels: Sequence[str], options: DataOptions) -> bool:
@@ -223,6 +260,7 @@ def _enough(options: DataOptions) -> Enough | None:
         num_documents=1 if options.pack else num_samples,
         num_characters=num_samples * length * _CHARACTERS_OF_A_TOKEN,
         large=_LARGE_CHARACTERS,
+        num_with_media=num_samples,
     )
 
 

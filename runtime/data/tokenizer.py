@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         # Without `trust_remote_code=False`, transformers prompts on the terminal for a tokenizer with code of its own.
         # It warns about an unknown model type in the config next to a tokenizer, but loads the tokenizer.
         with quiet("transformers.configuration_utils"), offline():
-            _require_tokenizer_class(directory)
+            require_tokenizer_class(directory)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
@@ -55,7 +56,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _require_tokenizer_class(directory: Path) -> None:
+def require_tokenizer_class(directory: Path) -> None:
     """Require that the class named by the files is a tokenizer that starts no programs: transformers would load any
     class, for example a model.
 
@@ -77,8 +78,8 @@ def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str:
-    """Return a digest of the names and contents of the files that determine the behavior of a tokenizer."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path, besides: Sequence[str] = ()) -> str:
+    """Return a digest of the names and contents of the files that determine the behavior of a tokenizer, and others."""
     settings = [
         "added_tokens.json",
         "chat_template.jinja",
@@ -86,7 +87,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path) -> str
         "tokenizer_config.json",
     ]
     digest = hashlib.sha256()
-    for name in [*_vocabulary_files(tokenizer), *settings]:
+    for name in [*_vocabulary_files(tokenizer), *settings, *besides]:
         if (directory / name).is_file():
             digest.update(f"{name} {file_digest(directory / name)}\n".encode())
     return digest.hexdigest()

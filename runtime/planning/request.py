@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime.arguments import require_count, require_counts, require_kind
 from runtime.artifact.size_expressions import holds
+from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
@@ -66,6 +67,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     budget: Budget | None = None,
     statistics_bytes: int | None = None,
     sizes: Mapping[str, int] | None = None,
+    batches: Sequence[Mapping[str, Any]] = (),
     limits: Limits | None = None,
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
@@ -83,6 +85,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         budget: memory for the values between subgraphs; None for no bound, on the host.
         statistics_bytes: the largest size of the statistics of a layer's experts at a time; None for no bound.
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
+        batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
         limits: the available memory and disk space.
 
     Raises:
@@ -93,15 +96,11 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         require_count(name, number)
     _require_kinds(budget, limits, sizes, statistics_bytes)
-    found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {})
+    found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
-    if recipe is not None:
-        recipe = require_recipe(recipe)
-        prepared = prepare(artifact, None, recipe, run_dtype)
-    else:
-        recipe = Recipe.from_text(_USUAL, "the usual recipe")
-        prepared = prepare(artifact, None, recipe, run_dtype, assign=_usual_jobs)
+    if recipe is None:
         remarks = [*remarks, f"without --recipe: {_USUAL}"]
+    recipe, prepared = _prepared(artifact, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -113,6 +112,15 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         process_bytes=resident_bytes(),
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
+
+
+def _prepared(artifact: Artifact, recipe: Recipe | None, dtype: torch.dtype) -> tuple[Recipe, Prepared]:
+    """Prepare the model for the recipe, or for the usual one."""
+    if recipe is not None:
+        recipe = require_recipe(recipe)
+        return recipe, prepare(artifact, None, recipe, dtype)
+    recipe = Recipe.from_text(_USUAL, "the usual recipe")
+    return recipe, prepare(artifact, None, recipe, dtype, assign=_usual_jobs)
 
 
 def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) -> None:
@@ -159,8 +167,8 @@ def require_plan(
         PlanError: if it does not fit, without `force`.
     """
     work = Workload(
-        num_samples=sum(_samples(batch) for batch in batches),
-        batch_size=max((_samples(batch) for batch in batches), default=1),
+        num_samples=sum(num_rows(batch) for batch in batches),
+        batch_size=max((num_rows(batch) for batch in batches), default=1),
         sizes=batch_sizes(run.artifact.manifest, batches),
         dtype=dtype,
         device_type=options.device.type,
@@ -190,15 +198,22 @@ def memory_here(device: torch.device) -> Limits:
 
 
 def dim_sizes(
-    manifest: Manifest, batch_size: int, seq_len: int, given: Mapping[str, int]
+    manifest: Manifest,
+    batch_size: int,
+    seq_len: int,
+    given: Mapping[str, int],
+    batches: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, int], list[str]]:
     """Return the size of each of the manifest's dims, and a remark for each size that was assumed.
 
-    Other inputs of tokens (a decoder's) are as long as the text; of anything else, each sample has one.
+    Other inputs of tokens (a decoder's) are as long as the text; of anything else, each sample has one. Those of given
+    batches are known.
 
     Raises:
         UsageError: for a size that the artifact does not have or does not support.
     """
+    if batches:
+        return batch_sizes(manifest, batches), []
     dims = {dim.name: dim for dim in manifest.dims}
     for name in given:
         if name not in dims:
@@ -242,8 +257,11 @@ def batch_sizes(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -> dic
     return sizes
 
 
-def _samples(batch: Mapping[str, Any]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 1)
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Return the number of samples of a batch; images and patches are not counted by tokens."""
+    tokens = [batch[name] for name in (IDS, DECODER_IDS) if name in batch]
+    found = (value for value in (*tokens, *batch.values()) if isinstance(value, torch.Tensor) and value.dim())
+    return next((len(value) for value in found), 1)
 
 
 def _usual_jobs(

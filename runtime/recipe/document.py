@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from runtime.console import shown
 from runtime.errors import RecipeError
@@ -11,10 +11,10 @@ from runtime.recipe.modifiers import AWQModifier, GPTQModifier, QuantizationModi
 from runtime.recipe.yaml import Table, parse
 
 _QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
-_SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
+SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
 # By depth: how names of nested mappings end, and all keys.
 _NESTED = ("_stage", "_modifiers", ())
-_KEYS = ((*_SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), _SUPPORTED)
+_KEYS = ((*SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), SUPPORTED)
 
 
 def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, ...], tuple[Transform, ...]]:
@@ -40,14 +40,14 @@ def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, 
             elif table.name == "SmoothQuantModifier":
                 transforms.append(SmoothQuantModifier.model_validate(table))
             else:
-                rescaling, rounding = _split(table)
+                rescaling, rounding = AWQModifier.split(table)
                 transforms.append(AWQModifier.model_validate(rescaling))
                 modifiers += [QuantizationModifier.model_validate(part) for part in rounding]
     if modifiers:
         return tuple(modifiers), tuple(transforms)
     if not transforms:
         raise RecipeError(
-            f"{origin}:{root.line}: the recipe has no modifier", hint=f"supported: {', '.join(_SUPPORTED)}"
+            f"{origin}:{root.line}: the recipe has no modifier", hint=f"supported: {', '.join(SUPPORTED)}"
         )
     raise RecipeError(
         f"{origin}:{root.line}: {transforms[-1].name} rescales weights, but no modifier quantizes them",
@@ -62,7 +62,7 @@ def _find_modifiers(entries: Table, *location: str) -> Iterator[Table]:
         path = (*location, key)
         if key.endswith(_NESTED[depth]):
             yield from _find_modifiers(require_table(value, *path), *path)
-        elif depth != 1 and key in _SUPPORTED:
+        elif depth != 1 and key in SUPPORTED:
             yield require_table(value, *path)
         elif depth == 0 and key == "args":
             if value:
@@ -74,23 +74,3 @@ def _find_modifiers(entries: Table, *location: str) -> Iterator[Table]:
             # A modifier of llm-compressor that is not implemented is no misspelling.
             cutoff = 0.8 if key.endswith("Modifier") else 0.4
             raise rejection(f"{key!r} is not supported", *path, hint=nearest(key, _KEYS[depth], cutoff))
-
-
-def _split(table: Table) -> tuple[Table, list[Table]]:
-    """Split an AWQModifier in the older form of the dialect, which also rounds, into one that rescales and one that
-    rounds.
-    """
-    rounds = "scheme" in table or "config_groups" in table
-    stray = [key for key in table if key in QuantizationModifier.model_fields and key not in AWQModifier.model_fields]
-    if stray and not rounds:
-        raise rejection("AWQModifier has no scheme", stray[0], hint="give one to the modifier after it")
-    if not rounds:
-        return table, []
-    rescaling = _part(table, (key for key in table if key not in (*stray, "ignore")))
-    return rescaling, [_part(table, (key for key in table if key in QuantizationModifier.model_fields))]
-
-
-def _part(table: Table, keys: Iterable[str]) -> Table:
-    part = Table({key: table[key] for key in keys})
-    part.name, part.line, part.lines = table.name, table.line, table.lines
-    return part

@@ -6,8 +6,10 @@ Validation itself is pydantic's. An error has the location of a value in the rec
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
@@ -61,7 +63,7 @@ def located(*location: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(table: Table, origin: str) -> Iterator[None]:
-    """Report the first invalid value of a table of the file `origin`, with its line."""
+    """Report the first invalid value of a table of the file `origin`, with its line, if it has one."""
     try:
         yield
     except ValidationError as error:
@@ -78,7 +80,11 @@ def reported(table: Table, origin: str) -> Iterator[None]:
             message = f"{name} must be {expected}, not {shown(details['input'])}"
         else:
             message = f"{name}: {message}"
-        raise RecipeError(f"{origin}:{line}: {message}", hint=hint) from error
+        if line:
+            message = f"{origin}:{line}: {message}"
+        elif origin not in message:
+            message = f"{origin}: {message}"
+        raise RecipeError(message, hint=hint) from error
 
 
 def _place(value: Any, location: tuple[int | str, ...]) -> tuple[int, str]:
@@ -127,6 +133,7 @@ class Located(BaseModel):
 
     _name: str = PrivateAttr(default="")
     _line: int = PrivateAttr(default=0)
+    _table: Table = PrivateAttr(default_factory=Table)
 
     @property
     def name(self) -> str:
@@ -138,6 +145,15 @@ class Located(BaseModel):
         """The line of the mapping; the first line of the file is 1."""
         return self._line
 
+    @property
+    def table(self) -> Table:
+        """The mapping as it was written."""
+        return self._table
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show the fields that were given."""
+        return ((key, value) for key, value in super().__repr_args__() if key in self.model_fields_set)
+
     @model_validator(mode="wrap")
     @classmethod
     def _locate(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -146,7 +162,7 @@ class Located(BaseModel):
             table, fields, [key for key in fields if not any(isinstance(e, Only) for e in fields[key].metadata)]
         )
         model = handler(table)
-        model._name, model._line = table.name, table.line
+        model._name, model._line, model._table = table.name, table.line, table
         return model
 
 
@@ -159,6 +175,36 @@ def require_table(value: Any, *location: str) -> Table:
     if isinstance(value, Table):
         return value
     raise rejection("{name} must be a mapping, not {value}", *location, value=value)
+
+
+def python_table(name: str, values: Mapping[Any, Any]) -> Table:
+    """Return a mapping that was written in Python as one of a recipe, without lines."""
+    table = Table({str(key): _from_python(str(key), value) for key, value in values.items()})
+    table.name, table.line, table.lines = name, 0, dict.fromkeys(table, 0)
+    return table
+
+
+def _from_python(name: str, value: Any) -> Any:
+    """Convert a value to those that a recipe can have; others are left to the field, which rejects them."""
+    if isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        keys = value.model_fields_set if isinstance(value, BaseModel) else [f.name for f in dataclasses.fields(value)]
+        given = {key: getattr(value, key) for key in sorted(keys)}
+        return _from_python(name, {key: item for key, item in given.items() if item is not None})
+    if isinstance(value, Enum):
+        return _from_python(name, value.value)
+    if isinstance(value, str):
+        return Text(value)
+    if isinstance(value, Mapping):
+        return python_table(name, value)
+    if isinstance(value, (list, tuple)):
+        items = Items(_from_python(f"an element of {name}", item) for item in value)
+        items.line, items.lines = 0, [0] * len(items)
+        return items
+    if type(value).__module__ == "numpy" and callable(getattr(value, "item", None)):
+        return value.item() if getattr(value, "ndim", 0) == 0 else value
+    if type(value).__module__ == "torch":  # a device or a dtype
+        return Text(str(value).removeprefix("torch."))
+    return value
 
 
 def require_known(table: Table, known: Collection[str], supported: Collection[str]) -> None:

@@ -8,12 +8,12 @@ Importing this module imports torch, through compressed-tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticUseDefault
 
 from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache, plain_value, scheme_from_preset
+from runtime.recipe.config_groups import Arguments, ConfigGroup, Observer, Observers, Output
 from runtime.recipe.fields import (
     Count,
     Fraction,
@@ -40,9 +41,9 @@ from runtime.recipe.fields import (
     as_tuple,
     located,
     only,
+    python_table,
     rejection,
-    require_known,
-    require_table,
+    reported,
 )
 from runtime.recipe.yaml import Items, Table, Text
 
@@ -55,76 +56,6 @@ Location = tuple[str, ...]
 _Schedule = Annotated[None, only(None, reason="schedules belong to training")]
 _State = Annotated[bool, only(False, reason="it is the state of a modifier, not a setting")]
 _Derived = Annotated[None, only(None, reason="it is the state of a modifier, not a setting")]
-_Output = Annotated[None, only(None, reason="outputs are not quantized")]
-_LOWER = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
-_Observer = Annotated[str | None, _LOWER, allowed("the name of an observer")]
-_STRATEGIES = ", ".join(strategy.value for strategy in QuantizationStrategy)
-
-
-class _ArgumentTypes(BaseModel):
-    """Strict types of quantization arguments: compressed-tensors accepts "4" for 4 and 1 for true."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    num_bits: Annotated[int | None, allowed("an integer")] = None
-    type: Annotated[Literal["int", "float"] | None, _LOWER, allowed("int or float")] = None
-    symmetric: Annotated[bool | None, allowed("true or false")] = None
-    strategy: Annotated[QuantizationStrategy | None, Field(strict=False), _LOWER, allowed(_STRATEGIES)] = None
-    group_size: Annotated[int | None, allowed("an integer")] = None
-    observer: _Observer = None
-
-
-def _read_arguments(value: Any) -> QuantizationArgs | None:
-    if value is None:
-        return None
-    table, known = require_table(value), QuantizationArgs.model_fields
-    require_known(table, known, known)
-    with located():
-        return QuantizationArgs(**_ArgumentTypes.model_validate(table).model_dump(exclude_unset=True))
-
-
-Arguments = Annotated[Any, PlainValidator(_read_arguments)]
-
-
-class ConfigGroup(Located):
-    """Targets and how they are quantized; a group without weights is for attention."""
-
-    targets: Targets
-    weights: Arguments = None
-    input_activations: Arguments = None
-    output_activations: _Output = None
-    format: Any = None
-
-    @cached_property
-    def scheme(self) -> QuantizationScheme:
-        """The scheme as compressed-tensors defines it, not checked for support."""
-        return QuantizationScheme(
-            targets=[str(target) for target in self.targets],
-            weights=self.weights,
-            input_activations=self.input_activations,
-            format=self.format,
-        )
-
-    @property
-    def is_attention(self) -> bool:
-        """Whether it rounds the inputs of modules without quantizing weights."""
-        return self.weights is None and self.input_activations is not None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        with located():
-            _ = self.scheme
-        if self.is_attention and self.format is not None:
-            raise rejection("{name} is not supported in a group for attention", "format", hint="remove it")
-        return self
-
-
-class Observers(Located):
-    """Observers that replace those of the schemes."""
-
-    weights: _Observer = None
-    input: _Observer = None
-    output: _Output = None
 
 
 def _default_of(value: Any) -> Any:
@@ -173,7 +104,7 @@ class Group:
 
 
 class _Modifier(Located):
-    """Fields of all modifiers."""
+    """Fields of all modifiers. In Python, a modifier is created with these as keyword arguments."""
 
     ignore: Patterns = ()
     min_tokens: Count = 0
@@ -189,6 +120,25 @@ class _Modifier(Located):
     finalized_: _State = False
     started_: _State = False
     ended_: _State = False
+
+    def __init__(self, /, **fields: Any) -> None:
+        """Create a modifier in Python.
+
+        Raises:
+            RecipeError: for an invalid or unsupported field.
+        """
+        table = python_table(type(self).__name__, fields)
+        with reported(table, table.name):
+            self.__pydantic_validator__.validate_python(self._validated(table), self_instance=self)
+        self._table = table
+
+    # Else pydantic would call it for a mapping of a file, too.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def _validated(cls, table: Table) -> Table:
+        """Return the fields that the modifier itself validates."""
+        return table
 
 
 _PRESETS = TypeAdapter(dict[str, Targets])
@@ -211,11 +161,11 @@ class QuantizationModifier(_Modifier):
     scheme: Annotated[Any, PlainValidator(_read_presets)] = None
     config_groups: dict[str, ConfigGroup] | None = None
     kv_cache_scheme: Arguments = None
-    weight_observer: _Observer = None
-    input_observer: _Observer = None
+    weight_observer: Observer = None
+    input_observer: Observer = None
     observer: Observers | None = None
     sequential_targets: Patterns = ()
-    output_observer: _Output = None
+    output_observer: Output = None
     bypass_divisibility_checks: Annotated[
         bool, only(False, reason="a weight whose last group is incomplete cannot be packed")
     ] = False
@@ -385,6 +335,33 @@ class AWQModifier(_RescalingModifier):
     n_grid: Positive = 20
     clip: Switch = True
     offload_device: Annotated[str | None, only(None, "cpu", reason="nothing is cached that could be offloaded")] = None
+
+    @classmethod
+    def split(cls, table: Table) -> tuple[Table, list[Table]]:
+        """Split a modifier in the older form of the dialect, which also rounds, into one that rescales and one that
+        rounds.
+        """
+        rounds = "scheme" in table or "config_groups" in table
+        stray = [key for key in table if key in QuantizationModifier.model_fields and key not in cls.model_fields]
+        if stray and not rounds:
+            raise rejection("AWQModifier has no scheme", stray[0], hint="give one to the modifier after it")
+        if not rounds:
+            return table, []
+        rescaling = _part(table, (key for key in table if key not in (*stray, "ignore")))
+        return rescaling, [_part(table, (key for key in table if key in QuantizationModifier.model_fields))]
+
+    @classmethod
+    def _validated(cls, table: Table) -> Table:
+        rescaling, rounding = cls.split(table)
+        for part in rounding:
+            QuantizationModifier.model_validate(part)
+        return rescaling
+
+
+def _part(table: Table, keys: Iterable[str]) -> Table:
+    part = Table({key: table[key] for key in keys})
+    part.name, part.line, part.lines = table.name, table.line, table.lines
+    return part
 
 
 Transform = AWQModifier | SmoothQuantModifier

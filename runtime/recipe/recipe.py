@@ -31,7 +31,8 @@ from runtime.host.regular_files import read_text, reason_of
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    from runtime.recipe.modifiers import Algorithm, ConfigGroup, GptqOptions, Group, QuantizationModifier, Transform
+    from runtime.recipe.config_groups import ConfigGroup
+    from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier, Transform
     from runtime.recipe.yaml import Text
 
 
@@ -100,6 +101,21 @@ class Recipe:
 
         modifiers, transforms = read_modifiers(text, origin)
         return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
+
+    @classmethod
+    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform]) -> Recipe:
+        """Make a recipe of modifiers that were created in Python. Messages have the number of a modifier as its line.
+
+        Raises:
+            RecipeError: the modifiers do not fit together.
+        """
+        from runtime.recipe.yaml import in_one_line
+
+        lines = []
+        for number, modifier in enumerate(modifiers, start=1):
+            stage = {f"modifier_{number}_stage": {"all_modifiers": {type(modifier).__name__: modifier.table}}}
+            lines.append(in_one_line(stage)[1:-1])
+        return cls.from_text("\n".join(lines), "recipe")
 
     @property
     def groups(self) -> tuple[Group, ...]:

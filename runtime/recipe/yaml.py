@@ -68,6 +68,31 @@ def parse(text: str, *, origin: str) -> Any:
         raise RecipeError(f"{origin}: not valid YAML: it is nested too deeply") from error
 
 
+class _OneLine(yaml.SafeDumper):
+    """Writes mappings, lists and strings of subclasses, too, and no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_OneLine.add_multi_representer(dict, yaml.SafeDumper.represent_dict)
+_OneLine.add_multi_representer(list, yaml.SafeDumper.represent_list)
+_OneLine.add_multi_representer(str, yaml.SafeDumper.represent_str)
+
+
+def in_one_line(value: Any) -> str:
+    """Write a value as YAML, in one line.
+
+    Raises:
+        RecipeError: it contains an object that YAML cannot represent.
+    """
+    try:
+        text: str = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=2**31)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{shown(error.args[-1])} cannot be part of a recipe") from error
+    return text.rstrip("\n")
+
+
 def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 

@@ -236,7 +236,12 @@ def sign(
 @app.command()
 @given.takes_data_options
 def data(
-    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Directory, or hub id in the local cache.")],
+    tokenizer: Annotated[
+        str,
+        typer.Argument(
+            metavar="TOKENIZER", help="Directory, or hub id in the local cache; for images or sounds, of the model."
+        ),
+    ],
     sources: given.DataArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     data_options: DataOptions,

@@ -31,7 +31,8 @@ def _compile_options(
     ] = None,
     auto_ignore: Annotated[bool, typer.Option(help="Make unrecordable functions opaque, or reject them.")] = True,
     sample: Annotated[
-        Path | None, typer.Option(help="Safetensors with the model's inputs by name; default: generated.")
+        Path | None,
+        typer.Option(help="Safetensors with the model's inputs by name, or seqbuild data with images or sounds."),
     ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Compile a multimodal model for text only.")] = False,
     targets_per_subgraph: Annotated[int, typer.Option(min=1, help="Targets in each subgraph.")] = 1,

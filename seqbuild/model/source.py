@@ -46,12 +46,14 @@ class Source:
         directory: the directory with the files.
         config_file: the config.json.
         config: its content.
+        tensors: names and shapes of the checkpoint's tensors if these are in memory; None for those in the directory.
     """
 
     name: str
     directory: Path
     config_file: Path
     config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[int, ...]] | None = None
 
     def companions(self) -> dict[str, bytes]:
         """Return the files that are copied to the artifact besides the config, by name."""
@@ -71,6 +73,8 @@ class Source:
         Raises:
             WeightsError: if shards are missing or damaged, or quantized in a form that no host can read.
         """
+        if self.tensors is not None:
+            return dict(self.tensors)
         index = self.directory / _INDEX
         if is_there(index):
             try:

@@ -31,6 +31,8 @@ from seqbuild.onecall.steps import (
     find_weights,
     held_out_batches,
     measure,
+    media_batches,
+    media_samples,
     planned_run,
     require_data,
     require_place,
@@ -40,6 +42,7 @@ from seqbuild.onecall.steps import (
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.data.named_tensors import NamedSamples
     from runtime.evaluation import Evaluation
     from runtime.planning.request import Planned
     from runtime.quantize.readiness import Readiness
@@ -138,7 +141,8 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
         if given.recipe is None:
             require_recipe_name(options)
         weights = given.weights or find_weights(options)
-        artifact = _artifact(options, given, show)
+        media = None if given.batches is not None else media_samples(weights, options, show)
+        artifact = _artifact(options, given, show, media)
         recipe = given.recipe or choose_recipe(options, artifact.manifest)
         readiness = require_run(artifact, weights, recipe, options)
     show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
@@ -146,6 +150,8 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
         batches: Batches = given.batches or ()
         if given.batches is not None:
             show.line(f"data: {_amount(batches)}")
+        elif media is not None and readiness.needs_data:
+            batches = media_batches(artifact, media, options)
         elif readiness.needs_data:
             batches = calibration_batches(artifact, weights, options, show)
         else:
@@ -163,12 +169,12 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
     )
 
 
-def _artifact(options: QuantizeOptions, given: Given, show: Show) -> Artifact:
+def _artifact(options: QuantizeOptions, given: Given, show: Show, media: NamedSamples | None) -> Artifact:
     from runtime.chain import load
 
     path = given.artifact
     if path is None:
-        compiled = compile_model_for(options)
+        compiled = compile_model_for(options, media)
         path = compiled.path
         for line in compiled.remarks:
             show.line(f"warning: {line}")
@@ -179,7 +185,8 @@ def _artifact(options: QuantizeOptions, given: Given, show: Show) -> Artifact:
 
 def _amount(batches: Batches) -> str:
     """Describe the number of samples and tokens."""
-    sizes = [batch["input_ids"].shape for batch in batches if "input_ids" in batch]
+    read = [batch.get("input_ids", batch.get("decoder_input_ids")) for batch in batches]
+    sizes = [ids.shape for ids in read if ids is not None]
     tokens = sum(size.numel() for size in sizes)
     return f"{sum(size[0] for size in sizes)} samples, {tokens:,} tokens"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.console import warn
+from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.errors import ModelError, SeqbuildError, UsageError
 from runtime.status import doing
@@ -106,23 +108,67 @@ def find_weights(options: QuantizeOptions) -> Path:
     return directory
 
 
-def compile_model_for(options: QuantizeOptions) -> Compiled:
-    """Compile the model, or find the existing artifact. A model of images or sounds and text is compiled for text.
+def media_samples(weights: Path, options: QuantizeOptions, show: Show) -> NamedSamples | None:
+    """Read calibration data with images, sounds or videos; None if it has none.
+
+    Raises:
+        DataError: it cannot be read, or does not fit the model's processor.
+    """
+    data = replace(options.data, default_samples=DEFAULT_SAMPLES)
+    return samples_with_media(options.tokenizer or weights, data, show.line)
+
+
+def samples_with_media(
+    directory: Path, data: DataOptions, tell: Callable[[str], None] | None = None
+) -> NamedSamples | None:
+    """Read data as `media_samples` does, for the processor in a directory."""
+    from runtime.cli.batches import describe
+    from runtime.data.options import DEFAULT_SEQ_LEN
+    from runtime.data.processor import PROCESSOR_FILES
+    from runtime.data.samples import load_data
+
+    if BUILTIN in data.sources or not any((directory / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    found, summary = load_data(replace(data, default_length=DEFAULT_SEQ_LEN), directory)
+    if not isinstance(found, NamedSamples):
+        return None
+    describe(str(found.path), found, summary, data.show, directory, tell)
+    return found
+
+
+def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOptions) -> Batches:
+    """Make the model's inputs from data with images, sounds or videos.
+
+    Raises:
+        DataError: it does not fit the artifact.
+    """
+    from runtime.data.named_batches import named_batches
+
+    return named_batches(artifact.manifest, media, options.batch_size)
+
+
+def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = None) -> Compiled:
+    """Compile the model, or find the existing artifact. Without media in the data, a model of images or sounds and text
+    is compiled for text.
 
     Raises:
         ModelError, TargetError, TraceError, OutputError: as `compile_with`.
     """
     source = resolve_source(options.model, revision=options.revision)
-    return compile_with(
-        CompileOptions(
-            model=options.model,
-            revision=options.revision,
-            text_only=options.text_only or has_media(source),
-            leaves=options.leaves,
-            out=options.artifacts or user_artifacts(),
-            trust_remote_code=options.trust_remote_code,
-        )
+    compilation = CompileOptions(
+        model=options.model,
+        revision=options.revision,
+        text_only=options.text_only or (media is None and has_media(source)),
+        leaves=options.leaves,
+        out=options.artifacts or user_artifacts(),
+        trust_remote_code=options.trust_remote_code,
     )
+    if media is None:
+        return compile_with(compilation)
+    with tempfile.TemporaryDirectory(prefix="seqbuild-") as folder:
+        file = Path(folder) / "sample.safetensors"
+        save_named(file, media)
+        return compile_with(replace(compilation, sample=file))
 
 
 def has_media(source: Source) -> bool:
@@ -284,15 +330,16 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         SeqbuildError: as `runtime.planning.request.plan_artifact`.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.planning.request import memory_here, plan_artifact
+    from runtime.planning.request import memory_here, num_rows, plan_artifact
 
     device = resolve_device(options.device)
-    sizes = [tuple(batch["input_ids"].shape) for batch in batches] or [_NO_DATA]
+    rows = [num_rows(batch) for batch in batches] or [_NO_DATA[0]]
     return plan_artifact(
         artifact,
-        num_samples=sum(size[0] for size in sizes),
-        seq_len=max(size[1] for size in sizes),
-        batch_size=max(size[0] for size in sizes),
+        num_samples=sum(rows),
+        seq_len=_NO_DATA[1],  # the sizes of the batches, if any, take precedence
+        batch_size=max(rows),
+        batches=batches,
         recipe=recipe,
         dtype=resolve_dtype(options.dtype),
         device_type=device.type,

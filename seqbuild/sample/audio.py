@@ -73,6 +73,16 @@ def takes_audio(parameters: Mapping[str, Any]) -> bool:
     return "pixel_values" not in parameters and any(name in parameters for name in (*_SPECTROGRAMS, *_WAVEFORMS))
 
 
+def replaces_text(parameters: Mapping[str, Any]) -> bool:
+    """Return whether sounds are the input of an encoder, whose decoder writes text."""
+    return takes_audio(parameters) and "decoder_input_ids" in parameters and "input_ids" not in parameters
+
+
+def is_input(name: str) -> bool:
+    """Return whether a parameter of such a model is a sound, its mask or an input of the decoder."""
+    return name in (*_SPECTROGRAMS, *_WAVEFORMS, *_MASKS, "attention_mask") or name.startswith("decoder_")
+
+
 def with_audio(model: nn.Module, parameters: Mapping[str, Any], shape: SampleShape) -> Row:
     """Generate a sample of text and sounds.
 
@@ -93,6 +103,8 @@ def with_audio(model: nn.Module, parameters: Mapping[str, Any], shape: SampleSha
             trial = audio.sample(thin.config, sound, count)
             with torch.no_grad():
                 _require_finite(thin(**trial))
+                if audio.mask_name == "attention_mask" and _ignores(thin, trial, audio.mask_name):
+                    sound = replace(sound, mask="")
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, AssertionError) as error:
             reasons[str(error).splitlines()[0] if str(error) else type(error).__name__] = None
             continue
@@ -107,6 +119,17 @@ def _require_finite(output: Any) -> None:
     values = output.values() if isinstance(output, Mapping) else ()
     if not all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, torch.Tensor)):
         raise ValueError("the output is not finite")
+
+
+def _ignores(thin: Any, trial: Row, mask: str) -> bool:
+    """Return whether a mask of sounds has no effect: the model takes it only because others do (Whisper)."""
+    if mask not in trial:
+        return False
+    masked = trial[mask].clone()
+    masked[:, masked.shape[1] // 2 :] = 0
+    outputs = [thin(**trial), thin(**trial | {mask: masked}), thin(**{k: v for k, v in trial.items() if k != mask})]
+    found = [[value for value in output.values() if isinstance(value, torch.Tensor)] for output in outputs]
+    return all(len(found[0]) == len(other) and all(map(torch.equal, found[0], other)) for other in found[1:])
 
 
 def widths(config: Any) -> list[int]:

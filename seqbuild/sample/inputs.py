@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from runtime.errors import TraceError
-from seqbuild.sample.audio import takes_audio, with_audio
+from seqbuild.sample.audio import replaces_text, takes_audio, with_audio
 from seqbuild.sample.plain import is_left_out, plain_call
 from seqbuild.sample.shape import PASS_SAMPLE, SAMPLE_BATCH, SampleShape
 from seqbuild.sample.tokens import text_inputs
@@ -69,7 +69,8 @@ def default_sample(
     parameters = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     if not text_only and takes_audio(parameters):
-        return with_audio(model, parameters, shape)
+        sample = with_audio(model, parameters, shape)
+        return _as_in_plain_calls(model, sample, wanted) if replaces_text(parameters) else sample
     has_images = not text_only and any(name in parameters for name in _IMAGE_INPUTS)
     if "input_ids" not in parameters and not has_images:
         raise TraceError(
@@ -81,7 +82,14 @@ def default_sample(
         from seqbuild.sample.vision import with_images  # not required for text only
 
         return with_images(model, parameters, sample, shape, generator)
-    kept = {*plain_call(model).absent, *wanted}
+    return _as_in_plain_calls(model, sample, wanted)
+
+
+def _as_in_plain_calls(
+    model: nn.Module, sample: Mapping[str, torch.Tensor], wanted: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Omit inputs that a plain call omits, unless a value represents their absence."""
+    parameters, kept = inspect.signature(model.forward).parameters, {*plain_call(model).absent, *wanted}
     return {name: value for name, value in sample.items() if name in kept or not is_left_out(name, parameters)}
 
 

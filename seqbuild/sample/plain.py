@@ -22,6 +22,7 @@ from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
 from runtime.data.decoder import NOT_A_LABEL, shifted
 from runtime.errors import TraceError
+from seqbuild.sample.audio import is_input, replaces_text, with_audio
 from seqbuild.sample.shape import SampleShape
 from seqbuild.sample.thin import random_copy
 from seqbuild.sample.tokens import text_inputs
@@ -78,18 +79,27 @@ def plain_call(model: nn.Module, names: Collection[str] = ()) -> PlainCall:
         names: the given inputs; if one of them is not text, the result is unknown.
     """
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        return PlainCall()
-    text = text_inputs(getattr(model, "config", None), parameters, _SHAPES[0])
-    if not set(names) <= text.keys():
+    if replaces_text(parameters):
+        is_plain = all(map(is_input, names))
+    else:
+        text = text_inputs(getattr(model, "config", None), parameters, _SHAPES[0])
+        is_plain = "input_ids" in parameters and set(names) <= text.keys()
+    if not is_plain:
         return PlainCall()
     if model not in _known:
-        _known[model] = _find(model, text)
+        _known[model] = _find(model)
     return _known[model]
 
 
-def _find(model: nn.Module, text: Row) -> PlainCall:
+def _row(model: Any, parameters: Mapping[str, inspect.Parameter], shape: SampleShape) -> Row:
+    if replaces_text(parameters):
+        return with_audio(model, parameters, shape)
+    return text_inputs(getattr(model, "config", None), parameters, shape)
+
+
+def _find(model: nn.Module) -> PlainCall:
     parameters = inspect.signature(model.forward).parameters
+    text = text_inputs(getattr(model, "config", None), parameters, _SHAPES[0])
     config: Any = getattr(model, "config", None)
     left_out = [name for name in text if is_left_out(name, parameters)]
     read = text.get("decoder_input_ids")
@@ -98,9 +108,9 @@ def _find(model: nn.Module, text: Row) -> PlainCall:
         return PlainCall()
     try:
         trial = _AbsenceTrial(random_copy(model))
+        rows = [_row(trial.model, parameters, shape) for shape in _SHAPES]
     except TraceError:
         return PlainCall()
-    rows = [text_inputs(trial.config, parameters, shape) for shape in _SHAPES]
     absent = _stand_ins(trial, rows, left_out)
     if not has_labels:
         return PlainCall(absent=absent)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.arguments import require_counts
+from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.samples import TokenData, is_token_file, require_place, save_tokens
 from runtime.data.tokenization import DataSummary, prepare_data
@@ -26,7 +28,7 @@ def tokenize_files(
     loss_mask: bool = False,
     force: bool = False,
     revision: str | None = None,
-) -> TokenData:
+) -> TokenData | NamedSamples:
     """Tokenize the documents in `files`, write a token file, and return its contents.
 
     Args:
@@ -53,7 +55,7 @@ def tokenize_files(
 
 def write_token_file(
     tokenizer: str | Path, options: DataOptions, out: Path, *, force: bool = False, revision: str | None = None
-) -> tuple[TokenData, DataSummary, Path]:
+) -> tuple[TokenData | NamedSamples, DataSummary, Path]:
     """Tokenize data, write a token file, and return its contents, how they were made, and the tokenizer's directory.
 
     Raises:
@@ -70,6 +72,9 @@ def write_token_file(
     name = directory.resolve().name if directory == Path(tokenizer) else str(tokenizer)
     found = prepare_data(options, directory, name)
     tokens = found.tokens
+    if isinstance(tokens, NamedSamples):
+        save_named(out, tokens)
+        return replace(tokens, path=out), found.summary, directory
     saved = save_tokens(
         out,
         tokens.samples,

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.data.named_tensors import NamedSamples
+from runtime.data.token_file import TokenData, has_token_metadata, read_token_file
 from runtime.errors import DataError, TargetError, TraceError
 from runtime.host.regular_files import read_regular
 from seqbuild.model.from_config import TRACE_DTYPE
+from seqbuild.sample.from_data import sample_of_data
 from seqbuild.sample.inputs import default_sample, rehearsal_samples
 from seqbuild.sample.shape import REHEARSAL_SHAPES
 from seqbuild.trace.experts.dense import is_dense_experts
@@ -23,6 +26,8 @@ from seqbuild.trace.record.leaf_policy import always_foreign
 from seqbuild.trace.record.tracer import leaf_policy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from seqbuild.blame import Function
@@ -72,12 +77,15 @@ def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Te
     from safetensors.torch import load
 
     try:
-        sample = load(read_regular(file))
+        content = read_regular(file)
+        sample = load(content)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"sample file {file} cannot be read: {error}",
             hint="write the model's inputs by name with safetensors.torch.save_file",
         ) from error
+    if has_token_metadata(content):
+        sample = sample_of_data(model, _named(read_token_file(file), file))
     takes = inspect.signature(model.forward).parameters
     unknown = [name for name in sample if name not in takes]
     if unknown or not sample:
@@ -87,6 +95,12 @@ def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Te
             hint=f"the inputs of {type(model).__name__} are {', '.join(takes)}",
         )
     return _in_dtype({name: sample[name] for name in takes if name in sample}, TRACE_DTYPE)
+
+
+def _named(data: TokenData | NamedSamples, file: Path) -> NamedSamples:
+    if isinstance(data, NamedSamples):
+        return data
+    raise DataError(f"{file} has text only, for which the sample is generated", hint="leave --sample out")
 
 
 def with_larger(model: nn.Module, sample: Sample, options: CompileOptions) -> list[Sample]:

@@ -96,10 +96,11 @@ def test_calls_and_observations_of_sharegpt() -> None:
     assert as_document({"messages": [USER], "tools": ""}, "here").tools is None
 
 
-def test_parts_of_messages_stay_as_they_are() -> None:
+def test_parts_of_messages_keep_their_places() -> None:
     parts = [{"type": "image", "image": "cat.png", "text": None}, {"type": "text", "text": "what is it?"}]
-    found = content({"messages": [{"role": "user", "content": parts}]})
-    assert found[0]["content"] == [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "what is it?"}]
+    found = as_document({"messages": [{"role": "user", "content": parts}]}, "here")
+    assert found.content == [{"role": "user", "content": [{"type": "image"}, parts[1]]}]
+    assert [(medium.kind, medium.value) for medium in found.media] == [("image", "cat.png")]
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,8 @@ def test_tensors_that_break_the_format_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "2.0"}, "has token file version 2.0, but this release reads 1.2"),
+        ({"version": "3.0"}, "has token file version 3.0, but this release reads 1.2 and 2.0"),
+        ({"version": "2.0"}, "num_samples is None"),
         ({"version": None}, "has no version"),
         ({"version": 1}, "has no version"),
         ({"seq_len": 2}, "a sample has 3 tokens, but seq_len is 2"),
