@@ -72,7 +72,7 @@ def saved_parts(source: DataSource, path: Path) -> list[DataPart]:
         _require_saved_inside(path)
         found = datasets.load_from_disk(str(path))
     splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-    return _parts(source, splits, path.name, [split._fingerprint for split in splits.values()])
+    return _parts(source, splits, path.name, [split._fingerprint for split in splits.values()], home=path)
 
 
 def _require_saved_inside(path: Path) -> None:
@@ -92,7 +92,7 @@ def directory_parts(source: DataSource, directory: Path) -> list[DataPart]:
     """Return the splits of a directory that has the layout of a data set on the hub."""
     splits, files = _streamed(source, directory, str(directory))
     states = [(Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return _parts(source, splits, directory.name, states)
+    return _parts(source, splits, directory.name, states, home=directory)
 
 
 def cached_parts(source: DataSource) -> list[DataPart]:
@@ -107,7 +107,7 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     if snapshot is not None:
         try:
             splits, _ = _streamed(source, snapshot, name)
-            return _parts(source, splits, name, [snapshot.name])
+            return _parts(source, splits, name, [snapshot.name], home=snapshot)
         except UsageError:
             raise
         except DataError as error:
@@ -117,7 +117,10 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     if source.revision is None:
         prepared = _prepared(source)
         if prepared:
-            return _parts(source, prepared, name, [split._fingerprint for split in prepared.values()])
+            from datasets.config import HF_DATASETS_CACHE
+
+            identity = [split._fingerprint for split in prepared.values()]
+            return _parts(source, prepared, name, identity, home=Path(HF_DATASETS_CACHE))
     at, option = (f" at {source.revision}", f" --revision {source.revision}") if source.revision else ("", "")
     why = f"no file or directory {name} exists, and the data set {name}{at} is not in the local cache"
     if failure is not None:
@@ -246,8 +249,10 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object]) -> list[DataPart]:
-    """Return one part for each slice that the source states."""
+def _parts(
+    source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object], *, home: Path
+) -> list[DataPart]:
+    """Return one part for each slice that the source states; its media are files in `home`."""
     wanted = source.split
     if wanted is None:
         if len(splits) != 1:
@@ -270,7 +275,9 @@ def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: S
         found.append(
             DataPart(
                 name=label,
-                records=partial(_rows, splits[match["name"]], (match["start"], match["end"]), label, source.columns),
+                records=partial(
+                    _rows, splits[match["name"]], (match["start"], match["end"]), label, source.columns, home
+                ),
                 digest=partial(_sha256, f"{facts} {text.strip()}"),
             )
         )
@@ -281,7 +288,9 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _rows(
+    split: Any, bounds: tuple[str | None, str | None], name: str, columns: tuple[str, ...], home: Path
+) -> Iterator[Record]:
     with _datasets(name) as datasets:
         is_table = isinstance(split, datasets.Dataset)
         split = _with_fields(split, name, columns)
@@ -294,7 +303,7 @@ def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns:
     if is_table:
         last = len(split) if last is None else min(last, len(split))
         for number in range(first, last):
-            yield partial(_row, split, number, f"row {number + 1} of {name}", columns)
+            yield partial(_table_row, split, number, f"row {number + 1} of {name}", columns, home)
         return
     rows = itertools.islice(split, first, last)
     for number in itertools.count(first + 1):
@@ -302,13 +311,17 @@ def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns:
             row = next(rows, None)
         if row is None:
             return
-        yield partial(as_document, row, f"row {number} of {name}", columns)
+        yield partial(_row, row, f"row {number} of {name}", columns, home)
 
 
-def _row(split: Any, number: int, where: str, columns: tuple[str, ...]) -> Document:
+def _table_row(split: Any, number: int, where: str, columns: tuple[str, ...], home: Path) -> Document:
     with _datasets(where):
         row = split[number]
-    return as_document(row, where, columns)
+    return _row(row, where, columns, home)
+
+
+def _row(row: Mapping[str, Any], where: str, columns: tuple[str, ...], home: Path) -> Document:
+    return as_document(row, where, columns).relative_to(home, home)
 
 
 def _with_fields(split: Any, name: str, columns: tuple[str, ...]) -> Any:
