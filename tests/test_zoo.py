@@ -15,7 +15,8 @@ from tests.zoo_check import check, misread_parameters
 
 # What takes longest comes first: workers take tests in this order.
 CASES = (
-    *(("image-text-to-text/qwen2_vl", "linear"), ("image-text-to-text/llava", "target")),
+    *(("image-text-to-text/qwen2_vl", "linear"), ("image-text-to-text/llava_next", "target")),
+    ("image-text-to-text/llava", "target"),
     *(("image-text-to-text/mllama", "linear"), ("image-text-to-text/paligemma", "sdpa")),
     *(("causal LM/gemma4_text", "linear"), ("seq2seq/t5", "linear"), ("causal LM/deepseek_v3", "linear")),
     *(("seq2seq/fsmt", "linear"), ("seq2seq/bart", "sdpa"), ("causal LM/cpmant", "target")),
@@ -31,9 +32,14 @@ SAVED = (
     *("masked LM/xlm-roberta", "masked LM/albert", "seq2seq/marian", "seq2seq/switch_transformers"),
     *("speech seq2seq/whisper", "image encoder/detr", "image-text-to-text/qwen2_5_vl", "image-text-to-text/llava"),
 )
-# One of each kind that no other test compiles: images, sound, masks, latent attention, scans with experts, windows.
+# One of each kind that no other test compiles: images in a step that collects hidden states, sound, masks, latent
+# attention, scans with experts, windows.
 USUAL = (
-    *(("image-text-to-text/llava", "target"), ("causal LM/gemma4_text", "linear"), ("causal LM/deepseek_v3", "linear")),
+    *(
+        ("image-text-to-text/llava_next", "target"),
+        ("causal LM/gemma4_text", "linear"),
+        ("causal LM/deepseek_v3", "linear"),
+    ),
     *(("speech seq2seq/whisper", "linear"), ("causal LM/mistral", "sdpa"), ("causal LM/jamba", "linear")),
     *(("masked LM/deberta-v2", "linear"), ("image encoder/vit", "target")),
 )

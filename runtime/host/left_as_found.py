@@ -35,7 +35,14 @@ _PLAIN = (str, int, float, bool, type(None), bytes, complex, types.FunctionType,
 _RARE_COLLECTION = (100_000, 50, 50)  # arguments of `gc.set_threshold`
 _MOST_VISITED = 10_000
 # Attributes in which a `torch.nn.Module` keeps its parts.
-_MODULE_PARTS = ("_parameters", "_buffers", "_modules", "forward", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_MODULE_PARTS = ("_parameters", "_buffers", "_modules", "forward", *_HOOKS)
 
 
 class ProcessState:
@@ -51,6 +58,7 @@ class ProcessState:
         for module in related_modules():
             walk.go([module], module.__name__)
         self._saved = walk.saved
+        self._networks = [saved for saved in walk.saved if _is_network(saved)]
         self._walked = walk.caches
         self._entries = [(entries, dict(entries)) for cache in walk.caches if (entries := _entries(cache)) is not None]
         self._misses = {id(cache): cache.cache_info().misses for cache in _all_caches(walk.caches)}
@@ -98,9 +106,11 @@ class ProcessState:
         changed = [saved for saved in self._saved if saved.is_changed]
         entered = {id(saved): saved.access.read(saved.owner) for saved in changed}
         tainted = _modules_holding_tensors(changed)
+        hooks = [(table, dict(table)) for module in self._networks for table in _hook_tables(module.owner)]
         for saved in changed:
             if saved.home in tainted or any(map(holds_tensors, saved.fresh())):
                 saved.access.write(saved.owner, _with_replacements(saved.content, entered[id(saved)]))
+                _remove_hooks_since(saved)
         filled = [
             (entries, content, dict(entries)) for entries, content in self._entries if len(entries) > len(content)
         ]
@@ -117,6 +127,10 @@ class ProcessState:
                 is_counted = is_same or not saved.home or id(saved) in entered or any(map(holds_tensors, saved.fresh()))
                 if is_counted and not is_same:
                     saved.access.write(saved.owner, content)
+            for table, before in hooks:
+                if not same_content(dict(table), before):
+                    table.clear()
+                    table.update(before)
 
     def _clear_caches(self) -> None:
         for entries, content in self._entries:
@@ -142,6 +156,31 @@ _active: ProcessState | None = None
 def _modules_holding_tensors(changed: Iterable[SavedState]) -> set[str]:
     """The Python modules in which a changed value is or holds a tensor."""
     return {saved.home for saved in changed if saved.home and any(map(holds_tensors, saved.fresh()))}
+
+
+def _is_network(saved: SavedState) -> bool:
+    """Whether the saved state is that of the attributes of a `torch.nn.Module`."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(saved.owner, torch.nn.Module) and "_forward_hooks" in saved.content
+
+
+def _hook_tables(module: Any) -> list[dict[int, Any]]:
+    """The tables of a network module's hooks. A trace exchanges them, so they are not those that were saved."""
+    return [module.__dict__[name] for name in _HOOKS if name in module.__dict__]
+
+
+def _remove_hooks_since(saved: SavedState) -> None:
+    """Remove the hooks that a network module got since its attributes were saved.
+
+    transformers keeps in an attribute that it has added hooks. Without the attribute it adds them again, and each
+    hidden state would be collected twice.
+    """
+    if not _is_network(saved):
+        return
+    for name in _HOOKS:
+        table, before = saved.owner.__dict__.get(name, {}), saved.content.get(name, {})
+        for key in [key for key, hook in table.items() if key not in before and not _is_replacement(hook)]:
+            del table[key]
 
 
 def _with_replacements(found: Any, now: Any) -> Any:
