@@ -13,7 +13,7 @@ from typing import TextIO
 from runtime.errors import UsageError
 from runtime.standard_output import Output
 from runtime.status import make_room
-from runtime.terminal import flowed
+from runtime.terminal import flowed, printable
 
 NOTHING_LEFT = "no partial output was left behind"
 left_behind = [NOTHING_LEFT]
@@ -57,15 +57,6 @@ def shown(value: object) -> str:
     shortener = reprlib.Repr()
     shortener.maxlevel = 2
     return shortener.repr(value)
-
-
-def printable(text: str) -> str:
-    """Escape non-printable characters: names come from untrusted files and could contain terminal commands."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
-    )
 
 
 def human_bytes(count: float) -> str:

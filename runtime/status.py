@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.terminal import is_terminal, shortened
+from runtime.terminal import is_terminal, printable, shortened
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -86,7 +86,7 @@ class _StatusLine:
 
         seconds = int(time.perf_counter() - self._since)
         elapsed = f" ({seconds} s)" if seconds >= _SHOWS_TIME_S else ""
-        return Text(shortened(f"{self._text}{elapsed}", self._width - 1), no_wrap=True)
+        return Text(shortened(f"{printable(self._text)}{elapsed}", self._width - 1), no_wrap=True)
 
 
 _current: list[_StatusLine] = []

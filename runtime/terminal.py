@@ -67,6 +67,15 @@ def _flowed(line: str, width: int) -> str:
     return flow
 
 
+def printable(text: str) -> str:
+    """Escape non-printable characters: names come from untrusted files and could contain terminal commands."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
+
+
 def cells(text: str) -> int:
     """Return the number of columns that a text takes on a terminal."""
     if text.isascii():

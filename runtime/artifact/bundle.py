@@ -15,7 +15,6 @@ Inside the directory, `python -m runtime calibrate .` needs no options.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from typing import Any
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.errors import ArtifactError, UsageError
 from runtime.host.hub import resolve_directory
-from runtime.host.regular_files import is_there, open_regular, read_text
+from runtime.host.regular_files import file_digest, is_there, read_text
 
 BUNDLE_NAME, SUMS_NAME, REQUIREMENTS_NAME, README_NAME = "bundle.json", "SHA256SUMS", "requirements.txt", "README.md"
 ARTIFACT, RUNTIME, RECIPE, DATA, WEIGHTS, RESULT = (
     *("artifact", "runtime", "recipe.yaml", "data.safetensors", "weights", "quantized"),
 )
 FORMAT, FORMAT_VERSION = "seqbuild-bundle", 1
-_LIMIT_BYTES, _CHUNK_BYTES = 64 * 2**20, 2**20
+_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +178,3 @@ def damaged(bundle: Bundle, *, with_weights: bool) -> list[str]:
         except OSError:
             found.append(name)
     return found
-
-
-def file_digest(path: Path) -> str:
-    """Compute the sha256 of a file in hex, reading it in pieces."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

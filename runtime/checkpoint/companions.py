@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.source_checks import ADAPTER_FILES, QUANTIZATION_FILES
 from runtime.checkpoint.source_formats import without_quantization
+from runtime.host.hub import is_inside
 
 if TYPE_CHECKING:
     from runtime.artifact.parts import ArtifactParts
@@ -87,7 +88,7 @@ def companion_files(directory: Path) -> list[tuple[str, Path]]:
     found = {
         path.name: path
         for path in directory.iterdir()
-        if may_be_copied(path.name) and _is_companion(path.name) and _is_inside(path, home) and _is_small(path)
+        if may_be_copied(path.name) and _is_companion(path.name) and is_inside(path, home) and _is_small(path)
     }
     for folder in directory.iterdir():
         if folder.is_dir() and not folder.name.startswith(".") and home in folder.resolve().parents:
@@ -105,7 +106,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _of_folder(folder: Path, home: Path) -> Iterator[Path]:
-    paths = [path for path in folder.iterdir() if _is_inside(path, home)]
+    paths = [path for path in folder.iterdir() if is_inside(path, home)]
     if folder.name == _TEMPLATES:
         yield from (path for path in paths if path.suffix == ".jinja" and _is_small(path))
     elif _MODULE.fullmatch(folder.name):
@@ -125,12 +126,3 @@ def _is_companion(name: str) -> bool:
 
 def _is_small(path: Path) -> bool:
     return path.stat().st_size <= _LARGEST_BYTES
-
-
-def _is_inside(path: Path, home: Path) -> bool:
-    """Whether this is a regular file inside the directory; links may lead only into the hub's cache."""
-    if not path.is_file():
-        return False
-    target = path.resolve()
-    is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    return home in target.parents or is_of_hub

@@ -46,9 +46,10 @@ class Document:
         """The characters of all its texts, and the bytes of media that it contains."""
         return _num_characters((self.content, self.target, self.tools, [medium.value for medium in self.media]))
 
-    def relative_to(self, base: Path) -> Document:
-        """Return the document with the names of its media relative to this directory."""
-        return replace(self, media=tuple(replace(medium, base=base) for medium in self.media)) if self.media else self
+    def relative_to(self, base: Path, home: Path | None = None) -> Document:
+        """Return the document with media whose file names are relative to `base`, in `home` if that is given."""
+        media = tuple(replace(medium, base=base, home=home) for medium in self.media)
+        return replace(self, media=media) if media else self
 
 
 def as_document(record: Mapping[str, Any] | str, where: str, columns: Sequence[str] = ()) -> Document:

@@ -15,10 +15,12 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,9 @@ from runtime.data.file_formats import Record
 from runtime.data.records import chosen_columns
 from runtime.data.sources import DataPart, DataSource
 from runtime.errors import DataError, SeqbuildError, UsageError
-from runtime.host.hub import cached_snapshot
+from runtime.host.hub import cached_snapshot, is_inside
 from runtime.host.offline import offline
-from runtime.host.regular_files import read_text
+from runtime.host.regular_files import is_there, read_text, require_regular
 
 _SAVED_NAMES = ("state.json", "dataset_dict.json")
 _READERS = (
@@ -47,11 +49,12 @@ _READERS = (
     "videofolder",
     "webdataset",
 )
+_LOGGERS = ("datasets", "datasets.load", "datasets.packaged_modules.cache.cache", "huggingface_hub.repocard")
 _LONGEST_REASON = 300
 _INSTALL = "pip install 'datasets>=4'"
+_MOST_VALUES = 1_000_000  # of a card, with aliases
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOUND = r"-?\d+%?"
-_DECODED = ("Image", "Audio", "Video")  # features of data sets
 _SLICE = re.compile(rf"(?P<name>[\w.-]+)(\[(?P<start>{_BOUND})?:(?P<end>{_BOUND})?\])?")
 
 
@@ -68,16 +71,30 @@ def is_saved(path: Path) -> bool:
 def saved_parts(source: DataSource, path: Path) -> list[DataPart]:
     """Return the data set that `save_to_disk` wrote to a directory."""
     with _datasets(path) as datasets:
+        _require_saved_inside(path)
         found = datasets.load_from_disk(str(path))
     splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-    return _parts(source, splits, path.name, [split._fingerprint for split in splits.values()])
+    return _parts(source, splits, path.name, [split._fingerprint for split in splits.values()], home=path)
+
+
+def _require_saved_inside(path: Path) -> None:
+    """Require that the tables of a saved data set are regular files in its directory; the library opens any."""
+    for state in (path / "state.json", *path.glob("*/state.json")):
+        if not is_there(state):
+            continue
+        for listed in ("_data_files", "_indices_files"):
+            for file in json.loads(read_text(state)).get(listed) or ():
+                name = str(file["filename"])
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise DataError(f"{state} names {name!r}, which is outside of its directory", hint="save it again")
+                require_regular(state.parent / name)
 
 
 def directory_parts(source: DataSource, directory: Path) -> list[DataPart]:
     """Return the splits of a directory that has the layout of a data set on the hub."""
     splits, files = _streamed(source, directory, str(directory))
     states = [(Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return _parts(source, splits, directory.name, states)
+    return _parts(source, splits, directory.name, states, home=directory)
 
 
 def cached_parts(source: DataSource) -> list[DataPart]:
@@ -97,15 +114,20 @@ def cached_parts(source: DataSource) -> list[DataPart]:
     if snapshot is not None:
         try:
             splits, _ = _streamed(source, snapshot, name)
-            return _parts(source, splits, name, [snapshot.name])
+            return _parts(source, splits, name, [snapshot.name], home=snapshot)
         except UsageError:
             raise
-        except DataError as error:  # the cache may have the card alone
-            failure = error
+        except DataError as error:
+            if error.__cause__ is None:  # the data set is rejected
+                raise
+            failure = error  # of the library: the cache may have the card alone
     if source.revision is None:
         prepared = _prepared(source)
         if prepared:
-            return _parts(source, prepared, name, [split._fingerprint for split in prepared.values()])
+            from datasets.config import HF_DATASETS_CACHE
+
+            identity = [split._fingerprint for split in prepared.values()]
+            return _parts(source, prepared, name, identity, home=Path(HF_DATASETS_CACHE))
     at, option = (f" at {source.revision}", f" --revision {source.revision}") if source.revision else ("", "")
     why = f"no file or directory {name} exists, and the data set {name}{at} is not in the local cache"
     if failure is not None:
@@ -138,18 +160,31 @@ def _require_own_files(directory: Path) -> None:
     from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
     from huggingface_hub import DatasetCard
 
-    stated: list[Any] = []
+    settings: list[Any] = []
     if (directory / REPOCARD_FILENAME).is_file():
-        stated.append(DatasetCard(read_text(directory / REPOCARD_FILENAME)).data.get("configs"))
+        card: Any = DatasetCard(read_text(directory / REPOCARD_FILENAME))
+        settings.append(card.data.to_dict())
     if (directory / REPOYAML_FILENAME).is_file():
-        settings = yaml.safe_load(read_text(directory / REPOYAML_FILENAME))
-        stated.append(settings.get("configs") if isinstance(settings, dict) else None)
-    while stated:
-        value = stated.pop()
-        if isinstance(value, (dict, list)):
-            stated += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and ("://" in value or Path(value).is_absolute() or ".." in Path(value).parts):
+        settings.append(yaml.safe_load(read_text(directory / REPOYAML_FILENAME)))
+    for _ in _texts_in(settings, str(directory)):
+        pass
+    for value in _texts_in([table.get("configs") for table in settings if isinstance(table, dict)], str(directory)):
+        if "://" in value or Path(value).is_absolute() or ".." in Path(value).parts:
             raise DataError(f"the card of {directory} names {value!r}, which is outside of it", hint="remove it")
+
+
+def _texts_in(value: Any, name: str) -> Iterator[str]:
+    """Yield the texts in nested values; aliases of YAML, which may be of any number or contain themselves, count."""
+    values = [value]
+    for _ in range(_MOST_VALUES):
+        if not values:
+            return
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (dict, list)):
+            values += value.values() if isinstance(value, dict) else value
+    raise DataError(f"the card of {name} has more than {_MOST_VALUES:,} values", hint="shorten it")
 
 
 def _require_plain(builder: Any, root: Path) -> None:
@@ -160,6 +195,8 @@ def _require_plain(builder: Any, root: Path) -> None:
     for file in (file for found in (builder.config.data_files or {}).values() for file in found):
         if "://" in str(file) or root not in Path(os.path.normpath(file)).parents:
             raise DataError(f"{root} names {file}, which is outside of it", hint="remove it from its card")
+        if not is_inside(Path(file), root.resolve()):
+            raise DataError(f"{file} is a link to a file outside of the data set", hint="replace it with the file")
 
 
 def _prepared(source: DataSource) -> dict[str, Any]:
@@ -197,7 +234,7 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
     settings.HF_HUB_OFFLINE = True
     datasets.disable_progress_bars()
     try:
-        with offline(), quiet("datasets", "datasets.load", "datasets.packaged_modules.cache.cache"):
+        with offline(), quiet(*_LOGGERS, level=logging.CRITICAL):
             yield datasets
     except (SeqbuildError, MemoryError):
         raise
@@ -215,8 +252,10 @@ def _datasets(what: object, config: str | None = None) -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object]) -> list[DataPart]:
-    """Return one part for each slice that the source states."""
+def _parts(
+    source: DataSource, splits: Mapping[str, Any], name: str, identity: Sequence[object], *, home: Path
+) -> list[DataPart]:
+    """Return one part for each slice that the source states; its media are files in `home`."""
     wanted = source.split
     if wanted is None:
         if len(splits) != 1:
@@ -239,7 +278,9 @@ def _parts(source: DataSource, splits: Mapping[str, Any], name: str, identity: S
         found.append(
             DataPart(
                 name=label,
-                records=partial(_rows, splits[match["name"]], (match["start"], match["end"]), label, source.columns),
+                records=partial(
+                    _rows, splits[match["name"]], (match["start"], match["end"]), label, source.columns, home
+                ),
                 digest=partial(_sha256, f"{facts} {text.strip()}"),
             )
         )
@@ -250,7 +291,9 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _rows(
+    split: Any, bounds: tuple[str | None, str | None], name: str, columns: tuple[str, ...], home: Path
+) -> Iterator[Record]:
     with _datasets(name) as datasets:
         is_table = isinstance(split, datasets.Dataset)
         split = _with_fields(split, name, columns)
@@ -263,7 +306,7 @@ def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns:
     if is_table:
         last = len(split) if last is None else min(last, len(split))
         for number in range(first, last):
-            yield partial(_row, split, number, f"row {number + 1} of {name}", columns)
+            yield partial(_table_row, split, number, f"row {number + 1} of {name}", columns, home)
         return
     rows = itertools.islice(split, first, last)
     for number in itertools.count(first + 1):
@@ -271,13 +314,17 @@ def _rows(split: Any, bounds: tuple[str | None, str | None], name: str, columns:
             row = next(rows, None)
         if row is None:
             return
-        yield partial(as_document, row, f"row {number} of {name}", columns)
+        yield partial(_row, row, f"row {number} of {name}", columns, home)
 
 
-def _row(split: Any, number: int, where: str, columns: tuple[str, ...]) -> Document:
+def _table_row(split: Any, number: int, where: str, columns: tuple[str, ...], home: Path) -> Document:
     with _datasets(where):
         row = split[number]
-    return as_document(row, where, columns)
+    return _row(row, where, columns, home)
+
+
+def _row(row: Mapping[str, Any], where: str, columns: tuple[str, ...], home: Path) -> Document:
+    return as_document(row, where, columns).relative_to(home, home)
 
 
 def _with_fields(split: Any, name: str, columns: tuple[str, ...]) -> Any:
@@ -286,10 +333,24 @@ def _with_fields(split: Any, name: str, columns: tuple[str, ...]) -> Any:
     if names is None:
         names = list(next(iter(split.take(1)), {}))
     split = split.select_columns(chosen_columns(names, columns, name))
-    for column, feature in (split.features or {}).items():
-        if type(feature).__name__ in _DECODED:  # opened later, by the same code as those of files
-            split = split.cast_column(column, type(feature)(decode=False))
+    found = split.features or {}
+    plain = {column: _undecoded(feature) for column, feature in found.items()}
+    for column in (column for column in plain if plain[column] != found[column]):
+        split = split.cast_column(column, plain[column])
     return split
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return a feature of `datasets` without its decoders, which would open any file or address that a row names.
+
+    Media are opened later, by the same code as those of files.
+    """
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    changes = {"decode": False} if getattr(feature, "decode", False) is True else {}
+    if hasattr(feature, "feature"):  # a list
+        changes["feature"] = _undecoded(feature.feature)
+    return replace(feature, **changes) if changes else feature
 
 
 def _bound(text: str | None, default: int, count: int) -> int:

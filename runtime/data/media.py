@@ -2,7 +2,8 @@
 
 A medium is stated as a file name relative to the directory of the data file, as a base64 data URI, as the struct of a
 parquet file that `datasets` wrote (`{"bytes": ..., "path": ...}`), or, for rows in memory, as the decoded object.
-Nothing is requested from a network: an address is an error. Images are opened in formats that start no other programs.
+Nothing is requested from a network: an address is an error. Images and videos are opened in formats that start no other
+programs and open no other files.
 
 Shapes: F frames, H, W height and width in pixels, T samples of a sound, C channels.
 """
@@ -17,13 +18,14 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from runtime.arguments import shown
 from runtime.errors import DataError
+from runtime.host.hub import is_inside
 from runtime.host.regular_files import read_regular, reason_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ MEDIA_EXTRA = "pip install 'seqbuild-llm[media]'"
 # Pillow starts Ghostscript for EPS; formats that nobody stores photos in are left out, too.
 _IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _PACKAGES = {"PIL": "pillow", "soundfile": "soundfile", "soxr": "soxr", "av": "av"}
+# FFmpeg would otherwise recognize lists of other files and addresses, and open them.
+_VIDEO_FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "ogg", "flv", "asf", "gif", "ivf")
+_CONTAINER_OPTIONS = {"format_whitelist": ",".join(_VIDEO_FORMATS), "protocol_whitelist": "none"}
+# Of a decoded sound or the chosen frames of a video, of which a few bytes can state any size.
+_MOST_BYTES = 2**33
+_MOST_FRAMES = 10**7
+_LOWEST_RATE, _HIGHEST_RATE = 1_000, 1_000_000
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -68,12 +77,14 @@ class Medium:
         value: the file name, data URI, struct or object.
         where: the record, for messages.
         base: the directory that file names are relative to.
+        home: the data set's directory, outside of which no file is opened; None for data that is none.
     """
 
     kind: str
     value: Any
     where: str
     base: Path = Path()
+    home: Path | None = None
 
     def image(self) -> Image.Image:
         """Return the image in RGB, upright."""
@@ -106,11 +117,13 @@ class Medium:
                 sound_T, own_rate = np.asarray(self.value, dtype=np.float32), rate
             else:
                 content = self._content()
-                package = self._package("soundfile")
-                found, own_rate = package.read(io.BytesIO(content), dtype="float32", always_2d=True)
-                sound_T = found.mean(axis=1)
-            if not isinstance(own_rate, (int, float)) or own_rate <= 0 or sound_T.ndim != 1 or not len(sound_T):
+                with self._package("soundfile").SoundFile(io.BytesIO(content)) as opened:
+                    own_rate = opened.samplerate
+                    self._require_length(opened.frames * opened.channels, own_rate, rate)
+                    sound_T = opened.read(dtype="float32", always_2d=True).mean(axis=1)
+            if not isinstance(own_rate, (int, float)) or sound_T.ndim != 1 or not len(sound_T):
                 raise DataError(f"{self._name} has no samples or no sampling rate")
+            self._require_length(len(sound_T), own_rate, rate)
             if own_rate != rate:
                 sound_T = self._package("soxr").resample(sound_T, own_rate, rate, quality="HQ")
         return np.ascontiguousarray(sound_T, dtype=np.float32)
@@ -124,7 +137,7 @@ class Medium:
         import numpy as np
 
         if isinstance(self.value, Sequence) and not isinstance(self.value, (str, bytes)):
-            stills = [Medium(kind=IMAGE, value=part, where=self.where, base=self.base).image() for part in self.value]
+            stills = [replace(self, kind=IMAGE, value=part).image() for part in self.value]
             if not stills or any(still.size != stills[0].size for still in stills):
                 raise DataError(f"{self._name} must be a list of images of one size")
             every_FHWC = np.stack([np.asarray(still) for still in stills])
@@ -134,15 +147,21 @@ class Medium:
             return Frames(every_FHWC, list(range(len(every_FHWC))), len(every_FHWC), None)
         content = self._content()
         package = self._package("av")
-        with self._opening(), package.open(io.BytesIO(content)) as container:
+        with self._opening(), package.open(io.BytesIO(content), options=_CONTAINER_OPTIONS) as container:
             stream = container.streams.video[0]
             num_total = stream.frames or sum(1 for _ in container.decode(video=0))
+            if num_total > _MOST_FRAMES:
+                raise DataError(f"{self._name} has {num_total:,} frames, more than {_MOST_FRAMES:,}")
             rate = float(stream.average_rate) if stream.average_rate else None
             indices = [int(index) for index in choose(num_total, rate, stream.height, stream.width)]
             container.seek(0)
-            wanted, found = frozenset(indices), []
+            wanted, found, num_bytes = frozenset(indices), [], 0
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
+                    num_bytes += 3 * frame.height * frame.width
+                    if num_bytes > _MOST_BYTES:
+                        hint = "cut it, or make it smaller"
+                        raise DataError(f"{self._name} has more than {_MOST_BYTES:,} bytes of frames", hint=hint)
                     found.append((index, frame.to_ndarray(format="rgb24")))
                 if index >= indices[-1]:
                     break
@@ -151,6 +170,13 @@ class Medium:
         if not known:
             raise DataError(f"{self._name} has no frames")
         return Frames(np.stack([pixels[index] for index in known]), known, num_total, rate)
+
+    def _require_length(self, count: int, own_rate: float, rate: int) -> None:
+        """Reject a sound of an impossible rate, or with too many float32 samples at its own or the other rate."""
+        if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
+            raise DataError(f"{self._name} has {own_rate} samples per second", hint="convert it to 16000")
+        if 4 * count * max(rate / own_rate, 1) > _MOST_BYTES:
+            raise DataError(f"{self._name} has {count:,} samples", hint="cut it")
 
     @property
     def _name(self) -> str:
@@ -179,8 +205,11 @@ class Medium:
             raise DataError(what, hint="download it, and give the name of the file")
         if value.startswith("data:"):
             return self._decoded(value.partition(",")[2])
+        path = self.base / Path(value.removeprefix("file://"))
         try:
-            return read_regular(self.base / Path(value.removeprefix("file://")))
+            if self.home is not None and path.exists() and not is_inside(path, self.home.resolve()):
+                raise DataError(f"{self._name} is not a file of its data set {self.home}", hint="remove it")
+            return read_regular(path)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{self._name} cannot be read: {reason_of(error)}", hint=f"names are relative to {self.base}"

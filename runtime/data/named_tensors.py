@@ -38,6 +38,7 @@ Sample: TypeAlias = "dict[str, torch.Tensor]"
 NAMED_VERSION = "2.0"
 IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
 _TOKENS = (IDS, "decoder_input_ids", LABELS)
+_LARGEST_ID, _LONGEST_NUMBER = 2**31, 10  # digits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,16 +106,19 @@ def read_named(
     samples: list[Sample] = [{} for _ in range(count)]
     for key in sorted(tensors, key=_order):
         number, _, name = key.partition(".")
-        if not number.isdecimal() or str(int(number)) != number or int(number) >= count or not name.isidentifier():
+        is_number = number.isdecimal() and len(number) < _LONGEST_NUMBER and str(int(number)) == number
+        if not is_number or int(number) >= count or not name.isidentifier():
             raise DataError(f"it has the tensor {key[:80]!r}, which is of none of its {count} samples")
         if not tensors[key].numel():
             raise DataError(f"{key} is empty")
         samples[int(number)][name] = tensors[key]
     media_tokens = fields.get("media_tokens")
-    if not isinstance(media_tokens, list) or not all(type(token) is int and token >= 0 for token in media_tokens):
+    if not isinstance(media_tokens, list) or not all(
+        type(token) is int and 0 <= token < _LARGEST_ID for token in media_tokens
+    ):
         raise DataError("media_tokens is not a list of ids")
     padding_token, is_joinable = fields.get("padding_token"), fields.get("is_joinable")
-    if type(padding_token) is not int or not 0 <= padding_token < origin.vocab_size:
+    if type(padding_token) is not int or not 0 <= padding_token < min(origin.vocab_size, _LARGEST_ID):
         raise DataError(f"padding_token is {padding_token!r}")
     if type(is_joinable) is not bool:
         raise DataError(f"is_joinable is {is_joinable!r}")
@@ -132,7 +136,7 @@ def read_named(
 
 def _order(key: str) -> tuple[int, str]:
     number = key.partition(".")[0]
-    return (int(number) if number.isdecimal() and len(number) < 10 else -1, key)
+    return (int(number) if number.isdecimal() and len(number) < _LONGEST_NUMBER else -1, key)
 
 
 def _require_tokens(index: int, sample: Sample, vocab_size: int, seq_len: int | None) -> None:
@@ -187,9 +191,10 @@ def shortened(sample: Sample, max_length: int | None, media_tokens: Sequence[int
     """
     import torch
 
-    ids_BS = sample[text_name(sample) or IDS]
-    if max_length is None or ids_BS.shape[1] <= max_length:
+    name = text_name(sample)
+    if max_length is None or name is None or sample[name].shape[1] <= max_length:
         return sample
+    ids_BS = sample[name]
     if bool(torch.isin(ids_BS[:, max_length:], torch.tensor(list(media_tokens) or [-1])).any()):
         raise DataError(
             f"{where} has {ids_BS.shape[1]} tokens with its media, and --seq-len {max_length} would cut the media",

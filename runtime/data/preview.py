@@ -7,8 +7,8 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING
 
-from runtime.console import printable
 from runtime.data.named_tensors import NamedSamples
+from runtime.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -44,6 +44,7 @@ _MEDIA_TOKENS = tuple(
     f"{kind}_{name}" for kind in (IMAGE, AUDIO, VIDEO) for name in ("token_id", "token_index", "pad_token_id")
 )
 _CLASS_KEYS = ("processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type")
+_AUDIO_TOKENIZER = "audio_tokenizer"  # a model, which a processor would load from any place
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -326,6 +327,8 @@ def _require_processor_classes(directory: Path) -> None:
     for file in (*PROCESSOR_FILES, "tokenizer_config.json", "config.json"):
         table = json.loads(read_text(directory / file)) if (directory / file).is_file() else {}
         parts = [table, *(part for part in table.values() if isinstance(part, dict))] if isinstance(table, dict) else []
+        if any(_AUDIO_TOKENIZER in part for part in parts) or (directory / f"{_AUDIO_TOKENIZER}_config.json").exists():
+            raise DataError(f"{directory} has a processor with a model for sounds, which is not supported")
         for name in (part.get(key) for part in parts for key in _CLASS_KEYS):
             found = getattr(transformers, name, None) if isinstance(name, str) else None
             # The class of a missing package has `is_dummy`.
@@ -338,8 +341,8 @@ def _forward_names(directory: Path) -> tuple[str, ...]:
     import transformers
 
     table = json.loads(read_text(directory / "config.json"))
-    names = table.get("architectures") or [""]
-    cls = getattr(transformers, str(names[0]), None)
+    names = table.get("architectures")
+    cls = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if table.get("auto_map") or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         return ()
     return tuple(inspect.signature(cls.forward).parameters)

@@ -21,9 +21,8 @@ from runtime.data.file_formats import (
 )
 from runtime.data.hub_datasets import cached_parts, directory_parts, is_repository_id, is_saved, saved_parts
 from runtime.data.sources import STANDARD_INPUT, DataPart, DataSource
-from runtime.data.tokenizer import file_digest
 from runtime.errors import DataError, UsageError
-from runtime.host.regular_files import reason_of
+from runtime.host.regular_files import file_digest, reason_of
 
 _CHUNK_BYTES = 2**20
 _STANDARD_INPUT = "standard input"
@@ -97,7 +96,10 @@ def _file_part(file: DataFile, name: str, source: DataSource) -> DataPart:
     before = _state(file)
 
     def digest() -> str:
-        found = file_digest(file.path)
+        try:
+            found = file_digest(file.path)
+        except OSError as error:
+            raise DataError(f"{file.name} cannot be read: {reason_of(error)}") from error
         if _state(file) != before:
             raise DataError(f"{file.name} changed while it was read", hint="try again when nothing writes to it")
         return found

@@ -172,6 +172,11 @@ def messages_of(value: Any, name: str, where: str) -> list[dict[str, Any]]:
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(message.get("tool_calls", []), list):
+        message = {**message, "tool_calls": _objects(message["tool_calls"], "tool_calls", where) or []}
+    content = message.get("content")
+    if not isinstance(content, (str, list)) and not _is_null(content):
+        raise DataError(f"the content of a message of {where} is {type(content).__name__}", hint=_MESSAGES_HINT)
     if "role" in message or "from" not in message:
         return message
     role, value = message.pop("from"), message.pop("value", "")
@@ -202,24 +207,26 @@ def _conversation(known: Mapping[str, Any], messages: list[dict[str, Any]], wher
     system = next((known[name] for name in _SYSTEMS if name in known), None)
     if isinstance(system, str) and system.strip() and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return messages, None, _tools(known.get("tools"), where)
+    return messages, None, _objects(known.get("tools"), "tools", where)
 
 
-def _tools(value: Any, where: str) -> list[Any] | None:
+def _objects(value: Any, name: str, where: str) -> list[Any] | None:
+    """Return the list of tools, or of their calls; None for none."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    tools = _plain(_parsed(value, "tools", where))
-    tools = [tools] if isinstance(tools, Mapping) else tools
-    if isinstance(tools, list):
-        tools = [_without_nulls(_parsed(tool, "tools", where)) for tool in tools]
-        if all(isinstance(tool, dict) for tool in tools):
-            return tools or None
-    raise DataError(f"tools of {where} must be a list of objects", hint="each describes one function")
+    found = _plain(_parsed(value, name, where))
+    found = [found] if isinstance(found, Mapping) else found
+    if isinstance(found, list):
+        found = [_without_nulls(_parsed(item, name, where)) for item in found]
+        if all(isinstance(item, dict) for item in found):
+            return found or None
+    raise DataError(f"{name} of {where} must be a list of objects", hint="each describes one function")
 
 
 def _alpaca(known: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     messages = []
-    for turn in _plain(known.get("history")) or ():
+    history = _plain(known.get("history") or [])
+    for turn in history if isinstance(history, list) else [history]:
         pair = _plain(turn)
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"history of {where} must be a list of pairs of strings", hint='[["...", "..."]]')

@@ -12,7 +12,7 @@ from runtime.artifact.config_policy import stated_tokenizers
 from runtime.console import quiet
 from runtime.errors import DataError
 from runtime.host.offline import offline
-from runtime.host.regular_files import open_regular, require_regular_entries
+from runtime.host.regular_files import file_digest, require_regular_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,13 +99,4 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, directory: Path, beside
     for name in [*_vocabulary_files(tokenizer), *settings, *besides]:
         if (directory / name).is_file():
             digest.update(f"{name} {file_digest(directory / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
     return digest.hexdigest()

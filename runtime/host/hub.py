@@ -24,6 +24,7 @@ from typing import Any
 
 from runtime.arguments import as_path
 from runtime.errors import DataError, ModelError, SeqbuildError, UsageError, WeightsError
+from runtime.host.regular_files import read_regular
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _MAIN = "main"
@@ -146,6 +147,15 @@ def completion_of(directory: Path) -> str | None:
     return download_command(repo, revision=directory.name)
 
 
+def is_inside(path: Path, home: Path) -> bool:
+    """Whether this is a regular file inside a resolved directory; links may lead only into the hub's cache."""
+    if not path.is_file():
+        return False
+    target = path.resolve()
+    is_of_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith(("models--", "datasets--"))
+    return home in target.parents or is_of_hub
+
+
 def cache_directory() -> Path:
     """Return the directory of the hub's local cache."""
     from huggingface_hub import constants
@@ -232,7 +242,10 @@ def _near_directory(text: str) -> str | None:
     folder, name = os.path.split(text.rstrip("/"))
     if "\0" in text or not os.path.isdir(folder or "."):
         return None
-    names = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
+    try:
+        names = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
+    except OSError:  # it may not be readable
+        return None
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return os.path.join(folder, near[0]) if near else None
 
@@ -335,7 +348,7 @@ def _shards(index: Path) -> list[str]:
     try:
         if index.stat().st_size > _LIMIT_BYTES:
             return []
-        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = json.loads(read_regular(index))["weight_map"].values()
         return sorted({name for name in names if isinstance(name, str) and "/" not in name})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
@@ -344,7 +357,7 @@ def _shards(index: Path) -> list[str]:
 def _listed(folder: Path, commit: str) -> set[str] | None:
     """Return the names of all files in a commit, if huggingface_hub wrote them down; None if not known."""
     try:
-        files = json.loads((folder / "trees" / f"{commit}.json").read_bytes())["files"]
+        files = json.loads(read_regular(folder / "trees" / f"{commit}.json"))["files"]
         return set(files) if isinstance(files, dict) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO, TextIO
 
 # Opening a pipe must not wait for its other end; a terminal must not become the controlling terminal of this process.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+_CHUNK_BYTES = 2**20
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -61,6 +63,15 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     """Read the content of a regular file; raises as `descriptor_of`."""
     with open_regular(path) as file:
         return file.read()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a regular file in hexadecimal, reading it in pieces; raises as `descriptor_of`."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runtime.console import human_bytes, printable
+from runtime.console import human_bytes
 from runtime.planning.forecast import Forecast, SubgraphForecast
-from runtime.terminal import Column, Names, table_lines
+from runtime.terminal import Column, Names, printable, table_lines
 
 # The number is the turn to be left out on a narrow terminal.
 _SIZES = {"weights": 5, "working": 3, "statistics": 4, "solve": 2, "activations": 0, "read": 1, "written": 6}

@@ -17,11 +17,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from runtime.console import human_bytes, printable
+from runtime.console import human_bytes
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
 from runtime.status import done
 from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, step_facts
-from runtime.terminal import shortened
+from runtime.terminal import printable, shortened
 
 _LEAST_BAR, _MOST_BAR = 10, 20
 

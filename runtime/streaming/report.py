@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.console import human_bytes, printable
-from runtime.terminal import Column, table_lines
+from runtime.console import human_bytes
+from runtime.terminal import Column, printable, table_lines
 
 _NUM_SHOWN = 5
 _COLUMNS = (

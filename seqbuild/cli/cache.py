@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runtime.cli.run import require_output
-from runtime.console import human_bytes, printable, put, say
-from runtime.terminal import Column, shortened, table_lines, width_of
+from runtime.console import human_bytes, put, say
+from runtime.terminal import Column, printable, shortened, table_lines, width_of
 from seqbuild.cli.options import AsJson, Out, takes_compile_options
 from seqbuild.options import DEFAULT_OUT
 

@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from runtime.artifact.manifest import UNBOUNDED, Manifest, SubgraphEntry
-from runtime.console import human_bytes, printable, say
-from runtime.terminal import Column, Names, table_lines, width_of
+from runtime.console import human_bytes, say
+from runtime.terminal import Column, Names, printable, table_lines, width_of
 from seqbuild.verify.report import Verification
 
 if TYPE_CHECKING:

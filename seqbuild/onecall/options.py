@@ -93,9 +93,9 @@ def user_artifacts() -> Path:
         UsageError: the user has no home directory.
     """
     stated = os.environ.get("SEQBUILD_CACHE")
-    if stated:
-        return Path(stated) / "artifacts"
     try:
+        if stated:
+            return Path(stated).expanduser() / "artifacts"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UsageError("the user's home directory is unknown", hint="pass --artifacts DIRECTORY") from error

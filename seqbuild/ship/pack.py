@@ -25,7 +25,6 @@ from runtime.artifact.bundle import (
     RUNTIME,
     SUMS_NAME,
     WEIGHTS,
-    file_digest,
 )
 from runtime.artifact.check import check_artifact
 from runtime.artifact.files import SIGNATURE_NAME, read_signature
@@ -35,7 +34,7 @@ from runtime.data.token_file import SUFFIX, read_token_file
 from runtime.errors import UsageError, WeightsError
 from runtime.host.hub import weights_directory
 from runtime.host.publish import disk_errors, make_readable, publish_directory, require_free
-from runtime.host.regular_files import open_regular, require_regular, require_regular_entries
+from runtime.host.regular_files import file_digest, open_regular, require_regular, require_regular_entries
 from runtime.recipe.named import recipe_of
 from runtime.status import doing
 

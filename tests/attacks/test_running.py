@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import runtime
-from runtime.console import printable
 from runtime.errors import ArtifactError
 from runtime.language.guards import ITERATIONS_LIMIT
 from runtime.language.program import Run
+from runtime.terminal import printable
 from tests.attacks.attack import OWNED, program
 from tests.runtime.artifacts import write
 

@@ -217,9 +217,14 @@ def test_a_file_that_changes_while_it_is_read(
         path.write_bytes(LINES * 2)
         return digest(*arguments)
 
-    monkeypatch.setattr(formats, "as_document", changing)
-    with pytest.raises(DataError, match=r"x.jsonl changed while it was read"):
-        texts(byte_tokenizer_dir, path)
+    def removing(*arguments: Any) -> Any:
+        path.unlink(missing_ok=True)
+        return digest(*arguments)
+
+    for change, message in ((changing, "changed while it was read"), (removing, "cannot be read: No such file")):
+        monkeypatch.setattr(formats, "as_document", change)
+        with pytest.raises(DataError, match=rf"x.jsonl {message}"):
+            texts(byte_tokenizer_dir, path)
 
 
 def test_the_name_of_another_extension(tmp_path: Path, byte_tokenizer_dir: Path) -> None:

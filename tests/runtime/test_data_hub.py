@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,72 @@ def test_files_outside_of_a_data_set(tmp_path: Path, hub: Path, byte_tokenizer_d
     for source in ("owner/name", str(snapshot)):
         with pytest.raises(DataError, match=r"the card of .* names .*, which is outside of it"):
             text(byte_tokenizer_dir, source, split="train")
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]\n" for number in range(1, 8)
+)
+
+
+@pytest.mark.parametrize("card", ["configs: &a\n- *a\n", f"{ALIASES}configs: *a7\n", f"{ALIASES}dataset_info: *a7\n"])
+def test_a_card_whose_aliases_never_end(hub: Path, byte_tokenizer_dir: Path, card: str) -> None:
+    cached(hub, "owner/name", {"README.md": f"---\n{card}---\n", "x.jsonl": rows("a")})
+    with pytest.raises(DataError, match=r"the card of .* has more than 1,000,000 values \(shorten it\)"):
+        text(byte_tokenizer_dir, "owner/name")
+
+
+def test_links_out_of_a_data_set(tmp_path: Path, hub: Path, byte_tokenizer_dir: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text(rows("s"))
+    snapshot = cached(hub, "owner/name", {"README.md": "text\n"})
+    (snapshot / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(DataError, match=r"x\.jsonl is a link to a file outside of the data set"):
+        text(byte_tokenizer_dir, "owner/name")
+    blob = snapshot.parent.parent / "blobs" / "0"
+    blob.parent.mkdir()
+    blob.write_text(rows("b"))
+    (snapshot / "x.jsonl").unlink()
+    (snapshot / "x.jsonl").symlink_to(blob)
+    assert text(byte_tokenizer_dir, "owner/name") == "b"
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "video", "pdf"])
+def test_media_of_a_row_are_not_opened(hub: Path, byte_tokenizer_dir: Path, kind: str) -> None:
+    """The library would open files, and addresses on a network, whose names are in the rows."""
+    chat = {"messages": [{"role": "user", "content": "http://127.0.0.1:9/a"}], "text": "http://127.0.0.1:9/a"}
+    features = f"""---
+dataset_info:
+  features:
+  - name: text
+    dtype: {kind}
+  - name: messages
+    list:
+    - name: role
+      dtype: string
+    - name: content
+      dtype: {kind}
+---
+"""
+    cached(hub, "owner/name", {"README.md": features, "x.jsonl": json.dumps(chat)})
+    with pytest.raises(DataError, match="messages of row 1 of owner/name train must be a list of objects"):
+        text(byte_tokenizer_dir, "owner/name", columns=("text",))
+    with pytest.raises(DataError, match="the content of a message of row 1 of owner/name train is dict"):
+        text(byte_tokenizer_dir, "owner/name", columns=("messages",))
+
+
+@pytest.mark.parametrize("entry", ["_data_files", "_indices_files"])
+def test_files_outside_of_a_saved_data_set(library: Any, tmp_path: Path, byte_tokenizer_dir: Path, entry: str) -> None:
+    for name in ("one", "other"):
+        library.Dataset.from_dict({"text": [name[0]]}).save_to_disk(str(tmp_path / name))
+    path = tmp_path / "one" / "state.json"
+    state = json.loads(path.read_text())
+    for outside in ("../other/data-00000-of-00001.arrow", str(tmp_path / "other" / "data-00000-of-00001.arrow")):
+        path.write_text(json.dumps(state | {entry: [{"filename": outside}]}))
+        with pytest.raises(DataError, match=r"state\.json names .*, which is outside of its directory"):
+            text(byte_tokenizer_dir, tmp_path / "one")
+    os.mkfifo(tmp_path / "one" / "pipe")
+    path.write_text(json.dumps(state | {entry: [{"filename": "pipe"}]}))
+    with pytest.raises(DataError, match="it is a pipe"):
+        text(byte_tokenizer_dir, tmp_path / "one")
 
 
 def test_scripts_are_never_executed(tmp_path: Path, hub: Path, byte_tokenizer_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -236,6 +237,19 @@ def test_no_reference_leads_out_of_the_repository(cache: Cache, commit: str) -> 
     (cache.folder() / "refs" / "main").write_text(commit)
     assert cached_snapshot(REPO) is None
     refusal(REPO)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer.json", "trees", "refs"])
+def test_pipes_are_not_waited_for(cache: Cache, name: str) -> None:
+    left_out = "config.json" if name == "trees" else name  # the list of files is read for missing ones
+    snapshot = cache.add(*(other for other in WHOLE if other != left_out))
+    folders = {"trees": cache.folder() / "trees" / f"{NEW}.json", "refs": cache.folder() / "refs" / "v1"}
+    path = folders.get(name, snapshot / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    for what in ("model", "tokenizer", "weights"):
+        with contextlib.suppress(SeqbuildError):
+            resolve_directory(REPO, what=what)
 
 
 class TestNoRevision:

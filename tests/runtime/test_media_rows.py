@@ -6,13 +6,15 @@ import base64
 import io
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime.data.documents import Document
+from runtime.data.documents import Document, as_document
 from runtime.data.media import Medium
+from runtime.data.processor import load_processor
 from runtime.data.reading import parts_of
 from runtime.data.sources import DataSource
 from runtime.errors import DataError
@@ -186,3 +188,69 @@ def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
     picture(tmp_path)
     with pytest.raises(DataError, match="cannot be decoded: Image size"):
         medium("image", "a.png", tmp_path).image()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile 'other.gif'\n",
+        "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 5004 RTP/AVP 96\r\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.gif\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_video_names_no_other_files_or_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    pytest.importorskip("av")
+    frames = [Image.new("L", (16, 16), shade) for shade in (0, 255)]
+    frames[0].save(tmp_path / "other.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.chdir(tmp_path)
+    assert len(medium("video", "other.gif").frames(lambda count, *_: range(count)).indices) == 2
+    with pytest.raises(DataError, match="the video of row 1 cannot be decoded"):
+        medium("video", text.encode()).frames(lambda count, *_: range(count))
+
+
+def test_a_video_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av")
+    frames = [Image.new("L", (16, 16), shade) for shade in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr("runtime.data.media._MOST_BYTES", 3 * 16 * 16 + 1)
+    assert len(medium("video", "a.gif", tmp_path).frames(lambda *_: [1]).indices) == 1
+    with pytest.raises(DataError, match=r"the video a\.gif of row 1 has more than 769 bytes of frames"):
+        medium("video", "a.gif", tmp_path).frames(lambda count, *_: range(count))
+
+
+@pytest.mark.parametrize("rate", [0, 1, 10**9, float("nan"), float("inf"), 1e-6])
+def test_sounds_of_impossible_rates_are_refused(rate: float) -> None:
+    with pytest.raises(DataError, match=r"the audio of row 1 has .* samples per second"):
+        medium("audio", {"array": [0.0] * 10, "sampling_rate": rate}).sound(16000)
+
+
+def test_a_sound_that_states_a_wrong_length_is_refused() -> None:
+    soundfile = pytest.importorskip("soundfile")
+    written = io.BytesIO()
+    soundfile.write(written, np.zeros(100, dtype=np.int16), 16000, format="FLAC")
+    content = bytearray(written.getvalue())
+    content[21] |= 0x0F  # the number of samples has 36 bits
+    content[22:26] = b"\xff" * 4
+    with pytest.raises(DataError, match="the audio of row 1 has 68,719,476,735 samples"):
+        medium("audio", bytes(content)).sound(16000)
+
+
+def test_media_of_a_data_set_are_in_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for folder in (tmp_path, tmp_path / "set"):
+        picture(folder)
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "a.png")
+    image = {"type": "image", "image": "a.png"}
+    found = as_document({"messages": user(image)}, "row 1").relative_to(tmp_path / "set", tmp_path / "set").media[0]
+    assert found.image().mode == "RGB"
+    for outside in ("../a.png", str(tmp_path / "a.png"), "link.png"):
+        with pytest.raises(DataError, match="is not a file of its data set"):
+            replace(found, value=outside).image()
+
+
+def test_a_processor_with_a_model_for_sounds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"processor_class": "LlavaProcessor", "audio_tokenizer": {"audio_tokenizer_class": "DacModel"}})
+    )
+    with pytest.raises(DataError, match="has a processor with a model for sounds"):
+        load_processor(tmp_path)

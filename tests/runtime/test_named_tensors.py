@@ -103,6 +103,7 @@ def test_wrong_metadata_is_refused(tmp_path: Path, changes: dict[str, Any], mess
     [
         ({"x.input_ids": torch.ones(1, 2)}, "'x.input_ids', which is of none"),
         ({"00.input_ids": torch.ones(1, 2)}, "'00.input_ids', which is of none"),
+        ({f"{'9' * 300}.input_ids": torch.ones(1, 2)}, "'9999.*, which is of none"),
         ({"0.a-b": torch.ones(1, 2)}, "'0.a-b', which is of none"),
         ({"0.a.b": torch.ones(1, 2)}, "'0.a.b', which is of none"),
         ({"0.empty": torch.ones(0, 2)}, "0.empty is empty"),
@@ -176,6 +177,10 @@ def test_samples_are_chosen_and_cut() -> None:
     some = chosen(data, DataOptions(num_samples=2, seq_len=4), "x")
     assert [tuple(sample["input_ids"].shape) for sample in some.samples] == [(1, 4), (1, 4)]
     assert some.samples[0]["pixel_values"].shape == (1, 3, 2, 2)
+    sounds = [{"input_values": torch.ones(1, 9)}]
+    assert [list(sample) for sample in chosen(named(*sounds), DataOptions(seq_len=4), "x").samples] == [
+        ["input_values"]
+    ]
     with pytest.raises(DataError, match="x has 4 samples, but 5 are required"):
         chosen(data, DataOptions(num_samples=5), "x")
     with pytest.raises(DataError, match="were cut at 8 tokens, but 9 are required"):

@@ -166,13 +166,13 @@ class TestStatus:
 
         def main() -> int:
             with status_line("loading"):
-                doing("planning")
+                doing("planning \x1b]0;name\x07")
                 assert drawn.wait(10)
                 runtime.console.warn("text")
             return 0
 
         _, terminal = show(main)
-        assert "planning" in terminal.shown
+        assert r"planning \x1b]0;name\x07" in terminal.shown
         assert terminal.rows == ["warning: text"]
         assert terminal.shown.count(HIDE_CURSOR) == terminal.shown.count(SHOW_CURSOR) > 0
 

@@ -389,3 +389,9 @@ def test_plan_doctor_and_pack_accept_presets(call: Call, llama_dir: Path) -> Non
     Path("W4A16").write_text(printed)
     call_with_file = call("calibrate", artifact, "--weights", llama_dir, "--recipe", "W4A16", "-o", "from-file")
     assert call_with_file[0] == 0, "a file takes precedence, and this one needs no data"
+
+
+def test_the_cache_can_be_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SEQBUILD_CACHE", "~/cache")
+    assert user_artifacts() == tmp_path / "cache" / "artifacts"
