@@ -34,6 +34,10 @@ def put(text: str) -> None:
     _print(printable(text), sys.stdout)
 
 
+def silent(line: str) -> None:
+    """Print nothing: for callers that want no lines."""
+
+
 def warn(line: str) -> None:
     """Print a warning to standard error."""
     complain(f"warning: {line}")

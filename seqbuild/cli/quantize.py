@@ -16,7 +16,7 @@ from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
 from runtime.cli.watching import require_log, watching
-from runtime.console import parse_bytes, put, say
+from runtime.console import parse_bytes, put, say, silent
 from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
@@ -124,7 +124,7 @@ def quantize(
 ) -> None:
     """Quantize a model: compile it, calibrate, compare it with the result, and write a checkpoint."""
     values = dict(locals())
-    tell = _ignore if as_json else say
+    tell = silent if as_json else say
     tell(f"quantizing {model} to {out}")
     options = _options({name: value for name, value in values.items() if name not in ("dry_run", "log", "as_json")})
     if dry_run:
@@ -144,10 +144,6 @@ def quantize(
         say(line)
     for line in result.serving:
         put(f"load it      {line}")
-
-
-def _ignore(line: str) -> None:
-    pass
 
 
 def _options(values: dict[str, Any]) -> QuantizeOptions:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.console import silent
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,10 +35,6 @@ class Given:
     held_out: Sequence[Mapping[str, torch.Tensor]] | None = None
 
 
-def _ignore(line: str) -> None:
-    pass
-
-
 def _unwatched(stack: ExitStack) -> Mapping[str, Any]:
     return {}
 
@@ -50,5 +48,5 @@ class Show:
         watching: makes the arguments `progress` and `watchers` of `calibrate`; the stack is closed after it.
     """
 
-    line: Callable[[str], None] = _ignore
+    line: Callable[[str], None] = silent
     watching: Callable[[ExitStack], Mapping[str, Any]] = _unwatched

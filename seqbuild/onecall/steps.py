@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
-from runtime.console import warn
+from runtime.console import silent, warn
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.errors import ModelError, SeqbuildError, UsageError
@@ -265,12 +265,8 @@ def text_batches(
     """
     sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
     # How conversations of the built-in text were adapted to the model's template is nothing that a user can change.
-    complain = _ignore if set(options.data.sources) == {BUILTIN} else warn
+    complain = silent if set(options.data.sources) == {BUILTIN} else warn
     return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
-
-
-def _ignore(line: str) -> None:
-    pass
 
 
 def _equally_long(batches: Batches) -> Batches:
