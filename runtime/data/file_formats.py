@@ -87,10 +87,13 @@ def sniffed_format(path: Path) -> str:
     with open_regular(path) as opened:
         if opened.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC:
             return PARQUET
-    with _opened(path, "standard input") as file:
-        first = file.peek(_PEEK_BYTES)[:_PEEK_BYTES].removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        if first == b"{":
-            return JSONL if _is_json(file.readline(_LONGEST_LINE)) else JSON
+    try:
+        with _opened(path) as file:
+            first = file.peek(_PEEK_BYTES)[:_PEEK_BYTES].removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+            if first == b"{":
+                return JSONL if _is_json(file.readline(_LONGEST_LINE)) else JSON
+    except (OSError, EOFError, zlib.error):
+        return TEXT  # the reader of any format reports it
     return JSON if first == b"[" else TEXT
 
 
@@ -105,7 +108,7 @@ def read_records(file: DataFile, columns: Sequence[str]) -> Iterator[Record]:
         if file.format == PARQUET:
             yield from _read_parquet(file, columns)
             return
-        with _opened(file.path, file.name) as opened:
+        with _opened(file.path) as opened:
             _require_utf8(opened.peek(_PEEK_BYTES)[:_PEEK_BYTES], file.name)
             yield from readers[file.format](opened, file, columns)
     except (EOFError, zlib.error) as error:
@@ -115,7 +118,7 @@ def read_records(file: DataFile, columns: Sequence[str]) -> Iterator[Record]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file for reading its uncompressed bytes."""
     with open_regular(path) as raw:
         file = cast("io.BufferedReader", raw)

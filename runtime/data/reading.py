@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from runtime.data.documents import Document, require_file
 from runtime.data.file_formats import (
@@ -26,7 +27,8 @@ from runtime.host.regular_files import file_digest, reason_of
 
 _CHUNK_BYTES = 2**20
 _STANDARD_INPUT = "standard input"
-_SPOOLED: list[tempfile._TemporaryFileWrapper[bytes]] = []  # removed when the process ends
+# Copies of standard input, by the stream that was read; removed when the process ends.
+_SPOOLED: list[tuple[TextIO, tempfile._TemporaryFileWrapper[bytes]]] = []
 
 
 def parts_of(source: DataSource) -> list[DataPart]:
@@ -126,20 +128,27 @@ def _state(file: DataFile) -> tuple[int, ...]:
 
 
 def _standard_input(source: DataSource) -> DataPart:
-    """Copy standard input to a temporary file, because a pipe can be read only once."""
     if sys.stdin is None or sys.stdin.isatty():
         state = "closed" if sys.stdin is None else "a terminal"
         raise UsageError(f"standard input is {state}", hint="pipe data into the command, or pass a file")
-    spooled = tempfile.NamedTemporaryFile(prefix="seqbuild-")  # noqa: SIM115
-    _SPOOLED.append(spooled)
-    try:
-        while chunk := sys.stdin.buffer.read(_CHUNK_BYTES):
-            spooled.write(chunk)
-        spooled.flush()
-    except OSError as error:
-        raise DataError(f"standard input cannot be read: {reason_of(error)}") from error
-    path = Path(spooled.name)
+    path = _spooled(sys.stdin)
     if not path.stat().st_size:
         raise DataError("standard input is empty")
     name = source.format or sniffed_format(path)
     return _file_part(DataFile(path=path, name=_STANDARD_INPUT, format=name), _STANDARD_INPUT, source)
+
+
+def _spooled(stream: TextIO) -> Path:
+    """Copy a stream to a temporary file, because a pipe can be read only once; return the copy if there is one."""
+    for known, file in _SPOOLED:
+        if known is stream:
+            return Path(file.name)
+    spooled = tempfile.NamedTemporaryFile(prefix="seqbuild-")  # noqa: SIM115
+    try:
+        while chunk := stream.buffer.read(_CHUNK_BYTES):
+            spooled.write(chunk)
+        spooled.flush()
+    except OSError as error:
+        raise DataError(f"standard input cannot be read: {reason_of(error)}") from error
+    _SPOOLED.append((stream, spooled))
+    return Path(spooled.name)

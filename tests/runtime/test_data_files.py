@@ -180,7 +180,11 @@ def test_standard_input(tmp_path: Path, byte_tokenizer_dir: Path, monkeypatch: p
         return texts(byte_tokenizer_dir, "-", **options)
 
     assert given(LINES) == ["a", "b"]
+    assert texts(byte_tokenizer_dir, "-") == ["a", "b"]  # the same stream again
     assert given(gzip.compress(LINES)) == ["a", "b"]
+    for broken in (gzip.compress(LINES)[:-9], b"\x1f\x8bgarbage"):
+        with pytest.raises(DataError, match="standard input"):
+            given(broken)
     assert given(b' [{"text": "a"}]') == ["a"]
     assert given(b'{\n"text": "a"}') == ["a"]
     assert given(b"plain text") == ["plain text"]
