@@ -36,14 +36,16 @@ from runtime.model.config import parse_config
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+    from transformers.processing_utils import ProcessorMixin
 
     from runtime.data.documents import Document
 
-IDS, MASK, DECODER_IDS = "input_ids", "attention_mask", "decoder_input_ids"
+IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
 _MEDIA_TOKENS = tuple(
     f"{kind}_{name}" for kind in (IMAGE, AUDIO, VIDEO) for name in ("token_id", "token_index", "pad_token_id")
 )
 _CLASS_KEYS = ("processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type")
+_NEEDS_MODEL = "images, audio and video need the directory of the model with its processor"
 _AUDIO_TOKENIZER = "audio_tokenizer"  # a model, which a processor would load from any place
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -275,17 +277,33 @@ class MediaProcessor:
 
 
 def load_processor(directory: Path) -> MediaProcessor:
-    """Load the processor of a model's directory.
+    """Load the processor of a model's directory, and the model's config.
 
     Raises:
         DataError: it has none, needs its own code, or a package is missing.
     """
+    found = processor_in(directory)
+    try:
+        config = parse_config(directory)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers validates with many kinds of exceptions
+        why = str(error).partition("\n")[0]
+        raise DataError(f"the config in {directory} cannot be loaded: {why}", hint=_NEEDS_MODEL) from error
+    return MediaProcessor(processor=found, directory=directory, names=_forward_names(directory), config=config)
+
+
+def processor_in(directory: Path) -> ProcessorMixin:
+    """Load the processor in a directory with transformers; only classes of transformers are used.
+
+    Raises:
+        DataError: as for `load_processor`.
+    """
     from transformers import AutoProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    hint = "images, audio and video need the directory of the model with its processor"
     if not any((directory / name).is_file() for name in PROCESSOR_FILES[:2]):
-        raise DataError(f"{directory} has no processor ({', '.join(PROCESSOR_FILES[:2])})", hint=hint)
+        raise DataError(f"{directory} has no processor ({', '.join(PROCESSOR_FILES[:2])})", hint=_NEEDS_MODEL)
     try:
         require_regular_entries(directory)
     except OSError as error:
@@ -297,7 +315,6 @@ def load_processor(directory: Path) -> MediaProcessor:
             _require_processor_classes(directory)
             auto: Any = AutoProcessor
             found = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            config = parse_config(directory)
     except MemoryError:
         raise
     except ImportError as error:
@@ -306,10 +323,10 @@ def load_processor(directory: Path) -> MediaProcessor:
         raise
     except Exception as error:  # many libraries take part
         why = str(error).partition("\n")[0]
-        raise DataError(f"the processor in {directory} cannot be loaded: {why}", hint=hint) from error
+        raise DataError(f"the processor in {directory} cannot be loaded: {why}", hint=_NEEDS_MODEL) from error
     if not isinstance(found, ProcessorMixin):
-        raise DataError(f"{directory} has {type(found).__name__} instead of a processor", hint=hint)
-    return MediaProcessor(processor=found, directory=directory, names=_forward_names(directory), config=config)
+        raise DataError(f"{directory} has {type(found).__name__} instead of a processor", hint=_NEEDS_MODEL)
+    return found
 
 
 def _require_processor_classes(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_wrong_arguments_are_one_error_each(
         seqbuild.oneshot(**given)
     assert type(caught.value) is kind
     assert not list(tmp_path.iterdir())
+
+
+def test_a_processor_by_path_is_checked_like_that_of_a_model(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"processor_class": "LlavaProcessor", "audio_tokenizer": {"audio_tokenizer_class": "DacModel"}})
+    )
+    with pytest.raises(DataError, match="has a processor with a model for sounds"):
+        seqbuild.oneshot(model, ["a"], recipe=RECIPE, processor=tmp_path, output_dir=tmp_path / "out")
 
 
 def test_an_output_that_exists_is_rejected_before_anything_runs(model: Any, tmp_path: Path) -> None:
