@@ -69,8 +69,7 @@ def make_batches(
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
     tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
-    name = str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
-    describe(name, tokens, summary, data.show, tokenizer, tell, complain)
+    describe(data_name(tokens, summary), tokens, summary, data.show, tokenizer, tell, complain)
     if isinstance(tokens, NamedSamples):
         require_length(tokens.texts, longest)
         return named_batches(artifact.manifest, tokens, options.batch_size)
@@ -83,6 +82,11 @@ def make_batches(
     made = [model_inputs(artifact.manifest, batch) for batch in stacked]
     require_in_range(artifact.manifest, made)
     return made
+
+
+def data_name(tokens: TokenData | NamedSamples, summary: DataSummary | None) -> str:
+    """Name data in a message: its sources, or the token file."""
+    return str(tokens.path) if summary is None else names_of([name for name, _ in summary.shares])
 
 
 def describe(

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from runtime.artifact.bundle import Job, artifact_of, damaged, find_job, is_bundle, read_bundle
 from runtime.artifact.check import check_artifact, check_versions
 from runtime.artifact.files import read_signature
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES
 from runtime.console import human_bytes
+from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions, data_sources
 from runtime.errors import SeqbuildError, UsageError
 from runtime.status import doing
 
@@ -36,8 +38,6 @@ LIBRARIES = (
     *("pydantic", "pyyaml", "regex", "typer"),
 )
 OLDEST_PYTHON = (3, 10)
-# The defaults of `calibrate`: samples, tokens per sample, samples per batch.
-_DEFAULT_SIZES, _DEFAULT_BATCH = (128, 2048), 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +255,6 @@ def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | l
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.named_batches import named_batches
     from runtime.data.named_tensors import NamedSamples
-    from runtime.data.options import DataOptions, data_sources
     from runtime.data.samples import is_token_file, load_data
     from runtime.model.config import text_limits
 
@@ -269,7 +268,7 @@ def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | l
     tokens, _ = load_data(DataOptions(sources=data), None, vocab_size=vocab_size)
     if isinstance(tokens, NamedSamples):
         text = f"data: {len(tokens.samples)} samples with images, sounds or videos"
-        return text, named_batches(artifact.manifest, tokens, _DEFAULT_BATCH)
+        return text, named_batches(artifact.manifest, tokens, DEFAULT_BATCH_SIZE)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     return f"data: {len(tokens.samples)} samples", tokens
@@ -287,7 +286,7 @@ def _memory(
     from runtime.planning.request import memory_here, num_rows, plan_artifact
     from runtime.recipe.named import recipe_of
 
-    sizes, batches = _DEFAULT_SIZES, list[Any]()
+    sizes, batches = (DEFAULT_SAMPLES, DEFAULT_SEQ_LEN), list[Any]()
     if isinstance(data, list):
         sizes, batches = (sum(map(num_rows, data)), 1), data
     elif data is not None:
@@ -297,7 +296,7 @@ def _memory(
             artifact,
             num_samples=sizes[0],
             seq_len=sizes[1],
-            batch_size=_DEFAULT_BATCH,
+            batch_size=DEFAULT_BATCH_SIZE,
             batches=batches,
             recipe=recipe_of(job.recipe),
             dtype=dtype,

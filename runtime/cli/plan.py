@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
-from runtime.console import put, say
+from runtime.console import optional_bytes, put, say
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
 from runtime.status import doing
 from runtime.terminal import width_of
@@ -45,7 +45,7 @@ def plan(
     samples: Samples = None,
     seq_len: SeqLen = None,
     data: TokenFile = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     recipe: RecipePath = None,
     device: Annotated[str, typer.Option("--device", help=_HELP["device"])] = "auto",
     device_memory: DeviceMemory = None,
@@ -64,7 +64,6 @@ def plan(
     Exit code 1 if it does not fit.
     """
     from runtime.cli.imports import prepare
-    from runtime.console import optional_bytes
     from runtime.recipe.named import recipe_of
 
     require_output()
@@ -100,7 +99,6 @@ def plan(
 
 
 def _limits(device: str | None, host: str | None, disk: str | None) -> Limits:
-    from runtime.console import optional_bytes
     from runtime.planning.fit import Limits
 
     return Limits(

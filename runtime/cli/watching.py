@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.console import say
+from runtime.console import say, silent
 from runtime.errors import OutputError
 from runtime.host.publish import require_writable
 from runtime.status import doing
@@ -56,5 +56,5 @@ def watching(stack: ExitStack, log: Path | None, *, as_json: bool) -> dict[str, 
         from runtime.streaming.events import EventLog
 
         watchers.append(stack.enter_context(EventLog(log)))
-    progress = (lambda line: None) if is_drawn else doing if as_json else say
+    progress = silent if is_drawn else doing if as_json else say
     return {"progress": progress, "watchers": watchers}

@@ -53,14 +53,8 @@ _LOGGERS = ("datasets", "datasets.load", "datasets.packaged_modules.cache.cache"
 _LONGEST_REASON = 300
 _INSTALL = "pip install 'datasets>=4'"
 _MOST_VALUES = 1_000_000  # of a card, with aliases
-_REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BOUND = r"-?\d+%?"
 _SLICE = re.compile(rf"(?P<name>[\w.-]+)(\[(?P<start>{_BOUND})?:(?P<end>{_BOUND})?\])?")
-
-
-def is_repository_id(location: str) -> bool:
-    """Whether a location can be the id of a data set on the hub."""
-    return _REPOSITORY_ID.fullmatch(location) is not None
 
 
 def is_saved(path: Path) -> bool:

@@ -10,7 +10,8 @@ from runtime.data.mixing import ReadDocuments, interleaved, shares, spread
 from runtime.data.named_tensors import NamedSamples, shortened
 from runtime.data.options import DataOptions, names_of
 from runtime.data.origin import DataOrigin
-from runtime.data.processor import PROCESSOR_FILES, MediaProcessor
+from runtime.data.processor import MediaProcessor
+from runtime.data.processor_files import PROCESSOR_FILES
 from runtime.data.tokenizer import tokenizer_digest
 from runtime.errors import DataError
 

@@ -20,9 +20,10 @@ from runtime.data.file_formats import (
     require_format,
     sniffed_format,
 )
-from runtime.data.hub_datasets import cached_parts, directory_parts, is_repository_id, is_saved, saved_parts
+from runtime.data.hub_datasets import cached_parts, directory_parts, is_saved, saved_parts
 from runtime.data.sources import STANDARD_INPUT, DataPart, DataSource
 from runtime.errors import DataError, UsageError
+from runtime.host.hub import is_id
 from runtime.host.regular_files import file_digest, reason_of
 
 _CHUNK_BYTES = 2**20
@@ -49,7 +50,7 @@ def parts_of(source: DataSource) -> list[DataPart]:
         if source.is_of_data_set:
             return directory_parts(source, path)
         return _directory(source, path)
-    if not os.path.lexists(path) and format_of(path) is None and is_repository_id(source.location):
+    if not os.path.lexists(path) and format_of(path) is None and is_id(source.location):
         return cached_parts(source)
     require_file(path)
     _require_no_split(source, str(path))

@@ -117,7 +117,7 @@ def cached_snapshot(repo: str, revision: str | None = None, *, kind: str = "mode
         revision: branch, tag or commit; None for `main`.
         kind: `models` or `datasets`.
     """
-    if not _is_id(repo):
+    if not is_id(repo):
         return None
     folder = cache_directory() / "--".join((kind, *repo.split("/")))
     stated = _checked(revision) if revision is not None else _MAIN
@@ -163,14 +163,15 @@ def cache_directory() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def _is_id(text: str) -> bool:
+def is_id(text: str) -> bool:
+    """Whether a text can be the id of a model or a data set on the hub."""
     return _ID.fullmatch(text) is not None and _FORBIDDEN.search(text) is None
 
 
 def _parsed(text: str, revision: str | None, what: str) -> _HubId | None:
     """Parse a hub id with an optional revision; None if it is none."""
     repo, at, stated = text.partition("@")
-    if not _is_id(repo) or (repo.endswith(_FILE_ENDINGS) and not at):
+    if not is_id(repo) or (repo.endswith(_FILE_ENDINGS) and not at):
         return None
     if at and revision is not None and stated != revision:
         raise UsageError(f"{text} and --revision {revision} state different revisions", hint="state one")
@@ -206,7 +207,7 @@ def _no_directory(text: str, what: str) -> SeqbuildError:
     if not text:
         return error(f"no {what} given", hint=f"pass {kinds}")
     url = _URL.fullmatch(text.replace(":/", "://").replace(":///", "://"))
-    if url is not None and _is_id(url[1]):
+    if url is not None and is_id(url[1]):
         return error(f"the {what} is given as the URL {text}", hint=f"pass its id {url[1]}")
     if "\0" not in text and os.path.exists(text):
         return error(f"{text} is a file, but the {what} must be {kinds}", hint="pass the directory that contains it")

@@ -50,7 +50,6 @@ EvalData = Annotated[
     typer.Option("--eval-data", help="Text for the perplexity; default: built-in text that --data does not contain."),
 ]
 Evaluate = Annotated[bool, typer.Option(help="Measure the perplexity of the model and of the result.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TextOnly = Annotated[bool, typer.Option("--text-only", help="Use a model of images or sounds for text only.")]
 Leaves = Annotated[str, typer.Option(help="Tracing depth, as for compile.")]
 Artifacts = Annotated[
@@ -106,7 +105,7 @@ def quantize(
     dtype: given.Dtype = "auto",
     resume: given.Resume = False,
     dry_run: DryRun = False,
-    revision: Revision = None,
+    revision: given.Revision = None,
     text_only: TextOnly = False,
     leaves: Leaves = "auto",
     artifacts: Artifacts = None,
@@ -130,9 +129,9 @@ def quantize(
     if dry_run:
         _plan(options, tell, as_json)
         return
-    from seqbuild.onecall.given import Show
     from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
+    from seqbuild.onecall.show import Show
 
     require_log(log)
     show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
@@ -160,8 +159,8 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
 
 
 def _plan(options: QuantizeOptions, tell: Callable[[str], None], as_json: bool) -> None:
-    from seqbuild.onecall.given import Show
     from seqbuild.onecall.run import plan_quantization
+    from seqbuild.onecall.show import Show
 
     forecast, shortages, advice = plan_quantization(options, show=Show(line=tell))
     print_plan(forecast, shortages, advice, as_json)

@@ -13,7 +13,7 @@ from runtime.artifact.config_policy import require_possible
 from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
 from runtime.checkpoint.source_formats import plain_shapes
 from runtime.errors import ArtifactError, ModelError, UsageError, WeightsError
-from runtime.host.hub import completion_of, name_of, resolve_directory
+from runtime.host.hub import INDEX_NAME, SINGLE_NAME, completion_of, name_of, resolve_directory
 from runtime.host.regular_files import is_there, open_regular, read_regular, read_text, reason_of
 
 # Files copied to the artifact besides the config, if present: a host needs them to prepare data and to save the model.
@@ -33,7 +33,6 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADER_LIMIT_BYTES = 100 * 2**20
 
 
@@ -75,14 +74,14 @@ class Source:
         """
         if self.tensors is not None:
             return dict(self.tensors)
-        index = self.directory / _INDEX
+        index = self.directory / INDEX_NAME
         if is_there(index):
             try:
                 shards = list(dict.fromkeys(json.loads(read_regular(index))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise WeightsError(f"{index} is not an index of a checkpoint: {error}") from error
         else:
-            shards = [_SINGLE]
+            shards = [SINGLE_NAME]
         paths = [self.directory / str(shard) for shard in sorted(shards)]
         missing = [path for path in paths if not is_there(path)]
         if len(missing) == len(paths):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.console import quiet, silent
 from runtime.data.checked_batches import as_batches
 from runtime.data.decoder import LABELS
 from runtime.data.inputs import IDS
@@ -207,7 +208,7 @@ def _compiled(
     """Compile the model, or find the existing artifact, for the inputs that the batches have."""
     from runtime.chain import load
     from seqbuild.build import compile_with
-    from seqbuild.onecall.steps import has_media
+    from seqbuild.onecall.steps import has_media, lines_about
     from seqbuild.options import CompileOptions
 
     with contextlib.ExitStack() as stack:
@@ -230,8 +231,8 @@ def _compiled(
             opened.source,
         )
     if options.progress is not None:
-        what = "found" if compiled.is_cached else "compiled"
-        options.progress(f"artifact: {compiled.path}, {what} in {compiled.seconds:.1f} s")
+        for line in lines_about(compiled):
+            options.progress(line)
     return load(compiled.path, trust_remote_code=options.trust_remote_code_model)
 
 
@@ -319,7 +320,7 @@ def _calibrated(
             out=out,
             device=resolve_device(str(options.device)),
             dtype=resolve_dtype(options.precision),
-            progress=options.progress or (lambda line: None),
+            progress=options.progress or silent,
             watchers=watchers,
             propagate_error=options.propagate_error,
             moe_calibrate_all_experts=options.moe_calibrate_all_experts,
@@ -334,8 +335,6 @@ def _loaded(path: Path, artifact: Artifact, options: OneshotOptions) -> Any:
         ModelError: transformers cannot load it.
     """
     import transformers
-
-    from runtime.console import quiet
 
     name = artifact.manifest.model.class_name
     kind = getattr(transformers, name, None)

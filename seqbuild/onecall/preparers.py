@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import shown
-from runtime.data.processor import PROCESSOR_FILES, processor_in
+from runtime.data.processor_files import PROCESSOR_FILES, processor_in
 from runtime.data.tokenizer import has_tokenizer, load_tokenizer
 from runtime.errors import DataError, UsageError
 from runtime.host.hub import resolve_directory

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING
 
 from runtime.console import human_bytes, tell_when_stopped
 from runtime.errors import SeqbuildError
-from seqbuild.onecall.given import Given, Show
 from seqbuild.onecall.options import QuantizeOptions
 from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
 from seqbuild.onecall.result import Quantized
 from seqbuild.onecall.serving import serving_lines
+from seqbuild.onecall.show import Show
 from seqbuild.onecall.steps import (
     calibration_batches,
     compile_model_for,
     find_weights,
     held_out_batches,
+    lines_about,
     measure,
     media_batches,
     media_samples,
@@ -86,12 +87,11 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def quantize_model(options: QuantizeOptions, given: Given = Given(), show: Show = Show()) -> Quantized:  # noqa: B008
+def quantize_model(options: QuantizeOptions, show: Show = Show()) -> Quantized:  # noqa: B008
     """Quantize a model and write the checkpoint.
 
     Args:
         options: what to quantize, and how.
-        given: objects that replace the result of a step.
         show: where progress is shown.
 
     Raises:
@@ -99,7 +99,7 @@ def quantize_model(options: QuantizeOptions, given: Given = Given(), show: Show 
             name.
     """
     clock = _Clock()
-    call = _checked(options, given, show, clock)
+    call = _checked(options, show, clock)
     with clock.step("calibrate"):
         done = run_calibration(call.artifact, call.weights, call.recipe, call.batches, options, show)
     tell_when_stopped(f"output directory {options.out} is complete")
@@ -123,43 +123,37 @@ def quantize_model(options: QuantizeOptions, given: Given = Given(), show: Show 
     )
 
 
-def plan_quantization(options: QuantizeOptions, given: Given = Given(), show: Show = Show()) -> Planned:  # noqa: B008
+def plan_quantization(options: QuantizeOptions, show: Show = Show()) -> Planned:  # noqa: B008
     """Check a call and predict its memory and disk space. The model is compiled, and nothing else is written.
 
     Raises:
         SeqbuildError: as `quantize_model`.
     """
-    call = _checked(options, given, show, _Clock())
+    call = _checked(options, show, _Clock())
     return planned_run(call.artifact, call.recipe, call.batches, options)
 
 
-def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) -> CheckedCall:
+def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall:
     with clock.step("compile"):
         require_place(options)
-        if given.batches is None:
-            require_data(options)
-        if given.recipe is None:
-            require_recipe_name(options)
-        weights = given.weights or find_weights(options)
-        media = None if given.batches is not None else media_samples(weights, options, show)
-        artifact = _artifact(options, given, show, media)
-        recipe = given.recipe or choose_recipe(options, artifact.manifest)
+        require_data(options)
+        require_recipe_name(options)
+        weights = find_weights(options)
+        media = media_samples(weights, options, show)
+        artifact = _artifact(options, show, media)
+        recipe = choose_recipe(options, artifact.manifest)
         readiness = require_run(artifact, weights, recipe, options)
     show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
     with clock.step("data"):
-        batches: Batches = given.batches or ()
-        if given.batches is not None:
-            show.line(f"data: {_amount(batches)}")
-        elif media is not None and readiness.needs_data:
+        batches: Batches = ()
+        if media is not None and readiness.needs_data:
             batches = media_batches(artifact, media, options)
         elif readiness.needs_data:
             batches = calibration_batches(artifact, weights, options, show)
         else:
             show.line("data: the recipe needs none")
-        held_out: Batches | str = given.held_out or ""
-        if given.held_out is None:
-            is_wanted = options.evaluate
-            held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
+        is_wanted = options.evaluate
+        held_out = held_out_batches(artifact, weights, options) if is_wanted else "evaluation is off"
     if isinstance(held_out, str):
         show.line(f"evaluation: none, {held_out}")
     else:
@@ -169,18 +163,14 @@ def _checked(options: QuantizeOptions, given: Given, show: Show, clock: _Clock) 
     )
 
 
-def _artifact(options: QuantizeOptions, given: Given, show: Show, media: NamedSamples | None) -> Artifact:
+def _artifact(options: QuantizeOptions, show: Show, media: NamedSamples | None) -> Artifact:
     from runtime.chain import load
 
-    path = given.artifact
-    if path is None:
-        compiled = compile_model_for(options, media)
-        path = compiled.path
-        for line in compiled.remarks:
-            show.line(f"warning: {line}")
-        what = "found" if compiled.is_cached else "compiled"
-        show.line(f"artifact: {path}, {what} in {compiled.seconds:.1f} s")
-    return load(path, allow_version_skew=options.allow_version_skew, trust_remote_code=options.trust_remote_code)
+    compiled = compile_model_for(options, media)
+    for line in lines_about(compiled):
+        show.line(line)
+    skew, trust = options.allow_version_skew, options.trust_remote_code
+    return load(compiled.path, allow_version_skew=skew, trust_remote_code=trust)
 
 
 def _amount(batches: Batches) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, data_name, describe, make_batches
 from runtime.console import silent, warn
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
     from seqbuild.cache.recall import Compiled
-    from seqbuild.onecall.given import Show
+    from seqbuild.onecall.show import Show
 
     Batches = Sequence[Mapping[str, torch.Tensor]]
 
@@ -126,9 +126,8 @@ def samples_with_media(
     directory: Path, data: DataOptions, tell: Callable[[str], None] | None = None
 ) -> NamedSamples | None:
     """Read data as `media_samples` does, for the processor in a directory."""
-    from runtime.cli.batches import describe
     from runtime.data.options import DEFAULT_SEQ_LEN
-    from runtime.data.processor import PROCESSOR_FILES
+    from runtime.data.processor_files import PROCESSOR_FILES
     from runtime.data.samples import load_data
 
     if BUILTIN in data.sources or not any((directory / name).is_file() for name in PROCESSOR_FILES):
@@ -136,7 +135,7 @@ def samples_with_media(
     found, summary = load_data(replace(data, default_length=DEFAULT_SEQ_LEN), directory)
     if not isinstance(found, NamedSamples):
         return None
-    describe(str(found.path), found, summary, data.show, directory, tell)
+    describe(data_name(found, summary), found, summary, data.show, directory, tell)
     return found
 
 
@@ -173,6 +172,14 @@ def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = Non
         file = Path(folder) / "sample.safetensors"
         save_named(file, media)
         return compile_with(replace(compilation, sample=file))
+
+
+def lines_about(compiled: Compiled) -> Iterator[str]:
+    """Describe a compiled model: warnings, and where it is."""
+    for remark in compiled.remarks:
+        yield f"warning: {remark}"
+    what = "found" if compiled.is_cached else "compiled"
+    yield f"artifact: {compiled.path}, {what} in {compiled.seconds:.1f} s"
 
 
 def has_media(source: Source) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from runtime.data.hub_datasets import is_repository_id
 from runtime.data.options import DataOptions
 from runtime.data.tokenization import prepare_data
 from runtime.errors import DataError, UsageError
+from runtime.host.hub import is_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = "---\nconfigs:\n"
@@ -240,5 +240,5 @@ def test_without_the_library(tmp_path: Path, byte_tokenizer_dir: Path, monkeypat
 
 
 def test_ids() -> None:
-    assert all(map(is_repository_id, ("squad", "owner/name", "o-1/n.a_b")))
-    assert not any(map(is_repository_id, ("a/b/c", "./a", "../a", "/a", "a/", "a b", "-a", "")))
+    assert all(map(is_id, ("squad", "owner/name", "o-1/n.a_b")))
+    assert not any(map(is_id, ("a/b/c", "./a", "../a", "/a", "a/", "a b", "-a", "")))
