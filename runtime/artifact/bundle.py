@@ -87,10 +87,10 @@ def find_job(
 
     Args:
         path: an artifact or a bundle; small files of a bundle are compared with their digests.
-        weights: the user's option, None if not given: a directory or hub id; the same for the following arguments.
-        recipe: "
+        weights: the user's directory or hub id; None for the bundle's.
+        recipe: the user's recipe; None for the bundle's.
         data: the user's data arguments; empty for the bundle's.
-        out: as `weights`.
+        out: the user's output directory; None for that of the bundle.
         revision: of the hub id `weights`.
 
     Raises:

@@ -16,7 +16,7 @@ class CommandList(TyperGroup):
     Attributes:
         sections: the commands of each section of the help, by its title.
         example: arguments of a command, for the message about an option before the command.
-        others: for commands that do not exist here, and that users of this or similar programs may try, what to do.
+        others: the hint for each command that exists in another program, but not in this one.
     """
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {}

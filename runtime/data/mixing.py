@@ -124,6 +124,20 @@ def spread(count: int, total: int) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
+def num_taken(available: int, required: int | None, most: int | None) -> int:
+    """Return the number of samples to take: those that are required, or all, at most `most`."""
+    return required or min(available, most or available)
+
+
+def group_counts(
+    weights: Sequence[float], available: Sequence[int], required: int | None, most: int | None
+) -> list[int]:
+    """Return how many samples to take of each group: of several as `shares`, of one as `num_taken`."""
+    if len(available) > 1:
+        return shares(weights, available, required, most)
+    return [num_taken(available[0], required, most)]
+
+
 def shares(weights: Sequence[float], available: Sequence[int], required: int | None, most: int | None) -> list[int]:
     """Return how many samples each source contributes, in the ratio of the weights.
 

@@ -1,7 +1,7 @@
 """Make batches of samples with named tensors.
 
 Samples of equal shapes are concatenated, each tensor along its first dimension; none is padded, because padding would
-affect sums. A sample that lacks an input of the artifact (a text beside records with images, or an image beside videos)
+affect sums. A sample without an input of the artifact (a text beside records with images, or an image beside videos)
 cannot run alone. It runs with a sample that has the input: their tokens are padded at the end to one length, and
 padding does not count in statistics. A sample is never used twice.
 """
@@ -38,10 +38,10 @@ def named_batches(manifest: Manifest, data: NamedSamples, batch_size: int) -> li
     Args:
         manifest: states the inputs.
         data: the samples.
-        batch_size: the maximum number of samples of a batch; at least two if samples lack inputs.
+        batch_size: the maximum number of samples of a batch; at least two if inputs are missing in samples.
 
     Raises:
-        DataError: the artifact lacks an input of the samples, or the samples an input of the artifact.
+        DataError: an input is missing in the artifact or in the samples.
     """
     require_count("batch_size", batch_size)
     rows = [_known_inputs(manifest, index, sample) for index, sample in enumerate(data.samples)]
@@ -85,7 +85,7 @@ def _missing(manifest: Manifest, row: Mapping[str, torch.Tensor]) -> list[str]:
 def _mixed(
     manifest: Manifest, missing: Sequence[Sequence[str]], whole: Sequence[int], lacking: Sequence[int], batch_size: int
 ) -> list[list[int]]:
-    """Distribute samples that lack inputs over batches of which each has all inputs.
+    """Distribute samples without some inputs over batches that have all inputs.
 
     Raises:
         DataError: an input is missing in all samples, is needed for each sample, or too few samples have it.

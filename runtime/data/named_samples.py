@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.data.mixing import ReadDocuments, interleaved, shares, spread
+from runtime.data.mixing import ReadDocuments, group_counts, interleaved, spread
 from runtime.data.named_tensors import NamedSamples, shortened
 from runtime.data.options import DataOptions, names_of
 from runtime.data.origin import DataOrigin
@@ -102,10 +102,7 @@ def _chosen(
 ) -> list[tuple[int, Document]]:
     """Choose documents of each group, each with the number of its source."""
     available = [len(group.documents) for group in groups]
-    if len(groups) > 1:
-        counts = shares(weights, available, options.num_samples, options.default_samples)
-    else:
-        counts = [options.num_samples or min(available[0], options.default_samples or available[0])]
+    counts = group_counts(weights, available, options.num_samples, options.default_samples)
     found = []
     for group, label, count in zip(groups, labels, counts, strict=True):
         total = len(group.documents)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from runtime.data.mixing import spread
+from runtime.data.mixing import num_taken, spread
 from runtime.data.options import DataOptions
 from runtime.data.origin import METADATA_KEY, DataOrigin
 from runtime.errors import DataError
@@ -164,23 +164,31 @@ def chosen(data: NamedSamples, options: DataOptions, what: str) -> NamedSamples:
     Raises:
         DataError: there are fewer samples, media would be cut, or samples were cut at a smaller length before.
     """
-    total, seq_len = len(data.samples), options.seq_len
     if options.loss_mask:
         raise DataError(f"{what} has no loss mask", hint="leave --loss-mask out")
-    if seq_len is not None and data.seq_len is not None and seq_len > data.seq_len:
+    indices, seq_len = chosen_of_file(len(data.samples), data.seq_len, options, what)
+    cut = [shortened(data.samples[index], options.seq_len, data.media_tokens, f"sample {index}") for index in indices]
+    return replace(data, samples=tuple(cut), seq_len=seq_len)
+
+
+def chosen_of_file(total: int, cut_at: int | None, options: DataOptions, what: str) -> tuple[list[int], int | None]:
+    """Return the indices of the samples of a token file that the options state, and their maximum length.
+
+    Raises:
+        DataError: there are fewer samples, or they were cut at a smaller length before.
+    """
+    seq_len = options.seq_len
+    if seq_len is not None and cut_at is not None and seq_len > cut_at:
         raise DataError(
-            f"samples of {what} were cut at {data.seq_len} tokens, but {seq_len} are required",
-            hint=f"reduce --seq-len to {data.seq_len}, or make the file again with `seqbuild data`",
+            f"samples of {what} were cut at {cut_at} tokens, but {seq_len} are required",
+            hint=f"reduce --seq-len to {cut_at}, or make the file again with `seqbuild data`",
         )
-    count = options.num_samples or min(total, options.default_samples or total)
+    count = num_taken(total, options.num_samples, options.default_samples)
     if count > total:
         raise DataError(
             f"{what} has {total} samples, but {count} are required", hint="reduce --samples or use more data"
         )
-    cut = [
-        shortened(data.samples[index], seq_len, data.media_tokens, f"sample {index}") for index in spread(count, total)
-    ]
-    return replace(data, samples=tuple(cut), seq_len=data.seq_len if seq_len is None else seq_len)
+    return spread(count, total), cut_at if seq_len is None else seq_len
 
 
 def shortened(sample: Sample, max_length: int | None, media_tokens: Sequence[int], where: str) -> Sample:

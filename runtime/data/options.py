@@ -31,10 +31,10 @@ class DataOptions:
         shuffle: take the documents in a random order, instead of evenly spread ones.
         seed: of that order; None for 0.
         columns: the fields to read, for sources that state none.
-        format: as in `DataSource`, for sources that state none; likewise the following.
-        split: "
-        config: "
-        revision: "
+        format: the format of files, for sources that state none.
+        split: the split of data sets, for sources that state none.
+        config: the configuration of data sets, for sources that state none.
+        revision: the revision of data sets, for sources that state none.
         show: the number of samples to print.
     """
 

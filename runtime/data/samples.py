@@ -38,8 +38,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
 from runtime.data.documents import require_file
-from runtime.data.mixing import spread
-from runtime.data.named_tensors import NamedSamples, chosen
+from runtime.data.named_tensors import NamedSamples, chosen, chosen_of_file
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.origin import DataOrigin
 from runtime.data.sources import DataSource
@@ -269,21 +268,7 @@ def _require_samples(name: str, samples: Any) -> None:
 
 
 def _shortened(data: TokenData, options: DataOptions) -> TokenData:
-    seq_len = options.seq_len
-    if seq_len is None:
-        seq_len = data.seq_len
-    elif data.seq_len is not None and seq_len > data.seq_len:
-        raise DataError(
-            f"samples of {data.path} were cut at {data.seq_len} tokens, but {seq_len} are required",
-            hint=f"reduce --seq-len to {data.seq_len}, or make the file again with `seqbuild data`",
-        )
-    available = len(data.samples)
-    count = options.num_samples or min(available, options.default_samples or available)
-    if count > available:
-        raise DataError(
-            f"{data.path} has {available} samples, but {count} are required", hint="reduce --samples or use more data"
-        )
-    indices = spread(count, available)
+    indices, seq_len = chosen_of_file(len(data.samples), data.seq_len, options, str(data.path))
 
     def shorten(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(tensors[index][:seq_len] for index in indices)

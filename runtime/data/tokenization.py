@@ -18,7 +18,15 @@ from runtime.data.chats import MERGED_SYSTEM, NO_TEMPLATE
 from runtime.data.document_tokens import DocumentTokens, document_tokens, target_tokens
 from runtime.data.documents import Document, require_pairs
 from runtime.data.file_formats import Record
-from runtime.data.mixing import Enough, ReadDocuments, interleaved, read_in_order, read_shuffled, shares, spread
+from runtime.data.mixing import (
+    Enough,
+    ReadDocuments,
+    group_counts,
+    interleaved,
+    read_in_order,
+    read_shuffled,
+    spread,
+)
 from runtime.data.named_samples import have_media, process_documents
 from runtime.data.named_tensors import NamedSamples
 from runtime.data.options import DataOptions, data_sources, names_of
@@ -158,7 +166,8 @@ def samples_of(
         maker.windows(group, label) if is_packed else maker.documents(group, label)
         for group, label in zip(groups, labels, strict=True)
     ]
-    counts = _counts(pools, weights, options)
+    available = [pool.available for pool in pools]
+    counts = group_counts(weights, available, options.num_samples, options.default_samples)
     chosen = _chosen(pools, counts, options)
     if options.loss_mask:
         _require_counting(chosen, what)
@@ -376,14 +385,6 @@ class _SampleMaker:
         tokens = document_tokens(self.tokenizer, document, self.seq_len, self.options.loss_mask, self.notes)
         target = None if document.target is None else target_tokens(self.tokenizer, document, self.seq_len)
         return _Sample(tokens, target, source)
-
-
-def _counts(pools: Sequence[_Pool], weights: Sequence[float], options: DataOptions) -> list[int]:
-    """Return how many samples to take of each pool."""
-    available = [pool.available for pool in pools]
-    if len(pools) > 1:
-        return shares(weights, available, options.num_samples, options.default_samples)
-    return [options.num_samples or min(available[0], options.default_samples or available[0])]
 
 
 def _chosen(pools: Sequence[_Pool], counts: Sequence[int], options: DataOptions) -> list[_Sample]:

@@ -134,7 +134,7 @@ def name_of(source: str) -> str:
 
 
 def download_command(repo: str, *, revision: str | None = None, what: str = "model") -> str:
-    """Return the command that downloads a repository, or the part of it that a purpose needs."""
+    """Return the command that downloads a model's repository, or the part of it that a purpose needs."""
     return _HubId(repo=repo, revision=revision, what=what).command()
 
 
@@ -318,7 +318,7 @@ def _require_files(sought: _HubId, snapshot: Path) -> None:
 
 
 def _missing_weights(sought: _HubId, snapshot: Path, complete: list[str]) -> list[str]:
-    """List the weights files that a snapshot lacks; all of them must be safetensors."""
+    """List the missing weights files of a snapshot; all of them must be safetensors."""
     if INDEX_NAME in complete:
         shards = _shards(snapshot / INDEX_NAME)
         return [name for name in shards if name not in complete]

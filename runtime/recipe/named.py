@@ -1,4 +1,4 @@
-"""Find the recipe that a user means: by the path of a file, or by the name of a preset or an algorithm."""
+"""Find a recipe by the path of a file, or by the name of a preset or an algorithm."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def known_algorithm(name: str | None) -> str | None:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """Return the known name that is most like another one, in any case; empty if none is."""
+    """Return the most similar known name, regardless of case; empty if none is similar."""
     by_case = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), by_case, n=1)
     return by_case[near[0]] if near else ""

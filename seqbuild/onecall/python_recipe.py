@@ -1,4 +1,4 @@
-"""The recipe that a caller of `oneshot` means: text, a file, a name, or modifiers."""
+"""Make the recipe of `oneshot` from text, a file, a name, or modifiers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def python_recipe(value: Any, ignore: tuple[str, ...]) -> Recipe | str:
         ignore: modules that a preset does not apply to.
 
     Raises:
-        RecipeError, UsageError: it is neither, or not valid.
+        RecipeError, UsageError: it is none of these, or not valid.
     """
     from runtime.formats.presets import PRESETS
 
