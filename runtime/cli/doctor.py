@@ -250,19 +250,19 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
 
 
 def _data(artifact: Artifact, data: tuple[str, ...]) -> tuple[str, TokenData | list[Sample] | None]:
-    from runtime.data.documents import require_file
-    from runtime.data.file_formats import format_of
     from runtime.data.inputs import require_decoder, require_length
     from runtime.data.named_batches import named_batches
     from runtime.data.named_tensors import NamedSamples
+    from runtime.data.reading import parts_of
     from runtime.data.samples import is_token_file, load_data
+    from runtime.data.sources import STANDARD_INPUT
     from runtime.model.config import text_limits
 
     sources = data_sources(DataOptions(sources=data))
     if not is_token_file(sources):
-        for path in (Path(source.location) for source in sources):
-            if format_of(path) is not None:
-                require_file(path)
+        for source in (source for source in sources if source.location != STANDARD_INPUT):
+            with contextlib.suppress(UsageError):  # an option of `calibrate` may state the split
+                parts_of(source)
         return f"data: {', '.join(data)} is text, which the run will tokenize", None
     vocab_size, longest = text_limits(artifact)
     tokens, _ = load_data(DataOptions(sources=data), None, vocab_size=vocab_size)

@@ -35,6 +35,7 @@ from runtime.data.processor import load_processor
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError, ModelError, UsageError
 from runtime.host.hub import resolve_directory
+from runtime.host.publish import disk_errors, require_outside
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
@@ -95,6 +96,11 @@ def run_oneshot(options: OneshotOptions) -> Any:
         out = options.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqbuild-"))) / "model"
         require_startable(out, resume=bool(options.run.get("resume", False)))
         opened = stack.enter_context(_opened(options))
+        if isinstance(opened.weights, Path):
+            require_outside(out, opened.weights)
+        if options.log_dir is not None:
+            with disk_errors(options.log_dir):
+                options.log_dir.mkdir(parents=True, exist_ok=True)
         rows = _batches_in_memory(dataset, options, opened) if in_memory else _samples_with_media(options, opened)
         artifact = _compiled(options, opened, recipe, rows)
         if isinstance(recipe, str):
@@ -309,7 +315,6 @@ def _calibrated(
     with contextlib.ExitStack() as stack:
         watchers = list(run.pop("watchers", ()))
         if options.log_dir is not None:
-            options.log_dir.mkdir(parents=True, exist_ok=True)
             name = f"oneshot_{time.strftime('%Y-%m-%d_%H-%M-%S')}.jsonl"
             watchers.append(stack.enter_context(EventLog(options.log_dir / name)))
         return calibrate(

@@ -211,6 +211,9 @@ class TestDoctor:
         said = {"weights": llama.weights, "recipe": parts / "r.yaml", "out": tmp_path / "out"}
         assert any("needs calibration data" in text for text in findings(llama.artifact, **said)["problem"])
         assert findings(llama.artifact, **said, data=(str(parts / "calib.safetensors"),))["problem"] == []
+        (tmp_path / "empty").mkdir()
+        for missing, why in ((tmp_path / "none", "cannot be read"), (tmp_path / "empty", "has no data files")):
+            assert any(why in text for text in findings(llama.artifact, **said, data=(str(missing),))["problem"])
         code, told, _ = run(["doctor", str(llama.artifact), "--device", "cpu"])
         assert code == 1
         assert told.splitlines()[-1] == "not ready: fix the problems above"

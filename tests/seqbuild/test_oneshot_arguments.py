@@ -139,6 +139,18 @@ def test_an_output_that_exists_is_rejected_before_anything_runs(model: Any, tmp_
         seqbuild.oneshot(model, recipe=RECIPE, output_dir=tmp_path)
 
 
+def test_places_are_checked_before_anything_is_compiled(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seqbuild.build, "compile_with", None)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(OutputError, match="is inside the input directory"):
+        seqbuild.oneshot(tmp_path / "model", recipe=RECIPE, output_dir=tmp_path / "model" / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file"):
+        seqbuild.oneshot(model, recipe=RECIPE, output_dir=tmp_path / "out", log_dir=tmp_path / "file")
+
+
 def test_weights_are_required_before_anything_is_compiled(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
