@@ -52,7 +52,7 @@ def compile_with(options: CompileOptions, source: Source | None = None) -> Compi
 
     Args:
         options: state the model and how it is compiled.
-        source: of a model in memory; None to find the one that the options name.
+        source: the model, if it was found already; None to find it by the options.
     """
     start = time.perf_counter()
     with _rarely_collected(), opened(options, source) as compilation:

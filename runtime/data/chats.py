@@ -20,16 +20,15 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from runtime.data.records import TEXT_KINDS, Messages
 from runtime.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from runtime.data.documents import Document
-
-Messages: TypeAlias = "list[dict[str, Any]]"
 
 NO_TEMPLATE = "conversations written as plain text, because the tokenizer has no chat template"
 MERGED_SYSTEM = "system messages merged into the user's first message"
@@ -165,7 +164,7 @@ def _text_of(message: dict[str, Any], where: str) -> str:
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        if kind not in TEXT_KINDS or not isinstance(text, str):
             raise DataError(
                 f"{where} has a part of type {kind!r}, which a tokenizer cannot read",
                 hint="use messages of text, or a model with a processor",

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from runtime.arguments import shown
 from runtime.data.media import AUDIO, IMAGE, KINDS, MEDIA_FIELDS, VIDEO, Medium
+from runtime.data.records import TEXT_KINDS, Content, Messages
 from runtime.errors import DataError
-
-Messages: TypeAlias = "list[dict[str, Any]]"
-Content: TypeAlias = "str | Messages"
 
 _PART_KINDS = {
     **{kind: kind for kind in KINDS},
@@ -33,7 +31,6 @@ _PART_KINDS = {
 _RAW = ("base64", "data")
 _PART_VALUES = ("path", "url", "bytes", *_RAW)
 _PLACE = re.compile(r"<(image|audio|video)>")
-_TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 def with_media(content: Content, record: Mapping[str, Any], where: str) -> tuple[Content, tuple[Medium, ...]]:
@@ -116,13 +113,13 @@ class _Placed:
                 value = self._fields[kind].pop(0)
             self._media.append(Medium(kind=kind, value=value, where=self._where))
             return {"type": kind}
-        if not isinstance(part, Mapping) or (part.get("type") in _TEXT_KINDS and not isinstance(part.get("text"), str)):
+        if not isinstance(part, Mapping) or (part.get("type") in TEXT_KINDS and not isinstance(part.get("text"), str)):
             raise DataError(
                 f"{self._where} has {shown(part)} as a part of a message",
                 hint='a part looks like {"type": "text", "text": "..."} or {"type": "image", "image": "NAME"}',
             )
         known = {name: value for name, value in part.items() if value is not None}
-        return known | {"type": "text"} if part.get("type") in _TEXT_KINDS or "type" not in known else known
+        return known | {"type": "text"} if part.get("type") in TEXT_KINDS or "type" not in known else known
 
 
 def _as_parts(content: Any) -> list[Any]:

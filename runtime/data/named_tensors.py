@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.mixing import num_taken, spread
 from runtime.data.options import DataOptions
 from runtime.data.origin import METADATA_KEY, DataOrigin
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 Sample: TypeAlias = "dict[str, torch.Tensor]"
 
 NAMED_VERSION = "2.0"
-IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
+IDS, MASK = "input_ids", "attention_mask"
 _TOKENS = (IDS, "decoder_input_ids", LABELS)
 _LARGEST_ID, _LONGEST_NUMBER = 2**31, 10  # digits
 
@@ -150,7 +151,7 @@ def _require_tokens(index: int, sample: Sample, vocab_size: int, seq_len: int | 
             continue
         if ids.dtype not in (torch.int32, torch.int64) or ids.dim() < 2:
             raise DataError(f"{index}.{name} is {ids.dtype} of shape {tuple(ids.shape)}")
-        lowest = -100 if name == LABELS else 0
+        lowest = NOT_A_LABEL if name == LABELS else 0
         for wrong in (int(ids.min()), int(ids.max())):
             if not lowest <= wrong < vocab_size:
                 raise DataError(f"token id {wrong} of {index}.{name} is outside its vocabulary of {vocab_size}")

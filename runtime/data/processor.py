@@ -26,7 +26,7 @@ from runtime.artifact.manifest import PAD, START
 from runtime.console import quiet
 from runtime.data.decoder import LABELS, NOT_A_LABEL, shifted
 from runtime.data.media import AUDIO, IMAGE, VIDEO, Frames, Medium
-from runtime.data.named_tensors import Sample
+from runtime.data.named_tensors import IDS, Sample
 from runtime.data.processor_files import NEEDS_MODEL, missing_package, processor_in
 from runtime.errors import DataError
 from runtime.host.offline import offline
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from runtime.data.documents import Document
 
-IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
+DECODER_IDS = "decoder_input_ids"
 _MEDIA_TOKENS = tuple(
     f"{kind}_{name}" for kind in (IMAGE, AUDIO, VIDEO) for name in ("token_id", "token_index", "pad_token_id")
 )

@@ -27,9 +27,11 @@ from typing import Any, TypeAlias
 from runtime.data.media import MEDIA_FIELDS
 from runtime.errors import DataError
 
-Content: TypeAlias = "str | list[dict[str, Any]]"
+Messages: TypeAlias = "list[dict[str, Any]]"
+Content: TypeAlias = "str | Messages"
 Parts: TypeAlias = "tuple[Content, str | None, list[Any] | None]"  # content, target, tools
 
+TEXT_KINDS = ("text", "input_text", "output_text")  # types of parts of messages
 _SOURCES = ("source", "input")
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "query", "problem", "prompt", "input")

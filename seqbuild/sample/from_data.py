@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.data.named_tensors import IDS, LABELS, is_of_tokens
+from runtime.data.decoder import LABELS
+from runtime.data.named_tensors import IDS, is_of_tokens
 from runtime.errors import TraceError
 from seqbuild.sample.inputs import default_sample
 from seqbuild.sample.shape import REHEARSAL_SHAPES, SAMPLE_BATCH
