@@ -44,7 +44,7 @@ def parts(llama: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a recipe and a token file."""
     folder = tmp_path_factory.mktemp("parts")
     (folder / "r.yaml").write_text(RECIPE)
-    write_token_file(folder / "calib.safetensors", num_samples=4, length=24)
+    write_token_file(folder / "calib.safetensors", num_samples=4, length=40)
     return folder
 
 
