@@ -199,7 +199,7 @@ def _plain_text(document: Document) -> str:
     given: Any = document.content
     lines = [f"Tools: {json.dumps(document.tools, default=str)}"] if document.tools else []
     for message in given:
-        texts = [str(message[name]) for name in ("reasoning_content",) if message.get(name)]
+        texts = [str(message["reasoning_content"])] if message.get("reasoning_content") else []
         texts += [text for text in [_text_of(message, document.where)] if text]
         texts += [json.dumps(call, default=str) for call in message.get("tool_calls") or ()]
         lines.append(f"{str(message.get('role', '')).capitalize()}: " + "\n".join(texts))

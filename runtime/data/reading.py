@@ -12,6 +12,7 @@ from typing import TextIO
 
 from runtime.data.documents import Document, require_file
 from runtime.data.file_formats import (
+    SUFFIXES,
     SUPPORTED,
     DataFile,
     Record,
@@ -79,7 +80,7 @@ def _directory(source: DataSource, root: Path) -> list[DataPart]:
             file = DataFile(path=path, name=str(path), format=name)
             found.append(_file_part(file, path.relative_to(root).as_posix(), source))
     if not found:
-        raise DataError(f"{root} has no data files", hint=f"supported are {SUPPORTED}")
+        raise DataError(f"{root} has no data files", hint=f"supported are {', '.join(SUFFIXES)}")
     return found
 
 

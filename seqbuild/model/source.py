@@ -140,6 +140,13 @@ def resolve_source(source: str, *, revision: str | None = None) -> Source:
     return _from_file(name, directory / "config.json", source)
 
 
+def loaded_name(config: Any, default: str) -> str:
+    """Return the name of a model in memory: that of the directory or hub id that it was loaded from."""
+    given = str(config.name_or_path or "")
+    path = Path(given)
+    return (path.resolve().name if given and path.is_dir() else path.name) or default
+
+
 def _from_file(name: str, config_file: Path, source: str) -> Source:
     if not config_file.exists():
         require_no_adapter(config_file.parent)

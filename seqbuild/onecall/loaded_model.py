@@ -24,7 +24,7 @@ from runtime.checkpoint.in_memory import MemoryCheckpoint
 from runtime.console import quiet
 from runtime.errors import ModelError, UsageError
 from runtime.host.hub import cached_snapshot
-from seqbuild.model.source import Source
+from seqbuild.model.source import Source, loaded_name
 from seqbuild.onecall.saved_tensors import saved_tensors
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def loaded_model(model: PreTrainedModel, preparers: Sequence[Any] = ()) -> Itera
     """
     require_as_built(model)
     origin = _origin_of(model)
-    name = Path(str(model.config.name_or_path)).name or type(model).__name__
+    name = loaded_name(model.config, type(model).__name__)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as parent:
         directory = Path(parent) / name
         directory.mkdir()

@@ -107,4 +107,4 @@ def _split_of(dataset: Mapping[str, Any], split: str | None) -> Any:
         parts = library.ReadInstruction.from_spec(split).to_absolute({name: len(found)})
     except (ValueError, AssertionError) as error:
         raise UsageError(f"splits is {split!r}: {error}", hint="write it as train[:512] or train[:10%]") from error
-    return found.select([index for part in parts for index in range(part.from_ or 0, part.to or len(found))])
+    return found.select([index for part in parts for index in range(part.from_, part.to)])

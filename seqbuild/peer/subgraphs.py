@@ -15,6 +15,7 @@ from runtime.errors import ModelError
 from runtime.language.program import run_device, run_dtype
 from seqbuild.build import compile_with
 from seqbuild.chain.targets import match_modules
+from seqbuild.model.source import loaded_name
 from seqbuild.onecall.options import user_artifacts
 from seqbuild.options import CompileOptions
 
@@ -118,8 +119,7 @@ def load_subgraphs(
 
 def _written(model: PreTrainedModel, folder: Path) -> Path:
     """Write the config to a directory with the model's name, which becomes the name of the artifact."""
-    name = Path(model.config.name_or_path or "").name or model.config.model_type
-    directory = folder / name
+    directory = folder / loaded_name(model.config, model.config.model_type)
     model.config.save_pretrained(directory)
     return directory
 

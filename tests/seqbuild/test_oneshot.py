@@ -190,6 +190,17 @@ def test_a_checkpoint_in_memory_reads_as_one_on_disk(tmp_path: Path) -> None:
     assert bool(model.model.norm.weight.all()), "the caller's model was changed"
 
 
+def test_a_model_of_a_relative_path_has_the_name_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.config.name_or_path = ".."
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with loaded_model(model) as loaded:
+        assert loaded.source.name == tmp_path.name
+
+
 def _without_values(model: PreTrainedModel) -> PreTrainedModel:
     return model.to("meta")
 

@@ -242,5 +242,7 @@ def test_data_sets_of_the_datasets_library(tokenizer: Any) -> None:
     for split, message in (("valid", "has no split 'valid'"), ("train[x]", "train")):
         with pytest.raises(UsageError, match=message):
             read(splits, tokenizer, splits=split)
+    with pytest.raises(DataError, match="no rows"):
+        read(splits, tokenizer, splits="train[:0]")
     with pytest.raises(UsageError, match="part of a stream"):
         read(streams, tokenizer, splits="train[:2]")
