@@ -19,7 +19,7 @@ from rich.text import Text
 
 from runtime.console import human_bytes
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
-from runtime.status import done
+from runtime.status import done, make_room
 from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, step_facts
 from runtime.terminal import printable, shortened
 
@@ -70,6 +70,7 @@ class Display:
             self._num_finished += 1
             self._line(f"[{facts['index'] + 1}/{self._facts['subgraphs']}] ", facts["label"], step_facts(facts))
         elif event == "warning":
+            make_room()
             self._console.print(Text(printable(facts["text"])))
         elif event == "end":
             self.__exit__()
@@ -79,9 +80,9 @@ class Display:
 
         self._facts, self._total = facts, facts["total_tokens"]
         self._device, self._begin = torch.device(facts["device"]), time.perf_counter()
+        done()  # before anything is printed beside the status line
         if facts["resumed_at"]:
             self._console.print(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
-        done()
         self._live = Live(console=self._console, get_renderable=self._drawn, refresh_per_second=4, transient=True)
         self._live.start()
 
