@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are in memory, those of a model that the caller has loaded.
+"""A checkpoint with the tensors of a model that the caller has loaded.
 
 Nothing is copied in advance: a tensor is copied when it is read, one subgraph's at a time.
 """
@@ -84,9 +84,7 @@ class MemoryCheckpoint(Checkpoint):
         return copy
 
     def table(self, key: str) -> StoredTable | None:
-        """Return a tensor whose rows are copied when they are looked up; None for one without rows, and for one that is
-        not on the CPU.
-        """
+        """Return a matrix on the CPU whose rows are copied when they are looked up; None for other tensors."""
         from runtime.checkpoint.dtypes import bytes_of
         from runtime.checkpoint.stored_table import StoredTable
 

@@ -1,4 +1,4 @@
-"""The list of commands of both command lines, and what they say about a command or an option that does not exist."""
+"""The list of commands of both command lines, and hints for commands and options that do not exist."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Medium:
         value: the file name, data URI, struct or object.
         where: the record, for messages.
         base: the directory that file names are relative to.
-        home: the data set's directory, outside of which no file is opened; None for data that is none.
+        home: the data set's directory: files outside of it are rejected; None without a data set.
     """
 
     kind: str

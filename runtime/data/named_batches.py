@@ -47,8 +47,8 @@ def named_batches(manifest: Manifest, data: NamedSamples, batch_size: int) -> li
     rows = [_known_inputs(manifest, index, sample) for index, sample in enumerate(data.samples)]
     missing = [_missing(manifest, row) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: -_size(rows[index]))
-    whole, lacking = ([index for index in order if bool(missing[index]) is lacks] for lacks in (False, True))
-    mixed = _mixed(manifest, missing, whole, lacking, batch_size) if lacking else []
+    whole, partial = ([index for index in order if bool(missing[index]) is is_partial] for is_partial in (False, True))
+    mixed = _mixed(manifest, missing, whole, partial, batch_size) if partial else []
     made = [_together(rows, indices, data.padding_token) for indices in mixed]
     used = {index for indices in mixed for index in indices}
     groups: dict[Any, list[int]] = {}
@@ -83,43 +83,43 @@ def _missing(manifest: Manifest, row: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _mixed(
-    manifest: Manifest, missing: Sequence[Sequence[str]], whole: Sequence[int], lacking: Sequence[int], batch_size: int
+    manifest: Manifest, missing: Sequence[Sequence[str]], whole: Sequence[int], partial: Sequence[int], batch_size: int
 ) -> list[list[int]]:
     """Distribute samples without some inputs over batches that have all inputs.
 
     Raises:
         DataError: an input is missing in all samples, is needed for each sample, or too few samples have it.
     """
-    first = min(lacking)
+    first = min(partial)
     name, shapes = missing[first][0], {entry.name: entry.shape for entry in manifest.inputs}
     what = f"sample {first} has no {name}, which is an input of the artifact"
-    kinds = [whole] if whole else _covering(missing, lacking)
+    kinds = [whole] if whole else _covering(missing, partial)
     if not kinds:
         raise DataError(
             f"{what}, and no sample has it",
             hint="compile the model for such data: with --text-only for text, or with --sample FILE, this data",
         )
     batch = shapes[IDS][0] if IDS in shapes else None
-    if batch is None or any(shapes[other][:1] == (batch,) for index in lacking for other in missing[index]):
+    if batch is None or any(shapes[other][:1] == (batch,) for index in partial for other in missing[index]):
         raise DataError(f"{what} for every sample", hint="put such samples into a file of their own")
-    count = min(len(lacking), *map(len, kinds))
+    count = min(len(partial), *map(len, kinds))
     mixed = [[kind[place] for kind in kinds] for place in range(count)]
     used = {index for indices in mixed for index in indices}
-    rest = [index for index in lacking if index not in used]
+    rest = [index for index in partial if index not in used]
     size = len(kinds) + -(-len(rest) // count)
     if size > max(len(kinds) + 1, batch_size):
         raise DataError(
-            f"{len(lacking)} samples have no {name} or another input; each runs in a batch with one that has it, but "
+            f"{len(partial)} samples have no {name} or another input; each runs in a batch with one that has it, but "
             f"there are only {count}",
             hint=f"use --batch-size {size}, or put them into a file of their own",
         )
     return [[*indices, *rest[place::count]] for place, indices in enumerate(mixed)]
 
 
-def _covering(missing: Sequence[Sequence[str]], lacking: Sequence[int]) -> list[list[int]]:
+def _covering(missing: Sequence[Sequence[str]], partial: Sequence[int]) -> list[list[int]]:
     """Return groups of samples with the same inputs that together have all inputs; none if there are no such."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for index in lacking:
+    for index in partial:
         groups.setdefault(tuple(missing[index]), []).append(index)
     absent: dict[str, None] = dict.fromkeys(name for names in groups for name in names)
     chosen = []

@@ -1,4 +1,4 @@
-"""Describe samples for people: one line about all of them, and the text of the first ones."""
+"""Describe samples in one line, and show the text of the first ones."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def _forward_names(directory: Path) -> tuple[str, ...]:
 
 
 def text_labels(ids_BS: torch.Tensor, media_tokens: Sequence[int]) -> torch.Tensor:
-    """Return the tokens to predict, int64 [B, S]: those of media are none."""
+    """Return the tokens to predict, int64 [B, S]: -100 for tokens of media."""
     import torch
 
     is_medium_BS = torch.isin(ids_BS, torch.tensor(list(media_tokens) or [-1]))
@@ -305,7 +305,7 @@ def text_labels(ids_BS: torch.Tensor, media_tokens: Sequence[int]) -> torch.Tens
 
 
 def _answer(document: Document) -> str:
-    """Return the text that a model should generate: of a conversation, that of the assistant."""
+    """Return the text that a model should generate; for a conversation, the text of the assistant."""
     if isinstance(document.content, str):
         return document.content
     answers = [message for message in document.content if message.get("role") == "assistant"]
@@ -329,7 +329,7 @@ def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_names(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose parts of media have a value, which some templates look for; none is opened."""
+    """Add an empty value to the parts of media in a message: some templates look for one."""
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)

@@ -8,14 +8,14 @@ The first kind whose fields are present decides; a field that is null counts as 
     source (or input), target               a pair for an encoder-decoder model
     instruction, input, output              Alpaca: a user's message (instruction, blank line, input) and the answer
     prompt with completion or chosen        the text of both joined, or a conversation if they are lists of messages
-    prompt with response or answer          a user's message and the answer, as are
+    prompt with response or answer          a user's message and the answer; the same for
     question, query, problem or input with answer, response, solution, output or chosen
     chosen                                  a text or a conversation
     prompt                                  a text or a conversation
 
-Conversations may have `tools`, and a `system` (or `system_prompt`) message if their first message is none; those of
-Alpaca `history`, the pairs of earlier messages. Lists may be JSON in a string, as tables have them. A null in a message
-or tool is the same as no field (tables fill in fields that other rows have), except `content`.
+Conversations may have `tools`, and `system` (or `system_prompt`) unless their first message is a system message;
+Alpaca records may have `history`, the pairs of earlier messages. Lists may be JSON in a string, as tables have them. A
+null in a message or tool is the same as no field (tables fill in fields that other rows have), except `content`.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def _is_null(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return the list of an array or tuple, and anything else as it is."""
+    """Convert an array or tuple to a list; return other values unchanged."""
     if isinstance(value, tuple):
         return list(value)
     to_list = getattr(value, "tolist", None)

@@ -133,7 +133,7 @@ def load_tokens(
 def load_data(
     options: DataOptions, tokenizer_dir: Path | None, *, vocab_size: int | None = None
 ) -> tuple[TokenData | NamedSamples, DataSummary | None]:
-    """Read samples, and a summary of how they were made of text; None for those of a token file.
+    """Read samples, and summarize how they were made from text; the summary of a token file is None.
 
     Raises:
         DataError: as for `load_tokens`.

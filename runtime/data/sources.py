@@ -41,7 +41,7 @@ class DataSource:
     Attributes:
         location: a path, `-` for standard input, or the id of a data set on the hub.
         weight: the share of the samples relative to other sources; None if sources are not mixed by weight.
-        format: the format of a file; None for that of its name.
+        format: the format of a file; None to take it from the name.
         split: the split of a data set, such as `train` or `train[:512]`.
         config: the configuration (subset) of a data set.
         revision: the branch, tag or commit of a data set on the hub.

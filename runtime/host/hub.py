@@ -75,7 +75,7 @@ class _HubId:
 
 
 def resolve_directory(given: str | os.PathLike[str], *, revision: str | None = None, what: str = "model") -> Path:
-    """Return a directory as it is, and for a hub id the directory of its snapshot in the local cache.
+    """Return the directory of a model: a given one unchanged, or the snapshot of a hub id in the local cache.
 
     Args:
         given: a directory, a hub id (`owner/name`), or `owner/name@revision`.
@@ -169,7 +169,7 @@ def is_id(text: str) -> bool:
 
 
 def _parsed(text: str, revision: str | None, what: str) -> _HubId | None:
-    """Parse a hub id with an optional revision; None if it is none."""
+    """Parse a hub id with an optional revision; return None for other texts."""
     repo, at, stated = text.partition("@")
     if not is_id(repo) or (repo.endswith(_FILE_ENDINGS) and not at):
         return None

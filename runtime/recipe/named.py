@@ -55,7 +55,7 @@ def recipe_from_scheme(
 
 
 def known_scheme(name: str) -> str:
-    """Return the name of a preset as it is written.
+    """Check the name of a preset, and return it in upper case.
 
     Raises:
         RecipeError: it is unknown or not supported; the message suggests the nearest one.
@@ -67,7 +67,7 @@ def known_scheme(name: str) -> str:
 
 
 def known_algorithm(name: str | None) -> str | None:
-    """Return the name of an algorithm as it is written; None for None.
+    """Check the name of an algorithm, and return it in lower case; None for None.
 
     Raises:
         UsageError: it is unknown.

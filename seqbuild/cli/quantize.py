@@ -71,7 +71,7 @@ _ELSEWHERE = {
 
 
 class QuantizeCommand(TyperCommand):
-    """The command, which knows options that similar programs have."""
+    """The command `quantize`, with hints for options of similar programs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Say which option or argument replaces one of another program."""

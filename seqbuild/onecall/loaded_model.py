@@ -88,7 +88,7 @@ def loaded_model(model: PreTrainedModel, preparers: Sequence[Any] = ()) -> Itera
 
 
 def _origin_of(model: PreTrainedModel) -> Path | None:
-    """Return the directory that a model was loaded from, or of its hub id in the cache; None if there is none."""
+    """Return the directory that a model was loaded from, or the cached snapshot of its hub id; None without one."""
     given = str(model.config.name_or_path or "")
     if not given:
         return None

@@ -271,7 +271,7 @@ def text_batches(
         DataError: it cannot be read, or does not fit the model.
     """
     sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
-    # How conversations of the built-in text were adapted to the model's template is nothing that a user can change.
+    # A user cannot change how conversations of the built-in text are adapted to the model's template.
     complain = silent if set(options.data.sources) == {BUILTIN} else warn
     return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
 

@@ -1,8 +1,8 @@
 """Make a sample from calibration data with images, sounds or videos, so that it has the sizes of the model's processor.
 
-The sample of the data with most inputs is repeated, with others that have further inputs. Where the number of media
-does not follow from the number of rows, one row is a text without media: otherwise the trace would be valid only for
-one medium in each row.
+The sample of the data with most inputs is repeated, together with samples that have further inputs. Where the number of
+media does not follow from the number of rows, one row is a text without media: otherwise the trace would be valid only
+for one medium in each row.
 """
 
 from __future__ import annotations
