@@ -16,7 +16,7 @@ from tests.zoo_check import check, misread_parameters
 # What takes longest comes first: workers take tests in this order.
 CASES = (
     *(("image-text-to-text/qwen2_vl", "linear"), ("image-text-to-text/llava_next", "target")),
-    ("image-text-to-text/llava", "target"),
+    *(("image-text-to-text/llava", "target"), ("image-text-to-text/llava_onevision", "target")),
     *(("image-text-to-text/mllama", "linear"), ("image-text-to-text/paligemma", "sdpa")),
     *(("causal LM/gemma4_text", "linear"), ("seq2seq/t5", "linear"), ("causal LM/deepseek_v3", "linear")),
     *(("seq2seq/fsmt", "linear"), ("seq2seq/bart", "sdpa"), ("causal LM/cpmant", "target")),

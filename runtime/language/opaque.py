@@ -33,8 +33,10 @@ FLAGS = frozenset(
     ]
 )
 _LOOKUPS = frozenset(("get_submodule", "get_parameter", "get_buffer", "constant"))
-# Strings that a step may be given, and only if the step's own code contains the same string.
-WORDS = frozenset(["block_sparse", "default", "full", "image", "original_full", "video"])
+# Strings that a step may be given, and only if the step's own code contains one of the same group: code often compares
+# with one of two values, and does the other thing for any other string.
+_ALTERNATIVES = (("block_sparse", "original_full"), ("default", "full"), ("image", "video"))
+WORDS = frozenset(word for group in _ALTERNATIVES for word in group)
 
 
 def is_opaque_path(path: str, own_modules: Collection[str] = ()) -> bool:
@@ -145,12 +147,13 @@ def step_call_problem(node: ast.Call, path: str) -> str:
         is_flag = keyword.arg in FLAGS and arguments.kwarg is not None and _is_flag_value(keyword.value)
         if keyword.arg not in named and not is_flag:
             return f"the keyword {keyword.arg!r}, which is not in the signature of {path!r},"
-    words = _strings(functions[0].node)
+    own = _strings(functions[0].node)
+    words = {word for group in _ALTERNATIVES if own.intersection(group) for word in group}
     for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
         for part in _parts(argument):
             if not isinstance(part, ast.Constant) or not isinstance(part.value, str):
                 continue
-            if part is not argument or part.value not in WORDS & words:
+            if part is not argument or part.value not in words:
                 return f"the string {part.value[:40]!r} as an opaque step's argument"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.chain import check
 from runtime.cli.app import main
 from runtime.errors import ArtifactError, TraceError
-from runtime.language.opaque import why_refused
+from runtime.language.opaque import step_call_problem, why_refused
 from runtime.language.opaque_calls import GuardedStep
 from runtime.planning.request import plan_artifact
 from runtime.recipe.recipe import Recipe
@@ -235,3 +236,12 @@ def test_every_step_of_the_coverage_table_is_allowed() -> None:
             paths[f"transformers.models.{file.parent.name}.{file.stem}:{name}"] = None
     assert len(paths) > 100
     assert {path: why for path in paths if (why := why_refused(path))} == {}
+
+
+@pytest.mark.parametrize(("word", "is_accepted"), [("full", True), ("default", True), ("video", False), ("x", False)])
+def test_a_step_accepts_the_alternative_of_a_word_in_its_code(word: str, is_accepted: bool) -> None:
+    path = "transformers.models.llava_onevision.modeling_llava_onevision:LlavaOnevisionModel.get_image_features"
+    call = ast.parse(f"f(part, x, sizes, vision_feature_select_strategy={word!r})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    problem = step_call_problem(call, path)
+    assert problem == "" if is_accepted else word in problem
