@@ -79,7 +79,7 @@ def read_sample(model: nn.Module, options: CompileOptions) -> dict[str, torch.Te
     try:
         content = read_regular(file)
         sample = load(content)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:  # also for dtypes that torch does not have
         raise DataError(
             f"sample file {file} cannot be read: {error}",
             hint="write the model's inputs by name with safetensors.torch.save_file",

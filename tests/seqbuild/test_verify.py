@@ -21,7 +21,7 @@ import seqbuild.verify.recompile
 from runtime.artifact.encoding import sha256
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.chain import read_manifest
-from runtime.errors import ArtifactError, ModelError, TraceError, UsageError, WeightsError
+from runtime.errors import ArtifactError, DataError, ModelError, TraceError, UsageError, WeightsError
 from seqbuild import verify_artifact
 from seqbuild.build import compile_model
 from seqbuild.sample.shape import SampleShape
@@ -209,6 +209,13 @@ def test_a_sample_of_fewer_inputs(tmp_path: Path) -> None:
     found = verify_artifact(artifact, shapes=FEW)
     assert found.is_equal
     assert "compiled with a different sample" in found.remarks[0]
+
+
+def test_a_sample_of_an_unsupported_dtype_is_rejected(tmp_path: Path) -> None:
+    header = b'{"input_ids":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    (tmp_path / "sample.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(DataError, match=r"sample file .* cannot be read: 'F4'"):
+        compile_model(save_config("llama", tmp_path / "llama"), out=tmp_path, sample=tmp_path / "sample.safetensors")
 
 
 def test_a_sample_that_cannot_be_made_up(tmp_path: Path) -> None:
