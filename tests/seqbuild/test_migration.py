@@ -40,7 +40,7 @@ MODELS = {
 # The model, the file of its rows, and the package that its processor needs.
 MEDIA = {
     "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", "images.jsonl", "torchvision"),
-    "openai/whisper-large-v3": ("whisper", "sounds.jsonl", "soundfile"),
+    "openai/whisper-large-v3": ("whisper", "sounds.jsonl", "soxr"),
 }
 # The defaults of the call, which are llm-compressor's.
 AS_CALLED = ("--no-pack", "--shuffle", "--batch-size", "1")
