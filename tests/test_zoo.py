@@ -24,6 +24,7 @@ CASES = (
     *(("causal LM/qwen3_moe", "target"), ("causal LM/qwen3_moe", "linear"), ("causal LM/gpt_neox", "linear")),
     *(("causal LM/big_bird", "linear"), ("causal LM/xlm", "target"), ("causal LM/jamba", "linear")),
     *(("causal LM/mamba", "linear"), ("causal LM/olmo2", "sdpa"), ("masked LM/bert", "linear")),
+    ("masked LM/layoutlm", "target"),
     *(("masked LM/fnet", "target"), ("masked LM/deberta-v2", "linear"), ("masked LM/electra", "sdpa")),
     *(("text encoder/clip_text_model", "linear"), ("image encoder/vit", "target")),
 )

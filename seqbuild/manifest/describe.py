@@ -160,17 +160,16 @@ def describe_inputs(
         symbols: names of their sizes.
         absent: values that represent an absent input, if known, see `seqbuild.sample.plain`.
     """
-    values = {str(node.target): node.meta["val"] for node in trace.graph.find_nodes(op="placeholder")}
-    numbers = {name: (absent or {}).get(name) for name in values}
-    return tuple(
-        InputEntry(
-            name=name,
-            dtype=symbols.dtype(value.dtype),
-            shape=symbols.shape(value),
-            absent=UNKNOWN_ABSENCE if (number := numbers[name]) is None else number,
-        )
-        for name, value in values.items()
-    )
+    entries = []
+    for node in trace.graph.find_nodes(op="placeholder"):
+        name, value = str(node.target), node.meta["val"]
+        shape = symbols.shape(value)
+        number = (absent or {}).get(name)
+        # A host makes an absent input from rows and tokens alone, so its other axes must have fixed sizes.
+        if number is None or any(isinstance(size, str) for size in shape[2:]):
+            number = UNKNOWN_ABSENCE
+        entries.append(InputEntry(name=name, dtype=symbols.dtype(value.dtype), shape=shape, absent=number))
+    return tuple(entries)
 
 
 def describe_values(trace: Trace, symbols: Symbols) -> dict[str, TensorEntry]:
