@@ -127,7 +127,7 @@ def _complain_of_short(tokens: TokenData, least: int, complain: Callable[[str], 
 
 
 def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
-    """Return the directory of the weights if it has a tokenizer or processor, or the artifact has none."""
+    """Return the directory of the tokenizer: that of the weights, or the artifact's if only the artifact has one."""
     own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     is_compiled = has_tokenizer(artifact.companions_path)
     return weights if any((weights / name).is_file() for name in own) or not is_compiled else artifact.companions_path

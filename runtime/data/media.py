@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 IMAGE, AUDIO, VIDEO = KINDS = ("image", "audio", "video")
 MEDIA_FIELDS = {kind + plural: kind for kind in KINDS for plural in ("", "s")}  # of a record
 MEDIA_EXTRA = "pip install 'seqbuild-llm[media]'"
-# Pillow starts Ghostscript for EPS; formats that nobody stores photos in are left out, too.
+# Without EPS, for which Pillow starts Ghostscript, and without formats that are not used for photos.
 _IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _PACKAGES = {"PIL": "pillow", "soundfile": "soundfile", "soxr": "soxr", "av": "av"}
 # FFmpeg would otherwise recognize lists of other files and addresses, and open them.

@@ -270,7 +270,7 @@ def load_processor(directory: Path) -> MediaProcessor:
     """Load the processor of a model's directory, and the model's config.
 
     Raises:
-        DataError: it has none, needs its own code, or a package is missing.
+        DataError: the directory contains no processor, the processor needs its own code, or a package is missing.
     """
     found = processor_in(directory)
     try:

@@ -32,7 +32,7 @@ def processor_in(directory: Path) -> ProcessorMixin:
     """Load the processor in a directory with transformers; only classes of transformers are used.
 
     Raises:
-        DataError: there is none, it needs its own code, or a package is missing.
+        DataError: the directory contains no processor, the processor needs its own code, or a package is missing.
     """
     from transformers import AutoProcessor
     from transformers.processing_utils import ProcessorMixin

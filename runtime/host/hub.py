@@ -110,7 +110,7 @@ def weights_directory(weights: Any) -> Path:
 
 
 def cached_snapshot(repo: str, revision: str | None = None, *, kind: str = "models") -> Path | None:
-    """Return the directory of a hub id's snapshot in the local cache; None if there is none. It may be incomplete.
+    """Return the directory of a hub id's snapshot in the local cache, or None. The snapshot may be incomplete.
 
     Args:
         repo: the id.

@@ -35,7 +35,7 @@ def tokenizer_of(preparers: Sequence[Any], directory: Path) -> PreTrainedTokeniz
     """Return the tokenizer of the caller, otherwise that of the model's directory.
 
     Raises:
-        DataError: there is none.
+        DataError: neither has a tokenizer.
     """
     from transformers import PreTrainedTokenizerBase
 
