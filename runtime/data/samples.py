@@ -38,9 +38,11 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import as_path, require_count, require_counts, shown
 from runtime.data.decoder import LABELS
 from runtime.data.documents import require_file
+from runtime.data.named_samples import have_media
 from runtime.data.named_tensors import NamedSamples, chosen, chosen_of_file
 from runtime.data.options import DataOptions, data_sources
 from runtime.data.origin import DataOrigin
+from runtime.data.reading import parts_of
 from runtime.data.sources import DataSource
 from runtime.data.token_file import (
     LOSS_MASK,
@@ -50,7 +52,7 @@ from runtime.data.token_file import (
     require_place,
     save_tokens,
 )
-from runtime.data.tokenization import DataSummary, prepare_data
+from runtime.data.tokenization import DataSummary, prepare_data, read_groups
 from runtime.data.tokenizer import NO_TOKENIZER
 from runtime.errors import DataError, UsageError
 from runtime.status import doing
@@ -178,9 +180,24 @@ def load_data(
     return data, summary
 
 
+def holds_media(options: DataOptions) -> bool:
+    """Whether the samples of the data have tensors besides tokens. Nothing is tokenized.
+
+    Raises:
+        DataError: the data cannot be read, or are invalid.
+        UsageError: an option is invalid.
+    """
+    sources = data_sources(options)
+    if is_token_file(sources):
+        return isinstance(read_token_file(Path(sources[0].location)), NamedSamples)
+    return have_media(read_groups(sources, [parts_of(source) for source in sources], options))
+
+
 def _require_vocabulary(path: Path, samples: Sequence[Tensor], vocab_size: int | None) -> None:
+    if vocab_size is None:
+        return
     largest = max((int(sample.max()) for sample in samples), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
+    if largest >= vocab_size:
         raise DataError(
             f"{path} has the token id {largest}, but the model's vocabulary has {vocab_size} entries",
             hint="use the model's own tokenizer",

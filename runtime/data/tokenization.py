@@ -112,7 +112,7 @@ def prepare_data(options: DataOptions, tokenizer_dir: Path, tokenizer_name: str 
     sources = data_sources(options)
     _require_length(options)
     parts = [parts_of(source) for source in sources]
-    groups = _read(sources, parts, options)
+    groups = read_groups(sources, parts, options)
     digests = [(part.name, part.digest()) for of_source in parts for part in of_source]
     names = [source.location for source in sources]
     weights = [1.0 if source.weight is None else source.weight for source in sources]
@@ -273,7 +273,7 @@ def _enough(options: DataOptions) -> Enough | None:
     )
 
 
-def _read(
+def read_groups(
     sources: Sequence[DataSource], parts: Sequence[Sequence[DataPart]], options: DataOptions
 ) -> list[ReadDocuments]:
     """Read the documents of all sources, of each its own group if any has a weight."""

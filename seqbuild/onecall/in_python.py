@@ -34,7 +34,6 @@ from runtime.data.options import DataOptions
 from runtime.data.processor import load_processor
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError, ModelError, UsageError
-from runtime.host.hub import resolve_directory
 from runtime.host.publish import disk_errors, require_outside
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
@@ -44,6 +43,7 @@ from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
 from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader, as_named
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
+from seqbuild.onecall.serving import auto_class
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -119,8 +119,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
 @contextlib.contextmanager
 def _opened(options: OneshotOptions) -> Iterator[_Opened]:
     """Find the model, or describe that in memory in a temporary directory."""
-    from runtime.checkpoint.dequantize import open_checkpoint
-    from seqbuild.model.source import resolve_source
+    from seqbuild.onecall.steps import find_model
 
     preparers = given_preparers(options)
     if not isinstance(options.model, (str, os.PathLike)):
@@ -135,11 +134,7 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
             )
         return
     revision = None if options.model_revision == _USUAL_REVISION else options.model_revision
-    source = resolve_source(os.fspath(options.model), revision=revision)
-    if os.path.isfile(options.model):
-        raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
-    weights = resolve_directory(options.model, revision=revision, what="weights")
-    open_checkpoint(weights)
+    source, weights = find_model(os.fspath(options.model), revision)
     with tempfile.TemporaryDirectory(prefix="seqbuild-") as directory:
         for preparer in preparers:
             preparer.save_pretrained(directory)
@@ -344,7 +339,7 @@ def _loaded(path: Path, artifact: Artifact, options: OneshotOptions) -> Any:
     name = artifact.manifest.model.class_name
     kind = getattr(transformers, name, None)
     if artifact.manifest.model.code or kind is None:
-        kind = transformers.AutoModelForCausalLM if "CausalLM" in name else transformers.AutoModel
+        kind = getattr(transformers, auto_class(name))
     try:
         with quiet("transformers"):
             return kind.from_pretrained(

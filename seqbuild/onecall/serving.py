@@ -19,6 +19,11 @@ _NOT_LOADED = ("does not load", "at random", "wrong numbers")
 _DEQUANTIZED = "CompressedTensorsConfig(dequantize=True)"
 
 
+def auto_class(name: str) -> str:
+    """Return the class of transformers that loads a model whose own class, `name`, cannot be imported from there."""
+    return "AutoModelForCausalLM" if "CausalLM" in name else "AutoModel"
+
+
 def serving_lines(manifest: Manifest, path: Path, remarks: Sequence[str]) -> tuple[str, ...]:
     """Return the command or the code that loads a checkpoint.
 
@@ -36,7 +41,7 @@ def serving_lines(manifest: Manifest, path: Path, remarks: Sequence[str]) -> tup
         return ("none of the tested programs loads all of it, see the warnings above and docs/readers.md",)
     name, options = manifest.model.class_name, ["device_map='auto'"]
     if manifest.model.code:
-        name = "AutoModelForCausalLM" if "CausalLM" in name else "AutoModel"
+        name = auto_class(name)
         options.append("trust_remote_code=True")
     names = [name]
     if any(_DEQUANTIZED in text for text in of_transformers):

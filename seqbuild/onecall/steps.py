@@ -99,17 +99,28 @@ def find_weights(options: QuantizeOptions) -> Path:
         ModelError, WeightsError: there is no such model, or no weights.
         OutputError: the output is inside it.
     """
-    from runtime.checkpoint.dequantize import open_checkpoint
-    from runtime.host.hub import resolve_directory
     from runtime.host.publish import require_outside
 
-    resolve_source(options.model, revision=options.revision)
-    if Path(options.model).is_file():
-        raise ModelError(f"{options.model} is a config without weights", hint="pass the directory of the model")
-    directory = resolve_directory(options.model, revision=options.revision, what="weights")
-    open_checkpoint(directory)
+    _, directory = find_model(options.model, options.revision)
     require_outside(options.out, directory)
     return directory
+
+
+def find_model(model: str, revision: str | None) -> tuple[Source, Path]:
+    """Return the description of a model with complete weights, and the directory of these.
+
+    Raises:
+        ModelError, WeightsError: there is no such model, or no weights.
+    """
+    from runtime.checkpoint.dequantize import open_checkpoint
+    from runtime.host.hub import resolve_directory
+
+    source = resolve_source(model, revision=revision)
+    if Path(model).is_file():
+        raise ModelError(f"{model} is a config without weights", hint="pass the directory of the model")
+    directory = resolve_directory(model, revision=revision, what="weights")
+    open_checkpoint(directory)
+    return source, directory
 
 
 def media_samples(weights: Path, options: QuantizeOptions, show: Show) -> NamedSamples | None:
@@ -128,13 +139,15 @@ def samples_with_media(
     """Read data as `media_samples` does, for the processor in a directory."""
     from runtime.data.options import DEFAULT_SEQ_LEN
     from runtime.data.processor_files import PROCESSOR_FILES
-    from runtime.data.samples import load_data
+    from runtime.data.samples import holds_media, load_data
 
     if BUILTIN in data.sources or not any((directory / name).is_file() for name in PROCESSOR_FILES):
         return None
-    found, summary = load_data(replace(data, default_length=DEFAULT_SEQ_LEN), directory)
-    if not isinstance(found, NamedSamples):
+    limited = replace(data, default_length=DEFAULT_SEQ_LEN)
+    if not holds_media(limited):
         return None
+    found, summary = load_data(limited, directory)
+    assert isinstance(found, NamedSamples)
     describe(data_name(found, summary), found, summary, data.show, directory, tell)
     return found
 
