@@ -25,6 +25,7 @@ RUNTIME = (
     {"console"},
     {"algorithms"},
     {"host"},
+    {"workers"},
     {"language"},
     {"artifact"},
     {"formats"},
