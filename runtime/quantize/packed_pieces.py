@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +119,3 @@ def layouts_of(
         return known[key]
 
     return layout
-
-
-def by_module(pieces: Sequence[PackedPiece], names: Sequence[str]) -> Iterator[list[PackedPiece]]:
-    """Yield the pieces of each module in the order of their rows."""
-    own: dict[str, list[PackedPiece]] = {name: [] for name in names}
-    for piece in pieces:
-        own[piece.name].append(piece)
-    for name in names:
-        yield sorted(own.pop(name), key=lambda piece: piece.start)

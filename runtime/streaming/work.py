@@ -160,6 +160,10 @@ class Work:
         prefix = self._prefix(report.name)
         self._finished(report, self.writer.leave_to_others(f"{prefix}{part}" for part in parts))
 
+    def writer_of(self, name: str) -> int:
+        """The rank of the worker that writes the tensors of a module."""
+        return self.writer.owner_of(f"{self._prefix(name)}weight")
+
     def _prefix(self, name: str) -> str:
         """The names of a module's tensors in the checkpoint, without the last part."""
         return required_key(self.source, f"{name}.weight").removesuffix("weight")
