@@ -225,7 +225,9 @@ class Window:
                     outcomes.append((index, 0.0, "", 0.0, error.message))
                 else:
                     seconds = time.perf_counter() - start
-                    outcomes.append((index, found.damping, str(found.dtype).removeprefix("torch."), seconds, ""))
+                    outcomes.append(
+                        (index, found.damping, str(found.lower_II.dtype).removeprefix("torch."), seconds, "")
+                    )
         known = {index: rest for entries in self.workers.exchange(outcomes) for index, *rest in entries}
         for index, (*_, reason) in known.items():
             self._reasons |= dict.fromkeys(self.batches[index].names if reason else (), reason)
@@ -237,6 +239,7 @@ class Window:
         return factor_hessian(
             seen.take_hessian() if batch.may_overwrite else seen.hessian_II,
             self._options(batch),
+            list(self.shape_of(batch.names[0])),
             grid.work_dtype(self.weight_of(batch.names[0])),
             overwrite_hessian=batch.may_overwrite,
         )
