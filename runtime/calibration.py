@@ -30,6 +30,7 @@ from runtime.checkpoint.layout import Layout
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 from runtime.data.checked_batches import model_batches
+from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
@@ -254,11 +255,12 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             jobs=prepared.jobs,
             modifiers=scheduled.modifiers,
             schedule=scheduled.schedule,
-            batches=[dict(batch) for batch in request.batches],
-            writer=ShardWriter(workplace.checkpoint, layout),
+            lanes=Lanes.of(prepared.artifact.manifest, request.batches),
+            writer=ShardWriter(workplace.checkpoint, layout, request.workers),
             workplace=workplace,
             options=request.options,
             watch=watch,
+            workers=request.workers,
         )
         for warning in _warnings(scheduled):
             watch.tell("warning", text=warning)
