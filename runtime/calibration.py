@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,8 @@ from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
 from runtime.workers.agreement import agreed
-from runtime.workers.start import current, require_same
+from runtime.workers.comparison import require_same
+from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -130,7 +131,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     with agreed(group):
         request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
         scheduled = _scheduled(request)
-    require_same(group, scheduled.identity)
+    differences = require_same(group, scheduled.identity, options.device)
+    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
     return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
 
 
