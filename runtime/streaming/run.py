@@ -258,6 +258,7 @@ class StreamingRun:
             propagate_error=self.options.propagate_error,
             watcher=self.watch,
             tokens=[_num_tokens(batch) for batch in self.batches],
+            rounds=[len(self.batches)],
         )
 
     def _rebuild(self, index: int) -> None:

@@ -16,6 +16,7 @@ from runtime.streaming.report import ModuleReport
 from runtime.streaming.schedule import StepRequirements
 from runtime.weights.origins import required_key
 from runtime.weights.parameters import assign, unload
+from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
     from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.parameters import Weights
+    from runtime.workers.group import Workers
 
 
 @dataclass(kw_only=True)
@@ -42,9 +44,12 @@ class Work:
         jobs: the assignment of each module.
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once and discards the outputs. Hooks on modules see what
-            passes. Its optional argument is called with the index of each batch before that runs.
-        run_first: sends the first batch through the subgraph and returns its outputs.
-        masks: for each batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
+            passes. Its optional arguments are called with the index of each batch before that runs, and after each
+            round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
+        run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
+            the one that has it.
+        workers: that share the run.
+        masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
         forgets: whether `run_batches` stores no outputs, so that a hook may end a batch by
@@ -65,6 +70,7 @@ class Work:
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
     watcher: Watcher
+    workers: Workers = field(default_factory=Alone)
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
