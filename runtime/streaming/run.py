@@ -166,7 +166,7 @@ class StreamingRun:
             self.watch.tell("module", index=step.index, **asdict(report))
         for text in work.warnings:
             self.watch.tell("warning", text=text)
-        self.committer.commit(step, work, self.passes.activations)
+        self.committer.commit(step, work, self.passes.activations, self._places)
         self.watch.tell(
             "subgraph",
             index=step.index,
@@ -260,14 +260,18 @@ class StreamingRun:
             tokens=[_num_tokens(batch) for batch in self.batches],
         )
 
+    @property
+    def _places(self) -> list[tuple[int, int]]:
+        return [(0, position) for position in range(len(self.batches))]
+
     def _rebuild(self, index: int) -> None:
         """Bring the batches to the step `index`, from the model's inputs or from the last saved values."""
         if index >= len(self.schedule.steps) or not self.schedule.steps[index].is_run:
             return
         begin = 0
-        saved = self.committer.last_saved(index)
+        saved = self.committer.last_saved(index, self._places)
         if saved is not None:
-            load_boundary(self.passes.activations, self.workplace.values, saved)
+            load_boundary(self.passes.activations, self.workplace.saved, saved, self._places)
             begin = saved + 1
         run_again(self.schedule.steps[begin:index], self.passes, self.written)
 
