@@ -13,20 +13,17 @@ from torch.utils import _pytree as pytree
 
 from runtime.checkpoint.companions import companion_files
 from runtime.checkpoint.dtypes import bytes_of
-from runtime.errors import RecipeError, UsageError
+from runtime.errors import RecipeError
 from runtime.host.regular_files import read_regular
-from runtime.streaming.journal import differences
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.checkpoint.reader import Checkpoint
     from runtime.recipe.recipe import Recipe
-    from runtime.workers.group import Workers
 
 _NUM_SAMPLES = 4096
 _SAMPLE_BYTES = 1024
 _MAY_CHANGE = ("fallback", "min_tokens")  # in a recipe, before a run is resumed
-_TIMES = "modification times of the checkpoint"
 
 
 def run_identity(
@@ -50,34 +47,11 @@ def run_identity(
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
         "checkpoint": _checkpoint_digest(checkpoint),
-        _TIMES: _times_digest(checkpoint),
         "recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest(),
         "data": _data_digest(batches),
         "torch": torch.__version__,
         **{name: str(value) for name, value in options.items()},
     }
-
-
-def run_digest(identity: Mapping[str, str]) -> str:
-    """Return one digest of an identity, which is the same on all workers."""
-    text = json.dumps({name: value for name, value in identity.items() if name != _TIMES})
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def require_same_inputs(identity: Mapping[str, str], workers: Workers) -> None:
-    """Compare the identities of the run on all workers; the times of copied files may differ.
-
-    Raises:
-        UsageError: on every worker, naming one that differs and the ingredients.
-    """
-    found = workers.exchange({name: value for name, value in identity.items() if name != _TIMES})
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            named = differences(found[0], other, ("on worker 0", f"on worker {rank}"))
-            raise UsageError(
-                f"worker {rank} differs from worker 0 in {named}",
-                hint="all workers need the same artifact, weights, recipe, data, options and version of torch",
-            )
 
 
 def _lasting_text(recipe: Recipe) -> str:
@@ -102,7 +76,8 @@ def _without(value: Any, keys: Collection[str]) -> Any:
 def _checkpoint_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for path in checkpoint.shards:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        facts = path.stat()
+        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     keys = list(checkpoint)
     for key in keys[:: -(-len(keys) // _NUM_SAMPLES) or 1]:
         stored = checkpoint.stored(key)
@@ -112,11 +87,6 @@ def _checkpoint_digest(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {path.stat().st_size}\n".encode())
         digest.update(read_regular(path))
     return digest.hexdigest()
-
-
-def _times_digest(checkpoint: Checkpoint) -> str:
-    times = [path.stat().st_mtime_ns for path in checkpoint.shards]
-    return hashlib.sha256(json.dumps(times).encode()).hexdigest()
 
 
 def _companions(directory: Path) -> list[tuple[str, Path]]:

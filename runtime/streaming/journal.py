@@ -91,10 +91,11 @@ class Journal:
                 f"{self.path} is damaged: it is not the journal of one run",
                 hint=f"remove {self.path.parent} to start again",
             )
-        found = differences(before, identity)
-        if found:
+        names = [name for name in dict.fromkeys((*before, *identity)) if before.get(name) != identity.get(name)]
+        if names:
+            differences = ", ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
             raise OutputError(
-                f"this run differs from the interrupted one in {found}",
+                f"this run differs from the interrupted one in {differences}",
                 hint=f"resume it with the inputs that it was started with, or remove {self.path.parent} to start again",
             )
 
@@ -109,15 +110,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return _read(path)[0]
 
 
-def differences(one: Mapping[str, str], other: Mapping[str, str], when: tuple[str, str] = ("then", "now")) -> str:
-    """Name the ingredients in which two identities of runs differ, with their values unless these are digests."""
-    names = [name for name in dict.fromkeys((*one, *other)) if one.get(name) != other.get(name)]
-    return ", ".join(_difference(name, str(one.get(name)), str(other.get(name)), when) for name in names)
-
-
-def _difference(name: str, one: str, other: str, when: tuple[str, str]) -> str:
-    is_digest = max(len(one), len(other)) >= 40
-    return f"the {name}" if is_digest else f"the {name} ({one} {when[0]}, {other} {when[1]})"
+def _difference(name: str, before: str | None, now: str | None) -> str:
+    shown = [str(value) for value in (before, now)]
+    is_digest = any(len(value) >= 40 for value in shown)
+    return f"the {name}" if is_digest else f"the {name} ({shown[0]} then, {shown[1]} now)"
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

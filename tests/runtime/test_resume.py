@@ -219,7 +219,7 @@ def change_data(small: Small, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (change_weights, "the modification times of the checkpoint "),
+        (change_weights, "the checkpoint "),
         (change_config, "the checkpoint "),
         (change_data, "the data "),
         (lambda *_: {"recipe": recipe(NARROW_W4 + ", dampening_frac: 0.02", modifier="GPTQModifier")}, "the recipe "),
@@ -255,7 +255,7 @@ def test_another_artifact_is_refused(
         calibrate(llama, plan, tmp_path / "out")
     with pytest.raises(
         runtime.OutputError,
-        match="one in the artifact, the checkpoint, the modif",
+        match="one in the artifact, the checkpoint, the recipe",
     ):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
 

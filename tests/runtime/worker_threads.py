@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 _T = TypeVar("_T")
-_TIMEOUT_S = 60
+_TIMEOUT_S = 20
 
 
 class _Meeting:
