@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
+from runtime.checkpoint.stored import Stored
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
