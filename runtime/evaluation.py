@@ -118,17 +118,22 @@ def evaluate(
     if group.size > 1:
         _compare(group, prepared, batches, {"dtype": run_dtype, "device": place.type}, progress)
     total = _summed_loss(prepared, batches, labels, place, progress, group)
+    return Evaluation(
+        perplexity=_perplexity(total, num_tokens),
+        num_tokens=num_tokens,
+        num_bytes=source.checkpoint.total_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _perplexity(total: float, num_tokens: int) -> float:
+    """The perplexity for the summed loss of all predicted tokens, in nats."""
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(
             f"the mean loss is {total / num_tokens}, so perplexity is not finite",
             hint="try a wider --dtype; otherwise the weights are damaged",
         )
-    return Evaluation(
-        perplexity=math.exp(total / num_tokens),
-        num_tokens=num_tokens,
-        num_bytes=source.checkpoint.total_bytes,
-        seconds=time.perf_counter() - start,
-    )
+    return math.exp(total / num_tokens)
 
 
 def _num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequence[torch.Tensor]) -> int:
