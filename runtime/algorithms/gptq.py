@@ -158,18 +158,50 @@ def factor_siblings(
     Raises:
         QuantizationError: as `quantize_siblings`.
     """
-    weights, hessian_II = [weight.detach() for weight in weights], hessian_II.detach()
     for weight_OI in weights:
-        grid.check_weight(weight_OI, options.args, supported=STRATEGIES)
-        _check_hessian(hessian_II, weight_OI)
+        require_solvable(weight_OI.detach(), len(hessian_II), options.args)
+    dtype = grid.work_dtype(*weights, hessian_II)
+    return factor_hessian(hessian_II, options, list(weights[0].shape), dtype, overwrite_hessian=overwrite_hessian)
+
+
+def require_solvable(weight_OI: torch.Tensor, num_in: int, args: QuantizationArgs) -> None:
+    """Require a weight that GPTQ can quantize, with a Hessian of `num_in` features.
+
+    Raises:
+        QuantizationError: for other shapes, unsupported schemes, and numbers that are not finite.
+    """
+    grid.check_weight(weight_OI, args, supported=STRATEGIES)
+    if weight_OI.shape[1] != num_in:
+        raise QuantizationError(
+            f"a weight of shape {list(weight_OI.shape)} requires a Hessian of shape {[weight_OI.shape[1]] * 2}; "
+            f"got {[num_in] * 2}"
+        )
+
+
+def factor_hessian(
+    hessian_II: torch.Tensor,
+    options: SolveOptions,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    overwrite_hessian: bool = False,
+) -> Factored:
+    """Factor the Hessian of weights that `require_solvable` accepts.
+
+    Args:
+        hessian_II: the sum of x x^T over their inputs.
+        options: of the solve.
+        shape: of the first weight, for messages.
+        dtype: of the arithmetic.
+        overwrite_hessian: factor in H's own memory.
+
+    Raises:
+        QuantizationError: as `quantize_siblings`.
+    """
+    hessian_II = hessian_II.detach()
+    _check_hessian(hessian_II, shape)
     _check_options(options)
-    return factored(
-        hessian_II,
-        options.actorder,
-        options.dampening_frac,
-        grid.work_dtype(*weights, hessian_II),
-        overwrite_hessian=overwrite_hessian,
-    )
+    return factored(hessian_II, options.actorder, options.dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
 
 
 def solve_tiles(
@@ -260,21 +292,17 @@ def _in_original_order(quantized_IO: torch.Tensor, places_I: torch.Tensor) -> to
     return quantized_OI
 
 
-def _check_hessian(hessian_II: torch.Tensor, weight_OI: torch.Tensor) -> None:
-    num_in = weight_OI.shape[1]
-    if list(hessian_II.shape) != [num_in, num_in]:
-        raise QuantizationError(
-            f"a weight of shape {list(weight_OI.shape)} requires a Hessian of shape {[num_in, num_in]}; "
-            f"got {list(hessian_II.shape)}"
-        )
+def _check_hessian(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
+    if hessian_II.ndim != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
+        raise QuantizationError(f"a Hessian has the shape [I, I], not {list(hessian_II.shape)}")
     if not hessian_II.is_floating_point() or not grid.is_finite(hessian_II):
         raise QuantizationError(
-            f"the Hessian of a weight of shape {list(weight_OI.shape)} is not finite",
+            f"the Hessian of a weight of shape {list(shape)} is not finite",
             hint="an activation overflowed: calibrate in a wider dtype",
         )
     if not hessian_II.diagonal().any():
         raise QuantizationError(
-            f"the Hessian of a weight of shape {list(weight_OI.shape)} is zero: no input reached the module",
+            f"the Hessian of a weight of shape {list(shape)} is zero: no input reached the module",
             hint="calibrate with more data, or use round-to-nearest for this module in the recipe",
         )
 
