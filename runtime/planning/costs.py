@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms.hessian import FLOAT32, FLOAT64, hessian_bytes
+from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 
 if TYPE_CHECKING:
@@ -35,14 +35,18 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
 
 
 def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
-    """The size of `statistics.InputStatistics` of one distinct input: H, and five numbers of each feature if these are
+    """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
+
+    One matrix holds H of a lane and of all earlier ones (`hessian.HessianAccumulator`). With several workers, each has
+    so much for an input while it is measured, and only the owner of the input afterwards.
     """
     from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 
-    channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
+    # `ChannelSums` of all lanes and of the one that runs.
+    channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + hessian_bytes(num_in)
+        return channels + accumulator_bytes(num_in)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 

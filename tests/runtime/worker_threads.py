@@ -18,15 +18,31 @@ class _Meeting:
     """Where threads exchange messages: all bring one, and all leave with every message."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=_TIMEOUT_S)
-        self.brought: list[Any] = [None] * size
+        self.size = size
+        self._changed = threading.Condition()
+        self._rounds: dict[int, dict[int, Any]] = {}  # messages by rank
+        self._numbers = [0] * size  # of the next round of each rank
+        self._is_stopped = False
 
     def exchange(self, rank: int, message: Any) -> list[Any]:
-        self.brought[rank] = message
-        self.barrier.wait()
-        found = list(self.brought)
-        self.barrier.wait()
-        return found
+        with self._changed:
+            number = self._numbers[rank]
+            self._numbers[rank] += 1
+            found = self._rounds.setdefault(number, {})
+            found[rank] = message
+            self._changed.notify_all()
+            is_ended = self._changed.wait_for(lambda: len(found) == self.size or self._is_stopped, _TIMEOUT_S)
+            # A round that is complete ends well, even if a worker has failed since.
+            if not is_ended or len(found) < self.size:
+                raise threading.BrokenBarrierError
+            if min(self._numbers) > number:
+                self._rounds.pop(number, None)
+            return [found[one] for one in range(self.size)]
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
 
 
 class ThreadWorkers:
@@ -34,7 +50,7 @@ class ThreadWorkers:
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
-        self.size = meeting.barrier.parties
+        self.size = meeting.size
         self.bytes_sent = 0
         self.step = ""
         self._meeting = meeting
@@ -79,7 +95,7 @@ def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | Ba
             found[rank] = function(ThreadWorkers(rank, meeting))
         except BaseException as error:
             found[rank] = error
-            meeting.barrier.abort()
+            meeting.stop()
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
