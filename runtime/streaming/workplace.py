@@ -47,7 +47,7 @@ from runtime.streaming.output_place import (
     root_of,
     what_is_left,
 )
-from runtime.workers.agreement import agreed
+from runtime.workers.agreement import agreed, is_worth_resuming
 from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Workplace:
         if not parts and is_published(self.out):
             self._clear()
             tell_when_stopped(f"output directory {self.out} is complete")
-        elif not _is_worth_keeping(self.journal, error):
+        elif not self.journal.of_kind(journal.STEP) or not is_worth_resuming(error):
             self._clear()
         elif not isinstance(error, SeqbuildError):
             tell_when_stopped(self._what_is_left)
@@ -213,14 +213,10 @@ def open_workplace(
         parts: whether each worker writes a part of its own, because they share no directory.
 
     Raises:
-        UsageError: when the workers have different identities.
         OutputError: when `out` is not free, another process works on it, or an interrupted run would be lost or has
             another identity.
     """
-    from runtime.streaming.identity import require_same_inputs
-
     workers = workers or Alone()
-    require_same_inputs(identity, workers)
     require_place(out, resume=resume, workers=workers, parts=parts)
     out = part_path(out, workers) if parts else out
     root, leads = root_of(out), parts or not workers.rank
@@ -243,12 +239,3 @@ def open_workplace(
             place._leave(error, parts)
             raise
         place._clear()
-
-
-def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
-    """Whether a resumed run could finish more steps than this one."""
-    if not found.of_kind(journal.STEP):
-        return False
-    if not isinstance(error, SeqbuildError):
-        return True
-    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))

@@ -16,22 +16,22 @@ from runtime.checkpoint.layout import Layout
 from runtime.checkpoint.parts import join_parts, write_part
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.writer import ShardWriter
-from runtime.errors import OutputError, SeqbuildError, UsageError
 from runtime.streaming import journal
 from runtime.streaming.activations import Activations
 from runtime.streaming.committer import Committer
 from runtime.streaming.events import Watchers
 from runtime.streaming.identity import run_digest
-from runtime.streaming.output_place import part_path, require_startable
+from runtime.streaming.output_place import require_startable
 from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.workplace import open_workplace
 from runtime.workers.agreement import agreed
+from runtime.workers.comparison import FILE_TIMES
 from runtime.workers.group import Alone, Workers
 from tests.runtime.small import Stop, directory_bytes
 from tests.runtime.worker_threads import in_threads, outcomes
 
 CPU = torch.device("cpu")
-IDENTITY = {"recipe": "a" * 64, "dtype": "float32", "modification times of the checkpoint": "b" * 64}
+IDENTITY = {"recipe": "a" * 64, "dtype": "float32", FILE_TIMES: "host 1"}
 STEPS, LANES, BATCHES = 5, 5, 2
 MASK = torch.ones(3, dtype=torch.bool)
 
@@ -167,18 +167,14 @@ def test_an_interrupted_run_is_resumed_by_any_number_of_workers(
     tmp_path: Path, expected: dict[str, bytes], seed: int
 ) -> None:
     choose, out, parts = random.Random(seed), tmp_path / "out", seed % 2 == 1
-    size, kept = choose.randint(1, 3), 0
+    size, at = choose.randint(1, 3), 0
     for _ in range(2):
-        at = choose.randint(0, STEPS)
-        found = outcomes(
-            size,
-            lambda workers, at=at, size=size, fail=fails(choose.randrange(size), at, Stop()): run(
-                workers, out, resume=True, parts=parts, fail=fail
-            ),
-        )
+        at = choose.randint(at, STEPS - 1 + parts)  # the step `at` is not finished; STEPS is between two publications
+        fail = fails(choose.randrange(size), at, Stop())
+        found = outcomes(size, lambda workers, fail=fail: run(workers, out, resume=True, parts=parts, fail=fail))
         assert all(isinstance(one, BaseException) for one in found)
         size = size if parts else choose.randint(1, 3)
     starts = in_threads(size, lambda workers: run(workers, out, resume=True, parts=parts))
-    assert len(set(starts)) == 1 and starts[0] >= kept
+    assert len(set(starts)) == 1 and starts[0] >= at - 2  # the last step is recorded with the next one
     assert joined(out, size) == expected
     assert not list(tmp_path.glob(".*"))
