@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ from runtime.checkpoint.parts import write_part
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from runtime.data.checked_batches import model_batches
+from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError
+from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
@@ -57,9 +58,12 @@ from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace
 from runtime.workers.agreement import agreed
+from runtime.workers.comparison import require_same
+from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
@@ -87,6 +91,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
     force: bool = False,
+    workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
 
@@ -100,9 +105,12 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
-        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md.
+        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
+        workers: that share the run, see docs/distributed.md; None for those that torch.distributed has been initialized
+            with in this process, or else for one.
 
     Raises:
+        WorkerError: on the others, when a worker fails.
         UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
         QuantizationError: when a module's values cannot be quantized.
         OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
@@ -123,8 +131,15 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     )
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
-    return _run(_scheduled(request), Watchers([Lines(progress), *watchers]), start)
+    group = current() if workers is None else workers
+    with agreed(group):
+        request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    require_startable(request.out, resume=options.resume, workers=group, parts=options.parts)
+    with agreed(group):
+        scheduled = _scheduled(request)
+    differences = require_same(group, scheduled.identity, options.device)
+    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
+    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +153,7 @@ class _Request:
     out: Path
     own_modifiers: Sequence[StepModifier]
     options: RunOptions
+    workers: Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,13 +181,16 @@ def _request(
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
     options: RunOptions,
+    workers: Workers,
 ) -> _Request:
+    if own_modifiers and workers.size > 1:
+        hint = "run without torchrun, or with one process"
+        raise UsageError(f"own_modifiers see the batches of one worker, and this run has {workers.size}", hint=hint)
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
     path, source = as_path("out", out), as_weights(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
-    require_startable(path, resume=options.resume, parts=options.parts)
     require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
     return _Request(
         artifact=artifact,
@@ -181,6 +200,7 @@ def _request(
         out=path,
         own_modifiers=own_modifiers,
         options=options,
+        workers=workers,
     )
 
 
@@ -228,9 +248,11 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     doing("calibrating")
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
-        place = open_workplace(request.out, resume=options.resume, identity=identity, parts=options.parts)
+        place = open_workplace(
+            request.out, resume=options.resume, identity=identity, workers=request.workers, parts=options.parts
+        )
         workplace = stack.enter_context(place)
-        writer = ShardWriter(workplace.checkpoint, layout, workplace.workers, parts=options.parts)
+        writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
@@ -242,18 +264,19 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             jobs=prepared.jobs,
             modifiers=scheduled.modifiers,
             schedule=scheduled.schedule,
-            batches=[dict(batch) for batch in request.batches],
+            lanes=Lanes.of(prepared.artifact.manifest, request.batches),
             writer=writer,
             workplace=workplace,
             options=options,
             watch=watch,
+            workers=request.workers,
         )
         for warning in _warnings(scheduled):
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
         config = _quantization_config(request.recipe, run)
-        with agreed(workplace.workers):
-            if not workplace.workers.rank:
+        with agreed(request.workers):
+            if not request.workers.rank:
                 write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
             if options.parts:
                 write_part(workplace.checkpoint, writer, run_digest(identity))

@@ -109,7 +109,7 @@ def calibrate(
         workers, device = join_group(stack, device, worker_timeout)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
-        parsed = _recipe_of(job, workers, options, log)
+        parsed = _recipe_of(job, workers, options["resume"], parts, log)
         loaded, options["device"], options["dtype"] = _loaded(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
@@ -125,14 +125,14 @@ def calibrate(
         _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
-def _recipe_of(job: Job, workers: Workers, options: Mapping[str, Any], log: Path | None) -> Recipe:
+def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
     from runtime.streaming.output_place import require_startable
     from runtime.workers.agreement import agreed
 
-    require_startable(job.out, resume=options["resume"], workers=workers, parts=options["parts"])
+    require_startable(job.out, resume=resume, workers=workers, parts=parts)
     with agreed(workers):
         if workers.rank == 0:
             require_log(log)
