@@ -129,7 +129,7 @@ class Workplace:
         if not parts and self.workers.size > 1:
             self._attach()
         with agreed(self.workers):
-            self.values.mkdir()
+            self.values.mkdir(exist_ok=True)
 
     def _prepare(self, identity: Mapping[str, str]) -> None:
         import torch
@@ -157,8 +157,9 @@ class Workplace:
     def _attach(self) -> None:
         """Give the journal of worker 0 to the others, which check that they see the same directory."""
         mark = self.root / f"mark-{secrets.token_hex(8)}"
-        if self.leads:
-            mark.touch()
+        with agreed(self.workers):
+            if self.leads:
+                mark.touch()
         entries, name = self.workers.exchange((self.journal.entries, mark.name))[0]
         with agreed(self.workers):
             if not self.leads:
