@@ -103,7 +103,9 @@ class Watchers:
                 if kind == "batch":
                     self._speeds.add(facts)
                 finished += [facts] if kind == "subgraph" else []
-                if rank and (kind != "warning" or facts["text"] not in self.warnings):
+                is_known = kind == "warning" and facts["text"] in self.warnings
+                if rank and not is_known:
+                    self.warnings += [facts["text"]] if kind == "warning" else []
                     self._pass_on(kind, facts)
         if self._held is not None:
             tokens = sum(facts["tokens"] for facts in finished)
