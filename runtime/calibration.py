@@ -30,8 +30,9 @@ from runtime.checkpoint.layout import Layout
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
 from runtime.data.checked_batches import model_batches
+from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError
+from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
@@ -54,9 +55,12 @@ from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace, require_unfinished
+from runtime.workers.agreement import agreed
+from runtime.workers.start import current, require_same
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
@@ -83,6 +87,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
     force: bool = False,
+    workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
 
@@ -96,9 +101,12 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
-        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md.
+        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
+        workers: that share the run, see docs/distributed.md; None for those that torch.distributed has been initialized
+            with in this process, or else for one.
 
     Raises:
+        WorkerError: on the others, when a worker fails.
         UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
         QuantizationError: when a module's values cannot be quantized.
         OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
@@ -118,8 +126,12 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     )
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
-    return _run(_scheduled(request), Watchers([Lines(progress), *watchers]), start)
+    group = current() if workers is None else workers
+    with agreed(group):
+        request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
+        scheduled = _scheduled(request)
+    require_same(group, scheduled.identity)
+    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +145,7 @@ class _Request:
     out: Path
     own_modifiers: Sequence[StepModifier]
     options: RunOptions
+    workers: Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +173,11 @@ def _request(
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
     options: RunOptions,
+    workers: Workers,
 ) -> _Request:
+    if own_modifiers and workers.size > 1:
+        hint = "run without torchrun, or with one process"
+        raise UsageError(f"own_modifiers see the batches of one worker, and this run has {workers.size}", hint=hint)
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
     path, source = as_path("out", out), as_weights(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
@@ -178,6 +195,7 @@ def _request(
         out=path,
         own_modifiers=own_modifiers,
         options=options,
+        workers=workers,
     )
 
 
@@ -237,11 +255,12 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             jobs=prepared.jobs,
             modifiers=scheduled.modifiers,
             schedule=scheduled.schedule,
-            batches=[dict(batch) for batch in request.batches],
-            writer=ShardWriter(workplace.checkpoint, layout),
+            lanes=Lanes.of(prepared.artifact.manifest, request.batches),
+            writer=ShardWriter(workplace.checkpoint, layout, request.workers),
             workplace=workplace,
             options=request.options,
             watch=watch,
+            workers=request.workers,
         )
         for warning in _warnings(scheduled):
             watch.tell("warning", text=warning)
