@@ -19,11 +19,13 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from runtime.planning.rates import Rates
+from runtime.quantize.solve_division import Solve, tile_workers
+from runtime.quantize.solves import NUMBERS_AT_A_TIME
 from runtime.workers.division import Division
 
 LANES, TOKENS_PER_LANE = 16, 512
@@ -114,7 +116,7 @@ class StepWork:
         measured, propagated: operations of the passes over all batches.
         inputs: that are measured.
         solves: by GPTQ.
-        roundings: of the other weights.
+        nearest: the weights that are rounded to nearest.
         searches: of AWQ.
         loaded_bytes: of weights.
         num_quantized: number of quantized weights' elements.
@@ -125,7 +127,7 @@ class StepWork:
     propagated: float
     inputs: tuple[SharedInput, ...] = ()
     solves: tuple[PlannedSolve, ...] = ()
-    roundings: tuple[NearestWeight, ...] = ()
+    nearest: tuple[NearestWeight, ...] = ()
     searches: tuple[FactorSearch, ...] = ()
     loaded_bytes: int = 0
     num_quantized: int = 0
@@ -313,58 +315,76 @@ def _owners(step: StepWork, size: int) -> list[int]:
 class _Solving:
     """The division of a subgraph's solves: for each worker when it is done, how long it computes, and its results."""
 
-    clocks: list[float]
-    busy: list[float]
-    results: list[int]
-    factors: Traffic
+    size: int
+    clocks: list[float] = field(init=False)
+    busy: list[float] = field(init=False)
+    results: list[int] = field(init=False)
+    factors: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clocks, self.busy, self.results = [0.0] * self.size, [0.0] * self.size, [0] * self.size
+        self.factors = Traffic(size=self.size)
+
+    def work(self, rank: int, seconds: float, result_bytes: int = 0) -> None:
+        """Let a worker compute."""
+        self.clocks[rank] += seconds
+        self.busy[rank] += seconds
+        self.results[rank] += result_bytes
+
+    def meet(self, ranks: Iterable[int], seconds: float = 0.0) -> None:
+        """Let workers wait for each other, and then exchange a message."""
+        ranks = list(ranks)
+        end = max(self.clocks[rank] for rank in ranks) + seconds
+        for rank in ranks:
+            self.clocks[rank] = end
 
 
 def _solving(step: StepWork, owners: Sequence[int], size: int, rates: Rates) -> _Solving:
-    """Divide factorizations and tiles."""
-    factoring = {source: step.inputs[source].width ** 3 / 3 / rates.factorization for source in _factored(step)}
-    order = sorted(step.solves, key=lambda solve: factoring[solve.source])
-    done = _Solving(clocks=[0.0] * size, busy=[0.0] * size, results=[0] * size, factors=Traffic(size=size))
-    ready: dict[int, float] = {}
-    for solve in order:
-        if solve.source not in ready:
-            _work(done, owners[solve.source], factoring[solve.source])
-            ready[solve.source] = done.clocks[owners[solve.source]]
-    takers: dict[int, dict[int, None]] = {}
-    for solve in sorted(order, key=lambda solve: ready[solve.source]):
-        source, owner, width = solve.source, owners[solve.source], step.inputs[solve.source].width
-        have = takers.setdefault(source, {owner: None})
-        for tile in solve.tiles:
-            cost = _tile_s(tile, width, rates)
-
-            def end(rank):
-                return max(done.clocks[rank], ready[source] + (0 if rank in have else solve.factor_bytes / rates.link))
-
-            rank = min(range(size), key=lambda one: (end(one), one))
-            done.clocks[rank] = end(rank)
-            if rank not in have:
+    """Divide factorizations and tiles as `quantize.solves.Window` does, and follow each worker through them."""
+    done = _Solving(size=size)
+    for window in _windows(step, size):
+        for solve in window:
+            done.work(owners[solve.source], step.inputs[solve.source].width ** 3 / 3 / rates.factorization)
+        done.meet(range(size))
+        solves = [
+            Solve(
+                num_in_features=step.inputs[solve.source].width,
+                owner=owners[solve.source],
+                rows=[tile.num_rows for tile in solve.tiles],
+            )
+            for solve in window
+        ]
+        for solve, ranks in zip(window, tile_workers(solves, size), strict=True):
+            owner, width = owners[solve.source], step.inputs[solve.source].width
+            takers = [rank for rank in dict.fromkeys(ranks) if rank != owner]
+            for rank in takers:
                 done.factors.send(owner, rank, solve.factor_bytes)
-            have[rank] = None
-            _work(done, rank, cost)
-            done.results[rank] += tile.result_bytes
-    for rounding in step.roundings:
-        cost = rounding.num_weights * (1 / rates.nearest + 1 / rates.packing)
-        rank = (
-            min(range(size), key=lambda one: (done.clocks[one], one))
-            if rounding.source is None
-            else owners[rounding.source]
-        )
-        _work(done, rank, cost)
-        done.results[rank] += rounding.result_bytes
+            if takers:
+                done.meet([owner, *takers], len(takers) * solve.factor_bytes / rates.link)
+            for tile, rank in zip(solve.tiles, ranks, strict=True):
+                done.work(rank, _tile_s(tile, width, rates), tile.result_bytes)
+        done.meet(range(size))
+    division = Division(size)
+    for weight in step.nearest:
+        cost = weight.num_weights * (1 / rates.nearest + 1 / rates.packing)
+        rank = division.assign(cost) if weight.source is None else owners[weight.source]
+        done.work(rank, cost, weight.result_bytes)
     return done
 
 
-def _work(solving: _Solving, rank: int, seconds: float) -> None:
-    solving.clocks[rank] += seconds
-    solving.busy[rank] += seconds
-
-
-def _factored(step: StepWork) -> Iterator[int]:
-    yield from dict.fromkeys(solve.source for solve in step.solves)
+def _windows(step: StepWork, size: int) -> Iterator[list[PlannedSolve]]:
+    """Yield the solves that the workers do at the same time."""
+    window: list[PlannedSolve] = []
+    num_weights = 0
+    for solve in step.solves:
+        own = sum(tile.num_rows for tile in solve.tiles) * step.inputs[solve.source].width
+        if window and (size == 1 or num_weights + own > NUMBERS_AT_A_TIME):
+            yield window
+            window, num_weights = [], 0
+        window.append(solve)
+        num_weights += own
+    if window:
+        yield window
 
 
 def _tile_s(tile: PlannedTile, width: int, rates: Rates) -> float:

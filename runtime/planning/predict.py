@@ -100,7 +100,7 @@ class _Planner:
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
-        self.describer = StepDescriber(run.needs, lambda name: self.parameters[name].shape, work)
+        self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
         self.works: list[StepWork] = []
 
     def step(self, step: Step) -> SubgraphForecast:

@@ -186,7 +186,7 @@ class ShapeRun:
         )
 
     def _on_shapes(self, module: Experts) -> Callable[..., torch.Tensor]:
-        """A forward of experts that does not depend on values: one expert with the rows of all tokens, the worst case."""
+        """Return a forward of experts that does not depend on values: one expert with the rows of all tokens."""
 
         def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             hidden, index_TK, weight_TK = module.values(*args, **kwargs)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, PANEL_WIDTH
-from runtime.formats.compressed import stored_dtypes, stored_shapes
-from runtime.planning.distribution import NearestWeight, FactorSearch, SharedInput, PlannedSolve, StepWork, PlannedTile
+from runtime.checkpoint.dtypes import DTYPES
+from runtime.formats.compressed import rows_layout
+from runtime.planning.distribution import FactorSearch, NearestWeight, PlannedSolve, PlannedTile, SharedInput, StepWork
+from runtime.planning.shapes import META
 from runtime.quantize.solve_batches import solved_together
+from runtime.weights.origins import required_key
 
 if TYPE_CHECKING:
     from runtime.planning.costs import Sums
@@ -19,8 +25,8 @@ if TYPE_CHECKING:
     from runtime.planning.shapes import Footprint
     from runtime.quantize.needs import RecipeNeeds
     from runtime.quantize.statistics import Needs
-    from runtime.recipe.recipe import Assignment
     from runtime.streaming.schedule import Step
+    from runtime.weights.origins import ParameterSource
 
 
 class StepDescriber:
@@ -28,13 +34,20 @@ class StepDescriber:
 
     Args:
         needs: of the recipe.
+        source: the origins of parameters.
         shape_of: a parameter's shape, by name.
         work: the planned workload.
     """
 
-    def __init__(self, needs: RecipeNeeds, shape_of: Callable[[str], tuple[int, ...]], work: Workload) -> None:
-        self.needs, self.shape_of, self.work = needs, shape_of, work
-        self._result_bytes: dict[tuple[int, int, int], int] = {}
+    def __init__(
+        self,
+        needs: RecipeNeeds,
+        source: ParameterSource,
+        shape_of: Callable[[str], tuple[int, ...]],
+        work: Workload,
+    ) -> None:
+        self.needs, self.source, self.shape_of, self.work = needs, source, shape_of, work
+        self._packed_bytes: dict[tuple[Any, ...], int] = {}
         self.num_batches = work.num_samples / work.batch_size
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
 
@@ -60,13 +73,13 @@ class StepDescriber:
         shapes = [self.shape_of(f"{name}.weight") for name in modules]
         forward = self._forward(shapes, footprint)
         places = {name: place for place, names in enumerate(sums) for name in names}
-        solves, roundings = self._solves(modules, places)
+        solves, nearest = self._solves(step, places)
         return StepWork(
             measured=self._measuring(footprint, forward, modules) if measured else 0.0,
             propagated=forward if step.goes_on else 0.0,
             inputs=tuple(self._inputs(f"{step.label}.", measured, sums, footprint)),
             solves=tuple(solves),
-            roundings=tuple(roundings),
+            nearest=tuple(nearest),
             searches=tuple(self._searches(modules)),
             loaded_bytes=loaded_bytes,
             num_quantized=sum(rows * width for rows, width in shapes),
@@ -103,47 +116,46 @@ class StepDescriber:
                     name=names[0].removeprefix(prefix),  # so that equal layers have equal work
                     width=width,
                     num_tokens=count * self.num_batches,
-                    sum_bytes=panel_bytes(width) if has_hessian else 0,
+                    sum_bytes=lane_bytes(width) if has_hessian else 0,
                     small_bytes=width * (FLOAT64 + 6 * FLOAT32) if has_channels else 0,
                 )
             )
         return found
 
-    def _solves(
-        self, modules: Sequence[str], places: Mapping[str, int]
-    ) -> tuple[list[PlannedSolve], list[NearestWeight]]:
-        solves, roundings = [], []
+    def _solves(self, step: Step, places: Mapping[str, int]) -> tuple[list[PlannedSolve], list[NearestWeight]]:
+        """The solves of a subgraph, and the weights that are rounded to nearest."""
+        solves, nearest = [], []
         jobs = self.needs.jobs
-        for together in solved_together(modules, jobs, places):
-            shapes = [self.shape_of(f"{name}.weight") for name in together]
-            job = jobs[together[0]]
-            if job.algorithm == "gptq" and together[0] in places:
-                solves.append(self._solve(places[together[0]], shapes, job))
+        for names in solved_together(step.modules, jobs, places):
+            job = jobs[names[0]]
+            if job.algorithm == "gptq" and names[0] in places:
+                solves.append(self._solve(names, places[names[0]], is_sent=step.is_run))
                 continue
-            own = places.get(together[0]) if job.clip or job.scheme.weights.observer == "imatrix_mse" else None
-            roundings += [
-                NearestWeight(source=own, num_weights=rows * width, result_bytes=self._packed(rows, width, job))
-                for rows, width in shapes
-            ]
-        return solves, roundings
+            source = places.get(names[0]) if job.clip or job.scheme.weights.observer == "imatrix_mse" else None
+            for name in names:
+                rows, width = self.shape_of(f"{name}.weight")
+                size = self._packed(name, rows) if step.is_run else 0
+                nearest.append(NearestWeight(source=source, num_weights=rows * width, result_bytes=size))
+        return solves, nearest
 
-    def _solve(self, source: int, shapes: Sequence[tuple[int, ...]], job: Assignment) -> PlannedSolve:
-        width = shapes[0][1]
+    def _solve(self, names: Sequence[str], source: int, *, is_sent: bool) -> PlannedSolve:
+        shapes = [self.shape_of(f"{name}.weight") for name in names]
         tiles = []
-        for pieces in tiles_of(shapes, job.scheme.weights, self.work.device_type):
+        for pieces in tiles_of(shapes, self.needs.jobs[names[0]].scheme.weights, self.work.device_type):
             counts = [piece.stop - piece.start for piece in pieces]
-            size = sum(self._packed(count, width, job) for count in counts)
-            tiles.append(PlannedTile(num_rows=sum(counts), result_bytes=size))
-        return PlannedSolve(source=source, tiles=tuple(tiles), factor_bytes=factor_bytes(width))
+            sizes = [self._packed(names[piece.weight], piece.stop - piece.start) for piece in pieces]
+            tiles.append(PlannedTile(num_rows=sum(counts), result_bytes=sum(sizes) if is_sent else 0))
+        return PlannedSolve(source=source, tiles=tuple(tiles), factor_bytes=factor_bytes(shapes[0][1]))
 
-    def _packed(self, num_rows: int, width: int, job: Assignment) -> int:
+    def _packed(self, name: str, num_rows: int) -> int:
         """The packed bytes of some rows of a weight."""
-        key = (num_rows, width, id(job.scheme))
-        if key not in self._result_bytes:
-            shapes, dtypes = stored_shapes((num_rows, width), job.scheme), stored_dtypes(job.scheme, self.work.dtype)
-            sizes = [math.prod(shapes[name]) * dtype.itemsize for name, dtype in dtypes.items()]
-            self._result_bytes[key] = sum(sizes)
-        return self._result_bytes[key]
+        scheme, width = self.needs.jobs[name].scheme, self.shape_of(f"{name}.weight")[1]
+        scale_dtype = DTYPES[self.source.stored(required_key(self.source, f"{name}.weight")).dtype]
+        key = (num_rows, width, id(scheme), scale_dtype)
+        if key not in self._packed_bytes:
+            layout = rows_layout((num_rows, width), scheme, scale_dtype)
+            self._packed_bytes[key] = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        return self._packed_bytes[key]
 
     def _searches(self, modules: Sequence[str]) -> list[FactorSearch]:
         from runtime.algorithms.awq import rows_of_each
@@ -159,14 +171,13 @@ class StepDescriber:
 
 
 @functools.cache
-def panel_bytes(width: int) -> int:
-    """The bytes of the panels of H to the right of the diagonal."""
-    panels = range(0, width, PANEL_WIDTH)
-    return sum(min(PANEL_WIDTH, width - left) * (width - left) * FLOAT32 for left in panels)
+def lane_bytes(width: int) -> int:
+    """The bytes of a lane's sum, as it is sent: rows of H from the diagonal on, a panel at a time."""
+    heights = [(min(PANEL_WIDTH, width - left), width - left) for left in range(0, width, PANEL_WIDTH)]
+    return sum(rows * columns * FLOAT32 for rows, columns in heights)
 
 
 @functools.cache
 def factor_bytes(width: int) -> int:
-    """The bytes of a factor as it is sent."""
-    rows = range(0, width, 512)
-    return width * 20 + sum(min(512, width - top) * min(top + 512, width) * FLOAT32 for top in rows)
+    """The bytes of a factor, as it is sent."""
+    return sum(part.nbytes for part in Factored.empty(width, torch.float32, META, 0.0).parts())
