@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ from runtime.arguments import as_path, require_callable, require_methods
 from runtime.checkpoint.companions import write_companions
 from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.parts import write_part
 from runtime.checkpoint.reader import Checkpoint
-from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
+from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from runtime.data.checked_batches import model_batches
 from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
@@ -37,7 +38,7 @@ from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
-from runtime.host.publish import require_free, require_outside
+from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
 from runtime.quantize.preparation import Prepared, prepare
@@ -48,15 +49,17 @@ from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
-from runtime.streaming.identity import run_identity
+from runtime.streaming.identity import run_digest, run_identity
 from runtime.streaming.options import RunOptions
+from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
-from runtime.streaming.workplace import open_workplace, require_unfinished
+from runtime.streaming.workplace import open_workplace
 from runtime.workers.agreement import agreed
-from runtime.workers.start import current, require_same
+from runtime.workers.comparison import require_same
+from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -79,6 +82,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda line: None,
     resume: bool = False,
+    parts: bool = False,
     checkpoint_activations: int = 0,
     activation_memory: Budget | None = None,
     propagate_error: bool = True,
@@ -117,6 +121,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         dtype=as_dtype(dtype),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
+        parts=parts,
         checkpoint_activations=checkpoint_activations,
         activation_memory=activation_memory,
         propagate_error=propagate_error,
@@ -130,7 +135,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     with agreed(group):
         request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
         scheduled = _scheduled(request)
-    require_same(group, scheduled.identity)
+    differences = require_same(group, scheduled.identity, options.device)
+    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
     return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
 
 
@@ -183,9 +189,7 @@ def _request(
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
-    if options.resume:
-        require_unfinished(path)
-    require_free(path)
+    require_startable(path, resume=options.resume, parts=options.parts)
     require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
     return _Request(
         artifact=artifact,
@@ -242,9 +246,11 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     key_values = scheduled.recipe_modifier.key_values
     doing("calibrating")
     with ExitStack() as stack:
-        is_resumed = request.options.resume
-        workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))
-        require_space(request.out, layout.file_bytes - workplace.written_bytes)
+        options, identity = request.options, scheduled.identity
+        place = open_workplace(request.out, resume=options.resume, identity=identity, parts=options.parts)
+        workplace = stack.enter_context(place)
+        writer = ShardWriter(workplace.checkpoint, layout, workplace.workers, parts=options.parts)
+        workplace.require_space(writer.files.file_bytes)
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -256,9 +262,9 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             modifiers=scheduled.modifiers,
             schedule=scheduled.schedule,
             lanes=Lanes.of(prepared.artifact.manifest, request.batches),
-            writer=ShardWriter(workplace.checkpoint, layout, request.workers),
+            writer=writer,
             workplace=workplace,
-            options=request.options,
+            options=options,
             watch=watch,
             workers=request.workers,
         )
@@ -266,12 +272,16 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
         config = _quantization_config(request.recipe, run)
-        write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+        with agreed(workplace.workers):
+            if not workplace.workers.rank:
+                write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+            if options.parts:
+                write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(request.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("end", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
-        path=request.out,
+        path=workplace.out,
         num_bytes=layout.total_bytes,
         modules=tuple(run.reports),
         unreached=tuple(prepared.unreached),

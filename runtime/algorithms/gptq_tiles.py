@@ -1,9 +1,9 @@
 """The rows that GPTQ solves at a time: rows do not depend on each other once the Hessian is factored.
 
-The siblings' rows are stacked and cut into tiles of a fixed height. Products of other shapes add numbers in another order,
-so what a tile contains depends only on the shapes, the scheme and the kind of device, and never on who solves it.
-On a CPU a tile fits into its caches; lower tiles would call torch more often for the same arithmetic. On a GPU the
-kernel of `gptq_cuda` takes as long for a few rows as for all that fill the processors.
+The siblings' rows are stacked and cut into tiles of a fixed height. Products of other shapes may add numbers in another
+order, so a tile depends only on the shapes, the scheme and the type of device, and not on the process that solves it.
+Lower tiles would call torch more often for the same arithmetic. On a GPU the kernel of `gptq_cuda` takes as long for a
+few rows as for all that fill its processors.
 
 Shapes: O out features, I in features.
 """

@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -18,6 +18,7 @@ import typer
 import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
+from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import require_log, watching
@@ -39,7 +40,7 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 
 app.command()(plan)
+app.command()(join)
 
 
 @app.command()
@@ -76,6 +78,7 @@ def calibrate(
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
+    parts: given.Parts = False,
     checkpoint_activations: given.CheckpointActivations = "replay",
     activation_memory: given.ActivationMemory = None,
     propagate_error: given.PropagateError = True,
@@ -94,12 +97,13 @@ def calibrate(
     options: dict[str, Any] = {
         "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
         "resume": resume,
+        "parts": parts,
         "propagate_error": propagate_error,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
     job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
-    parsed = _recipe_of(job, resume, log)
+    parsed = _recipe_of(job, resume, parts, log)
     loaded, options["device"], options["dtype"] = _loaded(
         job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
     )
@@ -115,13 +119,13 @@ def calibrate(
     _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
-def _recipe_of(job: Job, resume: bool, log: Path | None) -> Recipe:
+def _recipe_of(job: Job, resume: bool, parts: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
-    from runtime.streaming.workplace import require_startable
+    from runtime.streaming.output_place import require_startable
 
-    require_startable(job.out, resume=resume)
+    require_startable(job.out, resume=resume, parts=parts)
     require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)

@@ -69,6 +69,12 @@ MaxShardSize = Annotated[
     str, typer.Option("--max-shard-size", help="Maximum size of a weights file, such as 5GB or 500MB.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Parts = Annotated[
+    bool,
+    typer.Option(
+        "--parts", help="Each worker writes OUT.part-R-of-N, without a shared directory; join makes the checkpoint."
+    ),
+]
 CheckpointActivations = Annotated[
     str,
     typer.Option(

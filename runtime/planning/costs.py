@@ -54,11 +54,11 @@ def copy_bytes(shape: Sequence[int]) -> int:
 def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool, device_type: str) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
-    `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals and
-    results, with those of four blocks and of one twice, and copies of the operands of products. Each piece is packed
-    before the next tile is solved, which copies some of its rows; what is packed stays. Unpacking holds one copy of one
-    weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four copies, with
-    a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and the results of the others.
+    `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
+    and results, with those of four blocks and of one twice, and copies of the operands of products. Each piece is
+    packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
+    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
+    copies, with a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.

@@ -7,12 +7,13 @@ once to be measured, even if a recipe combines modifiers such as SmoothQuant and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
+from runtime.checkpoint.stored import Stored
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
@@ -128,7 +129,7 @@ class RecipeModifier:
             own = {name: needs[name] for name in group}
             later = [name for name in grouped if name not in own] if index == 0 else []
             # An expert that no token reaches must end the run before other experts are solved.
-            with reached_modules(work.model, later) as reached:
+            with reached_modules(work.model, later, work.workers) as reached:
                 measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
@@ -217,9 +218,15 @@ class RecipeModifier:
             return
         key_values, run_batches = self.key_values, work.run_batches
 
-        def from_the_beginning(*before: Any) -> None:
+        def from_the_beginning(
+            before: Callable[[int], None] = lambda batch: None, after: Callable[[], None] = lambda: None
+        ) -> None:
+            def ended() -> None:
+                key_values.end_round(work.workers, work.device)
+                after()
+
             key_values.forget(attentions)
-            run_batches(*before)
+            run_batches(before, ended)
 
         key_values.is_measuring, work.run_batches = True, from_the_beginning
         try:

@@ -286,7 +286,7 @@ class StreamingRun:
         if index >= len(self.schedule.steps) or not self.schedule.steps[index].is_run:
             return
         begin = 0
-        saved = self.committer.last_saved(index)
+        saved = self.committer.last_saved(index, self._places)
         if saved is not None:
             with agreed(self.workers):
                 load_boundary(self.passes.activations, self.workplace.saved, saved, self._places)

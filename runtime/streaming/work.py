@@ -44,9 +44,12 @@ class Work:
         jobs: the assignment of each module.
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once and discards the outputs. Hooks on modules see what
-            passes. Its optional argument is called with the index of each batch before that runs.
-        run_first: sends the first batch through the subgraph and returns its outputs.
-        masks: for each batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
+            passes. Its optional arguments are called with the index of each batch before that runs, and after each
+            round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
+        run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
+            the one that has it.
+        workers: that share the run.
+        masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
         forgets: whether `run_batches` stores no outputs, so that a hook may end a batch by
