@@ -23,12 +23,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from runtime.algorithms.hessian import hessian_bytes
 from runtime.planning.rates import Rates
 from runtime.quantize.solve_division import Solve, tile_workers
 from runtime.quantize.solves import NUMBERS_AT_A_TIME
 from runtime.workers.division import Division
-
-LANES, TOKENS_PER_LANE = 16, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,19 @@ class SharedInput:
         name: the first module that reads it.
         width: I.
         num_tokens: that are measured.
-        sum_bytes: of the sum that an owner gets from each lane; 0 if there is none.
+        has_hessian: whether a Hessian is summed up.
+        lane_bytes: of the sum or the sample that the owner gets from each lane.
         small_bytes: of the statistics that every worker gets from every lane.
+        final_bytes: of what the owner sends to all workers in the end.
     """
 
     name: str
     width: int
     num_tokens: float
-    sum_bytes: int
+    has_hessian: bool
+    lane_bytes: int
     small_bytes: int
+    final_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +254,6 @@ def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def num_lanes(num_samples: int, num_tokens: int) -> int:
-    """The number of lanes that samples are divided into."""
-    return min(LANES, num_samples, max(1, num_tokens // TOKENS_PER_LANE))
-
-
 @functools.lru_cache(maxsize=4096)
 def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     """Predict a subgraph's cost for `size` workers."""
@@ -264,16 +262,16 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     sums, results, solving = Traffic(size=size), Traffic(size=size), _solving(step, owners, size, rates)
     for entry, owner in zip(step.inputs, owners, strict=True):
         for lane in range(lanes):
-            sums.send(lane % size, owner, entry.sum_bytes)
+            sums.send(lane % size, owner, entry.lane_bytes)
             sums.send_all(lane % size, entry.small_bytes)
-        sums.send_all(owner, 4 * entry.width if entry.sum_bytes else 0)
+        sums.send_all(owner, entry.final_bytes)
     for rank, num_bytes in enumerate(solving.results):
         results.send_all(rank, num_bytes)
     forward = (step.measured + step.propagated) / rates.forward
-    adding = sum(entry.num_tokens * entry.width**2 for entry in step.inputs if entry.sum_bytes) / rates.sums
+    adding = sum(entry.num_tokens * entry.width**2 for entry in step.inputs if entry.has_hessian) / rates.sums
     folded = Division(size)
     for entry, owner in zip(step.inputs, owners, strict=True):
-        folded.loads[owner] += 3 * lanes * entry.sum_bytes / rates.memory if lanes > 1 else 0
+        folded.loads[owner] += 3 * lanes * entry.lane_bytes / rates.memory if lanes > 1 else 0
     fold = max(folded.loads)
     everyone = step.num_quantized / rates.unpacking + rates.step_s + rates.module_s * step.num_modules
     loading = step.loaded_bytes / rates.loading
@@ -306,8 +304,8 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
 
 
 def _owners(step: StepWork, size: int) -> list[int]:
-    """The worker that folds each input's sum: those with large sums first."""
-    chosen = Division(size).owners((entry.name, float(entry.sum_bytes)) for entry in step.inputs)
+    """The worker that has each input's sum."""
+    chosen = Division(size).owners((entry.name, hessian_bytes(entry.width)) for entry in step.inputs)
     return [chosen[entry.name] for entry in step.inputs]
 
 

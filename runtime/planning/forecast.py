@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.planning.distribution import Distribution, num_lanes
+from runtime.data.lanes import lane_borders
+from runtime.planning.distribution import Distribution
 from runtime.planning.rates import Rates
 from runtime.streaming.activations import Budget
 
@@ -59,7 +60,7 @@ class Workload:
     @property
     def num_lanes(self) -> int:
         """Lanes that the samples are divided into."""
-        return num_lanes(self.num_samples, self.num_tokens)
+        return len(lane_borders(self.num_samples, self.num_tokens)) - 1
 
     @property
     def own_samples(self) -> int:

@@ -17,8 +17,9 @@ run. W includes what earlier subgraphs leave in memory for later ones.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.algorithms.hessian import FLOAT32
@@ -109,14 +110,14 @@ class _Planner:
         measured = {name: need for name, need in needs.items() if need}
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
-        statistics = self._bounded(sums)
+        statistics, passes = self._bounded(sums)
         solve = quantization_bytes(
             step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
         )
         weights, tables, on_host = self._weights(step)
         if work.workers > 1:
-            loaded = self._bytes(step.loads)
-            self.works.append(self.describer.describe(step, measured, sums, footprint, loaded_bytes=loaded))
+            found = self.describer.describe(step, measured, sums, footprint, loaded_bytes=self._bytes(step.loads))
+            self.works.append(replace(found, measured=passes * found.measured))
         own = share(self.works[-1], work.num_lanes, work.workers, work.rates) if self.works else None
         solve += own.buffer_bytes if own is not None else 0
         is_ahead = step.goes_on and not work.is_cpu
@@ -201,19 +202,20 @@ class _Planner:
     def _width(self, module: str) -> int:
         return self.parameters[f"{module}.weight"].shape[1]
 
-    def _bounded(self, sums: Sums) -> int:
-        """The bytes of sums at a time: experts are measured in groups, of one expert at least."""
+    def _bounded(self, sums: Sums) -> tuple[int, int]:
+        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least."""
         experts = {names: size for names, size in sums.items() if names[0] in self.experts}
         total = sum(experts.values())
         others = sum(sums.values()) - total
         bound = self.work.statistics_bytes
         if bound is None:
-            return others + total
+            return others + total, 1
         largest: dict[tuple[str, int], int] = {}
         for names, size in experts.items():
             module, position, _ = self.experts[names[0]]
             largest[module, position] = max(size, largest.get((module, position), 0))
-        return others + min(total, max(bound, sum(largest.values())))
+        at_a_time = min(total, max(bound, sum(largest.values())))
+        return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
         taken = storage_bytes(inputs)

@@ -11,12 +11,14 @@ import torch
 
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
-from runtime.algorithms.hessian import FLOAT32, FLOAT64, PANEL_WIDTH
+from runtime.algorithms.hessian import FLOAT32, PANEL_WIDTH
+from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
 from runtime.planning.distribution import FactorSearch, NearestWeight, PlannedSolve, PlannedTile, SharedInput, StepWork
 from runtime.planning.shapes import META
 from runtime.quantize.solve_batches import solved_together
+from runtime.quantize.statistics import ChannelSums, Needs
 from runtime.weights.origins import required_key
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from runtime.planning.forecast import Workload
     from runtime.planning.shapes import Footprint
     from runtime.quantize.needs import RecipeNeeds
-    from runtime.quantize.statistics import Needs
     from runtime.streaming.schedule import Step
     from runtime.weights.origins import ParameterSource
 
@@ -105,19 +106,23 @@ class StepDescriber:
     ) -> list[SharedInput]:
         rows = dict(zip(footprint.seen, footprint.seen_rows, strict=True)) if footprint is not None else {}
         routed = footprint.routed_share if footprint is not None and not self.work.all_tokens else 1.0
-        has_hessian = any(need.hessian for need in measured.values())
-        has_channels = any(need.channels for need in measured.values())
+        needs = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `measuring` shares sums
+        lane_batches = math.ceil(self.num_batches / self.work.num_lanes)
         found = []
         for names in sums:
             width = self.shape_of(f"{names[0].partition(' ')[0]}.weight")[1]
-            count = rows.get(names, self.rows * (routed if names[0] in self.needs.experts else 1.0))
+            count = self.num_batches * rows.get(names, self.rows * (routed if names[0] in self.needs.experts else 1.0))
+            has_hessian = needs.hessian or width <= WIDEST_GRAM
+            sampled = min(int(count / self.work.num_lanes), NUM_SAMPLED)
             found.append(
                 SharedInput(
                     name=names[0].removeprefix(prefix),  # so that equal layers have equal work
                     width=width,
-                    num_tokens=count * self.num_batches,
-                    sum_bytes=lane_bytes(width) if has_hessian else 0,
-                    small_bytes=width * (FLOAT64 + 6 * FLOAT32) if has_channels else 0,
+                    num_tokens=count,
+                    has_hessian=has_hessian,
+                    lane_bytes=panel_bytes(width) if has_hessian else sampled * width * self.work.dtype.itemsize,
+                    small_bytes=ChannelSums.packed_bytes(width, lane_batches) if needs.channels else 0,
+                    final_bytes=width * FLOAT32 if needs.hessian else 0,
                 )
             )
         return found
@@ -171,7 +176,7 @@ class StepDescriber:
 
 
 @functools.cache
-def lane_bytes(width: int) -> int:
+def panel_bytes(width: int) -> int:
     """The bytes of a lane's sum, as it is sent: rows of H from the diagonal on, a panel at a time."""
     heights = [(min(PANEL_WIDTH, width - left), width - left) for left in range(0, width, PANEL_WIDTH)]
     return sum(rows * columns * FLOAT32 for rows, columns in heights)
