@@ -134,6 +134,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     group = current() if workers is None else workers
     with agreed(group):
         request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    require_startable(request.out, resume=options.resume, workers=group, parts=options.parts)
+    with agreed(group):
         scheduled = _scheduled(request)
     differences = require_same(group, scheduled.identity, options.device)
     scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
@@ -189,7 +191,6 @@ def _request(
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
-    require_startable(path, resume=options.resume, parts=options.parts)
     require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
     return _Request(
         artifact=artifact,
@@ -247,9 +248,11 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     doing("calibrating")
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
-        place = open_workplace(request.out, resume=options.resume, identity=identity, parts=options.parts)
+        place = open_workplace(
+            request.out, resume=options.resume, identity=identity, workers=request.workers, parts=options.parts
+        )
         workplace = stack.enter_context(place)
-        writer = ShardWriter(workplace.checkpoint, layout, workplace.workers, parts=options.parts)
+        writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
@@ -272,8 +275,8 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
         config = _quantization_config(request.recipe, run)
-        with agreed(workplace.workers):
-            if not workplace.workers.rank:
+        with agreed(request.workers):
+            if not request.workers.rank:
                 write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
             if options.parts:
                 write_part(workplace.checkpoint, writer, run_digest(identity))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import threading
@@ -68,6 +69,10 @@ class ShardWriter:
     def is_mine(self, name: str) -> bool:
         """Whether this worker writes a tensor."""
         return self._owners[name] == self.workers.rank
+
+    def owner_of(self, prefix: str) -> int:
+        """The rank of the worker that writes a quantized module, whose tensors have names with this prefix."""
+        return self._owners[f"{prefix}weight_scale"]
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Write a tensor of the layout's dtype and shape, and return its size in bytes.
@@ -242,9 +247,22 @@ class ShardWriter:
 
 
 def owners(layout: Layout, num_workers: int) -> dict[str, int]:
-    """Return the rank that writes each tensor: the one with the fewest bytes so far, in the order of the tensors."""
+    """Return the rank that writes each tensor: that with the fewest bytes so far, in the order of the tensors.
+
+    The tensors of one module, whose names differ in the last part, have one writer.
+    """
     division = Division(num_workers)
-    return {tensor.name: division.assign(tensor.num_bytes) for tensor in layout.tensors}
+    found: dict[str, int] = {}
+    for _, group in itertools.groupby(layout.tensors, key=lambda tensor: module_of(tensor.name)):
+        tensors = list(group)
+        rank = division.assign(sum(tensor.num_bytes for tensor in tensors))
+        found |= {tensor.name: rank for tensor in tensors}
+    return found
+
+
+def module_of(name: str) -> str:
+    """The name of a tensor without its last part."""
+    return name.rpartition(".")[0]
 
 
 def part_of(layout: Layout, ranks: Mapping[str, int], rank: int) -> Layout:

@@ -264,7 +264,8 @@ class RecipeModifier:
         rounding = Rounding(
             jobs=self.jobs,
             weight_of=weight_of,
-            shape_of=lambda name: work.model.get_submodule(name).get_parameter("weight").shape,
+            shape_of=lambda name: _weight_of(work, name).shape,
+            dtype_of=lambda name: _weight_of(work, name).dtype,
             scale_dtype_of=work.scale_dtype,
             statistics=statistics,
             siblings=self.siblings,
@@ -328,6 +329,11 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
     if found is None:
         raise RecipeError(f"{name} is not a parameter and cannot be rescaled", hint="correct the mapping")
     return found.detach()
+
+
+def _weight_of(work: Work, name: str) -> torch.Tensor:
+    """The weight of a module, which need not be loaded."""
+    return work.model.get_submodule(name).get_parameter("weight")
 
 
 def _relative_error(rounded: Rounded) -> float:

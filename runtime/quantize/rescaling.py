@@ -126,7 +126,7 @@ class StepRescaler:
                     dtypes = {name: self.work.scale_dtype(name) for name in names}
                     found.append(find_scales(one.transform, group, self.rescaled, first, dtypes).contiguous())
                 else:
-                    found.append(torch.empty(first.num_in_features, device=first.smallest_I.device))
+                    found.append(torch.empty(first.num_in_features, device=first.device))
         for scale_I, owner in zip(found, owners, strict=True):
             workers.broadcast(scale_I, owner)
         return found
@@ -137,8 +137,7 @@ class StepRescaler:
         used_I = self.rescaled.apply(group, scale_I)
         if before is not None:
             where = f"{self.source}:{one.transform.line}: the mapping of {group.producer.removesuffix('.weight')}"
-            with agreed(self.work.workers):
-                require_same_output(self.work, before, self.rescaled, where)
+            require_same_output(self.work, before, self.rescaled, where)
         for entry in one.entries:
             entry.scale(used_I)
         for name in group.modules:

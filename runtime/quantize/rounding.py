@@ -22,7 +22,8 @@ import torch
 from runtime.algorithms import grid
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
 from runtime.quantize.solve_batches import may_overwrite, solved_together
-from runtime.quantize.solves import NUMBERS_AT_A_TIME, Batch, Window
+from runtime.quantize.solve_division import windows
+from runtime.quantize.solves import Batch, Window
 from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Rounding:
     Attributes:
         jobs: assignment of each module.
         weight_of: returns a module's weight [O, I].
-        shape_of: returns its shape, without loading it.
+        shape_of: returns its shape, without loading it; `dtype_of` its dtype.
         scale_dtype_of: returns the dtype in which the checkpoint stores a module's scales.
         statistics: input statistics of the measured modules. The caller removes an entry when it has taken the module's
             result: GPTQ overwrites a Hessian that no remaining module needs.
@@ -91,6 +92,7 @@ class Rounding:
     jobs: Mapping[str, Assignment]
     weight_of: Callable[[str], torch.Tensor]
     shape_of: Callable[[str], Sequence[int]]
+    dtype_of: Callable[[str], torch.dtype]
     scale_dtype_of: Callable[[str], torch.dtype]
     statistics: Mapping[str, InputStatistics]
     siblings: Mapping[str, Hashable]
@@ -117,6 +119,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
             batches=[_batch(batch, step) for batch in batches],
             weight_of=step.weight_of,
             shape_of=step.shape_of,
+            dtype_of=step.dtype_of,
             scale_dtype_of=step.scale_dtype_of,
             global_scale_of=scales.of,
             device=step.device,
@@ -149,17 +152,10 @@ def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
         return id(step.statistics[name]), step.scale_dtype_of(name), step.siblings.get(name, name) if has_own else None
 
     inputs = {name: input_of(name) for name in names if name in step.statistics}
-    window: list[list[str]] = []
-    num_numbers = 0
-    for batch in solved_together(names, step.jobs, inputs):
-        size = sum(math.prod(step.shape_of(name)) for name in batch)
-        if window and (step.workers.size == 1 or num_numbers + size > NUMBERS_AT_A_TIME):
-            yield window
-            window, num_numbers = [], 0
-        window.append(batch)
-        num_numbers += size
-    if window:
-        yield window
+    batches = list(solved_together(names, step.jobs, inputs))
+    sizes = [sum(math.prod(step.shape_of(name)) for name in batch) for batch in batches]
+    for window in windows(sizes, step.workers.size):
+        yield batches[window]
 
 
 def _batch(names: Sequence[str], step: Rounding) -> Batch:

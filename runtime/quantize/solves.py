@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from runtime.formats.compressed import compress_rows
 from runtime.formats.stored_scales import require_sound_weight
 from runtime.quantize.nearest import output_square, round_to_nearest
 from runtime.quantize.packed_pieces import PackedPiece
-from runtime.quantize.solve_division import Solve, tile_workers
+from runtime.quantize.solve_division import Solve, divided, windows
 from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from runtime.workers.group import Workers
 
 _NEAREST, _GPTQ = "rtn", "gptq"
-NUMBERS_AT_A_TIME = 2**30  # of the weights that several workers quantize before they exchange results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +69,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Solving:
-    """A batch whose Hessian is factored; the factors are elsewhere, because only some workers have them."""
+    """A batch that GPTQ solves: its tiles, and the worker of each."""
 
     tiles: Sequence[Tile]
     solvers: Sequence[int]
-    damping: float
-    dtype: torch.dtype
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +84,7 @@ class _Unit:
         worker: that does it.
         tiles: to solve; none for a module that is rounded to nearest.
         names: of the modules that have rows in it.
+        num_numbers: of its weights.
         is_first, is_last: whether it is the first or the last of its batch.
     """
 
@@ -95,6 +92,7 @@ class _Unit:
     worker: int
     tiles: Sequence[Tile]
     names: Sequence[str]
+    num_numbers: int
     is_first: bool
     is_last: bool
 
@@ -117,13 +115,18 @@ class Window:
     batches: Sequence[Batch]
     weight_of: Callable[[str], torch.Tensor]
     shape_of: Callable[[str], Sequence[int]]
+    dtype_of: Callable[[str], torch.dtype]
     scale_dtype_of: Callable[[str], torch.dtype]
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
-    _factors: dict[int, Factored] = field(default_factory=dict)
     _solving: dict[int, _Solving] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+    _factors: dict[int, Factored] = field(default_factory=dict)
+    _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
     _reasons: dict[str, str] = field(default_factory=dict)  # why a module of GPTQ is rounded to nearest
+    _failed: dict[str, str] = field(default_factory=dict)  # the same, not known to other workers yet
+    _error: Exception | None = None  # of this worker, raised when all workers are done with their part
 
     def rounded(self) -> Iterator[list[PackedPiece]]:
         """Quantize this worker's part of some modules after the other, and yield its packed rows of each.
@@ -133,38 +136,133 @@ class Window:
         Raises:
             QuantizationError: naming the module.
         """
+        with agreed(self.workers):
+            self._require_inputs()
+        self._divide()
         self._factor_own()
-        for units in self._in_parts(list(self._units())):
+        units = list(self._units())
+        for part in windows([unit.num_numbers for unit in units], self.workers.size):
             found: list[PackedPiece] = []
-            failed: list[tuple[str, str]] = []
-            first_error: Exception | None = None
-            for unit in units:
-                if unit.is_first:
+            for unit in units[part]:
+                if unit.is_first and unit.tiles:
                     self._share_factors(unit.index)
-                if first_error is None and unit.worker == self.workers.rank:
-                    try:
+                is_possible = self._error is None and (not unit.tiles or unit.index in self._factors)
+                if is_possible and unit.worker == self.workers.rank:
+                    with self._kept_error(unit.index, unit.names):
                         found += self._done(unit)
-                    except Exception as error:
-                        # Other workers wait for messages about the units that follow.
-                        first_error = self._failed(unit, error, failed)
                 if unit.is_last:
                     self._factors.pop(unit.index, None)
             with agreed(self.workers):
-                if first_error is not None:
-                    raise first_error
-            found += self._fall_back(failed, units)
+                if self._error is not None:
+                    raise self._error
+            found += self._fall_back()
             yield [piece for piece in found if piece.algorithm == _NEAREST or piece.name not in self._reasons]
             del found
 
-    def _failed(self, unit: _Unit, error: Exception, failed: list[tuple[str, str]]) -> Exception | None:
-        """Note the modules of a unit that could not be solved, or return the error."""
-        if not unit.tiles or not self.batches[unit.index].has_fallback or not isinstance(error, QuantizationError):
-            return error
-        failed += [(name, error.message) for name in unit.names]
-        return None
+    @contextlib.contextmanager
+    def _kept_error(self, index: int, names: Sequence[str]) -> Iterator[None]:
+        """Keep an error of the block until this worker has sent all messages that others wait for."""
+        try:
+            yield
+        except Exception as error:
+            if index in self._solving and self.batches[index].has_fallback and isinstance(error, QuantizationError):
+                self._failed |= dict.fromkeys(names, error.message)
+            else:
+                self._error = error
+
+    def _require_inputs(self) -> None:
+        for batch in self.batches:
+            if batch.job.algorithm == _GPTQ and batch.seen is None:
+                reason = "no calibration token reached it"
+                if not batch.has_fallback:
+                    raise _named(QuantizationError(reason), batch, batch.names[0])
+                self._reasons |= dict.fromkeys(batch.names, reason)
+
+    def _divide(self) -> None:
+        """Cut the batches that are solved into tiles, assign these to workers, and order the batches."""
+        tiles = {}
+        solves = []
+        for index, batch in enumerate(self.batches):
+            if batch.is_solved:
+                shapes = [self.shape_of(name) for name in batch.names]
+                tiles[index] = _tiles(batch, shapes, self.device.type)
+                rows = [sum(piece.stop - piece.start for piece in tile) for tile in tiles[index]]
+                num_in, is_divided = shapes[0][1], not batch.is_refined
+                solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
+        found = divided(solves, self.workers.size)
+        for (index, own), solvers in zip(tiles.items(), found.workers, strict=True):
+            self._solving[index] = _Solving(tiles=own, solvers=solvers)
+        indices = list(self._solving)
+        others = [index for index in range(len(self.batches)) if index not in self._solving]
+        self._order = [*(indices[place] for place in found.order), *others]
+
+    def _factor_own(self) -> None:
+        """Factor the Hessians that are here."""
+        for index in self._order:
+            batch = self.batches[index]
+            if index in self._solving and batch.owner == self.workers.rank and self._error is None:
+                start = time.perf_counter()
+                with self._kept_error(index, batch.names):
+                    self._factor(index)
+                self._seconds[index] = time.perf_counter() - start
+
+    def _factor(self, index: int) -> None:
+        batch = self.batches[index]
+        assert batch.seen is not None, "only batches with statistics are solved"
+        try:
+            self._factors[index] = factor_hessian(
+                batch.seen.take_hessian() if batch.may_overwrite else batch.seen.hessian_II,
+                self._options(batch),
+                list(self.shape_of(batch.names[0])),
+                _dtype_of_factors(self.dtype_of(batch.names[0])),
+                overwrite_hessian=batch.may_overwrite,
+            )
+        except QuantizationError as error:
+            raise error if batch.has_fallback else _named(error, batch, batch.names[0]) from error
+
+    def _options(self, batch: Batch) -> SolveOptions:
+        assert batch.job.options is not None, "GPTQ comes with options"
+        return SolveOptions(
+            args=batch.job.scheme.weights,
+            scale_dtype=self.scale_dtype_of(batch.names[0]),
+            dampening_frac=batch.job.options.dampening_frac,
+            block_size=batch.job.options.block_size,
+            actorder=batch.job.options.actorder,
+            global_scale=self.global_scale_of(batch.names[0]),
+        )
+
+    def _share_factors(self, index: int) -> None:
+        """Send the factors of a batch to the workers that have tiles of it, if factoring succeeded."""
+        solving, owner, rank = self._solving[index], self.batches[index].owner, self.workers.rank
+        receivers = sorted({solver for solver in solving.solvers if solver != owner})
+        own = self._factors.get(index)
+        if rank == owner:
+            head = torch.tensor([float(own is not None), 0.0 if own is None else own.damping], dtype=torch.float64)
+            self.workers.swap([(head, receiver) for receiver in receivers], [])
+            for part in own.parts() if own is not None and receivers else ():
+                dense = part.contiguous()
+                self.workers.swap([(dense, receiver) for receiver in receivers], [])
+            if owner not in solving.solvers:
+                self._factors.pop(index, None)
+        elif rank in receivers:
+            head = torch.empty(2, dtype=torch.float64)
+            self.workers.swap([], [(head, owner)])
+            if head[0]:
+                self._receive(index, owner, float(head[1]))
+
+    def _receive(self, index: int, owner: int, damping: float) -> None:
+        names = self.batches[index].names
+        num_in, dtype = self.shape_of(names[0])[1], _dtype_of_factors(self.dtype_of(names[0]))
+        found = self._factors[index] = Factored.empty(num_in, dtype, self.device, damping)
+        for part in found.parts():
+            dense = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            self.workers.swap([], [(dense, owner)])
+            if dense is not part:
+                part.copy_(dense)
 
     def _units(self) -> Iterator[_Unit]:
-        for index, batch in enumerate(self.batches):
+        for index in self._order:
+            batch = self.batches[index]
             parts: list[tuple[int, Sequence[Tile], list[str]]]
             if index not in self._solving:
                 parts = [(batch.owner, (), [name]) for name in batch.names]
@@ -178,120 +276,17 @@ class Window:
                     for tile, solver in zip(solving.tiles, solving.solvers, strict=True)
                 ]
             for place, (worker, tiles, names) in enumerate(parts):
+                num_rows = sum(piece.stop - piece.start for tile in tiles for piece in tile)
+                num_out, num_in = self.shape_of(names[0])
                 yield _Unit(
                     index=index,
+                    num_numbers=(num_rows or num_out) * num_in,
                     worker=worker,
                     tiles=tiles,
                     names=names,
                     is_first=place == 0,
                     is_last=place == len(parts) - 1,
                 )
-
-    def _in_parts(self, units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
-        """Yield the units that are done before results are exchanged; a single worker hands each on at once."""
-        part: list[_Unit] = []
-        num_numbers = 0
-        for unit in units:
-            part.append(unit)
-            if unit.tiles:
-                num_rows = sum(piece.stop - piece.start for tile in unit.tiles for piece in tile)
-                num_numbers += num_rows * self.shape_of(unit.names[0])[1]
-            else:
-                num_numbers += math.prod(self.shape_of(unit.names[0]))
-            if self.workers.size == 1 or num_numbers >= NUMBERS_AT_A_TIME:
-                yield part
-                part, num_numbers = [], 0
-        if part:
-            yield part
-
-    def _factor_own(self) -> None:
-        """Factor the Hessians that are here, and learn how it went elsewhere."""
-        outcomes: list[tuple[int, float, str, float, str]] = []
-        with agreed(self.workers):
-            for index, batch in enumerate(self.batches):
-                if batch.job.algorithm == _GPTQ and batch.seen is None:
-                    reason = "no calibration token reached it"
-                    if not batch.has_fallback:
-                        raise _named(QuantizationError(reason), batch, batch.names[0])
-                    self._reasons |= dict.fromkeys(batch.names, reason)
-                if not batch.is_solved or batch.owner != self.workers.rank:
-                    continue
-                start = time.perf_counter()
-                try:
-                    found = self._factors[index] = self._factored(batch)
-                except QuantizationError as error:
-                    if not batch.has_fallback:
-                        raise _named(error, batch, batch.names[0]) from error
-                    outcomes.append((index, 0.0, "", 0.0, error.message))
-                else:
-                    seconds = time.perf_counter() - start
-                    outcomes.append(
-                        (index, found.damping, str(found.lower_II.dtype).removeprefix("torch."), seconds, "")
-                    )
-        known = {index: rest for entries in self.workers.exchange(outcomes) for index, *rest in entries}
-        for index, (*_, reason) in known.items():
-            self._reasons |= dict.fromkeys(self.batches[index].names if reason else (), reason)
-        self._divide({index: rest for index, rest in known.items() if not rest[-1]})
-
-    def _factored(self, batch: Batch) -> Factored:
-        assert batch.seen is not None, "only batches with statistics are solved"
-        seen = batch.seen
-        return factor_hessian(
-            seen.take_hessian() if batch.may_overwrite else seen.hessian_II,
-            self._options(batch),
-            list(self.shape_of(batch.names[0])),
-            grid.work_dtype(self.weight_of(batch.names[0])),
-            overwrite_hessian=batch.may_overwrite,
-        )
-
-    def _options(self, batch: Batch) -> SolveOptions:
-        assert batch.job.options is not None, "GPTQ comes with options"
-        return SolveOptions(
-            args=batch.job.scheme.weights,
-            scale_dtype=self.scale_dtype_of(batch.names[0]),
-            dampening_frac=batch.job.options.dampening_frac,
-            block_size=batch.job.options.block_size,
-            actorder=batch.job.options.actorder,
-            global_scale=self.global_scale_of(batch.names[0]),
-        )
-
-    def _divide(self, known: Mapping[int, Sequence[object]]) -> None:
-        """Cut the batches that are solved into tiles, and assign these to workers."""
-        tiles = {}
-        solves = []
-        for index in sorted(known):
-            batch = self.batches[index]
-            shapes = [self.shape_of(name) for name in batch.names]
-            tiles[index] = _tiles(batch, shapes, self.device.type)
-            rows = [sum(piece.stop - piece.start for piece in tile) for tile in tiles[index]]
-            num_in, is_divided = shapes[0][1], not batch.is_refined
-            solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
-        for (index, own), solvers in zip(tiles.items(), tile_workers(solves, self.workers.size), strict=True):
-            damping, dtype, seconds, _ = known[index]
-            self._solving[index] = _Solving(
-                tiles=own, solvers=solvers, damping=damping, dtype=getattr(torch, dtype), seconds=seconds
-            )
-
-    def _share_factors(self, index: int) -> None:
-        """Send the factors of a batch to the workers that have tiles of it."""
-        if index not in self._solving:
-            return
-        solving, owner, rank = self._solving[index], self.batches[index].owner, self.workers.rank
-        receivers = sorted({solver for solver in solving.solvers if solver != owner})
-        if rank == owner:
-            for part in self._factors[index].parts() if receivers else ():
-                dense = part.contiguous()
-                self.workers.swap([(dense, receiver) for receiver in receivers], [])
-            if owner not in solving.solvers:
-                del self._factors[index]
-        elif rank in receivers:
-            num_in = self.shape_of(self.batches[index].names[0])[1]
-            found = self._factors[index] = Factored.empty(num_in, solving.dtype, self.device, solving.damping)
-            for part in found.parts():
-                dense = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
-                self.workers.swap([], [(dense, owner)])
-                if dense is not part:
-                    part.copy_(dense)
 
     def _done(self, unit: _Unit) -> Iterator[PackedPiece]:
         """Do a unit, and yield its packed rows."""
@@ -305,19 +300,19 @@ class Window:
 
     def _solved_tiles(self, unit: _Unit) -> Iterator[_Solved]:
         """Solve the tiles of a unit, one at a time."""
-        batch, solving = self.batches[unit.index], self._solving[unit.index]
-        start = time.perf_counter() - (solving.seconds if unit.is_first else 0.0)
-        warning = _damping_remark(batch, solving.damping) if unit.is_first else ""
+        batch, factors = self.batches[unit.index], self._factors[unit.index]
+        start = time.perf_counter() - self._seconds.pop(unit.index, 0.0)
+        warning = _damping_remark(batch, factors.damping) if unit.is_first else ""
         weights = [self._weight(name, batch) for name in unit.names]
         places = {batch.names.index(name): place for place, name in enumerate(unit.names)}
         tiles = [tuple(replace(piece, weight=places[piece.weight]) for piece in tile) for tile in unit.tiles]
-        pieces = solve_tiles(weights, tiles, self._factors[unit.index], self._options(batch))
+        pieces = solve_tiles(weights, tiles, factors, self._options(batch))
         while True:
             try:
-                found = [next(pieces, None)]
+                found = list(itertools.islice(pieces, 1))
             except QuantizationError as error:
-                raise _named(error, batch, unit.names[0]) from error
-            if found[0] is None:
+                raise error if batch.has_fallback else _named(error, batch, unit.names[0]) from error
+            if not found:
                 return
             name = unit.names[found[0].piece.weight]
             yield _Solved(name=name, batch=batch, solved=found.pop(), start=start, warning=warning)
@@ -397,15 +392,19 @@ class Window:
             tensors=self._tensors(name, result, batch),
         )
 
-    def _fall_back(self, failed: Sequence[tuple[str, str]], units: Sequence[_Unit]) -> list[PackedPiece]:
-        """Round to nearest the modules with rows that any worker has failed to solve."""
-        fresh = {name: reason for entries in self.workers.exchange(failed) for name, reason in entries}
-        fresh = {name: reason for name, reason in fresh.items() if name not in self._reasons}
+    def _fall_back(self) -> list[PackedPiece]:
+        """Round to nearest the modules that any worker has failed to solve."""
+        known = self.workers.exchange(list(self._failed.items()))
+        fresh = {name: reason for entries in reversed(known) for name, reason in entries if name not in self._reasons}
         self._reasons |= fresh
-        owners = {name: self.batches[unit.index] for unit in units for name in unit.names if name in fresh}
+        self._failed.clear()
+        own = [(batch, name) for batch in self.batches for name in batch.names if name in fresh]
         with agreed(self.workers):
-            own = [(name, batch) for name, batch in owners.items() if batch.owner == self.workers.rank]
-            return [self._nearest(name, batch) for name, batch in own]
+            return [self._nearest(name, batch) for batch, name in own if batch.owner == self.workers.rank]
+
+
+def _dtype_of_factors(weights: torch.dtype) -> torch.dtype:
+    return torch.float64 if weights == torch.float64 else torch.float32
 
 
 def _tiles(batch: Batch, shapes: Sequence[Sequence[int]], device_type: str) -> list[Tile]:

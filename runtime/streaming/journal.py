@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.errors import OutputError
 from runtime.host.regular_files import is_there, read_regular
+from runtime.workers.comparison import FILE_TIMES
 
 NAME = "journal"
 RUN, STEP, MICRO_BATCH = "run", "step", "micro_batch"
@@ -91,7 +92,7 @@ class Journal:
                 f"{self.path} is damaged: it is not the journal of one run",
                 hint=f"remove {self.path.parent} to start again",
             )
-        names = [name for name in dict.fromkeys((*before, *identity)) if before.get(name) != identity.get(name)]
+        names = _differing(before, identity)
         if names:
             differences = ", ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
             raise OutputError(
@@ -108,6 +109,19 @@ class Journal:
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a journal, which another process may be writing."""
     return _read(path)[0]
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The ingredients in which two runs differ.
+
+    Files of a checkpoint that were written again count as changed, but only on one host: on another one, they are
+    copies, with times of their own and the same content.
+    """
+    names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+    hosts = [str(identity.get(FILE_TIMES)).partition(" ")[0] for identity in (before, now)]
+    if FILE_TIMES in names and hosts[0] == hosts[1] and "checkpoint" not in names:
+        names.append("checkpoint")
+    return [name for name in names if name != FILE_TIMES]
 
 
 def _difference(name: str, before: str | None, now: str | None) -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
     from runtime.workers.group import Workers
 
+_LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
+
 
 @dataclass(kw_only=True)
 class Work:
@@ -161,11 +163,11 @@ class Work:
         """
         assert not self.step.is_run, "batches would run with the original weight"
         prefix = self._prefix(report.name)
-        self._finished(report, self.writer.leave_to_others(f"{prefix}{part}" for part in parts))
+        self._finished(report, sum(self.writer.write_bytes(f"{prefix}{part}", ()) for part in parts))
 
     def writer_of(self, name: str) -> int:
         """The rank of the worker that writes the tensors of a module."""
-        return self.writer.owner_of(f"{self._prefix(name)}weight")
+        return self.writer.owner_of(self._prefix(name))
 
     def _prefix(self, name: str) -> str:
         """The names of a module's tensors in the checkpoint, without the last part."""
@@ -174,7 +176,8 @@ class Work:
     def _finished(self, report: ModuleReport, num_bytes: int) -> None:
         if not self.step.is_run:
             unload(self.model, [f"{report.name}.weight"])
-        trim_heap()
+        if num_bytes >= _LARGE:
+            trim_heap()
         self.reports.append(replace(report, num_bytes=num_bytes))
         done, count = len(self.reports), len(self.step.modules)
         self.watcher.tell("solved", index=self.step.index, name=report.name, done=done, count=count)

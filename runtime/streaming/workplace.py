@@ -217,10 +217,7 @@ def open_workplace(
         OutputError: when `out` is not free, another process works on it, or an interrupted run would be lost or has
             another identity.
     """
-    from runtime.streaming.identity import require_same_inputs
-
     workers = workers or Alone()
-    require_same_inputs(identity, workers)
     require_place(out, resume=resume, workers=workers, parts=parts)
     out = part_path(out, workers) if parts else out
     root, leads = root_of(out), parts or not workers.rank

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import OutputError, SeqbuildError, WorkerError
-from runtime.host.memory import is_out_of_memory
 from runtime.workers.group import Workers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -56,6 +56,8 @@ def is_worth_resuming(error: BaseException) -> bool:
 
 
 def _facts(workers: Workers, error: Exception) -> dict[str, Any]:
+    from runtime.host.memory import is_out_of_memory
+
     return {
         "host": socket.gethostname(),
         "step": workers.step,
@@ -77,6 +79,8 @@ def _error_of_another(
     rank, status = next(iter(serious.items()))
     text = stopped_text(rank, status["host"], status["step"], status["message"])
     if status["is_memory"]:
+        import torch
+
         return torch.OutOfMemoryError(text)
     return WorkerError(text, is_resumable=status["is_resumable"])
 

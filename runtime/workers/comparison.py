@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import socket
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from runtime.errors import WorkerError
-from runtime.host.half_precision import names_of_slow_halves
 from runtime.workers.group import Workers
 
-FILE_TIMES = "file times"  # in an identity: copies of a file have different ones
+if TYPE_CHECKING:
+    import torch
+
+FILE_TIMES = "times of the weights files"  # in an identity: copies of a file have different ones
 _WORDS = {"checkpoint": "weights"}
 _LIBRARIES = ("transformers", "compressed-tensors", "safetensors", "numpy")
 _DIGEST_LENGTH = 40  # longer values are not shown
@@ -48,7 +49,7 @@ def require_same(workers: Workers, identity: Mapping[str, str], device: torch.de
                 f"{first['host']}",
                 hint="give all workers the same artifact, weights, recipe, data and options",
             )
-    warnings = []
+    warnings: list[str] = []
     for rank, facts in enumerate(found):
         differences = _differences(first["machine"], facts["machine"])
         if differences and not warnings:
@@ -69,6 +70,10 @@ def _difference(name: str, first: str | None, other: str | None) -> str:
 
 def _machine(device: torch.device) -> dict[str, str]:
     """What may change the last bits of sums, besides the identity of the run."""
+    import torch
+
+    from runtime.host.half_precision import names_of_slow_halves
+
     facts = {"slow 16-bit types": ",".join(names_of_slow_halves()) or "none", "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)

@@ -242,9 +242,9 @@ def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: flo
 
 def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
     """Connect to the store; torchrun has one, otherwise the first worker creates it."""
-    from torch.distributed import distributed_c10d as dist
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         _number("MASTER_PORT", 0),
         is_master=is_server and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
@@ -252,7 +252,7 @@ def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"seqbuild/{place.num_restarts}/{_num_groups[0]}", store)
+    return PrefixStore(f"seqbuild/{place.num_restarts}/{_num_groups[0]}", store)
 
 
 def _peers(store: Any, place: Launch, device: torch.device, timeout_s: float) -> list[Peer]:
