@@ -19,14 +19,13 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from runtime.algorithms.hessian import hessian_bytes
 from runtime.planning.rates import Rates
-from runtime.quantize.solve_division import Solve, tile_workers
-from runtime.quantize.solves import NUMBERS_AT_A_TIME
+from runtime.quantize.solve_division import Solve, divided, windows
 from runtime.workers.division import Division
 
 
@@ -338,51 +337,37 @@ class _Solving:
 
 
 def _solving(step: StepWork, owners: Sequence[int], size: int, rates: Rates) -> _Solving:
-    """Divide factorizations and tiles as `quantize.solves.Window` does, and follow each worker through them."""
+    """Divide factorizations and tiles as the run does, and follow each worker through them (`quantize.solves`)."""
     done = _Solving(size=size)
-    for window in _windows(step, size):
-        for solve in window:
-            done.work(owners[solve.source], step.inputs[solve.source].width ** 3 / 3 / rates.factorization)
-        done.meet(range(size))
-        solves = [
-            Solve(
-                num_in_features=step.inputs[solve.source].width,
-                owner=owners[solve.source],
-                rows=[tile.num_rows for tile in solve.tiles],
-            )
-            for solve in window
-        ]
-        for solve, ranks in zip(window, tile_workers(solves, size), strict=True):
-            owner, width = owners[solve.source], step.inputs[solve.source].width
-            takers = [rank for rank in dict.fromkeys(ranks) if rank != owner]
+    solves = [
+        Solve(
+            num_in_features=step.inputs[solve.source].width,
+            owner=owners[solve.source],
+            rows=[tile.num_rows for tile in solve.tiles],
+        )
+        for solve in step.solves
+    ]
+    sizes = [sum(solve.rows) * solve.num_in_features for solve in solves]
+    for window in windows(sizes, size):
+        own = list(zip(step.solves[window], solves[window], strict=True))
+        for _, solve in own:
+            done.work(solve.owner, solve.num_in_features**3 / 3 / rates.factorization)
+        found = divided(solves[window], size)
+        for index in found.order:
+            (planned, solve), ranks = own[index], found.workers[index]
+            takers = [rank for rank in dict.fromkeys(ranks) if rank != solve.owner]
             for rank in takers:
-                done.factors.send(owner, rank, solve.factor_bytes)
-            if takers:
-                done.meet([owner, *takers], len(takers) * solve.factor_bytes / rates.link)
-            for tile, rank in zip(solve.tiles, ranks, strict=True):
-                done.work(rank, _tile_s(tile, width, rates), tile.result_bytes)
-        done.meet(range(size))
+                done.factors.send(solve.owner, rank, planned.factor_bytes)
+            done.meet([solve.owner, *takers], len(takers) * planned.factor_bytes / rates.link)
+            for tile, rank in zip(planned.tiles, ranks, strict=True):
+                done.work(rank, _tile_s(tile, solve.num_in_features, rates), tile.result_bytes)
+        done.meet(range(size))  # results are exchanged
     division = Division(size)
     for weight in step.nearest:
         cost = weight.num_weights * (1 / rates.nearest + 1 / rates.packing)
         rank = division.assign(cost) if weight.source is None else owners[weight.source]
         done.work(rank, cost, weight.result_bytes)
     return done
-
-
-def _windows(step: StepWork, size: int) -> Iterator[list[PlannedSolve]]:
-    """Yield the solves that the workers do at the same time."""
-    window: list[PlannedSolve] = []
-    num_weights = 0
-    for solve in step.solves:
-        own = sum(tile.num_rows for tile in solve.tiles) * step.inputs[solve.source].width
-        if window and (size == 1 or num_weights + own > NUMBERS_AT_A_TIME):
-            yield window
-            window, num_weights = [], 0
-        window.append(solve)
-        num_weights += own
-    if window:
-        yield window
 
 
 def _tile_s(tile: PlannedTile, width: int, rates: Rates) -> float:
