@@ -73,11 +73,13 @@ class PlannedSolve:
         source: the position of their input among the subgraph's.
         tiles: of their stacked rows.
         factor_bytes: of the factor, as it is sent.
+        is_expert: whether the weights are of experts, which are solved before the others.
     """
 
     source: int
     tiles: tuple[PlannedTile, ...]
     factor_bytes: int
+    is_expert: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,37 +339,46 @@ class _Solving:
 
 
 def _solving(step: StepWork, owners: Sequence[int], size: int, rates: Rates) -> _Solving:
-    """Divide factorizations and tiles as the run does, and follow each worker through them (`quantize.solves`)."""
+    """Divide factorizations and tiles as the run does (`quantize.rounding`)."""
     done = _Solving(size=size)
-    solves = [
-        Solve(
-            num_in_features=step.inputs[solve.source].width,
-            owner=owners[solve.source],
-            rows=[tile.num_rows for tile in solve.tiles],
-        )
-        for solve in step.solves
-    ]
-    sizes = [sum(solve.rows) * solve.num_in_features for solve in solves]
-    for window in windows(sizes, size):
-        own = list(zip(step.solves[window], solves[window], strict=True))
-        for _, solve in own:
-            done.work(solve.owner, solve.num_in_features**3 / 3 / rates.factorization)
-        found = divided(solves[window], size)
-        for index in found.order:
-            (planned, solve), ranks = own[index], found.workers[index]
-            takers = [rank for rank in dict.fromkeys(ranks) if rank != solve.owner]
-            for rank in takers:
-                done.factors.send(solve.owner, rank, planned.factor_bytes)
-            done.meet([solve.owner, *takers], len(takers) * planned.factor_bytes / rates.link)
-            for tile, rank in zip(planned.tiles, ranks, strict=True):
-                done.work(rank, _tile_s(tile, solve.num_in_features, rates), tile.result_bytes)
-        done.meet(range(size))  # results are exchanged
+    for is_expert in (True, False):
+        _follow(done, [solve for solve in step.solves if solve.is_expert is is_expert], step, owners, rates)
     division = Division(size)
     for weight in step.nearest:
         cost = weight.num_weights * (1 / rates.nearest + 1 / rates.packing)
         rank = division.assign(cost) if weight.source is None else owners[weight.source]
         done.work(rank, cost, weight.result_bytes)
     return done
+
+
+def _follow(
+    done: _Solving, planned: Sequence[PlannedSolve], step: StepWork, owners: Sequence[int], rates: Rates
+) -> None:
+    """Follow each worker through factorizations and tiles."""
+    solves = [
+        Solve(
+            num_in_features=step.inputs[solve.source].width,
+            owner=owners[solve.source],
+            rows=[tile.num_rows for tile in solve.tiles],
+        )
+        for solve in planned
+    ]
+    size = done.size
+    sizes = [sum(solve.rows) * solve.num_in_features for solve in solves]
+    for window in windows(sizes, size):
+        own = list(zip(planned[window], solves[window], strict=True))
+        for _, solve in own:
+            done.work(solve.owner, solve.num_in_features**3 / 3 / rates.factorization)
+        found = divided(solves[window], size)
+        for index in found.order:
+            (one, solve), ranks = own[index], found.workers[index]
+            takers = [rank for rank in dict.fromkeys(ranks) if rank != solve.owner]
+            for rank in takers:
+                done.factors.send(solve.owner, rank, one.factor_bytes)
+            done.meet([solve.owner, *takers], len(takers) * one.factor_bytes / rates.link)
+            for tile, rank in zip(one.tiles, ranks, strict=True):
+                done.work(rank, _tile_s(tile, solve.num_in_features, rates), tile.result_bytes)
+        done.meet(range(size))  # results are exchanged
 
 
 def _tile_s(tile: PlannedTile, width: int, rates: Rates) -> float:

@@ -5,6 +5,7 @@ Rates are assumptions. Predicted times are rough; a predicted speedup depends on
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,7 +107,8 @@ def parse_bandwidth(text: str, *, option: str) -> float:
     Raises:
         UsageError: if the text is not a size per second above 0.
     """
-    size = parse_bytes(text.removesuffix("/s"), option=option) if text.endswith("/s") else 0
-    if not size:
-        raise UsageError(f"{option} must be bytes per second; got {text!r}", hint="write it as 25GB/s")
-    return float(size)
+    size, per, unit = text.rpartition("/")
+    with contextlib.suppress(UsageError):
+        if per and unit == "s" and (found := parse_bytes(size, option=option)):
+            return float(found)
+    raise UsageError(f"{option} must be bytes per second; got {text!r}", hint="write it as 25GB/s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,10 +132,13 @@ class StepDescriber:
         """The solves of a subgraph, and the weights that are rounded to nearest."""
         solves, nearest = [], []
         jobs = self.needs.jobs
-        for names in solved_together(step.modules, jobs, places):
+        # Experts are solved before the others.
+        experts, others = ([n for n in step.modules if (n in self.needs.experts) is part] for part in (True, False))
+        for names in (*solved_together(experts, jobs, places), *solved_together(others, jobs, places)):
             job = jobs[names[0]]
             if job.algorithm == "gptq" and names[0] in places:
-                solves.append(self._solve(names, places[names[0]], is_sent=step.is_run))
+                solve = self._solve(names, places[names[0]], is_sent=step.is_run)
+                solves.append(replace(solve, is_expert=names[0] in self.needs.experts))
                 continue
             source = places.get(names[0]) if job.clip or job.scheme.weights.observer == "imatrix_mse" else None
             for name in names:
