@@ -4,13 +4,13 @@
     python tests/bench/bench_distributed.py --only measured --before OLDER_CHECKOUT
     python tests/bench/bench_distributed.py --only predicted
 
-Measured: a Llama with the widths of TinyLlama 1.1B and a mixture, of random bf16 weights, GPTQ W4A16, one thread for each
-worker; runs of 1 and 2 workers, and of an older checkout with one, take turns. Every figure is a median. What the plan
-predicts for the same run stands beside what was measured.
+Measured: a Llama with the widths of TinyLlama 1.1B and a mixture, of random bf16 weights, GPTQ W4A16, one thread for
+each worker; runs of 1 and 2 workers, and of an older checkout with one, take turns. All figures are medians, beside the
+plan of the same run. The serial share is the one that explains the speedup by Amdahl's law; messages are a part of it.
+On a machine that others use, compare processor seconds: of all workers, without waiting.
 
-Predicted: Llama 3 8B and 70B and DeepSeek-V3, of whose configs nothing but artifacts is made, GPTQ W4A16, by the formulas
-of `seqbuild plan --workers N` with the rates of runtime/planning/rates.py, and with half and double the rates that matter
-most.
+Predicted: Llama 3 8B and 70B and DeepSeek-V3 with GPTQ W4A16, from artifacts of their configs, by the formulas of
+`seqbuild plan --workers N`; with the rates of runtime/planning/rates.py, and with half and twice the most important ones.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def calibrate(command: Sequence[str], size: int, checkout: Path, out: Path) -> R
     log.unlink(missing_ok=True)
     start = [sys.executable, "-m"]
     if size > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m"]
+        # Without "--", torchrun takes --log for one of its own options.
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "--"]
     cost = measure([*start, "runtime", *command, "-o", str(out), "--log", str(log)], threads=1, cwd=checkout)
     events = [json.loads(line) for line in log.read_text().splitlines()]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.safetensors"))]
@@ -175,14 +176,15 @@ def report(name: str, options: argparse.Namespace, artifact: Path, runs: Mapping
         cost = medians([run.cost for run in own])
         seconds = statistics.median(run.calibrating_s for run in own)
         speedup = alone_s / seconds
-        line = f"  {size} workers: {cost.wall_s:.1f} s ({seconds:.1f} s in subgraphs), {cost.peak_bytes / 1e6:.0f} MB in all"
+        line = (
+            f"  {size} workers: {cost.wall_s:.1f} s, {seconds:.1f} s in subgraphs, {cost.cpu_s:.1f} s of processors, "
+        )
+        line += f"{cost.peak_bytes / 1e6:.0f} MB in all"
         if size > 1:
-            serial = (size / speedup - 1) / (size - 1)  # that explains the speedup by Amdahl's law
-            plan = planned(options, artifact, size)
-            line += (
-                f"; speedup {speedup:.2f} ({plan['speedup']:.2f} planned), serial share {serial:.1%} "
-                f"({plan['serial_share']:.1%}), sent {own[0].sent_bytes / 1e6:.1f} MB ({plan['sent_bytes'] / 1e6:.1f})"
-            )
+            serial, plan = (size / speedup - 1) / (size - 1), planned(options, artifact, size)
+            line += f"; speedup {speedup:.2f} ({plan['speedup']:.2f} planned), serial share {serial:.1%} "
+            line += f"({plan['serial_share']:.1%} and messages), sent {own[0].sent_bytes / 1e6:.1f} MB "
+            line += f"({plan['sent_bytes'] / 1e6:.1f})"
         print(line, flush=True)
 
 
