@@ -71,9 +71,7 @@ def run_workers(
         torchrun: further options of torchrun; None starts the workers without it.
         limit_s: seconds after which the processes are killed, and a TimeoutError raised.
     """
-    path = folder / f"calls-{time.monotonic_ns()}.json"
-    path.write_text(json.dumps([asdict(call) for call in calls]))
-    start = time.monotonic()
+    path, start = write_calls(calls, folder), time.monotonic()
     processes = start_workers(path, size, torchrun)
     try:
         ends = [process.communicate(timeout=max(start + limit_s - time.monotonic(), 0.1)) for process in processes]
@@ -87,6 +85,13 @@ def run_workers(
         errors=tuple(error for _, error in ends),
         seconds=time.monotonic() - start,
     )
+
+
+def write_calls(calls: Sequence[Call], folder: Path) -> Path:
+    """Write the file that workers read."""
+    path = folder / f"calls-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps([asdict(call) for call in calls]))
+    return path
 
 
 def end_all(processes: Sequence[subprocess.Popen[str]]) -> None:

@@ -43,10 +43,14 @@ class Workshop:
         dense: the model of the recipes `DENSE`.
         mixture: the model of the recipes `MIXTURE`.
         lengths: of the samples.
+        device: of the runs.
     """
 
-    def __init__(self, folder: Path, dense: Small, mixture: Small, lengths: Sequence[int] = LENGTHS) -> None:
+    def __init__(
+        self, folder: Path, dense: Small, mixture: Small, lengths: Sequence[int] = LENGTHS, device: str = "cpu"
+    ) -> None:
         self.folder = folder
+        self.device = device
         self.models = {**dict.fromkeys(DENSE, dense), **dict.fromkeys(MIXTURE, mixture)}
         self.data = write_samples(folder / "tokens.safetensors", lengths)
         for name, text in {**DENSE, **MIXTURE}.items():
@@ -61,7 +65,8 @@ class Workshop:
         model = self.models[name]
         paths = {"--weights": model.weights, "--data": self.data, "--recipe": self.folder / f"{name}.yaml", "-o": out}
         command = ["calibrate", str(model.artifact), *(str(part) for pair in paths.items() for part in pair)]
-        command += ["--batch-size", str(batch_size), "--max-shard-size", "200KB", "--device", "cpu", "--json", *more]
+        command += ["--batch-size", str(batch_size), "--max-shard-size", "200KB", "--device", self.device, "--json"]
+        command += more
         return command if name != ROUTED else [*command, "--no-moe-calibrate-all-experts"]
 
 
