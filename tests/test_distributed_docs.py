@@ -1,4 +1,4 @@
-"""docs/distributed.md and the files of examples/ that it names: every command of them parses."""
+"""Commands of docs/distributed.md, of the files of examples/ that it names, and of torchrun in docs/migrate.md."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def lines_of(text: str) -> list[str]:
 
 
 def documented() -> Iterator[str]:
-    """Commands in the indented blocks of the document."""
-    for block in re.findall(r"(?:^ {4}.*\n)+", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE):
-        yield from (line for line in lines_of(block) if not line.startswith("runtime: error:"))
+    """Commands in the indented blocks of the documents."""
+    for path in (DOCUMENT, DOCUMENT.with_name("migrate.md")):
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE):
+            yield from (line for line in lines_of(block) if not line.startswith("runtime: error:"))
 
 
 def skypilot() -> dict[str, Any]:
