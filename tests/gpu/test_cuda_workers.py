@@ -7,7 +7,7 @@ import torch
 
 import runtime.cli.app
 from tests.runtime.small import EXPERTS, WIDTHS, make_small
-from tests.runtime.worker_runs import Call, Fault, run_workers
+from tests.runtime.worker_runs import Call, Fault, happening, run_workers
 from tests.runtime.workshop import GPTQ, Workshop, copy_unfinished, files_of
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,8 @@ def test_several_workers(shop: Workshop, size: int) -> None:
 def test_memory_that_runs_out_on_one_worker_makes_the_batches_of_all_smaller(shop: Workshop) -> None:
     require_gpus(2)
     out, expected = shop.folder / "smaller", shop.folder / "smaller-0"
-    assert runtime.cli.app.main(shop.command(GPTQ, expected, batch_size=2)) == 0
+    with happening(Fault(rank=0, kind="memory", samples=2)):
+        assert runtime.cli.app.main(shop.command(GPTQ, expected)) == 0
     call = Call(shop.command(GPTQ, out), Fault(rank=1, kind="memory", samples=2))
     assert run_workers([call], 2, shop.folder).codes == (0,)
     assert files_of(out) == files_of(expected)
@@ -61,7 +62,7 @@ def test_memory_that_runs_out_on_one_worker_makes_the_batches_of_all_smaller(sho
 
 def test_a_killed_run_is_resumed_with_another_number_of_workers(shop: Workshop) -> None:
     require_gpus(2)
-    killed = Call(shop.command(GPTQ, shop.folder / "killed"), Fault(rank=1, kind="kill", at=9))
+    killed = Call(shop.command(GPTQ, shop.folder / "killed"), Fault(rank=1, kind="kill", target="model.layers.2", at=2))
     outcome = run_workers([killed], 2, shop.folder, torchrun=None)
     assert outcome.codes == (2, -9)
     assert outcome.errors[0].startswith("runtime: error: worker 1 on ")

@@ -15,12 +15,12 @@ import torch
 
 import runtime.cli.app
 from tests.runtime.small import Small
-from tests.runtime.worker_runs import Call, Fault, Outcome, run_workers
+from tests.runtime.worker_runs import Call, Fault, Outcome, happening, run_workers
 from tests.runtime.workshop import DENSE, GPTQ, MIXTURE, Workshop, copy_unfinished, files_of
 
 SIZES = (1, 2, 3)
 KILLED, RESTARTED, SMALLER = "killed", "restarted", "smaller batches"
-KILL = Fault(rank=1, kind="kill", at=9)  # in the second of three layers
+KILL = Fault(rank=1, kind="kill", target="model.layers.2", at=2)
 
 
 @dataclass
@@ -56,7 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sharded_llama: Small, qwen3_m
     shop, found = Workshop(tmp_path_factory.mktemp("workers"), sharded_llama, qwen3_moe), Runs()
     for name in shop.models:
         assert runtime.cli.app.main(shop.command(name, shop.out(name, 0))) == 0, name
-    assert runtime.cli.app.main(shop.command(GPTQ, shop.out(SMALLER, 0), batch_size=2)) == 0
+    with happening(Fault(rank=0, kind="memory", samples=2)):
+        assert runtime.cli.app.main(shop.command(GPTQ, shop.out(SMALLER, 0))) == 0
     killed = Call(shop.command(GPTQ, shop.out(KILLED, 2)), KILL)
     found.starts[KILLED, 2] = run_workers([killed], 2, shop.folder, torchrun=None)
     for size in SIZES:

@@ -29,13 +29,15 @@ class Fault:
     Attributes:
         rank: of the worker.
         kind: `kill` and `stop` send SIGKILL and SIGSTOP to it, `memory` is an error of the allocator.
-        at: the number of subgraph executions after which it happens, from 1; 0 for each one that does not fit.
+        target: in whose subgraph it happens, such as `model.layers.1`; empty for any.
+        at: the number of the execution of such a subgraph, from 1; 0 for all.
         samples: `memory` happens if a batch has more samples.
         is_repeated: whether it happens again after torchrun has restarted the workers.
     """
 
     rank: int
     kind: str
+    target: str = ""
     at: int = 0
     samples: int = 0
     is_repeated: bool = False
@@ -136,7 +138,7 @@ def _start(command: Sequence[str], environment: dict[str, Any]) -> subprocess.Po
 def happening(fault: Fault | None) -> Iterator[None]:
     """Let a fault happen in this process, if it is the worker of the fault."""
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if fault is None or fault.rank != int(os.environ["RANK"]) or not (is_first or fault.is_repeated):
+    if fault is None or fault.rank != int(os.environ.get("RANK", 0)) or not (is_first or fault.is_repeated):
         yield
         return
     import torch
@@ -146,11 +148,12 @@ def happening(fault: Fault | None) -> Iterator[None]:
     real, calls = LoadedSubgraph.forward, [0]
 
     def forward(self: LoadedSubgraph, model: torch.nn.Module, **inputs: Any) -> dict[str, Any]:
-        calls[0] += 1
+        calls[0] += not fault.target or fault.target in self.entry.targets
+        is_now = fault.at in (0, calls[0]) and (not fault.target or fault.target in self.entry.targets)
         rows = next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor))
-        if fault.kind == "memory" and rows > fault.samples and fault.at in (0, calls[0]):
+        if is_now and fault.kind == "memory" and rows > fault.samples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        if fault.kind != "memory" and fault.at == calls[0]:
+        if is_now and fault.kind != "memory":
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault.kind])
         return real(self, model, **inputs)
 

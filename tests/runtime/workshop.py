@@ -60,12 +60,12 @@ class Workshop:
         """The output of a run with so many workers; 0 for the single process."""
         return self.folder / f"{name}-{size}"
 
-    def command(self, name: str, out: Path, *more: str, batch_size: int = 4) -> list[str]:
+    def command(self, name: str, out: Path, *more: str) -> list[str]:
         """The command line of a calibration, named by its recipe."""
         model = self.models[name]
         paths = {"--weights": model.weights, "--data": self.data, "--recipe": self.folder / f"{name}.yaml", "-o": out}
         command = ["calibrate", str(model.artifact), *(str(part) for pair in paths.items() for part in pair)]
-        command += ["--batch-size", str(batch_size), "--max-shard-size", "200KB", "--device", self.device, "--json"]
+        command += ["--batch-size", "4", "--max-shard-size", "200KB", "--device", self.device, "--json"]
         command += more
         return command if name != ROUTED else [*command, "--no-moe-calibrate-all-experts"]
 
