@@ -29,6 +29,7 @@ from runtime.errors import (
     UsageError,
     VersionError,
     WeightsError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ __all__ = [
     "UsageError",
     "VersionError",
     "WeightsError",
+    "WorkerError",
     "batches",
     "calibrate",
     "dispatch_for_sequential",

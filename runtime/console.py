@@ -92,6 +92,29 @@ _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", sta
 LARGEST = 2**60  # bytes: more than any machine has, and within 64 bits
 
 
+_SECONDS = {"": 1, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
+_LEAST_S, _MOST_S = 5, 7 * 24 * 3600
+
+
+def parse_seconds(text: str, *, option: str) -> float:
+    """Parse a time in seconds, minutes or hours: 600, 90s, 10min, 2h.
+
+    Args:
+        text: a number, and perhaps a unit.
+        option: the option's name, for the message.
+
+    Raises:
+        UsageError: if the text is not a time, or out of range.
+    """
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,9})?)\s*([a-z]*)\s*", text, re.ASCII)
+    if match is None or match[2] not in _SECONDS:
+        raise UsageError(f"{option} must be a time; got {text!r}", hint="write it as 90s, 10min or 2h")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not _LEAST_S <= seconds <= _MOST_S:
+        raise UsageError(f"{option} must be between {_LEAST_S} s and 7 days; got {text!r}")
+    return seconds
+
+
 def optional_bytes(text: str | None, *, option: str) -> int | None:
     """Parse a size as `parse_bytes` does; None for an option that was not given."""
     return None if text is None else parse_bytes(text, option=option)

@@ -15,6 +15,7 @@
     ├── OutputError         an output location that is in use, not empty, full or not writable
     ├── DeviceError         a device that is not available
     ├── PlanError           a run that does not fit into memory or onto the disk
+    ├── WorkerError         another worker of the run that failed, died, or does not respond
     └── QuantizationError   numbers that an algorithm cannot use, such as a Hessian that is not finite
 
 The message is one sentence that names the offending value; `hint` says what to do next. Command lines print
@@ -98,6 +99,10 @@ class DeviceError(SeqbuildError):
 
 class PlanError(SeqbuildError):
     """A run that does not fit into memory or onto the disk."""
+
+
+class WorkerError(SeqbuildError):
+    """Another worker of the run that failed, died, or does not respond."""
 
 
 class QuantizationError(SeqbuildError):

@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,13 +39,18 @@ from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.status import doing
 from runtime.streaming.activations import Activations
+from runtime.streaming.identity import run_identity
 from runtime.weights.parameters import unload
 from runtime.weights.stream import WeightStream
+from runtime.workers.agreement import agreed
+from runtime.workers.comparison import require_same
+from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
     from runtime.checkpoint.reader import Checkpoint
+    from runtime.workers.group import Workers
 
 LOGITS = "logits"
 _LARGEST_LOSS = 700.0  # its exponential is finite
@@ -69,6 +74,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    workers: Workers | None = None,
 ) -> Evaluation:
     """Measure the perplexity of a causal or an encoder-decoder language model.
 
@@ -81,8 +87,11 @@ def evaluate(
         device: where subgraphs run.
         dtype: of weights and activations; None for the model's own.
         progress: called with one line for each subgraph.
+        workers: the processes that share the batches; None for those that torchrun has started, see
+            `runtime.workers.start`. The result has the same bits for any number of them.
 
     Raises:
+        WorkerError: when another worker has failed, or has other weights or data.
         UsageError, DeviceError: for an argument of the wrong type, or a missing device.
         WeightsError: when the checkpoint does not fit the artifact.
         ModelError: when the model does not predict the next token.
@@ -97,11 +106,7 @@ def evaluate(
     require_predicting(artifact.manifest)
     batches = model_batches(artifact, batches, is_scored=True)
     labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
-    num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
-    if not num_tokens:
-        if any(LABELS in batch for batch in batches):
-            raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
-        raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
+    num_tokens = _num_predicted(batches, labels)
     run_dtype = artifact.run_dtype(dtype)
     doing("checking the weights")
     prepared = prepare(artifact, open_checkpoint(given), None, run_dtype, place)
@@ -109,18 +114,61 @@ def evaluate(
     for remark in source.remarks:
         progress(remark)
     source.checks.require_outside()
-    total = _summed_loss(prepared, batches, labels, place, progress)
+    group = current() if workers is None else workers
+    if group.size > 1:
+        _compare(group, prepared, batches, {"dtype": run_dtype, "device": place.type}, progress)
+    total = _summed_loss(prepared, batches, labels, place, progress, group)
+    return Evaluation(
+        perplexity=_perplexity(total, num_tokens),
+        num_tokens=num_tokens,
+        num_bytes=source.checkpoint.total_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _perplexity(total: float, num_tokens: int) -> float:
+    """The perplexity for the summed loss of all predicted tokens, in nats."""
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(
             f"the mean loss is {total / num_tokens}, so perplexity is not finite",
             hint="try a wider --dtype; otherwise the weights are damaged",
         )
-    return Evaluation(
-        perplexity=math.exp(total / num_tokens),
-        num_tokens=num_tokens,
-        num_bytes=source.checkpoint.total_bytes,
-        seconds=time.perf_counter() - start,
-    )
+    return math.exp(total / num_tokens)
+
+
+def _num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequence[torch.Tensor]) -> int:
+    """The number of predicted tokens.
+
+    Raises:
+        DataError: if there is none.
+    """
+    num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
+    if num_tokens:
+        return num_tokens
+    if any(LABELS in batch for batch in batches):
+        raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
+    raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
+
+
+def _compare(
+    workers: Workers,
+    prepared: Prepared,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> None:
+    """Require that all workers evaluate the same weights on the same data."""
+    workers.step = "the comparison of the workers"
+    with agreed(workers):
+        identity = run_identity(
+            artifact=prepared.artifact,
+            checkpoint=prepared.weights.checkpoint,
+            recipe=None,
+            batches=batches,
+            options=options,
+        )
+    for warning in require_same(workers, identity, torch.device(options["device"])):
+        progress(warning)
 
 
 def _summed_loss(
@@ -129,11 +177,16 @@ def _summed_loss(
     labels: Sequence[torch.Tensor],
     device: torch.device,
     progress: Callable[[str], None],
+    workers: Workers,
 ) -> float:
-    """Run all subgraphs on all batches and sum the losses of the last one's logits, in nats."""
+    """Run all subgraphs on all batches and sum the losses of the last one's logits, in nats.
+
+    Each worker runs every N-th batch, and all add the losses in the order of the batches.
+    """
     artifact, model, source = prepared.artifact, prepared.model, prepared.weights
-    activations, last = Activations(batches, device), artifact.subgraphs[-1]
-    total = 0.0
+    own = range(workers.rank, len(batches), workers.size)
+    activations, last = Activations([batches[index] for index in own], device), artifact.subgraphs[-1]
+    losses: list[float] = []
     loads = {index: subgraph.entry.parameters for index, subgraph in enumerate(artifact.subgraphs)}
     with (
         torch.no_grad(),
@@ -142,18 +195,23 @@ def _summed_loss(
         WeightStream(source, loads, device) as stream,
     ):
         for index, subgraph in enumerate(artifact.subgraphs):
-            stream.load(model, index)
-            for name in subgraph.entry.parameters:
-                source.load_input_parts(model, name)
-            for batch in range(len(activations)):
-                outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
-                activations.drop(batch, subgraph.consumed_names)
-                if subgraph is last:
-                    total += _loss(outputs[LOGITS], labels[batch])
-                else:
-                    activations.store(batch, outputs)
+            workers.step = subgraph.label
+            with agreed(workers):
+                stream.load(model, index)
+                for name in subgraph.entry.parameters:
+                    source.load_input_parts(model, name)
+                for batch, number in enumerate(own):
+                    outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
+                    activations.drop(batch, subgraph.consumed_names)
+                    if subgraph is last:
+                        losses.append(_loss(outputs[LOGITS], labels[number]))
+                    else:
+                        activations.store(batch, outputs)
             unload(model, subgraph.entry.parameters)
             progress(f"[{index + 1}/{len(artifact.subgraphs)}] {subgraph.label}")
+    of_workers, total = workers.exchange(losses), 0.0
+    for number in range(len(batches)):  # not by `sum`, which adds in another way since Python 3.12
+        total += of_workers[number % workers.size][number // workers.size]
     return total
 
 

@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -18,6 +18,8 @@ import typer
 import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
+from runtime.cli.group import is_resumed, join_group, require_readable_by
+from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import require_log, watching
@@ -33,13 +35,14 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
+    from runtime.workers.group import Workers
 
 
 class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -58,6 +61,7 @@ app = typer.Typer(
 )
 
 app.command()(plan)
+app.command()(join)
 
 
 @app.command()
@@ -76,12 +80,14 @@ def calibrate(
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
+    parts: given.Parts = False,
     checkpoint_activations: given.CheckpointActivations = "replay",
     activation_memory: given.ActivationMemory = None,
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     statistics_memory: given.StatisticsMemory = None,
     log: given.Log = None,
+    worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -93,36 +99,43 @@ def calibrate(
 
     options: dict[str, Any] = {
         "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
-        "resume": resume,
+        "resume": is_resumed(resume),
+        "parts": parts,
         "propagate_error": propagate_error,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
     }
-    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
-    parsed = _recipe_of(job, resume, log)
-    loaded, options["device"], options["dtype"] = _loaded(
-        job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
-    )
-    batch_options = BatchOptions(
-        data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
-        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
-        weights=job.weights,
-        batch_size=batch_size,
-        is_calibration=True,
-    )
-    batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
-    options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
-    _calibrate(loaded, job, parsed, batches, options, log, as_json)
+    with ExitStack() as stack:
+        workers, device = join_group(stack, device, worker_timeout)
+        job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
+        require_readable_by(workers, job.data)
+        parsed = _recipe_of(job, workers, options["resume"], parts, log)
+        loaded, options["device"], options["dtype"] = _loaded(
+            job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+        )
+        batch_options = BatchOptions(
+            data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
+            tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+            weights=job.weights,
+            batch_size=batch_size,
+            is_calibration=True,
+        )
+        batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
+        options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
+        _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
-def _recipe_of(job: Job, resume: bool, log: Path | None) -> Recipe:
+def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
-    from runtime.streaming.workplace import require_startable
+    from runtime.streaming.output_place import require_startable
+    from runtime.workers.agreement import agreed
 
-    require_startable(job.out, resume=resume)
-    require_log(log)
+    require_startable(job.out, resume=resume, workers=workers, parts=parts)
+    with agreed(workers):
+        if workers.rank == 0:
+            require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)
 
@@ -205,6 +218,7 @@ def evaluate(
     dtype: given.Dtype = "auto",
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
     tokenizer: given.Tokenizer = None,
+    worker_timeout: given.WorkerTimeout = "10min",
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -214,27 +228,31 @@ def evaluate(
     from runtime.host.hub import resolve_directory
 
     require_output()
-    directory = resolve_directory(weights, revision=revision, what="weights")
-    loaded, run_device, run_dtype = _loaded(
-        artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
-    )
-    options = BatchOptions(
-        data=replace(data_options, sources=tuple(data)),
-        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
-        weights=directory,
-        batch_size=batch_size,
-    )
-    batches = make_batches(loaded, options, None if as_json else say)
-    from runtime.evaluation import evaluate as run
+    with ExitStack() as stack:
+        workers, device = join_group(stack, device, worker_timeout)
+        require_readable_by(workers, data)
+        directory = resolve_directory(weights, revision=revision, what="weights")
+        loaded, run_device, run_dtype = _loaded(
+            artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
+        )
+        options = BatchOptions(
+            data=replace(data_options, sources=tuple(data)),
+            tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+            weights=directory,
+            batch_size=batch_size,
+        )
+        batches = make_batches(loaded, options, None if as_json else say)
+        from runtime.evaluation import evaluate as run
 
-    result = run(
-        loaded,
-        weights=directory,
-        batches=batches,
-        device=run_device,
-        dtype=run_dtype,
-        progress=lambda line: doing(f"evaluating: {line}"),
-    )
+        result = run(
+            loaded,
+            weights=directory,
+            batches=batches,
+            device=run_device,
+            dtype=run_dtype,
+            progress=lambda line: doing(f"evaluating: {line}"),
+            workers=workers,
+        )
     if as_json:
         put(
             json.dumps(

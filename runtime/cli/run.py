@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopp
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
 from runtime.status import done, status_line
+from runtime.workers.start import is_broken, is_first
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -39,7 +41,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False
     with unfailing() as (output, _):
-        with status_line("loading libraries"):
+        with status_line("loading libraries") if is_first() else contextlib.nullcontext():
             code = _run(app, program, arguments, is_debug)
         output.flush()
         if output.failure and output.failure != GONE:
@@ -47,6 +49,8 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
             kind = "error" if is_error else "warning"
             complain(f"{program}: {kind}: standard output cannot be written: {output.failure}")
             code = USER_ERROR if is_error else code
+    if is_broken():
+        os._exit(code)  # a thread that waits for another worker would keep the process
     return code
 
 
@@ -58,7 +62,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
         print(_versions(program))
         return 0
     try:
-        with _unwound_by_sigterm():
+        with _unwound_by_sigterm(), _output_of_first_worker():
             result = app(args=arguments or ["--help"], prog_name=program, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
@@ -81,7 +85,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
         code = int(result or 0) if arguments else USER_ERROR
     if code in (INTERRUPTED, TERMINATED):
         word = "interrupted" if code == INTERRUPTED else "terminated"
-        complain(f"{program}: {word}; {left_behind[0]}")
+        complain(f"{program}: {word}; {left_behind[0]}" if is_first() else f"{program}: {word}")
     return code
 
 
@@ -149,4 +153,19 @@ def _unwound_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is stop:  # a worker that has failed ignores it until the process ends
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _output_of_first_worker() -> Iterator[None]:
+    """Drop what a worker prints while the block runs, unless it is the first one; its error is printed afterwards."""
+    if is_first():
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as null_device,
+        contextlib.redirect_stdout(null_device),
+        contextlib.redirect_stderr(null_device),
+    ):
+        yield

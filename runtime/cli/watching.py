@@ -12,6 +12,7 @@ from runtime.errors import OutputError
 from runtime.host.publish import require_writable
 from runtime.status import doing
 from runtime.terminal import is_terminal
+from runtime.workers.start import is_first
 
 if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
@@ -44,6 +45,8 @@ def watching(stack: ExitStack, log: Path | None, *, as_json: bool) -> dict[str, 
         log: file of the event log, if any.
         as_json: whether the result is printed as JSON, alone.
     """
+    if not is_first():
+        return {"progress": silent, "watchers": []}
     watchers: list[Watcher] = []
     is_drawn = is_terminal(sys.stdout) and not as_json
     if is_drawn:

@@ -51,21 +51,23 @@ def copy_bytes(shape: Sequence[int]) -> int:
     return math.prod(shape) * FLOAT32
 
 
-def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool = False) -> int:
+def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool, device_type: str) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of the weights of
-    a pass, residuals and results, with those of four blocks and of one twice, and copies of the operands of products.
-    Round-to-nearest holds four copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix.
-    Packing holds one copy of one weight, in the dtype of the run twice, and a few more of some of its rows, beside the
-    results of the pass and, if another one follows, the factor.
+    `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
+    and results, with those of four blocks and of one twice, and copies of the operands of products. Each piece is
+    packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
+    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
+    copies, with a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.
         job: of the weights.
         overwrites: whether the solve overwrites H.
+        device_type: the type of device that solves.
     """
-    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
+    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME
+    from runtime.algorithms.gptq_tiles import tiles_of
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
     from runtime.formats.compressed import NUMBERS_AT_A_TIME
@@ -74,22 +76,22 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     largest = max(copy_bytes(shape) for shape in shapes)
     if job.algorithm != "gptq":
         return (5 if job.clip else 4) * largest
-    hessian = hessian_bytes(num_in)
-    refining = hessian + 5 * largest if job.options is not None and job.options.refine else 0
-    block = min(job.options.block_size if job.options is not None else num_in, num_in)
-    packing = largest + min(2 * largest, 6 * NUMBERS_AT_A_TIME * FLOAT32)
-    passes = list(in_passes(shapes))
-    kept = hessian
+    args = job.scheme.weights
+    hessian = kept = hessian_bytes(num_in)
+    refining = 0
+    if job.options is not None and job.options.refine:
+        refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
         hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
-    most = kept
-    for part in passes:
-        total = sum(copy_bytes(shape) for shape in shapes[part])
-        factor = 0 if part is passes[-1] else hessian
-        targets = min((BLOCKS_AT_A_TIME + 3) * total * block // num_in, 2 * total)
-        solving = hessian + 2 * total + targets + min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-        most = max(most, solving, factor + total + packing, factor + total + refining)
-    return most
+    tiles = tiles_of(shapes, args, device_type)
+    tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
+    block = min(job.options.block_size if job.options is not None else num_in, num_in)
+    targets = min((BLOCKS_AT_A_TIME + 3) * tile * block // num_in, 2 * tile)
+    operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
+    some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
+    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
+    solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
+    return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
@@ -121,6 +123,7 @@ def quantization_bytes(
     shape_of: Callable[[str], tuple[int, ...]],
     sums: Sums,
     most_sums: int,
+    device_type: str,
 ) -> int:
     """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
@@ -133,6 +136,7 @@ def quantization_bytes(
         shape_of: a parameter's shape, by name.
         sums: of the statistics.
         most_sums: the bytes of sums at a time: experts are measured and quantized in groups.
+        device_type: the type of device that solves.
     """
     most = 0
     copies: dict[str, int] = {}  # rescaled vectors
@@ -164,7 +168,8 @@ def quantization_bytes(
         users = {name for names in sums if together[0] in names for name in names if name in left}
         overwrites = together[0] in inputs and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        most = max(most, held(left) + multiplied + solve_bytes(shapes, job, overwrites=overwrites))
+        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type)
+        most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)
     return most

@@ -100,7 +100,9 @@ class _Planner:
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
         statistics = self._bounded(sums)
-        solve = quantization_bytes(step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics)
+        solve = quantization_bytes(
+            step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
+        )
         weights, tables, on_host = self._weights(step)
         is_ahead = step.goes_on and not work.is_cpu
         following = self._bytes(self.steps[step.index + 1].loads) if is_ahead else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from runtime.checkpoint.companions import companion_files
 from runtime.checkpoint.dtypes import bytes_of
 from runtime.errors import RecipeError
 from runtime.host.regular_files import read_regular
+from runtime.workers.comparison import FILE_TIMES
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -30,7 +32,7 @@ def run_identity(
     *,
     artifact: Artifact,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: Recipe | None,
     batches: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
 ) -> dict[str, str]:
@@ -38,20 +40,28 @@ def run_identity(
 
     Args:
         artifact: its manifest counts.
-        checkpoint: sizes, times and headers of its files count, some numbers of each tensor, and the content of its
-            companions. Reading all of it would take as long as the run's own reading.
-        recipe: its content counts, except `fallback` and `min_tokens`.
+        checkpoint: sizes and headers of its files count, some numbers of each tensor, and the content of its
+            companions. Reading all of it would take as long as the run's own reading; so the times of its files count
+            as well, on the same host.
+        recipe: its content counts, except `fallback` and `min_tokens`; None for an evaluation.
         batches: their content counts.
         options: others that decide the result, by name.
     """
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
         "checkpoint": _checkpoint_digest(checkpoint),
-        "recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest(),
+        FILE_TIMES: _file_times(checkpoint),
+        **({"recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest()} if recipe is not None else {}),
         "data": _data_digest(batches),
         "torch": torch.__version__,
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def run_digest(identity: Mapping[str, str]) -> str:
+    """Return one digest of an identity, which is the same on all workers."""
+    text = json.dumps({name: value for name, value in identity.items() if name != FILE_TIMES})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _lasting_text(recipe: Recipe) -> str:
@@ -76,8 +86,7 @@ def _without(value: Any, keys: Collection[str]) -> Any:
 def _checkpoint_digest(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for path in checkpoint.shards:
-        facts = path.stat()
-        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     keys = list(checkpoint)
     for key in keys[:: -(-len(keys) // _NUM_SAMPLES) or 1]:
         stored = checkpoint.stored(key)
@@ -87,6 +96,12 @@ def _checkpoint_digest(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {path.stat().st_size}\n".encode())
         digest.update(read_regular(path))
     return digest.hexdigest()
+
+
+def _file_times(checkpoint: Checkpoint) -> str:
+    """The host, and a digest of the times when the files of the checkpoint were changed last."""
+    times = [path.stat().st_mtime_ns for path in checkpoint.shards]
+    return f"{socket.gethostname()} {hashlib.sha256(json.dumps(times).encode()).hexdigest()}"
 
 
 def _companions(directory: Path) -> list[tuple[str, Path]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.errors import OutputError
 from runtime.host.regular_files import is_there, read_regular
+from runtime.workers.comparison import FILE_TIMES
 
 NAME = "journal"
 RUN, STEP, MICRO_BATCH = "run", "step", "micro_batch"
@@ -26,15 +27,26 @@ class Journal:
 
     Args:
         path: the file; it is created if missing.
+        is_mine: whether this worker has the file; another worker only keeps the entries in memory.
 
     Attributes:
         entries: in order; each has a `kind`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_mine: bool = True) -> None:
         self.path = path
-        self.entries, whole = _read(path)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.entries: list[dict[str, Any]] = []
+        self._descriptor: int | None = None
+        if is_mine:
+            self.entries, self._ends = _read(path)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.keep(len(self.entries))
+
+    def keep(self, count: int) -> None:
+        """Remove all entries but the first `count`."""
+        assert self._descriptor is not None, "the file is another worker's"
+        del self.entries[count:], self._ends[count:]
+        whole = self._ends[-1] if count else 0
         os.ftruncate(self._descriptor, whole)
         os.lseek(self._descriptor, whole, os.SEEK_SET)
 
@@ -45,18 +57,22 @@ class Journal:
             OSError: when it cannot be written; the journal is unchanged then.
         """
         entry = {"kind": kind, **facts}
-        line = _line(entry)
-        start = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        if self._descriptor is not None:
+            self._write(self._descriptor, _line(entry))
+        self.entries.append(entry)
+
+    def _write(self, descriptor: int, line: bytes) -> None:
+        start = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
             done = 0
             while done < len(line):
-                done += os.write(self._descriptor, line[done:])
-            os.fsync(self._descriptor)
+                done += os.write(descriptor, line[done:])
+            os.fsync(descriptor)
         except BaseException:
-            os.ftruncate(self._descriptor, start)
-            os.lseek(self._descriptor, start, os.SEEK_SET)
+            os.ftruncate(descriptor, start)
+            os.lseek(descriptor, start, os.SEEK_SET)
             raise
-        self.entries.append(entry)
+        self._ends.append(start + len(line))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """All entries of a kind, in order."""
@@ -76,7 +92,7 @@ class Journal:
                 f"{self.path} is damaged: it is not the journal of one run",
                 hint=f"remove {self.path.parent} to start again",
             )
-        names = [name for name in dict.fromkeys((*before, *identity)) if before.get(name) != identity.get(name)]
+        names = _differing(before, identity)
         if names:
             differences = ", ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
             raise OutputError(
@@ -86,12 +102,26 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a journal, which another process may be writing."""
     return _read(path)[0]
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The ingredients in which two runs differ.
+
+    Files of a checkpoint that were written again count as changed, but only on one host: on another one, they are
+    copies, with times of their own and the same content.
+    """
+    names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+    hosts = [str(identity.get(FILE_TIMES)).partition(" ")[0] for identity in (before, now)]
+    if FILE_TIMES in names and hosts[0] == hosts[1] and "checkpoint" not in names:
+        names.append("checkpoint")
+    return [name for name in names if name != FILE_TIMES]
 
 
 def _difference(name: str, before: str | None, now: str | None) -> str:
@@ -105,11 +135,11 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a file, and the number of bytes in complete lines."""
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The entries of a file in complete lines, and the offset at which each line ends."""
     data = read_regular(path) if is_there(path) else b""
     entries: list[dict[str, Any]] = []
-    whole = 0
+    ends: list[int] = []
     for line in data.splitlines(keepends=True):
         if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             break
@@ -120,5 +150,5 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
             break
         entries.append(entry)
-        whole += len(line)
-    return entries, whole
+        ends.append((ends[-1] if ends else 0) + len(line))
+    return entries, ends

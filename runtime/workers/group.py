@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class Workers(Protocol):
-    """The workers of a run, as one of them sees the group."""
+    """The workers of a run, as one of them sees the group.
+
+    Attributes:
+        step: the present work of this worker, such as `model.layers.3 (measure)`; errors of the others name it.
+    """
+
+    step: str
 
     @property
     def rank(self) -> int:
@@ -48,6 +54,9 @@ class Alone:
     """The only worker of a run."""
 
     rank, size, bytes_sent = 0, 1, 0
+
+    def __init__(self) -> None:
+        self.step = ""
 
     def exchange(self, facts: Any) -> list[Any]:
         """Return the value itself."""

@@ -1,0 +1,39 @@
+"""The group of workers around a command that torchrun may have started several times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from runtime.console import parse_seconds
+from runtime.errors import UsageError
+from runtime.workers.group import Alone, Workers
+from runtime.workers.start import device_name, launch, started
+
+
+def join_group(stack: ExitStack, device: str, timeout: str) -> tuple[Workers, str]:
+    """Form the group of workers, and return it and the name of this worker's device.
+
+    Args:
+        stack: ends the group.
+        device: the option `--device`.
+        timeout: the option `--worker-timeout`.
+    """
+    seconds = parse_seconds(timeout, option="--worker-timeout")
+    if launch().size == 1:
+        return Alone(), device
+    from runtime.host.devices import resolve_device
+
+    name = device_name(device)
+    return stack.enter_context(started(resolve_device(name), seconds)), name
+
+
+def require_readable_by(workers: Workers, sources: Iterable[str]) -> None:
+    """Reject standard input as data of several workers: each would get a part of it."""
+    if workers.size > 1 and any(source.partition("::")[0] == "-" for source in sources):
+        raise UsageError(f"{workers.size} workers cannot read standard input", hint="write the data to a file")
+
+
+def is_resumed(resume: bool) -> bool:
+    """Whether a calibration continues an interrupted run: if the user says so, or torchrun has started it again."""
+    return resume or launch().num_restarts > 0

@@ -1,0 +1,303 @@
+"""Start the group of workers that torchrun has started as processes, and leave it.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them there is one worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from runtime import __version__
+from runtime.errors import UsageError, WorkerError
+from runtime.terminal import printable
+from runtime.workers.group import Alone, Workers
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.workers.torch_group import TorchGroup
+    from runtime.workers.watch import Peer, Watch
+
+DEFAULT_TIMEOUT_S = 600.0
+_POLL_S = 0.05
+_STARTED: list[TorchGroup] = []  # the group of this process
+_is_broken = [False]
+_num_groups = [0]  # that this process has formed
+_LIMIT_BYTES = 10_000  # of an announcement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """Place of this process among those of the run.
+
+    Attributes:
+        rank: its number.
+        size: the number of processes.
+        local_rank: its number on this machine.
+        local_size: the number of processes on this machine.
+        num_restarts: how often torchrun has started the run again.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    num_restarts: int = 0
+
+
+def launch() -> Launch:
+    """Read the environment of torchrun.
+
+    Raises:
+        UsageError: when it is incomplete.
+    """
+    if _number("WORLD_SIZE", 1) == 1:
+        return Launch(num_restarts=_number("TORCHELASTIC_RESTART_COUNT", 0))
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            hint = "start the command with torchrun, or unset WORLD_SIZE"
+            raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set", hint=hint)
+    found = Launch(
+        rank=_number("RANK", 0),
+        size=_number("WORLD_SIZE", 1),
+        local_rank=_number("LOCAL_RANK", 0),
+        local_size=_number("LOCAL_WORLD_SIZE", 1),
+        num_restarts=_number("TORCHELASTIC_RESTART_COUNT", 0),
+    )
+    if found.rank >= found.size:
+        raise UsageError(
+            f"RANK is {found.rank}, but WORLD_SIZE is {found.size}", hint="start the command with torchrun"
+        )
+    return found
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{name} is {text[:40]!r} in the environment", hint="torchrun sets it to a number")
+    return int(text)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints; also if the environment is invalid, which it reports."""
+    return os.environ.get("RANK", "0") in ("", "0") or os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
+def is_broken() -> bool:
+    """Whether this process has left a group after a failure, so that a thread may wait for a message without end."""
+    return _is_broken[0]
+
+
+def device_name(name: str) -> str:
+    """The device of this worker: `cuda`, or `auto` where CUDA is available, is the device with the local rank.
+
+    Raises:
+        UsageError: when workers would share a device.
+    """
+    place = launch()
+    if place.size == 1:
+        return name
+    import torch
+
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return f"cuda:{place.local_rank}"
+    if name.startswith("xpu") or (name.startswith("cuda:") and place.local_size > 1):
+        what = f"{place.local_size} workers of this machine cannot share the device {name}"
+        what = what if name.startswith("cuda") else f"{name} is not supported with several workers"
+        raise UsageError(what, hint="use --device cuda, which gives each worker one device, or cpu")
+    return name
+
+
+def current() -> Workers:
+    """The workers of this process: those of `started`, or of a process group that the caller has initialized.
+
+    Every process must call it at the same point.
+    """
+    if _STARTED:
+        return _STARTED[0]
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return Alone()
+    from runtime.workers.torch_group import TorchGroup
+
+    on_cpu = None if "cpu:gloo" in dist.get_backend_config() else dist.new_group(backend="gloo")
+    return TorchGroup(dist.get_rank(), dist.get_world_size(), DEFAULT_TIMEOUT_S, on_cpu)
+
+
+@contextlib.contextmanager
+def started(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Workers]:
+    """Form the group of the processes that torchrun has started, and end it after the block.
+
+    When the block fails on one worker, the others are told, and their blocks end with a WorkerError. A process should
+    end soon after that: it ignores SIGTERM and Ctrl-C from then on.
+
+    Args:
+        device: of this worker.
+        timeout_s: the longest time that a worker waits for another.
+
+    Raises:
+        WorkerError: when another worker is missing, fails, dies or does not respond.
+    """
+    place = launch()
+    if place.size == 1:
+        yield Alone()
+        return
+    from runtime.workers.torch_group import TorchGroup
+
+    _num_groups[0] += 1
+    group = TorchGroup(place.rank, place.size, timeout_s)
+    _STARTED.append(group)
+    try:
+        _form(group, place, device, timeout_s)
+        yield group
+        _end(group)
+    except BaseException as error:
+        _is_broken[0] = True
+        _ignore_signals()
+        _tell_others(group.watch, error)
+        raise
+    finally:
+        _STARTED.remove(group)
+        if group.watch is not None:
+            group.watch.close()
+
+
+def _end(group: TorchGroup) -> None:
+    """Leave the group, when all workers have received their last message."""
+    import torch.distributed as dist
+
+    assert group.watch is not None
+    group.watch.is_ending = True
+    group.exchange(None)
+    group.watch.close()
+    group.close()
+    dist.destroy_process_group()
+
+
+def _tell_others(watch: Watch | None, error: BaseException) -> None:
+    """Report the error of this worker to the others.
+
+    Raises:
+        WorkerError: when torchrun has ended this worker, because another one has failed.
+    """
+    if watch is None:
+        return
+    watch.refresh()
+    is_ended = isinstance(error, (KeyboardInterrupt, SystemExit))
+    if is_ended and watch.failure is not None and not watch.failure.is_interrupt:
+        raise watch.error() from None
+    watch.report(error)
+
+
+def _ignore_signals() -> None:
+    """Let nothing interrupt the end of a process that has failed."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: float) -> None:
+    """Wait until all workers have started, watch them, and connect them."""
+    import torch
+    import torch.distributed as dist
+
+    from runtime.workers.watch import Watch
+
+    is_cuda = device.type == "cuda"
+    limit = timedelta(seconds=timeout_s + 60)  # `TorchGroup` ends the waiting earlier
+
+    def connect() -> tuple[Any, Any]:
+        return _store(place, limit, is_server=place.rank == 0), _store(place, limit, is_server=False)
+
+    def initialize() -> None:
+        if is_cuda:
+            torch.cuda.set_device(device)  # of this thread
+        backend, fixed = ("cpu:gloo,cuda:nccl", device) if is_cuda else ("gloo", None)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=limit, device_id=fixed
+        )
+
+    if is_cuda:
+        torch.cuda.set_device(device)
+        # A worker ends with one line when another one fails; NCCL would abort the process.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    group.step = "the start"
+    store, watched = group.call(connect, [0])
+    peers = _peers(watched, place, device, timeout_s)
+    group.watch = Watch(watched, place.rank, peers, timeout_s, lambda: (group.step, group.num_messages))
+    group.call(initialize, [other for other in range(place.size) if other != place.rank])
+    group.step = ""
+
+
+def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
+    """Connect to the store; torchrun has one, otherwise the first worker creates it."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        _number("MASTER_PORT", 0),
+        is_master=is_server and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=limit,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore(f"seqbuild/{place.num_restarts}/{_num_groups[0]}", store)
+
+
+def _peers(store: Any, place: Launch, device: torch.device, timeout_s: float) -> list[Peer]:
+    """Announce this worker, and wait for the announcements of all.
+
+    Raises:
+        WorkerError: naming the workers that are missing, or that do not fit to the first one.
+    """
+    from runtime.workers.watch import Peer
+
+    own = {**asdict(Peer.here()), "version": __version__, "device": device.type}
+    store.set(f"worker/{place.rank}", json.dumps(own))
+    end = time.monotonic() + timeout_s
+    missing = list(range(place.size))
+    while missing:
+        if store.check([f"worker/{missing[0]}"]):
+            missing.pop(0)
+        elif time.monotonic() > end:
+            missing = [rank for rank in missing if not store.check([f"worker/{rank}"])]
+            names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise WorkerError(
+                f"{len(missing)} of {place.size} workers have not started within {timeout_s:.0f} s: {names}",
+                hint="run the same torchrun command on every node, or raise --worker-timeout",
+                is_resumable=True,
+            )
+        else:
+            time.sleep(_POLL_S)
+    found = [_announced(store.get(f"worker/{rank}")) for rank in range(place.size)]
+    for name in ("version", "device"):
+        for rank, facts in enumerate(found):
+            if facts[name] != found[0][name]:
+                what = "version of seqbuild" if name == "version" else "kind of device"
+                raise WorkerError(
+                    f"worker {rank} on {facts['host']} has another {what} than worker 0 on {found[0]['host']}: "
+                    f"{facts[name]} instead of {found[0][name]}",
+                    hint="use the same on all nodes",
+                )
+    return [Peer(host=facts["host"], pid=facts["pid"], machine=facts["machine"]) for facts in found]
+
+
+def _announced(data: bytes) -> dict[str, Any]:
+    """Read the announcement of a worker."""
+    try:
+        found = json.loads(data[:_LIMIT_BYTES])
+        texts = {name: printable(str(found[name])[:300]) for name in ("host", "machine", "version", "device")}
+        return {**texts, "pid": int(found["pid"])}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise WorkerError("a worker of another program or version takes part in this run") from None
