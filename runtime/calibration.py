@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +107,11 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
-        workers: that share the run, see docs/distributed.md; None for those that torch.distributed has been initialized
-            with in this process, or else for one.
+        workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
     Raises:
-        WorkerError: on the others, when a worker fails.
-        UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
-        QuantizationError: when a module's values cannot be quantized.
-        OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
+        SeqbuildError: before anything runs. Later a QuantizationError, when values cannot be quantized; OutOfMemory, when
+            one sample does not fit; and on the other workers a WorkerError.
     """
     start = time.perf_counter()
     options = RunOptions(
@@ -132,14 +130,20 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
     group = current() if workers is None else workers
-    with agreed(group):
-        request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    require_startable(request.out, resume=options.resume, workers=group, parts=options.parts)
-    with agreed(group):
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    watch = Watchers([] if group.rank else [Lines(progress), *watchers], group)
+    return _run(_scheduled_alike(given, options, group), watch, start)
+
+
+def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+    """Check the arguments on all workers, and schedule the same run on each."""
+    with agreed(workers):
+        request = given()
+    require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
+    with agreed(workers):
         scheduled = _scheduled(request)
-    differences = require_same(group, scheduled.identity, options.device)
-    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
-    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else [], group), start)
+    differences = require_same(workers, scheduled.identity, options.device)
+    return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,7 +83,7 @@ _Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Message:
     """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
 
     Attributes:
@@ -236,7 +236,7 @@ class LaneExchange:
                     entry.fold(one.tokens, sums)
                 place = end
 
-    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Piece]:
+    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Message]:
         """List what an owner receives from other workers, in order."""
         for name, given in givers.items():
             entry = self._entries[name]
@@ -246,11 +246,11 @@ class LaneExchange:
             if entry.has_gram:
                 for left in range(0, width, PANEL_WIDTH):
                     shape = (min(PANEL_WIDTH, width - left), width - left)
-                    yield _Piece(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+                    yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Piece(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, left=0, shapes=shapes, dtype=dtype)
 
     def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Buffers:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
@@ -304,14 +304,14 @@ class LaneExchange:
             if rank in given_by or self._entries[name].is_here:
                 self._end_lane(self._entries[name], is_alone=list(given_by) == [rank])
 
-    def _own(self, piece: _Piece) -> torch.Tensor:
+    def _own(self, piece: _Message) -> torch.Tensor:
         entry = self._entries[piece.name]
         if entry.gram is not None:
             return entry.gram.lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
-    def _fold_piece(self, piece: _Piece, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
+    def _fold_piece(self, piece: _Message, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
         entry = self._entries[piece.name]
         is_first = entry.gram is not None and not entry.gram.has_total
