@@ -110,8 +110,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
     Raises:
-        SeqbuildError: before anything runs. Later a QuantizationError, when values cannot be quantized; OutOfMemory, when
-            one sample does not fit; and on the other workers a WorkerError.
+        SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
     start = time.perf_counter()
     options = RunOptions(
@@ -131,8 +130,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     require_methods("watchers", watchers, "tell")
     group = current() if workers is None else workers
     given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    watch = Watchers([] if group.rank else [Lines(progress), *watchers], group)
-    return _run(_scheduled_alike(given, options, group), watch, start)
+    scheduled = _scheduled_alike(given, options, group)
+    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
 
 
 def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
