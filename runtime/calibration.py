@@ -98,8 +98,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
     Args:
         artifact: the compiled model.
-        weights: directory of its safetensors checkpoint, a hub id (`owner/name` or `owner/name@revision`) whose
-            snapshot is in the local cache, or an open checkpoint.
+        weights: directory of its safetensors checkpoint, a hub id in the local cache, or an open checkpoint.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
