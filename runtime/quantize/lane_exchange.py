@@ -83,7 +83,7 @@ _Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Transfer:
     """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
 
     Attributes:
@@ -112,8 +112,8 @@ class _Buffers:
     Attributes:
         packed: the small sums of the own lane.
         received: for those of another worker.
-        given: for pieces to send to one owner each.
-        taken: for pieces to receive from one worker each.
+        given: for panels and samples to send to one owner each.
+        taken: for those to receive from one worker each.
     """
 
     packed: torch.Tensor
@@ -236,7 +236,7 @@ class LaneExchange:
                     entry.fold(one.tokens, sums)
                 place = end
 
-    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Piece]:
+    def _transfers(self, owner: int, givers: _Givers) -> Iterator[_Transfer]:
         """List what an owner receives from other workers, in order."""
         for name, given in givers.items():
             entry = self._entries[name]
@@ -246,11 +246,11 @@ class LaneExchange:
             if entry.has_gram:
                 for left in range(0, width, PANEL_WIDTH):
                     shape = (min(PANEL_WIDTH, width - left), width - left)
-                    yield _Piece(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+                    yield _Transfer(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Piece(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Transfer(name=name, left=0, shapes=shapes, dtype=dtype)
 
     def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Buffers:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
@@ -258,15 +258,15 @@ class LaneExchange:
         most_given = most_taken = most_bytes = 0
         for owner in range(self.workers.size):
             is_given = False
-            for piece in self._pieces(owner, givers):
-                others = [one for one in piece.shapes if one != owner]
+            for transfer in self._transfers(owner, givers):
+                others = [one for one in transfer.shapes if one != owner]
                 if owner == rank:
-                    self._entries[piece.name].reserve()
+                    self._entries[transfer.name].reserve()
                     most_taken = max(most_taken, len(others))
                 elif rank not in others:
                     continue
                 is_given |= owner != rank
-                most_bytes = max(most_bytes, *(piece.num_bytes(one) for one in others), 0)
+                most_bytes = max(most_bytes, *(transfer.num_bytes(one) for one in others), 0)
             most_given += is_given
         own = [self._entries[name].lane for name in lanes[rank]] if self.workers.size > 1 else []
         packed = [sums.packed() for sums in own if sums is not None]
@@ -282,46 +282,46 @@ class LaneExchange:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _fold_on_owners(self, givers: _Givers, buffers: _Buffers) -> None:
-        """Send Gram matrices and samples to their owners, at a time a piece for each owner, and add them up there."""
+        """Send Gram matrices and samples to their owners, one transfer for each owner at a time, and add them up."""
         rank = self.workers.rank
         for name in givers:
             gram = self._entries[name].gram
             if gram is not None and self._entries[name].is_here:
                 gram.fold_ended_()
-        for step in itertools.zip_longest(*(self._pieces(owner, givers) for owner in range(self.workers.size))):
+        for step in itertools.zip_longest(*(self._transfers(owner, givers) for owner in range(self.workers.size))):
             given, taken = iter(buffers.given), iter(buffers.taken)
             sends: list[tuple[torch.Tensor, int]] = []
             receives: list[tuple[torch.Tensor, int]] = []
-            for owner, piece in enumerate(step):
-                if piece is not None and owner == rank:
-                    receives = [(piece.view(next(taken), one), one) for one in piece.shapes if one != rank]
-                elif piece is not None and rank in piece.shapes:
-                    sends.append((piece.view(next(given), rank).copy_(self._own(piece)), owner))
+            for owner, transfer in enumerate(step):
+                if transfer is not None and owner == rank:
+                    receives = [(transfer.view(next(taken), one), one) for one in transfer.shapes if one != rank]
+                elif transfer is not None and rank in transfer.shapes:
+                    sends.append((transfer.view(next(given), rank).copy_(self._own(transfer)), owner))
             self.workers.swap(sends, receives)
             if step[rank] is not None:
-                self._fold_piece(step[rank], {one: tensor for tensor, one in receives}, givers)
+                self._fold_transfer(step[rank], {one: tensor for tensor, one in receives}, givers)
         for name, given_by in givers.items():
             if rank in given_by or self._entries[name].is_here:
                 self._end_lane(self._entries[name], is_alone=list(given_by) == [rank])
 
-    def _own(self, piece: _Piece) -> torch.Tensor:
-        entry = self._entries[piece.name]
+    def _own(self, transfer: _Transfer) -> torch.Tensor:
+        entry = self._entries[transfer.name]
         if entry.gram is not None:
-            return entry.gram.lane_panel(piece.left)
+            return entry.gram.lane_panel(transfer.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
-    def _fold_piece(self, piece: _Piece, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
+    def _fold_transfer(self, transfer: _Transfer, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
-        entry = self._entries[piece.name]
+        entry = self._entries[transfer.name]
         is_first = entry.gram is not None and not entry.gram.has_total
-        for rank in piece.shapes:
+        for rank in transfer.shapes:
             if entry.gram is not None:
-                panel_PR = received[rank] if rank in received else self._own(piece)
-                entry.gram.fold_(piece.left, panel_PR, is_first=is_first)
+                panel_PR = received[rank] if rank in received else self._own(transfer)
+                entry.gram.fold_(transfer.left, panel_PR, is_first=is_first)
                 is_first = False
             elif entry.sample is not None and rank in received:
-                one = givers[piece.name][rank]
+                one = givers[transfer.name][rank]
                 entry.sample.join(self._num_ended + rank, received[rank], one.stride, one.tokens)
 
     def _end_lane(self, entry: InputStatistics, *, is_alone: bool) -> None:
