@@ -139,7 +139,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         scheduled = _scheduled(request)
     differences = require_same(group, scheduled.identity, options.device)
     scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
-    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
+    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else [], group), start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

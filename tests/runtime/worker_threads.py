@@ -10,39 +10,40 @@ from typing import Any, TypeVar
 
 import torch
 
+from runtime.errors import WorkerError
+
 _T = TypeVar("_T")
 _TIMEOUT_S = 20
 
 
 class _Meeting:
-    """Where threads exchange messages: all bring one, and all leave with every message."""
+    """Where threads exchange messages: each brings one, and leaves with those of all."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._changed = threading.Condition()
-        self._rounds: dict[int, dict[int, Any]] = {}  # messages by rank
-        self._numbers = [0] * size  # of the next round of each rank
-        self._is_stopped = False
+        self._brought: list[list[Any]] = [[] for _ in range(size)]
+        self._ended: dict[int, None] = {}
 
     def exchange(self, rank: int, message: Any) -> list[Any]:
         with self._changed:
-            number = self._numbers[rank]
-            self._numbers[rank] += 1
-            found = self._rounds.setdefault(number, {})
-            found[rank] = message
+            number = len(self._brought[rank])
+            self._brought[rank].append(message)
             self._changed.notify_all()
-            is_ended = self._changed.wait_for(lambda: len(found) == self.size or self._is_stopped, _TIMEOUT_S)
-            # A round that is complete ends well, even if a worker has failed since.
-            if not is_ended or len(found) < self.size:
-                raise threading.BrokenBarrierError
-            if min(self._numbers) > number:
-                self._rounds.pop(number, None)
-            return [found[one] for one in range(self.size)]
+            if not self._changed.wait_for(lambda: self._is_over(number), _TIMEOUT_S):
+                raise WorkerError("another worker does not respond", is_resumable=True)
+            if any(len(messages) <= number for messages in self._brought):
+                raise WorkerError("another worker has ended", is_resumable=True)
+            return [messages[number] for messages in self._brought]
 
-    def stop(self) -> None:
+    def end(self, rank: int) -> None:
         with self._changed:
-            self._is_stopped = True
+            self._ended[rank] = None
             self._changed.notify_all()
+
+    def _is_over(self, number: int) -> bool:
+        missing = [rank for rank, messages in enumerate(self._brought) if len(messages) <= number]
+        return not missing or any(rank in self._ended for rank in missing)
 
 
 class ThreadWorkers:
@@ -85,7 +86,7 @@ class ThreadWorkers:
 def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | BaseException]:
     """Run a function in one thread for each worker; its result or exception, by rank.
 
-    A worker that raises stops those that wait for it.
+    Workers that wait for one that has ended get a WorkerError.
     """
     meeting = _Meeting(size)
     found: list[_T | BaseException] = [AssertionError("it did not end")] * size
@@ -95,7 +96,8 @@ def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | Ba
             found[rank] = function(ThreadWorkers(rank, meeting))
         except BaseException as error:
             found[rank] = error
-            meeting.stop()
+        finally:
+            meeting.end(rank)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -114,5 +116,5 @@ def in_threads(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T]:
     found = outcomes(size, function)
     errors = [one for one in found if isinstance(one, BaseException)]
     if errors:
-        raise next((one for one in errors if not isinstance(one, threading.BrokenBarrierError)), errors[0])
+        raise next((one for one in errors if not isinstance(one, WorkerError)), errors[0])
     return [one for one in found if not isinstance(one, BaseException)]
