@@ -106,7 +106,7 @@ class _Transfer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Buffers:
+class _Messages:
     """What an exchange needs, allocated before workers wait for each other.
 
     Attributes:
@@ -219,7 +219,7 @@ class LaneExchange:
             self._owners[name] = entry.owner = owners[name]
             entry.is_here = entry.owner == self.workers.rank
 
-    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Buffers) -> None:
+    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Messages) -> None:
         for rank, lane in enumerate(lanes):
             is_own = rank == self.workers.rank
             num_bytes = _packed_bytes(lane)
@@ -252,7 +252,7 @@ class LaneExchange:
                 dtype = getattr(torch, next(iter(given.values())).dtype)
                 yield _Transfer(name=name, left=0, shapes=shapes, dtype=dtype)
 
-    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Buffers:
+    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Messages:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
         rank = self.workers.rank
         most_given = most_taken = most_bytes = 0
@@ -271,7 +271,7 @@ class LaneExchange:
         own = [self._entries[name].lane for name in lanes[rank]] if self.workers.size > 1 else []
         packed = [sums.packed() for sums in own if sums is not None]
         others_bytes = [_packed_bytes(lane) for other, lane in enumerate(lanes) if other != rank]
-        return _Buffers(
+        return _Messages(
             packed=torch.cat(packed) if packed else self._empty(0),
             received=self._empty(max(others_bytes, default=0)),
             given=[self._empty(most_bytes) for _ in range(most_given)],
@@ -281,7 +281,7 @@ class LaneExchange:
     def _empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _fold_on_owners(self, givers: _Givers, buffers: _Buffers) -> None:
+    def _fold_on_owners(self, givers: _Givers, buffers: _Messages) -> None:
         """Send Gram matrices and samples to their owners, one transfer for each owner at a time, and add them up."""
         rank = self.workers.rank
         for name in givers:
