@@ -83,7 +83,7 @@ _Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Transfer:
+class _Message:
     """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
 
     Attributes:
@@ -106,14 +106,14 @@ class _Transfer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Messages:
+class _Arrivals:
     """What an exchange needs, allocated before workers wait for each other.
 
     Attributes:
         packed: the small sums of the own lane.
         received: for those of another worker.
-        given: for panels and samples to send to one owner each.
-        taken: for those to receive from one worker each.
+        given: for pieces to send to one owner each.
+        taken: for pieces to receive from one worker each.
     """
 
     packed: torch.Tensor
@@ -219,7 +219,7 @@ class LaneExchange:
             self._owners[name] = entry.owner = owners[name]
             entry.is_here = entry.owner == self.workers.rank
 
-    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Messages) -> None:
+    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Arrivals) -> None:
         for rank, lane in enumerate(lanes):
             is_own = rank == self.workers.rank
             num_bytes = _packed_bytes(lane)
@@ -236,7 +236,7 @@ class LaneExchange:
                     entry.fold(one.tokens, sums)
                 place = end
 
-    def _transfers(self, owner: int, givers: _Givers) -> Iterator[_Transfer]:
+    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Message]:
         """List what an owner receives from other workers, in order."""
         for name, given in givers.items():
             entry = self._entries[name]
@@ -246,32 +246,32 @@ class LaneExchange:
             if entry.has_gram:
                 for left in range(0, width, PANEL_WIDTH):
                     shape = (min(PANEL_WIDTH, width - left), width - left)
-                    yield _Transfer(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+                    yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Transfer(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, left=0, shapes=shapes, dtype=dtype)
 
-    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Messages:
+    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Arrivals:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
         rank = self.workers.rank
         most_given = most_taken = most_bytes = 0
         for owner in range(self.workers.size):
             is_given = False
-            for transfer in self._transfers(owner, givers):
-                others = [one for one in transfer.shapes if one != owner]
+            for piece in self._pieces(owner, givers):
+                others = [one for one in piece.shapes if one != owner]
                 if owner == rank:
-                    self._entries[transfer.name].reserve()
+                    self._entries[piece.name].reserve()
                     most_taken = max(most_taken, len(others))
                 elif rank not in others:
                     continue
                 is_given |= owner != rank
-                most_bytes = max(most_bytes, *(transfer.num_bytes(one) for one in others), 0)
+                most_bytes = max(most_bytes, *(piece.num_bytes(one) for one in others), 0)
             most_given += is_given
         own = [self._entries[name].lane for name in lanes[rank]] if self.workers.size > 1 else []
         packed = [sums.packed() for sums in own if sums is not None]
         others_bytes = [_packed_bytes(lane) for other, lane in enumerate(lanes) if other != rank]
-        return _Messages(
+        return _Arrivals(
             packed=torch.cat(packed) if packed else self._empty(0),
             received=self._empty(max(others_bytes, default=0)),
             given=[self._empty(most_bytes) for _ in range(most_given)],
@@ -281,47 +281,47 @@ class LaneExchange:
     def _empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _fold_on_owners(self, givers: _Givers, buffers: _Messages) -> None:
-        """Send Gram matrices and samples to their owners, one transfer for each owner at a time, and add them up."""
+    def _fold_on_owners(self, givers: _Givers, buffers: _Arrivals) -> None:
+        """Send Gram matrices and samples to their owners, at a time a piece for each owner, and add them up there."""
         rank = self.workers.rank
         for name in givers:
             gram = self._entries[name].gram
             if gram is not None and self._entries[name].is_here:
                 gram.fold_ended_()
-        for step in itertools.zip_longest(*(self._transfers(owner, givers) for owner in range(self.workers.size))):
+        for step in itertools.zip_longest(*(self._pieces(owner, givers) for owner in range(self.workers.size))):
             given, taken = iter(buffers.given), iter(buffers.taken)
             sends: list[tuple[torch.Tensor, int]] = []
             receives: list[tuple[torch.Tensor, int]] = []
-            for owner, transfer in enumerate(step):
-                if transfer is not None and owner == rank:
-                    receives = [(transfer.view(next(taken), one), one) for one in transfer.shapes if one != rank]
-                elif transfer is not None and rank in transfer.shapes:
-                    sends.append((transfer.view(next(given), rank).copy_(self._own(transfer)), owner))
+            for owner, piece in enumerate(step):
+                if piece is not None and owner == rank:
+                    receives = [(piece.view(next(taken), one), one) for one in piece.shapes if one != rank]
+                elif piece is not None and rank in piece.shapes:
+                    sends.append((piece.view(next(given), rank).copy_(self._own(piece)), owner))
             self.workers.swap(sends, receives)
             if step[rank] is not None:
-                self._fold_transfer(step[rank], {one: tensor for tensor, one in receives}, givers)
+                self._fold_piece(step[rank], {one: tensor for tensor, one in receives}, givers)
         for name, given_by in givers.items():
             if rank in given_by or self._entries[name].is_here:
                 self._end_lane(self._entries[name], is_alone=list(given_by) == [rank])
 
-    def _own(self, transfer: _Transfer) -> torch.Tensor:
-        entry = self._entries[transfer.name]
+    def _own(self, piece: _Message) -> torch.Tensor:
+        entry = self._entries[piece.name]
         if entry.gram is not None:
-            return entry.gram.lane_panel(transfer.left)
+            return entry.gram.lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
-    def _fold_transfer(self, transfer: _Transfer, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
+    def _fold_piece(self, piece: _Message, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
-        entry = self._entries[transfer.name]
+        entry = self._entries[piece.name]
         is_first = entry.gram is not None and not entry.gram.has_total
-        for rank in transfer.shapes:
+        for rank in piece.shapes:
             if entry.gram is not None:
-                panel_PR = received[rank] if rank in received else self._own(transfer)
-                entry.gram.fold_(transfer.left, panel_PR, is_first=is_first)
+                panel_PR = received[rank] if rank in received else self._own(piece)
+                entry.gram.fold_(piece.left, panel_PR, is_first=is_first)
                 is_first = False
             elif entry.sample is not None and rank in received:
-                one = givers[transfer.name][rank]
+                one = givers[piece.name][rank]
                 entry.sample.join(self._num_ended + rank, received[rank], one.stride, one.tokens)
 
     def _end_lane(self, entry: InputStatistics, *, is_alone: bool) -> None:
