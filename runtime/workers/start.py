@@ -67,6 +67,7 @@ def launch() -> Launch:
         if not os.environ.get(name):
             hint = "start the command with torchrun, or unset WORLD_SIZE"
             raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set", hint=hint)
+    _number("MASTER_PORT", 0)
     found = Launch(
         rank=_number("RANK", 0),
         size=_number("WORLD_SIZE", 1),
@@ -250,11 +251,16 @@ def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: flo
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     group.step = "the start"
-    store, watched = group.call(connect, [0])
+    try:
+        store, watched = group.call(connect, [0])
+    except WorkerError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "check MASTER_ADDR, MASTER_PORT and the network between the nodes"
+        raise WorkerError(f"cannot reach the first node at {address}: {error}", hint=hint, is_resumable=True) from None
     peers = _peers(watched, place, device, timeout_s)
     group.watch = Watch(watched, place.rank, peers, timeout_s, lambda: (group.step, group.num_messages))
     group.call(initialize, [other for other in range(place.size) if other != place.rank])
-    group.step = ""
+    group.step = "the preparation"
 
 
 def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
