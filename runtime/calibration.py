@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,18 @@ from runtime.arguments import as_path, require_callable, require_methods
 from runtime.checkpoint.companions import write_companions
 from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.parts import write_part
 from runtime.checkpoint.reader import Checkpoint
-from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, require_space
+from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter
 from runtime.data.checked_batches import model_batches
+from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError
+from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
-from runtime.host.publish import require_free, require_outside
+from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
 from runtime.quantize.preparation import Prepared, prepare
@@ -47,16 +49,21 @@ from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
-from runtime.streaming.identity import run_identity
+from runtime.streaming.identity import run_digest, run_identity
 from runtime.streaming.options import RunOptions
+from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
-from runtime.streaming.workplace import open_workplace, require_unfinished
+from runtime.streaming.workplace import open_workplace
+from runtime.workers.agreement import agreed
+from runtime.workers.comparison import require_same
+from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
@@ -75,6 +82,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda line: None,
     resume: bool = False,
+    parts: bool = False,
     checkpoint_activations: int = 0,
     activation_memory: Budget | None = None,
     propagate_error: bool = True,
@@ -83,6 +91,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
     force: bool = False,
+    workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
 
@@ -96,9 +105,12 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
-        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md.
+        own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
+        workers: that share the run, see docs/distributed.md; None for those that torch.distributed has been initialized
+            with in this process, or else for one.
 
     Raises:
+        WorkerError: on the others, when a worker fails.
         UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
         QuantizationError: when a module's values cannot be quantized.
         OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
@@ -109,6 +121,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         dtype=as_dtype(dtype),
         max_shard_bytes=max_shard_bytes,
         resume=resume,
+        parts=parts,
         checkpoint_activations=checkpoint_activations,
         activation_memory=activation_memory,
         propagate_error=propagate_error,
@@ -118,8 +131,15 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     )
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    request = _request(artifact, weights, recipe, batches, out, own_modifiers, options)
-    return _run(_scheduled(request), Watchers([Lines(progress), *watchers]), start)
+    group = current() if workers is None else workers
+    with agreed(group):
+        request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    require_startable(request.out, resume=options.resume, workers=group, parts=options.parts)
+    with agreed(group):
+        scheduled = _scheduled(request)
+    differences = require_same(group, scheduled.identity, options.device)
+    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
+    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +153,7 @@ class _Request:
     out: Path
     own_modifiers: Sequence[StepModifier]
     options: RunOptions
+    workers: Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,15 +181,16 @@ def _request(
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
     options: RunOptions,
+    workers: Workers,
 ) -> _Request:
+    if own_modifiers and workers.size > 1:
+        hint = "run without torchrun, or with one process"
+        raise UsageError(f"own_modifiers see the batches of one worker, and this run has {workers.size}", hint=hint)
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
     path, source = as_path("out", out), as_weights(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
-    if options.resume:
-        require_unfinished(path)
-    require_free(path)
     require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
     return _Request(
         artifact=artifact,
@@ -178,6 +200,7 @@ def _request(
         out=path,
         own_modifiers=own_modifiers,
         options=options,
+        workers=workers,
     )
 
 
@@ -224,9 +247,13 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     key_values = scheduled.recipe_modifier.key_values
     doing("calibrating")
     with ExitStack() as stack:
-        is_resumed = request.options.resume
-        workplace = stack.enter_context(open_workplace(request.out, resume=is_resumed, identity=scheduled.identity))
-        require_space(request.out, layout.file_bytes - workplace.written_bytes)
+        options, identity = request.options, scheduled.identity
+        place = open_workplace(
+            request.out, resume=options.resume, identity=identity, workers=request.workers, parts=options.parts
+        )
+        workplace = stack.enter_context(place)
+        writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
+        workplace.require_space(writer.files.file_bytes)
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -237,22 +264,27 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             jobs=prepared.jobs,
             modifiers=scheduled.modifiers,
             schedule=scheduled.schedule,
-            batches=[dict(batch) for batch in request.batches],
-            writer=ShardWriter(workplace.checkpoint, layout),
+            lanes=Lanes.of(prepared.artifact.manifest, request.batches),
+            writer=writer,
             workplace=workplace,
-            options=request.options,
+            options=options,
             watch=watch,
+            workers=request.workers,
         )
         for warning in _warnings(scheduled):
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
         config = _quantization_config(request.recipe, run)
-        write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+        with agreed(request.workers):
+            if not request.workers.rank:
+                write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+            if options.parts:
+                write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(request.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("end", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
-        path=request.out,
+        path=workplace.out,
         num_bytes=layout.total_bytes,
         modules=tuple(run.reports),
         unreached=tuple(prepared.unreached),

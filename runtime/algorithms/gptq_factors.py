@@ -1,6 +1,10 @@
 """The Hessian in GPTQ: the order of columns, and the factorization H + damping = M D M^T.
 
-Shapes: I in features. See `runtime.algorithms.gptq`.
+The factors also give the size of a layer's output without H:
+
+    ||W X||^2 = tr(W (M D M^T - added) W^T) = sum over k of   D_k |sum over j <= k of w_j M_jk|^2  -  added_k |w_k|^2
+
+Shapes: I in features, O rows of weights, P columns of a panel. See `runtime.algorithms.gptq`.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
-from runtime.algorithms.products import factorize_, reach
+from runtime.algorithms.products import add_product_, factorize_, multiplied, reach
 from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
+_PANEL = 256  # columns of M that are multiplied at a time: narrower panels multiply more slowly, wider ones more zeros
+_COLUMNS_OF_A_SUM = 128
 
 
 def column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor:
@@ -26,10 +32,12 @@ def column_order(hessian_II: torch.Tensor, actorder: str | None) -> torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
+class Factored:
     """H + diag(added) = M D M^T with the columns in the order of the solve.
 
     Args:
+        order_I: the columns in that order.
+        diagonal_I: H's diagonal, in the original order.
         lower_II: M^T, unit lower triangular: row k has the coefficients of the earlier errors in column k. Values above
             the diagonal are meaningless.
         pivot_I: D.
@@ -37,25 +45,45 @@ class Factors:
         damping: the dampening, as a fraction of the mean diagonal.
     """
 
+    order_I: torch.Tensor
+    diagonal_I: torch.Tensor
     lower_II: torch.Tensor
     pivot_I: torch.Tensor
     added_I: torch.Tensor
     damping: float
 
+    @classmethod
+    def empty(cls, num_in: int, dtype: torch.dtype, device: torch.device | str, damping: float) -> Factored:
+        """Allocate factors whose `parts` are filled with those of others."""
+        vectors = torch.empty(3, num_in, dtype=dtype, device=device)
+        return cls(
+            order_I=torch.empty(num_in, dtype=torch.int64, device=device),
+            diagonal_I=vectors[0],
+            lower_II=torch.empty(num_in, num_in, dtype=dtype, device=device),
+            pivot_I=vectors[1],
+            added_I=vectors[2],
+            damping=damping,
+        )
 
-def factors_of(
+    def parts(self) -> list[torch.Tensor]:
+        """All numbers but the damping, as views: the vectors, then panels of M^T up to the diagonal."""
+        panels = [self.lower_II[rows, : rows.stop] for rows in _parts(len(self.order_I))]
+        return [self.order_I, self.diagonal_I, self.pivot_I, self.added_I, *panels]
+
+
+def factored(
     hessian_II: torch.Tensor,
-    order_I: torch.Tensor,
+    actorder: str | None,
     dampening_frac: float,
     dtype: torch.dtype,
     *,
     overwrite_hessian: bool = False,
-) -> Factors:
-    """Factor a Hessian with its columns in this order; while that fails, raise the dampening tenfold, up to 1.
+) -> Factored:
+    """Factor a Hessian; while that fails, raise the dampening tenfold, up to 1.
 
     Args:
         hessian_II: H, symmetric.
-        order_I: the columns in the order of the solve.
+        actorder: see `column_order`.
         dampening_frac: the value first added to the diagonal, as a fraction of its mean.
         dtype: of the factors.
         overwrite_hessian: factor in H's own memory, if it has that dtype.
@@ -63,7 +91,9 @@ def factors_of(
     Raises:
         QuantizationError: if the Hessian does not factor even with dampening 1.
     """
-    diagonal_I = hessian_II.diagonal()[order_I].to(dtype)
+    order_I = column_order(hessian_II, actorder)
+    original_I = hessian_II.diagonal().to(dtype, copy=True)
+    diagonal_I = original_I[order_I]
     dead_I = diagonal_I == 0
     mean = diagonal_I[~dead_I].mean()
     damping = dampening_frac
@@ -84,7 +114,40 @@ def factors_of(
     root_I = lower_II.diagonal().clone()
     for rows in _parts(len(root_I)):
         lower_II[rows, : rows.stop].div_(root_I[rows, None])
-    return Factors(lower_II=lower_II, pivot_I=root_I.square(), added_I=added_I, damping=damping)
+    return Factored(
+        order_I=order_I,
+        diagonal_I=original_I,
+        lower_II=lower_II,
+        pivot_I=root_I.square(),
+        added_I=added_I,
+        damping=damping,
+    )
+
+
+def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
+    """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
+
+    Args:
+        columns_IO: the weights' columns in the order of the solve.
+        found: the factors of X X^T.
+    """
+    total_O = -weighed(columns_IO, found.added_I)
+    for panel in _parts(len(columns_IO), _PANEL):
+        inner_PP = found.lower_II[panel, panel].tril()  # the values above the diagonal may be anything
+        product_PO = multiplied(inner_PP, columns_IO[panel].t())
+        if panel.start:
+            add_product_(product_PO, found.lower_II[panel, : panel.start], columns_IO[: panel.start].t())
+        total_O += weighed(product_PO, found.pivot_I[panel])
+    return total_O
+
+
+def weighed(values_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
+    """Sum factor times squared value over the columns, for each row; in float64, a few columns at a time."""
+    total_O = torch.zeros(values_IO.shape[1], dtype=torch.float64, device=values_IO.device)
+    for start in range(0, len(factor_I), _COLUMNS_OF_A_SUM):
+        part = slice(start, start + _COLUMNS_OF_A_SUM)
+        total_O += factor_I[part].double() @ values_IO[part].square().double()
+    return total_O
 
 
 def _copies(hessian_II: torch.Tensor, order_I: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -115,8 +178,8 @@ def _reordered_in_place(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iter
         mirror_(hessian_II)
 
 
-def _parts(num_rows: int) -> list[slice]:
-    return [slice(top, min(top + ROWS_OF_A_COPY, num_rows)) for top in range(0, num_rows, ROWS_OF_A_COPY)]
+def _parts(num_rows: int, height: int = ROWS_OF_A_COPY) -> list[slice]:
+    return [slice(top, min(top + height, num_rows)) for top in range(0, num_rows, height)]
 
 
 def _transpose_(matrix_II: torch.Tensor) -> None:

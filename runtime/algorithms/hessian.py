@@ -1,6 +1,23 @@
-"""The Hessian H = X X^T of calibration inputs, by which GPTQ and AWQ measure the error of a layer's output."""
+"""The Hessian H = X X^T of calibration inputs, by which GPTQ and AWQ measure the error of a layer's output.
+
+Inputs come in lanes, whose sums are added in their order, so that the bits of H do not depend on which worker sums up
+which lane. One matrix holds both sums. H is symmetric, so a lane is summed up in the panels to the right of the
+diagonal only. The total of a panel of rows is kept below the diagonal, in the rows of the opposite panel, where exactly
+as many columns are free: rows stay rows, and adding them up is as fast as memory.
+
+    panel 0   lane  lane  lane  lane        the total of panel 0 is in the rows of panel 3,
+    panel 1   (2)   lane  lane  lane        that of panel 1 in the rows of panel 2, and so on
+    panel 2   (1)   (1)   lane  lane
+    panel 3   (0)   (0)   (0)   lane
+
+The blocks on the diagonal have a place of their own, and so has a last panel that is narrower than the others.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
 
@@ -29,6 +46,20 @@ def _padded(inputs_TI: torch.Tensor) -> torch.Tensor:
     return inputs_IT
 
 
+@functools.lru_cache(maxsize=4)
+def _triangle(width: int, device: torch.device) -> torch.Tensor:
+    """The places in a square block, row by row, on and above its diagonal."""
+    rows, columns = torch.triu_indices(width, width, device=device)
+    places: torch.Tensor = rows * width + columns
+    return places
+
+
+def _upper_half(panel_PR: torch.Tensor) -> torch.Tensor:
+    """Copy the numbers of a panel's first block on and above its diagonal."""
+    width = len(panel_PR)
+    return panel_PR[:, :width].reshape(-1).index_select(0, _triangle(width, panel_PR.device))
+
+
 class HessianAccumulator:
     """The sum H = X X^T over calibration inputs, in float32.
 
@@ -42,18 +73,21 @@ class HessianAccumulator:
         device: the device of the sum and of the inputs.
 
     Attributes:
-        num_tokens: the number of inputs in the sum.
+        num_tokens: the number of inputs that were added here.
+        has_lane: whether the panels have the sum of a lane.
+        has_total: whether the sum of earlier lanes is beside it.
     """
 
-    __slots__ = ("_is_whole", "_upper_II", "num_tokens")
+    __slots__ = ("_diagonal", "_is_ended", "_is_whole", "_upper_II", "has_lane", "has_total", "num_tokens")
 
     def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
-        self._upper_II = torch.zeros(num_in_features, num_in_features, dtype=torch.float32, device=device)
-        self._is_whole = True
+        self._upper_II = torch.empty(num_in_features, num_in_features, dtype=torch.float32, device=device)
+        self._diagonal = torch.empty(0, device=device)  # the total of each block on the diagonal, its upper half
+        self.has_lane = self.has_total = self._is_ended = self._is_whole = False
         self.num_tokens = 0
 
     def add(self, inputs_TI: torch.Tensor) -> None:
-        """Add a batch of inputs, [..., I]; all leading dimensions count as tokens."""
+        """Add a batch of inputs, [..., I], to the lane; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
         self._is_whole = False
         # Tensor cores multiply bf16 and fp16 exactly and accumulate in float32, many times faster than in float32.
@@ -65,19 +99,101 @@ class HessianAccumulator:
         self.num_tokens += flat_TI.shape[0]
 
     def _add_(self, inputs_IT: torch.Tensor) -> None:
-        for left in range(0, len(inputs_IT), PANEL_WIDTH):
+        is_next = self.has_lane and self._is_ended
+        for left in self.panels():
             panel = slice(left, left + PANEL_WIDTH)
-            target_PR, first_PT, second_RT = self._upper_II[panel, left:], inputs_IT[panel], inputs_IT[left:]
+            target_PR, first_PT, second_RT = self.lane_panel(left), inputs_IT[panel], inputs_IT[left:]
+            if is_next:  # the earlier lane's panel comes into the cache for both
+                self.fold_(left, target_PR)
+            if is_next or not self.has_lane:
+                target_PR.zero_()
             if inputs_IT.dtype == torch.float32:
                 add_product_(target_PR, first_PT, second_RT)
             else:
                 target_PR.add_(torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32))
+        self.has_total |= is_next
+        self.has_lane, self._is_ended = True, False
+
+    def end_lane(self) -> None:
+        """End a lane; the next one is added to its sum."""
+        self._is_ended = True
+
+    def fold_ended_(self) -> None:
+        """Add a lane that has ended to the total, so that the sums of other workers can follow."""
+        if self.has_lane and self._is_ended:
+            for left in self.panels():
+                self.fold_(left, self.lane_panel(left))
+            self.has_total = True
+            self.drop_lane()
+
+    def drop_lane(self) -> None:
+        """Forget the sum of the lane, after it was added to a total here or elsewhere."""
+        self.has_lane = self._is_ended = False
+
+    def panels(self) -> Iterator[int]:
+        """The first row, and column, of each panel."""
+        return iter(range(0, len(self._upper_II), PANEL_WIDTH))
+
+    def lane_panel(self, left: int) -> torch.Tensor:
+        """The rows of a panel from the diagonal to the right, [P, I - left]: the lane's sum, not a copy."""
+        return self._upper_II[left : left + PANEL_WIDTH, left:]
+
+    def fold_(self, left: int, lane_PR: torch.Tensor, *, is_first: bool | None = None) -> None:
+        """Add a lane's sum to the total of a panel.
+
+        Args:
+            left: the panel.
+            lane_PR: the sum, as `lane_panel` returns it.
+            is_first: whether there is no total of this panel; by default `has_total` tells.
+        """
+        is_first = not self.has_total if is_first is None else is_first
+        half = _upper_half(lane_PR)
+        if not len(self._diagonal):
+            self._diagonal = self._upper_II.new_empty(_diagonal_shape(len(self._upper_II)))
+        parts = [(self._diagonal[left // PANEL_WIDTH, : len(half)], half)]
+        parts += [(total, lane_PR[:, own]) for total, own in self._places(left)]
+        for total, lane in parts:
+            if is_first:
+                total.copy_(lane)
+            else:
+                total.add_(lane)
+
+    def _places(self, left: int) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Where the total of a panel is, and which of the panel's columns, without those on the diagonal."""
+        size = len(self._upper_II)
+        full = size // PANEL_WIDTH * PANEL_WIDTH
+        right, width = left + PANEL_WIDTH, full - left - PANEL_WIDTH
+        if width > 0:
+            yield self._upper_II[width : width + PANEL_WIDTH, :width], slice(PANEL_WIDTH, PANEL_WIDTH + width)
+        if full < size and left < full:
+            yield self._upper_II[full:, left:right].t(), slice(full - left, None)
+
+    def _complete_(self) -> None:
+        """Put the sum of all lanes into the panels, and copy it to below the diagonal."""
+        if not self.has_total and not self.has_lane:
+            self._upper_II.zero_()
+        for left in self.panels():
+            panel_PR = self.lane_panel(left)
+            width = len(panel_PR)
+            upper_PP = panel_PR[:, :width].triu()
+            if self.has_total:
+                if self.has_lane:
+                    self.fold_(left, panel_PR)
+                places = _triangle(width, panel_PR.device)
+                upper_PP = upper_PP.view(-1).index_copy_(0, places, self._diagonal[left // PANEL_WIDTH, : len(places)])
+                upper_PP = upper_PP.view(width, width)
+                for total, own in self._places(left):
+                    panel_PR[:, own] = total
+            panel_PR[:, :width] = upper_PP + upper_PP.triu(1).t()
+        mirror_(self._upper_II)
+        self._diagonal = self._diagonal.new_empty(0)
+        self.has_lane, self.has_total, self._is_ended = True, False, False
 
     @property
     def hessian_II(self) -> torch.Tensor:
         """The sum so far: the accumulator's own tensor, which a later `add` changes."""
         if not self._is_whole:
-            mirror_(self._upper_II)
+            self._complete_()
         self._is_whole = True
         return self._upper_II
 
@@ -86,6 +202,17 @@ class HessianAccumulator:
         self.hessian_II.div_(scale_I).div_(scale_I[:, None])
 
 
+def _diagonal_shape(num_in: int) -> tuple[int, int]:
+    """The number of blocks on the diagonal, and of the numbers in the upper half of each."""
+    width = min(PANEL_WIDTH, num_in)
+    return -(-num_in // PANEL_WIDTH), width * (width + 1) // 2
+
+
 def hessian_bytes(num_in: int) -> int:
-    """The size of a `HessianAccumulator`: [I, I] in float32."""
+    """The size of H: [I, I] in float32."""
     return num_in * num_in * FLOAT32
+
+
+def accumulator_bytes(num_in: int) -> int:
+    """The size of a `HessianAccumulator` of several lanes: H, and the total of its blocks on the diagonal."""
+    return hessian_bytes(num_in) + math.prod(_diagonal_shape(num_in)) * FLOAT32

@@ -5,8 +5,8 @@ A Gram matrix H = X X^T gives it for all tokens:
     ||W X||^2 = tr(W H W^T)
 
 If only the report needs it, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
-every fourth and so on, evenly spread over the data. An error and the size that it is compared with always come from the
-same tokens.
+every fourth and so on of each lane, evenly spread over the data. An error and the size that it is compared with always
+come from the same tokens.
 
 Shapes: O out features, I in features, T tokens, R some rows, P some columns.
 """
@@ -26,29 +26,64 @@ _PANEL = 512  # columns of H that are multiplied at a time
 
 
 class TokenSample:
-    """A sample of input tokens, evenly spread over all that were added, in their own dtype."""
+    """A sample of input tokens, evenly spread over the tokens of each lane, in their own dtype.
+
+    It has every token of a lane whose number is a multiple of the stride, a power of two. So the sample of some lanes
+    can be joined from samples of single lanes, and does not depend on where they were taken.
+
+    Attributes:
+        stride: the tokens of a lane from one that is kept to the next.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[torch.Tensor] = []
-        self._stride = 1
-        self._num_seen = self._num_kept = 0
+        self.stride = 1
+        self._lanes: dict[int, torch.Tensor] = {}
+        self._parts: list[torch.Tensor] = []  # of the lane that runs
+        self._num_in_lane = self._num_seen = self._num_kept = 0
 
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add the tokens [T, I] of a batch that belong to the sample."""
-        first = -self._num_seen % self._stride
+        first = -self._num_in_lane % self.stride
+        self._num_in_lane += len(inputs_TI)
         self._num_seen += len(inputs_TI)
-        part_TI = inputs_TI[first :: self._stride].clone()
-        self._parts.append(part_TI)
-        self._num_kept += len(part_TI)
+        self._parts.append(inputs_TI[first :: self.stride].clone())
+        self._num_kept += len(self._parts[-1])
+        self._halve_until_it_fits()
+
+    def end_lane(self, lane: int) -> None:
+        """End the lane that runs; the sample is in the order of lanes, whenever they end."""
+        if self._parts:
+            self._lanes[lane] = self.lane_TI
+        self._parts, self._num_in_lane = [], 0
+
+    @property
+    def lane_TI(self) -> torch.Tensor:
+        """The sample of the lane that runs."""
+        return torch.cat(self._parts)
+
+    def join(self, lane: int, inputs_TI: torch.Tensor, stride: int, num_seen: int) -> None:
+        """Add the sample of a lane that another worker has taken from `num_seen` tokens."""
+        while self.stride < stride:
+            self._halve()
+        self._lanes[lane] = inputs_TI[:: self.stride // stride].clone()
+        self._num_seen += num_seen
+        self._num_kept += len(self._lanes[lane])
+        self._halve_until_it_fits()
+
+    def _halve_until_it_fits(self) -> None:
         while self._num_kept > NUM_SAMPLED:
-            self._parts = [torch.cat(self._parts)[::2].clone()]
-            self._num_kept = len(self._parts[0])
-            self._stride *= 2
+            self._halve()
+
+    def _halve(self) -> None:
+        self._lanes = {lane: inputs_TI[::2].clone() for lane, inputs_TI in self._lanes.items()}
+        self._parts = [self.lane_TI[::2].clone()] if self._parts else []
+        self._num_kept = sum(map(len, (*self._lanes.values(), *self._parts)))
+        self.stride *= 2
 
     @property
     def inputs_TI(self) -> torch.Tensor:
         """The sample, float32."""
-        return torch.cat(self._parts).to(torch.float32)
+        return torch.cat([*(self._lanes[lane] for lane in sorted(self._lanes)), *self._parts]).to(torch.float32)
 
     @property
     def share(self) -> float:

@@ -66,7 +66,7 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 def _derived(checkpoint: Checkpoint, key: str, packed: Packed, dtype: str) -> Derived:
-    from runtime.checkpoint.dtypes import Stored
+    from runtime.checkpoint.stored import Stored
 
     numbers, scales = packed.parts
     expected = "F8_E4M3" if packed.method == FP8 else "U8"

@@ -15,7 +15,7 @@ from runtime.checkpoint.reader import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-    from runtime.checkpoint.dtypes import Stored
+    from runtime.checkpoint.stored import Stored
     from runtime.checkpoint.stored_table import StoredTable
 
 _PIECE_NUMBERS = 2**22

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from runtime.checkpoint.dtypes import BITS, Stored
+from runtime.checkpoint.stored import BITS, Stored
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
@@ -46,12 +46,15 @@ class Layout:
         tensors: all tensors, in the order in which they fill the shards.
         max_shard_bytes: a shard is closed before a tensor would make it larger; a larger tensor gets a shard of its
             own.
+        stem: the beginning of the names of its files.
     """
 
-    def __init__(self, tensors: Iterable[Stored], max_shard_bytes: int) -> None:
+    def __init__(self, tensors: Iterable[Stored], max_shard_bytes: int, stem: str = "model") -> None:
+        self.tensors = tuple(tensors)
+        self.max_shard_bytes = max_shard_bytes
         filled: list[list[Stored]] = [[]]
         size = self.total_bytes = 0
-        for tensor in tensors:
+        for tensor in self.tensors:
             if filled[-1] and size + tensor.num_bytes > max_shard_bytes:
                 filled.append([])
                 size = 0
@@ -61,8 +64,8 @@ class Layout:
         self.slots: dict[str, Slot] = {}
         self.shards: list[ShardLayout] = []
         for number, shard in enumerate(filled):
-            name = f"model-{number + 1:05d}-of-{len(filled):05d}.safetensors" if len(filled) > 1 else SINGLE_NAME
-            self._add_shard(name, shard)
+            place = f"-{number + 1:05d}-of-{len(filled):05d}" if len(filled) > 1 else ""
+            self._add_shard(f"{stem}{place}.safetensors", shard)
 
     def _add_shard(self, name: str, tensors: list[Stored]) -> None:
         ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor.dtype], tensor.name))

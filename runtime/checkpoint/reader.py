@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from runtime.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from runtime.checkpoint.shard_files import ShardFiles
 from runtime.checkpoint.source_formats import stated
+from runtime.checkpoint.stored import Stored
 from runtime.errors import WeightsError
 from runtime.host.regular_files import read_text, require_regular_entries
 
 if TYPE_CHECKING:
     import torch
 
-    from runtime.checkpoint.dtypes import Stored
     from runtime.checkpoint.stored_table import StoredTable
 
 _PIECE_BYTES = 2**22  # read at a time when a tensor is copied between files
@@ -95,8 +95,6 @@ class Checkpoint:
 
     def read_rows(self, key: str, first: int, count: int) -> torch.Tensor:
         """Read only `count` consecutive indices of a tensor's first axis."""
-        from runtime.checkpoint.dtypes import Stored
-
         place = self._places[key]
         stored = Stored(key, place.stored.dtype, (count, *place.stored.shape[1:]))
         begin = place.begin + first * (stored.num_bytes // count)
@@ -226,8 +224,6 @@ class Checkpoint:
     def _read_header(self, name: str) -> dict[str, _Place]:
         """Read the places in a shard; safetensors checks its header, but does not report where a tensor is."""
         from safetensors import safe_open
-
-        from runtime.checkpoint.dtypes import Stored
 
         path = self.directory / name
         try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from runtime.checkpoint.dtypes import Stored
+    from runtime.checkpoint.stored import Stored
     from runtime.checkpoint.stored_table import StoredTable
 
 

@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -19,6 +19,7 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
 from runtime.cli.group import is_resumed, join_group, require_readable_by
+from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import require_log, watching
@@ -41,7 +42,7 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -60,6 +61,7 @@ app = typer.Typer(
 )
 
 app.command()(plan)
+app.command()(join)
 
 
 @app.command()
@@ -78,6 +80,7 @@ def calibrate(
     tokenizer: given.Tokenizer = None,
     max_shard_size: given.MaxShardSize = "2GB",
     resume: given.Resume = False,
+    parts: given.Parts = False,
     checkpoint_activations: given.CheckpointActivations = "replay",
     activation_memory: given.ActivationMemory = None,
     propagate_error: given.PropagateError = True,
@@ -97,6 +100,7 @@ def calibrate(
     options: dict[str, Any] = {
         "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
         "resume": is_resumed(resume),
+        "parts": parts,
         "propagate_error": propagate_error,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "force": force,
@@ -105,7 +109,7 @@ def calibrate(
         workers, device = join_group(stack, device, worker_timeout)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
-        parsed = _recipe_of(job, workers, options["resume"], log)
+        parsed = _recipe_of(job, workers, options["resume"], parts, log)
         loaded, options["device"], options["dtype"] = _loaded(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
@@ -121,16 +125,16 @@ def calibrate(
         _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
-def _recipe_of(job: Job, workers: Workers, resume: bool, log: Path | None) -> Recipe:
+def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
-    from runtime.streaming.workplace import require_startable
+    from runtime.streaming.output_place import require_startable
     from runtime.workers.agreement import agreed
 
+    require_startable(job.out, resume=resume, workers=workers, parts=parts)
     with agreed(workers):
         if workers.rank == 0:
-            require_startable(job.out, resume=resume)
             require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)

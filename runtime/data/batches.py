@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,18 +29,45 @@ def split_batches(manifest: Manifest, batches: Sequence[Mapping[str, Any]], size
     Returns:
         None if the inputs have no batch dimension, or the artifact is not valid for so few samples.
     """
+    return cut_batches(manifest, batches, lambda first, last: range(first + size, last, size))
+
+
+def num_samples(manifest: Manifest, batch: Mapping[str, Any]) -> int | None:
+    """Return the number of samples of a batch; None if it cannot be split."""
+    return int(batch[manifest.inputs[0].name].shape[0]) if _is_splittable(manifest, batch) else None
+
+
+def cut_batches(
+    manifest: Manifest, batches: Sequence[Mapping[str, Any]], cuts: Callable[[int, int], Iterable[int]]
+) -> Batches | None:
+    """Split batches before some samples.
+
+    Args:
+        manifest: states which dimensions of the inputs are samples.
+        batches: in file order.
+        cuts: returns the samples at which a batch is split, given its first sample and the one after its last. Samples
+            are numbered through all batches.
+
+    Returns:
+        None if the inputs have no batch dimension, or the artifact is not valid for so few samples.
+    """
     if not all(_is_splittable(manifest, batch) for batch in batches):
         return None
     symbol = manifest.inputs[0].shape[0]
     dims = {entry.name: entry.shape.index(symbol) for entry in manifest.inputs if symbol in entry.shape}
     dims |= {name: 0 for name in BESIDE_INPUTS if name not in dims}
     parts: Batches = []
+    first = 0
     for batch in batches:
-        count = batch[manifest.inputs[0].name].shape[0]
-        for start in range(0, count, size):
-            length = min(size, count - start)
-            cut = {name: value.narrow(dims[name], start, length) for name, value in batch.items() if name in dims}
+        last = first + batch[manifest.inputs[0].name].shape[0]
+        for start, end in itertools.pairwise((first, *cuts(first, last), last)):
+            cut = {
+                name: value.narrow(dims[name], start - first, end - start)
+                for name, value in batch.items()
+                if name in dims
+            }
             parts.append(dict(batch) | cut)
+        first = last
     try:
         require_in_range(manifest, parts)
     except DataError:

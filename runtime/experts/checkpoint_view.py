@@ -72,7 +72,7 @@ def _require_shape(checkpoint: Checkpoint, stored: StoredStack) -> None:
 
 
 def _derived(checkpoint: Checkpoint, key: str, slices: _Slices, expert: int, place: int) -> Derived:
-    from runtime.checkpoint.dtypes import Stored
+    from runtime.checkpoint.stored import Stored
 
     stack, sources = slices.stored.stack, slices.stored.sources
 

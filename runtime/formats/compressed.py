@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -42,40 +43,104 @@ def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationSche
     Raises:
         QuantizationError: if weight, scale, zero point and scheme are inconsistent.
     """
+    rows = compress_rows(name, result, scheme)
+    return join_rows(name, [rows], result.weight_OI.shape[1], scheme, result.inputs)
+
+
+def compress_rows(name: str, rows: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Pack some rows of a quantized weight, for `join_rows`; a row of blocks that share scales may not be cut.
+
+    Args:
+        name: the module's name, for messages.
+        rows: an algorithm's result for these rows, without the scales of static inputs.
+        scheme: with its format.
+
+    Returns:
+        Contiguous tensors as described by `rows_layout`. Zero points are not packed, because words hold those of
+        several rows.
+
+    Raises:
+        QuantizationError: if weight, scale, zero point and scheme are inconsistent.
+    """
     weights = scheme.weights
-    shape = _scale_shape(result.weight_OI.shape, weights)
-    if list(result.scale.shape) != shape:
+    shape = _scale_shape(rows.weight_OI.shape, weights)
+    if list(rows.scale.shape) != shape:
         raise QuantizationError(
-            f"{name}: the scale has the shape {list(result.scale.shape)}, but the weight's scheme requires {shape}"
+            f"{name}: the scale has the shape {list(rows.scale.shape)}, but the weight's scheme requires {shape}"
         )
-    if (result.zero_point is None) != weights.symmetric:
+    if (rows.zero_point is None) != weights.symmetric:
         raise QuantizationError(f"{name}: an asymmetric scheme requires a zero point, a symmetric one has none")
-    if (result.global_scale is None) != (weights.strategy != "tensor_group"):
+    if (rows.global_scale is None) != (weights.strategy != "tensor_group"):
         raise QuantizationError(f"{name}: NVFP4 requires a global scale, other schemes have none")
-    missing = [part for part in input_parts(scheme) if part not in result.inputs]
-    if missing or len(result.inputs) != len(input_parts(scheme)):
-        raise QuantizationError(
-            f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(result.inputs)}"
-        )
-    state = {"weight": result.weight_OI, "weight_scale": result.scale}
-    if result.zero_point is not None:
-        state["weight_zero_point"] = result.zero_point
-    if result.global_scale is not None:
-        state["weight_global_scale"] = result.global_scale
+    state = {"weight": rows.weight_OI, "weight_scale": rows.scale}
+    if rows.zero_point is not None:
+        state["weight_zero_point"] = rows.zero_point
+    if rows.global_scale is not None:
+        state["weight_global_scale"] = rows.global_scale
     compressor = _compressor(scheme)
-    num_out = len(result.weight_OI)
+    num_out = len(rows.weight_OI)
     by_row = [key for key, tensor in state.items() if len(tensor) == num_out > 1]
     parts = [
-        compressor.compress({key: t[rows] if key in by_row else t for key, t in state.items()}, scheme)
-        for rows in _rows(result.weight_OI.shape, is_cut="weight_scale" in by_row)
+        compressor.compress({key: t[some] if key in by_row else t for key, t in state.items()}, scheme)
+        for some in _parts_of_rows(rows.weight_OI.shape, is_cut="weight_scale" in by_row)
     ]
+    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
+    if rows.zero_point is not None:
+        packed["weight_zero_point"] = rows.zero_point.contiguous()
+    return packed
+
+
+def join_rows(
+    name: str,
+    parts: Sequence[Mapping[str, torch.Tensor]],
+    num_in: int,
+    scheme: QuantizationScheme,
+    inputs: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Join all rows of a weight to the tensors that `compress_module` returns for the whole weight.
+
+    Args:
+        name: the module's name, for messages.
+        parts: the results of `compress_rows`, in the order of the rows.
+        num_in: I.
+        scheme: with its format.
+        inputs: the scales of static inputs by their name in the checkpoint.
+
+    Raises:
+        QuantizationError: if these are not the scales that the scheme requires.
+    """
+    if set(inputs) != set(input_parts(scheme)):
+        raise QuantizationError(f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(inputs)}")
+    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
     packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
-    if "weight_shape" in packed:
-        packed["weight_shape"] = packed["weight_shape"].new_tensor(result.weight_OI.shape)
-    return {**packed, **result.inputs}
+    num_out = len(packed["weight" if "weight" in packed else "weight_packed"])
+    assert list(packed["weight_scale"].shape) == _scale_shape((num_out, num_in), scheme.weights), "parts are missing"
+    if scheme.format == CompressionFormat.pack_quantized.value:
+        if "weight_zero_point" in packed:
+            words = pack_to_int32(packed["weight_zero_point"], scheme.weights.num_bits, packed_dim=0)
+            packed["weight_zero_point"] = words.contiguous()
+        packed["weight_shape"] = torch.tensor([num_out, num_in])
+    return {**packed, **inputs}
 
 
-def _rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
+def rows_layout(
+    shape: tuple[int, int], scheme: QuantizationScheme, scale_dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of what `compress_rows` returns for rows of this shape, in its order.
+
+    Args:
+        shape: of the rows, [R, I].
+        scheme: with its format.
+        scale_dtype: the dtype of stored scales, unless the format defines its own.
+    """
+    shapes, dtypes = stored_shapes(shape, scheme), stored_dtypes(scheme, scale_dtype)
+    if "weight_zero_point" in shapes:
+        shapes["weight_zero_point"], dtypes["weight_zero_point"] = shapes["weight_scale"], torch.int8
+    absent = ("weight_shape", *input_parts(scheme))
+    return {name: (shapes[name], dtype) for name, dtype in dtypes.items() if name not in absent}
+
+
+def _parts_of_rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
     """Split the rows of a weight into parts to process one at a time; one part unless `is_cut`."""
     num_out, num_in = shape
     step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
@@ -83,7 +148,7 @@ def _rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
 
 
 def _joined(key: str, parts: Sequence[torch.Tensor], by_row: Sequence[str]) -> torch.Tensor:
-    is_cut = key in by_row or key == "weight_packed"
+    is_cut = key in by_row or key in ("weight", "weight_packed")
     return torch.cat(list(parts)) if is_cut and len(parts) > 1 else parts[0].contiguous()
 
 
@@ -141,7 +206,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         return weight_OI
     num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
     dense = []
-    for rows in _rows((num_out, num_in), is_cut=True):
+    for rows in _parts_of_rows((num_out, num_in), is_cut=True):
         some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
         if "weight_shape" in some:
             some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))

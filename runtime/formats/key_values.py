@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.manifest import CachedValue, Manifest, SubgraphEntry
     from runtime.language.program import Program, Run
+    from runtime.workers.group import Workers
 
 CACHE_PARTS = ("k", "v")
 
@@ -63,6 +64,7 @@ class KeyValues:
         spans: by module and part, the measured minimum and maximum, of the layer or of each head.
         scales: by module and part; values that have a scale are rounded.
         is_measuring: whether values are measured instead of rounded.
+        measured: by module and part, minimum and maximum of each call in the lane that runs.
     """
 
     args: QuantizationArgs
@@ -72,6 +74,7 @@ class KeyValues:
     spans: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     scales: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     is_measuring: bool = False
+    measured: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     _programs: dict[tuple[str, tuple[CachedValue, ...]], Program] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -124,9 +127,23 @@ class KeyValues:
 
     def forget(self, modules: Sequence[str]) -> None:
         """Drop the measurements of some modules, before all batches run through them again."""
+        self.measured.clear()
         for module in modules:
             for part in self.parts:
                 self.spans.pop((module, part), None)
+
+    def end_round(self, workers: Workers, device: torch.device) -> None:
+        """Add what every worker has measured in its lane to the spans: in the order of lanes, and of calls in each."""
+        own = {key: torch.stack([torch.stack(span) for span in spans]) for key, spans in self.measured.items()}
+        self.measured.clear()
+        lists = workers.exchange([[*key, *spans.shape] for key, spans in own.items()])
+        for rank, entries in enumerate(lists):
+            for module, part, *shape in entries:
+                key = (module, part)
+                spans = own[key] if rank == workers.rank else torch.empty(shape, device=device)
+                workers.broadcast(spans, rank)
+                for low, high in spans:
+                    self._add(key, low, high)
 
     def scale_of(self, module: str, part: str, dtype: torch.dtype) -> torch.Tensor:
         """Compute the scale from the measured span, [1] or [H, 1, 1].
@@ -187,8 +204,6 @@ class KeyValues:
         return states
 
     def _measure(self, module: str, part: str, states: torch.Tensor) -> None:
-        from runtime.formats.presets import averaging_of
-
         if self.is_by_head:
             if states.dim() != 4:
                 raise ArtifactError(f"the cached {part} of {module} has {states.dim()} dimensions; expected 4")
@@ -196,12 +211,18 @@ class KeyValues:
             low, high = states.amin(others).float(), states.amax(others).float()
         else:
             low, high = (bound.float() for bound in states.aminmax())
-        before, averaging = self.spans.get((module, part)), averaging_of(self.args)
+        self.measured.setdefault((module, part), []).append((low, high))
+
+    def _add(self, key: tuple[str, str], low: torch.Tensor, high: torch.Tensor) -> None:
+        """Add minimum and maximum of a call to a span."""
+        from runtime.formats.presets import averaging_of
+
+        before, averaging = self.spans.get(key), averaging_of(self.args)
         if before is not None and averaging is None:
             low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
         elif before is not None and averaging is not None:
             low, high = torch.lerp(before[0], low, averaging), torch.lerp(before[1], high, averaging)
-        self.spans[module, part] = low, high
+        self.spans[key] = low, high
 
     def program(self, subgraph: CompiledSubgraph) -> Program | None:
         """Compile the subgraph's program so that it passes its cached values to `Run.cached`; None if it has none."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms.hessian import FLOAT32, FLOAT64, hessian_bytes
+from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 
 if TYPE_CHECKING:
@@ -35,14 +35,18 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
 
 
 def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
-    """The size of `statistics.InputStatistics` of one distinct input: H, and five numbers of each feature if these are
+    """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
+
+    One matrix holds H of a lane and of all earlier ones (`hessian.HessianAccumulator`). With several workers, each has
+    so much for an input while it is measured, and only the owner of the input afterwards.
     """
     from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 
-    channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
+    # `ChannelSums` of all lanes and of the one that runs.
+    channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + hessian_bytes(num_in)
+        return channels + accumulator_bytes(num_in)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
@@ -51,21 +55,23 @@ def copy_bytes(shape: Sequence[int]) -> int:
     return math.prod(shape) * FLOAT32
 
 
-def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool = False) -> int:
+def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool, device_type: str) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
-    `quantize_siblings` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of the weights of
-    a pass, residuals and results, with those of four blocks and of one twice, and copies of the operands of products.
-    Round-to-nearest holds four copies, with a search of ranges on Gram matrices five, `refine` six beside a matrix.
-    Packing holds one copy of one weight, in the dtype of the run twice, and a few more of some of its rows, beside the
-    results of the pass and, if another one follows, the factor.
+    `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
+    and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
+    packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
+    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
+    copies, with a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.
         job: of the weights.
         overwrites: whether the solve overwrites H.
+        device_type: the type of device that solves.
     """
-    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME, in_passes
+    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME
+    from runtime.algorithms.gptq_tiles import tiles_of
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
     from runtime.formats.compressed import NUMBERS_AT_A_TIME
@@ -74,22 +80,22 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     largest = max(copy_bytes(shape) for shape in shapes)
     if job.algorithm != "gptq":
         return (5 if job.clip else 4) * largest
-    hessian = hessian_bytes(num_in)
-    refining = hessian + 5 * largest if job.options is not None and job.options.refine else 0
-    block = min(job.options.block_size if job.options is not None else num_in, num_in)
-    packing = largest + min(2 * largest, 6 * NUMBERS_AT_A_TIME * FLOAT32)
-    passes = list(in_passes(shapes))
-    kept = hessian
+    args = job.scheme.weights
+    hessian = kept = hessian_bytes(num_in)
+    refining = 0
+    if job.options is not None and job.options.refine:
+        refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
         hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
-    most = kept
-    for part in passes:
-        total = sum(copy_bytes(shape) for shape in shapes[part])
-        factor = 0 if part is passes[-1] else hessian
-        targets = min((BLOCKS_AT_A_TIME + 3) * total * block // num_in, 2 * total)
-        solving = hessian + 2 * total + targets + min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-        most = max(most, solving, factor + total + packing, factor + total + refining)
-    return most
+    tiles = tiles_of(shapes, args, device_type)
+    tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
+    block = min(job.options.block_size if job.options is not None else num_in, num_in)
+    targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
+    operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
+    some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
+    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
+    solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
+    return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
@@ -121,6 +127,7 @@ def quantization_bytes(
     shape_of: Callable[[str], tuple[int, ...]],
     sums: Sums,
     most_sums: int,
+    device_type: str,
 ) -> int:
     """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
@@ -133,6 +140,7 @@ def quantization_bytes(
         shape_of: a parameter's shape, by name.
         sums: of the statistics.
         most_sums: the bytes of sums at a time: experts are measured and quantized in groups.
+        device_type: the type of device that solves.
     """
     most = 0
     copies: dict[str, int] = {}  # rescaled vectors
@@ -164,7 +172,8 @@ def quantization_bytes(
         users = {name for names in sums if together[0] in names for name in names if name in left}
         overwrites = together[0] in inputs and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        most = max(most, held(left) + multiplied + solve_bytes(shapes, job, overwrites=overwrites))
+        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type)
+        most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)
     return most

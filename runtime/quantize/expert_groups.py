@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.algorithms.hessian import hessian_bytes
+from runtime.algorithms.hessian import accumulator_bytes
 from runtime.errors import DataError
 from runtime.formats.compressed import input_parts
 from runtime.formats.key_values import of_model
 from runtime.model.experts import Mixture, all_tokens_seen, input_place
+from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.seen_inputs import require_finite_inputs, require_inputs, unreached
-from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
+from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
+from runtime.workers.division import Division
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +65,7 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
                 if is_first and position not in counted and any(needs[owner].hessian for owner in wanted):
                     counted[position] = None
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
-                    num_bytes += hessian_bytes(width)
+                    num_bytes += accumulator_bytes(width)
             if found:
                 yield list(found), num_bytes
 
@@ -75,12 +77,14 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
         DataError: when a module received no token or fewer than the recipe's `min_tokens`, and has no `fallback`.
         QuantizationError: when inputs are not finite.
     """
-    statistics = measure_once(work, needs, all_tokens=work.all_tokens)
+    division = Division(work.workers.size)
+    statistics = measure_once(work, needs, all_tokens=work.all_tokens, division=division)
     starved = _starved(needs, jobs, statistics)
     again = [name for name in starved if _fallback(jobs[name]) == ALL_TOKENS]
     if again and not work.all_tokens:
         work.warnings.append(f"warning: {some(again)} received too few tokens and are measured on all tokens")
-        statistics.update(measure_once(work, {name: needs[name] for name in again}, all_tokens=True))
+        wanted = {name: needs[name] for name in again}
+        statistics.update(measure_once(work, wanted, all_tokens=True, division=division))
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
         if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
@@ -96,12 +100,21 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
     return statistics
 
 
-def measure_once(work: Work, needs: Mapping[str, Needs], *, all_tokens: bool) -> dict[str, InputStatistics]:
+def measure_once(
+    work: Work, needs: Mapping[str, Needs], *, all_tokens: bool, division: Division | None = None
+) -> dict[str, InputStatistics]:
     """Run the batches once and measure modules, experts on all tokens or on those routed to them."""
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
         return collect_statistics(
-            modules, needs, work.run_batches, work.device, work.masks, may_stop=_may_stop(work, needs)
+            modules,
+            needs,
+            work.run_batches,
+            work.device,
+            work.masks,
+            may_stop=_may_stop(work, needs),
+            workers=work.workers,
+            division=division,
         )
 
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from runtime.errors import RecipeError
 from runtime.weights.parameters import assign
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.quantize.smoothing import Rescaled
@@ -25,14 +26,15 @@ def require_same_output(work: Work, before: Rescaled, after: Rescaled, where: st
     Raises:
         RecipeError: naming the mapping (`where`), when the results differ by more than rounding errors.
     """
-    one, two = _outputs(work, before), _outputs(work, after)
-    for first, second in zip(one, two, strict=True):
-        size = float(first.abs().max()) if first.numel() else 0.0
-        if size and float((first - second).abs().max()) > TOLERANCE * size:
-            raise RecipeError(
-                f"{where} changes the model's output",
-                hint="smooth_layer must compute the input of balance_layers, and no other module may read it",
-            )
+    with agreed(work.workers):
+        one, two = _outputs(work, before), _outputs(work, after)
+        for first, second in zip(one, two, strict=True):
+            size = float(first.abs().max()) if first.numel() else 0.0
+            if size and float((first - second).abs().max()) > TOLERANCE * size:
+                raise RecipeError(
+                    f"{where} changes the model's output",
+                    hint="smooth_layer must compute the input of balance_layers, and no other module may read it",
+                )
 
 
 def _outputs(work: Work, changed: Rescaled) -> list[torch.Tensor]:

@@ -7,26 +7,28 @@ once to be measured, even if a recipe combines modifiers such as SmoothQuant and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
+from runtime.checkpoint.stored import Stored
 from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
-from runtime.formats.compressed import input_parts, static_input_parts
+from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
 from runtime.formats.presets import averaging_of
 from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
-from runtime.quantize.rounding import Rounded, Rounding, round_modules, with_inputs
+from runtime.quantize.rounding import Rounded, Rounding, round_modules
 from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
+from runtime.streaming.report import ModuleReport
 from runtime.weights.origins import checkpoint_prefix
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class RecipeModifier:
             own = {name: needs[name] for name in group}
             later = [name for name in grouped if name not in own] if index == 0 else []
             # An expert that no token reaches must end the run before other experts are solved.
-            with reached_modules(work.model, later) as reached:
+            with reached_modules(work.model, later, work.workers) as reached:
                 measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
@@ -216,9 +218,15 @@ class RecipeModifier:
             return
         key_values, run_batches = self.key_values, work.run_batches
 
-        def from_the_beginning(*before: Any) -> None:
+        def from_the_beginning(
+            before: Callable[[int], None] = lambda batch: None, after: Callable[[], None] = lambda: None
+        ) -> None:
+            def ended() -> None:
+                key_values.end_round(work.workers, work.device)
+                after()
+
             key_values.forget(attentions)
-            run_batches(*before)
+            run_batches(before, ended)
 
         key_values.is_measuring, work.run_batches = True, from_the_beginning
         try:
@@ -256,28 +264,39 @@ class RecipeModifier:
         rounding = Rounding(
             jobs=self.jobs,
             weight_of=weight_of,
+            shape_of=lambda name: _weight_of(work, name).shape,
+            dtype_of=lambda name: _weight_of(work, name).dtype,
             scale_dtype_of=work.scale_dtype,
             statistics=statistics,
             siblings=self.siblings,
+            device=work.device,
             others=others,
+            workers=work.workers,
+            writer_of=work.writer_of,
+            goes_on=work.step.is_run,
         )
         for rounded in round_modules(names, rounding):
-            found = statistics.get(rounded.name)
+            name, found = rounded.name, statistics.get(rounded.name)
             if rounded.warning:
                 work.warnings.append(rounded.warning)
-            parts = self._input_parts(rounded.name, found, work.scale_dtype(rounded.name))
-            work.quantized(
-                rounded.name,
-                with_inputs(rounded.result, parts),
-                algorithm=rounded.algorithm,
+            report = ModuleReport(
+                name=name,
+                algorithm=rounded.pieces[0].algorithm,
+                loss=rounded.loss,
+                damping=rounded.pieces[0].damping,
                 num_tokens=found.num_tokens if found is not None else 0,
                 error=_relative_error(rounded),
-                loss=rounded.loss,
-                start=rounded.start,
+                seconds=rounded.seconds,
             )
-            rescaled.forget(f"{rounded.name}.weight")
-            statistics.pop(rounded.name, None)
-            del found, rounded  # frees the weight and its sums before the next module is solved
+            scheme, num_in = self.jobs[name].scheme, int(rounding.shape_of(name)[1])
+            if rounded.is_here:
+                parts = self._input_parts(name, found, work.scale_dtype(name))
+                work.packed(report, join_rows(name, [piece.tensors for piece in rounded.pieces], num_in, scheme, parts))
+            else:
+                work.packed_elsewhere(report, stored_dtypes(scheme, work.scale_dtype(name)))
+            rescaled.forget(f"{name}.weight")
+            statistics.pop(name, None)
+            del found, rounded  # frees the packed rows and the sums before the next module is solved
 
     def _input_parts(
         self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype
@@ -310,6 +329,11 @@ def _parameter(work: Work, name: str) -> torch.Tensor:
     if found is None:
         raise RecipeError(f"{name} is not a parameter and cannot be rescaled", hint="correct the mapping")
     return found.detach()
+
+
+def _weight_of(work: Work, name: str) -> torch.Tensor:
+    """The weight of a module, which need not be loaded."""
+    return work.model.get_submodule(name).get_parameter("weight")
 
 
 def _relative_error(rounded: Rounded) -> float:

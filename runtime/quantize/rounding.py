@@ -1,28 +1,35 @@
-"""Quantize the weights of a step; modules that read one input and have one scheme are solved together."""
+"""Quantize the weights of a step; modules that read one input and have one scheme are solved together.
+
+    factor     each worker the Hessians that it has
+    solve      tiles of rows, divided among the workers, with factors that they get from each other
+    nearest    modules that are rounded to nearest, each by one worker
+    exchange   the packed rows, so that every worker continues with the quantized weights
+
+A single worker does the same, with nothing to exchange, for one batch of modules after the other. Several workers take
+many batches at a time, so that some solve while others factor.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import time
+import functools
+import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.algorithms import grid
-from runtime.algorithms.awq import quantize_clipped
-from runtime.algorithms.gptq import quantize_siblings
-from runtime.algorithms.output_squares import plain_square, summed
-from runtime.algorithms.refine import refine
-from runtime.algorithms.rtn import quantize_rtn
-from runtime.errors import QuantizationError
+from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
 from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_division import windows
+from runtime.quantize.solves import Batch, Window
+from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
-    from runtime.algorithms.result import QuantizedWeight
     from runtime.quantize.statistics import InputStatistics
     from runtime.recipe.recipe import Assignment
+    from runtime.workers.group import Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,21 +38,36 @@ class Rounded:
 
     Attributes:
         name: the module.
-        result: the quantized weight, without input scales.
-        algorithm: the algorithm that was used in the end.
-        warning: a message for the user, or "".
-        start: the time (`perf_counter`) at which work on the module began.
-        size: ||W X||^2 over the measured inputs X, or ||W||^2 without inputs.
-        loss: ||W X - Q X||^2 over the same inputs, or ||W - Q||^2.
+        pieces: its rows, in order; without tensors if only another worker has them.
     """
 
     name: str
-    result: QuantizedWeight
-    algorithm: str
-    warning: str
-    start: float
-    size: float
-    loss: float
+    pieces: Sequence[PackedPiece]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this worker has the packed rows."""
+        return all(piece.tensors for piece in self.pieces)
+
+    @property
+    def warning(self) -> str:
+        """A message for the user, or ""."""
+        return next((piece.warning for piece in self.pieces if piece.warning), "")
+
+    @property
+    def size(self) -> float:
+        """||W X||^2 over the measured inputs X, or ||W||^2 without inputs."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def loss(self) -> float:
+        """||W X - Q X||^2 over the same inputs, or ||W - Q||^2."""
+        return sum(piece.loss for piece in self.pieces)
+
+    @property
+    def seconds(self) -> float:
+        """The time that all workers together have worked on it."""
+        return sum(piece.seconds for piece in self.pieces)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,19 +77,30 @@ class Rounding:
     Attributes:
         jobs: assignment of each module.
         weight_of: returns a module's weight [O, I].
+        shape_of: returns its shape, without loading it; `dtype_of` its dtype.
         scale_dtype_of: returns the dtype in which the checkpoint stores a module's scales.
         statistics: input statistics of the measured modules. The caller removes an entry when it has taken the module's
             result: GPTQ overwrites a Hessian that no remaining module needs.
         siblings: equal values for modules that are known to read one tensor.
+        device: where weights are.
         others: statistics that are needed later for other modules.
+        workers: that share the run.
+        writer_of: returns the rank of the worker that writes a module's tensors.
+        goes_on: whether batches run with the quantized weights, so that every worker needs them.
     """
 
     jobs: Mapping[str, Assignment]
     weight_of: Callable[[str], torch.Tensor]
+    shape_of: Callable[[str], Sequence[int]]
+    dtype_of: Callable[[str], torch.dtype]
     scale_dtype_of: Callable[[str], torch.dtype]
     statistics: Mapping[str, InputStatistics]
     siblings: Mapping[str, Hashable]
+    device: torch.device
     others: Collection[InputStatistics] = ()
+    workers: Workers = field(default_factory=Alone)
+    writer_of: Callable[[str], int] = lambda name: 0
+    goes_on: bool = True
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -76,171 +109,84 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
     Raises:
         QuantizationError: naming the module.
     """
-    statistics = step.statistics
-    shared = _global_scales(names, step)
-    # Modules that are solved together also have one global scale; siblings share the same tensor object.
-    inputs = {
-        name: (id(statistics[name]), step.scale_dtype_of(name), id(shared.get(name)))
-        for name in names
-        if name in statistics
-    }
-    for batch in solved_together(names, step.jobs, inputs):
-        # A separate frame, so that no tensor of one batch stays alive while the next is solved.
-        found = statistics.get(batch[0])
-        users = [name for name, entry in statistics.items() if entry is found]
-        is_free = not any(found is other for other in step.others) and may_overwrite(step.jobs[batch[0]], batch, users)
-        del found
-        yield from _rounded_batch(batch, step, shared, overwrite=is_free)
-
-
-def _rounded_batch(
-    names: Sequence[str], step: Rounding, shared: Mapping[str, torch.Tensor], *, overwrite: bool
-) -> Iterator[Rounded]:
-    weights = [step.weight_of(name) for name in names]
-    start = time.perf_counter()
-    found = step.statistics.get(names[0])
-    seen = found if found is not None and found.num_tokens else None
-    sizes = [_size(weight, seen) for weight in weights]
-    results, algorithm, warning = _solve(names, weights, step, shared, overwrite=overwrite)
-    # GPTQ reports its loss, and may have overwritten H. Tensors that are no longer needed are released.
-    del found
-    remaining = list(weights) if algorithm == "rtn" else []
-    seen = seen if remaining else None
-    del weights
-    for name, size in zip(names, sizes, strict=True):
-        result = [next(results)]
-        loss = _size(remaining.pop(0), seen, result[0].weight_OI) if remaining else result[0].loss
-        seen = seen if remaining else None
-        yield Rounded(
-            name=name, result=result.pop(), algorithm=algorithm, warning=warning, start=start, size=size, loss=loss
+    layouts = layouts_of(step.shape_of, lambda name: step.jobs[name].scheme, step.scale_dtype_of)
+    scales = _GlobalScales(names, step)
+    for batches in _windows(names, step):
+        if step.goes_on:  # the weights of siblings are replaced when a window is done
+            for name in (name for batch in batches for name in batch):
+                scales.of(name)
+        window = Window(
+            batches=[_batch(batch, step) for batch in batches],
+            weight_of=step.weight_of,
+            shape_of=step.shape_of,
+            dtype_of=step.dtype_of,
+            scale_dtype_of=step.scale_dtype_of,
+            global_scale_of=scales.of,
+            device=step.device,
+            workers=step.workers,
         )
-        start, warning = time.perf_counter(), ""
+        waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
+        for own in window.rounded():
+            arrived: dict[str, None] = {}
+            for piece in exchanged(own, step.workers, layouts, step.device, is_used=step.goes_on):
+                arrived[piece.name] = None
+                if piece.algorithm == "rtn":  # instead of rows that were solved before others failed
+                    waiting[piece.name].clear()
+                waiting[piece.name].append(piece)
+            del own
+            for name in (name for name in waiting.copy() if name in arrived):
+                if _is_whole(waiting[name], step.shape_of(name)):
+                    yield Rounded(name=name, pieces=sorted(waiting.pop(name), key=lambda piece: piece.start))
 
 
-def _size(weight_OI: torch.Tensor, found: InputStatistics | None, quantized_OI: torch.Tensor | None = None) -> float:
-    """Compute ||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
-    if not weight_OI.numel() or (found is not None and found.num_in_features != weight_OI.shape[-1]):
-        return 0.0  # the solve reports the error
-    if found is None:
-        return summed(weight_OI, quantized_OI, plain_square)
-    return found.output_square(weight_OI, quantized_OI)
+def _is_whole(pieces: Sequence[PackedPiece], shape: Sequence[int]) -> bool:
+    return sum(piece.num_rows for piece in pieces) == shape[0]
 
 
-def _global_scales(names: Sequence[str], step: Rounding) -> dict[str, torch.Tensor]:
-    """Compute NVFP4's global scales: engines fuse siblings into one matrix, which has one global scale."""
-    groups: dict[Hashable, list[str]] = {}
-    for name in names:
-        if grid.needs_global_scale(step.jobs[name].scheme.weights):
-            groups.setdefault(step.siblings.get(name, name), []).append(name)
-    return {
-        name: scale
-        for group in groups.values()
-        for scale in [grid.global_scale_of(*(step.weight_of(name).detach() for name in group))]
-        for name in group
-    }
+def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
+    """Yield the batches of modules that are solved together, as many as are quantized at a time."""
+
+    def input_of(name: str) -> Hashable:
+        """Modules that are solved together also have one global scale."""
+        has_own = grid.needs_global_scale(step.jobs[name].scheme.weights)
+        return id(step.statistics[name]), step.scale_dtype_of(name), step.siblings.get(name, name) if has_own else None
+
+    inputs = {name: input_of(name) for name in names if name in step.statistics}
+    batches = list(solved_together(names, step.jobs, inputs))
+    sizes = [sum(math.prod(step.shape_of(name)) for name in batch) for batch in batches]
+    for window in windows(sizes, step.workers.size):
+        yield batches[window]
 
 
-def _solve(
-    names: Sequence[str],
-    weights: Sequence[torch.Tensor],
-    step: Rounding,
-    shared: Mapping[str, torch.Tensor],
-    *,
-    overwrite: bool,
-) -> tuple[Iterator[QuantizedWeight], str, str]:
-    """Quantize a batch; return the results one by one, the algorithm, and a warning or ""."""
-    first = names[0]
-    job, found = step.jobs[first], step.statistics.get(first)
-    try:
-        if job.algorithm == "rtn":
-            return iter(_nearest(names, weights, step, shared)), "rtn", ""
-        assert job.options is not None, "GPTQ comes with options"
-        try:
-            if found is None or not found.num_tokens:
-                raise QuantizationError("no calibration token reached it")
-            if found.is_zero():  # every rounding has the same loss; the modifier warns of it
-                return iter(_nearest(names, weights, step, shared)), "rtn", ""
-            results = quantize_siblings(
-                weights,
-                found.take_hessian() if overwrite else found.hessian_II,
-                job.scheme.weights,
-                scale_dtype=step.scale_dtype_of(first),
-                dampening_frac=job.options.dampening_frac,
-                block_size=job.options.block_size,
-                actorder=job.options.actorder,
-                global_scale=shared.get(first),
-                overwrite_hessian=overwrite,
-            )
-            one = next(results)  # if the first succeeds, the others do
-        except QuantizationError as error:
-            if job.options.fallback != "rtn" or not all(grid.is_finite(weight) for weight in weights):
-                raise
-            nearest = _nearest(names, weights, step, shared)
-            return iter(nearest), "rtn", f"warning: {', '.join(names)} rounded to nearest: {error.message}"
-    except QuantizationError as error:
-        culprit = next((name for name, w in zip(names, weights, strict=True) if not grid.is_finite(w)), "")
-        raise QuantizationError(
-            f"{culprit or first}: {error.message}",
-            hint=error.hint,
-            is_resumable=job.algorithm == "gptq" and not culprit,
-        ) from error
-    is_raised = one.damping > job.options.dampening_frac
-    warning = f"warning: {', '.join(names)}: the Hessian needed dampening {one.damping:g}" if is_raised else ""
-    results = _chained([one], results)
-    del one
-    return (_refined(results, weights, job, found) if job.options.refine else results), "gptq", warning
-
-
-def _chained(first: list[QuantizedWeight], others: Iterator[QuantizedWeight]) -> Iterator[QuantizedWeight]:
-    """Yield the first result and the others; `itertools.chain` would keep the first one alive to the end."""
-    yield first.pop()
-    yield from others
-
-
-def _refined(
-    results: Iterator[QuantizedWeight], weights: Sequence[torch.Tensor], job: Assignment, found: InputStatistics
-) -> Iterator[QuantizedWeight]:
-    """Improve the results of a solve."""
-    assert job.options is not None, "GPTQ comes with options"
-    for weight_OI in weights:
-        result = [next(results)]
-        result.append(
-            refine(
-                weight_OI,
-                result[0],
-                found.hessian_II,
-                job.scheme.weights,
-                sweeps=job.options.refine,
-                dampening_frac=result[0].damping,
-            )
-        )
-        del result[0]
-        yield result.pop()  # this frame holds no result while the caller works with it
-
-
-def _nearest(
-    names: Sequence[str], weights: Sequence[torch.Tensor], step: Rounding, shared: Mapping[str, torch.Tensor]
-) -> list[QuantizedWeight]:
-    """Round weights to nearest, with the observers and the clipping of their assignments."""
-    return [_round_to_nearest(name, w, step, shared.get(name)) for name, w in zip(names, weights, strict=True)]
-
-
-def _round_to_nearest(
-    name: str, weight_OI: torch.Tensor, step: Rounding, global_scale: torch.Tensor | None
-) -> QuantizedWeight:
-    job, scale_dtype = step.jobs[name], step.scale_dtype_of(name)
-    args, found = job.scheme.weights, step.statistics.get(name)
+def _batch(names: Sequence[str], step: Rounding) -> Batch:
+    """Look up the statistics of modules that are solved together, and who has them."""
+    job, found = step.jobs[names[0]], step.statistics.get(names[0])
     seen = found if found is not None and found.num_tokens else None
-    if job.clip and job.algorithm == "rtn" and seen is not None:
-        return quantize_clipped(weight_OI, seen.hessian_II, args, scale_dtype=scale_dtype, global_scale=global_scale)
-    importance_I = None
-    if args.observer == "imatrix_mse" and seen is not None:
-        importance_I = seen.hessian_II.diagonal()
-    elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
-        importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    return quantize_rtn(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+    users = [name for name, entry in step.statistics.items() if entry is found]
+    is_free = not any(found is other for other in step.others) and may_overwrite(job, names, users)
+    owner = seen.owner if seen is not None else step.writer_of(names[0])
+    return Batch(names=names, job=job, seen=seen, owner=owner, may_overwrite=is_free)
 
 
-def with_inputs(result: QuantizedWeight, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    """Add the scales of static inputs to a result."""
-    return dataclasses.replace(result, inputs=dict(parts))
+class _GlobalScales:
+    """NVFP4's global scales, computed when the first of a group of modules needs it.
+
+    Engines fuse siblings into one matrix, which has one global scale.
+    """
+
+    def __init__(self, names: Sequence[str], step: Rounding) -> None:
+        self._step = step
+        self._groups: dict[Hashable, list[str]] = {}
+        for name in names:
+            if grid.needs_global_scale(step.jobs[name].scheme.weights):
+                self._groups.setdefault(step.siblings.get(name, name), []).append(name)
+        self._computed = functools.cache(self._compute)
+
+    def of(self, name: str) -> torch.Tensor | None:
+        """Return the global scale [1] of a module, or None if its scheme has none."""
+        if not grid.needs_global_scale(self._step.jobs[name].scheme.weights):
+            return None
+        return self._computed(self._step.siblings.get(name, name))
+
+    def _compute(self, group: Hashable) -> torch.Tensor:
+        return grid.global_scale_of(*(self._step.weight_of(name).detach() for name in self._groups[group]))

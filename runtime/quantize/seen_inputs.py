@@ -6,7 +6,7 @@ The checks run as soon as a subgraph is measured, before any of its weights is q
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from runtime.quantize.statistics import InputStatistics, Needs
     from runtime.recipe.recipe import Assignment
+    from runtime.workers.group import Workers
 
 _MORE_DATA = "calibrate with more data, or add it to ignore"
 
@@ -71,8 +72,11 @@ def require_inputs(names: Iterable[str], jobs: Mapping[str, Assignment]) -> None
 
 
 @contextlib.contextmanager
-def reached_modules(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, None]]:
-    """Record which modules are called with tokens while the block runs."""
+def reached_modules(model: nn.Module, names: Sequence[str], workers: Workers) -> Iterator[dict[str, None]]:
+    """Record which modules are called with tokens, by any worker, while the block runs.
+
+    Every worker enters the block with the same names; the record is complete when the block has ended.
+    """
     found: dict[str, None] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -88,6 +92,9 @@ def reached_modules(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
     finally:
         for handle in handles:
             handle.remove()
+    if names:
+        reached = workers.exchange([index for index, name in enumerate(names) if name in found])
+        found.update((names[index], None) for indices in reached for index in indices)
 
 
 def only_zeros(statistics: Mapping[str, InputStatistics]) -> list[str]:

@@ -145,7 +145,7 @@ def find_scales(
     Raises:
         QuantizationError: naming the group's first module.
     """
-    channels = torch.tensor(numbers_of(group.channels), device=statistics.smallest_I.device)
+    channels = torch.tensor(numbers_of(group.channels), device=statistics.device)
     try:
         if transform.algorithm == "smoothquant":
             low_I, high_I = statistics.feature_span()

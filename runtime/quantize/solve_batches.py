@@ -19,8 +19,6 @@ FUSED_NAMES = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
-_LIMIT = 8  # modules per batch: hundreds of experts that are measured on all tokens read one input
-
 
 def solved_together(
     names: Sequence[str], jobs: Mapping[str, Assignment], inputs: Mapping[str, Hashable]
@@ -37,7 +35,6 @@ def solved_together(
         if jobs[name].algorithm == "gptq" and name in inputs:
             readers = [other for other in names if other in inputs and inputs[other] == inputs[name]]
             together = [other for other in readers if other not in done and _is_alike(jobs[name], jobs[other])]
-            together = together[:_LIMIT]
         done.update(together)
         yield together
 

@@ -156,12 +156,16 @@ class Activations:
         for name, value in values.items():
             if name in self._values[batch]:
                 self.drop(batch, (name,))
-            twin = self._values[batch - 1].get(name) if batch and name in self.lasting else None
-            if isinstance(twin, Held) and isinstance(value, torch.Tensor) and self._is_equal(twin, value):
-                twin.users += 1
-                self._values[batch][name] = twin
+            twin = self.twin(batch, name)
+            if isinstance(value, torch.Tensor):
+                self._values[batch][name] = self.hold(value, twin)
             else:
                 self._values[batch][name] = map_tensors(self.hold, value)
+
+    def twin(self, batch: int, name: str) -> Held | None:
+        """The tensor of the previous batch that a lasting value may share."""
+        value = self._values[batch - 1].get(name) if batch and name in self.lasting else None
+        return value if isinstance(value, Held) else None
 
     def drop(self, batch: int, names: Iterable[str]) -> None:
         """Free some values of a batch."""
@@ -182,8 +186,11 @@ class Activations:
         assert held.base is not None, "the tensor was freed"
         return held.base.read() if isinstance(held.base, DiskTensor) else held.base
 
-    def hold(self, tensor: torch.Tensor) -> Held:
-        """Store a tensor in the first tier that has room."""
+    def hold(self, tensor: torch.Tensor, twin: Held | None = None) -> Held:
+        """Store a tensor in the first tier that has room, or return the twin if that is equal."""
+        if twin is not None and self._is_equal(twin, tensor):
+            twin.users += 1
+            return twin
         base = _compact(tensor.detach())
         num_bytes = base.numel() * base.element_size()
         tier = self._tier_for(num_bytes)

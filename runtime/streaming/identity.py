@@ -58,6 +58,12 @@ def run_identity(
     }
 
 
+def run_digest(identity: Mapping[str, str]) -> str:
+    """Return one digest of an identity, which is the same on all workers."""
+    text = json.dumps({name: value for name, value in identity.items() if name != FILE_TIMES})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _lasting_text(recipe: Recipe) -> str:
     """The content of a recipe without the fields that may change: these decide whether a module that saw too few tokens
     ends the run, which no finished module did.

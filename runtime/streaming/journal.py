@@ -27,15 +27,26 @@ class Journal:
 
     Args:
         path: the file; it is created if missing.
+        is_mine: whether this worker has the file; another worker only keeps the entries in memory.
 
     Attributes:
         entries: in order; each has a `kind`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_mine: bool = True) -> None:
         self.path = path
-        self.entries, whole = _read(path)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.entries: list[dict[str, Any]] = []
+        self._descriptor: int | None = None
+        if is_mine:
+            self.entries, self._ends = _read(path)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.keep(len(self.entries))
+
+    def keep(self, count: int) -> None:
+        """Remove all entries but the first `count`."""
+        assert self._descriptor is not None, "the file is another worker's"
+        del self.entries[count:], self._ends[count:]
+        whole = self._ends[-1] if count else 0
         os.ftruncate(self._descriptor, whole)
         os.lseek(self._descriptor, whole, os.SEEK_SET)
 
@@ -46,18 +57,22 @@ class Journal:
             OSError: when it cannot be written; the journal is unchanged then.
         """
         entry = {"kind": kind, **facts}
-        line = _line(entry)
-        start = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        if self._descriptor is not None:
+            self._write(self._descriptor, _line(entry))
+        self.entries.append(entry)
+
+    def _write(self, descriptor: int, line: bytes) -> None:
+        start = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
             done = 0
             while done < len(line):
-                done += os.write(self._descriptor, line[done:])
-            os.fsync(self._descriptor)
+                done += os.write(descriptor, line[done:])
+            os.fsync(descriptor)
         except BaseException:
-            os.ftruncate(self._descriptor, start)
-            os.lseek(self._descriptor, start, os.SEEK_SET)
+            os.ftruncate(descriptor, start)
+            os.lseek(descriptor, start, os.SEEK_SET)
             raise
-        self.entries.append(entry)
+        self._ends.append(start + len(line))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """All entries of a kind, in order."""
@@ -87,7 +102,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -119,11 +135,11 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a file, and the number of bytes in complete lines."""
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The entries of a file in complete lines, and the offset at which each line ends."""
     data = read_regular(path) if is_there(path) else b""
     entries: list[dict[str, Any]] = []
-    whole = 0
+    ends: list[int] = []
     for line in data.splitlines(keepends=True):
         if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
             break
@@ -134,5 +150,5 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
             break
         entries.append(entry)
-        whole += len(line)
-    return entries, whole
+        ends.append((ends[-1] if ends else 0) + len(line))
+    return entries, ends

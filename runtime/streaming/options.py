@@ -23,6 +23,8 @@ class RunOptions:
         max_shard_bytes: the largest size of one weights file of the checkpoint.
         resume: continue an interrupted run of the same output, artifact, weights, recipe, data and options; the result
             has the same bytes. Begins a new run when there is none.
+        parts: each worker writes its tensors into a directory of its own, `OUT.part-R-of-N`, because the workers share
+            none; `join` makes the checkpoint.
         checkpoint_activations: save the values between subgraphs to disk after every so many subgraphs, so that a
             resumed run does not repeat the finished ones; 0 for never.
         activation_memory: the memory that these values may take, see `runtime.streaming.activations`; None for no
@@ -39,6 +41,7 @@ class RunOptions:
     dtype: torch.dtype | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     resume: bool = False
+    parts: bool = False
     checkpoint_activations: int = 0
     activation_memory: Budget | None = None
     propagate_error: bool = True

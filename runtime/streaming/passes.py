@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from runtime.host.half_precision import quick_halves
 from runtime.host.memory import trim_heap
 from runtime.streaming.events import MEASURE, PROPAGATE, QUANTIZE
 from runtime.streaming.work import EnoughSeenError
+from runtime.workers.agreement import agreed
+from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.streaming.activations import Activations
     from runtime.streaming.events import Watcher
     from runtime.streaming.schedule import Step
+    from runtime.workers.group import Workers
 
 
 @dataclass(kw_only=True)
@@ -28,12 +32,14 @@ class Passes:
 
     Attributes:
         model: the module tree; the step's parameters are loaded when it runs.
-        activations: values of all batches, as the previous step left them.
+        activations: values of the batches of this worker, as the previous step left them.
         jobs: the modules whose inputs are rounded when batches go on.
         propagate_error: whether later subgraphs get the outputs of quantized ones. If not, one pass both measures and
             goes on, and later subgraphs get the outputs of the original ones.
         watcher: receives an event for every batch.
         tokens: of each batch.
+        rounds: the number of batches of each round of lanes (`runtime.data.lanes`); 0 if this worker has no lane in it.
+        workers: that share the run.
         is_running: whether a batch is running; if memory runs out then, fewer samples may fit.
         num_tokens: how many have passed since the step began.
     """
@@ -44,6 +50,8 @@ class Passes:
     propagate_error: bool
     watcher: Watcher
     tokens: list[int]
+    rounds: Sequence[int]
+    workers: Workers = field(default_factory=Alone)
     is_running: bool = False
     num_tokens: int = 0
     _went_on: bool = field(default=False)
@@ -58,35 +66,54 @@ class Passes:
         goes_on = step.goes_on and (self.propagate_error or not step.is_measured)
         return step.is_measured + goes_on
 
-    def measure(self, step: Step, before: Callable[[int], None] = lambda batch: None) -> None:
-        """Run all batches and discard their outputs; modules have hooks, and `before` gets the index of each batch.
+    def measure(
+        self,
+        step: Step,
+        before: Callable[[int], None] = lambda batch: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run all batches and discard their outputs; modules have hooks.
 
         If nothing is stored (`forgets`), a hook may end a batch by `EnoughSeenError`.
+
+        Args:
+            step: whose subgraph runs.
+            before: gets the index of each batch.
+            after: is called after each round of lanes, on every worker and at the same time.
         """
         keeps = not self.forgets(step) and not self._went_on
         self._begin_phase(step, MEASURE)
         with self._running():
-            for batch, inputs in self.activations.stream(step.subgraph.input_names, private=True):
-                before(batch)
-                try:
-                    outputs = step.subgraph.forward(self.model, **inputs)
-                except EnoughSeenError:
-                    assert not keeps, "a batch ended early whose outputs are needed"
-                    outputs = {}
-                del inputs
-                if keeps:
-                    self.activations.store(batch, outputs)
-                del outputs  # or they stay in memory while the next batch runs
-                self._passed(step, batch)
+            batches = self.activations.stream(step.subgraph.input_names, private=True)
+            for count in self.rounds:
+                with agreed(self.workers):
+                    for batch, inputs in itertools.islice(batches, count):
+                        before(batch)
+                        self._measure_batch(step, batch, inputs, keeps=keeps)
+                after()
         self._went_on |= keeps
         self._begin_phase(step, QUANTIZE)
+
+    def _measure_batch(self, step: Step, batch: int, inputs: dict[str, Any], *, keeps: bool) -> None:
+        try:
+            outputs = step.subgraph.forward(self.model, **inputs)
+        except EnoughSeenError:
+            assert not keeps, "a batch ended early whose outputs are needed"
+            outputs = {}
+        inputs.clear()
+        if keeps:
+            self.activations.store(batch, outputs)
+        del outputs  # or they stay in memory while the next batch runs
+        self._passed(step, batch)
 
     def forgets(self, step: Step) -> bool:
         """Whether the outputs of a measuring pass are discarded."""
         return self.propagate_error or not step.goes_on
 
     def first(self, step: Step) -> Any:
-        """Return the outputs of the first batch, whose stored values stay unchanged."""
+        """Return the outputs of the first batch, whose stored values stay unchanged; nothing on workers without it."""
+        if self.workers.rank:
+            return {}
         for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
             with self._quick_halves():
                 return step.subgraph.forward(self.model, **inputs)
@@ -101,7 +128,7 @@ class Passes:
             return
         self._begin_phase(step, phase)
         schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
-        with self._running(), input_quantization(self.model, schemes):
+        with self._running(), agreed(self.workers), input_quantization(self.model, schemes):
             for batch, inputs in self.activations.stream(step.subgraph.input_names):
                 outputs = step.subgraph.forward(self.model, **inputs)
                 del inputs
@@ -121,6 +148,7 @@ class Passes:
         return quick_halves(self.activations.device.type)
 
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watcher.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _passed(self, step: Step, batch: int) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runtime.data.batches import largest_batch, split_batches
 from runtime.data.masks import token_mask
 from runtime.host.half_precision import names_of_slow_halves
 from runtime.host.memory import (
@@ -34,10 +33,12 @@ from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.work import Work
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.checkpoint.writer import ShardWriter
+    from runtime.data.lanes import Lanes
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from runtime.streaming.work import StepModifier
     from runtime.streaming.workplace import Workplace
     from runtime.weights.parameters import Weights
+    from runtime.workers.group import Workers
 
 
 @dataclass(kw_only=True)
@@ -52,6 +54,7 @@ class StreamingRun:
     """One run over all subgraphs.
 
     Attributes:
+        lanes: the model's inputs; this worker runs those of its own lanes.
         kept: changed parameters that later steps run with.
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
     """
@@ -62,11 +65,12 @@ class StreamingRun:
     jobs: dict[str, Assignment]
     modifiers: Sequence[StepModifier]
     schedule: Schedule
-    batches: list[dict[str, Any]]
+    lanes: Lanes
     writer: ShardWriter
     workplace: Workplace
     options: RunOptions
     watch: Watchers
+    workers: Workers
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     is_behind: bool = True
@@ -106,8 +110,9 @@ class StreamingRun:
             if self.schedule.rest:
                 facts = {"index": len(self.schedule.steps) - 1, "label": "tensors outside of all subgraphs"}
                 self.watch.tell("phase", **facts, phase=WRITE)
-            for stored in self.schedule.rest:
-                self._pass_through(stored.name)
+            with agreed(self.workers):
+                for stored in self.schedule.rest:
+                    self._pass_through(stored.name)
             self.committer.wait()
             self.writer.finish()
         return first
@@ -138,13 +143,14 @@ class StreamingRun:
 
     def _attempt(self, step: Step, *, is_retry: bool) -> None:
         begin = time.perf_counter()
-        bytes_before = self.source.checkpoint.bytes_read
+        bytes_before, sent_before = self.source.checkpoint.bytes_read, self.workers.bytes_sent
         self.passes.begin()
         self._begin_phase(step, READ)
-        if is_retry:
-            self.stream.reload(self.model, step.index)
-        else:
-            self.stream.load(self.model, step.index)
+        with agreed(self.workers):
+            if is_retry:
+                self.stream.reload(self.model, step.index)
+            else:
+                self.stream.load(self.model, step.index)
         self.watch.tell("load", index=step.index, label=step.label)
         for name in step.subgraph.entry.parameters if step.is_run else ():
             if name in self.kept:
@@ -156,8 +162,9 @@ class StreamingRun:
         if step.goes_on:
             self.passes.go_on(step)
         self._begin_phase(step, WRITE)
-        for key in step.passes:
-            self._pass_through(key)
+        with agreed(self.workers):
+            for key in step.passes:
+                self._pass_through(key)
         unload(self.model, step.subgraph.entry.parameters)
         trim_heap()
         self.kept = {name: tensor for name, tensor in (self.kept | work.kept).items() if name in step.keeps}
@@ -166,7 +173,7 @@ class StreamingRun:
             self.watch.tell("module", index=step.index, **asdict(report))
         for text in work.warnings:
             self.watch.tell("warning", text=text)
-        self.committer.commit(step, work, self.passes.activations)
+        self.committer.commit(step, work, self.passes.activations, self._places)
         self.watch.tell(
             "subgraph",
             index=step.index,
@@ -176,11 +183,21 @@ class StreamingRun:
             tokens=self.passes.num_tokens,
             bytes_read=self.source.checkpoint.bytes_read - bytes_before,
             bytes_written=step.num_written_bytes,
+            bytes_sent=self.workers.bytes_sent - sent_before,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(self.options.device),
         )
 
+    @property
+    def _places(self) -> list[tuple[int, int]]:
+        return self.lanes.places(self.workers.rank, self.workers.size)
+
+    @property
+    def _batches(self) -> list[dict[str, Any]]:
+        return self.lanes.batches(self.workers.rank, self.workers.size)
+
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watch.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _work(self, step: Step) -> Work:
@@ -194,11 +211,12 @@ class StreamingRun:
             device=self.options.device,
             run_batches=partial(self.passes.measure, step),
             run_first=partial(self.passes.first, step),
-            masks=[token_mask(batch) for batch in self.batches],
+            masks=[token_mask(batch) for batch in self._batches],
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,
             forgets=self.passes.forgets(step),
             watcher=self.watch,
+            workers=self.workers,
         )
 
     def _pass_through(self, key: str) -> None:
@@ -231,25 +249,28 @@ class StreamingRun:
             self.writer.take_as_written(stored.name for stored in step.writes)
         self.kept = {name: self.written.read(name) for name in (steps[first - 1].keeps if first else ())}
         for entry in log.of_kind(journal.MICRO_BATCH):
-            parts = split_batches(self.artifact.manifest, self.batches, entry["size"])
+            parts = self.lanes.split(self.artifact.manifest, entry["size"])
             assert parts is not None, "an earlier process has split these batches"
-            self.batches = parts
+            self.lanes = parts
         self._set_batches()
-        num_tokens = sum(self.passes.tokens)
+        everyone = self.lanes.batches()
+        num_tokens = sum(map(_num_tokens, everyone))
         self.watch.tell(
             "begin",
             subgraphs=len(steps),
             modules=len(self.jobs),
-            batches=len(self.batches),
+            batches=len(everyone),
             tokens=num_tokens,
             total_tokens=num_tokens * sum(self.passes.expected(step) for step in steps[first:]),
             resumed_at=first,
             device=str(self.options.device),
+            workers=self.workers.size,
         )
 
     def _set_batches(self) -> None:
         taken = {entry.name for entry in self.artifact.manifest.inputs}
-        inputs = [{name: value for name, value in batch.items() if name in taken} for batch in self.batches]
+        batches = self._batches
+        inputs = [{name: value for name, value in batch.items() if name in taken} for batch in batches]
         budget, lasting = self.options.activation_memory, self.schedule.lasting
         self.passes = Passes(
             model=self.model,
@@ -257,7 +278,9 @@ class StreamingRun:
             jobs=self.jobs,
             propagate_error=self.options.propagate_error,
             watcher=self.watch,
-            tokens=[_num_tokens(batch) for batch in self.batches],
+            tokens=[_num_tokens(batch) for batch in batches],
+            rounds=self.lanes.rounds(self.workers.rank, self.workers.size),
+            workers=self.workers,
         )
 
     def _rebuild(self, index: int) -> None:
@@ -265,9 +288,10 @@ class StreamingRun:
         if index >= len(self.schedule.steps) or not self.schedule.steps[index].is_run:
             return
         begin = 0
-        saved = self.committer.last_saved(index)
+        saved = self.committer.last_saved(index, self._places)
         if saved is not None:
-            load_boundary(self.passes.activations, self.workplace.values, saved)
+            with agreed(self.workers):
+                load_boundary(self.passes.activations, self.workplace.saved, saved, self._places)
             begin = saved + 1
         run_again(self.schedule.steps[begin:index], self.passes, self.written)
 
@@ -279,16 +303,18 @@ class StreamingRun:
         """
         manifest = self.artifact.manifest
         activations = self.passes.activations
-        if activations.used_bytes[DEVICE]:
+        own = {"is_on_device": bool(activations.used_bytes[DEVICE]), "is_running": self.passes.is_running}
+        known = self.workers.exchange(own)
+        if any(facts["is_on_device"] for facts in known):
             self.watch.tell("warning", text=f"warning: out of memory in {step.label}: activations leave the device")
             self.options = replace(self.options, activation_memory=replace(activations.budget, device_bytes=0))
             activations.close()
             self._set_batches()
             return
-        size = largest_batch(manifest, self.batches)
+        size = self.lanes.largest(manifest)
         half = -(-size // 2)
-        is_batch = self.passes.is_running
-        parts = split_batches(manifest, self.batches, half) if is_batch and size > 1 else None
+        is_batch = any(facts["is_running"] for facts in known)
+        parts = self.lanes.split(manifest, half) if is_batch and size > 1 else None
         if parts is None:
             what = "one sample at a time" if is_batch else "its weights and statistics"
             raise OutOfMemory(
@@ -299,7 +325,7 @@ class StreamingRun:
         text = f"warning: out of memory in {step.label}: from here on {samples} at a time"
         self.watch.tell("warning", text=text)
         self.committer.record(journal.MICRO_BATCH, size=half, at=step.index, warnings=[text])
-        self.batches = parts
+        self.lanes = parts
         activations.close()
         self._set_batches()
 

@@ -1,13 +1,15 @@
 """Save the values between subgraphs to disk, so that a resumed run need not compute them again.
 
-One safetensors file for each batch, so that only one batch is in memory at a time. A tensor that batches share is in
-the first one's file. The metadata of a file is a JSON text of the batch's values, with references to tensors.
+One safetensors file for each batch, so that only one batch is in memory at a time. It is named after the batch's lane
+and its position in the lane, and not after the worker, so that another number of workers can load it. A tensor that
+batches of a lane share is in the first one's file. The metadata of a file is a JSON text of the batch's values, with
+references to tensors.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,21 @@ from runtime.streaming.activations import Activations, Held
 from runtime.streaming.disk_tensor import DiskTensor, memory_order, write_tensors
 
 _VALUES = "values"  # the key of the metadata
+Place = tuple[int, int]  # of a batch: its lane, and its position in the lane
 
 
 class CannotSaveError(Exception):
     """A value cannot be saved; the message names its type."""
 
 
-def save_boundary(activations: Activations, folder: Path, index: int) -> int:
-    """Write the values of all batches durably; returns the number of bytes.
+def save_boundary(activations: Activations, folder: Path, index: int, places: Sequence[Place]) -> int:
+    """Write the values of this worker's batches durably; returns the number of bytes.
+
+    Args:
+        activations: the values.
+        folder: for the files of all workers.
+        index: of the step that has computed them.
+        places: of the batches.
 
     Raises:
         CannotSaveError: when a value is not a tensor, number, text, list, tuple or dictionary of those.
@@ -37,11 +46,13 @@ def save_boundary(activations: Activations, folder: Path, index: int) -> int:
     """
     num_bytes = 0
     references: dict[int, dict[str, Any]] = {}
-    for batch in range(len(activations)):
+    for batch, place in enumerate(places):
+        if not place[1]:
+            references.clear()  # another worker may load the next lane
         tensors: dict[str, torch.Tensor] = {}
-        put = partial(_put, activations, references, tensors, batch)
+        put = partial(_put, activations, references, tensors, f"{place[0]}-{place[1]}")
         values = {name: _encode(value, put) for name, value in activations.values(batch).items()}
-        path = _path(folder, index, batch)
+        path = _path(folder, index, place)
         write_tensors(path, tensors, {_VALUES: json.dumps(values)})
         flush_one(path)
         num_bytes += path.stat().st_size
@@ -49,29 +60,32 @@ def save_boundary(activations: Activations, folder: Path, index: int) -> int:
     return num_bytes
 
 
-def load_boundary(activations: Activations, folder: Path, index: int) -> None:
-    """Replace the values of all batches by saved ones.
+def load_boundary(activations: Activations, folder: Path, index: int, places: Sequence[Place]) -> None:
+    """Replace the values of this worker's batches by saved ones; the arguments are those of `save_boundary`.
 
     Raises:
         OutputError: when a file is missing or damaged.
     """
     known: dict[str, Held] = {}
     try:
-        for batch in range(len(activations)):
-            path = _path(folder, index, batch)
+        for batch, place in enumerate(places):
+            path = _path(folder, index, place)
             with safe_open(path, framework="pt") as file:
                 values = json.loads((file.metadata() or {})[_VALUES])
-            get = partial(_get, activations, known, path)
-            activations.restore(batch, {name: _decode(node, get) for name, node in values.items()})
+            loaded = {}
+            for name, node in values.items():
+                get = partial(_get, activations, known, path, activations.twin(batch, name))
+                loaded[name] = _decode(node, get)
+            activations.restore(batch, loaded)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         raise OutputError(
             f"cannot read the activations saved in {folder}: {error}", hint="start again in another output directory"
         ) from error
 
 
-def has_boundary(folder: Path, index: int) -> bool:
-    """Whether values were saved after a step, in this file format."""
-    return _path(folder, index, 0).is_file()
+def has_boundary(folder: Path, index: int, places: Sequence[Place]) -> bool:
+    """Whether the values of this worker's batches were saved after a step, in this file format."""
+    return all(_path(folder, index, place).is_file() for place in places)
 
 
 def remove_boundary(folder: Path, index: int) -> None:
@@ -80,15 +94,15 @@ def remove_boundary(folder: Path, index: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _path(folder: Path, index: int, batch: int) -> Path:
-    return folder / f"boundary-{index}-{batch}.safetensors"
+def _path(folder: Path, index: int, place: Place) -> Path:
+    return folder / f"boundary-{index}-{place[0]}-{place[1]}.safetensors"
 
 
 def _put(
     activations: Activations,
     references: dict[int, dict[str, Any]],
     tensors: dict[str, torch.Tensor],
-    batch: int,
+    prefix: str,
     held: Held,
 ) -> dict[str, Any]:
     """Add a tensor to those of a batch, unless an earlier batch has saved it; returns a reference to it."""
@@ -96,20 +110,22 @@ def _put(
         base = activations.base(held).cpu()
         if base.dtype not in DTYPES.values():
             raise CannotSaveError(f"a tensor of dtype {base.dtype}")
-        key, order = f"{batch}.{len(tensors)}", memory_order(base)
+        key, order = f"{prefix}.{len(tensors)}", memory_order(base)
         tensors[key] = base.permute(order).contiguous()
         references[id(held)] = {"tensor": key, "order": order, "shape": list(held.shape)}
     return references[id(held)]
 
 
-def _get(activations: Activations, known: dict[str, Held], path: Path, reference: Mapping[str, Any]) -> Held:
-    """The tensor of a reference, read once however many batches share it."""
+def _get(
+    activations: Activations, known: dict[str, Held], path: Path, twin: Held | None, reference: Mapping[str, Any]
+) -> Held:
+    """The tensor of a reference, read once for the batches of a lane that share it, and held once for lanes that do."""
     key = reference["tensor"]
     if key in known:
         known[key].users += 1
     else:
         base = DiskTensor(path, key, tuple(reference["order"])).read()
-        known[key] = activations.hold(base.expand(torch.Size(reference["shape"])))
+        known[key] = activations.hold(base.expand(torch.Size(reference["shape"])), twin)
     return known[key]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
+from runtime.checkpoint.stored import Stored
 from runtime.errors import WeightsError
 from runtime.formats.compressed import stored_dtypes, stored_shapes
 from runtime.weights.origins import required_key

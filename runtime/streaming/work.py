@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from runtime.streaming.report import ModuleReport
 from runtime.streaming.schedule import StepRequirements
 from runtime.weights.origins import required_key
 from runtime.weights.parameters import assign, unload
+from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from runtime.streaming.events import Watcher
     from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.parameters import Weights
+    from runtime.workers.group import Workers
+
+_LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
 
 
 @dataclass(kw_only=True)
@@ -42,14 +46,18 @@ class Work:
         jobs: the assignment of each module.
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once and discards the outputs. Hooks on modules see what
-            passes. Its optional argument is called with the index of each batch before that runs.
-        run_first: sends the first batch through the subgraph and returns its outputs.
-        masks: for each batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
+            passes. Its optional arguments are called with the index of each batch before that runs, and after each
+            round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
+        run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
+            the one that has it.
+        workers: that share the run.
+        masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
         forgets: whether `run_batches` stores no outputs, so that a hook may end a batch by
             `runtime.streaming.work.EnoughSeenError`.
         watcher: receives an event for each module.
+        workers: that share the run.
         reports: of the modules that are done.
         kept: changed parameters that later steps run with.
         warnings: for the user, a line each.
@@ -65,6 +73,7 @@ class Work:
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
     watcher: Watcher
+    workers: Workers = field(default_factory=Alone)
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
@@ -111,35 +120,67 @@ class Work:
             start: the clock (`perf_counter`) when work on the module began.
             algorithm: the algorithm that was used; by default that of the assignment.
         """
-        from runtime.formats.compressed import compress_module, decompress_module
+        from runtime.formats.compressed import compress_module
+
+        job = self.jobs[name]
+        require_sound_weight(name, result, job.scheme, self.scale_dtype(name))
+        report = ModuleReport(
+            name=name,
+            algorithm=algorithm or job.algorithm,
+            loss=result.loss if loss is None else loss,
+            damping=result.damping,
+            num_tokens=num_tokens,
+            error=error,
+            seconds=time.perf_counter() - start if start is not None else 0.0,
+        )
+        self.packed(report, compress_module(name, result, job.scheme))
+
+    def packed(self, report: ModuleReport, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the packed tensors of a quantized module, and continue with the weight that readers compute with.
+
+        Args:
+            report: of the module, without the size of its tensors.
+            tensors: by their name in the module, as `runtime.formats.compressed.compress_module` returns them.
+        """
+        from runtime.formats.compressed import decompress_module, input_parts
         from runtime.formats.rounded_inputs import set_input_parts
 
-        job, weight = self.jobs[name], f"{name}.weight"
-        require_sound_weight(name, result, job.scheme, self.scale_dtype(name))
-        tensors = compress_module(name, result, job.scheme)
+        name, scheme = report.name, self.jobs[report.name].scheme
         require_sound_scales(name, tensors)
         if self.step.is_run:
-            self._continue_with(weight, decompress_module(tensors, job.scheme).to(self.weight(name).dtype))
-        set_input_parts(self.model.get_submodule(name), result.inputs)
-        prefix = required_key(self.source, weight).removesuffix("weight")
-        size = sum(self.writer.write(f"{prefix}{part}", tensor) for part, tensor in tensors.items())
+            weight = decompress_module(tensors, scheme).to(self.weight(name).dtype)
+            self._continue_with(f"{name}.weight", weight)
+        set_input_parts(self.model.get_submodule(name), {part: tensors[part] for part in input_parts(scheme)})
+        prefix = self._prefix(name)
+        self._finished(report, sum(self.writer.write(f"{prefix}{part}", tensor) for part, tensor in tensors.items()))
+
+    def packed_elsewhere(self, report: ModuleReport, parts: Iterable[str]) -> None:
+        """Take note of a module that another worker has quantized and written; no batch runs with its weight.
+
+        Args:
+            report: of the module, without the size of its tensors.
+            parts: the names of its tensors in the module.
+        """
+        assert not self.step.is_run, "batches would run with the original weight"
+        prefix = self._prefix(report.name)
+        self._finished(report, sum(self.writer.write_bytes(f"{prefix}{part}", ()) for part in parts))
+
+    def writer_of(self, name: str) -> int:
+        """The rank of the worker that writes the tensors of a module."""
+        return self.writer.owner_of(self._prefix(name))
+
+    def _prefix(self, name: str) -> str:
+        """The names of a module's tensors in the checkpoint, without the last part."""
+        return required_key(self.source, f"{name}.weight").removesuffix("weight")
+
+    def _finished(self, report: ModuleReport, num_bytes: int) -> None:
         if not self.step.is_run:
-            unload(self.model, [weight])
-        trim_heap()
-        self.reports.append(
-            ModuleReport(
-                name=name,
-                algorithm=algorithm or job.algorithm,
-                loss=result.loss if loss is None else loss,
-                damping=result.damping,
-                num_tokens=num_tokens,
-                error=error,
-                seconds=time.perf_counter() - start if start is not None else 0.0,
-                num_bytes=size,
-            )
-        )
+            unload(self.model, [f"{report.name}.weight"])
+        if num_bytes >= _LARGE:
+            trim_heap()
+        self.reports.append(replace(report, num_bytes=num_bytes))
         done, count = len(self.reports), len(self.step.modules)
-        self.watcher.tell("solved", index=self.step.index, name=name, done=done, count=count)
+        self.watcher.tell("solved", index=self.step.index, name=report.name, done=done, count=count)
 
     def rewrite(self, name: str, tensor: torch.Tensor) -> None:
         """Change a parameter that is not quantized, in the model and in the checkpoint.

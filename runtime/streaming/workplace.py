@@ -2,37 +2,77 @@
 
     .<output>.run.partial/
       checkpoint/     becomes the output, by one rename
-      values/         values between subgraphs that exceed the memory budget, and those saved for a resume
+      values/         values between subgraphs, saved for a resume
+      values/rank-R/  those of worker R that exceed its memory budget
       journal         the finished steps
-      lock            held while a process works here
+      lock            held while a run works here
 
 An interrupted run leaves it, so that another process can resume. It is deleted when the run is complete, and when the
 run failed for a reason that would make a resumed run fail as well.
+
+Worker 0 leads: it locks, cleans, journals and publishes, and the other workers only write tensors and values. Without a
+shared directory every worker leads in a directory of its own, whose output is a part of the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import shutil
-import stat
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from runtime.checkpoint.writer import require_space
 from runtime.console import tell_when_stopped
 from runtime.errors import OutputError, SeqbuildError
-from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place, require_free, require_writable
+from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
+from runtime.streaming.output_place import (
+    clear,
+    is_complete,
+    is_published,
+    locked,
+    num_finished,
+    part_path,
+    remove,
+    require_place,
+    require_plain,
+    require_resumed,
+    root_of,
+    what_is_left,
+)
+from runtime.workers.agreement import agreed, is_worth_resuming
+from runtime.workers.group import Alone
+
+if TYPE_CHECKING:
+    from runtime.workers.group import Workers
+
+_VISIBLE_S = 30.0  # after which a network file system shows what another host has created
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workplace:
-    """The directory of a run."""
+    """The directory of a run.
+
+    Attributes:
+        out: the output, or this worker's part of it.
+        root: the directory.
+        journal: of all workers.
+        workers: of the run.
+        leads: whether this worker locks, cleans, journals and publishes here.
+    """
 
     out: Path
     root: Path
     journal: Journal
+    workers: Workers
+    leads: bool
 
     @property
     def checkpoint(self) -> Path:
@@ -40,28 +80,63 @@ class Workplace:
         return self.root / "checkpoint"
 
     @property
-    def values(self) -> Path:
-        """The directory for values between subgraphs."""
+    def saved(self) -> Path:
+        """The directory for values that are saved for a resume."""
         return self.root / "values"
 
     @property
-    def written_bytes(self) -> int:
-        """Size on disk of the checkpoint so far."""
-        return sum(path.stat().st_blocks * 512 for path in self.checkpoint.iterdir())
+    def values(self) -> Path:
+        """The directory for values of this worker that exceed its memory budget."""
+        return self.saved / f"rank-{self.workers.rank}"
 
-    def begin(self, identity: Mapping[str, str]) -> None:
-        """Record the identity of a new run, or check that of a resumed one.
+    def require_space(self, num_bytes: int) -> None:
+        """Check that the disk has space for a checkpoint of this size, of which a part may be written.
+
+        Raises:
+            OutputError: on every worker.
+        """
+        with agreed(self.workers):
+            if self.leads:
+                written = sum(path.stat().st_blocks * 512 for path in self.checkpoint.iterdir())
+                require_space(self.out, num_bytes - written)
+
+    def publish(self) -> None:
+        """Rename the checkpoint to its final name.
+
+        Raises:
+            OutputError: when the output directory was filled meanwhile.
+        """
+        with agreed(self.workers):
+            if self.leads:
+                flush_tree(self.checkpoint)
+                self.out.parent.mkdir(parents=True, exist_ok=True)  # of new/../out, only the run's directory exists
+                put_in_place(self.checkpoint, self.out)
+
+    def _begin(self, identity: Mapping[str, str], parts: bool) -> None:
+        """Record the identity of a new run, or check that of a resumed one, on all workers.
 
         Raises:
             OutputError: naming the ingredients that differ.
         """
+        with agreed(self.workers):
+            if self.journal.entries:
+                self.journal.require_same_run(identity)
+        if parts:  # a step is finished when all workers have it
+            self.journal.keep(min(self.workers.exchange(len(self.journal.entries))))
+        with agreed(self.workers):
+            if self.leads:
+                self._prepare(identity)
+        if not parts and self.workers.size > 1:
+            self._attach()
+        with agreed(self.workers):
+            self.values.mkdir(exist_ok=True)
+
+    def _prepare(self, identity: Mapping[str, str]) -> None:
         import torch
 
         from runtime.host.half_precision import names_of_slow_halves
 
-        if self.journal.entries:
-            self.journal.require_same_run(identity)
-        for folder in (self.checkpoint, self.values):
+        for folder in (self.checkpoint, self.saved):
             folder.mkdir(exist_ok=True)
         flush_one(self.root)
         flush_one(self.root.parent)
@@ -74,191 +149,94 @@ class Workplace:
             )
         for path in self.checkpoint.iterdir():
             if path.suffix != ".safetensors":  # perhaps incomplete; these are written at the end
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in self.values.iterdir():
-            if not path.name.startswith("boundary-"):  # values of an earlier process that exceeded its budget
-                path.unlink()
+                remove(path)
+        for path in self.saved.iterdir():
+            if not path.name.startswith("boundary-"):  # values of earlier workers that exceeded their budget
+                remove(path)
 
-    def publish(self) -> None:
-        """Rename the checkpoint to its final name.
+    def _attach(self) -> None:
+        """Give the journal of worker 0 to the others, which check that they see the same directory."""
+        mark = self.root / f"mark-{secrets.token_hex(8)}"
+        with agreed(self.workers):
+            if self.leads:
+                mark.touch()
+        entries, name = self.workers.exchange((self.journal.entries, mark.name))[0]
+        with agreed(self.workers):
+            if not self.leads:
+                self.journal.entries += entries
+                self._require_visible(name)
+        if self.leads:
+            mark.unlink()
 
-        Raises:
-            OutputError: when the output directory was filled meanwhile.
-        """
-        flush_tree(self.checkpoint)
-        self.out.parent.mkdir(parents=True, exist_ok=True)  # of new/../out, only the directory of the run exists
-        put_in_place(self.checkpoint, self.out)
+    def _require_visible(self, name: str) -> None:
+        """Wait for a file of worker 0 to appear: network file systems cache that a name did not exist."""
+        end = time.monotonic() + _VISIBLE_S
+        while not self.root.is_dir() or name not in os.listdir(self.root):
+            if time.monotonic() > end:
+                raise OutputError(
+                    f"{socket.gethostname()} does not see the directory {self.root} of worker 0",
+                    hint="choose an output directory that all hosts share, or pass --parts",
+                )
+            time.sleep(0.05)
+
+    def _leave(self, error: BaseException, parts: bool) -> None:
+        """Remove the directory unless another process can resume the run, and tell what is left."""
+        if not parts and is_published(self.out):
+            self._clear()
+            tell_when_stopped(f"output directory {self.out} is complete")
+        elif not self.journal.of_kind(journal.STEP) or not is_worth_resuming(error):
+            self._clear()
+        elif not isinstance(error, SeqbuildError):
+            tell_when_stopped(self._what_is_left)
+        elif error.is_resumable:
+            error.hint = "; ".join(part for part in (error.hint, self._what_is_left) if part)
+
+    @property
+    def _what_is_left(self) -> str:
+        return what_is_left(len(self.journal.of_kind(journal.STEP)))
+
+    def _clear(self) -> None:
+        if self.leads:
+            shutil.rmtree(self.root, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def open_workplace(out: Path, *, resume: bool, identity: Mapping[str, str]) -> Iterator[Workplace]:
+def open_workplace(
+    out: Path, *, resume: bool, identity: Mapping[str, str], workers: Workers | None = None, parts: bool = False
+) -> Iterator[Workplace]:
     """Lock the directory of a run while the block runs.
 
     Args:
         out: the output directory.
         resume: continue an interrupted run, if there is one.
         identity: everything that decides the bytes of the result, by name.
+        workers: of the run; all call this.
+        parts: whether each worker writes a part of its own, because they share no directory.
 
     Raises:
         OutputError: when `out` is not free, another process works on it, or an interrupted run would be lost or has
             another identity.
     """
-    require_free(out)
-    root = _root_of(out)
-    _require_plain(root)
-    with disk_errors(out, lambda: _what_is_left(out)), _locked(root, out):
-        if not _require_resumed(out, resume=resume):
-            _clear(root)
-        place = Workplace(out=out, root=root, journal=Journal(root / journal.NAME))
+    workers = workers or Alone()
+    require_place(out, resume=resume, workers=workers, parts=parts)
+    out = part_path(out, workers) if parts else out
+    root, leads = root_of(out), parts or not workers.rank
+    with disk_errors(out, lambda: what_is_left(num_finished(out))), contextlib.ExitStack() as stack:
+        with agreed(workers):
+            if leads:
+                require_plain(root)
+                stack.enter_context(locked(root, out))
+                if is_complete(out):  # a part of a run that was interrupted before all parts were published
+                    os.rename(out, root / "checkpoint")
+                if not require_resumed(out, resume=resume):
+                    clear(root)
+        log = Journal(root / journal.NAME, is_mine=leads)
+        stack.callback(log.close)
+        place = Workplace(out=out, root=root, journal=log, workers=workers, leads=leads)
         try:
-            place.begin(identity)
+            place._begin(identity, parts)
             yield place
         except BaseException as error:
-            if _is_published(out):
-                shutil.rmtree(root, ignore_errors=True)
-                tell_when_stopped(f"output directory {out} is complete")
-            elif not _is_worth_keeping(place.journal, error):
-                shutil.rmtree(root, ignore_errors=True)
-            elif not isinstance(error, SeqbuildError):
-                tell_when_stopped(_what_is_left(out))
-            elif error.is_resumable:
-                error.hint = "; ".join(part for part in (error.hint, _what_is_left(out)) if part)
+            place._leave(error, parts)
             raise
-        finally:
-            place.journal.close()
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def require_startable(out: Path, *, resume: bool) -> None:
-    """Reject an output that no run can begin or continue, before its inputs are prepared.
-
-    Raises:
-        OutputError: as `require_unfinished` and `open_workplace`.
-    """
-    if resume:
-        require_unfinished(out)
-    require_free(out)
-    require_writable(out)
-    root = _root_of(out)
-    if root.is_dir():
-        _require_plain(root)
-        with disk_errors(out), _locked(root, out):
-            _require_resumed(out, resume=resume)
-
-
-def _require_resumed(out: Path, *, resume: bool) -> int:
-    """Require `resume` for an output with finished subgraphs of an interrupted run, and return their number."""
-    count = num_finished(out)
-    if count and not resume:
-        raise OutputError(
-            f"an interrupted run has left {_subgraphs(count)} of {out}",
-            hint=f"continue it with --resume, or remove {_root_of(out)} to start again",
-        )
-    return count
-
-
-def _root_of(out: Path) -> Path:
-    return out.parent.resolve() / f".{out.name}.run.partial"
-
-
-def _is_published(out: Path) -> bool:
-    """Whether the checkpoint was renamed to the output, so that nothing remains to be resumed."""
-    return (out / "config.json").is_file() and not (_root_of(out) / "checkpoint").exists()
-
-
-def _require_plain(root: Path) -> None:
-    """Reject a directory that contains links or special files: a run would delete or overwrite files elsewhere.
-
-    Raises:
-        OutputError: naming the first one.
-    """
-    pending = [root]
-    while pending:
-        path = pending.pop()
-        try:
-            status = path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        is_directory = stat.S_ISDIR(status.st_mode)
-        if not is_directory and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or path == root):
-            raise OutputError(
-                f"{path} is a link or a special file, which no run creates",
-                hint=f"check where it comes from, and remove {root} to start again",
-            )
-        if is_directory:
-            pending.extend(path.iterdir())
-
-
-def _what_is_left(out: Path) -> str:
-    count = num_finished(out)
-    if not count:
-        return "nothing was left behind"
-    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept, continue with --resume"
-
-
-def _subgraphs(count: int) -> str:
-    return f"{count} finished subgraph{'' if count == 1 else 's'}"
-
-
-def require_unfinished(out: Path) -> None:
-    """Reject an output that is complete.
-
-    A run that was killed after it had published the output left its directory behind; that is removed.
-
-    Raises:
-        OutputError: naming it.
-    """
-    if (out / "config.json").is_file():
-        root = _root_of(out)
-        if root.is_dir() and _is_published(out):
-            _require_plain(root)
-            with _locked(root, out):
-                shutil.rmtree(root, ignore_errors=True)
-        raise OutputError(
-            f"output directory {out} is already complete; nothing to resume",
-            hint="seqbuild evaluate measures its perplexity",
-        )
-
-
-def num_finished(out: Path) -> int:
-    """Number of subgraphs that an interrupted run of an output has finished; 0 without one."""
-    root = _root_of(out)
-    if not (root / "checkpoint").is_dir():
-        return 0  # killed after it was published
-    return sum(entry["kind"] == journal.STEP for entry in journal.read(root / journal.NAME))
-
-
-@contextlib.contextmanager
-def _locked(root: Path, out: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(
-            f"another run is writing {out}", hint="wait for it, or choose another output directory"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-        with contextlib.suppress(OSError):
-            (root / "lock").unlink(missing_ok=True)
-
-
-def _clear(root: Path) -> None:
-    for path in root.iterdir():
-        if path.name == "lock":
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
-    """Whether a resumed run could finish more steps than this one."""
-    if not found.of_kind(journal.STEP):
-        return False
-    if not isinstance(error, SeqbuildError):
-        return True
-    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))
+        place._clear()

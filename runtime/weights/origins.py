@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from runtime.checkpoint.dtypes import Stored, dtype_name
+from runtime.checkpoint.dtypes import dtype_name
+from runtime.checkpoint.stored import Stored
 
 if TYPE_CHECKING:
     import torch

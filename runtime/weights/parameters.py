@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.manifest import ParameterEntry
     from runtime.chain import Artifact
-    from runtime.checkpoint.dtypes import Stored
+    from runtime.checkpoint.stored import Stored
 
 
 _COPY_AGAIN = "copy or export the checkpoint again"

@@ -17,6 +17,7 @@ import runtime.cli.options as given
 from runtime.cli import imports
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
+from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, put, say, warn
@@ -40,7 +41,7 @@ class Commands(CommandList):
         "Quantize a model": ("quantize", "recipes", "evaluate"),
         "Step by step": ("compile", "data", "plan", "calibrate"),
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
-        "For another host": ("pack", "sign", "doctor"),
+        "For another host": ("pack", "sign", "doctor", "join"),
     }
     example = _QUANTIZE
     others: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -65,6 +66,7 @@ app.command()(plan)
 app.command()(calibrate)
 app.command("check")(check)
 app.command()(doctor)
+app.command()(join)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]

@@ -86,7 +86,7 @@ def run_oneshot(options: OneshotOptions) -> Any:
         SeqbuildError: one of its classes, for anything the user can fix.
     """
     from runtime.host.devices import resolve_device
-    from runtime.streaming.workplace import require_startable
+    from runtime.streaming.output_place import require_startable
 
     resolve_device(str(options.device))
     recipe = python_recipe(options.recipe, options.ignore)

@@ -18,8 +18,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from runtime.checkpoint.dtypes import DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
 from runtime.checkpoint.in_memory import HeldTensor
+from runtime.checkpoint.stored import Stored
 from runtime.errors import ModelError
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ def require_place(options: QuantizeOptions) -> None:
         DeviceError, UsageError: for the names of device and dtype.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.streaming.workplace import require_startable
+    from runtime.streaming.output_place import require_startable
 
     require_startable(options.out, resume=options.resume)
     resolve_device(options.device)

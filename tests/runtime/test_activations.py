@@ -101,18 +101,23 @@ def test_working_in_place_on_one_batch_changes_no_other(is_shared: bool) -> None
     assert activations.fetch(1, ["mask"])["mask"].tolist() == [0, 0, 0, 0]
 
 
+def places(count: int) -> list[tuple[int, int]]:
+    """Those of the batches of one lane."""
+    return [(0, position) for position in range(count)]
+
+
 def test_saved_values_come_back(tmp_path: Path) -> None:
     activations = Activations([{}, {}, {}], CPU, lasting={"plain"})
     for batch, seed in enumerate((1, 2, 2)):
         activations.store(batch, nest(seed))
-    num_bytes = save_boundary(activations, tmp_path, 7)
-    files = [tmp_path / f"boundary-7-{batch}.safetensors" for batch in range(3)]
+    num_bytes = save_boundary(activations, tmp_path, 7, places(3))
+    files = [tmp_path / f"boundary-7-0-{batch}.safetensors" for batch in range(3)]
     assert num_bytes == sum(file.stat().st_size for file in files)
     held = [activations.values(batch)["plain"] for batch in range(3)]
     assert held[1] is held[2]
     assert [tuple(nest(0)["plain"].shape) in shapes(file) for file in files] == [True, True, False]
     other = Activations([{"x": torch.ones(1)} for _ in range(3)], CPU, Budget(host_bytes=200), tmp_path)
-    load_boundary(other, tmp_path, 7)
+    load_boundary(other, tmp_path, 7, places(3))
     for batch, seed in enumerate((1, 2, 2)):
         values = other.fetch(batch, list(other.values(batch)))
         assert_same(values, nest(seed))
@@ -130,9 +135,9 @@ def test_values_that_share_memory_are_saved(tmp_path: Path, host_bytes: int | No
     whole = torch.randn(4, 6)
     values = {"one": whole, "same": whole, "turned": whole.t(), "rows": whole.view(24)}
     activations.store(0, values)
-    save_boundary(activations, tmp_path, 3)
+    save_boundary(activations, tmp_path, 3, places(1))
     other = Activations([{}], CPU)
-    load_boundary(other, tmp_path, 3)
+    load_boundary(other, tmp_path, 3, places(1))
     for store in (activations, other):
         assert_same(store.fetch(0, list(values)), values)
     remove_boundary(tmp_path, 3)
@@ -145,9 +150,9 @@ def test_every_dtype_of_a_manifest_is_saved(tmp_path: Path, dtype: str) -> None:
     value = torch.arange(24, dtype=torch.uint8).view(4, 6).to(getattr(torch, dtype)).t()
     activations = Activations([{}], CPU, Budget(host_bytes=0), tmp_path)
     activations.store(0, {"value": value})
-    save_boundary(activations, tmp_path, 0)
+    save_boundary(activations, tmp_path, 0, places(1))
     other = Activations([{}], CPU)
-    load_boundary(other, tmp_path, 0)
+    load_boundary(other, tmp_path, 0, places(1))
     for store in (activations, other):
         found = store.fetch(0, ["value"])["value"]
         assert (found.dtype, found.stride()) == (value.dtype, value.stride())
@@ -163,7 +168,7 @@ def test_a_dtype_without_a_name_is_not_saved(tmp_path: Path) -> None:
     activations = Activations([{}], CPU)
     activations.store(0, {"x": torch.zeros(2, dtype=torch.complex128)})
     with pytest.raises(CannotSaveError, match="complex128"):
-        save_boundary(activations, tmp_path, 0)
+        save_boundary(activations, tmp_path, 0, places(1))
 
 
 def test_what_json_has_no_word_for_is_not_saved(tmp_path: Path) -> None:
@@ -173,23 +178,23 @@ def test_what_json_has_no_word_for_is_not_saved(tmp_path: Path) -> None:
     activations = Activations([{}], CPU)
     activations.store(0, {"cache": Cache()})
     with pytest.raises(CannotSaveError, match="Cache"):
-        save_boundary(activations, tmp_path, 0)
+        save_boundary(activations, tmp_path, 0, places(1))
 
 
 def test_a_damaged_save_is_an_error(tmp_path: Path) -> None:
     activations = Activations([{}], CPU)
     activations.store(0, {"x": torch.ones(8)})
-    save_boundary(activations, tmp_path, 0)
-    file = tmp_path / "boundary-0-0.safetensors"
+    save_boundary(activations, tmp_path, 0, places(1))
+    file = tmp_path / "boundary-0-0-0.safetensors"
     whole = file.read_bytes()
     foreign = save({"x": torch.ones(2)})
     for damaged in (b"short", whole[:-1], whole.replace(b"values", b"volume"), foreign):
         file.write_bytes(damaged)
         with pytest.raises(runtime.OutputError, match="cannot read the activations saved in"):
-            load_boundary(Activations([{}], CPU), tmp_path, 0)
+            load_boundary(Activations([{}], CPU), tmp_path, 0, places(1))
     file.unlink()
     with pytest.raises(runtime.OutputError, match="cannot read the activations saved in"):
-        load_boundary(Activations([{}], CPU), tmp_path, 0)
+        load_boundary(Activations([{}], CPU), tmp_path, 0, places(1))
 
 
 @pytest.mark.parametrize("host_bytes", [0, 20_000])

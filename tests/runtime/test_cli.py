@@ -242,7 +242,7 @@ def test_a_real_disk_that_is_full(place: Place, run: Run, tmp_path: Path, monkey
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("may not mount a small file system")
     try:
-        monkeypatch.setattr("runtime.calibration.require_space", lambda path, num_bytes: None)
+        monkeypatch.setattr("runtime.streaming.workplace.require_space", lambda path, num_bytes: None)
         place.out = disk / "out"
         result = run(place.calibrate())
         assert_refused(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.gptq import in_passes, quantize_siblings
+from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.refine import refine
 from runtime.algorithms.result import QuantizedWeight
@@ -335,20 +335,6 @@ class TestSiblings:
             assert torch.equal(got.weight_OI, alone.weight_OI)
             assert torch.equal(got.scale, alone.scale)
             assert got.loss == pytest.approx(alone.loss, rel=1e-9)
-
-    def test_large_ones_are_solved_one_after_the_other(
-        self, hessian_II: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        weights = [random_weight(), random_weight()[:7], random_weight()[5:6], random_weight()]
-        shapes = [weight.shape for weight in weights]
-        together = list(quantize_siblings(weights, hessian_II, int_args(4), scale_dtype=torch.bfloat16))
-        monkeypatch.setattr("runtime.algorithms.gptq._NUMBERS_OF_A_PASS", 8 * weights[0].shape[1])
-        assert list(in_passes(shapes)) == [slice(0, 1), slice(1, 3), slice(3, 4)]
-        for one, other in zip(
-            together, quantize_siblings(weights, hessian_II, int_args(4), scale_dtype=torch.bfloat16), strict=True
-        ):
-            assert torch.equal(one.weight_OI, other.weight_OI)
-            assert one.loss == pytest.approx(other.loss, rel=1e-9)
 
     def test_a_scale_for_the_whole_tensor_is_each_one_s_own(self, hessian_II: torch.Tensor) -> None:
         weights = [random_weight(), random_weight() * 2]

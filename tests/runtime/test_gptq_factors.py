@@ -10,7 +10,7 @@ import torch
 
 from runtime.algorithms import products
 from runtime.algorithms.gptq import quantize_siblings
-from runtime.algorithms.gptq_factors import column_order, factors_of
+from runtime.algorithms.gptq_factors import factored
 from runtime.quantize.statistics import InputStatistics
 from runtime.recipe.recipe import Recipe
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
@@ -35,13 +35,14 @@ def hessian(size: int, smallest: float) -> torch.Tensor:
 def test_factors_are_those_of_a_copy(size: int, smallest: float, actorder: str | None) -> None:
     """Also where dampening is raised, for which the matrix is wanted once more."""
     hessian_II = hessian(size, smallest) if size > 1 else torch.ones(1, 1)
-    before_II, order_I = hessian_II.clone(), column_order(hessian_II, actorder)
-    copied = factors_of(hessian_II, order_I, 1e-3, torch.float32)
+    before_II = hessian_II.clone()
+    copied = factored(hessian_II, actorder, 1e-3, torch.float32)
     assert torch.equal(hessian_II, before_II)
-    inside = factors_of(hessian_II, order_I, 1e-3, torch.float32, overwrite_hessian=True)
+    inside = factored(hessian_II, actorder, 1e-3, torch.float32, overwrite_hessian=True)
     assert inside.lower_II.data_ptr() == hessian_II.data_ptr()
     assert torch.equal(inside.lower_II.tril(), copied.lower_II.tril())
     assert torch.equal(inside.pivot_I, copied.pivot_I) and torch.equal(inside.added_I, copied.added_I)
+    assert torch.equal(inside.order_I, copied.order_I) and torch.equal(inside.diagonal_I, copied.diagonal_I)
     assert inside.damping == copied.damping
     if size > 96:
         assert (copied.damping > 1e-3) == (smallest < 0)
@@ -50,7 +51,7 @@ def test_factors_are_those_of_a_copy(size: int, smallest: float, actorder: str |
 def test_in_another_dtype_it_is_a_copy() -> None:
     hessian_II = hessian(96, 0.1)
     before_II = hessian_II.clone()
-    factors = factors_of(hessian_II, column_order(hessian_II, "static"), 0.01, torch.float64, overwrite_hessian=True)
+    factors = factored(hessian_II, "static", 0.01, torch.float64, overwrite_hessian=True)
     assert factors.lower_II.dtype == torch.float64 and torch.equal(hessian_II, before_II)
 
 

@@ -21,6 +21,7 @@ import runtime
 from runtime.formats.key_values import KeyValues, attach
 from runtime.recipe.recipe import Recipe
 from runtime.weights.parameters import Weights
+from runtime.workers.group import Alone
 from seqbuild.build import build
 from tests.runtime.small import (
     DEEPSEEK,
@@ -86,6 +87,7 @@ def measured(small: Small, batches: Sequence[Mapping[str, Any]], **changes: Any)
         with torch.no_grad():
             for subgraph in artifact.subgraphs:
                 values |= subgraph.forward(model, **{name: values[name] for name in subgraph.input_names})
+    key_values.end_round(Alone(), torch.device("cpu"))
     return key_values
 
 
@@ -253,6 +255,7 @@ def test_without_an_observer_scales_are_those_of_a_moving_average(averaging: flo
     for batch in ([-448.0, 44.8], [-4.48, 89.6]):
         for part, factor in zip("kv", (1.0, 2.0), strict=True):
             key_values.handle("a", part, torch.tensor(batch) * factor)
+    key_values.end_round(Alone(), torch.device("cpu"))
     scales = [float(key_values.scale_of("a", part, torch.float32)) for part in "kv"]
     share = averaging or 0.01
     size = (448 * (1 - share) + 4.48 * share) / 448
@@ -263,8 +266,9 @@ def test_without_an_observer_scales_are_those_of_a_moving_average(averaging: flo
 def test_a_scale_is_never_zero_or_infinite(dtype: torch.dtype) -> None:
     key_values = KeyValues(args=QuantizationArgs(**WHOLE), is_measuring=True)
     key_values.handle("a", "k", torch.zeros(4, dtype=dtype))
-    assert float(key_values.scale_of("a", "k", dtype)) == torch.finfo(dtype).eps
     key_values.handle("a", "v", torch.tensor([1.0, torch.inf], dtype=dtype))
+    key_values.end_round(Alone(), torch.device("cpu"))
+    assert float(key_values.scale_of("a", "k", dtype)) == torch.finfo(dtype).eps
     with pytest.raises(runtime.QuantizationError, match="the values of a reach inf, so their v_scale is undefined"):
         key_values.scale_of("a", "v", dtype)
 

@@ -18,11 +18,12 @@ import runtime.calibration
 import seqbuild
 import seqbuild.cli.app
 from runtime.algorithms.awq import ScaleSearch, search_scales
-from runtime.algorithms.gptq import quantize_siblings
-from runtime.algorithms.result import QuantizedWeight
+from runtime.algorithms.gptq import SolveOptions, factor_siblings, solve_tiles
+from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.chain import Artifact
 from runtime.checkpoint.reader import Checkpoint
+from runtime.formats.compressed import compress_rows, decompress_module, join_rows
 from runtime.formats.presets import scheme_from_preset
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
@@ -126,7 +127,7 @@ def test_the_model_is_given_back_as_it_was(gemma2: Small) -> None:
 # Costs
 
 
-SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)])
+SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)], [(2600, 512), (500, 512)])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)])
         [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "rtn")],
         *(([(512, 512)], "rtn"), ([(1024, 256)], "rtn"), ([(512, 512)], "gptq in place")),
         *(([(256, 1024)], "gptq"), ([(1024, 256)], "gptq in place"), ([(512, 256), (512, 256)], "gptq")),
+        ([(2600, 512), (500, 512)], "gptq"),
     ),
 )
 def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind: str) -> None:
@@ -144,18 +146,27 @@ def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind
     inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
     overwrites = kind == "gptq in place"
 
-    def solve(hessian_II: torch.Tensor) -> list[QuantizedWeight]:
+    options = SolveOptions(args=job.scheme.weights, scale_dtype=torch.bfloat16)
+
+    def solve(hessian_II: torch.Tensor) -> list[object]:
+        """As a run does: each piece is packed at once, and the run goes on with the weights that readers unpack."""
         if job.algorithm != "gptq":
             return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
-        results = quantize_siblings(
-            weights, hessian_II, job.scheme.weights, scale_dtype=torch.bfloat16, overwrite_hessian=overwrites
-        )
-        return list(results)
+        found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrites)
+        packed: list[list[dict[str, torch.Tensor]]] = [[] for _ in shapes]
+        for one in solve_tiles(weights, tiles_of(shapes, options.args, "cpu"), found, options):
+            packed[one.piece.weight].append(compress_rows("one", one.rows, job.scheme))
+            del one
+        del found
+        dense: list[object] = []
+        for parts, (_, num_in) in zip(packed, shapes, strict=True):
+            dense.append(decompress_module(join_rows("one", parts, num_in, job.scheme, {}), job.scheme))
+        return dense
 
     hessians = [inputs_TI.t() @ inputs_TI for _ in range(2)]
     solve(hessians[0])
     measured = allocated(lambda: solve(hessians[1]))
-    assert measured * 0.85 <= solve_bytes(shapes, job, overwrites=overwrites) <= measured * 1.35
+    assert measured * 0.85 <= solve_bytes(shapes, job, overwrites=overwrites, device_type="cpu") <= measured * 1.35
 
 
 @pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256), (1024, 256)]])

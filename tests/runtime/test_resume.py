@@ -24,7 +24,8 @@ from runtime.console import left_behind
 from runtime.streaming import journal
 from runtime.streaming.events import Lines
 from runtime.streaming.journal import Journal
-from runtime.streaming.workplace import Workplace, require_unfinished
+from runtime.streaming.output_place import require_unfinished
+from runtime.streaming.workplace import Workplace
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused
 from tests.runtime.small import (
     NARROW_W4,
@@ -252,7 +253,10 @@ def test_another_artifact_is_refused(
     stop_at(8)
     with pytest.raises(Stop):
         calibrate(llama, plan, tmp_path / "out")
-    with pytest.raises(runtime.OutputError, match="one in the artifact, the checkpoint, the recipe"):
+    with pytest.raises(
+        runtime.OutputError,
+        match="one in the artifact, the checkpoint, the recipe",
+    ):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out", resume=True)
 
 

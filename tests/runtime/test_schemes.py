@@ -20,8 +20,11 @@ from runtime.errors import QuantizationError, RecipeError, WeightsError
 from runtime.formats.checkpoint_config import CheckpointSchemes, quantization_config
 from runtime.formats.compressed import (
     compress_module,
+    compress_rows,
     decompress_module,
     input_parts,
+    join_rows,
+    rows_layout,
     static_input_parts,
     stored_dtypes,
     stored_shapes,
@@ -122,6 +125,58 @@ def test_rows_are_packed_a_part_at_a_time(name: str, monkeypatch: pytest.MonkeyP
     assert list(parts) == list(whole)
     assert all(torch.equal(parts[key], whole[key]) and parts[key].dtype == whole[key].dtype for key in whole)
     assert torch.equal(decompress_module(parts, scheme), dense)
+
+
+def some_rows(result: QuantizedWeight, rows: slice, scheme: QuantizationScheme) -> QuantizedWeight:
+    """What a solve of these rows returns."""
+    height = scheme.weights.block_structure[0] if scheme.weights.block_structure else 1
+    of_scales = slice(None) if result.scale.ndim == 1 else slice(rows.start // height, -(-rows.stop // height))
+    return dataclasses.replace(
+        result,
+        weight_OI=result.weight_OI[rows],
+        scale=result.scale[of_scales],
+        zero_point=None if result.zero_point is None else result.zero_point[of_scales],
+        inputs={},
+    )
+
+
+@pytest.mark.parametrize("num_out", [1, 7, 1100])
+@pytest.mark.parametrize("name", OFFERED)
+def test_pieces_are_joined_to_the_tensors_of_the_whole(
+    name: str, num_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = OFFERED[name]
+    got = quantized(random(num_out, 384), scheme, torch.bfloat16)
+    whole = compress_module("m", got, scheme)
+    monkeypatch.setattr("runtime.formats.compressed.NUMBERS_AT_A_TIME", 480 * 384)
+    height = scheme.weights.block_structure[0] if scheme.weights.block_structure else 1
+    for cuts in ([], [1], [3, 4, 1013], [512, 1024]):
+        places = [0, *sorted({min(cut * height, num_out) for cut in cuts} - {num_out}), num_out]
+        parts = []
+        for start, stop in itertools.pairwise(places):
+            part = compress_rows("m", some_rows(got, slice(start, stop), scheme), scheme)
+            layout = rows_layout((stop - start, 384), scheme, torch.bfloat16)
+            # A receiver fills memory that it allocated from shapes and dtypes alone.
+            assert list(layout) == list(part)
+            empty = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
+            for key, tensor in part.items():
+                assert tensor.is_contiguous()
+                assert (empty[key].shape, empty[key].dtype) == (tensor.shape, tensor.dtype)
+                empty[key].flatten().view(torch.uint8).copy_(tensor.flatten().view(torch.uint8))
+            parts.append(empty)
+        joined = join_rows("m", parts, 384, scheme, got.inputs)
+        assert list(joined) == list(whole)
+        for key, tensor in joined.items():
+            assert tensor.dtype == whole[key].dtype and tensor.is_contiguous()
+            assert torch.equal(tensor, whole[key])
+
+
+def test_join_refuses_scales_of_inputs_that_the_scheme_does_not_have() -> None:
+    part = compress_rows(
+        "m", quantize_rtn(random(4, 64), OFFERED["FP8"].weights, scale_dtype=torch.float32), OFFERED["FP8"]
+    )
+    with pytest.raises(QuantizationError, match=r"m: the scheme of its inputs requires \('input_scale',\), not \[\]"):
+        join_rows("m", [part], 64, OFFERED["FP8"], {})
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int]]]:

@@ -9,7 +9,8 @@ from torch import nn
 
 import runtime.algorithms.hessian
 from runtime.algorithms.hessian import HessianAccumulator
-from runtime.quantize.statistics import InputStatistics, Needs, collect_statistics
+from runtime.quantize.measuring import collect_statistics
+from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.streaming.work import EnoughSeenError
 from tests.runtime.small import RECIPES, Small, calibrate, directory_bytes, recipe
 
@@ -38,9 +39,10 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """All that can be measured, of calls that are one batch."""
 
-    def run(begin: Callable[[int], None]) -> None:
+    def run(begin: Callable[[int], None], end_round: Callable[[], None]) -> None:
         begin(0)
         run_batches()
+        end_round()
 
     wanted = dict.fromkeys(modules, needs or Needs(hessian=True, channels=True))
     return collect_statistics(modules, wanted, run, torch.device("cpu"), masks)
@@ -304,7 +306,7 @@ class Batches:
         self.parts, self.orders = parts, orders
         self.num_ends = 0
 
-    def __call__(self, begin: Callable[[int], None]) -> None:
+    def __call__(self, begin: Callable[[int], None], end_round: Callable[[], None]) -> None:
         for batch, (part, order) in enumerate(zip(self.parts, self.orders, strict=True)):
             begin(batch)
             try:
@@ -313,6 +315,7 @@ class Batches:
                 self.num_ends += 1
             except EnoughSeenError:
                 pass
+        end_round()
 
     def measure(self, *, may_stop: bool = True) -> dict[str, InputStatistics]:
         needs = dict.fromkeys(self.modules, Needs(hessian=True))

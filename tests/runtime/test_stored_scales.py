@@ -18,6 +18,7 @@ from runtime.formats.key_values import KeyValues
 from runtime.formats.presets import scheme_from_preset
 from runtime.formats.stored_scales import require_finite, require_sound_scales
 from runtime.quantize.statistics import Needs
+from runtime.workers.group import Alone
 from tests.runtime.small import NARROW_W4, Small, calibrate, read_tensors, recipe
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
@@ -198,6 +199,7 @@ def test_keys_that_are_not_finite_are_named(observer: str) -> None:
         cache = KeyValues(args=args, modules={}, is_measuring=True)
         for number in (1.0, bad, 1.0):
             cache.handle("a", "v", torch.tensor([1.0, number, -1.0]))
+        cache.end_round(Alone(), torch.device("cpu"))
         with pytest.raises(runtime.QuantizationError, match=r"the values of a reach .*, so their v_scale is undefined"):
             cache.scale_of("a", "v", torch.float32)
 
@@ -235,6 +237,8 @@ def test_masked_tokens_may_overflow() -> None:
     inputs: Any = torch.ones(3, 4)
     inputs[1] = float("inf")
     found.add(inputs, torch.tensor([True, False, True]))
+    found.fold(found.lane_tokens, found.take_lane())
     assert found.is_finite()
     found.add(inputs, None)
+    found.fold(found.lane_tokens, found.take_lane())
     assert not found.is_finite()

@@ -20,8 +20,8 @@ import runtime
 import runtime.calibration
 import seqbuild.build
 from runtime.chain import LoadedSubgraph
-from runtime.checkpoint.dtypes import Stored
 from runtime.checkpoint.reader import Checkpoint
+from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.checkpoint.writer import ShardWriter
 from runtime.streaming.events import EventLog

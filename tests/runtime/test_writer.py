@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from runtime.checkpoint.dtypes import BITS, DTYPES, Stored, dtype_name
+from runtime.checkpoint.dtypes import DTYPES, dtype_name
 from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.stored import BITS, Stored
 from runtime.checkpoint.writer import ShardWriter, require_space
 from runtime.errors import OutputError
 from tests.runtime.small import raw_bytes, read_tensors

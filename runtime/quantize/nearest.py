@@ -1,0 +1,55 @@
+"""Round weights to nearest, with the observers and the clipping of their assignments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.algorithms.awq import quantize_clipped
+from runtime.algorithms.output_squares import plain_square, summed
+from runtime.algorithms.rtn import quantize_rtn
+
+if TYPE_CHECKING:
+    from runtime.algorithms.result import QuantizedWeight
+    from runtime.quantize.statistics import InputStatistics
+    from runtime.recipe.recipe import Assignment
+
+
+def round_to_nearest(
+    weight_OI: torch.Tensor,
+    job: Assignment,
+    seen: InputStatistics | None,
+    *,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None,
+) -> QuantizedWeight:
+    """Round a weight [O, I].
+
+    Args:
+        weight_OI: the weight.
+        job: its assignment.
+        seen: the statistics of its inputs, which are on this worker; None if no token reached it.
+        scale_dtype: the dtype in which the checkpoint stores scales.
+        global_scale: NVFP4's [1], if siblings share one.
+    """
+    args = job.scheme.weights
+    if job.clip and job.algorithm == "rtn" and seen is not None:
+        return quantize_clipped(weight_OI, seen.hessian_II, args, scale_dtype=scale_dtype, global_scale=global_scale)
+    importance_I = None
+    if args.observer == "imatrix_mse" and seen is not None:
+        importance_I = seen.diagonal_I
+    elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
+        importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
+    return quantize_rtn(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+
+
+def output_square(
+    weight_OI: torch.Tensor, seen: InputStatistics | None, quantized_OI: torch.Tensor | None = None
+) -> float:
+    """Compute ||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
+    if not weight_OI.numel() or (seen is not None and seen.num_in_features != weight_OI.shape[-1]):
+        return 0.0  # rounding reports the error
+    if seen is None:
+        return summed(weight_OI, quantized_OI, plain_square)
+    return seen.output_square(weight_OI, quantized_OI)

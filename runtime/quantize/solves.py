@@ -1,0 +1,436 @@
+"""The batches of modules that the workers quantize at the same time, see `runtime.quantize.rounding`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.algorithms import grid
+from runtime.algorithms.gptq import SolvedPiece, SolveOptions, factor_hessian, joined, require_solvable, solve_tiles
+from runtime.algorithms.gptq_factors import Factored
+from runtime.algorithms.gptq_tiles import Piece, Tile, tiles_of
+from runtime.algorithms.refine import refine
+from runtime.errors import QuantizationError
+from runtime.formats.compressed import compress_rows
+from runtime.formats.stored_scales import require_sound_weight
+from runtime.quantize.nearest import output_square, round_to_nearest
+from runtime.quantize.packed_pieces import PackedPiece
+from runtime.quantize.solve_division import Solve, divided, windows
+from runtime.workers.agreement import agreed
+
+if TYPE_CHECKING:
+    from runtime.algorithms.result import QuantizedWeight
+    from runtime.quantize.statistics import InputStatistics
+    from runtime.recipe.recipe import Assignment
+    from runtime.workers.group import Workers
+
+_NEAREST, _GPTQ = "rtn", "gptq"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Modules that are solved together; one that is rounded to nearest is alone.
+
+    Attributes:
+        names: of the modules.
+        job: their assignment.
+        seen: the statistics of their input, if any token reached it.
+        owner: the worker that has these statistics, or without any the one that rounds the modules.
+        may_overwrite: whether nothing reads the Hessian afterwards.
+    """
+
+    names: Sequence[str]
+    job: Assignment
+    seen: InputStatistics | None
+    owner: int
+    may_overwrite: bool
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether GPTQ applies. If all inputs are zero, every rounding has the same loss."""
+        return self.job.algorithm == _GPTQ and self.seen is not None and not self.seen.is_zero()
+
+    @property
+    def has_fallback(self) -> bool:
+        """Whether modules that cannot be solved are rounded to nearest."""
+        return self.job.options is not None and self.job.options.fallback == _NEAREST
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether results are improved, which requires the Hessian."""
+        return self.job.options is not None and bool(self.job.options.refine)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Solving:
+    """A batch that GPTQ solves: its tiles, and the worker of each."""
+
+    tiles: Sequence[Tile]
+    solvers: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """A piece of work for one worker: a tile, or a module that is rounded to nearest or refined.
+
+    Attributes:
+        index: of its batch.
+        worker: that does it.
+        tiles: to solve; none for a module that is rounded to nearest.
+        names: of the modules that have rows in it.
+        num_numbers: of its weights.
+        is_first, is_last: whether it is the first or the last of its batch.
+    """
+
+    index: int
+    worker: int
+    tiles: Sequence[Tile]
+    names: Sequence[str]
+    num_numbers: int
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Solved:
+    """A piece of a module that is not packed yet; `start` is the time at which work on it began."""
+
+    name: str
+    batch: Batch
+    solved: SolvedPiece
+    start: float
+    warning: str
+
+
+@dataclass(kw_only=True)
+class Window:
+    """The batches that the workers quantize at the same time; the other attributes are those of `Rounding`."""
+
+    batches: Sequence[Batch]
+    weight_of: Callable[[str], torch.Tensor]
+    shape_of: Callable[[str], Sequence[int]]
+    dtype_of: Callable[[str], torch.dtype]
+    scale_dtype_of: Callable[[str], torch.dtype]
+    global_scale_of: Callable[[str], torch.Tensor | None]
+    device: torch.device
+    workers: Workers
+    _solving: dict[int, _Solving] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+    _factors: dict[int, Factored] = field(default_factory=dict)
+    _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
+    _reasons: dict[str, str] = field(default_factory=dict)  # why a module of GPTQ is rounded to nearest
+    _failed: dict[str, str] = field(default_factory=dict)  # the same, not known to other workers yet
+    _error: Exception | None = None  # of this worker, raised when all workers are done with their part
+
+    def rounded(self) -> Iterator[list[PackedPiece]]:
+        """Quantize this worker's part of some modules after the other, and yield its packed rows of each.
+
+        All workers take part in every step, also those that have nothing to yield.
+
+        Raises:
+            QuantizationError: naming the module.
+        """
+        with agreed(self.workers):
+            self._require_inputs()
+        self._divide()
+        self._factor_own()
+        units = list(self._units())
+        for part in windows([unit.num_numbers for unit in units], self.workers.size):
+            found: list[PackedPiece] = []
+            for unit in units[part]:
+                if unit.is_first and unit.tiles:
+                    self._share_factors(unit.index)
+                is_possible = self._error is None and (not unit.tiles or unit.index in self._factors)
+                if is_possible and unit.worker == self.workers.rank:
+                    with self._kept_error(unit.index, unit.names):
+                        found += self._done(unit)
+                if unit.is_last:
+                    self._factors.pop(unit.index, None)
+            with agreed(self.workers):
+                if self._error is not None:
+                    raise self._error
+            found += self._fall_back()
+            yield [piece for piece in found if piece.algorithm == _NEAREST or piece.name not in self._reasons]
+            del found
+
+    @contextlib.contextmanager
+    def _kept_error(self, index: int, names: Sequence[str]) -> Iterator[None]:
+        """Keep an error of the block until this worker has sent all messages that others wait for."""
+        try:
+            yield
+        except Exception as error:
+            if index in self._solving and self.batches[index].has_fallback and isinstance(error, QuantizationError):
+                self._failed |= dict.fromkeys(names, error.message)
+            else:
+                self._error = error
+
+    def _require_inputs(self) -> None:
+        for batch in self.batches:
+            if batch.job.algorithm == _GPTQ and batch.seen is None:
+                reason = "no calibration token reached it"
+                if not batch.has_fallback:
+                    raise _named(QuantizationError(reason), batch, batch.names[0])
+                self._reasons |= dict.fromkeys(batch.names, reason)
+
+    def _divide(self) -> None:
+        """Cut the batches that are solved into tiles, assign these to workers, and order the batches."""
+        tiles = {}
+        solves = []
+        for index, batch in enumerate(self.batches):
+            if batch.is_solved:
+                shapes = [self.shape_of(name) for name in batch.names]
+                tiles[index] = _tiles(batch, shapes, self.device.type)
+                rows = [sum(piece.stop - piece.start for piece in tile) for tile in tiles[index]]
+                num_in, is_divided = shapes[0][1], not batch.is_refined
+                solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
+        found = divided(solves, self.workers.size)
+        for (index, own), solvers in zip(tiles.items(), found.workers, strict=True):
+            self._solving[index] = _Solving(tiles=own, solvers=solvers)
+        indices = list(self._solving)
+        others = [index for index in range(len(self.batches)) if index not in self._solving]
+        self._order = [*(indices[place] for place in found.order), *others]
+
+    def _factor_own(self) -> None:
+        """Factor the Hessians that are here."""
+        for index in self._order:
+            batch = self.batches[index]
+            if index in self._solving and batch.owner == self.workers.rank and self._error is None:
+                start = time.perf_counter()
+                with self._kept_error(index, batch.names):
+                    self._factor(index)
+                self._seconds[index] = time.perf_counter() - start
+
+    def _factor(self, index: int) -> None:
+        batch = self.batches[index]
+        assert batch.seen is not None, "only batches with statistics are solved"
+        try:
+            self._factors[index] = factor_hessian(
+                batch.seen.take_hessian() if batch.may_overwrite else batch.seen.hessian_II,
+                self._options(batch),
+                list(self.shape_of(batch.names[0])),
+                _dtype_of_factors(self.dtype_of(batch.names[0])),
+                overwrite_hessian=batch.may_overwrite,
+            )
+        except QuantizationError as error:
+            raise error if batch.has_fallback else _named(error, batch, batch.names[0]) from error
+
+    def _options(self, batch: Batch) -> SolveOptions:
+        assert batch.job.options is not None, "GPTQ comes with options"
+        return SolveOptions(
+            args=batch.job.scheme.weights,
+            scale_dtype=self.scale_dtype_of(batch.names[0]),
+            dampening_frac=batch.job.options.dampening_frac,
+            block_size=batch.job.options.block_size,
+            actorder=batch.job.options.actorder,
+            global_scale=self.global_scale_of(batch.names[0]),
+        )
+
+    def _share_factors(self, index: int) -> None:
+        """Send the factors of a batch to the workers that have tiles of it, if factoring succeeded."""
+        solving, owner, rank = self._solving[index], self.batches[index].owner, self.workers.rank
+        receivers = sorted({solver for solver in solving.solvers if solver != owner})
+        own = self._factors.get(index)
+        if rank == owner:
+            head = torch.tensor([float(own is not None), 0.0 if own is None else own.damping], dtype=torch.float64)
+            self.workers.swap([(head, receiver) for receiver in receivers], [])
+            for part in own.parts() if own is not None and receivers else ():
+                dense = part.contiguous()
+                self.workers.swap([(dense, receiver) for receiver in receivers], [])
+            if owner not in solving.solvers:
+                self._factors.pop(index, None)
+        elif rank in receivers:
+            head = torch.empty(2, dtype=torch.float64)
+            self.workers.swap([], [(head, owner)])
+            if head[0]:
+                self._receive(index, owner, float(head[1]))
+
+    def _receive(self, index: int, owner: int, damping: float) -> None:
+        names = self.batches[index].names
+        num_in, dtype = self.shape_of(names[0])[1], _dtype_of_factors(self.dtype_of(names[0]))
+        found = self._factors[index] = Factored.empty(num_in, dtype, self.device, damping)
+        for part in found.parts():
+            dense = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            self.workers.swap([], [(dense, owner)])
+            if dense is not part:
+                part.copy_(dense)
+
+    def _units(self) -> Iterator[_Unit]:
+        for index in self._order:
+            batch = self.batches[index]
+            parts: list[tuple[int, Sequence[Tile], list[str]]]
+            if index not in self._solving:
+                parts = [(batch.owner, (), [name]) for name in batch.names]
+            elif batch.is_refined:
+                own = [(batch.names[weight], tuple(tiles)) for weight, tiles in _by_weight(self._solving[index].tiles)]
+                parts = [(batch.owner, tiles, [name]) for name, tiles in own]
+            else:
+                solving = self._solving[index]
+                parts = [
+                    (solver, (tile,), list(dict.fromkeys(batch.names[piece.weight] for piece in tile)))
+                    for tile, solver in zip(solving.tiles, solving.solvers, strict=True)
+                ]
+            for place, (worker, tiles, names) in enumerate(parts):
+                num_rows = sum(piece.stop - piece.start for tile in tiles for piece in tile)
+                num_out, num_in = self.shape_of(names[0])
+                yield _Unit(
+                    index=index,
+                    num_numbers=(num_rows or num_out) * num_in,
+                    worker=worker,
+                    tiles=tiles,
+                    names=names,
+                    is_first=place == 0,
+                    is_last=place == len(parts) - 1,
+                )
+
+    def _done(self, unit: _Unit) -> Iterator[PackedPiece]:
+        """Do a unit, and yield its packed rows."""
+        batch = self.batches[unit.index]
+        if not unit.tiles:
+            yield self._nearest(unit.names[0], batch)
+        elif batch.is_refined:
+            yield self._refined(batch, list(self._solved_tiles(unit)))
+        else:
+            yield from map(self._packed, self._solved_tiles(unit))
+
+    def _solved_tiles(self, unit: _Unit) -> Iterator[_Solved]:
+        """Solve the tiles of a unit, one at a time."""
+        batch, factors = self.batches[unit.index], self._factors[unit.index]
+        start = time.perf_counter() - self._seconds.pop(unit.index, 0.0)
+        warning = _damping_remark(batch, factors.damping) if unit.is_first else ""
+        weights = [self._weight(name, batch) for name in unit.names]
+        places = {batch.names.index(name): place for place, name in enumerate(unit.names)}
+        tiles = [tuple(replace(piece, weight=places[piece.weight]) for piece in tile) for tile in unit.tiles]
+        pieces = solve_tiles(weights, tiles, factors, self._options(batch))
+        while True:
+            try:
+                found = list(itertools.islice(pieces, 1))
+            except QuantizationError as error:
+                raise error if batch.has_fallback else _named(error, batch, unit.names[0]) from error
+            if not found:
+                return
+            name = unit.names[found[0].piece.weight]
+            yield _Solved(name=name, batch=batch, solved=found.pop(), start=start, warning=warning)
+            start, warning = time.perf_counter(), ""
+
+    def _refined(self, batch: Batch, parts: Sequence[_Solved]) -> PackedPiece:
+        """Improve the result of a whole weight, and pack it."""
+        assert batch.seen is not None and batch.job.options is not None, "only solved batches are refined"
+        before = joined([part.solved for part in parts])
+        result = refine(
+            self.weight_of(parts[0].name),
+            before,
+            batch.seen.hessian_II,
+            batch.job.scheme.weights,
+            sweeps=batch.job.options.refine,
+            dampening_frac=before.damping,
+        )
+        whole = Piece(weight=0, start=0, stop=len(result.weight_OI))
+        size = sum(part.solved.size for part in parts)
+        return self._packed(replace(parts[0], solved=SolvedPiece(piece=whole, rows=result, size=size)))
+
+    def _weight(self, name: str, batch: Batch) -> torch.Tensor:
+        weight = self.weight_of(name)
+        assert batch.seen is not None, "only batches with statistics are solved"
+        try:
+            require_solvable(weight, batch.seen.num_in_features, batch.job.scheme.weights)
+        except QuantizationError as error:
+            raise _named(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+        return weight
+
+    def _packed(self, one: _Solved) -> PackedPiece:
+        rows, piece = one.solved.rows, one.solved.piece
+        return PackedPiece(
+            name=one.name,
+            start=piece.start,
+            num_rows=piece.stop - piece.start,
+            algorithm=_GPTQ,
+            damping=rows.damping,
+            size=one.solved.size,
+            loss=rows.loss,
+            seconds=time.perf_counter() - one.start,
+            solver=self.workers.rank,
+            warning=one.warning,
+            tensors=self._tensors(one.name, rows, one.batch),
+        )
+
+    def _tensors(self, name: str, rows: QuantizedWeight, batch: Batch) -> dict[str, torch.Tensor]:
+        require_sound_weight(name, rows, batch.job.scheme, self.scale_dtype_of(name))
+        return compress_rows(name, rows, batch.job.scheme)
+
+    def _nearest(self, name: str, batch: Batch) -> PackedPiece:
+        """Round a module to nearest."""
+        start, weight = time.perf_counter(), self.weight_of(name)
+        reason = self._reasons.get(name, "")
+        try:
+            size = output_square(weight, batch.seen)
+            result = round_to_nearest(
+                weight,
+                batch.job,
+                batch.seen,
+                scale_dtype=self.scale_dtype_of(name),
+                global_scale=self.global_scale_of(name),
+            )
+        except QuantizationError as error:
+            raise _named(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+        return PackedPiece(
+            name=name,
+            start=0,
+            num_rows=len(weight),
+            algorithm=_NEAREST,
+            damping=result.damping,
+            size=size,
+            loss=output_square(weight, batch.seen, result.weight_OI),
+            seconds=time.perf_counter() - start,
+            solver=self.workers.rank,
+            warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
+            tensors=self._tensors(name, result, batch),
+        )
+
+    def _fall_back(self) -> list[PackedPiece]:
+        """Round to nearest the modules that any worker has failed to solve."""
+        known = self.workers.exchange(list(self._failed.items()))
+        fresh = {name: reason for entries in reversed(known) for name, reason in entries if name not in self._reasons}
+        self._reasons |= fresh
+        self._failed.clear()
+        own = [(batch, name) for batch in self.batches for name in batch.names if name in fresh]
+        with agreed(self.workers):
+            return [self._nearest(name, batch) for batch, name in own if batch.owner == self.workers.rank]
+
+
+def _dtype_of_factors(weights: torch.dtype) -> torch.dtype:
+    return torch.float64 if weights == torch.float64 else torch.float32
+
+
+def _tiles(batch: Batch, shapes: Sequence[Sequence[int]], device_type: str) -> list[Tile]:
+    """Cut weights into tiles; weights that are refined are whole, so no tile has rows of two."""
+    args = batch.job.scheme.weights
+    if not batch.is_refined:
+        return tiles_of(shapes, args, device_type)
+    return [
+        tuple(replace(piece, weight=weight) for piece in tile)
+        for weight, shape in enumerate(shapes)
+        for tile in tiles_of([shape], args, device_type)
+    ]
+
+
+def _by_weight(tiles: Sequence[Tile]) -> Iterator[tuple[int, list[Tile]]]:
+    for weight, own in itertools.groupby(tiles, key=lambda tile: tile[0].weight):
+        yield weight, list(own)
+
+
+def _damping_remark(batch: Batch, damping: float) -> str:
+    assert batch.job.options is not None, "GPTQ comes with options"
+    is_raised = damping > batch.job.options.dampening_frac
+    return f"warning: {', '.join(batch.names)}: the Hessian needed dampening {damping:g}" if is_raised else ""
+
+
+def _named(error: QuantizationError, batch: Batch, name: str, *, is_resumable: bool = True) -> QuantizationError:
+    """Add the module to an error; unless weights are the reason, another recipe may finish a run that GPTQ ends."""
+    is_resumable = is_resumable and batch.job.algorithm == _GPTQ
+    return QuantizationError(f"{name}: {error.message}", hint=error.hint, is_resumable=is_resumable)
