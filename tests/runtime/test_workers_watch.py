@@ -84,9 +84,9 @@ def test_after_a_failed_message_a_silent_worker_is_the_reason(start: Start) -> N
     [
         (
             True,
-            "worker 1 on node-1 has not answered for 1 s in layer 1 (raise --worker-timeout if its work takes longer)",
+            "worker 2 on node-2 has not answered for 4 s in layer 2",
         ),
-        (False, "lost the connection to worker 1 on node-1 in layer 1: no route"),
+        (False, "lost the connection to worker 2 on node-2 in layer 2: no route"),
     ],
 )
 def test_if_all_are_alive_the_one_with_the_fewest_messages_is_the_reason(
