@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import runtime
+from runtime.workers.start import Launch, _roll
 from runtime.workers.watch import Failure, Peer, Watch
 
 Start = Callable[..., list[Watch]]
@@ -131,3 +134,22 @@ def test_a_store_that_is_gone_is_a_failure_of_its_machine() -> None:
 @pytest.mark.parametrize("record", [b"", b"\xff", b"[]", b"{}", b'{"rank": "0", "text": 1}', b"[" * 10_000])
 def test_a_record_that_no_worker_writes_is_a_failure_without_details(record: bytes) -> None:
     assert Failure.parse(record).text == "another worker has failed"
+
+
+def test_workers_that_start_again_ignore_what_earlier_ones_have_announced() -> None:
+    store, here = HashStore(), torch.device("cpu")
+
+    def start_all(size: int) -> set[str]:
+        with ThreadPoolExecutor(size) as threads:
+            places = [Launch(rank=rank, size=size) for rank in range(size)]
+            started = list(threads.map(lambda place: _roll(store, place, here, 20), reversed(places)))
+        assert all(len(peers) == size for _, peers in started)
+        return {name for name, _ in started}
+
+    names = [start_all(size) for size in (3, 3, 2)]
+    assert [len(found) for found in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+    with pytest.raises(runtime.WorkerError, match="1 of 2 workers have not started within 0 s: 1"):
+        _roll(store, Launch(rank=0, size=2), here, 0.2)
+    with pytest.raises(runtime.WorkerError, match="1 of 4 workers have not started within 0 s: 3"):
+        _roll(store, Launch(rank=0, size=4), here, 0.2)
