@@ -89,24 +89,18 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
         batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
         limits: the available memory and disk space, for each worker.
-        workers: the number of processes that share the run.
-        bandwidth: bytes per second from worker to worker; None for the usual link of the device.
+        workers, bandwidth: the processes that share the run, and bytes per second between two; None for a usual link.
 
     Raises:
         UsageError, DeviceError: for sizes that the artifact does not support, and arguments of the wrong type.
         RecipeError: for a recipe that does not fit the model.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
-    counts = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size, "workers": workers}
-    for name, number in counts.items():
-        require_count(name, number)
-    _require_kinds(budget, limits, sizes, statistics_bytes)
-    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
-        raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
+    _require_counts(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, workers=workers)
+    _require_kinds(budget, limits, sizes, statistics_bytes, bandwidth)
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
-    if recipe is None:
-        remarks = [*remarks, f"without --recipe: {_USUAL}"]
+    remarks = remarks if recipe is not None else [*remarks, f"without --recipe: {_USUAL}"]
     recipe, prepared = _prepared(artifact, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
@@ -132,7 +126,14 @@ def _prepared(artifact: Artifact, recipe: Recipe | None, dtype: torch.dtype) -> 
     return recipe, prepare(artifact, None, recipe, dtype, assign=_usual_jobs)
 
 
-def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) -> None:
+def _require_counts(**counts: Any) -> None:
+    for name, number in counts.items():
+        require_count(name, number)
+
+
+def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, bandwidth: Any) -> None:
+    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
+        raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
     require_counts(statistics_bytes=statistics_bytes)
     require_kind("budget", budget, Budget, "it must be a runtime.Budget, in bytes")
     require_kind("limits", limits, Limits, "it must be runtime.Limits, in bytes")

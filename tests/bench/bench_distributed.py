@@ -10,7 +10,7 @@ plan of the same run. The serial share is the one that explains the speedup by A
 On a machine that others use, compare processor seconds: of all workers, without waiting.
 
 Predicted: Llama 3 8B and 70B and DeepSeek-V3 with GPTQ W4A16, from artifacts of their configs, by the formulas of
-`seqbuild plan --workers N`; with the rates of runtime/planning/rates.py, and with half and twice the most important ones.
+`seqbuild plan --workers N`; with the rates of runtime/planning/rates.py, and with other ones.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ import runtime
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import UsageError
-from runtime.planning.distribution import Distribution, SharedInput, StepWork, share
+from runtime.planning.distribution import Distribution, share
 from runtime.planning.rates import Rates
 from runtime.planning.request import plan_artifact
 from runtime.planning.shapes import ShapeRun
 from runtime.planning.step_work import panel_bytes
+from runtime.planning.work import SharedInput, StepWork
 from runtime.weights.parameters import Weights
 from tests.runtime.place import ROOT, Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, RECIPES, Small, token_batches

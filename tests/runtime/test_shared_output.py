@@ -16,13 +16,12 @@ from runtime.checkpoint.layout import Layout
 from runtime.checkpoint.parts import join_parts, write_part
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.writer import ShardWriter
-from runtime.errors import OutputError, SeqbuildError, UsageError
 from runtime.streaming import journal
 from runtime.streaming.activations import Activations
 from runtime.streaming.committer import Committer
 from runtime.streaming.events import Watchers
 from runtime.streaming.identity import run_digest
-from runtime.streaming.output_place import part_path, require_startable
+from runtime.streaming.output_place import require_startable
 from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.workplace import open_workplace
 from runtime.workers.agreement import agreed
