@@ -87,7 +87,11 @@ PropagateError = Annotated[
     typer.Option(help="Later layers see the outputs of quantized layers, or (faster) those of the original layers."),
 ]
 AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all tokens, or only on tokens routed to it.")]
-Log = Annotated[Path | None, typer.Option("--log", help="Append events to this file, one JSON object per line.")]
+Log = Annotated[
+    Path | None,
+    # The second name is for torchrun, which takes --log for an abbreviation of its own options on Python 3.10 and 3.11.
+    typer.Option("--log", "--log-file", help="Append events to this file, one JSON object per line."),
+]
 WorkerTimeout = Annotated[
     str,
     typer.Option(help="Under torchrun, the longest time that a worker waits for another: 600, 90s, 10min or 2h."),

@@ -148,6 +148,7 @@ class Passes:
         return quick_halves(self.activations.device.type)
 
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watcher.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _passed(self, step: Step, batch: int) -> None:

@@ -197,6 +197,7 @@ class StreamingRun:
         return self.lanes.batches(self.workers.rank, self.workers.size)
 
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watch.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _work(self, step: Step) -> Work:
