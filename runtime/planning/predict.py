@@ -76,7 +76,7 @@ class PlannedRun:
         planner = _Planner(self, work, shapes)
         steps = tuple(planner.step(step) for step in self.schedule.steps)
         distribution = None
-        if work.workers > 1:
+        if work.is_divided:
             distribution = Distribution(
                 num_workers=work.workers, num_lanes=work.num_lanes, rates=work.rates, works=tuple(planner.works)
             )
@@ -124,7 +124,7 @@ class _Planner:
             step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
         )
         weights, tables, on_host = self._weights(step)
-        if work.workers > 1:
+        if work.is_divided:
             found = self.describer.describe(step, measured, sums, footprint, loaded_bytes=self._bytes(step.loads))
             self.works.append(replace(found, measured=passes * found.measured))
         own = share(self.works[-1], work.num_lanes, work.workers, work.rates) if self.works else None

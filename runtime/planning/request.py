@@ -25,6 +25,7 @@ from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
 from runtime.streaming.activations import Budget
 from runtime.streaming.schedule import plan_steps
+from runtime.workers.start import launch
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
@@ -112,6 +113,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         statistics_bytes=statistics_bytes,
         process_bytes=resident_bytes(),
         workers=workers,
+        is_divided=workers > 1,
         bandwidth=bandwidth,
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
@@ -160,6 +162,7 @@ def require_plan(
     *,
     dtype: torch.dtype,
     limits: Limits,
+    workers: int = 1,
 ) -> Forecast:
     """Plan a run that is about to start, and reject it if it does not fit.
 
@@ -172,6 +175,7 @@ def require_plan(
         options: of the run; with `force`, shortages become warnings of the plan.
         dtype: of weights and activations.
         limits: the available memory; the host's includes the memory that the process has already.
+        workers: the processes that share the run.
 
     Raises:
         PlanError: if it does not fit, without `force`.
@@ -187,6 +191,7 @@ def require_plan(
         all_tokens=options.moe_calibrate_all_experts,
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
+        workers=workers,
     )
     guess = run.forecast(work)
     if is_ample(guess, limits):
@@ -199,11 +204,14 @@ def require_plan(
 
 
 def memory_here(device: torch.device) -> Limits:
-    """The memory of this machine for this process. Disk space is checked later, when the output's size is exact."""
+    """The memory of this machine for this process; workers of one machine share what the host has left.
+
+    Disk space is checked later, when the output's size is exact.
+    """
     available = available_bytes()
     return Limits(
         device=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        host=None if available is None else available + resident_bytes(),
+        host=None if available is None else available // launch().local_size + resident_bytes(),
     )
 
 
