@@ -83,7 +83,7 @@ _Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Message:
     """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Buffers:
+class _Arrivals:
     """What an exchange needs, allocated before workers wait for each other.
 
     Attributes:
@@ -219,7 +219,7 @@ class LaneExchange:
             self._owners[name] = entry.owner = owners[name]
             entry.is_here = entry.owner == self.workers.rank
 
-    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Buffers) -> None:
+    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Arrivals) -> None:
         for rank, lane in enumerate(lanes):
             is_own = rank == self.workers.rank
             num_bytes = _packed_bytes(lane)
@@ -236,7 +236,7 @@ class LaneExchange:
                     entry.fold(one.tokens, sums)
                 place = end
 
-    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Piece]:
+    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Message]:
         """List what an owner receives from other workers, in order."""
         for name, given in givers.items():
             entry = self._entries[name]
@@ -246,13 +246,13 @@ class LaneExchange:
             if entry.has_gram:
                 for left in range(0, width, PANEL_WIDTH):
                     shape = (min(PANEL_WIDTH, width - left), width - left)
-                    yield _Piece(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+                    yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Piece(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, left=0, shapes=shapes, dtype=dtype)
 
-    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Buffers:
+    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Arrivals:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
         rank = self.workers.rank
         most_given = most_taken = most_bytes = 0
@@ -271,7 +271,7 @@ class LaneExchange:
         own = [self._entries[name].lane for name in lanes[rank]] if self.workers.size > 1 else []
         packed = [sums.packed() for sums in own if sums is not None]
         others_bytes = [_packed_bytes(lane) for other, lane in enumerate(lanes) if other != rank]
-        return _Buffers(
+        return _Arrivals(
             packed=torch.cat(packed) if packed else self._empty(0),
             received=self._empty(max(others_bytes, default=0)),
             given=[self._empty(most_bytes) for _ in range(most_given)],
@@ -281,7 +281,7 @@ class LaneExchange:
     def _empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _fold_on_owners(self, givers: _Givers, buffers: _Buffers) -> None:
+    def _fold_on_owners(self, givers: _Givers, buffers: _Arrivals) -> None:
         """Send Gram matrices and samples to their owners, at a time a piece for each owner, and add them up there."""
         rank = self.workers.rank
         for name in givers:
@@ -304,14 +304,14 @@ class LaneExchange:
             if rank in given_by or self._entries[name].is_here:
                 self._end_lane(self._entries[name], is_alone=list(given_by) == [rank])
 
-    def _own(self, piece: _Piece) -> torch.Tensor:
+    def _own(self, piece: _Message) -> torch.Tensor:
         entry = self._entries[piece.name]
         if entry.gram is not None:
             return entry.gram.lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
-    def _fold_piece(self, piece: _Piece, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
+    def _fold_piece(self, piece: _Message, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
         entry = self._entries[piece.name]
         is_first = entry.gram is not None and not entry.gram.has_total

@@ -187,6 +187,7 @@ class StreamingRun:
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(self.options.device),
         )
+        self.watch.share()
 
     @property
     def _places(self) -> list[tuple[int, int]]:

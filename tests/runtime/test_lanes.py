@@ -176,7 +176,7 @@ def passes_of(workers: Any, toy: Toy, lanes: Lanes) -> Passes:
         activations=Activations(batches, CPU),
         jobs={},
         propagate_error=True,
-        watcher=SimpleNamespace(tell=lambda kind, **facts: None),
+        watcher=SimpleNamespace(tell=lambda kind, **facts: None, share=lambda: None),  # type: ignore[arg-type]
         tokens=[batch["x"].numel() for batch in batches],
         rounds=lanes.rounds(*place),
         workers=workers,
