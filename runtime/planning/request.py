@@ -75,8 +75,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
-        planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8,
-                                        limits=runtime.Limits(device=24 * 2**30))
+        planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8, limits=limits)
         planned.fits, planned.plan.device_bytes, planned.advice
 
     Args:
