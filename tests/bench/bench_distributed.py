@@ -160,12 +160,12 @@ def calibrate(command: Sequence[str], size: int, checkout: Path, out: Path) -> R
         # Without "--", torchrun takes --log for one of its own options.
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "--"]
     cost = measure([*start, "runtime", *command, "-o", str(out), "--log", str(log)], threads=1, cwd=checkout)
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == "subgraph"]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.safetensors"))]
     return Run(
         cost=cost,
-        calibrating_s=sum(event["seconds"] for event in events if event["event"] == "subgraph"),
-        sent_bytes=sum(event.get("bytes_sent", 0) for event in events if event["event"] == "subgraph"),
+        calibrating_s=sum(event["seconds"] for event in events if not event.get("rank")),
+        sent_bytes=sum(event.get("bytes_sent", 0) for event in events),
         digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
 
