@@ -91,7 +91,7 @@ CALLS = {
     ),
     "mixture": ("qwen3_moe", f"GPTQModifier: {{{NARROW_W4}}}"),
 }
-NUM_SAMPLES, SEQ_LEN = 22, 128  # 2816 tokens are 5 lanes
+NUM_SAMPLES, SEQ_LEN = 40, 128  # 5120 tokens are 5 lanes
 
 
 @pytest.fixture(scope="module")
