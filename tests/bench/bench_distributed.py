@@ -239,11 +239,17 @@ def predicted(name: str, device_type: str, folder: Path) -> None:
         speedups = ", ".join(f"{of_size(changed, size).speedup:.2f}" for size in (2, 4, 8))
         print(f"  {what}: {changed.alone_s / 3600:.3f} h with one; speedup on 2, 4 and 8: {speedups}", flush=True)
     if name == "DeepSeek-V3":
-        hours = of_size(found, NODE).seconds / 3600
-        print(
-            f"  {hours:.2f} h on {NODE}, {HOURS_WANTED:g} wanted{'' if hours < HOURS_WANTED else '  MISSED'}",
-            flush=True,
-        )
+        print_hours("with bf16 weights", of_size(found, NODE))
+        for threads in (1, 4, 16):  # of each worker, which dequantizes all weights
+            read = replace(found, rates=replace(found.rates, loading=FP8_RATE * threads))
+            print_hours(f"with FP8 weights and {threads} threads per worker", of_size(read, NODE))
+
+
+def print_hours(what: str, found: Distribution) -> None:
+    """A line for the run that is to take less than an hour."""
+    hours = found.seconds / 3600
+    missed = "" if hours < HOURS_WANTED else "  MISSED"
+    print(f"  {what}: {hours:.2f} h on {NODE}, {HOURS_WANTED:g} wanted{missed}", flush=True)
 
 
 def of_size(found: Distribution, size: int) -> Distribution:
