@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
     Args:
         artifact: the compiled model.
-        weights: directory of its safetensors checkpoint, a hub id (`owner/name` or `owner/name@revision`) whose
-            snapshot is in the local cache, or an open checkpoint.
+        weights: directory of its safetensors checkpoint, a hub id in the local cache, or an open checkpoint.
         recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
@@ -106,14 +106,10 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         progress: called with one line for each subgraph.
         watchers: receive the events of the run, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
-        workers: that share the run, see docs/distributed.md; None for those that torch.distributed has been initialized
-            with in this process, or else for one.
+        workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
     Raises:
-        WorkerError: on the others, when a worker fails.
-        UsageError, DeviceError, WeightsError, RecipeError, DataError, OutputError, PlanError: before anything runs.
-        QuantizationError: when a module's values cannot be quantized.
-        OutOfMemory: a `torch.OutOfMemoryError`, when one sample does not fit.
+        SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
     start = time.perf_counter()
     options = RunOptions(
@@ -132,14 +128,20 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
     group = current() if workers is None else workers
-    with agreed(group):
-        request = _request(artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    require_startable(request.out, resume=options.resume, workers=group, parts=options.parts)
-    with agreed(group):
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    scheduled = _scheduled_alike(given, options, group)
+    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
+
+
+def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+    """Check the arguments on all workers, and schedule the same run on each."""
+    with agreed(workers):
+        request = given()
+    require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
+    with agreed(workers):
         scheduled = _scheduled(request)
-    differences = require_same(group, scheduled.identity, options.device)
-    scheduled = replace(scheduled, warnings=[*scheduled.warnings, *differences])
-    return _run(scheduled, Watchers([Lines(progress), *watchers] if not group.rank else []), start)
+    differences = require_same(workers, scheduled.identity, options.device)
+    return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,7 @@ SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
 # commands and options.
 BESIDES = {
     "verify": {"weights"},
-    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "cli"},
+    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "workers", "cli"},
     "cli": {"cli"},
     "": {"planning"},
 }

@@ -50,7 +50,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
-from runtime.algorithms.gptq_columns import Grids, solve_block_
+from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import MAX_DAMPING, ROWS_OF_A_COPY, Factored, factored, output_squares, weighed
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_tiles import Piece, Tile, tiles_of
@@ -72,7 +72,7 @@ class SolveOptions:
         dampening_frac: added to the diagonal, as a fraction of its live mean; raised tenfold while H does not factor.
         block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
-        global_scale: NVFP4's [1], which siblings share; required there.
+        global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
     """
 
     args: QuantizationArgs
@@ -115,12 +115,12 @@ def quantize_siblings(
     Args:
         weights: [O, I] each, any float dtype; not changed. The arithmetic is float64 if any tensor is, else float32.
         hessian_II: sum of x x^T over the layer's inputs; any positive multiple gives the same weight.
-        args: see `SolveOptions`, also for the following.
-        scale_dtype: required.
-        dampening_frac: optional.
-        block_size: optional.
-        actorder: optional.
-        global_scale: by default computed from all weights.
+        args: strategy, bits, symmetry and observer.
+        scale_dtype: see `SolveOptions`.
+        dampening_frac: see `SolveOptions`.
+        block_size: see `SolveOptions`.
+        actorder: see `SolveOptions`.
+        global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
         overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
 
     Yields:
@@ -355,6 +355,7 @@ def _solve_(
     refits = grid.is_grouped(args) and options.actorder is None
     width = args.group_size if refits else options.block_size
     group_of_I = (found.order_I // _columns_of_a_scale(args, len(residual_IO))).tolist()
+    buffers = Buffers(min(width, len(residual_IO)), residual_IO)
     quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
@@ -370,7 +371,8 @@ def _solve_(
                 add_product_(target_BO, found.lower_II[block, first:start], residual_IO[first:start].t())
             if refits:
                 fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
-            solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, group_of_I[block])
+            groups = group_of_I[block]
+            solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, groups, buffers)
             loss_O += weighed(target_BO, found.pivot_I[block])
         del targets_SO, target_BO  # before the next ones are allocated
     return quantized_IO, loss_O - weighed(residual_IO, found.added_I)

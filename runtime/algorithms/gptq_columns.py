@@ -2,9 +2,9 @@
 
 Shapes: B columns of a block, G groups, O out features, S columns of a strip. See `runtime.algorithms.gptq`.
 
-For one column, calling torch takes longer than the arithmetic, so this code saves calls: views are made once, rounding
-is an addition to a number so large that no fraction is representable, and everything that is not needed before the
-block is done is calculated for the whole block.
+For one column, calling torch takes longer than the arithmetic, so this code saves calls: views of buffers are made once
+for all blocks, rounding is an addition to a number so large that no fraction is representable, and everything that is
+not needed before the block is done is calculated for the whole block.
 """
 
 from __future__ import annotations
@@ -33,6 +33,24 @@ class Grids:
     zero_GO: torch.Tensor | None
 
 
+class Buffers:
+    """Memory that the blocks of a solve use one after the other, with views of its columns.
+
+    Args:
+        width: columns of the widest block.
+        like_IO: the weights.
+    """
+
+    def __init__(self, width: int, like_IO: torch.Tensor) -> None:
+        self.strip_width = min(STRIP_WIDTH, width)
+        self.rounded_BO = like_IO.new_empty(width, like_IO.shape[1])
+        self.rounded = self.rounded_BO.unbind()
+        self.errors_SO = like_IO.new_empty(self.strip_width, like_IO.shape[1])
+        self.errors = self.errors_SO.unbind()
+        self.inner_SS = like_IO.new_empty(self.strip_width, self.strip_width)
+        self.earlier = [(self.errors_SO[:place].t(), self.inner_SS[place, :place]) for place in range(self.strip_width)]
+
+
 def solve_block_(
     residual_BO: torch.Tensor,
     target_BO: torch.Tensor,
@@ -41,6 +59,7 @@ def solve_block_(
     grids: Grids,
     args: QuantizationArgs,
     group_of_B: Sequence[int],
+    buffers: Buffers,
 ) -> None:
     """Round the columns of one block in strips: column by column within a strip, then the effect of the strip on the
     rest of the block in one product.
@@ -53,6 +72,7 @@ def solve_block_(
         grids: scales and zero points.
         args: bits and symmetry.
         group_of_B: each column's group.
+        buffers: for blocks of this width or wider.
     """
     if residual_BO.is_cuda and gptq_cuda.is_supported(residual_BO, args):
         gptq_cuda.solve_block_(
@@ -61,11 +81,9 @@ def solve_block_(
         return
     is_integer = args.type == QuantizationType.INT
     rounded = _IntegerGrid(grids, args, group_of_B) if is_integer else _FloatGrid(grids, args, group_of_B)
-    num_columns, width = len(target_BO), min(STRIP_WIDTH, len(target_BO))
-    errors_SO, inner_SS = residual_BO.new_empty(width, residual_BO.shape[1]), lower_BB.new_empty(width, width)
-    earlier = [(errors_SO[:place].t(), inner_SS[place, :place]) for place in range(width)]
-    targets, quantized, weights = target_BO.unbind(), quantized_BO.unbind(), residual_BO.unbind()
-    errors = errors_SO.unbind()
+    num_columns, width = len(target_BO), buffers.strip_width
+    errors_SO, inner_SS, quantized = buffers.errors_SO, buffers.inner_SS, buffers.rounded
+    targets, weights = target_BO.unbind(), residual_BO.unbind()
     for left in range(0, num_columns, width):
         strip = range(left, min(left + width, num_columns))
         inside, count = slice(left, strip.stop), len(strip)
@@ -73,12 +91,12 @@ def solve_block_(
         for place, column in enumerate(strip):
             target_O = targets[column]
             if place:
-                target_O.addmv_(*earlier[place])
-            rounded.round_(column, target_O, quantized[column], weights[column], errors[place])
+                target_O.addmv_(*buffers.earlier[place])
+            rounded.round_(column, target_O, quantized[column], weights[column], buffers.errors[place])
         residual_BO[inside] = errors_SO[:count]
         if strip.stop < num_columns:
             target_BO[strip.stop :].addmm_(lower_BB[strip.stop :, inside], errors_SO[:count])
-    rounded.finish_(quantized_BO)
+    rounded.finish_(buffers.rounded_BO[:num_columns], quantized_BO)
     target_BO.sub_(quantized_BO)
 
 
@@ -122,10 +140,10 @@ class _IntegerGrid:
         torch.mul(quantized_O, factor_O, out=error_O)
         torch.sub(weight_O, error_O, out=error_O)
 
-    def finish_(self, quantized_BO: torch.Tensor) -> None:
-        """Multiply the integers by their factors."""
+    def finish_(self, rounded_BO: torch.Tensor, quantized_BO: torch.Tensor) -> None:
+        """Overwrite `quantized_BO` with the integers times their factors."""
         groups_B = torch.tensor(self.group_of_B, device=quantized_BO.device)
-        quantized_BO.mul_(self.factor_GO.index_select(0, groups_B))
+        torch.mul(rounded_BO, self.factor_GO.index_select(0, groups_B), out=quantized_BO)
 
 
 class _FloatGrid:
@@ -148,5 +166,6 @@ class _FloatGrid:
         grid.snap_(quantized_O.copy_(target_O), self.grids.factor_GO[group], zero_O, self.args)
         torch.sub(weight_O, quantized_O, out=error_O)
 
-    def finish_(self, quantized_BO: torch.Tensor) -> None:
-        """Do nothing: `round_` stores grid points."""
+    def finish_(self, rounded_BO: torch.Tensor, quantized_BO: torch.Tensor) -> None:
+        """Copy the grid points to `quantized_BO`."""
+        quantized_BO.copy_(rounded_BO)

@@ -20,7 +20,7 @@ from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
-_PANEL = 512  # rows of M^T that are multiplied or sent at a time
+_PANEL = 256  # columns of M that are multiplied at a time: narrower panels multiply more slowly, wider ones more zeros
 _COLUMNS_OF_A_SUM = 128
 
 
@@ -67,7 +67,7 @@ class Factored:
 
     def parts(self) -> list[torch.Tensor]:
         """All numbers but the damping, as views: the vectors, then panels of M^T up to the diagonal."""
-        panels = [self.lower_II[rows, : rows.stop] for rows in _parts(len(self.order_I), _PANEL)]
+        panels = [self.lower_II[rows, : rows.stop] for rows in _parts(len(self.order_I))]
         return [self.order_I, self.diagonal_I, self.pivot_I, self.added_I, *panels]
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from compressed_tensors.quantization import QuantizationArgs
 
-_HEIGHT, _HEIGHT_OF_LONG_ROWS, _HEIGHT_ON_CUDA = 1024, 512, 4096
+_HEIGHT, _HEIGHT_OF_LONG_ROWS = 1024, 512
+_HEIGHT_ON_CUDA, _HEIGHT_OF_LONG_ROWS_ON_CUDA = 4096, 1024
 _LONG_ROW = 8192  # columns: more tiles of the widest weights, which take the longest, can be solved at a time
 
 
@@ -52,8 +53,11 @@ def tiles_of(shapes: Sequence[Sequence[int]], args: QuantizationArgs, device_typ
         args: the weights' half of a quantization scheme.
         device_type: "cpu" or "cuda".
     """
-    height = _HEIGHT_OF_LONG_ROWS if shapes[0][1] > _LONG_ROW else _HEIGHT
-    height = height if device_type == "cpu" else _HEIGHT_ON_CUDA
+    is_long = shapes[0][1] > _LONG_ROW
+    if device_type == "cpu":
+        height = _HEIGHT_OF_LONG_ROWS if is_long else _HEIGHT
+    else:
+        height = _HEIGHT_OF_LONG_ROWS_ON_CUDA if is_long else _HEIGHT_ON_CUDA
     step = args.block_structure[0] if args.block_structure else 1
     height = max(height, step)
     tiles: list[Tile] = []

@@ -16,6 +16,7 @@ The blocks on the diagonal have a place of their own, and so has a last panel th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -148,8 +149,7 @@ class HessianAccumulator:
         is_first = not self.has_total if is_first is None else is_first
         half = _upper_half(lane_PR)
         if not len(self._diagonal):
-            size = PANEL_WIDTH * (PANEL_WIDTH + 1) // 2
-            self._diagonal = self._upper_II.new_empty(-(-len(self._upper_II) // PANEL_WIDTH), size)
+            self._diagonal = self._upper_II.new_empty(_diagonal_shape(len(self._upper_II)))
         parts = [(self._diagonal[left // PANEL_WIDTH, : len(half)], half)]
         parts += [(total, lane_PR[:, own]) for total, own in self._places(left)]
         for total, lane in parts:
@@ -202,6 +202,17 @@ class HessianAccumulator:
         self.hessian_II.div_(scale_I).div_(scale_I[:, None])
 
 
+def _diagonal_shape(num_in: int) -> tuple[int, int]:
+    """The number of blocks on the diagonal, and of the numbers in the upper half of each."""
+    width = min(PANEL_WIDTH, num_in)
+    return -(-num_in // PANEL_WIDTH), width * (width + 1) // 2
+
+
 def hessian_bytes(num_in: int) -> int:
-    """The size of a `HessianAccumulator`: [I, I] in float32."""
+    """The size of H: [I, I] in float32."""
     return num_in * num_in * FLOAT32
+
+
+def accumulator_bytes(num_in: int) -> int:
+    """The size of a `HessianAccumulator` of several lanes: H, and the total of its blocks on the diagonal."""
+    return hessian_bytes(num_in) + math.prod(_diagonal_shape(num_in)) * FLOAT32

@@ -17,7 +17,7 @@ CheckpointOut = Annotated[Path, typer.Option("--out", "-o", help="Directory for 
 
 
 def join(parts: Parts, out: CheckpointOut) -> None:
-    """Make the checkpoint of the parts that calibrate --parts has written."""
+    """Make one checkpoint of the parts that calibrate --parts has written."""
     from runtime.checkpoint.parts import join_parts
 
     result = join_parts(parts, out)

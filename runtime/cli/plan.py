@@ -34,6 +34,16 @@ Disk = Annotated[str | None, typer.Option("--disk", help="Free disk space for th
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples; default: 128.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample; default: 2048.")]
 TokenFile = Annotated[Path | None, typer.Option("--data", help="Token file from seqbuild data, instead of sizes.")]
+Workers = Annotated[
+    int,
+    typer.Option("--workers", min=1, help="Processes that share the run, see docs/distributed.md; limits are of each."),
+]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(
+        "--bandwidth", help="Link between workers, such as 25GB/s; default: 2GB/s, with --device cuda 450GB/s."
+    ),
+]
 _HELP = {
     "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
     "sizes": "NAME=N, for sizes other than samples and tokens, such as the number of images; can be repeated.",
@@ -55,6 +65,8 @@ def plan(
     activation_memory: ActivationMemory = None,
     statistics_memory: StatisticsMemory = None,
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
+    workers: Workers = 1,
+    bandwidth: Bandwidth = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -74,6 +86,7 @@ def plan(
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
+    from runtime.planning.rates import parse_bandwidth
     from runtime.planning.request import num_rows, plan_artifact
 
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
@@ -92,6 +105,8 @@ def plan(
         statistics_bytes=optional_bytes(statistics_memory, option="--statistics-memory"),
         sizes=given,
         limits=limits,
+        workers=workers,
+        bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth, option="--bandwidth"),
     )
     print_plan(forecast, shortages, advice, as_json)
     if shortages:

@@ -40,13 +40,13 @@ class Lanes:
         firsts = [batch.get(manifest.inputs[0].name) for batch in batches]
         tokens = sum(first.numel() for first in firsts if isinstance(first, torch.Tensor))
         counts = [num_samples(manifest, batch) or 0 for batch in batches]
-        borders = _borders(sum(counts), tokens) if all(counts) else []
+        borders = lane_borders(sum(counts), tokens) if all(counts) else []
         parts = cut_batches(
             manifest, batches, lambda first, last: (border for border in borders if first < border < last)
         )
         if parts is None or not all(counts):
             parts = [dict(batch) for batch in batches]
-            borders, counts = _borders(len(parts), tokens), [1] * len(parts)
+            borders, counts = lane_borders(len(parts), tokens), [1] * len(parts)
         else:
             counts = [num_samples(manifest, part) or 0 for part in parts]
         lanes: list[Batches] = [[] for _ in range(len(borders) - 1)]
@@ -91,7 +91,12 @@ class Lanes:
         ]
 
 
-def _borders(count: int, tokens: int) -> list[int]:
-    """The first sample of each lane, and the number of samples."""
+def lane_borders(count: int, tokens: int) -> list[int]:
+    """Return the first sample of each lane, and the number of samples.
+
+    Args:
+        count: the number of samples.
+        tokens: of all samples.
+    """
     num_lanes = min(NUM_LANES, count, max(1, tokens // TOKENS_PER_LANE))
     return [lane * count // num_lanes for lane in range(num_lanes + 1)] if num_lanes else []

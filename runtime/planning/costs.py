@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms.hessian import FLOAT32, FLOAT64, hessian_bytes
+from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 
 if TYPE_CHECKING:
@@ -35,14 +35,18 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
 
 
 def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
-    """The size of `statistics.InputStatistics` of one distinct input: H, and five numbers of each feature if these are
+    """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
+
+    One matrix holds H of a lane and of all earlier ones (`hessian.HessianAccumulator`). With several workers, each has
+    so much for an input while it is measured, and only the owner of the input afterwards.
     """
     from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 
-    channels = num_in * (FLOAT64 + 4 * FLOAT32) if needs.channels else 0
+    # `ChannelSums` of all lanes and of the one that runs.
+    channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + hessian_bytes(num_in)
+        return channels + accumulator_bytes(num_in)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
@@ -55,7 +59,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
     `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
-    and results, with those of four blocks and of one twice, and copies of the operands of products. Each piece is
+    and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
     packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
     of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
     copies, with a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and all results.
@@ -86,7 +90,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     tiles = tiles_of(shapes, args, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
-    targets = min((BLOCKS_AT_A_TIME + 3) * tile * block // num_in, 2 * tile)
+    targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
     some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime.data.lanes import lane_borders
+from runtime.planning.distribution import Distribution
+from runtime.planning.rates import Rates
 from runtime.streaming.activations import Budget
 
 # The process before it loads anything, and CUDA's own share of a device, in round numbers.
@@ -27,6 +30,8 @@ class Workload:
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
         all_tokens: whether experts are measured on all tokens, as in `calibrate`.
         is_padded: whether samples are padded to a common length, so that masks differ from batch to batch.
+        workers: the number of processes that share the run; memory and values are those of one of them.
+        bandwidth: bytes per second from worker to worker; None for the usual link of the device.
     """
 
     num_samples: int
@@ -39,11 +44,34 @@ class Workload:
     statistics_bytes: int | None = None
     all_tokens: bool = True
     is_padded: bool = False
+    workers: int = 1
+    bandwidth: float | None = None
 
     @property
     def is_cpu(self) -> bool:
         """Whether subgraphs run in host memory."""
         return self.device_type == "cpu"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return self.num_samples * max(self.sizes.values(), default=1)
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that the samples are divided into."""
+        return len(lane_borders(self.num_samples, self.num_tokens)) - 1
+
+    @property
+    def own_samples(self) -> int:
+        """The samples of the worker that has most."""
+        lanes = self.num_lanes
+        return -(-self.num_samples * -(-lanes // self.workers) // lanes)
+
+    @property
+    def rates(self) -> Rates:
+        """The rates of a worker."""
+        return Rates.of(self.device_type, self.dtype, self.bandwidth)
 
     def split(self, activations: int) -> tuple[int, int]:
         """The bytes of values between subgraphs that are on the device, and on the host."""
@@ -65,6 +93,8 @@ class SubgraphForecast:
         num_modules: number of modules that are quantized.
         runs: whether batches run through it.
         is_estimated: whether its working memory is a guess, because its code depends on values.
+        sent: by all workers to each other.
+        most_sent: by the worker that sends most.
     """
 
     label: str
@@ -80,6 +110,8 @@ class SubgraphForecast:
     num_modules: int
     runs: bool
     is_estimated: bool
+    sent: int = 0
+    most_sent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +125,7 @@ class Forecast:
         output_bytes: of the new one.
         remarks: assumptions behind the figures.
         warnings: shortages of a run that continues in spite of them.
+        distribution: how the work divides among several workers; None for one.
     """
 
     work: Workload
@@ -101,6 +134,7 @@ class Forecast:
     output_bytes: int
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    distribution: Distribution | None = None
 
     @property
     def device_bytes(self) -> int:

@@ -17,15 +17,18 @@ run. W includes what earlier subgraphs leave in memory for later ones.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.algorithms.hessian import FLOAT32
 from runtime.experts.split import SplitArtifact
 from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
+from runtime.planning.distribution import Distribution, StepWork, share
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
+from runtime.planning.step_work import StepDescriber
 from runtime.planning.values import ShapeValues
 from runtime.quantize.statistics import Needs
 from runtime.weights.stream import LoadOrder
@@ -69,6 +72,11 @@ class PlannedRun:
         """
         planner = _Planner(self, work, shapes)
         steps = tuple(planner.step(step) for step in self.schedule.steps)
+        distribution = None
+        if work.workers > 1:
+            distribution = Distribution(
+                num_workers=work.workers, num_lanes=work.num_lanes, rates=work.rates, works=tuple(planner.works)
+            )
         guessed = sum(step.is_estimated for step in steps)
         remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
         rest = sum(stored.num_bytes for stored in self.schedule.rest)
@@ -78,6 +86,7 @@ class PlannedRun:
             read_bytes=sum(step.read for step in steps) + rest,
             output_bytes=sum(step.written for step in steps) + rest,
             remarks=tuple(remarks),
+            distribution=distribution,
         )
 
 
@@ -92,6 +101,8 @@ class _Planner:
         self.vocabulary = (artifact.manifest.limits.get("vocab_size"),)
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
+        self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
+        self.works: list[StepWork] = []
 
     def step(self, step: Step) -> SubgraphForecast:
         work = self.work
@@ -99,11 +110,16 @@ class _Planner:
         measured = {name: need for name, need in needs.items() if need}
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
-        statistics = self._bounded(sums)
+        statistics, passes = self._bounded(sums)
         solve = quantization_bytes(
             step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
         )
         weights, tables, on_host = self._weights(step)
+        if work.workers > 1:
+            found = self.describer.describe(step, measured, sums, footprint, loaded_bytes=self._bytes(step.loads))
+            self.works.append(replace(found, measured=passes * found.measured))
+        own = share(self.works[-1], work.num_lanes, work.workers, work.rates) if self.works else None
+        solve += own.buffer_bytes if own is not None else 0
         is_ahead = step.goes_on and not work.is_cpu
         following = self._bytes(self.steps[step.index + 1].loads) if is_ahead else 0
         device = weights - tables + following + max(tables + working + statistics, solve)
@@ -124,6 +140,8 @@ class _Planner:
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
+            sent=sum(own.sent_bytes) if own is not None else 0,
+            most_sent=max(own.sent_bytes) if own is not None else 0,
         )
 
     def _batches(self, step: Step, measured: Sequence[str]) -> tuple[Footprint | None, int, int]:
@@ -184,19 +202,20 @@ class _Planner:
     def _width(self, module: str) -> int:
         return self.parameters[f"{module}.weight"].shape[1]
 
-    def _bounded(self, sums: Sums) -> int:
-        """The bytes of sums at a time: experts are measured in groups, of one expert at least."""
+    def _bounded(self, sums: Sums) -> tuple[int, int]:
+        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least."""
         experts = {names: size for names, size in sums.items() if names[0] in self.experts}
         total = sum(experts.values())
         others = sum(sums.values()) - total
         bound = self.work.statistics_bytes
         if bound is None:
-            return others + total
+            return others + total, 1
         largest: dict[tuple[str, int], int] = {}
         for names, size in experts.items():
             module, position, _ = self.experts[names[0]]
             largest[module, position] = max(size, largest.get((module, position), 0))
-        return others + min(total, max(bound, sum(largest.values())))
+        at_a_time = min(total, max(bound, sum(largest.values())))
+        return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
         taken = storage_bytes(inputs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from runtime.arguments import require_count, require_counts, require_kind
+from runtime.arguments import require_count, require_counts, require_kind, shown
 from runtime.artifact.size_expressions import holds
 from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
@@ -69,6 +69,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     sizes: Mapping[str, int] | None = None,
     batches: Sequence[Mapping[str, Any]] = (),
     limits: Limits | None = None,
+    workers: int = 1,
+    bandwidth: float | None = None,
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
@@ -86,16 +88,21 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         statistics_bytes: the largest size of the statistics of a layer's experts at a time; None for no bound.
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
         batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
-        limits: the available memory and disk space.
+        limits: the available memory and disk space, for each worker.
+        workers: the number of processes that share the run.
+        bandwidth: bytes per second from worker to worker; None for the usual link of the device.
 
     Raises:
         UsageError, DeviceError: for sizes that the artifact does not support, and arguments of the wrong type.
         RecipeError: for a recipe that does not fit the model.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
-    for name, number in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
+    counts = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size, "workers": workers}
+    for name, number in counts.items():
         require_count(name, number)
     _require_kinds(budget, limits, sizes, statistics_bytes)
+    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
+        raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
     if recipe is None:
@@ -110,6 +117,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         budget=budget or Budget(),
         statistics_bytes=statistics_bytes,
         process_bytes=resident_bytes(),
+        workers=workers,
+        bandwidth=bandwidth,
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_ha
 from runtime.host.left_as_found import ProcessState, left_as_found
 from runtime.language.program import Run
 from runtime.model.experts import Experts
+from runtime.planning.operations import Operations
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact, LoadedSubgraph
@@ -40,11 +41,20 @@ class Footprint:
         outputs: on the meta device, by name.
         working_bytes: peak besides weights and inputs; outputs count.
         seen: for each input tensor of measured modules, these modules.
+        seen_rows: the rows of each of these tensors.
+        routed: floating-point operations, each token in the experts that it is routed to; `unrouted` are those
+            besides if all experts are measured on all tokens, and `ahead` those before the last measured input.
+        routed_share: the part of the tokens that an expert gets.
     """
 
     outputs: Mapping[str, Any]
     working_bytes: int
     seen: tuple[tuple[str, ...], ...]
+    seen_rows: tuple[int, ...]
+    routed: float
+    unrouted: float
+    routed_share: float
+    ahead: float
 
 
 class ShapeRun:
@@ -67,6 +77,7 @@ class ShapeRun:
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._stack = contextlib.ExitStack()
         self._found: ProcessState | None = None
+        self._operations = Operations()
 
     def __enter__(self) -> ShapeRun:
         for module in self.model.modules():
@@ -75,7 +86,7 @@ class ShapeRun:
                     self._buffers.append((module, name, buffer))
                     module._buffers[name] = buffer.to(META)
             if isinstance(module, Experts):
-                module.__dict__["forward"] = _experts_on_shapes(module)
+                module.__dict__["forward"] = self._on_shapes(module)
         if not self._artifact.manifest.is_portable:  # it runs code of the model
             self._found = self._stack.enter_context(left_as_found(self.model))
         return self
@@ -111,13 +122,14 @@ class ShapeRun:
         }
         key = (own, tuple(sizes.items()), self._key(subgraph, inputs))
         if key not in self._known:
-            self._known[key] = self._measure(subgraph, inputs, _Seen(own, sizes))
+            self._operations = Operations()
+            self._known[key] = self._measure(subgraph, inputs, _Seen(own, sizes, self._operations))
         found = self._known[key]
         if found is None:
             return None
-        return Footprint(
+        return replace(
+            found,
             outputs=dict(zip(entry.output_names, found.outputs.values(), strict=True)),
-            working_bytes=found.working_bytes,
             seen=tuple(tuple(f"{scope}{name}" for name in names) for names in found.seen),
         )
 
@@ -149,8 +161,9 @@ class ShapeRun:
             self._found.run() if self._found is not None else contextlib.nullcontext(),
             torch.no_grad(),
             seen.watching(scope),
-            _FusedAttention(self.device_type),
+            _FusedAttention(self.device_type, self._operations),
             memory,
+            self._operations,
             quick_halves(self.device_type),
         ):
             try:
@@ -161,7 +174,37 @@ class ShapeRun:
                 if not isinstance(error.__cause__, RuntimeError):
                     raise
                 return None
-        return Footprint(outputs=outputs, working_bytes=memory.peak_bytes, seen=seen.groups)
+        return Footprint(
+            outputs=outputs,
+            working_bytes=memory.peak_bytes,
+            seen=seen.groups,
+            seen_rows=tuple(seen.rows),
+            routed=self._operations.routed,
+            unrouted=self._operations.unrouted,
+            routed_share=self._operations.routed_share,
+            ahead=seen.ahead,
+        )
+
+    def _on_shapes(self, module: Experts) -> Callable[..., torch.Tensor]:
+        """Return a forward of experts that does not depend on values: one expert with the rows of all tokens."""
+
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+            hidden, index_TK, weight_TK = module.values(*args, **kwargs)
+            hidden_TH = module.rows(hidden)
+            own = [module.own(name, 0) for name in module.stacked]
+            run = Run(device=META, dtype=own[0].dtype)
+            sum_TH = torch.zeros_like(hidden_TH, dtype=module._sum_dtype(hidden_TH, weight_TK))
+            num_all = module.num_experts + module.num_identity
+            mask_EKT = torch.empty(num_all + 1, *index_TK.t().shape, dtype=torch.int64, device=META)
+            weights = weight_TK[:, :1] if module.is_column else weight_TK[:, 0]
+            program: Any = module.program
+            with self._operations.one_expert(module.num_experts, index_TK.shape[-1]):
+                output_NH = program(module, hidden_TH.clone(), weights.clone(), *own, run=run)["output"]
+            sum_TH.add_(output_NH.to(sum_TH.dtype))
+            del mask_EKT
+            return sum_TH.to(hidden_TH.dtype).view(hidden.shape)
+
+        return forward
 
 
 def storage_bytes(value: Any) -> int:
@@ -222,9 +265,17 @@ class _Seen:
     Args:
         measured: names of the measured modules, in the scope.
         rounded: by module name, the bytes per number that rounding its inputs takes.
+        operations: counted so far.
+
+    Attributes:
+        ahead: the operations before the last measured input.
+        rows: of the tensor of each group.
     """
 
-    def __init__(self, measured: Collection[str], rounded: Mapping[str, int]) -> None:
+    def __init__(self, measured: Collection[str], rounded: Mapping[str, int], operations: Operations) -> None:
+        self.ahead = 0.0
+        self.rows: list[int] = []
+        self._operations = operations
         self._measured = dict.fromkeys(measured)
         self._rounded = rounded
         self._groups: list[dict[str, None]] = []
@@ -253,12 +304,14 @@ class _Seen:
             torch.empty(inputs.numel() * self._rounded.get(name, 0), dtype=torch.uint8, device=META)
             if name not in self._measured:
                 return
+            self.ahead = self._operations.routed
             for names, (tensor, version) in zip(self._groups, self._latest, strict=True):
                 if tensor is inputs and version == inputs._version:
                     names[name] = None
                     return
             self._groups.append({name: None})
             self._latest.append((inputs, inputs._version))
+            self.rows.append(inputs.numel() // inputs.shape[-1])
             inputs.to(torch.float32)
 
         return see
@@ -270,9 +323,10 @@ class _FusedAttention(TorchFunctionMode):
     The meta device would use the kernel that computes all scores. So does the CPU if values and keys differ in width.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, operations: Operations) -> None:
         super().__init__()
         self.device_type = device_type
+        self._operations = operations
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -283,6 +337,7 @@ class _FusedAttention(TorchFunctionMode):
         query, key, value = args[:3]
         if self.device_type == "cpu" and not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             return func(*args, **kwargs)
+        self._operations.add(2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         numbers = None
         if mask is not None and mask.dtype == torch.bool:
@@ -297,24 +352,3 @@ class _FusedAttention(TorchFunctionMode):
             del copied
         del numbers, sums
         return result
-
-
-def _experts_on_shapes(module: Experts) -> Callable[..., torch.Tensor]:
-    """A forward of experts that does not depend on values: one expert with the rows of all tokens, the worst case."""
-
-    def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        hidden, index_TK, weight_TK = module.values(*args, **kwargs)
-        hidden_TH = module.rows(hidden)
-        own = [module.own(name, 0) for name in module.stacked]
-        run = Run(device=META, dtype=own[0].dtype)
-        sum_TH = torch.zeros_like(hidden_TH, dtype=module._sum_dtype(hidden_TH, weight_TK))
-        num_all = module.num_experts + module.num_identity
-        mask_EKT = torch.empty(num_all + 1, *index_TK.t().shape, dtype=torch.int64, device=META)
-        weights = weight_TK[:, :1] if module.is_column else weight_TK[:, 0]
-        program: Any = module.program
-        output_NH = program(module, hidden_TH.clone(), weights.clone(), *own, run=run)["output"]
-        sum_TH.add_(output_NH.to(sum_TH.dtype))
-        del mask_EKT
-        return sum_TH.to(hidden_TH.dtype).view(hidden.shape)
-
-    return forward

@@ -63,7 +63,7 @@ class ShapeValues:
         """How often a batch's value is stored; the last batch counts by its samples."""
         if name in self._lasting and isinstance(value, torch.Tensor) and self._is_same(value, work):
             return 1.0
-        return work.num_samples / work.batch_size
+        return work.own_samples / work.batch_size
 
     def _is_same(self, value: torch.Tensor, work: Workload) -> bool:
         """Rotary tables do not depend on samples, and masks are equal if no sample is padded."""

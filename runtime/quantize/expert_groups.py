@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.algorithms.hessian import hessian_bytes
+from runtime.algorithms.hessian import accumulator_bytes
 from runtime.errors import DataError
 from runtime.formats.compressed import input_parts
 from runtime.formats.key_values import of_model
@@ -65,7 +65,7 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
                 if is_first and position not in counted and any(needs[owner].hessian for owner in wanted):
                     counted[position] = None
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
-                    num_bytes += hessian_bytes(width)
+                    num_bytes += accumulator_bytes(width)
             if found:
                 yield list(found), num_bytes
 

@@ -79,10 +79,11 @@ class _LaneSum:
 
 
 _Lane = Mapping[str, _LaneSum]  # by the module that measures the input
+_Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens, and by rank in order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Message:
     """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
 
     Attributes:
@@ -105,7 +106,7 @@ class _Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Buffers:
+class _Arrivals:
     """What an exchange needs, allocated before workers wait for each other.
 
     Attributes:
@@ -166,10 +167,11 @@ class LaneExchange:
         self._require_consistency(found)
         lanes = [{self.names[number]: _LaneSum(*sums) for number, *sums in one["sums"]} for one in found]
         self._assign_owners(lanes, needs)
+        givers = _givers(lanes)
         with agreed(self.workers):
-            buffers = self._reserved(lanes)
+            buffers = self._reserved(lanes, givers)
         self._fold_small_sums(lanes, buffers)
-        self._fold_on_owners(lanes, buffers)
+        self._fold_on_owners(givers, buffers)
         self._num_ended += self.workers.size
 
     def finish(self) -> dict[str, InputStatistics]:
@@ -217,7 +219,7 @@ class LaneExchange:
             self._owners[name] = entry.owner = owners[name]
             entry.is_here = entry.owner == self.workers.rank
 
-    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Buffers) -> None:
+    def _fold_small_sums(self, lanes: Sequence[_Lane], buffers: _Arrivals) -> None:
         for rank, lane in enumerate(lanes):
             is_own = rank == self.workers.rank
             num_bytes = _packed_bytes(lane)
@@ -234,9 +236,9 @@ class LaneExchange:
                     entry.fold(one.tokens, sums)
                 place = end
 
-    def _pieces(self, owner: int, lanes: Sequence[_Lane]) -> Iterator[_Piece]:
+    def _pieces(self, owner: int, givers: _Givers) -> Iterator[_Message]:
         """List what an owner receives from other workers, in order."""
-        for name, given in _givers(lanes).items():
+        for name, given in givers.items():
             entry = self._entries[name]
             if entry.owner != owner or list(given) == [owner]:
                 continue
@@ -244,19 +246,19 @@ class LaneExchange:
             if entry.has_gram:
                 for left in range(0, width, PANEL_WIDTH):
                     shape = (min(PANEL_WIDTH, width - left), width - left)
-                    yield _Piece(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+                    yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Piece(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, left=0, shapes=shapes, dtype=dtype)
 
-    def _reserved(self, lanes: Sequence[_Lane]) -> _Buffers:
+    def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Arrivals:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
         rank = self.workers.rank
         most_given = most_taken = most_bytes = 0
         for owner in range(self.workers.size):
             is_given = False
-            for piece in self._pieces(owner, lanes):
+            for piece in self._pieces(owner, givers):
                 others = [one for one in piece.shapes if one != owner]
                 if owner == rank:
                     self._entries[piece.name].reserve()
@@ -269,7 +271,7 @@ class LaneExchange:
         own = [self._entries[name].lane for name in lanes[rank]] if self.workers.size > 1 else []
         packed = [sums.packed() for sums in own if sums is not None]
         others_bytes = [_packed_bytes(lane) for other, lane in enumerate(lanes) if other != rank]
-        return _Buffers(
+        return _Arrivals(
             packed=torch.cat(packed) if packed else self._empty(0),
             received=self._empty(max(others_bytes, default=0)),
             given=[self._empty(most_bytes) for _ in range(most_given)],
@@ -279,14 +281,14 @@ class LaneExchange:
     def _empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _fold_on_owners(self, lanes: Sequence[_Lane], buffers: _Buffers) -> None:
+    def _fold_on_owners(self, givers: _Givers, buffers: _Arrivals) -> None:
         """Send Gram matrices and samples to their owners, at a time a piece for each owner, and add them up there."""
-        rank, givers = self.workers.rank, _givers(lanes)
+        rank = self.workers.rank
         for name in givers:
             gram = self._entries[name].gram
             if gram is not None and self._entries[name].is_here:
                 gram.fold_ended_()
-        for step in itertools.zip_longest(*(self._pieces(owner, lanes) for owner in range(self.workers.size))):
+        for step in itertools.zip_longest(*(self._pieces(owner, givers) for owner in range(self.workers.size))):
             given, taken = iter(buffers.given), iter(buffers.taken)
             sends: list[tuple[torch.Tensor, int]] = []
             receives: list[tuple[torch.Tensor, int]] = []
@@ -302,16 +304,14 @@ class LaneExchange:
             if rank in given_by or self._entries[name].is_here:
                 self._end_lane(self._entries[name], is_alone=list(given_by) == [rank])
 
-    def _own(self, piece: _Piece) -> torch.Tensor:
+    def _own(self, piece: _Message) -> torch.Tensor:
         entry = self._entries[piece.name]
         if entry.gram is not None:
             return entry.gram.lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
-    def _fold_piece(
-        self, piece: _Piece, received: Mapping[int, torch.Tensor], givers: Mapping[str, Mapping[int, _LaneSum]]
-    ) -> None:
+    def _fold_piece(self, piece: _Message, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
         entry = self._entries[piece.name]
         is_first = entry.gram is not None and not entry.gram.has_total
@@ -341,8 +341,7 @@ def _packed_bytes(lane: _Lane) -> int:
     return sum(one.packed_bytes for one in lane.values())
 
 
-def _givers(lanes: Sequence[_Lane]) -> dict[str, dict[int, _LaneSum]]:
-    """The sums of inputs that received tokens, by rank in order."""
+def _givers(lanes: Sequence[_Lane]) -> _Givers:
     found: dict[str, dict[int, _LaneSum]] = {}
     for rank, lane in enumerate(lanes):
         for name, one in lane.items():

@@ -68,7 +68,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Solving:
+class _Tiling:
     """A batch that GPTQ solves: its tiles, and the worker of each."""
 
     tiles: Sequence[Tile]
@@ -120,7 +120,7 @@ class Window:
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
-    _solving: dict[int, _Solving] = field(default_factory=dict)
+    _solving: dict[int, _Tiling] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
@@ -191,7 +191,7 @@ class Window:
                 solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
         found = divided(solves, self.workers.size)
         for (index, own), solvers in zip(tiles.items(), found.workers, strict=True):
-            self._solving[index] = _Solving(tiles=own, solvers=solvers)
+            self._solving[index] = _Tiling(tiles=own, solvers=solvers)
         indices = list(self._solving)
         others = [index for index in range(len(self.batches)) if index not in self._solving]
         self._order = [*(indices[place] for place in found.order), *others]

@@ -3,7 +3,8 @@
     [3/32] model.layers.2: measure, batch 12 of 16
     ━━━━━━━━━━╸━━━━━━━━━━━━━━━  9% 0:42 elapsed, 6:20 left, 12,345 tokens/s, 4.1 GB
 
-A narrow terminal leaves out memory and speed, and shortens the names of modules in the middle.
+A narrow terminal leaves out memory and speed, and shortens the names of modules in the middle. With several workers,
+the numbers of batches and tokens are those of all, and the slowest one is named; memory is that of the first one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.text import Text
 from runtime.console import human_bytes
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
 from runtime.status import done, make_room
-from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, step_facts
+from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
 from runtime.terminal import printable, shortened
 
 _LEAST_BAR, _MOST_BAR = 10, 20
@@ -41,6 +42,8 @@ class Display:
         self._begin = self._phase_begin = 0.0
         self._index = self._done = self._total = self._phase_tokens = self._num_finished = self._batch = 0
         self._label = self._phase = self._detail = ""
+        self._hosts: list[str] = []
+        self._speeds = Speeds()
 
     def __enter__(self) -> Display:
         return self
@@ -58,17 +61,22 @@ class Display:
             self._phase_begin = time.perf_counter()
             self._phase_tokens = self._batch = 0
             self._detail = ""
+            self._speeds = Speeds()
+        elif event == "workers":
+            self._hosts = facts["hosts"]
         elif event == "batch":
-            self._batch += 1
+            self._speeds.add(facts)
+            self._batch += facts["batches"]
             self._phase_tokens += facts["tokens"]
             self._detail = f", batch {self._batch} of {self._facts['batches']}"
             if self._phase != REPLAY:
                 self._done += facts["tokens"]
         elif event == "solved":
             self._detail = f", {facts['done']} of {facts['count']} modules"
-        elif event == "subgraph":
+        elif event == "subgraph" and facts["rank"] == 0:
             self._num_finished += 1
-            self._line(f"[{facts['index'] + 1}/{self._facts['subgraphs']}] ", facts["label"], step_facts(facts))
+            head = f"[{facts['index'] + 1}/{self._facts['subgraphs']}] "
+            self._line(head, facts["label"], step_facts(facts, self._hosts))
         elif event == "warning":
             make_room()
             self._console.print(Text(printable(facts["text"])))
@@ -120,6 +128,8 @@ class Display:
             parts.append(f"{_clock((now - self._begin) * (1 - part) / part)} left")
         if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, REPLAY):
             parts.append(f"{self._phase_tokens / max(now - self._phase_begin, 1e-9):,.0f} tokens/s")
+            slowest = self._speeds.slowest()
+            parts += [] if slowest is None else [slowest_text(slowest, self._hosts)]
         parts.append(human_bytes(peak_host_bytes()))
         on_device = peak_device_bytes(self._device)
         return [*parts, f"{human_bytes(on_device)} on the device"] if on_device else parts

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.activations import Activations
-    from runtime.streaming.events import Watcher
+    from runtime.streaming.events import Watchers
     from runtime.streaming.schedule import Step
     from runtime.workers.group import Workers
 
@@ -48,7 +48,7 @@ class Passes:
     activations: Activations
     jobs: Mapping[str, Assignment]
     propagate_error: bool
-    watcher: Watcher
+    watcher: Watchers
     tokens: list[int]
     rounds: Sequence[int]
     workers: Workers = field(default_factory=Alone)
@@ -91,6 +91,7 @@ class Passes:
                         before(batch)
                         self._measure_batch(step, batch, inputs, keeps=keeps)
                 after()
+                self.watcher.share()
         self._went_on |= keeps
         self._begin_phase(step, QUANTIZE)
 
@@ -148,6 +149,7 @@ class Passes:
         return quick_halves(self.activations.device.type)
 
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watcher.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _passed(self, step: Step, batch: int) -> None:

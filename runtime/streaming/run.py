@@ -143,7 +143,7 @@ class StreamingRun:
 
     def _attempt(self, step: Step, *, is_retry: bool) -> None:
         begin = time.perf_counter()
-        bytes_before = self.source.checkpoint.bytes_read
+        bytes_before, sent_before = self.source.checkpoint.bytes_read, self.workers.bytes_sent
         self.passes.begin()
         self._begin_phase(step, READ)
         with agreed(self.workers):
@@ -183,9 +183,11 @@ class StreamingRun:
             tokens=self.passes.num_tokens,
             bytes_read=self.source.checkpoint.bytes_read - bytes_before,
             bytes_written=step.num_written_bytes,
+            bytes_sent=self.workers.bytes_sent - sent_before,
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(self.options.device),
         )
+        self.watch.share()
 
     @property
     def _places(self) -> list[tuple[int, int]]:
@@ -196,6 +198,7 @@ class StreamingRun:
         return self.lanes.batches(self.workers.rank, self.workers.size)
 
     def _begin_phase(self, step: Step, phase: str) -> None:
+        self.workers.step = f"{step.label} ({phase})"
         self.watch.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _work(self, step: Step) -> Work:

@@ -47,7 +47,7 @@ from runtime.streaming.output_place import (
     root_of,
     what_is_left,
 )
-from runtime.workers.agreement import agreed
+from runtime.workers.agreement import agreed, is_worth_resuming
 from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Workplace:
         if not parts and self.workers.size > 1:
             self._attach()
         with agreed(self.workers):
-            self.values.mkdir()
+            self.values.mkdir(exist_ok=True)
 
     def _prepare(self, identity: Mapping[str, str]) -> None:
         import torch
@@ -157,8 +157,9 @@ class Workplace:
     def _attach(self) -> None:
         """Give the journal of worker 0 to the others, which check that they see the same directory."""
         mark = self.root / f"mark-{secrets.token_hex(8)}"
-        if self.leads:
-            mark.touch()
+        with agreed(self.workers):
+            if self.leads:
+                mark.touch()
         entries, name = self.workers.exchange((self.journal.entries, mark.name))[0]
         with agreed(self.workers):
             if not self.leads:
@@ -183,7 +184,7 @@ class Workplace:
         if not parts and is_published(self.out):
             self._clear()
             tell_when_stopped(f"output directory {self.out} is complete")
-        elif not _is_worth_keeping(self.journal, error):
+        elif not self.journal.of_kind(journal.STEP) or not is_worth_resuming(error):
             self._clear()
         elif not isinstance(error, SeqbuildError):
             tell_when_stopped(self._what_is_left)
@@ -213,7 +214,6 @@ def open_workplace(
         parts: whether each worker writes a part of its own, because they share no directory.
 
     Raises:
-        UsageError: when the workers have different identities.
         OutputError: when `out` is not free, another process works on it, or an interrupted run would be lost or has
             another identity.
     """
@@ -240,12 +240,3 @@ def open_workplace(
             place._leave(error, parts)
             raise
         place._clear()
-
-
-def _is_worth_keeping(found: Journal, error: BaseException) -> bool:
-    """Whether a resumed run could finish more steps than this one."""
-    if not found.of_kind(journal.STEP):
-        return False
-    if not isinstance(error, SeqbuildError):
-        return True
-    return error.is_resumable or isinstance(error, (OutputError, MemoryError, RuntimeError))

@@ -88,6 +88,23 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
+def require_one_process(what: str) -> None:
+    """Reject a call that torchrun has started several times, if it includes a compilation, which is not distributed.
+
+    Args:
+        what: the command or function.
+
+    Raises:
+        UsageError: naming the two commands to use instead.
+    """
+    size = launch().size
+    if size > 1:
+        raise UsageError(
+            f"{what} runs in one process, but torchrun has started {size}",
+            hint="use seqbuild compile in one process, then torchrun --nproc-per-node N -m runtime calibrate",
+        )
+
+
 def is_first() -> bool:
     """Whether this process is the one that prints; also if the environment is invalid, which it reports."""
     return os.environ.get("RANK", "0") in ("", "0") or os.environ.get("WORLD_SIZE", "1") in ("", "1")

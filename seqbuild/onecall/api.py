@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from runtime.workers.start import require_one_process
 from seqbuild.onecall.arguments import parse_arguments
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def oneshot(  # noqa: D417 - `OneshotOptions` describes the other arguments
         SeqbuildError: one of its classes, for anything that the caller can fix.
     """
     given = {name: value for name, value in locals().items() if name != "others"}
+    require_one_process("seqbuild.oneshot")
     options = parse_arguments(given, others, _RUN)
     from seqbuild.onecall.in_python import run_oneshot
 

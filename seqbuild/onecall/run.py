@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from runtime.console import human_bytes, tell_when_stopped
 from runtime.errors import SeqbuildError
+from runtime.workers.start import require_one_process
 from seqbuild.onecall.options import QuantizeOptions
 from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
 from seqbuild.onecall.result import Quantized
@@ -135,6 +136,7 @@ def plan_quantization(options: QuantizeOptions, show: Show = Show()) -> Planned:
 
 def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall:
     with clock.step("compile"):
+        require_one_process("seqbuild quantize")
         require_place(options)
         require_data(options)
         require_recipe_name(options)

@@ -31,7 +31,8 @@ for columns, rows, choices in ((24, 70, (4,)), (5, 3, (2, 8)), (128, 33, (3,))):
             one = [weight.clone(), weight + 0.1, torch.empty(columns, rows)]
             two = [tensor.clone() for tensor in one]
             grids = gptq_columns.Grids(scale_GO=scale, factor_GO=scale, zero_GO=zero)
-            gptq_columns.solve_block_(*one, lower, grids, args, groups)
+            buffers = gptq_columns.Buffers(columns, weight)
+            gptq_columns.solve_block_(*one, lower, grids, args, groups, buffers)
             gptq_cuda.solve_block_(*two, lower, scale, zero, groups, bits)
             # Sums in another order; a number next to a tie may fall to the other side, and later ones follow it.
             same = one[2] == two[2]

@@ -19,6 +19,7 @@ from runtime.algorithms.grid import shared_global_scale
 from runtime.algorithms.observers import fitted_grid
 from runtime.errors import QuantizationError
 from tests.runtime.test_gptq import FLOAT8, MXFP4, NVFP4, int_args
+from tests.sweep import sweep
 
 NUM_IN = 192
 SHAPES = ((150, NUM_IN), (7, NUM_IN), (33, NUM_IN), (100, NUM_IN))
@@ -140,8 +141,14 @@ def test_tiles_are_the_same_in_any_order_and_any_process(name: str, actorder: st
         assert result.loss == again.loss == sum(one.rows.loss for one in pieces)
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "observer"),
+    sweep(
+        itertools.product(SCHEMES, OBSERVERS),
+        *zip(SCHEMES, itertools.cycle(OBSERVERS), strict=False),
+        *(("group asymmetric", "imatrix_mse"), ("block", "mse"), ("tensor", "imatrix_mse"), ("channel", "mse")),
+    ),
+)
 def test_a_tile_has_the_grids_of_the_whole_weight(name: str, observer: str) -> None:
     """The search of ranges adds up errors of each row or block alone."""
     args = SCHEMES[name].model_copy(update={"observer": observer, "observer_kwargs": {}})
@@ -196,9 +203,16 @@ def exact(weight_OI: torch.Tensor, hessian_II: torch.Tensor) -> float:
     return float(((wide @ hessian_II.double()) * wide).sum())
 
 
-@pytest.mark.parametrize("actorder", [None, "static"])
-@pytest.mark.parametrize("kind", ["ordinary", "dead columns", "few tokens", "one outlier", "raised damping"])
-@pytest.mark.parametrize("num_in", [96, 1300])
+KINDS = ("ordinary", "dead columns", "few tokens", "one outlier", "raised damping")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_in", "actorder"),
+    sweep(
+        itertools.product(KINDS, (96, 640), (None, "static")),
+        *((kind, num_in, actorder) for kind in KINDS for num_in, actorder in ((96, None), (640, "static"))),
+    ),
+)
 def test_the_size_is_that_of_the_outputs(num_in: int, kind: str, actorder: str | None) -> None:
     inputs_TI = inputs(num_in, num_tokens=40 if kind == "few tokens" else 2 * num_in)
     if kind == "dead columns":

@@ -114,13 +114,13 @@ class TestAnExpertThatNoTokenReaches:
         )
         solved: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            real = runtime.quantize.rounding.quantize_siblings
+            real = runtime.quantize.solves.solve_tiles
 
             def solve(weights: Any, *args: Any, **kwargs: Any) -> Any:
                 solved.extend(f"{len(weight)} rows" for weight in weights)
                 return real(weights, *args, **kwargs)
 
-            patch.setattr("runtime.quantize.rounding.quantize_siblings", solve)
+            patch.setattr("runtime.quantize.solves.solve_tiles", solve)
             with pytest.raises(runtime.DataError, match=message):
                 self.run(qwen3_moe, weights, out, f"GPTQModifier: {{{NARROW_W4}}}", **options)
         experts = 3 * 4  # of a layer; all of the second one's are spared

@@ -157,7 +157,7 @@ def test_memory_that_runs_out_while_a_weight_is_solved_is_no_matter_of_samples(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room for a Hessian")
 
-    monkeypatch.setattr("runtime.quantize.rounding.quantize_siblings", fail)
+    monkeypatch.setattr("runtime.quantize.solves.factor_hessian", fail)
     with pytest.raises(torch.OutOfMemoryError, match="with its weights and statistics: no room for a Hessian"):
         calibrate(narrow_llama, GPTQ_W4, tmp_path / "out")
 

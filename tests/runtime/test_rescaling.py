@@ -262,7 +262,7 @@ def test_a_fallback_is_used_only_when_asked_for_and_said(narrow_llama: Small, tm
         raise runtime.QuantizationError("the Hessian does not factor")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.quantize.rounding.quantize_siblings", fail)
+        patch.setattr("runtime.quantize.solves.factor_hessian", fail)
         with pytest.raises(runtime.QuantizationError, match="does not factor"):
             calibrate(narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}}}"), tmp_path / "no", batches=batches)
         done = calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from runtime.streaming.display import Display
-from runtime.streaming.events import Lines, Watchers
+from runtime.streaming.events import EventLog, Lines, Watchers
 from runtime.streaming.report import Calibration, ModuleReport, summary_lines
+from runtime.workers.group import Alone
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 FACTS: dict[str, Any] = {"index": 1, "label": "layers.1", "num_modules": 7, "seconds": 2.0, "tokens": 4000}
@@ -27,7 +29,7 @@ def test_a_line_for_each_subgraph(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     said: list[str] = []
-    lines = Lines(said.append)
+    lines = Watchers([Lines(said.append)])
     lines.tell("begin", **begin(resumed_at=1))
     lines.tell("batch", index=1, tokens=4000)
     clock[0] = 106.0
@@ -48,6 +50,61 @@ def test_warnings_are_remembered() -> None:
     watch.tell("warning", text="one")
     watch.tell("unknown to all", fact=1)
     assert (watch.warnings, said) == (["one"], ["one"])
+
+
+class OneOfTwo(Alone):
+    """A worker whose messages a test delivers: `sent` has the last one, and the other worker's is `received`."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.sent: Any = None
+        self.received: Any = None
+
+    def exchange(self, facts: Any) -> list[Any]:
+        self.sent = json.loads(json.dumps(facts))
+        return [self.sent, self.received] if self.rank == 0 else [self.received, self.sent]
+
+
+def test_the_first_worker_tells_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    hosts = iter(("node-b", "node-a"))
+    monkeypatch.setattr("socket.gethostname", lambda: next(hosts))
+    said: list[str] = []
+    first, second = OneOfTwo(0), OneOfTwo(1)
+    with EventLog(tmp_path / "log") as log:
+        own, other = Watchers([Lines(said.append), log], first), Watchers([], second)
+        own.tell("begin", **begin(total_tokens=16000))
+        for watch, seconds in ((other, 8.0), (own, 2.0)):
+            watch.tell("phase", index=1, label="layers.1", phase="measure")
+            for _ in range(2):
+                clock[0] += seconds
+                watch.tell("batch", index=1, tokens=2000)
+            watch.tell("warning", text="warning: of both")
+            watch.tell("subgraph", **FACTS)
+        assert not any("layers.1" in line for line in said)  # not before the tokens of all workers are known
+        other.tell("warning", text="warning: of one")
+        other.share()
+        first.received = second.sent
+        own.share()
+    assert said == [
+        "warning: of both",
+        "warning: of one",
+        "[2/4] layers.1: 7 modules, 2.0 s, 3 batches, 4,000 tokens/s, 20 s left, 500.0 MB, slowest: worker 1 on node-b",
+    ]
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(event["event"], event["rank"]) for event in events] == [
+        ("begin", 0),
+        ("warning", 0),
+        ("workers", 0),
+        ("subgraph", 1),
+        ("warning", 1),
+        ("subgraph", 0),
+    ]
+    assert (events[-1]["tokens"], events[-1]["all_tokens"], events[-1]["slowest"]) == (4000, 8000, 1)
 
 
 def test_the_summary_has_the_worst_modules_first_and_all_warnings() -> None:

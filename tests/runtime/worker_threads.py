@@ -10,23 +10,40 @@ from typing import Any, TypeVar
 
 import torch
 
+from runtime.errors import WorkerError
+
 _T = TypeVar("_T")
 _TIMEOUT_S = 20
 
 
 class _Meeting:
-    """Where threads exchange messages: all bring one, and all leave with every message."""
+    """Where threads exchange messages: each brings one, and leaves with those of all."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=_TIMEOUT_S)
-        self.brought: list[Any] = [None] * size
+        self.size = size
+        self._changed = threading.Condition()
+        self._brought: list[list[Any]] = [[] for _ in range(size)]
+        self._ended: dict[int, None] = {}
 
     def exchange(self, rank: int, message: Any) -> list[Any]:
-        self.brought[rank] = message
-        self.barrier.wait()
-        found = list(self.brought)
-        self.barrier.wait()
-        return found
+        with self._changed:
+            number = len(self._brought[rank])
+            self._brought[rank].append(message)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._is_over(number), _TIMEOUT_S):
+                raise WorkerError("another worker does not respond", is_resumable=True)
+            if any(len(messages) <= number for messages in self._brought):
+                raise WorkerError("another worker has ended", is_resumable=True)
+            return [messages[number] for messages in self._brought]
+
+    def end(self, rank: int) -> None:
+        with self._changed:
+            self._ended[rank] = None
+            self._changed.notify_all()
+
+    def _is_over(self, number: int) -> bool:
+        missing = [rank for rank, messages in enumerate(self._brought) if len(messages) <= number]
+        return not missing or any(rank in self._ended for rank in missing)
 
 
 class ThreadWorkers:
@@ -34,7 +51,7 @@ class ThreadWorkers:
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
-        self.size = meeting.barrier.parties
+        self.size = meeting.size
         self.bytes_sent = 0
         self.step = ""
         self._meeting = meeting
@@ -69,7 +86,7 @@ class ThreadWorkers:
 def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | BaseException]:
     """Run a function in one thread for each worker; its result or exception, by rank.
 
-    A worker that raises stops those that wait for it.
+    Workers that wait for one that has ended get a WorkerError.
     """
     meeting = _Meeting(size)
     found: list[_T | BaseException] = [AssertionError("it did not end")] * size
@@ -79,7 +96,8 @@ def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | Ba
             found[rank] = function(ThreadWorkers(rank, meeting))
         except BaseException as error:
             found[rank] = error
-            meeting.barrier.abort()
+        finally:
+            meeting.end(rank)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -98,5 +116,5 @@ def in_threads(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T]:
     found = outcomes(size, function)
     errors = [one for one in found if isinstance(one, BaseException)]
     if errors:
-        raise next((one for one in errors if not isinstance(one, threading.BrokenBarrierError)), errors[0])
+        raise next((one for one in errors if not isinstance(one, WorkerError)), errors[0])
     return [one for one in found if not isinstance(one, BaseException)]
