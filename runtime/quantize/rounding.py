@@ -23,7 +23,8 @@ from runtime.algorithms import grid
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 from runtime.quantize.solve_division import windows
-from runtime.quantize.solves import Batch, Window
+from runtime.quantize.solve_units import Batch
+from runtime.quantize.solves import Window
 from runtime.workers.group import Alone
 
 if TYPE_CHECKING:

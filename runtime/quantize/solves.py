@@ -14,87 +14,20 @@ import torch
 from runtime.algorithms import grid
 from runtime.algorithms.gptq import SolvedPiece, SolveOptions, factor_hessian, joined, require_solvable, solve_tiles
 from runtime.algorithms.gptq_factors import Factored
-from runtime.algorithms.gptq_tiles import Piece, Tile, tiles_of
+from runtime.algorithms.gptq_tiles import Piece
 from runtime.algorithms.refine import refine
 from runtime.errors import QuantizationError
 from runtime.formats.compressed import compress_rows
 from runtime.formats.stored_scales import require_sound_weight
 from runtime.quantize.nearest import output_square, round_to_nearest
 from runtime.quantize.packed_pieces import PackedPiece
-from runtime.quantize.solve_division import Solve, divided, windows
+from runtime.quantize.solve_division import windows
+from runtime.quantize.solve_units import GPTQ, NEAREST, Batch, Tiling, Unit, tilings, units_of, with_next
 from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
-    from runtime.quantize.statistics import InputStatistics
-    from runtime.recipe.recipe import Assignment
     from runtime.workers.group import Workers
-
-_NEAREST, _GPTQ = "rtn", "gptq"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Modules that are solved together; one that is rounded to nearest is alone.
-
-    Attributes:
-        names: of the modules.
-        job: their assignment.
-        seen: the statistics of their input, if any token reached it.
-        owner: the worker that has these statistics, or without any the one that rounds the modules.
-        may_overwrite: whether nothing reads the Hessian afterwards.
-    """
-
-    names: Sequence[str]
-    job: Assignment
-    seen: InputStatistics | None
-    owner: int
-    may_overwrite: bool
-
-    @property
-    def is_solved(self) -> bool:
-        """Whether GPTQ applies. If all inputs are zero, every rounding has the same loss."""
-        return self.job.algorithm == _GPTQ and self.seen is not None and not self.seen.is_zero()
-
-    @property
-    def has_fallback(self) -> bool:
-        """Whether modules that cannot be solved are rounded to nearest."""
-        return self.job.options is not None and self.job.options.fallback == _NEAREST
-
-    @property
-    def is_refined(self) -> bool:
-        """Whether results are improved, which requires the Hessian."""
-        return self.job.options is not None and bool(self.job.options.refine)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tiling:
-    """A batch that GPTQ solves: its tiles, and the worker of each."""
-
-    tiles: Sequence[Tile]
-    solvers: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Unit:
-    """A piece of work for one worker: a tile, or a module that is rounded to nearest or refined.
-
-    Attributes:
-        index: of its batch.
-        worker: that does it.
-        tiles: to solve; none for a module that is rounded to nearest.
-        names: of the modules that have rows in it.
-        num_numbers: of its weights.
-        is_first, is_last: whether it is the first or the last of its batch.
-    """
-
-    index: int
-    worker: int
-    tiles: Sequence[Tile]
-    names: Sequence[str]
-    num_numbers: int
-    is_first: bool
-    is_last: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +53,10 @@ class Window:
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
-    _solving: dict[int, _Tiling] = field(default_factory=dict)
-    _order: list[int] = field(default_factory=list)
+    _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
+    _weights: dict[str, torch.Tensor] = field(default_factory=dict)  # of the unit that is solved
     _reasons: dict[str, str] = field(default_factory=dict)  # why a module of GPTQ is rounded to nearest
     _failed: dict[str, str] = field(default_factory=dict)  # the same, not known to other workers yet
     _error: Exception | None = None  # of this worker, raised when all workers are done with their part
@@ -138,26 +71,32 @@ class Window:
         """
         with agreed(self.workers):
             self._require_inputs()
-        self._divide()
+        self._solving = tilings(self.batches, self.shape_of, self.device.type, self.workers.size)
         self._factor_own()
-        units = list(self._units())
+        units = list(units_of(self.batches, self._solving, self.shape_of))
         for part in windows([unit.num_numbers for unit in units], self.workers.size):
             found: list[PackedPiece] = []
-            for unit in units[part]:
+            for unit, following in with_next(units, part):
                 if unit.is_first and unit.tiles:
                     self._share_factors(unit.index)
                 is_possible = self._error is None and (not unit.tiles or unit.index in self._factors)
                 if is_possible and unit.worker == self.workers.rank:
                     with self._kept_error(unit.index, unit.names):
                         found += self._done(unit)
-                if unit.is_last:
-                    self._factors.pop(unit.index, None)
+                self._free(unit, following)
             with agreed(self.workers):
                 if self._error is not None:
                     raise self._error
             found += self._fall_back()
-            yield [piece for piece in found if piece.algorithm == _NEAREST or piece.name not in self._reasons]
+            yield [piece for piece in found if piece.algorithm == NEAREST or piece.name not in self._reasons]
             del found
+
+    def _free(self, unit: Unit, following: Unit | None) -> None:
+        """Free what no later unit needs."""
+        if unit.is_last:
+            self._factors.pop(unit.index, None)
+        names = following.names if following is not None else ()
+        self._weights = {name: weight for name, weight in self._weights.items() if name in names}
 
     @contextlib.contextmanager
     def _kept_error(self, index: int, names: Sequence[str]) -> Iterator[None]:
@@ -172,35 +111,17 @@ class Window:
 
     def _require_inputs(self) -> None:
         for batch in self.batches:
-            if batch.job.algorithm == _GPTQ and batch.seen is None:
+            if batch.job.algorithm == GPTQ and batch.seen is None:
                 reason = "no calibration token reached it"
                 if not batch.has_fallback:
                     raise _named(QuantizationError(reason), batch, batch.names[0])
                 self._reasons |= dict.fromkeys(batch.names, reason)
 
-    def _divide(self) -> None:
-        """Cut the batches that are solved into tiles, assign these to workers, and order the batches."""
-        tiles = {}
-        solves = []
-        for index, batch in enumerate(self.batches):
-            if batch.is_solved:
-                shapes = [self.shape_of(name) for name in batch.names]
-                tiles[index] = _tiles(batch, shapes, self.device.type)
-                rows = [sum(piece.stop - piece.start for piece in tile) for tile in tiles[index]]
-                num_in, is_divided = shapes[0][1], not batch.is_refined
-                solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
-        found = divided(solves, self.workers.size)
-        for (index, own), solvers in zip(tiles.items(), found.workers, strict=True):
-            self._solving[index] = _Tiling(tiles=own, solvers=solvers)
-        indices = list(self._solving)
-        others = [index for index in range(len(self.batches)) if index not in self._solving]
-        self._order = [*(indices[place] for place in found.order), *others]
-
     def _factor_own(self) -> None:
         """Factor the Hessians that are here."""
-        for index in self._order:
+        for index in self._solving:
             batch = self.batches[index]
-            if index in self._solving and batch.owner == self.workers.rank and self._error is None:
+            if batch.owner == self.workers.rank and self._error is None:
                 start = time.perf_counter()
                 with self._kept_error(index, batch.names):
                     self._factor(index)
@@ -260,35 +181,7 @@ class Window:
             if dense is not part:
                 part.copy_(dense)
 
-    def _units(self) -> Iterator[_Unit]:
-        for index in self._order:
-            batch = self.batches[index]
-            parts: list[tuple[int, Sequence[Tile], list[str]]]
-            if index not in self._solving:
-                parts = [(batch.owner, (), [name]) for name in batch.names]
-            elif batch.is_refined:
-                own = [(batch.names[weight], tuple(tiles)) for weight, tiles in _by_weight(self._solving[index].tiles)]
-                parts = [(batch.owner, tiles, [name]) for name, tiles in own]
-            else:
-                solving = self._solving[index]
-                parts = [
-                    (solver, (tile,), list(dict.fromkeys(batch.names[piece.weight] for piece in tile)))
-                    for tile, solver in zip(solving.tiles, solving.solvers, strict=True)
-                ]
-            for place, (worker, tiles, names) in enumerate(parts):
-                num_rows = sum(piece.stop - piece.start for tile in tiles for piece in tile)
-                num_out, num_in = self.shape_of(names[0])
-                yield _Unit(
-                    index=index,
-                    num_numbers=(num_rows or num_out) * num_in,
-                    worker=worker,
-                    tiles=tiles,
-                    names=names,
-                    is_first=place == 0,
-                    is_last=place == len(parts) - 1,
-                )
-
-    def _done(self, unit: _Unit) -> Iterator[PackedPiece]:
+    def _done(self, unit: Unit) -> Iterator[PackedPiece]:
         """Do a unit, and yield its packed rows."""
         batch = self.batches[unit.index]
         if not unit.tiles:
@@ -298,12 +191,15 @@ class Window:
         else:
             yield from map(self._packed, self._solved_tiles(unit))
 
-    def _solved_tiles(self, unit: _Unit) -> Iterator[_Solved]:
+    def _solved_tiles(self, unit: Unit) -> Iterator[_Solved]:
         """Solve the tiles of a unit, one at a time."""
         batch, factors = self.batches[unit.index], self._factors[unit.index]
         start = time.perf_counter() - self._seconds.pop(unit.index, 0.0)
         warning = _damping_remark(batch, factors.damping) if unit.is_first else ""
-        weights = [self._weight(name, batch) for name in unit.names]
+        # A weight has rows in several tiles; it is read, rescaled and checked once.
+        known = {name: self._weights[name] for name in unit.names if name in self._weights}
+        self._weights = known | {name: self._weight(name, batch) for name in unit.names if name not in known}
+        weights = [self._weights[name] for name in unit.names]
         places = {batch.names.index(name): place for place, name in enumerate(unit.names)}
         tiles = [tuple(replace(piece, weight=places[piece.weight]) for piece in tile) for tile in unit.tiles]
         pieces = solve_tiles(weights, tiles, factors, self._options(batch))
@@ -349,7 +245,7 @@ class Window:
             name=one.name,
             start=piece.start,
             num_rows=piece.stop - piece.start,
-            algorithm=_GPTQ,
+            algorithm=GPTQ,
             damping=rows.damping,
             size=one.solved.size,
             loss=rows.loss,
@@ -382,7 +278,7 @@ class Window:
             name=name,
             start=0,
             num_rows=len(weight),
-            algorithm=_NEAREST,
+            algorithm=NEAREST,
             damping=result.damping,
             size=size,
             loss=output_square(weight, batch.seen, result.weight_OI),
@@ -407,23 +303,6 @@ def _dtype_of_factors(weights: torch.dtype) -> torch.dtype:
     return torch.float64 if weights == torch.float64 else torch.float32
 
 
-def _tiles(batch: Batch, shapes: Sequence[Sequence[int]], device_type: str) -> list[Tile]:
-    """Cut weights into tiles; weights that are refined are whole, so no tile has rows of two."""
-    args = batch.job.scheme.weights
-    if not batch.is_refined:
-        return tiles_of(shapes, args, device_type)
-    return [
-        tuple(replace(piece, weight=weight) for piece in tile)
-        for weight, shape in enumerate(shapes)
-        for tile in tiles_of([shape], args, device_type)
-    ]
-
-
-def _by_weight(tiles: Sequence[Tile]) -> Iterator[tuple[int, list[Tile]]]:
-    for weight, own in itertools.groupby(tiles, key=lambda tile: tile[0].weight):
-        yield weight, list(own)
-
-
 def _damping_remark(batch: Batch, damping: float) -> str:
     assert batch.job.options is not None, "GPTQ comes with options"
     is_raised = damping > batch.job.options.dampening_frac
@@ -432,5 +311,5 @@ def _damping_remark(batch: Batch, damping: float) -> str:
 
 def _named(error: QuantizationError, batch: Batch, name: str, *, is_resumable: bool = True) -> QuantizationError:
     """Add the module to an error; unless weights are the reason, another recipe may finish a run that GPTQ ends."""
-    is_resumable = is_resumable and batch.job.algorithm == _GPTQ
+    is_resumable = is_resumable and batch.job.algorithm == GPTQ
     return QuantizationError(f"{name}: {error.message}", hint=error.hint, is_resumable=is_resumable)
