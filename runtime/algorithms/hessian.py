@@ -100,17 +100,17 @@ class HessianAccumulator:
 
     def _add_(self, inputs_IT: torch.Tensor) -> None:
         is_next = self.has_lane and self._is_ended
+        is_new = is_next or not self.has_lane
         for left in self.panels():
             panel = slice(left, left + PANEL_WIDTH)
             target_PR, first_PT, second_RT = self.lane_panel(left), inputs_IT[panel], inputs_IT[left:]
             if is_next:  # the earlier lane's panel comes into the cache for both
                 self.fold_(left, target_PR)
-            if is_next or not self.has_lane:
-                target_PR.zero_()
             if inputs_IT.dtype == torch.float32:
-                add_product_(target_PR, first_PT, second_RT)
+                add_product_(target_PR, first_PT, second_RT, is_new=is_new)
             else:
-                target_PR.add_(torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32))
+                product_PR = torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32)
+                target_PR.copy_(product_PR) if is_new else target_PR.add_(product_PR)
         self.has_total |= is_next
         self.has_lane, self._is_ended = True, False
 

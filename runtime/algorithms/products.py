@@ -37,20 +37,26 @@ def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def add_product_(target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1) -> None:
-    """Add first second^T to the target in place, or with a sign of -1 subtract it.
+def add_product_(
+    target_MN: torch.Tensor, first_MK: torch.Tensor, second_NK: torch.Tensor, *, sign: int = 1, is_new: bool = False
+) -> None:
+    """Add first second^T to the target in place, or with a sign of -1 subtract it; a new target is overwritten.
 
     oneDNN gets a square of the second matrix at a time: it copies that into its own layout before it multiplies, and
     the copy should be small; and it caches a kernel of nearly a megabyte for each shape, so shapes should be few.
     """
     if not _is_for_onednn(first_MK):
-        target_MN.addmm_(first_MK, second_NK.t(), alpha=sign)
+        target_MN.addmm_(first_MK, second_NK.t(), alpha=sign, beta=0 if is_new else 1)
         return
     for left in range(0, len(second_NK), SQUARE):
         columns = slice(left, left + SQUARE)
         for start in range(0, second_NK.shape[1], SQUARE):
             inner = slice(start, start + SQUARE)
-            target_MN[:, columns].add_(multiplied(first_MK[:, inner], second_NK[columns, inner]), alpha=sign)
+            product_MN = multiplied(first_MK[:, inner], second_NK[columns, inner])
+            if is_new and not start:
+                torch.mul(product_MN, sign, out=target_MN[:, columns])
+            else:
+                target_MN[:, columns].add_(product_MN, alpha=sign)
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
 
 NUM_LANES = 16
-TOKENS_PER_LANE = 512  # at least: the sums of short lanes would take longer to add than to compute
+TOKENS_PER_LANE = 1024  # at least: the sums of short lanes would take longer to add than to compute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,7 +116,7 @@ class Watchers:
     def _keep(self, event: str, facts: dict[str, Any]) -> None:
         """Keep an event until the workers share theirs; batches of a subgraph are summed up."""
         last = self._unshared[-1] if self._unshared else None
-        if event == "batch" and last is not None and last["event"] == event and last["index"] == facts["index"]:
+        if event == "batch" and last is not None and (last["event"], last.get("index")) == (event, facts["index"]):
             for name in ("tokens", "batches", "seconds"):
                 last[name] += facts[name]
         elif event in ("batch", "subgraph", "warning"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from runtime.arguments import require_counts, require_kind
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
+from runtime.data.lanes import NUM_LANES, TOKENS_PER_LANE
 from runtime.streaming.activations import Budget
 
 if TYPE_CHECKING:
@@ -67,4 +68,5 @@ class RunOptions:
             "shard size": self.max_shard_bytes,
             "propagate_error": self.propagate_error,
             "moe_calibrate_all_experts": self.moe_calibrate_all_experts,
+            "lanes": f"{NUM_LANES} of at least {TOKENS_PER_LANE} tokens",
         }

@@ -174,9 +174,9 @@ def workshops(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Worksho
     import runtime.cli.app
     from tests.runtime.small import EXPERTS, WIDTHS, make_small
 
-    tied = {**WIDTHS, "tie_word_embeddings": True}
+    tied = {**WIDTHS, "tie_word_embeddings": True, "num_hidden_layers": 8}
     dense = make_small(folder / "dense", "LlamaForCausalLM", "LlamaConfig", tied, dtype=torch.bfloat16)
-    experts = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
+    experts = {**EXPERTS, "num_hidden_layers": 5, "num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8}
     mixture = make_small(folder / "mixture", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", experts)
     for name in names:
         (folder / name).mkdir()
@@ -228,7 +228,7 @@ def is_equal(shop: Workshop, name: str, size: int) -> bool:
 
 def await_events(log: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
     """Wait until the workers have begun with a run, or have ended."""
-    while not log.exists() and any(process.poll() is None for process in processes):
+    while not (log.exists() and log.stat().st_size) and any(process.poll() is None for process in processes):
         time.sleep(0.02)
 
 

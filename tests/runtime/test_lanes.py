@@ -42,7 +42,7 @@ def manifest(*shape: int | str, least: int = 1) -> Any:
     return SimpleNamespace(inputs=(entry,), dims=dims, conditions=())
 
 
-def numbered(*sizes: int, length: int = 256) -> list[dict[str, Any]]:
+def numbered(*sizes: int, length: int = TOKENS_PER_LANE // 2) -> list[dict[str, Any]]:
     """Batches of so many samples, whose tokens are the numbers of their samples."""
     starts = itertools.accumulate(sizes, initial=0)
     numbers = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=False)]
@@ -54,7 +54,7 @@ def numbers(lanes: Lanes) -> list[list[list[int]]]:
 
 
 def test_batches_are_split_at_the_borders_of_lanes() -> None:
-    lanes = Lanes.of(manifest("B", "S"), numbered(4, 4, 2))  # 10 samples of 256 tokens are 5 lanes
+    lanes = Lanes.of(manifest("B", "S"), numbered(4, 4, 2))  # 10 samples of half a lane are 5 lanes
     assert numbers(lanes) == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]], [[8, 9]]]
     lanes = Lanes.of(manifest("B", "S"), numbered(4, 4, 4, 4, length=3 * TOKENS_PER_LANE // 16))
     assert numbers(lanes) == [[[0, 1, 2, 3], [4]], [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14, 15]]]

@@ -368,9 +368,9 @@ def test_numbers_of_tokens_are_rounded_up(monkeypatch: pytest.MonkeyPatch) -> No
     sizes: dict[tuple[int, ...], None] = {}
     real = runtime.algorithms.hessian.add_product_
 
-    def record(target: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+    def record(target: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *, is_new: bool) -> None:
         sizes[tuple(second.shape)] = None
-        real(target, first, second)
+        real(target, first, second, is_new=is_new)
 
     monkeypatch.setattr(runtime.algorithms.hessian, "add_product_", record)
     found = HessianAccumulator(5)
