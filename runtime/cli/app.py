@@ -105,7 +105,8 @@ def calibrate(
         "force": force,
     }
     with ExitStack() as stack:
-        workers, device = join_group(stack, device, worker_timeout, {"command": "evaluate"})
+        shared = {"command": "calibrate", "--resume": resume, "--parts": parts}
+        workers, device = join_group(stack, device, worker_timeout, shared)
         options["resume"] = is_resumed(workers, resume)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)

@@ -36,7 +36,9 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per
 TokenFile = Annotated[Path | None, typer.Option("--data", help="Token file from seqbuild data, instead of sizes.")]
 Workers = Annotated[
     int,
-    typer.Option("--workers", min=1, help="Processes that share the run, see docs/distributed.md; limits are of each."),
+    typer.Option(
+        "--workers", min=1, max=1024, help="Processes that share the run, see docs/distributed.md; limits are of each."
+    ),
 ]
 Bandwidth = Annotated[
     str | None,

@@ -197,12 +197,14 @@ class Watch:
 
     def report(self, error: BaseException) -> None:
         """Record that this worker ends because of an error, unless another failure came first."""
-        if isinstance(error, WorkerError):
+        if isinstance(error, WorkerError) and self.failure is not None:
             return
         is_interrupt = isinstance(error, (KeyboardInterrupt, SystemExit))
         if is_interrupt:
             word = "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
             text = f"{self.name(self._rank)} was {word}{self._in_step()}"
+        elif isinstance(error, WorkerError):  # which names the worker that failed
+            text = described(error)[: _LIMIT_BYTES // 10]
         else:
             message = described(error)[: _LIMIT_BYTES // 10]
             text = stopped_text(self._rank, self._peers[self._rank].host, self._state()[0], message)
