@@ -72,7 +72,7 @@ class Rounded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounding:
-    """What the quantization of a step needs to know of its modules.
+    """The modules of a step that are quantized, and how to get their weights and statistics.
 
     Attributes:
         jobs: assignment of each module.
@@ -152,7 +152,7 @@ def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
     """Yield the batches of modules that are solved together, as many as are quantized at a time."""
 
     def input_of(name: str) -> Hashable:
-        """Modules that are solved together also have one global scale."""
+        """Return a value that is equal for modules that may be solved together: these also have one global scale."""
         has_own = grid.needs_global_scale(step.jobs[name].scheme.weights)
         return id(step.statistics[name]), step.scale_dtype_of(name), step.siblings.get(name, name) if has_own else None
 
