@@ -59,7 +59,7 @@ def job(preset: str, options: GptqOptions | None = None) -> Assignment:
 
 @dataclass
 class Step:
-    """A step, as each worker quantizes it. `drop` tells whether the run ends after it, so that no batch goes on."""
+    """A step, as each worker quantizes it."""
 
     options: GptqOptions = field(default_factory=GptqOptions)
     preset: str = "W4A16"
