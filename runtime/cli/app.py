@@ -99,7 +99,6 @@ def calibrate(
 
     options: dict[str, Any] = {
         "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
-        "resume": is_resumed(resume),
         "parts": parts,
         "propagate_error": propagate_error,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
@@ -107,6 +106,7 @@ def calibrate(
     }
     with ExitStack() as stack:
         workers, device = join_group(stack, device, worker_timeout)
+        options["resume"] = is_resumed(workers, resume)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
         parsed = _recipe_of(job, workers, options["resume"], parts, log)

@@ -34,6 +34,9 @@ def require_readable_by(workers: Workers, sources: Iterable[str]) -> None:
         raise UsageError(f"{workers.size} workers cannot read standard input", hint="write the data to a file")
 
 
-def is_resumed(resume: bool) -> bool:
-    """Whether a calibration continues an interrupted run: if the user says so, or torchrun has started it again."""
-    return resume or launch().num_restarts > 0
+def is_resumed(workers: Workers, resume: bool) -> bool:
+    """Whether a calibration continues an interrupted run: if the user says so, or torchrun has started it again.
+
+    torchrun counts the restarts of each node, which may differ.
+    """
+    return resume or any(workers.exchange(launch().num_restarts > 0))

@@ -37,6 +37,8 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torch prints a stack of frames for each connection that ends
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = [argument for argument in arguments if argument != "--debug"]
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False

@@ -1,7 +1,7 @@
 """The group of workers: processes that share one run, and the messages that they exchange.
 
 Only tensors and JSON texts are exchanged. Every worker calls the same methods in the same order; a method returns when
-this worker's part of the message is done. Without torchrun there is one worker, and torch.distributed is not imported.
+this worker's part of the message is done. Without torchrun there is one worker, and torch.distributed is not used.
 """
 
 from __future__ import annotations

@@ -6,13 +6,15 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,7 @@ def launch() -> Launch:
         if not os.environ.get(name):
             hint = "start the command with torchrun, or unset WORLD_SIZE"
             raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set", hint=hint)
+    _number("MASTER_PORT", 0)
     found = Launch(
         rank=_number("RANK", 0),
         size=_number("WORLD_SIZE", 1),
@@ -227,6 +230,7 @@ def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: flo
     """Wait until all workers have started, watch them, and connect them."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from runtime.workers.watch import Watch
 
@@ -250,11 +254,17 @@ def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: flo
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     group.step = "the start"
-    store, watched = group.call(connect, [0])
-    peers = _peers(watched, place, device, timeout_s)
+    try:
+        store, watched = group.call(connect, [0])
+    except WorkerError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "check MASTER_ADDR, MASTER_PORT and the network between the nodes"
+        raise WorkerError(f"cannot reach the first node at {address}: {error}", hint=hint, is_resumable=True) from None
+    name, peers = _roll(watched, place, device, timeout_s)
+    store, watched = PrefixStore(name, store), PrefixStore(name, watched)
     group.watch = Watch(watched, place.rank, peers, timeout_s, lambda: (group.step, group.num_messages))
     group.call(initialize, [other for other in range(place.size) if other != place.rank])
-    group.step = ""
+    group.step = "the preparation"
 
 
 def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
@@ -269,52 +279,70 @@ def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return PrefixStore(f"seqbuild/{place.num_restarts}/{_num_groups[0]}", store)
+    return PrefixStore(f"seqbuild/{_num_groups[0]}", store)
 
 
-def _peers(store: Any, place: Launch, device: torch.device, timeout_s: float) -> list[Peer]:
-    """Announce this worker, and wait for the announcements of all.
+def _roll(store: Any, place: Launch, device: torch.device, timeout_s: float) -> tuple[str, list[Peer]]:
+    """Announce this worker, and wait until all have; return the name of this start, and all workers.
+
+    torchrun starts all workers again after a failure, with the same store, so that it has announcements of earlier
+    starts, too. So each has a random token, the first worker writes all tokens that it finds, and the others confirm
+    them if their own one is among them. The start is complete when all have confirmed the same tokens.
 
     Raises:
         WorkerError: naming the workers that are missing, or that do not fit to the first one.
     """
     from runtime.workers.watch import Peer
 
-    own = {**asdict(Peer.here()), "version": __version__, "device": device.type}
-    store.set(f"worker/{place.rank}", json.dumps(own))
+    own = {**asdict(Peer.here()), "version": __version__, "device": device.type, "token": secrets.token_hex(8)}
+    keys = [f"worker/{rank}" for rank in range(place.size)]
+    store.set(keys[place.rank], json.dumps(own))
     end = time.monotonic() + timeout_s
-    missing = list(range(place.size))
-    while missing:
-        if store.check([f"worker/{missing[0]}"]):
-            missing.pop(0)
-        elif time.monotonic() > end:
-            missing = [rank for rank in missing if not store.check([f"worker/{rank}"])]
-            names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise WorkerError(
-                f"{len(missing)} of {place.size} workers have not started within {timeout_s:.0f} s: {names}",
-                hint="run the same torchrun command on every node, or raise --worker-timeout",
-                is_resumable=True,
-            )
-        else:
-            time.sleep(_POLL_S)
-    found = [_announced(store.get(f"worker/{rank}")) for rank in range(place.size)]
-    for name in ("version", "device"):
+    tokens: list[str] = []
+    while True:
+        if place.rank == 0 and store.check(keys):
+            tokens = [_announced(store.get(key))["token"] for key in keys]
+            store.set("tokens", " ".join(tokens))
+        elif store.check(["tokens"]):
+            tokens = store.get("tokens")[: 20 * place.size].decode("ascii", "replace").split(" ")
+        name = hashlib.sha256(" ".join(tokens).encode()).hexdigest()
+        if len(tokens) == place.size and tokens[place.rank] == own["token"]:
+            store.set(f"{name}/{place.rank}", "confirmed")
+            if store.check([f"{name}/{rank}" for rank in range(place.size)]):
+                break
+        if time.monotonic() > end:
+            raise _missing(store, keys, name, timeout_s)
+        time.sleep(_POLL_S)
+    found = [_announced(store.get(key)) for key in keys]
+    for what in ("version of seqbuild", "device"):
         for rank, facts in enumerate(found):
-            if facts[name] != found[0][name]:
-                what = "version of seqbuild" if name == "version" else "kind of device"
+            first, other = found[0][what.split()[0]], facts[what.split()[0]]
+            if other != first:
                 raise WorkerError(
                     f"worker {rank} on {facts['host']} has another {what} than worker 0 on {found[0]['host']}: "
-                    f"{facts[name]} instead of {found[0][name]}",
+                    f"{other} instead of {first}",
                     hint="use the same on all nodes",
                 )
-    return [Peer(host=facts["host"], pid=facts["pid"], machine=facts["machine"]) for facts in found]
+    return name, [Peer(host=facts["host"], pid=int(facts["pid"]), machine=facts["machine"]) for facts in found]
 
 
-def _announced(data: bytes) -> dict[str, Any]:
+def _missing(store: Any, keys: Sequence[str], name: str, timeout_s: float) -> WorkerError:
+    """The error for workers that have not started."""
+    missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    missing = missing or [rank for rank in range(len(keys)) if not store.check([f"{name}/{rank}"])]
+    names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    return WorkerError(
+        f"{len(missing)} of {len(keys)} workers have not started within {timeout_s:.0f} s: {names}",
+        hint="run the same torchrun command on every node, or raise --worker-timeout",
+        is_resumable=True,
+    )
+
+
+def _announced(data: bytes) -> dict[str, str]:
     """Read the announcement of a worker."""
     try:
         found = json.loads(data[:_LIMIT_BYTES])
-        texts = {name: printable(str(found[name])[:300]) for name in ("host", "machine", "version", "device")}
-        return {**texts, "pid": int(found["pid"])}
+        names = ("host", "machine", "version", "device", "token")
+        return {**{name: printable(str(found[name])[:300]) for name in names}, "pid": str(int(found["pid"]))}
     except (KeyError, TypeError, ValueError, RecursionError):
         raise WorkerError("a worker of another program or version takes part in this run") from None

@@ -45,9 +45,20 @@ class TorchGroup:
         self.rank, self.size, self._timeout_s, self._on_cpu = rank, size, timeout_s, on_cpu
         self.watch: Watch | None = None
         self.bytes_sent = self.num_messages = 0
-        self.step = ""
+        self._step = ""
         self._others = [other for other in range(size) if other != rank]
         self._thread = CallThread()
+
+    @property
+    def step(self) -> str:
+        """The present work of this worker."""
+        return self._step
+
+    @step.setter
+    def step(self, text: str) -> None:
+        self._step = text
+        if self.watch is not None:
+            self.watch.wake()
 
     def exchange(self, facts: Any) -> list[Any]:
         """Give a JSON value to every worker, and return those of all workers by rank."""

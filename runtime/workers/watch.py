@@ -14,6 +14,7 @@ thread uses the store, so that the main thread is never blocked by a machine tha
 from __future__ import annotations
 
 import _thread
+import faulthandler
 import json
 import os
 import signal
@@ -163,7 +164,8 @@ class Watch:
         self._suspicion: _Suspicion | None = None
         self._beats: dict[int, _Beat] = {}
         self._number, self._next_beat, self._step, self._num_looks = 0, 0.0, "", 0
-        self._is_closed = self._is_asked = self._is_noticed = False
+        self._is_closed = self._is_asked = self._is_noticed = self._is_store_lost = False
+        self._null_device = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - the thread closes it
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -209,6 +211,12 @@ class Watch:
         )
         self._wait(lambda: self.failure is not None, _ACKNOWLEDGE_S)
 
+    def wake(self) -> None:
+        """Let the thread look, and write a heartbeat with the present step, without a delay."""
+        with self._changed:
+            self._is_asked = True
+            self._changed.notify_all()
+
     def refresh(self) -> None:
         """Look for failures now."""
         wanted = self._num_looks + 2  # one may have begun before
@@ -217,19 +225,16 @@ class Watch:
     def close(self) -> None:
         """End the heartbeat; after a failure, wait shortly until the other workers know about it."""
         self._is_closed = True
-        self._wait(lambda: not self._thread.is_alive(), 0)
+        self.wake()
         self._thread.join(timeout=2 * _ACKNOWLEDGE_S)
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         """Let the thread look without a delay until a condition is true."""
         end = time.monotonic() + timeout_s
-        with self._changed:
-            while True:
-                self._is_asked = True
-                self._changed.notify_all()
-                if condition() or time.monotonic() > end:
-                    return
-                self._changed.wait(timeout=_TICK_S)
+        while not condition() and time.monotonic() < end:
+            self.wake()
+            with self._changed:
+                self._changed.wait(timeout=_TICK_S / 5)
 
     def _run(self) -> None:
         failed_at = 0.0
@@ -250,14 +255,18 @@ class Watch:
                 _thread.interrupt_main(signal.SIGTERM)
         self._look_once()
         self._wait_until_seen()
+        faulthandler.cancel_dump_traceback_later()
+        self._null_device.close()
 
     def _look_once(self) -> None:
         try:
-            self._beat()
-            self._look()
-        except RuntimeError as error:  # the store is gone
+            if not self._is_store_lost:
+                self._beat()
+                self._look()
+        except RuntimeError as error:
+            self._is_store_lost = True
             if not self.is_ending and self.failure is None:
-                problem = str(error).partition("\n")[0][:200]
+                problem = str(error).partition("\n")[0].partition(". ")[0][:200]
                 text = f"{self.name(0)} cannot be reached{self._in_step()}: its store does not answer: {problem}"
                 self.failure = Failure(rank=0, text=text)
         with self._changed:
@@ -270,9 +279,14 @@ class Watch:
         if now < self._next_beat and step == self._step:
             return
         self._next_beat, self._step = now + self._beat_s, step
+        self._guard()
         self._number += 1
         text = json.dumps({"number": self._number, "step": step[:1000], "messages": messages})
         self._store.set(f"beat/{self._rank}", text)
+
+    def _guard(self) -> None:
+        """End this process if the thread is not scheduled any more, because native code holds Python's lock."""
+        faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True, file=self._null_device)
 
     def _look(self) -> None:
         """Find a failure, if there is one that is not known yet."""
@@ -340,7 +354,7 @@ class Watch:
 
     def _wait_until_seen(self) -> None:
         """Keep the store's machine alive until the other workers have read the record."""
-        if self.failure is None:
+        if self.failure is None or self._is_store_lost:
             return
         num_alive = len(self._peers) - (self.failure.rank != self._rank)
         end = time.monotonic() + _ACKNOWLEDGE_S

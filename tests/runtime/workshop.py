@@ -12,7 +12,7 @@ import torch
 from runtime.data.token_file import DataOrigin, save_tokens
 from tests.runtime.small import NARROW_W4, VOCABULARY, Small
 
-LENGTHS = tuple(96 if number % 7 == 2 else 128 for number in range(23))  # 2848 tokens: 5 lanes of 4 or 5 samples
+LENGTHS = tuple(192 if number % 7 == 2 else 256 for number in range(23))  # 5696 tokens: 5 lanes of 4 or 5 samples
 _INTEGERS = "{num_bits: 8, type: int, strategy: channel, symmetric: true}"
 _GROUPS = "{num_bits: 4, type: int, strategy: group, group_size: 128, symmetric: true}"
 _STATIC = "num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false"
