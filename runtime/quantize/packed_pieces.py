@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.formats.compressed import rows_layout
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
     from runtime.workers.group import Workers
 
-Layouts = Callable[[str, int], "Mapping[str, tuple[tuple[int, ...], torch.dtype]]"]  # by module and number of rows
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of the tensors of a piece
+Layouts = Callable[[str, int], Layout]  # by module and number of rows
+_ALIGNMENT = 8  # bytes: views of a message in other dtypes require it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,38 +72,51 @@ def exchanged(
     """
     if workers.size == 1:
         return list(own)
-    found: list[PackedPiece] = []
+    found: list[tuple[int, PackedPiece]] = []
     for rank, facts in enumerate(workers.exchange([piece.facts() for piece in own])):
         pieces = own if rank == workers.rank else [PackedPiece(**entry) for entry in facts]
-        for piece in pieces:
-            if is_used:
-                piece = _broadcast(piece, workers, rank, layouts(piece.name, piece.num_rows), device)
-            found.append(piece)
-    return found
+        found += [(rank, piece) for piece in pieces]
+    if not is_used:
+        return [piece for _, piece in found]
+    with agreed(workers):  # between broadcasts, an error would leave other workers waiting
+        messages = [_FlatPiece.of(piece, layouts(piece.name, piece.num_rows), device) for _, piece in found]
+    for (rank, _), message in zip(found, messages, strict=True):
+        workers.broadcast(message.data, rank)
+    return [
+        dataclasses.replace(piece, tensors=message.tensors) for (_, piece), message in zip(found, messages, strict=True)
+    ]
 
 
-def _broadcast(
-    piece: PackedPiece,
-    workers: Workers,
-    source: int,
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    device: torch.device,
-) -> PackedPiece:
-    """Broadcast the tensors of a piece in one message of bytes."""
-    sizes = {part: math.prod(shape) * dtype.itemsize for part, (shape, dtype) in layout.items()}
-    if source == workers.rank:
-        flat = torch.cat([piece.tensors[part].contiguous().flatten().view(torch.uint8) for part in layout])
-        assert len(flat) == sum(sizes.values()), f"{piece.name}: its packed rows have another size than planned"
-        workers.broadcast(flat.to(device), source)
-        return piece
-    flat = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-    workers.broadcast(flat, source)
-    parts = torch.split(flat, list(sizes.values()))
-    tensors = {
-        part: own.clone().view(dtype).reshape(shape)  # cloned, because other dtypes require their alignment
-        for own, (part, (shape, dtype)) in zip(parts, layout.items(), strict=True)
-    }
-    return dataclasses.replace(piece, tensors=tensors)
+@dataclass(frozen=True, slots=True)
+class _FlatPiece:
+    """The tensors of a piece as one tensor of bytes.
+
+    Attributes:
+        data: the bytes.
+        tensors: views of them.
+    """
+
+    data: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, piece: PackedPiece, layout: Layout, device: torch.device) -> _FlatPiece:
+        """Allocate the bytes of a piece, and copy its tensors into them if they are here."""
+        sizes = {part: math.prod(shape) * dtype.itemsize for part, (shape, dtype) in layout.items()}
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
+        data = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
+        tensors = {
+            part: own[: sizes[part]].view(dtype).view(shape)
+            for own, (part, (shape, dtype)) in zip(torch.split(data, padded), layout.items(), strict=True)
+        }
+        if piece.tensors:
+            assert set(piece.tensors) == set(tensors), f"{piece.name}: its packed rows have other parts than planned"
+            for part, tensor in tensors.items():
+                own = piece.tensors[part]
+                is_planned = (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
+                assert is_planned, f"{piece.name}: {part} differs from its layout"
+                tensor.copy_(own)
+        return cls(data, tensors)
 
 
 def layouts_of(
@@ -109,9 +125,9 @@ def layouts_of(
     scale_dtype_of: Callable[[str], torch.dtype],
 ) -> Layouts:
     """Return the function that `exchanged` needs; results are cached, because experts are many and alike."""
-    known: dict[Any, Mapping[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    known: dict[Any, Layout] = {}
 
-    def layout(name: str, num_rows: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def layout(name: str, num_rows: int) -> Layout:
         scheme, dtype, num_in = scheme_of(name), scale_dtype_of(name), shape_of(name)[1]
         key = (num_rows, num_in, id(scheme), dtype)
         if key not in known:

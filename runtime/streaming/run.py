@@ -33,7 +33,7 @@ from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.work import Work
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
-from runtime.workers.agreement import agreed
+from runtime.workers.agreement import agreed, is_shared
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -132,7 +132,7 @@ class StreamingRun:
                 self._attempt(step, is_retry=is_retry)
                 return
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or not is_shared(error, self.workers):
                     raise
                 reason = str(error).partition("\n")[0]
             # Outside of the block, so that no traceback refers to the tensors of the attempt.

@@ -13,6 +13,8 @@ from runtime.workers.group import Workers
 if TYPE_CHECKING:
     import torch
 
+_IS_SHARED = "is_shared_by_all_workers"  # an attribute of errors
+
 
 @contextlib.contextmanager
 def agreed(workers: Workers) -> Iterator[None]:
@@ -34,12 +36,21 @@ def agreed(workers: Workers) -> Iterator[None]:
         others: WorkerError | torch.OutOfMemoryError | None = None
         with contextlib.suppress(WorkerError):  # the own error is the better one to report
             others = _error_of_another(workers, workers.exchange(_facts(workers, error)))
+            setattr(error, _IS_SHARED, True)
         if others is not None:
             raise others from error
         raise
     failed = _error_of_another(workers, workers.exchange(None))
     if failed is not None:
         raise failed
+
+
+def is_shared(error: BaseException, workers: Workers) -> bool:
+    """Whether all workers have left a block of `agreed` with this error or one like it, so that all can recover.
+
+    After any other error, the other workers wait for messages that this one does not send.
+    """
+    return workers.size == 1 or getattr(error, _IS_SHARED, False)
 
 
 def described(error: BaseException) -> str:
@@ -85,7 +96,9 @@ def _error_of_another(
     if status["is_memory"]:
         import torch
 
-        return torch.OutOfMemoryError(text)
+        lack = torch.OutOfMemoryError(text)
+        setattr(lack, _IS_SHARED, True)
+        return lack
     return WorkerError(text, is_resumable=status["is_resumable"])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,11 @@ import runtime
 from runtime.chain import LoadedSubgraph
 from runtime.data.batches import largest_batch, split_batches
 from runtime.host.memory import OutOfMemory
+from runtime.streaming.run import StreamingRun
+from runtime.workers.agreement import agreed
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, read_tensors, recipe, token_batches
+from tests.runtime.worker_threads import ThreadWorkers, outcomes
 from tests.sweep import sweep
 
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
@@ -186,3 +191,32 @@ def test_batches_are_split_in_order(narrow_llama: Small) -> None:
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(torch.cat([part[name] for part in parts[:3]]), batches[0][name])
         assert torch.equal(parts[3][name], batches[1][name])
+
+
+@pytest.mark.parametrize("is_agreed", [True, False])
+def test_workers_only_go_on_after_a_lack_of_memory_that_all_know(
+    is_agreed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(run: StreamingRun, step: Any, *, is_retry: bool) -> None:
+        with agreed(run.workers) if is_agreed else contextlib.nullcontext():
+            if run.workers.rank and not is_retry:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(StreamingRun, "_attempt", attempt)
+    monkeypatch.setattr(StreamingRun, "_rebuild", lambda run, index: None)
+    monkeypatch.setattr(StreamingRun, "_use_less_memory", lambda run, step, reason: run.workers.exchange(reason))
+    step = SimpleNamespace(index=0, subgraph=SimpleNamespace(entry=SimpleNamespace(parameters=())))
+
+    def run_step(workers: ThreadWorkers) -> str:
+        run = StreamingRun.__new__(StreamingRun)
+        run.workers, run.is_behind, run.model = workers, False, nn.Module()
+        run.options = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+        run._run_step(step)  # type: ignore[arg-type]
+        return "went on"
+
+    found = outcomes(2, run_step)
+    if is_agreed:
+        assert found == ["went on", "went on"]
+    else:
+        assert found[0] == "went on"
+        assert isinstance(found[1], torch.OutOfMemoryError)

@@ -13,9 +13,11 @@ import pytest
 import runtime
 import runtime.errors
 from runtime.cli.group import require_readable_by
+from runtime.errors import UsageError
 from runtime.workers.agreement import agreed
 from runtime.workers.comparison import require_same_options
 from runtime.workers.group import Alone, Workers
+from runtime.workers.start import current
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import Small, write_token_file
 from tests.runtime.torchrun import Torchrun
@@ -155,6 +157,17 @@ def test_calls_that_compile_are_for_one_process(run: Run, monkeypatch: pytest.Mo
     with pytest.raises(runtime.UsageError, match=r"seqbuild\.oneshot runs in one process") as raised:
         seqbuild.oneshot(str(tmp_path), recipe="W4A16", output_dir=str(tmp_path / "out"))
     assert all(part in str(raised.value) for part in parts)
+
+
+def test_processes_of_torchrun_without_a_group_are_not_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would do the whole work."""
+    assert current().size == 1
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert current().size == 1  # some clusters set these for other purposes
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UsageError, match=r"started 4 processes.*init_process_group"):
+        current()
 
 
 def test_standard_input_has_one_reader() -> None:
