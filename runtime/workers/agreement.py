@@ -83,6 +83,10 @@ def _error_of_another(
 ) -> WorkerError | torch.OutOfMemoryError | None:
     """The error that this worker raises because of another one; None if there is none, or its own one counts."""
     failed = {rank: status for rank, status in enumerate(statuses) if status is not None}
+    for rank, status in failed.items():
+        if not (isinstance(status, Mapping) and "is_memory" in status):
+            text = f"worker {rank} does something else than worker {workers.rank}"
+            raise WorkerError(text, hint="all workers must make the same calls with the same arguments")
     # A lack of memory can be recovered from, so that all workers must take any other error more seriously.
     serious = {rank: status for rank, status in failed.items() if not status["is_memory"]} or failed
     if not serious or workers.rank in serious:

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 import runtime
+import runtime.errors
 from runtime.cli.group import require_readable_by
 from runtime.errors import UsageError
-from runtime.workers.group import Alone
+from runtime.workers.agreement import agreed
+from runtime.workers.comparison import require_same_options
+from runtime.workers.group import Alone, Workers
 from runtime.workers.start import current
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import Small, write_token_file
 from tests.runtime.torchrun import Torchrun
+from tests.runtime.worker_threads import outcomes
 
 HOST = socket.gethostname()
 
@@ -174,3 +178,26 @@ def test_standard_input_has_one_reader() -> None:
     for source in ("-", "-::weight=0.5"):
         with pytest.raises(runtime.UsageError, match="2 workers cannot read standard input"):
             require_readable_by(two, ["a-file", source])
+
+
+def test_workers_with_different_options_end_alike() -> None:
+    def compared(workers: Workers) -> None:
+        require_same_options(workers, {"command": "calibrate", "--resume": workers.rank == 1})
+
+    found = outcomes(3, compared)
+    text = "worker 1 on HOST has other --resume (True instead of False) than worker 0 on HOST"
+    assert {str(one) for one in found} == {f"{text} (start all workers with the same command)".replace("HOST", HOST)}
+    assert outcomes(2, lambda workers: require_same_options(workers, {"command": "evaluate"})) == [None, None]
+
+
+def test_a_worker_in_another_part_of_the_program_is_no_bug_of_this_one() -> None:
+    def leave(workers: Workers) -> None:
+        if workers.rank:
+            workers.exchange(True)
+        else:
+            with agreed(workers):
+                pass
+
+    error, _ = outcomes(2, leave)
+    assert isinstance(error, runtime.errors.WorkerError)
+    assert str(error).startswith("worker 1 does something else than worker 0 (")
