@@ -33,7 +33,7 @@ from tests.runtime.worker_runs import Call, end_all, run_workers, start_workers,
 from tests.runtime.workshop import GPTQ, LENGTHS, ROUTED, Workshop, files_of, unfinished  # noqa: E402
 
 DATA = {
-    "even": (128,) * 32,
+    "even": (256,) * 68,  # 16 lanes
     "uneven": LENGTHS,
     "ragged": tuple(17 + (37 * number) % 190 for number in range(41)),
     "few": (250, 40, 250),
