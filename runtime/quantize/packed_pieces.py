@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.formats.compressed import rows_layout
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -69,38 +70,46 @@ def exchanged(
     """
     if workers.size == 1:
         return list(own)
-    found: list[PackedPiece] = []
-    for rank, facts in enumerate(workers.exchange([piece.facts() for piece in own])):
-        pieces = own if rank == workers.rank else [PackedPiece(**entry) for entry in facts]
-        for piece in pieces:
-            if is_used:
-                piece = _broadcast(piece, workers, rank, layouts(piece.name, piece.num_rows), device)
-            found.append(piece)
-    return found
+    every = workers.exchange([piece.facts() for piece in own])
+    found = [(rank, PackedPiece(**facts)) for rank, entries in enumerate(every) for facts in entries]
+    mine = iter(own)
+    if not is_used:
+        return [next(mine) if rank == workers.rank else piece for rank, piece in found]
+    messages = []
+    with agreed(workers):  # memory may run out, and must not while others wait for a message
+        for rank, piece in found:
+            message = _Message(layouts(piece.name, piece.num_rows), device)
+            if rank == workers.rank:
+                message.fill(next(mine).tensors)
+            messages.append(message)
+    for (rank, _), message in zip(found, messages, strict=True):
+        workers.broadcast(message.data, rank)
+    return [
+        dataclasses.replace(piece, tensors=message.tensors) for (_, piece), message in zip(found, messages, strict=True)
+    ]
 
 
-def _broadcast(
-    piece: PackedPiece,
-    workers: Workers,
-    source: int,
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    device: torch.device,
-) -> PackedPiece:
-    """Broadcast the tensors of a piece in one message of bytes."""
-    sizes = {part: math.prod(shape) * dtype.itemsize for part, (shape, dtype) in layout.items()}
-    if source == workers.rank:
-        flat = torch.cat([piece.tensors[part].contiguous().flatten().view(torch.uint8) for part in layout])
-        assert len(flat) == sum(sizes.values()), f"{piece.name}: its packed rows have another size than planned"
-        workers.broadcast(flat.to(device), source)
-        return piece
-    flat = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-    workers.broadcast(flat, source)
-    parts = torch.split(flat, list(sizes.values()))
-    tensors = {
-        part: own.clone().view(dtype).reshape(shape)  # cloned, because other dtypes require their alignment
-        for own, (part, (shape, dtype)) in zip(parts, layout.items(), strict=True)
-    }
-    return dataclasses.replace(piece, tensors=tensors)
+class _Message:
+    """The tensors of a piece, one after the other in memory; wider dtypes come first, so that all are aligned.
+
+    Attributes:
+        data: all bytes.
+        tensors: their views of it, by name.
+    """
+
+    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+        parts = sorted(layout, key=lambda part: -layout[part][1].itemsize)
+        sizes = [math.prod(layout[part][0]) * layout[part][1].itemsize for part in parts]
+        self.data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        views = dict(zip(parts, torch.split(self.data, sizes), strict=True))
+        self.tensors = {part: views[part].view(dtype).reshape(shape) for part, (shape, dtype) in layout.items()}
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the tensors of a piece."""
+        assert tensors.keys() == self.tensors.keys(), "packed rows have other tensors than planned"
+        for part, target in self.tensors.items():
+            assert (tensors[part].shape, tensors[part].dtype) == (target.shape, target.dtype), part
+            target.copy_(tensors[part])
 
 
 def layouts_of(

@@ -33,7 +33,7 @@ from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.work import Work
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
-from runtime.workers.agreement import agreed
+from runtime.workers.agreement import MemoryRanOutError, agreed
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -135,6 +135,9 @@ class StreamingRun:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
+                if self.workers.size > 1 and not isinstance(error, MemoryRanOutError):  # the others wait for a message
+                    hint = "use devices with more memory, or the same command with --resume and fewer workers on each"
+                    raise OutOfMemory(f"out of memory in {self.workers.step}: {reason}", hint=hint) from error
             # Outside of the block, so that no traceback refers to the tensors of the attempt.
             unload(self.model, step.subgraph.entry.parameters)
             give_memory_back(self.options.device)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.errors import OutputError, SeqbuildError, WorkerError
 from runtime.workers.group import Workers
 
-if TYPE_CHECKING:
-    import torch
+
+class MemoryRanOutError(MemoryError):
+    """Memory ran out on some workers, all workers know it, and each can continue with less."""
 
 
 @contextlib.contextmanager
 def agreed(workers: Workers) -> Iterator[None]:
     """Run a block that exchanges nothing, then raise on every worker if it failed on any.
 
-    The worker that failed raises its own error, and the others one that names the worker. If all that happened is that
-    memory ran out on some workers, then `runtime.host.memory.is_out_of_memory` is true of the error of each.
+    The worker that failed raises its own error, and the others one that names the worker.
 
     Raises:
         WorkerError: when another worker has failed.
-        torch.OutOfMemoryError: when only the memory of another worker ran out.
+        MemoryRanOutError: on every worker, if all that happened is that memory ran out on some.
     """
     if workers.size == 1:
         yield
@@ -31,7 +31,7 @@ def agreed(workers: Workers) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        others: WorkerError | torch.OutOfMemoryError | None = None
+        others: WorkerError | MemoryRanOutError | None = None
         with contextlib.suppress(WorkerError):  # the own error is the better one to report
             others = _error_of_another(workers, workers.exchange(_facts(workers, error)))
         if others is not None:
@@ -69,19 +69,19 @@ def _facts(workers: Workers, error: Exception) -> dict[str, Any]:
 
 def _error_of_another(
     workers: Workers, statuses: list[Mapping[str, Any] | None]
-) -> WorkerError | torch.OutOfMemoryError | None:
-    """The error that this worker raises because of another one; None if there is none, or its own one counts."""
+) -> WorkerError | MemoryRanOutError | None:
+    """The error that this worker raises because of all workers; None if there is none, or its own one counts."""
     failed = {rank: status for rank, status in enumerate(statuses) if status is not None}
     # A lack of memory can be recovered from, so that all workers must take any other error more seriously.
     serious = {rank: status for rank, status in failed.items() if not status["is_memory"]} or failed
-    if not serious or workers.rank in serious:
+    if not serious:
         return None
     rank, status = next(iter(serious.items()))
     text = stopped_text(rank, status["host"], status["step"], status["message"])
     if status["is_memory"]:
-        import torch
-
-        return torch.OutOfMemoryError(text)
+        return MemoryRanOutError(text)
+    if workers.rank in serious:
+        return None
     return WorkerError(text, is_resumable=status["is_resumable"])
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import pytest
@@ -17,9 +19,15 @@ from runtime.data.batches import largest_batch, split_batches
 from runtime.host.memory import OutOfMemory
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, read_tensors, recipe, token_batches
+from tests.runtime.worker_threads import ThreadWorkers, outcomes
 from tests.sweep import sweep
 
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
+_INTEGERS = "num_bits: 8, type: int, symmetric: true"
+STATIC = recipe(
+    f"config_groups: {{a: {{targets: [Linear], weights: {{{_INTEGERS}, strategy: channel}}, "
+    f"input_activations: {{{_INTEGERS}, strategy: tensor, dynamic: false}}}}}}, ignore: [lm_head]"
+)
 Fit = Callable[[Callable[[int, int], int]], list[tuple[int, int]]]
 
 
@@ -186,3 +194,35 @@ def test_batches_are_split_in_order(narrow_llama: Small) -> None:
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(torch.cat([part[name] for part in parts[:3]]), batches[0][name])
         assert torch.equal(parts[3][name], batches[1][name])
+
+
+@pytest.mark.parametrize(
+    ("place", "ends"),
+    [
+        ("recipe_modifier.join_rows", ["OutOfMemory", "OutOfMemory"]),  # all workers know that one has no memory
+        ("packed_pieces._Message", ["OutOfMemory", "OutOfMemory"]),
+        ("expert_groups.require_finite_inputs", ["WorkerError", "OutOfMemory"]),  # worker 0 waits for a message
+    ],
+)
+def test_memory_that_runs_out_on_one_worker_ends_all(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, ends: list[str]
+) -> None:
+    module, _, name = f"runtime.quantize.{place}".rpartition(".")
+    real, artifacts, thread = getattr(import_module(module), name), [narrow_llama.load() for _ in ends], local()
+
+    def fail(*args: Any) -> Any:
+        if thread.rank:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args)
+
+    def run(workers: ThreadWorkers) -> None:
+        thread.rank = workers.rank
+        options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
+        runtime.calibrate(artifacts[workers.rank], recipe=STATIC, workers=workers, **options)
+
+    monkeypatch.setattr(f"{module}.{name}", fail)
+    found = outcomes(len(ends), run)
+    assert [type(one).__name__ for one in found] == ends
+    assert "out of memory in model.layers.0" in str(found[1])
+    assert "no room" in str(found[1])
+    assert list(tmp_path.iterdir()) == []
