@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -213,7 +213,7 @@ class StreamingRun:
             writer=self.writer,
             jobs=self.jobs,
             device=self.options.device,
-            run_batches=partial(self.passes.measure, step),
+            run_batches=partial(self._measure, step),
             run_first=partial(self.passes.first, step),
             masks=[token_mask(batch) for batch in self._batches],
             all_tokens=self.options.moe_calibrate_all_experts,
@@ -222,6 +222,17 @@ class StreamingRun:
             watcher=self.watch,
             workers=self.workers,
         )
+
+    def _measure(
+        self,
+        step: Step,
+        before: Callable[[int], None] = lambda batch: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run all batches to measure modules."""
+        self.passes.measure(step, before, after)
+        if self.workers.size > 1:  # by now the previous step is on every disk; record it before this one can fail
+            self.committer.wait()
 
     def _pass_through(self, key: str) -> None:
         """Copy a tensor of the checkpoint, unless it was written when it was read."""

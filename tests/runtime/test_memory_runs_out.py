@@ -196,8 +196,36 @@ def test_batches_are_split_in_order(narrow_llama: Small) -> None:
         assert torch.equal(parts[3][name], batches[1][name])
 
 
+@pytest.fixture
+def without_memory(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, int], list[Any]]:
+    """Run two workers, the second without memory from the n-th call of a function on; return their results."""
+
+    def run_all(function: str, number: int) -> list[Any]:
+        module, _, name = f"runtime.quantize.{function}".rpartition(".")
+        real, artifacts, thread = getattr(import_module(module), name), [narrow_llama.load() for _ in "01"], local()
+
+        def fail(*args: Any) -> Any:
+            thread.calls += 1
+            if thread.rank and thread.calls >= number:
+                raise torch.OutOfMemoryError("no room")
+            return real(*args)
+
+        def run(workers: ThreadWorkers) -> Any:
+            thread.rank, thread.calls = workers.rank, 0
+            options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
+            return runtime.calibrate(artifacts[workers.rank], recipe=STATIC, workers=workers, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.{name}", fail)
+            return list(outcomes(len(artifacts), run))
+
+    return run_all
+
+
 @pytest.mark.parametrize(
-    ("place", "ends"),
+    ("function", "ends"),
     [
         ("recipe_modifier.join_rows", ["OutOfMemory", "OutOfMemory"]),  # all workers know that one has no memory
         ("packed_pieces._Message", ["OutOfMemory", "OutOfMemory"]),
@@ -205,24 +233,19 @@ def test_batches_are_split_in_order(narrow_llama: Small) -> None:
     ],
 )
 def test_memory_that_runs_out_on_one_worker_ends_all(
-    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, ends: list[str]
+    tmp_path: Path, without_memory: Callable[[str, int], list[Any]], function: str, ends: list[str]
 ) -> None:
-    module, _, name = f"runtime.quantize.{place}".rpartition(".")
-    real, artifacts, thread = getattr(import_module(module), name), [narrow_llama.load() for _ in ends], local()
-
-    def fail(*args: Any) -> Any:
-        if thread.rank:
-            raise torch.OutOfMemoryError("no room")
-        return real(*args)
-
-    def run(workers: ThreadWorkers) -> None:
-        thread.rank = workers.rank
-        options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
-        runtime.calibrate(artifacts[workers.rank], recipe=STATIC, workers=workers, **options)
-
-    monkeypatch.setattr(f"{module}.{name}", fail)
-    found = outcomes(len(ends), run)
+    found = without_memory(function, 1)
     assert [type(one).__name__ for one in found] == ends
     assert "out of memory in model.layers.0" in str(found[1])
     assert "no room" in str(found[1])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_step_is_kept_when_a_worker_fails_in_the_next_one(
+    narrow_llama: Small, tmp_path: Path, without_memory: Callable[[str, int], list[Any]]
+) -> None:
+    assert all(isinstance(one, Exception) for one in without_memory("recipe_modifier.join_rows", 8))
+    assert calibrate(narrow_llama, STATIC, tmp_path / "out", resume=True).resumed_at == 1
+    calibrate(narrow_llama, STATIC, tmp_path / "alone")
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "alone")
