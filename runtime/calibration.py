@@ -225,7 +225,8 @@ def _scheduled(request: _Request) -> _Scheduled:
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
     doing("planning")
     limits = memory_here(options.device)
-    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits)
+    size = request.workers.size
+    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size)
     return _Scheduled(
         request=request,
         prepared=prepared,

@@ -81,12 +81,11 @@ def plan(
     require_output()
     limits = _limits(device_memory, host_memory, disk)
     prepare(artifact)  # so that this process has the resident memory that the run will have
-    given = _sizes(sizes or [])
     parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
     from runtime.host.devices import resolve_dtype
-    from runtime.planning.rates import parse_bandwidth
+    from runtime.planning.rates import optional_bandwidth
     from runtime.planning.request import num_rows, plan_artifact
 
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
@@ -103,10 +102,10 @@ def plan(
         device_type=device_type,
         budget=_budget(activation_memory, device_type, limits.device),
         statistics_bytes=optional_bytes(statistics_memory, option="--statistics-memory"),
-        sizes=given,
+        sizes=_sizes(sizes or []),
         limits=limits,
         workers=workers,
-        bandwidth=None if bandwidth is None else parse_bandwidth(bandwidth, option="--bandwidth"),
+        bandwidth=optional_bandwidth(bandwidth, option="--bandwidth"),
     )
     print_plan(forecast, shortages, advice, as_json)
     if shortages:

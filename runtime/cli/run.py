@@ -16,7 +16,7 @@ from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopp
 from runtime.errors import SeqbuildError
 from runtime.standard_output import GONE, unfailing
 from runtime.status import done, status_line
-from runtime.workers.start import is_broken, is_first
+from runtime.workers.start import is_broken, is_first, tell_torchrun
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -81,7 +81,9 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], is_debug: 
 
             traceback.print_exc()
         shortened = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        complain(f"{program}: error: {' '.join(shortened.split())}")
+        line = f"{program}: error: {' '.join(shortened.split())}"
+        complain(line)
+        tell_torchrun(line)
         return USER_ERROR
     else:
         code = int(result or 0) if arguments else USER_ERROR

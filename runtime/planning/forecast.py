@@ -31,6 +31,7 @@ class Workload:
         all_tokens: whether experts are measured on all tokens, as in `calibrate`.
         is_padded: whether samples are padded to a common length, so that masks differ from batch to batch.
         workers: the number of processes that share the run; memory and values are those of one of them.
+        is_divided: whether messages, times and the speedup are predicted.
         bandwidth: bytes per second from worker to worker; None for the usual link of the device.
     """
 
@@ -45,6 +46,7 @@ class Workload:
     all_tokens: bool = True
     is_padded: bool = False
     workers: int = 1
+    is_divided: bool = False
     bandwidth: float | None = None
 
     @property

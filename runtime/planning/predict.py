@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 from runtime.algorithms.hessian import FLOAT32
 from runtime.experts.split import SplitArtifact
 from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
-from runtime.planning.distribution import Distribution, StepWork, share
+from runtime.planning.distribution import Distribution, share
+from runtime.planning.fit import BATCH, with_batch
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
 from runtime.planning.values import ShapeValues
+from runtime.planning.work import StepWork
 from runtime.quantize.statistics import Needs
 from runtime.weights.stream import LoadOrder
 
@@ -70,10 +72,11 @@ class PlannedRun:
             shapes: runs the artifact's code on shapes, and caches the results for several plans; without it the
                 working memory is guessed.
         """
+        work = self._within_lanes(work)
         planner = _Planner(self, work, shapes)
         steps = tuple(planner.step(step) for step in self.schedule.steps)
         distribution = None
-        if work.workers > 1:
+        if work.is_divided:
             distribution = Distribution(
                 num_workers=work.workers, num_lanes=work.num_lanes, rates=work.rates, works=tuple(planner.works)
             )
@@ -88,6 +91,12 @@ class PlannedRun:
             remarks=tuple(remarks),
             distribution=distribution,
         )
+
+    def _within_lanes(self, work: Workload) -> Workload:
+        """Cut batches as the run does: none has samples of two lanes."""
+        least = next((dim.min for dim in self.artifact.manifest.dims if dim.name == BATCH), work.batch_size)
+        size = math.ceil(work.num_samples / work.num_lanes)
+        return with_batch(work, size) if least <= size < work.batch_size else work
 
 
 class _Planner:
@@ -115,7 +124,7 @@ class _Planner:
             step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
         )
         weights, tables, on_host = self._weights(step)
-        if work.workers > 1:
+        if work.is_divided:
             found = self.describer.describe(step, measured, sums, footprint, loaded_bytes=self._bytes(step.loads))
             self.works.append(replace(found, measured=passes * found.measured))
         own = share(self.works[-1], work.num_lanes, work.workers, work.rates) if self.works else None

@@ -101,12 +101,14 @@ H100 = Rates(
 )
 
 
-def parse_bandwidth(text: str, *, option: str) -> float:
-    """Parse bytes per second, such as 25GB/s.
+def optional_bandwidth(text: str | None, *, option: str) -> float | None:
+    """Parse bytes per second, such as 25GB/s; None for an option that was not given.
 
     Raises:
         UsageError: if the text is not a size per second above 0.
     """
+    if text is None:
+        return None
     size, per, unit = text.rpartition("/")
     with contextlib.suppress(UsageError):
         if per and unit == "s" and (found := parse_bytes(size, option=option)):

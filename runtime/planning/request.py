@@ -25,6 +25,7 @@ from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
 from runtime.streaming.activations import Budget
 from runtime.streaming.schedule import plan_steps
+from runtime.workers.start import launch
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
@@ -74,8 +75,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
-        planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8,
-                                        limits=runtime.Limits(device=24 * 2**30))
+        planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8, limits=limits)
         planned.fits, planned.plan.device_bytes, planned.advice
 
     Args:
@@ -89,24 +89,18 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         sizes: of dims that are neither samples nor tokens, by the manifest's names.
         batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
         limits: the available memory and disk space, for each worker.
-        workers: the number of processes that share the run.
-        bandwidth: bytes per second from worker to worker; None for the usual link of the device.
+        workers, bandwidth: the processes that share the run, and bytes per second between two; None for a usual link.
 
     Raises:
         UsageError, DeviceError: for sizes that the artifact does not support, and arguments of the wrong type.
         RecipeError: for a recipe that does not fit the model.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
-    counts = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size, "workers": workers}
-    for name, number in counts.items():
-        require_count(name, number)
-    _require_kinds(budget, limits, sizes, statistics_bytes)
-    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
-        raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
+    _require_counts(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, workers=workers)
+    _require_kinds(budget, limits, sizes, statistics_bytes, bandwidth)
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
-    if recipe is None:
-        remarks = [*remarks, f"without --recipe: {_USUAL}"]
+    remarks = remarks if recipe is not None else [*remarks, f"without --recipe: {_USUAL}"]
     recipe, prepared = _prepared(artifact, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
@@ -118,6 +112,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         statistics_bytes=statistics_bytes,
         process_bytes=resident_bytes(),
         workers=workers,
+        is_divided=workers > 1,
         bandwidth=bandwidth,
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
@@ -132,7 +127,14 @@ def _prepared(artifact: Artifact, recipe: Recipe | None, dtype: torch.dtype) -> 
     return recipe, prepare(artifact, None, recipe, dtype, assign=_usual_jobs)
 
 
-def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any) -> None:
+def _require_counts(**counts: Any) -> None:
+    for name, number in counts.items():
+        require_count(name, number)
+
+
+def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, bandwidth: Any) -> None:
+    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
+        raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
     require_counts(statistics_bytes=statistics_bytes)
     require_kind("budget", budget, Budget, "it must be a runtime.Budget, in bytes")
     require_kind("limits", limits, Limits, "it must be runtime.Limits, in bytes")
@@ -159,6 +161,7 @@ def require_plan(
     *,
     dtype: torch.dtype,
     limits: Limits,
+    workers: int = 1,
 ) -> Forecast:
     """Plan a run that is about to start, and reject it if it does not fit.
 
@@ -171,6 +174,7 @@ def require_plan(
         options: of the run; with `force`, shortages become warnings of the plan.
         dtype: of weights and activations.
         limits: the available memory; the host's includes the memory that the process has already.
+        workers: the processes that share the run.
 
     Raises:
         PlanError: if it does not fit, without `force`.
@@ -186,6 +190,7 @@ def require_plan(
         all_tokens=options.moe_calibrate_all_experts,
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
+        workers=workers,
     )
     guess = run.forecast(work)
     if is_ample(guess, limits):
@@ -198,11 +203,14 @@ def require_plan(
 
 
 def memory_here(device: torch.device) -> Limits:
-    """The memory of this machine for this process. Disk space is checked later, when the output's size is exact."""
+    """The memory of this machine for this process; workers of one machine share what the host has left.
+
+    Disk space is checked later, when the output's size is exact.
+    """
     available = available_bytes()
     return Limits(
         device=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        host=None if available is None else available + resident_bytes(),
+        host=None if available is None else available // launch().local_size + resident_bytes(),
     )
 
 

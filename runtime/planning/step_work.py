@@ -16,8 +16,8 @@ from runtime.algorithms.hessian import FLOAT32, PANEL_WIDTH
 from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
-from runtime.planning.distribution import FactorSearch, NearestWeight, PlannedSolve, PlannedTile, SharedInput, StepWork
 from runtime.planning.shapes import META
+from runtime.planning.work import FactorSearch, NearestWeight, PlannedSolve, PlannedTile, SharedInput, StepWork
 from runtime.quantize.solve_batches import solved_together
 from runtime.quantize.statistics import ChannelSums, Needs
 from runtime.weights.origins import required_key

@@ -11,12 +11,14 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import __version__
@@ -69,6 +71,10 @@ def launch() -> Launch:
         if not os.environ.get(name):
             hint = "start the command with torchrun, or unset WORLD_SIZE"
             raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set", hint=hint)
+    if not 0 < _number("MASTER_PORT", 0) < 2**16:
+        raise UsageError(
+            f"MASTER_PORT is {os.environ['MASTER_PORT'][:40]!r} in the environment", hint="use a number from 1 to 65535"
+        )
     _number("MASTER_PORT", 0)
     found = Launch(
         rank=_number("RANK", 0),
@@ -154,6 +160,16 @@ def current() -> Workers:
     return TorchGroup(dist.get_rank(), dist.get_world_size(), DEFAULT_TIMEOUT_S, on_cpu)
 
 
+def tell_torchrun(line: str) -> None:
+    """Give torchrun the error message of this worker, for the summary that it prints when all have ended."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    facts = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):  # the message has been printed
+        Path(path).write_text(json.dumps({"message": facts}))
+
+
 @contextlib.contextmanager
 def started(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[Workers]:
     """Form the group of the processes that torchrun has started, and end it after the block.
@@ -174,6 +190,7 @@ def started(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
         return
     from runtime.workers.torch_group import TorchGroup
 
+    _require_interfaces()
     _num_groups[0] += 1
     group = TorchGroup(place.rank, place.size, timeout_s)
     _STARTED.append(group)
@@ -265,6 +282,18 @@ def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: flo
     group.watch = Watch(watched, place.rank, peers, timeout_s, lambda: (group.step, group.num_messages))
     group.call(initialize, [other for other in range(place.size) if other != place.rank])
     group.step = "the preparation"
+
+
+def _require_interfaces() -> None:
+    """Require that the network interfaces for gloo exist on this machine; gloo's own error does not name them."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    known = [name for _, name in socket.if_nameindex()]
+    for name in names.split(",") if names else []:
+        if name not in known:
+            raise UsageError(
+                f"GLOO_SOCKET_IFNAME is {names[:100]!r}, but this machine has no network interface {name[:40]!r}",
+                hint=f"use one of {', '.join(known[:10])}, or unset it",
+            )
 
 
 def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:

@@ -10,8 +10,7 @@ plan of the same run. The serial share is the one that explains the speedup by A
 On a machine that others use, compare processor seconds: of all workers, without waiting.
 
 Predicted: Llama 3 8B and 70B and DeepSeek-V3 with GPTQ W4A16, from artifacts of their configs, by the formulas of
-`seqbuild plan --workers N`; with the rates of runtime/planning/rates.py, and with half and twice the most important
-ones.
+`seqbuild plan --workers N`; with the rates of runtime/planning/rates.py, and with other ones.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench_scale import DEEPSEEK_V3
 from processes import Cost, measure, medians
 from random_models import LLAMA_1B, LLAMA_8B, make_llama
 
@@ -61,15 +61,18 @@ MIXTURE: dict[str, Any] = {
     "vocab_size": 32000,
 }
 # Tokens per sample of 512 samples, and the speedups that are wanted.
-PREDICTED = {
-    "Llama 3 8B": (LLAMA_8B, 2048, {2: 1.9, 4: 3.6, 8: 6.8}),
-    "Llama 3 70B": (LLAMA_70B, 2048, {}),
-    "DeepSeek-V3": (None, 4096, {}),
+WANTED = {2: 1.9, 4: 3.6, 8: 6.8}
+PREDICTED: dict[tuple[str, str], tuple[dict[str, Any], int, dict[int, float]]] = {
+    ("Llama 3 8B", "cuda"): (LLAMA_8B, 2048, WANTED),
+    ("Llama 3 8B", "cpu"): (LLAMA_8B, 2048, WANTED),
+    ("Llama 3 70B", "cuda"): (LLAMA_70B, 2048, {}),
+    ("DeepSeek-V3", "cuda"): (DEEPSEEK_V3, 4096, {}),
 }
 SIZES = (2, 4, 8, 16, 32, 64)
 NODE = 8  # workers of a node
-NODE_LINK, NETWORK_LINK = 450e9, 50e9  # NVLink; 400 Gbit/s for each GPU
+NETWORK_LINK = 50e9  # 400 Gbit/s for each GPU
 HOURS_WANTED = 1.0  # DeepSeek-V3 on 8
+FP8_RATE = 0.22e9  # bytes of bf16 per second that a thread dequantizes from FP8 blocks (measured: an AMD EPYC)
 
 
 def main() -> None:
@@ -91,8 +94,8 @@ def main() -> None:
             for name in [options.model] if options.model else ["llama", "mixture"]:
                 measured(name, options, folder / name)
         if options.only != "measured":
-            for name in PREDICTED:
-                predicted(name, folder)
+            for name, device_type in PREDICTED:
+                predicted(name, device_type, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -158,12 +161,12 @@ def calibrate(command: Sequence[str], size: int, checkout: Path, out: Path) -> R
         # Without "--", torchrun takes --log for one of its own options.
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "--"]
     cost = measure([*start, "runtime", *command, "-o", str(out), "--log", str(log)], threads=1, cwd=checkout)
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == "subgraph"]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.safetensors"))]
     return Run(
         cost=cost,
-        calibrating_s=sum(event["seconds"] for event in events if event["event"] == "subgraph"),
-        sent_bytes=sum(event.get("bytes_sent", 0) for event in events if event["event"] == "subgraph"),
+        calibrating_s=sum(event["seconds"] for event in events if not event.get("rank")),
+        sent_bytes=sum(event.get("bytes_sent", 0) for event in events),
         digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
 
@@ -215,43 +218,44 @@ def planned(options: argparse.Namespace, artifact: Path, size: int) -> dict[str,
 # Predicted
 
 
-def predicted(name: str, folder: Path) -> None:
+def predicted(name: str, device_type: str, folder: Path) -> None:
     """A table: numbers of workers, with the stated rates and with others."""
-    from bench_scale import DEEPSEEK_V3
-
     import runtime
     from seqbuild.build import build
 
-    config, seq_len, wanted = PREDICTED[name]
+    config, seq_len, wanted = PREDICTED[name, device_type]
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(config or DEEPSEEK_V3))
+    path.write_text(json.dumps(config))
     artifact = runtime.load(build(path, out=folder / name).path)
     found = runtime.plan_artifact(
-        artifact, num_samples=512, seq_len=seq_len, batch_size=8, device_type="cuda", workers=NODE
+        artifact, num_samples=512, seq_len=seq_len, batch_size=8, device_type=device_type, workers=NODE
     ).plan.distribution
     assert found is not None, "there are several workers"
-    print(f"{name}, 512 samples of {seq_len} tokens, GPTQ W4A16, H100s: {found.alone_s / 3600:.2f} h with one")
+    device = "H100s" if device_type == "cuda" else "CPU cores"
+    print(f"{name}, 512 samples of {seq_len} tokens, GPTQ W4A16, {device}: {found.alone_s / 3600:.3f} h with one")
     for size in SIZES:
         print(f"  {size:>3} workers: {described(of_size(found, size), wanted.get(size))}", flush=True)
     for what, changed in variants(found).items():
         speedups = ", ".join(f"{of_size(changed, size).speedup:.2f}" for size in (2, 4, 8))
-        print(f"  {what}: {changed.alone_s / 3600:.2f} h with one; speedup on 2, 4 and 8: {speedups}", flush=True)
+        print(f"  {what}: {changed.alone_s / 3600:.3f} h with one; speedup on 2, 4 and 8: {speedups}", flush=True)
     if name == "DeepSeek-V3":
-        hours = of_size(found, NODE).seconds / 3600
-        print(
-            f"  {hours:.2f} h on {NODE}, {HOURS_WANTED:g} wanted{'' if hours < HOURS_WANTED else '  MISSED'}",
-            flush=True,
-        )
+        print_hours("with bf16 weights", of_size(found, NODE))
+        for threads in (1, 4, 16):  # of each worker, which dequantizes all weights
+            read = replace(found, rates=replace(found.rates, loading=FP8_RATE * threads))
+            print_hours(f"with FP8 weights and {threads} threads per worker", of_size(read, NODE))
+
+
+def print_hours(what: str, found: Distribution) -> None:
+    """A line for the run that is to take less than an hour."""
+    hours = found.seconds / 3600
+    missed = "" if hours < HOURS_WANTED else "  MISSED"
+    print(f"  {what}: {hours:.2f} h on {NODE}, {HOURS_WANTED:g} wanted{missed}", flush=True)
 
 
 def of_size(found: Distribution, size: int) -> Distribution:
-    """The same run by another number of workers; beyond a node they are linked by the network."""
-    return replace(found, num_workers=size, rates=replace(found.rates, link=link_of(size)))
-
-
-def link_of(size: int) -> float:
-    """Bytes per second between workers."""
-    return NODE_LINK if size <= NODE else NETWORK_LINK
+    """The same run by another number of workers; beyond a node they are linked by the network, if that is slower."""
+    link = found.rates.link if size <= NODE else min(found.rates.link, NETWORK_LINK)
+    return replace(found, num_workers=size, rates=replace(found.rates, link=link))
 
 
 def described(found: Distribution, wanted: float | None) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ class Kills:
         num_runs: the runs that came to their end.
         num_equal: those with the expected bytes.
         steps: how many finished subgraphs the journal had at the moment of a hit, with the number of such hits.
+        longest_s: the seconds of a whole run by the number of workers, without the start of the processes.
         ends_s: the seconds after a hit until the last other worker had ended.
         faults: what was not as it has to be.
     """
@@ -65,43 +67,56 @@ class Kills:
     num_equal: int = 0
     steps: Counter[int] = field(default_factory=Counter)
     ends_s: list[float] = field(default_factory=list)
+    longest_s: dict[int, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def run(self, count: int) -> None:
         """Start runs until so many starts were hit; every run is resumed until it is complete."""
-        longest_s = dict.fromkeys(self.sizes, 0.0)
         while self.hits.total() < count and not self.faults:
             name = (GPTQ, ROUTED)[self.num_runs % 2]
             out = self.shop.folder / f"{name} hit"
             shutil.rmtree(out, ignore_errors=True)
             while not out.is_dir() and not self.faults:
-                size = self.moments.choice(list(self.sizes))
-                # The first start of a size is not hit: it measures how long one takes.
-                is_hit = self.hits.total() < count and longest_s[size] > 0
-                wait_s = self.moments.uniform(0.5, longest_s[size]) if is_hit else None
-                longest_s[size] = max(longest_s[size], self.start(name, out, size, wait_s))
+                self.start(name, out, self.moments.choice(list(self.sizes)), is_hit=self.hits.total() < count)
             self.num_runs += 1
             self.num_equal += out.is_dir() and files_of(out) == files_of(self.shop.out(name, 0))
 
-    def start(self, name: str, out: Path, size: int, wait_s: float | None) -> float:
-        """Start the workers of a run, hit some after a while, await the others, and return the seconds of the whole."""
+    def start(self, name: str, out: Path, size: int, *, is_hit: bool) -> None:
+        """Start the workers of a run, hit some after a while, and await the others."""
         saving = self.moments.choice(["replay", "save"])
-        options = ["--resume", "--checkpoint-activations", saving, "--worker-timeout", f"{TIMEOUT_S}s"]
-        call, start = Call(self.shop.command(name, out, *options)), time.monotonic()
-        processes = start_workers(write_calls([call], self.shop.folder), size, None)
+        log = self.shop.folder / "events.jsonl"
+        log.unlink(missing_ok=True)
+        options = [
+            "--resume",
+            "--checkpoint-activations",
+            saving,
+            "--worker-timeout",
+            f"{TIMEOUT_S}s",
+            "--log",
+            str(log),
+        ]
+        path = write_calls([Call(self.shop.command(name, out, *options))], self.shop.folder)
+        processes = start_workers(path, size, None)
         hit: list[int] = []
         try:
-            if wait_s is not None:
-                time.sleep(wait_s)
+            # The first start of a size is not hit: it measures how long a run takes.
+            if is_hit and size in self.longest_s:
+                if self.moments.random() < 0.8:
+                    await_events(log, processes)
+                time.sleep(self.moments.uniform(0, self.longest_s[size]))
                 hit = self.hit(processes)
                 self.steps[finished(out)] += 1
+            elif not unfinished(out).exists():
+                await_events(log, processes)
+                start = time.monotonic()
+                processes[0].wait()
+                self.longest_s[size] = time.monotonic() - start
             self.await_others([process for rank, process in enumerate(processes) if rank not in hit], bool(hit))
         finally:
             for rank in hit:
                 processes[rank].kill()
                 processes[rank].communicate()
             end_all(processes)
-        return time.monotonic() - start
 
     def hit(self, processes: Sequence[subprocess.Popen[str]]) -> list[int]:
         """Send a signal to random workers that run, and return their ranks."""
@@ -122,7 +137,7 @@ class Kills:
             except subprocess.TimeoutExpired:
                 self.faults.append(f"a worker did not end {TIMEOUT_S * 4} s after others were hit")
                 return
-            is_one_line = text.startswith("runtime: error: worker") and text.count("\n") == 1
+            is_one_line = re.fullmatch(r"runtime: error: .*worker \d+.*\n", text) is not None
             if process.returncode and not (are_hit and process.returncode == 2 and is_one_line):
                 self.faults.append(f"a worker ended with {process.returncode}: {text[-1500:]}")
         if are_hit:
@@ -159,9 +174,9 @@ def workshops(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Worksho
     import runtime.cli.app
     from tests.runtime.small import EXPERTS, WIDTHS, make_small
 
-    tied = {**WIDTHS, "tie_word_embeddings": True}
+    tied = {**WIDTHS, "tie_word_embeddings": True, "num_hidden_layers": 8}
     dense = make_small(folder / "dense", "LlamaForCausalLM", "LlamaConfig", tied, dtype=torch.bfloat16)
-    experts = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
+    experts = {**EXPERTS, "num_hidden_layers": 5, "num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8}
     mixture = make_small(folder / "mixture", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", experts)
     for name in names:
         (folder / name).mkdir()
@@ -209,6 +224,12 @@ def is_equal(shop: Workshop, name: str, size: int) -> bool:
     """Whether a run has written all bytes of the single process."""
     out = shop.out(name, size)
     return out.is_dir() and files_of(out) == files_of(shop.out(name, 0))
+
+
+def await_events(log: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Wait until the workers have begun with a run, or have ended."""
+    while not (log.exists() and log.stat().st_size) and any(process.poll() is None for process in processes):
+        time.sleep(0.02)
 
 
 def finished(out: Path) -> int:

@@ -17,11 +17,12 @@ import runtime
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import UsageError
-from runtime.planning.distribution import Distribution, SharedInput, StepWork, share
+from runtime.planning.distribution import Distribution, share
 from runtime.planning.rates import Rates
-from runtime.planning.request import plan_artifact
+from runtime.planning.request import memory_here, plan_artifact
 from runtime.planning.shapes import ShapeRun
 from runtime.planning.step_work import panel_bytes
+from runtime.planning.work import SharedInput, StepWork
 from runtime.weights.parameters import Weights
 from tests.runtime.place import ROOT, Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, RECIPES, Small, token_batches
@@ -90,7 +91,7 @@ CALLS = {
     ),
     "mixture": ("qwen3_moe", f"GPTQModifier: {{{NARROW_W4}}}"),
 }
-NUM_SAMPLES, SEQ_LEN = 22, 128  # 2816 tokens are 5 lanes
+NUM_SAMPLES, SEQ_LEN = 40, 128  # 5120 tokens are 5 lanes
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +177,13 @@ def test_the_command_prints_the_plan_of_several_workers(place: Place, run: Run) 
 def test_arguments_of_the_wrong_kind_are_rejected(llama: Small, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         plan_artifact(llama.load(), num_samples=8, seq_len=40, batch_size=4, **options)
+
+
+def test_workers_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.planning.request.available_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr("runtime.planning.request.resident_bytes", lambda: 10**9)
+    assert memory_here(torch.device("cpu")).host == 9 * 10**9
+    for name, number in {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4, "RANK": 5, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert memory_here(torch.device("cpu")).host == 3 * 10**9

@@ -107,19 +107,36 @@ def test_an_interruption_ends_all(command: list[str], tmp_path: Path) -> None:
         ({"WORLD_SIZE": "two"}, [], ["WORLD_SIZE is 'two' in the environment"]),
         ({"WORLD_SIZE": "2", "RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, [], ["RANK is 3"]),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, [], ["MASTER_PORT is 'x'"]),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "65536"}, [], ["from 1 to 65535"]),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1",
+                "GLOO_SOCKET_IFNAME": "lo,none0",
+            },
+            [],
+            ["GLOO_SOCKET_IFNAME is 'lo,none0'", "no network interface 'none0'", "use one of lo"],
+        ),
     ],
 )
 def test_an_environment_that_torchrun_does_not_make(
     command: list[str],
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     environment: dict[str, str],
     arguments: list[str],
     parts: list[str],
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert_refused(run([*command, *arguments]), *parts)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    code, out, complaint = run([*command, *arguments])
+    assert_refused((code, out, complaint), *parts)
+    for_torchrun = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert f"{for_torchrun['message']}\n" == complaint
 
 
 def test_calls_that_compile_are_for_one_process(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
