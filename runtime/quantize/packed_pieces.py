@@ -78,7 +78,7 @@ def exchanged(
     messages = []
     with agreed(workers):  # memory may run out, and must not while others wait for a message
         for rank, piece in found:
-            message = _Message(layouts(piece.name, piece.num_rows), device)
+            message = _PieceBytes(layouts(piece.name, piece.num_rows), device)
             if rank == workers.rank:
                 message.fill(next(mine).tensors)
             messages.append(message)
@@ -89,7 +89,7 @@ def exchanged(
     ]
 
 
-class _Message:
+class _PieceBytes:
     """The tensors of a piece, one after the other in memory; wider dtypes come first, so that all are aligned.
 
     Attributes:

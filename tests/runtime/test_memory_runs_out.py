@@ -228,7 +228,7 @@ def without_memory(
     ("function", "ends"),
     [
         ("recipe_modifier.join_rows", ["OutOfMemory", "OutOfMemory"]),  # all workers know that one has no memory
-        ("packed_pieces._Message", ["OutOfMemory", "OutOfMemory"]),
+        ("packed_pieces._PieceBytes", ["OutOfMemory", "OutOfMemory"]),
         ("expert_groups.require_finite_inputs", ["WorkerError", "OutOfMemory"]),  # worker 0 waits for a message
     ],
 )
