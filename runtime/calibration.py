@@ -59,7 +59,7 @@ from runtime.streaming.schedule import Schedule, plan_steps
 from runtime.streaming.work import StepModifier
 from runtime.streaming.workplace import open_workplace
 from runtime.workers.agreement import agreed
-from runtime.workers.comparison import require_same
+from runtime.workers.comparison import require_same, require_same_options
 from runtime.workers.start import current
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
 Progress = Callable[[str], None]
+_ALIKE = ("resume", "parts", "checkpoint_activations", "statistics_memory")  # decide which messages workers exchange
 
 
 def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
@@ -135,6 +136,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
 
 def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
     """Check the arguments on all workers, and schedule the same run on each."""
+    require_same_options(workers, {name: getattr(options, name) for name in _ALIKE})
     with agreed(workers):
         request = given()
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)

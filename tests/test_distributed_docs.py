@@ -133,7 +133,7 @@ def assert_refused(attempt: Callable[[], None]) -> None:
     try:
         attempt()
     except (Exception, SystemExit) as error:
-        assert "ption" in str(error) or "not a valid" in str(error) or error.args == (2,), repr(error)
+        assert hasattr(error, "format_message") or error.args == (2,), repr(error)  # typer's, or torchrun's
     else:
         pytest.fail("it parses")
 

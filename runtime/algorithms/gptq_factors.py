@@ -53,8 +53,8 @@ class Factored:
     damping: float
 
     @classmethod
-    def empty(cls, num_in: int, dtype: torch.dtype, device: torch.device | str, damping: float) -> Factored:
-        """Allocate factors whose `parts` are filled with those of others."""
+    def empty(cls, num_in: int, dtype: torch.dtype, device: torch.device | str) -> Factored:
+        """Allocate factors, whose `parts` and damping are to be filled with those of others."""
         vectors = torch.empty(3, num_in, dtype=dtype, device=device)
         return cls(
             order_I=torch.empty(num_in, dtype=torch.int64, device=device),
@@ -62,7 +62,7 @@ class Factored:
             lower_II=torch.empty(num_in, num_in, dtype=dtype, device=device),
             pivot_I=vectors[1],
             added_I=vectors[2],
-            damping=damping,
+            damping=0.0,
         )
 
     def parts(self) -> list[torch.Tensor]:

@@ -105,7 +105,7 @@ def calibrate(
         "force": force,
     }
     with ExitStack() as stack:
-        workers, device = join_group(stack, device, worker_timeout)
+        workers, device = join_group(stack, device, worker_timeout, {"command": "evaluate"})
         options["resume"] = is_resumed(workers, resume)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
@@ -229,7 +229,7 @@ def evaluate(
 
     require_output()
     with ExitStack() as stack:
-        workers, device = join_group(stack, device, worker_timeout)
+        workers, device = join_group(stack, device, worker_timeout, {"command": "evaluate"})
         require_readable_by(workers, data)
         directory = resolve_directory(weights, revision=revision, what="weights")
         loaded, run_device, run_dtype = _loaded(

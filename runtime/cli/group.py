@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from runtime.console import parse_seconds
 from runtime.errors import UsageError
+from runtime.workers.comparison import require_same_options
 from runtime.workers.group import Alone, Workers
 from runtime.workers.start import device_name, launch, started
 
 
-def join_group(stack: ExitStack, device: str, timeout: str) -> tuple[Workers, str]:
+def join_group(stack: ExitStack, device: str, timeout: str, options: Mapping[str, Any]) -> tuple[Workers, str]:
     """Form the group of workers, and return it and the name of this worker's device.
 
     Args:
         stack: ends the group.
         device: the option `--device`.
         timeout: the option `--worker-timeout`.
+        options: the command, and options that decide what the workers do before they compare all others.
     """
     seconds = parse_seconds(timeout, option="--worker-timeout")
     if launch().size == 1:
@@ -25,7 +28,9 @@ def join_group(stack: ExitStack, device: str, timeout: str) -> tuple[Workers, st
     from runtime.host.devices import resolve_device
 
     name = device_name(device)
-    return stack.enter_context(started(resolve_device(name), seconds)), name
+    workers = stack.enter_context(started(resolve_device(name), seconds))
+    require_same_options(workers, options)
+    return workers, name
 
 
 def require_readable_by(workers: Workers, sources: Iterable[str]) -> None:

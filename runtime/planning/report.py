@@ -16,10 +16,10 @@ from runtime.terminal import Column, Names, printable, table_lines
 _SIZES = {"weights": 5, "working": 3, "statistics": 4, "solve": 2, "activations": 0, "read": 1, "written": 6}
 _SIZES |= {"device": 0, "host": 0}
 _UNDIVIDED = {
-    "lanes": "lanes that do not divide evenly, and the sum of one large input",
-    "solves": "waiting for the largest factorization and its tiles",
+    "lanes": "lanes that do not divide evenly",
+    "solves": "waiting for the largest solve",
     "searches": "searches of AWQ",
-    "everyone": "unpacking results, and what each worker repeats",
+    "everyone": "what each worker repeats",
     "loading": "loading weights",
 }
 

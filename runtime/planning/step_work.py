@@ -189,4 +189,4 @@ def panel_bytes(width: int) -> int:
 @functools.cache
 def factor_bytes(width: int) -> int:
     """The bytes of a factor, as it is sent."""
-    return sum(part.nbytes for part in Factored.empty(width, torch.float32, META, 0.0).parts())
+    return sum(part.nbytes for part in Factored.empty(width, torch.float32, META).parts())

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from runtime.workers.group import Workers
 
-Layouts = Callable[[str, int], "Mapping[str, tuple[tuple[int, ...], torch.dtype]]"]  # by module and number of rows
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of the tensors of a piece
+Layouts = Callable[[str, int], Layout]  # by module and number of rows
+_ALIGNMENT = 8  # bytes: views of a message in other dtypes require it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,18 +72,14 @@ def exchanged(
     """
     if workers.size == 1:
         return list(own)
-    every = workers.exchange([piece.facts() for piece in own])
-    found = [(rank, PackedPiece(**facts)) for rank, entries in enumerate(every) for facts in entries]
-    mine = iter(own)
+    found: list[tuple[int, PackedPiece]] = []
+    for rank, facts in enumerate(workers.exchange([piece.facts() for piece in own])):
+        pieces = own if rank == workers.rank else [PackedPiece(**entry) for entry in facts]
+        found += [(rank, piece) for piece in pieces]
     if not is_used:
-        return [next(mine) if rank == workers.rank else piece for rank, piece in found]
-    messages = []
-    with agreed(workers):  # memory may run out, and must not while others wait for a message
-        for rank, piece in found:
-            message = _PieceBytes(layouts(piece.name, piece.num_rows), device)
-            if rank == workers.rank:
-                message.fill(next(mine).tensors)
-            messages.append(message)
+        return [piece for _, piece in found]
+    with agreed(workers):  # between broadcasts, an error would leave other workers waiting
+        messages = [_FlatPiece.of(piece, layouts(piece.name, piece.num_rows), device) for _, piece in found]
     for (rank, _), message in zip(found, messages, strict=True):
         workers.broadcast(message.data, rank)
     return [
@@ -89,27 +87,36 @@ def exchanged(
     ]
 
 
-class _PieceBytes:
-    """The tensors of a piece, one after the other in memory; wider dtypes come first, so that all are aligned.
+@dataclass(frozen=True, slots=True)
+class _FlatPiece:
+    """The tensors of a piece as one tensor of bytes.
 
     Attributes:
-        data: all bytes.
-        tensors: their views of it, by name.
+        data: the bytes.
+        tensors: views of them.
     """
 
-    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
-        parts = sorted(layout, key=lambda part: -layout[part][1].itemsize)
-        sizes = [math.prod(layout[part][0]) * layout[part][1].itemsize for part in parts]
-        self.data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        views = dict(zip(parts, torch.split(self.data, sizes), strict=True))
-        self.tensors = {part: views[part].view(dtype).reshape(shape) for part, (shape, dtype) in layout.items()}
+    data: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
 
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the tensors of a piece."""
-        assert tensors.keys() == self.tensors.keys(), "packed rows have other tensors than planned"
-        for part, target in self.tensors.items():
-            assert (tensors[part].shape, tensors[part].dtype) == (target.shape, target.dtype), part
-            target.copy_(tensors[part])
+    @classmethod
+    def of(cls, piece: PackedPiece, layout: Layout, device: torch.device) -> _FlatPiece:
+        """Allocate the bytes of a piece, and copy its tensors into them if they are here."""
+        sizes = {part: math.prod(shape) * dtype.itemsize for part, (shape, dtype) in layout.items()}
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
+        data = torch.zeros(sum(padded), dtype=torch.uint8, device=device)
+        tensors = {
+            part: own[: sizes[part]].view(dtype).view(shape)
+            for own, (part, (shape, dtype)) in zip(torch.split(data, padded), layout.items(), strict=True)
+        }
+        if piece.tensors:
+            assert set(piece.tensors) == set(tensors), f"{piece.name}: its packed rows have other parts than planned"
+            for part, tensor in tensors.items():
+                own = piece.tensors[part]
+                is_planned = (own.shape, own.dtype) == (tensor.shape, tensor.dtype)
+                assert is_planned, f"{piece.name}: {part} differs from its layout"
+                tensor.copy_(own)
+        return cls(data, tensors)
 
 
 def layouts_of(
@@ -118,9 +125,9 @@ def layouts_of(
     scale_dtype_of: Callable[[str], torch.dtype],
 ) -> Layouts:
     """Return the function that `exchanged` needs; results are cached, because experts are many and alike."""
-    known: dict[Any, Mapping[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    known: dict[Any, Layout] = {}
 
-    def layout(name: str, num_rows: int) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def layout(name: str, num_rows: int) -> Layout:
         scheme, dtype, num_in = scheme_of(name), scale_dtype_of(name), shape_of(name)[1]
         key = (num_rows, num_in, id(scheme), dtype)
         if key not in known:

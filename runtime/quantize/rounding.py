@@ -11,7 +11,6 @@ many batches at a time, so that some solve while others factor.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from runtime.algorithms import grid
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 from runtime.quantize.solve_division import windows
-from runtime.quantize.solve_units import Batch
+from runtime.quantize.solve_units import NEAREST, Batch
 from runtime.quantize.solves import Window
 from runtime.workers.group import Alone
 
@@ -73,7 +72,7 @@ class Rounded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounding:
-    """What the quantization of a step needs to know of its modules.
+    """The modules of a step that are quantized, and how to get their weights and statistics.
 
     Attributes:
         jobs: assignment of each module.
@@ -128,16 +127,21 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
         )
         waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
         for own in window.rounded():
-            arrived: dict[str, None] = {}
-            for piece in exchanged(own, step.workers, layouts, step.device, is_used=step.goes_on):
-                arrived[piece.name] = None
-                if piece.algorithm == "rtn":  # instead of rows that were solved before others failed
-                    waiting[piece.name].clear()
-                waiting[piece.name].append(piece)
+            arrived = _collected(exchanged(own, step.workers, layouts, step.device, is_used=step.goes_on), waiting)
             del own
-            for name in (name for name in waiting.copy() if name in arrived):
+            for name in arrived:
                 if _is_whole(waiting[name], step.shape_of(name)):
                     yield Rounded(name=name, pieces=sorted(waiting.pop(name), key=lambda piece: piece.start))
+
+
+def _collected(pieces: Sequence[PackedPiece], waiting: dict[str, list[PackedPiece]]) -> list[str]:
+    """Add pieces to those of their modules, and return these modules in order of execution."""
+    for piece in pieces:
+        if piece.algorithm == NEAREST:  # instead of rows that were solved before others failed
+            waiting[piece.name].clear()
+        waiting[piece.name].append(piece)
+    names = {piece.name for piece in pieces}
+    return [name for name in waiting if name in names]
 
 
 def _is_whole(pieces: Sequence[PackedPiece], shape: Sequence[int]) -> bool:
@@ -148,7 +152,7 @@ def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
     """Yield the batches of modules that are solved together, as many as are quantized at a time."""
 
     def input_of(name: str) -> Hashable:
-        """Modules that are solved together also have one global scale."""
+        """Return a value that is equal for modules that may be solved together: these also have one global scale."""
         has_own = grid.needs_global_scale(step.jobs[name].scheme.weights)
         return id(step.statistics[name]), step.scale_dtype_of(name), step.siblings.get(name, name) if has_own else None
 
@@ -181,13 +185,14 @@ class _GlobalScales:
         for name in names:
             if grid.needs_global_scale(step.jobs[name].scheme.weights):
                 self._groups.setdefault(step.siblings.get(name, name), []).append(name)
-        self._computed = functools.cache(self._compute)
+        self._known: dict[Hashable, torch.Tensor] = {}
 
     def of(self, name: str) -> torch.Tensor | None:
         """Return the global scale [1] of a module, or None if its scheme has none."""
         if not grid.needs_global_scale(self._step.jobs[name].scheme.weights):
             return None
-        return self._computed(self._step.siblings.get(name, name))
-
-    def _compute(self, group: Hashable) -> torch.Tensor:
-        return grid.global_scale_of(*(self._step.weight_of(name).detach() for name in self._groups[group]))
+        group = self._step.siblings.get(name, name)
+        if group not in self._known:
+            weights = (self._step.weight_of(one).detach() for one in self._groups[group])
+            self._known[group] = grid.global_scale_of(*weights)
+        return self._known[group]

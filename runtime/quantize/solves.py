@@ -87,7 +87,7 @@ class Window:
             with agreed(self.workers):
                 if self._error is not None:
                     raise self._error
-            found += self._fall_back()
+            found += self._fall_back([unit.index for unit in units[part] if unit.tiles and unit.is_last])
             yield [piece for piece in found if piece.algorithm == NEAREST or piece.name not in self._reasons]
             del found
 
@@ -153,33 +153,52 @@ class Window:
         )
 
     def _share_factors(self, index: int) -> None:
-        """Send the factors of a batch to the workers that have tiles of it, if factoring succeeded."""
-        solving, owner, rank = self._solving[index], self.batches[index].owner, self.workers.rank
-        receivers = sorted({solver for solver in solving.solvers if solver != owner})
-        own = self._factors.get(index)
+        """Send the factors of a batch to the workers that have tiles of it, and that have memory for them."""
+        solvers, owner, rank = self._solving[index].solvers, self.batches[index].owner, self.workers.rank
+        receivers = sorted({solver for solver in solvers if solver != owner})
         if rank == owner:
-            head = torch.tensor([float(own is not None), 0.0 if own is None else own.damping], dtype=torch.float64)
-            self.workers.swap([(head, receiver) for receiver in receivers], [])
-            for part in own.parts() if own is not None and receivers else ():
-                dense = part.contiguous()
-                self.workers.swap([(dense, receiver) for receiver in receivers], [])
-            if owner not in solving.solvers:
+            if receivers:
+                self._send(index, receivers)
+            if owner not in solvers:
                 self._factors.pop(index, None)
         elif rank in receivers:
-            head = torch.empty(2, dtype=torch.float64)
-            self.workers.swap([], [(head, owner)])
-            if head[0]:
-                self._receive(index, owner, float(head[1]))
+            self._receive(index, owner)
 
-    def _receive(self, index: int, owner: int, damping: float) -> None:
+    def _send(self, index: int, receivers: Sequence[int]) -> None:
+        own, memory = self._factors.get(index), None
+        if own is not None and self._error is None:
+            with self._kept_error(index, self.batches[index].names):
+                memory = _memory_for(own.parts())
+        head = torch.tensor([float(memory is not None), 0.0 if own is None else own.damping], dtype=torch.float64)
+        replies = [(torch.zeros(1, dtype=torch.uint8), receiver) for receiver in receivers]
+        self.workers.swap([(head, receiver) for receiver in receivers], replies)
+        ready = [receiver for reply, receiver in replies if reply]
+        if own is None or memory is None or not ready:
+            return
+        for part in own.parts():
+            dense = _dense(part, memory)
+            if dense is not part:
+                dense.copy_(part)
+            self.workers.swap([(dense, receiver) for receiver in ready], [])
+
+    def _receive(self, index: int, owner: int) -> None:
         names = self.batches[index].names
         num_in, dtype = self.shape_of(names[0])[1], _dtype_of_factors(self.dtype_of(names[0]))
-        found = self._factors[index] = Factored.empty(num_in, dtype, self.device, damping)
+        found, memory = None, None
+        if self._error is None:
+            with self._kept_error(index, names):
+                found = Factored.empty(num_in, dtype, self.device)
+                memory = _memory_for(found.parts())
+        head, reply = torch.empty(2, dtype=torch.float64), torch.tensor([memory is not None], dtype=torch.uint8)
+        self.workers.swap([(reply, owner)], [(head, owner)])
+        if found is None or memory is None or not head[0]:
+            return
         for part in found.parts():
-            dense = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            dense = _dense(part, memory)
             self.workers.swap([], [(dense, owner)])
             if dense is not part:
                 part.copy_(dense)
+        self._factors[index] = replace(found, damping=float(head[1]))
 
     def _done(self, unit: Unit) -> Iterator[PackedPiece]:
         """Do a unit, and yield its packed rows."""
@@ -219,7 +238,7 @@ class Window:
         assert batch.seen is not None and batch.job.options is not None, "only solved batches are refined"
         before = joined([part.solved for part in parts])
         result = refine(
-            self.weight_of(parts[0].name),
+            self._weights[parts[0].name],
             before,
             batch.seen.hessian_II,
             batch.job.scheme.weights,
@@ -288,19 +307,32 @@ class Window:
             tensors=self._tensors(name, result, batch),
         )
 
-    def _fall_back(self) -> list[PackedPiece]:
-        """Round to nearest the modules that any worker has failed to solve."""
+    def _fall_back(self, ended: Sequence[int]) -> list[PackedPiece]:
+        """Round to nearest the modules that any worker has failed to solve, if all tiles of their batch are done.
+
+        The run replaces the weight of a module that is done, and a later tile may have other rows of it.
+        """
         known = self.workers.exchange(list(self._failed.items()))
-        fresh = {name: reason for entries in reversed(known) for name, reason in entries if name not in self._reasons}
-        self._reasons |= fresh
+        fresh = {name: reason for entries in reversed(known) for name, reason in entries}
+        self._reasons = fresh | self._reasons
         self._failed.clear()
-        own = [(batch, name) for batch in self.batches for name in batch.names if name in fresh]
+        own = [self.batches[index] for index in ended if self.batches[index].owner == self.workers.rank]
         with agreed(self.workers):
-            return [self._nearest(name, batch) for batch, name in own if batch.owner == self.workers.rank]
+            return [self._nearest(name, batch) for batch in own for name in batch.names if name in self._reasons]
 
 
 def _dtype_of_factors(weights: torch.dtype) -> torch.dtype:
     return torch.float64 if weights == torch.float64 else torch.float32
+
+
+def _memory_for(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Allocate contiguous memory for any of the parts of factors that is not contiguous."""
+    return parts[-1].new_empty(max((part.numel() for part in parts if not part.is_contiguous()), default=0))
+
+
+def _dense(part: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The tensor to exchange for a part: itself, or memory of its shape."""
+    return part if part.is_contiguous() else memory[: part.numel()].view(part.shape)
 
 
 def _damping_remark(batch: Batch, damping: float) -> str:

@@ -33,7 +33,7 @@ from runtime.streaming.saved_values import load_boundary
 from runtime.streaming.work import Work
 from runtime.weights.parameters import assign, unload
 from runtime.weights.stream import WeightStream
-from runtime.workers.agreement import MemoryRanOutError, agreed
+from runtime.workers.agreement import agreed, is_shared
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -132,12 +132,9 @@ class StreamingRun:
                 self._attempt(step, is_retry=is_retry)
                 return
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or not is_shared(error, self.workers):
                     raise
                 reason = str(error).partition("\n")[0]
-                if self.workers.size > 1 and not isinstance(error, MemoryRanOutError):  # the others wait for a message
-                    hint = "use devices with more memory, or the same command with --resume and fewer workers on each"
-                    raise OutOfMemory(f"out of memory in {self.workers.step}: {reason}", hint=hint) from error
             # Outside of the block, so that no traceback refers to the tensors of the attempt.
             unload(self.model, step.subgraph.entry.parameters)
             give_memory_back(self.options.device)
@@ -229,10 +226,14 @@ class StreamingRun:
         before: Callable[[int], None] = lambda batch: None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run all batches to measure modules."""
-        self.passes.measure(step, before, after)
-        if self.workers.size > 1:  # by now the previous step is on every disk; record it before this one can fail
-            self.committer.wait()
+        """Run all batches, see `Passes.measure`; the step before is recorded as soon as it is on the disks of all."""
+
+        def end_round() -> None:
+            after()
+            if self.workers.size > 1:  # with one worker, the thread of the committer records it
+                self.committer.wait()
+
+        self.passes.measure(step, before, end_round)
 
     def _pass_through(self, key: str) -> None:
         """Copy a tensor of the checkpoint, unless it was written when it was read."""

@@ -50,7 +50,6 @@ class Work:
             round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
         run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
             the one that has it.
-        workers: that share the run.
         masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import socket
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import WorkerError
 from runtime.workers.group import Workers
@@ -40,15 +40,8 @@ def require_same(workers: Workers, identity: Mapping[str, str], device: torch.de
         "machine": _machine(device),
     }
     found = workers.exchange(own)
+    _require_equal(found, "give all workers the same artifact, weights, recipe, data and options")
     first = found[0]
-    for rank, facts in enumerate(found):
-        differences = _differences(first["identity"], facts["identity"])
-        if differences:
-            raise WorkerError(
-                f"worker {rank} on {facts['host']} has other {' and '.join(differences)} than worker 0 on "
-                f"{first['host']}",
-                hint="give all workers the same artifact, weights, recipe, data and options",
-            )
     warnings: list[str] = []
     for rank, facts in enumerate(found):
         differences = _differences(first["machine"], facts["machine"])
@@ -56,6 +49,30 @@ def require_same(workers: Workers, identity: Mapping[str, str], device: torch.de
             what = f"worker {rank} on {facts['host']} has other {' and '.join(differences)} than worker 0"
             warnings.append(f"warning: {what}: another division of the work may change the last bits of sums")
     return warnings
+
+
+def require_same_options(workers: Workers, options: Mapping[str, Any]) -> None:
+    """Require that all workers have the same options, before anything that depends on them.
+
+    Raises:
+        WorkerError: naming the first worker that differs from worker 0, and the options.
+    """
+    if workers.size > 1:
+        identity = {name: str(value) for name, value in options.items()}
+        own = {"host": socket.gethostname(), "identity": identity}
+        _require_equal(workers.exchange(own), "start all workers with the same command")
+
+
+def _require_equal(found: Sequence[Mapping[str, Any]], hint: str) -> None:
+    first = found[0]
+    for rank, facts in enumerate(found):
+        differences = _differences(first["identity"], facts["identity"])
+        if differences:
+            raise WorkerError(
+                f"worker {rank} on {facts['host']} has other {' and '.join(differences)} than worker 0 on "
+                f"{first['host']}",
+                hint=hint,
+            )
 
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

@@ -148,11 +148,19 @@ def current() -> Workers:
     """The workers of this process: those of `started`, or of a process group that the caller has initialized.
 
     Every process must call it at the same point.
+
+    Raises:
+        UsageError: when torchrun has started several processes, and they have no process group.
     """
     if _STARTED:
         return _STARTED[0]
     dist: Any = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ and launch().size > 1:
+            problem = f"torchrun has started {launch().size} processes, but this program has not connected them"
+            raise UsageError(problem, hint="call torch.distributed.init_process_group() first, or use one process")
+        return Alone()
+    if dist.get_world_size() == 1:
         return Alone()
     from runtime.workers.torch_group import TorchGroup
 

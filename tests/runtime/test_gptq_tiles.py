@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -68,11 +69,11 @@ def options_for(args: QuantizationArgs, **others: Any) -> SolveOptions:
 
 def received(found: Factored) -> Factored:
     """The factors as another process gets them; values that are not sent are NaN."""
-    got = Factored.empty(len(found.order_I), found.lower_II.dtype, "cpu", found.damping)
+    got = Factored.empty(len(found.order_I), found.lower_II.dtype, "cpu")
     got.lower_II.fill_(torch.nan)
     for part, sent in zip(got.parts(), found.parts(), strict=True):
         part.copy_(sent.contiguous())
-    return got
+    return dataclasses.replace(got, damping=found.damping)
 
 
 def solved(tiles: Sequence[Tile], found: Factored, options: SolveOptions) -> dict[Piece, SolvedPiece]:

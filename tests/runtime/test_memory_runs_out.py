@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from threading import local
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +17,16 @@ from torch import nn
 import runtime
 from runtime.chain import LoadedSubgraph
 from runtime.data.batches import largest_batch, split_batches
+from runtime.formats.compressed import join_rows
 from runtime.host.memory import OutOfMemory
+from runtime.streaming.run import StreamingRun
+from runtime.workers.agreement import agreed
 from tests.runtime.place import Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, read_tensors, recipe, token_batches
 from tests.runtime.worker_threads import ThreadWorkers, outcomes
 from tests.sweep import sweep
 
 GPTQ_W4 = recipe(NARROW_W4, modifier="GPTQModifier")
-_INTEGERS = "num_bits: 8, type: int, symmetric: true"
-STATIC = recipe(
-    f"config_groups: {{a: {{targets: [Linear], weights: {{{_INTEGERS}, strategy: channel}}, "
-    f"input_activations: {{{_INTEGERS}, strategy: tensor, dynamic: false}}}}}}, ignore: [lm_head]"
-)
 Fit = Callable[[Callable[[int, int], int]], list[tuple[int, int]]]
 
 
@@ -196,56 +195,52 @@ def test_batches_are_split_in_order(narrow_llama: Small) -> None:
         assert torch.equal(parts[3][name], batches[1][name])
 
 
-@pytest.fixture
-def without_memory(
+@pytest.mark.parametrize("is_agreed", [True, False])
+def test_workers_only_go_on_after_a_lack_of_memory_that_all_know(
+    is_agreed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(run: StreamingRun, step: Any, *, is_retry: bool) -> None:
+        with agreed(run.workers) if is_agreed else contextlib.nullcontext():
+            if run.workers.rank and not is_retry:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(StreamingRun, "_attempt", attempt)
+    monkeypatch.setattr(StreamingRun, "_rebuild", lambda run, index: None)
+    monkeypatch.setattr(StreamingRun, "_use_less_memory", lambda run, step, reason: run.workers.exchange(reason))
+    step = SimpleNamespace(index=0, subgraph=SimpleNamespace(entry=SimpleNamespace(parameters=())))
+
+    def run_step(workers: ThreadWorkers) -> str:
+        run = StreamingRun.__new__(StreamingRun)
+        run.workers, run.is_behind, run.model = workers, False, nn.Module()
+        run.options = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+        run._run_step(step)  # type: ignore[arg-type]
+        return "went on"
+
+    found = outcomes(2, run_step)
+    if is_agreed:
+        assert found == ["went on", "went on"]
+    else:
+        assert found[0] == "went on"
+        assert isinstance(found[1], torch.OutOfMemoryError)
+
+
+def test_all_workers_know_when_one_has_no_memory_to_go_on_with_a_weight(
     narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, int], list[Any]]:
-    """Run two workers, the second without memory from the n-th call of a function on; return their results."""
-
-    def run_all(function: str, number: int) -> list[Any]:
-        module, _, name = f"runtime.quantize.{function}".rpartition(".")
-        real, artifacts, thread = getattr(import_module(module), name), [narrow_llama.load() for _ in "01"], local()
-
-        def fail(*args: Any) -> Any:
-            thread.calls += 1
-            if thread.rank and thread.calls >= number:
-                raise torch.OutOfMemoryError("no room")
-            return real(*args)
-
-        def run(workers: ThreadWorkers) -> Any:
-            thread.rank, thread.calls = workers.rank, 0
-            options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
-            return runtime.calibrate(artifacts[workers.rank], recipe=STATIC, workers=workers, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(f"{module}.{name}", fail)
-            return list(outcomes(len(artifacts), run))
-
-    return run_all
-
-
-@pytest.mark.parametrize(
-    ("function", "ends"),
-    [
-        ("recipe_modifier.join_rows", ["OutOfMemory", "OutOfMemory"]),  # all workers know that one has no memory
-        ("packed_pieces._PieceBytes", ["OutOfMemory", "OutOfMemory"]),
-        ("expert_groups.require_finite_inputs", ["WorkerError", "OutOfMemory"]),  # worker 0 waits for a message
-    ],
-)
-def test_memory_that_runs_out_on_one_worker_ends_all(
-    tmp_path: Path, without_memory: Callable[[str, int], list[Any]], function: str, ends: list[str]
 ) -> None:
-    found = without_memory(function, 1)
-    assert [type(one).__name__ for one in found] == ends
-    assert "out of memory in model.layers.0" in str(found[1])
-    assert "no room" in str(found[1])
+    artifacts, failing = [narrow_llama.load() for _ in "01"], local()
+
+    def join(*args: Any) -> Any:
+        if failing.rank:
+            raise torch.OutOfMemoryError("no room")
+        return join_rows(*args)
+
+    def run(workers: ThreadWorkers) -> None:
+        failing.rank = workers.rank
+        options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
+        runtime.calibrate(artifacts[workers.rank], recipe=recipe(NARROW_W4), workers=workers, **options)
+
+    monkeypatch.setattr("runtime.quantize.recipe_modifier.join_rows", join)
+    found = outcomes(len(artifacts), run)
+    assert [type(one) for one in found] == [OutOfMemory, OutOfMemory]
+    assert all("no room" in str(one) for one in found)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_finished_step_is_kept_when_a_worker_fails_in_the_next_one(
-    narrow_llama: Small, tmp_path: Path, without_memory: Callable[[str, int], list[Any]]
-) -> None:
-    assert all(isinstance(one, Exception) for one in without_memory("recipe_modifier.join_rows", 8))
-    assert calibrate(narrow_llama, STATIC, tmp_path / "out", resume=True).resumed_at == 1
-    calibrate(narrow_llama, STATIC, tmp_path / "alone")
-    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "alone")

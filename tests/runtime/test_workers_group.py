@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 
 import runtime
+import runtime.errors
 from runtime.cli.group import require_readable_by
-from runtime.workers.group import Alone
+from runtime.errors import UsageError
+from runtime.workers.agreement import agreed
+from runtime.workers.comparison import require_same_options
+from runtime.workers.group import Alone, Workers
+from runtime.workers.start import current
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import Small, write_token_file
 from tests.runtime.torchrun import Torchrun
+from tests.runtime.worker_threads import outcomes
 
 HOST = socket.gethostname()
 
@@ -153,6 +159,17 @@ def test_calls_that_compile_are_for_one_process(run: Run, monkeypatch: pytest.Mo
     assert all(part in str(raised.value) for part in parts)
 
 
+def test_processes_of_torchrun_without_a_group_are_not_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would do the whole work."""
+    assert current().size == 1
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert current().size == 1  # some clusters set these for other purposes
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UsageError, match=r"started 4 processes.*init_process_group"):
+        current()
+
+
 def test_standard_input_has_one_reader() -> None:
     two = Alone()
     two.size = 2
@@ -161,3 +178,26 @@ def test_standard_input_has_one_reader() -> None:
     for source in ("-", "-::weight=0.5"):
         with pytest.raises(runtime.UsageError, match="2 workers cannot read standard input"):
             require_readable_by(two, ["a-file", source])
+
+
+def test_workers_with_different_options_end_alike() -> None:
+    def compared(workers: Workers) -> None:
+        require_same_options(workers, {"command": "calibrate", "--resume": workers.rank == 1})
+
+    found = outcomes(3, compared)
+    text = "worker 1 on HOST has other --resume (True instead of False) than worker 0 on HOST"
+    assert {str(one) for one in found} == {f"{text} (start all workers with the same command)".replace("HOST", HOST)}
+    assert outcomes(2, lambda workers: require_same_options(workers, {"command": "evaluate"})) == [None, None]
+
+
+def test_a_worker_in_another_part_of_the_program_is_no_bug_of_this_one() -> None:
+    def leave(workers: Workers) -> None:
+        if workers.rank:
+            workers.exchange(True)
+        else:
+            with agreed(workers):
+                pass
+
+    error, _ = outcomes(2, leave)
+    assert isinstance(error, runtime.errors.WorkerError)
+    assert str(error).startswith("worker 1 does something else than worker 0 (")

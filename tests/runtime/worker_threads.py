@@ -24,6 +24,7 @@ class _Meeting:
         self._changed = threading.Condition()
         self._brought: list[list[Any]] = [[] for _ in range(size)]
         self._ended: dict[int, None] = {}
+        self._sent: dict[tuple[int, int], list[torch.Tensor]] = {}  # by sender and receiver
 
     def exchange(self, rank: int, message: Any) -> list[Any]:
         with self._changed:
@@ -35,6 +36,24 @@ class _Meeting:
             if any(len(messages) <= number for messages in self._brought):
                 raise WorkerError("another worker has ended", is_resumable=True)
             return [messages[number] for messages in self._brought]
+
+    def send(self, tensor: torch.Tensor, sender: int, receiver: int) -> None:
+        with self._changed:
+            self._sent.setdefault((sender, receiver), []).append(tensor.clone())
+            self._changed.notify_all()
+
+    def receive(self, sender: int, receiver: int) -> torch.Tensor:
+        with self._changed:
+            tensors = self._sent.setdefault((sender, receiver), [])
+            if not self._changed.wait_for(lambda: tensors or sender in self._ended, _TIMEOUT_S):
+                raise WorkerError("another worker does not respond", is_resumable=True)
+            if not tensors:
+                raise WorkerError("another worker has ended", is_resumable=True)
+            return tensors.pop(0)
+
+    def num_unread(self) -> int:
+        """How many tensors were sent and not received."""
+        return sum(map(len, self._sent.values()))
 
     def end(self, rank: int) -> None:
         with self._changed:
@@ -62,17 +81,12 @@ class ThreadWorkers:
     def swap(self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]) -> None:
         assert all(tensor.is_contiguous() for tensor, _ in (*sends, *receives))
         self.bytes_sent += sum(tensor.nbytes for tensor, _ in sends)
-        outgoing = [(tensor.clone(), receiver) for tensor, receiver in sends]
-        found = self._meeting.exchange(self.rank, outgoing)
-        queues = {
-            sender: [tensor for tensor, receiver in messages if receiver == self.rank]
-            for sender, messages in enumerate(found)
-        }
+        for tensor, receiver in sends:
+            self._meeting.send(tensor, self.rank, receiver)
         for target, sender in receives:
-            tensor = queues[sender].pop(0)
+            tensor = self._meeting.receive(sender, self.rank)
             assert (tensor.shape, tensor.dtype) == (target.shape, target.dtype)
             target.copy_(tensor)
-        assert not any(queues.values()), "a tensor was sent and not received"
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         assert tensor.is_contiguous() and tensor.numel()
@@ -104,6 +118,8 @@ def outcomes(size: int, function: Callable[[ThreadWorkers], _T]) -> list[_T | Ba
         thread.start()
     for thread in threads:
         thread.join(_TIMEOUT_S)
+    if not any(isinstance(one, BaseException) for one in found):
+        assert not meeting.num_unread(), "a tensor was sent and not received"
     return found
 
 
