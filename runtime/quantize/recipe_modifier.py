@@ -30,6 +30,7 @@ from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
 from runtime.streaming.report import ModuleReport
 from runtime.weights.origins import checkpoint_prefix
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
@@ -275,28 +276,42 @@ class RecipeModifier:
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
         )
+        failed: Exception | None = None
         for rounded in round_modules(names, rounding):
-            name, found = rounded.name, statistics.get(rounded.name)
-            if rounded.warning:
-                work.warnings.append(rounded.warning)
-            report = ModuleReport(
-                name=name,
-                algorithm=rounded.pieces[0].algorithm,
-                loss=rounded.loss,
-                damping=rounded.pieces[0].damping,
-                num_tokens=found.num_tokens if found is not None else 0,
-                error=_relative_error(rounded),
-                seconds=rounded.seconds,
-            )
-            scheme, num_in = self.jobs[name].scheme, int(rounding.shape_of(name)[1])
-            if rounded.is_here:
-                parts = self._input_parts(name, found, work.scale_dtype(name))
-                work.packed(report, join_rows(name, [piece.tensors for piece in rounded.pieces], num_in, scheme, parts))
-            else:
-                work.packed_elsewhere(report, stored_dtypes(scheme, work.scale_dtype(name)))
-            rescaled.forget(f"{name}.weight")
-            statistics.pop(name, None)
-            del found, rounded  # frees the packed rows and the sums before the next module is solved
+            try:
+                if failed is None:
+                    self._finish(work, rounded, statistics.get(rounded.name), rounding.shape_of(rounded.name)[1])
+            except Exception as error:
+                if work.workers.size == 1:
+                    raise
+                failed = error  # until the messages are over that the other workers wait for
+            rescaled.forget(f"{rounded.name}.weight")
+            statistics.pop(rounded.name, None)
+            del rounded  # frees the packed rows and the sums before the next module is solved
+        with agreed(work.workers):
+            if failed is not None:
+                raise failed
+
+    def _finish(self, work: Work, rounded: Rounded, found: InputStatistics | None, num_in: int) -> None:
+        """Write a module that is rounded, and report it."""
+        name = rounded.name
+        if rounded.warning:
+            work.warnings.append(rounded.warning)
+        report = ModuleReport(
+            name=name,
+            algorithm=rounded.pieces[0].algorithm,
+            loss=rounded.loss,
+            damping=rounded.pieces[0].damping,
+            num_tokens=found.num_tokens if found is not None else 0,
+            error=_relative_error(rounded),
+            seconds=rounded.seconds,
+        )
+        scheme = self.jobs[name].scheme
+        if rounded.is_here:
+            parts = self._input_parts(name, found, work.scale_dtype(name))
+            work.packed(report, join_rows(name, [piece.tensors for piece in rounded.pieces], num_in, scheme, parts))
+        else:
+            work.packed_elsewhere(report, stored_dtypes(scheme, work.scale_dtype(name)))
 
     def _input_parts(
         self, name: str, found: InputStatistics | None, scale_dtype: torch.dtype

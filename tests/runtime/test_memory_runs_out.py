@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import local
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 import runtime
 from runtime.chain import LoadedSubgraph
 from runtime.data.batches import largest_batch, split_batches
+from runtime.formats.compressed import join_rows
 from runtime.host.memory import OutOfMemory
 from runtime.streaming.run import StreamingRun
 from runtime.workers.agreement import agreed
@@ -220,3 +222,25 @@ def test_workers_only_go_on_after_a_lack_of_memory_that_all_know(
     else:
         assert found[0] == "went on"
         assert isinstance(found[1], torch.OutOfMemoryError)
+
+
+def test_all_workers_know_when_one_has_no_memory_to_go_on_with_a_weight(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts, failing = [narrow_llama.load() for _ in "01"], local()
+
+    def join(*args: Any) -> Any:
+        if failing.rank:
+            raise torch.OutOfMemoryError("no room")
+        return join_rows(*args)
+
+    def run(workers: ThreadWorkers) -> None:
+        failing.rank = workers.rank
+        options = {"weights": narrow_llama.weights, "batches": token_batches(), "out": tmp_path / "out"}
+        runtime.calibrate(artifacts[workers.rank], recipe=recipe(NARROW_W4), workers=workers, **options)
+
+    monkeypatch.setattr("runtime.quantize.recipe_modifier.join_rows", join)
+    found = outcomes(len(artifacts), run)
+    assert [type(one) for one in found] == [OutOfMemory, OutOfMemory]
+    assert all("no room" in str(one) for one in found)
+    assert list(tmp_path.iterdir()) == []
