@@ -143,14 +143,14 @@ def test_a_step_that_is_not_run_holds_one_weight_at_a_time(
 ) -> None:
     """Round-to-nearest needs a weight, and when it is done with it, no longer."""
     held: list[list[str]] = []
-    real = Work.quantized
+    real = Work.packed
 
-    def quantized(self: Work, name: str, *args: Any, **kwargs: Any) -> None:
+    def packed(self: Work, *args: Any) -> None:
         named = self.model.named_parameters(remove_duplicate=False)
         held.append([name for name, tensor in named if not tensor.is_meta])
-        real(self, name, *args, **kwargs)
+        real(self, *args)
 
-    monkeypatch.setattr(Work, "quantized", quantized)
+    monkeypatch.setattr(Work, "packed", packed)
     result = calibrate(llama, recipe(RECIPES["W4A16"]), tmp_path / "out")
     assert held == [[f"{report.name}.weight"] for report in result.modules]
 

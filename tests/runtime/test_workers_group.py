@@ -69,6 +69,7 @@ def test_a_worker_that_is_killed_ends_the_others(command: list[str], tmp_path: P
     assert (done.out, done.complaints) == (["", ""], [line, ""])
 
 
+@pytest.mark.wide
 def test_a_worker_that_does_not_respond_ends_the_others(command: list[str], tmp_path: Path) -> None:
     with Torchrun(tmp_path, 2, [*command, "--worker-timeout", "5s"], "1:stop") as started:
         started.wait_for(lambda: started.code(0) is not None)
@@ -95,6 +96,7 @@ def test_an_error_of_one_worker_is_an_error_of_all(
         assert_refused((2, "", complaint), text.replace("HOST", HOST))
 
 
+@pytest.mark.wide
 def test_an_interruption_ends_all(command: list[str], tmp_path: Path) -> None:
     with Torchrun(tmp_path, 2, command, "1:wait") as started:
         started.wait_for(lambda: started.has_mark(1))
