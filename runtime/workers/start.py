@@ -319,6 +319,18 @@ def _store(place: Launch, limit: timedelta, *, is_server: bool) -> Any:
     return PrefixStore(f"seqbuild/{_num_groups[0]}", store)
 
 
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Report a store that does not answer: the worker that has it was ended before it could say why."""
+    try:
+        yield
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0][:200]
+        text = f"worker 0 has ended or cannot be reached: its store does not answer: {problem}"
+        raise WorkerError(text, is_resumable=True) from None
+
+
+@_answering()
 def _roll(store: Any, place: Launch, device: torch.device, timeout_s: float) -> tuple[str, list[Peer]]:
     """Announce this worker, and wait until all have; return the name of this start, and all workers.
 

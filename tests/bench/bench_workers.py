@@ -172,6 +172,8 @@ def workshops(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Worksho
     import torch
 
     import runtime.cli.app
+
+    torch.set_num_threads(1)  # as in a worker: bytes depend on it
     from tests.runtime.small import EXPERTS, WIDTHS, make_small
 
     tied = {**WIDTHS, "tie_word_embeddings": True, "num_hidden_layers": 8}

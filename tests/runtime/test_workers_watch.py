@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, HashStore  # type: ignore[attr-defined]
 
 import runtime
 from runtime.workers.start import Launch, _roll
@@ -153,3 +153,12 @@ def test_workers_that_start_again_ignore_what_earlier_ones_have_announced() -> N
         _roll(store, Launch(rank=0, size=2), here, 0.2)
     with pytest.raises(runtime.WorkerError, match="1 of 4 workers have not started within 0 s: 3"):
         _roll(store, Launch(rank=0, size=4), here, 0.2)
+
+
+def test_a_store_that_is_gone_before_all_have_started_is_an_error_about_its_worker() -> None:
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            raise DistNetworkError("Connection reset by peer\nException raised from recv")
+
+    with pytest.raises(runtime.WorkerError, match=r"^worker 0 has ended or cannot be .*: Connection reset by peer$"):
+        _roll(Gone(), Launch(rank=1, size=2), torch.device("cpu"), 0.2)
