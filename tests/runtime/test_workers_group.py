@@ -82,7 +82,14 @@ def test_a_worker_that_does_not_respond_ends_the_others(command: list[str], tmp_
 @pytest.mark.parametrize(
     ("behavior", "own", "of_the_other"),
     [
-        ("1:bug", "internal error: ValueError at worker.py", "worker 1 on HOST stopped in model.layers.1: ValueError"),
+        pytest.param(
+            *(
+                "1:bug",
+                "internal error: ValueError at worker.py",
+                "worker 1 on HOST stopped in model.layers.1: ValueError",
+            ),
+            marks=pytest.mark.wide,
+        ),
         ("1:other weights", "worker 1 on HOST has other weights than worker 0", "worker 1 on HOST has other weights"),
     ],
 )
