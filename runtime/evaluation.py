@@ -140,7 +140,7 @@ def _num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequen
     """The number of predicted tokens.
 
     Raises:
-        DataError: if there is none.
+        DataError: if no token is predicted.
     """
     num_tokens = sum(int((labels_BS != NOT_A_LABEL).sum()) for labels_BS in labels)
     if num_tokens:

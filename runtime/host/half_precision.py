@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime.host.dispatch_modes import LeanDispatchMode
 
 _HALVES = (torch.bfloat16, torch.float16)
 NUMBERS_AT_A_TIME = 2**22  # numbers that are copied at a time: 16 MiB
@@ -50,16 +51,12 @@ def names_of_slow_halves() -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in slow_halves()]
 
 
-class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _InFloat32(LeanDispatchMode):
     supports_higher_order_operators = True  # they are called unchanged, as all other operators
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # otherwise attention that is compiled on its first call fails under this mode
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the default implementation imports dynamo
 
     def __init__(self, dtypes: Sequence[torch.dtype]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

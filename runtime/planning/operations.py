@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime.host.dispatch_modes import LeanDispatchMode
 
 _aten: Any = torch.ops.aten
 # Products of two matrices, and the position of the first one in their arguments.
@@ -17,7 +18,7 @@ _CONVOLUTIONS = (_aten.convolution, _aten._convolution)
 _ONEDNN = "mkldnn::_linear_pointwise"  # products of halves on processors without instructions for them
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(LeanDispatchMode):
     """Counts the operations of matrix products and convolutions; a multiplication and an addition are two.
 
     Attributes:
@@ -31,11 +32,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.routed = self.unrouted = 0.0
         self.routed_share = 1.0
         self._num_routed, self._num_unrouted = 1, 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from importing its compiler."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

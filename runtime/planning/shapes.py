@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import ArtifactError
+from runtime.host.dispatch_modes import LeanDispatchMode
 from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_halves
 from runtime.host.left_as_found import ProcessState, left_as_found
 from runtime.language.program import Run
@@ -217,7 +217,7 @@ def storage_bytes(value: Any) -> int:
     return sum(storages.values())
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Memory(LeanDispatchMode):
     """Follows storages from creation to deletion.
 
     Args:
@@ -230,11 +230,6 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live_bytes = 0
         self._given = [tensor.untyped_storage() for tensor in given if isinstance(tensor, torch.Tensor)]
         self._storages: dict[int, Any] = {storage._cdata: storage for storage in self._given}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from importing its compiler, which takes a hundred megabytes and two seconds."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""The work of one subgraph, in operations and bytes, whoever does it.
+"""The work of one subgraph, in operations and bytes, before it is divided among workers.
 
 Shapes: O out features, I in features.
 """
@@ -93,7 +93,7 @@ class FactorSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The work of one subgraph, whoever does it.
+    """The work of one subgraph, before it is divided among workers.
 
     Attributes:
         measured, propagated: operations of the passes over all batches.

@@ -188,7 +188,7 @@ class _GlobalScales:
         self._known: dict[Hashable, torch.Tensor] = {}
 
     def of(self, name: str) -> torch.Tensor | None:
-        """Return the global scale [1] of a module, or None if its scheme has none."""
+        """Return the global scale [1] of a module; None for a scheme without global scales."""
         if not grid.needs_global_scale(self._step.jobs[name].scheme.weights):
             return None
         group = self._step.siblings.get(name, name)

@@ -81,7 +81,7 @@ def _facts(workers: Workers, error: Exception) -> dict[str, Any]:
 def _error_of_another(
     workers: Workers, statuses: list[Mapping[str, Any] | None]
 ) -> WorkerError | torch.OutOfMemoryError | None:
-    """The error that this worker raises because of another one; None if there is none, or its own one counts."""
+    """Return the error that this worker raises because another one failed; None if it raises its own or no error."""
     failed = {rank: status for rank, status in enumerate(statuses) if status is not None}
     for rank, status in failed.items():
         if not (isinstance(status, Mapping) and "is_memory" in status):

@@ -2,7 +2,7 @@
 
 Each worker has a thread that writes a heartbeat to the store of torchrun, and looks at
 
-- the record of the store about the first worker that failed; whoever finds a dead worker writes it as well,
+- the store's record of the first worker that failed; a worker that finds a dead one writes it as well,
 - the processes of the workers on the same machine,
 - the heartbeat of the worker with the next rank; those of all workers after a message failed.
 
