@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
-from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms import grid
 
 STRIP_WIDTH = 16  # columns of a block that are solved at a time
 
@@ -74,11 +74,6 @@ def solve_block_(
         group_of_B: each column's group.
         buffers: for blocks of this width or wider.
     """
-    if residual_BO.is_cuda and gptq_cuda.is_supported(residual_BO, args):
-        gptq_cuda.solve_block_(
-            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
-        )
-        return
     is_integer = args.type == QuantizationType.INT
     rounded = _IntegerGrid(grids, args, group_of_B) if is_integer else _FloatGrid(grids, args, group_of_B)
     num_columns, width = len(target_BO), buffers.strip_width

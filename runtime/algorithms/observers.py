@@ -36,6 +36,7 @@ def fitted_grid(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
     importance_I: torch.Tensor | None = None,
+    reads: bool = True,
 ) -> grid.Grid:
     """Fit a grid to a weight with the scheme's observer.
 
@@ -48,6 +49,7 @@ def fitted_grid(
         scale_dtype: the dtype that the checkpoint stores scales in.
         global_scale: NVFP4's [1], if siblings share one; by default the weight's own.
         importance_I: the mean square of each input feature, for `imatrix_mse`.
+        reads: see `grid.fit`.
 
     Raises:
         QuantizationError: if a scale cannot be represented, or `imatrix_mse` gets no importance.
@@ -57,12 +59,14 @@ def fitted_grid(
     name = str(args.observer or "memoryless_minmax")
     if name in _NAMES_OF_MSE:
         weights = _column_weights(name, weight_OI, args, importance_I)
-        minimum, maximum = _least_error(tiles_RhCw, args, scale_dtype, global_scale, weights)
+        minimum, maximum = _least_error(tiles_RhCw, args, scale_dtype, global_scale, weights, reads=reads)
     elif name == "percentile":
         minimum, maximum = _percentiles(tiles_RhCw, float(args.observer_kwargs.get("percentile", 99.9)))
     else:
         minimum, maximum = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
-    scale_RC, zero_point_RC = grid.fit(minimum, maximum, args, scale_dtype=scale_dtype, global_scale=global_scale)
+    scale_RC, zero_point_RC = grid.fit(
+        minimum, maximum, args, scale_dtype=scale_dtype, global_scale=global_scale, reads=reads
+    )
     return grid.Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC, global_scale=global_scale)
 
 
@@ -101,10 +105,13 @@ def _least_error(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
+    *,
+    reads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search the best range of each tile, a few rows of tiles at a time to limit memory."""
     rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
-    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in torch.split(tiles_RhCw, rows_at_once)]
+    split = torch.split(tiles_RhCw, rows_at_once)
+    parts = [_search(part, args, scale_dtype, global_scale, weights, reads=reads) for part in split]
     return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
 
 
@@ -114,6 +121,8 @@ def _search(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
+    *,
+    reads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(args)
     dtype = grid.work_dtype(tiles_RhCw)
@@ -126,7 +135,7 @@ def _search(
     for step in range(int(options["maxshrink"] * options["grid"] + 1e-9) + 1):
         factor = options["expand"] * (1 - step / options["grid"])
         low, high = factor * minimum, factor * maximum
-        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale)
+        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale, reads=reads)
         spread = grid.effective(scale_RC, global_scale).to(dtype)[:, None, :, None]
         zero = None if zero_RC is None else zero_RC.to(dtype)[:, None, :, None]
         grid.snap_(rounded.copy_(values), spread, zero, args).sub_(values).abs_().pow_(options["norm"])
@@ -137,7 +146,7 @@ def _search(
         best = torch.where(is_better, error_RC, best)
         best_min, best_max = torch.where(is_better, low, best_min), torch.where(is_better, high, best_max)
         idle = torch.where(is_better, 0, idle + 1)
-        if bool((idle >= options["patience"]).all()):
+        if reads and bool((idle >= options["patience"]).all()):
             break
     return best_min, best_max
 

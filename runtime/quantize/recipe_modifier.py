@@ -275,6 +275,7 @@ class RecipeModifier:
             workers=work.workers,
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
+            experts=self.needs.experts,
         )
         failed: Exception | None = None
         for rounded in round_modules(names, rounding):

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms import grid
+from runtime.algorithms import gptq_options, grid
+from runtime.algorithms.gptq_stack_factors import num_stacked
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
 from runtime.quantize.solve_batches import may_overwrite, solved_together
 from runtime.quantize.solve_division import windows
@@ -87,6 +88,7 @@ class Rounding:
         workers: that share the run.
         writer_of: returns the rank of the worker that writes a module's tensors.
         goes_on: whether batches run with the quantized weights, so that every worker needs them.
+        experts: the mixture and the number of each module of an expert.
     """
 
     jobs: Mapping[str, Assignment]
@@ -101,6 +103,7 @@ class Rounding:
     workers: Workers = field(default_factory=Alone)
     writer_of: Callable[[str], int] = lambda name: 0
     goes_on: bool = True
+    experts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -159,7 +162,8 @@ def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
     inputs = {name: input_of(name) for name in names if name in step.statistics}
     batches = list(solved_together(names, step.jobs, inputs))
     sizes = [sum(math.prod(step.shape_of(name)) for name in batch) for batch in batches]
-    for window in windows(sizes, step.workers.size):
+    is_stacked = any(_num_stacked(batch, step) > 1 for batch in batches)
+    for window in windows(sizes, are_joined=step.workers.size > 1 or is_stacked):
         yield batches[window]
 
 
@@ -170,7 +174,23 @@ def _batch(names: Sequence[str], step: Rounding) -> Batch:
     users = [name for name, entry in step.statistics.items() if entry is found]
     is_free = not any(found is other for other in step.others) and may_overwrite(job, names, users)
     owner = seen.owner if seen is not None else step.writer_of(names[0])
-    return Batch(names=names, job=job, seen=seen, owner=owner, may_overwrite=is_free)
+    return Batch(
+        names=names, job=job, seen=seen, owner=owner, may_overwrite=is_free, num_stacked=_num_stacked(names, step)
+    )
+
+
+def _num_stacked(names: Sequence[str], step: Rounding) -> int:
+    """`Batch.num_stacked`, which may not depend on the number of workers or on the experts that are measured."""
+    job, experts = step.jobs[names[0]], {step.experts.get(name) for name in names}
+    expert = step.experts.get(names[0])
+    if not gptq_options.is_asynchronous(step.device) or expert is None or len(experts) > 1:
+        return 1
+    if job.options is None or job.options.refine:
+        return 1
+    if job.options.actorder is None and grid.is_grouped(job.scheme.weights):
+        return 1  # the grids of each are fitted alone, between products
+    num_experts = len({other for other in step.experts.values() if other[0] == expert[0]})
+    return num_stacked(step.shape_of(names[0])[1], num_experts)
 
 
 class _GlobalScales:
