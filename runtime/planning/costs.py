@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
-from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ParameterEntry
@@ -86,7 +86,9 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     if job.options is not None and job.options.refine:
         refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
-        hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
+        hessian = 0
+        if device_type == "cpu":  # a GPU factors a copy, and frees H
+            kept = min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), kept)
     tiles = tiles_of(shapes, args, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
@@ -173,6 +175,10 @@ def quantization_bytes(
         overwrites = together[0] in inputs and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
         solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type)
+        if device_type != "cpu":
+            num_stacked = num_together(together, job, shapes[0][1], needs.experts)
+            # Stacks copy their Hessians into one tensor before they factor them.
+            solving = num_stacked * solving + (num_stacked > 1) * num_stacked * hessian_bytes(shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import gptq_options, grid
-from runtime.algorithms.gptq_stack_factors import num_stacked
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
-from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 from runtime.quantize.solve_division import windows
 from runtime.quantize.solve_units import NEAREST, Batch
 from runtime.quantize.solves import Window
@@ -180,17 +179,10 @@ def _batch(names: Sequence[str], step: Rounding) -> Batch:
 
 
 def _num_stacked(names: Sequence[str], step: Rounding) -> int:
-    """`Batch.num_stacked`, which may not depend on the number of workers or on the experts that are measured."""
-    job, experts = step.jobs[names[0]], {step.experts.get(name) for name in names}
-    expert = step.experts.get(names[0])
-    if not gptq_options.is_asynchronous(step.device) or expert is None or len(experts) > 1:
+    """`Batch.num_stacked`."""
+    if not gptq_options.is_asynchronous(step.device):
         return 1
-    if job.options is None or job.options.refine:
-        return 1
-    if job.options.actorder is None and grid.is_grouped(job.scheme.weights):
-        return 1  # the grids of each are fitted alone, between products
-    num_experts = len({other for other in step.experts.values() if other[0] == expert[0]})
-    return num_stacked(step.shape_of(names[0])[1], num_experts)
+    return num_together(names, step.jobs[names[0]], step.shape_of(names[0])[1], step.experts)
 
 
 class _GlobalScales:
