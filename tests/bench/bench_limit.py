@@ -9,6 +9,9 @@ both passes, half of each symmetric Hessian (T I^2 operations), factorizations (
 of a search over the candidates that the recipe states, and the bytes of weights. The share of a phase is the limit over
 the measured time; it can exceed 1 where a search leaves out candidates. Imports and bookkeeping have no work.
 
+A recipe without data has one limit: a program that imports torch, reads each tensor, converts it to one byte per number
+and writes it.
+
 Size 1b has 6 layers of the widths of a Llama of 1.1 B parameters and 8 samples of 128 tokens; demo has the model of
 `make demo` and 128 samples of 256 tokens. `--before` runs another checkout in turns with this one, and compares
 medians of whole runs; `--peer-python` does the same with llm-compressor.
@@ -47,6 +50,21 @@ RECIPES = {
 }
 WITHOUT_DATA = ("fp8", "rtn")
 _BYTES = 2**27
+# Read each tensor, convert it to one byte per number, and write that share of its bytes.
+MOVE = """
+import sys, tempfile
+from pathlib import Path
+import torch
+from safetensors import safe_open
+model, share = Path(sys.argv[1]), float(sys.argv[2])
+with tempfile.TemporaryFile(buffering=0) as out:
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                narrow = tensor.to(torch.float8_e4m3fn).view(torch.uint8).flatten()
+                out.write(narrow[: int(tensor.nbytes * share)].numpy().data)
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +140,7 @@ def prepared(size: str, num_layers: int, folder: Path) -> Setup:
 def compared(setup: Setup, recipe: str, rates: CoreRates, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run a recipe `rounds` times here and in the other places in turns, then once more by phase."""
     path, out = folder / "recipe.yaml", folder / "out"
-    path.write_text(RECIPES[recipe])
+    path.write_text(f"quant_stage:\n  quant_modifiers:\n    {RECIPES[recipe]}")
     command = ["calibrate", str(setup.artifact), "--weights", str(setup.model), "--recipe", str(path)]
     command += ["-o", str(out), "--device", "cpu"]
     command += [] if recipe in WITHOUT_DATA else ["--data", str(setup.tokens)]
@@ -190,9 +208,14 @@ def limits_of(setup: Setup, recipe: str, path: Path, rates: CoreRates) -> dict[s
         "writing": out_bytes / rates.writing,
     }
     if recipe in WITHOUT_DATA:
-        operations |= {"measuring forwards": 0.0, "propagating forwards": 0.0, "Hessians": 0.0}
-        operations["rounding to nearest"] = (in_bytes + out_bytes) / rates.copying
+        return {"a program that moves bytes": moving_seconds(setup, out_bytes / in_bytes)}
     return {name: seconds for name, seconds in operations.items() if seconds}
+
+
+def moving_seconds(setup: Setup, share: float) -> float:
+    """The processor seconds of a program that only moves the weights, with the import of torch."""
+    command = [sys.executable, "-c", MOVE, str(setup.model), str(share)]
+    return min(measure(command, 1).cpu_s for _ in range(3))
 
 
 def report(title: str, costs: dict[str, Cost], phases: dict[str, float], limits: dict[str, float]) -> None:
