@@ -6,10 +6,8 @@ some rows of one problem. The errors of finished columns stay in registers:
 
     t_k = target_k + sum over j < k of M_jk e_j        q_k = nearest grid point to t_k        e_k = w_k - q_k
 
-A reader computes q_k as a grid point times its factor, and every rounding has to be the same here: the kernel divides
-with IEEE rounding, products are not contracted to fused multiply-adds, and small floats are rounded by additions of a
-power of two, because conversions of hardware differ. A number of the binade 2^n is a multiple of u = 2^(n - bits of the
-mantissa) after 1.5 * 2^23 u is added and subtracted again, rounded half to even.
+A reader computes q_k as a grid point times its factor, so the kernel is launched without the contraction of products to
+fused multiply-adds.
 
 Memory traffic: the block's part of W, t and q once each, e once, 16 bytes per weight, and the triangle M once per
 program. Arithmetic: 2 B operations per weight. `tests/bench/bench_gptq.py` prints the time beside both bounds.
@@ -112,83 +110,7 @@ def solve_block_(
 
 @cache
 def _kernel() -> Any:
-    """Define the kernel on first use: importing Triton takes a second, and not every host has it."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def solve(  # type: ignore[no-untyped-def]
-        residual,
-        target,
-        quantized,
-        loss,
-        lower,
-        pivot,
-        factors,
-        zeros,
-        groups,
-        num_rows,
-        num_columns,
-        residual_stride,
-        target_stride,
-        quantized_stride,
-        lower_stride,
-        lower_row,
-        column_stride,
-        factor_stride,
-        smallest,
-        largest,
-        drops_fraction,
-        IS_FLOAT: tl.constexpr,
-        HAS_ZERO: tl.constexpr,
-        NUM_COLUMNS: tl.constexpr,
-        ROWS: tl.constexpr,
-    ):
-        problem = tl.program_id(1).to(tl.int64)
-        residual += problem * residual_stride
-        target += problem * target_stride
-        quantized += problem * quantized_stride
-        loss += problem * num_rows
-        lower += problem * lower_stride
-        pivot += problem * column_stride
-        groups += problem * column_stride
-        factors += problem * factor_stride
-        zeros += problem * factor_stride
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        is_row = rows < num_rows
-        columns = tl.arange(0, NUM_COLUMNS)
-        errors = tl.zeros([NUM_COLUMNS, ROWS], dtype=tl.float32)
-        total = tl.load(loss + rows, mask=is_row, other=0.0)
-        for column in range(num_columns):
-            taken = tl.load(lower + column * lower_row + columns, mask=columns < column, other=0.0)
-            wanted = tl.load(target + column * num_rows + rows, mask=is_row, other=0.0)
-            wanted += tl.sum(taken[:, None] * errors, axis=0)
-            place = tl.load(groups + column) * num_rows + rows
-            factor = tl.load(factors + place, mask=is_row, other=1.0)
-            steps = tl.div_rn(wanted, factor)
-            if HAS_ZERO:
-                zero = tl.load(zeros + place, mask=is_row, other=0.0)
-                steps += zero
-            if IS_FLOAT:
-                bits = steps.to(tl.int32, bitcast=True)
-                size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), largest)
-                binade = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-                shift = tl.maximum(binade, smallest) * drops_fraction
-                size = (size + shift) - shift
-                # Zero keeps its sign, as in grid.snap_.
-                point = (size.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
-            else:
-                point = (tl.minimum(tl.maximum(steps, smallest), largest) + drops_fraction) - drops_fraction
-            point = tl.where(steps == steps, point, steps)  # the bounds replace NaN
-            if HAS_ZERO:
-                point -= zero
-            nearest = point * factor
-            error = tl.load(residual + column * num_rows + rows, mask=is_row, other=0.0) - nearest
-            errors = tl.where((columns == column)[:, None], error[None, :], errors)
-            missed = (wanted - nearest).to(tl.float64)
-            total += tl.load(pivot + column).to(tl.float64) * missed * missed
-            tl.store(residual + column * num_rows + rows, error, mask=is_row)
-            tl.store(quantized + column * num_rows + rows, nearest, mask=is_row)
-        tl.store(loss + rows, total, mask=is_row)
+    """Import the kernel on first use: importing Triton takes a second, and not every host has it."""
+    from runtime.algorithms.gptq_kernel import solve
 
     return solve

@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.algorithms.gptq_stack_factors import num_stacked
-from runtime.algorithms.grid import is_grouped
-
 if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
 
@@ -63,6 +60,9 @@ def num_together(names: Sequence[str], job: Assignment, num_in: int, experts: Ma
         num_in: I.
         experts: the mixture and the number of each module of an expert.
     """
+    from runtime.algorithms.gptq_stack_factors import num_stacked
+    from runtime.algorithms.grid import is_grouped
+
     own = {experts.get(name) for name in names}
     expert = experts.get(names[0])
     if expert is None or len(own) > 1 or job.algorithm != "gptq" or job.options is None or job.options.refine:

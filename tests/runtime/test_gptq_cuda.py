@@ -153,7 +153,7 @@ from triton.compiler import ASTSource
 from runtime.algorithms import gptq_cuda
 
 kernel = gptq_cuda._kernel()
-types = dict(loss="*fp64", groups="*i32", smallest="fp32", largest="fp32", drops_fraction="fp32")
+types = dict(loss="*fp64", groups="*i32", smallest="fp32", largest="fp32", shift="fp32")
 floats = ("residual", "target", "quantized", "lower", "pivot", "factors", "zeros")
 for is_float, has_zero, columns in ((True, False, 128), (False, False, 128), (False, True, 256), (True, False, 1)):
     fixed = dict(IS_FLOAT=is_float, HAS_ZERO=has_zero, NUM_COLUMNS=columns, ROWS=gptq_cuda._ROWS)

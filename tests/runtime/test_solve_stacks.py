@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.algorithms import gptq_cuda, gptq_options
+from runtime.algorithms import gptq_cuda, gptq_options, gptq_stack_factors
 from runtime.errors import QuantizationError
 from runtime.formats.compressed import join_rows
 from runtime.formats.presets import scheme_from_preset
-from runtime.quantize import solve_batches, solve_stacks
+from runtime.quantize import solve_stacks
 from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.rounding import Rounding, round_modules
 from runtime.quantize.statistics import Needs
@@ -51,7 +51,7 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Solve on the CPU as on a GPU without the kernel, in small stacks; return the sizes of all stacks."""
     monkeypatch.setattr(gptq_options, "is_asynchronous", lambda device: True)
     monkeypatch.setattr(gptq_cuda, "has_triton", lambda: False)
-    monkeypatch.setattr(solve_batches, "num_stacked", lambda num_in, num_experts: STACKED)
+    monkeypatch.setattr(gptq_stack_factors, "num_stacked", lambda num_in, num_experts: STACKED)
     sizes, real = [], solve_stacks.solve_together
 
     def solve(weights: Sequence[Any], *rest: Any) -> Any:
