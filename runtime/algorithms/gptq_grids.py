@@ -64,9 +64,9 @@ class Fitting:
         reads = not gptq_options.is_asynchronous(diagonal_I.device)
         return cls(weights, options.args, options.scale_dtype, options.global_scale, diagonal_I, reads=reads)
 
-    def like(self, weights: Sequence[torch.Tensor]) -> Fitting:
-        """Return one for other weights."""
-        return Fitting(weights, self.args, self.scale_dtype, self.global_scale, self.diagonal_I, reads=self.reads)
+    def like(self, weights: Sequence[torch.Tensor], global_scale: torch.Tensor | None) -> Fitting:
+        """Return one for other weights, with a global scale [1], or [O, 1] for each row."""
+        return Fitting(weights, self.args, self.scale_dtype, global_scale, self.diagonal_I, reads=self.reads)
 
     def reading(self) -> Fitting:
         """Return one that raises errors of scales."""

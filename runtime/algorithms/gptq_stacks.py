@@ -200,12 +200,13 @@ def _unsound(problem: Problem, scale_GO: torch.Tensor, numbers: Sequence[float])
 def _fitted(problems: Sequence[Problem]) -> _StackedGrids:
     """Fit the grids of all problems, at once where rows do not depend on each other or on the problem."""
     first, num_problems = problems[0], len(problems)
-    args = first.fitting.args
-    dtypes = {problem.weights[piece.weight].dtype for problem in problems for piece in problem.tile}
-    is_joint = grid.strategy_of(args) in ("channel", "group") and args.observer != "imatrix_mse" and len(dtypes) == 1
-    if num_problems > 1 and is_joint:
+    if num_problems > 1 and _is_joint(problems):
         rows_OI = torch.cat([problem.rows_OI() for problem in problems])
-        joint = first.fitting.like([rows_OI]).grids_of((Piece(0, 0, len(rows_OI)),))
+        height = len(rows_OI) // num_problems
+        scales = [problem.fitting.global_scale for problem in problems]
+        rows_of_scales = [one.expand(height) for one in scales if one is not None]
+        scale_O1 = torch.cat(rows_of_scales)[:, None] if rows_of_scales else None
+        joint = first.fitting.like([rows_OI], scale_O1).grids_of((Piece(0, 0, len(rows_OI)),))
 
         def stacked(parts_GO: torch.Tensor) -> torch.Tensor:
             return parts_GO.view(len(parts_GO), num_problems, -1).transpose(0, 1).contiguous()
@@ -222,6 +223,16 @@ def _fitted(problems: Sequence[Problem]) -> _StackedGrids:
         factor_EGO=torch.stack([one.factor_GO for one in each]),
         zero_EGO=torch.stack(zeros) if zeros else None,
     )
+
+
+def _is_joint(problems: Sequence[Problem]) -> bool:
+    """Whether the grid of a row depends only on the row and its global scale."""
+    args = problems[0].fitting.args
+    if len({problem.weights[piece.weight].dtype for problem in problems for piece in problem.tile}) > 1:
+        return False
+    if grid.needs_global_scale(args):
+        return "mse" not in str(args.observer)  # the search takes some rows at a time
+    return grid.strategy_of(args) in ("channel", "group") and args.observer != "imatrix_mse"
 
 
 def _solve_(
