@@ -13,7 +13,10 @@ def main(program: str = "seqbuild-runtime") -> int:
         print(f"{program}: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
         return 2
     imports.allow()
-    return app.main(program=program)
+    try:
+        return app.main(program=program)
+    finally:
+        imports.settle()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from runtime.errors import ArtifactError, DataError, SeqbuildError
 from runtime.host.offline import offline
 from runtime.language.opaque import require_harmless
 from runtime.language.opaque_calls import GuardedStep
+from runtime.language.operators import require_operators
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +196,7 @@ def load(
     """
     root = as_path("the artifact", path)
     checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
+    require_operators(checked.operators)
     check_versions(checked.manifest, allow_version_skew=allow_version_skew)
     artifact = _compile(root, checked)
     if checked.code is not None and not trust_remote_code and not checked.manifest.is_portable:

@@ -5,11 +5,15 @@ takes 2 to 3 s of processor time and 200 MB, about half of what a small run need
 classes in their place while compressed-tensors is imported, and removes them afterwards: code that imports transformers
 later gets the real package. Triton is left out in the same way on hosts without a GPU.
 
+The imports make hundreds of thousands of objects that live as long as the process. Searching them for garbage takes
+half a second, so both command lines search only when many objects were made, and exclude what was imported (`settle`).
+
 A process that runs other code as well must not do this; only they call `allow`, before a command.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 from pathlib import Path
@@ -33,12 +37,23 @@ _STRINGS = {
     "SAFE_WEIGHTS_INDEX_NAME": "model.safetensors.index.json",
 }
 _is_allowed = False
+_USUAL, _MANY = gc.get_threshold(), 1_000_000  # objects made between two searches for garbage
 
 
 def allow() -> None:
     """State that this process only runs one command of this package."""
     global _is_allowed
     _is_allowed = True
+    gc.set_threshold(_MANY, *_USUAL[1:])
+
+
+def settle() -> None:
+    """Exclude the objects that exist from searches for garbage, also from the one at the end of the process, and search
+    as often as usual from here on.
+    """
+    if _is_allowed:
+        gc.freeze()
+        gc.set_threshold(*_USUAL)
 
 
 def prepare(artifact: Path) -> None:

@@ -262,6 +262,10 @@ def data(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    if argv is None:
-        imports.allow()  # this process runs one command
-    return run_app(app, "seqbuild", argv)
+    if argv is not None:
+        return run_app(app, "seqbuild", argv)
+    imports.allow()  # this process runs one command
+    try:
+        return run_app(app, "seqbuild")
+    finally:
+        imports.settle()
