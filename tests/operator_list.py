@@ -1,4 +1,6 @@
-"""Write runtime/language/operators.txt, the overloads that `check` accepts without torch: `python tests/operator_list.py`.
+"""Write runtime/language/operators.txt, the overloads that `check` accepts without torch.
+
+    python tests/operator_list.py [--new]
 
 The list has the overloads that every named release of torch accepts. Run this in an environment of each supported
 release in turn: the first time with `--new`, which makes the list of the installed release alone; each further run
@@ -7,6 +9,7 @@ adds its release, and removes what it does not accept. An overload or release th
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -20,13 +23,16 @@ from runtime.language.operators import ALLOWED, LISTED_PATH, is_allowed, listed,
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
 
+@functools.cache
 def accepted() -> frozenset[str]:
     """The overloads that the installed torch has and that artifacts may call."""
     found = []
     for name in sorted(ALLOWED):
         packet = getattr(torch.ops.aten, name, None)
         overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []
-        found += [f"{name}.{overload}" for overload in overloads if is_allowed(name, overload) and _passes(name, overload)]
+        found += [
+            f"{name}.{overload}" for overload in overloads if is_allowed(name, overload) and _passes(name, overload)
+        ]
     return frozenset(found)
 
 

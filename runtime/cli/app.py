@@ -19,7 +19,6 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
 from runtime.cli.group import is_resumed, join_group, require_readable_by
-from runtime.cli.imports import prepare, settle
 from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
@@ -129,6 +128,7 @@ def calibrate(
 
 def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
     """Check the output directory and the log, which takes no time, and read the recipe."""
+    from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
     from runtime.streaming.output_place import require_startable
     from runtime.workers.agreement import agreed
@@ -163,7 +163,6 @@ def _calibrate(
 ) -> None:
     from runtime.calibration import calibrate as run
 
-    settle()
     with ExitStack() as stack:
         result = run(
             artifact,
@@ -246,7 +245,6 @@ def evaluate(
         batches = make_batches(loaded, options, None if as_json else say)
         from runtime.evaluation import evaluate as run
 
-        settle()
         result = run(
             loaded,
             weights=directory,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
-from runtime.cli.imports import prepare, settle
 from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import optional_bytes, put, say
@@ -78,6 +77,7 @@ def plan(
 
     Exit code 1 if it does not fit.
     """
+    from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
 
     require_output()
@@ -92,7 +92,6 @@ def plan(
 
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
-    settle()
     doing("planning")
     forecast, shortages, advice = plan_artifact(
         loaded,

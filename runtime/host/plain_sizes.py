@@ -8,46 +8,34 @@ and ask the real module about everything else.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import importlib
 import operator
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from typing import Any
 
+from runtime.host.stand_ins import StandIn, standing_in
+
 _COMPILER, _SYMPY, _ALGEBRA = "torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes"
-# The modules of torch that compute shapes, and the one that keeps functions from the compiler.
+# The modules of torch that compute shapes.
 _SHAPES = ("torch._refs", "torch._decomp", "torch._prims", "torch._prims_common", "torch._meta_registrations")
-_CALLERS = {_COMPILER: ("torch._compile",), _SYMPY: _SHAPES, _ALGEBRA: ("torch", *_SHAPES)}
 
 
 @contextlib.contextmanager
 def plain_sizes() -> Iterator[None]:
     """Skip the compiler and sympy while the block runs operators whose sizes are numbers."""
-    usual, disabled = builtins.__import__, list[Any]()
-    stand_ins = {_COMPILER: _compiler(disabled), _SYMPY: _Numbers(_SYMPY), _ALGEBRA: _Numbers(_ALGEBRA)}
-
-    def imported(
-        name: str,
-        globals: Mapping[str, Any] | None = None,
-        locals: Mapping[str, Any] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> Any:
-        if name in stand_ins and level == 0 and name not in sys.modules:
-            caller = str((globals or {}).get("__name__"))
-            if any(caller == known or (known in _SHAPES and caller.startswith(f"{known}.")) for known in _CALLERS[name]):
-                return stand_ins[name]
-        return usual(name, globals, locals, fromlist or (), level)
-
-    builtins.__import__ = imported
+    disabled: list[Any] = []
+    stand_ins = {
+        _COMPILER: StandIn(_compiler(disabled), modules=("torch._compile",)),
+        _SYMPY: StandIn(_Numbers(_SYMPY), packages=_SHAPES, modules=("torch",)),
+        _ALGEBRA: StandIn(_Numbers(_ALGEBRA), packages=_SHAPES, modules=("torch",)),
+    }
     try:
-        yield
+        with standing_in(stand_ins):
+            yield
     finally:
-        builtins.__import__ = usual
         for function in disabled:
             function.__dict__.pop("__dynamo_disable", None)
 

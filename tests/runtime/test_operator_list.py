@@ -7,11 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from runtime.errors import ArtifactError
 from runtime.language import operators
-from runtime.language.operators import ALLOWED, check_operators, listed, require_operators
+from runtime.language.operators import check_operators, listed, require_operators
 from tests.operator_list import RELEASE, accepted
 from tests.runtime.place import ROOT, Place
 
@@ -28,21 +27,31 @@ def verdict(check: object, operator: str) -> str:
 
 
 def test_torch_accepts_all_that_is_listed() -> None:
-    releases, overloads = listed()
+    (releases, overloads), file = listed(), operators.LISTED_PATH.name
     again = "run python tests/operator_list.py in environments of all supported releases of torch"
-    assert RELEASE in releases, f"{operators.LISTED_PATH.name} does not name torch {RELEASE}: {again}"
+    assert RELEASE in releases, f"{file} does not name torch {RELEASE}: {again}"
     wrong = sorted(overloads - accepted())
-    assert not wrong, f"{operators.LISTED_PATH.name} has operators that torch {RELEASE} does not accept: {wrong}; {again}"
-    missing = accepted() - overloads
-    assert len(missing) < 50, f"{operators.LISTED_PATH.name} is incomplete: {sorted(missing)}; {again}"
+    assert not wrong, f"{file} has operators that torch {RELEASE} does not accept: {wrong}; {again}"
+    missing = sorted(accepted() - overloads)  # new ones, and those that other releases do not have
+    assert len(missing) < 50, f"{file} is incomplete: {missing}; {again}"
 
 
 def test_the_verdict_is_the_same_with_and_without_the_list() -> None:
-    names = {*ALLOWED, "from_file", "_assert_async", "resize_", "set_", "nonsense"}
-    overloads = {operator.partition(".")[2] for operator in listed()[1] | accepted()} | set(OTHERS)
-    tried = {f"{name}.{overload}" for name in names for overload in OTHERS} | listed()[1] | accepted()
-    tried |= {f"{name}.{overload}" for name in ("abs", "add_", "view", "clone") for overload in overloads}
-    for operator in sorted(tried):
+    names = (
+        "abs",
+        "add_",
+        "cat",
+        "view",
+        "__iand__",
+        "empty",
+        "from_file",
+        "_assert_async",
+        "resize_",
+        "set_",
+        "nothing",
+    )
+    overloads = {*OTHERS, *(operator.partition(".")[2] for operator in accepted())}
+    for operator in sorted({f"{name}.{overload}" for name in names for overload in overloads} | accepted()):
         assert verdict(check_operators, operator) == verdict(require_operators, operator), operator
 
 
@@ -61,8 +70,7 @@ def test_an_artifact_that_is_loaded_is_checked_with_torch(place: Place, monkeypa
     asked: dict[str, str] = {}
     monkeypatch.setattr(chain, "require_operators", asked.update)
     chain.load(place.artifact)
-    assert asked
-    assert all(isinstance(getattr(getattr(torch.ops.aten, one.split(".")[0]), one.split(".")[1]), object) for one in asked)
+    assert "add.Tensor" in asked
 
 
 @pytest.mark.parametrize("module", ["runtime", "seqbuild"])
