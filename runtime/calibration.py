@@ -39,6 +39,7 @@ from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
@@ -250,6 +251,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
+    settle()
     doing("calibrating")
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
