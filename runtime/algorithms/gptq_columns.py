@@ -1,6 +1,7 @@
 """The sequential part of GPTQ: round the columns of one block one after the other.
 
-Shapes: B columns of a block, G groups, K columns of a few blocks, O out features, S columns of a strip. See `runtime.algorithms.gptq`.
+Shapes: B columns of a block, G groups, K columns of a few blocks, O out features, S columns of a strip. See
+`runtime.algorithms.gptq`.
 
 For one column, calling torch takes longer than the arithmetic, so this code saves calls: views of buffers are made once
 for all blocks, rounding is an addition to a number so large that no fraction is representable, and everything that is

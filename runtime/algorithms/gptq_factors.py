@@ -128,8 +128,8 @@ def factored(
 def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
 
-    It is only reported, so float32 is multiplied as bf16 where that is faster. The roundings of the products' numbers are
-    independent, and the sum over the rows of a weight changes by about 10^-5.
+    It is only reported, so float32 is multiplied as bf16 where that is faster: roundings are independent of each
+    other, and the sum over the rows of a weight changes by about 10^-5.
 
     Args:
         columns_IO: the weights' columns in the order of the solve.
@@ -186,4 +186,3 @@ def _reordered_in_place(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iter
 
 def _parts(num_rows: int, height: int = ROWS_OF_A_COPY) -> list[slice]:
     return [slice(top, min(top + height, num_rows)) for top in range(0, num_rows, height)]
-

@@ -42,11 +42,13 @@ def add_product_(
 ) -> None:
     """Add first second^T to the target in place, or with a sign of -1 subtract it; a new target is overwritten.
 
-    The target may be wider than both matrices: the product of a few rows and columns is rounded to their dtype.
+    The target may be wider than both matrices; then each of the products that are added is rounded to their dtype.
 
     oneDNN gets a square of the second matrix at a time: it copies that into its own layout before it multiplies, and
     the copy should be small; and it caches a kernel of nearly a megabyte for each shape, so shapes should be few.
     """
+    if target_MN.device.type == "cpu" and first_MK.dtype == torch.bfloat16 and not has_quick_bfloat16():
+        first_MK, second_NK = first_MK.to(target_MN.dtype), second_NK.to(target_MN.dtype)
     if not _is_for_onednn(first_MK) and first_MK.dtype == target_MN.dtype:
         target_MN.addmm_(first_MK, second_NK.t(), alpha=sign, beta=0 if is_new else 1)
         return
