@@ -70,7 +70,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
         overwrites: whether the solve overwrites H.
         device_type: the type of device that solves.
     """
-    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME
+    from runtime.algorithms.gptq_columns import BLOCKS_AT_A_TIME
     from runtime.algorithms.gptq_tiles import tiles_of
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach

@@ -53,6 +53,7 @@ class Window:
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
+    far_dtype: torch.dtype
     _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
@@ -150,6 +151,7 @@ class Window:
             block_size=batch.job.options.block_size,
             actorder=batch.job.options.actorder,
             global_scale=self.global_scale_of(batch.names[0]),
+            far_dtype=self.far_dtype,
         )
 
     def _share_factors(self, index: int) -> None:
