@@ -122,4 +122,4 @@ def summed(
 
 def plain_square(rows_RI: torch.Tensor) -> float:
     """Compute ||W||^2, used if no inputs were measured."""
-    return float(rows_RI.double().square().sum())
+    return float(rows_RI.to(torch.float32).to(torch.float64).square_().sum())

@@ -111,8 +111,7 @@ def join_rows(
     """
     if set(inputs) != set(input_parts(scheme)):
         raise QuantizationError(f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(inputs)}")
-    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
-    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
+    packed = joined_rows(parts, scheme)
     num_out = len(packed["weight" if "weight" in packed else "weight_packed"])
     assert list(packed["weight_scale"].shape) == _scale_shape((num_out, num_in), scheme.weights), "parts are missing"
     if scheme.format == CompressionFormat.pack_quantized.value:
@@ -121,6 +120,12 @@ def join_rows(
             packed["weight_zero_point"] = words.contiguous()
         packed["weight_shape"] = torch.tensor([num_out, num_in])
     return {**packed, **inputs}
+
+
+def joined_rows(parts: Sequence[Mapping[str, torch.Tensor]], scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Join results of `compress_rows` to that for all of their rows."""
+    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
+    return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
 
 
 def rows_layout(
