@@ -121,5 +121,6 @@ def summed(
 
 
 def plain_square(rows_RI: torch.Tensor) -> float:
-    """Compute ||W||^2, used if no inputs were measured."""
-    return float(rows_RI.to(torch.float32).to(torch.float64).square_().sum())
+    """Compute ||W||^2, used if no inputs were measured; summed up in float64, without a copy of that size."""
+    exact_RI = rows_RI.to(torch.promote_types(rows_RI.dtype, torch.float32))
+    return float(torch.linalg.vector_norm(exact_RI, dtype=torch.float64)) ** 2

@@ -22,6 +22,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.observers import fitted_grid
+from runtime.algorithms.output_squares import plain_square
 from runtime.algorithms.result import QuantizedWeight
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
@@ -84,8 +85,8 @@ def rounded_rows(weight_OI: torch.Tensor, found: grid.Grid, args: QuantizationAr
     for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):
         own, part_RI = found.of_rows(rows, args), weight_OI.detach()[rows]
         quantized_RI = rounded(part_RI, own, args)
-        error_RI = (part_RI.to(quantized_RI.dtype) - quantized_RI).to(torch.float64)
-        yield _result(quantized_RI.to(torch.float32), own, args, float(error_RI.square_().sum()))
+        loss = plain_square(part_RI.to(quantized_RI.dtype) - quantized_RI)
+        yield _result(quantized_RI.to(torch.float32), own, args, loss)
 
 
 def _result(quantized_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs, loss: float) -> QuantizedWeight:
