@@ -15,6 +15,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from runtime.host.huge_pages import use_huge_pages
+
 _MODULES = (
     "transformers",
     "transformers.file_utils",
@@ -36,9 +38,10 @@ _is_allowed = False
 
 
 def allow() -> None:
-    """State that this process only runs one command of this package."""
+    """State that this process only runs one command of this package; torch is not imported yet."""
     global _is_allowed
     _is_allowed = True
+    use_huge_pages()
 
 
 def prepare(artifact: Path) -> None:
