@@ -176,9 +176,8 @@ def shared_global_scale(
 
 def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
     """Compute the NVFP4 global scale [1], float32, that weights share: 448 * 6 / max |w|."""
-    smallest = torch.stack([weight.amin() for weight in weights]).amin()
-    largest = torch.stack([weight.amax() for weight in weights]).amax()
-    return global_scale_for(smallest, largest)
+    bounds = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights])
+    return global_scale_for(bounds[:, 0].amin(), bounds[:, 1].amax())
 
 
 def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
@@ -275,10 +274,8 @@ def _spread(
 ) -> torch.Tensor:
     """Compute the scales before they are rounded to their stored dtype."""
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
-    if args.type == QuantizationType.INT:
-        steps = (2.0**args.num_bits - 1) / 2
-    else:
-        steps = _SMALL_FLOATS[args.num_bits][2]
+    is_int = args.type == QuantizationType.INT
+    steps = (2.0**args.num_bits - 1) / 2 if is_int else _SMALL_FLOATS[args.num_bits][2]
     scale = torch.maximum(-low, high) / steps if args.symmetric else (high - low) / (2 * steps)
     found: torch.Tensor = scale if global_scale is None else scale * global_scale.to(scale.dtype)
     return found

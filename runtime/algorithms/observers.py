@@ -26,6 +26,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from runtime.algorithms import grid
 from runtime.errors import QuantizationError
 
+_NARROW = 32  # numbers of a tile below which torch finds the extremes of many tiles faster than those of one
 _NAMES_OF_MSE = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
 
 
@@ -83,10 +84,19 @@ def _by_rows(
 
 def _extremes(weight_OI: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the smallest and the largest number of each tile, in float32, where torch is faster, if that is exact."""
+    dtype = grid.work_dtype(weight_OI)
     found = []
     for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):
-        tiles_RhCw = grid.tile(weight_OI[rows].to(grid.work_dtype(weight_OI)), args)
-        found.append((tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))))
+        tiles_RhCw = grid.tile(weight_OI[rows], args)
+        num_rows, height, num_columns, width = tiles_RhCw.shape
+        if height * width < _NARROW:
+            by_place = tiles_RhCw.transpose(1, 2).reshape(-1, height * width).t()
+            by_place = by_place.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            low, high = (bound.reshape(num_rows, num_columns) for bound in (by_place.amin(dim=0), by_place.amax(dim=0)))
+        else:
+            tiles_RhCw = tiles_RhCw.to(dtype)
+            low, high = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
+        found.append((low, high))
     minimum, maximum = torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
     if grid.strategy_of(args) == "tensor":
         minimum, maximum = minimum.amin(dim=0, keepdim=True), maximum.amax(dim=0, keepdim=True)

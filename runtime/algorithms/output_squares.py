@@ -122,7 +122,7 @@ def summed(
 
 
 def plain_square(rows_RI: torch.Tensor) -> float:
-    """Compute ||W||^2, used if no inputs were measured; float32 is precise enough inside a row, but has a small range."""
+    """Compute ||W||^2, used if no inputs were measured; float32 is precise enough for a row, but has a small range."""
     exact_RI = rows_RI.to(torch.promote_types(rows_RI.dtype, torch.float32))
     total = float(exact_RI.square().sum(dim=1).sum(dtype=torch.float64))
     if not _SMALLEST_SUM < total < _LARGEST_SUM:

@@ -51,9 +51,7 @@ def quantize_rtn(
     Raises:
         QuantizationError: for an unsupported strategy, type or shape, and numbers that are not finite.
     """
-    found = fitted(
-        weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I
-    )
+    found = fitted(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
     quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=weight_OI.device)
     loss, top = 0.0, 0
     for part in rounded_rows(weight_OI, found, args):

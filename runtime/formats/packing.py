@@ -69,7 +69,8 @@ def _e2m1(rows: QuantizedWeight, scheme: QuantizationScheme) -> torch.Tensor:
     mantissa are used, and they are the bits of E2M1.
     """
     numbers_OI = grid.untile(_divided(rows, scheme), shape=_shape(rows))
-    halves_OI = numbers_OI.mul_(2.0**-14).add_(0.0).to(torch.float16)  # the sum clears the sign of -0, as compressors do
+    numbers_OI.mul_(2.0**-14).add_(0.0)  # the sum clears the sign of -0, as compressors do
+    halves_OI = numbers_OI.to(torch.float16)
     pairs = halves_OI.view(torch.int32)  # of two numbers
     magnitudes = pairs.bitwise_right_shift(9).bitwise_and_(0x0007_0007)
     codes = pairs.bitwise_right_shift_(12).bitwise_and_(0x0008_0008).bitwise_or_(magnitudes)
