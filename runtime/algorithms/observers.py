@@ -65,8 +65,16 @@ def fitted_grid(
         minimum, maximum = _by_rows(weight_OI, args, lambda tiles_RhCw: _percentiles(tiles_RhCw, percentile))
     else:
         minimum, maximum = _extremes(weight_OI, args)
-    scale_RC, zero_point_RC = grid.fit(minimum, maximum, args, scale_dtype=scale_dtype, global_scale=global_scale)
-    return grid.Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC, global_scale=global_scale)
+    parts = [
+        grid.fit(minimum[rows], maximum[rows], args, scale_dtype=scale_dtype, global_scale=global_scale)
+        for rows in grid.parts_of_rows(minimum)
+    ]
+    zeros = [zero_RC for _, zero_RC in parts if zero_RC is not None]
+    return grid.Grid(
+        scale_RC=torch.cat([scale_RC for scale_RC, _ in parts]),
+        zero_point_RC=torch.cat(zeros) if zeros else None,
+        global_scale=global_scale,
+    )
 
 
 def _by_rows(
