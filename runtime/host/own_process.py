@@ -10,14 +10,17 @@ from __future__ import annotations
 import gc
 import sys
 
+from runtime.host.huge_pages import use_huge_pages
+
 # Thresholds of `gc.set_threshold`. RARELY is for work that makes many objects and few reference cycles.
 USUALLY, RARELY, _WHILE_IMPORTING = gc.get_threshold(), (100_000, 50, 50), (1_000_000, 50, 50)
 _is_ours = [False]
 
 
 def claim() -> None:
-    """State that this process only runs one command of this package."""
+    """State that this process only runs one command of this package; torch is not imported yet."""
     _is_ours[0] = True
+    use_huge_pages()
     gc.set_threshold(*_WHILE_IMPORTING)
 
 
