@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms.awq import quantize_clipped
+from runtime.algorithms.clipping import quantize_clipped
 from runtime.algorithms.output_squares import plain_square, summed
 from runtime.algorithms.rtn import quantize_rtn
 

@@ -17,6 +17,7 @@ from runtime.algorithms.awq import search_scales
 from runtime.algorithms.smoothquant import smoothing_factors
 from runtime.artifact.scale_groups import numbers_of
 from runtime.errors import QuantizationError
+from runtime.host.half_precision import slow_halves
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
@@ -155,7 +156,7 @@ def find_scales(
             )
         quantized = [name for name in group.modules if name in rescaled.jobs]
         found = search_scales(
-            (rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized),
+            (_narrowed(rescaled.get(f"{name}.weight")) for name in quantized),
             statistics.hessian_II,
             statistics.mean_abs_I,
             [rescaled.jobs[name].scheme.weights for name in quantized],
@@ -163,7 +164,18 @@ def find_scales(
             n_grid=transform.n_grid,
             duo_scaling=transform.duo_scaling,
             channel_I=channels,
+            race_dtype=torch.float32 if _is_slow(torch.bfloat16, statistics.device) else torch.bfloat16,
         )
     except QuantizationError as error:
         raise QuantizationError(f"{group.modules[0]}: {error.message}", hint=error.hint) from error
     return found.scale_I
+
+
+def _narrowed(weight: torch.Tensor) -> torch.Tensor:
+    """Convert float64 to float32."""
+    return weight.to(torch.float32) if weight.dtype == torch.float64 else weight
+
+
+def _is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has no instructions for products of a 16-bit dtype."""
+    return device.type == "cpu" and dtype in slow_halves()
