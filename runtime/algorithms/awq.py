@@ -55,7 +55,7 @@ _MOST_PARTS = 8  # of the sampled rows
 _FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows of a part, and numbers, so that operators do not start in vain
 _ERRORS = 3.5
 _TOLERANCE = 2.0**-10
-_STACK, _STACK_STEP = 1024, 256  # rows of all candidates that are multiplied by H at a time, and their granularity
+_STACK, _STACK_STEP = 2048, 256  # rows of all candidates that are multiplied by H at a time, and their granularity
 _ROWS_OF_A_SUM, _SUMS_OF_A_SUM = 256, 16
 
 

@@ -14,7 +14,6 @@ Shapes: O out features, I in features, C groups of w columns, R rows of a part, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.output_squares import gram_squares
+from runtime.algorithms.products import multiplied
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -128,7 +128,7 @@ class _Search:
         part_KRw = self.tiles_OCw[place].transpose(0, 1)
         values_KRw, error_KRw = (buffer[: part_KRw.numel()].view(part_KRw.shape) for buffer in buffers)
         values_KRw.copy_(part_KRw)
-        blocks = self._blocks(place[1].start, len(part_KRw))
+        blocks_Kww = self._blocks(place[1].start, len(part_KRw))
         own = grid.Grid(
             scale_RC=best.scale_RC[place],
             zero_point_RC=None if best.zero_point_RC is None else best.zero_point_RC[place],
@@ -138,7 +138,7 @@ class _Search:
         for step in range(int(_STEPS * (1 - _LEAST_FACTOR)) + 1):
             found = self.fitted(place, 1 - step / _STEPS)
             self._round_(error_KRw.copy_(values_KRw), found).sub_(values_KRw)
-            loss_KR = _block_squares(error_KRw, blocks)
+            loss_KR = _block_squares(error_KRw, blocks_Kww)
             is_better_KR = loss_KR < least_KR
             least_KR = torch.where(is_better_KR, loss_KR, least_KR)
             for known, other in ((own.scale_RC, found.scale_RC), (own.zero_point_RC, found.zero_point_RC)):
@@ -147,11 +147,11 @@ class _Search:
         quantized_RKw.copy_(self._round_(values_KRw, own).transpose(0, 1))
         return float(least_KR.sum())
 
-    def _blocks(self, first: int, count: int) -> list[torch.Tensor]:
+    def _blocks(self, first: int, count: int) -> torch.Tensor:
         """The blocks of H of some groups."""
         width = self.tiles_OCw.shape[2]
         edges = range(first * width, (first + count) * width, width)
-        return [self.gram_II[left : left + width, left : left + width].contiguous() for left in edges]
+        return torch.stack([self.gram_II[left : left + width, left : left + width] for left in edges])
 
     def _round_(self, values_KRw: torch.Tensor, found: grid.Grid) -> torch.Tensor:
         dtype = values_KRw.dtype
@@ -160,8 +160,12 @@ class _Search:
         return grid.snap_(values_KRw, factor_KR1, zero_KR1, self.args)
 
 
-def _block_squares(error_KRw: torch.Tensor, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+def _block_squares(error_KRw: torch.Tensor, blocks_Kww: torch.Tensor) -> torch.Tensor:
     """Compute e_g H_gg e_g^T of each group and row, [K, R] in float64."""
-    if len(blocks) > 1 and (len(blocks[0]) < _NARROW or error_KRw.device.type != "cpu"):
-        return torch.bmm(error_KRw, torch.stack(list(blocks))).mul_(error_KRw).sum(dim=2).double()
-    return torch.stack([gram_squares(one_Rw, block) for one_Rw, block in zip(error_KRw, blocks, strict=True)])
+    num_groups, width = blocks_Kww.shape[:2]
+    if num_groups == 1:
+        return gram_squares(error_KRw[0], blocks_Kww[0])[None]
+    if width < _NARROW or error_KRw.device.type != "cpu":
+        return torch.bmm(error_KRw, blocks_Kww).mul_(error_KRw).sum(dim=2).double()
+    each = zip(error_KRw, blocks_Kww, strict=True)
+    return torch.stack([multiplied(one_Rw, block.t()).mul_(one_Rw).sum(dim=1) for one_Rw, block in each]).double()

@@ -4,9 +4,12 @@ A Gram matrix H = X X^T gives it for all tokens:
 
     ||W X||^2 = tr(W H W^T)
 
-If only the report needs it, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
+This product would take as long as several of AWQ's searches, so of a weight with more than `NUM_ROWS` rows, evenly
+spread ones are multiplied, and the result is an estimate.
+
+If only the report needs H, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
 every fourth and so on of each lane, evenly spread over the data. An error and the size that it is compared with always
-come from the same tokens.
+come from the same tokens and rows.
 
 Shapes: O out features, I in features, T tokens, R some rows, P some columns.
 """
@@ -21,6 +24,7 @@ from runtime.algorithms.grid import work_dtype
 from runtime.algorithms.products import multiplied
 
 NUM_SAMPLED = 1024
+NUM_ROWS = 512
 WIDEST_GRAM = 512  # features up to which a Gram matrix takes no more memory than a sample
 _ROWS = 1024  # rows that are multiplied at a time
 _SQUARE, _SQUARE_ELSEWHERE = 512, 2048  # side of the part of H that is multiplied at a time, on the CPU and elsewhere

@@ -7,7 +7,7 @@ parameter actually gives, so that the model computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -50,9 +50,7 @@ class Rescaled:
     def get(self, name: str) -> torch.Tensor:
         """Return a parameter with its changes; float32 if it has any."""
         tensor = self.tensors[name] if name in self.tensors else self.read(name)
-        for factor in self.factors.get(name, ()):
-            tensor = factor.applied(tensor.to(torch.float32))
-        return tensor
+        return self._multiplied(tensor, self.factors[name]) if name in self.factors else tensor
 
     def changed(self) -> list[str]:
         """List the names of all changed parameters."""
@@ -65,11 +63,16 @@ class Rescaled:
             return self.get(name).to(dtype)
         result = torch.empty_like(tensor, dtype=dtype)
         for place, part in enumerate(tensor):
-            values = part[None].to(torch.float32)
-            for factor in self.factors[name]:
-                values = factor.applied(values)
-            result[place] = values[0]
+            result[place] = self._multiplied(part[None], self.factors[name])[0]
         return result
+
+    @staticmethod
+    def _multiplied(tensor: torch.Tensor, factors: Sequence[_Factor]) -> torch.Tensor:
+        """Apply factors to a copy in float32."""
+        copy = tensor.to(torch.float32, copy=True)
+        for factor in factors:
+            factor.apply_(copy)
+        return copy
 
     def forget(self, name: str) -> None:
         """Drop the changes of a parameter that has been written."""
@@ -127,9 +130,12 @@ class _Factor:
     values: torch.Tensor
     is_division: bool
 
-    def applied(self, tensor: torch.Tensor) -> torch.Tensor:
+    def apply_(self, tensor: torch.Tensor) -> None:
         values = self.values.to(tensor.device)
-        return tensor / values if self.is_division else tensor * values
+        if self.is_division:
+            tensor.div_(values)
+        else:
+            tensor.mul_(values)
 
 
 def find_scales(
