@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import grid
-from runtime.algorithms.awq import quantize_clipped
+from runtime.algorithms.clipping import quantize_clipped
 from runtime.algorithms.output_squares import plain_square
 from runtime.algorithms.rtn import fitted, quantize_rtn, rounded_rows
 
