@@ -34,7 +34,7 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
     )
 
 
-def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
+def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32, device_type: str = "cpu") -> int:
     """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
 
@@ -46,7 +46,7 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + accumulator_bytes(num_in)
+        return channels + accumulator_bytes(num_in, device_type)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
