@@ -29,10 +29,7 @@ def add_exact_product_(sum_PR: torch.Tensor, first_TP: torch.Tensor, second_TR: 
 
     Products of float32 matrices follow `torch.backends.cuda.matmul.allow_tf32`, which is off by default.
     """
-    if first_TP.dtype in HALVES:
-        way = _way(first_TP.dtype, str(first_TP.device))
-    else:
-        way = _converted
+    way = _way(first_TP.dtype, str(first_TP.device)) if first_TP.dtype in HALVES else _converted
     way(sum_PR, first_TP, second_TR, is_new)
 
 

@@ -144,7 +144,7 @@ def test_the_way_is_probed_once(dtype: torch.dtype, make: Callable[[], ProductsO
         accumulator.add(inputs)
         assert exact_products._way(dtype, "cpu").__name__ == expected
     for one in (MM, ADDMM):
-        if one in gpu.missing or gpu.is_strict and one is ADDMM or gpu.rounds:
+        if one in gpu.missing or (gpu.is_strict and one is ADDMM) or gpu.rounds:
             assert gpu.calls[one] == probed.get(one, 0), "a form that failed is not tried again"
     assert torch.equal(accumulator.hessian_II.double(), 2 * inputs.double().T @ inputs.double())
 
