@@ -93,6 +93,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
     force: bool = False,
+    cuda_graphs: bool = False,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -125,6 +126,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         moe_calibrate_all_experts=moe_calibrate_all_experts,
         statistics_memory=statistics_memory,
         force=force,
+        cuda_graphs=cuda_graphs,
     )
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")

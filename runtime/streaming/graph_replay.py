@@ -6,9 +6,9 @@ A graph is captured for batches of one shape, and reads its inputs from fixed me
     batch 2    runs as usual; then a graph is captured and replayed, and its outputs are compared, bit for bit
     others     are copied into the graph's inputs, and its outputs are copied out after the replay
 
-Replaying launches the same kernels, so results are equal; if they are not for the second batch, or if the code waits for
-the device (data-dependent steps, conditions on tensors), which a capture rejects, no graph is used for this subgraph.
-A batch of another shape, or with other numbers among its inputs, runs as usual until its own graph exists.
+Replaying launches the same kernels, so results are equal. If they are not for the second batch, or if the code waits
+for the device (data-dependent steps, conditions on tensors), no graph is used for this subgraph. A batch of another
+shape, or with other numbers among its inputs, runs as usual until its own graph exists.
 
 Only passes that compute the inputs of later subgraphs are replayed. Measuring passes call hooks of Python for every
 batch, which count tokens, compare tensors by identity and may end a batch early.
@@ -36,15 +36,14 @@ class _Captured:
 
     graph: Any
     inputs: list[torch.Tensor]
-    outputs: Any
+    outputs: dict[str, Any]
 
     def replay(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run the graph on other inputs, and copy its outputs out."""
         for place, value in zip(self.inputs, _tensors(values), strict=True):
             place.copy_(value)
         self.graph.replay()
-        copied: dict[str, Any] = pytree.tree_map_only(torch.Tensor, _copy, self.outputs)
-        return copied
+        return _copied(self.outputs)
 
 
 class GraphReplay:
@@ -53,6 +52,9 @@ class GraphReplay:
     Args:
         device: a CUDA device.
         remark: receives a message for the user, once, if a subgraph cannot be replayed.
+
+    Attributes:
+        num_replays: the number of batches that were replayed.
     """
 
     def __init__(self, device: torch.device, remark: Callable[[str], None]) -> None:
@@ -60,6 +62,7 @@ class GraphReplay:
         self.remark = remark
         self.num_replays = 0
         self._has_remarked = False
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._last: _Captured | None = None  # keeps the pool, whose memory the next graph uses again
 
@@ -76,52 +79,84 @@ class GraphReplay:
             if found is not None:
                 self.num_replays += 1
                 return found.replay(values)
-            outputs = None
-            if shape is not None and shape in captured and len(captured) <= _GRAPHS_AT_A_TIME:
-                before = pytree.tree_map_only(torch.Tensor, _copy, values)  # the code may change its inputs in place
-                outputs = forward(values)
-                reason = self._capture(forward, before, outputs, captured, shape)
-                is_possible = not reason
-                if reason:
-                    captured.clear()
-                    self._tell(label, reason)
-            elif shape is not None:
-                captured[shape] = None
-            return forward(values) if outputs is None else outputs
+            num_graphs = sum(one is not None for one in captured.values())
+            if shape is None or shape not in captured or num_graphs == _GRAPHS_AT_A_TIME:
+                captured.setdefault(shape, None)
+                return forward(values)
+            before = _copied(values)  # the code may change its inputs in place
+            outputs = forward(values)
+            try:
+                captured[shape] = self._last = self._captured(forward, before, outputs)
+            except _NoReplayError as error:
+                is_possible = False
+                captured.clear()
+                self._tell(label, str(error))
+            return outputs
 
-        yield run
-
-    def _capture(
-        self,
-        forward: Forward,
-        values: dict[str, Any],
-        expected: dict[str, Any],
-        captured: dict[Hashable, _Captured | None],
-        shape: Hashable,
-    ) -> str:
-        """Capture a graph, and compare it; returns why it cannot be used."""
-        inputs = pytree.tree_map_only(torch.Tensor, _copy, values)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
+            yield run
+        except BaseException:
+            self._last = self._pool = None  # memory may have run out
+            raise
+
+    def _captured(self, forward: Forward, values: dict[str, Any], expected: dict[str, Any]) -> _Captured:
+        """Capture a graph, and compare its results with expected ones.
+
+        Raises:
+            _NoReplayError: stating why it cannot be used.
+        """
+        inputs = _copied(values)
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        try:
+            self._warm_up(forward, _copied(values), current)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             # Other threads read weights and allocate pinned memory meanwhile, which only this mode allows.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 outputs = forward(dict(inputs))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ArtifactError) as error:
-            return f"its code cannot be captured: {' '.join(str(error).split())[:200]}"
+            reason = " ".join(str(error.__context__ or error).split())[:200]
+            raise _NoReplayError(f"the code cannot be captured: {reason}") from error
+        finally:
+            torch.cuda.set_stream(current)  # which a capture that fails does not restore
         found = _Captured(graph=graph, inputs=_tensors(inputs), outputs=outputs)
         if not _are_equal(found.replay(values), expected):
-            return "a replayed graph has other results"
-        captured[shape] = self._last = found
-        return ""
+            raise _NoReplayError("a replayed graph has other results")
+        return found
+
+    def _warm_up(self, forward: Forward, values: dict[str, Any], current: Any) -> None:
+        """Run once on the stream of the capture: what is allocated on the first use of a stream exists then.
+
+        Code that waits for the device is an error here, because after a capture that fails, older versions of torch do
+        not free all memory again.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(current)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(self._stream):
+                forward(values)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self._stream)
 
     def _tell(self, label: str, reason: str) -> None:
         if not self._has_remarked:
             self._has_remarked = True
-            self.remark(f"warning: {label} and perhaps other subgraphs run without --cuda-graphs: {reason}")
+            self.remark(f"warning: {label} runs without CUDA graphs, and perhaps other subgraphs: {reason}")
+
+
+class _NoReplayError(Exception):
+    """A subgraph cannot be replayed; the message states why."""
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = pytree.tree_map_only(torch.Tensor, _copy, values)
+    return copied
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

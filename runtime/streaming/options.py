@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from runtime.arguments import require_counts, require_kind
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
 from runtime.data.lanes import NUM_LANES, TOKENS_PER_LANE
+from runtime.errors import UsageError
 from runtime.streaming.activations import Budget
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class RunOptions:
         statistics_memory: bytes that the statistics of a layer's experts may take at a time; more are measured in
             several passes, with the same result. None for no bound.
         force: run although the plan predicts that memory is short.
+        cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class RunOptions:
     moe_calibrate_all_experts: bool = True
     statistics_memory: int | None = None
     force: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.
@@ -56,6 +59,8 @@ class RunOptions:
         Raises:
             UsageError: naming the option.
         """
+        if self.cuda_graphs and self.device.type != "cuda":
+            raise UsageError(f"CUDA graphs require a CUDA device; got {self.device}", hint="remove --cuda-graphs")
         require_kind("activation_memory", self.activation_memory, Budget, "it must be a runtime.Budget, in bytes")
         require_counts(max_shard_bytes=self.max_shard_bytes, statistics_memory=self.statistics_memory)
         require_counts(checkpoint_activations=self.checkpoint_activations or None)
