@@ -95,21 +95,26 @@ class _Counted:
     Args:
         mask: on the host.
         device: of the inputs.
+
+    Attributes:
+        shape: of the mask.
+        num_tokens: its size.
+        indices: the tokens that are measured, on the device.
     """
 
     def __init__(self, mask: torch.Tensor, device: torch.device) -> None:
-        self.num_tokens, self.shape = mask.numel(), mask.shape
-        self.is_whole = bool(mask.all())
+        self.shape, self.num_tokens = mask.shape, mask.numel()
+        self.indices = mask.flatten().nonzero().flatten().to(device, non_blocking=True)
         self._mask, self._device = mask, device
 
-    @cached_property
-    def indices(self) -> torch.Tensor:
-        """Those that are measured."""
-        return self._mask.flatten().nonzero().flatten().to(self._device, non_blocking=True)
+    @property
+    def is_whole(self) -> bool:
+        """Whether all are measured."""
+        return len(self.indices) == self.num_tokens
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """Whether each is measured."""
+        """Whether each token is measured."""
         return self._mask.flatten().to(self._device, torch.bool, non_blocking=True)
 
 
