@@ -128,12 +128,16 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         force=force,
         cuda_graphs=cuda_graphs,
     )
+    group = current() if workers is None else workers
+    watch = _watchers(progress, watchers, group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    return _run(_scheduled_alike(given, options, group), watch, start)
+
+
+def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers) -> Watchers:
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    group = current() if workers is None else workers
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    scheduled = _scheduled_alike(given, options, group)
-    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
+    return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
 def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
