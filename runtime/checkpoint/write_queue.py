@@ -16,7 +16,7 @@ import torch
 from runtime.host.streams import SideStream
 from runtime.host.transfers import Download
 
-_BYTES_ON_THE_WAY = 2**29
+_BYTES_ON_THE_WAY = 2**28
 
 Write = Callable[[torch.Tensor], object]
 _Entry = tuple[int, Future[object]]  # the bytes of a tensor, and its write

@@ -74,7 +74,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     from runtime.algorithms.gptq_tiles import tiles_of
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
-    from runtime.formats.compressed import NUMBERS_AT_A_TIME
+    from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
 
     num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
@@ -92,7 +92,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-    some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
+    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
     return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
