@@ -63,8 +63,6 @@ class GraphReplay:
         self.num_replays = 0
         self._has_remarked = False
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = None
-        self._last: _Captured | None = None  # keeps the pool, whose memory the next graph uses again
 
     @contextlib.contextmanager
     def of(self, label: str, forward: Forward) -> Iterator[Forward]:
@@ -79,28 +77,26 @@ class GraphReplay:
             if found is not None:
                 self.num_replays += 1
                 return found.replay(values)
-            num_graphs = sum(one is not None for one in captured.values())
-            if shape is None or shape not in captured or num_graphs == _GRAPHS_AT_A_TIME:
+            graphs = [one.graph for one in captured.values() if one is not None]
+            if shape is None or shape not in captured or len(graphs) == _GRAPHS_AT_A_TIME:
                 captured.setdefault(shape, None)
                 return forward(values)
             before = _copied(values)  # the code may change its inputs in place
             outputs = forward(values)
             try:
-                captured[shape] = self._last = self._captured(forward, before, outputs)
+                captured[shape] = self._captured(forward, before, outputs, graphs[0].pool() if graphs else None)
             except _NoReplayError as error:
                 is_possible = False
                 captured.clear()
                 self._tell(label, str(error))
             return outputs
 
-        try:
-            yield run
-        except BaseException:
-            self._last = self._pool = None  # memory may have run out
-            raise
+        yield run
 
-    def _captured(self, forward: Forward, values: dict[str, Any], expected: dict[str, Any]) -> _Captured:
+    def _captured(self, forward: Forward, values: dict[str, Any], expected: dict[str, Any], pool: Any) -> _Captured:
         """Capture a graph, and compare its results with expected ones.
+
+        Graphs of a subgraph share the memory of intermediate values, `pool`: results are copied out after each replay.
 
         Raises:
             _NoReplayError: stating why it cannot be used.
@@ -110,11 +106,9 @@ class GraphReplay:
         current = torch.cuda.current_stream(self.device)
         try:
             self._warm_up(forward, _copied(values), current)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             # Other threads read weights and allocate pinned memory meanwhile, which only this mode allows.
             mode = "thread_local"
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
                 outputs = forward(dict(inputs))
         except torch.OutOfMemoryError:
             raise

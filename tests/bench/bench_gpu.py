@@ -185,7 +185,7 @@ def rate_rows(bench: Bench, left: float) -> Iterator[Row]:
     bench.rates = Rates(
         narrow=products[torch.bfloat16],
         wide=products[torch.float32],
-        memory=2 * large.numel() / bench.seconds(lambda: large.add_(1)),
+        memory=2 * large.numel() / bench.seconds(lambda: large.view(torch.float32).add_(1)),
         upload=large.numel() / bench.seconds(lambda: large.copy_(pinned, non_blocking=True)),
         download=large.numel() / bench.seconds(lambda: pinned.copy_(large, non_blocking=True)),
         launch_s=bench.seconds(lambda: [small.add_(1) for _ in range(1000)]) / 1000,

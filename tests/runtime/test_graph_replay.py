@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,10 +42,15 @@ class Graph:
     """Repeats what was recorded, into the memory that the recorded operators returned."""
 
     is_wrong = False
+    pools: ClassVar[list[Any]] = []  # of all captures
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]] = []
         self.is_complete = False
+
+    def pool(self) -> Any:
+        assert self.is_complete
+        return self
 
     def replay(self) -> None:
         assert self.is_complete
@@ -73,7 +78,8 @@ class Stream:
 @contextlib.contextmanager
 def capturing(graph: Graph, *, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
     """As torch.cuda.graph: nothing is computed, and a failed capture leaves its own stream set."""
-    assert capture_error_mode == "thread_local" and pool == "pool"
+    assert capture_error_mode == "thread_local"
+    graph.pools.append(pool)
     Stream.current = stream
     with Recorder(graph):
         yield
@@ -99,6 +105,7 @@ class Syncs(LeanDispatchMode):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     main = Stream.current = Stream()
     modes: list[Any] = [0]
+    Graph.pools.clear()
     errors: list[Syncs] = []
 
     def set_mode(mode: Any) -> None:
@@ -122,7 +129,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
         "stream": on,
         "current_stream": lambda device=None: Stream.current,
         "set_stream": lambda stream: setattr(Stream, "current", stream),
-        "graph_pool_handle": lambda: "pool",
         "get_sync_debug_mode": lambda: modes[-1],
         "set_sync_debug_mode": set_mode,
     }.items():
@@ -178,6 +184,7 @@ def test_each_shape_has_a_graph_of_its_own_up_to_a_limit() -> None:
     found, graphs, remarks = run(batches(*sizes))
     assert_equal(found, [plain(one) for one in batches(*sizes)])
     assert graphs.num_replays == 2 + 1 + 1 + 1  # and none of the fifth size
+    assert Graph.pools[0] is None and len(set(Graph.pools[1:])) == 1, "graphs of a subgraph share memory"
     assert not remarks
 
 
