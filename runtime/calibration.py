@@ -96,6 +96,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     statistics_memory: int | None = None,
     solve_products: str = FLOAT32,
     force: bool = False,
+    cuda_graphs: bool = False,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -129,15 +130,20 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         statistics_memory=statistics_memory,
         solve_products=solve_products,
         force=force,
+        cuda_graphs=cuda_graphs,
     )
-    require_callable("progress", progress)
-    require_methods("watchers", watchers, "tell")
     group = current() if workers is None else workers
+    watch = _watchers(progress, watchers, group)
     require_same_options(group, {name: getattr(options, name) for name in _ALIKE})
     options = options.decided(group)
     given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    scheduled = _scheduled_alike(given, options, group)
-    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
+    return _run(_scheduled_alike(given, options, group), watch, start)
+
+
+def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers) -> Watchers:
+    require_callable("progress", progress)
+    require_methods("watchers", watchers, "tell")
+    return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
 def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:

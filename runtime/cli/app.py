@@ -90,6 +90,7 @@ def calibrate(
     log: given.Log = None,
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
+    cuda_graphs: given.CudaGraphs = False,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -105,6 +106,7 @@ def calibrate(
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "solve_products": solve_products,
         "force": force,
+        "cuda_graphs": cuda_graphs,
     }
     with ExitStack() as stack:
         shared = {"command": "calibrate", "--resume": resume, "--parts": parts}

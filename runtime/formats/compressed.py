@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ROWS_AT_A_TIME = 480  # a multiple of the rows after which packing 2 to 8 bit numbers along rows starts a new word
 _LONG_ROW = 2**20  # elements; a row's length comes from an artifact, which may state any
 NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of its input
+NUMBERS_ON_DEVICE = 2**24  # the same on a GPU, where the calls for fewer numbers take longer than their work
 
 
 def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
@@ -151,10 +152,11 @@ def rows_layout(
     return {name: (shapes[name], dtype) for name, dtype in dtypes.items() if name not in absent}
 
 
-def _parts_of_rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
+def _parts_of_rows(shape: Sequence[int], *, is_cut: bool, device_type: str = "cpu") -> list[slice]:
     """Split the rows of a weight into parts to process one at a time; one part unless `is_cut`."""
     num_out, num_in = shape
-    step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
+    numbers = NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE
+    step = max(1, numbers // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
     return [slice(start, start + step) for start in range(0, num_out, step)] if is_cut else [slice(0, num_out)]
 
 
@@ -217,7 +219,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         return weight_OI
     num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
     dense = []
-    for rows in _parts_of_rows((num_out, num_in), is_cut=True):
+    for rows in _parts_of_rows((num_out, num_in), is_cut=True, device_type=parts[by_row[0]].device.type):
         some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
         if "weight_shape" in some:
             some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))

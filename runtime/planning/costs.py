@@ -34,7 +34,7 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
     )
 
 
-def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
+def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32, device_type: str = "cpu") -> int:
     """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
 
@@ -46,7 +46,7 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + accumulator_bytes(num_in)
+        return channels + accumulator_bytes(num_in, device_type)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
@@ -84,7 +84,7 @@ def solve_bytes(
     from runtime.algorithms.grid import NUMBERS_IN_CACHE
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
-    from runtime.formats.compressed import NUMBERS_AT_A_TIME
+    from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
 
     num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
@@ -103,7 +103,7 @@ def solve_bytes(
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-    some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
+    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
     return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)

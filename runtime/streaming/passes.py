@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.activations import Activations
     from runtime.streaming.events import Watchers
+    from runtime.streaming.graph_replay import Forward, GraphReplay
     from runtime.streaming.schedule import Step
     from runtime.workers.group import Workers
 
@@ -40,6 +41,7 @@ class Passes:
         tokens: of each batch.
         rounds: the number of batches of each round of lanes (`runtime.data.lanes`); 0 if this worker has no lane in it.
         workers: that share the run.
+        graphs: replays the forwards that compute the inputs of later subgraphs; None for ordinary calls.
         is_running: whether a batch is running; if memory runs out then, fewer samples may fit.
         num_tokens: how many have passed since the step began.
     """
@@ -52,6 +54,7 @@ class Passes:
     tokens: list[int]
     rounds: Sequence[int]
     workers: Workers = field(default_factory=Alone)
+    graphs: GraphReplay | None = None
     is_running: bool = False
     num_tokens: int = 0
     _went_on: bool = field(default=False)
@@ -129,13 +132,24 @@ class Passes:
             return
         self._begin_phase(step, phase)
         schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
-        with self._running(step), agreed(self.workers), input_quantization(self.model, schemes):
+        with (
+            self._running(step),
+            agreed(self.workers),
+            input_quantization(self.model, schemes),
+            self._forward(step) as forward,
+        ):
             for batch, inputs in self.activations.stream(step.subgraph.input_names):
-                outputs = step.subgraph.forward(self.model, **inputs)
+                outputs = forward(inputs)
                 del inputs
                 self.activations.drop(batch, consumed)
                 self.activations.store(batch, outputs)
                 self._passed(step, batch)
+
+    def _forward(self, step: Step) -> contextlib.AbstractContextManager[Forward]:
+        def forward(values: dict[str, Any]) -> dict[str, Any]:
+            return step.subgraph.forward(self.model, **values)
+
+        return contextlib.nullcontext(forward) if self.graphs is None else self.graphs.of(step.label, forward)
 
     @contextlib.contextmanager
     def _running(self, step: Step) -> Iterator[None]:
