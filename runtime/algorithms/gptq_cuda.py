@@ -76,7 +76,7 @@ def solve_block_(
     """
     num_problems, num_columns, num_rows = residual_EBO.shape
     is_float = args.type == "float"
-    mantissa_bits, smallest, largest = grid.float_format(args.num_bits) if is_float else (0, 1.0, 0.0)
+    mantissa_bits, smallest, largest = grid.SMALL_FLOATS[args.num_bits] if is_float else (0, 1.0, 0.0)
     half = 2.0 ** (args.num_bits - 1)
     _kernel()[(-(-num_rows // _ROWS), num_problems)](
         residual_EBO,

@@ -18,7 +18,6 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 MAX_DAMPING = 1.0
-BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier ones: a taller product is faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +31,7 @@ class SolveOptions:
         block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
         global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
+        far_dtype: of the products of M with the errors of all blocks but the last few; float64 is not rounded.
     """
 
     args: QuantizationArgs
@@ -40,6 +40,7 @@ class SolveOptions:
     block_size: int = 128
     actorder: str | None = "static"
     global_scale: torch.Tensor | None = None
+    far_dtype: torch.dtype = torch.float32
 
     @property
     def refits(self) -> bool:

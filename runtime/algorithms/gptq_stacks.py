@@ -23,9 +23,9 @@ from runtime.algorithms import gptq_cuda, gptq_options, grid
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import weighed
 from runtime.algorithms.gptq_grids import Fitting
-from runtime.algorithms.gptq_options import BLOCKS_AT_A_TIME, SolvedPiece, SolveOptions, check_options, corrected
+from runtime.algorithms.gptq_options import SolvedPiece, SolveOptions, check_options, corrected
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
-from runtime.algorithms.gptq_tiles import Piece, Tile
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Piece, Tile
 from runtime.algorithms.products import float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
@@ -251,6 +251,7 @@ def _solve_(
     num_problems, num_columns, num_rows = residual_EIO.shape
     lower_EII, width = factors.lower_EII, min(options.block_width, num_columns)
     group_EI = (factors.order_EI // options.columns_of_a_scale(num_columns)).to(torch.int32)
+    far_dtype = residual_EIO.dtype if residual_EIO.dtype == torch.float64 else options.far_dtype
     quantized_EIO = torch.empty_like(residual_EIO)
     loss_EO = torch.zeros(num_problems, num_rows, dtype=torch.float64, device=residual_EIO.device)
     is_fused = gptq_cuda.is_supported(width, residual_EIO.dtype)
@@ -258,8 +259,11 @@ def _solve_(
     for first in range(0, num_columns, width * BLOCKS_AT_A_TIME):
         some = slice(first, min(first + width * BLOCKS_AT_A_TIME, num_columns))
         targets_ESO = residual_EIO[:, some].clone(memory_format=torch.contiguous_format)
-        if first:
+        if first and far_dtype == residual_EIO.dtype:
             targets_ESO.baddbmm_(lower_EII[:, some, :first], residual_EIO[:, :first])
+        elif first:
+            errors_EIO = residual_EIO[:, :first].to(far_dtype)
+            targets_ESO.add_(torch.bmm(lower_EII[:, some, :first].to(far_dtype), errors_EIO))
         for start in range(first, some.stop, width):
             block = slice(start, min(start + width, num_columns))
             target_EBO, lower_EBB = targets_ESO[:, start - first : block.stop - first], lower_EII[:, block, block]
@@ -306,10 +310,12 @@ class _PlainBlocks:
         options: SolveOptions,
     ) -> None:
         """Round the columns of a block, as `gptq_cuda.solve_block_`."""
+        targets_BO = self.buffers.targets_KO[: target_EBO.shape[1]]
         for place, groups in enumerate(self.groups):
+            targets_BO.copy_(target_EBO[place])
             solve_block_(
                 residual_EBO[place],
-                target_EBO[place],
+                0,
                 quantized_EBO[place],
                 lower_EBB[place].contiguous(),
                 grids.one(place),
@@ -317,7 +323,7 @@ class _PlainBlocks:
                 groups[block],
                 self.buffers,
             )
-            loss_EO[place] += weighed(target_EBO[place], pivot_EB[place])
+            loss_EO[place] += weighed(targets_BO, pivot_EB[place])
 
 
 def _output_squares(columns_EIO: torch.Tensor, factors: FactorStack) -> torch.Tensor:

@@ -88,6 +88,7 @@ class Rounding:
         writer_of: returns the rank of the worker that writes a module's tensors.
         goes_on: whether batches run with the quantized weights, so that every worker needs them.
         experts: the mixture and the number of each module of an expert.
+        far_dtype: see `runtime.algorithms.gptq_options.SolveOptions`.
     """
 
     jobs: Mapping[str, Assignment]
@@ -103,6 +104,7 @@ class Rounding:
     writer_of: Callable[[str], int] = lambda name: 0
     goes_on: bool = True
     experts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    far_dtype: torch.dtype = torch.float32
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -126,6 +128,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
             global_scale_of=scales.of,
             device=step.device,
             workers=step.workers,
+            far_dtype=step.far_dtype,
         )
         waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
         for own in window.rounded():

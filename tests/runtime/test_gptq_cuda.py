@@ -39,7 +39,7 @@ def solved(weight, target, lower, pivot, factor, zero, groups, args):
 GRIDS = """
 def points(bits):
     # All numbers of a small float without a sign, from their bits.
-    mantissa_bits, smallest, largest = grid.float_format(bits)
+    mantissa_bits, smallest, largest = grid.SMALL_FLOATS[bits]
     steps = [smallest * 2.0**-mantissa_bits * m for m in range(2**mantissa_bits)]
     scale = smallest
     while scale <= largest:
