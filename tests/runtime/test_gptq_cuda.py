@@ -129,11 +129,11 @@ for columns, rows, kind, bits, symmetric in (
         own = [None if part is None else part[None] for part in problems[place]]
         for one, many in zip(solved(*own, args), together):
             assert torch.equal(one[0], many[place])
-        plain = [weight.clone(), target.clone(), torch.empty(columns, rows)]
+        plain = [weight.clone(), target, torch.empty(columns, rows)]
         grids = gptq_columns.Grids(scale_GO=factor, factor_GO=factor, zero_GO=zero)
-        gptq_columns.solve_block_(
-            *plain, lower, grids, args, group.tolist(), gptq_columns.Buffers(columns, weight)
-        )
+        buffers = gptq_columns.Buffers(columns, weight)
+        plain[1] = buffers.targets_KO[:columns].copy_(target)
+        gptq_columns.solve_block_(plain[0], 0, plain[2], lower, grids, args, group.tolist(), buffers)
         residual, quantized, loss = (part[place] for part in together)
         # Sums in another order; a number next to a tie may fall to the other side, and later ones follow it.
         same = (quantized == plain[2]).all(dim=0)
