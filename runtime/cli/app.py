@@ -86,6 +86,7 @@ def calibrate(
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     statistics_memory: given.StatisticsMemory = None,
+    solve_products: given.SolveProducts = "float32",
     log: given.Log = None,
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
@@ -103,6 +104,7 @@ def calibrate(
         "parts": parts,
         "propagate_error": propagate_error,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
+        "solve_products": solve_products,
         "force": force,
         "cuda_graphs": cuda_graphs,
     }

@@ -19,6 +19,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from runtime.errors import QuantizationError, WeightsError
+from runtime.formats.packing import pack_rows
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
@@ -73,6 +74,14 @@ def compress_rows(name: str, rows: QuantizedWeight, scheme: QuantizationScheme) 
         raise QuantizationError(f"{name}: an asymmetric scheme requires a zero point, a symmetric one has none")
     if (rows.global_scale is None) != (weights.strategy != "tensor_group"):
         raise QuantizationError(f"{name}: NVFP4 requires a global scale, other schemes have none")
+    packed = pack_rows(rows, scheme) or _compressed(rows, scheme)
+    if rows.zero_point is not None:
+        packed["weight_zero_point"] = rows.zero_point.contiguous()
+    return packed
+
+
+def _compressed(rows: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Pack rows with the compressor of their format."""
     state = {"weight": rows.weight_OI, "weight_scale": rows.scale}
     if rows.zero_point is not None:
         state["weight_zero_point"] = rows.zero_point
@@ -85,10 +94,7 @@ def compress_rows(name: str, rows: QuantizedWeight, scheme: QuantizationScheme) 
         compressor.compress({key: t[some] if key in by_row else t for key, t in state.items()}, scheme)
         for some in _parts_of_rows(rows.weight_OI.shape, is_cut="weight_scale" in by_row)
     ]
-    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
-    if rows.zero_point is not None:
-        packed["weight_zero_point"] = rows.zero_point.contiguous()
-    return packed
+    return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
 
 
 def join_rows(
@@ -112,8 +118,7 @@ def join_rows(
     """
     if set(inputs) != set(input_parts(scheme)):
         raise QuantizationError(f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(inputs)}")
-    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
-    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
+    packed = joined_rows(parts, scheme)
     num_out = len(packed["weight" if "weight" in packed else "weight_packed"])
     assert list(packed["weight_scale"].shape) == _scale_shape((num_out, num_in), scheme.weights), "parts are missing"
     if scheme.format == CompressionFormat.pack_quantized.value:
@@ -122,6 +127,12 @@ def join_rows(
             packed["weight_zero_point"] = words.contiguous()
         packed["weight_shape"] = torch.tensor([num_out, num_in])
     return {**packed, **inputs}
+
+
+def joined_rows(parts: Sequence[Mapping[str, torch.Tensor]], scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Join results of `compress_rows` to that for all of their rows."""
+    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
+    return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
 
 
 def rows_layout(

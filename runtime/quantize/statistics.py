@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, HessianAccumulator
-from runtime.algorithms.output_squares import WIDEST_GRAM, TokenSample, gram_square, sample_square, summed
+from runtime.algorithms.output_squares import (
+    NUM_ROWS,
+    WIDEST_GRAM,
+    TokenSample,
+    gram_square,
+    sample_square,
+    spread_rows,
+    summed,
+)
 from runtime.formats.presets import AVERAGING_CONSTANT
 
 _TOKENS_PER_SUM = 256
@@ -234,13 +242,17 @@ class InputStatistics:
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
         """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
 
+        An estimate for large weights: with a Gram matrix some rows of W stand for all, else some tokens.
+
         Args:
             weight_OI: W [O, I], on the device of the inputs.
             quantized_OI: Q, or None.
         """
         if self.gram is not None:
-            gram_II = self.gram.hessian_II
-            return summed(weight_OI, quantized_OI, lambda rows_RI: gram_square(rows_RI, gram_II))
+            gram_II, some_RI = self.gram.hessian_II, spread_rows(weight_OI, NUM_ROWS)
+            quantized_RI = None if quantized_OI is None else spread_rows(quantized_OI, NUM_ROWS)
+            square = summed(some_RI, quantized_RI, lambda rows_RI: gram_square(rows_RI, gram_II))
+            return square * len(weight_OI) / len(some_RI)
         assert self.sample is not None, "nothing was measured, H was moved out, or it is on another worker"
         inputs_TI = self.sample.inputs_TI
         if self._scale_I is not None:

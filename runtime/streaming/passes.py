@@ -86,7 +86,7 @@ class Passes:
         """
         keeps = not self.forgets(step) and not self._went_on
         self._begin_phase(step, MEASURE)
-        with self._running():
+        with self._running(step):
             batches = self.activations.stream(step.subgraph.input_names, private=True)
             for count in self.rounds:
                 with agreed(self.workers):
@@ -119,7 +119,7 @@ class Passes:
         if self.workers.rank:
             return {}
         for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
-            with self._quick_halves():
+            with self._quick_halves(step):
                 return step.subgraph.forward(self.model, **inputs)
         return {}
 
@@ -133,7 +133,7 @@ class Passes:
         self._begin_phase(step, phase)
         schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
         with (
-            self._running(),
+            self._running(step),
             agreed(self.workers),
             input_quantization(self.model, schemes),
             self._forward(step) as forward,
@@ -152,15 +152,15 @@ class Passes:
         return contextlib.nullcontext(forward) if self.graphs is None else self.graphs.of(step.label, forward)
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, step: Step) -> Iterator[None]:
         self.is_running = True
-        with self._quick_halves():
+        with self._quick_halves(step):
             yield
         self.is_running = False  # but not after an exception, so that it tells where memory ran out
         trim_heap()
 
-    def _quick_halves(self) -> contextlib.AbstractContextManager[None]:
-        return quick_halves(self.activations.device.type)
+    def _quick_halves(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        return quick_halves(self.activations.device.type, step.subgraph.halves(self.model))
 
     def _begin_phase(self, step: Step, phase: str) -> None:
         self.workers.step = f"{step.label} ({phase})"

@@ -168,7 +168,7 @@ def by_phase(command: list[str], out: Path) -> dict[str, float]:
     """Run once, in another process, and return the processor seconds of each phase."""
     script = Path(__file__).with_name("limit_phases.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, str(script), str(ROOT), *command]
+    line = [sys.executable, str(script), *command]
     result = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(out)
     phases: dict[str, float] = json.loads(result.stdout.splitlines()[-1])

@@ -1,9 +1,9 @@
 """Run the host's command line in this process, and print the processor seconds of each phase as a line of JSON.
 
-    python tests/bench/limit_phases.py REPOSITORY calibrate ARTIFACT --weights DIR ...
+    python tests/bench/limit_phases.py calibrate ARTIFACT --weights DIR ...
 
-The code of REPOSITORY runs, so that an earlier checkout can be measured. A call belongs to the innermost phase that
-runs it. What no phase covers is `rest`; work of other threads (writing, reading ahead) is `threads`.
+A call belongs to the innermost phase that runs it. What no phase covers is `rest`; work of other threads (writing,
+reading ahead) is `threads`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# (phase, module, class or "", name). A name is patched where it is looked up; one that a checkout lacks is left out.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# (phase, module, class or "", name). A name is patched where it is looked up.
 PLACES = (
     ("measuring forwards", "runtime.streaming.passes", "Passes", "measure"),
     ("propagating forwards", "runtime.streaming.passes", "Passes", "go_on"),
@@ -110,24 +112,21 @@ class Phases:
 
 def main() -> int:
     """Import, patch, run."""
-    repository = Path(sys.argv[1]).resolve()
-    sys.path.insert(0, str(repository))
     phases = Phases()
     with phases.phase("imports"):
         from runtime.cli import app, imports
+        from runtime.host import own_process
 
-        imports.allow()
-        if hasattr(imports, "import_alone"):
-            imports.import_alone()
+        own_process.claim()
+        imports.import_alone()
         for name in LIBRARIES:
             importlib.import_module(name)
     with contextlib.ExitStack() as stack:
         for phase, module, owner, name in PLACES:
-            with contextlib.suppress(AttributeError, ModuleNotFoundError):
-                place: Any = importlib.import_module(module)
-                place = getattr(place, owner) if owner else place
-                stack.enter_context(mock.patch.object(place, name, phases.timed(phase, getattr(place, name))))
-        code = app.main(sys.argv[2:], program="runtime")
+            place: Any = importlib.import_module(module)
+            place = getattr(place, owner) if owner else place
+            stack.enter_context(mock.patch.object(place, name, phases.timed(phase, getattr(place, name))))
+        code = app.main(sys.argv[1:], program="runtime")
     print(json.dumps(phases.result()), flush=True)
     return int(code)
 

@@ -151,7 +151,7 @@ class Toy:
         return {}
 
     def step(self) -> Any:
-        subgraph = SimpleNamespace(input_names=("x",), forward=self.forward, consumed_names=())
+        subgraph = SimpleNamespace(input_names=("x",), forward=self.forward, consumed_names=(), halves=lambda model: ())
         return SimpleNamespace(index=0, label="layer", subgraph=subgraph, goes_on=False, called=lambda jobs: {})
 
 
