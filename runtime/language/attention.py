@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from runtime.language.program import Run
-
 _HIDES = -1e38  # a mask's number that no score comes near; -inf and finfo.min of float32 and bfloat16 are below
 _SHORTEST = 32  # positions; comparing the mask would take as long as it saves
 _NUMBERS_AT_A_TIME = 2**22
@@ -74,7 +72,7 @@ class Attention:
 
     def __call__(
         self,
-        run: Run,
+        run: Any,
         query: Any,
         key: Any,
         value: Any,
@@ -85,7 +83,10 @@ class Attention:
         scale: Any = None,
         enable_gqa: Any = False,
     ) -> Any:
-        """Return `scaled_dot_product_attention` of these arguments; keys and values may be `Repeated`."""
+        """Return `scaled_dot_product_attention` of these arguments; keys and values may be `Repeated`.
+
+        The first argument is the run of the program.
+        """
         import torch
 
         if attn_mask is not None and not dropout_p and not is_causal and not torch.is_grad_enabled():
@@ -156,7 +157,7 @@ def is_exactly_causal(mask: torch.Tensor) -> bool:
 
 
 def _shares_heads(
-    run: Run, query: Any, key: Any, value: Any, mask: Any, dropout: Any, is_causal: Any, scale: Any
+    run: Any, query: Any, key: Any, value: Any, mask: Any, dropout: Any, is_causal: Any, scale: Any
 ) -> bool:
     """Whether torch has a fused kernel that reads each head of keys and values once; otherwise it would copy them."""
     import torch

@@ -23,8 +23,6 @@ from runtime.language.regions import Region
 if TYPE_CHECKING:
     import torch
 
-    from runtime.language.program import Run
-
 Part = Callable[..., tuple[Any, ...]]
 Tile = tuple[tuple[int, int, int], ...]  # of each dimension that is cut, the first index and the length
 
@@ -36,7 +34,7 @@ _GRAIN = 32768  # numbers of one thread, at least
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class WholeLayout:
     """A result as the whole tensors would make it."""
 
     shape: tuple[int, ...]
@@ -53,9 +51,9 @@ class Tiles:
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = regions
-        self._layouts: dict[Any, list[Layout] | None] = {}
+        self._layouts: dict[Any, list[WholeLayout] | None] = {}
 
-    def __call__(self, index: int, part: Part, run: Run, values: tuple[Any, ...]) -> list[torch.Tensor] | None:
+    def __call__(self, index: int, part: Part, run: Any, values: tuple[Any, ...]) -> list[torch.Tensor] | None:
         """Return the results of a region, or None if its statements must run as recorded.
 
         Args:
@@ -87,8 +85,8 @@ class Tiles:
         return _run(part, run, values, layouts, tiles)
 
     def _layout(
-        self, index: int, part: Part, run: Run, values: tuple[Any, ...], sizes: Sequence[int]
-    ) -> list[Layout] | None:
+        self, index: int, part: Part, run: Any, values: tuple[Any, ...], sizes: Sequence[int]
+    ) -> list[WholeLayout] | None:
         """Find the shapes, strides and dtypes of the results from those of two rows; None if the code fails."""
         import torch
 
@@ -110,7 +108,7 @@ class Tiles:
         return self._layouts[key]
 
 
-def _whole_layout(pair: torch.Tensor, sizes: Sequence[int]) -> Layout:
+def _whole_layout(pair: torch.Tensor, sizes: Sequence[int]) -> WholeLayout:
     """The layout of a whole result whose part of two rows is `pair`: dense, with the same order of dimensions."""
     shape = [size if own == 2 and size > 1 else own for own, size in zip(pair.shape, sizes, strict=False)]
     shape.append(pair.shape[-1])
@@ -118,7 +116,7 @@ def _whole_layout(pair: torch.Tensor, sizes: Sequence[int]) -> Layout:
     for dim in sorted(range(len(shape)), key=lambda dim: (pair.stride(dim), -dim)):
         stride[dim] = step
         step *= shape[dim]
-    return Layout(tuple(shape), tuple(stride), pair.dtype)
+    return WholeLayout(tuple(shape), tuple(stride), pair.dtype)
 
 
 def _are_plain(values: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
@@ -193,7 +191,7 @@ def _is_even(shape: Sequence[int], tiles: Sequence[Tile], num_threads: int) -> b
 
 
 def _run(
-    part: Part, run: Run, values: Sequence[Any], layouts: Sequence[Layout], tiles: Sequence[Tile]
+    part: Part, run: Any, values: Sequence[Any], layouts: Sequence[WholeLayout], tiles: Sequence[Tile]
 ) -> list[torch.Tensor]:
     import torch
 
