@@ -102,7 +102,7 @@ def test_working_memory_and_results_are_those_of_the_run(name: str, request: pyt
             measured = allocated(partial(subgraph.forward, model, **given))
             most = 1.2 if name == "qwen3_moe" else 1.15  # the plan assumes that an expert gets all tokens
             assert 0.85 * measured <= footprint.working_bytes <= most * measured
-            assert allocated(partial(subgraph.forward, model, **unpadded(given))) <= measured
+            assert allocated(partial(subgraph.forward, model, **unpadded(given))) <= 1.05 * measured
             values |= subgraph.forward(model, **given)
             shapes |= footprint.outputs
             for key, value in footprint.outputs.items():
