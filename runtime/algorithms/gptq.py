@@ -50,7 +50,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
-from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
+from runtime.algorithms.gptq_columns import BLOCKS_AT_A_TIME, Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import MAX_DAMPING, ROWS_OF_A_COPY, Factored, factored, output_squares, weighed
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_tiles import Piece, Tile, tiles_of
@@ -59,7 +59,6 @@ from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier ones: a taller product is faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +72,7 @@ class SolveOptions:
         block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
         global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
+        far_dtype: of the products of M with the errors of all blocks but the last few; float64 is not rounded.
     """
 
     args: QuantizationArgs
@@ -81,6 +81,7 @@ class SolveOptions:
     block_size: int = 128
     actorder: str | None = "static"
     global_scale: torch.Tensor | None = None
+    far_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +280,7 @@ def _columns_as_rows(parts: Sequence[torch.Tensor], found: Factored) -> torch.Te
     for part_OI, place_IO in zip(parts, places, strict=True):
         for top in range(0, len(part_OI), ROWS_OF_A_COPY):
             rows = slice(top, top + ROWS_OF_A_COPY)
-            place_IO[:, rows] = part_OI[rows].to(dtype).t().contiguous().index_select(0, order_I)
+            place_IO[:, rows] = part_OI[rows].t().contiguous().index_select(0, order_I)
     return columns_IO
 
 
@@ -358,21 +359,25 @@ def _solve_(
     buffers = Buffers(min(width, len(residual_IO)), residual_IO)
     quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
+    dtype = residual_IO.dtype if residual_IO.dtype == torch.float64 else options.far_dtype
+    errors_IO = residual_IO if residual_IO.dtype == dtype else torch.empty_like(residual_IO, dtype=dtype)
     for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
         some = slice(first, first + width * BLOCKS_AT_A_TIME)
-        targets_SO = residual_IO[some].clone()
+        targets_KO = buffers.targets_KO[: len(residual_IO[some])]
+        targets_KO.copy_(residual_IO[some])
         if first:
-            add_product_(targets_SO, found.lower_II[some, :first], residual_IO[:first].t())
-        for start in range(first, first + len(targets_SO), width):
+            add_product_(targets_KO, found.lower_II[some, :first].to(dtype), errors_IO[:first].t())
+        for start in range(first, first + len(targets_KO), width):
             block = slice(start, start + width)
             lower_BB = found.lower_II[block, block].contiguous()
-            target_BO = targets_SO[start - first : start - first + width]
+            target_BO = targets_KO[start - first : start - first + width]
             if start > first:
                 add_product_(target_BO, found.lower_II[block, first:start], residual_IO[first:start].t())
             if refits:
                 fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
             groups = group_of_I[block]
-            solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, groups, buffers)
+            solve_block_(residual_IO[block], start - first, quantized_IO[block], lower_BB, grids, args, groups, buffers)
             loss_O += weighed(target_BO, found.pivot_I[block])
-        del targets_SO, target_BO  # before the next ones are allocated
+        if errors_IO is not residual_IO:
+            errors_IO[some] = residual_IO[some]
     return quantized_IO, loss_O - weighed(residual_IO, found.added_I)

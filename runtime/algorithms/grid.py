@@ -30,9 +30,10 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from runtime.errors import QuantizationError
 
-# Small floats by their bits: bits of the mantissa, and the largest number. The smallest normal number of all is 1.
-_SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
-_LARGEST_OF_8_BITS = 448.0
+# Small floats by their bits: bits of the mantissa, the smallest normal number, and the largest number.
+_SMALL_FLOATS = {4: (1, 1.0, 6.0), 6: (3, 1.0, 7.5), 8: (3, 2.0**-6, 448.0)}
+_LARGEST_OF_8_BITS = _SMALL_FLOATS[8][2]
+NUMBERS_IN_CACHE, NUMBERS_ON_DEVICE = 2**19, 2**26  # of a weight, that are processed at a time
 _LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply the global scales of weight and input, and invert the product
 
 
@@ -47,6 +48,15 @@ class Grid:
     def factor_RC(self, dtype: torch.dtype) -> torch.Tensor:
         """The factors that grid points are multiplied by."""
         return effective(self.scale_RC, self.global_scale).to(dtype)
+
+    def of_rows(self, rows: slice, args: QuantizationArgs) -> Grid:
+        """The grid of some rows of the weight, which are whole tiles, or any rows for the strategy tensor."""
+        if strategy_of(args) == "tensor":
+            return self
+        height = tile_height(args)
+        tiles = slice(rows.start // height, -(-rows.stop // height))
+        zero_point_RC = None if self.zero_point_RC is None else self.zero_point_RC[tiles]
+        return Grid(scale_RC=self.scale_RC[tiles], zero_point_RC=zero_point_RC, global_scale=self.global_scale)
 
 
 def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, supported: tuple[str, ...]) -> None:
@@ -140,6 +150,23 @@ def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
     return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
 
 
+def parts_of_rows(matrix: torch.Tensor, height: int = 1) -> list[slice]:
+    """Split the rows of a matrix into parts of about equal size that a cache can hold, `height` rows together.
+
+    Equal, so that no part has a single row of tiles, which torch may sum up in another order.
+    """
+    num_rows, num_columns = matrix.shape
+    numbers = NUMBERS_IN_CACHE if matrix.device.type == "cpu" else NUMBERS_ON_DEVICE
+    num_parts = -(-num_rows // max(1, numbers // max(num_columns, 1)))
+    step = -(-num_rows // max(num_parts, 1) // height) * height
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def tile_height(args: QuantizationArgs) -> int:
+    """The rows of a tile; 1 for the strategy tensor, whose tile may be cut except where its numbers are summed up."""
+    return int(args.block_structure[0]) if strategy_of(args) == "block" else 1
+
+
 def shared_global_scale(
     args: QuantizationArgs, given: torch.Tensor | None, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
@@ -149,9 +176,8 @@ def shared_global_scale(
 
 def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
     """Compute the NVFP4 global scale [1], float32, that weights share: 448 * 6 / max |w|."""
-    smallest = torch.stack([weight.amin() for weight in weights]).amin()
-    largest = torch.stack([weight.amax() for weight in weights]).amax()
-    return global_scale_for(smallest, largest)
+    bounds = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights])
+    return global_scale_for(bounds[:, 0].amin(), bounds[:, 1].amax())
 
 
 def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
@@ -162,7 +188,7 @@ def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tens
     """
     largest = torch.maximum(-minimum, maximum).clamp(min=0)
     limits = torch.finfo(largest.dtype)
-    product = _LARGEST_OF_8_BITS * _SMALL_FLOATS[4][1]
+    product = _LARGEST_OF_8_BITS * _SMALL_FLOATS[4][2]
     if bool(largest > 0) and (float(product / largest) > _LARGEST_GLOBAL_SCALE or bool(largest < limits.tiny)):
         exact = (product / largest.double()).clamp(max=_LARGEST_GLOBAL_SCALE)
         return exact.to(torch.float32).reshape(1)
@@ -248,10 +274,8 @@ def _spread(
 ) -> torch.Tensor:
     """Compute the scales before they are rounded to their stored dtype."""
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
-    if args.type == QuantizationType.INT:
-        steps = (2.0**args.num_bits - 1) / 2
-    else:
-        steps = _LARGEST_OF_8_BITS if args.num_bits == 8 else _SMALL_FLOATS[args.num_bits][1]
+    is_int = args.type == QuantizationType.INT
+    steps = (2.0**args.num_bits - 1) / 2 if is_int else _SMALL_FLOATS[args.num_bits][2]
     scale = torch.maximum(-low, high) / steps if args.symmetric else (high - low) / (2 * steps)
     found: torch.Tensor = scale if global_scale is None else scale * global_scale.to(scale.dtype)
     return found
@@ -311,15 +335,21 @@ def snap_(
 
 
 def _snap_to_float_(values: torch.Tensor, num_bits: int) -> None:
-    if num_bits == 8:
+    if num_bits == 8 and (values.dtype == torch.float64 or values.device.type != "cpu"):
         largest = torch.finfo(torch.float8_e4m3fn).max
         values.clamp_(-largest, largest).copy_(values.to(torch.float8_e4m3fn))
         return
-    mantissa_bits, largest = _SMALL_FLOATS[num_bits]
+    mantissa_bits, smallest, largest = _SMALL_FLOATS[num_bits]
     values.clamp_(-largest, largest)
-    size = values.abs()
-    step = 2.0**-mantissa_bits * torch.where(size >= 4, 4.0, torch.where(size >= 2, 2.0, 1.0)).to(values.dtype)
-    values.div_(step).round_().mul_(step).clamp_(-largest, largest)
+    # On the CPU, torch converts single numbers from float8, which takes longer than this arithmetic of vectors: adding
+    # a number of which the last bit is one step of the grid rounds half to even (see `snap_`). The step follows from
+    # the power of two below a value, which its exponent's bits are.
+    is_double = values.dtype == torch.float64
+    bits, exponent = (torch.int64, 0x7FF << 52) if is_double else (torch.int32, 0xFF << 23)
+    power = values.view(bits).bitwise_and(exponent).view(values.dtype).clamp_(min=smallest)
+    power.mul_(1.5 * 2.0 ** ((52 if is_double else 23) - mantissa_bits))
+    rounded = (values + power).sub_(power)
+    torch.copysign(rounded, values, out=values)  # the sum loses the sign of zero
 
 
 def stored(tensor_RC: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:

@@ -23,6 +23,7 @@ from runtime.errors import ArtifactError
 from runtime.host.dispatch_modes import LeanDispatchMode
 from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_halves
 from runtime.host.left_as_found import ProcessState, left_as_found
+from runtime.host.plain_sizes import plain_sizes
 from runtime.language.program import Run
 from runtime.model.experts import Experts
 from runtime.planning.operations import Operations
@@ -160,6 +161,7 @@ class ShapeRun:
         with (
             self._found.run() if self._found is not None else contextlib.nullcontext(),
             torch.no_grad(),
+            plain_sizes(),
             seen.watching(scope),
             _FusedAttention(self.device_type, self._operations),
             memory,

@@ -87,6 +87,7 @@ class Rounding:
         workers: that share the run.
         writer_of: returns the rank of the worker that writes a module's tensors.
         goes_on: whether batches run with the quantized weights, so that every worker needs them.
+        far_dtype: see `runtime.algorithms.gptq.SolveOptions`.
     """
 
     jobs: Mapping[str, Assignment]
@@ -101,6 +102,7 @@ class Rounding:
     workers: Workers = field(default_factory=Alone)
     writer_of: Callable[[str], int] = lambda name: 0
     goes_on: bool = True
+    far_dtype: torch.dtype = torch.float32
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -124,6 +126,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
             global_scale_of=scales.of,
             device=step.device,
             workers=step.workers,
+            far_dtype=step.far_dtype,
         )
         waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
         for own in window.rounded():

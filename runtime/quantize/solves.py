@@ -17,7 +17,7 @@ from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import Piece
 from runtime.algorithms.refine import refine
 from runtime.errors import QuantizationError
-from runtime.formats.compressed import compress_rows
+from runtime.formats.compressed import compress_rows, joined_rows
 from runtime.formats.stored_scales import require_sound_weight
 from runtime.quantize.nearest import output_square, round_to_nearest
 from runtime.quantize.packed_pieces import PackedPiece
@@ -53,6 +53,7 @@ class Window:
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
+    far_dtype: torch.dtype
     _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
@@ -150,6 +151,7 @@ class Window:
             block_size=batch.job.options.block_size,
             actorder=batch.job.options.actorder,
             global_scale=self.global_scale_of(batch.names[0]),
+            far_dtype=self.far_dtype,
         )
 
     def _share_factors(self, index: int) -> None:
@@ -284,7 +286,7 @@ class Window:
         reason = self._reasons.get(name, "")
         try:
             size = output_square(weight, batch.seen)
-            result = round_to_nearest(
+            parts = round_to_nearest(
                 weight,
                 batch.job,
                 batch.seen,
@@ -293,18 +295,22 @@ class Window:
             )
         except QuantizationError as error:
             raise _named(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+        loss, packed = 0.0, []
+        for rows in parts:
+            loss += rows.loss if batch.seen is None else output_square(weight, batch.seen, rows.weight_OI)
+            packed.append(self._tensors(name, rows, batch))
         return PackedPiece(
             name=name,
             start=0,
             num_rows=len(weight),
             algorithm=NEAREST,
-            damping=result.damping,
+            damping=0.0,
             size=size,
-            loss=output_square(weight, batch.seen, result.weight_OI),
+            loss=loss,
             seconds=time.perf_counter() - start,
             solver=self.workers.rank,
             warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
-            tensors=self._tensors(name, result, batch),
+            tensors=joined_rows(packed, batch.job.scheme),
         )
 
     def _fall_back(self, ended: Sequence[int]) -> list[PackedPiece]:
