@@ -14,6 +14,7 @@ Shapes: B samples, H query heads, N heads of keys and values, G query heads for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,66 +63,16 @@ def repeated(heads: Any, shape: Any) -> Any:
     return torch.ops.aten.reshape.default(heads, shape)
 
 
-class Attention:
-    """Calls torch's attention for the programs of an artifact, and remembers which masks are exactly causal."""
+class CausalMasks:
+    """Remembers which masks are exactly causal: each is compared once, until it changes."""
 
     def __init__(self) -> None:
         from torch.utils.weak import WeakTensorKeyDictionary
 
-        self._known: Any = WeakTensorKeyDictionary()  # of a mask, its version and whether it is causal
+        self._known: Any = WeakTensorKeyDictionary()  # of a mask, its version and the answer
 
-    def __call__(
-        self,
-        run: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: Any = 0.0,
-        is_causal: Any = False,
-        *,
-        scale: Any = None,
-        enable_gqa: Any = False,
-    ) -> Any:
-        """Return `scaled_dot_product_attention` of these arguments; keys and values may be `Repeated`.
-
-        The first argument is the run of the program.
-        """
-        import torch
-
-        if attn_mask is not None and not dropout_p and not is_causal and not torch.is_grad_enabled():
-            keys = key.heads_BNGSD if isinstance(key, Repeated) else key
-            values = value.heads_BNGSD if isinstance(value, Repeated) else value
-            if self._can_skip(query, keys, values, attn_mask) and self._is_causal(attn_mask):
-                attn_mask, is_causal = None, True
-        if isinstance(key, Repeated) or isinstance(value, Repeated):
-            if not enable_gqa and _shares_heads(run, query, key, value, attn_mask, dropout_p, is_causal, scale):
-                key, value, enable_gqa = key.once(), value.once(), True
-            else:
-                key, value = (one.copied() if isinstance(one, Repeated) else one for one in (key, value))
-        call = torch.ops.aten.scaled_dot_product_attention.default
-        return call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    def _can_skip(self, query: Any, key: Any, value: Any, mask: Any) -> bool:
-        """Whether torch would compute the same, with the same kernel, if this mask were causal and were not passed."""
-        import torch
-
-        if any(type(one) is not torch.Tensor or one.is_meta for one in (query, key, value, mask)):
-            return False
-        size = query.shape[-2] if query.dim() == 4 else 0
-        shape = (*((1,) * (4 - mask.dim())), *mask.shape)
-        return (
-            size >= _SHORTEST
-            and key.dim() >= 4
-            and key.shape[-2] == value.shape[-2] == size
-            and mask.dim() in (2, 4)
-            and shape[2:] == (size, size)
-            and shape[0] in (1, query.shape[0])
-            and shape[1] in (1, query.shape[1])
-            and mask.dtype in (torch.bool, torch.float32, query.dtype)
-        )
-
-    def _is_causal(self, mask: torch.Tensor) -> bool:
+    def has(self, mask: torch.Tensor) -> bool:
+        """Whether a mask is exactly causal; on a GPU this waits for its values, unless it is known."""
         if mask.is_inference():  # its version is not counted
             return is_exactly_causal(mask)
         version, known = self._known.get(mask, (None, False))
@@ -129,6 +80,80 @@ class Attention:
             known = is_exactly_causal(mask)
             self._known[mask] = mask._version, known
         return bool(known)
+
+    def add(self, mask: torch.Tensor, is_causal: bool) -> None:
+        """State whether a mask is exactly causal, for code that must not wait for its values."""
+        if not mask.is_inference():
+            self._known[mask] = mask._version, is_causal
+
+
+@functools.cache
+def causal_masks() -> CausalMasks:
+    """The masks of this process."""
+    return CausalMasks()
+
+
+def may_be_mask(value: Any) -> bool:
+    """Whether attention could get a value as a mask that is exactly causal."""
+    import torch
+
+    return (
+        type(value) is torch.Tensor
+        and value.dim() in (2, 4)
+        and value.shape[-1] == value.shape[-2] >= _SHORTEST
+        and (value.dtype == torch.bool or value.is_floating_point())
+        and not value.is_meta
+    )
+
+
+def attention(
+    run: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    *,
+    scale: Any = None,
+    enable_gqa: Any = False,
+) -> Any:
+    """Return `scaled_dot_product_attention` of these arguments; keys and values may be `Repeated`.
+
+    The first argument is the run of the program.
+    """
+    import torch
+
+    if attn_mask is not None and not dropout_p and not is_causal and not torch.is_grad_enabled():
+        keys = key.heads_BNGSD if isinstance(key, Repeated) else key
+        values = value.heads_BNGSD if isinstance(value, Repeated) else value
+        if _can_skip(query, keys, values, attn_mask) and causal_masks().has(attn_mask):
+            attn_mask, is_causal = None, True
+    if isinstance(key, Repeated) or isinstance(value, Repeated):
+        if not enable_gqa and _shares_heads(run, query, key, value, attn_mask, dropout_p, is_causal, scale):
+            key, value, enable_gqa = key.once(), value.once(), True
+        else:
+            key, value = (one.copied() if isinstance(one, Repeated) else one for one in (key, value))
+    call = torch.ops.aten.scaled_dot_product_attention.default
+    return call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _can_skip(query: Any, key: Any, value: Any, mask: Any) -> bool:
+    """Whether torch would compute the same, with the same kernel, if this mask were causal and were not passed."""
+    import torch
+
+    if any(type(one) is not torch.Tensor or one.is_meta for one in (query, key, value, mask)):
+        return False
+    size = query.shape[-2] if query.dim() == 4 else 0
+    shape = (*((1,) * (4 - mask.dim())), *mask.shape)
+    return (
+        may_be_mask(mask)
+        and key.dim() >= 4
+        and key.shape[-2] == value.shape[-2] == size == mask.shape[-1]
+        and shape[0] in (1, query.shape[0])
+        and shape[1] in (1, query.shape[1])
+        and mask.dtype in (torch.bool, torch.float32, query.dtype)
+    )
 
 
 def is_exactly_causal(mask: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from runtime.language.attention import Attention, repeated
+from runtime.language.attention import attention, repeated
 from runtime.language.operators import changes_in_place
 from runtime.language.regions import TILED, find_regions
 from runtime.language.syntax import names_in, operator_of, target_of
@@ -30,7 +30,7 @@ def rewrite(tree: ast.Module, hooked: Collection[str]) -> dict[str, Any]:
     """
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef), "a checked program is one function"
-    functions: dict[str, Any] = {_ATTENTION: Attention()}
+    functions: dict[str, Any] = {_ATTENTION: attention}
     calls = [operator_of(node) for node in ast.walk(function) if isinstance(node, ast.Call)]
     if not any(changes_in_place(name.partition(".")[0]) for name in calls):
         _leave_repeats(function.body, hooked)

@@ -16,7 +16,7 @@ from runtime.errors import ArtifactError
 from runtime.host import half_precision
 from runtime.host.dispatch_modes import LeanDispatchMode
 from runtime.language import tiles
-from runtime.language.attention import Attention, is_exactly_causal, repeated
+from runtime.language.attention import attention, is_exactly_causal, repeated
 from runtime.language.guards import guarded
 from runtime.language.program import Program, Run, compile_program
 from runtime.language.rewrite import rewrite
@@ -140,7 +140,7 @@ OTHER = {
 @torch.no_grad()
 def test_only_an_exactly_causal_mask_is_left_out(name: str) -> None:
     mask = {**CAUSAL, **OTHER}[name]
-    attention, run = Attention(), Run(device=CPU, dtype=torch.bfloat16)
+    run = Run(device=CPU, dtype=torch.bfloat16)
     given = operands()
     with Kernels() as kernels:
         got = attention(run, *given, mask, scale=0.2)
@@ -172,7 +172,7 @@ def test_bits_are_those_of_the_recorded_call(dtype: torch.dtype, size: int, widt
     run = Run(device=CPU, dtype=dtype)
     for mask in (triangle(size).expand(2, 1, size, size), numbers(triangle(size), -math.inf, dtype), one_padded(size)):
         with Kernels() as kernels:
-            got = Attention()(run, query, *(repeated(one, shape) for one in parts), mask)
+            got = attention(run, query, *(repeated(one, shape) for one in parts), mask)
         assert kernels.heads == [kept]
         assert_same_bits(got, CALL(query, *whole, mask))
 
@@ -192,7 +192,7 @@ def test_bits_are_the_same_where_halves_are_computed_in_float32(monkeypatch: pyt
     mask = triangle(300).expand(2, 1, 300, 300)
     run, shape = Run(device=CPU, dtype=torch.bfloat16), [2, 4, 300, 64]
     with half_precision.quick_halves("cpu"):
-        got = Attention()(run, query, *(repeated(one, shape) for one in parts), mask)
+        got = attention(run, query, *(repeated(one, shape) for one in parts), mask)
         assert_same_bits(got, CALL(query, *(one.reshape(shape) for one in parts), mask))
 
 
@@ -205,7 +205,7 @@ def test_a_mask_is_compared_once_until_it_changes(monkeypatch: pytest.MonkeyPatc
         return is_exactly_causal(mask)
 
     monkeypatch.setattr("runtime.language.attention.is_exactly_causal", compare)
-    attention, run, mask = Attention(), Run(device=CPU, dtype=torch.bfloat16), CAUSAL["every head"].clone()
+    run, mask = Run(device=CPU, dtype=torch.bfloat16), CAUSAL["every head"].clone()
     given = operands()
     for _ in range(3):
         attention(run, *given, mask)
@@ -234,10 +234,10 @@ def test_other_operands_are_taken_or_refused_as_recorded(change: Callable[[Any],
         expected = CALL(*given)
     except RuntimeError as error:
         with pytest.raises(RuntimeError) as caught:
-            Attention()(run, *given)
+            attention(run, *given)
         assert str(caught.value) == str(error)
     else:
-        assert_same_bits(Attention()(run, *given), expected)
+        assert_same_bits(attention(run, *given), expected)
 
 
 def test_only_repeated_heads_are_left_to_attention() -> None:
