@@ -228,8 +228,9 @@ def _solved(
     """Solve a tile."""
     grids = fitting.grids_of(tile)
     residual_IO = _columns_as_rows([weights[piece.weight][piece.rows] for piece in tile], found)
-    size_O = output_squares(residual_IO, found)
-    quantized_IO, loss_O = _solve_(residual_IO, found, grids, fitting, options)
+    quantized_IO = torch.empty_like(residual_IO)
+    size_O = output_squares(residual_IO, found, quantized_IO)
+    loss_O = _solve_(residual_IO, quantized_IO, found, grids, fitting, options)
     del residual_IO
     places_I = torch.argsort(found.order_I)
     pieces, first = [], 0
@@ -296,25 +297,29 @@ def _check_numbers(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
 
 
 def _solve_(
-    residual_IO: torch.Tensor, found: Factored, grids: Grids, fitting: Fitting, options: SolveOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+    residual_IO: torch.Tensor,
+    quantized_IO: torch.Tensor,
+    found: Factored,
+    grids: Grids,
+    fitting: Fitting,
+    options: SolveOptions,
+) -> torch.Tensor:
     """Round all columns, block by block.
 
     Args:
         residual_IO: w_k on entry, w_k - q_k on return.
+        quantized_IO: overwritten with q_k.
         found: M and D.
         grids: scales and zero points; overwritten if groups are fitted during the solve.
         fitting: fits them.
         options: strategy, bits, symmetry and columns per block.
 
     Returns:
-        quantized_IO: q_k.
-        loss_O: the loss of each row, without the dampening, float64.
+        The loss of each row, without the dampening, float64.
     """
     args, width = options.args, options.block_width
     group_of_I = (found.order_I // options.columns_of_a_scale(len(residual_IO))).tolist()
     buffers = Buffers(min(width, len(residual_IO)), residual_IO)
-    quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
     dtype = residual_IO.dtype if residual_IO.dtype == torch.float64 else options.far_dtype
     errors_IO = residual_IO if residual_IO.dtype == dtype else torch.empty_like(residual_IO, dtype=dtype)
@@ -337,4 +342,4 @@ def _solve_(
             loss_O += weighed(target_BO, found.pivot_I[block])
         if errors_IO is not residual_IO:
             errors_IO[some] = residual_IO[some]
-    return quantized_IO, loss_O - weighed(residual_IO, found.added_I)
+    return loss_O - weighed(residual_IO, found.added_I)

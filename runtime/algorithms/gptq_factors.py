@@ -121,7 +121,7 @@ def factored(
     )
 
 
-def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
+def output_squares(columns_IO: torch.Tensor, found: Factored, memory_IO: torch.Tensor) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
 
     It is only reported, so float32 is multiplied as bf16 where that is faster: roundings are independent of each
@@ -130,10 +130,13 @@ def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
     Args:
         columns_IO: the weights' columns in the order of the solve.
         found: the factors of X X^T.
+        memory_IO: contiguous memory like `columns_IO`, overwritten.
     """
     total_O = -weighed(columns_IO, found.added_I)
-    dtype = torch.bfloat16 if is_quicker_in_bfloat16(columns_IO) else columns_IO.dtype
-    rows_OI = columns_IO.to(dtype).t()
+    rows_OI, dtype = columns_IO.t(), columns_IO.dtype
+    if is_quicker_in_bfloat16(columns_IO):
+        dtype = torch.bfloat16
+        rows_OI = memory_IO.view(-1).view(dtype)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO).t()
     for panel in _parts(len(columns_IO), _PANEL):
         coefficients_PI = found.lower_II[panel, : panel.stop].to(dtype, copy=True)
         coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
