@@ -188,10 +188,13 @@ def quantization_bytes(
             shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
         )
         if device_type != "cpu":
-            num_stacked = num_together(together, job, shapes[0][1], needs.experts)
-            # Stacks copy their Hessians into one tensor before they factor them.
-            solving = num_stacked * solving + (num_stacked > 1) * num_stacked * hessian_bytes(shapes[0][1])
+            solving = _in_a_stack(solving, num_together(together, job, shapes[0][1], needs.experts), shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)
     return most
+
+
+def _in_a_stack(solving: int, num_stacked: int, num_in: int) -> int:
+    """The peak of several solves at a time; their Hessians are copied into one tensor before they are factored."""
+    return solving if num_stacked == 1 else num_stacked * (solving + hessian_bytes(num_in))
