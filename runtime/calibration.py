@@ -104,12 +104,10 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Args:
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint, a hub id in the local cache, or an open checkpoint.
-        recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
         out: a directory that does not exist or is empty; it appears when it is complete.
-        progress: called with one line for each subgraph.
-        watchers: receive the events of the run, see `runtime.streaming.events`.
+        progress: called with one line for each subgraph; `watchers` receive all events, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
@@ -134,9 +132,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     )
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
-    require_same_options(group, {name: getattr(options, name) for name in _ALIKE})
-    options = options.decided(group)
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, workers=group)
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -146,10 +142,12 @@ def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers)
     return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
-def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
     """Check the arguments on all workers, and schedule the same run on each."""
+    require_same_options(workers, {name: getattr(options, name) for name in _ALIKE})
+    options = options.decided(workers)
     with agreed(workers):
-        request = given()
+        request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
         scheduled = _scheduled(request)

@@ -271,7 +271,9 @@ def _compile(root: Path, checked: Checked) -> Artifact:
     artifact.companions = {name: data for name, data in contents.items() if "/" not in name and name != CONSTANTS_NAME}
     if manifest.constants:
         artifact.constants = load_constants(contents[CONSTANTS_NAME])
-    programs = {file: compile_program(source, str(root / file)) for file, source in checked.sources.items()}
+    programs = {
+        file: compile_program(source, str(root / file), is_rewritten=True) for file, source in checked.sources.items()
+    }
     artifact.subgraphs = tuple(
         LoadedSubgraph(
             entry=entry,

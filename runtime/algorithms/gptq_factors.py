@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.algorithms.gptq_options import MAX_DAMPING, not_definite
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
 from runtime.algorithms.products import add_product_, factorize_, is_quicker_in_bfloat16, reach
-from runtime.errors import QuantizationError
 
-MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
 _ROWS_OF_A_PERMUTATION = 128  # or columns: as few as keep the calls cheap, because each needs a copy
 _PANEL = 256  # columns of M that are multiplied at a time: narrower panels multiply more slowly, wider ones more zeros
@@ -107,10 +106,7 @@ def factored(
         if factorize_(lower_II):
             break
         if damping >= MAX_DAMPING:
-            raise QuantizationError(
-                f"a Hessian of shape {list(hessian_II.shape)} does not factor with dampening {damping:g}",
-                hint="calibrate with more data or in a wider dtype, or set fallback: rtn in the recipe",
-            )
+            raise not_definite(len(hessian_II), damping)
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()
     for rows in _parts(len(root_I)):
@@ -125,7 +121,7 @@ def factored(
     )
 
 
-def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
+def output_squares(columns_IO: torch.Tensor, found: Factored, memory_IO: torch.Tensor) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
 
     It is only reported, so float32 is multiplied as bf16 where that is faster: roundings are independent of each
@@ -134,10 +130,13 @@ def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
     Args:
         columns_IO: the weights' columns in the order of the solve.
         found: the factors of X X^T.
+        memory_IO: contiguous memory like `columns_IO`, overwritten.
     """
     total_O = -weighed(columns_IO, found.added_I)
-    dtype = torch.bfloat16 if is_quicker_in_bfloat16(columns_IO) else columns_IO.dtype
-    rows_OI = columns_IO.to(dtype).t()
+    rows_OI, dtype = columns_IO.t(), columns_IO.dtype
+    if is_quicker_in_bfloat16(columns_IO):
+        dtype = torch.bfloat16
+        rows_OI = memory_IO.view(-1).view(dtype)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO).t()
     for panel in _parts(len(columns_IO), _PANEL):
         coefficients_PI = found.lower_II[panel, : panel.stop].to(dtype, copy=True)
         coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything

@@ -17,6 +17,7 @@ Shapes: R and C rows and columns of tiles, h and w a tile's height and width (se
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ def fitted_grid(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
     importance_I: torch.Tensor | None = None,
+    reads: bool = True,
 ) -> grid.Grid:
     """Fit a grid to a weight with the scheme's observer.
 
@@ -47,8 +49,9 @@ def fitted_grid(
         weight_OI: the weight, checked.
         args: the weight's half of a quantization scheme, with `observer` and `observer_kwargs`.
         scale_dtype: the dtype that the checkpoint stores scales in.
-        global_scale: NVFP4's [1], if siblings share one; by default the weight's own.
+        global_scale: NVFP4's [1], if siblings share one, or [O, 1] for each row; by default the weight's own.
         importance_I: the mean square of each input feature, for `imatrix_mse`.
+        reads: see `grid.fit`.
 
     Raises:
         QuantizationError: if a scale cannot be represented, or `imatrix_mse` gets no importance.
@@ -57,16 +60,18 @@ def fitted_grid(
     name = str(args.observer or "memoryless_minmax")
     if name in _NAMES_OF_MSE:
         weights = _column_weights(name, weight_OI, args, importance_I)
-        minimum, maximum = _by_rows(
-            weight_OI, args, lambda tiles_RhCw: _least_error(tiles_RhCw, args, scale_dtype, global_scale, weights)
+        search = functools.partial(
+            _least_error, args=args, scale_dtype=scale_dtype, global_scale=global_scale, weights=weights, reads=reads
         )
+        minimum, maximum = _by_rows(weight_OI, args, search)
     elif name == "percentile":
         percentile = float(args.observer_kwargs.get("percentile", 99.9))
         minimum, maximum = _by_rows(weight_OI, args, lambda tiles_RhCw: _percentiles(tiles_RhCw, percentile))
     else:
         minimum, maximum = _extremes(weight_OI, args)
+    fitting = functools.partial(grid.fit, args=args, scale_dtype=scale_dtype, reads=reads)
     parts = [
-        grid.fit(minimum[rows], maximum[rows], args, scale_dtype=scale_dtype, global_scale=global_scale)
+        fitting(minimum[rows], maximum[rows], global_scale=_of_rows(global_scale, rows))
         for rows in grid.parts_of_rows(minimum)
     ]
     zeros = [zero_RC for _, zero_RC in parts if zero_RC is not None]
@@ -75,6 +80,10 @@ def fitted_grid(
         zero_point_RC=torch.cat(zeros) if zeros else None,
         global_scale=global_scale,
     )
+
+
+def _of_rows(global_scale: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return global_scale if global_scale is None or len(global_scale) == 1 else global_scale[rows]
 
 
 def _by_rows(
@@ -146,6 +155,7 @@ def _least_error(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
+    reads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search the best range of each tile."""
     options = _options(args)
@@ -159,7 +169,7 @@ def _least_error(
     for step in range(int(options["maxshrink"] * options["grid"] + 1e-9) + 1):
         factor = options["expand"] * (1 - step / options["grid"])
         low, high = factor * minimum, factor * maximum
-        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale)
+        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale, reads=reads)
         spread = grid.effective(scale_RC, global_scale).to(dtype)[:, None, :, None]
         zero = None if zero_RC is None else zero_RC.to(dtype)[:, None, :, None]
         grid.snap_(rounded.copy_(values), spread, zero, args).sub_(values).abs_().pow_(options["norm"])
@@ -170,7 +180,7 @@ def _least_error(
         best = torch.where(is_better, error_RC, best)
         best_min, best_max = torch.where(is_better, low, best_min), torch.where(is_better, high, best_max)
         idle = torch.where(is_better, 0, idle + 1)
-        if bool((idle >= options["patience"]).all()):
+        if reads and bool((idle >= options["patience"]).all()):
             break
     return best_min, best_max
 

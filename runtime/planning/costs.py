@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
-from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ParameterEntry
@@ -79,8 +79,7 @@ def solve_bytes(
         device_type: the type of device that solves.
         is_measured: whether there are statistics of their inputs.
     """
-    from runtime.algorithms.gptq_columns import BLOCKS_AT_A_TIME
-    from runtime.algorithms.gptq_tiles import tiles_of
+    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
     from runtime.algorithms.grid import NUMBERS_IN_CACHE
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
@@ -97,7 +96,9 @@ def solve_bytes(
     if job.options is not None and job.options.refine:
         refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
-        hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
+        hessian = 0
+        if device_type == "cpu":  # a GPU factors a copy, and frees H
+            kept = min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), kept)
     tiles = tiles_of(shapes, args, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
@@ -186,6 +187,10 @@ def quantization_bytes(
         solving = solve_bytes(
             shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
         )
+        if device_type != "cpu":
+            num_stacked = num_together(together, job, shapes[0][1], needs.experts)
+            # Stacks copy their Hessians into one tensor before they factor them.
+            solving = num_stacked * solving + (num_stacked > 1) * num_stacked * hessian_bytes(shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)

@@ -73,7 +73,7 @@ class ShapeRun:
         self.model = model
         self.device_type = device_type
         self._artifact = artifact
-        self._run = artifact.run(META, dtype)
+        self._run = replace(artifact.run(META, dtype), planned_for=device_type)
         self._known: dict[Any, Footprint | None] = {}
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._stack = contextlib.ExitStack()
@@ -194,7 +194,7 @@ class ShapeRun:
             hidden, index_TK, weight_TK = module.values(*args, **kwargs)
             hidden_TH = module.rows(hidden)
             own = [module.own(name, 0) for name in module.stacked]
-            run = Run(device=META, dtype=own[0].dtype)
+            run = Run(device=META, dtype=own[0].dtype, planned_for=self.device_type)
             sum_TH = torch.zeros_like(hidden_TH, dtype=module._sum_dtype(hidden_TH, weight_TK))
             num_all = module.num_experts + module.num_identity
             mask_EKT = torch.empty(num_all + 1, *index_TK.t().shape, dtype=torch.int64, device=META)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +47,7 @@ def round_to_nearest(
         importance_I = seen.diagonal_I
     elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
         importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    options = {"scale_dtype": scale_dtype, "global_scale": global_scale, "importance_I": importance_I}
+    options: dict[str, Any] = {"scale_dtype": scale_dtype, "global_scale": global_scale, "importance_I": importance_I}
     if seen is not None:
         return iter([quantize_rtn(weight_OI, args, **options)])
     return rounded_rows(weight_OI, fitted(weight_OI, args, **options), args)

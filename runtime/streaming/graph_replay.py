@@ -25,6 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from runtime.errors import ArtifactError
+from runtime.language.attention import causal_masks, may_be_mask
 
 Forward = Callable[[dict[str, Any]], dict[str, Any]]
 _GRAPHS_AT_A_TIME = 4  # of a subgraph, for batches of so many shapes: each keeps its intermediate values
@@ -101,11 +102,11 @@ class GraphReplay:
         Raises:
             _NoReplayError: stating why it cannot be used.
         """
-        inputs = _copied(values)
+        inputs = _copied_inputs(values)
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         try:
-            self._warm_up(forward, _copied(values), current)
+            self._warm_up(forward, _copied_inputs(values), current)
             # Other threads read weights and allocate pinned memory meanwhile, which only this mode allows.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode=mode):
@@ -153,6 +154,15 @@ def _copied(values: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
+def _copied_inputs(values: dict[str, Any]) -> dict[str, Any]:
+    """Copy values, and state of each copied mask whether it is causal: captured code cannot look at its numbers."""
+    copied = _copied(values)
+    for value, copy in zip(_tensors(values), _tensors(copied), strict=True):
+        if may_be_mask(value):
+            causal_masks().add(copy, causal_masks().has(value))
+    return copied
+
+
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
@@ -167,12 +177,15 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shape_of(values: dict[str, Any]) -> Hashable:
-    """Everything that a graph is captured for: all but the numbers in tensors. None if it cannot be compared."""
+    """Everything that a graph is captured for: all but the numbers in tensors, of which only counts whether attention
+    takes a mask for a causal one. None if it cannot be compared.
+    """
     leaves, spec = pytree.tree_flatten(values)
     found: list[Hashable] = [str(spec)]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            found.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+            is_causal = may_be_mask(leaf) and causal_masks().has(leaf)
+            found.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, is_causal))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             found.append((type(leaf), leaf))
         else:

@@ -14,11 +14,15 @@ from torch.utils import _pytree as pytree
 import runtime.streaming.run
 from runtime.errors import DataError, UsageError
 from runtime.host.dispatch_modes import LeanDispatchMode
+from runtime.language.attention import attention
+from runtime.language.program import Run
 from runtime.streaming.graph_replay import GraphReplay
 from runtime.streaming.options import RunOptions
 from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, recipe, token_batches
 
 GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")
+
+WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)  # for the device
 
 
 class Recorder(LeanDispatchMode):
@@ -31,7 +35,7 @@ class Recorder(LeanDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in WAITING:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         found = func(*args, **(kwargs or {}))
         self.graph.calls.append((func, args, kwargs or {}, found))
@@ -96,7 +100,7 @@ class Syncs(LeanDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in WAITING:
             raise RuntimeError("called a synchronizing CUDA operation")
         return func(*args, **(kwargs or {}))
 
@@ -186,6 +190,29 @@ def test_each_shape_has_a_graph_of_its_own_up_to_a_limit() -> None:
     assert graphs.num_replays == 2 + 1 + 1 + 1  # and none of the fifth size
     assert Graph.pools[0] is None and len(set(Graph.pools[1:])) == 1, "graphs of a subgraph share memory"
     assert not remarks
+
+
+def test_a_graph_is_replayed_for_masks_of_its_own_kind_only() -> None:
+    """Attention leaves an exactly causal mask out; the graph of such a batch must not run one that is padded."""
+    run_of = Run(device=torch.device("cpu"), dtype=torch.float32)
+
+    def attends(values: dict[str, Any]) -> dict[str, Any]:
+        return {"y": attention(run_of, *[values["x"]] * 3, values["mask"]), "mask": values["mask"]}
+
+    def inputs() -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for padded in (0, 0, 5, 0, 5, 5, 0, 3):
+            mask = torch.ones(2, 1, 32, 32, dtype=torch.bool).tril()
+            mask[:, :, padded:, :padded] = False
+            found.append({"x": torch.randn(2, 2, 32, 8, generator=generator), "mask": mask})
+        return found
+
+    found, graphs, remarks = run(inputs(), attends)
+    with torch.no_grad():
+        assert_equal(found, [attends(one) for one in inputs()])
+    assert not remarks
+    assert graphs.num_replays == 2 + 2  # of each kind, all but the first two
 
 
 def test_code_that_waits_for_the_device_runs_as_usual_and_says_so_once() -> None:

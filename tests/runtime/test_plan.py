@@ -77,6 +77,14 @@ def loaded_model(small: Small, artifact: Artifact) -> nn.Module:
 # Shapes
 
 
+def unpadded(values: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a subgraph with masks as for samples that are not padded."""
+    full = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    masks = {name: torch.ones_like(value) for name, value in full.items() if name == "attention_mask"}
+    masks |= {name: torch.ones_like(value).tril() for name, value in full.items() if value.dtype == torch.bool}
+    return {**values, **masks}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_working_memory_and_results_are_those_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
     small: Small = request.getfixturevalue(name)
@@ -84,6 +92,7 @@ def test_working_memory_and_results_are_those_of_the_run(name: str, request: pyt
     model, empty = loaded_model(small, artifact), artifact.empty_model()
     ids = torch.randint(2, 250, (8, 64))
     values: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    values["attention_mask"][0, :3] = 0  # a plan assumes that attention needs its mask
     shapes: dict[str, Any] = {key: value.to("meta") for key, value in values.items()}
     with ShapeRun(artifact, empty, torch.float32, "cpu") as run, torch.no_grad():
         for subgraph in artifact.subgraphs:
@@ -92,7 +101,9 @@ def test_working_memory_and_results_are_those_of_the_run(name: str, request: pyt
             assert footprint is not None
             subgraph.forward(model, **given)  # what is made once, and kept
             measured = allocated(partial(subgraph.forward, model, **given))
-            assert footprint.working_bytes == pytest.approx(measured, rel=0.15)
+            most = 1.2 if name == "qwen3_moe" else 1.15  # the plan assumes that an expert gets all tokens
+            assert 0.85 * measured <= footprint.working_bytes <= most * measured
+            assert allocated(partial(subgraph.forward, model, **unpadded(given))) <= 1.05 * measured
             values |= subgraph.forward(model, **given)
             shapes |= footprint.outputs
             for key, value in footprint.outputs.items():
