@@ -39,6 +39,7 @@ from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype, resolve_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
@@ -95,6 +96,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     statistics_memory: int | None = None,
     solve_products: str = FLOAT32,
     force: bool = False,
+    cuda_graphs: bool = False,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -102,12 +104,10 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Args:
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint, a hub id in the local cache, or an open checkpoint.
-        recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
         out: a directory that does not exist or is empty; it appears when it is complete.
-        progress: called with one line for each subgraph.
-        watchers: receive the events of the run, see `runtime.streaming.events`.
+        progress: called with one line for each subgraph; `watchers` receive all events, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
@@ -128,21 +128,26 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         statistics_memory=statistics_memory,
         solve_products=solve_products,
         force=force,
+        cuda_graphs=cuda_graphs,
     )
+    group = current() if workers is None else workers
+    watch = _watchers(progress, watchers, group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, workers=group)
+    return _run(_scheduled_alike(given, options, group), watch, start)
+
+
+def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers) -> Watchers:
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    group = current() if workers is None else workers
-    require_same_options(group, {name: getattr(options, name) for name in _ALIKE})
-    options = options.decided(group)
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    scheduled = _scheduled_alike(given, options, group)
-    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
+    return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
-def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
     """Check the arguments on all workers, and schedule the same run on each."""
+    require_same_options(workers, {name: getattr(options, name) for name in _ALIKE})
+    options = options.decided(workers)
     with agreed(workers):
-        request = given()
+        request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
         scheduled = _scheduled(request)
@@ -221,7 +226,8 @@ def _scheduled(request: _Request) -> _Scheduled:
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
-    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=resolve_dtype(options.solve_products))
+    far_dtype = resolve_dtype(options.solve_products) or torch.float32
+    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=far_dtype)
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
     schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, recipe_modifier])
@@ -256,6 +262,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
+    settle()
     doing("calibrating")
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity

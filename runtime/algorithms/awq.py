@@ -18,10 +18,18 @@ E = Q(W diag(s)) diag(s)^-1 - W and the inputs' Gram matrix H = X X^T, summed up
 so a candidate costs one rounding and one matrix product, whatever the number of tokens, and a sample of rows is enough
 to choose one number a for all of them. All siblings that read X share s, and their losses are added up.
 
-Clipping (in the authors' code, next to section 3.2): for each row and group the range is shrunk by the factor, of
-1, 1 - 1/n, ... 1/2, with the least error on the group's own block of H:   e_g H_gg e_g^T.
+The candidates race: all are tried on one part of the sampled rows after the other, and after each part those leave that
+are behind by more than chance explains. Rows are independent, so the difference of two candidates over m of M rows
+extrapolates to all rows with the standard error
 
-Shapes: O out features, I in features, R sampled rows, G groups of g columns.
+    M / sqrt(m) * sqrt(1 - m / M) * (standard deviation of the difference of one row)
+
+A candidate leaves when it is `_ERRORS` of them behind. Near the optimum the curve is flat and its noise decides, which
+is why a search that assumes one minimum, as the golden section does, ends at a different a. The race may use bf16, in
+which the losses of two candidates differ from their exact ratio by less than `_TOLERANCE`; candidates that are closer
+at the end are then computed again in float32, so that processors with and without bf16 products choose the same s.
+
+Shapes: O out features, I in features, R sampled rows, K candidates.
 """
 
 from __future__ import annotations
@@ -34,8 +42,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.observers import fitted_grid
-from runtime.algorithms.products import multiplied
-from runtime.algorithms.result import QuantizedWeight
+from runtime.algorithms.output_squares import gram_squares, spread_rows
 from runtime.algorithms.rtn import rounded
 from runtime.algorithms.smoothquant import pooled
 from runtime.errors import QuantizationError
@@ -43,9 +50,13 @@ from runtime.errors import QuantizationError
 NUM_ROWS = 512  # rows of each weight that the search samples
 _MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # limits of the rows of all weights together and of each
 _MISFIT = "inputs have {} features, but the weights that read them do not"
-_STEPS_OF_CLIPPING = 20
-_LEAST_CLIPPING = 0.5
 _SMALLEST = 1e-4
+_MOST_PARTS = 8  # of the sampled rows
+_FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows of a part, and numbers, so that operators do not start in vain
+_ERRORS = 3.5
+_TOLERANCE = 2.0**-10
+_STACK, _STACK_STEP = 2048, 256  # rows of all candidates that are multiplied by H at a time, and their granularity
+_ROWS_OF_A_SUM, _SUMS_OF_A_SUM = 256, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +67,8 @@ class ScaleSearch:
         scale_I: s, float32, the same for features that come from one channel of the producer.
         ratio: a.
         is_duo: whether s_W was used.
-        loss: of the sampled rows, with s.
-        loss_before: of the sampled rows, with s = 1; never smaller than `loss`, because s = 1 is a candidate.
+        loss: of the sampled rows, with s; in the precision of the race if no other candidate came close.
+        loss_before: the same with s = 1; never smaller than `loss`, because s = 1 is a candidate.
     """
 
     scale_I: torch.Tensor
@@ -78,6 +89,7 @@ def search_scales(
     duo_scaling: bool | str = True,
     channel_I: torch.Tensor | None = None,
     num_rows: int | None = None,
+    race_dtype: torch.dtype = torch.float32,
 ) -> ScaleSearch:
     """Find the factors by which to multiply the columns of weights that read one input.
 
@@ -91,6 +103,7 @@ def search_scales(
         duo_scaling: whether s_W is used; "both" tries both.
         channel_I: the producer's channel that each feature is proportional to; by default each has its own.
         num_rows: the rows of each weight to sample, evenly spread; None for `rows_of_each`.
+        race_dtype: bfloat16 if the device multiplies it faster than float32. Ignored for numbers in float64.
 
     Raises:
         QuantizationError: for shapes that do not match, and numbers that are not finite.
@@ -99,27 +112,15 @@ def search_scales(
     num_rows = rows_of_each(len(schemes)) if num_rows is None else num_rows
     sample, relative_I = _sampled(weights, schemes, len(mean_abs_I), num_rows)
     dtype = grid.work_dtype(hessian_II, *sample)
-    sample = [rows_RI.to(dtype) for rows_RI in sample]
-    gram_II = hessian_II.to(dtype)
     inputs_I = pooled(mean_abs_I.to(dtype), channel_I, "mean").clamp(min=_SMALLEST)
     relative_I = pooled(relative_I.to(dtype), channel_I, "mean")
-
-    def loss_with(scale_I: torch.Tensor) -> float:
-        return sum(
-            _loss(rows_RI, scale_I, gram_II, args, scale_dtype) for rows_RI, args in zip(sample, schemes, strict=True)
-        )
-
-    ones_I = torch.ones_like(inputs_I)
-    before = loss_with(ones_I)
-    best = ScaleSearch(scale_I=ones_I.float(), ratio=0.0, is_duo=False, loss=before, loss_before=before)
-    for is_duo in {True: (True,), False: (False,), "both": (False, True)}[duo_scaling]:
-        for step in range(n_grid + 1):
-            ratio = step / n_grid
-            scale_I = _candidate(inputs_I, relative_I if is_duo else None, ratio)
-            loss = loss_with(scale_I)
-            if loss < best.loss:
-                best = ScaleSearch(scale_I=scale_I.float(), ratio=ratio, is_duo=is_duo, loss=loss, loss_before=before)
-    return best
+    race = _Race(
+        groups=_grouped([rows_RI.to(dtype) for rows_RI in sample], schemes),
+        gram_II=hessian_II.to(dtype),
+        candidates=_candidates(inputs_I, relative_I, n_grid, duo_scaling),
+        scale_dtype=scale_dtype,
+    )
+    return race.result(torch.float64 if dtype == torch.float64 else race_dtype)
 
 
 def rows_of_each(num_weights: int) -> int:
@@ -150,113 +151,178 @@ def _sampled(
     for weight_OI, args in zip(weights, schemes, strict=True):
         if weight_OI.shape[1] != num_in:
             raise QuantizationError(_MISFIT.format(num_in))
-        sample.append(weight_OI[:: max(1, -(-len(weight_OI) // num_rows))].clone())
-        size_OI = weight_OI.abs().to(grid.work_dtype(weight_OI))
-        tiles_RhCw = grid.tile(size_OI, args)
-        relative = tiles_RhCw / tiles_RhCw.amax(dim=(1, 3), keepdim=True).clamp(min=1e-8)
-        own_I = grid.untile(relative, shape=(weight_OI.shape[0], num_in)).sum(dim=0)
+        sample.append(spread_rows(weight_OI, num_rows).clone())
+        own_I = _relative_sum(weight_OI, args)
         total_I = total_I + own_I if count else own_I
         count += len(weight_OI)
-        del weight_OI, size_OI, tiles_RhCw, relative
+        del weight_OI
     if not sample:
         raise QuantizationError(_MISFIT.format(num_in))
     return sample, total_I / count
 
 
-def _candidate(inputs_I: torch.Tensor, relative_I: torch.Tensor | None, ratio: float) -> torch.Tensor:
-    scale_I = inputs_I.pow(ratio)
-    if relative_I is not None:
-        scale_I = scale_I / (relative_I.pow(1 - ratio) + _SMALLEST)
-    scale_I = scale_I.clamp(min=_SMALLEST)
-    return scale_I / (scale_I.max() * scale_I.min()).sqrt()
+def _relative_sum(weight_OI: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """Sum up |w| over the largest |w| of its group, [I], a few rows at a time.
 
-
-def _loss(
-    rows_RI: torch.Tensor,
-    scale_I: torch.Tensor,
-    gram_II: torch.Tensor,
-    args: QuantizationArgs,
-    scale_dtype: torch.dtype,
-) -> float:
-    """Compute tr(E H E^T) of some rows."""
-    scaled_RI = rows_RI * scale_I
-    importance_I = gram_II.diagonal() / scale_I.square()
-    found = fitted_grid(scaled_RI, args, scale_dtype=scale_dtype, importance_I=importance_I)
-    error_RI = rounded(scaled_RI, found, args).div_(scale_I).sub_(rows_RI)
-    return float(multiplied(error_RI, gram_II).mul_(error_RI).sum(dtype=torch.float64))
-
-
-def quantize_clipped(
-    weight_OI: torch.Tensor,
-    hessian_II: torch.Tensor,
-    args: QuantizationArgs,
-    *,
-    scale_dtype: torch.dtype,
-    global_scale: torch.Tensor | None = None,
-) -> QuantizedWeight:
-    """Round a weight to nearest, with each group's range clipped for the least error on its own inputs.
-
-    Args:
-        weight_OI: [O, I], any float dtype; not changed.
-        hessian_II: H, the sum of x x^T over the layer's inputs after scaling.
-        args: strategy, bits and symmetry; the observer is ignored.
-        scale_dtype: the dtype that the checkpoint stores scales in.
-        global_scale: NVFP4's [1], if siblings share one.
-
-    Returns:
-        The dequantized weight with its scales; `loss` is tr(E H E^T) of all rows.
-
-    Raises:
-        QuantizationError: for an unsupported strategy, type or shape, and numbers that are not finite.
+    Sums are added in the order in which torch adds the rows of a whole weight, so the parts do not change the bits.
     """
-    weight_OI = weight_OI.detach()
-    grid.check_weight(weight_OI, args, supported=("channel", "group", "tensor_group"))
-    if hessian_II.shape != (weight_OI.shape[1],) * 2 or not grid.is_finite(hessian_II):
-        raise QuantizationError(
-            f"a Gram matrix of shape {list(hessian_II.shape)} is not finite, or does not match a weight of shape "
-            f"{list(weight_OI.shape)}"
+    num_rows = _ROWS_OF_A_SUM if _has_independent_rows(args) else len(weight_OI)
+    total_I = torch.zeros(weight_OI.shape[1], dtype=grid.work_dtype(weight_OI), device=weight_OI.device)
+    for part_OI in torch.split(weight_OI, _SUMS_OF_A_SUM * num_rows):
+        part_I = torch.zeros_like(total_I)
+        for rows_RI in torch.split(part_OI, num_rows):
+            tiles_RhCw = grid.tile(rows_RI.abs().to(total_I.dtype), args)
+            tiles_RhCw.div_(tiles_RhCw.amax(dim=(1, 3), keepdim=True).clamp_(min=1e-8))
+            part_I += grid.untile(tiles_RhCw, shape=(len(rows_RI), len(total_I))).sum(dim=0)
+        total_I += part_I
+    return total_I
+
+
+def _has_independent_rows(args: QuantizationArgs) -> bool:
+    """Whether some rows of a weight are rounded as in the whole weight, given its global scale."""
+    return grid.strategy_of(args) in ("channel", "group", "tensor_group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    scale_I: torch.Tensor
+    ratio: float
+    is_duo: bool
+
+
+def _candidates(
+    inputs_I: torch.Tensor, relative_I: torch.Tensor, n_grid: int, duo_scaling: bool | str
+) -> list[_Candidate]:
+    """List the candidates; the first is s = 1."""
+    found = [_Candidate(scale_I=torch.ones_like(inputs_I), ratio=0.0, is_duo=False)]
+    for is_duo in {True: (True,), False: (False,), "both": (False, True)}[duo_scaling]:
+        for ratio in (step / n_grid for step in range(n_grid + 1)):
+            scale_I = inputs_I.pow(ratio)
+            if is_duo:
+                scale_I = scale_I / (relative_I.pow(1 - ratio) + _SMALLEST)
+            scale_I = scale_I.clamp(min=_SMALLEST)
+            scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
+            if not torch.equal(scale_I, found[0].scale_I):
+                found.append(_Candidate(scale_I=scale_I, ratio=ratio, is_duo=is_duo))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Sampled rows that are rounded in the same way."""
+
+    rows_RI: torch.Tensor
+    args: QuantizationArgs
+
+
+def _grouped(sample: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs]) -> list[_Group]:
+    """Join the rows of weights with equal schemes, as the experts of a mixture have, if rows are independent."""
+    parts: list[tuple[QuantizationArgs, list[torch.Tensor]]] = []
+    for rows_RI, args in zip(sample, schemes, strict=True):
+        is_joinable = _has_independent_rows(args) and not grid.needs_global_scale(args)
+        same = [rows for known, rows in parts if is_joinable and known == args]
+        if same:
+            same[0].append(rows_RI)
+        else:
+            parts.append((args, [rows_RI]))
+    return [_Group(rows_RI=torch.cat(rows) if len(rows) > 1 else rows[0], args=args) for args, rows in parts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Race:
+    """The race of candidates for the least loss; see the module.
+
+    Attributes:
+        groups: the sampled rows.
+        gram_II: H.
+        candidates: the first is s = 1, which stays until the end.
+        scale_dtype: the dtype that the checkpoint stores scales in.
+    """
+
+    groups: Sequence[_Group]
+    gram_II: torch.Tensor
+    candidates: Sequence[_Candidate]
+    scale_dtype: torch.dtype
+
+    def result(self, dtype: torch.dtype) -> ScaleSearch:
+        """Run the race in products of this dtype, and return the first candidate with the least loss."""
+        num_rows = sum(len(group.rows_RI) for group in self.groups)
+        is_divisible = all(_has_independent_rows(group.args) for group in self.groups)
+        fewest = max(_FEWEST_OF_A_PART, _FEWEST_NUMBERS // len(self.gram_II))
+        num_parts = min(_MOST_PARTS, max(1, num_rows // fewest)) if is_divisible else 1
+        tolerance = 0.0 if dtype == self.gram_II.dtype else _TOLERANCE
+        stack_SI = self._stack(dtype)
+        places = list(range(len(self.candidates)))
+        loss_KR = self.gram_II.new_empty(len(places), 0, dtype=torch.float64)
+        for part in range(num_parts):
+            loss_KR = torch.cat((loss_KR, self._losses(places, slice(part, None, num_parts), stack_SI)), dim=1)
+            kept = _contenders(loss_KR, num_rows, tolerance)
+            places, loss_KR = [places[index] for index in kept], loss_KR[kept]
+        losses = dict(zip(places, loss_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True))
+        finalists = [place for place in places if losses[place] <= (1 + tolerance) * min(losses.values())]
+        if tolerance and len(finalists) > 1:
+            exact_KR = self._losses(finalists, slice(None), self._stack(self.gram_II.dtype))
+            losses |= zip(finalists, exact_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True)
+        place = min(finalists, key=losses.__getitem__)
+        winner = self.candidates[place]
+        return ScaleSearch(
+            scale_I=winner.scale_I.float(),
+            ratio=winner.ratio,
+            is_duo=winner.is_duo,
+            loss=losses[place],
+            loss_before=losses[0],
         )
-    global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
-    dtype = grid.work_dtype(weight_OI, hessian_II)
-    found = _clipped_grid(weight_OI, hessian_II.to(dtype), args, scale_dtype, global_scale)
-    quantized_OI = rounded(weight_OI.to(dtype), found, args)
-    error_OI = quantized_OI - weight_OI.to(dtype)
-    return QuantizedWeight(
-        weight_OI=quantized_OI.to(torch.float32),
-        scale=grid.stored(found.scale_RC, args),
-        zero_point=None if found.zero_point_RC is None else grid.stored(found.zero_point_RC, args),
-        global_scale=found.global_scale,
-        loss=float(multiplied(error_OI, hessian_II.to(dtype)).mul_(error_OI).sum(dtype=torch.float64)),
-        damping=0.0,
-    )
+
+    def _stack(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.gram_II.new_zeros(_STACK, len(self.gram_II), dtype=dtype)
+
+    def _losses(self, places: Sequence[int], rows: slice, stack_SI: torch.Tensor) -> torch.Tensor:
+        """Compute the loss of some rows of each group with some candidates, [K, R].
+
+        The rows of several candidates are stacked, so that each square of H is read for many of them.
+        """
+        found: list[torch.Tensor] = []
+        count = 0
+
+        def multiply() -> None:
+            padded_SI = stack_SI[: -(-count // _STACK_STEP) * _STACK_STEP]
+            found.append(gram_squares(padded_SI, self.gram_II)[:count])
+
+        for place in places:
+            for group in self.groups:
+                for error_RI in torch.split(self._error(group, rows, self.candidates[place].scale_I), _STACK_STEP):
+                    if count + len(error_RI) > _STACK:
+                        multiply()
+                        count = 0
+                    stack_SI[count : count + len(error_RI)] = error_RI
+                    count += len(error_RI)
+        multiply()
+        return torch.cat(found).view(len(places), -1)
+
+    def _error(self, group: _Group, rows: slice, scale_I: torch.Tensor) -> torch.Tensor:
+        """Compute Q(W diag(s)) diag(s)^-1 - W of some rows."""
+        rows_RI, args = group.rows_RI[rows], group.args
+        global_scale = grid.global_scale_of(group.rows_RI * scale_I) if grid.needs_global_scale(args) else None
+        scaled_RI = rows_RI * scale_I
+        found = fitted_grid(
+            scaled_RI,
+            args,
+            scale_dtype=self.scale_dtype,
+            global_scale=global_scale,
+            importance_I=self.gram_II.diagonal() / scale_I.square(),
+        )
+        return rounded(scaled_RI, found, args).div_(scale_I).sub_(rows_RI)
 
 
-def _clipped_grid(
-    weight_OI: torch.Tensor,
-    gram_II: torch.Tensor,
-    args: QuantizationArgs,
-    scale_dtype: torch.dtype,
-    global_scale: torch.Tensor | None,
-) -> grid.Grid:
-    tiles_OCw = grid.tile(weight_OI, args)[:, 0]
-    width = tiles_OCw.shape[2]
-    blocks_Cww = torch.stack(
-        [gram_II[left : left + width, left : left + width] for left in range(0, len(gram_II), width)]
-    )
-    minimum, maximum = tiles_OCw.amin(dim=2), tiles_OCw.amax(dim=2)
-    best_min, best_max = minimum, maximum
-    best_OC = torch.full_like(minimum, torch.inf, dtype=gram_II.dtype)
-    values = tiles_OCw.to(gram_II.dtype)
-    for step in range(int(_STEPS_OF_CLIPPING * (1 - _LEAST_CLIPPING)) + 1):
-        factor = 1 - step / _STEPS_OF_CLIPPING
-        low, high = factor * minimum, factor * maximum
-        scale_OC, zero_OC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale)
-        spread = grid.effective(scale_OC, global_scale).to(values.dtype)[:, :, None]
-        zero = None if zero_OC is None else zero_OC.to(values.dtype)[:, :, None]
-        error_COw = grid.snap_(values.clone(), spread, zero, args).sub_(values).transpose(0, 1)
-        error_OC = (error_COw @ blocks_Cww).mul_(error_COw).sum(dim=2).t()
-        is_better = error_OC < best_OC
-        best_OC = torch.where(is_better, error_OC, best_OC)
-        best_min, best_max = torch.where(is_better, low, best_min), torch.where(is_better, high, best_max)
-    scale_OC, zero_OC = grid.fit(best_min, best_max, args, scale_dtype=scale_dtype, global_scale=global_scale)
-    return grid.Grid(scale_RC=scale_OC, zero_point_RC=zero_OC, global_scale=global_scale)
+def _contenders(loss_KR: torch.Tensor, num_rows: int, tolerance: float) -> list[int]:
+    """List the candidates that can have the least loss of all rows, with the first, from their losses of some rows."""
+    count = loss_KR.shape[1]
+    loss_K = loss_KR.mean(dim=1)
+    leader = int(loss_K.nan_to_num(nan=torch.inf).argmin())
+    bound_K = tolerance * loss_K[leader]
+    if count < num_rows:
+        deviation_K = (loss_KR - loss_KR[leader]).std(dim=1)
+        bound_K = bound_K + _ERRORS * deviation_K * ((1 - count / num_rows) / count) ** 0.5
+    is_behind_K = loss_K - loss_K[leader] > bound_K
+    is_behind_K[0] = False
+    return torch.nonzero(~is_behind_K).flatten().tolist()

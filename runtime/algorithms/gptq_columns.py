@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
-from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms import grid
 from runtime.algorithms.gptq_columns_host import HostIntegerGrid
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME
 
 STRIP_WIDTH = 16  # columns of a block that are solved at a time
-BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier ones: a taller product is faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +81,6 @@ def solve_block_(
     """
     block = slice(first, first + len(residual_BO))
     target_BO = buffers.targets_KO[block]
-    if residual_BO.is_cuda and gptq_cuda.is_supported(residual_BO, args):
-        gptq_cuda.solve_block_(
-            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
-        )
-        return
     if args.type != QuantizationType.INT:
         rounded: _FloatGrid | _IntegerGrid | HostIntegerGrid = _FloatGrid(grids, args, group_of_B)
     elif residual_BO.device.type == "cpu":
@@ -108,8 +103,8 @@ def _round_columns_(
 ) -> None:
     num_columns, width = len(target_BO), buffers.strip_width
     errors_SO, inner_SS = buffers.errors_SO, buffers.inner_SS
-    columns = zip(*map(rounded.rows, (target_BO, buffers.rounded_BO[:num_columns], residual_BO)), strict=True)
-    errors = rounded.rows(errors_SO)
+    columns = (target_BO, buffers.rounded_BO[:num_columns], residual_BO, errors_SO)
+    rounds, quantized, weights, errors = map(rounded.rows, columns)
     for left in range(0, num_columns, width):
         strip = range(left, min(left + width, num_columns))
         inside, count = slice(left, strip.stop), len(strip)
@@ -117,7 +112,7 @@ def _round_columns_(
         for place, column in enumerate(strip):
             if place:
                 targets[column].addmv_(*buffers.earlier[place])
-            rounded.round_(column, *next(columns), errors[place])
+            rounded.round_(column, rounds[column], quantized[column], weights[column], errors[place])
         residual_BO[inside] = errors_SO[:count]
         if strip.stop < num_columns:
             target_BO[strip.stop :].addmm_(lower_BB[strip.stop :, inside], errors_SO[:count])

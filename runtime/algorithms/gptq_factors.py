@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.algorithms.gptq_options import MAX_DAMPING, not_definite
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
 from runtime.algorithms.products import add_product_, factorize_, reach
-from runtime.errors import QuantizationError
 
-MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
 _ROWS_OF_A_PERMUTATION = 128  # or columns: as few as keep the calls cheap, because each needs a copy
 _PANEL = 256  # columns of M that are multiplied at a time: narrower panels multiply more slowly, wider ones more zeros
@@ -107,10 +106,7 @@ def factored(
         if factorize_(lower_II):
             break
         if damping >= MAX_DAMPING:
-            raise QuantizationError(
-                f"a Hessian of shape {list(hessian_II.shape)} does not factor with dampening {damping:g}",
-                hint="calibrate with more data or in a wider dtype, or set fallback: rtn in the recipe",
-            )
+            raise not_definite(len(hessian_II), damping)
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()
     for rows in _parts(len(root_I)):

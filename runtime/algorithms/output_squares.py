@@ -4,9 +4,12 @@ A Gram matrix H = X X^T gives it for all tokens:
 
     ||W X||^2 = tr(W H W^T)
 
-If only the report needs it, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
+This product would take as long as several of AWQ's searches, so of a weight with more than `NUM_ROWS` rows, evenly
+spread ones are multiplied, and the result is an estimate.
+
+If only the report needs H, a sample of the tokens is kept instead: all of them up to `NUM_SAMPLED`, then every second,
 every fourth and so on of each lane, evenly spread over the data. An error and the size that it is compared with always
-come from the same tokens.
+come from the same tokens and rows.
 
 Shapes: O out features, I in features, T tokens, R some rows, P some columns.
 """
@@ -17,12 +20,15 @@ from collections.abc import Callable
 
 import torch
 
+from runtime.algorithms.grid import work_dtype
 from runtime.algorithms.products import multiplied
 
 NUM_SAMPLED = 1024
+NUM_ROWS = 512
 WIDEST_GRAM = 512  # features up to which a Gram matrix takes no more memory than a sample
 _ROWS = 1024  # rows that are multiplied at a time
-_PANEL = 512  # columns of H that are multiplied at a time
+_SMALLEST_SUM, _LARGEST_SUM = 2.0**-60, 2.0**120  # of squares in float32 that are neither subnormal nor infinite
+_SQUARE, _SQUARE_ELSEWHERE = 512, 2048  # side of the part of H that is multiplied at a time, on the CPU and elsewhere
 
 
 class TokenSample:
@@ -92,14 +98,30 @@ class TokenSample:
 
 
 def gram_square(rows_RI: torch.Tensor, hessian_II: torch.Tensor) -> float:
-    """Compute tr(W H W^T) from the half of the symmetric H above its diagonal."""
-    total = 0.0
-    for left in range(0, len(hessian_II), _PANEL):
-        panel_RP = rows_RI[:, left : left + _PANEL]
-        width = panel_RP.shape[1]
-        product_RI = multiplied(panel_RP, hessian_II[left:, left : left + _PANEL]).mul_(rows_RI[:, left:])
-        total += 2 * float(product_RI.sum(dtype=torch.float64)) - float(product_RI[:, :width].sum(dtype=torch.float64))
-    return total
+    """Compute tr(W H W^T)."""
+    return float(gram_squares(rows_RI, hessian_II).sum())
+
+
+def gram_squares(rows_RI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
+    """Compute w H w^T of each row, [R] in float64, from the half of the symmetric H above its diagonal.
+
+    H is multiplied in the dtype of the rows, in squares of one size: oneDNN caches a large kernel for each shape.
+    """
+    side = _SQUARE if rows_RI.device.type == "cpu" else _SQUARE_ELSEWHERE
+    total_R = rows_RI.new_zeros(len(rows_RI), dtype=torch.float64)
+    for left in range(0, len(hessian_II), side):
+        panel_RP = rows_RI[:, left : left + side].contiguous()
+        for start in range(left, len(hessian_II), side):
+            square_SP = hessian_II[start : start + side, left : left + side].to(rows_RI.dtype)
+            product_RS = multiplied(panel_RP, square_SP).mul_(rows_RI[:, start : start + side])
+            sum_R = product_RS.sum(dim=1, dtype=work_dtype(product_RS))
+            total_R.add_(sum_R, alpha=1 if start == left else 2)
+    return total_R
+
+
+def spread_rows(weight_OI: torch.Tensor, most: int) -> torch.Tensor:
+    """Return at most so many rows, evenly spread; a view."""
+    return weight_OI[:: max(1, -(-len(weight_OI) // most))]
 
 
 def sample_square(rows_RI: torch.Tensor, inputs_TI: torch.Tensor) -> float:
@@ -121,5 +143,9 @@ def summed(
 
 
 def plain_square(rows_RI: torch.Tensor) -> float:
-    """Compute ||W||^2, used if no inputs were measured."""
-    return float(rows_RI.double().square().sum())
+    """Compute ||W||^2, used if no inputs were measured; float32 is precise enough for a row, but has a small range."""
+    exact_RI = rows_RI.to(torch.promote_types(rows_RI.dtype, torch.float32))
+    total = float(exact_RI.square().sum(dim=1).sum(dtype=torch.float64))
+    if not _SMALLEST_SUM < total < _LARGEST_SUM:
+        total = float(exact_RI.double().square().sum())
+    return total

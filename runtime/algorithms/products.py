@@ -9,14 +9,34 @@ leads to automatic variable blocking for dense linear-algebra algorithms", IBM J
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 _SMALL, _SMALL_ELSEWHERE = 128, 2048  # size of a block that LAPACK, or another device's library, factorizes or solves
 _ROWS = 512  # rows of a product that are added at a time
 SQUARE = 1024  # side of the part of a matrix that oneDNN gets at a time
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 on a GPU, also if the process allows TF32, which has 11 bits."""
+    settings: Any = torch.backends.cuda.matmul
+    name: str = "allow_tf32"
+    exact: Any = False
+    try:
+        before = settings.allow_tf32
+    except RuntimeError:  # the process has set the other name, after which torch rejects the first
+        name, exact, before = "fp32_precision", "ieee", settings.fp32_precision
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,12 @@ WorkerTimeout = Annotated[
     typer.Option(help="Under torchrun, the longest time that a worker waits for another: 600, 90s, 10min or 2h."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs", help="Replay the passes that feed later layers as CUDA graphs: faster for small batches."
+    ),
+]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 

@@ -285,6 +285,7 @@ class RecipeModifier:
             workers=work.workers,
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
+            experts=self.needs.experts,
             far_dtype=self.far_dtype,
         )
         failed: Exception | None = None

@@ -7,7 +7,7 @@ parameter actually gives, so that the model computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from runtime.algorithms.awq import search_scales
 from runtime.algorithms.smoothquant import smoothing_factors
 from runtime.artifact.scale_groups import numbers_of
 from runtime.errors import QuantizationError
+from runtime.host.half_precision import slow_halves
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
@@ -49,9 +50,7 @@ class Rescaled:
     def get(self, name: str) -> torch.Tensor:
         """Return a parameter with its changes; float32 if it has any."""
         tensor = self.tensors[name] if name in self.tensors else self.read(name)
-        for factor in self.factors.get(name, ()):
-            tensor = factor.applied(tensor.to(torch.float32))
-        return tensor
+        return self._multiplied(tensor, self.factors[name]) if name in self.factors else tensor
 
     def changed(self) -> list[str]:
         """List the names of all changed parameters."""
@@ -64,11 +63,16 @@ class Rescaled:
             return self.get(name).to(dtype)
         result = torch.empty_like(tensor, dtype=dtype)
         for place, part in enumerate(tensor):
-            values = part[None].to(torch.float32)
-            for factor in self.factors[name]:
-                values = factor.applied(values)
-            result[place] = values[0]
+            result[place] = self._multiplied(part[None], self.factors[name])[0]
         return result
+
+    @staticmethod
+    def _multiplied(tensor: torch.Tensor, factors: Sequence[_Factor]) -> torch.Tensor:
+        """Apply factors to a copy in float32."""
+        copy = tensor.to(torch.float32, copy=True)
+        for factor in factors:
+            factor.apply_(copy)
+        return copy
 
     def forget(self, name: str) -> None:
         """Drop the changes of a parameter that has been written."""
@@ -126,9 +130,12 @@ class _Factor:
     values: torch.Tensor
     is_division: bool
 
-    def applied(self, tensor: torch.Tensor) -> torch.Tensor:
+    def apply_(self, tensor: torch.Tensor) -> None:
         values = self.values.to(tensor.device)
-        return tensor / values if self.is_division else tensor * values
+        if self.is_division:
+            tensor.div_(values)
+        else:
+            tensor.mul_(values)
 
 
 def find_scales(
@@ -155,7 +162,7 @@ def find_scales(
             )
         quantized = [name for name in group.modules if name in rescaled.jobs]
         found = search_scales(
-            (rescaled.get(f"{name}.weight").to(torch.float32) for name in quantized),
+            (_narrowed(rescaled.get(f"{name}.weight")) for name in quantized),
             statistics.hessian_II,
             statistics.mean_abs_I,
             [rescaled.jobs[name].scheme.weights for name in quantized],
@@ -163,7 +170,18 @@ def find_scales(
             n_grid=transform.n_grid,
             duo_scaling=transform.duo_scaling,
             channel_I=channels,
+            race_dtype=torch.float32 if _is_slow(torch.bfloat16, statistics.device) else torch.bfloat16,
         )
     except QuantizationError as error:
         raise QuantizationError(f"{group.modules[0]}: {error.message}", hint=error.hint) from error
     return found.scale_I
+
+
+def _narrowed(weight: torch.Tensor) -> torch.Tensor:
+    """Convert float64 to float32."""
+    return weight.to(torch.float32) if weight.dtype == torch.float64 else weight
+
+
+def _is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has no instructions for products of a 16-bit dtype."""
+    return device.type == "cpu" and dtype in slow_halves()

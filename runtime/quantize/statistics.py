@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, HessianAccumulator
-from runtime.algorithms.output_squares import WIDEST_GRAM, TokenSample, gram_square, sample_square, summed
+from runtime.algorithms.output_squares import (
+    NUM_ROWS,
+    WIDEST_GRAM,
+    TokenSample,
+    gram_square,
+    sample_square,
+    spread_rows,
+    summed,
+)
 from runtime.formats.presets import AVERAGING_CONSTANT
 
 _TOKENS_PER_SUM = 256
@@ -73,7 +81,8 @@ class ChannelSums:
         self.averages_2I = torch.lerp(before_2I, ends_2I, AVERAGING_CONSTANT) if self.num_batches else ends_2I
         self.from_zero_2I = torch.lerp(self.from_zero_2I, ends_2I, AVERAGING_CONSTANT)
         self.num_batches += 1
-        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM):  # a sum in float64 copies its operand
+        # On the CPU, a sum in float64 copies its operand; a GPU converts while it adds.
+        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM if flat_TI.device.type == "cpu" else len(flat_TI)):
             self.sum_abs_I += part_TI.abs().sum(dim=0, dtype=torch.float64)
 
     def fold(self, lane: ChannelSums) -> None:
@@ -158,12 +167,12 @@ class InputStatistics:
 
         Args:
             inputs: all leading dimensions are tokens.
-            counts: bool for each token, whether it is measured; None for all.
+            counts: bool for each token, whether it is measured, or the indices of those that are; None for all.
         """
         assert self._scale_I is None, "inputs that are added after scaling would not be divided"
         flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
         if counts is not None:
-            flat_TI = flat_TI[counts.reshape(-1)]
+            flat_TI = flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)
         self.lane_tokens += len(flat_TI)
         if not len(flat_TI):
             return
@@ -233,13 +242,17 @@ class InputStatistics:
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
         """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
 
+        An estimate for large weights: with a Gram matrix some rows of W stand for all, else some tokens.
+
         Args:
             weight_OI: W [O, I], on the device of the inputs.
             quantized_OI: Q, or None.
         """
         if self.gram is not None:
-            gram_II = self.gram.hessian_II
-            return summed(weight_OI, quantized_OI, lambda rows_RI: gram_square(rows_RI, gram_II))
+            gram_II, some_RI = self.gram.hessian_II, spread_rows(weight_OI, NUM_ROWS)
+            quantized_RI = None if quantized_OI is None else spread_rows(quantized_OI, NUM_ROWS)
+            square = summed(some_RI, quantized_RI, lambda rows_RI: gram_square(rows_RI, gram_II))
+            return square * len(weight_OI) / len(some_RI)
         assert self.sample is not None, "nothing was measured, H was moved out, or it is on another worker"
         inputs_TI = self.sample.inputs_TI
         if self._scale_I is not None:

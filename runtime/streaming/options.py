@@ -44,6 +44,7 @@ class RunOptions:
         solve_products: the dtype of most products of a GPTQ solve: `float32`, `bfloat16`, or `auto` for `bfloat16` if
             all workers run on CPUs that multiply it faster. Results differ slightly, see docs/algorithms.md.
         force: run although the plan predicts that memory is short.
+        cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
     device: torch.device
@@ -58,6 +59,7 @@ class RunOptions:
     statistics_memory: int | None = None
     solve_products: str = FLOAT32
     force: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.
@@ -65,6 +67,8 @@ class RunOptions:
         Raises:
             UsageError: naming the option.
         """
+        if self.cuda_graphs and self.device.type != "cuda":
+            raise UsageError(f"CUDA graphs require a CUDA device; got {self.device}", hint="remove --cuda-graphs")
         require_kind("activation_memory", self.activation_memory, Budget, "it must be a runtime.Budget, in bytes")
         require_counts(max_shard_bytes=self.max_shard_bytes, statistics_memory=self.statistics_memory)
         require_counts(checkpoint_activations=self.checkpoint_activations or None)

@@ -26,6 +26,7 @@ class ModuleReport:
         name: its dotted name.
         algorithm: that quantized it.
         loss: ‖WX-QX‖² over the measured inputs X, before these are rounded themselves; ‖W-Q‖² without measured inputs.
+            Of a large weight that is rounded to nearest it is an estimate, from some of the rows or inputs.
         damping: as in `QuantizedWeight`.
         num_tokens: number of measured inputs.
         error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ without; 0 if the output is zero. See
