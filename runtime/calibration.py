@@ -226,7 +226,8 @@ def _scheduled(request: _Request) -> _Scheduled:
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
-    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=resolve_dtype(options.solve_products))
+    far_dtype = resolve_dtype(options.solve_products) or torch.float32
+    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=far_dtype)
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
     schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, recipe_modifier])

@@ -64,7 +64,7 @@ from runtime.algorithms.gptq_options import (
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
 from runtime.algorithms.gptq_stacks import Problem, solve_stack
 from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile, tiles_of
-from runtime.algorithms.products import add_product_, float32_products
+from runtime.algorithms.products import add_product_, float32_products, is_quicker_in_bfloat16
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -229,7 +229,7 @@ def _solved(
     grids = fitting.grids_of(tile)
     residual_IO = _columns_as_rows([weights[piece.weight][piece.rows] for piece in tile], found)
     quantized_IO = torch.empty_like(residual_IO)
-    size_O = output_squares(residual_IO, found, quantized_IO)
+    size_O = output_squares(residual_IO, found, _bfloat16_of(residual_IO, quantized_IO, weights))
     loss_O = _solve_(residual_IO, quantized_IO, found, grids, fitting, options)
     del residual_IO
     places_I = torch.argsort(found.order_I)
@@ -271,6 +271,15 @@ def _columns_as_rows(parts: Sequence[torch.Tensor], found: Factored) -> torch.Te
             rows = slice(top, top + ROWS_OF_A_COPY)
             place_IO[:, rows] = part_OI[rows].t().contiguous().index_select(0, order_I)
     return columns_IO
+
+
+def _bfloat16_of(
+    columns_IO: torch.Tensor, memory_IO: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Copy columns to bf16 in given memory, if no number changes and it multiplies faster; otherwise return None."""
+    if any(weight.dtype != torch.bfloat16 for weight in weights) or not is_quicker_in_bfloat16(columns_IO):
+        return None
+    return memory_IO.view(-1).view(torch.bfloat16)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO)
 
 
 def _in_original_order(quantized_IO: torch.Tensor, places_I: torch.Tensor) -> torch.Tensor:

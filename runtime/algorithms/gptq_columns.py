@@ -103,8 +103,8 @@ def _round_columns_(
 ) -> None:
     num_columns, width = len(target_BO), buffers.strip_width
     errors_SO, inner_SS = buffers.errors_SO, buffers.inner_SS
-    columns = zip(*map(rounded.rows, (target_BO, buffers.rounded_BO[:num_columns], residual_BO)), strict=True)
-    errors = rounded.rows(errors_SO)
+    columns = (target_BO, buffers.rounded_BO[:num_columns], residual_BO, errors_SO)
+    rounds, quantized, weights, errors = map(rounded.rows, columns)
     for left in range(0, num_columns, width):
         strip = range(left, min(left + width, num_columns))
         inside, count = slice(left, strip.stop), len(strip)
@@ -112,7 +112,7 @@ def _round_columns_(
         for place, column in enumerate(strip):
             if place:
                 targets[column].addmv_(*buffers.earlier[place])
-            rounded.round_(column, *next(columns), errors[place])
+            rounded.round_(column, rounds[column], quantized[column], weights[column], errors[place])
         residual_BO[inside] = errors_SO[:count]
         if strip.stop < num_columns:
             target_BO[strip.stop :].addmm_(lower_BB[strip.stop :, inside], errors_SO[:count])

@@ -16,7 +16,7 @@ import torch
 
 from runtime.algorithms.gptq_options import MAX_DAMPING, not_definite
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
-from runtime.algorithms.products import add_product_, factorize_, is_quicker_in_bfloat16, reach
+from runtime.algorithms.products import add_product_, factorize_, reach
 
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
 _ROWS_OF_A_PERMUTATION = 128  # or columns: as few as keep the calls cheap, because each needs a copy
@@ -121,24 +121,21 @@ def factored(
     )
 
 
-def output_squares(columns_IO: torch.Tensor, found: Factored, memory_IO: torch.Tensor) -> torch.Tensor:
+def output_squares(columns_IO: torch.Tensor, found: Factored, rounded_IO: torch.Tensor | None = None) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
 
-    It is only reported, so float32 is multiplied as bf16 where that is faster: roundings are independent of each
-    other, and the sum over the rows of a weight changes by about 10^-5.
+    It is only reported, so weights that are bf16 numbers are multiplied by M rounded to bf16, where that is faster. The
+    sum over the rows of a weight changes by some 10^-5, and by 2^-8 at most, if one number of M decides it.
 
     Args:
         columns_IO: the weights' columns in the order of the solve.
         found: the factors of X X^T.
-        memory_IO: contiguous memory like `columns_IO`, overwritten.
+        rounded_IO: `columns_IO` in bf16, if that is faster.
     """
     total_O = -weighed(columns_IO, found.added_I)
-    rows_OI, dtype = columns_IO.t(), columns_IO.dtype
-    if is_quicker_in_bfloat16(columns_IO):
-        dtype = torch.bfloat16
-        rows_OI = memory_IO.view(-1).view(dtype)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO).t()
+    rows_OI = (columns_IO if rounded_IO is None else rounded_IO).t()
     for panel in _parts(len(columns_IO), _PANEL):
-        coefficients_PI = found.lower_II[panel, : panel.stop].to(dtype, copy=True)
+        coefficients_PI = found.lower_II[panel, : panel.stop].to(rows_OI.dtype, copy=True)
         coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
         product_PO = torch.zeros_like(columns_IO[panel])
         add_product_(product_PO, coefficients_PI, rows_OI[:, : panel.stop])

@@ -1,6 +1,7 @@
 """The GPTQ solve: beside llm-compressor's in one process, and the CUDA kernel beside its bounds.
 
     python tests/bench/bench_gptq.py [--sizes 2048 4096]          in an environment with llm-compressor, or without
+    PYTHONPATH=TREE python tests/bench/bench_gptq.py --phases     of a checkout; two of them in turns show a difference
 
 Both get the same weight, Hessian and min-max scales (4 bits, groups of 128, static order). What is compared is the time
 of the solve and tr((W-Q) H (W-Q)^T). On CUDA the time of a block's columns is printed next to what moving its bytes
@@ -10,8 +11,10 @@ and calculating its operations takes at the rates that --bandwidth and --flops s
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -86,6 +89,41 @@ def compare(size: int, device: str) -> None:
     )
 
 
+PHASES = {
+    "gptq_factors": ("factored", "output_squares"),
+    "gptq": ("_columns_as_rows", "_solve_", "_in_original_order"),
+    "gptq_columns": ("solve_block_",),
+}
+
+
+def phases(num_in: int, num_out: int) -> None:
+    """Print the milliseconds of each phase of a solve in this process; the columns are a part of `_solve_`."""
+    taken: dict[str, float] = {}
+    user = importlib.import_module("runtime.algorithms.gptq")  # it calls all of them
+    for module, names in PHASES.items():
+        for name in names:
+            call = getattr(importlib.import_module(f"runtime.algorithms.{module}"), name)
+
+            def timed(*args: Any, _call: Any = call, _name: str = name, **options: Any) -> Any:
+                start = time.process_time()
+                result = _call(*args, **options)
+                taken[_name] = taken.get(_name, 0.0) + time.process_time() - start
+                return result
+
+            setattr(user, name, timed)
+    generator = torch.Generator().manual_seed(0)
+    inputs_TI = torch.randn(1024, num_in, generator=generator) * (0.2 + 3 * torch.rand(num_in, generator=generator))
+    weight = (torch.randn(num_out, num_in, generator=generator) * 0.02).to(torch.bfloat16)
+    for _ in range(2):  # the first time libraries compile their kernels
+        taken.clear()
+        hessian_II = inputs_TI.T @ inputs_TI
+        start = time.process_time()
+        for _ in user.quantize_siblings([weight], hessian_II, ARGS, scale_dtype=torch.bfloat16, overwrite_hessian=True):
+            pass
+        taken["all"] = time.process_time() - start
+    print(f"{num_out}x{num_in} " + "  ".join(f"{name} {1e3 * each:.0f}" for name, each in taken.items()), flush=True)
+
+
 def kernel(size: int, bandwidth: float, flops: float) -> None:
     """Milliseconds of a block of 128 columns, and its bounds."""
     from runtime.algorithms import gptq_cuda
@@ -117,7 +155,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes a second; an H100's by default")
     parser.add_argument("--flops", type=float, default=6.7e13, help="float32 operations a second")
+    parser.add_argument("--phases", action="store_true", help="time the phases of solves at 1.1B widths")
     chosen = parser.parse_args()
+    if chosen.phases:
+        for num_in, num_out in ((2048, 11264), (5632, 2048)):
+            phases(num_in, num_out)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for size in chosen.sizes:
         compare(size, device)

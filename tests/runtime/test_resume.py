@@ -226,6 +226,7 @@ def change_data(small: Small, tmp_path: Path) -> dict[str, Any]:
         (lambda *_: {"dtype": torch.bfloat16}, r"the dtype \(torch.float32 then, torch.bfloat16 now\)"),
         (lambda *_: {"max_shard_bytes": 7000}, r"the shard size \(2000000000 then, 7000 now\)"),
         (lambda *_: {"propagate_error": False}, r"the propagate_error \(True then, False now\)"),
+        (lambda *_: {"solve_products": "bfloat16"}, r"the solve products \(float32 then, bfloat16 now\)"),
     ],
 )
 def test_another_run_is_refused_and_the_first_one_can_still_be_resumed(
