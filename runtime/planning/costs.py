@@ -62,7 +62,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
     packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
     of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
-    copies, with a search of ranges on Gram matrices five, `refine` six of one weight beside a matrix and all results.
+    copies, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.
@@ -79,7 +79,7 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
     num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
     if job.algorithm != "gptq":
-        return (5 if job.clip else 4) * largest
+        return 4 * largest
     args = job.scheme.weights
     hessian = kept = hessian_bytes(num_in)
     refining = 0
@@ -101,16 +101,23 @@ def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites:
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
     """The peak of finding the factors of a group of weights, besides its statistics.
 
-    Weights are read one after the other, each in float32. `awq.search_scales` makes three more copies of one while it
-    compares columns, keeps some rows of each, and holds five copies of the rows of one that it tries candidates on.
+    Weights are read one after the other, each in float32. `awq.search_scales` compares the columns of some rows at a
+    time, keeps some rows of each weight, joins them, and then holds a stack of errors, and products as wide as a part
+    of H.
     """
-    from runtime.algorithms.awq import rows_of_each
+    from runtime.algorithms.awq import rows_of_each, stacked_rows
+    from runtime.algorithms.output_squares import SQUARE
 
     largest = max(copy_bytes(shape) for shape in shapes)
     if algorithm != "awq":
         return 2 * largest
-    rows = [copy_bytes((min(shape[0], rows_of_each(len(shapes))), shape[1])) for shape in shapes]
-    return sum(rows) + max(3 * largest, 5 * max(rows))
+    width = shapes[0][1]
+    num_rows = sum(min(shape[0], rows_of_each(len(shapes))) for shape in shapes)
+    sample, stacked = copy_bytes((num_rows, width)), stacked_rows(num_rows)
+    race = sample // 2 + copy_bytes((stacked, width)) + copy_bytes((stacked, min(width, SQUARE)))
+    if width > SQUARE:
+        race += copy_bytes((stacked, SQUARE)) + 2 * copy_bytes((SQUARE, SQUARE))
+    return sample + max(largest, sample, race)
 
 
 def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:
