@@ -8,12 +8,16 @@ import sys
 def main(program: str = "seqbuild-runtime") -> int:
     """Run the host's command line in a process of its own, and return the exit code."""
     try:
-        from runtime.cli import app, imports
+        from runtime.cli import app
+        from runtime.host import own_process
     except ModuleNotFoundError as error:  # typer is missing, so there is no command line that could say so
         print(f"{program}: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
         return 2
-    imports.allow()
-    return app.main(program=program)
+    own_process.claim()
+    try:
+        return app.main(program=program)
+    finally:
+        own_process.finish()
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from runtime.data.masks import require_tokens
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.formats.key_values import attach
-from runtime.host.devices import as_device, as_dtype
+from runtime.host.devices import as_device, as_dtype, resolve_dtype
 from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
@@ -51,7 +52,7 @@ from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Lines, Watcher, Watchers
 from runtime.streaming.identity import run_digest, run_identity
-from runtime.streaming.options import RunOptions
+from runtime.streaming.options import FLOAT32, RunOptions
 from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
 from runtime.streaming.run import StreamingRun
@@ -69,7 +70,8 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
 
 Progress = Callable[[str], None]
-_ALIKE = ("resume", "parts", "checkpoint_activations", "statistics_memory")  # decide which messages workers exchange
+# These decide which messages workers exchange, and what they compute before their identities are compared.
+_ALIKE = ("resume", "parts", "checkpoint_activations", "statistics_memory", "solve_products")
 
 
 def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
@@ -92,7 +94,9 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     own_modifiers: Sequence[StepModifier] = (),
     moe_calibrate_all_experts: bool = True,
     statistics_memory: int | None = None,
+    solve_products: str = FLOAT32,
     force: bool = False,
+    cuda_graphs: bool = False,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -100,12 +104,10 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Args:
         artifact: the compiled model.
         weights: directory of its safetensors checkpoint, a hub id in the local cache, or an open checkpoint.
-        recipe: what to quantize, and how.
         batches: the model's inputs, one mapping for each batch, see `runtime.data.checked_batches`; may be empty for a
             recipe without statistics. Padding, and tokens where a `loss_mask` [B, S] is zero, do not count.
         out: a directory that does not exist or is empty; it appears when it is complete.
-        progress: called with one line for each subgraph.
-        watchers: receive the events of the run, see `runtime.streaming.events`.
+        progress: called with one line for each subgraph; `watchers` receive all events, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
@@ -124,21 +126,28 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         propagate_error=propagate_error,
         moe_calibrate_all_experts=moe_calibrate_all_experts,
         statistics_memory=statistics_memory,
+        solve_products=solve_products,
         force=force,
+        cuda_graphs=cuda_graphs,
     )
+    group = current() if workers is None else workers
+    watch = _watchers(progress, watchers, group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, workers=group)
+    return _run(_scheduled_alike(given, options, group), watch, start)
+
+
+def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers) -> Watchers:
     require_callable("progress", progress)
     require_methods("watchers", watchers, "tell")
-    group = current() if workers is None else workers
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, options, group)
-    scheduled = _scheduled_alike(given, options, group)
-    return _run(scheduled, Watchers([] if group.rank else [Lines(progress), *watchers], group), start)
+    return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
-def _scheduled_alike(given: Callable[[], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
     """Check the arguments on all workers, and schedule the same run on each."""
     require_same_options(workers, {name: getattr(options, name) for name in _ALIKE})
+    options = options.decided(workers)
     with agreed(workers):
-        request = given()
+        request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
         scheduled = _scheduled(request)
@@ -215,7 +224,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     doing("checking the weights")
     prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
-    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs)
+    if all(job.algorithm != "gptq" for job in jobs.values()):
+        options = replace(options, solve_products=FLOAT32)  # there are no solves
+    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=resolve_dtype(options.solve_products))
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
     schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, recipe_modifier])
@@ -250,6 +261,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     key_values = scheduled.recipe_modifier.key_values
+    settle()
     doing("calibrating")
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity

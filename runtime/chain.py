@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from runtime.errors import ArtifactError, DataError, SeqbuildError
 from runtime.host.offline import offline
 from runtime.language.opaque import require_harmless
 from runtime.language.opaque_calls import GuardedStep
+from runtime.language.operators import require_operators
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ __all__ = ["CONSTANTS_NAME", "Artifact", "LoadedSubgraph", "check", "check_versi
 
 # Torch's messages about memory and devices: these errors are not caused by the code.
 _ABOUT_MACHINE = re.compile(r"memory|CUDA|XPU|device-side", re.IGNORECASE)
+_HALVES = frozenset(("bfloat16", "float16"))
 # Errors raised by code that is invalid for its values. A RuntimeError may or may not be one of these.
 _OF_CODE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, StopIteration)
 
@@ -61,6 +63,14 @@ class LoadedSubgraph:
     def consumed_names(self) -> tuple[str, ...]:
         """Names of the inputs that no later subgraph takes: they can be freed after this one."""
         return self.entry.consumed_names
+
+    def halves(self, model: nn.Module) -> tuple[torch.dtype, ...]:
+        """The 16-bit dtypes that its code may compute in, with the weights of `model`."""
+        from runtime.host.half_precision import HALVES
+        from runtime.language.program import run_dtype
+
+        known = self._artifact.named_halves
+        return tuple(half for half in HALVES if half == run_dtype(model) or str(half).removeprefix("torch.") in known)
 
     @property
     def label(self) -> str:
@@ -128,10 +138,12 @@ class Artifact(ArtifactParts):
     Attributes:
         subgraphs: the compiled chain, in order of execution.
         conversions: programs that compute parameters from several checkpoint tensors.
+        named_halves: 16-bit dtypes that its code may compute in, whatever the dtype of the run.
     """
 
     subgraphs: tuple[LoadedSubgraph, ...] = ()
     conversions: tuple[Program, ...] = field(default=(), repr=False)
+    named_halves: frozenset[str] = field(default=_HALVES, repr=False)
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict, repr=False)
 
     @property
@@ -195,6 +207,7 @@ def load(
     """
     root = as_path("the artifact", path)
     checked = check_artifact(root, [Path(public_key)] if public_key is not None else [])
+    require_operators(checked.operators)
     check_versions(checked.manifest, allow_version_skew=allow_version_skew)
     artifact = _compile(root, checked)
     if checked.code is not None and not trust_remote_code and not checked.manifest.is_portable:
@@ -258,7 +271,9 @@ def _compile(root: Path, checked: Checked) -> Artifact:
     artifact.companions = {name: data for name, data in contents.items() if "/" not in name and name != CONSTANTS_NAME}
     if manifest.constants:
         artifact.constants = load_constants(contents[CONSTANTS_NAME])
-    programs = {file: compile_program(source, str(root / file)) for file, source in checked.sources.items()}
+    programs = {
+        file: compile_program(source, str(root / file), is_rewritten=True) for file, source in checked.sources.items()
+    }
     artifact.subgraphs = tuple(
         LoadedSubgraph(
             entry=entry,
@@ -269,8 +284,23 @@ def _compile(root: Path, checked: Checked) -> Artifact:
         for entry in manifest.subgraphs
     )
     artifact.leaf_programs = {kind.program: programs[kind.program] for kind in manifest.leaf_kinds if kind.program}
+    artifact.named_halves = _named_halves(artifact, checked.sources.values())
     artifact.conversions = tuple(programs[entry.file] for entry in manifest.conversions)
     return artifact
+
+
+def _named_halves(artifact: Artifact, sources: Iterable[str]) -> frozenset[str]:
+    """The 16-bit dtypes of tensors in the tables and constants, and those that programs name; all of them for an
+    artifact that calls other code, or with inputs of any floating point dtype.
+    """
+    manifest = artifact.manifest
+    are_integers = all(entry.dtype.startswith(("int", "uint", "bool")) for entry in manifest.inputs)
+    if not manifest.is_portable or not are_integers:
+        return _HALVES
+    of_tensors = {entry.dtype for entry in manifest.parameters.values()}
+    of_tensors |= {str(tensor.dtype).removeprefix("torch.") for tensor in artifact.constants.values()}
+    texts = list(sources)
+    return frozenset(name for name in _HALVES if name in of_tensors or any(f"torch.{name}" in text for text in texts))
 
 
 def resolve_opaque(path: str, code: LoadedCode | None = None, home: str = "") -> Callable[..., Any]:

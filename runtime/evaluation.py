@@ -36,6 +36,7 @@ from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.half_precision import quick_halves
 from runtime.host.memory import OWN_THREADS, require_threads
+from runtime.host.own_process import settle
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.status import doing
 from runtime.streaming.activations import Activations
@@ -183,6 +184,7 @@ def _summed_loss(
 
     Each worker runs every N-th batch, and all add the losses in the order of the batches.
     """
+    settle()
     artifact, model, source = prepared.artifact, prepared.model, prepared.weights
     own = range(workers.rank, len(batches), workers.size)
     activations, last = Activations([batches[index] for index in own], device), artifact.subgraphs[-1]
@@ -190,7 +192,7 @@ def _summed_loss(
     loads = {index: subgraph.entry.parameters for index, subgraph in enumerate(artifact.subgraphs)}
     with (
         torch.no_grad(),
-        quick_halves(device.type),
+        quick_halves(device.type, last.halves(model)),
         input_quantization(model, source.schemes),
         WeightStream(source, loads, device) as stream,
     ):

@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.host.own_process import RARELY
 from seqbuild.cache.key import Compilation, requested
 from seqbuild.cache.recall import Compiled, recall
+from seqbuild.model.late_scipy import late_scipy
 from seqbuild.model.own_code import own_code_of
 from seqbuild.model.source import Source, resolve_source
 from seqbuild.options import CompileOptions
-
-# The thresholds of `gc.set_threshold`; Python's default for the first is between some hundred and a few thousand.
-_RARE = (100_000, 50, 50)
 
 
 def compile_model(model_id_or_path: str | os.PathLike[str], **options: Any) -> Path:
@@ -59,7 +58,8 @@ def compile_with(options: CompileOptions, source: Source | None = None) -> Compi
         request = requested(compilation)
         found = None if options.force else recall(compilation, request)
         if found is None:
-            from seqbuild.passes import run_passes
+            with late_scipy():
+                from seqbuild.passes import run_passes
 
             found = run_passes(compilation, request)
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
@@ -81,7 +81,7 @@ def _rarely_collected() -> Iterator[None]:
     time.
     """
     before = gc.get_threshold()
-    gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, _RARE, strict=True)))
+    gc.set_threshold(*(max(usual, rare) if usual else 0 for usual, rare in zip(before, RARELY, strict=True)))
     try:
         yield
     finally:

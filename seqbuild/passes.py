@@ -20,6 +20,7 @@ from runtime.artifact.check import check_artifact, check_programs
 from runtime.artifact.config_policy import check_config
 from runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from runtime.errors import ArtifactError, TargetError, TraceError
+from runtime.host.own_process import RARELY, settle
 from runtime.host.publish import move_aside, publish_directory, write_files
 from runtime.language.opaque import is_harmless
 from runtime.status import doing
@@ -61,6 +62,7 @@ class BuiltModel:
 
 def run_passes(compilation: Compilation, request: Mapping[str, str]) -> Compiled:
     """Compile a model whose request is not in the cache."""
+    settle(RARELY)
     options, built = compilation.options, build_model(compilation, request)
     key, remarks = digest(built.ingredients), list[str]()
     path = compilation.artifact_path(key)

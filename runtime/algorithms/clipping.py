@@ -28,6 +28,7 @@ from runtime.errors import QuantizationError
 _STEPS = 20
 _LEAST_FACTOR = 0.5
 _ROWS, _COLUMNS = 1024, 1024  # of a part; a wider group is a part of its own
+NUMBERS_OF_A_PART = _ROWS * _COLUMNS
 _NARROW = 64  # width of groups below which starting a product for each takes longer than the product
 
 

@@ -44,58 +44,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms import grid
+from runtime.algorithms import gptq_options, grid
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
-from runtime.algorithms.gptq_factors import MAX_DAMPING, ROWS_OF_A_COPY, Factored, factored, output_squares, weighed
+from runtime.algorithms.gptq_factors import ROWS_OF_A_COPY, Factored, factored, output_squares, weighed
 from runtime.algorithms.gptq_grids import Fitting
-from runtime.algorithms.gptq_tiles import Piece, Tile, tiles_of
-from runtime.algorithms.products import add_product_
+from runtime.algorithms.gptq_options import (
+    SolvedPiece,
+    SolveOptions,
+    all_zero,
+    check_options,
+    corrected,
+    not_finite,
+)
+from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
+from runtime.algorithms.gptq_stacks import Problem, solve_stack
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile, tiles_of
+from runtime.algorithms.products import add_product_, float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
-BLOCKS_AT_A_TIME = 4  # blocks that share one product with the errors of earlier ones: a taller product is faster
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolveOptions:
-    """The options of a solve.
-
-    Args:
-        args: strategy, bits, symmetry and observer.
-        scale_dtype: the dtype that the checkpoint stores scales in, e.g. bf16.
-        dampening_frac: added to the diagonal, as a fraction of its live mean; raised tenfold while H does not factor.
-        block_size: columns per block; affects only speed. If grids are fitted during the solve, a group is a block.
-        actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
-        global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
-    """
-
-    args: QuantizationArgs
-    scale_dtype: torch.dtype
-    dampening_frac: float = 0.01
-    block_size: int = 128
-    actorder: str | None = "static"
-    global_scale: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolvedPiece:
-    """The result of a piece of a tile.
-
-    Args:
-        piece: the weight and the rows.
-        rows: the result of these rows alone.
-        size: ||W X||^2 of these rows, to which their loss compares.
-    """
-
-    piece: Piece
-    rows: QuantizedWeight
-    size: float
 
 
 def quantize_siblings(
@@ -168,9 +141,10 @@ def require_solvable(weight_OI: torch.Tensor, num_in: int, args: QuantizationArg
     """Require a weight that GPTQ can quantize, with a Hessian of `num_in` features.
 
     Raises:
-        QuantizationError: for other shapes, unsupported schemes, and numbers that are not finite.
+        QuantizationError: for other shapes, unsupported schemes, and numbers that are not finite; on a GPU
+            `solve_tiles` raises it for these, to read them when they are known.
     """
-    grid.check_weight(weight_OI, args, supported=STRATEGIES)
+    grid.check_weight(weight_OI, args, supported=STRATEGIES, reads=not gptq_options.is_asynchronous(weight_OI.device))
     if weight_OI.shape[1] != num_in:
         raise QuantizationError(
             f"a weight of shape {list(weight_OI.shape)} requires a Hessian of shape {[weight_OI.shape[1]] * 2}; "
@@ -199,8 +173,12 @@ def factor_hessian(
         QuantizationError: as `quantize_siblings`.
     """
     hessian_II = hessian_II.detach()
-    _check_hessian(hessian_II, shape)
-    _check_options(options)
+    _check_type(hessian_II, shape)
+    check_options(options)
+    if gptq_options.is_asynchronous(hessian_II.device):
+        with float32_products():
+            return factored_stack([hessian_II], [shape], options.actorder, options.dampening_frac, dtype).only()
+    _check_numbers(hessian_II, shape)
     return factored(hessian_II, options.actorder, options.dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
 
 
@@ -219,9 +197,10 @@ def solve_tiles(
         QuantizationError: if a scale cannot be represented in the dtype of scales.
     """
     weights = [weight.detach() for weight in weights]
-    fitting = Fitting(weights, options.args, options.scale_dtype, options.global_scale, found.diagonal_I)
+    fitting = Fitting.of(weights, found.diagonal_I, options)
     for tile in tiles:
-        pieces = _solved(weights, tile, found, fitting, options)
+        solved = _solved if fitting.reads else _solved_on_a_gpu
+        pieces = solved(weights, tile, found, fitting, options)
         while pieces:
             yield pieces.pop(0)  # this frame holds no result while the caller works with it
 
@@ -249,18 +228,18 @@ def _solved(
     """Solve a tile."""
     grids = fitting.grids_of(tile)
     residual_IO = _columns_as_rows([weights[piece.weight][piece.rows] for piece in tile], found)
-    size_O = output_squares(residual_IO, found)
-    quantized_IO, loss_O = _solve_(residual_IO, found, grids, fitting, options)
+    quantized_IO = torch.empty_like(residual_IO)
+    size_O = output_squares(residual_IO, found, quantized_IO)
+    loss_O = _solve_(residual_IO, quantized_IO, found, grids, fitting, options)
     del residual_IO
     places_I = torch.argsort(found.order_I)
-    scale_dtype = torch.float32 if options.args.scale_dtype is not None else options.scale_dtype
     pieces, first = [], 0
     for piece in tile:
         rows = slice(first, first + piece.stop - piece.start)
         zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
         result = QuantizedWeight(
             weight_OI=_in_original_order(quantized_IO[:, rows], places_I),
-            scale=fitting.stored(grids.scale_GO[:, rows], scale_dtype),
+            scale=fitting.stored(grids.scale_GO[:, rows], options.piece_scale_dtype),
             zero_point=None if zero_GO is None else fitting.stored(zero_GO, torch.int8),
             global_scale=options.global_scale,
             loss=max(float(loss_O[rows].sum()), 0.0),
@@ -271,6 +250,17 @@ def _solved(
     return pieces
 
 
+def _solved_on_a_gpu(
+    weights: Sequence[torch.Tensor], tile: Tile, found: Factored, fitting: Fitting, options: SolveOptions
+) -> list[SolvedPiece]:
+    """Solve a tile as a stack of one problem."""
+    with float32_products():
+        result = solve_stack([Problem(weights=weights, tile=tile, fitting=fitting)], FactorStack.of(found), options)[0]
+    if isinstance(result, QuantizationError):
+        raise result
+    return result
+
+
 def _columns_as_rows(parts: Sequence[torch.Tensor], found: Factored) -> torch.Tensor:
     """Stack rows of weights and return their columns in the order of the solve, each a row in memory."""
     order_I, dtype = found.order_I, found.lower_II.dtype
@@ -279,7 +269,7 @@ def _columns_as_rows(parts: Sequence[torch.Tensor], found: Factored) -> torch.Te
     for part_OI, place_IO in zip(parts, places, strict=True):
         for top in range(0, len(part_OI), ROWS_OF_A_COPY):
             rows = slice(top, top + ROWS_OF_A_COPY)
-            place_IO[:, rows] = part_OI[rows].to(dtype).t().contiguous().index_select(0, order_I)
+            place_IO[:, rows] = part_OI[rows].t().contiguous().index_select(0, order_I)
     return columns_IO
 
 
@@ -292,87 +282,64 @@ def _in_original_order(quantized_IO: torch.Tensor, places_I: torch.Tensor) -> to
     return quantized_OI
 
 
-def _check_hessian(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
+def _check_type(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
     if hessian_II.ndim != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
         raise QuantizationError(f"a Hessian has the shape [I, I], not {list(hessian_II.shape)}")
-    if not hessian_II.is_floating_point() or not grid.is_finite(hessian_II):
-        raise QuantizationError(
-            f"the Hessian of a weight of shape {list(shape)} is not finite",
-            hint="an activation overflowed: calibrate in a wider dtype",
-        )
+    if not hessian_II.is_floating_point():
+        raise not_finite(shape)
+
+
+def _check_numbers(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
+    if not grid.is_finite(hessian_II):
+        raise not_finite(shape)
     if not hessian_II.diagonal().any():
-        raise QuantizationError(
-            f"the Hessian of a weight of shape {list(shape)} is zero: no input reached the module",
-            hint="calibrate with more data, or use round-to-nearest for this module in the recipe",
-        )
-
-
-def _check_options(options: SolveOptions) -> None:
-    if not 0 < options.dampening_frac <= MAX_DAMPING:
-        raise QuantizationError(
-            f"dampening_frac must be above 0 and at most {MAX_DAMPING:g}, not {options.dampening_frac}"
-        )
-    if options.block_size < 1:
-        raise QuantizationError(f"block_size must be at least 1, not {options.block_size}")
-    if options.actorder not in (None, "static", "weight"):
-        raise QuantizationError(
-            f"actorder {options.actorder!r} is not supported", hint="supported: static, weight and null"
-        )
-
-
-def _corrected(weight_BO: torch.Tensor, target_BO: torch.Tensor, lower_BB: torch.Tensor) -> torch.Tensor:
-    """Compute the weights of a group as algorithm 1 has corrected them when it reaches the group's first column."""
-    shift_BO: torch.Tensor = torch.linalg.solve_triangular(
-        lower_BB, target_BO - weight_BO, upper=False, unitriangular=True
-    )
-    return weight_BO + shift_BO
-
-
-def _columns_of_a_scale(args: QuantizationArgs, num_columns: int) -> int:
-    """The number of consecutive columns that share a scale."""
-    if grid.is_grouped(args):
-        return int(args.group_size)
-    return int(args.block_structure[1]) if args.block_structure else num_columns
+        raise all_zero(shape)
 
 
 def _solve_(
-    residual_IO: torch.Tensor, found: Factored, grids: Grids, fitting: Fitting, options: SolveOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+    residual_IO: torch.Tensor,
+    quantized_IO: torch.Tensor,
+    found: Factored,
+    grids: Grids,
+    fitting: Fitting,
+    options: SolveOptions,
+) -> torch.Tensor:
     """Round all columns, block by block.
 
     Args:
         residual_IO: w_k on entry, w_k - q_k on return.
+        quantized_IO: overwritten with q_k.
         found: M and D.
         grids: scales and zero points; overwritten if groups are fitted during the solve.
         fitting: fits them.
         options: strategy, bits, symmetry and columns per block.
 
     Returns:
-        quantized_IO: q_k.
-        loss_O: the loss of each row, without the dampening, float64.
+        The loss of each row, without the dampening, float64.
     """
-    args = options.args
-    refits = grid.is_grouped(args) and options.actorder is None
-    width = args.group_size if refits else options.block_size
-    group_of_I = (found.order_I // _columns_of_a_scale(args, len(residual_IO))).tolist()
+    args, width = options.args, options.block_width
+    group_of_I = (found.order_I // options.columns_of_a_scale(len(residual_IO))).tolist()
     buffers = Buffers(min(width, len(residual_IO)), residual_IO)
-    quantized_IO = torch.empty_like(residual_IO)
     loss_O = torch.zeros(residual_IO.shape[1], dtype=torch.float64, device=residual_IO.device)
+    dtype = residual_IO.dtype if residual_IO.dtype == torch.float64 else options.far_dtype
+    errors_IO = residual_IO if residual_IO.dtype == dtype else torch.empty_like(residual_IO, dtype=dtype)
     for first in range(0, len(group_of_I), width * BLOCKS_AT_A_TIME):
         some = slice(first, first + width * BLOCKS_AT_A_TIME)
-        targets_SO = residual_IO[some].clone()
+        targets_KO = buffers.targets_KO[: len(residual_IO[some])]
+        targets_KO.copy_(residual_IO[some])
         if first:
-            add_product_(targets_SO, found.lower_II[some, :first], residual_IO[:first].t())
-        for start in range(first, first + len(targets_SO), width):
+            add_product_(targets_KO, found.lower_II[some, :first].to(dtype), errors_IO[:first].t())
+        for start in range(first, first + len(targets_KO), width):
             block = slice(start, start + width)
             lower_BB = found.lower_II[block, block].contiguous()
-            target_BO = targets_SO[start - first : start - first + width]
+            target_BO = targets_KO[start - first : start - first + width]
             if start > first:
                 add_product_(target_BO, found.lower_II[block, first:start], residual_IO[first:start].t())
-            if refits:
-                fitting.refit_(grids, group_of_I[start], _corrected(residual_IO[block], target_BO, lower_BB))
+            if options.refits:
+                fitting.refit_(grids, group_of_I[start], corrected(residual_IO[block], target_BO, lower_BB))
             groups = group_of_I[block]
-            solve_block_(residual_IO[block], target_BO, quantized_IO[block], lower_BB, grids, args, groups, buffers)
+            solve_block_(residual_IO[block], start - first, quantized_IO[block], lower_BB, grids, args, groups, buffers)
             loss_O += weighed(target_BO, found.pivot_I[block])
-        del targets_SO, target_BO  # before the next ones are allocated
-    return quantized_IO, loss_O - weighed(residual_IO, found.added_I)
+        if errors_IO is not residual_IO:
+            errors_IO[some] = residual_IO[some]
+    return loss_O - weighed(residual_IO, found.added_I)

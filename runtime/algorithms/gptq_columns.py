@@ -1,6 +1,7 @@
 """The sequential part of GPTQ: round the columns of one block one after the other.
 
-Shapes: B columns of a block, G groups, O out features, S columns of a strip. See `runtime.algorithms.gptq`.
+Shapes: B columns of a block, G groups, K columns of a few blocks, O out features, S columns of a strip. See
+`runtime.algorithms.gptq`.
 
 For one column, calling torch takes longer than the arithmetic, so this code saves calls: views of buffers are made once
 for all blocks, rounding is an addition to a number so large that no fraction is representable, and everything that is
@@ -12,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
-from runtime.algorithms import gptq_cuda, grid
+from runtime.algorithms import grid
+from runtime.algorithms.gptq_columns_host import HostIntegerGrid
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME
 
 STRIP_WIDTH = 16  # columns of a block that are solved at a time
 
@@ -43,17 +47,17 @@ class Buffers:
 
     def __init__(self, width: int, like_IO: torch.Tensor) -> None:
         self.strip_width = min(STRIP_WIDTH, width)
+        self.targets_KO = like_IO.new_empty(min(width * BLOCKS_AT_A_TIME, len(like_IO)), like_IO.shape[1])
+        self.targets = self.targets_KO.unbind()
         self.rounded_BO = like_IO.new_empty(width, like_IO.shape[1])
-        self.rounded = self.rounded_BO.unbind()
         self.errors_SO = like_IO.new_empty(self.strip_width, like_IO.shape[1])
-        self.errors = self.errors_SO.unbind()
         self.inner_SS = like_IO.new_empty(self.strip_width, self.strip_width)
         self.earlier = [(self.errors_SO[:place].t(), self.inner_SS[place, :place]) for place in range(self.strip_width)]
 
 
 def solve_block_(
     residual_BO: torch.Tensor,
-    target_BO: torch.Tensor,
+    first: int,
     quantized_BO: torch.Tensor,
     lower_BB: torch.Tensor,
     grids: Grids,
@@ -66,7 +70,8 @@ def solve_block_(
 
     Args:
         residual_BO: w_k on entry, w_k - q_k on return.
-        target_BO: on entry w_k plus the corrections from earlier blocks; t_k - q_k on return.
+        first: the block's first row in `buffers.targets_KO`, which has w_k plus the corrections from earlier blocks on
+            entry, and t_k - q_k on return.
         quantized_BO: overwritten with q_k.
         lower_BB: the block of M^T.
         grids: scales and zero points.
@@ -74,30 +79,43 @@ def solve_block_(
         group_of_B: each column's group.
         buffers: for blocks of this width or wider.
     """
-    if residual_BO.is_cuda and gptq_cuda.is_supported(residual_BO, args):
-        gptq_cuda.solve_block_(
-            residual_BO, target_BO, quantized_BO, lower_BB, grids.factor_GO, grids.zero_GO, group_of_B, args.num_bits
-        )
-        return
-    is_integer = args.type == QuantizationType.INT
-    rounded = _IntegerGrid(grids, args, group_of_B) if is_integer else _FloatGrid(grids, args, group_of_B)
+    block = slice(first, first + len(residual_BO))
+    target_BO = buffers.targets_KO[block]
+    if args.type != QuantizationType.INT:
+        rounded: _FloatGrid | _IntegerGrid | HostIntegerGrid = _FloatGrid(grids, args, group_of_B)
+    elif residual_BO.device.type == "cpu":
+        rounded = HostIntegerGrid(grids.factor_GO, grids.zero_GO, args.num_bits, group_of_B)
+    else:
+        rounded = _IntegerGrid(grids, args, group_of_B)
+    with np.errstate(all="ignore"):  # a scale may be too small for its weights
+        _round_columns_(residual_BO, target_BO, buffers.targets[block], lower_BB, rounded, buffers)
+    rounded.finish_(buffers.rounded_BO[: len(target_BO)], quantized_BO)
+    target_BO.sub_(quantized_BO)
+
+
+def _round_columns_(
+    residual_BO: torch.Tensor,
+    target_BO: torch.Tensor,
+    targets: Sequence[torch.Tensor],
+    lower_BB: torch.Tensor,
+    rounded: _FloatGrid | _IntegerGrid | HostIntegerGrid,
+    buffers: Buffers,
+) -> None:
     num_columns, width = len(target_BO), buffers.strip_width
-    errors_SO, inner_SS, quantized = buffers.errors_SO, buffers.inner_SS, buffers.rounded
-    targets, weights = target_BO.unbind(), residual_BO.unbind()
+    errors_SO, inner_SS = buffers.errors_SO, buffers.inner_SS
+    columns = zip(*map(rounded.rows, (target_BO, buffers.rounded_BO[:num_columns], residual_BO)), strict=True)
+    errors = rounded.rows(errors_SO)
     for left in range(0, num_columns, width):
         strip = range(left, min(left + width, num_columns))
         inside, count = slice(left, strip.stop), len(strip)
         inner_SS[:count, :count] = lower_BB[inside, inside]
         for place, column in enumerate(strip):
-            target_O = targets[column]
             if place:
-                target_O.addmv_(*buffers.earlier[place])
-            rounded.round_(column, target_O, quantized[column], weights[column], buffers.errors[place])
+                targets[column].addmv_(*buffers.earlier[place])
+            rounded.round_(column, *next(columns), errors[place])
         residual_BO[inside] = errors_SO[:count]
         if strip.stop < num_columns:
             target_BO[strip.stop :].addmm_(lower_BB[strip.stop :, inside], errors_SO[:count])
-    rounded.finish_(buffers.rounded_BO[:num_columns], quantized_BO)
-    target_BO.sub_(quantized_BO)
 
 
 class _IntegerGrid:
@@ -118,6 +136,11 @@ class _IntegerGrid:
         self.shift_O = torch.full_like(self.factor_GO[0], shift)
         self.zeros = () if zero_GO is None else zero_GO.unbind()
         self.shifts = () if zero_GO is None else (zero_GO + shift).unbind()
+
+    @staticmethod
+    def rows(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The rows of a tensor as `round_` takes them."""
+        return tensor.unbind()
 
     def round_(
         self,
@@ -151,6 +174,11 @@ class _FloatGrid:
 
     def __init__(self, grids: Grids, args: QuantizationArgs, group_of_B: Sequence[int]) -> None:
         self.grids, self.args, self.group_of_B = grids, args, group_of_B
+
+    @staticmethod
+    def rows(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The rows of a tensor as `round_` takes them."""
+        return tensor.unbind()
 
     def round_(
         self,

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.algorithms.gptq_options import MAX_DAMPING, not_definite
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
-from runtime.algorithms.products import add_product_, factorize_, multiplied, reach
-from runtime.errors import QuantizationError
+from runtime.algorithms.products import add_product_, factorize_, is_quicker_in_bfloat16, reach
 
-MAX_DAMPING = 1.0
 ROWS_OF_A_COPY = 512  # rows that are reordered at a time: they fit into a cache
+_ROWS_OF_A_PERMUTATION = 128  # or columns: as few as keep the calls cheap, because each needs a copy
 _PANEL = 256  # columns of M that are multiplied at a time: narrower panels multiply more slowly, wider ones more zeros
 _COLUMNS_OF_A_SUM = 128
 
@@ -106,10 +106,7 @@ def factored(
         if factorize_(lower_II):
             break
         if damping >= MAX_DAMPING:
-            raise QuantizationError(
-                f"a Hessian of shape {list(hessian_II.shape)} does not factor with dampening {damping:g}",
-                hint="calibrate with more data or in a wider dtype, or set fallback: rtn in the recipe",
-            )
+            raise not_definite(len(hessian_II), damping)
         damping = min(damping * 10, MAX_DAMPING)
     root_I = lower_II.diagonal().clone()
     for rows in _parts(len(root_I)):
@@ -124,29 +121,37 @@ def factored(
     )
 
 
-def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
+def output_squares(columns_IO: torch.Tensor, found: Factored, memory_IO: torch.Tensor) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
+
+    It is only reported, so float32 is multiplied as bf16 where that is faster: roundings are independent of each
+    other, and the sum over the rows of a weight changes by about 10^-5.
 
     Args:
         columns_IO: the weights' columns in the order of the solve.
         found: the factors of X X^T.
+        memory_IO: contiguous memory like `columns_IO`, overwritten.
     """
     total_O = -weighed(columns_IO, found.added_I)
+    rows_OI, dtype = columns_IO.t(), columns_IO.dtype
+    if is_quicker_in_bfloat16(columns_IO):
+        dtype = torch.bfloat16
+        rows_OI = memory_IO.view(-1).view(dtype)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO).t()
     for panel in _parts(len(columns_IO), _PANEL):
-        inner_PP = found.lower_II[panel, panel].tril()  # the values above the diagonal may be anything
-        product_PO = multiplied(inner_PP, columns_IO[panel].t())
-        if panel.start:
-            add_product_(product_PO, found.lower_II[panel, : panel.start], columns_IO[: panel.start].t())
+        coefficients_PI = found.lower_II[panel, : panel.stop].to(dtype, copy=True)
+        coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
+        product_PO = torch.zeros_like(columns_IO[panel])
+        add_product_(product_PO, coefficients_PI, rows_OI[:, : panel.stop])
         total_O += weighed(product_PO, found.pivot_I[panel])
     return total_O
 
 
 def weighed(values_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
-    """Sum factor times squared value over the columns, for each row; in float64, a few columns at a time."""
+    """Sum factor times squared value over the columns, for each row; in float64 beyond a few columns."""
     total_O = torch.zeros(values_IO.shape[1], dtype=torch.float64, device=values_IO.device)
     for start in range(0, len(factor_I), _COLUMNS_OF_A_SUM):
         part = slice(start, start + _COLUMNS_OF_A_SUM)
-        total_O += factor_I[part].double() @ values_IO[part].square().double()
+        total_O += factor_I[part] @ values_IO[part].square()
     return total_O
 
 
@@ -164,10 +169,10 @@ def _reordered_in_place(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iter
     """Yield the matrix itself with the columns in this order, restored after each factorization: that leaves values far
     above the diagonal unchanged, and a copy is kept of those near it.
     """
-    for _ in range(2):  # reorders columns, transposes, reorders the former rows; the transpose of H is H
-        for part_RI in torch.split(hessian_II, ROWS_OF_A_COPY):
-            part_RI.copy_(part_RI.index_select(1, order_I))
-        _transpose_(hessian_II)
+    for rows_RI in torch.split(hessian_II, _ROWS_OF_A_PERMUTATION):
+        rows_RI.copy_(rows_RI.index_select(1, order_I))
+    for columns_IR in torch.split(hessian_II, _ROWS_OF_A_PERMUTATION, dim=1):
+        columns_IR.copy_(columns_IR.index_select(0, order_I))
     width = PANEL_WIDTH + reach(hessian_II.device)
     band = [hessian_II[top : top + PANEL_WIDTH, top : top + width] for top in range(0, len(hessian_II), PANEL_WIDTH)]
     kept = [near.clone() for near in band]
@@ -180,12 +185,3 @@ def _reordered_in_place(hessian_II: torch.Tensor, order_I: torch.Tensor) -> Iter
 
 def _parts(num_rows: int, height: int = ROWS_OF_A_COPY) -> list[slice]:
     return [slice(top, min(top + height, num_rows)) for top in range(0, num_rows, height)]
-
-
-def _transpose_(matrix_II: torch.Tensor) -> None:
-    parts = _parts(len(matrix_II))
-    for index, rows in enumerate(parts):
-        for columns in parts[: index + 1]:
-            above = matrix_II[columns, rows].clone()
-            matrix_II[columns, rows] = matrix_II[rows, columns].t().clone()
-            matrix_II[rows, columns] = above.t()

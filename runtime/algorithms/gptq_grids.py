@@ -5,15 +5,30 @@ Shapes: G groups, O rows of a tile, B columns of a group, I in features, R and C
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from torch.overrides import TorchFunctionMode
 
-from runtime.algorithms import grid
+from runtime.algorithms import gptq_options, grid
 from runtime.algorithms.gptq_columns import Grids
+from runtime.algorithms.gptq_options import SolveOptions
 from runtime.algorithms.gptq_tiles import Tile
 from runtime.algorithms.observers import fitted_grid
+
+
+class _FilledNumbers(TorchFunctionMode):
+    """Fills a tensor with a number where a library would copy the number to a GPU and wait for the copy."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor and kwargs and kwargs.get("device") and isinstance(args[0], (int, float)):
+            return torch.full((), args[0], **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 class Fitting:
@@ -25,6 +40,7 @@ class Fitting:
         scale_dtype: the dtype that the checkpoint stores scales in.
         global_scale: NVFP4's [1].
         diagonal_I: H's diagonal.
+        reads: whether errors of scales are raised at once; reading a number waits for a GPU.
     """
 
     def __init__(
@@ -34,11 +50,27 @@ class Fitting:
         scale_dtype: torch.dtype,
         global_scale: torch.Tensor | None,
         diagonal_I: torch.Tensor,
+        *,
+        reads: bool = True,
     ) -> None:
         assert global_scale is not None or not grid.needs_global_scale(args), "rows alone have another global scale"
         self.weights, self.args, self.diagonal_I = weights, args, diagonal_I
-        self.scale_dtype, self.global_scale = scale_dtype, global_scale
+        self.scale_dtype, self.global_scale, self.reads = scale_dtype, global_scale, reads
         self._whole: dict[int, grid.Grid] = {}  # by weight: with strategy tensor all of its rows share one grid
+
+    @classmethod
+    def of(cls, weights: Sequence[torch.Tensor], diagonal_I: torch.Tensor, options: SolveOptions) -> Fitting:
+        """Return what fits grids to weights in a solve, given their Hessian's diagonal."""
+        reads = not gptq_options.is_asynchronous(diagonal_I.device)
+        return cls(weights, options.args, options.scale_dtype, options.global_scale, diagonal_I, reads=reads)
+
+    def like(self, weights: Sequence[torch.Tensor], global_scale: torch.Tensor | None) -> Fitting:
+        """Return one for other weights, with a global scale [1], or [O, 1] for each row."""
+        return Fitting(weights, self.args, self.scale_dtype, global_scale, self.diagonal_I, reads=self.reads)
+
+    def reading(self) -> Fitting:
+        """Return one that raises errors of scales."""
+        return Fitting(self.weights, self.args, self.scale_dtype, self.global_scale, self.diagonal_I)
 
     def grids_of(self, tile: Tile) -> Grids:
         """Fit all grids of a tile at once, to the original weights."""
@@ -74,13 +106,15 @@ class Fitting:
             grids.zero_GO[group] = found.zero_point_RC[:, 0]
 
     def _fitted(self, weight_OI: torch.Tensor, diagonal_I: torch.Tensor) -> grid.Grid:
-        return fitted_grid(
-            weight_OI,
-            self.args,
-            scale_dtype=self.scale_dtype,
-            global_scale=self.global_scale,
-            importance_I=diagonal_I,
-        )
+        with contextlib.nullcontext() if self.reads else _FilledNumbers():
+            return fitted_grid(
+                weight_OI,
+                self.args,
+                scale_dtype=self.scale_dtype,
+                global_scale=self.global_scale,
+                importance_I=diagonal_I,
+                reads=self.reads,
+            )
 
     def stored(self, tensor_GO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Convert rows of scales or zero points to the checkpoint's shape and dtype."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from compressed_tensors.quantization import QuantizationArgs
 
+BLOCKS_AT_A_TIME = 4  # blocks of columns that share one product with earlier errors: a taller product is faster
 _HEIGHT, _HEIGHT_OF_LONG_ROWS = 1024, 512
 _HEIGHT_ON_CUDA, _HEIGHT_OF_LONG_ROWS_ON_CUDA = 4096, 1024
 _LONG_ROW = 8192  # columns: more tiles of the widest weights, which take the longest, can be solved at a time

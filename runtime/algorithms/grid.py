@@ -30,9 +30,10 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from runtime.errors import QuantizationError
 
-# Small floats by their bits: bits of the mantissa, and the largest number. The smallest normal number of all is 1.
-_SMALL_FLOATS = {4: (1, 6.0), 6: (3, 7.5)}
-_LARGEST_OF_8_BITS = 448.0
+# Small floats by their bits: bits of the mantissa, the smallest normal number, and the largest number.
+SMALL_FLOATS = {4: (1, 1.0, 6.0), 6: (3, 1.0, 7.5), 8: (3, 2.0**-6, 448.0)}
+_LARGEST_OF_8_BITS = SMALL_FLOATS[8][2]
+NUMBERS_IN_CACHE, NUMBERS_ON_DEVICE = 2**19, 2**26  # of a weight, that are processed at a time
 _LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply the global scales of weight and input, and invert the product
 
 
@@ -48,14 +49,26 @@ class Grid:
         """The factors that grid points are multiplied by."""
         return effective(self.scale_RC, self.global_scale).to(dtype)
 
+    def of_rows(self, rows: slice, args: QuantizationArgs) -> Grid:
+        """The grid of some rows of the weight, which are whole tiles, or any rows for the strategy tensor."""
+        if strategy_of(args) == "tensor":
+            return self
+        height = tile_height(args)
+        tiles = slice(rows.start // height, -(-rows.stop // height))
+        zero_point_RC = None if self.zero_point_RC is None else self.zero_point_RC[tiles]
+        return Grid(scale_RC=self.scale_RC[tiles], zero_point_RC=zero_point_RC, global_scale=self.global_scale)
 
-def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, supported: tuple[str, ...]) -> None:
+
+def check_weight(
+    weight_OI: torch.Tensor, args: QuantizationArgs, *, supported: tuple[str, ...], reads: bool = True
+) -> None:
     """Require a weight and a scheme that an algorithm supports.
 
     Args:
         weight_OI: the weight.
         args: the weight's half of a quantization scheme.
         supported: the strategies that the calling algorithm supports.
+        reads: whether to read numbers, which waits for a GPU; otherwise the caller requires finite ones.
 
     Raises:
         QuantizationError: for an unsupported strategy, type or shape, and for numbers that are not finite.
@@ -83,8 +96,14 @@ def check_weight(weight_OI: torch.Tensor, args: QuantizationArgs, *, supported: 
             f"a weight of shape {shape} cannot be cut into groups of {args.group_size} columns",
             hint="choose a group size that divides the number of columns, or ignore this module",
         )
+    if reads or not weight_OI.is_floating_point():
+        check_numbers(weight_OI)
+
+
+def check_numbers(weight_OI: torch.Tensor) -> None:
+    """Require finite floats; raise QuantizationError otherwise."""
     if not weight_OI.is_floating_point() or not is_finite(weight_OI):
-        raise QuantizationError(f"a weight of shape {shape} holds numbers that are not finite floats")
+        raise QuantizationError(f"a weight of shape {list(weight_OI.shape)} holds numbers that are not finite floats")
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -140,6 +159,23 @@ def untile(tiles_RhCw: torch.Tensor, *, shape: tuple[int, int]) -> torch.Tensor:
     return tiles_RhCw.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
 
 
+def parts_of_rows(matrix: torch.Tensor, height: int = 1) -> list[slice]:
+    """Split the rows of a matrix into parts of about equal size that a cache can hold, `height` rows together.
+
+    Equal, so that no part has a single row of tiles, which torch may sum up in another order.
+    """
+    num_rows, num_columns = matrix.shape
+    numbers = NUMBERS_IN_CACHE if matrix.device.type == "cpu" else NUMBERS_ON_DEVICE
+    num_parts = -(-num_rows // max(1, numbers // max(num_columns, 1)))
+    step = -(-num_rows // max(num_parts, 1) // height) * height
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def tile_height(args: QuantizationArgs) -> int:
+    """The rows of a tile; 1 for the strategy tensor, whose tile may be cut except where its numbers are summed up."""
+    return int(args.block_structure[0]) if strategy_of(args) == "block" else 1
+
+
 def shared_global_scale(
     args: QuantizationArgs, given: torch.Tensor | None, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
@@ -149,9 +185,8 @@ def shared_global_scale(
 
 def global_scale_of(*weights: torch.Tensor) -> torch.Tensor:
     """Compute the NVFP4 global scale [1], float32, that weights share: 448 * 6 / max |w|."""
-    smallest = torch.stack([weight.amin() for weight in weights]).amin()
-    largest = torch.stack([weight.amax() for weight in weights]).amax()
-    return global_scale_for(smallest, largest)
+    bounds = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights])
+    return global_scale_for(bounds[:, 0].amin(), bounds[:, 1].amax())
 
 
 def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
@@ -162,7 +197,7 @@ def global_scale_for(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tens
     """
     largest = torch.maximum(-minimum, maximum).clamp(min=0)
     limits = torch.finfo(largest.dtype)
-    product = _LARGEST_OF_8_BITS * _SMALL_FLOATS[4][1]
+    product = _LARGEST_OF_8_BITS * SMALL_FLOATS[4][2]
     if bool(largest > 0) and (float(product / largest) > _LARGEST_GLOBAL_SCALE or bool(largest < limits.tiny)):
         exact = (product / largest.double()).clamp(max=_LARGEST_GLOBAL_SCALE)
         return exact.to(torch.float32).reshape(1)
@@ -177,6 +212,7 @@ def fit(
     *,
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
+    reads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the stored scales, and int8 zero points or `None`, of grids that span the given ranges.
 
@@ -186,6 +222,7 @@ def fit(
         args: the weight's half of a quantization scheme.
         scale_dtype: the dtype that the checkpoint stores scales in; NVFP4 and MX formats have their own.
         global_scale: NVFP4's.
+        reads: whether to read numbers, which waits for a GPU; otherwise the caller checks that scales are finite.
 
     Raises:
         QuantizationError: if a scale cannot be represented in `scale_dtype`.
@@ -193,7 +230,7 @@ def fit(
     own_dtype = args.scale_dtype
     stored_dtype = own_dtype or scale_dtype
     if stored_dtype == torch.uint8:
-        return _powers_of_two(minimum, maximum, args), None
+        return _powers_of_two(minimum, maximum, args, reads=reads), None
     scale, zero_point = calculate_qparams(minimum, maximum, args, global_scale=global_scale)
     if own_dtype is None:
         scale = scale.to(scale_dtype)
@@ -201,13 +238,13 @@ def fit(
     # The scale of a range of only zeros is eps, as in compressed-tensors.
     scale = torch.where(is_zero, torch.finfo(stored_dtype).eps, scale)
     is_lost = ~is_zero & (_is_below(minimum, maximum, args, global_scale, stored_dtype) | ~_finite(scale))
-    if bool(is_lost.any()):
+    if not reads or bool(is_lost.any()):
         exact = _spread(minimum.double(), maximum.double(), args, global_scale)
         scale = torch.where(is_lost, _rounded_up(exact, stored_dtype).to(scale.dtype), scale)
         half = 2.0 ** (args.num_bits - 1)
         exact_zero = (-half - minimum.double().clamp(max=0) / scale.double()).round().clamp(-half, half - 1)
         zero_point = torch.where(is_lost, exact_zero.to(zero_point.dtype), zero_point)
-    if not bool(_finite(scale).all()):
+    if reads and not bool(_finite(scale).all()):
         span = f"{float(minimum.min()):g} to {float(maximum.max()):g}"
         raise QuantizationError(f"a scale for numbers from {span} overflows {str(stored_dtype).removeprefix('torch.')}")
     # For zeros calculate_qparams divides 0 by 0, and NaN converted to int8 is undefined.
@@ -248,10 +285,8 @@ def _spread(
 ) -> torch.Tensor:
     """Compute the scales before they are rounded to their stored dtype."""
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
-    if args.type == QuantizationType.INT:
-        steps = (2.0**args.num_bits - 1) / 2
-    else:
-        steps = _LARGEST_OF_8_BITS if args.num_bits == 8 else _SMALL_FLOATS[args.num_bits][1]
+    is_int = args.type == QuantizationType.INT
+    steps = (2.0**args.num_bits - 1) / 2 if is_int else SMALL_FLOATS[args.num_bits][2]
     scale = torch.maximum(-low, high) / steps if args.symmetric else (high - low) / (2 * steps)
     found: torch.Tensor = scale if global_scale is None else scale * global_scale.to(scale.dtype)
     return found
@@ -263,10 +298,12 @@ def _rounded_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale < _coarse(dtype), (scale / step).ceil().clamp(min=1) * step, scale).to(dtype)
 
 
-def _powers_of_two(minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+def _powers_of_two(
+    minimum: torch.Tensor, maximum: torch.Tensor, args: QuantizationArgs, *, reads: bool
+) -> torch.Tensor:
     """Compute the scales of MX formats, in float32: in float16 small ones would become 0 and then be stored as 1."""
     scale, _ = calculate_qparams(minimum.float(), maximum.float(), args)
-    if not bool(_finite(scale).all()):
+    if reads and not bool(_finite(scale).all()):
         raise QuantizationError(
             f"a scale for numbers up to {float(maximum.max()):g} overflows a power of two in 8 bits"
         )
@@ -311,15 +348,21 @@ def snap_(
 
 
 def _snap_to_float_(values: torch.Tensor, num_bits: int) -> None:
-    if num_bits == 8:
+    if num_bits == 8 and (values.dtype == torch.float64 or values.device.type != "cpu"):
         largest = torch.finfo(torch.float8_e4m3fn).max
         values.clamp_(-largest, largest).copy_(values.to(torch.float8_e4m3fn))
         return
-    mantissa_bits, largest = _SMALL_FLOATS[num_bits]
+    mantissa_bits, smallest, largest = SMALL_FLOATS[num_bits]
     values.clamp_(-largest, largest)
-    size = values.abs()
-    step = 2.0**-mantissa_bits * torch.where(size >= 4, 4.0, torch.where(size >= 2, 2.0, 1.0)).to(values.dtype)
-    values.div_(step).round_().mul_(step).clamp_(-largest, largest)
+    # On the CPU, torch converts single numbers from float8, which takes longer than this arithmetic of vectors: adding
+    # a number of which the last bit is one step of the grid rounds half to even (see `snap_`). The step follows from
+    # the power of two below a value, which its exponent's bits are.
+    is_double = values.dtype == torch.float64
+    bits, exponent = (torch.int64, 0x7FF << 52) if is_double else (torch.int32, 0xFF << 23)
+    power = values.view(bits).bitwise_and(exponent).view(values.dtype).clamp_(min=smallest)
+    power.mul_(1.5 * 2.0 ** ((52 if is_double else 23) - mantissa_bits))
+    rounded = (values + power).sub_(power)
+    torch.copysign(rounded, values, out=values)  # the sum loses the sign of zero
 
 
 def stored(tensor_RC: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:

@@ -11,6 +11,8 @@ as many columns are free: rows stay rows, and adding them up is as fast as memor
     panel 3   (0)   (0)   (0)   lane
 
 The blocks on the diagonal have a place of their own, and so has a last panel that is narrower than the others.
+
+On a GPU panels are wider: a product of 128 rows occupies 6 % of an H200, one of 2048 rows all of it.
 """
 
 from __future__ import annotations
@@ -21,18 +23,30 @@ from collections.abc import Iterator
 
 import torch
 
+from runtime.algorithms.exact_products import add_exact_product_
 from runtime.algorithms.products import SQUARE, add_product_
 
 FLOAT32, FLOAT64 = 4, 8
 
 PANEL_WIDTH = 128  # columns of H that are summed up at a time: narrower panels multiply more slowly
+_PANEL_WIDTH_OF_GPU = 2048
 _MULTIPLE = 128  # of tokens: oneDNN caches a kernel per number of tokens, which for experts differs in every batch
 
 
-def mirror_(upper_II: torch.Tensor) -> None:
+def is_gpu(device_type: str) -> bool:
+    """Whether products on this type of device run on a GPU."""
+    return device_type in ("cuda", "xpu")
+
+
+def panel_width(device_type: str) -> int:
+    """The number of columns of H that a device sums up at a time, and sends to another worker at a time."""
+    return _PANEL_WIDTH_OF_GPU if is_gpu(device_type) else PANEL_WIDTH
+
+
+def mirror_(upper_II: torch.Tensor, width: int = PANEL_WIDTH) -> None:
     """Copy the panels to the right of the diagonal to below it, so that the matrix becomes symmetric."""
-    for left in range(0, len(upper_II), PANEL_WIDTH):
-        right = left + PANEL_WIDTH
+    for left in range(0, len(upper_II), width):
+        right = left + width
         upper_II[right:, left:right] = upper_II[left:right, right:].t()
 
 
@@ -41,7 +55,8 @@ def _padded(inputs_TI: torch.Tensor) -> torch.Tensor:
     num_tokens, num_in = inputs_TI.shape
     num_columns = -(-num_tokens // _MULTIPLE) * _MULTIPLE
     inputs_IT = torch.empty(num_in, num_columns, dtype=torch.float32, device=inputs_TI.device)
-    inputs_IT[:, :num_tokens] = inputs_TI.t()
+    # Only tensors of one dtype are transposed by blocks; converting on the way takes up to six times as long.
+    inputs_IT[:, :num_tokens] = inputs_TI.t().contiguous()
     inputs_IT[:, num_tokens:] = 0
     return inputs_IT
 
@@ -76,41 +91,44 @@ class HessianAccumulator:
         num_tokens: the number of inputs that were added here.
         has_lane: whether the panels have the sum of a lane.
         has_total: whether the sum of earlier lanes is beside it.
+        width: of a panel.
     """
 
-    __slots__ = ("_diagonal", "_is_ended", "_is_whole", "_upper_II", "has_lane", "has_total", "num_tokens")
+    __slots__ = ("_diagonal", "_is_ended", "_is_whole", "_upper_II", "has_lane", "has_total", "num_tokens", "width")
 
     def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
         self._upper_II = torch.empty(num_in_features, num_in_features, dtype=torch.float32, device=device)
         self._diagonal = torch.empty(0, device=device)  # the total of each block on the diagonal, its upper half
         self.has_lane = self.has_total = self._is_ended = self._is_whole = False
         self.num_tokens = 0
+        self.width = panel_width(self._upper_II.device.type)
 
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add a batch of inputs, [..., I], to the lane; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])
         self._is_whole = False
-        # Tensor cores multiply bf16 and fp16 exactly and accumulate in float32, many times faster than in float32.
-        if flat_TI.is_cuda and flat_TI.dtype in (torch.bfloat16, torch.float16):
-            self._add_(flat_TI.t())
+        if is_gpu(flat_TI.device.type):
+            self._add_(flat_TI if flat_TI.stride(1) == 1 else flat_TI.contiguous())
         else:
             for part_TI in torch.split(flat_TI, SQUARE):  # for more tokens at a time the product would need a copy
-                self._add_(_padded(part_TI))
+                self._add_(_padded(part_TI).t())
         self.num_tokens += flat_TI.shape[0]
 
-    def _add_(self, inputs_IT: torch.Tensor) -> None:
+    def _add_(self, inputs_TI: torch.Tensor) -> None:
         is_next = self.has_lane and self._is_ended
         is_new = is_next or not self.has_lane
         for left in self.panels():
-            panel = slice(left, left + PANEL_WIDTH)
-            target_PR, first_PT, second_RT = self.lane_panel(left), inputs_IT[panel], inputs_IT[left:]
+            target_PR, first_TP, second_TR = (
+                self.lane_panel(left),
+                inputs_TI[:, left : left + self.width],
+                inputs_TI[:, left:],
+            )
             if is_next:  # the earlier lane's panel comes into the cache for both
                 self.fold_(left, target_PR)
-            if inputs_IT.dtype == torch.float32:
-                add_product_(target_PR, first_PT, second_RT, is_new=is_new)
+            if is_gpu(inputs_TI.device.type):
+                add_exact_product_(target_PR, first_TP, second_TR, is_new=is_new)
             else:
-                product_PR = torch.mm(first_PT, second_RT.t(), out_dtype=torch.float32)
-                target_PR.copy_(product_PR) if is_new else target_PR.add_(product_PR)
+                add_product_(target_PR, first_TP.t(), second_TR.t(), is_new=is_new)
         self.has_total |= is_next
         self.has_lane, self._is_ended = True, False
 
@@ -132,11 +150,11 @@ class HessianAccumulator:
 
     def panels(self) -> Iterator[int]:
         """The first row, and column, of each panel."""
-        return iter(range(0, len(self._upper_II), PANEL_WIDTH))
+        return iter(range(0, len(self._upper_II), self.width))
 
     def lane_panel(self, left: int) -> torch.Tensor:
         """The rows of a panel from the diagonal to the right, [P, I - left]: the lane's sum, not a copy."""
-        return self._upper_II[left : left + PANEL_WIDTH, left:]
+        return self._upper_II[left : left + self.width, left:]
 
     def fold_(self, left: int, lane_PR: torch.Tensor, *, is_first: bool | None = None) -> None:
         """Add a lane's sum to the total of a panel.
@@ -149,8 +167,8 @@ class HessianAccumulator:
         is_first = not self.has_total if is_first is None else is_first
         half = _upper_half(lane_PR)
         if not len(self._diagonal):
-            self._diagonal = self._upper_II.new_empty(_diagonal_shape(len(self._upper_II)))
-        parts = [(self._diagonal[left // PANEL_WIDTH, : len(half)], half)]
+            self._diagonal = self._upper_II.new_empty(_diagonal_shape(len(self._upper_II), self.width))
+        parts = [(self._diagonal[left // self.width, : len(half)], half)]
         parts += [(total, lane_PR[:, own]) for total, own in self._places(left)]
         for total, lane in parts:
             if is_first:
@@ -161,10 +179,10 @@ class HessianAccumulator:
     def _places(self, left: int) -> Iterator[tuple[torch.Tensor, slice]]:
         """Where the total of a panel is, and which of the panel's columns, without those on the diagonal."""
         size = len(self._upper_II)
-        full = size // PANEL_WIDTH * PANEL_WIDTH
-        right, width = left + PANEL_WIDTH, full - left - PANEL_WIDTH
+        full = size // self.width * self.width
+        right, width = left + self.width, full - left - self.width
         if width > 0:
-            yield self._upper_II[width : width + PANEL_WIDTH, :width], slice(PANEL_WIDTH, PANEL_WIDTH + width)
+            yield self._upper_II[width : width + self.width, :width], slice(self.width, self.width + width)
         if full < size and left < full:
             yield self._upper_II[full:, left:right].t(), slice(full - left, None)
 
@@ -180,12 +198,12 @@ class HessianAccumulator:
                 if self.has_lane:
                     self.fold_(left, panel_PR)
                 places = _triangle(width, panel_PR.device)
-                upper_PP = upper_PP.view(-1).index_copy_(0, places, self._diagonal[left // PANEL_WIDTH, : len(places)])
+                upper_PP = upper_PP.view(-1).index_copy_(0, places, self._diagonal[left // self.width, : len(places)])
                 upper_PP = upper_PP.view(width, width)
                 for total, own in self._places(left):
                     panel_PR[:, own] = total
             panel_PR[:, :width] = upper_PP + upper_PP.triu(1).t()
-        mirror_(self._upper_II)
+        mirror_(self._upper_II, self.width)
         self._diagonal = self._diagonal.new_empty(0)
         self.has_lane, self.has_total, self._is_ended = True, False, False
 
@@ -202,10 +220,10 @@ class HessianAccumulator:
         self.hessian_II.div_(scale_I).div_(scale_I[:, None])
 
 
-def _diagonal_shape(num_in: int) -> tuple[int, int]:
+def _diagonal_shape(num_in: int, panel: int) -> tuple[int, int]:
     """The number of blocks on the diagonal, and of the numbers in the upper half of each."""
-    width = min(PANEL_WIDTH, num_in)
-    return -(-num_in // PANEL_WIDTH), width * (width + 1) // 2
+    width = min(panel, num_in)
+    return -(-num_in // panel), width * (width + 1) // 2
 
 
 def hessian_bytes(num_in: int) -> int:
@@ -213,6 +231,6 @@ def hessian_bytes(num_in: int) -> int:
     return num_in * num_in * FLOAT32
 
 
-def accumulator_bytes(num_in: int) -> int:
+def accumulator_bytes(num_in: int, device_type: str = "cpu") -> int:
     """The size of a `HessianAccumulator` of several lanes: H, and the total of its blocks on the diagonal."""
-    return hessian_bytes(num_in) + math.prod(_diagonal_shape(num_in)) * FLOAT32
+    return hessian_bytes(num_in) + math.prod(_diagonal_shape(num_in, panel_width(device_type))) * FLOAT32

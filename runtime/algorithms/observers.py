@@ -17,6 +17,8 @@ Shapes: R and C rows and columns of tiles, h and w a tile's height and width (se
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from runtime.algorithms import grid
 from runtime.errors import QuantizationError
 
-_CHUNK = 2**22  # weights that are searched at a time
+_NARROW = 32  # numbers of a tile below which torch finds the extremes of many tiles faster than those of one
 _NAMES_OF_MSE = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
 
 
@@ -36,6 +38,7 @@ def fitted_grid(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None = None,
     importance_I: torch.Tensor | None = None,
+    reads: bool = True,
 ) -> grid.Grid:
     """Fit a grid to a weight with the scheme's observer.
 
@@ -46,24 +49,75 @@ def fitted_grid(
         weight_OI: the weight, checked.
         args: the weight's half of a quantization scheme, with `observer` and `observer_kwargs`.
         scale_dtype: the dtype that the checkpoint stores scales in.
-        global_scale: NVFP4's [1], if siblings share one; by default the weight's own.
+        global_scale: NVFP4's [1], if siblings share one, or [O, 1] for each row; by default the weight's own.
         importance_I: the mean square of each input feature, for `imatrix_mse`.
+        reads: see `grid.fit`.
 
     Raises:
         QuantizationError: if a scale cannot be represented, or `imatrix_mse` gets no importance.
     """
     global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
-    tiles_RhCw = grid.tile(weight_OI, args)
     name = str(args.observer or "memoryless_minmax")
     if name in _NAMES_OF_MSE:
         weights = _column_weights(name, weight_OI, args, importance_I)
-        minimum, maximum = _least_error(tiles_RhCw, args, scale_dtype, global_scale, weights)
+        search = functools.partial(
+            _least_error, args=args, scale_dtype=scale_dtype, global_scale=global_scale, weights=weights, reads=reads
+        )
+        minimum, maximum = _by_rows(weight_OI, args, search)
     elif name == "percentile":
-        minimum, maximum = _percentiles(tiles_RhCw, float(args.observer_kwargs.get("percentile", 99.9)))
+        percentile = float(args.observer_kwargs.get("percentile", 99.9))
+        minimum, maximum = _by_rows(weight_OI, args, lambda tiles_RhCw: _percentiles(tiles_RhCw, percentile))
     else:
-        minimum, maximum = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
-    scale_RC, zero_point_RC = grid.fit(minimum, maximum, args, scale_dtype=scale_dtype, global_scale=global_scale)
-    return grid.Grid(scale_RC=scale_RC, zero_point_RC=zero_point_RC, global_scale=global_scale)
+        minimum, maximum = _extremes(weight_OI, args)
+    fitting = functools.partial(grid.fit, args=args, scale_dtype=scale_dtype, reads=reads)
+    parts = [
+        fitting(minimum[rows], maximum[rows], global_scale=_of_rows(global_scale, rows))
+        for rows in grid.parts_of_rows(minimum)
+    ]
+    zeros = [zero_RC for _, zero_RC in parts if zero_RC is not None]
+    return grid.Grid(
+        scale_RC=torch.cat([scale_RC for scale_RC, _ in parts]),
+        zero_point_RC=torch.cat(zeros) if zeros else None,
+        global_scale=global_scale,
+    )
+
+
+def _of_rows(global_scale: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return global_scale if global_scale is None or len(global_scale) == 1 else global_scale[rows]
+
+
+def _by_rows(
+    weight_OI: torch.Tensor,
+    args: QuantizationArgs,
+    bounds: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the bounds of each tile from some whole tiles after the other, to limit memory."""
+    rows = grid.parts_of_rows(weight_OI, grid.tile_height(args))
+    if grid.strategy_of(args) == "tensor":
+        rows = [slice(0, len(weight_OI))]
+    parts = [bounds(grid.tile(weight_OI[some], args)) for some in rows]
+    return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
+
+
+def _extremes(weight_OI: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the smallest and the largest number of each tile, in float32, where torch is faster, if that is exact."""
+    dtype = grid.work_dtype(weight_OI)
+    found = []
+    for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):
+        tiles_RhCw = grid.tile(weight_OI[rows], args)
+        num_rows, height, num_columns, width = tiles_RhCw.shape
+        if height * width < _NARROW:
+            by_place = tiles_RhCw.transpose(1, 2).reshape(-1, height * width).t()
+            by_place = by_place.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            low, high = (bound.reshape(num_rows, num_columns) for bound in (by_place.amin(dim=0), by_place.amax(dim=0)))
+        else:
+            tiles_RhCw = tiles_RhCw.to(dtype)
+            low, high = tiles_RhCw.amin(dim=(1, 3)), tiles_RhCw.amax(dim=(1, 3))
+        found.append((low, high))
+    minimum, maximum = torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+    if grid.strategy_of(args) == "tensor":
+        minimum, maximum = minimum.amin(dim=0, keepdim=True), maximum.amax(dim=0, keepdim=True)
+    return minimum.to(weight_OI.dtype), maximum.to(weight_OI.dtype)
 
 
 def _column_weights(
@@ -101,20 +155,9 @@ def _least_error(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
+    reads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search the best range of each tile, a few rows of tiles at a time to limit memory."""
-    rows_at_once = max(1, _CHUNK // tiles_RhCw[0].numel())
-    parts = [_search(part, args, scale_dtype, global_scale, weights) for part in torch.split(tiles_RhCw, rows_at_once)]
-    return torch.cat([minimum for minimum, _ in parts]), torch.cat([maximum for _, maximum in parts])
-
-
-def _search(
-    tiles_RhCw: torch.Tensor,
-    args: QuantizationArgs,
-    scale_dtype: torch.dtype,
-    global_scale: torch.Tensor | None,
-    weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search the best range of each tile."""
     options = _options(args)
     dtype = grid.work_dtype(tiles_RhCw)
     values = tiles_RhCw.to(dtype)
@@ -126,7 +169,7 @@ def _search(
     for step in range(int(options["maxshrink"] * options["grid"] + 1e-9) + 1):
         factor = options["expand"] * (1 - step / options["grid"])
         low, high = factor * minimum, factor * maximum
-        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale)
+        scale_RC, zero_RC = grid.fit(low, high, args, scale_dtype=scale_dtype, global_scale=global_scale, reads=reads)
         spread = grid.effective(scale_RC, global_scale).to(dtype)[:, None, :, None]
         zero = None if zero_RC is None else zero_RC.to(dtype)[:, None, :, None]
         grid.snap_(rounded.copy_(values), spread, zero, args).sub_(values).abs_().pow_(options["norm"])
@@ -137,7 +180,7 @@ def _search(
         best = torch.where(is_better, error_RC, best)
         best_min, best_max = torch.where(is_better, low, best_min), torch.where(is_better, high, best_max)
         idle = torch.where(is_better, 0, idle + 1)
-        if bool((idle >= options["patience"]).all()):
+        if reads and bool((idle >= options["patience"]).all()):
             break
     return best_min, best_max
 

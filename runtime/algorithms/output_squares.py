@@ -28,6 +28,7 @@ NUM_ROWS = 512
 WIDEST_GRAM = 512  # features up to which a Gram matrix takes no more memory than a sample
 _ROWS = 1024  # rows that are multiplied at a time
 SQUARE, _SQUARE_ELSEWHERE = 512, 2048  # side of the part of H that is multiplied at a time, on the CPU and elsewhere
+_SMALLEST_SUM, _LARGEST_SUM = 2.0**-60, 2.0**120  # of squares in float32 that are neither subnormal nor infinite
 
 
 class TokenSample:
@@ -142,5 +143,9 @@ def summed(
 
 
 def plain_square(rows_RI: torch.Tensor) -> float:
-    """Compute ||W||^2, used if no inputs were measured."""
-    return float(rows_RI.double().square().sum())
+    """Compute ||W||^2, used if no inputs were measured; float32 is precise enough for a row, but has a small range."""
+    exact_RI = rows_RI.to(torch.promote_types(rows_RI.dtype, torch.float32))
+    total = float(exact_RI.square().sum(dim=1).sum(dtype=torch.float64))
+    if not _SMALLEST_SUM < total < _LARGEST_SUM:
+        total = float(exact_RI.double().square().sum())
+    return total

@@ -9,14 +9,34 @@ leads to automatic variable blocking for dense linear-algebra algorithms", IBM J
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 _SMALL, _SMALL_ELSEWHERE = 128, 2048  # size of a block that LAPACK, or another device's library, factorizes or solves
 _ROWS = 512  # rows of a product that are added at a time
 SQUARE = 1024  # side of the part of a matrix that oneDNN gets at a time
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 on a GPU, also if the process allows TF32, which has 11 bits."""
+    settings: Any = torch.backends.cuda.matmul
+    name: str = "allow_tf32"
+    exact: Any = False
+    try:
+        before = settings.allow_tf32
+    except RuntimeError:  # the process has set the other name, after which torch rejects the first
+        name, exact, before = "fp32_precision", "ieee", settings.fp32_precision
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def multiplied(first_MK: torch.Tensor, second_NK: torch.Tensor) -> torch.Tensor:
@@ -42,10 +62,14 @@ def add_product_(
 ) -> None:
     """Add first second^T to the target in place, or with a sign of -1 subtract it; a new target is overwritten.
 
+    The target may be wider than both matrices; then each of the products that are added is rounded to their dtype.
+
     oneDNN gets a square of the second matrix at a time: it copies that into its own layout before it multiplies, and
     the copy should be small; and it caches a kernel of nearly a megabyte for each shape, so shapes should be few.
     """
-    if not _is_for_onednn(first_MK):
+    if target_MN.device.type == "cpu" and first_MK.dtype == torch.bfloat16 and not has_quick_bfloat16():
+        first_MK, second_NK = first_MK.to(target_MN.dtype), second_NK.to(target_MN.dtype)
+    if not _is_for_onednn(first_MK) and first_MK.dtype == target_MN.dtype:
         target_MN.addmm_(first_MK, second_NK.t(), alpha=sign, beta=0 if is_new else 1)
         return
     for left in range(0, len(second_NK), SQUARE):
@@ -76,6 +100,20 @@ def _has_onednn() -> bool:
     """Whether torch can use oneDNN for ordinary tensors: on x86, in builds that include it."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return is_x86 and bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def is_quicker_in_bfloat16(matrix: torch.Tensor) -> bool:
+    """Whether products of such a matrix take less time in bf16."""
+    return _is_for_onednn(matrix) and has_quick_bfloat16()
+
+
+@functools.cache
+def has_quick_bfloat16() -> bool:
+    """Whether this processor multiplies bf16 in less time than float32: oneDNN knows how, and it has instructions."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has_instructions = any(ask() for ask in (getattr(torch.cpu, name, None) for name in names) if ask is not None)
+    is_known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return has_instructions and _has_onednn() and is_known is not None and bool(is_known())
 
 
 def factorize_(matrix_NN: torch.Tensor) -> bool:

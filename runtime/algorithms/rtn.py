@@ -15,11 +15,14 @@ The range is minimum to maximum unless the scheme's observer chooses a better on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.observers import fitted_grid
+from runtime.algorithms.output_squares import plain_square
 from runtime.algorithms.result import QuantizedWeight
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
@@ -48,16 +51,49 @@ def quantize_rtn(
     Raises:
         QuantizationError: for an unsupported strategy, type or shape, and numbers that are not finite.
     """
+    found = fitted(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+    quantized_OI = torch.empty(weight_OI.shape, dtype=torch.float32, device=weight_OI.device)
+    loss, top = 0.0, 0
+    for part in rounded_rows(weight_OI, found, args):
+        quantized_OI[top : top + len(part.weight_OI)] = part.weight_OI
+        loss, top = loss + part.loss, top + len(part.weight_OI)
+    return _result(quantized_OI, found, args, loss)
+
+
+def fitted(
+    weight_OI: torch.Tensor,
+    args: QuantizationArgs,
+    *,
+    scale_dtype: torch.dtype,
+    global_scale: torch.Tensor | None = None,
+    importance_I: torch.Tensor | None = None,
+) -> grid.Grid:
+    """Check a weight, and fit a grid to it; arguments and errors are those of `quantize_rtn`."""
     weight_OI = weight_OI.detach()
     grid.check_weight(weight_OI, args, supported=STRATEGIES)
-    found = fitted_grid(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
-    quantized_OI = rounded(weight_OI, found, args)
+    return fitted_grid(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+
+
+def rounded_rows(weight_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs) -> Iterator[QuantizedWeight]:
+    """Round some rows after the other, so that the computation stays in the processor's cache.
+
+    Yields:
+        The result of `quantize_rtn` for these rows, which are whole tiles unless one tile is the whole weight.
+    """
+    for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):
+        own, part_RI = found.of_rows(rows, args), weight_OI.detach()[rows]
+        quantized_RI = rounded(part_RI, own, args)
+        loss = plain_square(part_RI.to(quantized_RI.dtype) - quantized_RI)
+        yield _result(quantized_RI.to(torch.float32), own, args, loss)
+
+
+def _result(quantized_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs, loss: float) -> QuantizedWeight:
     return QuantizedWeight(
-        weight_OI=quantized_OI.to(torch.float32),
+        weight_OI=quantized_OI,
         scale=grid.stored(found.scale_RC, args),
         zero_point=None if found.zero_point_RC is None else grid.stored(found.zero_point_RC, args),
         global_scale=found.global_scale,
-        loss=float((weight_OI.to(quantized_OI.dtype) - quantized_OI).square().sum(dtype=torch.float64)),
+        loss=loss,
         damping=0.0,
     )
 

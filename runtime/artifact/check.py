@@ -38,6 +38,7 @@ class Checked:
         manifest_bytes: the content of the manifest file.
         contents: content of every listed file by path, as it was when its digest was compared.
         sources: the text of every program, by file.
+        operators: that the programs call, each with a file that calls it.
         code: the model's own code; None for a model that is part of transformers.
         signed: whether a signature was required and is valid.
     """
@@ -46,6 +47,7 @@ class Checked:
     manifest_bytes: bytes
     contents: Mapping[str, bytes]
     sources: Mapping[str, str]
+    operators: Mapping[str, str]
     code: ModelCode | None
     signed: bool = False
 
@@ -88,6 +90,7 @@ def check_artifact(root: Path, public_keys: Sequence[Path] = ()) -> Checked:
         manifest_bytes=data,
         contents=contents,
         sources=sources,
+        operators=operators,
         code=code,
         signed=bool(keys),
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint.layout import Layout
+from runtime.checkpoint.write_queue import WriteQueue
 from runtime.console import human_bytes
 from runtime.errors import OutputError
 from runtime.host.publish import flush_one
@@ -59,6 +60,7 @@ class ShardWriter:
         self._owners = owners(layout, self.workers.size)
         self.files = part_of(layout, self._owners, self.workers.rank) if parts else layout
         self._lock = threading.Lock()
+        self._queue = WriteQueue()
         self._files: dict[int, int] = {}
         self._unsynced: dict[int, None] = {}
         self._has_new_files = False
@@ -77,6 +79,8 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Write a tensor of the layout's dtype and shape, and return its size in bytes.
 
+        A tensor of a GPU is written by a thread, before `sync` or `finish` returns.
+
         Raises:
             OSError: when the system reports an error.
         """
@@ -85,6 +89,9 @@ class ShardWriter:
         stored = self.layout.slots[name].stored
         assert tensor.dtype == DTYPES.get(stored.dtype), f"{name} was to be {stored.dtype}"
         assert tuple(tensor.shape) == stored.shape, f"{name} was to have shape {stored.shape}"
+        if self.is_mine(name) and self._queue.takes(tensor):
+            self._queue.put(tensor, lambda host: self.write_bytes(name, [bytes_of(host)]))
+            return stored.num_bytes
         return self.write_bytes(name, [bytes_of(tensor.detach().cpu().contiguous())] if self.is_mine(name) else [])
 
     def write_bytes(self, name: str, pieces: Iterable[memoryview]) -> int:
@@ -125,6 +132,7 @@ class ShardWriter:
         data = empty_bytes(stored.num_bytes)
         with agreed(self.workers):
             if self.is_mine(name):
+                self._queue.wait()
                 self.read_into(name, bytes_of(data))
         if stored.num_bytes:
             self.workers.broadcast(data, self._owners[name])
@@ -183,6 +191,7 @@ class ShardWriter:
         Raises:
             OSError: when the system reports an error.
         """
+        self._queue.wait()
         with self._lock:
             shards, self._unsynced = list(self._unsynced), {}
             is_new, self._has_new_files = self._has_new_files, False
@@ -197,8 +206,9 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Close the files when all workers have written everything, and write the index if there are several shards."""
-        assert not self._missing, f"tensors were never written: {', '.join(list(self._missing)[:3])}"
         with agreed(self.workers):
+            self._queue.wait()
+            assert not self._missing, f"tensors were never written: {', '.join(list(self._missing)[:3])}"
             if not self.files.slots:
                 self._open(0)
             self.sync()
@@ -209,6 +219,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the files; written data stays."""
+        self._queue.close()
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])

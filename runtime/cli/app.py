@@ -86,9 +86,11 @@ def calibrate(
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     statistics_memory: given.StatisticsMemory = None,
+    solve_products: given.SolveProducts = "float32",
     log: given.Log = None,
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
+    cuda_graphs: given.CudaGraphs = False,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -97,13 +99,9 @@ def calibrate(
     """Quantize a model with a recipe; one subgraph is in memory at a time."""
     from runtime.artifact.bundle import find_job
 
-    options: dict[str, Any] = {
-        "max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size"),
-        "parts": parts,
-        "propagate_error": propagate_error,
-        "moe_calibrate_all_experts": moe_calibrate_all_experts,
-        "force": force,
-    }
+    options: dict[str, Any] = {"max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size")}
+    options |= {"propagate_error": propagate_error, "moe_calibrate_all_experts": moe_calibrate_all_experts}
+    options |= {"parts": parts, "solve_products": solve_products, "force": force, "cuda_graphs": cuda_graphs}
     with ExitStack() as stack:
         shared = {"command": "calibrate", "--resume": resume, "--parts": parts}
         workers, device = join_group(stack, device, worker_timeout, shared)

@@ -5,7 +5,7 @@ takes 2 to 3 s of processor time and 200 MB, about half of what a small run need
 classes in their place while compressed-tensors is imported, and removes them afterwards: code that imports transformers
 later gets the real package. Triton is left out in the same way on hosts without a GPU.
 
-A process that runs other code as well must not do this; only they call `allow`, before a command.
+A process that runs other code as well must not do this: only in one of our own does `prepare` have an effect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+from runtime.host.own_process import is_ours
+
 _MODULES = (
+    "huggingface_hub",
     "transformers",
     "transformers.file_utils",
     "transformers.utils",
@@ -32,13 +35,6 @@ _STRINGS = {
     "SAFE_WEIGHTS_NAME": "model.safetensors",
     "SAFE_WEIGHTS_INDEX_NAME": "model.safetensors.index.json",
 }
-_is_allowed = False
-
-
-def allow() -> None:
-    """State that this process only runs one command of this package."""
-    global _is_allowed
-    _is_allowed = True
 
 
 def prepare(artifact: Path) -> None:
@@ -46,7 +42,7 @@ def prepare(artifact: Path) -> None:
 
     An artifact that cannot be read is reported by the command that loads it.
     """
-    if not _is_allowed or "compressed_tensors" in sys.modules or "transformers" in sys.modules:
+    if not is_ours() or "compressed_tensors" in sys.modules or "transformers" in sys.modules:
         return
     from runtime.chain import read_manifest
     from runtime.errors import ArtifactError
@@ -63,7 +59,8 @@ def import_alone() -> None:
     """Import compressed-tensors without transformers; if that fails, leave it to be imported as usual."""
     import torch
 
-    sys.modules.update({name: _Placeholder(name) for name in _MODULES})
+    replaced = [name for name in _MODULES if name not in sys.modules]
+    sys.modules.update({name: _Placeholder(name) for name in replaced})
     is_without_triton = "triton" not in sys.modules and not torch.cuda.is_available()
     if is_without_triton:
         sys.modules["triton"] = None  # type: ignore[assignment] # the import system's mark of a missing module
@@ -72,9 +69,8 @@ def import_alone() -> None:
     except Exception:  # a release that uses these classes during its import
         _forget("compressed_tensors")
     finally:
-        _forget("transformers")
-        if is_without_triton:
-            _forget("triton")
+        for name in (*replaced, "triton") if is_without_triton else replaced:
+            sys.modules.pop(name, None)
 
 
 def _forget(package: str) -> None:

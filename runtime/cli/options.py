@@ -87,6 +87,13 @@ PropagateError = Annotated[
     typer.Option(help="Later layers see the outputs of quantized layers, or (faster) those of the original layers."),
 ]
 AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all tokens, or only on tokens routed to it.")]
+SolveProducts = Annotated[
+    str,
+    typer.Option(
+        help="Dtype of most products of a GPTQ solve: float32, bfloat16 (faster on some CPUs, with slightly other "
+        "results), or auto for bfloat16 where it is faster."
+    ),
+]
 Log = Annotated[
     Path | None,
     # The second name is for torchrun, which takes --log for an abbreviation of its own options on Python 3.10 and 3.11.
@@ -97,6 +104,12 @@ WorkerTimeout = Annotated[
     typer.Option(help="Under torchrun, the longest time that a worker waits for another: 600, 90s, 10min or 2h."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts that it does not fit.")]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs", help="Replay the passes that feed later layers as CUDA graphs: faster for small batches."
+    ),
+]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 

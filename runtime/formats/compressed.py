@@ -19,6 +19,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from runtime.errors import QuantizationError, WeightsError
+from runtime.formats.packing import pack_rows
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _ROWS_AT_A_TIME = 480  # a multiple of the rows after which packing 2 to 8 bit numbers along rows starts a new word
 _LONG_ROW = 2**20  # elements; a row's length comes from an artifact, which may state any
 NUMBERS_AT_A_TIME = 2**20  # of a weight; a compressor holds several copies of its input
+NUMBERS_ON_DEVICE = 2**24  # the same on a GPU, where the calls for fewer numbers take longer than their work
 
 
 def compress_module(name: str, result: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
@@ -72,6 +74,14 @@ def compress_rows(name: str, rows: QuantizedWeight, scheme: QuantizationScheme) 
         raise QuantizationError(f"{name}: an asymmetric scheme requires a zero point, a symmetric one has none")
     if (rows.global_scale is None) != (weights.strategy != "tensor_group"):
         raise QuantizationError(f"{name}: NVFP4 requires a global scale, other schemes have none")
+    packed = pack_rows(rows, scheme) or _compressed(rows, scheme)
+    if rows.zero_point is not None:
+        packed["weight_zero_point"] = rows.zero_point.contiguous()
+    return packed
+
+
+def _compressed(rows: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Pack rows with the compressor of their format."""
     state = {"weight": rows.weight_OI, "weight_scale": rows.scale}
     if rows.zero_point is not None:
         state["weight_zero_point"] = rows.zero_point
@@ -84,10 +94,7 @@ def compress_rows(name: str, rows: QuantizedWeight, scheme: QuantizationScheme) 
         compressor.compress({key: t[some] if key in by_row else t for key, t in state.items()}, scheme)
         for some in _parts_of_rows(rows.weight_OI.shape, is_cut="weight_scale" in by_row)
     ]
-    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
-    if rows.zero_point is not None:
-        packed["weight_zero_point"] = rows.zero_point.contiguous()
-    return packed
+    return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
 
 
 def join_rows(
@@ -111,8 +118,7 @@ def join_rows(
     """
     if set(inputs) != set(input_parts(scheme)):
         raise QuantizationError(f"{name}: the scheme of its inputs requires {input_parts(scheme)}, not {list(inputs)}")
-    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
-    packed = {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
+    packed = joined_rows(parts, scheme)
     num_out = len(packed["weight" if "weight" in packed else "weight_packed"])
     assert list(packed["weight_scale"].shape) == _scale_shape((num_out, num_in), scheme.weights), "parts are missing"
     if scheme.format == CompressionFormat.pack_quantized.value:
@@ -121,6 +127,12 @@ def join_rows(
             packed["weight_zero_point"] = words.contiguous()
         packed["weight_shape"] = torch.tensor([num_out, num_in])
     return {**packed, **inputs}
+
+
+def joined_rows(parts: Sequence[Mapping[str, torch.Tensor]], scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Join results of `compress_rows` to that for all of their rows."""
+    by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
+    return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
 
 
 def rows_layout(
@@ -140,10 +152,11 @@ def rows_layout(
     return {name: (shapes[name], dtype) for name, dtype in dtypes.items() if name not in absent}
 
 
-def _parts_of_rows(shape: Sequence[int], *, is_cut: bool) -> list[slice]:
+def _parts_of_rows(shape: Sequence[int], *, is_cut: bool, device_type: str = "cpu") -> list[slice]:
     """Split the rows of a weight into parts to process one at a time; one part unless `is_cut`."""
     num_out, num_in = shape
-    step = max(1, NUMBERS_AT_A_TIME // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
+    numbers = NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE
+    step = max(1, numbers // max(num_in, 1) // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
     return [slice(start, start + step) for start in range(0, num_out, step)] if is_cut else [slice(0, num_out)]
 
 
@@ -206,7 +219,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         return weight_OI
     num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
     dense = []
-    for rows in _parts_of_rows((num_out, num_in), is_cut=True):
+    for rows in _parts_of_rows((num_out, num_in), is_cut=True, device_type=parts[by_row[0]].device.type):
         some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
         if "weight_shape" in some:
             some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))

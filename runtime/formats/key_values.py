@@ -235,7 +235,7 @@ class KeyValues:
 
             hooks = hooked(subgraph.source, entries)
             assert hooks is not None, "the artifact was checked"
-            self._programs[key] = compile_program(subgraph.source, subgraph.entry.file, hooks)
+            self._programs[key] = compile_program(subgraph.source, subgraph.entry.file, hooks, is_rewritten=True)
         return self._programs[key]
 
     def run(self, subgraph: CompiledSubgraph, run: Run) -> Run:

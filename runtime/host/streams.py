@@ -9,7 +9,7 @@ import torch
 
 
 class SideStream:
-    """A second stream of a CUDA device; for other devices all methods do nothing."""
+    """A second stream of a CUDA device; for other devices all methods do nothing, and copies are done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,3 +40,15 @@ class SideStream:
         """Keep the memory of a tensor allocated until the current stream has finished using it."""
         if self.is_real and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(self.device))
+
+    def pinned_bytes(self, count: int) -> torch.Tensor:
+        """Allocate host memory, pinned if the device is real."""
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self.is_real)
+
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Allocate host memory of a tensor's shape and strides, pinned if the device is real."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.is_real)
+
+    def copy_(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy on the current stream; one of both tensors is in pinned memory."""
+        target.copy_(source, non_blocking=self.is_real)

@@ -59,7 +59,7 @@ class IterationCounter:
         return iter(range(count))
 
 
-def guarded(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> ast.Module:
+def guarded(source: str, filename: str) -> ast.Module:
     """Parse a checked program and replace its arithmetic and field accesses with calls of the functions below.
 
     Line numbers stay those of the source, so tracebacks match it.
@@ -67,13 +67,8 @@ def guarded(source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, 
     Args:
         source: the program.
         filename: for tracebacks.
-        hooks: for a name that a statement assigns to, the places and names of the values to pass to `run.cached` after
-            that statement.
     """
-    tree = _InsertGuards().visit(ast.parse(source, filename=filename))
-    if hooks:
-        _insert_cached(tree.body[0], hooks)
-    ast.fix_missing_locations(tree)
+    tree = ast.fix_missing_locations(_InsertGuards().visit(ast.parse(source, filename=filename)))
     assert isinstance(tree, ast.Module)
     return tree
 
@@ -126,8 +121,15 @@ def field(value: Any, name: str) -> Any:
     return result
 
 
-def _insert_cached(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> None:
-    """Insert `name = run.cached(place, name)` after the statements that `hooks` names."""
+def insert_cached(tree: ast.Module, hooks: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+    """Insert `name = run.cached(place, name)` into a program.
+
+    Args:
+        tree: the program.
+        hooks: for a name that a statement assigns to, the places and names of the values to pass after that statement.
+    """
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef), "a checked program is one function"
     body: list[ast.stmt] = []
     for statement in function.body:
         body.append(statement)
@@ -135,7 +137,8 @@ def _insert_cached(function: ast.FunctionDef, hooks: Mapping[str, Sequence[tuple
         for place, name in hooks.get(target.id, ()) if isinstance(target, ast.Name) else ():
             take = ast.Attribute(ast.Name("run", ast.Load()), "cached", ast.Load())
             call = ast.Call(take, [ast.Constant(place), ast.Name(name, ast.Load())], [])
-            body.append(ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], call), statement))
+            taken = ast.Assign([ast.Name(name, ast.Store())], call)
+            body.append(ast.fix_missing_locations(ast.copy_location(taken, statement)))
     function.body = body
 
 

@@ -8,9 +8,15 @@ compiler already rejects a model that needs any other operator.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 
 from runtime.errors import ArtifactError
+
+# The overloads that `require_operators` accepts with each of the torch releases named in the first line.
+LISTED_PATH = Path(__file__).with_name("operators.txt")
 
 _POINTWISE = """
     abs acos acosh add addcdiv addcmul arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and bitwise_left_shift
@@ -127,7 +133,36 @@ def is_view(name: str) -> bool:
     return name in _VIEWS or changes_in_place(name)
 
 
+@functools.cache
+def listed() -> tuple[frozenset[str], frozenset[str]]:
+    """The releases of torch, such as `2.13`, that the list of overloads was made with, and the list."""
+    releases, *lines = LISTED_PATH.read_text(encoding="ascii").splitlines()
+    rows = (line.split() for line in lines)
+    return frozenset(releases.split()[2:]), frozenset(f"{name}.{overload}" for name, *own in rows for overload in own)
+
+
 def check_operators(operators: Mapping[str, str]) -> None:
+    """Require what `require_operators` requires, and import torch only for operators or releases that are not listed.
+
+    Raises:
+        ArtifactError: naming the file and the operator.
+    """
+    releases, known = listed()
+    if _installed_release() not in releases:
+        known = frozenset()
+    unlisted = {operator: file for operator, file in operators.items() if operator not in known}
+    if unlisted:
+        require_operators(unlisted)
+
+
+def _installed_release() -> str:
+    try:
+        return ".".join(importlib.metadata.version("torch").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def require_operators(operators: Mapping[str, str]) -> None:
     """Require that the installed torch has these operators, and that none changes an argument unless its name says so.
 
     Args:

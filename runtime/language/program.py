@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ArtifactError, DataError
-from runtime.language.guards import guarded, guards
+from runtime.language.guards import guarded, guards, insert_cached
+from runtime.language.rewrite import rewrite
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class Run:
         opaque: opaque steps, by path.
         cached: replaces a value that enters the key-value cache, given its index among the program's cached values.
             Called only by programs compiled with `hooks`.
+        planned_for: the type of device of the run that a run on shapes predicts.
     """
 
     device: torch.device
@@ -41,6 +43,12 @@ class Run:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     opaque: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     cached: Callable[[int, Any], Any] | None = None
+    planned_for: str | None = None
+
+    @property
+    def device_type(self) -> str:
+        """The type of device that computes, or would."""
+        return self.planned_for or self.device.type
 
     @property
     def lowest(self) -> float:
@@ -113,23 +121,38 @@ class Run:
 
 
 def compile_program(
-    source: str, filename: str, hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None
+    source: str,
+    filename: str,
+    hooks: Mapping[str, Sequence[tuple[int, str]]] | None = None,
+    *,
+    is_rewritten: bool = False,
 ) -> Program:
     """Compile source that `runtime.language.grammar` has checked, and return its `forward`.
 
-    The namespace contains only `torch`, `slice` and the run-time checks of `runtime.language.guards`.
+    The namespace contains only `torch`, `slice`, the run-time checks of `runtime.language.guards`, and for a rewritten
+    program the functions that its rewritten statements call.
 
     Args:
         source: the program.
         filename: for tracebacks.
         hooks: the statements after which values are passed to `Run.cached`; see `runtime.artifact.cached_values`.
+        is_rewritten: compute the same with less work, see `runtime.language.regions` and `attention`. Not for values
+            of a trace.
     """
     import torch
 
     namespace: dict[str, Any] = {"__builtins__": {}, "torch": torch, "slice": slice, **guards()}
-    exec(compile(guarded(source, filename, hooks or {}), filename, "exec", dont_inherit=True), namespace)
+    tree = guarded(source, filename)
+    if is_rewritten:
+        namespace |= rewrite(tree, _hooked(hooks or {}))
+    insert_cached(tree, hooks or {})
+    exec(compile(tree, filename, "exec", dont_inherit=True), namespace)
     program: Program = namespace["forward"]
     return program
+
+
+def _hooked(hooks: Mapping[str, Sequence[tuple[int, str]]]) -> list[str]:
+    return [*hooks, *(name for places in hooks.values() for _, name in places)]
 
 
 def run_conversion(program: Program, sources: Sequence[torch.Tensor]) -> torch.Tensor:

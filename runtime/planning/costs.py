@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
-from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ParameterEntry
@@ -34,7 +34,7 @@ def parameter_bytes(parameters: Mapping[str, ParameterEntry], names: Sequence[st
     )
 
 
-def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32) -> int:
+def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float32, device_type: str = "cpu") -> int:
     """The size of `statistics.InputStatistics` of one distinct input: H, and some numbers of each feature if these are
     needed, with a small H or some tokens in the run's dtype. Its other numbers are negligible.
 
@@ -46,7 +46,7 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + accumulator_bytes(num_in)
+        return channels + accumulator_bytes(num_in, device_type)
     return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
 
 
@@ -55,44 +55,59 @@ def copy_bytes(shape: Sequence[int]) -> int:
     return math.prod(shape) * FLOAT32
 
 
-def solve_bytes(shapes: Sequence[Sequence[int]], job: Assignment, *, overwrites: bool, device_type: str) -> int:
+def solve_bytes(
+    shapes: Sequence[Sequence[int]],
+    job: Assignment,
+    *,
+    overwrites: bool,
+    device_type: str,
+    is_measured: bool = True,
+) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
     `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
     and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
     packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
-    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds four
-    copies, `refine` six of one weight beside a matrix and all results.
+    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds
+    copies of some rows, and either one copy of a measured weight or all packed rows twice, with a search of ranges on
+    Gram matrices copies of a part, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.
         job: of the weights.
         overwrites: whether the solve overwrites H.
         device_type: the type of device that solves.
+        is_measured: whether there are statistics of their inputs.
     """
-    from runtime.algorithms.gptq import BLOCKS_AT_A_TIME
-    from runtime.algorithms.gptq_tiles import tiles_of
+    from runtime.algorithms.clipping import NUMBERS_OF_A_PART
+    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
+    from runtime.algorithms.grid import NUMBERS_IN_CACHE
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
-    from runtime.formats.compressed import NUMBERS_AT_A_TIME
+    from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
 
     num_in = max(shapes[0][1], 1)
     largest = max(copy_bytes(shape) for shape in shapes)
-    if job.algorithm != "gptq":
-        return 4 * largest
     args = job.scheme.weights
+    if job.algorithm != "gptq":
+        rounding, packed = 3 * min(largest, NUMBERS_IN_CACHE * FLOAT32), largest * int(args.num_bits) // 32
+        if job.clip:
+            rounding = 3 * min(largest, NUMBERS_OF_A_PART * FLOAT32)
+        return rounding + (largest if is_measured else 2 * packed)
     hessian = kept = hessian_bytes(num_in)
     refining = 0
     if job.options is not None and job.options.refine:
         refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
-        hessian, kept = 0, min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), hessian)
+        hessian = 0
+        if device_type == "cpu":  # a GPU factors a copy, and frees H
+            kept = min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), kept)
     tiles = tiles_of(shapes, args, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-    some_rows = 6 * NUMBERS_AT_A_TIME * FLOAT32
+    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
     return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
@@ -179,7 +194,13 @@ def quantization_bytes(
         users = {name for names in sums if together[0] in names for name in names if name in left}
         overwrites = together[0] in inputs and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type)
+        solving = solve_bytes(
+            shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
+        )
+        if device_type != "cpu":
+            num_stacked = num_together(together, job, shapes[0][1], needs.experts)
+            # Stacks copy their Hessians into one tensor before they factor them.
+            solving = num_stacked * solving + (num_stacked > 1) * num_stacked * hessian_bytes(shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
         for name in together:
             left.pop(name, None)

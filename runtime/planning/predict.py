@@ -188,7 +188,7 @@ class _Planner:
         together = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `statistics` shares sums
 
         def size(name: str) -> int:
-            return statistics_bytes(self._width(name), together, self.work.dtype)
+            return statistics_bytes(self._width(name), together, self.work.dtype, self.work.device_type)
 
         seen = {} if footprint is None else {names: size(names[0]) for names in footprint.seen}
         known = {name for names in seen for name in names}
@@ -204,7 +204,9 @@ class _Planner:
         """The sums of experts that are measured on all tokens besides their own."""
         needs = {} if self.work.all_tokens else self.needs.representatives(step.modules)
         return {
-            (f"{name} on all tokens",): statistics_bytes(self._width(name), need, self.work.dtype)
+            (f"{name} on all tokens",): statistics_bytes(
+                self._width(name), need, self.work.dtype, self.work.device_type
+            )
             for name, need in needs.items()
         }
 

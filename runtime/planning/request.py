@@ -16,6 +16,7 @@ from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
 from runtime.host.memory import available_bytes, resident_bytes
+from runtime.host.own_process import settle
 from runtime.planning.fit import BATCH, SEQUENCE, Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.forecast import Forecast, Workload
 from runtime.planning.predict import PlannedRun
@@ -142,6 +143,7 @@ def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, 
 
 
 def _planned(prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str]) -> Planned:
+    settle()
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
     modifier = RecipeModifier(artifact, source, recipe, jobs)
     schedule = plan_steps(artifact, source, jobs, [modifier])

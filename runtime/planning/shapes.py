@@ -23,6 +23,7 @@ from runtime.errors import ArtifactError
 from runtime.host.dispatch_modes import LeanDispatchMode
 from runtime.host.half_precision import NUMBERS_AT_A_TIME, quick_halves, slow_halves
 from runtime.host.left_as_found import ProcessState, left_as_found
+from runtime.host.plain_sizes import plain_sizes
 from runtime.language.program import Run
 from runtime.model.experts import Experts
 from runtime.planning.operations import Operations
@@ -72,7 +73,7 @@ class ShapeRun:
         self.model = model
         self.device_type = device_type
         self._artifact = artifact
-        self._run = artifact.run(META, dtype)
+        self._run = replace(artifact.run(META, dtype), planned_for=device_type)
         self._known: dict[Any, Footprint | None] = {}
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._stack = contextlib.ExitStack()
@@ -160,6 +161,7 @@ class ShapeRun:
         with (
             self._found.run() if self._found is not None else contextlib.nullcontext(),
             torch.no_grad(),
+            plain_sizes(),
             seen.watching(scope),
             _FusedAttention(self.device_type, self._operations),
             memory,
@@ -192,7 +194,7 @@ class ShapeRun:
             hidden, index_TK, weight_TK = module.values(*args, **kwargs)
             hidden_TH = module.rows(hidden)
             own = [module.own(name, 0) for name in module.stacked]
-            run = Run(device=META, dtype=own[0].dtype)
+            run = Run(device=META, dtype=own[0].dtype, planned_for=self.device_type)
             sum_TH = torch.zeros_like(hidden_TH, dtype=module._sum_dtype(hidden_TH, weight_TK))
             num_all = module.num_experts + module.num_identity
             mask_EKT = torch.empty(num_all + 1, *index_TK.t().shape, dtype=torch.int64, device=META)

@@ -104,7 +104,7 @@ def _follow(
     ]
     size = done.size
     sizes = [sum(solve.rows) * solve.num_in_features for solve in solves]
-    for window in windows(sizes, size):
+    for window in windows(sizes, are_joined=size > 1):
         own = list(zip(planned[window], solves[window], strict=True))
         kept, exchanged, known = [0] * size, 0, dict[int, None]()
         for one, solve in own:

@@ -12,7 +12,7 @@ import torch
 
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
-from runtime.algorithms.hessian import FLOAT32, PANEL_WIDTH
+from runtime.algorithms.hessian import FLOAT32, panel_width
 from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
@@ -121,7 +121,9 @@ class StepDescriber:
                     width=width,
                     num_tokens=count,
                     has_hessian=has_hessian,
-                    lane_bytes=panel_bytes(width) if has_hessian else sampled * width * self.work.dtype.itemsize,
+                    lane_bytes=panel_bytes(width, self.work.device_type)
+                    if has_hessian
+                    else sampled * width * self.work.dtype.itemsize,
                     small_bytes=ChannelSums.packed_bytes(width, lane_batches) if needs.channels else 0,
                     final_bytes=width * FLOAT32 if needs.hessian else 0,
                 )
@@ -180,9 +182,10 @@ class StepDescriber:
 
 
 @functools.cache
-def panel_bytes(width: int) -> int:
+def panel_bytes(width: int, device_type: str = "cpu") -> int:
     """The bytes of a lane's sum, as it is sent: rows of H from the diagonal on, a panel at a time."""
-    heights = [(min(PANEL_WIDTH, width - left), width - left) for left in range(0, width, PANEL_WIDTH)]
+    most = panel_width(device_type)
+    heights = [(min(most, width - left), width - left) for left in range(0, width, most)]
     return sum(rows * columns * FLOAT32 for rows, columns in heights)
 
 

@@ -65,7 +65,7 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
                 if is_first and position not in counted and any(needs[owner].hessian for owner in wanted):
                     counted[position] = None
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
-                    num_bytes += accumulator_bytes(width)
+                    num_bytes += accumulator_bytes(width, work.device.type)
             if found:
                 yield list(found), num_bytes
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from runtime.algorithms.hessian import PANEL_WIDTH, hessian_bytes
+from runtime.algorithms.hessian import hessian_bytes, panel_width
 from runtime.quantize.statistics import ChannelSums, InputStatistics, Needs
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
@@ -244,8 +244,9 @@ class LaneExchange:
                 continue
             width = entry.num_in_features
             if entry.has_gram:
-                for left in range(0, width, PANEL_WIDTH):
-                    shape = (min(PANEL_WIDTH, width - left), width - left)
+                height = panel_width(self.device.type)
+                for left in range(0, width, height):
+                    shape = (min(height, width - left), width - left)
                     yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
             elif entry.needs:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}

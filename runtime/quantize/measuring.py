@@ -6,6 +6,7 @@ Padding, and tokens that a loss mask excludes, are not measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +89,35 @@ def _collect(
             handle.remove()
 
 
+class _Counted:
+    """The tokens of a batch that are measured, chosen on the host: a mask on a GPU makes the host wait for it.
+
+    Args:
+        mask: on the host.
+        device: of the inputs.
+
+    Attributes:
+        shape: of the mask.
+        num_tokens: its size.
+        indices: the tokens that are measured, on the device.
+    """
+
+    def __init__(self, mask: torch.Tensor, device: torch.device) -> None:
+        self.shape, self.num_tokens = mask.shape, mask.numel()
+        self.indices = mask.flatten().nonzero().flatten().to(device, non_blocking=True)
+        self._mask, self._device = mask, device
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all are measured."""
+        return len(self.indices) == self.num_tokens
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Whether each token is measured."""
+        return self._mask.flatten().to(self._device, torch.bool, non_blocking=True)
+
+
 class _Observer:
     def __init__(
         self,
@@ -106,7 +136,7 @@ class _Observer:
         for need in needs.values():
             together |= need
         self._needs = dict.fromkeys(needs, together) if share else dict(needs)
-        self._masks: tuple[torch.Tensor, ...] = ()  # of the current batch
+        self._counted: tuple[_Counted, ...] = ()  # in the current batch
         self._lane = LaneCalls()
         self._latest: dict[str, tuple[torch.Tensor, int]] = {}  # the last input of each leader, and its version
         self._calls: list[str] = []  # of the current batch
@@ -120,8 +150,8 @@ class _Observer:
         self._calls = []
         mask = self.masks[batch] if batch < len(self.masks) else None
         parts = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
-        is_whole = all(bool(part.all()) for part in parts)
-        self._masks = () if is_whole else tuple(part.to(self.exchange.device, torch.bool) for part in parts)
+        counted = tuple(_Counted(part, self.exchange.device) for part in parts)
+        self._counted = () if all(part.is_whole for part in counted) else counted
 
     def end_round(self) -> None:
         """End the lane that has run here, if any, and add the lanes of all workers.
@@ -157,14 +187,14 @@ class _Observer:
             lane.is_broken = True
 
     def _counts(self, inputs: torch.Tensor, num_tokens: int, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """Select the inputs that are measured; None for all."""
+        """Select the inputs that are measured, as a mask or as indices; None for all."""
         if rows is not None:
-            chosen = self._masks[0].flatten()[rows] if len(self._masks) == 1 else None
+            chosen = self._counted[0].mask[rows] if len(self._counted) == 1 else None
             return chosen if chosen is not None and chosen.numel() == num_tokens else None
-        fit = [mask for mask in self._masks if mask.numel() == num_tokens]
+        fit = [one for one in self._counted if one.num_tokens == num_tokens]
         if len(fit) > 1 and inputs.dim() == 3:
-            fit = [mask for mask in fit if mask.shape == inputs.shape[:2]] or fit
-        return fit[0] if fit else None
+            fit = [one for one in fit if one.shape == inputs.shape[:2]] or fit
+        return fit[0].indices if fit else None
 
     def _find_leader(self, inputs: torch.Tensor) -> str | None:
         """Find a module that has received this tensor in this lane and no other."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.algorithms import grid
 from runtime.algorithms.clipping import quantize_clipped
-from runtime.algorithms.output_squares import plain_square, summed
-from runtime.algorithms.rtn import quantize_rtn
+from runtime.algorithms.output_squares import plain_square
+from runtime.algorithms.rtn import fitted, quantize_rtn, rounded_rows
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
@@ -23,8 +25,8 @@ def round_to_nearest(
     *,
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
-) -> QuantizedWeight:
-    """Round a weight [O, I].
+) -> Iterator[QuantizedWeight]:
+    """Round a weight [O, I], some rows after the other; a measured weight at once.
 
     Args:
         weight_OI: the weight.
@@ -32,16 +34,23 @@ def round_to_nearest(
         seen: the statistics of its inputs, which are on this worker; None if no token reached it.
         scale_dtype: the dtype in which the checkpoint stores scales.
         global_scale: NVFP4's [1], if siblings share one.
+
+    Raises:
+        QuantizationError: before the first rows.
     """
     args = job.scheme.weights
     if job.clip and job.algorithm == "rtn" and seen is not None:
-        return quantize_clipped(weight_OI, seen.hessian_II, args, scale_dtype=scale_dtype, global_scale=global_scale)
+        hessian_II = seen.hessian_II
+        return iter([quantize_clipped(weight_OI, hessian_II, args, scale_dtype=scale_dtype, global_scale=global_scale)])
     importance_I = None
     if args.observer == "imatrix_mse" and seen is not None:
         importance_I = seen.diagonal_I
     elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
         importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    return quantize_rtn(weight_OI, args, scale_dtype=scale_dtype, global_scale=global_scale, importance_I=importance_I)
+    options: dict[str, Any] = {"scale_dtype": scale_dtype, "global_scale": global_scale, "importance_I": importance_I}
+    if seen is not None:
+        return iter([quantize_rtn(weight_OI, args, **options)])
+    return rounded_rows(weight_OI, fitted(weight_OI, args, **options), args)
 
 
 def output_square(
@@ -51,5 +60,5 @@ def output_square(
     if not weight_OI.numel() or (seen is not None and seen.num_in_features != weight_OI.shape[-1]):
         return 0.0  # rounding reports the error
     if seen is None:
-        return summed(weight_OI, quantized_OI, plain_square)
+        return sum(plain_square(weight_OI.detach()[rows]) for rows in grid.parts_of_rows(weight_OI))
     return seen.output_square(weight_OI, quantized_OI)

@@ -45,7 +45,10 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class RecipeModifier:
-    """The modifier that applies a recipe; arguments and errors are those of `RecipeNeeds`.
+    """The modifier that applies a recipe; other arguments and errors are those of `RecipeNeeds`.
+
+    Args:
+        far_dtype: see `runtime.algorithms.gptq.SolveOptions`.
 
     Attributes:
         needs: what is measured and rescaled.
@@ -53,9 +56,16 @@ class RecipeModifier:
     """
 
     def __init__(
-        self, artifact: Artifact, source: ParameterSource, recipe: Recipe, jobs: Mapping[str, Assignment]
+        self,
+        artifact: Artifact,
+        source: ParameterSource,
+        recipe: Recipe,
+        jobs: Mapping[str, Assignment],
+        *,
+        far_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.jobs = jobs
+        self.far_dtype = far_dtype
         self.recipe = recipe
         self.source = source
         self.needs = RecipeNeeds(artifact, source, recipe, jobs)
@@ -275,6 +285,8 @@ class RecipeModifier:
             workers=work.workers,
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
+            experts=self.needs.experts,
+            far_dtype=self.far_dtype,
         )
         failed: Exception | None = None
         for rounded in round_modules(names, rounding):

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.algorithms import grid
+from runtime.algorithms import gptq_options, grid
 from runtime.quantize.packed_pieces import PackedPiece, exchanged, layouts_of
-from runtime.quantize.solve_batches import may_overwrite, solved_together
+from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 from runtime.quantize.solve_division import windows
 from runtime.quantize.solve_units import NEAREST, Batch
 from runtime.quantize.solves import Window
@@ -87,6 +87,8 @@ class Rounding:
         workers: that share the run.
         writer_of: returns the rank of the worker that writes a module's tensors.
         goes_on: whether batches run with the quantized weights, so that every worker needs them.
+        experts: the mixture and the number of each module of an expert.
+        far_dtype: see `runtime.algorithms.gptq_options.SolveOptions`.
     """
 
     jobs: Mapping[str, Assignment]
@@ -101,6 +103,8 @@ class Rounding:
     workers: Workers = field(default_factory=Alone)
     writer_of: Callable[[str], int] = lambda name: 0
     goes_on: bool = True
+    experts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    far_dtype: torch.dtype = torch.float32
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -124,6 +128,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
             global_scale_of=scales.of,
             device=step.device,
             workers=step.workers,
+            far_dtype=step.far_dtype,
         )
         waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
         for own in window.rounded():
@@ -159,7 +164,8 @@ def _windows(names: Sequence[str], step: Rounding) -> Iterator[list[list[str]]]:
     inputs = {name: input_of(name) for name in names if name in step.statistics}
     batches = list(solved_together(names, step.jobs, inputs))
     sizes = [sum(math.prod(step.shape_of(name)) for name in batch) for batch in batches]
-    for window in windows(sizes, step.workers.size):
+    is_stacked = any(_num_stacked(batch, step) > 1 for batch in batches)
+    for window in windows(sizes, are_joined=step.workers.size > 1 or is_stacked):
         yield batches[window]
 
 
@@ -170,7 +176,16 @@ def _batch(names: Sequence[str], step: Rounding) -> Batch:
     users = [name for name, entry in step.statistics.items() if entry is found]
     is_free = not any(found is other for other in step.others) and may_overwrite(job, names, users)
     owner = seen.owner if seen is not None else step.writer_of(names[0])
-    return Batch(names=names, job=job, seen=seen, owner=owner, may_overwrite=is_free)
+    return Batch(
+        names=names, job=job, seen=seen, owner=owner, may_overwrite=is_free, num_stacked=_num_stacked(names, step)
+    )
+
+
+def _num_stacked(names: Sequence[str], step: Rounding) -> int:
+    """`Batch.num_stacked`."""
+    if not gptq_options.is_asynchronous(step.device):
+        return 1
+    return num_together(names, step.jobs[names[0]], step.shape_of(names[0])[1], step.experts)
 
 
 class _GlobalScales:

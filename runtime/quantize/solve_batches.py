@@ -49,6 +49,29 @@ def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]
     return not is_read_again and all(name in together for name in users)
 
 
+def num_together(names: Sequence[str], job: Assignment, num_in: int, experts: Mapping[str, tuple[str, int]]) -> int:
+    """The number of batches that a GPU solves at the same time, if `names` is one: several of small experts.
+
+    It may not depend on the number of workers, or on how many experts are measured at a time.
+
+    Args:
+        names: modules that are solved together.
+        job: of the modules.
+        num_in: I.
+        experts: the mixture and the number of each module of an expert.
+    """
+    from runtime.algorithms.gptq_stack_factors import num_stacked
+    from runtime.algorithms.grid import is_grouped
+
+    own = {experts.get(name) for name in names}
+    expert = experts.get(names[0])
+    if expert is None or len(own) > 1 or job.algorithm != "gptq" or job.options is None or job.options.refine:
+        return 1
+    if job.options.actorder is None and is_grouped(job.scheme.weights):
+        return 1  # the grids of each are fitted alone, between products
+    return num_stacked(num_in, len({other for other in experts.values() if other[0] == expert[0]}))
+
+
 def _is_alike(one: Assignment, two: Assignment) -> bool:
     return one.algorithm == two.algorithm and one.options == two.options and one.scheme.weights == two.scheme.weights
 

@@ -77,14 +77,16 @@ def tile_cost(num_rows: int, num_in: int) -> float:
     return (1 + _SIZE) * num_rows * num_in**2
 
 
-def windows(sizes: Sequence[int], num_workers: int) -> Iterator[slice]:
-    """Yield the slices of weights that are quantized before results are exchanged, given their numbers of elements.
+def windows(sizes: Sequence[int], *, are_joined: bool) -> Iterator[slice]:
+    """Yield the slices of weights that are quantized at a time, given their numbers of elements.
 
-    A single worker has nothing to exchange, and takes one after the other.
+    Args:
+        sizes: of the weights.
+        are_joined: whether a slice has several. A single worker has nothing to exchange, and takes one after the other.
     """
     start = total = 0
     for index, size in enumerate(sizes):
-        if index > start and (num_workers == 1 or total + size > NUMBERS_AT_A_TIME):
+        if index > start and (not are_joined or total + size > NUMBERS_AT_A_TIME):
             yield slice(start, index)
             start, total = index, 0
         total += size

@@ -11,6 +11,8 @@ from runtime.algorithms.gptq_tiles import Tile, tiles_of
 from runtime.quantize.solve_division import Solve, divided
 
 if TYPE_CHECKING:
+    import torch
+
     from runtime.quantize.statistics import InputStatistics
     from runtime.recipe.recipe import Assignment
 
@@ -27,6 +29,7 @@ class Batch:
         seen: the statistics of their input, if any token reached it.
         owner: the worker that has these statistics, or without any the one that rounds the modules.
         may_overwrite: whether nothing reads the Hessian afterwards.
+        num_stacked: the number of batches of a full stack, of which this one is a part; 1 if it is solved alone.
     """
 
     names: Sequence[str]
@@ -34,6 +37,7 @@ class Batch:
     seen: InputStatistics | None
     owner: int
     may_overwrite: bool
+    num_stacked: int = 1
 
     @property
     def is_solved(self) -> bool:
@@ -49,6 +53,11 @@ class Batch:
     def is_refined(self) -> bool:
         """Whether results are improved, which requires the Hessian."""
         return self.job.options is not None and bool(self.job.options.refine)
+
+    def owned_hessian(self) -> torch.Tensor:
+        """Return the Hessian, which the caller owns if it may overwrite it."""
+        assert self.seen is not None, "only batches with statistics are solved"
+        return self.seen.take_hessian() if self.may_overwrite else self.seen.hessian_II
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +105,7 @@ def tilings(
             shapes = [shape_of(name) for name in batch.names]
             tiles[index] = _tiles(batch, shapes, device_type)
             rows = [sum(piece.stop - piece.start for piece in tile) for tile in tiles[index]]
-            num_in, is_divided = shapes[0][1], not batch.is_refined
+            num_in, is_divided = shapes[0][1], not batch.is_refined and batch.num_stacked == 1
             solves.append(Solve(num_in_features=num_in, owner=batch.owner, rows=rows, is_divided=is_divided))
     found = divided(solves, num_workers)
     indices = list(tiles)
@@ -131,6 +140,8 @@ def _parts(batch: Batch, solving: Tiling | None) -> list[tuple[int, Sequence[Til
     if batch.is_refined:
         own = itertools.groupby(solving.tiles, key=lambda tile: tile[0].weight)
         return [(batch.owner, tuple(tiles), [batch.names[weight]]) for weight, tiles in own]
+    if batch.num_stacked > 1:
+        return [(batch.owner, tuple(solving.tiles), list(batch.names))]
     return [
         (solver, (tile,), list(dict.fromkeys(batch.names[piece.weight] for piece in tile)))
         for tile, solver in zip(solving.tiles, solving.solvers, strict=True)

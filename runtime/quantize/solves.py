@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import grid
-from runtime.algorithms.gptq import SolvedPiece, SolveOptions, factor_hessian, joined, require_solvable, solve_tiles
+from runtime.algorithms.gptq import factor_hessian, joined, require_solvable, solve_tiles
 from runtime.algorithms.gptq_factors import Factored
+from runtime.algorithms.gptq_options import SolvedPiece, SolveOptions
 from runtime.algorithms.gptq_tiles import Piece
 from runtime.algorithms.refine import refine
 from runtime.errors import QuantizationError
-from runtime.formats.compressed import compress_rows
+from runtime.formats.compressed import compress_rows, joined_rows
 from runtime.formats.stored_scales import require_sound_weight
 from runtime.quantize.nearest import output_square, round_to_nearest
 from runtime.quantize.packed_pieces import PackedPiece
 from runtime.quantize.solve_division import windows
+from runtime.quantize.solve_errors import batch_error, named_error
+from runtime.quantize.solve_stacks import StackedSolves
 from runtime.quantize.solve_units import GPTQ, NEAREST, Batch, Tiling, Unit, tilings, units_of, with_next
 from runtime.workers.agreement import agreed
 
@@ -53,12 +56,14 @@ class Window:
     global_scale_of: Callable[[str], torch.Tensor | None]
     device: torch.device
     workers: Workers
+    far_dtype: torch.dtype
     _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)  # of the unit that is solved
     _reasons: dict[str, str] = field(default_factory=dict)  # why a module of GPTQ is rounded to nearest
     _failed: dict[str, str] = field(default_factory=dict)  # the same, not known to other workers yet
+    _stacks: StackedSolves = field(init=False)
     _error: Exception | None = None  # of this worker, raised when all workers are done with their part
 
     def rounded(self) -> Iterator[list[PackedPiece]]:
@@ -73,14 +78,21 @@ class Window:
             self._require_inputs()
         self._solving = tilings(self.batches, self.shape_of, self.device.type, self.workers.size)
         self._factor_own()
+        self._stacks = StackedSolves(
+            batches=self.batches,
+            tiles={index: tiling.tiles for index, tiling in self._solving.items()},
+            rank=self.workers.rank,
+            shape_of=self.shape_of,
+            weight_of=self._weight,
+            options_of=self._options,
+        )
         units = list(units_of(self.batches, self._solving, self.shape_of))
-        for part in windows([unit.num_numbers for unit in units], self.workers.size):
+        for part in windows([unit.num_numbers for unit in units], are_joined=self.workers.size > 1):
             found: list[PackedPiece] = []
             for unit, following in with_next(units, part):
                 if unit.is_first and unit.tiles:
                     self._share_factors(unit.index)
-                is_possible = self._error is None and (not unit.tiles or unit.index in self._factors)
-                if is_possible and unit.worker == self.workers.rank:
+                if self._error is None and self._is_possible(unit) and unit.worker == self.workers.rank:
                     with self._kept_error(unit.index, unit.names):
                         found += self._done(unit)
                 self._free(unit, following)
@@ -90,6 +102,10 @@ class Window:
             found += self._fall_back([unit.index for unit in units[part] if unit.tiles and unit.is_last])
             yield [piece for piece in found if piece.algorithm == NEAREST or piece.name not in self._reasons]
             del found
+
+    def _is_possible(self, unit: Unit) -> bool:
+        """Whether the unit's Hessian is factored or need not be."""
+        return not unit.tiles or unit.index in self._factors or self.batches[unit.index].num_stacked > 1
 
     def _free(self, unit: Unit, following: Unit | None) -> None:
         """Free what no later unit needs."""
@@ -114,14 +130,14 @@ class Window:
             if batch.job.algorithm == GPTQ and batch.seen is None:
                 reason = "no calibration token reached it"
                 if not batch.has_fallback:
-                    raise _named(QuantizationError(reason), batch, batch.names[0])
+                    raise named_error(QuantizationError(reason), batch, batch.names[0])
                 self._reasons |= dict.fromkeys(batch.names, reason)
 
     def _factor_own(self) -> None:
         """Factor the Hessians that are here."""
         for index in self._solving:
             batch = self.batches[index]
-            if batch.owner == self.workers.rank and self._error is None:
+            if batch.owner == self.workers.rank and batch.num_stacked == 1 and self._error is None:
                 start = time.perf_counter()
                 with self._kept_error(index, batch.names):
                     self._factor(index)
@@ -129,17 +145,16 @@ class Window:
 
     def _factor(self, index: int) -> None:
         batch = self.batches[index]
-        assert batch.seen is not None, "only batches with statistics are solved"
         try:
             self._factors[index] = factor_hessian(
-                batch.seen.take_hessian() if batch.may_overwrite else batch.seen.hessian_II,
+                batch.owned_hessian(),
                 self._options(batch),
                 list(self.shape_of(batch.names[0])),
                 _dtype_of_factors(self.dtype_of(batch.names[0])),
                 overwrite_hessian=batch.may_overwrite,
             )
         except QuantizationError as error:
-            raise error if batch.has_fallback else _named(error, batch, batch.names[0]) from error
+            raise error if batch.has_fallback else named_error(error, batch, batch.names[0]) from error
 
     def _options(self, batch: Batch) -> SolveOptions:
         assert batch.job.options is not None, "GPTQ comes with options"
@@ -150,6 +165,7 @@ class Window:
             block_size=batch.job.options.block_size,
             actorder=batch.job.options.actorder,
             global_scale=self.global_scale_of(batch.names[0]),
+            far_dtype=self.far_dtype,
         )
 
     def _share_factors(self, index: int) -> None:
@@ -205,6 +221,8 @@ class Window:
         batch = self.batches[unit.index]
         if not unit.tiles:
             yield self._nearest(unit.names[0], batch)
+        elif batch.num_stacked > 1:
+            yield from self._in_a_stack(unit)
         elif batch.is_refined:
             yield self._refined(batch, list(self._solved_tiles(unit)))
         else:
@@ -226,11 +244,22 @@ class Window:
             try:
                 found = list(itertools.islice(pieces, 1))
             except QuantizationError as error:
-                raise error if batch.has_fallback else _named(error, batch, unit.names[0]) from error
+                raise batch_error(error, batch, unit.names, weights) from error
             if not found:
                 return
             name = unit.names[found[0].piece.weight]
             yield _Solved(name=name, batch=batch, solved=found.pop(), start=start, warning=warning)
+            start, warning = time.perf_counter(), ""
+
+    def _in_a_stack(self, unit: Unit) -> Iterator[PackedPiece]:
+        """Solve a batch of an expert together with the next ones of its kind, and yield its packed rows."""
+        batch = self.batches[unit.index]
+        pieces, seconds = self._stacks.taken(unit.index)
+        warning = _damping_remark(batch, pieces[0].rows.damping)
+        start = time.perf_counter() - seconds
+        for one in pieces:
+            name = unit.names[one.piece.weight]
+            yield self._packed(_Solved(name=name, batch=batch, solved=one, start=start, warning=warning))
             start, warning = time.perf_counter(), ""
 
     def _refined(self, batch: Batch, parts: Sequence[_Solved]) -> PackedPiece:
@@ -255,7 +284,7 @@ class Window:
         try:
             require_solvable(weight, batch.seen.num_in_features, batch.job.scheme.weights)
         except QuantizationError as error:
-            raise _named(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+            raise named_error(error, batch, name, is_resumable=grid.is_finite(weight)) from error
         return weight
 
     def _packed(self, one: _Solved) -> PackedPiece:
@@ -284,7 +313,7 @@ class Window:
         reason = self._reasons.get(name, "")
         try:
             size = output_square(weight, batch.seen)
-            result = round_to_nearest(
+            parts = round_to_nearest(
                 weight,
                 batch.job,
                 batch.seen,
@@ -292,19 +321,23 @@ class Window:
                 global_scale=self.global_scale_of(name),
             )
         except QuantizationError as error:
-            raise _named(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+            raise named_error(error, batch, name, is_resumable=grid.is_finite(weight)) from error
+        loss, packed = 0.0, []
+        for rows in parts:
+            loss += rows.loss if batch.seen is None else output_square(weight, batch.seen, rows.weight_OI)
+            packed.append(self._tensors(name, rows, batch))
         return PackedPiece(
             name=name,
             start=0,
             num_rows=len(weight),
             algorithm=NEAREST,
-            damping=result.damping,
+            damping=0.0,
             size=size,
-            loss=output_square(weight, batch.seen, result.weight_OI),
+            loss=loss,
             seconds=time.perf_counter() - start,
             solver=self.workers.rank,
             warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
-            tensors=self._tensors(name, result, batch),
+            tensors=joined_rows(packed, batch.job.scheme),
         )
 
     def _fall_back(self, ended: Sequence[int]) -> list[PackedPiece]:
@@ -339,9 +372,3 @@ def _damping_remark(batch: Batch, damping: float) -> str:
     assert batch.job.options is not None, "GPTQ comes with options"
     is_raised = damping > batch.job.options.dampening_frac
     return f"warning: {', '.join(batch.names)}: the Hessian needed dampening {damping:g}" if is_raised else ""
-
-
-def _named(error: QuantizationError, batch: Batch, name: str, *, is_resumable: bool = True) -> QuantizationError:
-    """Add the module to an error; unless weights are the reason, another recipe may finish a run that GPTQ ends."""
-    is_resumable = is_resumable and batch.job.algorithm == GPTQ
-    return QuantizationError(f"{name}: {error.message}", hint=error.hint, is_resumable=is_resumable)

@@ -81,7 +81,8 @@ class ChannelSums:
         self.averages_2I = torch.lerp(before_2I, ends_2I, AVERAGING_CONSTANT) if self.num_batches else ends_2I
         self.from_zero_2I = torch.lerp(self.from_zero_2I, ends_2I, AVERAGING_CONSTANT)
         self.num_batches += 1
-        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM):  # a sum in float64 copies its operand
+        # On the CPU, a sum in float64 copies its operand; a GPU converts while it adds.
+        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM if flat_TI.device.type == "cpu" else len(flat_TI)):
             self.sum_abs_I += part_TI.abs().sum(dim=0, dtype=torch.float64)
 
     def fold(self, lane: ChannelSums) -> None:
@@ -166,12 +167,12 @@ class InputStatistics:
 
         Args:
             inputs: all leading dimensions are tokens.
-            counts: bool for each token, whether it is measured; None for all.
+            counts: bool for each token, whether it is measured, or the indices of those that are; None for all.
         """
         assert self._scale_I is None, "inputs that are added after scaling would not be divided"
         flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
         if counts is not None:
-            flat_TI = flat_TI[counts.reshape(-1)]
+            flat_TI = flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)
         self.lane_tokens += len(flat_TI)
         if not len(flat_TI):
             return

@@ -182,7 +182,12 @@ class Activations:
         self._values[batch] = dict(values)
 
     def base(self, held: Held) -> torch.Tensor:
-        """The base of a stored tensor, read from disk if it is there."""
+        """The base of a stored tensor, read from disk if it is there, when all of it has arrived."""
+        if held.ready is not None:
+            held.ready.synchronize()
+        return self._stored(held)
+
+    def _stored(self, held: Held) -> torch.Tensor:
         assert held.base is not None, "the tensor was freed"
         return held.base.read() if isinstance(held.base, DiskTensor) else held.base
 
@@ -200,8 +205,8 @@ class Activations:
             held.base = self._write(base.cpu())
         elif self._side.is_real:
             if tier == HOST:
-                pinned = torch.empty_like(base, device="cpu", pin_memory=True)
-                held.base = pinned.copy_(base, non_blocking=True)
+                held.base = self._side.pinned_like(base)
+                self._side.copy_(held.base, base)
             else:
                 held.base = base.to(self.device)
             held.ready = self._side.mark()
@@ -225,7 +230,7 @@ class Activations:
 
     def _take(self, held: Held, private: bool) -> torch.Tensor:
         self._side.wait_for(held.ready)
-        base = self.base(held)
+        base = self._stored(held)
         moved = base.to(self.device, non_blocking=True)
         # Expanded tensors cannot be changed in place, and moved ones are copies already.
         if moved is held.base and moved.shape == held.shape and (private or held.users > 1):
@@ -241,8 +246,6 @@ class Activations:
         other = self.base(held)
         if (held.shape, other.shape, other.dtype) != (tensor.shape, base.shape, base.dtype):
             return False
-        if held.ready is not None:
-            held.ready.synchronize()
         return other.stride() == base.stride() and torch.equal(other, base.to(other.device))
 
     def _release(self, held: Held) -> None:

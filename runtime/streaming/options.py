@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime.arguments import require_counts, require_kind
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
 from runtime.data.lanes import NUM_LANES, TOKENS_PER_LANE
+from runtime.errors import UsageError
 from runtime.streaming.activations import Budget
 
 if TYPE_CHECKING:
     import torch
+
+    from runtime.workers.group import Workers
+
+AUTO, FLOAT32, BFLOAT16 = "auto", "float32", "bfloat16"
+SOLVE_PRODUCTS = (AUTO, FLOAT32, BFLOAT16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +41,10 @@ class RunOptions:
             sum over the chosen experts. False measures each expert on the tokens that are routed to it.
         statistics_memory: bytes that the statistics of a layer's experts may take at a time; more are measured in
             several passes, with the same result. None for no bound.
+        solve_products: the dtype of most products of a GPTQ solve: `float32`, `bfloat16`, or `auto` for `bfloat16` if
+            all workers run on CPUs that multiply it faster. Results differ slightly, see docs/algorithms.md.
         force: run although the plan predicts that memory is short.
+        cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
     device: torch.device
@@ -48,7 +57,9 @@ class RunOptions:
     propagate_error: bool = True
     moe_calibrate_all_experts: bool = True
     statistics_memory: int | None = None
+    solve_products: str = FLOAT32
     force: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.
@@ -56,9 +67,22 @@ class RunOptions:
         Raises:
             UsageError: naming the option.
         """
+        if self.cuda_graphs and self.device.type != "cuda":
+            raise UsageError(f"CUDA graphs require a CUDA device; got {self.device}", hint="remove --cuda-graphs")
         require_kind("activation_memory", self.activation_memory, Budget, "it must be a runtime.Budget, in bytes")
         require_counts(max_shard_bytes=self.max_shard_bytes, statistics_memory=self.statistics_memory)
         require_counts(checkpoint_activations=self.checkpoint_activations or None)
+        if self.solve_products not in SOLVE_PRODUCTS:
+            raise UsageError(f"solve_products must be one of {', '.join(SOLVE_PRODUCTS)}; got {self.solve_products!r}")
+
+    def decided(self, workers: Workers) -> RunOptions:
+        """Decide `auto`, alike on all workers, which have the same options."""
+        if self.solve_products != AUTO:
+            return self
+        from runtime.algorithms.products import has_quick_bfloat16
+
+        found = workers.exchange(self.device.type == "cpu" and has_quick_bfloat16())
+        return replace(self, solve_products=BFLOAT16 if all(found) else FLOAT32)
 
     def deciding(self, run_dtype: torch.dtype) -> dict[str, object]:
         """The options that decide the bytes of the result, by name."""
@@ -69,4 +93,5 @@ class RunOptions:
             "propagate_error": self.propagate_error,
             "moe_calibrate_all_experts": self.moe_calibrate_all_experts,
             "lanes": f"{NUM_LANES} of at least {TOKENS_PER_LANE} tokens",
+            "solve products": self.solve_products,
         }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Assignment
     from runtime.streaming.activations import Activations
     from runtime.streaming.events import Watchers
+    from runtime.streaming.graph_replay import Forward, GraphReplay
     from runtime.streaming.schedule import Step
     from runtime.workers.group import Workers
 
@@ -40,6 +41,7 @@ class Passes:
         tokens: of each batch.
         rounds: the number of batches of each round of lanes (`runtime.data.lanes`); 0 if this worker has no lane in it.
         workers: that share the run.
+        graphs: replays the forwards that compute the inputs of later subgraphs; None for ordinary calls.
         is_running: whether a batch is running; if memory runs out then, fewer samples may fit.
         num_tokens: how many have passed since the step began.
     """
@@ -52,6 +54,7 @@ class Passes:
     tokens: list[int]
     rounds: Sequence[int]
     workers: Workers = field(default_factory=Alone)
+    graphs: GraphReplay | None = None
     is_running: bool = False
     num_tokens: int = 0
     _went_on: bool = field(default=False)
@@ -83,7 +86,7 @@ class Passes:
         """
         keeps = not self.forgets(step) and not self._went_on
         self._begin_phase(step, MEASURE)
-        with self._running():
+        with self._running(step):
             batches = self.activations.stream(step.subgraph.input_names, private=True)
             for count in self.rounds:
                 with agreed(self.workers):
@@ -116,7 +119,7 @@ class Passes:
         if self.workers.rank:
             return {}
         for _, inputs in self.activations.stream(step.subgraph.input_names, private=True):
-            with self._quick_halves():
+            with self._quick_halves(step):
                 return step.subgraph.forward(self.model, **inputs)
         return {}
 
@@ -129,24 +132,35 @@ class Passes:
             return
         self._begin_phase(step, phase)
         schemes = {name: job.scheme for name, job in step.called(self.jobs).items()} if self.propagate_error else {}
-        with self._running(), agreed(self.workers), input_quantization(self.model, schemes):
+        with (
+            self._running(step),
+            agreed(self.workers),
+            input_quantization(self.model, schemes),
+            self._forward(step) as forward,
+        ):
             for batch, inputs in self.activations.stream(step.subgraph.input_names):
-                outputs = step.subgraph.forward(self.model, **inputs)
+                outputs = forward(inputs)
                 del inputs
                 self.activations.drop(batch, consumed)
                 self.activations.store(batch, outputs)
                 self._passed(step, batch)
 
+    def _forward(self, step: Step) -> contextlib.AbstractContextManager[Forward]:
+        def forward(values: dict[str, Any]) -> dict[str, Any]:
+            return step.subgraph.forward(self.model, **values)
+
+        return contextlib.nullcontext(forward) if self.graphs is None else self.graphs.of(step.label, forward)
+
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, step: Step) -> Iterator[None]:
         self.is_running = True
-        with self._quick_halves():
+        with self._quick_halves(step):
             yield
         self.is_running = False  # but not after an exception, so that it tells where memory ran out
         trim_heap()
 
-    def _quick_halves(self) -> contextlib.AbstractContextManager[None]:
-        return quick_halves(self.activations.device.type)
+    def _quick_halves(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        return quick_halves(self.activations.device.type, step.subgraph.halves(self.model))
 
     def _begin_phase(self, step: Step, phase: str) -> None:
         self.workers.step = f"{step.label} ({phase})"

@@ -26,6 +26,7 @@ from runtime.streaming import journal
 from runtime.streaming.activations import DEVICE, Activations
 from runtime.streaming.committer import Committer
 from runtime.streaming.events import QUANTIZE, READ, WRITE
+from runtime.streaming.graph_replay import GraphReplay
 from runtime.streaming.passes import Passes
 from runtime.streaming.replay import Written, run_again
 from runtime.streaming.report import ModuleReport
@@ -57,6 +58,7 @@ class StreamingRun:
         lanes: the model's inputs; this worker runs those of its own lanes.
         kept: changed parameters that later steps run with.
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
+        graphs: see `Passes`.
     """
 
     artifact: Artifact
@@ -74,6 +76,7 @@ class StreamingRun:
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     is_behind: bool = True
+    graphs: GraphReplay | None = None
     passes: Passes = field(init=False)
     stream: WeightStream = field(init=False)
     committer: Committer = field(init=False)
@@ -95,6 +98,8 @@ class StreamingRun:
             jobs=self.jobs,
             device=self.options.device,
         )
+        if self.options.cuda_graphs:
+            self.graphs = GraphReplay(self.options.device, lambda text: self.watch.tell("warning", text=text))
         with ExitStack() as stack:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
@@ -297,6 +302,7 @@ class StreamingRun:
             tokens=[_num_tokens(batch) for batch in batches],
             rounds=self.lanes.rounds(self.workers.rank, self.workers.size),
             workers=self.workers,
+            graphs=self.graphs,
         )
 
     def _rebuild(self, index: int) -> None:

@@ -174,8 +174,8 @@ class Work:
 
     def _finished(self, report: ModuleReport, num_bytes: int) -> None:
         if not self.step.is_run:
-            unload(self.model, [f"{report.name}.weight"])
-        if num_bytes >= _LARGE:
+            unload(self.model, [f"{report.name}.weight"])  # the next weight is read into the same memory
+        elif num_bytes >= _LARGE:
             trim_heap()
         self.reports.append(replace(report, num_bytes=num_bytes))
         done, count = len(self.reports), len(self.step.modules)

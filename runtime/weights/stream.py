@@ -1,6 +1,6 @@
 """Read the weights of the next step while the current one runs, and every tensor of the checkpoint once.
 
-For a GPU, a thread reads, converts, and copies from pinned memory on a stream of its own. On the CPU, the next step's
+For a GPU, a thread reads, converts, and copies through pinned memory on its own stream. On the CPU, the next step's
 weights would take memory that the current step's statistics need. So the thread only has the operating system read them
 into its page cache, from which they are copied in a hundredth of the time that a step takes, and tables that are only
 looked up in stay on disk.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.host.streams import SideStream
+from runtime.host.transfers import Uploads
 from runtime.weights.parameters import assign
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class WeightStream:
         self._pending: dict[int, Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._side = SideStream(device)
+        self._uploads = Uploads(self._side)
         self._is_ahead = device.type != "cpu"
         self._is_over = False
 
@@ -143,9 +145,7 @@ class WeightStream:
                 if name in tensors:
                     continue
                 value = self.source.read(name, torch.device("cpu"), self._read_key)
-                if self._side.is_real:
-                    value = value.pin_memory().to(self.device, non_blocking=True)
-                tensors[name] = value.to(self.device)
+                tensors[name] = self._uploads.copy(value)
             return tensors, self._side.mark()
 
     def _read_key(self, key: str) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli import imports
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
 from runtime.cli.join import join
@@ -22,6 +21,7 @@ from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, put, say, warn
 from runtime.data.options import DataOptions
+from runtime.host import own_process
 from seqbuild.cli.cache import app as cache_app
 from seqbuild.cli.next_command import next_command
 from seqbuild.cli.options import takes_compile_options
@@ -263,5 +263,8 @@ def data(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     if argv is None:
-        imports.allow()  # this process runs one command
-    return run_app(app, "seqbuild", argv)
+        own_process.claim()
+    try:
+        return run_app(app, "seqbuild", argv)
+    finally:
+        own_process.finish()

@@ -115,6 +115,7 @@ def quantize(
     statistics_memory: given.StatisticsMemory = None,
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
+    solve_products: given.SolveProducts = "float32",
     log: given.Log = None,
     force: given.Force = False,
     allow_version_skew: given.Skew = False,

@@ -66,6 +66,7 @@ class QuantizeOptions:
     propagate_error: bool = True
     moe_calibrate_all_experts: bool = True
     statistics_memory: int | None = None
+    solve_products: str = "float32"
     force: bool = False
     allow_version_skew: bool = False
     trust_remote_code: bool = False

@@ -328,6 +328,7 @@ def run_calibration(
             propagate_error=options.propagate_error,
             moe_calibrate_all_experts=options.moe_calibrate_all_experts,
             statistics_memory=options.statistics_memory,
+            solve_products=options.solve_products,
             force=options.force,
         )
 

@@ -91,14 +91,20 @@ def kernel(size: int, bandwidth: float, flops: float) -> None:
     from runtime.algorithms import gptq_cuda
 
     width = 128
-    weight = torch.randn(width, size, device="cuda")
+    weight = torch.randn(1, width, size, device="cuda")
     target, quantized = weight.clone(), torch.empty_like(weight)
-    lower = torch.eye(width, device="cuda") + 0.01 * torch.tril(torch.randn(width, width, device="cuda"), -1)
-    scale = torch.full((1, size), 0.3, device="cuda")
-    given = (lower, scale, None, [0] * width, 4)
-    gptq_cuda.solve_block_(weight.clone(), target.clone(), quantized, *given)
-    taken = min(seconds(lambda: gptq_cuda.solve_block_(weight, target, quantized, *given)) for _ in range(20))
-    moved = 5 * 4 * width * size  # residual and target are read and written, quantized is written
+    loss = torch.zeros(1, size, dtype=torch.float64, device="cuda")
+    given = {
+        "lower_EBB": torch.eye(width, device="cuda") + torch.randn(1, width, width, device="cuda").mul(0.01).tril(-1),
+        "pivot_EB": torch.ones(1, width, device="cuda"),
+        "factor_EGO": torch.full((1, 1, size), 0.3, device="cuda"),
+        "zero_EGO": None,
+        "group_EB": torch.zeros(1, width, dtype=torch.int32, device="cuda"),
+        "args": ARGS,
+    }
+    gptq_cuda.solve_block_(weight.clone(), target, quantized, loss, **given)
+    taken = min(seconds(lambda: gptq_cuda.solve_block_(weight, target, quantized, loss, **given)) for _ in range(20))
+    moved = 4 * 4 * width * size  # the residual is read and written, the target is read, quantized is written
     worked = 2 * width * width * size
     print(
         f"{width} columns of {size} rows: {1e3 * taken:.3f} ms; moving {moved / 1e6:.1f} MB takes "

@@ -55,13 +55,15 @@ TINY = _LLAMA | {
 }
 
 
-def make_llama(directory: Path, config: Mapping[str, Any], *, layers_per_shard: int = 4, seed: int = 0) -> Path:
-    """Write a Llama with random bf16 weights, config, and a tokenizer; returns the directory."""
+def make_llama(
+    directory: Path, config: Mapping[str, Any], *, layers_per_shard: int = 4, seed: int = 0, device: str = "cpu"
+) -> Path:
+    """Write a Llama with random bf16 weights, made on `device`, config, and a tokenizer; returns the directory."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     for path in sorted(TOKENIZER.glob("token*.json")):
         shutil.copy(path, directory)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weight_map: dict[str, str] = {}
     total = 0
     shards = list(_shards(config, layers_per_shard))
@@ -79,7 +81,8 @@ def make_llama(directory: Path, config: Mapping[str, Any], *, layers_per_shard: 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(torch.bfloat16)
+    numbers = torch.randn(shape, generator=generator, device=generator.device)
+    return (numbers * shape[1] ** -0.5).to(torch.bfloat16).cpu()
 
 
 def _shards(config: Mapping[str, Any], layers_per_shard: int) -> Iterator[dict[str, tuple[int, ...]]]:

@@ -33,13 +33,15 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"artifact": artifact, "weights": DEMO / "model", "recipe": plan, "batches": batches, "device": "cuda"}
 
 
+@pytest.mark.parametrize("width", [1100, 4501])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_hessian_of_narrow_inputs_is_that_of_float64(dtype: torch.dtype) -> None:
+def test_a_hessian_of_narrow_inputs_is_that_of_float64(dtype: torch.dtype, width: int) -> None:
     torch.manual_seed(0)
-    inputs_TI = torch.randn(4096, 1100, device="cuda").to(dtype)
-    accumulator = HessianAccumulator(1100, device="cuda")
+    inputs_TI = torch.randn(4097, width, device="cuda").to(dtype)
+    accumulator = HessianAccumulator(width, device="cuda")
     for part in inputs_TI.chunk(3):
         accumulator.add(part)
+        accumulator.end_lane()
     expected_II = inputs_TI.double().T @ inputs_TI.double()
     got_II = accumulator.hessian_II.double()
     assert torch.equal(got_II, got_II.T)

@@ -164,7 +164,7 @@ class _Products(LeanDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, getattr(torch.ops.mkldnn, "_linear_pointwise").default):
+        if func in (torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default):
             count = self.counts.get(args[0].dtype, 0)
             self.counts[args[0].dtype] = count + result.numel() * args[0].shape[-1]
         return result

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch.nn import functional
 
 import runtime
+from runtime import chain
 from runtime.host import half_precision as half_products
 from runtime.host.half_precision import quick_halves, slow_halves
 from runtime.planning.request import plan_artifact
@@ -232,3 +235,49 @@ def test_the_plan_counts_its_copies(sharded_llama: Small, monkeypatch: pytest.Mo
         working.append(plan.steps[0].working)
     widest = 4 * 40 * 256 * 4  # the input of down_proj, in float32
     assert widest <= working[1] - working[0] <= 3 * widest + 4 * math.prod((256, 128))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ()),
+        ({"sources": ["torch.ops.aten.to.dtype(x, torch.float16)"]}, ("float16",)),
+        ({"sources": ["torch.bfloat16, torch.float32"]}, ("bfloat16",)),
+        ({"constants": {"c": torch.zeros(1, dtype=torch.float16)}}, ("float16",)),
+        ({"parameters": "bfloat16"}, ("bfloat16",)),
+        ({"inputs": "float32"}, ("bfloat16", "float16")),  # takes any floating point tensor
+    ],
+)
+def test_halves_that_code_may_compute_in(change: dict[str, Any], expected: tuple[str, ...], llama: Small) -> None:
+    artifact = llama.load()
+    manifest = artifact.manifest
+    artifact.constants |= change.get("constants", {})
+    if "parameters" in change:
+        name, entry = next(iter(manifest.parameters.items()))
+        entries = {**manifest.parameters, name: replace(entry, dtype=change["parameters"])}
+        artifact.manifest = replace(manifest, parameters=entries)
+    if "inputs" in change:
+        inputs = tuple(replace(entry, dtype=change["inputs"]) for entry in manifest.inputs)
+        artifact.manifest = replace(manifest, inputs=inputs)
+    sources = change.get("sources", [subgraph.source for subgraph in artifact.subgraphs])
+    other: Any = SimpleNamespace(manifest=SimpleNamespace(is_portable=False, inputs=manifest.inputs))
+    assert chain._named_halves(other, sources) == {"bfloat16", "float16"}
+    artifact.named_halves = chain._named_halves(artifact, sources)
+    assert artifact.named_halves == frozenset(expected)
+    for dtype in (torch.float32, *HALVES):
+        halves = artifact.subgraphs[0].halves(artifact.empty_model(dtype))
+        known = {name.removeprefix("torch.") for name in map(str, (*halves, dtype))}
+        assert known == {*expected, str(dtype).removeprefix("torch.")}
+
+
+def test_a_run_without_slow_halves_has_no_mode(
+    sharded_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operator of a run costs some microseconds more if a mode sees it."""
+    made = recorded(monkeypatch)
+    monkeypatch.setattr(half_products, "slow_halves", lambda: (torch.float16,))
+    entered: list[Any] = []
+    monkeypatch.setattr(half_products, "_InFloat32", entered.append)
+    calibrate(sharded_llama, recipe(RECIPES["W4A16"], modifier="GPTQModifier"), tmp_path / "out")
+    runtime.evaluate(sharded_llama.load(), weights=sharded_llama.weights, batches=token_batches())
+    assert (made, entered) == ([], [])

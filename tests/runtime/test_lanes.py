@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
+from runtime.algorithms import hessian
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.output_squares import NUM_SAMPLED, TokenSample
 from runtime.artifact.manifest import DimEntry, InputEntry
@@ -150,7 +151,7 @@ class Toy:
         return {}
 
     def step(self) -> Any:
-        subgraph = SimpleNamespace(input_names=("x",), forward=self.forward, consumed_names=())
+        subgraph = SimpleNamespace(input_names=("x",), forward=self.forward, consumed_names=(), halves=lambda model: ())
         return SimpleNamespace(index=0, label="layer", subgraph=subgraph, goes_on=False, called=lambda jobs: {})
 
 
@@ -277,6 +278,14 @@ def test_statistics_do_not_depend_on_the_number_of_workers(kind: str, breaks_in:
     assert (known["k"][2] == "q") == (known["gate1"][2] == "up1") == (breaks_in < 0)
     for size in SIZES[1:]:
         assert all_facts(size, KINDS[kind], breaks_in) == expected
+
+
+def test_wide_panels_of_a_gpu_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "is_gpu", lambda device_type: True)
+    monkeypatch.setattr(hessian, "_PANEL_WIDTH_OF_GPU", 256)
+    expected = all_facts(1, KINDS["all"])
+    for size in (2, 5):
+        assert all_facts(size, KINDS["all"]) == expected
 
 
 def test_a_hessian_is_the_sum_of_those_of_lanes_in_their_order() -> None:

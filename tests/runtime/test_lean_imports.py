@@ -8,7 +8,10 @@ from pathlib import Path
 from tests.runtime.place import ROOT, Place
 from tests.runtime.small import directory_bytes
 
-HEAVY = ("transformers.modeling_utils", "torch._dynamo", "sympy", "accelerate")
+HEAVY = (
+    *("transformers", "huggingface_hub", "accelerate", "torch._dynamo", "torch._inductor", "sympy", "triton", "scipy"),
+    *("datasets", "pandas", "PIL", "rich"),
+)
 
 
 def python(program: str, *arguments: str | Path) -> str:
@@ -21,8 +24,8 @@ def python(program: str, *arguments: str | Path) -> str:
 
 RUN = (
     "import sys\n"
-    "from runtime.cli import imports as lean_imports\n"
-    "if sys.argv[1] == 'lean': lean_imports.allow()\n"
+    "from runtime.host import own_process\n"
+    "if sys.argv[1] == 'lean': own_process.claim()\n"
     "from runtime.cli.app import main\n"
     "code = main(sys.argv[2:])\n"
     f"print('heavy', *(name for name in {HEAVY} if name in sys.modules))\n"

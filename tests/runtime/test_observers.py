@@ -105,7 +105,7 @@ def test_is_deterministic_and_leaves_the_weight_alone() -> None:
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight()
     whole = quantize_rtn(weight, args(3), scale_dtype=torch.bfloat16)
-    monkeypatch.setattr("runtime.algorithms.observers._CHUNK", 64)
+    monkeypatch.setattr("runtime.algorithms.grid.NUMBERS_IN_CACHE", 128)
     parts = quantize_rtn(weight, args(3), scale_dtype=torch.bfloat16)
     assert torch.equal(whole.weight_OI, parts.weight_OI)
 

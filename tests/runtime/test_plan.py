@@ -23,7 +23,7 @@ from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.chain import Artifact
 from runtime.checkpoint.reader import Checkpoint
-from runtime.formats.compressed import compress_rows, decompress_module, join_rows
+from runtime.formats.compressed import compress_rows, decompress_module, join_rows, joined_rows
 from runtime.formats.presets import scheme_from_preset
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
@@ -32,6 +32,7 @@ from runtime.planning.predict import KERNEL_BYTES, PlannedRun
 from runtime.planning.request import plan_artifact, require_plan
 from runtime.planning.shapes import ShapeRun
 from runtime.quantize.assignments import assign_jobs
+from runtime.quantize.nearest import round_to_nearest
 from runtime.quantize.preparation import prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.streaming.activations import Activations, Budget
@@ -76,6 +77,14 @@ def loaded_model(small: Small, artifact: Artifact) -> nn.Module:
 # Shapes
 
 
+def unpadded(values: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a subgraph with masks as for samples that are not padded."""
+    full = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    masks = {name: torch.ones_like(value) for name, value in full.items() if name == "attention_mask"}
+    masks |= {name: torch.ones_like(value).tril() for name, value in full.items() if value.dtype == torch.bool}
+    return {**values, **masks}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_working_memory_and_results_are_those_of_the_run(name: str, request: pytest.FixtureRequest) -> None:
     small: Small = request.getfixturevalue(name)
@@ -83,6 +92,7 @@ def test_working_memory_and_results_are_those_of_the_run(name: str, request: pyt
     model, empty = loaded_model(small, artifact), artifact.empty_model()
     ids = torch.randint(2, 250, (8, 64))
     values: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    values["attention_mask"][0, :3] = 0  # a plan assumes that attention needs its mask
     shapes: dict[str, Any] = {key: value.to("meta") for key, value in values.items()}
     with ShapeRun(artifact, empty, torch.float32, "cpu") as run, torch.no_grad():
         for subgraph in artifact.subgraphs:
@@ -91,7 +101,9 @@ def test_working_memory_and_results_are_those_of_the_run(name: str, request: pyt
             assert footprint is not None
             subgraph.forward(model, **given)  # what is made once, and kept
             measured = allocated(partial(subgraph.forward, model, **given))
-            assert footprint.working_bytes == pytest.approx(measured, rel=0.15)
+            most = 1.2 if name == "qwen3_moe" else 1.15  # the plan assumes that an expert gets all tokens
+            assert 0.85 * measured <= footprint.working_bytes <= most * measured
+            assert allocated(partial(subgraph.forward, model, **unpadded(given))) <= 1.05 * measured
             values |= subgraph.forward(model, **given)
             shapes |= footprint.outputs
             for key, value in footprint.outputs.items():
@@ -133,14 +145,15 @@ SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)], 
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     sweep(
-        [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "rtn")],
-        *(([(512, 512)], "rtn"), ([(1024, 256)], "rtn"), ([(512, 512)], "gptq in place")),
+        [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "rtn", "data-free")],
+        *(([(512, 512)], "rtn"), ([(1024, 256)], "data-free"), ([(512, 512)], "gptq in place")),
+        *(([(2600, 512), (500, 512)], "rtn"), ([(2600, 512), (500, 512)], "data-free")),
         *(([(256, 1024)], "gptq"), ([(1024, 256)], "gptq in place"), ([(512, 256), (512, 256)], "gptq")),
         ([(2600, 512), (500, 512)], "gptq"),
     ),
 )
 def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind: str) -> None:
-    modifier = "QuantizationModifier" if kind == "rtn" else "GPTQModifier"
+    modifier = "GPTQModifier" if kind.startswith("gptq") else "QuantizationModifier"
     (job,) = recipe(RECIPES["W4A16"], modifier=modifier).assign({"one": "Linear"}).values()
     weights = [torch.randn(shape).bfloat16() for shape in shapes]
     inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
@@ -150,8 +163,11 @@ def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind
 
     def solve(hessian_II: torch.Tensor) -> list[object]:
         """As a run does: each piece is packed at once, and the run goes on with the weights that readers unpack."""
-        if job.algorithm != "gptq":
+        if kind == "rtn":
             return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
+        if kind == "data-free":
+            rows = round_to_nearest(weights[0], job, None, scale_dtype=torch.bfloat16, global_scale=None)
+            return [joined_rows([compress_rows("one", part, job.scheme) for part in rows], job.scheme)]
         found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrites)
         packed: list[list[dict[str, torch.Tensor]]] = [[] for _ in shapes]
         for one in solve_tiles(weights, tiles_of(shapes, options.args, "cpu"), found, options):
@@ -166,7 +182,9 @@ def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind
     hessians = [inputs_TI.t() @ inputs_TI for _ in range(2)]
     solve(hessians[0])
     measured = allocated(lambda: solve(hessians[1]))
-    assert measured * 0.85 <= solve_bytes(shapes, job, overwrites=overwrites, device_type="cpu") <= measured * 1.35
+    is_measured = kind != "data-free"
+    said = solve_bytes(shapes, job, overwrites=overwrites, device_type="cpu", is_measured=is_measured)
+    assert measured * 0.85 <= said <= measured * 1.35
 
 
 @pytest.mark.parametrize("shapes", [[(512, 512)], [(256, 1024)], [(1024, 256), (1024, 256)]])

@@ -312,7 +312,7 @@ def test_factors_are_used_in_the_order_in_which_they_are_complete() -> None:
 def test_windows_hold_all_weights_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve_division, "NUMBERS_AT_A_TIME", 10)
     sizes = [4, 6, 1, 30, 2, 9, 1]
-    found = [sizes[one] for one in windows(sizes, 2)]
+    found = [sizes[one] for one in windows(sizes, are_joined=True)]
     assert found == [[4, 6], [1], [30], [2], [9, 1]]
-    assert [sizes[one] for one in windows(sizes, 1)] == [[size] for size in sizes]
-    assert list(windows([], 2)) == []
+    assert [sizes[one] for one in windows(sizes, are_joined=False)] == [[size] for size in sizes]
+    assert list(windows([], are_joined=True)) == []

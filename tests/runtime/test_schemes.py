@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from runtime.algorithms.result import QuantizedWeight
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.errors import QuantizationError, RecipeError, WeightsError
+from runtime.formats import compressed
 from runtime.formats.checkpoint_config import CheckpointSchemes, quantization_config
 from runtime.formats.compressed import (
     compress_module,
@@ -520,3 +521,11 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
     for module_name, weight_OI in dense.items():
         assert torch.equal(loaded.get_submodule(module_name).weight, weight_OI)
+
+
+def test_a_gpu_unpacks_more_rows_at_a_time() -> None:
+    shape = (14336, 4096)
+    parts = {kind: compressed._parts_of_rows(shape, is_cut=True, device_type=kind) for kind in ("cpu", "cuda")}
+    assert {kind: len(found) for kind, found in parts.items()} == {"cpu": 30, "cuda": 4}
+    for found in parts.values():
+        assert [row for rows in found for row in range(*rows.indices(shape[0]))] == list(range(shape[0]))

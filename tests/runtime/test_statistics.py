@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import runtime.algorithms.hessian
 from runtime.algorithms.hessian import HessianAccumulator
+from runtime.host.dispatch_modes import LeanDispatchMode
 from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.streaming.work import EnoughSeenError
@@ -381,3 +383,41 @@ def test_numbers_of_tokens_are_rounded_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(found.hessian_II, inputs.t() @ inputs)
     assert found.num_tokens == len(inputs)
     assert len(sizes) == 3
+
+
+class WithoutWaiting(LeanDispatchMode):
+    """Fails on operators for which the host waits for a GPU: their result, or its size, depends on numbers there."""
+
+    _aten = torch.ops.aten
+    _WAITING = (_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten._unique2, _aten.is_nonzero)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        assert func.overloadpacket not in self._WAITING, func
+        if func.overloadpacket is self._aten.index:
+            assert not any(one is not None and one.dtype == torch.bool for one in args[1]), "a mask has to be counted"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs", [Needs(hessian=True), Needs(channels=True), Needs(hessian=True, channels=True)])
+def test_no_module_waits_for_a_gpu_while_a_batch_runs(needs: Needs) -> None:
+    modules = linears("q", "k", "o", width=600)
+    batches = [whole_numbers(2, 5, 600, seed=seed) for seed in range(4)]
+    masks = [torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool(), None] * 2
+
+    def run(begin: Callable[[int], None], end_round: Callable[[], None]) -> None:
+        for lane in range(2):
+            for place in (2 * lane, 2 * lane + 1):
+                begin(place)
+                with WithoutWaiting():  # type: ignore[no-untyped-call]
+                    modules["q"](batches[place])
+                    modules["k"](batches[place])
+                    modules["o"](batches[place] + 1)
+            end_round()
+
+    found = collect_statistics(modules, dict.fromkeys(modules, needs), run, torch.device("cpu"), masks)
+    counted = [b[m] if m is not None else b.flatten(0, 1) for b, m in zip(batches, masks, strict=True)]
+    assert found["q"].num_tokens == found["k"].num_tokens == sum(map(len, counted)) == 34
+    if needs.hessian:
+        assert torch.equal(found["q"].hessian_II, torch.cat(counted).T @ torch.cat(counted))

@@ -33,7 +33,8 @@ def misbehave() -> None:
 
 def run_command() -> int:
     from runtime.chain import LoadedSubgraph
-    from runtime.cli import app, imports
+    from runtime.cli import app
+    from runtime.host import own_process
 
     real, count = LoadedSubgraph.forward, [0]
 
@@ -43,7 +44,7 @@ def run_command() -> int:
             misbehave()
         return real(self, model, **inputs)
 
-    imports.allow()
+    own_process.claim()
     if WHAT:
         LoadedSubgraph.forward = forward  # type: ignore[method-assign]
     return app.main(program="runtime")

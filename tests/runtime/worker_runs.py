@@ -167,9 +167,9 @@ def happening(fault: Fault | None) -> Iterator[None]:
 def main(path: str) -> int:
     """Execute the calls of a file as one of the workers."""
     from runtime.cli.app import main as run
-    from runtime.cli.imports import allow
+    from runtime.host.own_process import claim
 
-    allow()  # as the host's program does
+    claim()  # as the host's program does
     for call in json.loads(Path(path).read_text()):
         with happening(Fault(**call["fault"]) if call["fault"] else None):
             code = run(call["arguments"])

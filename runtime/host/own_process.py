@@ -1,0 +1,48 @@
+"""A process that runs one command of this package, and no other code.
+
+Imports make hundreds of thousands of objects that live as long as the process. Searching them for cyclic garbage takes
+half a second of each command, a part of it when the process ends. So a process of our own searches rarely while it
+imports, and then excludes what it has imported from all later searches. Any other process is left as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+from runtime.host.huge_pages import use_huge_pages
+
+# Thresholds of `gc.set_threshold`. RARELY is for work that makes many objects and few reference cycles.
+USUALLY, RARELY, _WHILE_IMPORTING = gc.get_threshold(), (100_000, 50, 50), (1_000_000, 50, 50)
+_is_ours = [False]
+
+
+def claim() -> None:
+    """State that this process only runs one command of this package; torch is not imported yet."""
+    _is_ours[0] = True
+    use_huge_pages()
+    gc.set_threshold(*_WHILE_IMPORTING)
+
+
+def is_ours() -> bool:
+    """Whether this process only runs one command of this package."""
+    return _is_ours[0]
+
+
+def settle(threshold: tuple[int, int, int] = USUALLY) -> None:
+    """Exclude the objects that imports have made from searches in a process of our own, and search by the threshold."""
+    if not is_ours():
+        return
+    if gc.get_freeze_count():  # there was work since the first call, which may have left garbage
+        gc.collect()
+    gc.freeze()
+    gc.set_threshold(*threshold)
+
+
+def finish() -> None:
+    """Skip the search at the end of a process of our own, whose memory is freed anyway.
+
+    Not with triton, whose library complains of objects that are never freed.
+    """
+    if is_ours():
+        gc.unfreeze() if "triton" in sys.modules else gc.freeze()
