@@ -14,10 +14,7 @@ def main(program: str = "seqbuild-runtime") -> int:
         print(f"{program}: error: the module {error.name} cannot be imported (install typer)", file=sys.stderr)
         return 2
     own_process.claim()
-    try:
-        return app.main(program=program)
-    finally:
-        own_process.finish()
+    return app.main(program=program)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ imports, and then excludes what it has imported from all later searches. Any oth
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 
@@ -20,6 +21,7 @@ _is_ours = [False]
 def claim() -> None:
     """State that this process only runs one command of this package; torch is not imported yet."""
     _is_ours[0] = True
+    atexit.register(_finish)
     use_huge_pages()
     gc.set_threshold(*_WHILE_IMPORTING)
 
@@ -39,10 +41,11 @@ def settle(threshold: tuple[int, int, int] = USUALLY) -> None:
     gc.set_threshold(*threshold)
 
 
-def finish() -> None:
-    """Skip the search at the end of a process of our own, whose memory is freed anyway.
-
-    Not with triton, whose library complains of objects that are never freed.
+def _finish() -> None:
+    """Skip the search at the end of the process, whose memory is freed anyway; not with triton, whose library complains
+    of objects that are never freed.
     """
-    if is_ours():
-        gc.unfreeze() if "triton" in sys.modules else gc.freeze()
+    if "triton" in sys.modules:
+        gc.unfreeze()
+    else:
+        gc.freeze()

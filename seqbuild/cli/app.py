@@ -264,7 +264,4 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     if argv is None:
         own_process.claim()
-    try:
-        return run_app(app, "seqbuild", argv)
-    finally:
-        own_process.finish()
+    return run_app(app, "seqbuild", argv)

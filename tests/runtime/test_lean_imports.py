@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.runtime.place import ROOT, Place
 from tests.runtime.small import directory_bytes
 
@@ -69,3 +71,23 @@ def test_a_process_that_is_not_ours_alone_imports_as_usual(place: Place) -> None
         place.artifact,
     )
     assert said.strip() == "False"
+
+
+def test_the_end_of_a_process_is_silent_and_writes_everything(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    program = (
+        "import atexit, gc, sys\n"
+        "from pathlib import Path\n"
+        "from runtime.host import own_process\n"
+        "atexit.register(lambda: Path(sys.argv[1]).write_text(str(gc.get_freeze_count() > 0)))\n"
+        "own_process.claim()\n"
+        "import json\n"
+        "if sys.argv[2]: import triton\n"
+        "own_process.settle()\n"
+    )
+    for name in ("", "triton"):
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "seen"), name], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+        assert (tmp_path / "seen").read_text() == str(not name)
