@@ -176,8 +176,7 @@ def quantization_bytes(
     for transform, rescaling in needs.rescaled(modules):
         group = rescaling.group
         weights = [f"{name}.weight" for name in group.modules]
-        taken = search_bytes([shape_of(name) for name in weights], transform.algorithm)
-        most = max(most, held() + taken)
+        most = max(most, held() + search_bytes([shape_of(name) for name in weights], transform.algorithm))
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
         for name in (name for name in touched if name):
             shape = shape_of(name)
@@ -192,11 +191,10 @@ def quantization_bytes(
         shapes = [shape_of(f"{name}.weight") for name in together]
         job = needs.jobs[together[0]]
         users = {name for names in sums if together[0] in names for name in names if name in left}
-        overwrites = together[0] in inputs and may_overwrite(job, together, users)
+        is_measured = together[0] in inputs
+        overwrites = is_measured and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        solving = solve_bytes(
-            shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
-        )
+        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type, is_measured=is_measured)
         if device_type != "cpu":
             num_stacked = num_together(together, job, shapes[0][1], needs.experts)
             # Stacks copy their Hessians into one tensor before they factor them.
